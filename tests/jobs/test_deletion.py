@@ -294,7 +294,7 @@ def test_a_deletion_that_dies_is_asked_for_again(
     store.put(body())
     queue.scheduler()
     completed(queue)
-    for part in ("_delete_texts", "_delete_objects", "_left"):
+    for part in ("_delete_texts", "_delete_objects", "_remaining"):
         with monkeypatch.context() as patch, suppress(ZeroDivisionError):
             patch.setattr(Deletions, part, lambda *given: 1 / 0)
             store.delete(models="delete")

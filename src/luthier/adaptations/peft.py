@@ -45,21 +45,21 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
     from peft import LoraConfig
 
     if fields.get("peft_type") != "LORA":
-        raise _refused(f"peft_type is {fields.get('peft_type')!r}, and LORA is taken.")
+        raise _refusal(f"peft_type is {fields.get('peft_type')!r}, and LORA is taken.")
     if fields.get("task_type") not in ("CAUSAL_LM", None):
-        raise _refused(f"task_type is {fields.get('task_type')!r}, and CAUSAL_LM is taken.")
+        raise _refusal(f"task_type is {fields.get('task_type')!r}, and CAUSAL_LM is taken.")
     if fields.get("init_lora_weights", True) not in _STARTS:
         text = (
             f"init_lora_weights is {fields['init_lora_weights']!r}, which changes the base model."
         )
-        raise _refused(text)
+        raise _refusal(text)
     usual = LoraConfig().to_dict()
     for name, value in fields.items():
         if name in _READ or name in _HARMLESS or not value or value == usual.get(name):
             continue
         if name == "bias" and value == "none":
             continue
-        raise _refused(f"{name} is {str(value)[:100]!r}, which is not supported here.")
+        raise _refusal(f"{name} is {str(value)[:100]!r}, which is not supported here.")
     _check_rank(fields.get("r"), weights)
     try:
         return LoRA(
@@ -71,9 +71,9 @@ def lora_of(fields: Mapping[str, Any], weights: Mapping[str, Tensor], model: nn.
             targets=_targets(weights, model),
         )
     except (KeyError, ValueError) as error:
-        raise _refused(f"Its numbers are no LoRA's: {str(error)[:300]}") from error
+        raise _refusal(f"Its numbers are no LoRA's: {str(error)[:300]}") from error
     except RecipeError as error:
-        raise _refused(f"It is made for another network: {error}") from error
+        raise _refusal(f"It is made for another network: {error}") from error
 
 
 def _check_rank(rank: Any, weights: Mapping[str, Tensor]) -> None:
@@ -95,12 +95,12 @@ def _targets(names: Iterable[str], model: nn.Module) -> tuple[str, ...]:
     """
     layers = sorted(found[1] for name in names if (found := _LORA_A.fullmatch(name)))
     if not layers:
-        raise _refused("adapter_model.safetensors has no weights of LoRA.")
+        raise _refusal("adapter_model.safetensors has no weights of LoRA.")
     ends = tuple(sorted({layer.rpartition(".")[2] for layer in layers}))
     short = sorted(linear_targets(model, ends)) == layers
     return ends if short else tuple(layers)
 
 
-def _refused(message: str) -> ModelRefused:
+def _refusal(message: str) -> ModelRefused:
     fix = "Merge the adapter into its model (merge_and_unload), save that and name its folder."
     return ModelRefused(ADAPTER_CONFIG, "adapter.config", message, fix)

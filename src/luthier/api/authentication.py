@@ -93,7 +93,7 @@ class Authenticator:
             with self._database.read() as session:
                 return bearer(session, digest)
 
-        found = self._remembered("API key", digest, read)
+        found = self._read_cached("API key", digest, read)
         if found is None or (found.expires is not None and found.expires <= now()):
             raise _no_entry()
         return Caller(found.account, found.user, found.policies, bearer=True, id=found.id)
@@ -129,7 +129,7 @@ class Authenticator:
             with self._database.read() as session:
                 return signer(session, access_key, self._sealing)
 
-        found = self._remembered("access key", access_key, read)
+        found = self._read_cached("access key", access_key, read)
         if found is None:
             return None
         caller = Caller(
@@ -149,7 +149,7 @@ class Authenticator:
             with self._database.read() as database:
                 return session_principal(database, session)
 
-        found = self._remembered("session", access_key, read)
+        found = self._read_cached("session", access_key, read)
         if found is None:
             return None
         caller = Caller(
@@ -162,7 +162,7 @@ class Authenticator:
         )
         return Credential(secret_of(self._key, access_key), caller, session.expires)
 
-    def _remembered(
+    def _read_cached(
         self, kind: str, identifier: str, read: Callable[[], Principal | None]
     ) -> Principal | None:
         # The version is asked for before the key is read: what is newer than it is read again.

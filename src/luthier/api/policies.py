@@ -94,7 +94,7 @@ def refuse_denied(caller: Caller, action: str, resource: str) -> None:
     for kind, statements in _boundaries(caller):
         if any(each.denies and each.applies(action, resource) for each in statements):
             record_action(action, resource)
-            raise _denied(caller, action, resource, kind, explicit=True)
+            raise _denial(caller, action, resource, kind, explicit=True)
 
 
 def trusts(trust: Mapping[str, Any], caller: Caller) -> Literal["account", "principal"] | None:
@@ -129,21 +129,21 @@ def _decide(caller: Caller, action: str, resource: str) -> None:
         for statement in statements:
             if (statement.denies or not allowed) and statement.applies(action, resource):
                 if statement.denies:
-                    raise _denied(caller, action, resource, kind, explicit=True)
+                    raise _denial(caller, action, resource, kind, explicit=True)
                 allowed = True
         if not allowed:
-            raise _denied(caller, action, resource, kind, explicit=False)
+            raise _denial(caller, action, resource, kind, explicit=False)
 
 
 def _boundaries(caller: Caller) -> Iterator[tuple[str, Iterator[_Statement]]]:
     """Statements of which each set has to allow what is asked, and what such policies are called."""
     documents = (json.dumps(dict(policy), sort_keys=True) for policy in caller.policies)
-    yield "identity-based", (each for policy in documents for each in _compiled(policy))
+    yield "identity-based", (each for policy in documents for each in _compile(policy))
     if caller.session is not None and caller.session.policy is not None:
-        yield "session", iter(_compiled(caller.session.policy))
+        yield "session", iter(_compile(caller.session.policy))
 
 
-def _denied(caller: Caller, action: str, resource: str, kind: str, explicit: bool) -> Fault:
+def _denial(caller: Caller, action: str, resource: str, kind: str, explicit: bool) -> Fault:
     article = "an" if kind == "identity-based" else "a"
     reason = (
         f"with an explicit deny in {article} {kind} policy"
@@ -155,7 +155,7 @@ def _denied(caller: Caller, action: str, resource: str, kind: str, explicit: boo
 
 
 @lru_cache(maxsize=4096)
-def _compiled(policy: str) -> tuple[_Statement, ...]:
+def _compile(policy: str) -> tuple[_Statement, ...]:
     statements = []
     for statement in statements_of(json.loads(policy)):
         denies = statement["Effect"] == "Deny"

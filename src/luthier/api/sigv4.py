@@ -224,7 +224,7 @@ def canonical_request(head: Head, claim: Claim, payload: str) -> bytes:
         canonical_path(head.path, claim.service),
         canonical_query(head.query, claim.presigned),
         b"".join(
-            name.encode() + b":" + _joined(head, name) + b"\n" for name in claim.signed_headers
+            name.encode() + b":" + _join_values(head, name) + b"\n" for name in claim.signed_headers
         ),
         ";".join(claim.signed_headers).encode(),
         payload.encode(),
@@ -311,7 +311,7 @@ def _claim_of_query(head: Head) -> Claim:
     expires = given["Expires"]
     if not re.fullmatch("[0-9]{1,6}", expires) or not 1 <= int(expires) <= LONGEST_PRESIGNED:
         raise _incomplete("X-Amz-Expires is a number of seconds between 1 and 604800.")
-    claim = _claim(given, _checked(given["Date"]), int(expires))
+    claim = _claim(given, _check_moment(given["Date"]), int(expires))
     return replace(claim, token=tokens[0] if tokens else None)
 
 
@@ -333,17 +333,17 @@ def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:
 def _moment_of(head: Head) -> str:
     value = _value(head, "x-amz-date")
     if value is not None:
-        return _checked(value)
+        return _check_moment(value)
     date = _value(head, "date")
     if date is None:
         raise _incomplete("Authorization header requires existence of X-Amz-Date or Date.")
     try:
         return parsedate_to_datetime(date).astimezone(UTC).strftime(_MOMENT)
     except (ValueError, OverflowError):
-        return _checked(date)
+        return _check_moment(date)
 
 
-def _checked(moment: str) -> str:
+def _check_moment(moment: str) -> str:
     try:
         if re.fullmatch("[0-9]{8}T[0-9]{6}Z", moment):
             datetime.strptime(moment, _MOMENT)
@@ -426,7 +426,7 @@ def _value(head: Head, name: str) -> str | None:
     return found[0].strip() if found else None
 
 
-def _joined(head: Head, name: str) -> bytes:
+def _join_values(head: Head, name: str) -> bytes:
     values = [value.encode("latin-1") for key, value in head.headers if key == name]
     return b",".join(b" ".join(value.split()) for value in values)
 

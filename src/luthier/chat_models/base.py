@@ -80,7 +80,7 @@ class ModelSpec(BaseModel):
         return name
 
     @model_validator(mode="after")
-    def _encrypted(self) -> Self:
+    def _check_encrypted(self) -> Self:
         parts = urlsplit(self.url or "https:")
         if parts.scheme == "http" and not self.plain_http and not _loopback(parts.hostname or ""):
             raise ValueError(

@@ -122,11 +122,11 @@ class _Session:
             except LuthierError as error:
                 self.fatal = self.fatal or error
             else:
-                self._heard(index, outcome)
+                self._record(index, outcome)
             if self.fatal is not None:
                 return
 
-    def _heard(self, index: int, outcome: Reply | Failure) -> None:
+    def _record(self, index: int, outcome: Reply | Failure) -> None:
         if isinstance(outcome, Reply) or outcome.rule != f"{self.spec.role}.failed":
             self.in_a_row = min(self.in_a_row, 0)
             self.done(index, outcome)
@@ -154,19 +154,19 @@ class _Session:
             except openai.APIStatusError as error:
                 wait = _wait_asked_for(error)
                 if wait is None or attempt > self.spec.retries:
-                    return self._refused(error)
+                    return self._handle_status(error)
                 self.note(f"the endpoint asks to wait {wait:.0f} s")
             except (openai.APIConnectionError, ValueError) as error:
                 # The package repeats what breaks on the way, but not what arrived in halves.
                 if isinstance(error, openai.APIConnectionError) or attempt > self.spec.retries:
-                    return self._unheard(error)
+                    return self._handle_broken(error)
                 wait = min(0.5 * 2**attempt, 8.0)
             await asyncio.sleep(wait)
         raise AssertionError
 
-    def _refused(self, error: openai.APIStatusError) -> Failure:
+    def _handle_status(self, error: openai.APIStatusError) -> Failure:
         """An answer that is an error: of this prompt alone, or of all there will be."""
-        code, said = error.status_code, self._said(error)
+        code, said = error.status_code, self._error_line(error)
         if code in (401, 403):
             raise RecipeError(
                 f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
@@ -181,7 +181,7 @@ class _Session:
         kind = "failed" if code >= 500 or code in (408, 409) else "refused"
         return Failure(f"{self.spec.role}.{kind}", f"HTTP {code}: {said}")
 
-    def _unheard(self, error: Exception) -> Failure:
+    def _handle_broken(self, error: Exception) -> Failure:
         """No whole answer came, however often it was asked."""
         import openai
 
@@ -191,11 +191,12 @@ class _Session:
             return Failure(rule, f"none came within {self.spec.timeout:g} s")
         if cause in ("ConnectError", "ConnectTimeout"):
             raise LuthierError(
-                f"{self.spec.url} cannot be reached: {self._said(error.__cause__)}. {self.spec.goes_on}"
+                f"{self.spec.url} cannot be reached: {self._error_line(error.__cause__)}. "
+                f"{self.spec.goes_on}"
             )
-        return Failure(rule, f"it broke off ({self._said(error)})")
+        return Failure(rule, f"it broke off ({self._error_line(error)})")
 
-    def _said(self, error: BaseException | None) -> str:
+    def _error_line(self, error: BaseException | None) -> str:
         """The error in one line, without the key that some endpoints repeat."""
         body = getattr(error, "body", None)
         text = str(body.get("message") or error) if isinstance(body, dict) else str(error)

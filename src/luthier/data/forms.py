@@ -62,7 +62,7 @@ _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label
 _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
 
 
-def _asked(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
+def _question_answer(question: str, answer: str, *more: str) -> Callable[[Record], Converted]:
     """Rows of a question and an answer, with further text below the question where there is any."""
 
     def convert(record: Record) -> Converted:
@@ -76,13 +76,13 @@ def _asked(question: str, answer: str, *more: str) -> Callable[[Record], Convert
         system = next((record[k] for k in _SYSTEM_KEYS if not _blank(record.get(k))), None)
         history = record.get("history")
         if system is None and not history:
-            return _kept(record, made), names
+            return _with_further_keys(record, made), names
         turns = [] if system is None else [{"role": "system", "content": system}]
         for pair in history if isinstance(history, list) else []:
             said = pair if isinstance(pair, list) and len(pair) == 2 else [pair, None]
             turns += _turns(said[0], said[1])
         turns += _turns(made.get("prompt"), made.get("completion"))
-        return _kept(record, {"messages": turns}), {}
+        return _with_further_keys(record, {"messages": turns}), {}
 
     return convert
 
@@ -106,13 +106,13 @@ def _blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _kept(record: Record, made: Record) -> Record:
+def _with_further_keys(record: Record, made: Record) -> Record:
     """``made`` with what may stand beside any form: id, expected answer, judgement."""
     return made | {key: record[key] for key in _BESIDE_ANY if key in record}
 
 
 def _raw_text(record: Record) -> Converted:
-    return _kept(record, {"text": record.get("input")}), {"text": "input"}
+    return _with_further_keys(record, {"text": record.get("input")}), {"text": "input"}
 
 
 def _conversation(record: Record) -> Converted:
@@ -121,7 +121,7 @@ def _conversation(record: Record) -> Converted:
     messages = record.get("messages")
     if blocks and isinstance(messages, list):
         messages = [{"role": "system", "content": blocks}, *messages]
-    return _kept(record, {"messages": messages}), {}
+    return _with_further_keys(record, {"messages": messages}), {}
 
 
 def _sharegpt(record: Record) -> Converted:
@@ -131,7 +131,7 @@ def _sharegpt(record: Record) -> Converted:
         turns = [_turn(each) for each in turns]
         if not _blank(system):
             turns = [{"role": "system", "content": system}, *turns]
-    return _kept(record, {"messages": turns}), {
+    return _with_further_keys(record, {"messages": turns}), {
         "messages": "conversations",
         "role": "from",
         "content": "value",
@@ -155,7 +155,7 @@ def _partners(one: str, other: str) -> Callable[[Record], Converted]:
         made = {
             key: record[own] for key, own in (("anchor", one), ("positive", other)) if own in record
         }
-        return _kept(record, made), {"anchor": one, "positive": other}
+        return _with_further_keys(record, made), {"anchor": one, "positive": other}
 
     return convert
 
@@ -182,33 +182,36 @@ FORMS: tuple[Form, ...] = (
     _form(
         "Alpaca",
         "instruction output",
-        _asked("instruction", "output", "input"),
+        _question_answer("instruction", "output", "input"),
         used="input system history",
     ),
     _form(
         "instruction and response",
         "instruction response",
-        _asked("instruction", "response", "context", "input"),
+        _question_answer("instruction", "response", "context", "input"),
         used="context input system",
     ),
     _form(
-        "question and answer", "question answer", _asked("question", "answer"), "context answers"
+        "question and answer",
+        "question answer",
+        _question_answer("question", "answer"),
+        "context answers",
     ),
     _form(
         "question and response",
         "question response",
-        _asked("question", "response"),
+        _question_answer("question", "response"),
         "context",
         "system_prompt system",
     ),
     _form(
         "query and response",
         "query response",
-        _asked("query", "response"),
+        _question_answer("query", "response"),
         "context",
         "system history",
     ),
-    _form("Bedrock input and output", "input output", _asked("input", "output"), _ELSE),
+    _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
     _form("query and positive", "query positive", _partners("query", "positive")),
     _form("question and positive", "question positive", _partners("question", "positive")),
     _form("sentence pairs", "sentence1 sentence2", _partners("sentence1", "sentence2")),
@@ -250,16 +253,16 @@ def _to_pair(row: Row) -> Record:
 
 
 def _to_chat(row: Row) -> Record:
-    return {"messages": _said(_conversation_of(row, "chat"))}
+    return {"messages": _turn_dicts(_conversation_of(row, "chat"))}
 
 
 def _to_openai(row: Row) -> Record:
     if not isinstance(row, Preference):
-        return {"messages": _said(_conversation_of(row, "openai"))}
+        return {"messages": _turn_dicts(_conversation_of(row, "openai"))}
     return {
-        "input": {"messages": _said(row.messages)},
-        "preferred_output": _said(row.chosen),
-        "non_preferred_output": _said(row.rejected),
+        "input": {"messages": _turn_dicts(row.messages)},
+        "preferred_output": _turn_dicts(row.chosen),
+        "non_preferred_output": _turn_dicts(row.rejected),
     }
 
 
@@ -345,5 +348,5 @@ def _no_place(form: str, what: str) -> RowRefused:
     )
 
 
-def _said(turns: Turns) -> list[dict[str, str]]:
+def _turn_dicts(turns: Turns) -> list[dict[str, str]]:
     return [turn.to_dict() for turn in turns]

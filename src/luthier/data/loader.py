@@ -87,14 +87,14 @@ def _epoch(order: RowOrder, epoch: int) -> IntArray:
     indices, places = [main], [order.places(order.rows, epoch, 0)]
     first = order.rows
     for number, each in enumerate(order.mixed, 1):
-        indices.append(first + _drawn(order, each, epoch, number))
+        indices.append(first + _draw_rows(order, each, epoch, number))
         places.append(order.places(each.drawn, epoch, number))
         first += each.rows
     spread: IntArray = np.concatenate(indices)[np.argsort(np.concatenate(places), kind="stable")]
     return spread
 
 
-def _drawn(order: RowOrder, each: Mixed, epoch: int, number: int) -> IntArray:
+def _draw_rows(order: RowOrder, each: Mixed, epoch: int, number: int) -> IntArray:
     """Rows of a further set in an epoch: a stretch of one random pass over it after the other."""
     start, end = epoch * each.drawn, (epoch + 1) * each.drawn
     passes = range(start // each.rows, -(-end // each.rows))

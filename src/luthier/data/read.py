@@ -87,7 +87,7 @@ def read_records(
     except BROKEN as error:
         problems.append(damaged(error).at(file, 0))
     except OSError as error:
-        problems.append(_failed(error).at(file, 0))
+        problems.append(_read_failure(error).at(file, 0))
 
 
 def chunks_of(path: Path, size: int = 1 << 26) -> Iterator[Chunk]:
@@ -131,7 +131,7 @@ def _records(
     return _read_lines(stream, file, problems)
 
 
-def _failed(error: OSError) -> Unreadable:
+def _read_failure(error: OSError) -> Unreadable:
     reason = error.strerror or type(error).__name__
     fix = "Check the permissions of the file and of its folder, and the disk."
     return Unreadable("file.unreadable", f"The file could not be read: {reason}.", fix)
@@ -144,7 +144,7 @@ def check_file(path: Path, problems: list[Problem]) -> None:
     except Unreadable as bad:
         problems.append(bad.at(str(path), bad.line))
     except OSError as error:
-        problems.append(_failed(error).at(str(path), 0))
+        problems.append(_read_failure(error).at(str(path), 0))
 
 
 def _empty(what: str) -> Unreadable:

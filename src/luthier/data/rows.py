@@ -129,7 +129,7 @@ class Checker(FieldChecker):
     def _from_form(self, record: Record) -> Record | None:
         """The record in one of our shapes, from its form; None when a problem was reported."""
         columns = self._columns_beside_form(record) if self.columns else {}
-        mapped = self._renamed(record, columns) if columns else record
+        mapped = self._rename_columns(record, columns) if columns else record
         if mapped is None:
             return None
         self.given = mapped
@@ -175,7 +175,7 @@ class Checker(FieldChecker):
         clash = any(theirs in keys or ours in names for ours, theirs in beside.items() if theirs)
         return self.columns if clash or len(beside) == len(self.columns) else beside
 
-    def _renamed(self, record: Record, columns: Columns) -> Record | None:
+    def _rename_columns(self, record: Record, columns: Columns) -> Record | None:
         """The record with ``columns`` renamed as asked; None when one is not there."""
         taken = {*columns.values(), *columns}
         made = {key: value for key, value in record.items() if key not in taken}
@@ -418,7 +418,10 @@ class RowReader:
             if container is None:
                 continue
             self.checker.begin(str(path))
-            told, pieces = self._told(before), not self.whole and container.kind == "text"
+            told, pieces = (
+                self._offset_progress(before),
+                not self.whole and container.kind == "text",
+            )
             rows = self.rows
             for line, record in read_records(
                 path, self.problems, self.whole, container=container, told=told
@@ -434,7 +437,7 @@ class RowReader:
             if pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there
 
-    def _told(self, before: int) -> Callable[[int], None]:
+    def _offset_progress(self, before: int) -> Callable[[int], None]:
         def told(done: int) -> None:
             self.done = before + done
             if self.told is not None:

@@ -45,8 +45,8 @@ def fetched(address: str, told: Callable[[str, int, int], None] | None = None) -
         raise refused(address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl.")
     try:
         store = S3Store(bucket, **settings())
-        objects = _named(obstore, store, key, address)
-        return [_copy(obstore, store, bucket, each, told or _shown()) for each in objects]
+        objects = _list_objects(obstore, store, key, address)
+        return [_copy(obstore, store, bucket, each, told or _print_progress()) for each in objects]
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
@@ -72,7 +72,7 @@ def local_name(key: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
 
 
-def _named(obstore: Any, store: Any, key: str, address: str) -> list[dict[str, Any]]:
+def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict[str, Any]]:
     if key and not key.endswith("/"):
         try:
             return [obstore.head(store, key)]
@@ -118,7 +118,7 @@ def _copy(
     return target
 
 
-def _shown() -> Callable[[str, int, int], None]:
+def _print_progress() -> Callable[[str, int, int], None]:
     """Tells on a terminal how far a download is."""
     if not sys.stderr.isatty():
         return lambda key, done, size: None

@@ -540,7 +540,7 @@ class Preference(JudgedAnswers):
                     "Remove the prompt, or give only the answers as chosen and rejected.",
                 )
             given, sides = common, (sides[0][len(common) :], sides[1][len(common) :])
-        if _stripped(sides[0]) == _stripped(sides[1]):
+        if _strip(sides[0]) == _strip(sides[1]):
             raise RowRefused(
                 "preference.equal",
                 "chosen and rejected are the same, so there is nothing to prefer.",
@@ -590,7 +590,7 @@ def _common_beginning(one: Turns, other: Turns) -> Turns:
     return one[:count]
 
 
-def _stripped(turns: Turns) -> list[tuple[str, str]]:
+def _strip(turns: Turns) -> list[tuple[str, str]]:
     return [(turn.role, turn.content.strip()) for turn in turns]
 
 
@@ -634,7 +634,7 @@ class RankedReplies(JudgedAnswers):
             )
         prompt = read_prompt(record["prompt"], "prompt")
         answers = tuple(read_turns(each, "ranked", "assistant") for each in ranked)
-        if any(_stripped(one) == _stripped(other) for one, other in combinations(answers, 2)):
+        if any(_strip(one) == _strip(other) for one, other in combinations(answers, 2)):
             raise RowRefused(
                 "preference.equal",
                 "two of the ranked answers are the same, so there is nothing to prefer.",

@@ -128,22 +128,22 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
     files = [(name, path) for name, path in named if not _BESIDE.fullmatch(Path(name).name)]
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
-        others = _listed(name for name, _ in files)
+        others = _join_names(name for name, _ in files)
         message = f"There is no data file in it{f', only {others}' if files else ''}."
         fix = f"Name a file, or a folder with files that end with {', '.join(DATA_ENDINGS)}."
         raise refused(where, "file.directory", message, fix)
     if len(data) < len(files):
-        others = _listed(name for name, _ in files if not is_data(name))
+        others = _join_names(name for name, _ in files if not is_data(name))
         message = f"Beside {len(data)} data files it holds {others}."
         raise refused(where, "file.directory", message, _pattern(where, data[0][0]))
     texts = [name for name, _ in data if _is_text(name)]
     if 0 < len(texts) < len(data):
-        message = f"It holds rows and plain text: {_listed(texts)} beside the others."
+        message = f"It holds rows and plain text: {_join_names(texts)} beside the others."
         rows = next(name for name, _ in data if not _is_text(name))
         raise refused(where, "file.directory", message, _pattern(where, rows))
     splits = {_split(name) for name, _ in data} - {""}
     if len(splits) > 1:
-        names = _listed(name for name, _ in data)
+        names = _join_names(name for name, _ in data)
         message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
         fix = "Name one of them to train on, and the other as validation data."
         raise refused(where, "file.directory", message, fix)
@@ -171,7 +171,7 @@ def _pattern(where: str, example: str) -> str:
     return f"Say which are meant with a pattern, as '{pattern}', or move the others."
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     all_names = list(names)
     more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
     return ", ".join(all_names[:_SHOWN]) + more

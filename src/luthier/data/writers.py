@@ -38,7 +38,7 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
         if kind == "parquet":
             yield stack.enter_context(_parquet(file, names))
             return
-        packed = stack.enter_context(_packed(file, target))
+        packed = stack.enter_context(_pack(file, target))
         text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=False)
         if kind in ("jsonl", "text"):
             yield _Lines(text) if kind == "jsonl" else _Text(text)
@@ -49,7 +49,7 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
 
 
 @contextmanager
-def _packed(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
+def _pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
     ending = target.name.lower()
     if ending.endswith(".gz"):
         # Without name and time: the same rows are the same bytes.

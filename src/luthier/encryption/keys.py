@@ -85,7 +85,7 @@ def keyring() -> Keyring | None:
             f"the store {home} is encrypted. Give its key: {ENVIRONMENT} (32 bytes in base64), or "
             f"{FILE} (path of a file with it)"
         )
-    return _opened(path, path.stat().st_mtime_ns, master)
+    return _open_cached(path, path.stat().st_mtime_ns, master)
 
 
 def keys_in(folder: Path) -> Keyring | None:
@@ -125,7 +125,7 @@ def begin(master: bytes | None) -> Keyring | None:
         with lock(path.with_suffix(".lock"), wait=True):
             if not path.exists():
                 key_id, key = _new_key()
-                write_json(path, _wrapped(Keyring(key_id, {key_id: key}), master))
+                write_json(path, _wrap(Keyring(key_id, {key_id: key}), master))
     found = keyring() if master is None else _read(path, master)
     use(found)
     return found
@@ -144,7 +144,7 @@ def rotate(old: bytes, new: bytes) -> Keyring:
         before = _read(path, old)
         key_id, key = _new_key()
         found = Keyring(key_id, {**before.keys, key_id: key})
-        write_json(path, _wrapped(found, new))
+        write_json(path, _wrap(found, new))
     return found
 
 
@@ -213,7 +213,7 @@ def taken_over() -> None:
 
 
 @lru_cache(maxsize=4)
-def _opened(path: Path, changed: int, master: bytes) -> Keyring:
+def _open_cached(path: Path, changed: int, master: bytes) -> Keyring:
     return _read(path, master)
 
 
@@ -242,7 +242,7 @@ def _read(path: Path, master: bytes) -> Keyring:
     return Keyring(current, keys)
 
 
-def _wrapped(ring: Keyring, master: bytes) -> dict[str, Any]:
+def _wrap(ring: Keyring, master: bytes) -> dict[str, Any]:
     cipher, keys = _cipher(master), {}
     for key_id, key in ring.keys.items():
         nonce = secrets.token_bytes(_NONCE_BYTES)

@@ -113,8 +113,8 @@ def token_budget(
     """
     room = int((available * 0.5 - estimate.fixed) // max(1, estimate.per_token))
     budget, reason = SMALLEST_BUDGET, "full matmul speed; more would only take more memory"
-    least = _computed(batches, 1 << 30)
-    while _computed(batches, budget) > 1.1 * least and 2 * budget <= room:
+    least = _count_computed(batches, 1 << 30)
+    while _count_computed(batches, budget) > 1.1 * least and 2 * budget <= room:
         budget, reason = 2 * budget, "rows share prefixes, which smaller micro-batches would repeat"
     if longest > budget:
         return longest, f"the longest row has {longest} tokens"
@@ -123,7 +123,7 @@ def token_budget(
     return budget, reason
 
 
-def _computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
+def _count_computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
     """Tokens computed for ``batches`` when micro-batches hold at most ``budget``."""
     parts = [part for batch in batches for part in split_to_budget(batch, budget)]
     return sum(len(build_tree(part)) for part in parts)

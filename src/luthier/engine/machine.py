@@ -140,7 +140,7 @@ def available_memory() -> int:
 
     free = int(psutil.virtual_memory().available)
     limit = _limit()
-    return free if limit is None else max(0, min(free, limit - _used()))
+    return free if limit is None else max(0, min(free, limit - _used_bytes()))
 
 
 def _limit() -> int | None:
@@ -151,7 +151,7 @@ def _limit() -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _used() -> int:
+def _used_bytes() -> int:
     """Bytes in use that the kernel cannot take back at once: files that were read are given up."""
     used = int((GROUP / "memory.current").read_text())
     for line in (GROUP / "memory.stat").read_text().splitlines():

@@ -189,17 +189,17 @@ def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Ite
     for name in dict.fromkeys([usual, *ADAPTATIONS]):
         if name != request.adaptation.method:
             other = ADAPTATIONS[name].model_validate({})
-            yield from _changed(
+            yield from _try_change(
                 f"`adaptation.method={name}`", request, request.config, other, available
             )
     for entry in CATALOG.values():
         config = catalogue_config(entry, request.objective.head())
         change = f"`base={entry.id}`"
         if config.hidden_size < request.config.hidden_size:
-            yield from _changed(change, request, config, request.adaptation, available)
+            yield from _try_change(change, request, config, request.adaptation, available)
 
 
-def _changed(
+def _try_change(
     change: str, request: MemoryRequest, config: Any, adaptation: Adaptation, available: int
 ) -> Iterator[str]:
     """The change, where the job fits with it."""

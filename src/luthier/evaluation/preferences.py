@@ -58,13 +58,15 @@ def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> di
     That is the area under the ROC curve; equal ones count one half.
     """
     by_token = [each.per_token for each in answers]
-    found = _ranked(by_token, desirable, "logp_per_token")
+    found = _thumb_scores(by_token, desirable, "logp_per_token")
     if answers and answers[0].reference is not None:
-        found |= _ranked([each.ratio for each in answers], desirable, "reward")
+        found |= _thumb_scores([each.ratio for each in answers], desirable, "reward")
     return found
 
 
-def _ranked(values: Sequence[float], desirable: Sequence[bool], name: str) -> dict[str, float]:
+def _thumb_scores(
+    values: Sequence[float], desirable: Sequence[bool], name: str
+) -> dict[str, float]:
     up = [value for value, wanted in zip(values, desirable, strict=True) if wanted]
     down = [value for value, wanted in zip(values, desirable, strict=True) if not wanted]
     found = {f"{name}_{side}": statistics.fmean(v) for side, v in (("up", up), ("down", down)) if v}

@@ -191,7 +191,7 @@ class Redactor:
     def _text(self, text: str, name: str, changes: list[Change]) -> str:
         parts, done = [], 0
         for span in self.finder.find(text):
-            pseudonym = self._replaced(span, name, changes)
+            pseudonym = self._pseudonymize(span, name, changes)
             parts += [text[done : span.start], pseudonym]
             done = span.end
         return "".join([*parts, text[done:]]) if parts else text
@@ -210,7 +210,7 @@ class Redactor:
             low = max(start, done)
             while span is not None and span.start < end:
                 kept += token[low - start : span.start - start]
-                kept += self._replaced(span, "tokens", changes)
+                kept += self._pseudonymize(span, "tokens", changes)
                 low = done = span.end
                 span = next(waiting)
             kept += token[max(low - start, 0) :] if low < end else ""
@@ -221,7 +221,7 @@ class Redactor:
                 tokens[-1] += kept
         return replace(row, tokens=tuple(tokens), tags=None if row.tags is None else tuple(tags))
 
-    def _replaced(self, span: Span, name: str, changes: list[Change]) -> str:
+    def _pseudonymize(self, span: Span, name: str, changes: list[Change]) -> str:
         pseudonym = self.pseudonym(span)
         self.counts[span.kind] += 1
         changes.append(Change(name, span.start, span.end, span.kind, span.detail, pseudonym))
@@ -340,7 +340,7 @@ class Truncate(Edit):
         best: Row | None = None
         while high - low > 1:
             kept = (low + high) // 2
-            new = {text.field: self._shortened(text.content, ends, kept) for text, ends in chosen}
+            new = {text.field: self._shorten(text.content, ends, kept) for text, ends in chosen}
             tried = row.edit_texts(partial(_replace, new))
             if all(map(str.strip, new.values())) and self._length(tried)[0]:
                 best, low = tried, kept
@@ -368,7 +368,7 @@ class Truncate(Edit):
             others = {t.field.rpartition("[")[0]: t for t in every if t.part == "other"}
         return [*(learned or given)[-1:], *others.values()]
 
-    def _shortened(self, text: str, ends: Sequence[int], kept: int) -> str:
+    def _shorten(self, text: str, ends: Sequence[int], kept: int) -> str:
         if kept >= len(ends):
             return text
         return text[: ends[kept - 1]] if self.side == "end" else text[ends[len(ends) - kept - 1] :]

@@ -364,7 +364,7 @@ class NearDuplicates:
         alone = np.flatnonzero(first_rows(keys_N) == np.arange(self.rows))
         # By key, so that what is found does not depend on the order of rows.
         alone = alone[np.argsort(keys_N[alone])]
-        for first_P, second_P in self._proposed(alone):
+        for first_P, second_P in self._propose_pairs(alone):
             for start in range(0, len(first_P), CHUNK * 16):
                 one_P, other_P = first_P[start:][: CHUNK * 16], second_P[start:][: CHUNK * 16]
                 one_P, other_P = np.minimum(one_P, other_P), np.maximum(one_P, other_P)
@@ -374,7 +374,7 @@ class NearDuplicates:
                 alike_P = self._alike(one_P, other_P)
                 found(one_P[alike_P], other_P[alike_P])
 
-    def _proposed(self, alone: IntArray) -> Iterator[tuple[Any, Any]]:
+    def _propose_pairs(self, alone: IntArray) -> Iterator[tuple[Any, Any]]:
         """Pairs that share a band: all of a small bucket, neighbours and the first of a crowded one."""
         following = self._table.read(f"band {BANDS - 1}")[alone]
         for band in range(BANDS):

@@ -54,7 +54,7 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
         if name not in QUIET and has_content(summary):
             _heading(name.replace("_", " ").capitalize(), console)
             _summary(summary, console, 2)
-    _learned(report, console, rows)
+    _samples(report, console, rows)
     console.print()
     for words, command in next_steps(report):
         console.print(Text(words, "bold"))
@@ -206,7 +206,7 @@ def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str)
     console.print(Padding(table, (0, 0, 0, indent + 2)))
 
 
-def _learned(report: Report, console: Console, rows: int) -> None:
+def _samples(report: Report, console: Console, rows: int) -> None:
     splits = {split: found["shown"][:rows] for split, found in learning_splits(report).items()}
     if not rows or not any(splits.values()):
         return

@@ -102,7 +102,7 @@ class Selector:
         blamed = {rule: BlamedRows() for rule in wanted}
         gate = Gate(self._checks(), Findings(blamed=blamed))
         alive, classes = array("I"), _ClassSizes(self.plan)
-        gate.scan_rows("train", self._left(alive, classes))
+        gate.scan_rows("train", self._remaining(alive, classes))
         for split, rows in self.held.items():
             gate.scan_rows(split, rows())
         gate.report({})
@@ -117,7 +117,7 @@ class Selector:
                 dropped += self.selection.drop(alive[row], BALANCE)
         return bool(dropped)
 
-    def _left(self, alive: array[int], classes: _ClassSizes) -> Iterator[Row]:
+    def _remaining(self, alive: array[int], classes: _ClassSizes) -> Iterator[Row]:
         """Rows that are not dropped yet; their numbers join ``alive``."""
         for number, row in enumerate(self.rows()):
             if number == len(self.selection):

@@ -41,7 +41,7 @@ class Code(Grader):
 
     @field_validator("allow_code")
     @classmethod
-    def _allowed(cls, value: bool) -> bool:
+    def _check_allowed(cls, value: bool) -> bool:
         if not value:
             raise ValueError(
                 "this grader runs code that a model wrote; set allow_code=true to agree to that"

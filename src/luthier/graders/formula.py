@@ -155,7 +155,7 @@ def names_in(tree: ast.AST, depth: int = 0) -> set[str]:
         parts = [tree.left, tree.right]
     elif isinstance(tree, ast.UnaryOp) and type(tree.op) in _OPERATORS:
         parts = [tree.operand]
-    elif isinstance(tree, ast.Call) and _called(tree) in _FUNCTIONS and not tree.keywords:
+    elif isinstance(tree, ast.Call) and _function_name(tree) in _FUNCTIONS and not tree.keywords:
         parts = list(tree.args)
     if not parts:
         raise ValueError("a formula has numbers, names, + - * / ^, brackets and few functions")
@@ -175,10 +175,10 @@ def value_of(tree: ast.AST, scores: Mapping[str, float]) -> float:
     assert isinstance(tree, ast.Call)
     arguments: list[Any] = [value_of(each, scores) for each in tree.args]
     try:
-        return float(_FUNCTIONS[_called(tree)](*arguments))
+        return float(_FUNCTIONS[_function_name(tree)](*arguments))
     except TypeError as error:
         raise ValueError(str(error)) from error
 
 
-def _called(tree: ast.Call) -> str:
+def _function_name(tree: ast.Call) -> str:
     return tree.func.id if isinstance(tree.func, ast.Name) else ""

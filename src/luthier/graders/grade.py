@@ -60,7 +60,7 @@ def grade_answers(
         scores, troubles = attempt(grader, answers)
     else:
         groups = [answers] if grader.batched else [answers[i : i + 1] for i in range(len(answers))]
-        scores, troubles = _timed(grader, [group for group in groups if group], time_limit_s)
+        scores, troubles = _grade_within(grader, [group for group in groups if group], time_limit_s)
     problems = [
         Problem(answers[i].row.file, answers[i].row.line, t.rule, t.message, t.fix)
         for i, t in sorted(troubles.items())
@@ -101,7 +101,7 @@ def attempt(grader: Grader, answers: Sequence[Answer]) -> Scored:
     except (Exception, SystemExit) as error:
         if len(answers) > 1:  # one by one, to find the row, and to keep the others
             return _join([attempt(grader, [answer]) for answer in answers])
-        return [math.nan], {0: _raised(grader, error)}
+        return [math.nan], {0: _trouble_of(grader, error)}
     if len(scores) != len(answers):
         text = f"grader `{grader.method}` gave {len(scores)} scores for {len(answers)} answers."
         fault = Trouble("grader.count", text, "Return one score for each answer, in their order.")
@@ -124,7 +124,7 @@ def _fault(grader: Grader, score: object) -> Trouble | None:
     return None
 
 
-def _raised(grader: Grader, error: BaseException) -> Trouble:
+def _trouble_of(grader: Grader, error: BaseException) -> Trouble:
     if isinstance(error, RowRefused):
         return Trouble(error.rule, error.message, error.fix)
     text = f"grader `{grader.method}` raised {type(error).__name__}: {str(error)[:300]}"
@@ -140,7 +140,7 @@ def _join(parts: Sequence[Scored]) -> Scored:
     return scores, troubles
 
 
-def _timed(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -> Scored:
+def _grade_within(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -> Scored:
     """``groups`` one after the other in a thread; one that hangs is left behind with its thread.
 
     Of a group that hangs as a whole, each answer is tried by itself, to find the row.
@@ -155,7 +155,7 @@ def _timed(grader: Grader, groups: Sequence[Sequence[Answer]], limit_s: float) -
                 continue
             singles = [[answer] for answer in group]
             done.append(
-                _timed(grader, singles, limit_s)
+                _grade_within(grader, singles, limit_s)
                 if len(group) > 1
                 else ([math.nan], {0: _too_long(grader, limit_s)})
             )

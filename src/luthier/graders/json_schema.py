@@ -112,7 +112,7 @@ class JsonSchema(Grader):
         from referencing import Registry
 
         draft = validator_for(self._schema, default=Draft202012Validator)
-        keywords = {name: _timed(check) for name, check in draft.VALIDATORS.items()}
+        keywords = {name: _with_deadline(check) for name, check in draft.VALIDATORS.items()}
         keywords |= {"pattern": _pattern, "uniqueItems": _unique}
         return extend(draft, keywords)(self._schema, registry=Registry())
 
@@ -121,7 +121,7 @@ Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
 """A keyword of JSON Schema as ``jsonschema`` calls it: validator, its value, instance, schema."""
 
 
-def _timed(check: Keyword) -> Keyword:
+def _with_deadline(check: Keyword) -> Keyword:
     """A keyword that ends with the time of the reply."""
 
     def timed(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any] | None:

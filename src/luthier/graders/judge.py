@@ -68,7 +68,7 @@ class Judge(ModelSpec, Grader):
         return with_address(fields)
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
+    def _check_model(self) -> Self:
         if self.url is not None and not self.model:
             raise ValueError(
                 f"{self.url} needs the name of its model: model = ..., or model = {self.url}#NAME"

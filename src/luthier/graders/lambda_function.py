@@ -74,16 +74,16 @@ class LambdaFunction(SandboxedFunction):
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A number for each; :class:`Ungraded` where the function raised or took too long."""
         starts = range(0, len(answers), AT_ONCE)
-        return side_by_side(self._scored, [answers[i : i + AT_ONCE] for i in starts])
+        return side_by_side(self._score_events, [answers[i : i + AT_ONCE] for i in starts])
 
-    def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+    def _score_events(self, answers: Sequence[Answer]) -> list[float | Trouble]:
         event = [_element(number, answer) for number, answer in enumerate(answers)]
         given = {"event": event, **self.model_dump(include={"name", "seconds", "memory_mb"})}
         result = value_of(self.source, _CALL % json.dumps(given), self.limits)
         if result is not None and "scores" in result:
             return list(map(float, result["scores"]))
         if len(answers) > 1:  # which of them is it?
-            return [each for answer in answers for each in self._scored([answer])]
+            return [each for answer in answers for each in self._score_events([answer])]
         if result is None:
             return [no_end(self.name, self.seconds)]
         return [Trouble("grader.raised", f"grader `{self.name}` raised {result['error']}", _FIX)]

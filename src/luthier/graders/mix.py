@@ -29,7 +29,7 @@ class Mix(Grader):
     """Divide by the sum of the weights' sizes; otherwise the weights count as they are."""
 
     @model_validator(mode="after")
-    def _known(self) -> Self:
+    def _check_names(self) -> Self:
         unknown = self.weights.keys() - self.parts.keys()
         if unknown:
             raise ValueError(

@@ -78,12 +78,12 @@ def last_number(text: str) -> Found | None:
     """The number after the last ``####``, and without one there the last number of all."""
     _, marker, tail = text.rpartition(MARKER)
     if marker and (first := _NUMBER.search(tail)):
-        return _found(first)
+        return _parse(first)
     found = deque(_NUMBER.finditer(text), maxlen=1)
-    return _found(found[0]) if found else None
+    return _parse(found[0]) if found else None
 
 
-def _found(match: re.Match[str]) -> Found:
+def _parse(match: re.Match[str]) -> Found:
     sign = "-" if match["sign"] in ("-", "−") else ""
     plain = sign + match["digits"].replace(",", "") + match["power"]
     return Found(Decimal(plain), bool(match["percent"]))

@@ -127,9 +127,9 @@ class PythonSource(SandboxedFunction):
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A number for each; :class:`Ungraded` where the function raised or took too long."""
-        return side_by_side(self._scored, [[answer] for answer in answers])
+        return side_by_side(self._score_row, [[answer] for answer in answers])
 
-    def _scored(self, answers: Sequence[Answer]) -> list[float | Trouble]:
+    def _score_row(self, answers: Sequence[Answer]) -> list[float | Trouble]:
         given = json.dumps(dict(scope_of(answers[0])))
         result = value_of(self.source, _CALL % given, self.limits)
         if result is None:

@@ -75,7 +75,7 @@ def passes(code: str, tests: str, limits: Limits) -> bool:
     Raises:
         SandboxError: when the process could not be prepared.
     """
-    return _said(code, tests, limits) is not None
+    return _result_of(code, tests, limits) is not None
 
 
 def value_of(code: str, call: str, limits: Limits) -> Any:
@@ -84,14 +84,14 @@ def value_of(code: str, call: str, limits: Limits) -> Any:
     Raises:
         SandboxError: when the process could not be prepared.
     """
-    said = _said(code, call, limits, value=True)
+    said = _result_of(code, call, limits, value=True)
     try:
         return None if said is None else json.loads(said)
     except ValueError:
         return None
 
 
-def _said(code: str, tests: str, limits: Limits, value: bool = False) -> bytes | None:
+def _result_of(code: str, tests: str, limits: Limits, value: bool = False) -> bytes | None:
     """What the process wrote behind its token; ``None`` where it did not get so far."""
     token = secrets.token_hex(16)
     wanted = {"token": token, "code": code, "tests": tests, "value": value}

@@ -54,7 +54,7 @@ class ScoreModel(ModelSpec, Grader):
     needs_expected = False
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_range(self) -> Self:
         if self.range[0] >= self.range[1]:
             raise ValueError("the range's first number must be below its second")
         return self

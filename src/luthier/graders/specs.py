@@ -45,10 +45,10 @@ def parse_graders(specs: Sequence[Spec] | Mapping[str, Spec]) -> dict[str, Grade
             different graders of the same name.
     """
     if isinstance(specs, Mapping):
-        return {name: _checked(spec, name) for name, spec in specs.items()}
+        return {name: _build(spec, name) for name, spec in specs.items()}
     chosen: dict[str, Grader] = {}
     for spec in specs:
-        grader = _checked(spec, "")
+        grader = _build(spec, "")
         if chosen.setdefault(grader.method, grader) != grader:
             raise RecipeError(
                 f"two different graders are called {grader.method!r}; give them names of their own, "
@@ -84,7 +84,7 @@ def _anchor(table: Any, folder: Path) -> None:
         _anchor(part, folder)
 
 
-def _checked(spec: Spec, name: str) -> Grader:
+def _build(spec: Spec, name: str) -> Grader:
     try:
         grader = grader_from(spec)
     except ValidationError as error:

@@ -76,7 +76,7 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
             continue
         place = part.strip()
         if place not in texts:
-            texts[place] = _text(_found(place, scope))
+            texts[place] = _text(_look_up(place, scope))
         characters += len(texts[place])
         if characters > answer.text_characters:
             break  # a further place may be as long again
@@ -87,7 +87,7 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
     return "".join(texts[part.strip()] if n % 2 else part for n, part in enumerate(parts))
 
 
-def _found(place: str, scope: Scope) -> Any:
+def _look_up(place: str, scope: Scope) -> Any:
     path = _PATH.fullmatch(place)
     assert path is not None  # checked with the grader
     value: Any = scope[path[1]]

@@ -124,20 +124,20 @@ class Deletions:
         number = random_id(20, SMALL)
         about = {
             "data": list(traces.addresses),
-            "jobs": [job.id for job in _touched(traces, asked)],
-            "models_kept": [model.name for model in _kept(traces, asked)],
+            "jobs": [job.id for job in _affected_jobs(traces, asked)],
+            "models_kept": [model.name for model in _kept_models(traces, asked)],
             "outside": list(traces.outside),
         }
         files = [piece.id for each in traces.objects for piece in each.pieces]
         self._record(number, BEGUN, asked, items, about, files=files)
         if asked.models == "delete":
             self._delete_models(traces)
-        for job in _touched(traces, asked):
+        for job in _affected_jobs(traces, asked):
             _delete_files(job)
-        forget(asked.account, {run_name(job.id) for job in _touched(traces, asked)})
-        self._delete_texts(_touched(traces, asked))
+        forget(asked.account, {run_name(job.id) for job in _affected_jobs(traces, asked)})
+        self._delete_texts(_affected_jobs(traces, asked))
         self._delete_objects(traces, asked.account)
-        left = self._left(asked, items, traces)
+        left = self._remaining(asked, items, traces)
         if not self.database.scrub():
             left.append("the log of the database, which is in use")
         self._record(
@@ -194,7 +194,7 @@ class Deletions:
     def _check(self, traces: Traces, items: Sequence[Item], asked: DeletionRequest) -> None:
         if not (items or traces.jobs or traces.objects):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
-        reading = [job for job in traces.unfinished if job in _touched(traces, asked)]
+        reading = [job for job in traces.unfinished if job in _affected_jobs(traces, asked)]
         if reading:
             names = ", ".join(job.name for job in reading)
             raise WrongState(f"jobs that have not ended read these data: {names}. Stop them first")
@@ -264,7 +264,9 @@ class Deletions:
             elif not (each.bucket == UPLOADS and files.delete(account, each.key)):
                 self.objects.delete(account, each.bucket, [each.key])
 
-    def _left(self, asked: DeletionRequest, items: Sequence[Item], traces: Traces) -> list[str]:
+    def _remaining(
+        self, asked: DeletionRequest, items: Sequence[Item], traces: Traces
+    ) -> list[str]:
         """Names of what is still there: looked for in the database, and on the disk."""
         with self.database.read() as session:
             again = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
@@ -283,12 +285,12 @@ class Deletions:
         return sorted(set(left))
 
 
-def _touched(traces: Traces, asked: DeletionRequest) -> tuple[Job, ...]:
+def _affected_jobs(traces: Traces, asked: DeletionRequest) -> tuple[Job, ...]:
     """Jobs whose files go: also of those that learned through a model, where the models go."""
     return (*traces.jobs, *(traces.further if asked.models == "delete" else ()))
 
 
-def _kept(traces: Traces, asked: DeletionRequest) -> tuple[Any, ...]:
+def _kept_models(traces: Traces, asked: DeletionRequest) -> tuple[Any, ...]:
     return () if asked.models == "delete" else traces.models
 
 
@@ -297,13 +299,13 @@ def _items(traces: Traces, asked: DeletionRequest) -> Iterator[Item]:
         for piece in each.pieces:
             part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
             yield Item("object", f"{each.address}{part}", piece.size, piece.sha256)
-    for job in _touched(traces, asked):
+    for job in _affected_jobs(traces, asked):
         for path in files_of(job):
             yield _file("job", path)
         if asked.models == "delete" and job.result is not None:
             for name in model_files(str(job.result["stored_id"])):
                 yield _file("model", luthier_home() / name)
-    runs = {run_name(job.id) for job in _touched(traces, asked)}
+    runs = {run_name(job.id) for job in _affected_jobs(traces, asked)}
     for path, size, digest in lines_of_runs(asked.account, runs):
         yield Item("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
 

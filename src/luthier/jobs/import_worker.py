@@ -208,7 +208,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             )  # fmt: skip
         if found.memory and size > found.memory:
             # It would be given back for ever.
-            raise _changed(
+            raise _changed_refusal(
                 "*.safetensors", "The files were smaller when they were looked at first."
             )
         with self.database.write() as session:
@@ -242,7 +242,9 @@ class ImportWorker(Worker[ModelImport, Locations]):
     def _copy_file(self, found: ModelImport, name: str, size: int, target: Path) -> None:
         self.retry(lambda: self.locations.fetch_from(found.account, found.source, name, target))
         if (copied := target.stat().st_size) != size:
-            raise _changed(name, f"It had {size:,} bytes at the beginning, and then {copied:,}.")
+            raise _changed_refusal(
+                name, f"It had {size:,} bytes at the beginning, and then {copied:,}."
+            )
 
     def _explain(self, error: Exception, source: str) -> str:
         """Why there is no model, in words for its owner: without the server's own paths."""
@@ -272,7 +274,7 @@ def _base(name: str) -> StoredModel | None:
     return find(known.base) if known else None
 
 
-def _changed(file: str, what: str) -> ModelRefused:
+def _changed_refusal(file: str, what: str) -> ModelRefused:
     fix = "Create the model again when nobody writes to the folder any more."
     return ModelRefused(file, "model.changed", what, fix)
 

@@ -140,7 +140,7 @@ class Scheduler:
         if not give_back:
             return
         with self.database.read() as session:
-            workers = [row.worker for row in self._held(session) if row.worker]
+            workers = [row.worker for row in self._leased_rows(session) if row.worker]
         here = [worker for worker in workers if processes.is_here(worker)]
         for worker in here:
             processes.send(worker, signal.SIGTERM)
@@ -172,13 +172,13 @@ class Scheduler:
             while not self._ending and self._start_next(kind):
                 pass
 
-    def _held(self, session: Session) -> list[QueuedWork]:
+    def _leased_rows(self, session: Session) -> list[QueuedWork]:
         return [row for kind in self.kinds for row in queue.leased_rows(session, kind.table)]
 
     def expire_dead(self) -> None:
         """Take the leases of workers that died, and end those that no longer answer."""
         with self.database.read() as session:
-            held = self._held(session)
+            held = self._leased_rows(session)
         ended = {lease: child.poll() for lease, child in self.children.items()}
         for row in held:
             lease, worker = str(row.lease), row.worker or {}

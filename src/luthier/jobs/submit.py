@@ -130,9 +130,9 @@ def submit(
         modified=moment,
     )
     session.add(job)
-    _flushed(session, "job")
-    session.add(_reserved(asked, job))
-    _flushed(session, "model")
+    _flush(session, "job")
+    session.add(_reserve_model(asked, job))
+    _flush(session, "model")
     record(session, job.id, "state", "The job was created.", state=QUEUED)
     for text in asked.without_effect:
         record(session, job.id, "warning", text)
@@ -224,7 +224,7 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
 
     fields = _settings(asked.settings)
     fields["name"] = run_name(job_id)
-    fields["base"] = _stored(asked.base)
+    fields["base"] = _stored_id(asked.base)
     data = {"train": asked.training[0], **fields.get("data", {})}
     if not asked.validators:
         # Every row is there to be learned: nobody asked to hold some out.
@@ -243,7 +243,7 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
     if kind == DISTILLATION:
         if asked.teacher is None:
             raise RecipeError("a distillation needs a teacher")
-        fields["teacher"] = {**fields.get("teacher", {}), "model": _stored(asked.teacher)}
+        fields["teacher"] = {**fields.get("teacher", {}), "model": _stored_id(asked.teacher)}
     elif kind == REINFORCEMENT:
         if asked.grader is None:
             raise RecipeError("reinforcement fine-tuning needs a grader")
@@ -271,7 +271,9 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     refused = [key for key in given if key not in (*_GROUPS, "data")]
     for group in ("objective", "insights", "sampling"):
         named = given.get(group, {})
-        refused += [f"{group}.{key}" for key in named if key in _NAMING or _nested(named[key])]
+        refused += [
+            f"{group}.{key}" for key in named if key in _NAMING or _holds_mapping(named[key])
+        ]
     refused += [f"data.{key}" for key in data if key not in SETTABLE_DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
     if refused:
@@ -279,7 +281,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given)
 
 
-def _nested(value: Any) -> bool:
+def _holds_mapping(value: Any) -> bool:
     """Whether a value could hold a field of :data:`_NAMING` further down."""
     return isinstance(value, Mapping) or (
         isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value)
@@ -317,14 +319,14 @@ def check_model_quota(session: Session, account: str, limits: AccountQuotas) -> 
     storage.check(session, account, limits, stored_bytes=1)
 
 
-def _flushed(session: Session, kind: str) -> None:
+def _flush(session: Session, kind: str) -> None:
     try:
         session.flush()
     except IntegrityError as error:
         raise NameInUse(kind) from error
 
 
-def _reserved(asked: Submission, job: Job) -> CustomModel:
+def _reserve_model(asked: Submission, job: Job) -> CustomModel:
     kind = asked.base.details.get("kind") if isinstance(asked.base, CustomModel) else None
     return CustomModel(
         id=new_id(),
@@ -341,7 +343,7 @@ def _reserved(asked: Submission, job: Job) -> CustomModel:
     )
 
 
-def _stored(model: BaseModel) -> str:
+def _stored_id(model: BaseModel) -> str:
     """Id under which the store opens it."""
     if isinstance(model, FoundationModel):
         return model.base

@@ -88,7 +88,7 @@ def find_traces(
             raise RefusedInput(f"there is no job {job!r}")
         asked += sources_of(found)
     own = [each for each in asked if _is_here(each, external)]
-    chosen = {one.address: one for each in own for one in _named(session, account, each)}
+    chosen = {one.address: one for each in own for one in _objects_at(session, account, each)}
     everything = list(session.scalars(select(Job).where(Job.account == account).order_by(Job.seq)))
     for copy in _copies(session, account, chosen.values()):
         chosen.setdefault(copy.address, copy)
@@ -157,7 +157,7 @@ def _is_here(address: str, external: bool) -> bool:
     return address.startswith("s3://") and (not external or _split(address)[0] == UPLOADS)
 
 
-def _named(session: Session, account: str, address: str) -> list[FoundObject]:
+def _objects_at(session: Session, account: str, address: str) -> list[FoundObject]:
     """The objects that an address names; of one that ends with ``/``, all below it."""
     bucket, key = _split(address)
     mine = Bucket.account == account, Bucket.name == bucket
@@ -165,10 +165,10 @@ def _named(session: Session, account: str, address: str) -> list[FoundObject]:
     wanted = select(StoredObject).join(Bucket, Bucket.seq == StoredObject.bucket_seq).where(*mine)
     wanted = wanted.where(at if key.endswith("/") else StoredObject.key == key)
     found = session.scalars(wanted.order_by(StoredObject.key)).all()
-    return [_found(session, bucket, each) for each in found]
+    return [_found_object(session, bucket, each) for each in found]
 
 
-def _found(session: Session, bucket: str, stored: StoredObject) -> FoundObject:
+def _found_object(session: Session, bucket: str, stored: StoredObject) -> FoundObject:
     pieces = select(Piece).where(Piece.object_seq == stored.seq).order_by(Piece.number)
     address = f"s3://{bucket}/{stored.key}"
     return FoundObject(address, bucket, stored.key, tuple(session.scalars(pieces)))
@@ -186,7 +186,7 @@ def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterat
             if piece.object_seq is not None:
                 stored = session.get_one(StoredObject, piece.object_seq)
                 bucket = session.get_one(Bucket, stored.bucket_seq)
-                yield _found(session, bucket.name, stored)
+                yield _found_object(session, bucket.name, stored)
             elif piece.upload_id is not None:
                 upload = session.get_one(Upload, piece.upload_id)
                 bucket = session.get_one(Bucket, upload.bucket_seq)
@@ -240,7 +240,7 @@ def _outputs(session: Session, job: Job, external: bool) -> Iterator[FoundObject
         return
     for name in OUTPUTS:
         place = f"model-customization-job-{job.id}/training_artifacts/{name}"
-        yield from _named(session, job.account, f"{job.output.rstrip('/')}/{place}")
+        yield from _objects_at(session, job.account, f"{job.output.rstrip('/')}/{place}")
 
 
 def _models(session: Session, jobs: Sequence[Job]) -> tuple[CustomModel, ...]:

@@ -147,13 +147,13 @@ class TrainingWorker(Worker[Job, Locations]):
             )
         except (Interrupted, KeyboardInterrupt) as error:
             self.ending = True
-            return self._interrupted(heartbeat, error)
+            return self._end_interrupted(heartbeat, error)
         except OperationalError:
             _log.exception("the database is away; another worker will go on")
             return 1
         except Exception as error:
             self.ending = True
-            return self._failed(row, heartbeat, error)
+            return self._end_failed(row, heartbeat, error)
 
     def _train(self, job: Job, reporter: JobReporter) -> dict[str, Any]:
         """Everything up to the last transaction; the result of the job."""
@@ -194,7 +194,7 @@ class TrainingWorker(Worker[Job, Locations]):
                 self.retry(write)
         return {key: value for key, value in result.items() if not key.endswith("_dir")}
 
-    def _interrupted(self, heartbeat: JobHeartbeat, error: BaseException) -> int:
+    def _end_interrupted(self, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":
             failure = (
                 f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
@@ -203,10 +203,10 @@ class TrainingWorker(Worker[Job, Locations]):
             return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
         return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
 
-    def _failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
+    def _end_failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
-            return self._interrupted(heartbeat, error)
+            return self._end_interrupted(heartbeat, error)
         if waits_for_disk(error):
             _log.exception("the disk of job %s cannot be written", self.row_id)
             message = self._rename(explain_full_disk(error))

@@ -40,7 +40,7 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
     Raises:
         RecipeError: for fields that make no network, or one that cannot be trained here.
     """
-    _drawn(fields, "causal_lm", seed).save_pretrained(folder)
+    _draw(fields, "causal_lm", seed).save_pretrained(folder)
 
 
 def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
@@ -50,13 +50,13 @@ def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
     given.
     """
     tokenizer = character_tokenizer()
-    _drawn(
+    _draw(
         {"model_type": "elmo"} | token_ids(tokenizer) | fields, "embedding", seed
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _drawn(fields: dict[str, Any], task: Task, seed: int) -> Any:
+def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

@@ -97,7 +97,7 @@ class TokenSampler:
         Raises:
             RecipeError: where the network gave no numbers to choose by.
         """
-        logits_V = self._changed(logits_V.float())
+        logits_V = self._adjust(logits_V.float())
         if self.greedy:
             token = int(logits_V.argmax())
         else:
@@ -118,7 +118,7 @@ class TokenSampler:
         sampling = self.sampling
         return sampling.top_p < 1 or bool(sampling.top_k or sampling.min_p)
 
-    def _changed(self, logits_V: Tensor) -> Tensor:
+    def _adjust(self, logits_V: Tensor) -> Tensor:
         if self.plain:
             return logits_V
         sampling, logits_V = self.sampling, logits_V.clone()

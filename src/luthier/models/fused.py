@@ -88,14 +88,14 @@ def fuse(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            fused = _fused(child)
+            fused = _fuse(child)
             if fused is not None and _same(child, fused):
                 setattr(parent, name, fused)
                 count += 1
     return count
 
 
-def _fused(module: nn.Module) -> nn.Module | None:
+def _fuse(module: nn.Module) -> nn.Module | None:
     kind = type(module).__name__
     if isinstance(module, RMSNorm | SwiGLU):
         return None

@@ -32,7 +32,7 @@ class PackedWeight:
 
     @cached_property
     def _packed(self) -> Tensor:
-        return _ordered(self._layer.weight)
+        return _reorder(self._layer.weight)
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's ``x W^T + b`` for ``x [..., in]``."""
@@ -52,13 +52,13 @@ class PackedWeight:
             return update_NO.addmm_(x_NI, self._layer.weight.t())
         if self._branch is None:
             wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
-            self._branch = _ordered(a_rI), _ordered(wide)
+            self._branch = _reorder(a_rI), _reorder(wide)
         packed_a, packed_wide = self._branch
         z_Nr = _product(x_NI, packed_a, None)
         return _product(torch.cat([x_NI, z_Nr], 1), packed_wide, None)
 
 
-def _ordered(weight: Tensor) -> Tensor:
+def _reorder(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
     return packed
 

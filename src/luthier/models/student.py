@@ -111,7 +111,7 @@ def shrink(teacher: Any, planned: StudentPlan) -> nn.Module:
     shape = planned.shape
     sizes = width.Sizes(shape.heads, shape.intermediate, shape.hidden)
     state = width.cut(teacher, sizes, dict(teacher.state_dict()), _layers(planned.stacks))
-    state = _renamed(state, planned.stacks)
+    state = _rename_layers(state, planned.stacks)
     kind = auto_class(planned.config, task_of(teacher))
     weight = next(teacher.parameters())
     with no_init_weights():
@@ -148,7 +148,7 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
             f"networks of type {kind} have {len(names)} stacks of layers, and which may be cut is not "
             "known here; of encoder-decoders T5 can be a teacher"
         )
-    stacks = {stack: _kept(kind, size, shape) for stack, size in names.items()}
+    stacks = {stack: _layers_to_keep(kind, size, shape) for stack, size in names.items()}
     if set(names.values()) - {count}:
         raise RecipeError(
             f"the stacks of this {kind} have {', '.join(map(str, names.values()))} layers, and its "
@@ -157,7 +157,7 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
     return stacks, (count, len(next(iter(stacks.values()), range(count))))
 
 
-def _kept(kind: str, count: int, shape: StudentShape) -> tuple[int, ...]:
+def _layers_to_keep(kind: str, count: int, shape: StudentShape) -> tuple[int, ...]:
     if shape.keep is None:
         if (shape.layers or 0) > count:
             raise RecipeError(
@@ -217,7 +217,9 @@ def _layers(stacks: dict[str, tuple[int, ...]]) -> list[str]:
     return [f"{stack}.{index}" for stack, kept in stacks.items() for index in kept]
 
 
-def _renamed(state: dict[str, Tensor], stacks: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _rename_layers(
+    state: dict[str, Tensor], stacks: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """``state`` without the layers that go, the others counted anew."""
     place = {
         f"{stack}.{index}": f"{stack}.{new}"

@@ -82,7 +82,7 @@ class GRPO(Reinforcement):
 
         rollouts = self.sample_step(network, examples)
         advantage_R = self.advantages(rollouts.score_PG).reshape(-1)
-        counted, divisor = self._counted(rollouts)
+        counted, divisor = self._rows_and_divisor(rollouts)
         # Without a divergence, an advantage of 0 has no gradient: it is counted and not computed.
         rows = [
             row for row in counted if np.any(row.weight_T) and (self.beta or advantage_R[row.row])
@@ -112,7 +112,7 @@ class GRPO(Reinforcement):
             centred_PG /= score_PG.std(ddof=1) + SMALLEST_STD
         return centred_PG
 
-    def _counted(self, rollouts: Rollouts) -> tuple[list[Example], float]:
+    def _rows_and_divisor(self, rollouts: Rollouts) -> tuple[list[Example], float]:
         """The completions as rows, and what the sum of their losses is divided by."""
         skipped_P = rollouts.equal_P if self.dynamic_sampling else np.zeros_like(rollouts.equal_P)
         rows = []

@@ -67,10 +67,10 @@ class LogitDistillation(Distillation):
         from luthier.objectives.divergence import CHUNK
         from luthier.objectives.logprobs import chunked_loss
 
-        compare = self.distance.compare(batch, self._given(network, batch), self.mix)
+        compare = self.distance.compare(batch, self._teacher_view(network, batch), self.mix)
         return Loss(chunked_loss(network, batch, compare, CHUNK))
 
-    def _given(self, network: Network, batch: TreeBatch) -> Given:
+    def _teacher_view(self, network: Network, batch: TreeBatch) -> Given:
         from luthier.objectives.teacher import whole_distribution
 
         if network.cache is not None:

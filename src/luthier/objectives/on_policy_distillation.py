@@ -92,7 +92,10 @@ class OnPolicyDistillation(Distillation):
             rows[place] = with_answer(rows[place], answer.ids_T)
             written[id(rows[place])] = answer
         batches = network.batches(rows, budget)
-        return [replace(batch, extra=_written(batch, written, network.chat)) for batch in batches]
+        return [
+            replace(batch, extra=_match_completions(batch, written, network.chat))
+            for batch in batches
+        ]
 
     def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
         from luthier.models.decoding import random_seeds, sample
@@ -177,7 +180,7 @@ def _room(network: Network, example: Example) -> int:
     return context - before - _reply_start(example)
 
 
-def _written(
+def _match_completions(
     batch: TreeBatch, written: Mapping[int, Completion], chat: ChatFormat | None
 ) -> _Written:
     own = [(row, written[id(row)]) for row in batch.tree.examples if id(row) in written]

@@ -130,7 +130,7 @@ class PPO(Reinforcement):
 
         policies: list[Policy] = [batch.extra for batch in batches]
         reward_M = torch.cat([self._rewards(rollouts, batch) for batch in batches])
-        value_M = torch.cat([_known(policy.value_M) for policy in policies])
+        value_M = torch.cat([_filled_in(policy.value_M) for policy in policies])
         if self.whiten_rewards:
             reward_M = whiten(reward_M, shift=False)
         lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
@@ -156,7 +156,7 @@ class PPO(Reinforcement):
         policy: Policy = batch.extra
         reward_M = torch.zeros_like(policy.weight_M)
         if policy.reference_M is not None:
-            reward_M = -self.kl_coef * (_known(policy.old_M) - policy.reference_M)
+            reward_M = -self.kl_coef * (_filled_in(policy.old_M) - policy.reference_M)
         chosen = [rollouts.each[row.row] for row in batch.tree.examples]
         ends = np.cumsum([len(rollout) for rollout in chosen]) - 1
         scores = [
@@ -186,8 +186,8 @@ class PPO(Reinforcement):
         policy.note("clipped", (clipped_M < ratio_M * advantage_M).float())
         value_M, old_M, back_M = (
             _values(network, batch, hidden_NH),
-            _known(policy.value_M),
-            _known(policy.return_M),
+            _filled_in(policy.value_M),
+            _filled_in(policy.return_M),
         )
         near_M = value_M.clamp(old_M - self.cliprange_value, old_M + self.cliprange_value)
         error_M = (value_M - back_M).square().maximum((near_M - back_M).square()) / 2
@@ -220,7 +220,7 @@ def _values(network: Network, batch: TreeBatch, hidden_NH: Tensor) -> Tensor:
     return value_S[batch.edge_source_E][batch.learned[1]]
 
 
-def _known(tensor: Tensor | None) -> Tensor:
+def _filled_in(tensor: Tensor | None) -> Tensor:
     """What :meth:`PPO.annotate` has filled in."""
     assert tensor is not None
     return tensor

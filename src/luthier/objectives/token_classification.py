@@ -79,12 +79,12 @@ class TokenClassification(Objective):
         tagged = row if isinstance(row, TaggedWords) else None
         words = list(tagged.tokens if tagged else row.plain_text().split())
         tags = tagged.tags if tagged else None
-        encoded = _encoded(words, chat.tokenizer)
+        encoded = _encode_words(words, chat.tokenizer)
         read = set(encoded.word_ids())
         if chat.tokenizer.unk_token and not read.issuperset(range(len(words))):
             unknown = chat.tokenizer.unk_token
             words = [word if index in read else unknown for index, word in enumerate(words)]
-            encoded = _encoded(words, chat.tokenizer)
+            encoded = _encode_words(words, chat.tokenizer)
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         first_T = np.zeros(len(ids_T), dtype=bool)
         target_T = np.full(len(ids_T), -1, dtype=np.int64)
@@ -161,7 +161,7 @@ class TokenClassification(Objective):
         return network.token_scores(batch, nodes.to(network.device)).float()
 
 
-def _encoded(words: list[str], tokenizer: Any) -> Any:
+def _encode_words(words: list[str], tokenizer: Any) -> Any:
     return tokenizer(words, is_split_into_words=True, add_special_tokens=True)
 
 

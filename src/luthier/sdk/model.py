@@ -251,7 +251,7 @@ def evaluate(
         records = predicted.answers
         if not of_shape(JudgedAnswers, rows):
             records = [
-                {**row_input(row), "expected": _expected(row), **answer}
+                {**row_input(row), "expected": _expected_answer(row), **answer}
                 for row, answer in zip(predicted.measured.rows, records, strict=True)
             ]
         found = replace(predicted.evaluation(), records=records)
@@ -284,7 +284,7 @@ def row_input(row: Row) -> dict[str, Any]:
     return {"text": row.plain_text()}
 
 
-def _expected(row: Row) -> Any:
+def _expected_answer(row: Row) -> Any:
     """What a row says that the model should have answered."""
     from luthier.data.shapes import LabelledText, RatedText, TaggedWords, TextPair
 

@@ -119,7 +119,7 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
         context=context,
         tokenizer_from=model_id,
     )
-    checks = _tried(StoredModel(model_id, folder, manifest))
+    checks = _try(StoredModel(model_id, folder, manifest))
     return Accepted(manifest.model_copy(update={"checks": checks}), None)
 
 
@@ -193,7 +193,7 @@ def accept_adapter(
         format=TextFormat(
             template=chat.template, stop_ids=chat.stop_ids, start_id=asked["start_id"]
         ),
-        adapter_of=_named(fields),
+        adapter_of=_base_name(fields),
     )
     candidate = StoredModel(model_id, folder, manifest, base)
     config = read_config(base.network_folder, head)
@@ -208,7 +208,7 @@ def accept_adapter(
                 f"{error:.2g}).",
                 "Merge it into its model (merge_and_unload), save that and name its folder.",
             )  # fmt: skip
-    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_tried(candidate)}
+    checks = {"peft": "same numbers as PEFT", "peft_error": error, **_try(candidate)}
     return Accepted(manifest.model_copy(update={"checks": checks}), base)
 
 
@@ -216,7 +216,7 @@ def _base_for(
     fields: Mapping[str, Any], base_of: Callable[[str], StoredModel | None]
 ) -> StoredModel:
     """The base model that an adapter names."""
-    named = _named(fields)
+    named = _base_name(fields)
     base = base_of(short_name(named)) if named else None
     if base is None or base.manifest.kind == "encoder":
         raise ModelRefused(
@@ -227,7 +227,7 @@ def _base_for(
     return base
 
 
-def _named(fields: Mapping[str, Any]) -> str:
+def _base_name(fields: Mapping[str, Any]) -> str:
     return str(fields.get("base_model_name_or_path") or "")
 
 
@@ -236,7 +236,7 @@ def _weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _tried(candidate: StoredModel) -> dict[str, Any]:
+def _try(candidate: StoredModel) -> dict[str, Any]:
     """Load it as it is served, compare the layout, and let it answer."""
     with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
         if candidate.manifest.kind == "encoder":

@@ -90,7 +90,7 @@ class ConfinedProcess:
         with self._lock:
             if self._child is None:
                 self._start()
-            return self._asked({"call": call, "given": given})
+            return self._exchange({"call": call, "given": given})
 
     def kill(self) -> None:
         """End what is under way; whoever asked is refused. Any thread may, without its turn."""
@@ -107,16 +107,16 @@ class ConfinedProcess:
         if self._closed:
             raise Interrupted(self._closed_because)
         try:
-            child, ours = self._started()
+            child, ours = self._spawn()
         except OSError as error:
             text = f"the process for {self._subject} cannot start: {error.strerror}"
             raise Interrupted(text) from error
         self._child, self._connection = child, ours
-        self._finally = weakref.finalize(self, _ended, child, ours)
-        about: dict[str, Any] = self._asked(None)
+        self._finally = weakref.finalize(self, _close_process, child, ours)
+        about: dict[str, Any] = self._exchange(None)
         return about
 
-    def _started(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    def _spawn(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -134,7 +134,7 @@ class ConfinedProcess:
                 raise
         return child, ours
 
-    def _asked(self, asked: Mapping[str, Any] | None) -> Any:
+    def _exchange(self, asked: Mapping[str, Any] | None) -> Any:
         connection = self._connection
         assert connection is not None
         began = time.monotonic()
@@ -179,7 +179,7 @@ class ConfinedProcess:
         self._child = self._connection = None
 
 
-def _ended(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
+def _close_process(child: subprocess.Popen[bytes], connection: socket.socket) -> None:
     connection.close()
     child.kill()
     child.wait()

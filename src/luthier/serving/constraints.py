@@ -104,7 +104,7 @@ class SchemaTrials:
         with self._lock:
             reason = self._known.get(key)
         if reason is None:
-            reason = self._tried(grammar)
+            reason = self._try_grammar(grammar)
             with self._lock:
                 self._known[key] = reason
                 while len(self._known) > KNOWN:
@@ -130,7 +130,7 @@ class SchemaTrials:
             text = "Too many JSON schemas are being read. Please wait and try again."
             raise InferenceFailed("Throttling", text) from late
 
-    def _tried(self, grammar: str) -> str:
+    def _try_grammar(self, grammar: str) -> str:
         """What is wrong with it; empty where nothing is."""
         try:
             with self.turn():
@@ -287,7 +287,7 @@ def _plain(error: str) -> str:
 
 def _call(tool: Tool, place: str) -> dict[str, Any]:
     """The schema of a call of ``tool``, where it stands at ``place`` of the whole one."""
-    arguments = _moved(dict(tool.parameters), f"{place}/properties/arguments")
+    arguments = _move_references(dict(tool.parameters), f"{place}/properties/arguments")
     return {
         "type": "object",
         "properties": {"name": {"const": tool.name}, "arguments": arguments},
@@ -296,13 +296,13 @@ def _call(tool: Tool, place: str) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _move_references(schema: Any, place: str) -> Any:
     """``schema`` with its references to itself, after it was put at ``place`` of another one."""
     if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
+        return [_move_references(each, place) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, place) for key, value in schema.items()}
+    moved = {key: _move_references(value, place) for key, value in schema.items()}
     reference = moved.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]

@@ -103,9 +103,11 @@ class Prompting:
 
         ``None`` where no question fits into the context with what is given.
         """
-        asked = [self._asked(each, with_) for each, with_ in zip(questions, given, strict=True)]
+        asked = [
+            self._conversation(each, with_) for each, with_ in zip(questions, given, strict=True)
+        ]
         pairs = [(turns, q.answer) for turns, q in zip(asked, questions, strict=True)]
-        encoded = [self._encoded(turns, answer, n) for n, (turns, answer) in enumerate(pairs)]
+        encoded = [self._encode(turns, answer, n) for n, (turns, answer) in enumerate(pairs)]
         room = self.context - ROOM
         fitting = [(e, p) for e, p in zip(encoded, pairs, strict=True) if len(e) <= room]
         if not fitting:
@@ -125,7 +127,9 @@ class Prompting:
             seconds = (time.perf_counter() - began) / len(examples)
         return Prompted(name, loss, exact, read / len(examples), seconds)
 
-    def _asked(self, question: Question, given: Sequence[Question | str]) -> tuple[Message, ...]:
+    def _conversation(
+        self, question: Question, given: Sequence[Question | str]
+    ) -> tuple[Message, ...]:
         """The conversation: examples as turns before, passages inside the last question."""
         turns: list[Message] = []
         passages = [each for each in given if isinstance(each, str)]
@@ -145,7 +149,7 @@ class Prompting:
             rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
         return (*system, *turns, *rest)
 
-    def _encoded(self, turns: tuple[Message, ...], answer: str, index: int) -> Example:
+    def _encode(self, turns: tuple[Message, ...], answer: str, index: int) -> Example:
         encoded = self.chat.encode_reply((*turns, Message("assistant", answer)), len(turns))
         return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
 

@@ -75,11 +75,13 @@ class PromptLimit:
             raise self.too_long()
         left = self.bytes
         for turn in asked.turns:
-            left -= len(turn.content) + sum(_written(dict(call.arguments)) for call in turn.calls)
+            left -= len(turn.content) + sum(
+                _json_length(dict(call.arguments)) for call in turn.calls
+            )
             if left < 0:
                 raise self.too_long()
         for tool in asked.tools if asked.tool_choice != "none" else ():
-            left -= len(tool.description) + _written(dict(tool.parameters))
+            left -= len(tool.description) + _json_length(dict(tool.parameters))
             if left < 0:
                 raise self.too_long()
 
@@ -144,7 +146,7 @@ class PromptLimit:
             start = end
 
 
-def _written(value: Any) -> int:
+def _json_length(value: Any) -> int:
     """Characters of ``value`` in JSON."""
     try:
         return len(json.dumps(value, ensure_ascii=False))

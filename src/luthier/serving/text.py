@@ -54,14 +54,14 @@ class StopFinder:
             self.found = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
             at = starts[self.found]
         else:
-            at = len(self._held) - self._kept()
+            at = len(self._held) - self._possible_stop()
         return self._pass(at)
 
     def end(self) -> str:
         """What is left when no more comes."""
         return self._pass(len(self._held)) if self.found is None else ""
 
-    def _kept(self) -> int:
+    def _possible_stop(self) -> int:
         """How much at the end may begin a stop sequence."""
         longest = max(map(len, self._stops), default=1) - 1
         for size in range(min(longest, len(self._held)), 0, -1):

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     limit_memory(MEMORY)
     allow_seconds(READ_SECONDS)
     try:
-        chat = _opened(Path(folder), json.loads(fields))
+        chat = _open_chat_format(Path(folder), json.loads(fields))
         about = _about(chat)
     except Exception as error:
         send(connection, {"error": _words(error)})
@@ -78,7 +78,7 @@ def _import(folder: Path) -> None:
     render_jinja_template([[{"role": "user", "content": ""}]], chat_template=_WARM)
 
 
-def _opened(folder: Path, fields: Mapping[str, Any] | None) -> ChatFormat:
+def _open_chat_format(folder: Path, fields: Mapping[str, Any] | None) -> ChatFormat:
     from luthier.data.chat import ChatFormat
     from luthier.models.tokenizer import load_chat_format, load_tokenizer
 

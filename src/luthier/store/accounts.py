@@ -80,10 +80,10 @@ _last_commit = 0
 def invalidate_caches(session: Session) -> None:
     """Tell caches: other processes by the row, this one as soon as ``session`` is committed."""
     session.merge(PrincipalsVersion(id=1, token=new_id()))
-    event.listen(session, "after_commit", _committed, once=True)
+    event.listen(session, "after_commit", _note_commit, once=True)
 
 
-def _committed(session: Session) -> None:
+def _note_commit(session: Session) -> None:
     global _last_commit
     _last_commit = next(_commits)
 
@@ -158,7 +158,7 @@ def remove_account(session: Session, account: str) -> None:
         RefusedInput: where it has or does: who came by that number later would own it.
     """
     found = account_of(session, account)
-    owned = {name: number for name, number in _owned(session, account) if number}
+    owned = {name: number for name, number in _count_owned(session, account) if number}
     if owned:
         told = ", ".join(f"{number} in {name}" for name, number in owned.items())
         raise RefusedInput(f"account {account} still has {told}; disable it, or remove those first")
@@ -201,7 +201,7 @@ def quotas_of(session: Session, account: str, defaults: AccountQuotas) -> Accoun
     return defaults.model_copy(update=own) if own else defaults
 
 
-def _owned(session: Session, account: str) -> list[tuple[str, int]]:
+def _count_owned(session: Session, account: str) -> list[tuple[str, int]]:
     # As the database has them: not every part of the service need be loaded here.
     tables = MetaData()
     tables.reflect(session.connection())

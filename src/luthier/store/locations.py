@@ -245,7 +245,7 @@ class BuiltInBuckets:
             content = self._objects.open(account, bucket, key)
             with new_file(target) as file:
                 for piece in content.pieces:
-                    for data in self._verified(account, piece):
+                    for data in self._verify(account, piece):
                         file.write(data)
         except ObjectRefused:
             raise LocationRefused(f"There is no object s3://{bucket}/{key} any more.") from None
@@ -277,7 +277,7 @@ class BuiltInBuckets:
         with suppress(ObjectRefused):
             self._objects.delete(account, bucket, [key])
 
-    def _verified(self, account: str, piece: Piece) -> Iterator[bytes]:
+    def _verify(self, account: str, piece: Piece) -> Iterator[bytes]:
         digest = hashlib.sha256()
         for data in self._objects.files.read(account, [(piece.id, piece.size)], 0, piece.size):
             digest.update(data)

@@ -155,7 +155,7 @@ class MultipartUploads:
                     raise
                 return made
             there = _parts(session, upload_id)
-            pieces = _picked(there, chosen)
+            pieces = _select_parts(there, chosen)
             taken = {piece.id for piece in pieces}
             gone = remove_object(session, found, key, check)
             left = [piece for piece in there if piece.id not in taken]
@@ -208,7 +208,7 @@ def _parts(session: Session, upload_id: str) -> list[Piece]:
     return list(session.scalars(wanted))
 
 
-def _picked(there: Sequence[Piece], chosen: Sequence[CompletedPart]) -> list[Piece]:
+def _select_parts(there: Sequence[Piece], chosen: Sequence[CompletedPart]) -> list[Piece]:
     """The parts that the client names, which have to be as it says."""
     numbers = [each.number for each in chosen]
     if numbers != sorted(set(numbers)):

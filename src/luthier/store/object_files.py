@@ -228,7 +228,7 @@ class ObjectFiles:
         newest, removed = time.time() - older_than, 0
         for folder in sorted(self.folder.glob("*/??")):
             # Seen before the rows are asked: what is named by then is kept.
-            seen = [path for path in folder.iterdir() if _changed(path) <= newest]
+            seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
             known = named(folder.name) if seen else set()
             for path in seen:
                 if path.name not in known:
@@ -254,7 +254,7 @@ def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:
             yield data
 
 
-def _changed(path: Path) -> float:
+def _change_time(path: Path) -> float:
     """When a file was written, renamed or given a second name; never, for one that is gone."""
     try:
         return path.stat().st_ctime

@@ -62,7 +62,7 @@ class Sealing:
         """``key`` is the server's."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-        self._cipher = AESGCM(_derived(key, b"secrets of access keys"))
+        self._cipher = AESGCM(_derive(key, b"secrets of access keys"))
 
     def seal(self, secret: str, name: str) -> bytes:
         """``secret`` encrypted, as :meth:`seal_bytes` does it."""
@@ -107,8 +107,8 @@ class Sealing:
 
 def purpose_key(key: bytes, purpose: str) -> bytes:
     """32 bytes for one purpose, such as signing tokens of lists; tells nothing of the server's key."""
-    return _derived(key, purpose.encode())
+    return _derive(key, purpose.encode())
 
 
-def _derived(key: bytes, purpose: bytes) -> bytes:
+def _derive(key: bytes, purpose: bytes) -> bytes:
     return hmac.digest(key, b"luthier: " + purpose, "sha256")

@@ -80,7 +80,7 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
                 folders = _WholeFolders(home, folder)
                 with database.read() as session:
                     objects.add(session)
-                    finished = _finished(session)
+                    finished = _finished_jobs(session)
                 with disk_errors(home):
                     for top in _tops(home):
                         for path in _entries(home, top, finished):
@@ -90,7 +90,7 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
                     session = opened.enter_context(database.read())
                     objects.add(session)
                     objects.drop_unnamed()
-                    _add_others(home, folders, _finished(session), _database_files(database))
+                    _add_others(home, folders, _finished_jobs(session), _database_files(database))
                 yield Snapshot(session, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +133,7 @@ class _Objects:
             self._target.path(self._linked[file], file).unlink()
 
 
-def _finished(session: Session) -> dict[str, bool]:
+def _finished_jobs(session: Session) -> dict[str, bool]:
     """Jobs that have ended, and whether they have a model."""
     with_model = set(session.scalars(select(CustomModel.job_id)))
     ended = session.scalars(select(Job.id).where(Job.state.in_(ENDED)))

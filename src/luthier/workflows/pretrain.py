@@ -244,7 +244,7 @@ def _tokens(
             TokenWriter(fresh / "train.bin", kind) as train,
             TokenWriter(fresh / "validation.bin", kind) as held,
         ):
-            text = _told(pieces(recipe.data.train), found.characters, reporter)
+            text = _report_progress(pieces(recipe.data.train), found.characters, reporter)
             _encode(out.parts(text), chat, train, held)
             _encode(((piece, True) for piece in pieces(recipe.data.validation)), chat, train, held)
             facts = {"train": train.close(), "validation": held.close()}
@@ -263,7 +263,7 @@ def _encode(
             (held if out else train).append([*ids, chat.end_id] if piece.ends else ids)
 
 
-def _told(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:
+def _report_progress(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:
     """The same pieces; the reporter hears how far they are, a few times."""
     started, told = time.monotonic(), 0.0
     reporter.stage(f"Writing {characters / 1e6:,.1f} million characters as tokens")

@@ -50,7 +50,7 @@ def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        wrong = [_malformed(dict(each)) for each in error.errors(include_url=False)]
+        wrong = [_describe_error(dict(each)) for each in error.errors(include_url=False)]
     raise malformed(", ".join(wrong))
 
 
@@ -66,16 +66,16 @@ def _place(error: Mapping[str, Any]) -> str:
     return ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
 
 
-def _malformed(error: Mapping[str, Any]) -> str:
+def _describe_error(error: Mapping[str, Any]) -> str:
     place = _place(error)
     if error["type"] == "extra_forbidden":
         return f"extraneous key [{place}] is not permitted"
     if error["type"] == "missing":
         return f"required key [{place}] not found"
-    return f"#/{place.replace('.', '/')}: {_said(error)}"
+    return f"#/{place.replace('.', '/')}: {_describe_constraint(error)}"
 
 
-def _said(error: Mapping[str, Any]) -> str:
+def _describe_constraint(error: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "missing":

@@ -220,7 +220,7 @@ def page(
     limit = request.get("maxResults", DEFAULT_RESULTS)
     ascending = request.get("sortOrder") == "Ascending"
     if token := request.get("nextToken"):
-        wanted = wanted.where(_beyond(order, _opened(request, token), ascending))
+        wanted = wanted.where(_beyond(order, _open_token(request, token), ascending))
     columns = (order.created, order.seq)
     sorted_by = [each.asc() if ascending else each.desc() for each in columns]
     rows = session.scalars(wanted.order_by(*sorted_by).limit(limit + 1)).all()
@@ -228,7 +228,7 @@ def page(
         return rows, None
     last = rows[limit - 1]
     place = getattr(last, order.created.key), getattr(last, order.seq.key)
-    return rows[:limit], _sealed(request, place)
+    return rows[:limit], _seal_token(request, place)
 
 
 def created_within(
@@ -268,20 +268,20 @@ def _floor(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
-def _sealed(request: ControlRequest, place: tuple[datetime, int]) -> str:
+def _seal_token(request: ControlRequest, place: tuple[datetime, int]) -> str:
     moment, seq = place
     packed = _PLACE.pack((moment - _EPOCH) // _MICROSECOND, seq)
     return base64.urlsafe_b64encode(packed + _signature(request, packed)).decode()
 
 
-def _opened(request: ControlRequest, token: str) -> tuple[datetime, int]:
+def _open_token(request: ControlRequest, token: str) -> tuple[datetime, int]:
     try:
         raw = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _refused() from error
+        raise _invalid_token() from error
     packed, signature = raw[: _PLACE.size], raw[_PLACE.size :]
     if not hmac.compare_digest(signature, _signature(request, packed)):
-        raise _refused()
+        raise _invalid_token()
     microseconds, seq = _PLACE.unpack(packed)
     return _EPOCH + microseconds * _MICROSECOND, seq
 
@@ -293,7 +293,7 @@ def _signature(request: ControlRequest, packed: bytes) -> bytes:
     return whole[:_SIGNATURE_BYTES]
 
 
-def _refused() -> Fault:
+def _invalid_token() -> Fault:
     return Fault("Validation", "The provided nextToken is not valid.", parameter="nextToken")
 
 

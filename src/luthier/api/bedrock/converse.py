@@ -92,7 +92,7 @@ def chat_of(asked: Mapping[str, Any]) -> Chat:
             "must have length greater than or equal to 1",
         )
     _check_order(messages)
-    system = [_said(block) for block in asked.get("system", ())]
+    system = [_block_text(block) for block in asked.get("system", ())]
     text = "\n".join(each for each in system if each is not None)
     turns = [Message("system", text)] if text else []
     for index, message in enumerate(messages):
@@ -102,14 +102,14 @@ def chat_of(asked: Mapping[str, Any]) -> Chat:
     return Chat(tuple(turns), tools, choice)
 
 
-def _said(block: Mapping[str, Any]) -> str | None:
+def _block_text(block: Mapping[str, Any]) -> str | None:
     """The text of a block, ``None`` of a point to cache at; everything else is not supported."""
     ((name, value),) = block.items()
     if name == "guardContent":
         ((name, value),) = value.items()
         value = value["text"] if name == "text" else value
     if name not in ("text", "cachePoint"):
-        raise _unsupported(name)
+        raise _unsupported_field(name)
     return value if name == "text" else None
 
 
@@ -123,7 +123,7 @@ def _tools(config: Mapping[str, Any]) -> tuple[tuple[Tool, ...], str]:
             schema = _object(schema, f"toolConfig.tools.{index}.toolSpec.inputSchema.json")
             tools.append(Tool(spec["name"], spec.get("description", ""), schema))
         elif name != "cachePoint":
-            raise _unsupported(name)
+            raise _unsupported_field(name)
     names = [tool.name for tool in tools]
     if twice := {name for name, count in Counter(names).items() if count > 1}:
         raise Fault("Validation", f"The tool {min(twice)} is defined more than once.")
@@ -184,7 +184,7 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
         elif name in ("toolUse", "toolResult"):
             text = f"The {role} role cannot have the {name} block at {where}."
             raise Fault("Validation", text)
-        elif (said := _said(block)) is not None:
+        elif (said := _block_text(block)) is not None:
             texts.append(_text(said, where))
     if texts or calls or not results:
         results.append(Message(role, "\n".join(texts), calls=tuple(calls)))
@@ -195,7 +195,7 @@ def _result(part: Mapping[str, Any]) -> str:
     """A part of what a tool gave back, as text."""
     ((name, value),) = part.items()
     if name not in ("text", "json"):
-        raise _unsupported(name)
+        raise _unsupported_field(name)
     return value if name == "text" else json.dumps(value, ensure_ascii=False)
 
 
@@ -242,7 +242,7 @@ def _check_calls(turns: Sequence[Message], tools: bool) -> None:
             open_calls = {call.id for call in turn.calls}
 
 
-def _unsupported(name: str) -> Fault:
+def _unsupported_field(name: str) -> Fault:
     return Fault(
         "Validation",
         f"This model doesn't support the {name} field. Remove {name} and try again.",
@@ -285,7 +285,7 @@ def answer_of(
         "usage": usage(stream.prompt_tokens, answer.tokens),
         "metrics": {"latencyMs": latency()},
     }
-    fields = _pointed(asked.get("additionalModelResponseFieldPaths", ()), stream, answer)
+    fields = _additional_fields(asked.get("additionalModelResponseFieldPaths", ()), stream, answer)
     return {**found, "additionalModelResponseFields": fields} if fields else found
 
 
@@ -321,7 +321,7 @@ def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, di
             if opened:
                 yield "contentBlockStop", {"contentBlockIndex": index}
     stop: dict[str, Any] = {"stopReason": STOP_REASONS[answer.reason]}
-    fields = _pointed(paths, stream, answer)
+    fields = _additional_fields(paths, stream, answer)
     if fields:
         stop["additionalModelResponseFields"] = fields
     yield "messageStop", stop
@@ -341,7 +341,7 @@ def _use(call: ToolCall) -> dict[str, str]:
     return {"toolUseId": call.id, "name": call.name}
 
 
-def _pointed(paths: Sequence[str], stream: Stream, answer: Whole) -> dict[str, Any]:
+def _additional_fields(paths: Sequence[str], stream: Stream, answer: Whole) -> dict[str, Any]:
     """The members of the model's own answer that were asked for; unknown ones are left out."""
     native = {
         "generation": answer.text,

@@ -80,7 +80,7 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
         model = asked_model(request, session, request["modelIdentifier"])
         made = select(Job).where(Job.id == model.job_id)
         job = session.scalars(made).one_or_none() if model.job_id else None
-        return _described(request, model, job)
+        return _model_details(request, model, job)
 
 
 def list_models(request: ControlRequest) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def asked_model(request: ControlRequest, session: Session, identifier: str) -> C
     return found
 
 
-def _described(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
+def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
     told = learned(job) if job else {"customizationType": "IMPORTED"}
     asked = model.details.get("request", {})
     return {

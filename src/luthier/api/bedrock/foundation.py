@@ -18,7 +18,7 @@ _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
     """All that fit the filters; there are no pages."""
     request.allow("*")
-    found = [_described(request, model) for model in foundation_models()]
+    found = [_model_details(request, model) for model in foundation_models()]
     if provider := request.get("byProvider"):
         found = [each for each in found if each["providerName"].lower() == provider.lower()]
     for filtered, member in (
@@ -34,12 +34,12 @@ def list_foundation_models(request: ControlRequest) -> dict[str, Any]:
 def get_foundation_model(request: ControlRequest) -> dict[str, Any]:
     """One by id, alias or ARN."""
     identifier = request["modelIdentifier"]
-    return {"modelDetails": _described(request, _asked(request, identifier))}
+    return {"modelDetails": _model_details(request, _find(request, identifier))}
 
 
 def get_availability(request: ControlRequest) -> dict[str, Any]:
     """What is here can be used: nobody has to agree to anything first."""
-    model = _asked(request, request["modelId"])
+    model = _find(request, request["modelId"])
     return {
         "modelId": model.id,
         "agreementAvailability": {"status": "AVAILABLE"},
@@ -54,7 +54,7 @@ def customizations(model: FoundationModel) -> tuple[str, ...]:
     return WRITER_TYPES if model.writes else ENCODER_TYPES
 
 
-def _asked(request: ControlRequest, identifier: str) -> FoundationModel:
+def _find(request: ControlRequest, identifier: str) -> FoundationModel:
     request.allow(invoked_arn(request.arns, identifier))
     found = find_foundation(request.arns, identifier)
     if found is None and "." not in identifier:
@@ -65,7 +65,7 @@ def _asked(request: ControlRequest, identifier: str) -> FoundationModel:
     return found
 
 
-def _described(request: ControlRequest, model: FoundationModel) -> dict[str, Any]:
+def _model_details(request: ControlRequest, model: FoundationModel) -> dict[str, Any]:
     return {
         "modelArn": request.arns.foundation_model(model.id),
         "modelId": model.id,

@@ -227,7 +227,7 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
     with request.control.database.read() as session:
         job = asked_job(request, session)
         model = _models(session, [job]).get(job.id)
-        return described(request, job) | {"outputModelArn": _made(request, model)}
+        return described(request, job) | {"outputModelArn": _model_arn(request, model)}
 
 
 def list_jobs(request: ControlRequest) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> di
         "lastModifiedTime": job.modified,
         "creationTime": job.created,
         "endTime": job.ended,
-        "customModelArn": _made(request, model),
+        "customModelArn": _model_arn(request, model),
         "customModelName": job.model_name,
         "customizationType": job.customization_type,
     }
@@ -335,7 +335,7 @@ def _models(session: Session, found: Any) -> dict[str, CustomModel]:
     return {str(model.job_id): model for model in session.scalars(asked)}
 
 
-def _made(request: ControlRequest, model: CustomModel | None) -> str | None:
+def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None:
     return model.arn(request.arns) if model else None
 
 

@@ -87,7 +87,7 @@ class _Runtime:
 
     def converse(self, request: Request) -> Response:
         """The whole answer to a conversation."""
-        timed, stored_id = _timed(), self._model(request, INVOKE)
+        timed, stored_id = _start_timer(), self._model(request, INVOKE)
         asked = body_members(operation_models()["Converse"], json_object(request))
         with faults():
             stream = self.pool.submit(stored_id, converse.generation_request(asked))
@@ -95,7 +95,7 @@ class _Runtime:
 
     def converse_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _timed(), self._model(request, STREAM)
+        timed, stored_id = _start_timer(), self._model(request, STREAM)
         asked = body_members(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, asked))
         events = _with_failure(converse.events_of(asked, stream, timed.latency))
@@ -104,7 +104,7 @@ class _Runtime:
 
     def invoke(self, request: Request) -> Response:
         """The answer to a body in the model's own form."""
-        timed, stored_id = _timed(), self._model(request, INVOKE)
+        timed, stored_id = _start_timer(), self._model(request, INVOKE)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
             value, read, written = *self._embedding(stored_id, form), 0
@@ -123,7 +123,7 @@ class _Runtime:
 
     def invoke_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _timed(), self._model(request, STREAM)
+        timed, stored_id = _start_timer(), self._model(request, STREAM)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
             raise Fault("Validation", "The model is not supported for streaming.")
@@ -143,7 +143,7 @@ class _Runtime:
         if kind == "converse":
             prompt: Prompt = converse.chat_of(value)
         else:
-            inner = replace(request, body=_decoded(value["body"]))
+            inner = replace(request, body=_decode_body(value["body"]))
             form = form_of(request.params["modelId"], native_object(inner), self.chat)
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embedding(stored_id, form)
@@ -198,11 +198,11 @@ def _with_failure(frames: Iterator[bytes]) -> Iterator[bytes]:
         yield exception("internalServerException", "Something failed inside the service.")
 
 
-def _timed() -> Timed:
+def _start_timer() -> Timed:
     return Timed(time.perf_counter, time.perf_counter())
 
 
-def _decoded(body: Any) -> bytes:
+def _decode_body(body: Any) -> bytes:
     """A body inside a body: base64."""
     try:
         return base64.b64decode(body, validate=True)

@@ -118,10 +118,10 @@ class Checker:
             if value is not None:
                 found[name] = self.value(member, value, where)
             elif name in shape.required_members:
-                self._failed("null", where, "Member must not be null")
+                self._add_problem("null", where, "Member must not be null")
         if shape.is_tagged_union and len(found) != 1:
             known = ", ".join(shape.members)
-            self._failed(sorted(found), path, f"Exactly one member must be set, of [{known}]")
+            self._add_problem(sorted(found), path, f"Exactly one member must be set, of [{known}]")
         return found
 
     def value(self, shape: Shape, value: Any, path: str) -> Any:
@@ -129,22 +129,22 @@ class Checker:
         if isinstance(shape, StructureShape):
             if shape.is_document_type:  # any JSON
                 return value
-            return self.members(shape, _typed(value, dict, path, "an object"), path)
+            return self.members(shape, _check_type(value, dict, path, "an object"), path)
         if isinstance(shape, ListShape):
-            items = _typed(value, list, path, "a list")
+            items = _check_type(value, list, path, "a list")
             if not self._size(shape, items, path, "length"):
                 return []
             return [self._item(shape.member, item, path, n) for n, item in enumerate(items, 1)]
         if isinstance(shape, MapShape):
-            return self._map(shape, _typed(value, dict, path, "an object"), path)
+            return self._map(shape, _check_type(value, dict, path, "an object"), path)
         if isinstance(shape, StringShape):
-            return self._text(shape, _typed(value, str, path, "a string"), path)
+            return self._text(shape, _check_type(value, str, path, "a string"), path)
         return self._scalar(shape, value, path)
 
     def _item(self, shape: Shape, value: Any, path: str, number: int) -> Any:
         where = f"{path}.{number}.member"
         if value is None:
-            self._failed("null", where, "Member must not be null")
+            self._add_problem("null", where, "Member must not be null")
             return None
         return self.value(shape, value, where)
 
@@ -158,14 +158,14 @@ class Checker:
     def _entry(self, shape: MapShape, key: str, value: Any, path: str) -> Any:
         where = f"{path}.{key[:_SHOWN]}"
         if value is None:
-            self._failed("null", where, "Member must not be null")
+            self._add_problem("null", where, "Member must not be null")
             return None
         return self.value(shape.value, value, where)
 
     def _scalar(self, shape: Shape, value: Any, path: str) -> Any:
         kind = shape.type_name
         if kind == "boolean":
-            return _typed(value, bool, path, "true or false")
+            return _check_type(value, bool, path, "true or false")
         if kind in ("integer", "long"):
             self._size(shape, _number(value, (int,), path, "a whole number"), path, "value")
             limit = 2**31 if kind == "integer" else 2**63
@@ -177,7 +177,7 @@ class Checker:
                 raise _wrong_type(path, "a finite number")
             self._size(shape, value, path, "value")
         elif kind == "timestamp":
-            return moment_of(_typed(value, str, path, "a time"), path)
+            return moment_of(_check_type(value, str, path, "a time"), path)
         return value
 
     def _text(self, shape: StringShape, value: str, path: str) -> str:
@@ -188,11 +188,11 @@ class Checker:
             return value
         if shape.enum and value not in shape.enum:
             known = ", ".join(shape.enum)
-            self._failed(shown, path, f"Member must satisfy enum value set: [{known}]")
+            self._add_problem(shown, path, f"Member must satisfy enum value set: [{known}]")
         pattern = shape.metadata.get("pattern")
         if pattern is not None and not matches(shape, value):
             text = f"Member must satisfy regular expression pattern: {pattern}"
-            self._failed(shown, path, text)
+            self._add_problem(shown, path, text)
         return value
 
     def _size(self, shape: Shape, value: Any, path: str, what: str, shown: Any = None) -> bool:
@@ -208,10 +208,10 @@ class Checker:
             text = f"Member must have {what} less than or equal to {high}"
         else:
             return True
-        self._failed(value if shown is None else shown, path, text)
+        self._add_problem(value if shown is None else shown, path, text)
         return False
 
-    def _failed(self, value: Any, path: str, constraint: str) -> None:
+    def _add_problem(self, value: Any, path: str, constraint: str) -> None:
         shown = str(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
         where = path or "the request"
@@ -230,7 +230,7 @@ def matches(shape: Shape, value: str) -> bool:
     """
     for seconds in (PATTERN_SECONDS, PATIENT_SECONDS):
         try:
-            return bool(_compiled(shape)(value, timeout=seconds))
+            return bool(_compile_pattern(shape)(value, timeout=seconds))
         except TimeoutError:
             continue
     return False
@@ -252,7 +252,7 @@ def moment_of(text: str, path: str) -> datetime:
         ) from error
 
 
-def _compiled(shape: Shape) -> Callable[..., Any]:
+def _compile_pattern(shape: Shape) -> Callable[..., Any]:
     return _pattern(shape.metadata["pattern"], _WIDER.get(shape.name, ""))
 
 
@@ -268,7 +268,7 @@ def _pattern(pattern: str, wider: str) -> Callable[..., Any]:
     return matcher
 
 
-def _typed(value: Any, kind: type, path: str, called: str) -> Any:
+def _check_type(value: Any, kind: type, path: str, called: str) -> Any:
     if not isinstance(value, kind):
         raise _wrong_type(path, called)
     return value

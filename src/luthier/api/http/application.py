@@ -290,7 +290,7 @@ class Application:
             # One thread does all of it: to change threads costs as much as to look something up.
             work = partial(self._handle, exchange, signed, data)
             if slots is not None:
-                response = await self._guarded(work, exchange)
+                response = await self._run_guarded(work, exchange)
             else:
                 # By key as well: many accounts may come from the address of one proxy.
                 response = await admission.short_request(
@@ -324,7 +324,7 @@ class Application:
         self._audit(record)
         return response
 
-    async def _guarded(self, work: Callable[[], Response], exchange: _Exchange) -> Response:
+    async def _run_guarded(self, work: Callable[[], Response], exchange: _Exchange) -> Response:
         """What a model may write for, and stops writing for when the client hangs up."""
         guard = ConnectionGuard(exchange.receive, self._wait)
         try:

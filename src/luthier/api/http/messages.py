@@ -282,10 +282,10 @@ def head_of(scope: Scope) -> Head:
 def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
     """Keys and values in their order, decoded."""
     split = [part.partition("=") for part in query.split("&") if part]
-    return [(_decoded(name), _decoded(value)) for name, _, value in split]
+    return [(_unquote(name), _unquote(value)) for name, _, value in split]
 
 
-def _decoded(text: str) -> bytes:
+def _unquote(text: str) -> bytes:
     return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
 
 

@@ -274,13 +274,13 @@ class Meter:
         family = CounterMetricFamily(
             "luthier_account_training_seconds", "Seconds of work on jobs.", labels=["account"]
         )
-        for account, seconds in _bounded(trained):
+        for account, seconds in _largest_accounts(trained):
             family.add_metric([account], seconds)
         yield family
         gauge = GaugeMetricFamily(
             "luthier_account_stored_bytes", "Bytes that are stored now.", labels=["account"]
         )
-        for account, size in _bounded(stored):
+        for account, size in _largest_accounts(stored):
             gauge.add_metric([account], size)
         yield gauge
 
@@ -298,7 +298,7 @@ _COUNTERS = {
 }
 
 
-def _bounded(values: dict[str, float]) -> Iterator[tuple[str, float]]:
+def _largest_accounts(values: dict[str, float]) -> Iterator[tuple[str, float]]:
     """The largest ``MOST_ACCOUNTS`` by name, all others as one."""
     ordered = sorted(values.items(), key=lambda pair: -pair[1])
     yield from ordered[:MOST_ACCOUNTS]

@@ -90,19 +90,19 @@ class _Deletions:
             request.address,
         )
         if named.dry_run:
-            return self._found(asked)
+            return self._preview(asked)
         # Who may not delete an object or a model does not do so in this way either.
-        return _told(self.deletions.delete(asked, partial(refuse_denied, request.caller)))
+        return _view(self.deletions.delete(asked, partial(refuse_denied, request.caller)))
 
     def get(self, request: Request) -> DeletionView:
         number = request.params["deletion"]
         self.context.allow(request, "GetDataDeletion", f"data-deletion/{number}")
         try:
-            return _told(self.deletions.certificate(request.account, number))
+            return _view(self.deletions.certificate(request.account, number))
         except RefusedInput as refused:
             raise Fault("ResourceNotFound", str(refused)) from None
 
-    def _found(self, asked: DeletionRequest) -> DeletionView:
+    def _preview(self, asked: DeletionRequest) -> DeletionView:
         traces, items = self.deletions.find(asked)
         return DeletionView(
             deletion=None,
@@ -120,5 +120,5 @@ class _Deletions:
         )
 
 
-def _told(certificate: dict[str, Any]) -> DeletionView:
+def _view(certificate: dict[str, Any]) -> DeletionView:
     return DeletionView(**{**certificate, "models": certificate["models_kept"]})

@@ -178,7 +178,7 @@ class _Jobs:
                 context.arns,
                 context.limits(request.account),
             )
-            told = _told(job)
+            told = _view(job)
         context.wake()
         return told
 
@@ -190,10 +190,10 @@ class _Jobs:
                 session, request.account, wanted, limit=page.limit + 1, position=page.position
             )
         following = found[page.limit - 1].seq if len(found) > page.limit else None
-        return JobsView(jobs=[_told(job) for job in found[: page.limit]], next=following)
+        return JobsView(jobs=[_view(job) for job in found[: page.limit]], next=following)
 
     def get(self, request: Request) -> JobView:
-        return _told(self._job(request, "GetJob"))
+        return _view(self._job(request, "GetJob"))
 
     def changed(self, name: str, act: Any) -> Any:
         """The handler that does ``act`` to a job."""
@@ -201,8 +201,8 @@ class _Jobs:
         def run(request: Request) -> JobView:
             with self.context.database.write() as session:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
-                job = self._allowed(request, f"{name.capitalize()}Job", job)
-                told = _told(act(session, job))
+                job = self._check_allowed(request, f"{name.capitalize()}Job", job)
+                told = _view(act(session, job))
             self.context.wake()
             return told
 
@@ -241,9 +241,9 @@ class _Jobs:
     def _job(self, request: Request, action: str) -> Job:
         with self.context.database.read() as session:
             job = queue.get(session, request.account, request.params["job"])
-        return self._allowed(request, action, job)
+        return self._check_allowed(request, action, job)
 
-    def _allowed(self, request: Request, action: str, job: Job | None) -> Job:
+    def _check_allowed(self, request: Request, action: str, job: Job | None) -> Job:
         """The job, where the caller may; a policy decides on its ARN, whatever it was called by."""
         shown = f"model-customization-job/{request.params['job']}"
         path = f"model-customization-job/{job.foundation}/{job.id}" if job else shown
@@ -253,7 +253,7 @@ class _Jobs:
         return job
 
 
-def _told(job: Job) -> JobView:
+def _view(job: Job) -> JobView:
     fields = {name: getattr(job, name) for name in JobView.model_fields if name != "base"}
     if job.failure is not None:
         fields["failure"] = with_setting_names(job.failure, setting_name)

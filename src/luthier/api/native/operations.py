@@ -159,9 +159,9 @@ class NativeFace:
 
 def _run(operation: NativeOperation, request: Request) -> Response:
     query = {key: values[-1] for key, values in request.query.items()}
-    parts = [_parsed(operation.query, query)] if operation.query is not Empty or query else []
+    parts = [_parse(operation.query, query)] if operation.query is not Empty or query else []
     if operation.body is not None:
-        parts.append(_parsed(operation.body, _json(request)))
+        parts.append(_parse(operation.body, _json(request)))
     given = operation.run(request, *parts)
     if isinstance(given, Response):
         return given
@@ -175,7 +175,7 @@ def _json(request: Request) -> Any:
         raise Fault("Serialization", f"The body is no JSON: {error}.") from error
 
 
-def _parsed(kind: type[BaseModel], value: Any) -> Any:
+def _parse(kind: type[BaseModel], value: Any) -> Any:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -230,7 +230,7 @@ def _operation(each: NativeOperation, references: Any) -> dict[str, Any]:
         "parameters": [*_path(each), *_query(each.query)],
         "responses": {
             str(each.status): {"description": each.about, "content": {each.media: content}},
-            **{str(status): _refused(status) for status in sorted(set(STATUS.values()))},
+            **{str(status): _error_response(status) for status in sorted(set(STATUS.values()))},
         },
     }
     if each.body is not None:
@@ -242,7 +242,7 @@ def _operation(each: NativeOperation, references: Any) -> dict[str, Any]:
     return described
 
 
-def _refused(status: int) -> dict[str, Any]:
+def _error_response(status: int) -> dict[str, Any]:
     schema = {"$ref": _REFERENCE.format(model="Error")}
     return {
         "description": f"Refused with status {status}.",

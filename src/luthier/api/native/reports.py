@@ -99,16 +99,16 @@ class _Reports:
         self.context.allow(request, "InspectData", "*")
         base = self._model(request, asked.base)
         with self._folder() as folder:
-            rows = self._fetched(request, asked.training, folder / "training")
+            rows = self._fetch(request, asked.training, folder / "training")
             command = ["inspect", str(rows), "--base", base]
             addresses = {str(rows): asked.training}
             if asked.validation is not None:
-                held = self._fetched(request, asked.validation, folder / "validation")
+                held = self._fetch(request, asked.validation, folder / "validation")
                 command += ["--validation", str(held)]
                 addresses[str(held)] = asked.validation
             if asked.objective is not None:
                 command += ["--objective", asked.objective]
-            report = _answered(command, addresses, (0, 1, 2), _inspection_name)
+            report = _run_command(command, addresses, (0, 1, 2), _inspection_name)
         return ReportView(verdict=report["verdict"], report=report)
 
     def estimate(self, request: Request, asked: Planned) -> EstimateView:
@@ -118,9 +118,9 @@ class _Reports:
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, asked.base)
         with self._folder() as folder:
-            rows = self._fetched(request, asked.training, folder / "training")
+            rows = self._fetch(request, asked.training, folder / "training")
             addresses = {str(rows): asked.training}
-            held = self._held(request, asked.validation, folder / "held", addresses)
+            held = self._fetch_held_out(request, asked.validation, folder / "held", addresses)
             submission = Submission(
                 account=request.account,
                 face="native",
@@ -137,7 +137,7 @@ class _Reports:
                 fields["data"]["validation"] = str(held)
             recipe = folder / "recipe.toml"
             recipe.write_text(to_toml(fields), encoding="utf-8")
-            found = _answered(["estimate", str(recipe)], addresses, (0,), setting_name)
+            found = _run_command(["estimate", str(recipe)], addresses, (0,), setting_name)
         return EstimateView(estimate=found)
 
     def _model(self, request: Request, identifier: str) -> str:
@@ -145,7 +145,7 @@ class _Reports:
             found = self.context.base(session, request.account, identifier)
         return str(found.stored_id) if isinstance(found, CustomModel) else found.base
 
-    def _held(
+    def _fetch_held_out(
         self, request: Request, named: Sequence[str], folder: Path, addresses: dict[str, str]
     ) -> Path | None:
         """The held-out rows of all addresses, below ``folder``; what is where goes to ``addresses``."""
@@ -154,13 +154,13 @@ class _Reports:
         folder.mkdir()
         found: list[Path] = []
         for number, address in enumerate(named):
-            found.append(self._fetched(request, address, folder / f"{number:02d}"))
+            found.append(self._fetch(request, address, folder / f"{number:02d}"))
             addresses[str(found[-1])] = address
         # Behind those within it: what is said of all of them names them all.
         addresses[str(folder)] = ", ".join(named)
         return found[0] if len(found) == 1 else folder
 
-    def _fetched(self, request: Request, address: str, folder: Path) -> Path:
+    def _fetch(self, request: Request, address: str, folder: Path) -> Path:
         """The rows of an address on this machine: a file, or a folder of several."""
         folder.mkdir()
         self.context.locations.check(request.account, address)
@@ -186,7 +186,7 @@ def _inspection_name(field: str, value: str | None) -> str | None:
     return setting_name(field, value) if value is None or field == "base" else None
 
 
-def _answered(
+def _run_command(
     command: list[str], addresses: dict[str, str], codes: tuple[int, ...], name: SettingName
 ) -> Any:
     """What the command line answers as JSON; what its user calls files stands for their paths.

@@ -330,7 +330,7 @@ class BatchRunner:
                 try:
                     self.files.add(
                         batch.account,
-                        _written(found),
+                        _json_lines(found),
                         f"{name}.jsonl",
                         "batch_output",
                         file_id=file_id,
@@ -401,7 +401,7 @@ def _error(code: str, text: str, line: int | None, param: str | None = None) -> 
     return {"code": code, "message": text, "param": param, "line": line}
 
 
-def _written(results: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+def _json_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
     for result in results:
         yield json.dumps(result, ensure_ascii=False).encode() + b"\n"
 
@@ -481,7 +481,7 @@ class Batches:
                     raise invalid(f"No such batch: {after}.", "after")
                 position = place.seq
             found = store.list_batches(session, account, limit + 1, position)
-            seen = [_seen(session, batch) for batch in found]
+            seen = [_view(session, batch) for batch in found]
         return page(seen, limit, dict)
 
     def retrieve(self, request: Request) -> Response:
@@ -492,7 +492,7 @@ class Batches:
             batch = store.get(session, request.caller.account, batch_id)
             if batch is None:
                 raise absent("batch", batch_id, "id")
-            return Response.json(_seen(session, batch))
+            return Response.json(_view(session, batch))
 
     def cancel(self, request: Request) -> Response:
         """Answer no further lines; those that are answered are in the files."""
@@ -505,7 +505,7 @@ class Batches:
             if not store.cancel(batch):
                 text = f"The batch is {batch.status}; it cannot be cancelled any more."
                 raise invalid(text, reason="invalid_state")
-            answer = Response.json(_seen(session, batch))
+            answer = Response.json(_view(session, batch))
         self.runner.wake()
         return answer
 
@@ -524,7 +524,7 @@ def caller_fields(caller: Caller) -> dict[str, Any]:
     }
 
 
-def _seen(session: Session, batch: Batch) -> dict[str, Any]:
+def _view(session: Session, batch: Batch) -> dict[str, Any]:
     return batch_object(batch, store.counts(session, batch))
 
 

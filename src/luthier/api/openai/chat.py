@@ -351,7 +351,7 @@ class _Chunks:
                 scores = chat_logprobs(event.scores) if self._asked.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
             elif isinstance(event, Called):
-                yield from self._called(event)
+                yield from self._call_chunks(event)
             elif isinstance(event, End):
                 written += event.tokens
                 reason = FINISH.get(event.reason, "stop")
@@ -359,7 +359,7 @@ class _Chunks:
         if self._asked.wants_usage:
             yield {**self._head, "choices": [], "usage": usage(prompt_tokens, written)}
 
-    def _called(self, event: Called) -> Iterator[Mapping[str, Any]]:
+    def _call_chunks(self, event: Called) -> Iterator[Mapping[str, Any]]:
         """A call: its name first, then its arguments."""
         number = self._calls.get(event.index, 0)
         self._calls[event.index] = number + 1

@@ -58,8 +58,8 @@ class Embeddings(GenerationResource[EmbeddingRequest]):
             {
                 "object": "embedding",
                 "index": index,
-                "embedding": _written(
-                    _shortened(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
+                "embedding": _encode(
+                    _shorten(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
                     asked.encoding_format,
                 ),
             }
@@ -73,7 +73,7 @@ class Embeddings(GenerationResource[EmbeddingRequest]):
         }
 
 
-def _shortened(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
+def _shorten(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
     """The first ``dimensions`` numbers, of length 1 again."""
     if dimensions is None or dimensions == len(vector_D):
         return vector_D
@@ -86,7 +86,7 @@ def _shortened(vector_D: FloatArray, dimensions: int | None) -> FloatArray:
     return shortened
 
 
-def _written(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
+def _encode(vector_D: FloatArray, encoding: str | None) -> list[float] | str:
     """Numbers, or base64 of little-endian float32."""
     if encoding == "base64":
         return base64.b64encode(vector_D.tobytes()).decode()

@@ -262,7 +262,7 @@ class Files:
 
     def retrieve(self, request: Request) -> Response:
         """One file."""
-        return Response.json(file_object(self._found(request, "files.retrieve")))
+        return Response.json(file_object(self._find(request, "files.retrieve")))
 
     def delete(self, request: Request) -> Response:
         """Forget a file and its bytes; jobs that have read it go on."""
@@ -274,7 +274,7 @@ class Files:
 
     def content(self, request: Request) -> Response:
         """The exact bytes."""
-        row = self._found(request, "files.content")
+        row = self._find(request, "files.content")
         try:
             pieces = self.store.read(row)
         except ObjectRefused as gone:  # deleted as an object of the account's bucket
@@ -287,7 +287,7 @@ class Files:
         }
         return Response(200, pieces, headers)
 
-    def _found(self, request: Request, action: str) -> UploadedFile:
+    def _find(self, request: Request, action: str) -> UploadedFile:
         file_id = request.params["file"]
         self.access.to(request, action, "file", file_id)
         row = self.store.get(request.caller.account, file_id)

@@ -250,7 +250,7 @@ def job_object(
     """The object of the API."""
     status = STATUSES[job.state]
     asked = job.request
-    resolved = _resolved(job, _given(asked))
+    resolved = _resolved_hyperparameters(job, _sent_hyperparameters(asked))
     made = model.openai_id if model is not None and model.status == ACTIVE else None
     return {
         "id": job.name,
@@ -282,14 +282,14 @@ def _kind(asked: dict[str, Any]) -> str:
     return str(asked.get("method", {}).get("type", "supervised"))
 
 
-def _given(asked: dict[str, Any]) -> dict[str, Any]:
+def _sent_hyperparameters(asked: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters as they were sent."""
     arm = asked.get("method", {}).get(_kind(asked), {})
     found: dict[str, Any] = arm.get("hyperparameters") or asked.get("hyperparameters") or {}
     return found
 
 
-def _resolved(job: Job, given: dict[str, Any]) -> dict[str, Any]:
+def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]:
     """The same with what was chosen for the data and the model, once it has been."""
     chosen = job.details.get("chosen")
     found: dict[str, Any] = {}
@@ -394,7 +394,7 @@ def checkpoints(job: Job, metrics: Sequence[JobEvent], model: str) -> list[dict[
                 "fine_tuned_model_checkpoint": name,
                 "fine_tuning_job_id": job.name,
                 "step_number": end,
-                "metrics": {"step": end, **_named(steps.get(at, {}))},
+                "metrics": {"step": end, **_losses(steps.get(at, {}))},
             }
         )
     return found
@@ -436,7 +436,7 @@ def _moment(metrics: Sequence[JobEvent], step: int) -> Any:
     return next((each.at for each in reversed(metrics) if each.data.get("step") == step), None)
 
 
-def _named(values: dict[str, Any]) -> dict[str, Any]:
+def _losses(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in ("train_loss", "valid_loss")}
 
 
@@ -505,7 +505,7 @@ class FineTuning:
         submission = self._submission(account, asked, base, seed, grader)
         with self.database.write() as session:
             job = submit(session, submission, self.arns, self.limits(account))
-            seen = _seen(session, job)
+            seen = _with_model(session, job)
         self._submitted()
         return Response.json(_job_object(seen))
 
@@ -566,12 +566,12 @@ class FineTuning:
             found = jobs.list_jobs(
                 session, request.caller.account, wanted, limit=limit + 1, position=position
             )
-            seen = [_seen(session, job) for job in found]
+            seen = [_with_model(session, job) for job in found]
         return page([self._with_results(each) for each in seen], limit, _job_object)
 
     def retrieve(self, request: Request) -> Response:
         """One job."""
-        return Response.json(_job_object(self._with_results(self._found(request, "retrieve"))))
+        return Response.json(_job_object(self._with_results(self._find(request, "retrieve"))))
 
     def cancel(self, request: Request) -> Response:
         """Stop a job: no model is made. It is ``running`` until its worker has let go of it."""
@@ -606,12 +606,12 @@ class FineTuning:
                 job = change(session, job)
             except WrongState as refused:
                 raise invalid(str(refused), reason="invalid_state") from refused
-            return Response.json(_job_object(_seen(session, job)))
+            return Response.json(_job_object(_with_model(session, job)))
 
     def events(self, request: Request) -> Response:
         """A page of what happened, the newest first."""
         limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
-        seen = self._found(request, "list_events")
+        seen = self._find(request, "list_events")
         position = None
         if after is not None:
             position = position_of(after)
@@ -624,7 +624,7 @@ class FineTuning:
     def checkpoints(self, request: Request) -> Response:
         """A page of the ends of epochs, the newest first; none before there is a model."""
         limit, after = number_of(request, "limit", 10, MOST), text_of(request, "after")
-        seen = self._found(request, "list_checkpoints")
+        seen = self._find(request, "list_checkpoints")
         found: Sequence[dict[str, Any]] = ()
         if seen.job.state == jobs.COMPLETED and seen.model is not None:
             name = seen.model.openai_id or seen.model.name
@@ -636,14 +636,14 @@ class FineTuning:
             found = found[places[0] :]
         return page(found, limit, dict)
 
-    def _found(self, request: Request, verb: str) -> Seen:
+    def _find(self, request: Request, verb: str) -> Seen:
         job_id = request.params["job"]
         self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.read() as session:
             job = _job(session, request.caller.account, job_id)
             if job is None:
                 raise absent("fine-tuning job", job_id, "id")
-            return _seen(session, job)
+            return _with_model(session, job)
 
     def _metrics(self, job: Job) -> Sequence[jobs.JobEvent]:
         with self.database.read() as session:
@@ -673,7 +673,7 @@ def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> 
     return found if found is not None and found.face == FACE and found.name == job_id else None
 
 
-def _seen(session: Session, job: Job) -> Seen:
+def _with_model(session: Session, job: Job) -> Seen:
     made = select(CustomModel).where(
         CustomModel.account == job.account, CustomModel.job_id == job.id
     )

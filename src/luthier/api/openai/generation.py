@@ -126,7 +126,7 @@ class Inference:
         Raises:
             Fault: ``AccessDenied``, which is decided first; 404 ``model_not_found``.
         """
-        found = self._found(caller, name, lambda arn: self.access.to_model(caller, action, arn))
+        found = self._resolve(caller, name, lambda arn: self.access.to_model(caller, action, arn))
         if found is None:
             raise model_not_found(name)
         return found
@@ -135,7 +135,7 @@ class Inference:
         """Finds models that grade, where the caller may have them answer."""
 
         def find(name: str, where: str) -> str:
-            found = self._found(caller, name, lambda arn: self.access.to_invoke(caller, arn))
+            found = self._resolve(caller, name, lambda arn: self.access.to_invoke(caller, arn))
             if found is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
@@ -143,7 +143,7 @@ class Inference:
 
         return find
 
-    def _found(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Resolved | None:
+    def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Resolved | None:
         """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
         named = name.startswith("arn:")
         if named:

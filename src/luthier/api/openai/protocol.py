@@ -135,7 +135,7 @@ def checked(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Pa
         return kind.model_validate(given)
     except ValidationError as error:
         first = _first_error(error)
-        where = _named([part for part in (under, *first["loc"]) if part != ""])
+        where = _format_location([part for part in (under, *first["loc"]) if part != ""])
         if first["type"] == "missing":
             text = f"Missing required parameter: '{where}'."
             raise invalid(text, where, "missing_required_parameter") from error
@@ -155,7 +155,7 @@ def _first_error(error: ValidationError) -> Any:
 _ABOUT_TYPES = {"literal_error", "string_type", "int_type", "list_type", "model_type", "dict_type"}
 
 
-def _named(location: Sequence[str | int]) -> str:
+def _format_location(location: Sequence[str | int]) -> str:
     """``messages[0].content``; names of alternatives that pydantic puts between are left out."""
     text = ""
     for part in location:

@@ -176,30 +176,30 @@ _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 def _add(turns: list[Message], item: Item, where: str) -> None:
     """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
     if item.type == "message":
-        role = _required(item.role, f"{where}.role")
-        content = _text(_required(item.content, f"{where}.content"), f"{where}.content")
+        role = _require(item.role, f"{where}.role")
+        content = _text(_require(item.content, f"{where}.content"), f"{where}.content")
         turns.append(Message("system" if role == "developer" else role, content))
     elif item.type == "function_call":
         call = ToolCall(
-            _required(item.call_id, f"{where}.call_id"),
-            _required(item.name, f"{where}.name"),
+            _require(item.call_id, f"{where}.call_id"),
+            _require(item.name, f"{where}.name"),
             arguments(item.arguments, f"{where}.arguments"),
         )
         if not turns or turns[-1].role != "assistant":
             turns.append(Message("assistant"))
         turns[-1] = replace(turns[-1], calls=(*turns[-1].calls, call))
     elif item.type == "function_call_output":
-        call_id = _required(item.call_id, f"{where}.call_id")
+        call_id = _require(item.call_id, f"{where}.call_id")
         if not any(call.id == call_id for turn in turns for call in turn.calls):
             text = f"No tool call found for function call output with call_id {call_id}."
             raise invalid(text, "input")
-        output = _text(_required(item.output, f"{where}.output"), f"{where}.output")
+        output = _text(_require(item.output, f"{where}.output"), f"{where}.output")
         turns.append(Message("tool", output, call_id=call_id))
     elif item.type != "reasoning":  # of a model that thinks aloud elsewhere; nothing to go on from
         raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
 
 
-def _required(value: Any, where: str) -> Any:
+def _require(value: Any, where: str) -> Any:
     if value is None:
         text = f"Missing required parameter: '{where}'."
         raise invalid(text, where, "missing_required_parameter")
@@ -246,14 +246,14 @@ def _pieces(asked: ResponseRequest, stream: Stream) -> Iterator[bytes]:
         try:
             with refusals(asked.model, "input"):
                 for told in response.events(stream):
-                    yield _sent(told)
+                    yield _encode_event(told)
         except Fault as fault:
-            yield _sent(response.failed(fault))
+            yield _encode_event(response.failed(fault))
     finally:
         stream.close()
 
 
-def _sent(told: Mapping[str, Any]) -> bytes:
+def _encode_event(told: Mapping[str, Any]) -> bytes:
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
     return f"event: {told['type']}\ndata: {text}\n\n".encode()
 
@@ -278,7 +278,7 @@ class _Response:
                 yield from self._piece(event)
             elif isinstance(event, Called):
                 yield from self._finish("completed")
-                yield from self._called(event.call)
+                yield from self._add_call(event.call)
             else:
                 self._end = event
         cut = self._end is not None and self._end.reason in ("length", "context")
@@ -396,7 +396,7 @@ class _Response:
             "response.output_item.done", output_index=where["output_index"], item=message
         )
 
-    def _called(self, call: ToolCall) -> Iterator[JsonObject]:
+    def _add_call(self, call: ToolCall) -> Iterator[JsonObject]:
         arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
         item: JsonObject = {"type": "function_call", "id": f"fc_{secrets.token_hex(24)}"}
         item |= {"call_id": call_id(call), "name": call.name}

@@ -242,7 +242,7 @@ class Chunked:
     def finish(self) -> None:
         """The body has ended; raises where it should not have."""
         if self._state == "trailers" and not self._buffer:
-            self._ended()  # some clients leave out the last empty line
+            self._check_trailers()  # some clients leave out the last empty line
         if self._state != "end":
             text = "You did not provide the number of bytes specified by the chunks of the body."
             raise Fault("IncompleteBody", text)
@@ -264,7 +264,7 @@ class Chunked:
         elif line:
             self._trailer(line)
         else:
-            self._ended()
+            self._check_trailers()
         return True
 
     def _line(self) -> str | None:
@@ -310,7 +310,7 @@ class Chunked:
         if name != _SIGNATURE:
             self._lines.append(f"{name}:{value.strip()}\n")
 
-    def _ended(self) -> None:
+    def _check_trailers(self) -> None:
         given = self.trailers.keys() - {_SIGNATURE}
         if given != self._announced:
             text = "The trailers of the body are not those that x-amz-trailer announced."
@@ -392,7 +392,7 @@ class SignedBody:
             ClientDisconnected: where it ends too early.
         """
         await body.write_to(partial(self._take, sink), run)
-        return self._verified()
+        return self._verify()
 
     def _take(self, sink: Callable[[bytes], Any], data: bytes) -> None:
         if self._chunked is not None:
@@ -403,7 +403,7 @@ class SignedBody:
         self._expected.update(data)
         sink(data)
 
-    def _verified(self) -> dict[str, str]:
+    def _verify(self) -> dict[str, str]:
         trailers: Mapping[str, str] = {}
         if self._chunked is not None:
             self._chunked.finish()

@@ -44,7 +44,9 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     headers = {}
     if algorithm:
         headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
-    return xml(document("InitiateMultipartUploadResult", [*_named(request), _id(made)]), **headers)
+    return xml(
+        document("InitiateMultipartUploadResult", [*_bucket_and_key(request), _id(made)]), **headers
+    )
 
 
 def before_part(stores: Stores, request: S3Request) -> Incoming:
@@ -58,7 +60,7 @@ def upload_part(
     stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
 ) -> Response:
     """Keep a part."""
-    piece = _put(stores, request, written, checksums)
+    piece = _put_part(stores, request, written, checksums)
     return Response(200, b"", {"ETag": f'"{piece.md5}"', **_without_type(piece.checksums)})
 
 
@@ -77,13 +79,13 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     with stores.objects.begin(request.account, length, freed=freed) as writing:
         for data in content.read(first, length):
             writing.write(data)
-        piece = _put(stores, request, writing.finish(), {})
+        piece = _put_part(stores, request, writing.finish(), {})
     return xml(document("CopyPartResult", copied(piece.md5, piece, {})))
 
 
 def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     """Make the object from the parts that a document names."""
-    chosen = _chosen(body)
+    chosen = _parse_parts(body)
     expected = sent_checksums(request.headers)
 
     def checksum(upload: Upload, pieces: Sequence[Piece]) -> dict[str, str]:
@@ -100,7 +102,7 @@ def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response
     )
     content = [
         ("Location", f"/{request.bucket}/{request.key}"),
-        *_named(request),
+        *_bucket_and_key(request),
         ("ETag", f'"{made.etag}"'),
         *as_elements(made.checksums),
     ]
@@ -122,7 +124,7 @@ def list_parts(stores: Stores, request: S3Request, body: bytes) -> Response:
     left = [piece for piece in every if piece.number > after]
     shown = left[:most]
     content: list[Element | None] = [
-        *_named(request),
+        *_bucket_and_key(request),
         ("UploadId", upload_id),
         owner(request, "Initiator"),
         owner(request),
@@ -178,7 +180,7 @@ def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
     return xml(document("ListMultipartUploadsResult", [*content, *uploads]))
 
 
-def _put(
+def _put_part(
     stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
 ) -> Piece:
     return stores.uploads.put_part(
@@ -200,7 +202,7 @@ def _number(request: S3Request) -> int:
     return int(text)
 
 
-def _chosen(body: bytes) -> list[CompletedPart]:
+def _parse_parts(body: bytes) -> list[CompletedPart]:
     parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
     if not 1 <= len(parts) <= MOST_PARTS:
         raise documents.malformed()
@@ -250,7 +252,7 @@ def _part(piece: Piece) -> Element:
     )
 
 
-def _named(request: S3Request) -> list[Element]:
+def _bucket_and_key(request: S3Request) -> list[Element]:
     return [("Bucket", request.bucket), ("Key", request.key)]
 
 

@@ -59,9 +59,9 @@ def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if
     moment = found.modified.replace(microsecond=0)
     if match is not None:
         if not _matches(match, found):
-            raise _failed("If-Match")
+            raise _precondition_failed("If-Match")
     elif unchanged is not None and (limit := _moment(unchanged)) and moment > limit:
-        raise _failed("If-Unmodified-Since")
+        raise _precondition_failed("If-Unmodified-Since")
     if none_match is not None:
         same = _matches(none_match, found)
     else:
@@ -71,7 +71,7 @@ def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if
         told = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
         raise Fault("NotModified", "Not Modified", headers=told)
     if same:
-        raise _failed("If-None-Match")
+        raise _precondition_failed("If-None-Match")
 
 
 def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
@@ -84,9 +84,9 @@ def check_write(headers: Mapping[str, str], found: StoredObject | None) -> None:
     if match is not None and found is None:
         raise Fault("NoSuchKey", "The specified key does not exist.")
     if match is not None and found is not None and not _matches(match, found):
-        raise _failed("If-Match")
+        raise _precondition_failed("If-Match")
     if none_match is not None and found is not None and _matches(none_match, found):
-        raise _failed("If-None-Match")
+        raise _precondition_failed("If-None-Match")
 
 
 def _matches(header: str, found: StoredObject) -> bool:
@@ -102,7 +102,7 @@ def _moment(text: str) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _failed(condition: str) -> Fault:
+def _precondition_failed(condition: str) -> Fault:
     text = "At least one of the pre-conditions you specified did not hold"
     return Fault("PreconditionFailed", text, fields={"Condition": condition})
 
@@ -144,7 +144,7 @@ def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
         return span(asked, found.size) or (0, found.size)
 
     found, pieces = stores.objects.open_range(request.account, request.bucket, request.key, wanted)
-    status, headers = _told(request, found)
+    status, headers = _status_and_headers(request, found)
     return Response(status, pieces, headers)
 
 
@@ -152,7 +152,7 @@ def head_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """What is told of an object."""
     found = stores.objects.head(request.account, request.bucket, request.key)
     check_read(request.headers, found)
-    status, headers = _told(request, found)
+    status, headers = _status_and_headers(request, found)
     return Response(status, b"", headers)
 
 
@@ -219,7 +219,7 @@ def copied(etag: str, made: object, checksums: Mapping[str, str]) -> list[Elemen
     return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
 
 
-def _told(request: S3Request, found: StoredObject) -> tuple[int, dict[str, str]]:
+def _status_and_headers(request: S3Request, found: StoredObject) -> tuple[int, dict[str, str]]:
     part = span(request.headers.get("range"), found.size)
     headers = {
         "ETag": f'"{found.etag}"',

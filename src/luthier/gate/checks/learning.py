@@ -187,7 +187,7 @@ class Learning(SpotCheck):
                 refuse(index, bad)
             except DataError:
                 waiting.append(row)
-        fitted = self._fitted(objective, [row for _, row in gathered])
+        fitted = self._fit(objective, [row for _, row in gathered])
         encoder = RowEncoder(fitted, self.chat)
         shown: list[ShownRow] = []
         for index, row in gathered:
@@ -227,7 +227,7 @@ class Learning(SpotCheck):
             tuple(waiting),
         )
 
-    def _fitted(self, objective: Objective, rows: list[Row]) -> Objective:
+    def _fit(self, objective: Objective, rows: list[Row]) -> Objective:
         """The objective fitted to a batch: what it takes from the rows changes no length.
 
         A batch alone may hold only one class or rating, which says nothing of the whole data.

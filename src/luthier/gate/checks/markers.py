@@ -132,7 +132,7 @@ class Markers(SpotCheck):
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         marks: Counter[str] = Counter()
-        special = list(self._reserved(joined))
+        special = list(self._find_reserved(joined))
         templates = list(self._foreign(joined.text, {start for start, _, _ in special}))
         marks.update(what for _, _, what in special + templates)
         spots = joined.spots(SPECIAL, special) + joined.spots(TEMPLATE, templates)
@@ -153,7 +153,7 @@ class Markers(SpotCheck):
         spots += joined.spots(ROLE, roles) + joined.spots(REFUSAL, refusals)
         return Spots(spots, {"marks": marks, "answers": Counter(answers=len(answers))})
 
-    def _reserved(self, joined: JoinedTexts) -> Iterator[tuple[int, int, str]]:
+    def _find_reserved(self, joined: JoinedTexts) -> Iterator[tuple[int, int, str]]:
         if self._special is None:
             return
         judged: dict[int, bool] = {}

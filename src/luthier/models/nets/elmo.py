@@ -278,14 +278,14 @@ class ElmoModel(ElmoPreTrainedModel):
         words = self._words(input_ids, attention_mask.bool())
         vector_UP = self.characters(words.character_UC)
         word_RWP = self.dropout(vector_UP[words.distinct_RW])
-        turned_RW = _turned(words.length_R, word_RWP.shape[1])
-        ahead, back = word_RWP, _picked(word_RWP, turned_RW)
+        turned_RW = _reversal_index(words.length_R, word_RWP.shape[1])
+        ahead, back = word_RWP, _gather(word_RWP, turned_RW)
         layers = [torch.cat([word_RWP, word_RWP], 2)]
         for layer in self.layers:
             ahead, back = layer(ahead, back)
-            layers.append(torch.cat([ahead, _picked(back, turned_RW)], 2))
+            layers.append(torch.cat([ahead, _gather(back, turned_RW)], 2))
         state_RWH = self.mix(layers) if self.mixed else layers[-1]
-        return BaseModelOutput(last_hidden_state=_picked(state_RWH, words.word_RT))
+        return BaseModelOutput(last_hidden_state=_gather(state_RWH, words.word_RT))
 
     @torch.no_grad()
     def _words(self, ids_RT: Tensor, mask_RT: Tensor) -> Words:
@@ -314,14 +314,14 @@ class ElmoModel(ElmoPreTrainedModel):
         return Words(found[0], found[1].view(ends_RW.shape[:2]), length_R, word_RT)
 
 
-def _turned(length_R: Tensor, size: int) -> Tensor:
+def _reversal_index(length_R: Tensor, size: int) -> Tensor:
     """Indices ``[R, W]`` that turn the words of each row around, and again back."""
     place_W = torch.arange(size, device=length_R.device)
     turned_RW = length_R[:, None] - 1 - place_W
     return torch.where(turned_RW >= 0, turned_RW, place_W)
 
 
-def _picked(states_RWH: Tensor, index_RT: Tensor) -> Tensor:
+def _gather(states_RWH: Tensor, index_RT: Tensor) -> Tensor:
     """``[R, T, H]``: of each row the states that ``index_RT`` names."""
     return states_RWH.gather(1, index_RT[..., None].expand(-1, -1, states_RWH.shape[-1]))
 

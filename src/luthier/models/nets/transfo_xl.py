@@ -155,7 +155,7 @@ class RelativeAttention(nn.Module):
         far_NDJ = self.r_proj(window.distance_JH).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
         content_N1D, position_N1D = bias_2ND[:, :, None]
         scale = query.shape[-1] ** -0.5
-        by_distance = _shifted(torch.matmul(query + position_N1D, far_NDJ)) * scale
+        by_distance = _shift(torch.matmul(query + position_N1D, far_NDJ)) * scale
         by_distance = by_distance.masked_fill(~window.visible_ZIJ[:, None], -torch.inf)
         mixed = F.scaled_dot_product_attention(
             query + content_N1D, key, value, attn_mask=by_distance, scale=scale
@@ -164,7 +164,7 @@ class RelativeAttention(nn.Module):
         return out
 
 
-def _shifted(scores: Tensor) -> Tensor:
+def _shift(scores: Tensor) -> Tensor:
     """Columns by distance (``J - 1`` down to 0) to columns by state, ``[..., I, J]`` (appendix B).
 
     The last query stands at the last state, so row ``i`` moves ``I - 1 - i`` places to the left. What
@@ -280,8 +280,8 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         # Borders count from a row's first token: what fills it up goes to its end.
         order_BT = attention_mask.long().argsort(dim=1, descending=True, stable=True)
         back_BT = order_BT.argsort(dim=1)
-        hidden = self._whole(_ordered(hidden, order_BT))
-        return BaseModelOutputWithPast(last_hidden_state=_ordered(hidden, back_BT))
+        hidden = self._whole(_reorder(hidden, order_BT))
+        return BaseModelOutputWithPast(last_hidden_state=_reorder(hidden, back_BT))
 
     def _whole(self, hidden_BTH: Tensor) -> Tensor:
         """All segments of rows that begin with their first token."""
@@ -344,7 +344,7 @@ class TransfoXLModel(TransfoXLPreTrainedModel):
         return dropped
 
 
-def _ordered(hidden_BTH: Tensor, order_BT: Tensor) -> Tensor:
+def _reorder(hidden_BTH: Tensor, order_BT: Tensor) -> Tensor:
     return hidden_BTH.gather(1, order_BT[..., None].expand_as(hidden_BTH))
 
 

@@ -72,7 +72,7 @@ def prompting(facts: Facts) -> Judgement:
     read = f"{best.prompt_tokens:,.0f} tokens read" if best else "the prompt and its examples"
     return Judgement(
         "prompt engineering", fit, reason, f"a few good examples; {facts.rows:,} rows are here",
-        "nothing", read, "low", "none", "none", _measured(facts, "as it is", "prompt engineering"),
+        "nothing", read, "low", "none", "none", _best_measured(facts, "as it is", "prompt engineering"),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def baselines(facts: Facts) -> Judgement:
     return Judgement(
         "simple baselines", fit, reason, f"labelled rows; {facts.rows:,} are here",
         "a fit: seconds", "the text once at most", "low", "none", "none",
-        _measured(facts, "simple baselines"),
+        _best_measured(facts, "simple baselines"),
     )  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def rag(facts: Facts) -> Judgement:
     each = f"{best.prompt_tokens:,.0f} tokens read, and a search" if best else "a search"
     return Judgement(
         "RAG", fit, reason, needs, "an index: seconds", each, "medium", "none", "none",
-        _measured(facts, "RAG"),
+        _best_measured(facts, "RAG"),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def fine_tuning(facts: Facts) -> Judgement:
     return Judgement(
         "fine-tuning", fit, reason, f"{words}; {facts.rows:,} are here", takes,
         f"{facts.prompt_tokens / max(1, facts.rows):,.0f} tokens read",
-        "medium", overfitting(facts), forgetting(facts), _measured(facts, "fine-tuning"),
+        "medium", overfitting(facts), forgetting(facts), _best_measured(facts, "fine-tuning"),
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def _slow(facts: Facts) -> bool:
     return bool(limit and tuned and tuned.seconds > limit)
 
 
-def _measured(facts: Facts, *techniques: Any) -> str:
+def _best_measured(facts: Facts, *techniques: Any) -> str:
     best = facts.evidence and facts.evidence.best(*techniques)
     if not best:
         return ""
@@ -309,10 +309,10 @@ def _recommend(facts: Facts, judgements: list[Judgement], command: str) -> Recom
             return Recommendation(("RAG",), False, (reason, "search the texts instead"))
         cautions = ("mix in general text against forgetting: --mix FILE=0.25",)
         return Recommendation(("continued pre-training",), True, (reason,), cautions, (command,))
-    return _labelled(facts, fits, command)
+    return _for_labelled(facts, fits, command)
 
 
-def _labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recommendation:
+def _for_labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recommendation:
     """Rows with answers: is training worth it?"""
     chosen: list[str] = []
     cautions: list[str] = []

@@ -80,7 +80,7 @@ def workload_of(job: Job) -> Workload:
     """Count the tokens of ``job``, none of whose rows have been touched yet."""
     order, rows = order_of(job), job.data.train
     tokens_R = np.array([_tokens(job, [row]) for row in rows])
-    learned_R = np.array([_learned(job, row) for row in rows])
+    learned_R = np.array([_learned_tokens(job, row) for row in rows])
     tokens = learned = 0
     for step in range(job.steps):
         batch = order.batch(step)
@@ -138,7 +138,7 @@ def _tokens(job: Job, rows: Sequence[Example]) -> int:
     return sum(row.tokens for row in _largest(job, rows)) if rows else 0
 
 
-def _learned(job: Job, row: Example) -> int:
+def _learned_tokens(job: Job, row: Example) -> int:
     return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.sequences(row))
 
 
