@@ -16,7 +16,7 @@ from luthier.data.shapes import (
     RankedReplies,
     RatedReply,
     ThumbedReply,
-    paired,
+    pair_answers,
 )
 from luthier.errors import DataError, RowRefused
 from luthier.objectives import DPO, KTO
@@ -201,7 +201,7 @@ def test_ranked_answers(tmp_path: Path) -> None:
         lambda field, text: "Never." if field == "ranked[2][1].content" else text
     )
     assert other.answers() == (best, (Message("assistant", "Never."),), third)
-    found = [(pair.chosen, pair.rejected) for pair in paired([row])]
+    found = [(pair.chosen, pair.rejected) for pair in pair_answers([row])]
     assert found == [(best, second), (best, third), (second, third)]
 
 
@@ -243,13 +243,13 @@ def test_every_two_answers_of_different_rating_are_a_pair(tmp_path: Path) -> Non
         {"prompt": "Ho", "completion": "x", "rating": 1},
         {"prompt": "Ho", "completion": "y", "rating": 2},
     )
-    pairs = paired(rows)
+    pairs = pair_answers(rows)
     found = [(p.line, p.chosen[0].content, p.rejected[0].content) for p in pairs]
     assert found == [
         (1, "a", "b"), (1, "a", "c"), (1, "a", "d"),
         (2, "b", "d"), (3, "c", "d"), (6, "y", "x"),
     ]  # fmt: skip
-    assert paired(pairs) == pairs
+    assert pair_answers(pairs) == pairs
 
 
 def test_thumbs_become_pairs_and_pairs_become_thumbs(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_answers_that_cannot_be_compared(
     records: list[dict[str, Any]], rule: str, lines: list[int], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError) as caught:
-        paired(load(tmp_path, *records))
+        pair_answers(load(tmp_path, *records))
     assert {problem.rule for problem in caught.value.problems} == {rule}
     assert [problem.line for problem in caught.value.problems] == lines
 

@@ -217,12 +217,12 @@ def test_a_prefix_is_the_data_below_it(server: str, bucket: str) -> None:
 
 
 def test_a_large_object_and_its_progress(server: str, bucket: str, tmp_path: Path) -> None:
-    from luthier.data.s3 import fetched
+    from luthier.data.s3 import fetch
 
     body = b'{"text": "%s"}\n' % (b"x" * 999_985) * 20
     put(server, bucket, "large.jsonl", body)
     told: list[tuple[str, int, int]] = []
-    (path,) = fetched(f"s3://{bucket}/large.jsonl", lambda *each: told.append(each))
+    (path,) = fetch(f"s3://{bucket}/large.jsonl", lambda *each: told.append(each))
     assert path.read_bytes() == body
     assert told[-1] == ("large.jsonl", len(body), len(body)) and len(told) > 1
     assert not list((tmp_path / "home").rglob(".tmp-*"))

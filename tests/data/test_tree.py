@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
+from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.types import Example
 
 PROPERTY = settings(max_examples=120, deadline=None, database=None)
@@ -142,7 +142,7 @@ def test_a_first_token_cannot_carry_loss() -> None:
 @given(rows_of_data, st.integers(1, 16))
 def test_padding_adds_lone_roots_and_nothing_else(rows: IdsAndWeights, multiple: int) -> None:
     tree = build_tree(examples_of(rows))
-    wide = padded(tree, multiple)
+    wide = pad_tree(tree, multiple)
     size = len(tree)
     assert len(wide) % multiple == 0 and size <= len(wide) < size + multiple
     for name in ("ids_N", "depth_N", "parent_N", "subtree_end_N"):

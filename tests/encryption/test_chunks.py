@@ -149,7 +149,7 @@ def test_no_nonce_comes_twice_under_a_key(
             return self.real.encrypt(nonce, data, more)
 
     monkeypatch.setattr(
-        chunks, "_cipher", lambda ring, key_id, salt: Watched(ring.derived(key_id, salt, b"file"))
+        chunks, "_cipher", lambda ring, key_id, salt: Watched(ring.derive(key_id, salt, b"file"))
     )
     for name in "abc":
         write(tmp_path / name, ring, BIG)

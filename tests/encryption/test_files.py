@@ -71,7 +71,7 @@ def test_lines_of_versions_before_places_are_read_everywhere(ring: Keyring) -> N
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     nonce = b"n" * 12
-    sealed = AESGCM(ring.derived(ring.current, b"", b"line")).encrypt(nonce, b'{"a": 1}', None)
+    sealed = AESGCM(ring.derive(ring.current, b"", b"line")).encrypt(nonce, b'{"a": 1}', None)
     line = OLD % (ring.current, base64.b64encode(nonce + sealed).decode())
     assert open_line(line) == open_line(line, "a file:7") == {"a": 1}
 

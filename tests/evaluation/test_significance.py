@@ -79,5 +79,5 @@ def test_a_mean_error_has_the_error_of_a_mean() -> None:
 
 def test_pieces_are_one_score() -> None:
     pieces = [RowScores.of([1, 0], [2, 1]), RowScores.of([3], [4])]
-    assert RowScores.joined(pieces).value == pytest.approx(4 / 7)
+    assert RowScores.concatenate(pieces).value == pytest.approx(4 / 7)
     assert RowScores.of([0], [0]).value == 0.0

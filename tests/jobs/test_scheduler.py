@@ -167,7 +167,7 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
     child.wait()
     scheduler = nobody(queue)
     folders = JobFolders(job.id)
-    with folders.locked():
+    with folders.hold():
         scheduler.tick()
         assert queue.job(job.id).state == "Stopped"
         # Somebody still has the files.

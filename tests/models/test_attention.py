@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from luthier.data.tree import TokenTree, build_tree, padded
+from luthier.data.tree import TokenTree, build_tree, pad_tree
 from luthier.errors import RecipeError
 from luthier.models import attention
 from luthier.models.attention import _flex_mask, _TreeAttention, plan_attention
@@ -123,7 +123,7 @@ def test_the_shapes_cover_several_tiles_and_paths_across_them() -> None:
 
 def small_tree() -> TokenTree:
     rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7], [1, 2, 8, 9, 1], [4], [1, 2, 3, 4, 9]]
-    return padded(
+    return pad_tree(
         build_tree(
             [
                 Example(np.array(ids), np.zeros(len(ids), dtype=np.float32), index)
@@ -260,7 +260,7 @@ def test_a_network_with_other_mathematics_is_refused() -> None:
 def test_the_gpu_mask_is_the_ancestor_relation(shape: str) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
-    tree = padded(build_tree(make_rows(SHAPES[shape])), 32)
+    tree = pad_tree(build_tree(make_rows(SHAPES[shape])), 32)
     block_mask = _flex_mask(torch.from_numpy(tree.subtree_end_N), both_ways=False)
     dense = create_mask(block_mask.mask_mod, None, None, len(tree), len(tree), device="cpu")
     assert torch.equal(dense[0, 0], ancestors(tree))

@@ -55,7 +55,7 @@ def accuracy(network: Network, objective: Classification, examples: list[Example
     with torch.no_grad():
         batches = network.batches(examples, 2048)
         ratios = [objective.loss(network, batch).ratios["accuracy"] for batch in batches]
-    return RowScores.joined([RowScores.of(*each) for each in ratios]).value
+    return RowScores.concatenate([RowScores.of(*each) for each in ratios]).value
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,7 +23,7 @@ from luthier.graders import (
 )
 from luthier.serving import confined_process, confined_work
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
-from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confined
+from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confine
 
 GRADERS = [
     *(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric)
@@ -55,7 +55,7 @@ def workers() -> list[psutil.Process]:
 def test_scores_are_the_same(work: ConfinedWork, grader: Any) -> None:
     answers = [answer(*each) for each in TEXTS]
     assert (
-        grade_answers(confined(grader, work), answers).scores
+        grade_answers(confine(grader, work), answers).scores
         == grade_answers(grader, answers).scores
     )
     assert len(workers()) == 1
@@ -64,11 +64,11 @@ def test_scores_are_the_same(work: ConfinedWork, grader: Any) -> None:
 def test_refusals_are_the_same(work: ConfinedWork) -> None:
     grader = StringCheck(reference="{{item.b}}")
     found = []
-    for each in (grader, confined(grader, work)):
+    for each in (grader, confine(grader, work)):
         found.append(grade_answers(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
     assert found[0] == found[1]
     with pytest.raises(Ungraded, match="names something that is not there"):
-        confined(grader, work).grade([answer("a", "a")])
+        confine(grader, work).grade([answer("a", "a")])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_refusals_are_the_same(work: ConfinedWork) -> None:
     [("fuzzy_match", "ab" * 10**6), ("rouge_5", " ".join(map(str, range(10**6))))],
 )
 def test_what_takes_too_much_is_ended(work: ConfinedWork, metric: Any, text: str) -> None:
-    grader = confined(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
+    grader = confine(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
     with pytest.raises(TakesTooMuch, match=r"more than (2 seconds|256 MiB)|more memory than"):
         grader.grade([answer(text, text[::-1])])
     assert grader.grade([answer("a", "a")]) == [1.0]
@@ -84,7 +84,7 @@ def test_what_takes_too_much_is_ended(work: ConfinedWork, metric: Any, text: str
 
 def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
     patient = ConfinedWork(600, 1 << 30, "the grader")
-    grader = confined(TextSimilarity(reference="{{item.a}}"), patient)
+    grader = confine(TextSimilarity(reference="{{item.a}}"), patient)
     uses: list[Cancellable] = []
     with cancelled_by(uses.append):
         assert grader.grade([answer("a", "a")]) == [1.0]
@@ -104,7 +104,7 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
 
 def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     work = ConfinedWork(5, 1 << 28, "the work")
-    grader = confined(StringCheck(reference="{{item.a}}"), work)
+    grader = confine(StringCheck(reference="{{item.a}}"), work)
     assert grader.grade([answer("a", "a")]) == [1.0]
     ((first, _),) = work._idle
     assert grader.grade([answer("a", "a")]) == [1.0]
@@ -115,7 +115,7 @@ def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(confined_work, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(confined_work, "GRACE_SECONDS", 0.5)
     work = ConfinedWork(5, 1 << 28, "the work")
-    grader = confined(StringCheck(reference="{{item.a}}"), work)
+    grader = confine(StringCheck(reference="{{item.a}}"), work)
     assert grader.grade([answer("a", "a")]) == [1.0]
     ((first, _),) = work._idle
     child = first._child
@@ -130,7 +130,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fresh = ConfinedWork(2, 256 << 20, "the grader")
-    grader = confined(TextSimilarity(reference="{{item.a}}"), fresh)
+    grader = confine(TextSimilarity(reference="{{item.a}}"), fresh)
     with monkeypatch.context() as patch:
         patch.setattr(confined_process.sys, "executable", "/nowhere/python")
         with pytest.raises(Interrupted, match="cannot start"):
@@ -142,7 +142,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_work(
 def test_only_what_compares_texts_goes_there(work: ConfinedWork) -> None:
     source = PythonSource(source="def grade(sample, item): return 1")
     both = Multi(graders={"a": GRADERS[0], "b": source}, calculate_output="a + b")
-    made = confined(both, work)
+    made = confine(both, work)
     assert isinstance(made, Multi)
     assert isinstance(made.graders["a"], ConfinedGrader)
     assert made.graders["b"] is source

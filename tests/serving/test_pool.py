@@ -86,7 +86,7 @@ def test_two_models_are_never_loaded_side_by_side(
 def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
         pool.submit(folder, REQUEST).whole()
-    assert pool.loaded() == [folders[0], folders[2]]
+    assert pool.loaded_ids() == [folders[0], folders[2]]
     bias = {1: -100.0}
     busy = [
         pool.submit(folder, Request("x", max_tokens=900, temperature=1, logit_bias=bias))
@@ -97,7 +97,7 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert refused.value.code == "ModelNotReady"
     busy[0].close()
     assert pool.submit(folders[1], REQUEST).whole()[0].tokens == 4
-    assert pool.loaded() == [folders[2], folders[1]]
+    assert pool.loaded_ids() == [folders[2], folders[1]]
     busy[1].close()
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
 
@@ -109,7 +109,7 @@ def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> 
     with pytest.raises(InferenceFailed, match="cannot be loaded") as failed:
         pool.submit(folders[0], REQUEST)
     assert failed.value.code == "ModelError"
-    assert pool.loaded() == []
+    assert pool.loaded_ids() == []
     weights.write_bytes(whole)
     assert pool.submit(folders[0], REQUEST).whole()[0].tokens == 4
     with pytest.raises(UnknownModel):
@@ -251,6 +251,6 @@ def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str
     entry = pool._entries[folders[0]]
     pool.forget(folders[0])
     pool.forget("never loaded")
-    assert pool.loaded() == []
+    assert pool.loaded_ids() == []
     assert stream.whole()[0].tokens == 4
     assert not entry.model._thread.is_alive()

@@ -26,7 +26,7 @@ from luthier.serving.prompting import (
     looked_up,
     passages,
     questions_of,
-    retrieved,
+    retrieve,
 )
 from luthier.types import Message
 
@@ -68,7 +68,7 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 
 def test_the_nearest_example_stands_last() -> None:
-    ((*_, last),) = retrieved(HELD, TRAIN, 3)
+    ((*_, last),) = retrieve(HELD, TRAIN, 3)
     assert "fox" in last.asked[0].content
     ((text,),) = looked_up(
         HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1

@@ -126,7 +126,7 @@ class LoRALinear(nn.Module):
         """``[N, in]`` to ``[N, out]``, the update first (see the top of this file)."""
         a, b = self.lora_A.weight, self.lora_B.weight
         if (packed := packed_weight(self.base_layer)) is not None:  # decoding, without gradients
-            y = packed.branched(flat, a, b, self.scale)
+            y = packed.with_branch(flat, a, b, self.scale)
             return y if bias is None else y + bias
         if not (self.training and self.dropout.p > 0):
             own: Tensor = _LowRankLinear.apply(flat, self, bias, a, b, self.scale)  # type: ignore[no-untyped-call]

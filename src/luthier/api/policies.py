@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from luthier.api.http.messages import Caller, Fault
-from luthier.store.policy_documents import listed, statements_of
+from luthier.store.policy_documents import as_list, statements_of
 from luthier.store.principals import role_arn
 from luthier.store.sessions import ASSUMED
 
@@ -109,7 +109,7 @@ def trusts(trust: Mapping[str, Any], caller: Caller) -> Literal["account", "prin
     found: set[str] = set()
     for statement in statements_of(trust):
         principal = statement["Principal"]
-        given = listed(principal if isinstance(principal, str) else principal.get("AWS", []))
+        given = as_list(principal if isinstance(principal, str) else principal.get("AWS", []))
         matched = {"principal" if each == "*" else named.get(each) for each in given} - {None}
         actions = _patterns(statement, "Action", re.IGNORECASE | re.ASCII)
         if not matched or not actions.match(ASSUME_ROLE):
@@ -168,7 +168,7 @@ def _compile(policy: str) -> tuple[_Statement, ...]:
 
 def _patterns(statement: Mapping[str, Any], name: str, flags: re.RegexFlag) -> _Patterns:
     negated = name not in statement
-    given = listed(statement[f"Not{name}" if negated else name])
+    given = as_list(statement[f"Not{name}" if negated else name])
     return _Patterns(tuple(_pattern(text, flags) for text in given), negated)
 
 

@@ -268,7 +268,7 @@ class Service:
             "refused_unread": {
                 str(status): float(count) for status, count in self.connections.refusals.items()
             },
-            "models_in_memory": {"": float(len(self.pool.loaded()))},
+            "models_in_memory": {"": float(len(self.pool.loaded_ids()))},
             "workers": {"": float(len(self.scheduler.children))},
             "memory_bytes": {
                 "resident": float(resident_bytes()),

@@ -60,12 +60,12 @@ def list_entries(
     json_: Json = False,
 ) -> None:
     """Print entries, the newest first."""
-    from luthier.store.audit import entries, shown
+    from luthier.store.audit import entries, entry_values
 
     from_ = since.replace(tzinfo=UTC) if since else None
     with open_database(database) as service, service.read() as session:
         found = entries(session, account, user, action, from_, before, limit)
-        rows = [shown(entry) for entry in found]
+        rows = [entry_values(entry) for entry in found]
     if not json_:
         for row in rows:
             row["at"] = row["at"][:19]

@@ -103,7 +103,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
     """Print records for people, a line for each."""
     from rich.markup import escape
 
-    def shown(value: Any) -> str:
+    def cell_text(value: Any) -> str:
         if value is None or value is False:
             return ""
         if value is True:
@@ -114,7 +114,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
 
     table = new_table(*(column.replace("_", " ") for column in columns))
     for row in rows:
-        table.add_row(*(escape(one_line(shown(row.get(column)))) for column in columns))
+        table.add_row(*(escape(one_line(cell_text(row.get(column)))) for column in columns))
     out = new_console()
     # Into a pipe or a file no line has to be broken.
     (out if out.is_terminal else new_console(width=240)).print(table)

@@ -220,7 +220,7 @@ def _show_history(as_json: bool) -> None:
         out.print("No run was estimated before it ran. luthier tune DATA --estimate does both.")
         return
 
-    def colored(ratio: float) -> str:
+    def color_ratio(ratio: float) -> str:
         color = "green" if abs(ratio - 1) <= CLOSE else "yellow"
         return f"[{color}]{ratio:.2f}[/{color}]"
 
@@ -231,10 +231,10 @@ def _show_history(as_json: bool) -> None:
             each.model_id,
             format_duration(each.estimated_seconds),
             format_duration(each.seconds),
-            colored(each.time_ratio),
+            color_ratio(each.time_ratio),
             f"{each.estimated_memory / 1e9:.2f} GB",
             f"{each.memory / 1e9:.2f} GB",
-            colored(each.memory_ratio),
+            color_ratio(each.memory_ratio),
         )
     out.print(table)
     out.print(

@@ -81,9 +81,9 @@ def container_of(path: Path) -> Container:
             packing = "gzip" if head.startswith(_GZIP) else "zstd"
             raw.seek(0)
             try:
-                head = unpacked(raw, packing).read(_HEAD_BYTES)
+                head = unpack(raw, packing).read(_HEAD_BYTES)
             except BROKEN as error:
-                raise damaged(error) from None
+                raise damage_refusal(error) from None
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
     refuse_binary(head)
@@ -99,7 +99,7 @@ def container_of(path: Path) -> Container:
     return Container(kind, packing, _delimiter(text, kind) if kind in ("csv", "tsv") else ",")
 
 
-def unpacked(raw: BinaryIO, packing: Packing) -> BinaryIO:
+def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
     """The bytes of ``raw``, unpacked as they are read."""
     if packing == "gzip":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
@@ -117,7 +117,7 @@ def refuse_binary(data: bytes) -> None:
     raise Unreadable("file.binary", message, fix)
 
 
-def damaged(error: Exception) -> Unreadable:
+def damage_refusal(error: Exception) -> Unreadable:
     """The refusal of packed data that cannot be unpacked."""
     said = str(error).rstrip(".")
     message = f"The packed file is damaged or cut off: {said[:1].lower()}{said[1:]}."

@@ -21,9 +21,9 @@ from luthier.data.containers import (
     BROKEN,
     Container,
     container_of,
-    damaged,
+    damage_refusal,
     refuse_binary,
-    unpacked,
+    unpack,
 )
 from luthier.data.documents import read_document
 from luthier.data.parsing import Record, Unreadable, decode, json_kind, parse_line, shown
@@ -85,7 +85,7 @@ def read_records(
     except Unreadable as bad:
         problems.append(bad.at(file, bad.line))
     except BROKEN as error:
-        problems.append(damaged(error).at(file, 0))
+        problems.append(damage_refusal(error).at(file, 0))
     except OSError as error:
         problems.append(_read_failure(error).at(file, 0))
 
@@ -121,7 +121,7 @@ def _records(
     if chunk is not None:
         raw.seek(chunk.start)
         return _read_lines(raw, file, problems, chunk)
-    stream = unpacked(raw, container.packing)
+    stream = unpack(raw, container.packing)
     if container.kind == "json":
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):

@@ -226,7 +226,7 @@ class Checker(FieldChecker):
 
     def shape_of(self, record: Record) -> type[Shape] | None:
         """The shape by the record's keys, or report why there is not exactly one."""
-        found: list[type[Shape]] = [k for k in SHAPES.values() if k.told_by(record)]
+        found: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
         if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
             found = [judged]  # what people judged is more than what they wrote
         if PromptOnly in found:

@@ -22,7 +22,7 @@ from luthier.files import luthier_home, new_file
 _PIECE = 1 << 23
 
 
-def fetched(address: str, told: Callable[[str, int, int], None] | None = None) -> list[Path]:
+def fetch(address: str, told: Callable[[str, int, int], None] | None = None) -> list[Path]:
     """Local copies of what ``address`` names, in the order of the keys.
 
     Args:

@@ -67,7 +67,7 @@ class Shape(Row):
     """What an encoder reads such rows for; empty where it has nothing to say of them."""
 
     @classmethod
-    def told_by(cls, record: Record) -> bool:
+    def matches(cls, record: Record) -> bool:
         """Whether a record has keys of this shape."""
         return any(key in record for key in cls.keys)
 
@@ -735,7 +735,7 @@ class RatedReply(JudgedReply):
     rating: float
 
     @classmethod
-    def told_by(cls, record: Record) -> bool:
+    def matches(cls, record: Record) -> bool:
         """By a number; as text or empty it is a remark beside the row, and no judgement of it."""
         return "prompt" in record and "completion" in record and _number_in(record) is not None
 
@@ -785,7 +785,7 @@ class ThumbedReply(JudgedReply):
     desirable: bool
 
     @classmethod
-    def told_by(cls, record: Record) -> bool:
+    def matches(cls, record: Record) -> bool:
         """By a thumb, or a label that is true or false."""
         if "prompt" not in record or "completion" not in record:
             return False
@@ -860,7 +860,7 @@ def of_shape(kind: type[Kind], rows: Sequence[Row]) -> Sequence[Kind] | None:
     return cast(Sequence[Kind], rows) if all(isinstance(row, kind) for row in rows) else None
 
 
-def paired(rows: Sequence[Row]) -> list[Preference]:
+def pair_answers(rows: Sequence[Row]) -> list[Preference]:
     """Judged answers as pairs; rows that are pairs stay as they are, ranked ones become all of theirs.
 
     Every two answers to one prompt with different ratings are a pair (Ouyang et al. 2022, section

@@ -40,9 +40,9 @@ def files_of(source: Source) -> list[Path]:
     text = str(source)
     # A Path turns s3:// into s3:/ .
     if re.match(r"s3:/+", text):
-        from luthier.data.s3 import fetched
+        from luthier.data.s3 import fetch
 
-        return fetched(re.sub(r"^s3:/+", "s3://", text))
+        return fetch(re.sub(r"^s3:/+", "s3://", text))
     if re.match(r"file:/", text):
         text = _local(text)
     path = Path(text)

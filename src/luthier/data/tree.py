@@ -127,7 +127,7 @@ def _behind(example: Example, before: tuple[int, ...]) -> Example:
     return replace(example, ids_T=ids_T, weight_T=weight_T)
 
 
-def padded(tree: TokenTree, multiple: int) -> TokenTree:
+def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
     """``tree`` with lone roots appended until its size is a multiple of ``multiple``.
 
     Matrix kernels are made for one size each; rounding up keeps their number small.

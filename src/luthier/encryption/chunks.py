@@ -134,7 +134,7 @@ class SealedReader:
 def _cipher(ring: Keyring, key_id: str, salt: bytes) -> Any:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    return AESGCM(ring.derived(key_id, salt, b"file"))
+    return AESGCM(ring.derive(key_id, salt, b"file"))
 
 
 def _nonce(number: int, last: bool) -> bytes:

@@ -195,7 +195,7 @@ def _bound(place: Any) -> bytes | None:
 def _line_cipher(ring: Keyring, key_id: str) -> Any:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-    return AESGCM(ring.derived(key_id, b"", b"line"))
+    return AESGCM(ring.derive(key_id, b"", b"line"))
 
 
 def _ring(path: Path) -> Keyring:

@@ -47,7 +47,7 @@ class Keyring:
     current: str
     keys: Mapping[str, bytes] = field(repr=False)
 
-    def derived(self, key_id: str, salt: bytes, purpose: bytes) -> bytes:
+    def derive(self, key_id: str, salt: bytes, purpose: bytes) -> bytes:
         """32 bytes of the data key ``key_id`` for one purpose and salt (HKDF-SHA256, RFC 5869).
 
         Raises:

@@ -175,7 +175,7 @@ class _Method:
     reads_states: bool = False
     """Whether it goes by what the base model makes of the rows, or by their words alone."""
 
-    def measured(
+    def measure(
         self, train: Sequence[Row], held: Sequence[Row], states: States | None
     ) -> tuple[Baseline, RowScores]:
         """Fitted, with what it scores; said of fewer rows where not all were read."""
@@ -238,7 +238,7 @@ def compare(
     left_out: list[str] = []
     for method in _methods(train, held):
         if clock() < until and not (method.reads_states and states is None):
-            made.append(method.measured(train, held, states))
+            made.append(method.measure(train, held, states))
         else:
             left_out.append(method.name)
     if not made:

@@ -45,10 +45,10 @@ class _Scaling:
         spread = (features_NH - mean_H).square().mean().sqrt().clamp(min=1e-12)
         return _Scaling(mean_H, spread)
 
-    def scaled(self, features_NH: Tensor) -> Tensor:
+    def scale(self, features_NH: Tensor) -> Tensor:
         return (features_NH - self.mean_H) / self.spread
 
-    def unscaled(self, weight_CH: Tensor, bias_C: Tensor) -> LinearModel:
+    def unscale(self, weight_CH: Tensor, bias_C: Tensor) -> LinearModel:
         """The model of scaled features as one of the features themselves."""
         weight_CH = weight_CH / self.spread
         return LinearModel(weight_CH, bias_C - weight_CH @ self.mean_H)
@@ -75,7 +75,7 @@ def fit_logistic(
     from torch.nn import functional as F
 
     scaling = _Scaling.of(features_NH, bias)
-    scaled_NH = scaling.scaled(features_NH)
+    scaled_NH = scaling.scale(features_NH)
     weight_CH = scaled_NH.new_zeros(classes, scaled_NH.shape[1], requires_grad=True)
     bias_C = scaled_NH.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -101,7 +101,7 @@ def fit_logistic(
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return scaling.unscaled(weight_CH.detach(), bias_C.detach())
+    return scaling.unscale(weight_CH.detach(), bias_C.detach())
 
 
 def fit_centroids(features_NH: Tensor, classes_N: Tensor, classes: int) -> LinearModel:
@@ -120,7 +120,7 @@ def fit_ridge(features_NH: Tensor, targets_N: Tensor) -> LinearModel:
     import torch
 
     scaling = _Scaling.of(features_NH)
-    scaled_NH = scaling.scaled(features_NH).double()
+    scaled_NH = scaling.scale(features_NH).double()
     center = targets_N.double().mean()
     error_N = targets_N.double() - center
     left_NK, values_K, right_KH = torch.linalg.svd(scaled_NH, full_matrices=False)
@@ -137,4 +137,4 @@ def fit_ridge(features_NH: Tensor, targets_N: Tensor) -> LinearModel:
             best = error, (shrink_K / values_K.clamp(min=1e-12) * along_K) @ right_KH
     assert best is not None
     weight_CH = best[1][None].to(features_NH.dtype)
-    return scaling.unscaled(weight_CH, center.to(features_NH.dtype)[None])
+    return scaling.unscale(weight_CH, center.to(features_NH.dtype)[None])

@@ -39,7 +39,7 @@ class RowScores:
         return RowScores(parts_R, wholes_R, is_share)
 
     @staticmethod
-    def joined(pieces: Sequence[RowScores]) -> RowScores:
+    def concatenate(pieces: Sequence[RowScores]) -> RowScores:
         """All rows of several."""
         parts, wholes = (
             [getattr(each, name) for each in pieces] for name in ("parts_R", "wholes_R")

@@ -77,7 +77,7 @@ class Histogram:
         return found
 
 
-def merged(bars: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def merge_bars(bars: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Neighbouring bars as one."""
     count = sum(bar["count"] for bar in bars)
     return {"from": bars[0]["from"], "to": bars[-1]["to"], "count": count}

@@ -13,7 +13,7 @@ from rich.rule import Rule as Line
 from rich.table import Table
 from rich.text import Text
 
-from luthier.gate.histogram import density, merged
+from luthier.gate.histogram import density, merge_bars
 from luthier.gate.report import (
     Report,
     format_number,
@@ -65,7 +65,7 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
 def sparkline(bars: Sequence[Mapping[str, int]], width: int = 16) -> str:
     """Bars of a histogram as one line of block characters, by count over width on the log axis."""
     step = max(-(-len(bars) // width), 1)
-    dense = [density(merged(bars[at : at + step])) for at in range(0, len(bars), step)]
+    dense = [density(merge_bars(bars[at : at + step])) for at in range(0, len(bars), step)]
     most = max(dense, default=0.0) or 1.0
     return "".join(
         BLOCKS[math.ceil(each / most * (len(BLOCKS) - 1))] if each else " " for each in dense

@@ -168,7 +168,7 @@ class SpotCheck(Check):
             place = where.place(spot.index)
             findings.add(Finding(rule, place, spot.message, spot.fix, spot.excerpt))
 
-    def counted(self, name: str, most: int | None = None) -> dict[str, Any]:
+    def most_common_counts(self, name: str, most: int | None = None) -> dict[str, Any]:
         """The most frequent of what was counted, for the summary."""
         return {"counts": dict(self.counts[name].most_common(most))}
 

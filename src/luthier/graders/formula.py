@@ -99,7 +99,7 @@ class Multi(Grader):
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """The formula for each answer; :class:`Ungraded` where a grader or the formula gives none."""
         troubles: dict[int, Trouble] = {}
-        return self.combined(self.each(answers, troubles), len(answers), troubles)
+        return self.combine(self.each(answers, troubles), len(answers), troubles)
 
     def each(
         self, answers: Sequence[Answer], troubles: dict[int, Trouble]
@@ -107,7 +107,7 @@ class Multi(Grader):
         """Scores of each grader, NaN where there is none; why goes to ``troubles``."""
         return self._mix.each(answers, troubles)
 
-    def combined(
+    def combine(
         self, scores: Mapping[str, Sequence[float]], count: int, troubles: dict[int, Trouble]
     ) -> list[float]:
         """The formula of ``scores``."""

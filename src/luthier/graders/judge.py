@@ -119,7 +119,7 @@ class Judge(ModelSpec, Grader):
         """Have a sum judged: whether there is a model, takes the key, and gives scores at all."""
         asked = (Message("user", "What is 2 + 2?"),)
         answer = Answer(asked, "2 + 2 is 4.", "4", Row("a trial", 0))
-        (verdict,) = self.verdicts([self.asked(answer)])
+        (verdict,) = self.verdicts([self.question(answer)])
         if isinstance(verdict, Failure):
             raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
         if parse_verdict(verdict) is None:
@@ -128,7 +128,7 @@ class Judge(ModelSpec, Grader):
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A score for each answer; :class:`Ungraded` where a verdict has none."""
-        verdicts = self.verdicts([self.asked(answer) for answer in answers])
+        verdicts = self.verdicts([self.question(answer) for answer in answers])
         found = [parse_verdict(each) if isinstance(each, str) else None for each in verdicts]
         troubles = {
             index: verdict_trouble(self.method, verdicts[index])
@@ -150,7 +150,7 @@ class Judge(ModelSpec, Grader):
             raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(asked)} answers")
         return verdicts
 
-    def asked(self, answer: Answer) -> list[Message]:
+    def question(self, answer: Answer) -> list[Message]:
         """What the judge reads."""
         parts = [*self.context(answer), quote_text("reply", answer.reply)]
         system = SYSTEM.format(rubric=self.rubric.strip())

@@ -42,7 +42,7 @@ class Ruler(Judge):
         asked = (Message("user", "What is 2 + 2?"),)
         row = Row("a trial", 0)
         pair = [Answer(asked, reply, "4", row) for reply in ("2 + 2 is 4.", "2 + 2 is 7.")]
-        (verdict,) = self.verdicts([self.compared(pair)])
+        (verdict,) = self.verdicts([self.comparison(pair)])
         if isinstance(verdict, Failure):
             raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
         right, wrong = parse_scores(verdict, 2)
@@ -61,7 +61,7 @@ class Ruler(Judge):
             replies = groups.setdefault((answer.row.file, answer.row.line), {})
             replies.setdefault(answer.reply, []).append(index)
         asked = [
-            self.compared([answers[places[0]] for places in replies.values()])
+            self.comparison([answers[places[0]] for places in replies.values()])
             for replies in groups.values()
         ]
         scores, troubles = [math.nan] * len(answers), dict[int, Trouble]()
@@ -77,7 +77,7 @@ class Ruler(Judge):
             raise Ungraded(scores, troubles)
         return scores
 
-    def compared(self, answers: Sequence[Answer]) -> list[Message]:
+    def comparison(self, answers: Sequence[Answer]) -> list[Message]:
         """What the judge reads of the different replies to one row."""
         parts = self.context(answers[0])
         parts += [quote_text(f"reply {n}", answer.reply) for n, answer in enumerate(answers, 1)]

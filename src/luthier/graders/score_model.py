@@ -97,7 +97,7 @@ class ScoreModel(ModelSpec, Grader):
         """A score for each answer; :class:`Ungraded` where the model gave none."""
         if self.writer is None:
             raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
-        replies = self.writer([self.asked(answer) for answer in answers])
+        replies = self.writer([self.question(answer) for answer in answers])
         scores, troubles = [], {}
         for index, reply in enumerate(replies):
             found = None if isinstance(reply, Failure) else number_in(reply, self.range)
@@ -111,7 +111,7 @@ class ScoreModel(ModelSpec, Grader):
             raise Ungraded(scores, troubles)
         return scores
 
-    def asked(self, answer: Answer) -> list[Message]:
+    def question(self, answer: Answer) -> list[Message]:
         """What the model reads."""
         scope, low_high, characters = scope_of(answer), self.range, 0
         turns = []

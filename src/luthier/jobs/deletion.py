@@ -317,7 +317,7 @@ def _file(kind: str, path: Path) -> Item:
 
 def _delete_files(job: Job) -> None:
     folders = JobFolders(job.id)
-    with folders.locked() as free:
+    with folders.hold() as free:
         if not free:
             raise WrongState(f"a process still works on the files of job {job.name}; ask again")
         folders.drop_working_files()

@@ -46,7 +46,7 @@ class JobFolders:
         self.data = self.parent / job_id
         self.log = self.parent / f"{job_id}.log"
 
-    def locked(self) -> AbstractContextManager[bool]:
+    def hold(self) -> AbstractContextManager[bool]:
         """Hold the only hand on the files of the job; yields whether nobody else does."""
         return lock(self.parent / f"{self.job_id}.lock")
 

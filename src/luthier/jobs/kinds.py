@@ -65,7 +65,7 @@ def _prepare_jobs(database: Database) -> None:
         unknown = list(session.scalars(new))
     for job in littered:
         folders = JobFolders(job.id)
-        with folders.locked() as free:
+        with folders.hold() as free:
             if free:
                 tidy(database, job, folders)
     for job in unknown:
@@ -85,7 +85,7 @@ def _prepare_imports(database: Database) -> None:
     for lock in sorted((luthier_home() / "jobs").glob("import-*.lock")):
         model_id = lock.stem.removeprefix("import-")
         folders = ImportFolders(model_id)
-        with folders.locked() as free:
+        with folders.hold() as free:
             if not free:
                 continue
             with database.read() as session:

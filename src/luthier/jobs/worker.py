@@ -179,7 +179,7 @@ class Worker(ABC, Generic[Work, Places]):
         deadline = time.monotonic() + FILES_FREE
         while time.monotonic() < deadline:
             with ExitStack() as attempt:
-                if attempt.enter_context(self.folders.locked()):
+                if attempt.enter_context(self.folders.hold()):
                     files.push(attempt.pop_all())
                     return True
             time.sleep(0.2)

@@ -53,13 +53,13 @@ def _modules() -> Iterator[None]:
 
     count = 0
 
-    def counted(*_: Any) -> None:
+    def count_module(*_: Any) -> None:
         nonlocal count
         count += 1
         if count > MOST_MODULES:
             raise _too_much(f"more than {MOST_MODULES:,} modules")
 
-    hook = register_module_module_registration_hook(counted)
+    hook = register_module_module_registration_hook(count_module)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.data.tree import TokenTree, build_tree, padded, split_to_budget
+from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.models import heads
 from luthier.models.bottom import Bottom
 from luthier.models.layouts import Layout, layout_of
@@ -67,7 +67,7 @@ class TreeBatch:
 
         ``before`` is the length of the network's prefix.
         """
-        tree = padded(tree, SIZE_STEP)
+        tree = pad_tree(tree, SIZE_STEP)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
         order = np.argsort(parent_E, kind="stable")

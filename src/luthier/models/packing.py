@@ -41,7 +41,7 @@ class PackedWeight:
             return nn.functional.linear(x, layer.weight, layer.bias)
         return _product(x, self._packed, layer.bias)
 
-    def branched(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
+    def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
         """``x W^T + scale x A^T B^T``, rounded once.
 
         Of a few rows it is one product, ``[x, x A^T] [W, scale B]^T``: each further one takes half as

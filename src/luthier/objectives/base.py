@@ -274,7 +274,7 @@ class Means:
 
     def row_scores(self) -> dict[str, RowScores]:
         """What each row adds to the scores, in the order of the micro-batches."""
-        return {name: RowScores.joined(each) for name, each in self._ratios.items()}
+        return {name: RowScores.concatenate(each) for name, each in self._ratios.items()}
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import Preference, paired
+from luthier.data.shapes import Preference, pair_answers
 from luthier.errors import RowRefused
 from luthier.objectives.base import Objective, TrainingDefaults, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row
@@ -68,7 +68,7 @@ class Pairwise(Judged):
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Rated answers to one prompt become pairs."""
-        return paired(rows)
+        return pair_answers(rows)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of both answers, one half in all on each side."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import Preference, paired
+from luthier.data.shapes import Preference, pair_answers
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import cut_text, encode_text
@@ -50,7 +50,7 @@ class RewardModel(Objective):
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Rated answers to one prompt become pairs."""
-        return paired(rows)
+        return pair_answers(rows)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Both answers behind their prompt, one half of the weight at the last token of each.

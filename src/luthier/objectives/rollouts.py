@@ -329,7 +329,7 @@ class Reinforcement(Objective):
         """Micro-batches of ``rows``, each with its :class:`Policy`; ``advantages`` by their number."""
         import torch
 
-        def joined(arrays: Iterable[FloatArray]) -> Tensor:
+        def to_tensor(arrays: Iterable[FloatArray]) -> Tensor:
             array_M = np.concatenate(list(arrays)).astype(np.float32)
             return torch.from_numpy(array_M).to(network.device)
 
@@ -338,9 +338,9 @@ class Reinforcement(Objective):
             rows_R = batch.tree.examples
             policy = Policy(
                 rollouts,
-                weight_M=joined(row.weight_T[row.weight_T != 0] for row in rows_R),
-                sampler_M=joined(rollouts.each[row.row].completion.logp_T for row in rows_R),
-                advantage_M=joined(advantages[row.row] for row in rows_R),
+                weight_M=to_tensor(row.weight_T[row.weight_T != 0] for row in rows_R),
+                sampler_M=to_tensor(rollouts.each[row.row].completion.logp_T for row in rows_R),
+                advantage_M=to_tensor(advantages[row.row] for row in rows_R),
             )
             batches.append(replace(batch, extra=policy))
         return batches

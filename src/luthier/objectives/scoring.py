@@ -59,7 +59,7 @@ class Beside:
         """The judge, who is asked nothing twice."""
         if judge.url is None:
             network = self.networks[judge.model]
-            write: Writer = partial(written, network, sampling, judge.batch_size)
+            write: Writer = partial(write_replies, network, sampling, judge.batch_size)
             return self.remember(write, judge, sampling)
         from luthier.chat_models.endpoint import Endpoint
 
@@ -69,7 +69,7 @@ class Beside:
         return self.remember(write, judge, sampling)
 
 
-def written(
+def write_replies(
     network: Network, sampling: SamplingSpec, batch_size: int, asked: Sequence[Sequence[Message]]
 ) -> list[str | Failure]:
     """A network's reply to each conversation; a failure where its context does not hold one.

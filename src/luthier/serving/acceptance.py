@@ -94,7 +94,7 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
     config = check_texts(folder)
     stored = check_weights(folder)
     with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
-        kind, numbers, beside = drawn(folder)
+        kind, numbers, beside = draw(folder)
         context = context_length(config)
     if numbers > stored + _SLACK:
         raise ModelRefused(
@@ -123,7 +123,7 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
     return Accepted(manifest.model_copy(update={"checks": checks}), None)
 
 
-def drawn(folder: Path) -> tuple[str, int, int]:
+def draw(folder: Path) -> tuple[str, int, int]:
     """Kind of the network in ``folder``, its numbers, and the bytes of tables it makes beside them.
 
     Only its configuration is read; what drawing it may take is bounded.

@@ -143,13 +143,13 @@ class ConfinedGrader(Grader):
         return scores
 
 
-def confined(grader: Grader, work: ConfinedWork) -> Grader:
+def confine(grader: Grader, work: ConfinedWork) -> Grader:
     """``grader`` with all that compares texts at work in processes of ``work``.
 
     Sources have a sandbox of their own, and models that grade take turns with all others.
     """
     if isinstance(grader, Multi):
-        parts = {name: confined(part, work) for name, part in grader.graders.items()}
+        parts = {name: confine(part, work) for name, part in grader.graders.items()}
         return grader.model_copy(update={"graders": parts})
     if grader.models or isinstance(grader, SandboxedFunction):
         return grader

@@ -193,7 +193,7 @@ _metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
 
 
 @contextmanager
-def metered(count: Meter) -> Iterator[None]:
+def meter(count: Meter) -> Iterator[None]:
     """``count`` hears what models read and write for what is asked of them in the block.
 
     It is called by any thread, and may be after the block: a stream is counted when it ends.

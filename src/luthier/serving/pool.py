@@ -163,7 +163,7 @@ class ModelPool:
         """End all work and let go of everything."""
         _close_all(self._entries)
 
-    def loaded(self) -> list[str]:
+    def loaded_ids(self) -> list[str]:
         """Ids of the models in memory, the longest unused first."""
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.model is not None]

@@ -186,7 +186,7 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
     return [train[number] for number in [*fresh, *others][:count]]
 
 
-def retrieved(
+def retrieve(
     questions: Sequence[Question], train: Sequence[Question], count: int
 ) -> list[list[Question]]:
     """For each question the ``count`` training questions nearest to it, with their answers."""

@@ -271,7 +271,7 @@ def entries(
         ) from error
 
 
-def shown(entry: AuditEntry) -> dict[str, Any]:
+def entry_values(entry: AuditEntry) -> dict[str, Any]:
     """An entry as plain values."""
     return {**_plain(_fields(entry)), "hash": entry.hash}
 

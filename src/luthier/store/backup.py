@@ -126,7 +126,7 @@ def backup(
             found = _check_rows(taken.session, folder, hashes)
         if found.damaged and not allow_damaged:
             raise CorruptFile(
-                f"the store has lost files, and nothing was backed up: {found.listed}. Bring them back "
+                f"the store has lost files, and nothing was backed up: {found.names}. Bring them back "
                 "from an earlier backup or delete what names them; --allow-damaged backs up the rest"
             )
         size = _bytes_below(folder)
@@ -180,7 +180,7 @@ def restore(
     )
     if found.damaged and not allow_damaged:
         raise CorruptFile(
-            f"{source} is not whole: {found.listed}. Nothing was restored. Take an earlier backup; "
+            f"{source} is not whole: {found.names}. Nothing was restored. Take an earlier backup; "
             "--allow-damaged restores the rest"
         )
     kept = [name for name in hashes if name != DUMP and name not in changed]
@@ -280,7 +280,7 @@ class _Findings:
         return [text for _, text in self.damaged]
 
     @property
-    def listed(self) -> str:
+    def names(self) -> str:
         """The first of them."""
         more = len(self.damaged) - _NAMED
         text = "; ".join(self.texts[:_NAMED])

@@ -134,7 +134,7 @@ def _check_trust_statement(statement: Any, where: str) -> None:
     principal = statement["Principal"]
     if isinstance(principal, Mapping) and set(principal) <= {"AWS", "Service", "Federated"}:
         for name, values in principal.items():
-            for value in listed(values):
+            for value in as_list(values):
                 _check_principal(statement, name, value, f"{where}.Principal.{name}")
     else:
         _check_principal(statement, "AWS", principal, f"{where}.Principal")
@@ -166,15 +166,15 @@ def _check_members(statement: Any, members: Sequence[str], where: str) -> None:
         raise RefusedInput(f"{where}.Condition is not an object")
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """One pattern, or several."""
     return value if isinstance(value, list) else [value]
 
 
 def _check_patterns(values: Any, name: str, where: str) -> None:
-    for value in listed(values):
+    for value in as_list(values):
         _check_pattern(value, name, where)
-    if not listed(values):
+    if not as_list(values):
         raise RefusedInput(f"{where} is empty")
 
 

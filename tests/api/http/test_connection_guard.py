@@ -51,7 +51,7 @@ def address(service: Service) -> Iterator[tuple[str, str]]:
 def decoder(service: Service) -> Decoder:
     """That of the tiny model, once it is loaded."""
     deadline = time.monotonic() + 60
-    while service.pool.loaded() != ["tiny"]:
+    while service.pool.loaded_ids() != ["tiny"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     found = service.pool._entries["tiny"].model

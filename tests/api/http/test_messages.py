@@ -14,7 +14,7 @@ from luthier.api.http.messages import Fault
 from luthier.api.openai.chat import ChatRequest
 from luthier.api.openai.completions import CompletionRequest
 from luthier.api.openai.embeddings import EmbeddingRequest
-from luthier.api.openai.protocol import checked
+from luthier.api.openai.protocol import validate
 from luthier.api.openai.responses import ResponseRequest
 from luthier.serving.inference import TURNS
 
@@ -38,7 +38,7 @@ def test_a_body_is_refused_at_its_first_wrong_item(name: str) -> None:
     try:
         began = time.thread_time()
         with pytest.raises(Fault) as caught:
-            checked({"model": "tiny", **given}, kind)
+            validate({"model": "tiny", **given}, kind)
         assert time.thread_time() - began < 1
         assert tracemalloc.get_traced_memory()[1] < 20 << 20
     finally:
@@ -48,7 +48,7 @@ def test_a_body_is_refused_at_its_first_wrong_item(name: str) -> None:
 
 
 def test_conversations_of_many_messages_are_taken() -> None:
-    checked({"model": "tiny", "messages": [SAID] * TURNS}, ChatRequest)
+    validate({"model": "tiny", "messages": [SAID] * TURNS}, ChatRequest)
 
 
 def test_bedrock_tells_of_the_first_one() -> None:

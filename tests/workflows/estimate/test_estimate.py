@@ -297,7 +297,7 @@ def test_errors_that_have_nothing_to_do_with_each_other_add_as_squares() -> None
     assert total == Interval(30.0, 25.0, 35.0)
     assert Interval.exactly(5.0) + Interval(1.0, 0.0, 3.0) == Interval(6.0, 5.0, 8.0)
     assert Interval.around(10.0, 0.1, 0.2).times(3) == Interval(30.0, 27.0, 36.0)
-    wide = Interval(10.0, 7.0, 13.0).widened(0.4, 0.4)
+    wide = Interval(10.0, 7.0, 13.0).widen(0.4, 0.4)
     assert (wide.low, wide.high) == (5.0, 15.0)
 
 

@@ -120,7 +120,7 @@ class ControlRequest:
         """The same for making something."""
         self.allow(self.arns.of(self.account, kind, "*"))
 
-    def replayed(self) -> dict[str, Any] | None:
+    def earlier_answer(self) -> dict[str, Any] | None:
         """The answer to an earlier sending of this request, before anything is looked at."""
         attempt = self._attempt()
         if attempt is None:
@@ -297,6 +297,6 @@ def _invalid_token() -> Fault:
     return Fault("Validation", "The provided nextToken is not valid.", parameter="nextToken")
 
 
-def listed(member: str, summaries: list[dict[str, Any]], token: str | None) -> dict[str, Any]:
+def list_answer(member: str, summaries: list[dict[str, Any]], token: str | None) -> dict[str, Any]:
     """The answer of a list; at its end there is no token."""
     return {member: summaries, "nextToken": token}

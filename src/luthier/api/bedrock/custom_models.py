@@ -13,7 +13,7 @@ from luthier.api.bedrock.control import (
     Order,
     contains,
     created_within,
-    listed,
+    list_answer,
     not_found,
     page,
     shown_as,
@@ -26,7 +26,7 @@ from luthier.api.bedrock.identifiers import (
     job_arn,
     own,
 )
-from luthier.api.bedrock.jobs import learned
+from luthier.api.bedrock.jobs import customization_details
 from luthier.api.http.messages import Fault
 from luthier.jobs.submit import submit_import
 from luthier.store import tags
@@ -42,7 +42,7 @@ _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken"
 def create_model(request: ControlRequest) -> dict[str, Any]:
     """Have a model copied from outside; it is Creating until it was tried."""
     request.allow_kind(MODEL)
-    answer = request.replayed()
+    answer = request.earlier_answer()
     if answer is not None:
         return answer
     given, source = tags_of(request.get("modelTags")), _source(request)
@@ -107,7 +107,7 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
         rows, token = page(request, session, wanted, _ORDER)
         jobs = _jobs(session, rows)
         summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
-    return listed("modelSummaries", summaries, token)
+    return list_answer("modelSummaries", summaries, token)
 
 
 def delete_model(request: ControlRequest) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def asked_model(request: ControlRequest, session: Session, identifier: str) -> C
 
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
-    told = learned(job) if job else {"customizationType": "IMPORTED"}
+    told = customization_details(job) if job else {"customizationType": "IMPORTED"}
     asked = model.details.get("request", {})
     return {
         "modelArn": model.arn(request.arns),

@@ -20,7 +20,7 @@ from luthier.api.bedrock.control import (
     Order,
     contains,
     created_within,
-    listed,
+    list_answer,
     not_found,
     page,
     shown_as,
@@ -90,7 +90,7 @@ def _create(
     prepared.
     """
     request.allow_kind(kind.arn)
-    answer = request.replayed()
+    answer = request.earlier_answer()
     if answer is not None:
         return str(answer["arn"])
     wanted_tags = tags_of(request.get("tags"))
@@ -218,7 +218,7 @@ def list_deployments(request: ControlRequest) -> dict[str, Any]:
         {**_deployment_summary(request, each), "customModelDeploymentName": each.name}
         for each in rows
     ]
-    return listed("modelDeploymentSummaries", summaries, token)
+    return list_answer("modelDeploymentSummaries", summaries, token)
 
 
 def update_deployment(request: ControlRequest) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def list_provisioned(request: ControlRequest) -> dict[str, Any]:
         wanted.append(or_(Endpoint.model == model, about_to))
     rows, token = _page(request, _PROVISIONED, *wanted)
     summaries = [_provisioned_summary(request, each) for each in rows]
-    return listed("provisionedModelSummaries", summaries, token)
+    return list_answer("provisionedModelSummaries", summaries, token)
 
 
 def update_provisioned(request: ControlRequest) -> dict[str, Any]:

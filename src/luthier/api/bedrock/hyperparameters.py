@@ -175,7 +175,7 @@ def without_effect(given: Mapping[str, Any]) -> list[str]:
     return [f"reasoningEffort is {effort} and has no effect: no model here reasons by levels."]
 
 
-def merged(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def merge_fields(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Fields by group; a later layer wins."""
     found: dict[str, dict[str, Any]] = {}
     for layer in layers:

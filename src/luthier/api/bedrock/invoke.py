@@ -218,7 +218,7 @@ class Timed:
         }
 
 
-def framed(form: Form, stream: Stream, timed: Timed) -> Iterator[bytes]:
+def frame_chunks(form: Form, stream: Stream, timed: Timed) -> Iterator[bytes]:
     """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
     held: dict[str, Any] | None = None
     written = 0

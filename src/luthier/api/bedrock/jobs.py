@@ -17,7 +17,7 @@ from luthier.api.bedrock.control import (
     Order,
     contains,
     created_within,
-    listed,
+    list_answer,
     not_found,
     page,
     shown_as,
@@ -83,7 +83,7 @@ _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0
 def create_job(request: ControlRequest) -> dict[str, Any]:
     """Put a job into the queue; the same token gives the same job."""
     request.allow_kind(JOB)
-    answer = request.replayed()
+    answer = request.earlier_answer()
     if answer is not None:
         return answer
     job_tags, model_tags = tags_of(request.get("jobTags")), tags_of(request.get("customModelTags"))
@@ -119,11 +119,11 @@ def _submission(request: ControlRequest) -> Submission:
         teacher = _teacher(request, config["teacherModelConfig"])
         longest = config["teacherModelConfig"].get("maxResponseLengthForInference")
         if longest is not None:
-            settings = hyperparameters.merged(settings, _longest_answer(longest))
+            settings = hyperparameters.merge_fields(settings, _longest_answer(longest))
     elif kind == REINFORCEMENT:
         grader = _grader(request, config)
         typed = config.get("hyperParameters", {})
-        settings = hyperparameters.merged(settings, hyperparameters.read_rft(typed))
+        settings = hyperparameters.merge_fields(settings, hyperparameters.read_rft(typed))
         # Defaults that the typed ones replace are not shown.
         shown |= {name: str(typed[name]) for name in (shown.keys() & typed.keys()) - sent.keys()}
     members = {name: request[name] for name in _SHOWN if name in request.members}
@@ -227,7 +227,7 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
     with request.control.database.read() as session:
         job = asked_job(request, session)
         model = _models(session, [job]).get(job.id)
-        return described(request, job) | {"outputModelArn": _model_arn(request, model)}
+        return job_details(request, job) | {"outputModelArn": _model_arn(request, model)}
 
 
 def list_jobs(request: ControlRequest) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
         rows, token = page(request, session, wanted, _ORDER)
         models = _models(session, rows)
         summaries = [_summary(request, job, models.get(job.id)) for job in rows]
-    return listed("modelCustomizationJobSummaries", summaries, token)
+    return list_answer("modelCustomizationJobSummaries", summaries, token)
 
 
 def stop_job(request: ControlRequest) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) 
     return found
 
 
-def described(request: ControlRequest, job: Job) -> dict[str, Any]:
+def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
     """What is told of a job by itself."""
     asked = job.request
     return {
@@ -288,11 +288,11 @@ def described(request: ControlRequest, job: Job) -> dict[str, Any]:
         "baseModelArn": request.arns.foundation_model(job.foundation),
         "vpcConfig": asked.get("vpcConfig"),
         "outputModelKmsKeyArn": _key_arn(request, asked.get("customModelKmsKeyId")),
-        **learned(job),
+        **customization_details(job),
     }
 
 
-def learned(job: Job) -> dict[str, Any]:
+def customization_details(job: Job) -> dict[str, Any]:
     """What a job and its model both tell: how it was made, and what came of it."""
     asked, result = job.request, job.result or {}
     source = next(iter(job.details.get("sources", ())), None)

@@ -132,7 +132,7 @@ class _Runtime:
             "Content-Type": CONTENT_TYPE,
             "X-Amzn-Bedrock-Content-Type": "application/json",
         }
-        chunks = _with_failure(invoke.framed(form, stream, timed))
+        chunks = _with_failure(invoke.frame_chunks(form, stream, timed))
         return Response(200, GeneratedPieces(chunks, [stream]), headers)
 
     def count(self, request: Request) -> Response:

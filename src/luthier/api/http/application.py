@@ -60,7 +60,7 @@ from luthier.api.sigv4 import claim_of
 from luthier.cancellation import cancelled_by
 from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.limits import BODY_BYTES, ServerLimits
-from luthier.serving.inference import metered
+from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
 from luthier.store.database import now
 
@@ -317,7 +317,7 @@ class Application:
         request = exchange.request(signed, route, body, self.limits.json_values)
         with (
             record_actions() as record.actions,
-            metered(record.add_tokens),
+            meter(record.add_tokens),
             working_for(record.account),
         ):
             response = route.operation.handler(request)

@@ -259,7 +259,7 @@ class Fault(LuthierError):
         field = error.field if isinstance(error, RecipeError) else None
         return Fault(code, str(error), parameter=field, refused=True)
 
-    def named(self, name: SettingName) -> Fault:
+    def in_words_of(self, name: SettingName) -> Fault:
         """The same in the words of a face, where it is a refusal of the parts below."""
         if not self.details.get("refused"):
             return self

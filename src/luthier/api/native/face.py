@@ -24,7 +24,7 @@ def native_face(context: Context, version: str, deletions: Deletions) -> NativeF
         caller = request.caller
         return WhoView(account=caller.account, user=caller.user, arn=caller.arn)
 
-    def described(request: Request) -> Response:
+    def serve_document(request: Request) -> Response:
         return Response.json(document(operations, version))
 
     operations = [
@@ -32,7 +32,7 @@ def native_face(context: Context, version: str, deletions: Deletions) -> NativeF
             "whoAmI", "GET", "/api/v1/whoami", who, "The account and user of the key.", WhoView
         ),
         NativeOperation(
-            "describe", "GET", "/api/v1/openapi.json", described, "This document."
+            "describe", "GET", "/api/v1/openapi.json", serve_document, "This document."
         ),
         *jobs.operations(context),
         *models.operations(context),

@@ -126,7 +126,7 @@ def operations(context: Context) -> list[NativeOperation]:
             body=NewJob, status=201,
         ),
         NativeOperation(
-            "listJobs", "GET", "/api/v1/jobs", jobs.listed, "Jobs, the newest first.", JobsView,
+            "listJobs", "GET", "/api/v1/jobs", jobs.list_jobs, "Jobs, the newest first.", JobsView,
             query=Page,
         ),
         NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
@@ -182,7 +182,7 @@ class _Jobs:
         context.wake()
         return told
 
-    def listed(self, request: Request, page: Page) -> JobsView:
+    def list_jobs(self, request: Request, page: Page) -> JobsView:
         self.context.allow(request, "ListJobs", "*")
         wanted = queue.Wanted(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:

@@ -56,8 +56,9 @@ def operations(context: Context) -> list[NativeOperation]:
     models, one = _Models(context), "/api/v1/models/{model}"
     return [
         NativeOperation(
-            "listModels", "GET", "/api/v1/models", models.listed, "All models there are.", ModelsView
-        ),
+            "listModels", "GET", "/api/v1/models", models.list_models, "All models there are.",
+            ModelsView,
+        ),  # fmt: skip
         NativeOperation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelView),
         NativeOperation(
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
@@ -70,7 +71,7 @@ class _Models:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def listed(self, request: Request) -> ModelsView:
+    def list_models(self, request: Request) -> ModelsView:
         self.context.allow(request, "ListModels", "*")
         own = select(CustomModel).where(
             CustomModel.account == request.account, CustomModel.status != RESERVED

@@ -150,7 +150,7 @@ class NativeFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``{"error": {"code", "message", "parameter"}}``."""
-        fault = fault.named(setting_name)
+        fault = fault.in_words_of(setting_name)
         error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
         headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
         told = {key: value for key, value in error.items() if value is not None}

@@ -36,7 +36,7 @@ from luthier.api.openai.protocol import (
 )
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
 from luthier.limits import BODY_BYTES, ServerLimits
-from luthier.serving.inference import metered
+from luthier.serving.inference import meter
 from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.scheduler import working_for
 from luthier.store import batches as store
@@ -290,7 +290,7 @@ class BatchRunner:
             caller = self._caller(batch)
             self.count(batch.account, "", Used(requests=1))
             count = partial(self._count_tokens, batch.account)
-            with metered(count), working_for(batch.account):
+            with meter(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, asked["body"])
             status = 200
         except Fault as fault:

@@ -20,7 +20,7 @@ from luthier.api.openai.generation import (
     stream_events,
     usage,
 )
-from luthier.api.openai.protocol import Body, checked, invalid
+from luthier.api.openai.protocol import Body, invalid, validate
 from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -96,7 +96,7 @@ class ChatMessage(Body):
     def _text(self, where: str) -> str | None:
         if not isinstance(self.content, list):
             return self.content
-        return joined(self.content, ("text",), f"{where}.content")
+        return join_texts(self.content, ("text",), f"{where}.content")
 
 
 class Function(Body):
@@ -209,7 +209,7 @@ def _parameters(function: Function) -> Mapping[str, Any]:
     return function.parameters or {"type": "object", "properties": {}}
 
 
-def joined(parts: Sequence[Part], kinds: Sequence[str], where: str) -> str:
+def join_texts(parts: Sequence[Part], kinds: Sequence[str], where: str) -> str:
     """The text of ``parts``, which are refusals or of one of ``kinds``."""
     texts = []
     for index, part in enumerate(parts):
@@ -257,7 +257,7 @@ class InvokedChat:
 
     def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
         """Check ``given``; :class:`Fault` for what is wrong in it."""
-        self._asked = checked({**given, "model": model_id, "stream": False}, ChatRequest)
+        self._asked = validate({**given, "model": model_id, "stream": False}, ChatRequest)
         self._asked.check()
 
     def request(self) -> GenerationRequest:

@@ -133,7 +133,7 @@ class OpenAIFace:
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
         """``fault`` in OpenAI's envelope."""
-        return protocol.refusal(fault.named(setting_name))
+        return protocol.refusal(fault.in_words_of(setting_name))
 
     def start(self) -> None:
         """Begin to work on batches, those of an earlier server first."""

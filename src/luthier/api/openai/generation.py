@@ -17,10 +17,10 @@ from luthier.api.openai.protocol import (
     Access,
     Body,
     body,
-    checked,
     error_of,
     invalid,
     model_not_found,
+    validate,
 )
 from luthier.errors import UnknownModel
 from luthier.serving.inference import (
@@ -194,7 +194,7 @@ class GenerationResource(Generic[Asked]):
 
     def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a body that came another way; never a stream."""
-        return self.whole(caller, checked({**given, "stream": False}, self.body))
+        return self.whole(caller, validate({**given, "stream": False}, self.body))
 
     def whole(self, caller: Caller, asked: Asked) -> dict[str, Any]:
         """The whole answer."""

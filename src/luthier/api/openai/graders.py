@@ -29,7 +29,7 @@ from luthier.graders.base import TOO_LONG
 from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import Interrupted, TakesTooMuch
-from luthier.serving.confined_work import ConfinedWork, confined
+from luthier.serving.confined_work import ConfinedWork, confine
 from luthier.serving.inference import Chat
 from luthier.serving.inference import Request as GenerationRequest
 from luthier.serving.pool import ModelPool
@@ -116,7 +116,7 @@ class Graders:
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
-        grader = confined(grader, self.work)
+        grader = confine(grader, self.work)
         began = time.perf_counter()
         row = PromptOnly("item", 1, "", members=asked.item or {})
         longest = self.limits.grading_text_characters
@@ -162,7 +162,7 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
         if isinstance(grader, Multi):
             each = grader.each([sample], troubles)
             parts = {name: _finite(scores[0]) for name, scores in each.items()}
-            (score,) = grader.combined(each, 1, troubles)
+            (score,) = grader.combine(each, 1, troubles)
         else:
             (score,), troubles = attempt(grader, [sample])
     except Ungraded as ungraded:

@@ -126,10 +126,10 @@ def body(request: Request, kind: type[Parsed]) -> Parsed:
         raise invalid(f"The body of the request is not valid JSON: {error}.") from error
     if not isinstance(given, dict):
         raise invalid("The body of the request must be a JSON object.")
-    return checked(given, kind)
+    return validate(given, kind)
 
 
-def checked(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
+def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> Parsed:
     """``given`` as ``kind``; ``under`` is where it stands in the request."""
     try:
         return kind.model_validate(given)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Fault, Response
 from luthier.api.http.streams import GeneratedPieces
-from luthier.api.openai.chat import MOST_TOOLS, NAME, Part, arguments, call_id, joined
+from luthier.api.openai.chat import MOST_TOOLS, NAME, Part, arguments, call_id, join_texts
 from luthier.api.openai.generation import GenerationResource, chat_logprobs, refusals
 from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
 from luthier.serving.inference import MOST_TOKENS, TURNS, Called, Chat, End, Event, Piece, Stream
@@ -207,7 +207,7 @@ def _require(value: Any, where: str) -> Any:
 
 
 def _text(content: str | list[Part], where: str) -> str:
-    return content if isinstance(content, str) else joined(content, _TEXTS, where)
+    return content if isinstance(content, str) else join_texts(content, _TEXTS, where)
 
 
 class Responses(GenerationResource[ResponseRequest]):
@@ -248,7 +248,7 @@ def _pieces(asked: ResponseRequest, stream: Stream) -> Iterator[bytes]:
                 for told in response.events(stream):
                     yield _encode_event(told)
         except Fault as fault:
-            yield _encode_event(response.failed(fault))
+            yield _encode_event(response.fail(fault))
     finally:
         stream.close()
 
@@ -288,7 +288,7 @@ class _Response:
         yield from self._finish(self._status)
         yield self._event(f"response.{self._status}", response=self.to_dict())
 
-    def failed(self, fault: Fault) -> JsonObject:
+    def fail(self, fault: Fault) -> JsonObject:
         """The event for ``fault``, behind which nothing follows."""
         self._status = "failed"
         told = error_of(fault)

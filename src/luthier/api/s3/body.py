@@ -173,7 +173,7 @@ class Expected:
         for digest in self._digests.values():
             digest.update(data)
 
-    def verified(self, trailers: Mapping[str, str]) -> dict[str, str]:
+    def verify(self, trailers: Mapping[str, str]) -> dict[str, str]:
         """The checksums that were told and are right, by algorithm.
 
         Raises:
@@ -411,7 +411,7 @@ class SignedBody:
         if self.length is not None and self.length != self._size:
             text = "You did not provide the number of bytes specified by the Content-Length HTTP header"
             raise Fault("IncompleteBody", text)
-        return self._expected.verified(trailers)
+        return self._expected.verify(trailers)
 
 
 def _length(headers: Mapping[str, str], name: str) -> int | None:

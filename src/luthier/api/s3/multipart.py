@@ -20,8 +20,8 @@ from luthier.api.s3.body import (
 )
 from luthier.api.s3.buckets import encoding, owner, xml
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.objects import check_read, check_write, copied, span
-from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, described
+from luthier.api.s3.objects import check_read, check_write, copy_elements, span
+from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.store.multipart import MOST_PARTS, CompletedPart
 from luthier.store.object_files import Written
 from luthier.store.objects import Piece, Upload
@@ -39,7 +39,11 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
         kind = kind or (FULL_OBJECT if algorithm == "crc64nvme" else COMPOSITE)
         check_type(algorithm, kind)
     made = stores.uploads.create(
-        request.account, request.bucket, request.key, described(request, {}), (algorithm, kind)
+        request.account,
+        request.bucket,
+        request.key,
+        describe_object(request, {}),
+        (algorithm, kind),
     )
     headers = {}
     if algorithm:
@@ -80,7 +84,7 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
         for data in content.read(first, length):
             writing.write(data)
         piece = _put_part(stores, request, writing.finish(), {})
-    return xml(document("CopyPartResult", copied(piece.md5, piece, {})))
+    return xml(document("CopyPartResult", copy_elements(piece.md5, piece, {})))
 
 
 def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:

@@ -12,7 +12,7 @@ from luthier.api.s3 import documents
 from luthier.api.s3.body import as_elements, as_headers
 from luthier.api.s3.buckets import xml
 from luthier.api.s3.documents import Element, document, iso
-from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, described
+from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import Written
 from luthier.store.objects import Described, StoredObject, check_key
@@ -110,7 +110,7 @@ def _precondition_failed(condition: str) -> Fault:
 def before_put(stores: Stores, request: S3Request) -> Incoming:
     """Refuse what can be refused before the bytes have come."""
     check_key(request.key)
-    described(request, {})
+    describe_object(request, {})
     try:
         found = stores.objects.head(request.account, request.bucket, request.key)
     except ObjectRefused as refused:
@@ -129,7 +129,7 @@ def put_object(
         request.bucket,
         request.key,
         written,
-        described(request, checksums),
+        describe_object(request, checksums),
         lambda now: check_write(request.headers, now),
     )
     return Response(200, b"", {"ETag": f'"{made.etag}"', **as_headers(made.checksums)})
@@ -206,14 +206,14 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     def told(found: StoredObject) -> Described:
         check_read(request.headers, found, "x-amz-copy-source-if-")
         if directive == "REPLACE":
-            return described(request, found.checksums)
+            return describe_object(request, found.checksums)
         return Described(found.headers, found.user_metadata, found.checksums)
 
     made = stores.objects.copy(request.account, source, target, told)
-    return xml(document("CopyObjectResult", copied(made.etag, made, made.checksums)))
+    return xml(document("CopyObjectResult", copy_elements(made.etag, made, made.checksums)))
 
 
-def copied(etag: str, made: object, checksums: Mapping[str, str]) -> list[Element]:
+def copy_elements(etag: str, made: object, checksums: Mapping[str, str]) -> list[Element]:
     """What is told of a copy; ``made`` has the moment it was made."""
     moment = iso(made.modified)  # type: ignore[attr-defined]
     return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]

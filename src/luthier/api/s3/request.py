@@ -122,7 +122,7 @@ def copy_source(request: S3Request) -> tuple[str, str]:
     return bucket, key
 
 
-def described(request: S3Request, checksums: Mapping[str, str]) -> Described:
+def describe_object(request: S3Request, checksums: Mapping[str, str]) -> Described:
     """What the headers of a request say of the object that it makes."""
     given = request.headers
     headers = {name: given[name] for name in DESCRIBING if name in given}

@@ -9,7 +9,7 @@ from luthier.store.database import Moment
 from luthier.store.schema import METADATA
 
 
-def rendered(kind: str, item: Any, _: Any) -> str | Literal[False]:
+def render_item(kind: str, item: Any, _: Any) -> str | Literal[False]:
     """How our own types are written in a migration."""
     if kind == "type" and isinstance(item, Moment):
         return "Moment()"
@@ -22,7 +22,7 @@ context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=METADATA,
     render_as_batch=True,
-    render_item=rendered,
+    render_item=render_item,
     transactional_ddl=True,
 )
 context.run_migrations()

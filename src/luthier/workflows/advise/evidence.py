@@ -27,7 +27,7 @@ from luthier.serving.prompting import (
     few_shot,
     looked_up,
     questions_of,
-    retrieved,
+    retrieve,
 )
 from luthier.types import Row
 
@@ -142,11 +142,11 @@ def gather(
             else _Answers(network, job, train, held, documents)
         )
         reporter.stage(f"Asking {len(held)} held-out rows without training")
-        tried = ways.untrained(reporter.note)
+        tried = ways.measure_untrained(reporter.note)
         steps = _steps(loop, job.steps, seconds, reporter)
         if steps:
             reporter.stage("Asking them again")
-            tried.append(ways.trained(f"after {steps} steps"))
+            tried.append(ways.measure_trained(f"after {steps} steps"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return Evidence(len(held), tried, steps, job.steps, tuple(ways.left_out))
@@ -192,10 +192,10 @@ class _Answers:
         self.asking = Prompting(network, job.chat, _context(job))
         self.left_out: list[str] = []
 
-    def untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
+    def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """As it is, with examples, with the nearest ones, with documents."""
         shown = few_shot(self.train, EXAMPLES, SEED)
-        nearest = retrieved(self.held, self.train, EXAMPLES)
+        nearest = retrieve(self.held, self.train, EXAMPLES)
         nothing: list[list[Question]] = [[] for _ in self.held]
         ways: list[tuple[Technique, str, list[list[Question]] | list[list[str]]]] = [
             ("as it is", "asked as it is", nothing),
@@ -214,7 +214,7 @@ class _Answers:
             note(_attempt_text(found[-1]))
         return found
 
-    def trained(self, name: str) -> TechniqueResult:
+    def measure_trained(self, name: str) -> TechniqueResult:
         """Asked as it is, once trained."""
         found = self.asking.measure(name, self.held, [[] for _ in self.held])
         if found is None:
@@ -231,7 +231,7 @@ class _Labels:
         self.network, self.job, self.train, self.held = network, job, train, held
         self.left_out: list[str] = []
 
-    def untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
+    def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """The baselines that go with such rows; their seconds are for each row that was read."""
         from luthier.engine.comparison import fit_baselines
         from luthier.evaluation.baselines import ComparedRows
@@ -266,7 +266,7 @@ class _Labels:
         """Tokens of a row, roughly."""
         return sum(len(row.plain_text()) for row in self.held) / 4 / len(self.held)
 
-    def trained(self, name: str) -> TechniqueResult:
+    def measure_trained(self, name: str) -> TechniqueResult:
         """The head's own labels."""
         from luthier.serving.prediction import Predictor
 

@@ -51,7 +51,7 @@ class Interval:
         """The same in another unit, or so many of it."""
         return Interval(self.value * factor, self.low * factor, self.high * factor)
 
-    def widened(self, below: float, above: float) -> Interval:
+    def widen(self, below: float, above: float) -> Interval:
         """The same with shares of the value added to its error, as errors of their own."""
         return self + Interval(0.0, -below * self.value, above * self.value)
 
@@ -202,7 +202,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
         tokens=tokens,
         learned=tokens.times(ratio),
         parts=parts,
-        seconds=raw.times(known.seconds).widened(drift, drift),
+        seconds=raw.times(known.seconds).widen(drift, drift),
         memory=memory.times(known.memory),
         disk=_disk(measured),
         raw_seconds=raw.value,
