@@ -70,8 +70,8 @@ def test_no_text_that_can_reach_a_client_names_an_option() -> None:
 @pytest.mark.parametrize("face", FACES)
 def test_rules_of_the_gate_name_no_option(face: str) -> None:
     for rule in all_rules().values():
-        told = with_setting_names(f"{rule.about} {rule.why} {rule.fix}", FACES[face])
-        assert not OPTION.search(told) and "`luthier " not in told, rule.id
+        text = with_setting_names(f"{rule.about} {rule.why} {rule.fix}", FACES[face])
+        assert not OPTION.search(text) and "`luthier " not in text, rule.id
         typed = with_setting_names(rule.fix, option)
         assert "`data." not in typed, rule.id
 

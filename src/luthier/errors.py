@@ -227,9 +227,9 @@ class GradingFailed(LuthierError):
         count = len(self.problems)
         lines = [f"{count} answer{'s' if count != 1 else ''} could not be graded."]
         # A row is answered several times; what goes wrong with it is told once.
-        told = list(Counter(map(str, self.problems)).items())[: self.shown]
-        lines += [f"  {text}" + f" ({n} times)" * (n > 1) for text, n in told]
-        if left := count - sum(times for _, times in told):
+        counts = list(Counter(map(str, self.problems)).items())[: self.shown]
+        lines += [f"  {text}" + f" ({n} times)" * (n > 1) for text, n in counts]
+        if left := count - sum(times for _, times in counts):
             lines.append(f"  … and {left} more.")
         super().__init__("\n".join(lines))
 

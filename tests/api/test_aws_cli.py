@@ -156,13 +156,13 @@ def test_from_rows_to_a_model_that_answers(tmp_path: Path, tiny_model_folder: Pa
     cli.says(*job("first"))
     shown = ("bedrock", "get-model-customization-job", "--job-identifier", "first")
     until(lambda: cli.gives(*shown)["status"] != "InProgress")
-    told = cli.gives(*shown)
-    assert told["status"] == "Completed", told.get("failureMessage")
+    result = cli.gives(*shown)
+    assert result["status"] == "Completed", result.get("failureMessage")
     assert "validation_artifacts" not in cli.says("s3", "ls", "--recursive", "s3://training/out/")
     cli.says("s3", "cp", "--recursive", "s3://training/out/", "out", "--no-progress")
     (metrics,) = cli.folder.glob("out/*/training_artifacts/step_wise_training_metrics.csv")
     assert metrics.read_text(encoding="utf-8").startswith("step_number,epoch_number,training_loss")
-    model = told["outputModelArn"]
+    model = result["outputModelArn"]
     arn = cli.gives(
         "bedrock", "create-custom-model-deployment", "--model-deployment-name", "d",
         "--model-arn", model,

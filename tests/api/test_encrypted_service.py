@@ -86,8 +86,8 @@ def submit(server: Served, name: str, rows: str, **more: Any) -> None:
         "training": [rows],
         "settings": settings,
     }
-    status, told = server.ask("POST", "/api/v1/jobs", {**asked, **more})
-    assert status == 201, told
+    status, body = server.ask("POST", "/api/v1/jobs", {**asked, **more})
+    assert status == 201, body
 
 
 def test_large_objects_in_parts_come_back_whole(server: Served) -> None:
@@ -100,8 +100,8 @@ def test_large_objects_in_parts_come_back_whole(server: Served) -> None:
         s3.upload_part(**where, PartNumber=n, Body=part)["ETag"] for n, part in enumerate(parts, 1)
     ]
     assert holding(server.home) == []
-    told = [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]
-    s3.complete_multipart_upload(**where, MultipartUpload={"Parts": told})
+    values = [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]
+    s3.complete_multipart_upload(**where, MultipartUpload={"Parts": values})
     s3.copy_object(Bucket="parts", Key="copy", CopySource="parts/big")
     whole = b"".join(parts)
     for key in ("big", "copy"):
@@ -127,9 +127,9 @@ def test_a_job_survives_kills_and_its_model_answers(server: Served, rows: str) -
     job = ended(server, "tuned")
     weights = list(server.home.glob(f"models/custom/*/job-{job['id']}/*.safetensors"))
     assert [path.read_bytes()[:8] for path in weights] == [b"luthier\0"]
-    told = server.ask("GET", "/api/v1/models/tuned")[1]
-    answer = chat(server, told["arn"])
-    assert answer == chat(server, told["arn"])
+    body = server.ask("GET", "/api/v1/models/tuned")[1]
+    answer = chat(server, body["arn"])
+    assert answer == chat(server, body["arn"])
 
 
 def chat(server: Served, arn: str) -> str:
@@ -141,11 +141,11 @@ def chat(server: Served, arn: str) -> str:
     until(lambda: bedrock.get_custom_model_deployment(**asked)["status"] == "Active")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
     messages: Any = [{"role": "user", "content": "number 3?"}]
-    told = client.chat.completions.create(
+    answer = client.chat.completions.create(
         model=made, messages=messages, max_tokens=8, temperature=0
     )
-    assert told.choices[0].message.content is not None
-    return told.choices[0].message.content
+    assert answer.choices[0].message.content is not None
+    return answer.choices[0].message.content
 
 
 def test_whole_networks_are_encrypted_and_served_too(server: Served, rows: str) -> None:
@@ -155,10 +155,10 @@ def test_whole_networks_are_encrypted_and_served_too(server: Served, rows: str) 
     assert weights.read_bytes()[:8] == b"luthier\0"
     chat(server, server.ask("GET", "/api/v1/models/whole")[1]["arn"])
     # By processes of their own, which are handed the keys.
-    status, told = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
-    assert status == 200, told
-    status, told = server.ask("POST", "/api/v1/estimates", {"training": rows, "base": "whole"})
-    assert status == 200, told
+    status, body = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
+    assert status == 200, body
+    status, body = server.ask("POST", "/api/v1/estimates", {"training": rows, "base": "whole"})
+    assert status == 200, body
 
 
 def test_a_model_from_outside_is_encrypted_and_answers(

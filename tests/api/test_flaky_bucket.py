@@ -102,11 +102,11 @@ def test_a_bucket_that_fails_one_request_in_ten_costs_no_job(
     try:
         names = [f"job-{number}" for number in range(JOBS)]
         for name in names:
-            status, told = server.ask("POST", "/api/v1/jobs", {
+            status, body = server.ask("POST", "/api/v1/jobs", {
                 "name": name, "model_name": name, "base": BASE, "training": ["s3://rows/in/"],
                 "output": "s3://rows/out/", "settings": {"training": {"max_steps": 4}},
             })  # fmt: skip
-            assert status == 201, told
+            assert status == 201, body
         deadline = time.monotonic() + 240
         while True:
             jobs = [server.ask("GET", f"/api/v1/jobs/{name}")[1] for name in names]

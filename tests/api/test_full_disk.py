@@ -36,7 +36,7 @@ def server(disk: Disk, tiny_model_folder: Path) -> Iterator[Served]:
 
 def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
     """One change on each face: status and what was said."""
-    told = {}
+    record = {}
     s3 = server.client("s3", tries=1)
     calls = {
         "put": lambda: s3.put_object(Bucket="rows", Key=f"new-{number}", Body=ROWS),
@@ -49,20 +49,20 @@ def everything(server: Served, number: int) -> dict[str, tuple[int, str]]:
     }  # fmt: skip
     for name, call in calls.items():
         try:
-            told[name] = (call()["ResponseMetadata"]["HTTPStatusCode"], "")
+            record[name] = (call()["ResponseMetadata"]["HTTPStatusCode"], "")
         except ClientError as error:
-            told[name] = (error.response["ResponseMetadata"]["HTTPStatusCode"], str(error))
+            record[name] = (error.response["ResponseMetadata"]["HTTPStatusCode"], str(error))
     body = {"name": f"n-{number}", "model_name": f"n-{number}", "base": BASE,
             "training": ["s3://rows/rows.jsonl"]}  # fmt: skip
     status, answer = server.ask("POST", "/api/v1/jobs", body)
-    told["native"] = (status, json.dumps(answer))
+    record["native"] = (status, json.dumps(answer))
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"], max_retries=0)
     try:
         client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
-        told["file"] = (200, "")
+        record["file"] = (200, "")
     except openai.APIStatusError as error:
-        told["file"] = (error.status_code, str(error))
-    return told
+        record["file"] = (error.status_code, str(error))
+    return record
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> None:
@@ -84,13 +84,13 @@ def test_a_full_disk_is_told_and_nothing_is_lost(server: Served, disk: Disk) -> 
     })[0] == 201  # fmt: skip
     s3.delete_object(Bucket="rows", Key=taken.pop())
     disk.fill()
-    told = everything(server, 1)
-    assert {status for status, _ in told.values()} <= {200, 201, 204, 503}
-    assert told["put"][0] == told["file"][0] == 503
+    answer = everything(server, 1)
+    assert {status for status, _ in answer.values()} <= {200, 201, 204, 503}
+    assert answer["put"][0] == answer["file"][0] == 503
     assert server.ask("GET", "/api/v1/jobs")[0] == 200
     disk.free()
-    told = everything(server, 2)
-    assert {status for status, _ in told.values()} <= {200, 201, 204}, told
+    answer = everything(server, 2)
+    assert {status for status, _ in answer.values()} <= {200, 201, 204}, answer
     for key in taken:
         assert s3.get_object(Bucket="rows", Key=key)["Body"].read() == PIECE
     found = sorted(each.name for each in disk.folder.rglob(".tmp-*"))
@@ -103,15 +103,15 @@ def test_a_read_only_disk_is_told(server: Served, disk: Disk) -> None:
     s3.put_object(Bucket="rows", Key="rows.jsonl", Body=ROWS)
     disk.lock(True)
     try:
-        told = everything(server, 1)
+        answer = everything(server, 1)
         assert s3.get_object(Bucket="rows", Key="rows.jsonl")["Body"].read() == ROWS
     finally:
         disk.lock(False)
-    assert told["put"][0] == told["file"][0] == 503 and "no writes" in told["put"][1]
+    assert answer["put"][0] == answer["file"][0] == 503 and "no writes" in answer["put"][1]
     # A connection that was opened meanwhile is found out by its first use, and all are opened anew.
     for number in range(2, 5):
-        told = everything(server, number)
-        if {status for status, _ in told.values()} <= {200, 201, 204}:
+        answer = everything(server, number)
+        if {status for status, _ in answer.values()} <= {200, 201, 204}:
             break
     else:
-        raise AssertionError(told)
+        raise AssertionError(answer)

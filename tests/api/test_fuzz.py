@@ -99,8 +99,8 @@ def running(
 
 def check(running: Running, face: str, count: int) -> None:
     with ThreadPoolExecutor(4) as pool:
-        told = pool.map(lambda seed: running.sent(face, seed), range(FIRST, FIRST + count))
-        found = [text for text in told if text]
+        answer = pool.map(lambda seed: running.sent(face, seed), range(FIRST, FIRST + count))
+        found = [text for text in answer if text]
     assert not found, f"{len(found)} of {count}\n" + "\n".join(found[:20])
 
 

@@ -56,12 +56,12 @@ def imported(server: Served, folder: Path, name: str, template: str) -> dict[str
 
 
 def says(server: Served, model: str, text: str) -> str:
-    told = server.client("bedrock-runtime").converse(
+    answer = server.client("bedrock-runtime").converse(
         modelId=model,
         messages=[{"role": "user", "content": [{"text": text}]}],
         inferenceConfig={"maxTokens": 8, "temperature": 0.0},
     )
-    return str(told["output"]["message"]["content"][0]["text"])
+    return str(answer["output"]["message"]["content"][0]["text"])
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_what_is_made_from_it_is_no_freer(server: Served, sleeper: str) -> None:
     )["jobArn"]  # fmt: skip
     get = bedrock.get_model_customization_job
     until(lambda: get(jobIdentifier=job)["status"] not in ("InProgress", "Scheduled"))
-    told = get(jobIdentifier=job)
-    assert told["status"] == "Completed", told.get("failureMessage")
-    model = deployed(server, "heir", told["outputModelArn"])
+    job_view = get(jobIdentifier=job)
+    assert job_view["status"] == "Completed", job_view.get("failureMessage")
+    model = deployed(server, "heir", job_view["outputModelArn"])
     says(server, model, "Hello")
     with pytest.raises(ClientError, match=r"ValidationException.*seconds of processor time"):
         says(server, model, "now")

@@ -216,7 +216,7 @@ SCHEMAS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas_of_answers(server: Served, name: str) -> None:
     """On every face that takes one, as the form of the text and as a tool's."""
-    schema, told = SCHEMAS[name]
+    schema, result = SCHEMAS[name]
     runtime = server.client("bedrock-runtime", tries=1)
     named = {"name": "f", "schema": schema}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
@@ -252,8 +252,8 @@ def test_schemas_of_answers(server: Served, name: str) -> None:
     ]  # fmt: skip
     for place, answer in enumerate(asked):
         assert answer[0] in (200, 400), (place, answer)
-        if told and place not in (2, 4, 5):
-            assert told in refusal(answer), place
+        if result and place not in (2, 4, 5):
+            assert result in refusal(answer), place
         elif answer[0] == 400:
             refusal(answer)
 

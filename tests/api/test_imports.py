@@ -58,8 +58,8 @@ def imported(server: Served) -> str:
         modelTags=[{"key": "team", "value": "one"}], clientRequestToken="first",
         roleArn="arn:aws:iam::000000000000:role/importer",
     )  # fmt: skip
-    told = server.client("bedrock").get_custom_model(modelIdentifier=arn)
-    assert told["modelStatus"] == "Creating"
+    model = server.client("bedrock").get_custom_model(modelIdentifier=arn)
+    assert model["modelStatus"] == "Creating"
     with pytest.raises(ClientError, match=r"ConflictException.*Creating"):
         server.client("bedrock").delete_custom_model(modelIdentifier=arn)
     with pytest.raises(ClientError, match="Creating"):
@@ -73,9 +73,9 @@ def test_a_model_from_outside_answers(
     server: Served, imported: str, tiny_llama: Any, tokenizer: Any
 ) -> None:
     bedrock = server.client("bedrock")
-    told = bedrock.get_custom_model(modelIdentifier="other")
-    assert told["modelArn"] == imported and ":custom-model/imported/" in imported
-    assert told["customizationType"] == "IMPORTED" and "jobArn" not in told
+    model = bedrock.get_custom_model(modelIdentifier="other")
+    assert model["modelArn"] == imported and ":custom-model/imported/" in imported
+    assert model["customizationType"] == "IMPORTED" and "jobArn" not in model
     (listed,) = bedrock.list_custom_models(nameContains="other")["modelSummaries"]
     assert listed["modelStatus"] == "Active" and listed["customizationType"] == "IMPORTED"
     tags = bedrock.list_tags_for_resource(resourceARN=imported)["tags"]
@@ -118,8 +118,8 @@ def tuned(server: Served, imported: str) -> str:
 def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) -> None:
     bedrock = server.client("bedrock")
     assert bedrock.get_custom_model(modelIdentifier=tuned)["baseModelArn"] == imported
-    told = server.ask("GET", "/api/v1/models/tuned/certificate")[1]
-    assert told["lineage"] == [tuned, imported]
+    body = server.ask("GET", "/api/v1/models/tuned/certificate")[1]
+    assert body["lineage"] == [tuned, imported]
     shown = server.ask("GET", "/api/v1/models/other")[1]
     assert (shown["kind"], shown["status"]) == ("custom", "Active")
     assert shown["source"] == f"s3://{BUCKET}/other" and "base" not in shown
@@ -181,8 +181,8 @@ def test_a_killed_server_and_a_killed_worker_lose_nothing(server: Served) -> Non
     for process in found:
         process.kill()
     server.start()
-    told = server.client("bedrock").get_custom_model(modelIdentifier=arn)
-    assert told["modelStatus"] == "Creating"
+    model = server.client("bedrock").get_custom_model(modelIdentifier=arn)
+    assert model["modelStatus"] == "Creating"
     assert ended(server, arn)["modelStatus"] == "Active"
     until(lambda: nothing_left(server.home))
     # The worker alone, which the same server replaces.
@@ -260,9 +260,9 @@ def test_an_adapter_of_peft_stands_on_its_base_model(
     found = ended(server, arn)
     assert found["modelStatus"] == "Active", found
     assert found["baseModelArn"].endswith(f"::foundation-model/{BASE}")
-    told = server.ask("GET", "/api/v1/models/adapter/certificate")[1]
-    assert told["certificate"]["checks"]["peft_error"] < 1e-3
-    assert told["lineage"] == [arn, found["baseModelArn"]]
+    answer = server.ask("GET", "/api/v1/models/adapter/certificate")[1]
+    assert answer["certificate"]["checks"]["peft_error"] < 1e-3
+    assert answer["lineage"] == [arn, found["baseModelArn"]]
     deployment = deployed(server, "adapter", arn)
     assert says(server, deployment) != says(server, BASE)
     for number, (change, word) in enumerate(
@@ -275,8 +275,8 @@ def test_an_adapter_of_peft_stands_on_its_base_model(
     ):
         body = json.dumps({**fields, **change}).encode()
         uri = put(server, tmp_path / "adapter", f"bad-{number}", adapter_config__json=body)
-        told = ended(server, create(server, f"bad-adapter-{number}", uri))
-        assert told["modelStatus"] == "Failed" and word in told["failureMessage"], told
+        answer = ended(server, create(server, f"bad-adapter-{number}", uri))
+        assert answer["modelStatus"] == "Failed" and word in answer["failureMessage"], answer
 
 
 def test_addresses_are_looked_at_at_once(server: Served, tmp_path: Path) -> None:
@@ -312,8 +312,8 @@ def test_encoders_are_taken_too(
     assert found["modelStatus"] == "Active", found
     deployment = deployed(server, "encoder", found["modelArn"])
     body = json.dumps({"inputText": "My card has not arrived yet."})
-    told = server.client("bedrock-runtime").invoke_model(modelId=deployment, body=body)
-    assert len(json.loads(told["body"].read())["embedding"]) == 32
+    answer = server.client("bedrock-runtime").invoke_model(modelId=deployment, body=body)
+    assert len(json.loads(answer["body"].read())["embedding"]) == 32
 
 
 @pytest.mark.slow

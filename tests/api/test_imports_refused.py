@@ -74,14 +74,14 @@ RULES = {
 def test_what_is_wrong_is_told_with_file_rule_and_fix(
     broken: dict[str, dict[str, Any]], name: str
 ) -> None:
-    told = broken[name]
-    assert told["modelStatus"] == "Failed"
+    answer = broken[name]
+    assert answer["modelStatus"] == "Failed"
     file, *words = RULES[name]
-    assert told["failureMessage"].startswith(f"{file}: "), told["failureMessage"]
-    assert all(word in told["failureMessage"] for word in words), told["failureMessage"]
-    assert "Fix: " in told["failureMessage"]
+    assert answer["failureMessage"].startswith(f"{file}: "), answer["failureMessage"]
+    assert all(word in answer["failureMessage"] for word in words), answer["failureMessage"]
+    assert "Fix: " in answer["failureMessage"]
     # The server's own folders are nobody's business.
-    assert not any(word in told["failureMessage"] for word in (".tmp-", "custom/imported"))
+    assert not any(word in answer["failureMessage"] for word in (".tmp-", "custom/imported"))
 
 
 @pytest.mark.slow

@@ -101,16 +101,16 @@ def test_every_operation_refuses_them_in_its_own_words(server: Served) -> None:
     with Growth(server) as growth, Neighbour(server) as neighbour:
         for name, (path, body, member) in OPENAI.items():
             began = time.monotonic()
-            status, told = server.ask("POST", path, {"model": BASE, **body})
+            status, answer = server.ask("POST", path, {"model": BASE, **body})
             slowest[name] = time.monotonic() - began
-            error = told["error"]
+            error = answer["error"]
             assert (status, error["code"]) == (400, "context_length_exceeded"), (name, error)
             assert error["message"].startswith(WORDS) and error["param"] == member, name
         for name, (operation, body) in BEDROCK.items():
             began = time.monotonic()
-            status, told = server.ask("POST", f"{MODEL}/{operation}", body)
+            status, answer = server.ask("POST", f"{MODEL}/{operation}", body)
             slowest[name] = time.monotonic() - began
-            assert status == 400 and told["message"].startswith(WORDS), name
+            assert status == 400 and answer["message"].startswith(WORDS), name
     # 13 to 70 s each before; most of this is the client's own work, beside others'.
     assert max(slowest.values()) < 6, slowest
     assert neighbour.answers > len(slowest) and neighbour.slowest < 6
@@ -135,20 +135,20 @@ def test_many_at_once_take_turns(server: Served) -> None:
     assert neighbour.slowest < 6 and growth.most < GROWTH
     assert growth.comes_back(LEFT)
     status, text = server.ask("GET", "/metrics")
-    told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    metrics = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert status == 200
-    assert float(told['luthier_memory_bytes{kind="resident"}']) == pytest.approx(
+    assert float(metrics['luthier_memory_bytes{kind="resident"}']) == pytest.approx(
         resident(server), rel=0.1
     )
-    assert float(told['luthier_memory_bytes{kind="keys_and_values"}']) == 0
-    assert float(told['luthier_memory_bytes{kind="models"}']) > 0
+    assert float(metrics['luthier_memory_bytes{kind="keys_and_values"}']) == 0
+    assert float(metrics['luthier_memory_bytes{kind="models"}']) > 0
 
 
 def test_texts_up_to_the_context_are_answered(server: Served) -> None:
     assert ONE != OTHER
     text = "fox " * 200
-    status, told = server.ask("POST", "/v1/completions", {"model": BASE, "prompt": text})
-    assert status == 200 and told["usage"]["prompt_tokens"] <= 1024
+    status, body = server.ask("POST", "/v1/completions", {"model": BASE, "prompt": text})
+    assert status == 200 and body["usage"]["prompt_tokens"] <= 1024
     counted = {"input": {"invokeModel": of_invoke({"prompt": text})["input"]["invokeModel"]}}
     status, count = server.ask("POST", f"{MODEL}/count-tokens", counted)
-    assert (status, count["inputTokens"]) == (200, told["usage"]["prompt_tokens"])
+    assert (status, count["inputTokens"]) == (200, body["usage"]["prompt_tokens"])

@@ -112,8 +112,8 @@ def test_answers_of_the_native_face_are_as_documented(running: Running) -> None:
     for method, path, body in asked:
         text = None if body is None else json.dumps(body).encode()
         status, answer = running.ask(method, path.replace("{job}", "told-1"), text)
-        told = document["paths"][path.partition("?")[0]][method.lower()]["responses"]
-        schema = told[str(status)]["content"]["application/json"]["schema"]
+        result = document["paths"][path.partition("?")[0]][method.lower()]["responses"]
+        schema = result[str(status)]["content"]["application/json"]["schema"]
         whole = {**schema, "components": document["components"]}
         Draft202012Validator(whole).validate(json.loads(answer))
 

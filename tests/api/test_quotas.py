@@ -99,8 +99,8 @@ def refusal(call: Any, *arguments: Any, **members: Any) -> tuple[str, int, int]:
     with pytest.raises(ClientError) as refused:
         call(*arguments, **members)
     about = refused.value.response
-    told = about["ResponseMetadata"]
-    return about["Error"]["Code"], told["HTTPStatusCode"], told["RetryAttempts"]
+    answer = about["ResponseMetadata"]
+    return about["Error"]["Code"], answer["HTTPStatusCode"], answer["RetryAttempts"]
 
 
 QUOTA = ("QuotaExceeded", 403, 0)
@@ -142,8 +142,8 @@ def test_openai_refuses_files_once_and_no_client_tries_again(server: Server) -> 
             create(size)
         assert (refused.value.code, refused.value.type) == ("insufficient_quota",) * 2
         assert "stored_bytes" in refused.value.message
-        told = f'operation="openai.files.create",status="429"}} {float(tries)}'
-        assert told in server.metrics()
+        answer = f'operation="openai.files.create",status="429"}} {float(tries)}'
+        assert answer in server.metrics()
     server.quota(files=1)
     with pytest.raises(openai.RateLimitError, match="1 files"):
         create(1)
@@ -227,11 +227,11 @@ def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
     printed = server.luthier("accounts", "quota", ACCOUNT, "buckets=7", "stored_bytes=30_000_000")
     assert "7" in printed
     server.luthier("accounts", "quota", ACCOUNT, "stored_bytes=")
-    status, told = server.ask("/api/v1/usage")
-    assert (status, told["account"]) == (200, ACCOUNT)
-    assert told["quotas"]["stored_bytes"] == {"used": 5, "quota": 20 * MIB}
-    assert told["quotas"]["buckets"] == {"used": 1, "quota": 7}
-    assert set(told["quotas"]) == set(AccountQuotas.model_fields)
+    status, body = server.ask("/api/v1/usage")
+    assert (status, body["account"]) == (200, ACCOUNT)
+    assert body["quotas"]["stored_bytes"] == {"used": 5, "quota": 20 * MIB}
+    assert body["quotas"]["buckets"] == {"used": 1, "quota": 7}
+    assert set(body["quotas"]) == set(AccountQuotas.model_fields)
     rows = json.loads(server.luthier("accounts", "usage", ACCOUNT, "--json"))["usage"]
     found = {row["quota"]: (row["used"], row["most"], row["from"]) for row in rows}
     assert found["buckets"] == (1, 7, "account")
@@ -262,8 +262,8 @@ def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
     totals = (plain.model_dump(), streamed.model_dump(), answered)
     assert found["prompt_tokens"] == sum(each["prompt_tokens"] for each in totals)
     assert found["generated_tokens"] == sum(each["completion_tokens"] for each in totals)
-    status, told = server.ask("/api/v1/usage/days?from=2020-02-01&to=2020-01-01")
-    assert (status, told["error"]["code"]) == (400, "Validation")
+    status, reply = server.ask("/api/v1/usage/days?from=2020-02-01&to=2020-01-01")
+    assert (status, reply["error"]["code"]) == (400, "Validation")
     printed = server.luthier("usage", "--account", ACCOUNT, "--csv").splitlines()
     assert printed[0].startswith("day,account,model,requests,prompt_tokens")
     assert len(printed) == 3
@@ -288,8 +288,8 @@ def used(server: Server, model: str, requests: int) -> dict[str, Any]:
             break
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    status, told = server.ask("/api/v1/usage/days")
-    assert status == 200, told
-    found = {each["model"]: each for each in told["days"]}[model]
+    status, body = server.ask("/api/v1/usage/days")
+    assert status == 200, body
+    found = {each["model"]: each for each in body["days"]}[model]
     assert found["requests"] == requests
     return dict(found)

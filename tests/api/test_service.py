@@ -91,9 +91,9 @@ def test_a_job_outlives_a_killed_server_and_becomes_a_model(
     body = {"messages": [{"role": "user", "content": "number 3?"}], "max_tokens": 8,
             "temperature": 0}  # fmt: skip
     invoked = runtime.invoke_model(modelId=deployment, body=json.dumps(body))
-    told = json.loads(invoked["body"].read())
-    assert told["choices"][0]["message"]["content"] == text
-    assert told["usage"]["completion_tokens"] == whole["usage"]["outputTokens"]
+    answer = json.loads(invoked["body"].read())
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["usage"]["completion_tokens"] == whole["usage"]["outputTokens"]
 
 
 def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[str, Any]) -> None:
@@ -102,9 +102,9 @@ def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[s
     kinds = [line.removeprefix("event: ") for line in events.split("\n") if "event: " in line]
     assert (status, kinds[0], kinds[-1]) == (200, "state", "state")
     assert "metrics" in kinds
-    status, told = server.ask("GET", "/api/v1/models/first-model/certificate")
-    assert status == 200 and told["lineage"][-1] == job["baseModelArn"]
-    assert told["certificate"]["files"] and told["certificate"]["recipe"]["base"] == "tiny"
+    status, body = server.ask("GET", "/api/v1/models/first-model/certificate")
+    assert status == 200 and body["lineage"][-1] == job["baseModelArn"]
+    assert body["certificate"]["files"] and body["certificate"]["recipe"]["base"] == "tiny"
     listed = server.ask("GET", "/api/v1/jobs?limit=1")[1]
     assert [each["name"] for each in listed["jobs"]] == ["first"]
     assert server.ask("POST", "/api/v1/jobs/first/stop")[0] == 409
@@ -116,8 +116,8 @@ def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: s
     settings = {"training": {"max_steps": 2}, "adaptation": {"method": "bitfit"}}
     asked = {"name": "second", "model_name": "second-model", "base": "tiny", "training": [rows]}
     asked["settings"] = settings
-    status, told = server.ask("POST", "/api/v1/jobs", asked)
-    assert (status, told.get("recipe", told)["adaptation"]["method"]) == (201, "bitfit")
+    status, body = server.ask("POST", "/api/v1/jobs", asked)
+    assert (status, body.get("recipe", body)["adaptation"]["method"]) == (201, "bitfit")
     assert server.ask("POST", "/api/v1/jobs/second/stop")[0] == 200
     wrong = [
         ({"settings": {"training": {"epochs": -1}}}, "epochs"),
@@ -128,33 +128,33 @@ def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: s
     ]
     for change, word in wrong:
         fresh = {**asked, "name": "third", "model_name": "third-model"}
-        status, told = server.ask("POST", "/api/v1/jobs", {**fresh, **change})
-        assert 400 <= status < 410 and word in told["error"]["message"], told
+        status, body = server.ask("POST", "/api/v1/jobs", {**fresh, **change})
+        assert 400 <= status < 410 and word in body["error"]["message"], body
 
 
 def test_a_report_and_an_estimate_are_made_beside_the_server(server: Served, rows: str) -> None:
-    status, told = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
-    assert status == 200, told
-    assert told["verdict"] in ("passed", "warnings")
-    assert told["report"]["rows"]["train"] == 24 and "/tmp" not in json.dumps(
-        told["report"]["files"]
+    status, body = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
+    assert status == 200, body
+    assert body["verdict"] in ("passed", "warnings")
+    assert body["report"]["rows"]["train"] == 24 and "/tmp" not in json.dumps(
+        body["report"]["files"]
     )
     planned = {"training": rows, "base": "tiny", "settings": {"training": {"max_steps": 3}}}
-    status, told = server.ask("POST", "/api/v1/estimates", planned)
-    assert status == 200, told
-    assert told["estimate"]["steps"]
+    status, body = server.ask("POST", "/api/v1/estimates", planned)
+    assert status == 200, body
+    assert body["estimate"]["steps"]
 
 
 def test_another_account_sees_nothing_of_it(server: Served, job: dict[str, Any]) -> None:
     bedrock = server.client("bedrock", OTHER)
     assert bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"] == []
     never = job["outputModelArn"][:-12] + "zzzzzzzzzzzz"
-    told = []
+    calls = []
     for arn in (job["outputModelArn"], never):
         with pytest.raises(ClientError) as refused:
             bedrock.get_custom_model(modelIdentifier=arn)
-        told.append(str(refused.value).replace(arn, "ARN"))
-    assert told[0] == told[1] and "ResourceNotFound" in told[0]
+        calls.append(str(refused.value).replace(arn, "ARN"))
+    assert calls[0] == calls[1] and "ResourceNotFound" in calls[0]
     with pytest.raises(ClientError, match="NoSuchBucket"):
         server.client("s3", OTHER).list_objects_v2(Bucket="training")
     assert server.ask("GET", "/api/v1/jobs/first", account=OTHER)[0] == 404
@@ -168,26 +168,26 @@ def test_data_are_deleted_with_what_learned_from_them(server: Served, job: dict[
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
     file = client.files.create(file=("rows.jsonl", body), purpose="fine-tune")
     asked = {"data": ["s3://training/private.jsonl"]}
-    status, told = server.ask("POST", path, {**asked, "dry_run": True})
-    assert (status, told["verified"], len(told["removed"])) == (200, False, 2)
+    status, answer = server.ask("POST", path, {**asked, "dry_run": True})
+    assert (status, answer["verified"], len(answer["removed"])) == (200, False, 2)
     assert server.ask("POST", path, asked, account=OTHER)[0] == 400
     assert server.ask("POST", path, {"data": ["s3://training/rows.jsonl"]})[0] == 409
-    status, told = server.ask("POST", path, asked)
-    assert status == 200 and told["verified"] and told["user"] == KEYS[ONE]["user"]
-    names = {item["name"]: item["sha256"] for item in told["removed"]}
+    status, answer = server.ask("POST", path, asked)
+    assert status == 200 and answer["verified"] and answer["user"] == KEYS[ONE]["user"]
+    names = {item["name"]: item["sha256"] for item in answer["removed"]}
     digest = hashlib.sha256(body).hexdigest()
     assert names == dict.fromkeys((*asked["data"], f"s3://luthier-files/{file.id}"), digest)
     with pytest.raises(ClientError, match="404"):
         s3.head_object(Bucket="training", Key="private.jsonl")
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(file.id)
-    assert server.ask("GET", f"{path}/{told['deletion']}") == (200, told)
-    assert server.ask("GET", f"{path}/{told['deletion']}", account=OTHER)[0] == 404
-    shown = server.command("admin", "data", "certificate", told["deletion"]).stdout
-    assert digest in shown and told["audit"][0]["hash"] in shown
+    assert server.ask("GET", f"{path}/{answer['deletion']}") == (200, answer)
+    assert server.ask("GET", f"{path}/{answer['deletion']}", account=OTHER)[0] == 404
+    shown = server.command("admin", "data", "certificate", answer["deletion"]).stdout
+    assert digest in shown and answer["audit"][0]["hash"] in shown
     found = server.command("admin", "data", "find", "s3://training/rows.jsonl", "--json").stdout
     assert "first-model" in json.loads(found)["models"]
-    verified = server.command("audit", "verify", "--noted", told["audit"][0]["hash"], "--json")
+    verified = server.command("audit", "verify", "--noted", answer["audit"][0]["hash"], "--json")
     assert json.loads(verified.stdout)["intact"]
 
 

@@ -203,8 +203,8 @@ def test_unknown_actions_are_refused_in_xml(server: Served) -> None:
         status, root = plain(server, **form)
         error = root.find(f"{NAMESPACE}Error")
         assert (status, root.tag) == (400, f"{NAMESPACE}ErrorResponse") and error is not None
-        told = [error.findtext(f"{NAMESPACE}{name}") for name in ("Type", "Code")]
-        assert told == ["Sender", "InvalidAction"]
+        values = [error.findtext(f"{NAMESPACE}{name}") for name in ("Type", "Code")]
+        assert values == ["Sender", "InvalidAction"]
     status, _ = plain(server, "PUT", Action="GetCallerIdentity")
     assert status == 400
 
@@ -381,10 +381,10 @@ def test_a_batch_is_answered_within_the_policy_of_its_session(server: Served, de
         until(lambda: showing.batches.retrieve(made.id).status == "completed")
         ended = showing.batches.retrieve(made.id)
         wanted = ended.error_file_id if "chat" in denied else ended.output_file_id
-        told = json.loads(showing.files.content(wanted or "none").read())["response"]
-    assert told["status_code"] == (403 if "chat" in denied else 200)
+        body = json.loads(showing.files.content(wanted or "none").read())["response"]
+    assert body["status_code"] == (403 if "chat" in denied else 200)
     if "chat" in denied:
-        assert "assumed-role/all/work" in json.dumps(told) and "session policy" in json.dumps(told)
+        assert "assumed-role/all/work" in json.dumps(body) and "session policy" in json.dumps(body)
 
 
 def test_what_assume_role_does_not_take(server: Served) -> None:
@@ -458,12 +458,12 @@ def test_trust_and_permission(server: Served) -> None:
 
 
 def test_roles_that_are_not_there_look_like_those_that_trust_nobody(server: Served) -> None:
-    told = set()
+    answer = set()
     for role in ("for-bob", "nothing", "../all", "all/x"):
         with pytest.raises(ClientError) as refused:
             assumed(server, role)
-        told.add(str(refused.value).replace(role, "ROLE"))
-    assert len(told) == 1, told
+        answer.add(str(refused.value).replace(role, "ROLE"))
+    assert len(answer) == 1, answer
 
 
 def test_chained_roles_last_an_hour(server: Served) -> None:

@@ -168,10 +168,10 @@ def test_the_log_says_what_was_changed(database: Database, ann: str, tmp_path: P
     trust.write_text(json.dumps({"Statement": statement}))
     policy.write_text(json.dumps(ALLOW_ALL))
     admin("iam-roles", "create", "tuner", "--trust", str(trust), "--policy", str(policy))
-    told = details_of("iam-roles.create")
-    assert json.loads(told["trust"]) == {"Statement": statement}
-    assert json.loads(told["policies"]) == [ALLOW_ALL]
-    assert told["max_session_seconds"] == 3600
+    answer = details_of("iam-roles.create")
+    assert json.loads(answer["trust"]) == {"Statement": statement}
+    assert json.loads(answer["policies"]) == [ALLOW_ALL]
+    assert answer["max_session_seconds"] == 3600
     admin("users", "policies", ann, "--policy", *[str(policy), "--policy"] * 40, str(policy))
     assert "SHA-256" in details_of("users.policies")["policies"]
     everything = run(audit_app, "list", "--json")

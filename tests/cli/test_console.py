@@ -138,14 +138,14 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
 ) -> None:
     reporter = progress.LiveReporter(quiet=False)
     reporter.metrics({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
-    told = []
+    counts = []
     for number in range(1, 101):
         reporter.metrics(step(number), 100)
-        told.append(len(capsys.readouterr().err.splitlines()))
+        counts.append(len(capsys.readouterr().err.splitlines()))
         clock.now += 1
-    places = [number for number, lines in enumerate(told, 1) if lines]
+    places = [number for number, count in enumerate(counts, 1) if count]
     assert places == [1, 3, *range(13, 100, 10), 100]
-    assert max(told) == 1
+    assert max(counts) == 1
 
 
 def test_a_line_of_progress_has_the_time_left_and_both_losses(

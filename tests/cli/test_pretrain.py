@@ -43,8 +43,8 @@ def test_a_model_is_made_listed_measured_used_and_removed(text: Path, tmp_path: 
     rows.write_text(json.dumps({"text": TEXT[:500]}) + "\n")
     scores = json.loads(run("evaluate", "mine", str(rows), "--json").stdout)["scores"]
     assert 1 < scores["perplexity"] < 320
-    told = json.loads(run("generate", "mine", "The", "--max-tokens", "4", "--json").stdout)
-    assert told["completion"]
+    body = json.loads(run("generate", "mine", "The", "--max-tokens", "4", "--json").stdout)
+    assert body["completion"]
     shown = json.loads(run("models", "show", "mine", "--json").stdout)
     assert shown["lineage"] == ["mine"]
     assert all(file["intact"] for file in shown["files"].values())

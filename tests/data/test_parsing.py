@@ -123,7 +123,7 @@ def test_a_long_line_in_a_part_is_counted(tmp_path: Path, monkeypatch) -> None: 
 def test_how_far_reading_is_can_be_followed(tmp_path: Path) -> None:
     path = tmp_path / "told.jsonl"
     path.write_bytes(b'{"text":"some words"}\n' * 20_000)
-    told: list[int] = []
-    assert sum(1 for _ in read_records(path, [], told=told.append)) == 20_000
-    assert told == sorted(told) and len(told) > 20
-    assert told[-1] == path.stat().st_size
+    on_progress: list[int] = []
+    assert sum(1 for _ in read_records(path, [], on_progress=on_progress.append)) == 20_000
+    assert on_progress == sorted(on_progress) and len(on_progress) > 20
+    assert on_progress[-1] == path.stat().st_size

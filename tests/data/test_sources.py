@@ -221,10 +221,10 @@ def test_a_large_object_and_its_progress(server: str, bucket: str, tmp_path: Pat
 
     body = b'{"text": "%s"}\n' % (b"x" * 999_985) * 20
     put(server, bucket, "large.jsonl", body)
-    told: list[tuple[str, int, int]] = []
-    (path,) = fetch(f"s3://{bucket}/large.jsonl", lambda *each: told.append(each))
+    calls: list[tuple[str, int, int]] = []
+    (path,) = fetch(f"s3://{bucket}/large.jsonl", lambda *each: calls.append(each))
     assert path.read_bytes() == body
-    assert told[-1] == ("large.jsonl", len(body), len(body)) and len(told) > 1
+    assert calls[-1] == ("large.jsonl", len(body), len(body)) and len(calls) > 1
     assert not list((tmp_path / "home").rglob(".tmp-*"))
 
 

@@ -34,9 +34,9 @@ def test_lines_are_encrypted_one_by_one(ring: Keyring) -> None:
     assert "canary" not in line and "\n" not in line and line != seal_line(json.dumps(value))
     assert open_line(line) == value == open_value(seal_value(value))
     assert open_line(json.dumps(value)) == value
-    told = json.loads(line)
-    broken = told["sealed"][:-6] + "AAAA" + told["sealed"][-2:]
-    for bad in (broken, "", "x.y", told["sealed"].partition(".")[2]):
+    record = json.loads(line)
+    broken = record["sealed"][:-6] + "AAAA" + record["sealed"][-2:]
+    for bad in (broken, "", "x.y", record["sealed"].partition(".")[2]):
         with pytest.raises(CorruptFile):
             open_value({"sealed": bad})
 
@@ -59,10 +59,10 @@ def test_a_line_is_read_where_it_was_written_and_nowhere_else(
         # What it says of its place is authenticated with it.
         with pytest.raises(CorruptFile, match="does not open"):
             open_line(json.dumps({**json.loads(line), "place": other}), other)
-    told = json.loads(line)
-    del told["place"]
+    record = json.loads(line)
+    del record["place"]
     with pytest.raises(CorruptFile, match="does not open"):
-        open_value(told, place)
+        open_value(record, place)
     # As PostgreSQL gives it back: in another order.
     assert open_value(dict(sorted(json.loads(line).items())), place) == {"a": 1}
 

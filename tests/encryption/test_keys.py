@@ -130,13 +130,13 @@ def test_a_key_file_lies_elsewhere_and_is_its_owners(
 def test_a_damaged_file_of_keys_says_so(luthier_home: Path) -> None:
     begun()
     path = luthier_home / keys.STORE
-    told = json.loads(path.read_text())
-    for changed in ({**told, "format": 2}, {**told, "current": "x"}, {"format": 1}, [], None):
+    record = json.loads(path.read_text())
+    for changed in ({**record, "format": 2}, {**record, "current": "x"}, {"format": 1}, [], None):
         path.write_text(json.dumps(changed))
         with pytest.raises(CorruptFile):
             keys.begin(MASTER)
-    other = json.loads(json.dumps(told))
-    other["keys"] = {secrets.token_hex(8): value for value in told["keys"].values()}
+    other = json.loads(json.dumps(record))
+    other["keys"] = {secrets.token_hex(8): value for value in record["keys"].values()}
     path.write_text(json.dumps(other))
     with pytest.raises(WrongKey):
         keys.begin(MASTER)

@@ -66,8 +66,8 @@ def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> Non
     arguments = ["clean", str(source), str(target), "--plan", str(plan), "--balance", "2", "--json"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["dropped"] == {"balance": 4, "json.invalid": 1} and told["rows_out"] == 4
+    body = json.loads(done.stdout)
+    assert body["dropped"] == {"balance": 4, "json.invalid": 1} and body["rows_out"] == 4
     assert CliRunner().invoke(app, arguments).exit_code == 2  # the target is there
     shown = CliRunner().invoke(app, [*arguments[:-1], "--overwrite", "--dry-run"])
     assert "4 rows would be written" in " ".join(shown.stdout.split())

@@ -129,5 +129,5 @@ def test_weights_are_never_on_the_disk_of_an_encrypted_store(
     network = load(model, torch.float32, torch.device("cpu"))
     assert sum(weight.numel() for weight in network.parameters()) == model.manifest.parameters
     # What is said of it names no place of ours.
-    told = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
-    assert told == f"{found.source}/model.safetensors is odd"
+    answer = worker._explain(LuthierError(f"{looked[0]} is odd"), found.source)
+    assert answer == f"{found.source}/model.safetensors is odd"

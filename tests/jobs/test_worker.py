@@ -372,5 +372,7 @@ def test_rows_to_measure_on_may_be_those_that_are_learned(queue: Any) -> None:
     job = queue.ended(job_id)
     assert job.state == "Completed", job.failure
     with queue.database.read() as session:
-        told = [event.message for event in events(session, job, limit=99)]
-    assert any("leakage.many" in text or "are in the training rows" in text for text in told), told
+        values = [event.message for event in events(session, job, limit=99)]
+    assert any("leakage.many" in text or "are in the training rows" in text for text in values), (
+        values
+    )

@@ -68,8 +68,8 @@ def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
     assert (job.state, job.attempts, job.crashes) == ("Completed", 2, 0)
     with queue.database.read() as session:
         said = [each.message for each in session.query(JobEvent).filter_by(job_id=job_id)]
-    (told,) = [text for text in said if "disk cannot take" in text]
-    assert "goes on from its last checkpoint" in told
+    (values,) = [text for text in said if "disk cannot take" in text]
+    assert "goes on from its last checkpoint" in values
 
 
 @sqlite

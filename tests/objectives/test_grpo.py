@@ -192,10 +192,10 @@ def test_loss_and_gradient_are_trls() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = json.loads(done.stdout.splitlines()[-1])
     assert len(theirs) == 24
-    for case, told in zip(cases, theirs, strict=True):
+    for case, answer in zip(cases, theirs, strict=True):
         loss, gradient = ours(tensors, case)
-        assert loss == pytest.approx(told["loss"], abs=1e-6), case
-        torch.testing.assert_close(gradient, torch.tensor(told["gradient"]), rtol=1e-5, atol=1e-6)
+        assert loss == pytest.approx(answer["loss"], abs=1e-6), case
+        torch.testing.assert_close(gradient, torch.tensor(answer["gradient"]), rtol=1e-5, atol=1e-6)
 
 
 def ours(tensors: dict[str, Tensor], case: dict[str, Any]) -> tuple[float, Tensor]:

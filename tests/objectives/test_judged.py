@@ -73,8 +73,8 @@ def score_of(asked: str) -> int:
 
 def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> None:
     endpoint.answer = lambda asked: f"Score: {score_of(asked)}"
-    told = Notes()
-    result = tuned({"model": f"{endpoint.url}#big"}, told)
+    notes = Notes()
+    result = tuned({"model": f"{endpoint.url}#big"}, notes)
     samples = [
         json.loads(x) for x in (Path(result.run_dir) / "samples.jsonl").read_text().splitlines()
     ]
@@ -85,12 +85,12 @@ def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> No
     assert len({sample["reward"] for sample in samples}) > 1
     # Nothing was asked twice, and no more than was said: a trial, the first look, steps, measurements.
     assert set(endpoint.asked.values()) == {1}
-    (said,) = [note for note in told.notes if "verdicts at most" in note]
-    measured = sum(line["event"] == "validation" for line in told.lines) * len(WORDS)
+    (said,) = [note for note in notes.notes if "verdicts at most" in note]
+    measured = sum(line["event"] == "validation" for line in notes.lines) * len(WORDS)
     most = 1 + PROMPTS * 4 + 2 * 2 * 4 + measured
     assert re.findall(r"\d[\d,]*", said)[:2] == [str(most), str(1 + PROMPTS * 4)]
     assert endpoint.asked.total() <= most
-    assert sum("requests at once" in note for note in told.notes) == 1
+    assert sum("requests at once" in note for note in notes.notes) == 1
     kept = (
         "".join(path.read_text() for path in Path(result.run_dir).parent.parent.rglob("*.json*"))
         + (Path(result.model_dir) / "luthier.json").read_text()
@@ -110,12 +110,12 @@ def test_ppo_learns_from_a_model_of_this_machine(
 
     monkeypatch.setattr("luthier.graders.judge.parse_verdict", parsed)
     judge = {"model": str(tiny_model_folder), "rubric": "x", "sampling": {"max_tokens": 5}}
-    told = Notes()
-    result = tuned(judge, told, objective__method="ppo")
+    notes = Notes()
+    result = tuned(judge, notes, objective__method="ppo")
     manifest = json.loads((Path(result.model_dir) / "luthier.json").read_text())
     assert manifest["others"] == {str(tiny_model_folder): str(tiny_model_folder)}
     assert len(set(texts)) > 1
-    assert any("verdicts at most" in note for note in told.notes)
+    assert any("verdicts at most" in note for note in notes.notes)
 
 
 def test_a_judge_that_goes_silent_follows_the_policy(tuned: Any, endpoint: Any) -> None:
@@ -126,9 +126,9 @@ def test_a_judge_that_goes_silent_follows_the_policy(tuned: Any, endpoint: Any) 
     with pytest.raises(GradingFailed, match=r"rows\.jsonl:\d: \[judge\.failed\].*Fix: Try again"):
         tuned(judge)
     endpoint.asked.clear()
-    told = Notes()
-    tuned(judge, told, objective__on_error="zero", name="zero")
-    assert sum(line.get("ungraded", 0) for line in told.lines) > 0
+    notes = Notes()
+    tuned(judge, notes, objective__on_error="zero", name="zero")
+    assert sum(line.get("ungraded", 0) for line in notes.lines) > 0
 
 
 def test_what_cannot_judge_is_refused_before_training(

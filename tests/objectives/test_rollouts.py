@@ -121,15 +121,15 @@ def prompts(objective: Reinforcement, network: Network, count: int = 4) -> list[
 
 
 def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: Path) -> None:
-    told = Notes()
+    notes = Notes()
     result = train(
         recipe_of(tiny_model_folder, rows_file, {"method": "grpo", "beta": 0.01}, max_steps=20),
-        reporter=told,
+        reporter=notes,
     )
-    steps = [line for line in told.lines if line["event"] == "train"]
+    steps = [line for line in notes.lines if line["event"] == "train"]
     first, last = (sum(s["reward"] for s in part) / 3 for part in (steps[:3], steps[-3:]))
     assert last > 3 * first
-    held = [line for line in told.lines if line["event"] == "validation"]
+    held = [line for line in notes.lines if line["event"] == "validation"]
     assert held[-1]["reward"] == -held[-1]["loss"] > 2 * held[0]["reward"]
     assert result.validation_loss == pytest.approx(-max(line["reward"] for line in held))
     for step in steps:
@@ -157,14 +157,14 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
 def test_ppo_learns_and_leaves_its_value_head_behind(
     family_folder: Callable[[str], Path], rows_file: Path
 ) -> None:
-    told = Notes()
+    notes = Notes()
     fields = {"method": "ppo", "kl_coef": 0.01, "num_mini_batches": 2, "num_ppo_epochs": 2}
     rows_file.write_text(rows_file.read_text() * 4)
     recipe = recipe_of(
         family_folder("gpt2"), rows_file, fields, max_steps=14, learning_rate=2e-3, batch_size=32
     )
-    result = train(recipe, reporter=told)
-    steps = [line for line in told.lines if line["event"] == "train"]
+    result = train(recipe, reporter=notes)
+    steps = [line for line in notes.lines if line["event"] == "train"]
     first, last = (sum(s["reward"] for s in part) / 3 for part in (steps[:3], steps[-3:]))
     assert last > 1.5 * first
     base = load_file(family_folder("gpt2") / "model.safetensors")
@@ -234,11 +234,11 @@ def test_a_grader_that_fails_names_the_row(
 def test_a_grader_that_fails_may_score_0_and_is_counted(
     tiny_model_folder: Path, rows_file: Path
 ) -> None:
-    told = Notes()
+    notes = Notes()
     fields = {"method": "grpo", "grader": "broken", "on_error": "zero"}
     recipe = recipe_of(tiny_model_folder, rows_file, fields, max_steps=2)
-    result = train(recipe, reporter=told)
-    counts = [line["ungraded"] for line in told.lines if line["event"] == "train"]
+    result = train(recipe, reporter=notes)
+    counts = [line["ungraded"] for line in notes.lines if line["event"] == "train"]
     assert sorted(counts) == [0, 8]  # all eight completions of the first row, in one of two steps
     assert result.steps == 2
 
@@ -253,11 +253,12 @@ def test_what_is_never_or_always_rewarded_is_refused_before_training(
     with pytest.raises(RecipeError, match=r"mean reward of 1\.00 before any training"):
         train(recipe_of(tiny_model_folder, rows_file, always, max_steps=1))
     assert not list(luthier_home.glob("runs/*/custom"))
-    told = Notes()
+    notes = Notes()
     train(
-        recipe_of(tiny_model_folder, rows_file, never | {"force": True}, max_steps=1), reporter=told
+        recipe_of(tiny_model_folder, rows_file, never | {"force": True}, max_steps=1),
+        reporter=notes,
     )
-    assert any("nothing to reinforce" in note for note in told.notes)
+    assert any("nothing to reinforce" in note for note in notes.notes)
 
 
 def test_rewards_without_bounds_are_never_refused() -> None:
@@ -284,11 +285,11 @@ def test_a_plateau_is_told_and_a_rise_is_not() -> None:
 def test_a_note_about_a_plateau_comes_once(
     tiny_model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = Notes()
+    notes = Notes()
     monkeypatch.setattr(GRPO, "advise", lambda self, lines: "flat" if len(lines) >= 20 else "")
     fields = {"method": "grpo", "num_generations": 2, "max_completion_tokens": 1, "force": True}
-    train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=40), reporter=told)
-    assert told.notes.count("flat") == 1
+    train(recipe_of(tiny_model_folder, rows_file, fields, max_steps=40), reporter=notes)
+    assert notes.notes.count("flat") == 1
 
 
 def test_a_row_without_what_the_grader_compares_with_is_refused(
@@ -353,10 +354,10 @@ def test_a_reward_model_with_another_tokenizer_grades(
         adaptation="full",
         training={"max_steps": 3, "learning_rate": 1e-3},
     )
-    told = Notes()
+    notes = Notes()
     fields = {"method": "grpo", "grader": {"method": "reward", "model": judge.model_id}}
     recipe = recipe_of(tiny_model_folder, rows_file, fields, max_steps=2, precision="auto")
-    result = train(recipe, reporter=told)  # rewards in the number type that serving takes
+    result = train(recipe, reporter=notes)  # rewards in the number type that serving takes
     manifest = json.loads((Path(result.model_dir) / "luthier.json").read_text())
     assert manifest["others"] == {judge.model_id: judge.model_id}
     lines = (Path(result.run_dir) / "samples.jsonl").read_text().splitlines()
@@ -381,5 +382,5 @@ def test_objectives_name_what_they_measure() -> None:
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:
     for run, reason in ((str(tmp_path), "has no samples"), ("base:none", "there is no run")):
-        told = CliRunner().invoke(app, ["samples", run])
-        assert told.exit_code == 2 and reason in told.stderr
+        answer = CliRunner().invoke(app, ["samples", run])
+        assert answer.exit_code == 2 and reason in answer.stderr

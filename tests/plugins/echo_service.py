@@ -128,8 +128,10 @@ class Echo:
 
     def echo(self, request: Request) -> Response:
         authorize(MAY, "test:Echo", request.path)
-        told = {"path": request.path, "query": dict(request.query), "body": request.body.decode()}
-        return Response.json({**told, "user": request.caller.user, "params": dict(request.params)})
+        record = {"path": request.path, "query": dict(request.query), "body": request.body.decode()}
+        return Response.json(
+            {**record, "user": request.caller.user, "params": dict(request.params)}
+        )
 
     def fail(self, request: Request) -> Response:
         raise RuntimeError("the password is hunter2")

@@ -35,8 +35,8 @@ def hub_server(repository: str, folder: Path) -> Iterator[tuple[str, list[str]]]
             path = unquote(urlsplit(self.path).path)
             api, files = f"/api/models/{repository}", f"/{repository}/resolve/{COMMIT}/"
             if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
-                told = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": []}
-                self.reply(json.dumps(told).encode(), Content_Type="application/json")
+                record = {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": []}
+                self.reply(json.dumps(record).encode(), Content_Type="application/json")
             elif path == f"{api}/tree/{COMMIT}":
                 listed = [
                     {

@@ -54,10 +54,10 @@ def ended(server: Served, arn: str) -> dict[str, Any]:
 
 
 def says(server: Served, model_id: str) -> str:
-    told = server.client("bedrock-runtime").converse(
+    answer = server.client("bedrock-runtime").converse(
         modelId=model_id, messages=QUESTION, inferenceConfig=GREEDY
     )
-    text: str = told["output"]["message"]["content"][0]["text"]
+    text: str = answer["output"]["message"]["content"][0]["text"]
     return text
 
 

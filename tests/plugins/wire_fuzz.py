@@ -284,11 +284,11 @@ def _shape(face: str, found: Answered, text: str) -> str:
     if face == "s3":
         root = ElementTree.fromstring(text)
         return "" if root.tag == "Error" and root.findtext("Code") else "no <Error>"
-    told = json.loads(text)
+    body = json.loads(text)
     if face == "bedrock":
         code = found.headers["x-amzn-errortype"] or ""
-        return "" if isinstance(told["message"], str) and code.endswith("Exception") else "no code"
-    error = told["error"]
+        return "" if isinstance(body["message"], str) and code.endswith("Exception") else "no code"
+    error = body["error"]
     if face == "native":
         return "" if error["code"] and error["message"] else "no code"
     wanted = {"message", "type", "param", "code"}

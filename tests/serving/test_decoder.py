@@ -133,8 +133,8 @@ def first_tokens(opened: Decoder, count: int, **fields: Any) -> set[bytes]:
 
 
 def test_draws_stay_within_what_was_asked(opened: Decoder) -> None:
-    (told,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).whole()
-    top = told.scores[0].top
+    (result,) = opened.submit(asked("Hi", max_tokens=1, top_logprobs=20)).whole()
+    top = result.scores[0].top
     ranked = [text for text, _ in top]
     assert first_tokens(opened, 100, temperature=1, top_k=3) == set(ranked[:3])
     share = sum(torch.exp(torch.tensor([logprob for _, logprob in top[:4]]))) - 1e-4

@@ -98,14 +98,14 @@ def test_keys_are_unlike_each_other(database: Database) -> None:
         accounts.create_account(session, FIRST)
         ann = principals.create_user(session, FIRST, "ann")
         made = [principals.create_access_key(session, ann, Sealing(KEY)) for _ in range(5)]
-        told = [principals.create_api_key(session, ann) for _ in range(5)]
-        assert len({secret for _, secret in made} | {text for _, text in told}) == 10
+        values = [principals.create_api_key(session, ann) for _ in range(5)]
+        assert len({secret for _, secret in made} | {text for _, text in values}) == 10
         assert all(len(secret) >= 40 for _, secret in made)
-        assert all(text.startswith("sk-") and len(text) > 40 for _, text in told)
-        assert all(text[8:] not in repr(vars(key)) for key, text in told)
+        assert all(text.startswith("sk-") and len(text) > 40 for _, text in values)
+        assert all(text[8:] not in repr(vars(key)) for key, text in values)
         with pytest.raises(RefusedInput, match="already"):
             principals.create_access_key(session, ann, Sealing(KEY), made[0][0].id)
         assert principals.key_of(session, made[0][0].id) is made[0][0]
-        assert principals.key_of(session, told[0][0].id) is told[0][0]
+        assert principals.key_of(session, values[0][0].id) is values[0][0]
         with pytest.raises(RefusedInput, match="no key"):
             principals.key_of(session, "x")

@@ -190,10 +190,10 @@ def back_up_and_check(
     served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, int]:
     """One backup by the command, restored elsewhere and read."""
-    told = json.loads(
+    body = json.loads(
         served.command("admin", "backup", str(folder / "backup"), "--with-key", "--json").stdout
     )
-    assert told["database"]
+    assert body["database"]
     home = folder / "home"
     restore(folder / "backup", home)
     with monkeypatch.context() as patch:

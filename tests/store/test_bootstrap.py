@@ -202,8 +202,8 @@ def test_servers_that_start_at_once_have_one_key(luthier_home: Path) -> None:
     started = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(4)
     ]
-    told = {process.communicate(timeout=60)[0] for process in started}
-    assert told == {server_key().hex().encode() + b"\n"}
+    record = {process.communicate(timeout=60)[0] for process in started}
+    assert record == {server_key().hex().encode() + b"\n"}
 
 
 def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch, luthier_home: Path) -> None:

@@ -84,13 +84,13 @@ def test_each_way_to_fit_that_is_named_fits() -> None:
         return str(caught.value)
 
     fit.check_memory(asked, needs["full"], needs["full"].peak(2000) - fit.PROCESS)
-    told = refusal(needs["full"].peak(1000) - fit.PROCESS)
-    assert "`training.micro_batch_tokens=1000` (" in told
-    assert "`adaptation.method=lora` (" in told  # with micro-batches as large as was asked for
-    told = refusal(needs["lora"].peak(300) - fit.PROCESS)
-    assert "`adaptation.method=lora` `training.micro_batch_tokens=300` (" in told
-    assert told.count("`adaptation.method=") == fit.SHOWN and "full" not in told
-    for way in told.splitlines()[1:]:
+    answer = refusal(needs["full"].peak(1000) - fit.PROCESS)
+    assert "`training.micro_batch_tokens=1000` (" in answer
+    assert "`adaptation.method=lora` (" in answer  # with micro-batches as large as was asked for
+    answer = refusal(needs["lora"].peak(300) - fit.PROCESS)
+    assert "`adaptation.method=lora` `training.micro_batch_tokens=300` (" in answer
+    assert answer.count("`adaptation.method=") == fit.SHOWN and "full" not in answer
+    for way in answer.splitlines()[1:]:
         name, tokens = re.match(
             r"  `adaptation.method=(\w+)`.*?(?:tokens=(\d+)`)? \(", way
         ).groups()  # type: ignore[union-attr]

@@ -402,21 +402,21 @@ def _check_headers(head: Head, claim: Claim, service: Service) -> None:
 
 def _payload(head: Head, body: bytes | None, claim: Claim, service: Service) -> str:
     """The hash that was signed, as far as it can be known before a body that is still to come."""
-    told = _value(head, "x-amz-content-sha256")
+    payload = _value(head, "x-amz-content-sha256")
     if body is not None:
         digest = hashlib.sha256(body).hexdigest()
-        if told is not None and told != digest:
+        if payload is not None and payload != digest:
             raise Fault(service.refusal, "X-Amz-Content-SHA256 is not the hash of the body.")
         return digest
-    if told is None and claim.presigned:
+    if payload is None and claim.presigned:
         return UNSIGNED
-    if told is None:
+    if payload is None:
         raise _incomplete("Missing required header for this request: x-amz-content-sha256")
-    if told in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.presigned):
-        raise Fault(service.refusal, f"{told} is taken over TLS only.")
-    if told not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(told):
+    if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.presigned):
+        raise Fault(service.refusal, f"{payload} is taken over TLS only.")
+    if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
         raise _incomplete("x-amz-content-sha256 is no SHA-256 in hexadecimal, and no known word.")
-    return told
+    return payload
 
 
 def _value(head: Head, name: str) -> str | None:

@@ -68,7 +68,7 @@ def convert(
     columns: Columns | None = None,
     bare: bool = False,
     overwrite: bool = False,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Write the rows of ``source`` to ``target``, which is there whole or not at all.
 
@@ -80,7 +80,7 @@ def convert(
         columns: the source's name for each of our keys.
         bare: leave out keys that are no part of the form.
         overwrite: replace the file where there is one.
-        told: now and then given how many bytes of how many have been read.
+        on_progress: now and then given how many bytes of how many have been read.
 
     Raises:
         RecipeError: for a form, format or target that cannot be.
@@ -89,7 +89,7 @@ def convert(
     if form not in TARGETS:
         raise RecipeError(f"there is no form {form!r}; there are {', '.join(TARGETS)}")
     kind = format_ or format_of(target)
-    work = _Conversion(source, form, columns, bare, told)
+    work = _Conversion(source, form, columns, bare, on_progress)
     if target.resolve() in {path.resolve() for path in work.reader().files}:
         raise RecipeError(f"{target} is read from; write to another file")
     if target.is_file() and not overwrite:
@@ -115,16 +115,16 @@ class _Conversion:
         form: str,
         columns: Columns | None,
         bare: bool,
-        told: Callable[[int, int], None] | None,
+        on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.bare, self.told = source, columns, bare, told
+        self.source, self.columns, self.bare, self.on_progress = source, columns, bare, on_progress
         self.record_of = TARGETS[form]
         self.first = ""
         self.kept: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
 
     def reader(self) -> RowReader:
-        return RowReader(self.source, self.columns, told=self.told)
+        return RowReader(self.source, self.columns, on_progress=self.on_progress)
 
     def names(self) -> dict[str, None]:
         """Every column, in the order of appearance; what no table can hold is refused here."""

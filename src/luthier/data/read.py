@@ -54,7 +54,7 @@ def read_records(
     *,
     container: Container | None = None,
     chunk: Chunk | None = None,
-    told: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append to ``problems`` for the others.
 
@@ -69,7 +69,7 @@ def read_records(
         whole: read plain text as one record.
         container: what the file is made of, where it is known.
         chunk: only this part of a JSON Lines file (:func:`chunks_of`).
-        told: now and then given how many bytes of the file have been read.
+        on_progress: now and then given how many bytes of the file have been read.
     """
     file = str(path)
     try:
@@ -78,10 +78,10 @@ def read_records(
             records = _records(raw, container, file, problems, whole, chunk)
             for count, record in enumerate(records):
                 yield record
-                if told is not None and count % _TOLD_EVERY == 0:
-                    told(raw.tell())
-            if told is not None:
-                told(raw.seek(0, 2))
+                if on_progress is not None and count % _TOLD_EVERY == 0:
+                    on_progress(raw.tell())
+            if on_progress is not None:
+                on_progress(raw.seek(0, 2))
     except Unreadable as bad:
         problems.append(bad.at(file, bad.line))
     except BROKEN as error:

@@ -379,7 +379,7 @@ class RowReader:
         columns: the file's name for each of our keys.
         checker: what checks records and makes rows.
         whole: read plain text as one row; otherwise as pieces that follow each other.
-        told: now and then given ``done`` and ``size``.
+        on_progress: now and then given ``done`` and ``size``.
 
     Raises:
         DataError: where the source names nothing that can be read.
@@ -391,13 +391,13 @@ class RowReader:
         columns: Columns | None = None,
         checker: type[Checker] = Checker,
         whole: bool = True,
-        told: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.files = files_of(source)
         self.problems: list[Problem] = []
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
-        self.told = told
+        self.on_progress = on_progress
         self.size = sum(path.stat().st_size for path in self.files if path.is_file())
         self.done = 0
         self.rows = 0
@@ -418,13 +418,13 @@ class RowReader:
             if container is None:
                 continue
             self.checker.begin(str(path))
-            told, pieces = (
+            on_progress, pieces = (
                 self._offset_progress(before),
                 not self.whole and container.kind == "text",
             )
             rows = self.rows
             for line, record in read_records(
-                path, self.problems, self.whole, container=container, told=told
+                path, self.problems, self.whole, container=container, on_progress=on_progress
             ):
                 row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
@@ -438,12 +438,12 @@ class RowReader:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there
 
     def _offset_progress(self, before: int) -> Callable[[int], None]:
-        def told(done: int) -> None:
+        def on_progress(done: int) -> None:
             self.done = before + done
-            if self.told is not None:
-                self.told(self.done, self.size)
+            if self.on_progress is not None:
+                self.on_progress(self.done, self.size)
 
-        return told
+        return on_progress
 
     def _container(self, path: Path) -> Container | None:
         """What a file is made of; None after its problem was noted."""
@@ -467,20 +467,20 @@ def _piece(path: Path, record: Record) -> Row | None:
 def load_rows(
     source: Source,
     columns: Columns | None = None,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
-    return read_rows(source, columns, told)[0]
+    return read_rows(source, columns, on_progress)[0]
 
 
 def read_rows(
     source: Source,
     columns: Columns | None = None,
-    told: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
     checker: type[Checker] = Checker,
 ) -> tuple[list[Row], Recognized]:
     """The same as :func:`load_rows`, and what the source was taken for."""
-    reader = RowReader(source, columns, checker, told=told)
+    reader = RowReader(source, columns, checker, on_progress=on_progress)
     rows = list(reader)
     if reader.problems:
         raise DataError(reader.problems)

@@ -22,12 +22,12 @@ from luthier.files import luthier_home, new_file
 _PIECE = 1 << 23
 
 
-def fetch(address: str, told: Callable[[str, int, int], None] | None = None) -> list[Path]:
+def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = None) -> list[Path]:
     """Local copies of what ``address`` names, in the order of the keys.
 
     Args:
         address: ``s3://bucket/key``, or a prefix.
-        told: given a key, and how many bytes of how many have come.
+        on_progress: given a key, and how many bytes of how many have come.
 
     Raises:
         DataError: where nothing is there, or it cannot be read.
@@ -46,7 +46,10 @@ def fetch(address: str, told: Callable[[str, int, int], None] | None = None) -> 
     try:
         store = S3Store(bucket, **settings())
         objects = _list_objects(obstore, store, key, address)
-        return [_copy(obstore, store, bucket, each, told or _print_progress()) for each in objects]
+        return [
+            _copy(obstore, store, bucket, each, on_progress or _print_progress())
+            for each in objects
+        ]
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
@@ -96,7 +99,7 @@ def _copy(
     store: Any,
     bucket: str,
     found: dict[str, Any],
-    told: Callable[[str, int, int], None],
+    on_progress: Callable[[str, int, int], None],
 ) -> Path:
     """The object in the store of this machine, fetched where this version of it is not there yet."""
     key, size = str(found["path"]), int(found["size"])
@@ -112,7 +115,7 @@ def _copy(
         done = 0
         for piece in answer.stream(min_chunk_size=_PIECE):
             done += file.write(piece)
-            told(key, done, size)
+            on_progress(key, done, size)
         if done != size:
             raise OSError(f"{key} has {size} bytes, and {done} came")
     return target
@@ -123,9 +126,9 @@ def _print_progress() -> Callable[[str, int, int], None]:
     if not sys.stderr.isatty():
         return lambda key, done, size: None
 
-    def told(key: str, done: int, size: int) -> None:
+    def on_progress(key: str, done: int, size: int) -> None:
         end = "\n" if done >= size else ""
         sys.stderr.write(f"\rfetching {key}: {done / 1e6:,.0f} of {size / 1e6:,.0f} MB{end}")
         sys.stderr.flush()
 
-    return told
+    return on_progress

@@ -111,8 +111,8 @@ def seal_line(text: str, place: str | None = None) -> str:
     nonce = secrets.token_bytes(_NONCE_BYTES)
     cipher = _line_cipher(ring, ring.current)
     sealed = nonce + cipher.encrypt(nonce, text.encode(), _bound(place))
-    told = {_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"}
-    return json.dumps(told if place is None else {**told, _PLACE: place})
+    record = {_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"}
+    return json.dumps(record if place is None else {**record, _PLACE: place})
 
 
 def open_line(line: bytes | str, place: str | None = None) -> Any:
@@ -159,10 +159,10 @@ def opened_lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                told = json.loads(line)
-                numbered = isinstance(told, dict) and ":" in str(told.get(_PLACE))
+                record = json.loads(line)
+                numbered = isinstance(record, dict) and ":" in str(record.get(_PLACE))
                 place = place_of(path, number if numbered else None) if inside else None
-                value = open_value(told, place)
+                value = open_value(record, place)
             except ValueError:
                 yield line
                 continue

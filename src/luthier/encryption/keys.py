@@ -207,9 +207,9 @@ def taken_over() -> None:
     if number is None:
         return
     with os.fdopen(int(number), "rb") as file:
-        told = json.loads(file.read())
-    keys = {key_id: base64.b64decode(key) for key_id, key in told["keys"].items()}
-    use(Keyring(told["current"], keys))
+        record = json.loads(file.read())
+    keys = {key_id: base64.b64decode(key) for key_id, key in record["keys"].items()}
+    use(Keyring(record["current"], keys))
 
 
 @lru_cache(maxsize=4)
@@ -220,16 +220,16 @@ def _open_cached(path: Path, changed: int, master: bytes) -> Keyring:
 def _read(path: Path, master: bytes) -> Keyring:
     from cryptography.exceptions import InvalidTag
 
-    told: Any = read_json(path)
+    record: Any = read_json(path)
     cipher, keys = _cipher(master), {}
     try:
-        if told["format"] != 1:
+        if record["format"] != 1:
             raise CorruptFile(f"{path} is of a newer version of luthier")
-        for key_id, text in told["keys"].items():
+        for key_id, text in record["keys"].items():
             wrapped = base64.b64decode(text)
             nonce, rest = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
             keys[key_id] = cipher.decrypt(nonce, rest, key_id.encode())
-        current = str(told["current"])
+        current = str(record["current"])
         if current not in keys:
             raise CorruptFile(f"{path} lacks its current key {current}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

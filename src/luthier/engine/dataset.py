@@ -82,7 +82,7 @@ def prepare(
     ``on_progress`` is now and then given how many bytes of how many have been read.
     """
     rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
-    rows, recognized = rows_of(spec.train, told=on_progress)
+    rows, recognized = rows_of(spec.train, on_progress=on_progress)
     held = rows_of(spec.validation)[0] if spec.validation else []
     further = [rows_of(each.train)[0] for each in spec.mix]
     choices: list[Choice] = []

@@ -171,7 +171,7 @@ def grade(
     asked, expected = questions(rows)
     answers = _answers(rows, asked, replies, expected)
     found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}
-    told = [
+    graded = [
         Graded(
             answer.prompt[-1].content,
             answer.reply,
@@ -180,10 +180,10 @@ def grade(
         )
         for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True))
     ]
-    count = max(1, len(told))
-    scores = {name: sum(a.scores[name] for a in told) / count for name in graders}
+    count = max(1, len(graded))
+    scores = {name: sum(a.scores[name] for a in graded) / count for name in graders}
     problems = [problem for grades in found.values() for problem in grades.problems]
-    return Evaluation(scores, len(told), told, problems)
+    return Evaluation(scores, len(graded), graded, problems)
 
 
 def _answers(

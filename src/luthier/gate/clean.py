@@ -372,7 +372,7 @@ class EditPass:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # A text that is a file is one row: a telephone number may stand across any cut.
-        self.reader = RowReader(source, columns, StreamChecker, whole=True, told=on_progress)
+        self.reader = RowReader(source, columns, StreamChecker, whole=True, on_progress=on_progress)
         self.edits: list[Edit] = edits_for(context)
         self.refused: list[Problem] = []
         """What no edit could mend."""

@@ -218,8 +218,13 @@ class Deletions:
         """Entries of the audit log, as many as the items need; ``files`` are of the first items."""
         events = []
         for start in range(0, max(1, len(items)), _AT_ONCE):
-            told = [asdict(each) for each in items[start : start + _AT_ONCE]]
-            details = {"deletion": number, **about, "removed": told, "left": list(left)[:_AT_ONCE]}
+            removed = [asdict(each) for each in items[start : start + _AT_ONCE]]
+            details = {
+                "deletion": number,
+                **about,
+                "removed": removed,
+                "left": list(left)[:_AT_ONCE],
+            }
             if named := list(files[start : start + _AT_ONCE]):
                 details[FILES] = named
             resource = self.arns.of(asked.account, "data-deletion", number)

@@ -124,8 +124,8 @@ class SealedLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Append one message."""
         try:
-            told = json.dumps(self.format(record))
-            line = seal_line(told, place_of(self._folders.log)) + "\n"
+            text = json.dumps(self.format(record))
+            line = seal_line(text, place_of(self._folders.log)) + "\n"
             with os.fdopen(self._folders.open_log(), "ab") as file:
                 file.write(line.encode())
         except Exception:

@@ -422,5 +422,5 @@ def _read(example: Example) -> Example:
 def _record(rollout: Rollout, kl: float | None) -> dict[str, Any]:
     row, stopped = rollout.prompt.given, rollout.completion.stopped
     assert row is not None
-    told = sample_record(row, rollout.reply, len(rollout), stopped)
-    return {**told, "reward": rollout.score, "kl": kl}
+    record = sample_record(row, rollout.reply, len(rollout), stopped)
+    return {**record, "reward": rollout.score, "kl": kl}

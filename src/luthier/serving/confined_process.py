@@ -142,15 +142,15 @@ class ConfinedProcess:
             connection.settimeout(PATIENCE)
             if asked is not None:
                 send(connection, asked)
-            told = receive(connection, LONGEST + 1024)
+            reply = receive(connection, LONGEST + 1024)
         except (OSError, EOFError, ValueError) as error:
             waited = time.monotonic() - began
             raise self._failure(waited, reading=asked is None) from error
-        if "error" in told:
+        if "error" in reply:
             if asked is None:
                 self._end()
-            raise RecipeError(told["error"])
-        return told["result"]
+            raise RecipeError(reply["error"])
+        return reply["result"]
 
     def _failure(self, waited: float, reading: bool) -> TakesTooMuch | Interrupted:
         """End the process; what is raised for it."""

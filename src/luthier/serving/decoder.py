@@ -609,5 +609,5 @@ class Decoder:
 
     def _fail(self, error: Exception) -> None:
         """Everything that was running is told, and let go of."""
-        told = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
-        self._forget_all(told)
+        failure = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
+        self._forget_all(failure)

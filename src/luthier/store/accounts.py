@@ -160,8 +160,8 @@ def remove_account(session: Session, account: str) -> None:
     found = account_of(session, account)
     owned = {name: number for name, number in _count_owned(session, account) if number}
     if owned:
-        told = ", ".join(f"{number} in {name}" for name, number in owned.items())
-        raise RefusedInput(f"account {account} still has {told}; disable it, or remove those first")
+        text = ", ".join(f"{number} in {name}" for name, number in owned.items())
+        raise RefusedInput(f"account {account} still has {text}; disable it, or remove those first")
     if (quota := session.get(Quota, account)) is not None:
         session.delete(quota)
         session.flush()

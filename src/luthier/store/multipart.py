@@ -218,8 +218,8 @@ def _select_parts(there: Sequence[Piece], chosen: Sequence[CompletedPart]) -> li
     picked: list[Piece] = []
     for each in chosen:
         piece = by_number.get(each.number)
-        told = each.checksums.items()
-        if piece is None or piece.md5 != each.etag or not told <= piece.checksums.items():
+        checksums = each.checksums.items()
+        if piece is None or piece.md5 != each.etag or not checksums <= piece.checksums.items():
             text = (
                 "One or more of the specified parts could not be found. The part may not have been "
                 "uploaded, or the specified entity tag may not match the part's entity tag."

@@ -477,7 +477,7 @@ class Objects:
         ``described`` says what the copy is described by, given the source; it may raise.
         """
         content = self.open(account, *source)
-        told = described(content.found)
+        description = described(content.found)
         pieces: list[Piece] = []
         try:
             for piece in content.pieces:
@@ -494,7 +494,7 @@ class Objects:
                 raise CorruptFile(f"the bytes of {'/'.join(source)} are missing") from None
             return self.copy(account, source, target, described)
         found = content.found
-        return self.place(account, *target, pieces, found.etag, found.parts, told)
+        return self.place(account, *target, pieces, found.etag, found.parts, description)
 
     def delete(
         self,

@@ -265,13 +265,13 @@ def _encode(
 
 def _report_progress(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:
     """The same pieces; the reporter hears how far they are, a few times."""
-    started, told = time.monotonic(), 0.0
+    started, reported = time.monotonic(), 0.0
     reporter.stage(f"Writing {characters / 1e6:,.1f} million characters as tokens")
     for piece in text:
         yield piece
         now, share = time.monotonic() - started, piece.start / max(1, characters)
-        if now - told > 15 and share > 0:
-            told = now
+        if now - reported > 15 and share > 0:
+            reported = now
             reporter.stage(f"Writing tokens: {share:.0%}, {now / share - now:,.0f} s left")
 
 

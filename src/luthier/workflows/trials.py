@@ -212,7 +212,7 @@ class Watch(Reporter):
 
     def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
         self.outer, self.trial, self.file = outer, trial, MetricsFile(metrics)
-        self.told = 0
+        self.reported = 0
         self.value: float | None = None
         """What the weights that would be kept so far cost."""
 
@@ -238,11 +238,11 @@ class Watch(Reporter):
         if not measured:
             return
         measure = measured[0].get("measure", "loss")
-        if not self.told:
+        if not self.reported:
             self.trial.set_user_attr(MEASURE, measure)
-        for number, line in enumerate(measured[self.told :], start=self.told):
+        for number, line in enumerate(measured[self.reported :], start=self.reported):
             self.trial.report(cost_of(line, measure), number)
-        self.told = len(measured)
+        self.reported = len(measured)
         self.value = cost_of(best_measurement(measured, measure), measure)
 
 

@@ -17,8 +17,8 @@ def store_model(home: Path, name: str, **manifest: str) -> Path:
     folder = home / "models" / "custom" / "base" / name
     folder.mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(name.encode())
-    told = {"id": f"base:{name}", "saved": "network", "files": hashes_of(folder), **manifest}
-    (folder / "luthier.json").write_text(json.dumps(told))
+    record = {"id": f"base:{name}", "saved": "network", "files": hashes_of(folder), **manifest}
+    (folder / "luthier.json").write_text(json.dumps(record))
     return folder
 
 

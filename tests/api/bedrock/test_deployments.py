@@ -56,9 +56,9 @@ def test_a_deployment_becomes_active(
     arn = model()
     service.preparation.free.clear()
     deployed = deploy(bedrock, arn, "my-deployment", description="for tests")
-    told = deployment(bedrock, deployed)
-    assert told["status"] == "Creating" and told["modelDeploymentName"] == "my-deployment"
-    assert told["modelArn"] == arn and told["description"] == "for tests"
+    view = deployment(bedrock, deployed)
+    assert view["status"] == "Creating" and view["modelDeploymentName"] == "my-deployment"
+    assert view["modelArn"] == arn and view["description"] == "for tests"
     assert not_asked(service, deployed)[0] == "ModelNotReady"
     delete = bedrock.delete_custom_model_deployment
     assert refused(delete, customModelDeploymentIdentifier=deployed) == "ConflictException"
@@ -84,8 +84,8 @@ def test_a_deployment_whose_files_are_damaged_fails(
     service.preparation.broken.add(f"smollm2:job-{service.job(ALICE, 'job-1').id}")
     deployed = deploy(bedrock, arn)
     eventually(lambda: deployment(bedrock, deployed)["status"] == "Failed")
-    told = deployment(bedrock, deployed)
-    assert "damaged" in told["failureMessage"] and "/secret" not in told["failureMessage"]
+    view = deployment(bedrock, deployed)
+    assert "damaged" in view["failureMessage"] and "/secret" not in view["failureMessage"]
     assert not_asked(service, deployed)[0] == "Validation"
     bedrock.delete_custom_model_deployment(customModelDeploymentIdentifier=deployed)
     bedrock.delete_custom_model(modelIdentifier=arn)
@@ -120,9 +120,9 @@ def test_an_update_serves_the_old_model_until_the_new_one_is_ready(
     answer = update(customModelDeploymentIdentifier=deployed, modelArn=second)
     assert answer["customModelDeploymentArn"] == deployed
     assert answer["ResponseMetadata"]["HTTPStatusCode"] == 202
-    told = deployment(bedrock, deployed)
-    assert told["status"] == "Active" and told["modelArn"] == first
-    assert told["updateDetails"] == {"modelArn": second, "updateStatus": "Updating"}
+    view = deployment(bedrock, deployed)
+    assert view["status"] == "Active" and view["modelArn"] == first
+    assert view["updateDetails"] == {"modelArn": second, "updateStatus": "Updating"}
     assert asked(service, deployed).model == first
     for model_arn in (first, second):
         assert (
@@ -262,11 +262,11 @@ def test_provisioned_throughput(
     assert not_asked(service, made)[0] == "ModelNotReady"
     service.preparation.free.set()
     in_service(bedrock, "p-1")
-    told = provisioned(bedrock, made)
-    assert told["modelArn"] == told["desiredModelArn"] == arn
-    assert told["foundationModelArn"] == FOUNDATION
-    assert told["modelUnits"] == told["desiredModelUnits"] == 3
-    assert told["commitmentDuration"] == "OneMonth" and told["commitmentExpirationTime"]
+    view = provisioned(bedrock, made)
+    assert view["modelArn"] == view["desiredModelArn"] == arn
+    assert view["foundationModelArn"] == FOUNDATION
+    assert view["modelUnits"] == view["desiredModelUnits"] == 3
+    assert view["commitmentDuration"] == "OneMonth" and view["commitmentExpirationTime"]
     found = asked(service, made)
     assert found.model == arn
     assert refused(bedrock.delete_custom_model, modelIdentifier=arn) == "ConflictException"
@@ -313,17 +313,17 @@ def test_update_of_provisioned_throughput(
     assert refused(update, desiredProvisionedModelName="p-2", **of) == "ValidationException"
     service.preparation.free.clear()
     update(desiredProvisionedModelName="p-new", desiredModelId=second, **of)
-    told = provisioned(bedrock, "p-new")
-    assert told["status"] == "Updating" and told["modelArn"] == first
-    assert told["desiredModelArn"] == second and asked(service, made).model == first
+    view = provisioned(bedrock, "p-new")
+    assert view["status"] == "Updating" and view["modelArn"] == first
+    assert view["desiredModelArn"] == second and asked(service, made).model == first
     service.preparation.free.set()
     in_service(bedrock, made)
     assert asked(service, made).model == second
     service.preparation.broken.add(f"smollm2:job-{service.job(ALICE, 'job-1').id}")
     update(desiredModelId=first, **of)
     eventually(lambda: "failureMessage" in provisioned(bedrock, made))
-    told = provisioned(bedrock, made)
-    assert told["status"] == "InService" and told["modelArn"] == told["desiredModelArn"] == second
+    view = provisioned(bedrock, made)
+    assert view["status"] == "InService" and view["modelArn"] == view["desiredModelArn"] == second
 
 
 def test_filters_of_provisioned_throughput(bedrock: Any, model: Callable[..., str]) -> None:

@@ -40,13 +40,13 @@ def test_events_and_exceptions() -> None:
     buffer = EventStreamBuffer()
     buffer.add_data(event("contentBlockDelta", {"delta": {"text": "日"}}))
     buffer.add_data(exception("throttlingException", "Slow down."))
-    told, failed = buffer
-    assert told.headers == {
+    message, failed = buffer
+    assert message.headers == {
         ":message-type": "event",
         ":event-type": "contentBlockDelta",
         ":content-type": "application/json",
     }
-    assert json.loads(told.payload) == {"delta": {"text": "日"}}
+    assert json.loads(message.payload) == {"delta": {"text": "日"}}
     assert failed.headers[":message-type"] == "exception"
     assert failed.headers[":exception-type"] == "throttlingException"
     assert json.loads(failed.payload) == {"message": "Slow down."}

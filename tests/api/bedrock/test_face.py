@@ -94,16 +94,16 @@ def test_all_of_tier_one_is_there() -> None:
     ],
 )
 def test_bodies_that_are_none(service: Service, body: bytes) -> None:
-    status, headers, told = send(service, "POST", "/listTagsForResource", body)
+    status, headers, answer = send(service, "POST", "/listTagsForResource", body)
     assert status == 400 and headers["x-amzn-errortype"] == "SerializationException"
-    assert headers["content-type"] == "application/json" and told["message"]
+    assert headers["content-type"] == "application/json" and answer["message"]
 
 
 def test_null_and_nothing_are_absent(service: Service) -> None:
     for body in (b"", b"{}", b'{"resourceARN": null, "unknown": 1}'):
-        status, headers, told = send(service, "POST", "/listTagsForResource", body)
+        status, headers, answer = send(service, "POST", "/listTagsForResource", body)
         assert status == 400 and headers["x-amzn-errortype"] == "ValidationException"
-        assert told["message"] == (
+        assert answer["message"] == (
             "1 validation error detected: Value 'null' at 'resourceARN' failed to satisfy "
             "constraint: Member must not be null"
         )
@@ -148,8 +148,8 @@ def test_operations_of_the_runtime_are_plugged_in(service: Service, database: An
             raise Fault("ModelNotReady", "Not yet.", retry_after=7)
         message = {"message": {"role": "assistant", "content": [{"text": "hello"}]}}
         usage = {"inputTokens": 1, "outputTokens": 1, "totalTokens": 2}
-        told = {"output": message, "stopReason": "end_turn", "usage": usage}
-        return Response.json({**told, "metrics": {"latencyMs": 1}})
+        record = {"output": message, "stopReason": "end_turn", "usage": usage}
+        return Response.json({**record, "metrics": {"latencyMs": 1}})
 
     with service.server.serving(database, handlers={"Converse": converse}):
         client = boto3.client(
@@ -167,8 +167,8 @@ def test_operations_of_the_runtime_are_plugged_in(service: Service, database: An
         assert seen[0].params == {"modelId": ARN} and seen[0].caller.account == ALICE
         with pytest.raises(client.exceptions.ModelNotReadyException) as caught:
             client.converse(**asked)
-        told = caught.value.response["ResponseMetadata"]
-        assert told["HTTPStatusCode"] == 429 and told["HTTPHeaders"]["retry-after"] == "7"
+        record = caught.value.response["ResponseMetadata"]
+        assert record["HTTPStatusCode"] == 429 and record["HTTPHeaders"]["retry-after"] == "7"
         with pytest.raises(ClientError, match="not supported by this server"):
             client.list_async_invokes()
 

@@ -62,18 +62,18 @@ def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) 
     arn = answer["jobArn"]
     assert arn.startswith(f"arn:aws:bedrock:us-east-1:{ALICE}:model-customization-job/{BASE}/")
     for identifier in (arn, "first+job.1"):
-        told = bedrock.get_model_customization_job(jobIdentifier=identifier)
-        assert told["jobArn"] == arn and told["status"] == "InProgress"
+        job = bedrock.get_model_customization_job(jobIdentifier=identifier)
+        assert job["jobArn"] == arn and job["status"] == "InProgress"
     same = ("roleArn", "trainingDataConfig", "outputDataConfig", "vpcConfig", "jobName")
-    assert {name: told[name] for name in same} == {name: asked[name] for name in same}
-    assert told["hyperParameters"] == {**asked["hyperParameters"], "batchSize": "8"}
-    assert told["validationDataConfig"] == asked["validationDataConfig"]
-    assert told["outputModelName"] == "my_model-1" and "outputModelArn" not in told
-    assert told["outputModelKmsKeyArn"].endswith(":key/12345678-1234-1234-1234-123456789012")
-    assert told["baseModelArn"].endswith(f"::foundation-model/{BASE}")
-    assert told["clientRequestToken"] == "token-1"
-    assert told["customizationType"] == "FINE_TUNING"
-    assert "endTime" not in told and "failureMessage" not in told
+    assert {name: job[name] for name in same} == {name: asked[name] for name in same}
+    assert job["hyperParameters"] == {**asked["hyperParameters"], "batchSize": "8"}
+    assert job["validationDataConfig"] == asked["validationDataConfig"]
+    assert job["outputModelName"] == "my_model-1" and "outputModelArn" not in job
+    assert job["outputModelKmsKeyArn"].endswith(":key/12345678-1234-1234-1234-123456789012")
+    assert job["baseModelArn"].endswith(f"::foundation-model/{BASE}")
+    assert job["clientRequestToken"] == "token-1"
+    assert job["customizationType"] == "FINE_TUNING"
+    assert "endTime" not in job and "failureMessage" not in job
     recipe = service.job(ALICE, "first+job.1").recipe
     assert recipe["training"]["epochs"] == 3 and recipe["training"]["batch_size"] == 8
     assert recipe["training"]["learning_rate"] == 1e-4 and recipe["adaptation"]["rank"] == 8
@@ -86,9 +86,9 @@ def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) 
 def test_without_validation_data_the_answer_says_so(
     bedrock: Any, submit: Callable[..., str]
 ) -> None:
-    told = bedrock.get_model_customization_job(jobIdentifier=submit())
-    assert told["validationDataConfig"] == {"validators": []}
-    assert told["hyperParameters"] == {"epochCount": "2", "batchSize": "8"}
+    job = bedrock.get_model_customization_job(jobIdentifier=submit())
+    assert job["validationDataConfig"] == {"validators": []}
+    assert job["hyperParameters"] == {"epochCount": "2", "batchSize": "8"}
 
 
 def test_a_completed_job_has_a_model_and_losses(
@@ -97,13 +97,13 @@ def test_a_completed_job_has_a_model_and_losses(
     validators = [{"s3Uri": "s3://data/v1.jsonl"}, {"s3Uri": "s3://data/v2.jsonl"}]
     arn = submit("job-1", validationDataConfig={"validators": validators})
     made = service.complete(ALICE, "job-1", train_loss=0.25, validation_losses=[0.5, 0.75])
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["status"] == "Completed" and told["endTime"]
-    assert told["outputModelArn"].endswith(f":custom-model/{BASE}/{made.id}")
-    assert told["trainingMetrics"] == {"trainingLoss": 0.25}
-    assert told["validationMetrics"] == [{"validationLoss": 0.5}, {"validationLoss": 0.75}]
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Completed" and job["endTime"]
+    assert job["outputModelArn"].endswith(f":custom-model/{BASE}/{made.id}")
+    assert job["trainingMetrics"] == {"trainingLoss": 0.25}
+    assert job["validationMetrics"] == [{"validationLoss": 0.5}, {"validationLoss": 0.75}]
     (listed,) = bedrock.list_model_customization_jobs()["modelCustomizationJobSummaries"]
-    assert listed["customModelArn"] == told["outputModelArn"]
+    assert listed["customModelArn"] == job["outputModelArn"]
     assert listed["status"] == "Completed"
 
 
@@ -112,8 +112,8 @@ def test_a_loss_that_is_no_number_is_not_told(
 ) -> None:
     arn = submit()
     service.complete(ALICE, "job-1", train_loss=float("nan"))
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["trainingMetrics"] == {}
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["trainingMetrics"] == {}
 
 
 def test_a_failed_job_says_why_and_gives_the_model_name_back(
@@ -121,9 +121,9 @@ def test_a_failed_job_says_why_and_gives_the_model_name_back(
 ) -> None:
     arn = submit("job-1", customModelName="wanted")
     service.fail(ALICE, "job-1", "train.jsonl:3: [json.invalid] no JSON")
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["status"] == "Failed" and "train.jsonl:3" in told["failureMessage"]
-    assert "outputModelArn" not in told
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Failed" and "train.jsonl:3" in job["failureMessage"]
+    assert "outputModelArn" not in job
     submit("job-2", customModelName="wanted")
     assert refused(bedrock.create_model_customization_job, **job_members("job-1")) == (
         "ValidationException",
@@ -222,8 +222,8 @@ def test_a_job_on_a_custom_model_keeps_the_root(
     first = model("job-1", customModelName="first")
     arn = submit("job-2", baseModelIdentifier=first if by == "arn" else "first")
     assert f":model-customization-job/{BASE}/" in arn
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["baseModelArn"].endswith(f"::foundation-model/{BASE}")
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["baseModelArn"].endswith(f"::foundation-model/{BASE}")
     service.complete(ALICE, "job-2")
     second = bedrock.get_custom_model(modelIdentifier="model-of-job-2")
     assert second["baseModelArn"] == first
@@ -233,8 +233,8 @@ def test_distillation_names_its_teacher(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit("job-1", **DISTILLATION)
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["customizationConfig"] == DISTILLATION["customizationConfig"]
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["customizationConfig"] == DISTILLATION["customizationConfig"]
     recipe = service.job(ALICE, "job-1").recipe
     assert recipe["teacher"]["model"] == "smollm2-135m-instruct"
     assert recipe["sampling"]["max_tokens"] == 99
@@ -244,8 +244,8 @@ def test_reinforcement_takes_a_registered_grader(
     service: Service, bedrock: Any, submit: Callable[..., str]
 ) -> None:
     arn = submit("job-1", **REINFORCEMENT)
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["customizationConfig"] == REINFORCEMENT["customizationConfig"]
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["customizationConfig"] == REINFORCEMENT["customizationConfig"]
     recipe = service.job(ALICE, "job-1").recipe
     assert recipe["objective"]["num_generations"] == 4
     assert recipe["training"]["epochs"] == 3 and recipe["training"]["batch_size"] == 16
@@ -269,14 +269,14 @@ def test_what_has_no_effect_is_shown_and_said(
     arn = submit("job-1", **{**REINFORCEMENT, "customizationConfig": config})
     assert bedrock.get_model_customization_job(jobIdentifier=arn)["customizationConfig"] == config
     submit("job-2", **REINFORCEMENT)
-    told = {}
+    record = {}
     for name in ("job-1", "job-2"):
         with service.database.read() as session:
             job = service.job(ALICE, name)
             events = queue.events(session, job, kinds=("warning",), limit=9)
-            told[name] = [event.message for event in events]
-    assert told["job-2"] == []
-    (said,) = told["job-1"]
+            record[name] = [event.message for event in events]
+    assert record["job-2"] == []
+    (said,) = record["job-1"]
     assert "reasoningEffort is high and has no effect" in said
     config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "highest"
     members = job_members("job-3", **{**REINFORCEMENT, "customizationConfig": config})
@@ -292,8 +292,8 @@ def test_every_hyper_parameter_reaches_the_recipe(
         each.name: each.choices[-1] if each.choices else values[each.kind.__name__]
         for each in HYPERPARAMETERS.values()
     } | {"luthier.adaptation": "lora"}
-    told = bedrock.get_model_customization_job(jobIdentifier=submit("job-1", hyperParameters=sent))
-    assert told["hyperParameters"] == sent
+    job = bedrock.get_model_customization_job(jobIdentifier=submit("job-1", hyperParameters=sent))
+    assert job["hyperParameters"] == sent
     recipe = service.job(ALICE, "job-1").recipe
     for each in HYPERPARAMETERS.values():
         group, field = each.field
@@ -315,8 +315,8 @@ def test_stop(service: Service, bedrock: Any, submit: Callable[..., str]) -> Non
     for _ in range(2):
         answer = bedrock.stop_model_customization_job(jobIdentifier=arn)
         assert answer["ResponseMetadata"]["HTTPStatusCode"] == 200
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)
-    assert told["status"] == "Stopped" and "outputModelArn" not in told
+    job = bedrock.get_model_customization_job(jobIdentifier=arn)
+    assert job["status"] == "Stopped" and "outputModelArn" not in job
     submit("job-2")
     service.complete(ALICE, "job-2")
     stop = bedrock.stop_model_customization_job
@@ -374,8 +374,8 @@ def test_details_of_the_parts(service: Service, bedrock: Any, submit: Callable[.
     with service.database.write() as session:
         job = session.merge(service.job(ALICE, "job-1"))
         job.details = {**job.details, "parts": {"validation": part}}
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
-    assert told["validationDetails"]["status"] == "InProgress"
+    parts = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
+    assert parts["validationDetails"]["status"] == "InProgress"
     bedrock.stop_model_customization_job(jobIdentifier=arn)
-    told = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
-    assert told["validationDetails"]["status"] == "Stopped"
+    parts = bedrock.get_model_customization_job(jobIdentifier=arn)["statusDetails"]
+    assert parts["validationDetails"]["status"] == "Stopped"

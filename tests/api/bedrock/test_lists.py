@@ -136,9 +136,9 @@ def test_many_senders_of_one_name_make_one_job(bedrock: Any) -> None:
         return "made"
 
     with ThreadPoolExecutor(8) as threads:
-        told = list(threads.map(create, range(16)))
-    assert told.count("made") == 1
-    assert set(told) == {"made", "The provided job name is currently in use."}
+        answer = list(threads.map(create, range(16)))
+    assert answer.count("made") == 1
+    assert set(answer) == {"made", "The provided job name is currently in use."}
 
 
 def test_tokens_of_deployments_and_throughput(
@@ -248,11 +248,11 @@ def test_policies_decide_before_anything_is_looked_at(
         ("bedrock:CreateModelCustomizationJob", r".*:model-customization-job/\*"),
     }
     get = bedrock.get_model_customization_job
-    told = [refused(get, jobIdentifier=name) for name in ("job-1", "job-2")]
-    assert told[0][0] == told[1][0] == "AccessDeniedException"
-    assert told[0][1].replace("job-1", "job-2") == told[1][1] and arn not in told[0][1]
+    values = [refused(get, jobIdentifier=name) for name in ("job-1", "job-2")]
+    assert values[0][0] == values[1][0] == "AccessDeniedException"
+    assert values[0][1].replace("job-1", "job-2") == values[1][1] and arn not in values[0][1]
     assert (
-        "is not authorized to perform: bedrock:GetModelCustomizationJob on resource" in told[0][1]
+        "is not authorized to perform: bedrock:GetModelCustomizationJob on resource" in values[0][1]
     )
     listed = refused(bedrock.list_model_customization_jobs)
     assert listed[0] == "AccessDeniedException"

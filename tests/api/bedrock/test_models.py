@@ -54,14 +54,14 @@ def test_filters_that_do_not_exist(bedrock: Any) -> None:
 
 @pytest.mark.parametrize("identifier", [BASE, FOUNDATION, "smollm2-135m-instruct"])
 def test_one_foundation_model(bedrock: Any, identifier: str) -> None:
-    told = bedrock.get_foundation_model(modelIdentifier=identifier)["modelDetails"]
-    assert told["modelArn"] == FOUNDATION and told["modelLifecycle"] == {"status": "ACTIVE"}
+    answer = bedrock.get_foundation_model(modelIdentifier=identifier)["modelDetails"]
+    assert answer["modelArn"] == FOUNDATION and answer["modelLifecycle"] == {"status": "ACTIVE"}
 
 
 def test_availability(bedrock: Any) -> None:
-    told = bedrock.get_foundation_model_availability(modelId=BASE)
-    assert told["agreementAvailability"] == {"status": "AVAILABLE"}
-    assert told["authorizationStatus"] == "AUTHORIZED"
+    answer = bedrock.get_foundation_model_availability(modelId=BASE)
+    assert answer["agreementAvailability"] == {"status": "AVAILABLE"}
+    assert answer["authorizationStatus"] == "AUTHORIZED"
     missing = refused(bedrock.get_foundation_model_availability, modelId="no.such-model")
     assert missing == "ResourceNotFoundException"
 
@@ -86,13 +86,15 @@ def test_a_model_tells_how_it_was_made(
     assert missing == "ResourceNotFoundException"
     assert bedrock.list_custom_models()["modelSummaries"] == []
     made = service.complete(ALICE, "job-1", train_loss=0.5)
-    told = bedrock.get_custom_model(modelIdentifier="mine")
-    arn = told["modelArn"]
+    model = bedrock.get_custom_model(modelIdentifier="mine")
+    arn = model["modelArn"]
     assert arn == f"arn:aws:bedrock:us-east-1:{ALICE}:custom-model/{BASE}/{made.id}"
-    assert told["jobArn"] == job and told["jobName"] == "job-1" and told["modelStatus"] == "Active"
-    assert told["baseModelArn"] == FOUNDATION and told["customizationType"] == "FINE_TUNING"
-    assert told["hyperParameters"] == {"epochCount": "1", "batchSize": "8"}
-    assert told["trainingMetrics"] == {"trainingLoss": 0.5}
+    assert (
+        model["jobArn"] == job and model["jobName"] == "job-1" and model["modelStatus"] == "Active"
+    )
+    assert model["baseModelArn"] == FOUNDATION and model["customizationType"] == "FINE_TUNING"
+    assert model["hyperParameters"] == {"epochCount": "1", "batchSize": "8"}
+    assert model["trainingMetrics"] == {"trainingLoss": 0.5}
     again = bedrock.get_custom_model(modelIdentifier=arn)
     assert again["modelArn"] == arn
     (listed,) = bedrock.list_custom_models()["modelSummaries"]
@@ -151,8 +153,8 @@ def test_delete_a_model(
     for call in (bedrock.get_custom_model, bedrock.delete_custom_model):
         assert refused(call, modelIdentifier=arn) == "ResourceNotFoundException"
         assert refused(call, modelIdentifier="mine") == "ResourceNotFoundException"
-    told = bedrock.get_model_customization_job(jobIdentifier="job-1")
-    assert told["status"] == "Completed" and "outputModelArn" not in told
+    job = bedrock.get_model_customization_job(jobIdentifier="job-1")
+    assert job["status"] == "Completed" and "outputModelArn" not in job
     model("job-2", customModelName="mine")
 
 
@@ -214,9 +216,9 @@ def test_a_model_from_outside_is_asked_for_once(service: Service, bedrock: Any) 
     assert create(**asked)["modelArn"] == arn
     assert refused(create, **{**asked, "modelName": "other"}) == "ConflictException"
     assert refused(create, **{**asked, "clientRequestToken": "new"}) == "ValidationException"
-    told = bedrock.get_custom_model(modelIdentifier="mine")
-    assert told["modelStatus"] == "Creating" and told["modelKmsKeyArn"] == asked["modelKmsKeyArn"]
-    assert "baseModelArn" not in told
+    model = bedrock.get_custom_model(modelIdentifier="mine")
+    assert model["modelStatus"] == "Creating" and model["modelKmsKeyArn"] == asked["modelKmsKeyArn"]
+    assert "baseModelArn" not in model
     (listed,) = bedrock.list_custom_models(modelStatus="Creating")["modelSummaries"]
     assert (listed["modelArn"], listed["customizationType"]) == (arn, "IMPORTED")
     assert bedrock.list_custom_models(modelStatus="Active")["modelSummaries"] == []

@@ -31,11 +31,11 @@ def server() -> Iterator[Server]:
 
 
 def test_the_raw_path_reaches_the_face_and_the_query_is_decoded(server: Server) -> None:
-    status, told = server.ask("POST", "/model/arn%3Aaws%2Fx/echo?a=1%202&a=3&b=", b"hello")
+    status, body = server.ask("POST", "/model/arn%3Aaws%2Fx/echo?a=1%202&a=3&b=", b"hello")
     assert status == 200
-    assert told["path"] == "/model/arn%3Aaws%2Fx/echo"
-    assert told["query"] == {"a": ["1 2", "3"], "b": [""]}
-    assert (told["body"], told["user"], told["params"]) == ("hello", "anna", {"name": "echo"})
+    assert body["path"] == "/model/arn%3Aaws%2Fx/echo"
+    assert body["query"] == {"a": ["1 2", "3"], "b": [""]}
+    assert (body["body"], body["user"], body["params"]) == ("hello", "anna", {"name": "echo"})
 
 
 @pytest.mark.parametrize("path", ["/x/echo", "/v1/echo", "/openai/v1/echo", "/api/v1/echo"])
@@ -43,8 +43,8 @@ def test_every_face_wants_a_key(server: Server, path: str) -> None:
     assert server.ask("POST", path, b"{}")[0] == 200
     assert server.admitted == ["anna"]
     for key in (None, "Bearer bad", "good"):
-        status, told = server.ask("POST", path, b"{}", key=key)
-        assert (status, told["code"]) == (400, "UnrecognizedClient")
+        status, body = server.ask("POST", path, b"{}", key=key)
+        assert (status, body["code"]) == (400, "UnrecognizedClient")
     assert server.admitted == ["anna"]
 
 
@@ -90,8 +90,8 @@ def test_values_of_a_body_are_limited_and_texts_are_not() -> None:
 
 
 def test_large_bodies_are_refused_before_they_are_read(server: Server) -> None:
-    status, told = server.ask("POST", "/x/echo", b"a" * 1001)
-    assert (status, told["code"]) == (400, "RequestEntityTooLarge")
+    status, body = server.ask("POST", "/x/echo", b"a" * 1001)
+    assert (status, body["code"]) == (400, "RequestEntityTooLarge")
     chunked = b"POST /x/echo HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
     chunked += b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"a" * 1024 + b"\r\n"
     assert b"RequestEntityTooLarge" in server.raw(chunked + b"0\r\n\r\n")
@@ -149,9 +149,9 @@ def test_a_client_that_hangs_up_in_its_body_leaves_nothing_open(server: Server) 
 def test_what_fails_inside_is_told_to_the_log_alone(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    status, told = server.ask("GET", "/x/fail")
-    assert (status, told["code"]) == (400, "InternalServer")
-    assert "hunter2" not in json.dumps(told) and told["id"] in told["message"]
+    status, body = server.ask("GET", "/x/fail")
+    assert (status, body["code"]) == (400, "InternalServer")
+    assert "hunter2" not in json.dumps(body) and body["id"] in body["message"]
     assert "hunter2" in caplog.text
 
 
@@ -211,8 +211,8 @@ def test_a_server_that_ends_tells_those_who_wait_to_ask_again() -> None:
         asyncio.run(asked())
     finally:
         done.set()
-    told = json.loads(sent[1]["body"])
-    assert told["code"] == "ServiceUnavailable" and "Ask again" in told["message"]
+    body = json.loads(sent[1]["body"])
+    assert body["code"] == "ServiceUnavailable" and "Ask again" in body["message"]
 
 
 def test_health_is_told_to_everybody_and_metrics_hold_no_paths_of_clients(server: Server) -> None:

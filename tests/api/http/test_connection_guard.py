@@ -117,17 +117,17 @@ def test_a_client_that_hangs_up_ends_the_work(
 def test_who_stays_gets_the_whole_answer(service: Service, address: tuple[str, str]) -> None:
     host, key = address
     asked = chat(model="tiny", n=2, max_tokens=30)
-    told: list[tuple[int, Any]] = []
+    calls: list[tuple[int, Any]] = []
     threads = [
-        threading.Thread(target=lambda: told.append(post(host, key, LONG["chat"][0], asked)))
+        threading.Thread(target=lambda: calls.append(post(host, key, LONG["chat"][0], asked)))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [status for status, _ in told] == [200] * 4
-    assert all(found["usage"]["completion_tokens"] == 60 for _, found in told)
+    assert [status for status, _ in calls] == [200] * 4
+    assert all(found["usage"]["completion_tokens"] == 60 for _, found in calls)
 
 
 def post(host: str, key: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -42,8 +42,8 @@ def send(
     with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)) as to:
         to.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
         answer = to.getresponse()
-        told = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, told, answer.read()
+        headers = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, headers, answer.read()
 
 
 def cors(headers: dict[str, str]) -> set[str]:

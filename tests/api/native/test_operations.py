@@ -118,12 +118,12 @@ def test_faults_have_their_status() -> None:
 
 
 def test_the_document_describes_every_operation() -> None:
-    told = document(OPERATIONS, "1.0")
-    assert told["openapi"] == "3.1.0"
-    methods = told["paths"]["/api/v1/{kind}/things"]
+    api = document(OPERATIONS, "1.0")
+    assert api["openapi"] == "3.1.0"
+    methods = api["paths"]["/api/v1/{kind}/things"]
     assert set(methods) == {"post", "get"}
     body = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
-    schema = {"$ref": body["$ref"], "components": told["components"]}
+    schema = {"$ref": body["$ref"], "components": api["components"]}
     check = Draft202012Validator(schema)
     assert check.is_valid({"name": "x"}) and not check.is_valid({"name": ""})
     assert [each["name"] for each in methods["get"]["parameters"]] == ["kind", "limit"]

@@ -86,12 +86,12 @@ def test_a_deny_on_the_arn_holds_for_every_name_of_it(
 
 def test_what_is_not_there_is_refused_like_what_is(context: Context, arn: str) -> None:
     nobody = caller()
-    told = []
+    calls = []
     for name in ("mine", "none"):
         with pytest.raises(Fault) as refused:
             ask(context, nobody, "GET", f"/api/v1/jobs/{name}")
-        told.append((refused.value.code, refused.value.message.replace(name, "NAME")))
-    assert told[0] == told[1]
+        calls.append((refused.value.code, refused.value.message.replace(name, "NAME")))
+    assert calls[0] == calls[1]
 
 
 def test_a_right_to_one_job_is_enough_for_it(context: Context, arn: str) -> None:

@@ -46,8 +46,8 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
         held = Path(tomllib.loads(recipe.read_text())["data"]["validation"])
         files = sorted(held.rglob("*.jsonl"))
         seen.extend(file.name for file in files)
-        told = "\n".join(f"{each} is wrong" for each in (*files, held))
-        answer = json.dumps({"error": {"message": told}})
+        result = "\n".join(f"{each} is wrong" for each in (*files, held))
+        answer = json.dumps({"error": {"message": result}})
         return subprocess.CompletedProcess(command, 2, answer, "what is on the terminal")
 
     monkeypatch.setattr(subprocess, "run", refuse)

@@ -22,6 +22,6 @@ def test_the_process_of_a_report_has_no_secrets(
     secrets = ("LUTHIER_ENCRYPTION_KEY", "LUTHIER_ENCRYPTION_KEY_FILE", "LUTHIER_SERVER_KEY")
     for name in secrets:
         monkeypatch.setenv(name, "secret")
-    told = reports._run_command([], {}, (0,), setting_name)
-    assert told["LUTHIER_HOME"] == str(luthier_home)
-    assert not set(secrets) & set(told)
+    answer = reports._run_command([], {}, (0,), setting_name)
+    assert answer["LUTHIER_HOME"] == str(luthier_home)
+    assert not set(secrets) & set(answer)

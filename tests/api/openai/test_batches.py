@@ -90,8 +90,8 @@ def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service:
     assert bad[0]["response"]["body"]["error"]["code"] == "model_not_found"
     body: Any = asked[0]["body"]
     direct = client.chat.completions.create(**body)
-    told = good[0]["response"]["body"]["choices"][0]["message"]["content"]
-    assert told == direct.choices[0].message.content
+    answer = good[0]["response"]["body"]["choices"][0]["message"]["content"]
+    assert answer == direct.choices[0].message.content
     assert {each["id"] for each in good}.isdisjoint({each["id"] for each in bad})
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
 
@@ -103,8 +103,8 @@ def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str)
         ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 2}, "text_completion"),
     ):
         batch = ended(client, created(client, [line(1, url, **body)], url).id)
-        (told,) = lines_of(client, batch.output_file_id)
-        assert told["response"]["body"]["object"] == kind
+        (lines,) = lines_of(client, batch.output_file_id)
+        assert lines["response"]["body"]["object"] == kind
         assert batch.error_file_id is None
 
 
@@ -164,8 +164,8 @@ def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: A
     assert second.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "completed"
-    told = lines_of(client, batch.output_file_id)
-    assert [each["custom_id"] for each in told] == [f"r{number}" for number in range(3 * AT_ONCE)]
+    lines = lines_of(client, batch.output_file_id)
+    assert [each["custom_id"] for each in lines] == [f"r{number}" for number in range(3 * AT_ONCE)]
     assert len(again) == 3 * AT_ONCE - recorded
     assert not second.run_once()
 
@@ -288,9 +288,9 @@ def test_lines_have_the_rights_that_their_user_has_when_they_are_answered(
     assert batch.status == "completed"
     failed = lines_of(client, batch.error_file_id)
     assert len(failed) == len(lines_of(client, batch.output_file_id)) == AT_ONCE
-    for told in failed:
-        assert told["response"]["status_code"] == 403
-        assert told["response"]["body"]["error"]["type"] == "permission_error"
+    for result in failed:
+        assert result["response"]["status_code"] == 403
+        assert result["response"]["body"]["error"]["type"] == "permission_error"
 
 
 def begin_in_a_session(service: Any, batch_id: str) -> None:

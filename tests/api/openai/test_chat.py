@@ -173,12 +173,12 @@ def test_a_tool_that_has_to_be_called(client: openai.OpenAI) -> None:
     assert parts[0].function.name == "pick" and parts[0].id.startswith("call_")
     assert "".join(part.function.arguments for part in parts) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    told = [
+    values = [
         *ASKED,
         choice.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "done"},
     ]
-    assert chat(client, tools=TOOLS, messages=told).choices[0].finish_reason in ("length", "stop")
+    assert chat(client, tools=TOOLS, messages=values).choices[0].finish_reason in ("length", "stop")
 
 
 def test_messages_in_parts_and_all_roles(client: openai.OpenAI) -> None:

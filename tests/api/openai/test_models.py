@@ -10,11 +10,11 @@ from luthier.store.foundation import foundation_models
 
 def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
     raw = client.models.with_raw_response.list()
-    told = raw.http_response.json()
-    names = [each["id"] for each in told["data"]]
+    body = raw.http_response.json()
+    names = [each["id"] for each in body["data"]]
     assert names == [each.base for each in foundation_models()]
-    assert (told["object"], told["has_more"]) == ("list", False)
-    assert (told["first_id"], told["last_id"]) == (names[0], names[-1])
+    assert (body["object"], body["has_more"]) == ("list", False)
+    assert (body["first_id"], body["last_id"]) == (names[0], names[-1])
     assert [each.id for each in client.models.list()] == names
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing-like-it")

@@ -52,8 +52,8 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         answer = call()
     except ClientError as error:
-        told = error.response
-        return told["Error"]["Code"], told["ResponseMetadata"]["HTTPStatusCode"]
+        response = error.response
+        return response["Error"]["Code"], response["ResponseMetadata"]["HTTPStatusCode"]
     body = answer["Body"].read() if "Body" in answer else None
     return answer["ResponseMetadata"]["HTTPStatusCode"], plain(answer), body
 

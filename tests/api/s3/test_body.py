@@ -177,19 +177,19 @@ def test_checksums_that_cannot_be_computed_are_not_taken_unseen(raw: Raw) -> Non
 @pytest.mark.parametrize(("name", "size"), [("crc32c", 4), ("crc64nvme", 8)])
 def test_checksums_of_other_clients(raw: Raw, name: str, size: int) -> None:
     checksums = pytest.importorskip("awscrt.checksums", reason="awscrt is not installed")
-    told = b64(getattr(checksums, name)(b"abc").to_bytes(size, "big"))
-    header = {f"x-amz-checksum-{name}": told}
+    checksum = b64(getattr(checksums, name)(b"abc").to_bytes(size, "big"))
+    header = {f"x-amz-checksum-{name}": checksum}
     assert raw.put(b"abd", sha256(b"abd"), **header) == (400, "BadDigest")
     assert raw.put(b"abc", sha256(b"abc"), **header) == (200, "")
 
 
 def test_signed_chunks(raw: Raw) -> None:
     parts = [b"a" * 70_000, b"b" * 8192, b"c"]
-    body, told = b"".join(parts), {"x_amz_decoded_content_length": "78193"}
-    assert raw.put(b"", CHUNKS, signed_chunks(parts), **told) == (200, "")
+    body, headers = b"".join(parts), {"x_amz_decoded_content_length": "78193"}
+    assert raw.put(b"", CHUNKS, signed_chunks(parts), **headers) == (200, "")
     assert raw.stored() == body
     for forge in range(4):
-        assert raw.put(b"", CHUNKS, signed_chunks(parts, forge=forge), **told) == (
+        assert raw.put(b"", CHUNKS, signed_chunks(parts, forge=forge), **headers) == (
             403, "SignatureDoesNotMatch",
         )  # fmt: skip
     assert raw.put(b"", CHUNKS, signed_chunks([]), x_amz_decoded_content_length="0") == (200, "")
@@ -197,10 +197,10 @@ def test_signed_chunks(raw: Raw) -> None:
 
 
 def test_a_chunk_cannot_be_left_out_changed_or_moved(raw: Raw) -> None:
-    parts, told = [b"one", b"two", b"six"], {"x_amz_decoded_content_length": "9"}
+    parts, headers = [b"one", b"two", b"six"], {"x_amz_decoded_content_length": "9"}
 
     def sent(change: Callable[[bytes], bytes]) -> str:
-        return raw.put(b"", CHUNKS, signed_chunks(parts, change=change), **told)[1]
+        return raw.put(b"", CHUNKS, signed_chunks(parts, change=change), **headers)[1]
 
     def moved(body: bytes) -> bytes:
         pieces = body.split(b"3;")
@@ -219,40 +219,45 @@ def test_a_chunk_cannot_be_left_out_changed_or_moved(raw: Raw) -> None:
 
 def test_signed_chunks_with_a_trailer(raw: Raw) -> None:
     kind, body = f"{CHUNKS}-TRAILER", b"some bytes" * 1000
-    told = {"x_amz_decoded_content_length": str(len(body)), "x_amz_trailer": "x-amz-checksum-crc32"}
+    headers = {
+        "x_amz_decoded_content_length": str(len(body)),
+        "x_amz_trailer": "x-amz-checksum-crc32",
+    }
     good = {"x-amz-checksum-crc32": crc32(body)}
-    assert raw.put(b"", kind, signed_chunks([body], good), **told) == (200, "")
+    assert raw.put(b"", kind, signed_chunks([body], good), **headers) == (200, "")
     assert raw.stored() == body
-    assert raw.put(b"", kind, signed_chunks([body], good, -1), **told)[1] == "SignatureDoesNotMatch"
+    assert (
+        raw.put(b"", kind, signed_chunks([body], good, -1), **headers)[1] == "SignatureDoesNotMatch"
+    )
     wrong = {"x-amz-checksum-crc32": crc32(b"other")}
-    assert raw.put(b"", kind, signed_chunks([body], wrong), **told) == (400, "BadDigest")
-    assert raw.put(b"", kind, signed_chunks([body], {}), **told)[1] == "MalformedTrailerError"
+    assert raw.put(b"", kind, signed_chunks([body], wrong), **headers) == (400, "BadDigest")
+    assert raw.put(b"", kind, signed_chunks([body], {}), **headers)[1] == "MalformedTrailerError"
 
 
 def test_a_trailer_that_is_not_signed(tls: Raw, raw: Raw) -> None:
     body = b"abcdef"
-    told = {"x_amz_decoded_content_length": "6", "x_amz_trailer": "x-amz-checksum-crc32",
+    headers = {"x_amz_decoded_content_length": "6", "x_amz_trailer": "x-amz-checksum-crc32",
             "content_encoding": "gzip,aws-chunked"}  # fmt: skip
 
     def coded(checksum: str) -> Callable[[dict[str, str]], bytes]:
         text = f"4\r\nabcd\r\n2\r\nef\r\n0\r\nx-amz-checksum-crc32:{checksum}\r\n\r\n"
         return lambda headers: text.encode()
 
-    assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(b"other")), **told) == (400, "BadDigest")
-    assert raw.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **told)[0] in (400, 403)
+    assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(b"other")), **headers) == (400, "BadDigest")
+    assert raw.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **headers)[0] in (400, 403)
     assert tls.stored() is None
-    assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **told) == (200, "")
+    assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **headers) == (200, "")
     assert tls.stored() == body
     head = tls.service.client().head_object(Bucket=tls.bucket, Key="k")
     assert head["ContentEncoding"] == "gzip"
-    short = {**told, "x_amz_decoded_content_length": "7"}
+    short = {**headers, "x_amz_decoded_content_length": "7"}
     assert tls.put(b"", UNSIGNED_TRAILER, coded(crc32(body)), **short) == (400, "IncompleteBody")
 
 
 def test_a_body_is_asked_for_only_when_it_is_wanted(raw: Raw) -> None:
     def answers(path: str, body: bytes) -> list[bytes]:
-        told = {"Expect": "100-continue", "Content-Length": str(len(body))}
-        headers = raw.signed("PUT", path, sha256(body), told)
+        headers = {"Expect": "100-continue", "Content-Length": str(len(body))}
+        headers = raw.signed("PUT", path, sha256(body), headers)
         lines = [f"{name}: {value}" for name, value in headers.items()]
         parts = urlsplit(raw.service.url)
         text = "\r\n".join([f"PUT {path} HTTP/1.1", f"Host: {parts.netloc}", *lines, "", ""])

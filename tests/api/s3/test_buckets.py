@@ -24,10 +24,10 @@ def names(answer: dict[str, Any]) -> tuple[list[str], list[str]]:
 def test_a_bucket_begins_and_ends(either: Any, refused: Any) -> None:
     client = either.client()
     name = f"life-{either.url[:5].strip(':')}"
-    told = client.create_bucket(
+    answer = client.create_bucket(
         Bucket=name, CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
     )
-    assert told["Location"] == f"/{name}"
+    assert answer["Location"] == f"/{name}"
     assert refused(client.create_bucket, Bucket=name) == ("BucketAlreadyOwnedByYou", 409)
     assert client.head_bucket(Bucket=name)["BucketRegion"] == "us-east-1"
     assert client.get_bucket_location(Bucket=name)["LocationConstraint"] is None
@@ -63,12 +63,12 @@ def test_another_accounts_bucket_is_not_there(service: Any, bucket: str) -> None
         (other.create_multipart_upload, {"Key": "k"}),
     ]  # fmt: skip
     for call, arguments in calls:
-        told = []
+        codes = []
         for name in (bucket, "never-was"):
             with pytest.raises(ClientError) as caught:
                 call(Bucket=name, **arguments)
-            told.append(caught.value.response["Error"])
-        assert told[0] == told[1] and told[0]["Code"] == "NoSuchBucket"
+            codes.append(caught.value.response["Error"])
+        assert codes[0] == codes[1] and codes[0]["Code"] == "NoSuchBucket"
     assert bucket not in [each["Name"] for each in other.list_buckets()["Buckets"]]
     other.create_bucket(Bucket=bucket)
     other.put_object(Bucket=bucket, Key="k", Body=b"mine")

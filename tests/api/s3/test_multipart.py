@@ -39,8 +39,8 @@ def test_the_transfer_manager(either: Any, bucket: str, tmp_path: Path) -> None:
     md5 = hashlib.md5(b"".join(hashlib.md5(part).digest() for part in sizes)).hexdigest()
     assert head["ETag"] == f'"{md5}-4"' and head["ContentType"] == "x/y"
     crc = zlib.crc32(b"".join(zlib.crc32(part).to_bytes(4, "big") for part in sizes))
-    told = base64.b64encode(crc.to_bytes(4, "big")).decode()
-    assert (head["ChecksumCRC32"], head["ChecksumType"]) == (f"{told}-4", "COMPOSITE")
+    checksum = base64.b64encode(crc.to_bytes(4, "big")).decode()
+    assert (head["ChecksumCRC32"], head["ChecksumType"]) == (f"{checksum}-4", "COMPOSITE")
     client.download_file(bucket, "dir/large", str(target), Config=settings)
     assert target.read_bytes() == body
     across = f"bytes={5 * MIB - 3}-{10 * MIB + 2}"
@@ -162,7 +162,9 @@ def test_one_checksum_of_all_bytes(service: Any, bucket: str, algorithm: str, re
         for n, body in enumerate(bodies, 1)
     ]
     value = getattr(checksums, algorithm.lower())(b"".join(bodies))
-    told = base64.b64encode(value.to_bytes(8 if algorithm == "CRC64NVME" else 4, "big")).decode()
+    checksum = base64.b64encode(
+        value.to_bytes(8 if algorithm == "CRC64NVME" else 4, "big")
+    ).decode()
     parts = {"Parts": [{"PartNumber": n, "ETag": tag} for n, tag in enumerate(tags, 1)]}
     name = f"Checksum{algorithm}"
     wrong = {name: base64.b64encode(b"xxxx").decode(), "ChecksumType": "FULL_OBJECT"}
@@ -170,6 +172,6 @@ def test_one_checksum_of_all_bytes(service: Any, bucket: str, algorithm: str, re
         "BadDigest",
         400,
     )
-    client.complete_multipart_upload(**upload, MultipartUpload=parts, **{**wrong, name: told})
+    client.complete_multipart_upload(**upload, MultipartUpload=parts, **{**wrong, name: checksum})
     got = client.get_object(Bucket=bucket, Key="k", ChecksumMode="ENABLED")
-    assert got[name] == told and got["Body"].read() == b"".join(bodies)
+    assert got[name] == checksum and got["Body"].read() == b"".join(bodies)

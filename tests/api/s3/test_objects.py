@@ -36,14 +36,14 @@ def test_a_small_object(either: Any, bucket: str) -> None:
     assert (put["ChecksumCRC32"], put["ChecksumType"]) == (crc, "FULL_OBJECT")
     got = client.get_object(Bucket=bucket, Key="a/b.txt", ChecksumMode="ENABLED")
     assert got["Body"].read() == body
-    told = ("ContentType", "CacheControl", "ContentLanguage", "Metadata", "ContentLength", "ETag")
-    assert [got[name] for name in told] == [
+    names = ("ContentType", "CacheControl", "ContentLanguage", "Metadata", "ContentLength", "ETag")
+    assert [got[name] for name in names] == [
         "text/plain; charset=utf-8", "no-cache", "de", {"purpose": "test"}, len(body), f'"{md5}"',
     ]  # fmt: skip
     assert got["ChecksumCRC32"] == crc and got["AcceptRanges"] == "bytes"
     assert "ContentEncoding" not in got
     head = client.head_object(Bucket=bucket, Key="a/b.txt")
-    assert [head[name] for name in told] == [got[name] for name in told]
+    assert [head[name] for name in names] == [got[name] for name in names]
     assert head["LastModified"] == got["LastModified"]
     client.delete_object(Bucket=bucket, Key="a/b.txt")
     client.delete_object(Bucket=bucket, Key="a/b.txt")
@@ -197,8 +197,8 @@ def test_a_link(service: Any, bucket: str) -> None:
     name = {"Bucket": bucket, "Key": "a link/ü"}
     put = client.generate_presigned_url("put_object", Params=name)
     urlopen(Request(put, data=b"linked", method="PUT"), timeout=10).close()
-    told = {"ResponseContentDisposition": 'attachment; filename="x.txt"'}
-    get = client.generate_presigned_url("get_object", Params={**name, **told})
+    overrides = {"ResponseContentDisposition": 'attachment; filename="x.txt"'}
+    get = client.generate_presigned_url("get_object", Params={**name, **overrides})
     with urlopen(get, timeout=10) as answer:
         assert answer.read() == b"linked"
         assert answer.headers["Content-Disposition"] == 'attachment; filename="x.txt"'

@@ -64,11 +64,11 @@ def test_downloads_of_one_account_hold_no_other_up(
             refused = [each.result() for each in asked if each.done()]
         finally:
             go.set()
-        told = [each.result() for each in asked]
+        results = [each.result() for each in asked]
     assert took < 5
     assert len(refused) == 10 and {status for status, _ in refused} == {503}
     assert all("SlowDown" in text and text.endswith("2") for _, text in refused)
-    assert sorted({status for status, _ in told}) == [200, 503]
+    assert sorted({status for status, _ in results}) == [200, 503]
     assert reads[1] == LIMITS.share_of(LIMITS.transfers)
 
 

@@ -123,9 +123,9 @@ def found(report: Report) -> tuple[str, str] | None:
 def test_a_language_that_the_tokenizer_spells_out(
     english_base: ChatFormat, multilingual_base: ChatFormat, sentences: list[str], name: str
 ) -> None:
-    told = found(gate(english_base, rows(*sentences)))
-    assert told is not None
-    message, fix = told
+    summary = found(gate(english_base, rows(*sentences)))
+    assert summary is not None
+    message, fix = summary
     assert message.startswith(f"100% of the text is in {name}, and the tokenizer of the base")
     every = spelling(" ".join(sentences), english_base.tokenizer)
     assert f"needs {every.per_word:.1f} pieces a word of it and 1." in message
@@ -137,8 +137,8 @@ def test_a_language_that_the_tokenizer_spells_out(
 def test_a_language_without_spaces_is_judged_by_its_characters(
     english_base: ChatFormat, multilingual_base: ChatFormat, sentences: list[str]
 ) -> None:
-    told = found(gate(english_base, rows(*sentences)))
-    assert told is not None and "pieces a character of it" in told[0]
+    summary = found(gate(english_base, rows(*sentences)))
+    assert summary is not None and "pieces a character of it" in summary[0]
     assert found(gate(multilingual_base, rows(*sentences))) is None
 
 
@@ -148,11 +148,11 @@ def test_the_fix_is_a_base_for_what_is_learned(english_base: ChatFormat) -> None
         for n in range(30)
     ]
     for given, objective in ((asked, None), (rows(*VI), "masked_lm")):
-        told = found(gate(english_base, given, objective))
-        assert told is not None and "multilingual-e5-small" not in told[1]
+        summary = found(gate(english_base, given, objective))
+        assert summary is not None and "multilingual-e5-small" not in summary[1]
         kind = "masked language model" if objective else "decoder"
-        assert f"No {kind} of the catalogue knows Vietnamese" in told[1]
-        assert "hub id (organisation/name) or as a folder" in told[1]
+        assert f"No {kind} of the catalogue knows Vietnamese" in summary[1]
+        assert "hub id (organisation/name) or as a folder" in summary[1]
 
 
 def test_english_and_what_is_no_language_are_let_be(english_base: ChatFormat) -> None:
@@ -169,8 +169,8 @@ def test_english_and_what_is_no_language_are_let_be(english_base: ChatFormat) ->
 
 
 def test_a_share_of_the_rows_is_enough_and_a_few_strays_are_not(english_base: ChatFormat) -> None:
-    told = found(gate(english_base, rows(*EN, count=60) + rows(*VI, count=40)))
-    assert told is not None and told[0].startswith("40% of the text is in Vietnamese")
+    summary = found(gate(english_base, rows(*EN, count=60) + rows(*VI, count=40)))
+    assert summary is not None and summary[0].startswith("40% of the text is in Vietnamese")
     assert found(gate(english_base, rows(*EN, count=90) + rows(*VI, count=10))) is None
     # The held-out rows are not what is learned.
     held = {"train": rows(*EN), "validation": rows(*VI)}
@@ -220,8 +220,8 @@ def test_real_rows(english_base: ChatFormat, name: str) -> None:
     from luthier.data.rows import RowReader
 
     given = list(RowReader(str(DATA / name / "train.jsonl")))[:1000]
-    told = found(inspect_rows({"train": given}, [BaseLanguage(english_base, None)]))
-    assert (told is not None) == name.endswith("_vi")
+    summary = found(inspect_rows({"train": given}, [BaseLanguage(english_base, None)]))
+    assert (summary is not None) == name.endswith("_vi")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not here")

@@ -231,12 +231,12 @@ def test_of_very_many_rows_a_share_is_compared_and_that_is_said(
     assert 980 <= whole.findings.counts["duplicate.near"] <= 1000  # banding misses a few
     assert "duplicate.sampled" not in whole.findings.counts
     assert sampled.findings.counts["duplicate.exact"] == 300
-    told = sampled.summaries["duplicates"]["rows_compared_for_likeness"]
-    assert told["of"] == 2300 and 400 < told["rows"] < 550
+    answer = sampled.summaries["duplicates"]["rows_compared_for_likeness"]
+    assert answer["of"] == 2300 and 400 < answer["rows"] < 550
     # Pairs are drawn together: of rows drawn one by one, (500 / 2300)^2 of the pairs would be found.
     assert 150 < sampled.findings.counts["duplicate.near"] < 280
     (note,) = sampled.findings.examples["duplicate.sampled"]
-    assert note.rule.severity == "note" and f"{told['rows']:,} of 2,300 rows" in note.message
+    assert note.rule.severity == "note" and f"{answer['rows']:,} of 2,300 rows" in note.message
 
 
 def test_nothing_at_all() -> None:

@@ -102,13 +102,13 @@ def test_the_student_learns_what_the_teacher_said(
     assert reporter.counts[-1] == (12, 12)
     assert found.result.model_id == "tiny-llama:s" and found.result.rows == 10
     manifest = find("tiny-llama:s").manifest.plain()
-    told = manifest["distillation"]
-    assert told == found.details
-    assert told["teacher"] == {"url": endpoint.url, "model": "big"}
-    assert told["answers_sha256"] == sha256_of(folder / "train.jsonl")
-    assert told["answers_sha256"] in manifest["data"]["sha256"].values()
-    assert told["insights"]["rules"] == {"answer.cut": 1, "answer.refusal": 1}
-    assert told["sampling"]["max_tokens"] == 512
+    answer = manifest["distillation"]
+    assert answer == found.details
+    assert answer["teacher"] == {"url": endpoint.url, "model": "big"}
+    assert answer["answers_sha256"] == sha256_of(folder / "train.jsonl")
+    assert answer["answers_sha256"] in manifest["data"]["sha256"].values()
+    assert answer["insights"]["rules"] == {"answer.cut": 1, "answer.refusal": 1}
+    assert answer["sampling"]["max_tokens"] == 512
     for path in luthier_home().rglob("*"):
         assert path.is_dir() or key.encode() not in path.read_bytes(), path
 
@@ -153,11 +153,11 @@ def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endp
         return f"the answer to {asked}"
 
     endpoint.answer, endpoint.delay = answer, 0.03
-    told = Notes()
+    notes = Notes()
     judge = {"method": "judge", "model": f"{endpoint.url}#wise"}
-    found = distil(prompts, reporter=told, insights__grader=judge)
+    found = distil(prompts, reporter=notes, insights__grader=judge)
     assert found.details["insights"]["rules"] == {"grader.score": 1}
-    assert "the judge will be asked for 13 verdicts at most" in told.notes
+    assert "the judge will be asked for 13 verdicts at most" in notes.notes
     judge_answer = [body for body in endpoint.bodies if body["model"] == "wise"]
     # Another run sorts the same answers by the verdicts that are there already.
     again = distil(prompts, insights__grader=judge, name="again")

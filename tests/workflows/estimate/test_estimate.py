@@ -228,8 +228,8 @@ def test_a_history_corrects_by_its_median_once_it_is_long_enough() -> None:
     assert (known.seconds, known.memory, known.runs) == (1.3, 1.2, 3)
     # What was corrected already is compared as it was before.
     assert correction([run(130, 100, 130)] * 3).seconds == 1.3
-    told = summary(runs)
-    assert (told["time_close"], told["memory_close"], told["count"]) == (1, 3, 3)
+    answer = summary(runs)
+    assert (answer["time_close"], answer["memory_close"], answer["count"]) == (1, 3, 3)
 
 
 def test_corrections_do_not_add_up(
@@ -255,10 +255,10 @@ def test_the_command_line_estimates_runs_and_tells_the_history(
     assert "No run was estimated" in invoke("estimate", "--history").stdout
     luthier_home.mkdir()
     (luthier_home / "prices.toml").write_text('currency = "CHF"\nper_hour = 3.6')
-    told = json.loads(invoke("estimate", *given, "--within", "1s", "--json").stdout)
-    assert told["cost"]["currency"] == "CHF"
-    assert told["cost"]["value"] == pytest.approx(told["seconds"]["value"] / 1000)
-    assert told["plan"]["fits"] == (told["seconds"]["high"] <= 1)
+    body = json.loads(invoke("estimate", *given, "--within", "1s", "--json").stdout)
+    assert body["cost"]["currency"] == "CHF"
+    assert body["cost"]["value"] == pytest.approx(body["seconds"]["value"] / 1000)
+    assert body["plan"]["fits"] == (body["seconds"]["high"] <= 1)
 
     shown = invoke("estimate", *given, "--within", "9h").stdout
     assert "peak memory" in shown and "CHF" in shown and "all of it fits" in shown

@@ -113,8 +113,8 @@ class ControlRequest:
         except Fault as fault:
             if shown is None or shown == resource:
                 raise
-            told = fault.message.replace(resource, shown)
-            raise Fault(fault.code, told) from None
+            text = fault.message.replace(resource, shown)
+            raise Fault(fault.code, text) from None
 
     def allow_kind(self, kind: str) -> None:
         """The same for making something."""

@@ -129,7 +129,7 @@ def asked_model(request: ControlRequest, session: Session, identifier: str) -> C
 
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
-    told = customization_details(job) if job else {"customizationType": "IMPORTED"}
+    details = customization_details(job) if job else {"customizationType": "IMPORTED"}
     asked = model.details.get("request", {})
     return {
         "modelArn": model.arn(request.arns),
@@ -142,7 +142,7 @@ def _model_details(request: ControlRequest, model: CustomModel, job: Job | None)
         "creationTime": model.created,
         "modelStatus": model.status,
         "failureMessage": model.failure[:_LONGEST] if model.failure else None,
-        **told,
+        **details,
     }
 
 

@@ -344,17 +344,17 @@ def _details(job: Job) -> dict[str, Any]:
     parts: Mapping[str, Any] = job.details.get("parts", {})
     found: dict[str, Any] = {}
     for name, part in _PARTS.items():
-        told = parts.get(part)
-        if told is None:
+        details = parts.get(part)
+        if details is None:
             found[name] = {"status": "NotStarted"}
             continue
-        status = told["status"]
+        status = details["status"]
         if status == "InProgress" and job.state in (queue.STOPPING, *queue.ENDED):
             status = _STATUS[job.state]
         found[name] = {
             "status": status,
-            "creationTime": datetime.fromisoformat(told["created"]),
-            "lastModifiedTime": datetime.fromisoformat(told["modified"]),
+            "creationTime": datetime.fromisoformat(details["created"]),
+            "lastModifiedTime": datetime.fromisoformat(details["modified"]),
         }
     return found
 

@@ -178,9 +178,9 @@ class _Jobs:
                 context.arns,
                 context.limits(request.account),
             )
-            told = _view(job)
+            view = _view(job)
         context.wake()
-        return told
+        return view
 
     def list_jobs(self, request: Request, page: Page) -> JobsView:
         self.context.allow(request, "ListJobs", "*")
@@ -202,9 +202,9 @@ class _Jobs:
             with self.context.database.write() as session:
                 job = queue.get(session, request.account, request.params["job"], lock=True)
                 job = self._check_allowed(request, f"{name.capitalize()}Job", job)
-                told = _view(act(session, job))
+                view = _view(act(session, job))
             self.context.wake()
-            return told
+            return view
 
         return run
 
@@ -226,8 +226,8 @@ class _Jobs:
             for event in found:
                 after, quiet = event.seq, time.monotonic()
                 message = with_setting_names(event.message, setting_name)
-                told = {"at": event.at.isoformat(), "message": message, **event.data}
-                line = json.dumps(told, ensure_ascii=False)
+                entry = {"at": event.at.isoformat(), "message": message, **event.data}
+                line = json.dumps(entry, ensure_ascii=False)
                 yield f"id: {event.seq}\nevent: {event.kind}\ndata: {line}\n\n".encode()
             if not found and (state in ENDED or not follow):
                 return

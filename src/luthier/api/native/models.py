@@ -58,7 +58,7 @@ def operations(context: Context) -> list[NativeOperation]:
         NativeOperation(
             "listModels", "GET", "/api/v1/models", models.list_models, "All models there are.",
             ModelsView,
-        ),  # fmt: skip
+        ),
         NativeOperation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelView),
         NativeOperation(
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
@@ -78,8 +78,8 @@ class _Models:
         )
         with self.context.database.read() as session:
             found = list(session.scalars(own.order_by(CustomModel.seq)))
-        told = [self._foundation(each) for each in foundation_models()]
-        return ModelsView(models=told + [self._custom(each) for each in found])
+        views = [self._foundation(each) for each in foundation_models()]
+        return ModelsView(models=views + [self._custom(each) for each in found])
 
     def get(self, request: Request) -> ModelView:
         with self.context.database.read() as session:

@@ -153,8 +153,8 @@ class NativeFace:
         fault = fault.in_words_of(setting_name)
         error = {"code": fault.code, "message": fault.message, "parameter": fault.parameter}
         headers = {"Allow": fault.details["allow"]} if "allow" in fault.details else {}
-        told = {key: value for key, value in error.items() if value is not None}
-        return Response.json({"error": told}, STATUS.get(fault.code, 400), **headers)
+        body = {key: value for key, value in error.items() if value is not None}
+        return Response.json({"error": body}, STATUS.get(fault.code, 400), **headers)
 
 
 def _run(operation: NativeOperation, request: Request) -> Response:
@@ -289,8 +289,8 @@ class Context:
             if action in _SAME:
                 refuse_denied(request.caller, f"bedrock:{_SAME[action]}", resource)
         except Fault as fault:
-            told = fault.message.replace(resource, self._resource(request, shown or path))
-            raise Fault(fault.code, told) from None
+            text = fault.message.replace(resource, self._resource(request, shown or path))
+            raise Fault(fault.code, text) from None
 
     def _resource(self, request: Request, path: str) -> str:
         kind, _, rest = path.partition("/")

@@ -93,10 +93,10 @@ class _Usage:
         quotas: AccountQuotas = self.context.limits(request.account)
         with self.context.database.read() as session:
             found = quota_usage(session, request.account)
-        told = {
+        views = {
             name: QuotaView(used=used, quota=getattr(quotas, name)) for name, used in found.items()
         }
-        return UsageView(account=request.account, quotas=told)
+        return UsageView(account=request.account, quotas=views)
 
     def days(self, request: Request, asked: Days) -> DaysView:
         self.context.allow(request, "GetUsage", "*")

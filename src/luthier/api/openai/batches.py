@@ -210,8 +210,8 @@ class BatchRunner:
                 found.append(_error("line_too_large", fault.message, number))
                 continue
             except ValueError as error:
-                told = f"The line is no JSON: {error}."
-                found.append(_error("invalid_json_line", told, number))
+                text = f"The line is no JSON: {error}."
+                found.append(_error("invalid_json_line", text, number))
                 continue
             code, text, param = _problem(asked, endpoint, first, number)
             if code:

@@ -225,9 +225,9 @@ class Files:
         """What takes an upload: nothing of one is read that is not allowed."""
         self.access.to(request, "files.create", "file")
         kind, account = request.headers.get("content-type", ""), request.caller.account
-        told = request.headers.get("content-length", "")
+        length = request.headers.get("content-length", "")
         # The form around the file is small: what is told of the body is nearly told of the file.
-        least = int(told) - _FORM_BYTES if told.isascii() and told.isdigit() else 1
+        least = int(length) - _FORM_BYTES if length.isascii() and length.isdigit() else 1
         self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
         return Form(kind, lambda: self.store.begin(account), self.limit)
 

@@ -245,17 +245,17 @@ def _pieces(asked: ResponseRequest, stream: Stream) -> Iterator[bytes]:
     try:
         try:
             with refusals(asked.model, "input"):
-                for told in response.events(stream):
-                    yield _encode_event(told)
+                for event in response.events(stream):
+                    yield _encode_event(event)
         except Fault as fault:
             yield _encode_event(response.fail(fault))
     finally:
         stream.close()
 
 
-def _encode_event(told: Mapping[str, Any]) -> bytes:
-    text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {told['type']}\ndata: {text}\n\n".encode()
+def _encode_event(event: Mapping[str, Any]) -> bytes:
+    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {text}\n\n".encode()
 
 
 class _Response:
@@ -291,8 +291,8 @@ class _Response:
     def fail(self, fault: Fault) -> JsonObject:
         """The event for ``fault``, behind which nothing follows."""
         self._status = "failed"
-        told = error_of(fault)
-        self._error = {"code": told["code"] or "server_error", "message": told["message"]}
+        error = error_of(fault)
+        self._error = {"code": error["code"] or "server_error", "message": error["message"]}
         return self._event("response.failed", response=self.to_dict())
 
     def to_dict(self) -> JsonObject:

@@ -317,18 +317,18 @@ class Chunked:
             raise Fault("MalformedTrailerError", text)
         if self._announced:
             digest = hashlib.sha256("".join(self._lines).encode("latin-1")).hexdigest()
-            told = self.trailers.get(_SIGNATURE, "")
-            self._check(told, "AWS4-HMAC-SHA256-TRAILER", digest)
+            signature = self.trailers.get(_SIGNATURE, "")
+            self._check(signature, "AWS4-HMAC-SHA256-TRAILER", digest)
         self._state = "end"
 
-    def _check(self, told: str, kind: str, *hashes: str) -> None:
+    def _check(self, signature: str, kind: str, *hashes: str) -> None:
         """Compare a signature with that of the chunk, which goes on from the one before."""
         if self._signed is None:
             return
         given = self._signed
         text = "\n".join((kind, given.moment, given.scope, self._previous, *hashes))
         made = hmac.new(given.signing_key, text.encode(), hashlib.sha256).hexdigest()
-        if not hmac.compare_digest(made, told):
+        if not hmac.compare_digest(made, signature):
             text = (
                 "The signature of a chunk of the body does not match the one that was calculated."
             )

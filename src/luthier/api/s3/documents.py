@@ -178,9 +178,9 @@ def refusal(fault: Fault, request_id: str) -> Response:
     status = _STATUS.get(code, 400)
     if status == 304:
         return Response(status, b"", headers)
-    told = [("Code", code), ("Message", fault.message)]
-    told += fault.details.get("fields", {}).items()
-    body = error_document([*told, ("RequestId", request_id)])
+    elements = [("Code", code), ("Message", fault.message)]
+    elements += fault.details.get("fields", {}).items()
+    body = error_document([*elements, ("RequestId", request_id)])
     return Response(status, body, {"Content-Type": "application/xml", **headers})
 
 

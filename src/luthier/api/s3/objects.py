@@ -68,8 +68,8 @@ def check_read(headers: Mapping[str, str], found: StoredObject, start: str = "if
         limit = _moment(changed) if changed is not None else None
         same = limit is not None and moment <= limit
     if same and start == "if-":
-        told = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
-        raise Fault("NotModified", "Not Modified", headers=told)
+        validators = {"ETag": f'"{found.etag}"', "Last-Modified": http_date(found.modified)}
+        raise Fault("NotModified", "Not Modified", headers=validators)
     if same:
         raise _precondition_failed("If-None-Match")
 
@@ -173,20 +173,20 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
         raise Fault("NotImplemented", "Objects have no versions here.")
     stores.objects.bucket(request.account, request.bucket)
     allowed: list[str] = []
-    told: list[Element] = []
+    results: list[Element] = []
     for key in keys:
         try:
             stores.authorize(request.caller, "s3:DeleteObject", arn(request.bucket, key))
             check_key(key)
         except (Fault, ObjectRefused) as refused:
             fields = [("Key", key), ("Code", refused.code), ("Message", refused.message)]
-            told.append(("Error", fields))
+            results.append(("Error", fields))
         else:
             allowed.append(key)
     stores.objects.delete(request.account, request.bucket, allowed)
     if (tree.value("Quiet") or "").strip() != "true":
-        told = [("Deleted", [("Key", key)]) for key in allowed] + told
-    return xml(document("DeleteResult", told))
+        results = [("Deleted", [("Key", key)]) for key in allowed] + results
+    return xml(document("DeleteResult", results))
 
 
 def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -203,13 +203,13 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
         )
         raise Fault("InvalidRequest", text)
 
-    def told(found: StoredObject) -> Described:
+    def describe_copy(found: StoredObject) -> Described:
         check_read(request.headers, found, "x-amz-copy-source-if-")
         if directive == "REPLACE":
             return describe_object(request, found.checksums)
         return Described(found.headers, found.user_metadata, found.checksums)
 
-    made = stores.objects.copy(request.account, source, target, told)
+    made = stores.objects.copy(request.account, source, target, describe_copy)
     return xml(document("CopyObjectResult", copy_elements(made.etag, made, made.checksums)))
 
 
@@ -244,12 +244,12 @@ def _status_and_headers(request: S3Request, found: StoredObject) -> tuple[int, d
 
 def _overrides(request: S3Request) -> dict[str, str]:
     """Headers that the query of a request sets, as links to downloads do."""
-    told = {
+    overrides = {
         name[len(_RESPONSE) :]: value
         for name, value in request.query.items()
         if name.startswith(_RESPONSE)
     }
-    for name, value in told.items():
+    for name, value in overrides.items():
         if not all(" " <= letter <= "~" for letter in value):
             raise Fault("InvalidArgument", f"{_RESPONSE}{name} is no value of a header.")
-    return told
+    return overrides

@@ -129,8 +129,8 @@ class Journal:
         """Keep an answer; it is on the disk when this returns."""
         asker = _asker.get()
         run = {RUN: asker.run} if asker else {}
-        told = json.dumps({"key": key, **run, **asdict(reply)}, ensure_ascii=False)
-        line = seal_line(told, place_of(self.path)) + "\n"
+        text = json.dumps({"key": key, **run, **asdict(reply)}, ensure_ascii=False)
+        line = seal_line(text, place_of(self.path)) + "\n"
         with disk_errors(self.path.parent), self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
@@ -209,7 +209,7 @@ def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) ->
 
 def _identity(judge: ModelSpec) -> Mapping[str, Any]:
     """What tells the judge from others; of a local model its files too: it may be trained anew."""
-    told = {"role": judge.role, "model": judge.model}
+    identity = {"role": judge.role, "model": judge.model}
     if judge.url is not None:
-        return {**told, "url": judge.url}
-    return {**told, "sha256": digest_of(find(judge.model))}
+        return {**identity, "url": judge.url}
+    return {**identity, "sha256": digest_of(find(judge.model))}
