@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from luthier.data.rows import load_rows
-from luthier.gate.check import Batch, Check, Places
+from luthier.gate.check import Check, Places, RowBatch
 from luthier.gate.checks.contradictions import Contradictions
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.encoding import Encoding
@@ -30,7 +30,7 @@ from luthier.gate.rules import Findings
 from luthier.gate.scan import batches
 
 
-def seconds(made: Callable[[], Check], parts: list[Batch]) -> float:
+def seconds(made: Callable[[], Check], parts: list[RowBatch]) -> float:
     """Processor time of one check over all batches."""
     best = float("inf")
     for _ in range(3):

@@ -14,7 +14,7 @@ from signing import ACCESS_KEY, SECRET, presigned, short_term_key, signed
 from sqlalchemy import event
 
 from luthier.api.authentication import Authenticator
-from luthier.api.http.messages import Fault, Head
+from luthier.api.http.messages import Fault, RequestHead
 from luthier.api.settings import Settings
 from luthier.store import accounts, principals
 from luthier.store.database import Database, now
@@ -26,11 +26,13 @@ def authenticator(database: Database, api_key: str) -> Authenticator:
     return Authenticator(database, Settings(), KEY)
 
 
-def bearing(key: str, path: str = "/v1/models", query: str = "") -> Head:
-    return Head("GET", path, query, [("host", "h"), ("authorization", f"Bearer {key}")], tls=False)
+def bearing(key: str, path: str = "/v1/models", query: str = "") -> RequestHead:
+    return RequestHead(
+        "GET", path, query, [("host", "h"), ("authorization", f"Bearer {key}")], tls=False
+    )
 
 
-def code_of(authenticator: Authenticator, head: Head, body: bytes | None = b"") -> str:
+def code_of(authenticator: Authenticator, head: RequestHead, body: bytes | None = b"") -> str:
     with pytest.raises(Fault) as caught:
         authenticator.authenticate(head, body)
     assert SECRET not in caught.value.message
@@ -90,13 +92,13 @@ def test_a_bearer_key_has_one_spelling(authenticator: Authenticator, api_key: st
 
 def test_ambiguous_bearers(authenticator: Authenticator, api_key: str) -> None:
     head = bearing(api_key)
-    twice = Head(head.method, head.path, "", [*head.headers, head.headers[1]], tls=False)
+    twice = RequestHead(head.method, head.path, "", [*head.headers, head.headers[1]], tls=False)
     assert code_of(authenticator, twice) == "IncompleteSignature"
     query = presigned("GET", "/v1/models", service="bedrock").query
     assert code_of(authenticator, bearing(api_key, query=query)) == "IncompleteSignature"
     # Object storage takes signatures only.
     assert code_of(authenticator, head, None) == "IncompleteSignature"
-    basic = Head(
+    basic = RequestHead(
         "GET", "/", "", [("host", "h"), ("authorization", "Basic cm9vdDpyb290")], tls=False
     )
     assert code_of(authenticator, basic) == "IncompleteSignature"

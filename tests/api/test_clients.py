@@ -21,7 +21,7 @@ from trails import Remembered
 from luthier.api.authentication import Authenticator
 from luthier.api.http.application import Application
 from luthier.api.http.limits import RateLimits
-from luthier.api.http.messages import Fault, Head, Request, Response, Signed, service_of
+from luthier.api.http.messages import Fault, Request, RequestHead, Response, Signed, service_of
 from luthier.api.http.metrics import Metrics
 from luthier.api.http.routing import Operation, Route
 from luthier.api.http.streams import RequestBody, Run
@@ -40,15 +40,15 @@ class Plain:
     """A face that notes what comes, asks the policies, and answers with an empty object."""
 
     calls: list[Request] = field(default_factory=list)
-    objects: list[tuple[Signed, Head]] = field(default_factory=list)
+    objects: list[tuple[Signed, RequestHead]] = field(default_factory=list)
     name: str = "plain"
 
     request_id_header = "x-request-id"
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         return True
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         name = f"{head.method}Anything"
         if service_of(head) == "s3" and not head.path.startswith("/v1/"):  # OpenAI's paths go first
             return Route(Operation(name, head.method, "/", stream=self.handle, hashed=True))
@@ -86,7 +86,7 @@ class Running:
             aws_access_key_id=keys[0], aws_secret_access_key=keys[1],
         )  # fmt: skip
 
-    def send(self, head: Head, body: bytes = b"") -> int:
+    def send(self, head: RequestHead, body: bytes = b"") -> int:
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=10)
         target = head.path + (f"?{head.query}" if head.query else "")
         connection.putrequest(head.method, target, skip_host=True, skip_accept_encoding=True)
@@ -144,9 +144,11 @@ def test_boto3_and_objects(server: Running) -> None:
     url = s3.generate_presigned_url("get_object", {"Bucket": "bucket", "Key": "a b+c"})
     path, _, query = url.removeprefix(server.url).partition("?")
     host = [("host", server.url.removeprefix("http://"))]
-    assert server.send(Head("GET", path, query, host, tls=False)) == 200
+    assert server.send(RequestHead("GET", path, query, host, tls=False)) == 200
     assert (
-        server.send(Head("GET", path, query.replace("Expires=3600", "Expires=36000"), host, False))
+        server.send(
+            RequestHead("GET", path, query.replace("Expires=3600", "Expires=36000"), host, False)
+        )
         == 403
     )
     assert {signed.service for signed, _ in server.face.objects} == {"s3"}
@@ -221,14 +223,16 @@ def test_a_captured_request_goes_nowhere_else(server: Running) -> None:
     assert server.send(head, b"{ }") == 403
     assert server.send(head) == 403
     for path in ("/model/a.c/invoke", "/v1/models", "//model/a.b/invoke", "/model/./a.b/invoke"):
-        assert server.send(Head("POST", path, "", head.headers, tls=False), b"{}") == 403
+        assert server.send(RequestHead("POST", path, "", head.headers, tls=False), b"{}") == 403
     # A key for objects does not open the other faces, nor theirs the objects.
     objects = signed("GET", "/v1/models", service="s3")
     assert server.send(objects) == 403
     renamed = [(k, v.replace("/bedrock/", "/s3/")) for k, v in head.headers]
-    assert server.send(Head("POST", head.path, "", renamed, tls=False), b"{}") == 403
+    assert server.send(RequestHead("POST", head.path, "", renamed, tls=False), b"{}") == 403
     query = presigned("GET", "/custom-models", service="bedrock")
     assert server.send(query) == 200
-    assert server.send(Head("DELETE", query.path, query.query, query.headers, tls=False)) == 403
+    assert (
+        server.send(RequestHead("DELETE", query.path, query.query, query.headers, tls=False)) == 403
+    )
     assert len(server.face.calls) == 2
     assert server.face.objects == []

@@ -28,17 +28,17 @@ from signing import (
 )
 
 from luthier.api import sigv4
-from luthier.api.http.messages import Fault, Head
+from luthier.api.http.messages import Fault, RequestHead
 from luthier.api.sigv4 import Credential, verify
 
 # --- forged, changed, ambiguous
 
 EMPTY = sigv4.hashlib.sha256(b"").hexdigest()
-Change = Callable[[Head], Head]
+Change = Callable[[RequestHead], RequestHead]
 
 
 def in_authorization(old: str, new: str) -> Change:
-    def change(head: Head) -> Head:
+    def change(head: RequestHead) -> RequestHead:
         value = header(head, "authorization")
         assert old in value
         return with_header(head, "authorization", value.replace(old, new))
@@ -260,7 +260,7 @@ def test_a_hash_in_a_header_is_compared_with_the_body() -> None:
 
 
 def test_payloads_of_object_storage() -> None:
-    def told(value: str | None, tls: bool) -> Head:
+    def told(value: str | None, tls: bool) -> RequestHead:
         head = signed("PUT", "/b/k", b"x", service="s3", at=NOW)
         plain = with_header(head, "x-amz-content-sha256", value)
         return replace(resigned(plain, "s3", value or ""), tls=tls)
@@ -277,7 +277,7 @@ def test_payloads_of_object_storage() -> None:
     assert refused(told(None, True), None) == "IncompleteSignature"
 
 
-def resigned(head: Head, service: str, payload: str, day: str = "20260131") -> Head:
+def resigned(head: RequestHead, service: str, payload: str, day: str = "20260131") -> RequestHead:
     """With the signature that fits what it says."""
     names = sorted(key for key, _ in head.headers if key not in ("authorization", "user-agent"))
     start = f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/{day}/us-east-1/{service}/aws4_request, "
@@ -299,7 +299,9 @@ def test_a_plus_in_a_query_is_what_handlers_read_it_as() -> None:
 
 def test_a_date_header_alone() -> None:
     """RFC 1123 dates, where there is no X-Amz-Date; they have to be signed."""
-    head = Head("GET", "/x", "", [("host", "h"), ("date", "Sat, 31 Jan 2026 12:00:00 GMT")], False)
+    head = RequestHead(
+        "GET", "/x", "", [("host", "h"), ("date", "Sat, 31 Jan 2026 12:00:00 GMT")], False
+    )
     for names in ("date;host", "host"):
         start = (
             f"AWS4-HMAC-SHA256 Credential={ACCESS_KEY}/20260131/us-east-1/bedrock/aws4_request, "
@@ -348,7 +350,9 @@ def test_any_changed_byte_is_refused(data: st.DataObject) -> None:
         verified(changed, body)
 
 
-def changed_byte(data: st.DataObject, head: Head, body: bytes | None) -> tuple[Head, bytes | None]:
+def changed_byte(
+    data: st.DataObject, head: RequestHead, body: bytes | None
+) -> tuple[RequestHead, bytes | None]:
     signed_names = header(head, "authorization").split("SignedHeaders=")[1].split(",")[0].split(";")
     parts = ["method", "path", "authorization", *signed_names]
     parts += ["query"] if head.query else []

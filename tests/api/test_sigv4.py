@@ -21,8 +21,8 @@ from signing import (
 )
 
 from luthier.api import sigv4
-from luthier.api.http.messages import Head
-from luthier.api.sigv4 import Service
+from luthier.api.http.messages import RequestHead
+from luthier.api.sigv4 import SignedService
 
 VECTORS = Path(__file__).parents[2].parent / "shared" / "data" / "aws4_testsuite"
 ARN = "arn:aws:bedrock:us-east-1:000000000000:custom-model/hf.smol/abcdefabcdef"
@@ -35,7 +35,7 @@ def vector_folders() -> list[Path]:
     return sorted(path.parent for path in VECTORS.rglob("*.req"))
 
 
-def read_request(path: Path) -> tuple[Head, bytes]:
+def read_request(path: Path) -> tuple[RequestHead, bytes]:
     top, _, body = path.read_bytes().partition(b"\n\n")
     first, *lines = top.decode("latin-1").split("\n")
     method, target = first.removesuffix(" HTTP/1.1").split(" ", 1)
@@ -48,7 +48,7 @@ def read_request(path: Path) -> tuple[Head, bytes]:
             name, _, value = line.partition(":")
             headers.append((name.lower(), value if name == "My-Header1" else value.strip()))
     path_, _, query = target.partition("?")
-    return Head(method, path_, query, headers, tls=True), body
+    return RequestHead(method, path_, query, headers, tls=True), body
 
 
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="needs the published vectors")
@@ -77,7 +77,7 @@ AMBIGUOUS = {
 @pytest.mark.skipif(not VECTORS.is_dir(), reason="needs the published vectors")
 @pytest.mark.parametrize("folder", vector_folders(), ids=lambda path: path.name)
 def test_published_vector_as_a_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sigv4.SERVICES, "service", Service(timedelta(minutes=5)))
+    monkeypatch.setitem(sigv4.SERVICES, "service", SignedService(timedelta(minutes=5)))
     head, body = read_request(folder / f"{folder.name}.sreq")
     # In one case .sreq carries the signature of another case.
     authorization = (folder / f"{folder.name}.authz").read_text()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.chat_models.base import Failure, Reply, SamplingSpec
-from luthier.chat_models.endpoint import Endpoint
+from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import LuthierError, RecipeError
 from luthier.types import Message
 from luthier.workflows.distil.recipe import TeacherSpec
@@ -30,7 +30,7 @@ def ask(
     spec = TeacherSpec(url=url, **{"model": "big", "retries": 2, **fields})
     questions = [[Message("system", "Be brief."), Message("user", prompt)] for prompt in prompts]
     note = (notes if notes is not None else []).append
-    Endpoint(spec).ask(questions, sampling or SamplingSpec(), done, note)
+    EndpointModel(spec).ask(questions, sampling or SamplingSpec(), done, note)
     return outcomes
 
 
@@ -146,7 +146,9 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
     spec = TeacherSpec(url=endpoint.url, model="big", retries=0, concurrency=2)
     questions = [[Message("user", prompt)] for prompt in ["good", *bad]]
     with pytest.raises(LuthierError, match=r"5 prompts in a row .*HTTP 500.*--resume"):
-        Endpoint(spec).ask(questions, SamplingSpec(), lambda i, _: heard.append(i), lambda _: None)
+        EndpointModel(spec).ask(
+            questions, SamplingSpec(), lambda i, _: heard.append(i), lambda _: None
+        )
     assert heard == [0]
     assert endpoint.asked.total() <= 8
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data import corpus, read
-from luthier.data.corpus import HeldOut, Piece, Survey, pieces, sample, survey
+from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.read import last_cut
 from luthier.errors import DataError
 from luthier.models.bpe import encode
@@ -142,7 +142,7 @@ def test_a_sample_is_spread_over_the_text(tmp_path: Path) -> None:
 def test_of_few_documents_the_end_is_held_out() -> None:
     text = "word " * 200
     held = HeldOut(0.25, 0, Survey(1, 1000))
-    parts = list(held.parts([Piece(text, 0, 0, False), Piece("", 0, 1000, True)]))
+    parts = list(held.parts([CorpusPiece(text, 0, 0, False), CorpusPiece("", 0, 1000, True)]))
     assert [out for _, out in parts] == [False, True, True]
     assert parts[0][0].text + parts[1][0].text == text
     assert len(parts[0][0].text) == 749  # before the space that is nearest to 750
@@ -151,14 +151,14 @@ def test_of_few_documents_the_end_is_held_out() -> None:
 
 def test_pieces_on_one_side_stay_whole() -> None:
     held = HeldOut(0.25, 0, Survey(1, 1000))
-    given_ = [Piece("a b", 0, start, start == 900) for start in (0, 700, 750, 900)]
+    given_ = [CorpusPiece("a b", 0, start, start == 900) for start in (0, 700, 750, 900)]
     assert [out for _, out in held.parts(given_)] == [False, False, True, True]
     assert [piece for piece, _ in held.parts(given_)] == given_
 
 
 def test_without_a_share_nothing_is_held_out() -> None:
     nothing = HeldOut(0.0, 0, Survey(1, 10)).parts(
-        [Piece("a", 0, 0, False), Piece("", 0, 10, True)]
+        [CorpusPiece("a", 0, 0, False), CorpusPiece("", 0, 10, True)]
     )
     assert [out for _, out in nothing] == [False, False]
 
@@ -166,7 +166,9 @@ def test_without_a_share_nothing_is_held_out() -> None:
 def test_of_many_documents_whole_ones_are_drawn() -> None:
     def drawn(seed: int, start: int) -> list[bool]:
         held = HeldOut(0.1, seed, Survey(5000, 10**6))
-        return [out for _, out in held.parts(Piece("x y", n, start, False) for n in range(5000))]
+        return [
+            out for _, out in held.parts(CorpusPiece("x y", n, start, False) for n in range(5000))
+        ]
 
     assert 400 < sum(drawn(7, 0)) < 600
     assert drawn(7, 0) == drawn(7, 10**6 - 1)  # all pieces of a document go the same way

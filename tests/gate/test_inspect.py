@@ -14,7 +14,7 @@ from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
 from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
-from luthier.gate.scan import Progress
+from luthier.gate.scan import ScanProgress
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
 
@@ -191,7 +191,7 @@ def test_progress_moves_through_a_file_and_ends_with_it(
 ) -> None:
     monkeypatch.setattr("luthier.gate.scan.ROWS", 4)
     data = written(tmp_path / "a.jsonl", *({"text": "long " * 50_000} for _ in range(30)))
-    size, seen = data.stat().st_size, list[Progress]()
+    size, seen = data.stat().st_size, list[ScanProgress]()
     report = inspect(InspectionRequest(data, base=None), progress=seen.append)
     done = [each.done_bytes for each in seen]
     assert done == sorted(done) and any(0 < each < size for each in done)

@@ -14,7 +14,7 @@ from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
 from luthier.gate import checks as table
 from luthier.gate import policy
-from luthier.gate.check import Batch, BatchLines, Check
+from luthier.gate.check import BatchLines, Check, RowBatch
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.recipe import Recipe
 from luthier.types import IntArray
@@ -28,7 +28,7 @@ class Shouting(Check):
     name: ClassVar[str] = "shouting"
     rules: ClassVar[tuple[Rule, ...]] = (SHOUTS,)
 
-    def measure(self, batch: Batch) -> list[int]:
+    def measure(self, batch: RowBatch) -> list[int]:
         return [i for i, row in enumerate(batch.rows) if "".join(row.inputs()).isupper()]
 
     def take(self, where: BatchLines, measured: IntArray, findings: Findings) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from luthier.gate.pii import (
     SECRETS,
     Finder,
-    Span,
+    PiiSpan,
     can_check_ids,
     entropy,
     is_cccd,
@@ -290,7 +290,7 @@ def test_items_are_in_order_apart_and_masked(parts: list[str], between: str) -> 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.integers(0, 3)), max_size=12))
 def test_of_overlapping_items_the_more_serious_is_kept(given: list[tuple[int, int, int]]) -> None:
     kinds = ("private_key", "email", "card", "phone")
-    spans = [Span(start, start + size, kinds[kind], "", "") for start, size, kind in given]
+    spans = [PiiSpan(start, start + size, kinds[kind], "", "") for start, size, kind in given]
     kept = resolve_overlaps(spans)
     assert all(a.end <= b.start for a, b in pairwise(kept))
     taken = {place for span in kept for place in range(span.start, span.end)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.gate.policy import Policy, parse_policy, parse_severity, read_policy
+from luthier.gate.policy import GatePolicy, parse_policy, parse_severity, read_policy
 
 
 def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
@@ -57,4 +57,4 @@ def test_an_option_needs_both_sides() -> None:
     assert parse_severity("row.too_long = off") == {"row.too_long": "off"}
     with pytest.raises(RecipeError, match="RULE="):
         parse_severity("row.too_long")
-    assert Policy().severity == {}
+    assert GatePolicy().severity == {}

@@ -14,7 +14,7 @@ import torch
 
 from luthier.jobs.scheduler import Scheduler
 from luthier.store.custom_models import CustomModel
-from luthier.store.jobs import JobEvent, Wanted, events, get, list_jobs, pause, resume, stop
+from luthier.store.jobs import JobEvent, JobFilter, events, get, list_jobs, pause, resume, stop
 from luthier.store.models import find, load
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -140,7 +140,7 @@ def test_two_accounts_have_the_same_names(queue: Any) -> None:
     queue.scheduler()
     assert {queue.ended(each).state for each in (first, second)} == {"Completed"}
     with queue.database.read() as session:
-        assert [job.id for job in list_jobs(session, OTHER, Wanted(), limit=9)] == [second]
+        assert [job.id for job in list_jobs(session, OTHER, JobFilter(), limit=9)] == [second]
         assert get(session, OTHER, first) is None
     assert len({model.stored_id for model in models(queue)}) == 2
 

@@ -20,7 +20,7 @@ from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.limits import AccountQuotas
@@ -40,13 +40,13 @@ ROLE = f"arn:aws:iam::{ALICE}:role/tuner"
 class ByAccessKey:
     """Stands for authentication: the access key is the account."""
 
-    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         found = re.search(r"Credential=([0-9]{12})/", dict(head.headers).get("authorization", ""))
         if found is None:
             raise Fault("MissingAuthenticationToken", "Missing Authentication Token")
         return Signed(Caller(found[1], "tester", ()), "bedrock")
 
-    def recognize(self, head: Head) -> Signed | None:
+    def recognize(self, head: RequestHead) -> Signed | None:
         return self.authenticate(head, b"")
 
 

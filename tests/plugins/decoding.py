@@ -6,23 +6,23 @@ import time
 from typing import Any
 
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, Request, Stream, Whole
+from luthier.serving.inference import Chat, GenerationRequest, Stream, Whole
 from luthier.serving.scheduler import working_for
 from luthier.types import Message
 
 MEMORY = 1 << 28
 
 
-def asked(text: str, **fields: Any) -> Request:
+def asked(text: str, **fields: Any) -> GenerationRequest:
     fields = {"temperature": 0, "max_tokens": 24, **fields}
-    return Request(Chat((Message("user", text),)), **fields)
+    return GenerationRequest(Chat((Message("user", text),)), **fields)
 
 
-def answer(decoder: Decoder, request: Request) -> Whole:
+def answer(decoder: Decoder, request: GenerationRequest) -> Whole:
     return decoder.submit(request).whole()[0]
 
 
-def submit(decoder: Decoder, client: str, request: Request) -> Stream:
+def submit(decoder: Decoder, client: str, request: GenerationRequest) -> Stream:
     with working_for(client):
         return decoder.submit(request)
 

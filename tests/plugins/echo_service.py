@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from trails import Remembered
 
 from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response, Signed
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.api.http.routing import Operation, Route
 from luthier.api.http.streams import RequestBody, Run
@@ -33,14 +33,14 @@ class Door:
     def __init__(self) -> None:
         self.bodies: list[bytes | None] = []
 
-    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         self.bodies.append(body)
         given = [value for name, value in head.headers if name == "authorization"]
         if given in (["Bearer good"], ["AWS4-HMAC-SHA256 Credential=A/20260101/r/bedrock/x"]):
             return Signed(ANNA)
         raise Fault("UnrecognizedClient", "The key is not known.")
 
-    def recognize(self, head: Head) -> Signed | None:
+    def recognize(self, head: RequestHead) -> Signed | None:
         signed = self.authenticate(head, b"")
         return signed if dict(head.headers)["authorization"].startswith("Bearer") else None
 
@@ -102,10 +102,10 @@ class Echo:
 
     name, request_id_header = "echo", "x-echo-id"
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         return True
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         method, path = head.method, head.path
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
@@ -179,10 +179,10 @@ class Objects:
 
     name, request_id_header = "s3", "x-amz-request-id"
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         return service == "s3" and not head.path.startswith(("/v1/", "/api/"))
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         return Route(Operation("s3.any", head.method, "/", stream=self.respond, hashed=True))
 
     async def respond(self, request: Request, body: RequestBody, run: Run) -> Response:

@@ -15,7 +15,7 @@ from botocore.auth import S3SigV4Auth, S3SigV4QueryAuth, SigV4Auth, SigV4QueryAu
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.api.sigv4 import Credential, verify
 
 ACCESS_KEY, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"
@@ -53,7 +53,7 @@ def signed(
     region: str = "us-east-1",
     scheme: str = "http",
     token: str | None = None,
-) -> Head:
+) -> RequestHead:
     """A request with the ``Authorization`` that botocore gives it."""
     kind = S3SigV4Auth if service == "s3" else SigV4Auth
     request = _request(method, target, body, headers, scheme)
@@ -74,7 +74,7 @@ def presigned(
     keys: tuple[str, str] = (ACCESS_KEY, SECRET),
     host: str = HOST,
     token: str | None = None,
-) -> Head:
+) -> RequestHead:
     """A request with the query that botocore gives it."""
     kind = S3SigV4QueryAuth if service == "s3" else SigV4QueryAuth
     request = _request(method, target, body, headers, "http", host)
@@ -114,10 +114,10 @@ def _request(
     return AWSRequest(method, f"{scheme}://{host}{target}", headers=given, data=body)
 
 
-def _head(request: AWSRequest) -> Head:
+def _head(request: AWSRequest) -> RequestHead:
     url = urlsplit(request.url)
     headers = [(name.lower(), str(value)) for name, value in request.headers.items()]
-    return Head(request.method, url.path, url.query, headers, url.scheme == "https")
+    return RequestHead(request.method, url.path, url.query, headers, url.scheme == "https")
 
 
 def keys(access_key: str, token: str | None) -> Credential | None:
@@ -125,21 +125,21 @@ def keys(access_key: str, token: str | None) -> Credential | None:
     return Credential(SECRET, CALLER) if access_key == ACCESS_KEY and known else None
 
 
-def verified(head: Head, body: bytes | None = b"", at: datetime = NOW) -> Signed:
+def verified(head: RequestHead, body: bytes | None = b"", at: datetime = NOW) -> Signed:
     return verify(head, body, keys, at)
 
 
-def refused(head: Head, body: bytes | None = b"", at: datetime = NOW) -> str:
+def refused(head: RequestHead, body: bytes | None = b"", at: datetime = NOW) -> str:
     with pytest.raises(Fault) as caught:
         verified(head, body, at)
     assert SECRET not in caught.value.message
     return caught.value.code
 
 
-def header(head: Head, name: str) -> str:
+def header(head: RequestHead, name: str) -> str:
     return next(value for key, value in head.headers if key == name)
 
 
-def with_header(head: Head, name: str, value: str | None) -> Head:
+def with_header(head: RequestHead, name: str, value: str | None) -> RequestHead:
     kept = [(key, text) for key, text in head.headers if key != name]
     return replace(head, headers=kept if value is None else [*kept, (name, value)])

@@ -22,7 +22,7 @@ from luthier.graders import (
     grade_answers,
 )
 from luthier.serving import confined_process, confined_work
-from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confine
 
 GRADERS = [
@@ -93,12 +93,12 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
         assert worker.alive
         threading.Timer(1, lambda: uses[1].close()).start()
         started = time.monotonic()
-        with pytest.raises(Interrupted):
+        with pytest.raises(WorkInterrupted):
             grader.grade([answer("ab" * 10**6, "ba" * 10**6)])
         assert time.monotonic() - started < 20
     patient.close()
     assert len(workers()) == len(work._idle)
-    with pytest.raises(Interrupted, match="the service is ending"):
+    with pytest.raises(WorkInterrupted, match="the service is ending"):
         grader.grade([answer("a", "a")])
 
 
@@ -133,7 +133,7 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     grader = confine(TextSimilarity(reference="{{item.a}}"), fresh)
     with monkeypatch.context() as patch:
         patch.setattr(confined_process.sys, "executable", "/nowhere/python")
-        with pytest.raises(Interrupted, match="cannot start"):
+        with pytest.raises(WorkInterrupted, match="cannot start"):
             grader.grade([answer("a", "a")])
     assert grader.grade([answer("a", "a")]) == [1.0]
     fresh.close()

@@ -22,10 +22,10 @@ from luthier.serving.constraints import Constraints, SchemaTrials
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import (
     Chat,
+    GenerationRequest,
     InferenceFailed,
     InferenceRefused,
-    Piece,
-    Request,
+    TokenChunk,
 )
 from luthier.serving.scheduler import FairTurns
 from luthier.types import Message, Tool
@@ -34,7 +34,7 @@ from luthier.types import Message, Tool
 def test_characters_of_several_tokens_come_whole(opened: Decoder) -> None:
     text = "日本👋 ü𝄞"
     found = opened.submit(asked("Hi", schema={"const": text}, max_tokens=200))
-    pieces = [event.text for event in found if isinstance(event, Piece)]
+    pieces = [event.text for event in found if isinstance(event, TokenChunk)]
     assert json.loads("".join(pieces)) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -116,7 +116,7 @@ def test_schemas_that_cannot_be_enforced(
     for tool in (Tool("f", "", schema), Tool("g", "", {"properties": {"a": schema}})):
         chat = Chat((Message("user", "Hi"),), (tool,), "required")
         with suppress(InferenceRefused):
-            assert len(opened.submit(Request(chat, max_tokens=3)).whole()) == 1
+            assert len(opened.submit(GenerationRequest(chat, max_tokens=3)).whole()) == 1
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ TOOLS = (
 def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
     for seed in range(2):
         chat = Chat((Message("user", "Hi"),), TOOLS, choice)
-        request = Request(chat, max_tokens=200, temperature=1, seed=seed)
+        request = GenerationRequest(chat, max_tokens=200, temperature=1, seed=seed)
         found = answer(opened, request)
         assert (found.text, found.reason) == ("", "tool_calls")
         (call,) = found.calls
@@ -224,8 +224,10 @@ def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
     chat = Chat((Message("user", "Hi"),), TOOLS)
     counts = []
     for seed in range(4):
-        request = Request(chat, max_tokens=20, seed=seed, logit_bias={1: -100.0})
-        counts.append(sum(isinstance(event, Piece) for event in opened.submit(request)))
+        request = GenerationRequest(chat, max_tokens=20, seed=seed, logit_bias={1: -100.0})
+        counts.append(sum(isinstance(event, TokenChunk) for event in opened.submit(request)))
     assert max(counts) > 5
-    none = Request(Chat((Message("user", "Hi"),), TOOLS, "none"), max_tokens=20, temperature=0)
+    none = GenerationRequest(
+        Chat((Message("user", "Hi"),), TOOLS, "none"), max_tokens=20, temperature=0
+    )
     assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text

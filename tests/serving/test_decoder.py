@@ -27,7 +27,13 @@ from luthier.models.sampling import Sampling
 from luthier.serving import decoder as module
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Piece, Request, TooLong
+from luthier.serving.inference import (
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    TokenChunk,
+    TooLong,
+)
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import chat_format, find, load
 from luthier.types import Message
@@ -90,7 +96,7 @@ def test_one_seed_gives_one_text_everywhere(
 
 def test_streamed_pieces_are_the_whole_text(opened: Decoder) -> None:
     for question in QUESTIONS:
-        pieces = [e.text for e in opened.submit(asked(question)) if isinstance(e, Piece)]
+        pieces = [e.text for e in opened.submit(asked(question)) if isinstance(e, TokenChunk)]
         assert len(pieces) > 1
         assert "".join(pieces) == answer(opened, asked(question)).text
         assert all(pieces)
@@ -196,7 +202,7 @@ def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
     for start in range(0, len(whole) - 3, 3):
         stop = whole[start : start + 3]
         events = list(opened.submit(asked("Hi", max_tokens=40, stop=("never there", stop))))
-        pieces = [event.text for event in events if isinstance(event, Piece)]
+        pieces = [event.text for event in events if isinstance(event, TokenChunk)]
         assert "".join(pieces) == whole[: whole.index(stop)]
         assert (events[-1].reason, events[-1].stop) == ("stop_sequence", stop)  # type: ignore[union-attr]
     assert settled(opened)
@@ -252,13 +258,13 @@ def test_who_hangs_up_leaves_nothing(opened: Decoder) -> None:
 
 def test_the_context_ends_an_answer(opened: Decoder) -> None:
     prompt = [5, 6, 7] * 330
-    found = answer(opened, Request(prompt, temperature=1, logit_bias={1: -100.0}))
+    found = answer(opened, GenerationRequest(prompt, temperature=1, logit_bias={1: -100.0}))
     assert (found.reason, found.tokens) == ("context", 1024 - 990)
     with pytest.raises(TooLong, match="Input is too long for requested model"):
-        opened.submit(Request([5] * 1024))
+        opened.submit(GenerationRequest([5] * 1024))
     for wrong in ([], [320], "", [-1]):
         with pytest.raises(InferenceRefused):
-            opened.submit(Request(wrong))
+            opened.submit(GenerationRequest(wrong))
 
 
 def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +309,7 @@ def test_long_prompts_of_one_client_slow_another_one_by_half_at_most(
     short = asked("Hi", max_tokens=60, logit_bias={1: -100.0})
     quiet = submit(opened, "neighbour", short).whole()
     quiet_seconds, clock.now = clock.now, 0.0
-    long = Request([5, 6, 7] * 300, max_tokens=100, temperature=1, logit_bias={1: -100.0})
+    long = GenerationRequest([5, 6, 7] * 300, max_tokens=100, temperature=1, logit_bias={1: -100.0})
     streams = [submit(opened, "attacker", long) for _ in range(60)]
     next(streams[0])
     for _ in range(5):
@@ -414,7 +420,7 @@ def test_who_does_not_read_is_written_no_more_until_it_does(
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320]])
 def test_ids_that_are_no_tokens_are_refused(opened: Decoder, ids: list[int]) -> None:
     with pytest.raises(InferenceRefused, match="no tokens"):
-        opened.submit(Request(ids))
+        opened.submit(GenerationRequest(ids))
 
 
 def test_what_cannot_be_given_back_stops_nobody(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, Stream
+from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, Stream
 
 WRONG: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
@@ -20,7 +20,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("fields", WRONG)
 def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InferenceRefused) as refused:
-        Request("x", **fields)
+        GenerationRequest("x", **fields)
     assert refused.value.parameter == next(iter(fields))
 
 

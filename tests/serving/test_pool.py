@@ -19,11 +19,11 @@ from luthier.engine import machine as machines
 from luthier.engine.machine import Machine
 from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Request, TooLong
+from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, TooLong
 from luthier.serving.pool import ModelPool
 from luthier.serving.scheduler import working_for
 
-REQUEST = Request("The quick", max_tokens=4, temperature=0)
+REQUEST = GenerationRequest("The quick", max_tokens=4, temperature=0)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert pool.loaded_ids() == [folders[0], folders[2]]
     bias = {1: -100.0}
     busy = [
-        pool.submit(folder, Request("x", max_tokens=900, temperature=1, logit_bias=bias))
+        pool.submit(folder, GenerationRequest("x", max_tokens=900, temperature=1, logit_bias=bias))
         for folder in (folders[0], folders[2])
     ]
     with pytest.raises(InferenceFailed, match="at work") as refused:
@@ -209,11 +209,11 @@ def test_a_model_that_writes_gives_the_mean_of_its_states(
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["a card", "my new card has not arrived", "fox"]
-    writing = pool.submit(folders[0], Request("The quick", max_tokens=20, temperature=0))
+    writing = pool.submit(folders[0], GenerationRequest("The quick", max_tokens=20, temperature=0))
     found = pool.embed(folders[0], texts)
     assert (
         writing.whole()[0].text
-        == pool.submit(folders[0], Request("The quick", max_tokens=20, temperature=0))
+        == pool.submit(folders[0], GenerationRequest("The quick", max_tokens=20, temperature=0))
         .whole()[0]
         .text
     )
@@ -234,10 +234,14 @@ def test_a_model_that_writes_gives_the_mean_of_its_states(
 def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[str]) -> None:
     """One waits until the other gives it back."""
     bias = {1: -100.0}
-    first = pool.submit(folders[0], Request("x", max_tokens=300, temperature=1, logit_bias=bias))
+    first = pool.submit(
+        folders[0], GenerationRequest("x", max_tokens=300, temperature=1, logit_bias=bias)
+    )
     next(first)
     pool.memory.total = pool.memory.taken + 100
-    second = pool.submit(folders[1], Request("x", max_tokens=4, temperature=0, logit_bias=bias))
+    second = pool.submit(
+        folders[1], GenerationRequest("x", max_tokens=4, temperature=0, logit_bias=bias)
+    )
     assert second.whole()[0].tokens == 4
     until = time.monotonic() + 1
     while pool.memory.taken and time.monotonic() < until:  # given back behind the last piece

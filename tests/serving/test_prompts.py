@@ -17,8 +17,8 @@ from luthier.serving import prompts
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import (
     Chat,
+    GenerationRequest,
     InferenceRefused,
-    Request,
     TooLong,
 )
 from luthier.serving.prompts import PromptLimit
@@ -202,7 +202,7 @@ class TestConversations:
             Chat((Message("user", "1" * 12_000_000),)),
         ):
             with pytest.raises(TooLong) as caught:
-                opened.submit(Request(prompt))
+                opened.submit(GenerationRequest(prompt))
             assert caught.value.parameter == "messages"
 
     def test_what_fits_has_the_ids_of_the_whole_text(self, opened: Decoder) -> None:

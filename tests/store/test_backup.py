@@ -32,7 +32,7 @@ from luthier.store.backup import backup, restore
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.jobs import COMPLETED, RUNNING, Job
-from luthier.store.objects import Described, Objects, Piece
+from luthier.store.objects import Described, ObjectPiece, Objects
 from luthier.store.sealing import Sealing, server_key
 from luthier.store.snapshot import remove_orphaned_snapshots, snapshot
 
@@ -409,7 +409,7 @@ def test_what_goes_during_a_backup_is_in_it_with_its_row(
     restore(tmp_path / "backup", tmp_path / "other")
     copy = Database(f"sqlite:///{tmp_path / 'other' / 'luthier.db'}")
     with copy.read() as session:
-        hashes = set(session.scalars(select(Piece.sha256)))
+        hashes = set(session.scalars(select(ObjectPiece.sha256)))
     copy.close()
     found = {sha256_of(p) for p in (tmp_path / "other" / "objects").rglob("*") if p.is_file()}
     assert hashes == found
@@ -645,7 +645,7 @@ def test_postgres_is_in_it_as_it_was_at_that_moment(
     )
     assert restore(tmp_path / "backup", home, restored).database
     with restored.read() as session:
-        assert session.scalars(select(Piece.sha256)).all() == [
+        assert session.scalars(select(ObjectPiece.sha256)).all() == [
             hashlib.sha256(b"content").hexdigest()
         ]
     assert [p.read_bytes() for p in home.rglob("*") if p.is_file()] == [b"content"]

@@ -23,7 +23,7 @@ from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job
 from luthier.store.models import find
 from luthier.store.object_files import ObjectFiles
-from luthier.store.objects import Bucket, Objects, Piece, StoredObject
+from luthier.store.objects import Bucket, ObjectPiece, Objects, StoredObject
 from luthier.store.uploaded_files import UploadedFile
 
 ROWS = "".join(
@@ -130,7 +130,7 @@ def check_files(home: Path) -> dict[str, int]:
                 if not row.parts:
                     assert hashlib.md5(content).hexdigest() == row.etag
                 counts["objects"] += 1
-        for piece in session.scalars(select(Piece)):
+        for piece in session.scalars(select(ObjectPiece)):
             content = files.path(piece.account, piece.id).read_bytes()
             assert hashlib.sha256(content).hexdigest() == piece.sha256
             counts["parts"] += piece.upload_id is not None

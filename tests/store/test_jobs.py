@@ -23,7 +23,7 @@ from luthier.store.jobs import (
     STOPPING,
     TRANSITIONS,
     Job,
-    Wanted,
+    JobFilter,
     events,
     get,
     in_flight,
@@ -164,19 +164,19 @@ def test_pages_follow_each_other_while_jobs_are_created(database: Database) -> N
     add(database, "not-mine", account=OTHER)
     seen, position = [], None
     with database.read() as session:
-        first = list_jobs(session, ACCOUNT, Wanted(), limit=3)
+        first = list_jobs(session, ACCOUNT, JobFilter(), limit=3)
     seen, position = [job.name for job in first], first[-1].seq
     add(database, "late")
     while True:
         with database.read() as session:
-            page = list_jobs(session, ACCOUNT, Wanted(), limit=3, position=position)
+            page = list_jobs(session, ACCOUNT, JobFilter(), limit=3, position=position)
         if not page:
             break
         seen, position = seen + [job.name for job in page], page[-1].seq
     assert seen == [job.name for job in reversed(made)]
     with database.read() as session:
         upwards = list_jobs(
-            session, ACCOUNT, Wanted(), limit=2, position=made[2].seq, ascending=True
+            session, ACCOUNT, JobFilter(), limit=2, position=made[2].seq, ascending=True
         )
     assert [job.name for job in upwards] == ["job-3", "job-4"]
 
@@ -190,7 +190,7 @@ def test_everything_that_is_wanted_has_to_hold(database: Database) -> None:
 
     def names(**wanted: Any) -> list[str]:
         with database.read() as session:
-            found = list_jobs(session, ACCOUNT, Wanted(**wanted), limit=9, ascending=True)
+            found = list_jobs(session, ACCOUNT, JobFilter(**wanted), limit=9, ascending=True)
         return [job.name for job in found]
 
     assert names(states=[QUEUED]) == ["Alpha-1", "beta%1"]

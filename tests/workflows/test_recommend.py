@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.workflows.advise.evidence import Evidence, Technique, TechniqueResult
-from luthier.workflows.advise.facts import Facts, Wishes
+from luthier.workflows.advise.facts import AdviceFacts, Wishes
 from luthier.workflows.advise.recommend import TECHNIQUES, Advice, advise, forgetting, overfitting
 
 COMMAND = "luthier tune rows.jsonl"
@@ -24,7 +24,7 @@ def evidence(*ways: TechniqueResult, steps: int = 80, held: int = 40) -> Evidenc
     return Evidence(held, list(ways), steps, 100)
 
 
-FACTS = Facts(
+FACTS = AdviceFacts(
     wishes=Wishes(), rows=400, shape="prompt", objective="sft", labels=0, smallest_class=0,
     learned_tokens=20_000, prompt_tokens=20_000, document_tokens=0, weights=135_000_000,
     trained_weights=5_000_000, megabytes=270.0, writes=True, refused=(), warned=(), cautions=(),

@@ -22,7 +22,7 @@ from luthier.recipe import Recipe
 from luthier.store.models import custom_models
 from luthier.workflows import search as searching
 from luthier.workflows import trials
-from luthier.workflows.search import Found, search
+from luthier.workflows.search import SearchResult, search
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "my", "card"]
 RATES = "training.learning_rate=1e-6..3e-1"
@@ -73,7 +73,7 @@ class BreakingReporter(Reporter):
             raise Broken
 
 
-def folder_of(found: Found, number: int) -> Path:
+def folder_of(found: SearchResult, number: int) -> Path:
     return Path(found.folder) / "trials" / f"{number:03d}"
 
 
@@ -82,7 +82,7 @@ def measured(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["event"] == "validation"]
 
 
-def reported(found: Found) -> list[tuple[str, Any, Any, Any]]:
+def reported(found: SearchResult) -> list[tuple[str, Any, Any, Any]]:
     """State, settings, value and measurements of each trial that holds a place, from the journal."""
     import optuna
 
@@ -95,7 +95,7 @@ def reported(found: Found) -> list[tuple[str, Any, Any, Any]]:
     ]
 
 
-def weights(found: Found) -> str:
+def weights(found: SearchResult) -> str:
     return str(read_json(Path(found.result.model_dir) / "luthier.json")["trained_weights_sha256"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl
 
-from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.api.settings import Settings
 from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.store.accounts import PrincipalsWatch
@@ -53,7 +53,7 @@ class Authenticator:
         # By kind and name: an access key may be called what another kind's name looks like.
         self._known: dict[tuple[str, str], _Entry] = {}
 
-    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         """The caller of a request.
 
         Args:
@@ -72,7 +72,7 @@ class Authenticator:
             return Signed(self._bearer(given[0][7:].strip()))
         return verify(head, body, self._credential, now(), self._region)
 
-    def recognize(self, head: Head) -> Signed | None:
+    def recognize(self, head: RequestHead) -> Signed | None:
         """The caller by the head alone; ``None`` for a signature, which covers the body still to come.
 
         Raises:
@@ -109,7 +109,7 @@ class Authenticator:
         pairs = parse_qsl(query, keep_blank_values=True)
         if place != f"{_HOST}/" or [pair for pair in pairs if pair[0] == "Action"] != [_ACTION]:
             raise _no_entry()
-        head = Head("POST", "/", "&".join(kept), [("host", _HOST)], tls=True)
+        head = RequestHead("POST", "/", "&".join(kept), [("host", _HOST)], tls=True)
         try:
             claim = claim_of(head)
             if claim.service != "bedrock" or (claim.expires or 0) > LONGEST_SHORT_TERM:

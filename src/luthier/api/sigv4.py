@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote
 
-from luthier.api.http.messages import Caller, Fault, Head, Signed, query_pairs
+from luthier.api.http.messages import Caller, Fault, RequestHead, Signed, query_pairs
 
 ALGORITHM = "AWS4-HMAC-SHA256"
 TERMINATOR = "aws4_request"
@@ -46,7 +46,7 @@ _MOMENT = "%Y%m%dT%H%M%SZ"
 
 
 @dataclass(frozen=True)
-class Service:
+class SignedService:
     """How requests to one service are signed."""
 
     skew: timedelta
@@ -63,10 +63,10 @@ class Service:
 
 
 SERVICES = {
-    "bedrock": Service(timedelta(minutes=5)),
-    "bedrock-mantle": Service(timedelta(minutes=5)),
-    "s3": Service(timedelta(minutes=15), objects=True),
-    "sts": Service(timedelta(minutes=15), path="/"),
+    "bedrock": SignedService(timedelta(minutes=5)),
+    "bedrock-mantle": SignedService(timedelta(minutes=5)),
+    "s3": SignedService(timedelta(minutes=15), objects=True),
+    "sts": SignedService(timedelta(minutes=15), path="/"),
 }
 
 
@@ -121,7 +121,7 @@ LookUp = Callable[[str, str | None], Credential | None]
 
 
 def verify(
-    head: Head,
+    head: RequestHead,
     body: bytes | None,
     look_up: LookUp,
     moment: datetime,
@@ -163,7 +163,7 @@ def verify(
 
 
 def check_claim(
-    head: Head,
+    head: RequestHead,
     look_up: LookUp,
     moment: datetime,
     region: str | None = None,
@@ -178,8 +178,8 @@ def check_claim(
 
 
 def _valid_claim(
-    head: Head, objects: bool, moment: datetime, region: str | None
-) -> tuple[Claim, Service]:
+    head: RequestHead, objects: bool, moment: datetime, region: str | None
+) -> tuple[Claim, SignedService]:
     claim = claim_of(head)
     service = SERVICES.get(claim.service)
     if service is None:
@@ -201,7 +201,7 @@ _WRONG = (
 )
 
 
-def claim_of(head: Head) -> Claim:
+def claim_of(head: RequestHead) -> Claim:
     """What ``head`` says of its signature; raises :class:`Fault` where that is malformed."""
     given = [value for name, value in head.headers if name == "authorization"]
     names = {name for name, _ in query_pairs(head.query)}
@@ -217,7 +217,7 @@ def claim_of(head: Head) -> Claim:
     return _claim_of_header(head, given[0])
 
 
-def canonical_request(head: Head, claim: Claim, payload: str) -> bytes:
+def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
     """The canonical request of the specification; ``payload`` is the hash of the body."""
     parts = (
         head.method.encode("latin-1"),
@@ -281,7 +281,7 @@ def signature(key: bytes, claim: Claim, canonical: bytes) -> str:
     return hmac.new(key, string_to_sign(claim, canonical).encode(), hashlib.sha256).hexdigest()
 
 
-def _claim_of_header(head: Head, value: str) -> Claim:
+def _claim_of_header(head: RequestHead, value: str) -> Claim:
     if any(name == _TOKEN for name, _ in query_pairs(head.query)):
         raise _incomplete("A signature in the header takes its session token from the header.")
     algorithm, _, rest = value.partition(" ")
@@ -295,7 +295,7 @@ def _claim_of_header(head: Head, value: str) -> Claim:
     return replace(_claim(given, _moment_of(head), None), token=token)
 
 
-def _claim_of_query(head: Head) -> Claim:
+def _claim_of_query(head: RequestHead) -> Claim:
     pairs = [(name.decode("latin-1"), value) for name, value in query_pairs(head.query)]
     given = {}
     for short in _PRESIGNED:
@@ -330,7 +330,7 @@ def _claim(given: dict[str, str], moment: str, expires: int | None) -> Claim:
     return Claim(access_key, day, region, service, names, given["Signature"], moment, expires)
 
 
-def _moment_of(head: Head) -> str:
+def _moment_of(head: RequestHead) -> str:
     value = _value(head, "x-amz-date")
     if value is not None:
         return _check_moment(value)
@@ -361,7 +361,7 @@ def _check_scope(claim: Claim, region: str | None) -> None:
         raise Fault(code, f"Credential should be scoped to the region {region}.")
 
 
-def _check_time(claim: Claim, service: Service, moment: datetime) -> None:
+def _check_time(claim: Claim, service: SignedService, moment: datetime) -> None:
     if claim.expires is None:
         in_time = abs(moment - claim.at) <= service.skew
     else:
@@ -380,7 +380,7 @@ def _check_time(claim: Claim, service: Service, moment: datetime) -> None:
     raise Fault("RequestTimeTooSkewed", text)
 
 
-def _check_headers(head: Head, claim: Claim, service: Service) -> None:
+def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> None:
     code = service.refusal
     names = [name for name, _ in head.headers]
     for name in set(names):
@@ -400,7 +400,7 @@ def _check_headers(head: Head, claim: Claim, service: Service) -> None:
         raise Fault(code, f"The header {name} was signed and is not there.")
 
 
-def _payload(head: Head, body: bytes | None, claim: Claim, service: Service) -> str:
+def _payload(head: RequestHead, body: bytes | None, claim: Claim, service: SignedService) -> str:
     """The hash that was signed, as far as it can be known before a body that is still to come."""
     payload = _value(head, "x-amz-content-sha256")
     if body is not None:
@@ -419,14 +419,14 @@ def _payload(head: Head, body: bytes | None, claim: Claim, service: Service) -> 
     return payload
 
 
-def _value(head: Head, name: str) -> str | None:
+def _value(head: RequestHead, name: str) -> str | None:
     found = [value for key, value in head.headers if key == name]
     if len(found) > 1:
         raise _incomplete(f"The header {name} was sent more than once.")
     return found[0].strip() if found else None
 
 
-def _join_values(head: Head, name: str) -> bytes:
+def _join_values(head: RequestHead, name: str) -> bytes:
     values = [value.encode("latin-1") for key, value in head.headers if key == name]
     return b",".join(b" ".join(value.split()) for value in values)
 

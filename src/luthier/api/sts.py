@@ -19,8 +19,8 @@ from botocore.loaders import Loader
 from botocore.model import ServiceModel, StructureShape
 from sqlalchemy.orm import Session
 
-from luthier.api.bedrock.shapes import Checker
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.bedrock.shapes import ShapeChecker
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Operation, Route
 from luthier.api.policies import (
     ASSUME_ROLE,
@@ -94,11 +94,11 @@ class STSFace:
             "AssumeRole": self._assume_role,
         }
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """Whatever is signed for STS."""
         return service == "sts"
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """One route: which action is meant stands in the form."""
         if head.method not in ("GET", "POST"):
             raise Fault("UnknownOperation", "STS takes GET and POST.")
@@ -260,7 +260,7 @@ def _members(action: str, form: Mapping[str, str]) -> Mapping[str, Any]:
             given[name] = int(text)
         else:
             given[name] = text
-    checker = Checker()
+    checker = ShapeChecker()
     found = checker.members(shape, given)
     checker.finish()
     return found

@@ -31,7 +31,7 @@ LONGEST_WAIT = 3600.0
 """Seconds of ``Retry-After`` that are waited for."""
 
 
-class Endpoint(ChatModel):
+class EndpointModel(ChatModel):
     """Answers over the network, several questions at once."""
 
     def __init__(self, spec: ModelSpec) -> None:

@@ -231,7 +231,7 @@ def show_usage(
         if account is not None:
             accounts.account_of(session, account)
         found = usage.report(session, start, end, account)
-    columns = ["day", "account", "model", *(each.name for each in fields(usage.Used))]
+    columns = ["day", "account", "model", *(each.name for each in fields(usage.Usage))]
     if csv:
         import csv as csv_files
 

@@ -24,7 +24,7 @@ from luthier.printable import one_line
 
 if TYPE_CHECKING:
     from luthier.gate.clean import CleaningSummary
-    from luthier.gate.scan import Progress
+    from luthier.gate.scan import ScanProgress
 
 Source = Annotated[str, typer.Argument(help="File, folder, 'pattern*' or s3:// to read.")]
 
@@ -118,14 +118,14 @@ def inspect(
 
 
 @contextmanager
-def inspection_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def inspection_progress(quiet: bool) -> Iterator[Callable[[ScanProgress], None]]:
     """A bar with bytes, rows, findings and time left; lines where there is no terminal, or nothing."""
     from luthier.cli.progress import SECONDS_TO_SECOND_LINE, ProgressLines, can_draw
 
     if not can_draw():
         lines = ProgressLines("inspected", first=SECONDS_TO_SECOND_LINE, percent=True)
 
-        def print_line(at: Progress) -> None:
+        def print_line(at: ScanProgress) -> None:
             text = f"{at.rows:,} rows, {at.findings:,} finding{'s' * (at.findings != 1)}"
             text += " so far" if at.done_bytes < at.total_bytes else ""
             lines.update(at.done_bytes, at.total_bytes, text)
@@ -145,7 +145,7 @@ def inspection_progress(quiet: bool) -> Iterator[Callable[[Progress], None]]:
     ) as bars:
         task = bars.add_task("", total=None, rows=0, findings=0, visible=False)
 
-        def move(at: Progress) -> None:
+        def move(at: ScanProgress) -> None:
             bars.update(
                 task,
                 total=at.total_bytes,

@@ -12,7 +12,7 @@ from luthier.cli.console import heavy_imports, new_console, new_table, print_jso
 from luthier.cli.options import Json
 
 if TYPE_CHECKING:
-    from luthier.workflows.pipeline import Outcome
+    from luthier.workflows.pipeline import StageOutcome
 
 
 def pipeline(
@@ -53,7 +53,7 @@ def pipeline(
     out.print(table)
 
 
-def _cells(outcome: Outcome) -> list[str]:
+def _cells(outcome: StageOutcome) -> list[str]:
     """Steps, validation, seconds and outcome, where the stage had some."""
     from luthier.cli.tune import validation_result
     from luthier.store.models import find, objective_of

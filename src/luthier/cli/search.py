@@ -27,7 +27,7 @@ from luthier.cli.options import (
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
-    from luthier.workflows.search import Found
+    from luthier.workflows.search import SearchResult
 
 
 def search(
@@ -102,7 +102,7 @@ def _range_test(data: str, recipe: Recipe, as_json: bool) -> None:
     out.print(f"  or       luthier search {data} --space {space}")
 
 
-def _print(found: Found) -> None:
+def _print(found: SearchResult) -> None:
     from luthier.cli.tune import print_result
 
     keys = list(found.trials[0].settings)

@@ -28,7 +28,7 @@ ENOUGH_DOCUMENTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class CorpusPiece:
     """A part of a document, in the order of the files."""
 
     text: str
@@ -48,7 +48,7 @@ class Survey:
     characters: int
 
 
-def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
+def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
     """All text of ``paths``; :class:`DataError` where a file cannot be read as raw text."""
     problems = _Few()
     document = start = 0
@@ -58,7 +58,7 @@ def pieces(paths: Sequence[Path]) -> Iterator[Piece]:
                 problems.append(_not_raw(row))
                 continue
             for part, last in _parts(row.text):
-                yield Piece(part, document, start, ends and last)
+                yield CorpusPiece(part, document, start, ends and last)
                 start += len(part)
             document += ends
     if problems:
@@ -125,7 +125,7 @@ class HeldOut:
     seed: int
     survey: Survey
 
-    def parts(self, text: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
+    def parts(self, text: Iterable[CorpusPiece]) -> Iterator[tuple[CorpusPiece, bool]]:
         """The same text, and of each piece whether it is held out."""
         drawn = self.share * self.survey.documents >= ENOUGH_DOCUMENTS
         edge = int((1 - self.share) * self.survey.characters)

@@ -29,7 +29,7 @@ Split = str
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Rows that follow each other in one file."""
 
     split: Split
@@ -97,14 +97,14 @@ class Check(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.measures_with}
 
-    def begin(self, batch: Batch, rows: int = 0) -> None:  # noqa: B027 - most have nothing to learn
+    def begin(self, batch: RowBatch, rows: int = 0) -> None:  # noqa: B027 - most have nothing to learn
         """Set the fields that :meth:`measure` needs from the first batch, before any is measured.
 
         ``rows`` is about how many rows there are in all, 0 where that is not known.
         """
 
     @abstractmethod
-    def measure(self, batch: Batch) -> Any:
+    def measure(self, batch: RowBatch) -> Any:
         """What is to be known of a batch, without regard to any other; picklable."""
 
     @abstractmethod

@@ -20,10 +20,10 @@ from luthier.data.chat import ChatFormat
 from luthier.data.parsing import Record
 from luthier.data.shapes import JudgedAnswers, RawText, TaggedWords
 from luthier.errors import RecipeError, RowRefused
-from luthier.gate.check import Batch, CheckContext
+from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
-from luthier.gate.pii import KINDS, Finder, Kind, Span
+from luthier.gate.pii import KINDS, Finder, Kind, PiiSpan
 from luthier.gate.rules import TOO_LONG
 from luthier.types import Row, Text, map_texts
 
@@ -221,13 +221,13 @@ class Redactor:
                 tokens[-1] += kept
         return replace(row, tokens=tuple(tokens), tags=None if row.tags is None else tuple(tags))
 
-    def _pseudonymize(self, span: Span, name: str, changes: list[Change]) -> str:
+    def _pseudonymize(self, span: PiiSpan, name: str, changes: list[Change]) -> str:
         pseudonym = self.pseudonym(span)
         self.counts[span.kind] += 1
         changes.append(Change(name, span.start, span.end, span.kind, span.detail, pseudonym))
         return pseudonym
 
-    def pseudonym(self, span: Span) -> str:
+    def pseudonym(self, span: PiiSpan) -> str:
         """What stands for an item, for good."""
         said = f"{span.kind}\0{span.value}".encode("utf-8", "surrogatepass")
         digest = hmac.new(self._secret, said, hashlib.sha256).digest()
@@ -329,7 +329,7 @@ class Truncate(Edit):
 
     def _length(self, row: Row) -> tuple[bool, int]:
         """Whether the row fits as the gate judges it, and its tokens."""
-        found = self.judge.measure(Batch("train", row.file, [row]))
+        found = self.judge.measure(RowBatch("train", row.file, [row]))
         long = any(spot.rule == TOO_LONG.id for spot in found.spots)
         return not long, int(sum(found.tokens_N))
 

@@ -18,10 +18,10 @@ from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
-from luthier.gate.policy import Policy, parse_policy, read_policy
+from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
-from luthier.gate.scan import LARGE, Progress, inspect_rows, inspect_sources
+from luthier.gate.scan import LARGE, ScanProgress, inspect_rows, inspect_sources
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
@@ -85,16 +85,16 @@ class InspectionRequest:
         return {split: source for split, source in named.items() if source is not None}
 
     @property
-    def decided(self) -> Policy:
+    def decided(self) -> GatePolicy:
         """The policy, with what was said beside it."""
-        file = read_policy(self.policy) if self.policy else Policy()
+        file = read_policy(self.policy) if self.policy else GatePolicy()
         return file.and_then(parse_policy(self.severity, self.skip))
 
 
 def inspect(
     request: InspectionRequest,
     on_stage: Callable[[str], None] = lambda text: None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[ScanProgress], None] = lambda _: None,
     processes: int = 1,
 ) -> Report:
     """Run every check over every row, those of large sources in so many ``processes``.
@@ -202,7 +202,7 @@ def inspect_job(
     Raises:
         RecipeError: for a policy or severity that cannot be.
     """
-    file = read_policy(spec.policy) if spec.policy else Policy()
+    file = read_policy(spec.policy) if spec.policy else GatePolicy()
     decided = file.and_then(parse_policy(spec.severity or {}))
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
     report = inspect_rows(splits, checks, decided.severity)

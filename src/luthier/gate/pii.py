@@ -41,7 +41,7 @@ SECRETS: frozenset[Kind] = frozenset({"private_key", "api_key", "jwt", "password
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class PiiSpan:
     """Characters ``start`` to ``end`` of a text are an item of ``kind``."""
 
     start: int
@@ -153,22 +153,22 @@ LEAST_BITS = 3.0
 """Entropy, in bits a character, below which an assigned value of letters and digits is no key."""
 
 
-def secrets(text: str) -> Iterator[Span]:
+def secrets(text: str) -> Iterator[PiiSpan]:
     """Every secret of ``text``; ``value`` is the secret itself."""
     if "PRIVATE KEY" in text:
         for found in _PEM.finditer(text):
             if _BASE64.search(found["body"]):
-                yield Span(*found.span(), "private_key", _key_name(found["type"]), found[0])
+                yield PiiSpan(*found.span(), "private_key", _key_name(found["type"]), found[0])
     for name, mark, pattern in _API_KEYS:
         for found in matches_near(mark, pattern, text, 10 if mark == _BOT else 0, 512):
             group = "value" if "value" in pattern.groupindex else 0
             if not _MADE_UP.search(found[group]):
-                yield Span(*found.span(group), "api_key", name, found[group])
+                yield PiiSpan(*found.span(group), "api_key", name, found[group])
     for found in matches_near("eyJ", _JWT, text, 0, 8192):
-        yield Span(*found.span(), "jwt", "JSON web token", found[0])
+        yield PiiSpan(*found.span(), "jwt", "JSON web token", found[0])
     for found in matches_near("://", _URL, text, 0, 512):
         if not _MADE_UP.search(found["value"]) and not _is_variable(found["value"]):
-            yield Span(*found.span("value"), "password", "password in a URL", found["value"])
+            yield PiiSpan(*found.span("value"), "password", "password in a URL", found["value"])
     yield from _assigned_secrets(text)
 
 
@@ -177,7 +177,7 @@ def _key_name(written: str) -> str:
     return written.replace("PRIVATE KEY", "private key").replace("OPENSSH", "OpenSSH")
 
 
-def _assigned_secrets(text: str) -> Iterator[Span]:
+def _assigned_secrets(text: str) -> Iterator[PiiSpan]:
     lower = text.replace("İ", "I").lower()  # The one letter that would become two.
     if not any(name in lower for name in _NAMES):
         return
@@ -186,7 +186,7 @@ def _assigned_secrets(text: str) -> Iterator[Span]:
         value = text[start:end]
         value = value if value.endswith("==") else value.rstrip(".!=")
         if _is_random(value) and not _MADE_UP.search(value):
-            yield Span(start, start + len(value), "password", "assigned secret", value)
+            yield PiiSpan(start, start + len(value), "password", "assigned secret", value)
 
 
 def _is_random(value: str) -> bool:
@@ -258,7 +258,7 @@ _DATE = re.compile(
 )
 
 
-def emails(text: str) -> Iterator[Span]:
+def emails(text: str) -> Iterator[PiiSpan]:
     """E-mail addresses of people and offices; those reserved for examples (RFC 2606) are none."""
     at = text.find("@")
     while at >= 0:
@@ -273,11 +273,11 @@ def emails(text: str) -> Iterator[Span]:
                 and ".." not in value
                 and not _NO_PEOPLE.search(value)
             ):
-                yield Span(at - len(local), domain.end(), "email", "e-mail address", value)
+                yield PiiSpan(at - len(local), domain.end(), "email", "e-mail address", value)
         at = text.find("@", domain.end() if domain else at + 1)
 
 
-def addresses(text: str) -> Iterator[Span]:
+def addresses(text: str) -> Iterator[PiiSpan]:
     """Public IP addresses.
 
     Left out are private, reserved and documentation ranges, well-known resolvers, and what is as likely
@@ -296,17 +296,17 @@ def addresses(text: str) -> Iterator[Span]:
             done = found.end()
 
 
-def _public(found: re.Match[str]) -> Iterator[Span]:
+def _public(found: re.Match[str]) -> Iterator[PiiSpan]:
     try:
         address = ip_address(found[0])
     except ValueError:
         return
     first = found[0].partition(".")[0]
     if address.is_global and str(address) not in _RESOLVERS and first not in {"1", "2", "3", "4"}:
-        yield Span(*found.span(), "ip", f"IPv{address.version} address", str(address))
+        yield PiiSpan(*found.span(), "ip", f"IPv{address.version} address", str(address))
 
 
-def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[Span]:
+def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[PiiSpan]:
     """Telephone numbers that exist by the numbering plans (Google's libphonenumber).
 
     Numbers with a country code are found anywhere. A number in a national form must be valid in one of
@@ -319,7 +319,7 @@ def phones(text: str, low: int, high: int, regions: Sequence[str]) -> Iterator[S
         for start, written in _parts(found):
             value = _phone_value(text, start, written, tuple(regions))
             if value:
-                yield Span(start, start + len(written), "phone", "telephone number", value)
+                yield PiiSpan(start, start + len(written), "phone", "telephone number", value)
                 break
 
 
@@ -413,13 +413,13 @@ def issuer(digits: str) -> str | None:
     return None
 
 
-def cards(text: str, low: int, high: int) -> Iterator[Span]:
+def cards(text: str, low: int, high: int) -> Iterator[PiiSpan]:
     """Payment cards from ``low`` to ``high``: an issuer's range, its length, and the check digit."""
     for found in _CARD.finditer(text, low, high):
         digits = re.sub("[ -]", "", found[0])
         name = issuer(digits) if len(set(digits)) > 1 else None
         if name and luhn(digits) and not is_order_number(text, found.start()):
-            yield Span(*found.span(), "card", f"{name} card", digits)
+            yield PiiSpan(*found.span(), "card", f"{name} card", digits)
 
 
 def can_check_ids() -> bool:
@@ -427,7 +427,7 @@ def can_check_ids() -> bool:
     return find_spec("stdnum") is not None
 
 
-def ibans(text: str, low: int, high: int) -> Iterator[Span]:
+def ibans(text: str, low: int, high: int) -> Iterator[PiiSpan]:
     """Bank accounts (ISO 13616): a country's length and form, and the check digits."""
     for found in _IBAN.finditer(text, low, high):
         # The pattern may take words behind the number: the longest part that is an account counts.
@@ -435,7 +435,7 @@ def ibans(text: str, low: int, high: int) -> Iterator[Span]:
         while len(written) >= 15:
             if _is_valid("iban", written):
                 value = written.replace(" ", "")
-                yield Span(found.start(), found.start() + len(written), "iban", "IBAN", value)
+                yield PiiSpan(found.start(), found.start() + len(written), "iban", "IBAN", value)
                 break
             written = written[: max(written.rfind(" "), 0)]
 
@@ -502,7 +502,7 @@ _ONE_ID = [
 ]  # fmt: skip
 
 
-def national_ids(text: str, low: int, high: int) -> Iterator[Span]:
+def national_ids(text: str, low: int, high: int) -> Iterator[PiiSpan]:
     """Numbers that a state gave to a person, of the countries in :data:`IDS`."""
     for each, pattern, words, bare in _ONE_ID:
         for found in pattern.finditer(text, low, high):
@@ -513,7 +513,7 @@ def national_ids(text: str, low: int, high: int) -> Iterator[Span]:
             plain = plain and bool(each.module or not is_preceded_by(CALL, text, found.start()))
             if (said or plain) and _is_id(each, found[0]):
                 value = re.sub(r"[ .-]", "", found[0])
-                yield Span(*found.span(), "national_id", each.name, value)
+                yield PiiSpan(*found.span(), "national_id", each.name, value)
 
 
 def _is_id(each: NationalId, written: str) -> bool:
@@ -589,12 +589,12 @@ class Finder:
     regions: tuple[str, ...] = REGIONS
     """ISO 3166 codes of countries whose telephone numbers may stand without a country code."""
 
-    def find(self, text: str) -> list[Span]:
+    def find(self, text: str) -> list[PiiSpan]:
         """What is in ``text``, in its order; no two items share a character."""
         found = [span for span in self._all(text) if span.kind in self.kinds]
         return resolve_overlaps(found) if len(found) > 1 else found
 
-    def _all(self, text: str) -> Iterator[Span]:
+    def _all(self, text: str) -> Iterator[PiiSpan]:
         yield from secrets(text)
         if "@" in text:
             yield from emails(text)
@@ -607,10 +607,10 @@ class Finder:
         yield from addresses(text)
 
 
-def resolve_overlaps(found: Iterable[Span]) -> list[Span]:
+def resolve_overlaps(found: Iterable[PiiSpan]) -> list[PiiSpan]:
     """Of items that overlap, the one whose kind comes first, then the longest; in their order."""
-    kept: list[Span] = []
-    group: list[Span] = []
+    kept: list[PiiSpan] = []
+    group: list[PiiSpan] = []
     end = 0
     for span in sorted(found, key=lambda each: each.start):
         if group and span.start >= end:
@@ -621,17 +621,17 @@ def resolve_overlaps(found: Iterable[Span]) -> list[Span]:
     return kept + _best(group)
 
 
-def _best(group: list[Span]) -> list[Span]:
+def _best(group: list[PiiSpan]) -> list[PiiSpan]:
     if len(group) < 2:
         return group
-    kept: list[Span] = []
+    kept: list[PiiSpan] = []
     for span in sorted(group, key=lambda each: (KINDS.index(each.kind), each.start - each.end)):
         if all(span.end <= other.start or other.end <= span.start for other in kept):
             kept.append(span)
     return sorted(kept, key=lambda each: each.start)
 
 
-def mask_all(text: str, found: Sequence[Span]) -> str:
+def mask_all(text: str, found: Sequence[PiiSpan]) -> str:
     """``text`` with its items unreadable."""
     parts, done = [], 0
     for span in found:
@@ -640,7 +640,7 @@ def mask_all(text: str, found: Sequence[Span]) -> str:
     return "".join([*parts, text[done:]])
 
 
-def mask(text: str, span: Span) -> str:
+def mask(text: str, span: PiiSpan) -> str:
     """What may be shown of an item: stars, behind the first two characters of personal data."""
     item = text[span.start : span.end]
     shown = 0 if span.kind in SECRETS else 2

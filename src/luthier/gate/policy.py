@@ -31,7 +31,7 @@ CHOICES: tuple[str, ...] = (*get_args(Literal["off"]), *SEVERITIES)
 
 
 @dataclass(frozen=True)
-class Policy:
+class GatePolicy:
     """What people decided about rules and checks."""
 
     severity: Mapping[str, Choice] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class Policy:
     skip: frozenset[str] = frozenset()
     """Names of checks that are not run."""
 
-    def and_then(self, other: Policy) -> Policy:
+    def and_then(self, other: GatePolicy) -> GatePolicy:
         """Both, where ``other`` has the last word."""
-        return Policy({**self.severity, **other.severity}, self.skip | other.skip)
+        return GatePolicy({**self.severity, **other.severity}, self.skip | other.skip)
 
 
-def read_policy(path: Path) -> Policy:
+def read_policy(path: Path) -> GatePolicy:
     """The policy of a TOML file; :class:`RecipeError` for what it cannot say."""
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read_policy(path: Path) -> Policy:
     return parse_policy(severity, map(str, skip))
 
 
-def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Policy:
+def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GatePolicy:
     """A policy from plain values; dotted names may also be nested, as TOML nests them."""
     chosen: dict[str, Choice] = {}
     for name, value in _flatten(severity):
@@ -74,7 +74,7 @@ def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> Polic
     left = frozenset(skip)
     for name in sorted(left - set(CHECKS)):
         raise RecipeError(f"there is no check {name!r}; there are {', '.join(CHECKS)}")
-    return Policy(chosen, left)
+    return GatePolicy(chosen, left)
 
 
 def parse_severity(text: str) -> dict[str, str]:

@@ -124,7 +124,7 @@ def list_places(places: Sequence[Place], count: int) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens of which all are learned, or none."""
 
     text: str
@@ -133,19 +133,19 @@ class Run:
     """Tokens that stand here in the row and are not shown."""
 
 
-def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[Run]:
+def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:
     """The tokens of a row in as few pieces as they have colours, with the middle of long ones cut."""
     head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
-    found: list[Run] = []
+    found: list[TokenRun] = []
     for start, stop in ((0, head), (tail, len(tokens))):
         if start and start < stop:
-            found.append(Run("", False, tail - head))
+            found.append(TokenRun("", False, tail - head))
         for token, taught in zip(tokens[start:stop], learned[start:stop], strict=True):
             if found and found[-1].learned == taught and not found[-1].left_out:
-                found[-1] = Run(found[-1].text + token, taught)
+                found[-1] = TokenRun(found[-1].text + token, taught)
             else:
-                found.append(Run(token, taught))
-    return [Run(printable(run.text), run.learned, run.left_out) for run in found]
+                found.append(TokenRun(token, taught))
+    return [TokenRun(printable(run.text), run.learned, run.left_out) for run in found]
 
 
 def worst_rows(report: Report, count: int = 10) -> list[tuple[Place, list[Finding]]]:

@@ -26,7 +26,7 @@ from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes import describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
-from luthier.gate.check import Batch, Check, Places, Split
+from luthier.gate.check import Check, Places, RowBatch, Split
 from luthier.gate.pii import Finder, mask_all
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
@@ -46,7 +46,7 @@ IDS = 1_000_000
 
 
 @dataclass(frozen=True)
-class Progress:
+class ScanProgress:
     """How far the pass is."""
 
     rows: int
@@ -72,7 +72,7 @@ def inspect_sources(
     checks: Sequence[Check],
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
     columns: Columns | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Callable[[ScanProgress], None] = lambda _: None,
     processes: int = 1,
     known: Sequence[Finding] = (),
 ) -> Report:
@@ -175,11 +175,11 @@ class Gate:
             unread = f"; nothing is read from {', '.join(found.unread)}" if found.unread else ""
             self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"
 
-    def progress(self, done: int, total: int) -> Progress:
+    def progress(self, done: int, total: int) -> ScanProgress:
         """How far the pass is, in bytes."""
-        return Progress(self.places.total, done, total, sum(self.findings.counts.values()))
+        return ScanProgress(self.places.total, done, total, sum(self.findings.counts.values()))
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: RowBatch) -> None:
         """One batch on its way through all checks."""
         if not self._begun:
             self._begun = True
@@ -193,7 +193,7 @@ class Gate:
         for each, measured in self.pool.wait():
             self._collect(each, measured)
 
-    def _collect(self, batch: Batch, measured: Sequence[Any]) -> None:
+    def _collect(self, batch: RowBatch, measured: Sequence[Any]) -> None:
         lines_N = np.fromiter((row.line for row in batch.rows), np.int64, len(batch))
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
@@ -225,31 +225,31 @@ def unpacked_size(path: Path) -> int:
     return size * 4 if path.suffix in (*PACKED, ".parquet") else size
 
 
-def estimate_rows(size: int, batch: Batch) -> int:
+def estimate_rows(size: int, batch: RowBatch) -> int:
     """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
     fields = [text.content for row in batch.rows for text in row.texts()]
     bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
     return size * len(batch) // max(1, bytes_)
 
 
-def batches(split: Split, rows: Iterable[Row]) -> Iterator[Batch]:
+def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
     """Rows in batches of one file each, of bounded size."""
     held: list[Row] = []
     size = 0
     for row in rows:
         if held and (row.file != held[0].file or len(held) == ROWS or size > CHARACTERS):
-            yield Batch(split, held[0].file, held)
+            yield RowBatch(split, held[0].file, held)
             held, size = [], 0
         held.append(row)
         size += sum(len(text.content) for text in row.texts())
     if held:
-        yield Batch(split, held[0].file, held)
+        yield RowBatch(split, held[0].file, held)
 
 
 AHEAD = 3
 """Batches that wait for each process: enough that none is idle while rows are read."""
 
-MeasuredBatch = tuple[Batch, list[Any]]
+MeasuredBatch = tuple[RowBatch, list[Any]]
 """A batch, and what each check measured of it."""
 
 
@@ -259,7 +259,7 @@ class BatchPool:
     def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
         self.checks, self.processes = checks, processes
         self._pool: ProcessPoolExecutor | None = None
-        self._waiting: deque[tuple[Batch, Future[list[Any]]]] = deque()
+        self._waiting: deque[tuple[RowBatch, Future[list[Any]]]] = deque()
 
     def close(self) -> None:
         """End the other processes; what is not taken yet is lost."""
@@ -267,7 +267,7 @@ class BatchPool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def measure(self, batch: Batch) -> Iterator[MeasuredBatch]:
+    def measure(self, batch: RowBatch) -> Iterator[MeasuredBatch]:
         """Take a batch on; those that are measured by now, in the order they came."""
         if self.processes == 1:
             yield batch, [check.measure(batch) for check in self.checks]
@@ -311,7 +311,7 @@ def _set_checks(checks: bytes) -> None:
     _checks = pickle.loads(checks)  # noqa: S301 - what our own parent has just made
 
 
-def _measure(batch: Batch) -> list[Any]:
+def _measure(batch: RowBatch) -> list[Any]:
     return [check.measure(batch) for check in _checks]
 
 

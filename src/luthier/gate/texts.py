@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from luthier.gate.check import Batch, BatchLines, Check
+from luthier.gate.check import BatchLines, Check, RowBatch
 from luthier.gate.pii import SEPARATOR, Finder, mask
 from luthier.gate.rules import Finding, Findings, Rule, rule_of
 from luthier.types import Row, Text
@@ -88,7 +88,7 @@ class JoinedTexts:
     """Index of its row in the batch, and the text."""
 
     @staticmethod
-    def of(batch: Batch) -> JoinedTexts:
+    def of(batch: RowBatch) -> JoinedTexts:
         """Join the texts of ``batch``; several checks look at one batch after the other."""
         global _last
         if _last is None or _last[0] is not batch:
@@ -133,7 +133,7 @@ class JoinedTexts:
         return spots
 
 
-_last: tuple[Batch, JoinedTexts] | None = None
+_last: tuple[RowBatch, JoinedTexts] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ One file for each way to score; this table is the map of the package.
 from __future__ import annotations
 
 from luthier.chat_models.base import Writer
-from luthier.graders.base import Answer, Grader, Models, Scorer, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, GraderModels, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
 from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.formula import Multi
@@ -61,12 +61,12 @@ __all__ = [
     "Exact",
     "FirstLine",
     "Grader",
+    "GraderModels",
     "Grades",
     "JsonSchema",
     "Judge",
     "LambdaFunction",
     "Mix",
-    "Models",
     "Multi",
     "Number",
     "OnError",

@@ -77,7 +77,7 @@ Scorer = Callable[[Sequence[Answer]], list[float]]
 """What a model in memory gives for answers, in their order."""
 
 
-class Models(Protocol):
+class GraderModels(Protocol):
     """Opens the models that graders name, for whoever grades."""
 
     def scorer(self, model: str) -> Scorer:
@@ -148,7 +148,7 @@ class Grader(BaseModel):
         """How many verdicts of a language model one answer takes."""
         return 0
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with the models it names opened."""
         return self
 

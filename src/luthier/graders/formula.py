@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.graders.mix import Mix
 from luthier.graders.specs import AnyGrader
 
@@ -80,7 +80,7 @@ class Multi(Grader):
         """Those of all graders."""
         return self._mix.judgements
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with the models of all graders opened."""
         return self.model_copy(update={"graders": self._mix.with_models(models).parts})
 

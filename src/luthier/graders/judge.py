@@ -12,7 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer, with_address
 from luthier.errors import LuthierError, RecipeError
-from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.types import Message, Row
 
 RUBRIC = (
@@ -100,7 +100,7 @@ class Judge(ModelSpec, Grader):
         """One."""
         return 1
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with its model opened."""
         if not self.model:
             return self

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded
+from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.graders.grade import attempt
 from luthier.graders.specs import AnyGrader
 
@@ -68,7 +68,7 @@ class Mix(Grader):
         """Those of all parts."""
         return sum(part.judgements for part in self.parts.values())
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with the models of all parts opened."""
         parts = {name: part.with_models(models) for name, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})

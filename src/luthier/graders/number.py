@@ -24,7 +24,7 @@ _NUMBER = re.compile(
 _EXACT = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 
 
-class Found(NamedTuple):
+class FoundNumber(NamedTuple):
     """A number of a text."""
 
     value: Decimal
@@ -74,7 +74,7 @@ class Number(Grader):
         return _EXACT.subtract(given, expected).copy_abs() <= allowed
 
 
-def last_number(text: str) -> Found | None:
+def last_number(text: str) -> FoundNumber | None:
     """The number after the last ``####``, and without one there the last number of all."""
     _, marker, tail = text.rpartition(MARKER)
     if marker and (first := _NUMBER.search(tail)):
@@ -83,7 +83,7 @@ def last_number(text: str) -> Found | None:
     return _parse(found[0]) if found else None
 
 
-def _parse(match: re.Match[str]) -> Found:
+def _parse(match: re.Match[str]) -> FoundNumber:
     sign = "-" if match["sign"] in ("-", "−") else ""
     plain = sign + match["digits"].replace(",", "") + match["power"]
-    return Found(Decimal(plain), bool(match["percent"]))
+    return FoundNumber(Decimal(plain), bool(match["percent"]))

@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Models, Scorer
+from luthier.graders.base import Answer, Grader, GraderModels, Scorer
 
 
 class Reward(Grader):
@@ -46,7 +46,7 @@ class Reward(Grader):
         """The reward model."""
         return frozenset({self.model})
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with its model in memory."""
         return self.model_copy(update={"scorer": models.scorer(self.model)})
 

@@ -12,7 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Models, Trouble, Ungraded, too_long
+from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded, too_long
 from luthier.graders.string_check import Template
 from luthier.graders.templates import fill_template, scope_of
 from luthier.types import Message
@@ -89,7 +89,7 @@ class ScoreModel(ModelSpec, Grader):
         """One."""
         return 1
 
-    def with_models(self, models: Models) -> Self:
+    def with_models(self, models: GraderModels) -> Self:
         """The same with its model opened."""
         return self.model_copy(update={"writer": models.writer(self, self.sampling)})
 

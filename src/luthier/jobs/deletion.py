@@ -44,7 +44,7 @@ _AT_ONCE = 200
 
 
 @dataclass(frozen=True)
-class Item:
+class DeletionItem:
     """Something that is removed."""
 
     kind: str
@@ -90,7 +90,7 @@ class Deletions:
         self.database, self.arns, self.objects = database, arns, objects
         self.external, self.forget_model = external, forget_model
 
-    def find(self, asked: DeletionRequest) -> tuple[Traces, list[Item]]:
+    def find(self, asked: DeletionRequest) -> tuple[Traces, list[DeletionItem]]:
         """What there is of the data, and each thing that would go; nothing is changed.
 
         Raises:
@@ -191,7 +191,7 @@ class Deletions:
         for model in traces.models if asked.models == "delete" else ():
             yield "bedrock:DeleteCustomModel", model.arn(self.arns)
 
-    def _check(self, traces: Traces, items: Sequence[Item], asked: DeletionRequest) -> None:
+    def _check(self, traces: Traces, items: Sequence[DeletionItem], asked: DeletionRequest) -> None:
         if not (items or traces.jobs or traces.objects):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
         reading = [job for job in traces.unfinished if job in _affected_jobs(traces, asked)]
@@ -210,7 +210,7 @@ class Deletions:
         number: str,
         action: str,
         asked: DeletionRequest,
-        items: Sequence[Item],
+        items: Sequence[DeletionItem],
         about: Mapping[str, Any],
         left: Sequence[str] = (),
         files: Sequence[str] = (),
@@ -270,7 +270,7 @@ class Deletions:
                 self.objects.delete(account, each.bucket, [each.key])
 
     def _remaining(
-        self, asked: DeletionRequest, items: Sequence[Item], traces: Traces
+        self, asked: DeletionRequest, items: Sequence[DeletionItem], traces: Traces
     ) -> list[str]:
         """Names of what is still there: looked for in the database, and on the disk."""
         with self.database.read() as session:
@@ -299,11 +299,11 @@ def _kept_models(traces: Traces, asked: DeletionRequest) -> tuple[Any, ...]:
     return () if asked.models == "delete" else traces.models
 
 
-def _items(traces: Traces, asked: DeletionRequest) -> Iterator[Item]:
+def _items(traces: Traces, asked: DeletionRequest) -> Iterator[DeletionItem]:
     for each in traces.objects:
         for piece in each.pieces:
             part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
-            yield Item("object", f"{each.address}{part}", piece.size, piece.sha256)
+            yield DeletionItem("object", f"{each.address}{part}", piece.size, piece.sha256)
     for job in _affected_jobs(traces, asked):
         for path in files_of(job):
             yield _file("job", path)
@@ -312,12 +312,12 @@ def _items(traces: Traces, asked: DeletionRequest) -> Iterator[Item]:
                 yield _file("model", luthier_home() / name)
     runs = {run_name(job.id) for job in _affected_jobs(traces, asked)}
     for path, size, digest in lines_of_runs(asked.account, runs):
-        yield Item("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
+        yield DeletionItem("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
 
 
-def _file(kind: str, path: Path) -> Item:
+def _file(kind: str, path: Path) -> DeletionItem:
     name = path.relative_to(luthier_home()).as_posix()
-    return Item(kind, name, path.stat().st_size, sha256_of(path))
+    return DeletionItem(kind, name, path.stat().st_size, sha256_of(path))
 
 
 def _delete_files(job: Job) -> None:

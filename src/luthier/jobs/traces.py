@@ -22,7 +22,7 @@ from luthier.jobs.folders import JobFolders
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
-from luthier.store.objects import BUCKET, UPLOADS, Bucket, Piece, StoredObject, Upload
+from luthier.store.objects import BUCKET, UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 
 OUTPUTS = ("synthetic_data.jsonl", "prompt_insights.jsonl")
 """What a distillation writes of its rows, below the address of its job."""
@@ -35,7 +35,7 @@ class FoundObject:
     address: str
     bucket: str
     key: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ObjectPiece, ...]
     upload: str | None = None
 
 
@@ -169,7 +169,9 @@ def _objects_at(session: Session, account: str, address: str) -> list[FoundObjec
 
 
 def _found_object(session: Session, bucket: str, stored: StoredObject) -> FoundObject:
-    pieces = select(Piece).where(Piece.object_seq == stored.seq).order_by(Piece.number)
+    pieces = (
+        select(ObjectPiece).where(ObjectPiece.object_seq == stored.seq).order_by(ObjectPiece.number)
+    )
     address = f"s3://{bucket}/{stored.key}"
     return FoundObject(address, bucket, stored.key, tuple(session.scalars(pieces)))
 
@@ -179,7 +181,9 @@ def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterat
     hashes = {piece.sha256 for each in of for piece in each.pieces if piece.size}
     known = {piece.id for each in of for piece in each.pieces}
     for digest in sorted(hashes):
-        same = select(Piece).where(Piece.account == account, Piece.sha256 == digest)
+        same = select(ObjectPiece).where(
+            ObjectPiece.account == account, ObjectPiece.sha256 == digest
+        )
         for piece in session.scalars(same).all():
             if piece.id in known:
                 continue
@@ -190,7 +194,11 @@ def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterat
             elif piece.upload_id is not None:
                 upload = session.get_one(Upload, piece.upload_id)
                 bucket = session.get_one(Bucket, upload.bucket_seq)
-                parts = select(Piece).where(Piece.upload_id == upload.id).order_by(Piece.number)
+                parts = (
+                    select(ObjectPiece)
+                    .where(ObjectPiece.upload_id == upload.id)
+                    .order_by(ObjectPiece.number)
+                )
                 address = f"s3://{bucket.name}/{upload.key}?uploadId={upload.id}"
                 pieces = tuple(session.scalars(parts))
                 yield FoundObject(address, bucket.name, upload.key, pieces, upload.id)

@@ -17,7 +17,7 @@ Size = Literal["tiny", "3m", "10m", "30m", "135m"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """What a network is built from."""
 
     hidden: int
@@ -32,41 +32,41 @@ class Shape:
     """Key and value heads, where query heads share them."""
 
 
-SHAPES: dict[Family, dict[Size, Shape]] = {
+SHAPES: dict[Family, dict[Size, NetworkShape]] = {
     "llama": {
-        "tiny": Shape(128, 4, 4, 352, 256, 4096),
-        "3m": Shape(192, 5, 6, 512, 256, 4096),
-        "10m": Shape(320, 7, 5, 864, 512, 8192),
-        "30m": Shape(512, 8, 8, 1376, 512, 16384),
-        "135m": Shape(576, 30, 9, 1536, 1024, 49152, key_heads=3),
+        "tiny": NetworkShape(128, 4, 4, 352, 256, 4096),
+        "3m": NetworkShape(192, 5, 6, 512, 256, 4096),
+        "10m": NetworkShape(320, 7, 5, 864, 512, 8192),
+        "30m": NetworkShape(512, 8, 8, 1376, 512, 16384),
+        "135m": NetworkShape(576, 30, 9, 1536, 1024, 49152, key_heads=3),
     },
     "gpt2": {
-        "tiny": Shape(128, 4, 4, 512, 256, 4096),
-        "3m": Shape(192, 5, 6, 768, 256, 4096),
-        "10m": Shape(320, 7, 5, 1280, 512, 8192),
-        "30m": Shape(512, 8, 8, 2048, 512, 16384),
-        "135m": Shape(768, 12, 12, 3072, 1024, 49152),
+        "tiny": NetworkShape(128, 4, 4, 512, 256, 4096),
+        "3m": NetworkShape(192, 5, 6, 768, 256, 4096),
+        "10m": NetworkShape(320, 7, 5, 1280, 512, 8192),
+        "30m": NetworkShape(512, 8, 8, 2048, 512, 16384),
+        "135m": NetworkShape(768, 12, 12, 3072, 1024, 49152),
     },
     "palm": {
-        "tiny": Shape(128, 3, 4, 512, 256, 4096),
-        "3m": Shape(192, 4, 6, 768, 256, 4096),
-        "10m": Shape(320, 6, 5, 1280, 512, 8192),
-        "30m": Shape(512, 7, 8, 2048, 512, 16384),
-        "135m": Shape(768, 12, 12, 3072, 1024, 49152),
+        "tiny": NetworkShape(128, 3, 4, 512, 256, 4096),
+        "3m": NetworkShape(192, 4, 6, 768, 256, 4096),
+        "10m": NetworkShape(320, 6, 5, 1280, 512, 8192),
+        "30m": NetworkShape(512, 7, 8, 2048, 512, 16384),
+        "135m": NetworkShape(768, 12, 12, 3072, 1024, 49152),
     },
     "transfo_xl": {
-        "tiny": Shape(128, 3, 4, 512, 512, 4096),
-        "3m": Shape(192, 4, 6, 768, 512, 4096),
-        "10m": Shape(320, 6, 5, 1280, 1024, 8192),
-        "30m": Shape(512, 6, 8, 2048, 1024, 16384),
-        "135m": Shape(768, 12, 12, 3072, 2048, 49152),
+        "tiny": NetworkShape(128, 3, 4, 512, 512, 4096),
+        "3m": NetworkShape(192, 4, 6, 768, 512, 4096),
+        "10m": NetworkShape(320, 6, 5, 1280, 1024, 8192),
+        "30m": NetworkShape(512, 6, 8, 2048, 1024, 16384),
+        "135m": NetworkShape(768, 12, 12, 3072, 2048, 49152),
     },
 }
 SEGMENTS = 4
 """Segments in a row of a Transformer-XL."""
 
 
-def configuration(family: Family, shape: Shape, end_id: int) -> dict[str, Any]:
+def configuration(family: Family, shape: NetworkShape, end_id: int) -> dict[str, Any]:
     """Fields of transformers' configuration for a network of ``shape``.
 
     Embeddings are shared, as in all small models of late: for 10 million weights and 8192 tokens a

@@ -61,9 +61,9 @@ class Beside:
             network = self.networks[judge.model]
             write: Writer = partial(write_replies, network, sampling, judge.batch_size)
             return self.remember(write, judge, sampling)
-        from luthier.chat_models.endpoint import Endpoint
+        from luthier.chat_models.endpoint import EndpointModel
 
-        endpoint = Endpoint(judge)
+        endpoint = EndpointModel(judge)
         self.note(endpoint.terms)
         write = writer_of(endpoint, judge.role, sampling, self.note)
         return self.remember(write, judge, sampling)

@@ -30,7 +30,7 @@ from luthier.models.outside import (
     check_weights,
 )
 from luthier.models.save import ADAPTER
-from luthier.serving.inference import Chat, Request
+from luthier.serving.inference import Chat, GenerationRequest
 from luthier.store.models import StoredModel, chat_format, load, short_name
 from luthier.types import Message
 
@@ -252,7 +252,9 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     # Opening it compares the layout with the network's own forward.
     decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
     try:
-        asked = Request(Chat((Message("user", "Hello."),)), max_tokens=ANSWER, temperature=0.0)
+        asked = GenerationRequest(
+            Chat((Message("user", "Hello."),)), max_tokens=ANSWER, temperature=0.0
+        )
         stream = decoder.submit(asked)
         stream.whole()
         read = stream.prompt_tokens

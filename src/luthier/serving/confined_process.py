@@ -35,7 +35,7 @@ class TakesTooMuch(RecipeError):
     """A request reached a limit of its process, or brought it down. It would do so again."""
 
 
-class Interrupted(RecipeError):
+class WorkInterrupted(RecipeError):
     """A request was not worked on to its end, for a reason that is not in it: its process could not
     start, was killed, or had no time on a busy machine. Asked again, it may be answered.
     """
@@ -105,12 +105,12 @@ class ConfinedProcess:
 
     def _start(self) -> dict[str, Any]:
         if self._closed:
-            raise Interrupted(self._closed_because)
+            raise WorkInterrupted(self._closed_because)
         try:
             child, ours = self._spawn()
         except OSError as error:
             text = f"the process for {self._subject} cannot start: {error.strerror}"
-            raise Interrupted(text) from error
+            raise WorkInterrupted(text) from error
         self._child, self._connection = child, ours
         self._finally = weakref.finalize(self, _close_process, child, ours)
         about: dict[str, Any] = self._exchange(None)
@@ -152,7 +152,7 @@ class ConfinedProcess:
             raise RecipeError(reply["error"])
         return reply["result"]
 
-    def _failure(self, waited: float, reading: bool) -> TakesTooMuch | Interrupted:
+    def _failure(self, waited: float, reading: bool) -> TakesTooMuch | WorkInterrupted:
         """End the process; what is raised for it."""
         assert self._child is not None
         if waited < PATIENCE:
@@ -172,7 +172,7 @@ class ConfinedProcess:
         text = f"{self._subject} {why} {'to be read' if reading else self._task}"
         # Before it has read anything of a request, the request cannot be the cause.
         by_request = not reading and status not in (None, 0, *_OUTSIDE)
-        return TakesTooMuch(text) if by_request else Interrupted(text)
+        return TakesTooMuch(text) if by_request else WorkInterrupted(text)
 
     def _end(self) -> None:
         self._finally()

@@ -19,7 +19,7 @@ from luthier.cancellation import Running, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
-from luthier.serving.confined_process import ConfinedProcess, Interrupted, TakesTooMuch
+from luthier.serving.confined_process import ConfinedProcess, TakesTooMuch, WorkInterrupted
 
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
@@ -58,7 +58,7 @@ class ConfinedWork:
         try:
             with self._process() as process:
                 return process.ask(call, **given)
-        except Interrupted:
+        except WorkInterrupted:
             raise
         except RecipeError as error:
             text = str(error)
@@ -76,7 +76,7 @@ class ConfinedWork:
     def _process(self) -> Iterator[ConfinedProcess]:
         with self._lock:
             if self._closed:
-                raise Interrupted(CLOSED)
+                raise WorkInterrupted(CLOSED)
             process, since = self._idle.pop() if self._idle else (None, 0.0)
         if process is not None and time.monotonic() - since > IDLE_SECONDS:
             process.close()
@@ -123,7 +123,7 @@ class ConfinedGrader(Grader):
         return True
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """The grader's scores; :class:`TakesTooMuch` or :class:`Interrupted` where it was ended."""
+        """The grader's scores; :class:`TakesTooMuch` or :class:`WorkInterrupted` where it was ended."""
         found = self.work.ask(
             "grade",
             grader=self.grader.model_dump(mode="json"),

@@ -23,7 +23,7 @@ from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import depth_of
 from luthier.limits import SCHEMA_CHARACTERS
-from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.serving.scheduler import FairTurns, NoTurn
@@ -137,7 +137,7 @@ class SchemaTrials:
                 error: str = self._work.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
             return f"{refused} Use a simpler one."
-        except Interrupted as interrupted:  # says nothing of the schema, and is not remembered
+        except WorkInterrupted as interrupted:  # says nothing of the schema, and is not remembered
             text = "The JSON schema could not be checked. Please try again."
             raise InferenceFailed("ServiceUnavailable", text) from interrupted
         return _refusal(error) if error else ""

@@ -27,14 +27,14 @@ from luthier.serving.inference import (
     Called,
     Chat,
     End,
+    GenerationRequest,
     InferenceFailed,
     InferenceRefused,
-    Piece,
     Prompt,
     Reason,
-    Request,
     Score,
     Stream,
+    TokenChunk,
 )
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
@@ -70,7 +70,7 @@ class RunningRequest:
 
     def __init__(
         self,
-        request: Request,
+        request: GenerationRequest,
         client: str,
         ids_T: IntArray,
         prompt_tokens: int,
@@ -166,7 +166,7 @@ class RunningAnswer:
         if self._splitter is not None:
             text = self._splitter.feed(text)
         if text or (self._scores and self._splitter is None):
-            self.job.events.put(Piece(self.index, text, tuple(self._scores)))
+            self.job.events.put(TokenChunk(self.index, text, tuple(self._scores)))
             self._scores = []
 
     def _end(self, reason: Reason) -> None:
@@ -175,7 +175,7 @@ class RunningAnswer:
         if self._splitter is not None:
             left, calls = self._splitter.end()
             if left:
-                self.job.events.put(Piece(self.index, left, tuple(self._scores)))
+                self.job.events.put(TokenChunk(self.index, left, tuple(self._scores)))
             for call in calls:
                 self.job.events.put(Called(self.index, call))
             reason = "tool_calls" if calls else reason
@@ -283,7 +283,7 @@ class Decoder:
             raise InferenceRefused("The prompt has no tokens to go on from.", "prompt")
         return ids_T
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: GenerationRequest) -> Stream:
         """Begin to answer ``request``.
 
         Raises:
@@ -321,7 +321,7 @@ class Decoder:
         self._thread.join()
         self.chat.close()
 
-    def _job(self, request: Request) -> RunningRequest:
+    def _job(self, request: GenerationRequest) -> RunningRequest:
         # First: a schema that is refused is not tokenized as a part of the prompt.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
@@ -358,7 +358,7 @@ class Decoder:
             job.add(self.chat, self.constraints.token_bytes, seed, index, own)
         return job
 
-    def _matcher(self, request: Request) -> Matcher | None:
+    def _matcher(self, request: GenerationRequest) -> Matcher | None:
         from luthier.serving.toolcalls import marks_calls
 
         chat = request.prompt if isinstance(request.prompt, Chat) else None

@@ -52,7 +52,7 @@ class FittingRows:
 
 
 @dataclass(frozen=True)
-class RowScores:
+class ScoredRows:
     """How good what a model says of rows is, by what the rows say."""
 
     scores: dict[str, float]
@@ -263,7 +263,7 @@ def preference_scores(
     rows: Sequence[Row],
     done: Callable[[int], None] = lambda count: None,
     long_rows: LongRows = "error",
-) -> RowScores:
+) -> ScoredRows:
     """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row.
 
     Raises:
@@ -293,13 +293,13 @@ def preference_scores(
     if thumbed := of_shape(ThumbedReply, rows):
         scores = thumb_scores(answers, [row.desirable for row in thumbed])
         lines = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
-        return RowScores(scores, measured, lines)
+        return ScoredRows(scores, measured, lines)
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     lines = [
         {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
-    return RowScores(pair_scores(pairs), measured, lines)
+    return ScoredRows(pair_scores(pairs), measured, lines)
 
 
 def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:

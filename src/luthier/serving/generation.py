@@ -37,7 +37,7 @@ MAX_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedReply:
     """A reply, and how it ended."""
 
     text: str
@@ -99,11 +99,11 @@ class Generator:
         sampling: Sampling,
         batch_size: int = 32,
         done: Callable[[int], None] = lambda count: None,
-    ) -> list[Answer]:
+    ) -> list[GeneratedReply]:
         """As :meth:`replies`, with how each of them ended."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
-        answers: dict[int, Answer] = {}
+        answers: dict[int, GeneratedReply] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = self._batch([encoded[index] for index in chosen], sampling)
@@ -157,7 +157,7 @@ class Generator:
             f"model's context of {self.context}."
         )
 
-    def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[Answer]:
+    def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[GeneratedReply]:
         with closing(self._decoding(prompts, sampling)) as decoding:
             texts = {row: AnswerText(self.chat.decode, sampling.stop) for row in decoding.rows}
             shown = dict.fromkeys(decoding.rows, "")
@@ -165,7 +165,7 @@ class Generator:
                 for row in rows:
                     shown[row] += self._read(decoding, row, texts[row])
         return [
-            Answer(
+            GeneratedReply(
                 shown[row] + texts[row].end()[0],
                 row.stopped or texts[row].stop is not None,
                 texts[row].tokens,

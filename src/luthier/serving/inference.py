@@ -67,7 +67,7 @@ Prompt = Chat | str | Sequence[int]
 
 
 @dataclass(frozen=True)
-class Request(Sampling):
+class GenerationRequest(Sampling):
     """A prompt, and how it is to be answered; without ``max_tokens`` in the rest of the context."""
 
     prompt: Prompt
@@ -123,7 +123,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenChunk:
     """The next characters of an answer."""
 
     index: int
@@ -157,7 +157,7 @@ class End:
     """The stop sequence that ended it."""
 
 
-Event = Piece | Called | End
+Event = TokenChunk | Called | End
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Whole:
     def take(self, event: Event) -> None:
         """Add what came."""
         match event:
-            case Piece():
+            case TokenChunk():
                 self.text += event.text
                 self.scores += event.scores
             case Called():
@@ -263,7 +263,7 @@ class Stream:
             self._left -= 1
             if not self._left:
                 self.close()
-        assert isinstance(event, Piece | Called | End)
+        assert isinstance(event, TokenChunk | Called | End)
         return event
 
     def close(self) -> None:

@@ -18,10 +18,10 @@ from luthier.engine.machine import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
 from luthier.serving.inference import (
+    GenerationRequest,
     InferenceFailed,
     InferenceRefused,
     Prompt,
-    Request,
     Stream,
     count_tokens,
     metered_stream,
@@ -99,7 +99,7 @@ class ModelPool:
         # Networks that run while the interpreter ends would take it down.
         self._finally = weakref.finalize(self, _close_all, self._entries)
 
-    def submit(self, model_id: str, request: Request) -> Stream:
+    def submit(self, model_id: str, request: GenerationRequest) -> Stream:
         """Begin to answer ``request`` with a model that writes.
 
         Raises:

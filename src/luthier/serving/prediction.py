@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.shapes import JudgedAnswers, TaggedWords, TextPair, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives.capabilities import SupportsPrediction
-from luthier.serving.evaluation import LongRows, RowScores, fit_rows
+from luthier.serving.evaluation import LongRows, ScoredRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Predictor:
         rows: Sequence[Row],
         done: Callable[[int], None] = lambda count: None,
         long_rows: LongRows = "error",
-    ) -> RowScores:
+    ) -> ScoredRows:
         """Answers to ``rows``, and how good they are by what the rows say.
 
         Raises:
@@ -105,18 +105,18 @@ class Predictor:
                 {"line": row.line, "chosen": c, "rejected": r}
                 for row, (c, r) in zip(rows, pairs, strict=True)
             ]
-            return RowScores(ranking_scores(pairs, "reward"), measured, lines)
+            return ScoredRows(ranking_scores(pairs, "reward"), measured, lines)
         if texts := of_shape(TextPair, rows):
             anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
             ranks = partner_ranks(anchors, partners, [row.positive for row in texts])
             pool = len({row.positive for row in texts})
             remark = f"each partner is looked for among the {pool:,} different ones of the rows"
-            return RowScores(retrieval_scores(ranks), measured, first, [remark])
+            return ScoredRows(retrieval_scores(ranks), measured, first, [remark])
         for row, answer in zip(rows, first, strict=True):
             if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.
                 answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
-        return RowScores(scores(rows, first), measured, first, label_remarks(rows, first))
+        return ScoredRows(scores(rows, first), measured, first, label_remarks(rows, first))
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]

@@ -50,7 +50,7 @@ from luthier.models.manifest import Manifest
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.object_files import SEALED, ObjectFiles
-from luthier.store.objects import Bucket, Piece, StoredObject, Upload
+from luthier.store.objects import Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.snapshot import OBJECTS, snapshot
 
 MANIFEST = "backup.json"
@@ -318,12 +318,12 @@ def _check_rows(session: Session, folder: Path, hashes: Mapping[str, str]) -> _F
 def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
     """Rows of files of objects and parts, and what each is of."""
     wanted = (
-        select(Piece.id, Piece.account, Piece.sha256, Piece.number)
+        select(ObjectPiece.id, ObjectPiece.account, ObjectPiece.sha256, ObjectPiece.number)
         .add_columns(Bucket.name, StoredObject.key, Upload.key)
-        .outerjoin(StoredObject, StoredObject.seq == Piece.object_seq)
-        .outerjoin(Upload, Upload.id == Piece.upload_id)
+        .outerjoin(StoredObject, StoredObject.seq == ObjectPiece.object_seq)
+        .outerjoin(Upload, Upload.id == ObjectPiece.upload_id)
         .outerjoin(Bucket, Bucket.seq == func.coalesce(StoredObject.bucket_seq, Upload.bucket_seq))
-        .order_by(Piece.id)
+        .order_by(ObjectPiece.id)
     )  # fmt: skip
     for row in session.execute(wanted):
         *_, number, bucket, key, upload = row
@@ -336,11 +336,11 @@ def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
 
 def _objects_without_pieces(session: Session) -> Iterator[str]:
     """Objects whose files are not as long as they are together, by the rows alone."""
-    size = func.coalesce(func.sum(Piece.size), -1)
+    size = func.coalesce(func.sum(ObjectPiece.size), -1)
     wanted = (
         select(StoredObject.account, Bucket.name, StoredObject.key)
         .join(Bucket, Bucket.seq == StoredObject.bucket_seq)
-        .outerjoin(Piece, Piece.object_seq == StoredObject.seq)
+        .outerjoin(ObjectPiece, ObjectPiece.object_seq == StoredObject.seq)
         .group_by(StoredObject.seq, Bucket.name)
         .having(size != StoredObject.size)
     )  # fmt: skip
@@ -414,7 +414,7 @@ def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) ->
             f"{source} was taken of a service on PostgreSQL. Restore its database first ({dump}), and "
             "give its address by --database: its rows are compared with the files"
         )
-    if not inspect(database.engine).has_table(Piece.__tablename__):
+    if not inspect(database.engine).has_table(ObjectPiece.__tablename__):
         raise RefusedInput(f"the database has no tables of luthier; restore the dump first: {dump}")
     with database.read() as session:
         yield session

@@ -23,7 +23,7 @@ from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Base, QuotingText, now
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
-from luthier.store.usage import Used, add_usage
+from luthier.store.usage import Usage, add_usage
 
 QUEUED, RUNNING, PAUSED, STOPPING = "Queued", "Running", "Paused", "Stopping"
 COMPLETED, FAILED, STOPPED = "Completed", "Failed", "Stopped"
@@ -301,7 +301,7 @@ def renew(
     job = renew_lease(session, Job, job_id, lease)
     if worked is not None:
         seconds = max(0.0, worked - job.worked)
-        used = Used(training_seconds=seconds)
+        used = Usage(training_seconds=seconds)
         add_usage(session, {(now().date(), job.account, ""): used})
         job.worked = worked
     if worker is not None:
@@ -354,7 +354,7 @@ def fail(session: Session, job_id: str, lease: str, failure: str) -> Job:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class JobFilter:
     """Which jobs a list holds; everything that is said has to hold."""
 
     states: Sequence[str] = ()
@@ -377,7 +377,7 @@ class Wanted:
 def list_jobs(
     session: Session,
     account: str,
-    wanted: Wanted,
+    wanted: JobFilter,
     *,
     limit: int,
     position: int | None = None,

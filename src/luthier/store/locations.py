@@ -25,7 +25,7 @@ from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE, ObjectFiles
-from luthier.store.objects import BUCKET, UPLOADS, Described, Objects, Piece, check_key
+from luthier.store.objects import BUCKET, UPLOADS, Described, ObjectPiece, Objects, check_key
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
@@ -277,7 +277,7 @@ class BuiltInBuckets:
         with suppress(ObjectRefused):
             self._objects.delete(account, bucket, [key])
 
-    def _verify(self, account: str, piece: Piece) -> Iterator[bytes]:
+    def _verify(self, account: str, piece: ObjectPiece) -> Iterator[bytes]:
         digest = hashlib.sha256()
         for data in self._objects.files.read(account, [(piece.id, piece.size)], 0, piece.size):
             digest.update(data)

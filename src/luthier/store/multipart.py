@@ -17,8 +17,8 @@ from luthier.store.objects import (
     Bucket,
     Check,
     Described,
+    ObjectPiece,
     Objects,
-    Piece,
     StoredObject,
     Upload,
     check_key,
@@ -82,15 +82,17 @@ class MultipartUploads:
         number: int,
         written: Written,
         checksums: dict[str, str],
-    ) -> Piece:
+    ) -> ObjectPiece:
         """Keep a part; one with the same number is replaced. Raises as :meth:`Objects.put`."""
-        piece = Piece.of(account, number, written, checksums)
+        piece = ObjectPiece.of(account, number, written, checksums)
 
         def lock(session: Session) -> Upload:
             return _upload(session, account, bucket, key, upload_id, lock=True)
 
         with self.objects.name_files(account, [written.id], lock) as (session, _):
-            before = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
+            before = select(ObjectPiece).where(
+                ObjectPiece.upload_id == upload_id, ObjectPiece.number == number
+            )
             old = session.scalar(before)
             if old is not None:
                 session.delete(old)
@@ -106,15 +108,17 @@ class MultipartUploads:
 
     def part(
         self, account: str, bucket: str, key: str, upload_id: str, number: int
-    ) -> Piece | None:
+    ) -> ObjectPiece | None:
         """The part of this number, where it has come."""
         with self.database.read() as session:
             _upload(session, account, bucket, key, upload_id)
-            wanted = select(Piece).where(Piece.upload_id == upload_id, Piece.number == number)
-            found: Piece | None = session.scalar(wanted)
+            wanted = select(ObjectPiece).where(
+                ObjectPiece.upload_id == upload_id, ObjectPiece.number == number
+            )
+            found: ObjectPiece | None = session.scalar(wanted)
             return found
 
-    def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[Piece]:
+    def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[ObjectPiece]:
         """The parts that have come, by number."""
         with self.database.read() as session:
             _upload(session, account, bucket, key, upload_id)
@@ -134,7 +138,7 @@ class MultipartUploads:
         key: str,
         upload_id: str,
         chosen: Sequence[CompletedPart],
-        checksum: Callable[[Upload, Sequence[Piece]], dict[str, str]],
+        checksum: Callable[[Upload, Sequence[ObjectPiece]], dict[str, str]],
         check: Check | None = None,
     ) -> StoredObject:
         """Make the object from the chosen parts, without copying them; the others are gone.
@@ -168,7 +172,7 @@ class MultipartUploads:
             for piece in pieces:
                 piece.object_seq, piece.upload_id = made.seq, None
             session.flush()
-            session.execute(delete(Piece).where(Piece.upload_id == upload_id))
+            session.execute(delete(ObjectPiece).where(ObjectPiece.upload_id == upload_id))
             session.delete(upload)
             session.flush()
             more = {"stored_bytes": -gone.stored_bytes, "objects": 1 - gone.objects}
@@ -203,19 +207,23 @@ def _upload(
     return found
 
 
-def _parts(session: Session, upload_id: str) -> list[Piece]:
-    wanted = select(Piece).where(Piece.upload_id == upload_id).order_by(Piece.number)
+def _parts(session: Session, upload_id: str) -> list[ObjectPiece]:
+    wanted = (
+        select(ObjectPiece).where(ObjectPiece.upload_id == upload_id).order_by(ObjectPiece.number)
+    )
     return list(session.scalars(wanted))
 
 
-def _select_parts(there: Sequence[Piece], chosen: Sequence[CompletedPart]) -> list[Piece]:
+def _select_parts(
+    there: Sequence[ObjectPiece], chosen: Sequence[CompletedPart]
+) -> list[ObjectPiece]:
     """The parts that the client names, which have to be as it says."""
     numbers = [each.number for each in chosen]
     if numbers != sorted(set(numbers)):
         text = "The list of parts was not in ascending order. Parts must be ordered by part number."
         raise ObjectRefused("InvalidPartOrder", text)
     by_number = {piece.number: piece for piece in there}
-    picked: list[Piece] = []
+    picked: list[ObjectPiece] = []
     for each in chosen:
         piece = by_number.get(each.number)
         checksums = each.checksums.items()

@@ -72,7 +72,7 @@ class StoredObject(Base):
     modified: Mapped[datetime]
 
 
-class Piece(Base):
+class ObjectPiece(Base):
     """A file of bytes: of an object, or of a part whose upload is not complete."""
 
     __tablename__ = "object_pieces"
@@ -95,9 +95,11 @@ class Piece(Base):
     modified: Mapped[datetime]
 
     @staticmethod
-    def of(account: str, number: int, written: Written, checksums: Mapping[str, str]) -> Piece:
+    def of(
+        account: str, number: int, written: Written, checksums: Mapping[str, str]
+    ) -> ObjectPiece:
         """A piece that nothing owns yet."""
-        return Piece(
+        return ObjectPiece(
             id=written.id, account=account, number=number, size=written.size, md5=written.md5,
             sha256=written.sha256, checksums=dict(checksums), modified=now(),
         )  # fmt: skip
@@ -156,8 +158,8 @@ def remove_object(session: Session, bucket: Bucket, key: str, check: Check | Non
         check(found)
     if found is None:
         return Removed()
-    gone = list(session.scalars(select(Piece.id).where(Piece.object_seq == found.seq)))
-    session.execute(delete(Piece).where(Piece.object_seq == found.seq))
+    gone = list(session.scalars(select(ObjectPiece.id).where(ObjectPiece.object_seq == found.seq)))
+    session.execute(delete(ObjectPiece).where(ObjectPiece.object_seq == found.seq))
     session.delete(found)
     session.flush()
     return Removed(gone, found.size, objects=1)
@@ -166,7 +168,7 @@ def remove_object(session: Session, bucket: Bucket, key: str, check: Check | Non
 def new_object(
     bucket: Bucket,
     key: str,
-    pieces: Sequence[Piece],
+    pieces: Sequence[ObjectPiece],
     etag: str,
     parts: int,
     described: Described,
@@ -180,9 +182,11 @@ def new_object(
     )  # fmt: skip
 
 
-def pieces_of(session: Session, found: StoredObject) -> list[Piece]:
+def pieces_of(session: Session, found: StoredObject) -> list[ObjectPiece]:
     """The files of an object, in order."""
-    wanted = select(Piece).where(Piece.object_seq == found.seq).order_by(Piece.number)
+    wanted = (
+        select(ObjectPiece).where(ObjectPiece.object_seq == found.seq).order_by(ObjectPiece.number)
+    )
     return list(session.scalars(wanted))
 
 
@@ -204,8 +208,10 @@ def remove_uploads(session: Session, bucket: Bucket) -> Removed:
 
 def remove_upload(session: Session, upload: Upload) -> Removed:
     """Remove an upload and its parts."""
-    pieces = session.execute(select(Piece.id, Piece.size).where(Piece.upload_id == upload.id)).all()
-    session.execute(delete(Piece).where(Piece.upload_id == upload.id))
+    pieces = session.execute(
+        select(ObjectPiece.id, ObjectPiece.size).where(ObjectPiece.upload_id == upload.id)
+    ).all()
+    session.execute(delete(ObjectPiece).where(ObjectPiece.upload_id == upload.id))
     session.delete(upload)
     session.flush()
     ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
@@ -230,7 +236,7 @@ class Content:
     """The bytes of an object as they were when it was opened."""
 
     found: StoredObject
-    pieces: Sequence[Piece]
+    pieces: Sequence[ObjectPiece]
     read: Callable[[int, int], Iterator[bytes]]
     """Given the first byte and a number of bytes, yields them; read once."""
 
@@ -359,7 +365,7 @@ class Objects:
             ObjectRefused: ``NoSuchBucket``, ``KeyTooLongError``, or what ``check`` raises.
             QuotaExceeded: where the account has no room for it.
         """
-        piece = Piece.of(account, 1, written, described.checksums)
+        piece = ObjectPiece.of(account, 1, written, described.checksums)
         return self.place(account, bucket, key, [piece], written.md5, 0, described, check, also)
 
     def place(
@@ -367,7 +373,7 @@ class Objects:
         account: str,
         bucket: str,
         key: str,
-        pieces: Sequence[Piece],
+        pieces: Sequence[ObjectPiece],
         etag: str,
         parts: int,
         described: Described,
@@ -423,7 +429,7 @@ class Objects:
                 # A commit that the database still works on holds this row until it is decided.
                 with suppress(ObjectRefused):
                     lock(session)
-                named = select(Piece.id).where(Piece.id == ids[0])
+                named = select(ObjectPiece.id).where(ObjectPiece.id == ids[0])
                 return session.scalar(named) is None
         except SQLAlchemyError:
             return False  # the next start looks again
@@ -478,13 +484,13 @@ class Objects:
         """
         content = self.open(account, *source)
         description = described(content.found)
-        pieces: list[Piece] = []
+        pieces: list[ObjectPiece] = []
         try:
             for piece in content.pieces:
                 written = Written(
                     self.files.link(account, piece.id), piece.size, piece.md5, piece.sha256
                 )
-                pieces.append(Piece.of(account, piece.number, written, piece.checksums))
+                pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
         except Exception as error:
             self.files.remove(account, [piece.id for piece in pieces])
             if not isinstance(error, FileNotFoundError):
@@ -520,7 +526,7 @@ class Objects:
     def remove_unnamed(self, account: str, ids: Sequence[str]) -> None:
         """Remove those of the files ``ids`` that no row names; no row is to name them later."""
         with self.database.read() as session:
-            named = set(session.scalars(select(Piece.id).where(Piece.id.in_(ids))))
+            named = set(session.scalars(select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))))
         self.files.remove(account, [each for each in ids if each not in named])
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
@@ -529,7 +535,9 @@ class Objects:
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:
-            return set(session.scalars(select(Piece.id).where(Piece.id.startswith(start))))
+            return set(
+                session.scalars(select(ObjectPiece.id).where(ObjectPiece.id.startswith(start)))
+            )
 
 
 def _get_object(session: Session, account: str, bucket: str, key: str) -> StoredObject:

@@ -14,7 +14,7 @@ from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
 from luthier.store.models import custom_folder
-from luthier.store.objects import UPLOADS, Bucket, Piece, StoredObject, Upload
+from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
 from luthier.store.uploaded_files import UploadedFile
 
@@ -56,13 +56,13 @@ def recount(session: Session) -> list[str]:
     known = set(session.scalars(select(Account.id))) | set(session.scalars(select(Storage.account)))
     # All rows are locked before anything is counted: what others change meanwhile comes after it.
     rows = {account: lock(session, account) for account in sorted(known)}
-    every, pieces = func.count(), func.sum(Piece.size)
+    every, pieces = func.count(), func.sum(ObjectPiece.size)
     counts: list[tuple[str, Select[Any, Any]]] = [
         ("objects", select(StoredObject.account, every)),
         ("files", select(UploadedFile.account, every).where(UploadedFile.deleted.is_(None))),
         ("buckets", select(Bucket.account, every).where(Bucket.name != UPLOADS)),
         ("uploads_in_progress", select(Upload.account, every)),
-        ("stored_bytes", select(Piece.account, pieces)),
+        ("stored_bytes", select(ObjectPiece.account, pieces)),
         ("stored_bytes", select(CustomModel.account, func.sum(CustomModel.stored_bytes))),
     ]
     found = {account: dict.fromkeys(COUNTED, 0) for account in rows}

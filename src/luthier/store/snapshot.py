@@ -34,7 +34,7 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, Job
 from luthier.store.object_files import ObjectFiles
-from luthier.store.objects import Piece
+from luthier.store.objects import ObjectPiece
 
 OBJECTS = "objects"
 _NAME = "backup"
@@ -115,7 +115,7 @@ class _Objects:
 
     def add(self, session: Session) -> None:
         """Link what rows name and is not linked yet."""
-        rows = session.execute(select(Piece.id, Piece.account))
+        rows = session.execute(select(ObjectPiece.id, ObjectPiece.account))
         self._named = {row.id: row.account for row in rows}
         for file, account in self._named.items():
             if file not in self._linked:

@@ -41,7 +41,7 @@ class DailyUsage(Base):
 
 
 @dataclass
-class Used:
+class Usage:
     """Amounts of what was used."""
 
     requests: int = 0
@@ -59,20 +59,20 @@ class Used:
     stored_bytes: int = 0
     """The most that was stored when it was looked at, once a minute."""
 
-    def add(self, other: Used) -> None:
+    def add(self, other: Usage) -> None:
         """Add ``other``; of what is stored the larger one counts."""
         for each in fields(self):
             mine, more = getattr(self, each.name), getattr(other, each.name)
             setattr(self, each.name, max(mine, more) if each.name == _PEAK else mine + more)
 
 
-CountUsage = Callable[[str, str, Used], None]
+CountUsage = Callable[[str, str, Usage], None]
 """Counts what an account used, of the model with a stored id or of none."""
 _PEAK = "stored_bytes"
-_AMOUNTS = tuple(each.name for each in fields(Used))
+_AMOUNTS = tuple(each.name for each in fields(Usage))
 
 
-def add_usage(session: Session, used: Mapping[tuple[date, str, str], Used]) -> None:
+def add_usage(session: Session, used: Mapping[tuple[date, str, str], Usage]) -> None:
     """Add what was ``used``, by day, account and model."""
     if not used:
         return

@@ -146,7 +146,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageOutcome:
     """What came of a stage."""
 
     stage: str
@@ -175,7 +175,7 @@ class Pipeline:
             stages.append(_stage(spec, each, stages))
         return Pipeline(spec.name, tuple(stages))
 
-    def run(self, reporter: Reporter) -> list[Outcome]:
+    def run(self, reporter: Reporter) -> list[StageOutcome]:
         """Run every stage that is not done; what came of each, in order.
 
         Raises:
@@ -186,7 +186,7 @@ class Pipeline:
         for number, stage in enumerate(self.stages, 1):
             reporter.note(f"stage {number} of {len(self.stages)}: {stage.name} -> {stage.model_id}")
             details = KINDS[stage.command].run(stage.recipe, reporter)
-            outcomes.append(Outcome(stage.name, stage.model_id, details))
+            outcomes.append(StageOutcome(stage.name, stage.model_id, details))
         return outcomes
 
     def check(self, reporter: Reporter) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from luthier import __version__
 from luthier.adaptations.full import Full
 from luthier.data.chat import ChatFormat
-from luthier.data.corpus import HeldOut, Piece, Survey, pieces, sample, survey
+from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.read import check_file
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
@@ -254,7 +254,10 @@ def _tokens(
 
 
 def _encode(
-    text: Iterator[tuple[Piece, bool]], chat: ChatFormat, train: TokenWriter, held: TokenWriter
+    text: Iterator[tuple[CorpusPiece, bool]],
+    chat: ChatFormat,
+    train: TokenWriter,
+    held: TokenWriter,
 ) -> None:
     """Append each piece to one of two files, and an end-of-text token behind each document."""
     while batch := list(islice(text, BATCH)):
@@ -263,7 +266,9 @@ def _encode(
             (held if out else train).append([*ids, chat.end_id] if piece.ends else ids)
 
 
-def _report_progress(text: Iterator[Piece], characters: int, reporter: Reporter) -> Iterator[Piece]:
+def _report_progress(
+    text: Iterator[CorpusPiece], characters: int, reporter: Reporter
+) -> Iterator[CorpusPiece]:
     """The same pieces; the reporter hears how far they are, a few times."""
     started, reported = time.monotonic(), 0.0
     reporter.stage(f"Writing {characters / 1e6:,.1f} million characters as tokens")

@@ -51,8 +51,8 @@ from luthier.workflows.space import (
 )
 from luthier.workflows.trials import (
     PLACE,
-    Outcome,
     Trial,
+    TrialOutcome,
     carry_out,
     describe_trial,
     ended_trials,
@@ -71,7 +71,7 @@ RANDOM_TRIALS = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a finished search gives back."""
 
     name: str
@@ -91,7 +91,7 @@ def search(
     resume: bool = False,
     reporter: Reporter | None = None,
     parallel: int = 1,
-) -> Found:
+) -> SearchResult:
     """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
 
     ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and, for
@@ -180,7 +180,7 @@ class _Search:
             same_request(before if started else fixed, request, f"the search {self.recipe.name}")
         write_json(path, request)
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         """All trials that are left, and the run of the best."""
         for dimension in self.dimensions:
             self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
@@ -200,7 +200,7 @@ class _Search:
             f"best is trial {best.number}: {best.measured} with {describe_trial(best)}"
         )
         result = train(recipe, resume=True, reporter=self.reporter)
-        return Found(str(recipe.name), str(self.folder), trials, str(file), result)
+        return SearchResult(str(recipe.name), str(self.folder), trials, str(file), result)
 
     def _request(self) -> dict[str, Any]:
         data = self.recipe.data
@@ -280,7 +280,7 @@ class _Search:
         return asked
 
     def _tell(
-        self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: Outcome
+        self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: TrialOutcome
     ) -> None:
         """Give the trial its place in the study, and let go of its checkpoints."""
         import optuna

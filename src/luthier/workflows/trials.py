@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """How a trial ended."""
 
     state: Literal["complete", "pruned", "failed"]
@@ -104,7 +104,9 @@ def trial_folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"{number:03d}"
 
 
-def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Reporter) -> Outcome:
+def carry_out(
+    recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Reporter
+) -> TrialOutcome:
     """Rehearse ``recipe`` in ``folder``, as one trial of a study.
 
     Raises:
@@ -116,16 +118,16 @@ def carry_out(recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Repor
     try:
         rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
-        return Outcome("pruned")
+        return TrialOutcome("pruned")
     except (Diverged, RefusedInput) as error:
         if isinstance(error, RefusedInput) and asked.user_attrs[PLACE] == 0:
             raise
-        return Outcome("failed", reason=str(error))
+        return TrialOutcome("failed", reason=str(error))
     watch.report()
-    return Outcome("complete", watch.value)
+    return TrialOutcome("complete", watch.value)
 
 
-def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[Outcome]:
+def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[TrialOutcome]:
     """Carry out trials at once, each in a process of its own; how they ended, in the same order.
 
     Raises:
@@ -170,13 +172,13 @@ def _folder(folder: Path, asked: optuna.Trial | optuna.trial.FrozenTrial) -> Pat
     return trial_folder(folder, int(asked.user_attrs[PLACE]) + 1)
 
 
-def _outcome(work: Path, code: int) -> Outcome:
+def _outcome(work: Path, code: int) -> TrialOutcome:
     if code or not (work / OUTCOME).is_file():
         said = (work / ERRORS).read_text(errors="replace").strip().splitlines()
         raise LuthierError(
             f"{work.name} ended without an outcome: {said[-1] if said else f'exit status {code}'}"
         )
-    return Outcome(**read_json(work / OUTCOME))
+    return TrialOutcome(**read_json(work / OUTCOME))
 
 
 def _as_interrupt(*_: Any) -> None:

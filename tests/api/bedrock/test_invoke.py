@@ -17,7 +17,7 @@ from runtime_service import CALLER, MODEL, TOOL, said, text_of
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.messages import Fault, Request
 from luthier.api.openai.chat import InvokedChat
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import GenerationRequest
 from luthier.serving.pool import ModelPool
 from luthier.store.database import now
 

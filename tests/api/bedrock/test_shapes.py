@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.api.bedrock.face import CONTROL
-from luthier.api.bedrock.shapes import Checker, matches, operation_models
+from luthier.api.bedrock.shapes import ShapeChecker, matches, operation_models
 from luthier.api.http.messages import Fault
 
 
@@ -64,7 +64,7 @@ def test_digits_and_spaces_of_other_scripts_do_not_count() -> None:
 
 
 def problems(operation: str, **given: object) -> str:
-    checker = Checker()
+    checker = ShapeChecker()
     shape = operation_models()[operation].input_shape
     assert isinstance(shape, StructureShape)
     checker.members(shape, given)
@@ -99,5 +99,5 @@ def test_numbers_of_other_types(units: object) -> None:
     shape = operation_models()["CreateProvisionedModelThroughput"].input_shape
     asked = {"provisionedModelName": "a", "modelUnits": units, "modelId": "a"}
     with pytest.raises(Fault) as caught:
-        Checker().members(shape, asked)
+        ShapeChecker().members(shape, asked)
     assert caught.value.code == "Serialization"

@@ -16,7 +16,7 @@ from trails import Remembered
 
 from luthier.api.http.application import Application
 from luthier.api.http.limits import REST_FACTOR, SHORT_REQUESTS_PER_CLIENT, FairSlots
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response, Signed
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.api.http.routing import Operation, Route
 from luthier.limits import ServerLimits
@@ -134,10 +134,10 @@ async def _hold(slots: FairSlots, account: str) -> str:
 
 
 class Door:
-    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         return Signed(Caller(dict(head.headers)["authorization"].removeprefix("Bearer "), "u", ()))
 
-    def recognize(self, head: Head) -> Signed | None:
+    def recognize(self, head: RequestHead) -> Signed | None:
         return self.authenticate(head, b"")
 
 
@@ -150,10 +150,10 @@ class Slow:
 
     name, request_id_header = "slow", "x-request-id"
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         return True
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         path = head.path
         works = {
             "/long": self.long, "/stream": self.stream, "/short": lambda call: Response.json(1),

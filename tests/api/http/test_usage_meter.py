@@ -12,7 +12,7 @@ from sqlalchemy import select
 from luthier.api.http import metrics
 from luthier.api.http.metrics import Meter
 from luthier.store.database import Database
-from luthier.store.usage import DailyUsage, Used
+from luthier.store.usage import DailyUsage, Usage
 
 BEFORE, AFTER = datetime(2026, 1, 1, 23, 59, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -33,12 +33,12 @@ def test_the_first_count_of_a_day_writes_nothing_and_each_day_has_its_own(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
-    meter.count(FIRST, "", Used(requests=3))
+    meter.count(FIRST, "", Usage(requests=3))
     monkeypatch.setattr(metrics, "now", lambda: AFTER)
     # A database that waits for another writer would hold up the event loop.
     with monkeypatch.context() as away:
         away.setattr(database, "write", lambda: pytest.fail("it wrote"))
-        meter.count(FIRST, "", Used(requests=5))
+        meter.count(FIRST, "", Usage(requests=5))
     assert requests(database) == {}
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
@@ -48,11 +48,11 @@ def test_what_could_not_be_written_before_midnight_stays_with_its_day(
     database: Database, meter: Meter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "now", lambda: BEFORE)
-    meter.count(FIRST, "", Used(requests=3))
+    meter.count(FIRST, "", Usage(requests=3))
     monkeypatch.setattr(metrics, "now", lambda: AFTER)
     with monkeypatch.context() as away:
         away.setattr(metrics, "add_usage", lambda *arguments: 1 / 0)
         meter.write()
-    meter.count(FIRST, "", Used(requests=5))
+    meter.count(FIRST, "", Usage(requests=5))
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}

@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import Field
 
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Route
 from luthier.api.native.operations import Input, NativeFace, NativeOperation, View, document
 
@@ -45,7 +45,7 @@ OPERATIONS = [
 
 
 def _route(method: str, path: str) -> Route:
-    return NativeFace(OPERATIONS).route(Head(method, path, "", [], tls=False))
+    return NativeFace(OPERATIONS).route(RequestHead(method, path, "", [], tls=False))
 
 
 def call(method: str, path: str, body: Any = None, **query: str) -> Request:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from luthier.api.http.messages import Caller, Fault, Head, Request
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead
 from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.policies import authorize
@@ -64,7 +64,7 @@ def arn(context: Context) -> str:
 
 def ask(context: Context, who: Caller, method: str, path: str, body: Any = None) -> Any:
     deletions = Deletions(context.database, context.arns, Objects(context.database))
-    route = native_face(context, "1", deletions).route(Head(method, path, "", [], tls=False))
+    route = native_face(context, "1", deletions).route(RequestHead(method, path, "", [], tls=False))
     moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
     call = Request("r", who, method, path, {}, {}, text, moment, route.params, "192.0.2.7")
     return route.operation.handler(call)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from luthier.api.http.messages import Caller, Fault, Head, Request
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead
 from luthier.api.native import reports
 from luthier.api.native.operations import Context, NativeFace
 from luthier.limits import AccountQuotas
@@ -52,7 +52,7 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
 
     monkeypatch.setattr(subprocess, "run", refuse)
     face = NativeFace(reports.operations(context))
-    route = face.route(Head("POST", "/api/v1/estimates", "", [], tls=False))
+    route = face.route(RequestHead("POST", "/api/v1/estimates", "", [], tls=False))
     body = json.dumps({"training": training, "validation": validation}).encode()
     caller = Caller("111111111111", "anna", ())
     path = "/api/v1/estimates"

@@ -18,7 +18,7 @@ import openai
 import pytest
 import uvicorn
 
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
 from luthier.api.http.streams import RequestBody
 from luthier.api.openai import OpenAIFace
 from luthier.api.settings import Settings
@@ -63,7 +63,7 @@ class Server:
         try:
             caller = self._caller(headers)
             query = scope["query_string"].decode()
-            head = Head(scope["method"], path, query, [*headers.items()], tls=False)
+            head = RequestHead(scope["method"], path, query, [*headers.items()], tls=False)
             route = self.face.route(head)
             body = RequestBody(head, receive, route.operation.body_limit, ServerLimits())
             stream = route.operation.stream

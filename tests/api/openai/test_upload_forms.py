@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.api.http.messages import Fault
-from luthier.api.openai.files import Form
+from luthier.api.openai.files import UploadForm
 from luthier.store.object_files import ObjectFiles
 
 KIND = "multipart/form-data; boundary=x"
@@ -26,8 +26,10 @@ def files(tmp_path: Path) -> ObjectFiles:
     return ObjectFiles(tmp_path / "objects")
 
 
-def read(files: ObjectFiles, body: bytes, step: int = 7, limit: int = 1000) -> tuple[Form, bytes]:
-    with Form(KIND, lambda: files.begin("1"), limit) as form:
+def read(
+    files: ObjectFiles, body: bytes, step: int = 7, limit: int = 1000
+) -> tuple[UploadForm, bytes]:
+    with UploadForm(KIND, lambda: files.begin("1"), limit) as form:
         for start in range(0, len(body), step):
             form.write(body[start : start + step])
         written = form.file().finish()
@@ -83,4 +85,4 @@ def test_what_is_refused_leaves_no_file(files: ObjectFiles, name: str) -> None:
 @pytest.mark.parametrize("kind", ["", "application/json", "multipart/form-data", KIND + "y" * 300])
 def test_what_is_no_form(files: ObjectFiles, kind: str) -> None:
     with pytest.raises(Fault):
-        Form(kind, lambda: files.begin("1"), 10)
+        UploadForm(kind, lambda: files.begin("1"), 10)

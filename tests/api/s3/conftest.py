@@ -22,7 +22,7 @@ from served import served
 from trails import Remembered
 
 from luthier.api.http.application import Application
-from luthier.api.http.messages import Caller, Fault, Head, Signed
+from luthier.api.http.messages import Caller, Fault, RequestHead, Signed
 from luthier.api.http.metrics import Metrics
 from luthier.api.s3.face import S3Face
 from luthier.api.sigv4 import Credential, verify
@@ -38,10 +38,10 @@ SECRET = "a secret of thirty letters, or so"
 class Names:
     """Lets two users in, each of an account of its own, if their signatures are right."""
 
-    def authenticate(self, head: Head, body: bytes | None) -> Signed:
+    def authenticate(self, head: RequestHead, body: bytes | None) -> Signed:
         return verify(head, body, self.look_up, now())
 
-    def recognize(self, head: Head) -> Signed | None:
+    def recognize(self, head: RequestHead) -> Signed | None:
         return self.authenticate(head, b"")
 
     def look_up(self, access: str, token: str | None) -> Credential | None:
@@ -101,7 +101,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 class AnyS3(S3Face):
     """The face, for requests that nobody signed, too."""
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         return True
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from luthier.data.rows import Checker
 from luthier.data.shapes import Conversation
-from luthier.gate.check import Batch
+from luthier.gate.check import RowBatch
 from luthier.gate.checks import duplicates
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.report import Report
@@ -204,7 +204,7 @@ def test_memory_and_batches_change_nothing() -> None:
         for split, some in (("train", train), ("test", held)):
             gate.files[split], gate.rows[split] = set(), 0
             for start in range(0, len(some), size):
-                gate.submit(Batch(split, split, some[start : start + size]))
+                gate.submit(RowBatch(split, split, some[start : start + size]))
         said = gate.report({}).plain()
         plain.append({key: said[key] for key in ("rules", "summaries")})
     assert plain[0] == plain[1]

@@ -13,7 +13,7 @@ import pytest
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import PromptCompletion, PromptOnly, RawText
 from luthier.engine.dataset import prepare
-from luthier.gate.check import Batch
+from luthier.gate.check import RowBatch
 from luthier.gate.checks import learning
 from luthier.gate.checks.learning import Learning
 from luthier.gate.report import Report
@@ -96,5 +96,5 @@ def test_measuring_can_be_done_elsewhere(chat: ChatFormat) -> None:
     check = Learning(None, chat, 512)
     (batch,) = batches("train", ROWS)
     measured = pickle.loads(pickle.dumps(check.measure(batch)))
-    assert isinstance(batch, Batch) and np.all(measured.tokens_N > 0)
+    assert isinstance(batch, RowBatch) and np.all(measured.tokens_N > 0)
     assert np.all(measured.learned_N <= measured.tokens_N)

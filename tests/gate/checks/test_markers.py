@@ -10,7 +10,7 @@ import pytest
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import PromptCompletion
-from luthier.gate.check import Batch
+from luthier.gate.check import RowBatch
 from luthier.gate.checks.markers import Markers, special_tokens
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
@@ -133,5 +133,5 @@ def test_refusals_are_notes_with_a_share(text: str) -> None:
 
 def test_a_check_of_a_model_is_picklable(tokenizer: Any) -> None:
     check = pickle.loads(pickle.dumps(Markers(ChatFormat.of(tokenizer))))
-    batch = Batch("train", "f", [PromptCompletion("f", 1, prompt="a", completion="b<|im_end|>")])
+    batch = RowBatch("train", "f", [PromptCompletion("f", 1, prompt="a", completion="b<|im_end|>")])
     assert [spot.rule for spot in check.measure(batch).spots] == ["marker.special_token"]

@@ -10,7 +10,7 @@ import string
 import pytest
 
 from luthier.data.shapes import Conversation, PromptCompletion, RawText
-from luthier.gate.check import Batch
+from luthier.gate.check import RowBatch
 from luthier.gate.checks import privacy
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.pii import Finder
@@ -73,7 +73,7 @@ def test_what_could_not_be_looked_for_is_said(monkeypatch: pytest.MonkeyPatch) -
 def test_measures_are_picklable_and_know_the_batch_only() -> None:
     rows = [RawText("f", n, text=text) for n, text in enumerate(["a@corp.io", "x"], 1)]
     check = Privacy()
-    measured = check.measure(Batch("train", "f", rows))
+    measured = check.measure(RowBatch("train", "f", rows))
     assert pickle.loads(pickle.dumps(measured)) == measured
-    assert pickle.loads(pickle.dumps(check)).measure(Batch("train", "f", rows)) == measured
+    assert pickle.loads(pickle.dumps(check)).measure(RowBatch("train", "f", rows)) == measured
     assert not check.rows and not check.counts["items"]

@@ -378,11 +378,11 @@ def test_after_kill_9_nothing_is_asked_twice(
 def test_a_missing_package_is_named(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    from luthier.chat_models.endpoint import Endpoint
+    from luthier.chat_models.endpoint import EndpointModel
     from luthier.workflows.distil.recipe import TeacherSpec
 
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[endpoint\]'"):
-        Endpoint(TeacherSpec(model="m", url="https://h/v1"))
+        EndpointModel(TeacherSpec(model="m", url="https://h/v1"))
 
 
 def test_tuning_on_prompts_alone_points_here(prompts: Path, tiny_model_folder: Path) -> None:

@@ -23,11 +23,11 @@ from luthier.serving.inference import (
     Called,
     Chat,
     End,
-    Piece,
+    GenerationRequest,
     Stream,
+    TokenChunk,
     Whole,
 )
-from luthier.serving.inference import Request as GenerationRequest
 from luthier.types import Message, Tool, ToolCall
 
 TEMPERATURE, TOP_P = 0.5, 0.9
@@ -305,7 +305,7 @@ def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, di
     yield "messageStart", {"role": "assistant"}
     for each in stream:
         answer.take(each)
-        if isinstance(each, Piece) and each.text:
+        if isinstance(each, TokenChunk) and each.text:
             opened = True
             yield "contentBlockDelta", {"delta": {"text": each.text}, "contentBlockIndex": index}
         elif isinstance(each, Called):

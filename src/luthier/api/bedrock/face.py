@@ -12,7 +12,7 @@ from luthier.api.bedrock import custom_models, endpoints, foundation, jobs, tags
 from luthier.api.bedrock.control import Control, Operate, handler
 from luthier.api.bedrock.hyperparameters import setting_name
 from luthier.api.bedrock.shapes import error_statuses, operation_models
-from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Handler, Operation, Route, Router
 from luthier.limits import BODY_BYTES
 
@@ -55,11 +55,11 @@ class BedrockFace:
             raise ValueError(f"no operations of Bedrock: {', '.join(sorted(unknown))}")
         self._router = Router(map(partial(_operation, handlers), models.values()), empty=True)
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """Whatever is for no other face."""
         return True
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """What answers to a request.
 
         Raises:

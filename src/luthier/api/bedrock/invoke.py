@@ -29,14 +29,21 @@ from luthier.api.bedrock.converse import (
 from luthier.api.bedrock.eventstream import event
 from luthier.api.bedrock.shapes import body_members, operation_models
 from luthier.api.http.messages import Fault
-from luthier.serving.inference import MOST_PENALTY, MOST_TOKENS, End, Piece, Stream, Whole
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
+    End,
+    GenerationRequest,
+    Stream,
+    TokenChunk,
+    Whole,
+)
 
 LENGTH = 512
 """``max_gen_len`` where a request names none, as Llama's is on Bedrock."""
 
 
-class Form(Protocol):
+class NativeForm(Protocol):
     """One form of bodies for models that write."""
 
     def request(self) -> GenerationRequest:
@@ -52,7 +59,7 @@ class Form(Protocol):
         ...
 
 
-ChatForm = Callable[[str, Mapping[str, Any]], Form]
+ChatForm = Callable[[str, Mapping[str, Any]], NativeForm]
 """Reads a body of OpenAI's chat completions to a model; it is the OpenAI face that knows them."""
 
 
@@ -93,7 +100,7 @@ class PromptBody(NativeBody):
         answer = Whole()
         for each in stream:
             answer.take(each)
-            if isinstance(each, Piece) and each.text:
+            if isinstance(each, TokenChunk) and each.text:
                 yield _generation(each.text, stream, None, None), 0
             elif isinstance(each, End):
                 yield _generation("", stream, each.tokens, answer), each.tokens
@@ -175,7 +182,9 @@ class EmbeddingBody(NativeBody):
     embeddingTypes: list[Literal["float"]] | None = None
 
 
-def form_of(model_id: str, body: Mapping[str, Any], chat: ChatForm | None) -> Form | EmbeddingBody:
+def form_of(
+    model_id: str, body: Mapping[str, Any], chat: ChatForm | None
+) -> NativeForm | EmbeddingBody:
     """The form that ``body``, sent to ``model_id``, is in.
 
     Raises:
@@ -218,7 +227,7 @@ class Timed:
         }
 
 
-def frame_chunks(form: Form, stream: Stream, timed: Timed) -> Iterator[bytes]:
+def frame_chunks(form: NativeForm, stream: Stream, timed: Timed) -> Iterator[bytes]:
     """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
     held: dict[str, Any] | None = None
     written = 0

@@ -17,14 +17,19 @@ from typing import Any
 from luthier.api.bedrock import converse, invoke
 from luthier.api.bedrock.bodies import json_object, malformed, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
-from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, Form, Timed, form_of
+from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, NativeForm, Timed, form_of
 from luthier.api.bedrock.shapes import body_members, operation_models
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Authorize, Handler
 from luthier.api.http.streams import GeneratedPieces
 from luthier.errors import UnknownModel
-from luthier.serving.inference import InferenceFailed, InferenceRefused, Prompt, Stream
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import (
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    Prompt,
+    Stream,
+)
 from luthier.serving.pool import ModelPool
 
 INVOKE, STREAM = "bedrock:InvokeModel", "bedrock:InvokeModelWithResponseStream"
@@ -163,7 +168,7 @@ class _Runtime:
         with faults():
             return self.pool.submit(stored_id, build())
 
-    def _form(self, request: Request) -> Form | EmbeddingBody:
+    def _form(self, request: Request) -> NativeForm | EmbeddingBody:
         if request.headers.get("x-amzn-bedrock-guardrailidentifier"):
             raise Fault("Validation", "Guardrails are not supported by this server.")
         kind = request.headers.get("content-type", "").partition(";")[0].strip()

@@ -89,7 +89,7 @@ def _models() -> tuple[ServiceModel, ...]:
     )
 
 
-class Checker:
+class ShapeChecker:
     """Walks through one request. What is wrong is gathered; all of it is told at once."""
 
     def __init__(self) -> None:
@@ -293,7 +293,7 @@ def _wrong_type(path: str, expected: str) -> Fault:
 
 def body_members(operation: OperationModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a body asks of ``operation``; raises as :func:`members_of`."""
-    checker = Checker()
+    checker = ShapeChecker()
     found = checker.members(operation.input_shape, given, located=False)
     checker.finish()
     return found
@@ -323,7 +323,7 @@ def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
             given[key] = request.headers.get(key.lower())
         elif location is None:
             given[key] = body.get(key)
-    checker = Checker()
+    checker = ShapeChecker()
     found = checker.members(operation.input_shape, given)
     checker.finish()
     return found

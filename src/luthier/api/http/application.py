@@ -32,8 +32,8 @@ from luthier.api.http.limits import (
 from luthier.api.http.messages import (
     Caller,
     Fault,
-    Head,
     Request,
+    RequestHead,
     Response,
     Scope,
     Signed,
@@ -77,7 +77,7 @@ class _Exchange:
     """One request on its way to its response."""
 
     face: Face
-    head: Head
+    head: RequestHead
     receive: Receive
     record: RequestRecord
     until_sent: AsyncExitStack
@@ -377,7 +377,7 @@ class Application:
             self._audit(record, fault.code)
 
 
-def _claimed_key(head: Head) -> str:
+def _claimed_key(head: RequestHead) -> str:
     """The key that a request claims to come with, unchecked; empty without one."""
     given = next((value for name, value in head.headers if name == "authorization"), "")
     return given.partition("/")[0]  # behind the key, a signature has its day

@@ -69,7 +69,7 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Head:
+class RequestHead:
     """A request before its body, as it came over the wire."""
 
     method: str
@@ -271,12 +271,12 @@ class Fault(LuthierError):
 Scope = MutableMapping[str, Any]
 
 
-def head_of(scope: Scope) -> Head:
+def head_of(scope: Scope) -> RequestHead:
     """The request of an ASGI scope as it came over the wire."""
     raw = scope.get("raw_path") or scope["path"].encode()
     headers = [(k.decode("latin-1").lower(), v.decode("latin-1")) for k, v in scope["headers"]]
     path, query = raw.decode("latin-1"), scope["query_string"].decode("latin-1")
-    return Head(scope["method"], path, query, headers, scope.get("scheme") == "https")
+    return RequestHead(scope["method"], path, query, headers, scope.get("scheme") == "https")
 
 
 def query_pairs(query: str) -> list[tuple[bytes, bytes]]:
@@ -289,7 +289,7 @@ def _unquote(text: str) -> bytes:
     return unquote_to_bytes(text.replace("+", " ").encode("latin-1"))
 
 
-def check_text(head: Head) -> None:
+def check_text(head: RequestHead) -> None:
     """Refuse a path or a query that is not UTF-8 or holds U+0000: no database keeps such names.
 
     Raises:
@@ -319,7 +319,7 @@ def _reason(error: ValueError) -> str:
 _FORM = "application/x-www-form-urlencoded"
 
 
-def service_of(head: Head) -> str:
+def service_of(head: RequestHead) -> str:
     """The service of the credential scope, in the header or in a presigned query; unverified.
 
     A form that nobody signed is one of STS: only its clients send such, and they read XML alone.

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luthier.api.http.streams import Receive, Send
-from luthier.store.usage import CountUsage, Used
+from luthier.store.usage import CountUsage, Usage
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -128,11 +128,11 @@ class Metrics:
             # A request stands beside the first model that answered it.
             for model, read, written in record.tokens:
                 self._count(
-                    record.account, model, Used(prompt_tokens=read, generated_tokens=written)
+                    record.account, model, Usage(prompt_tokens=read, generated_tokens=written)
                 )
             first = record.tokens[0][0] if record.tokens else ""
             size = {"bytes_in": record.bytes_in, "bytes_out": record.bytes_out}
-            self._count(record.account, first, Used(requests=1, **size))
+            self._count(record.account, first, Usage(requests=1, **size))
         fields = {**vars(record), "milliseconds": round(seconds * 1000, 2)}
         fields = {
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""
@@ -211,22 +211,22 @@ class Meter:
         """``write_seconds`` is how often counts are written."""
         self._database, self._write_seconds = database, write_seconds
         self._lock = threading.Lock()
-        self._used: dict[tuple[date, str, str], Used] = {}
-        self._totals: dict[str, Used] = {}
+        self._used: dict[tuple[date, str, str], Usage] = {}
+        self._totals: dict[str, Usage] = {}
         """By account, since the start."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="meter", daemon=True)
         self._thread.start()
 
-    def count(self, account: str, model: str, used: Used) -> None:
+    def count(self, account: str, model: str, used: Usage) -> None:
         """Add what ``account`` used, of the model with this stored id; empty for none.
 
         It is called in the event loop, and so never writes.
         """
         with self._lock:
-            self._used.setdefault((now().date(), account, model), Used()).add(used)
+            self._used.setdefault((now().date(), account, model), Usage()).add(used)
             known = account in self._totals or len(self._totals) < MOST_ACCOUNTS
-            self._totals.setdefault(account if known else OTHER, Used()).add(used)
+            self._totals.setdefault(account if known else OTHER, Usage()).add(used)
 
     def write(self) -> None:
         """Write what was counted; where that fails it is written with the next."""
@@ -238,14 +238,14 @@ class Meter:
                 today = now().date()
                 for account, size in stored:
                     if size:
-                        peak = Used(stored_bytes=size)
-                        used.setdefault((today, account, ""), Used()).add(peak)
+                        peak = Usage(stored_bytes=size)
+                        used.setdefault((today, account, ""), Usage()).add(peak)
                 add_usage(session, used)
         except Exception:
             _log.exception("usage could not be written; it is tried again")
             with self._lock:
                 for key, each in used.items():
-                    self._used.setdefault(key, Used()).add(each)
+                    self._used.setdefault(key, Usage()).add(each)
 
     def close(self) -> None:
         """Write all that is left."""
@@ -260,7 +260,7 @@ class Meter:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         with self._lock:
-            totals = {account: Used(**vars(used)) for account, used in self._totals.items()}
+            totals = {account: Usage(**vars(used)) for account, used in self._totals.items()}
         for name, about in _COUNTERS.items():
             family = CounterMetricFamily(f"luthier_account_{name}", about, labels=["account"])
             for account, used in totals.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import unquote
 
-from luthier.api.http.messages import Caller, Fault, Head, Request, Response
+from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
 from luthier.api.http.streams import RequestBody, Run
 from luthier.limits import BODY_BYTES
 
@@ -55,10 +55,10 @@ class Face(Protocol):
     request_id_header: str
     """In which every response names its request."""
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """Whether a request is for this face; ``service`` is that of the scope of its signature."""
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """What answers to a request; raises :class:`Fault` where nothing does."""
 
     def refusal(self, fault: Fault, request_id: str) -> Response:

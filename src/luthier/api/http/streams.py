@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from luthier.api.http.messages import Fault, Head, Response
+from luthier.api.http.messages import Fault, RequestHead, Response
 from luthier.cancellation import Cancellable
 from luthier.limits import ServerLimits
 from luthier.serving.inference import Stream
@@ -43,7 +43,9 @@ class RequestBody:
     before its end.
     """
 
-    def __init__(self, head: Head, receive: Receive, limit: int, limits: ServerLimits) -> None:
+    def __init__(
+        self, head: RequestHead, receive: Receive, limit: int, limits: ServerLimits
+    ) -> None:
         self.head, self._receive, self._limit, self._limits = head, receive, limit, limits
         self._whole: bytes | None = None
 

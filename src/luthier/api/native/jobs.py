@@ -90,7 +90,7 @@ class JobsView(View):
     """``position`` of the next page; none at the end."""
 
 
-class Page(Input):
+class JobsPage(Input):
     """Which jobs are wanted."""
 
     state: State | None = None
@@ -127,7 +127,7 @@ def operations(context: Context) -> list[NativeOperation]:
         ),
         NativeOperation(
             "listJobs", "GET", "/api/v1/jobs", jobs.list_jobs, "Jobs, the newest first.", JobsView,
-            query=Page,
+            query=JobsPage,
         ),
         NativeOperation("getJob", "GET", one, jobs.get, "One job by its name or id.", JobView),
         *changes,
@@ -182,9 +182,9 @@ class _Jobs:
         context.wake()
         return view
 
-    def list_jobs(self, request: Request, page: Page) -> JobsView:
+    def list_jobs(self, request: Request, page: JobsPage) -> JobsView:
         self.context.allow(request, "ListJobs", "*")
-        wanted = queue.Wanted(states=(page.state,) if page.state else ())
+        wanted = queue.JobFilter(states=(page.state,) if page.state else ())
         with self.context.database.read() as session:
             found = queue.list_jobs(
                 session, request.account, wanted, limit=page.limit + 1, position=page.position

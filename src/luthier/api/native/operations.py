@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.policies import refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
@@ -133,11 +133,11 @@ class NativeFace:
             for each in operations
         )
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """What is below its path."""
         return head.path.startswith("/api/")
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """What answers to a request; :class:`Fault` where nothing does."""
         routes = self.router.routes(head.path)
         if head.method in routes:

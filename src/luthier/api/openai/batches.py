@@ -47,7 +47,7 @@ from luthier.store.principals import active_policies
 from luthier.store.queue import LeaseWatch
 from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.store.usage import CountUsage, Used
+from luthier.store.usage import CountUsage, Usage
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
 """Answers a body of an endpoint with the rights of a caller."""
@@ -276,7 +276,7 @@ class BatchRunner:
         return caller
 
     def _count_tokens(self, account: str, model: str, read: int, written: int) -> None:
-        self.count(account, model, Used(prompt_tokens=read, generated_tokens=written))
+        self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
 
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
         with ExitStack() as turn:
@@ -288,7 +288,7 @@ class BatchRunner:
     def _answer_parsed(self, batch: Batch, asked: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
         try:
             caller = self._caller(batch)
-            self.count(batch.account, "", Used(requests=1))
+            self.count(batch.account, "", Usage(requests=1))
             count = partial(self._count_tokens, batch.account)
             with meter(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, asked["body"])

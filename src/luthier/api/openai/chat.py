@@ -14,7 +14,7 @@ from luthier.api.http.messages import JSON_DEPTH, Caller, Response
 from luthier.api.openai.generation import (
     FINISH,
     GenerationResource,
-    Sampling,
+    SamplingFields,
     chat_logprobs,
     refusals,
     stream_events,
@@ -29,11 +29,11 @@ from luthier.serving.inference import (
     Chat,
     End,
     Event,
-    Piece,
+    GenerationRequest,
     Stream,
+    TokenChunk,
     Whole,
 )
-from luthier.serving.inference import Request as GenerationRequest
 from luthier.types import Message, Tool, ToolCall
 
 MOST_TOOLS = 128
@@ -41,7 +41,7 @@ NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 _ROLES: Mapping[str, Any] = {"developer": "system"}
 
 
-class Part(Body):
+class ContentPart(Body):
     """A part of a message."""
 
     type: str
@@ -68,7 +68,7 @@ class ChatMessage(Body):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
     tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
     tool_call_id: str | None = None
 
@@ -128,7 +128,7 @@ class ToolChoice(Body):
     function: Named
 
 
-class JsonSchema(Body):
+class JsonSchemaFormat(Body):
     """A schema that answers match."""
 
     name: Annotated[str, Field(pattern=NAME)]
@@ -141,10 +141,10 @@ class ResponseFormat(Body):
     """The form of answers."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    json_schema: JsonSchemaFormat | None = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingFields):
     """The body of a chat completion."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=TURNS)]
@@ -209,7 +209,7 @@ def _parameters(function: Function) -> Mapping[str, Any]:
     return function.parameters or {"type": "object", "properties": {}}
 
 
-def join_texts(parts: Sequence[Part], kinds: Sequence[str], where: str) -> str:
+def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
     """The text of ``parts``, which are refusals or of one of ``kinds``."""
     texts = []
     for index, part in enumerate(parts):
@@ -347,7 +347,7 @@ class _Chunks:
         for index in range(self._asked.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         for event in stream:
-            if isinstance(event, Piece):
+            if isinstance(event, TokenChunk):
                 scores = chat_logprobs(event.scores) if self._asked.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
             elif isinstance(event, Called):

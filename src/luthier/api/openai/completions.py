@@ -14,7 +14,7 @@ from luthier.api.http.messages import Caller, Response
 from luthier.api.openai.generation import (
     FINISH,
     GenerationResource,
-    Sampling,
+    SamplingFields,
     refusals,
     stream_events,
     token_text,
@@ -22,14 +22,21 @@ from luthier.api.openai.generation import (
 )
 from luthier.api.openai.models import Resolved
 from luthier.api.openai.protocol import invalid
-from luthier.serving.inference import MOST_TOKENS, End, Piece, Prompt, Score, Stream
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import (
+    MOST_TOKENS,
+    End,
+    GenerationRequest,
+    Prompt,
+    Score,
+    Stream,
+    TokenChunk,
+)
 
 MOST_PROMPTS = 128
 DEFAULT_TOKENS = 16
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingFields):
     """The body of a text completion."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -139,7 +146,7 @@ def _chunks(
         for index in range(n if echo else 0):
             yield {**head, "choices": [_choice(number * n + index, echo, None, None)], **further}
         for event in stream:
-            if isinstance(event, Piece):
+            if isinstance(event, TokenChunk):
                 scores = None
                 if asked.logprobs is not None:
                     scores = _logprobs(event.scores, offsets[event.index])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from luthier.api.http.messages import Fault, Head, Response
+from luthier.api.http.messages import Fault, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.openai import protocol
 from luthier.api.openai.batches import Batches, BatchRunner
@@ -118,11 +118,11 @@ class OpenAIFace:
         operations = (each for resource in resources for each in resource.operations())
         self.router = Router(replace(each, name=f"openai.{each.name}") for each in operations)
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """What is below its paths."""
         return head.path.startswith(PREFIXES)
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """What answers to a request; raises :class:`Fault` where nothing does."""
         rest = next((head.path[len(p) :] for p in PREFIXES if head.path.startswith(p)), "")
         route = self.router.routes(rest.rstrip("/")).get(head.method)

@@ -47,7 +47,7 @@ _FORM_BYTES = 1 << 20
 """Room for the form around a file."""
 
 
-class Form:
+class UploadForm:
     """A form with one file; use it in a ``with``, at whose end a file that nobody took is gone."""
 
     def __init__(self, content_type: str, begin: Callable[[], Writing], limit: int) -> None:
@@ -88,7 +88,7 @@ class Form:
         except FormParserError as error:
             raise _unreadable(error) from error
 
-    def __enter__(self) -> Form:
+    def __enter__(self) -> UploadForm:
         return self
 
     def __exit__(
@@ -221,7 +221,7 @@ class Files:
             made: Response = await run(self._keep, request, form)
             return made
 
-    def _form(self, request: Request) -> Form:
+    def _form(self, request: Request) -> UploadForm:
         """What takes an upload: nothing of one is read that is not allowed."""
         self.access.to(request, "files.create", "file")
         kind, account = request.headers.get("content-type", ""), request.caller.account
@@ -229,9 +229,9 @@ class Files:
         # The form around the file is small: what is told of the body is nearly told of the file.
         least = int(length) - _FORM_BYTES if length.isascii() and length.isdigit() else 1
         self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
-        return Form(kind, lambda: self.store.begin(account), self.limit)
+        return UploadForm(kind, lambda: self.store.begin(account), self.limit)
 
-    def _keep(self, request: Request, form: Form) -> Response:
+    def _keep(self, request: Request, form: UploadForm) -> Response:
         file = form.file()
         purpose = form.fields.get("purpose")
         if purpose is None:

@@ -441,7 +441,7 @@ def _losses(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Seen:
+class JobWithModel:
     """A job with what belongs to it."""
 
     job: Job
@@ -555,7 +555,7 @@ class FineTuning:
             for key, values in request.query.items()
             if key.startswith("metadata[") and key.endswith("]")
         }
-        wanted = jobs.Wanted(face=FACE, metadata=metadata)
+        wanted = jobs.JobFilter(face=FACE, metadata=metadata)
         with self.database.read() as session:
             position = None
             if after is not None:
@@ -636,7 +636,7 @@ class FineTuning:
             found = found[places[0] :]
         return page(found, limit, dict)
 
-    def _find(self, request: Request, verb: str) -> Seen:
+    def _find(self, request: Request, verb: str) -> JobWithModel:
         job_id = request.params["job"]
         self.access.to(request, f"fine_tuning.jobs.{verb}", "fine-tuning-job", job_id)
         with self.database.read() as session:
@@ -649,7 +649,7 @@ class FineTuning:
         with self.database.read() as session:
             return jobs.events(session, job, kinds=("metrics",), limit=_EVERYTHING, ascending=True)
 
-    def _with_results(self, seen: Seen) -> Seen:
+    def _with_results(self, seen: JobWithModel) -> JobWithModel:
         """The same with the file of results, which is written when it is first asked for.
 
         Its id follows from the job's, so that it is one file however often and by how many it is
@@ -664,7 +664,7 @@ class FineTuning:
             name = f"{job.name}_results.csv"
             self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
         there = self.files.get(job.account, file_id)
-        return Seen(job, seen.model, [file_id] if there else [])
+        return JobWithModel(job, seen.model, [file_id] if there else [])
 
 
 def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> Job | None:
@@ -673,12 +673,12 @@ def _job(session: Session, account: str, job_id: str, *, lock: bool = False) -> 
     return found if found is not None and found.face == FACE and found.name == job_id else None
 
 
-def _with_model(session: Session, job: Job) -> Seen:
+def _with_model(session: Session, job: Job) -> JobWithModel:
     made = select(CustomModel).where(
         CustomModel.account == job.account, CustomModel.job_id == job.id
     )
-    return Seen(job, session.scalar(made), [])
+    return JobWithModel(job, session.scalar(made), [])
 
 
-def _job_object(seen: Seen) -> dict[str, Any]:
+def _job_object(seen: JobWithModel) -> dict[str, Any]:
     return job_object(seen.job, seen.model, seen.results)

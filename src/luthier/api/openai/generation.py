@@ -24,15 +24,13 @@ from luthier.api.openai.protocol import (
 )
 from luthier.errors import UnknownModel
 from luthier.serving.inference import (
+    GenerationRequest,
     InferenceFailed,
     InferenceRefused,
     Prompt,
     Score,
     Stream,
     TooLong,
-)
-from luthier.serving.inference import (
-    Request as GenerationRequest,
 )
 from luthier.serving.pool import ModelPool
 
@@ -63,7 +61,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Sampling(Body):
+class SamplingFields(Body):
     """Members that chat and text completions share."""
 
     model: Annotated[str, Field(min_length=1)]

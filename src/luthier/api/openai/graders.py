@@ -17,7 +17,7 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.graders import (
     Answer,
     Grader,
-    Models,
+    GraderModels,
     Multi,
     Scorer,
     Trouble,
@@ -28,10 +28,9 @@ from luthier.graders import (
 from luthier.graders.base import TOO_LONG
 from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
-from luthier.serving.confined_process import Interrupted, TakesTooMuch
+from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork, confine
-from luthier.serving.inference import Chat
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import Chat, GenerationRequest
 from luthier.serving.pool import ModelPool
 from luthier.types import Message
 
@@ -76,7 +75,7 @@ class Graders:
         self,
         access: Access,
         judges: Callable[[Caller], Judge],
-        models: Models,
+        models: GraderModels,
         work: ConfinedWork,
         limits: ServerLimits,
     ) -> None:
@@ -125,7 +124,7 @@ class Graders:
             score, parts, trouble = graded_once(grader, sample)
         except TakesTooMuch as refused:
             raise invalid(str(refused), "grader", "invalid_grader") from refused
-        except Interrupted as interrupted:
+        except WorkInterrupted as interrupted:
             text = "The grader could not be run to its end. Please try again."
             raise Fault("ServiceUnavailable", text, retry_after=5) from interrupted
         if trouble is not None and trouble.rule == TOO_LONG:
@@ -167,7 +166,7 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
             (score,), troubles = attempt(grader, [sample])
     except Ungraded as ungraded:
         troubles = ungraded.troubles
-    except (TakesTooMuch, Interrupted):
+    except (TakesTooMuch, WorkInterrupted):
         raise
     except LuthierError as error:
         troubles = {0: Trouble("grader.raised", str(error), "Mend the grader.")}

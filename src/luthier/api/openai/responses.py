@@ -18,11 +18,20 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Fault, Response
 from luthier.api.http.streams import GeneratedPieces
-from luthier.api.openai.chat import MOST_TOOLS, NAME, Part, arguments, call_id, join_texts
+from luthier.api.openai.chat import MOST_TOOLS, NAME, ContentPart, arguments, call_id, join_texts
 from luthier.api.openai.generation import GenerationResource, chat_logprobs, refusals
 from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
-from luthier.serving.inference import MOST_TOKENS, TURNS, Called, Chat, End, Event, Piece, Stream
-from luthier.serving.inference import Request as GenerationRequest
+from luthier.serving.inference import (
+    MOST_TOKENS,
+    TURNS,
+    Called,
+    Chat,
+    End,
+    Event,
+    GenerationRequest,
+    Stream,
+    TokenChunk,
+)
 from luthier.types import Message, Tool, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"
@@ -36,16 +45,16 @@ _ELSEWHERE = {
 JsonObject = dict[str, Any]
 
 
-class Item(Body):
+class InputItem(Body):
     """One item: a message, a call, or what came of one."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | Annotated[list[Part], Field(max_length=TURNS)] | None = None
+    output: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
 
 
 class FunctionTool(Body):
@@ -75,7 +84,7 @@ class TextFormat(Body):
     strict: bool | None = None
 
 
-class Text(Body):
+class TextOptions(Body):
     """How the text is written."""
 
     format: TextFormat | None = None
@@ -85,7 +94,7 @@ class ResponseRequest(Body):
     """The body of a response."""
 
     model: Annotated[str, Field(min_length=1)]
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS)]
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=TURNS)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -95,7 +104,7 @@ class ResponseRequest(Body):
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
-    text: Text | None = None
+    text: TextOptions | None = None
     metadata: Metadata = None
     stream: bool | None = None
     truncation: Literal["disabled"] | None = None
@@ -173,7 +182,7 @@ class ResponseRequest(Body):
 _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
-def _add(turns: list[Message], item: Item, where: str) -> None:
+def _add(turns: list[Message], item: InputItem, where: str) -> None:
     """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
     if item.type == "message":
         role = _require(item.role, f"{where}.role")
@@ -206,7 +215,7 @@ def _require(value: Any, where: str) -> Any:
     return value
 
 
-def _text(content: str | list[Part], where: str) -> str:
+def _text(content: str | list[ContentPart], where: str) -> str:
     return content if isinstance(content, str) else join_texts(content, _TEXTS, where)
 
 
@@ -274,7 +283,7 @@ class _Response:
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
         for event in stream:
-            if isinstance(event, Piece):
+            if isinstance(event, TokenChunk):
                 yield from self._piece(event)
             elif isinstance(event, Called):
                 yield from self._finish("completed")
@@ -368,7 +377,7 @@ class _Response:
         where = self._where(item, content_index=0)
         yield self._event("response.content_part.added", **where, part={**part, "logprobs": []})
 
-    def _piece(self, piece: Piece) -> Iterator[JsonObject]:
+    def _piece(self, piece: TokenChunk) -> Iterator[JsonObject]:
         if self._message is None:
             yield from self._open()
         message = self._message

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from luthier.api.http.messages import Fault, Head, Request, Response
+from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route
 from luthier.api.http.streams import RequestBody, Run
 from luthier.api.s3 import buckets, documents, multipart, objects
@@ -131,11 +131,11 @@ class S3Face:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
 
-    def serves(self, head: Head, service: str) -> bool:
+    def serves(self, head: RequestHead, service: str) -> bool:
         """Whatever is signed for S3."""
         return service == "s3"
 
-    def route(self, head: Head) -> Route:
+    def route(self, head: RequestHead) -> Route:
         """One route: keys may be called anything, and the query says what is asked."""
         # In the coding of chunks a body is longer than what it stands for.
         limit, name = 2 * OBJECT_LIMIT, f"s3.{head.method}"

@@ -24,7 +24,7 @@ from luthier.api.s3.objects import check_read, check_write, copy_elements, span
 from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.store.multipart import MOST_PARTS, CompletedPart
 from luthier.store.object_files import Written
-from luthier.store.objects import Piece, Upload
+from luthier.store.objects import ObjectPiece, Upload
 
 _PAGE = 1000
 
@@ -92,7 +92,7 @@ def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response
     chosen = _parse_parts(body)
     expected = sent_checksums(request.headers)
 
-    def checksum(upload: Upload, pieces: Sequence[Piece]) -> dict[str, str]:
+    def checksum(upload: Upload, pieces: Sequence[ObjectPiece]) -> dict[str, str]:
         return _of_whole(upload, pieces, expected)
 
     made = stores.uploads.complete(
@@ -186,7 +186,7 @@ def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 def _put_part(
     stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
-) -> Piece:
+) -> ObjectPiece:
     return stores.uploads.put_part(
         request.account,
         request.bucket,
@@ -221,7 +221,7 @@ def _parse_parts(body: bytes) -> list[CompletedPart]:
 
 
 def _of_whole(
-    upload: Upload, pieces: Sequence[Piece], expected: Mapping[str, str]
+    upload: Upload, pieces: Sequence[ObjectPiece], expected: Mapping[str, str]
 ) -> dict[str, str]:
     """The checksum of the object, as far as it follows from those of its parts."""
     name, made = upload.checksum, {}
@@ -243,7 +243,7 @@ def _of_whole(
     return made
 
 
-def _part(piece: Piece) -> Element:
+def _part(piece: ObjectPiece) -> Element:
     return (
         "Part",
         [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
-from luthier.api.http.messages import Caller, Fault, Head
+from luthier.api.http.messages import Caller, Fault, RequestHead
 from luthier.api.http.routing import Authorize
 from luthier.store.arns import object_arn
 from luthier.store.multipart import MultipartUploads
@@ -89,7 +89,7 @@ def arn(bucket: str, key: str = "") -> str:
     return object_arn(bucket, key) if key else f"arn:aws:s3:::{bucket}"
 
 
-def read_request(head: Head, caller: Caller) -> S3Request:
+def read_request(head: RequestHead, caller: Caller) -> S3Request:
     """The request of a head; raises :class:`Fault` for a path or query that is not UTF-8."""
     bucket, _, key = head.path.removeprefix("/").partition("/")
     try:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from luthier.data.read import shown
 from luthier.data.shapes import LabelledText, TaggedWords
-from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
 from luthier.types import Row
@@ -71,7 +71,7 @@ class Balance(Check):
         self._rows: Counter[str] = Counter()
         self._tagged = self._several = False
 
-    def measure(self, batch: Batch) -> tuple[_Counts, int, bool, bool]:
+    def measure(self, batch: RowBatch) -> tuple[_Counts, int, bool, bool]:
         """Labels of the batch, rows that have any, and whether they are tags or several a row."""
         counts: _Counts = {}
         labelled = 0

@@ -23,7 +23,7 @@ import regex
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import DataError
-from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks.language import CHARACTERS, detect_language
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import bases_for
@@ -176,13 +176,13 @@ class BaseLanguage(Check):
         self.chat, self.objective = chat, objective
         self._samples: list[tuple[int, str]] = []
 
-    def begin(self, batch: Batch, rows: int = 0) -> None:
+    def begin(self, batch: RowBatch, rows: int = 0) -> None:
         """Choose the objective by the first row, where none was asked for and the row tells."""
         if self.objective is None:
             with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
 
-    def measure(self, batch: Batch) -> list[tuple[int, str]]:
+    def measure(self, batch: RowBatch) -> list[tuple[int, str]]:
         """A random sample of the texts, the same in each run."""
         if batch.split != "train":
             return []
@@ -241,7 +241,7 @@ def language_name(code: str) -> str:
     return str(LANGUAGES[code]).title() if code in LANGUAGES else code
 
 
-def _samples(batch: Batch) -> Iterator[str]:
+def _samples(batch: RowBatch) -> Iterator[str]:
     """The beginnings of the texts of a batch, short ones joined with those that follow."""
     joined = ""
     for row in batch.rows:

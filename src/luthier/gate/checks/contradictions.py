@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.data.shapes import JudgedAnswers
-from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
 from luthier.gate.row_keys import hash_texts, key_column
@@ -56,7 +56,7 @@ class Contradictions(Check):
         self._table = ColumnStore(limit)
         self._summary: dict[str, Any] = {}
 
-    def measure(self, batch: Batch) -> Mapping[str, Any]:
+    def measure(self, batch: RowBatch) -> Mapping[str, Any]:
         """Kind of each row, and keys of what is asked and what is taught."""
         parts = [_parts(row) for row in batch.rows]
         count = len(parts)

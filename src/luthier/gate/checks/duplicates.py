@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.gate.check import Batch, BatchLines, Check, CheckContext, Places
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks import leakage
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import (
@@ -113,14 +113,14 @@ class Duplicates(Check):
         self._apart = False
         self._summary: dict[str, Any] = {}
 
-    def begin(self, batch: Batch, rows: int = 0) -> None:
+    def begin(self, batch: RowBatch, rows: int = 0) -> None:
         """Learn what rows are written in from the first of them, and how many can be compared."""
         inputs, wholes = comparable_texts(batch.rows)
         self.common = (common_shingles(inputs), common_shingles(wholes))
         if self.share and not self._every and rows > COMPARED:
             self.share = COMPARED / rows
 
-    def measure(self, batch: Batch) -> DuplicateKeys:
+    def measure(self, batch: RowBatch) -> DuplicateKeys:
         """Keys and sketches."""
         rows, count = batch.rows, len(batch)
         inputs, wholes = comparable_texts(rows)

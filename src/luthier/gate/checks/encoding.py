@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch
+from luthier.gate.check import RowBatch
 from luthier.gate.pii import SEPARATOR
 from luthier.gate.rules import Rule
 from luthier.gate.texts import BETWEEN, JoinedTexts, Spot, SpotCheck, Spots
@@ -123,7 +123,7 @@ class Encoding(SpotCheck):
         MARKUP,
     )
 
-    def measure(self, batch: Batch) -> Spots:
+    def measure(self, batch: RowBatch) -> Spots:
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         spots: list[Spot] = []

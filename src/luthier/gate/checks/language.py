@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.gate.check import Batch, BatchLines, Check, Places
+from luthier.gate.check import BatchLines, Check, Places, RowBatch
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
 
@@ -91,7 +91,7 @@ class Language(Check):
         self._seen: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
 
-    def measure(self, batch: Batch) -> BatchLanguages:
+    def measure(self, batch: RowBatch) -> BatchLanguages:
         """Tell the languages of a sample of the batch."""
         rows, codes = [], []
         for index, row in enumerate(batch.rows):

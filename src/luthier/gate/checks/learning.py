@@ -31,7 +31,7 @@ from luthier.data.shapes import (
     ThumbedReply,
 )
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
-from luthier.gate.check import Batch, BatchLines, CheckContext, Places
+from luthier.gate.check import BatchLines, CheckContext, Places, RowBatch
 from luthier.gate.encode import RowEncoder, refuse_single
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import (
@@ -155,14 +155,14 @@ class Learning(SpotCheck):
         self.waiting: dict[tuple[str, str], list[Row]] = {}
         """Kept in memory until the end, unlike other rows: their partners may come last."""
 
-    def begin(self, batch: Batch, rows: int = 0) -> None:
+    def begin(self, batch: RowBatch, rows: int = 0) -> None:
         """Choose the objective by the first row, where none was asked for and the row tells."""
         if self.objective is None:
             with suppress(DataError):
                 self.objective = objective_for(batch.rows[0], self.chat)
                 self.objective.check(self.chat)
 
-    def measure(self, batch: Batch) -> EncodedBatch:
+    def measure(self, batch: RowBatch) -> EncodedBatch:
         """Encode the rows."""
         tokens_N, learned_N, times_N = np.zeros((3, len(batch)), np.int64)
         spots: list[Spot] = []
@@ -283,7 +283,7 @@ class Learning(SpotCheck):
                     findings.add(Finding(rule_of(bad.rule), place, bad.message, bad.fix))
                 continue
             lines_N = np.array([row.line for row in pairs], np.int64)
-            measured = self.measure(Batch(split, file, pairs))
+            measured = self.measure(RowBatch(split, file, pairs))
             self.take(BatchLines(split, file, lines_N, -1), measured, findings)
         for finding, count in self.fitting.judge(self.objective, self.chat):
             findings.add(finding, count)

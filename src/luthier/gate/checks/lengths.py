@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.data.shapes import TextPair
-from luthier.gate.check import Batch, BatchLines, Places
+from luthier.gate.check import BatchLines, Places, RowBatch
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
@@ -95,7 +95,7 @@ class Lengths(SpotCheck):
         self.answers = 0
         self.fences: dict[str, tuple[int, int]] = {}
 
-    def measure(self, batch: Batch) -> BatchLengths:
+    def measure(self, batch: RowBatch) -> BatchLengths:
         """Measure a batch."""
         sizes_2N = np.zeros((2, len(batch)), np.int64)
         words_2N = np.zeros((2, len(batch)), np.int64)

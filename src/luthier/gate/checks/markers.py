@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from luthier.data.chat import ChatFormat
-from luthier.gate.check import Batch, CheckContext
+from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.rules import Rule
 from luthier.gate.texts import JoinedTexts, SpotCheck, Spots
 
@@ -128,7 +128,7 @@ class Markers(SpotCheck):
         names = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
 
-    def measure(self, batch: Batch) -> Spots:
+    def measure(self, batch: RowBatch) -> Spots:
         """Look through a batch."""
         joined = JoinedTexts.of(batch)
         marks: Counter[str] = Counter()

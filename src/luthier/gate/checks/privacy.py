@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from luthier.gate.check import Batch, Places
+from luthier.gate.check import Places, RowBatch
 from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.gate.texts import JoinedTexts, Spot, SpotCheck, Spots
@@ -70,7 +70,7 @@ class Privacy(SpotCheck):
         super().__init__()
         self.finder = finder or Finder()
 
-    def measure(self, batch: Batch) -> Spots:
+    def measure(self, batch: RowBatch) -> Spots:
         """Find all items of a batch."""
         joined = JoinedTexts.of(batch)
         found = self.finder.find(joined.text)

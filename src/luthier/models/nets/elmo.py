@@ -204,7 +204,7 @@ class TwoWayLayer(nn.Module):
         return outputs[0], outputs[1]
 
 
-class Mix(nn.Module):
+class ScalarMix(nn.Module):
     """``gamma * sum_j softmax(s)_j h_j`` (formula 1)."""
 
     def __init__(self, layers: int) -> None:
@@ -239,7 +239,7 @@ class ElmoPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -1.0, 1.0)
         elif isinstance(module, nn.Conv1d):
             init.uniform_(module.weight, -0.05, 0.05)
-        elif isinstance(module, Mix):
+        elif isinstance(module, ScalarMix):
             init.ones_(module.gamma)
             init.zeros_(module.weights)
 
@@ -253,7 +253,7 @@ class ElmoModel(ElmoPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList([TwoWayLayer(config, residual=index > 0) for index in layers])
-        self.mix = Mix(config.num_hidden_layers + 1)
+        self.mix = ScalarMix(config.num_hidden_layers + 1)
         self.mixed = mixed
         self.post_init()
 

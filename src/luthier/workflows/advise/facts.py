@@ -43,7 +43,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdviceFacts:
     """Everything that is known before the advice."""
 
     wishes: Wishes
@@ -127,7 +127,7 @@ def collect(
     wishes: Wishes,
     seconds: float,
     reporter: Reporter,
-) -> Facts:
+) -> AdviceFacts:
     """Everything advice is given on; the trial of tuning takes about ``seconds``.
 
     Raises:
@@ -158,7 +158,7 @@ def collect(
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
     labels = Counter(str(row.label) for row in rows if isinstance(row, LabelledText))
-    return Facts(
+    return AdviceFacts(
         wishes=wishes,
         rows=len(rows),
         shape=shape,

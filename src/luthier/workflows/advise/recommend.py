@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from luthier.evaluation.significance import differ
 from luthier.workflows.advise.evidence import TechniqueResult
-from luthier.workflows.advise.facts import Facts
+from luthier.workflows.advise.facts import AdviceFacts
 
 Fit = Literal["yes", "perhaps", "no"]
 Risk = Literal["none", "low", "medium", "high"]
@@ -57,7 +57,7 @@ class Judgement:
         return asdict(self)
 
 
-def prompting(facts: Facts) -> Judgement:
+def prompting(facts: AdviceFacts) -> Judgement:
     """Instructions and examples in the prompt."""
     best = facts.evidence and facts.evidence.best("as it is", "prompt engineering")
     if not facts.writes:
@@ -76,7 +76,7 @@ def prompting(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def baselines(facts: Facts) -> Judgement:
+def baselines(facts: AdviceFacts) -> Judgement:
     """A simple classifier on words or on the base model's states, for models that read."""
     best = facts.evidence and facts.evidence.best("simple baselines")
     fit: Fit = "yes" if best and (best.score or 0) >= SURE else "perhaps"
@@ -88,7 +88,7 @@ def baselines(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def rag(facts: Facts) -> Judgement:
+def rag(facts: AdviceFacts) -> Judgement:
     """What a search finds goes into the prompt."""
     if not facts.writes:
         return baselines(facts)
@@ -111,7 +111,7 @@ def rag(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def fine_tuning(facts: Facts) -> Judgement:
+def fine_tuning(facts: AdviceFacts) -> Judgement:
     """Supervised tuning on labelled rows."""
     needed = PER_CLASS * facts.labels if facts.labels else FEW_ROWS
     takes = _takes(facts)
@@ -134,7 +134,7 @@ def fine_tuning(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def continued_pretraining(facts: Facts) -> Judgement:
+def continued_pretraining(facts: AdviceFacts) -> Judgement:
     """More of the same training on raw text of a field or a language."""
     tokens = facts.document_tokens + (facts.learned_tokens if facts.shape == "text" else 0)
     if tokens >= LARGE_CORPUS:
@@ -151,7 +151,7 @@ def continued_pretraining(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def distillation(facts: Facts) -> Judgement:
+def distillation(facts: AdviceFacts) -> Judgement:
     """A larger model teaches a smaller one on the user's prompts."""
     small = facts.wishes.max_megabytes is not None or facts.wishes.max_seconds is not None
     too_large = (facts.wishes.max_megabytes or float("inf")) < facts.megabytes
@@ -173,7 +173,7 @@ def distillation(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-def preferences(facts: Facts) -> Judgement:
+def preferences(facts: AdviceFacts) -> Judgement:
     """DPO and its kin, and reinforcement by a reward model."""
     have = facts.rows if facts.shape in ("preference", "rated", "thumb") else 0
     if have >= PAIRS:
@@ -191,7 +191,7 @@ def preferences(facts: Facts) -> Judgement:
     )  # fmt: skip
 
 
-TECHNIQUES: tuple[Callable[[Facts], Judgement], ...] = (
+TECHNIQUES: tuple[Callable[[AdviceFacts], Judgement], ...] = (
     prompting,
     rag,
     fine_tuning,
@@ -201,7 +201,7 @@ TECHNIQUES: tuple[Callable[[Facts], Judgement], ...] = (
 )
 
 
-def overfitting(facts: Facts) -> Risk:
+def overfitting(facts: AdviceFacts) -> Risk:
     """By how many weights move for each learned token, and how often each row comes."""
     ratio = facts.trained_weights / max(1, facts.learned_tokens)
     if facts.rows < FEW_ROWS or (ratio > 1000 and facts.epochs > 2):
@@ -209,7 +209,7 @@ def overfitting(facts: Facts) -> Risk:
     return "medium" if ratio > 30 or facts.epochs > 3 else "low"
 
 
-def forgetting(facts: Facts) -> Risk:
+def forgetting(facts: AdviceFacts) -> Risk:
     """By how much of the network moves (Biderman et al. 2024: LoRA learns less and forgets less)."""
     share = facts.trained_weights / max(1, facts.weights)
     if not facts.writes:
@@ -217,7 +217,7 @@ def forgetting(facts: Facts) -> Risk:
     return "high" if share > 0.5 else "medium" if share > 0.1 else "low"
 
 
-def _takes(facts: Facts) -> str:
+def _takes(facts: AdviceFacts) -> str:
     found = facts.estimate
     if found is None:
         return "not estimated"
@@ -225,13 +225,13 @@ def _takes(facts: Facts) -> str:
     return f"{low:,.0f} to {high:,.0f} min, {found.memory.value / 1e9:.1f} GB of memory"
 
 
-def _slow(facts: Facts) -> bool:
+def _slow(facts: AdviceFacts) -> bool:
     limit = facts.wishes.max_seconds
     tuned = facts.evidence and facts.evidence.best("fine-tuning")
     return bool(limit and tuned and tuned.seconds > limit)
 
 
-def _best_measured(facts: Facts, *techniques: Any) -> str:
+def _best_measured(facts: AdviceFacts, *techniques: Any) -> str:
     best = facts.evidence and facts.evidence.best(*techniques)
     if not best:
         return ""
@@ -267,7 +267,7 @@ class Recommendation:
 class Advice:
     """The comparison people draw by hand, computed."""
 
-    facts: Facts
+    facts: AdviceFacts
     judgements: list[Judgement]
     recommendation: Recommendation
 
@@ -280,7 +280,7 @@ class Advice:
         }
 
 
-def advise(facts: Facts, command: str) -> Advice:
+def advise(facts: AdviceFacts, command: str) -> Advice:
     """Judge every technique and choose; ``command`` is what tunes on this data."""
     judgements = [judge(facts) for judge in TECHNIQUES]
     chosen = _recommend(facts, judgements, command)
@@ -288,7 +288,7 @@ def advise(facts: Facts, command: str) -> Advice:
     return Advice(facts, judgements, chosen)
 
 
-def _recommend(facts: Facts, judgements: list[Judgement], command: str) -> Recommendation:
+def _recommend(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Recommendation:
     fits = {each.technique: each.fit for each in judgements}
     if facts.refused:
         return Recommendation(
@@ -312,7 +312,7 @@ def _recommend(facts: Facts, judgements: list[Judgement], command: str) -> Recom
     return _for_labelled(facts, fits, command)
 
 
-def _for_labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recommendation:
+def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> Recommendation:
     """Rows with answers: is training worth it?"""
     chosen: list[str] = []
     cautions: list[str] = []
@@ -350,7 +350,7 @@ def _for_labelled(facts: Facts, fits: Mapping[str, str], command: str) -> Recomm
     return Recommendation(tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands))
 
 
-def _without_training(facts: Facts) -> tuple[str, list[str]]:
+def _without_training(facts: AdviceFacts) -> tuple[str, list[str]]:
     """What does as well without training, if anything, and the reasons either way."""
     evidence = facts.evidence
     best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")

@@ -404,9 +404,9 @@ class LocalTeacher(ChatModel):
 def teacher_of(spec: TeacherSpec, say: Callable[[str], None]) -> ChatModel:
     """The teacher that ``spec`` names; refused where it cannot be one."""
     if spec.url is not None:
-        from luthier.chat_models.endpoint import Endpoint
+        from luthier.chat_models.endpoint import EndpointModel
 
-        return Endpoint(spec)
+        return EndpointModel(spec)
     from luthier.store.models import find
 
     return LocalTeacher(spec, find(spec.model, say))
