@@ -24,6 +24,7 @@ from luthier.engine.machine import (
 )
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
+from luthier.engine.perplexity import find_unfamiliar_text
 from luthier.engine.runs import (
     ACTIVATIONS,
     METRICS,
@@ -36,6 +37,7 @@ from luthier.engine.runs import (
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
+from luthier.gate.checks.base_language import UNTRAINED
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
 from luthier.models.heads import new_weights
@@ -194,6 +196,7 @@ class Trainer:
         """The network and the loop, right before the first step, or the next."""
         with self.clock.part("load"):
             network = self._network()
+            self._warn_of_unfamiliar_text(network, resume)
         self._prepare_rows(network)
         if compare:
             self._compare(network)
@@ -278,6 +281,15 @@ class Trainer:
         others = self.job.others.items()
         network.others = {name: load_frozen(o, machine, self.reporter) for name, o in others}
         return network
+
+    def _warn_of_unfamiliar_text(self, network: Network, resume: bool) -> None:
+        """Say what the gate cannot see in the tokenizer, where it has not warned already."""
+        data = self.job.data
+        warned = data.report is not None and UNTRAINED in data.report.findings.rules()
+        if resume or warned or data.objective.task != "causal_lm":
+            return
+        if warning := find_unfamiliar_text(network, self.job.chat, data.train):
+            self.reporter.note(f"warning: {warning}")
 
     @torch.no_grad()
     def _prepare_rows(self, network: Network) -> None:
