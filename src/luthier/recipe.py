@@ -28,6 +28,7 @@ from pydantic import (
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
+from luthier.data.chat import TemplateSettings
 from luthier.data.sources import absolute, files_of
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
@@ -76,6 +77,8 @@ class DataSpec(Part):
     """What to do with rows longer than the model's context."""
     columns: dict[str, str] | None = None
     """What the data calls our keys, as ``{prompt = "question"}``; an empty name sets a key aside."""
+    chat_template_kwargs: TemplateSettings | None = None
+    """What the chat template reads beside the rows, ``{enable_thinking = false}``; kept for serving."""
     mix: tuple[MixSpec, ...] = ()
     """Further files to learn from, each with its ``train`` and ``weight``."""
     policy: Path | None = None

@@ -15,6 +15,10 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
 
+TemplateKwargs = Mapping[str, bool | int | float | str]
+"""What a chat template reads beside the conversation, such as ``enable_thinking``: transformers'
+``chat_template_kwargs``."""
+
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 """What most models that call put around a call."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.data.chat import ChatFormat, Encoded
+from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, Encoded
 from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
 from luthier.types import Message
@@ -200,6 +201,36 @@ def test_a_prompt_is_the_beginning_of_its_row(
     )
     assert encoded.ids_T[-1] == tokenizer.eos_token_id
     assert chat.decode(encoded.ids_T[len(asked) :]) == reply
+
+
+SWITCHED = "{% if loud %}LOUD {{ who }}{% endif %}{{ messages[0].content }}{{ level + 1 }}"
+
+
+def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., Any]) -> None:
+    made = new_tokenizer(SWITCHED)
+    chat = ChatFormat.of(made).with_template_kwargs(
+        {"loud": True, "who": 'Zoë "%}{{ 1 }}" \\ \n😀', "level": 1.5}
+    )
+    asked = [Message("user", "Hi")]
+    assert chat.prompt_text(asked) == 'LOUD Zoë "%}{{ 1 }}" \\ \n😀Hi2.5'
+    assert chat.prompt_text(asked, (), {"loud": False, "level": 2}) == "Hi3"
+    assert made.chat_template == SWITCHED  # of the base model, which others may be using
+    with pytest.raises(RecipeError, match="refuses this conversation"):
+        chat.prompt_text(asked, (), {"level": "high"})
+    for name in ("quiet", "loud or 1", "messages", "chat_template", "add_generation_prompt"):
+        with pytest.raises(RecipeError, match="reads no `"):
+            chat.with_template_kwargs({name: True})
+        assert chat.prompt_text(asked, (), {name: True}) == chat.prompt_text(asked)
+    with pytest.raises(RecipeError, match="reads no `loud`"):
+        ChatFormat.of(made, "plain").with_template_kwargs({"loud": True})
+
+
+def test_no_client_sets_what_transformers_takes_itself() -> None:
+    """A request with ``chat_template`` would bring a program of its own."""
+    from transformers import PreTrainedTokenizerBase
+
+    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert {*taken} - {"self", "kwargs"} <= TEMPLATE_PARAMETERS
 
 
 def test_raw_text_is_closed_once(tokenizer: Any) -> None:

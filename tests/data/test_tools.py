@@ -290,6 +290,39 @@ def test_a_model_is_trained_to_go_on_from_what_it_is_served(
     assert all(tool.name in whole for tool in tools)
 
 
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+def test_a_model_that_learned_no_thoughts_is_asked_for_none(
+    conversation: str, chats: dict[str, ChatFormat]
+) -> None:
+    """Training goes on from the empty block that the template writes for ``enable_thinking=false``."""
+    quiet = chats["Qwen3"].with_template_kwargs({"enable_thinking": False})
+    messages, tools = CONVERSATIONS[conversation]
+    if "thought" in conversation:
+        with pytest.raises((RowRefused, RecipeError), match="chat template"):
+            quiet.encode_reply(messages, tools=tools)
+        return
+    encoded, spans, texts = learned_parts(quiet, messages, tools)
+    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+    prompt = quiet.encode_prompt(messages[:last], tools)
+    assert encoded.ids_T[: spans[-1][0]].tolist() == prompt.tolist()
+    assert quiet.tokenizer.decode(prompt.tolist()).endswith("<think>\n\n</think>\n\n")
+    assert not any("think>" in text for text in texts)
+
+
+def test_a_request_goes_before_what_was_stored(chats: dict[str, ChatFormat]) -> None:
+    thinking = chats["Qwen3"]
+    quiet = thinking.with_template_kwargs({"enable_thinking": False})
+    on, off = {"enable_thinking": True}, {"enable_thinking": False}
+    for chat, kwargs, other in (
+        (quiet, on, thinking), (thinking, off, quiet), (quiet.with_template_kwargs(on), off, quiet)
+    ):  # fmt: skip
+        ours, theirs = chat.encode_prompt([ASK], TOOLS, kwargs), other.encode_prompt([ASK], TOOLS)
+        assert ours.tolist() == theirs.tolist()
+    silent = chats["SmolLM2"]
+    assert silent.prompt_text([ASK], (), off) == silent.prompt_text([ASK])
+    assert thinking.prompt_text([ASK]) == thinking.with_template_kwargs({}).prompt_text([ASK])
+
+
 @pytest.mark.parametrize("family", ["Qwen3", "GLM-4.5"])
 def test_thoughts_are_learned_where_the_template_keeps_them(
     family: str, chats: dict[str, ChatFormat]

@@ -292,6 +292,26 @@ def test_a_format_chosen_in_training_is_kept(recipe: Callable[..., Recipe]) -> N
     )
 
 
+def test_a_switch_of_the_template_is_kept(
+    recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """What training wrote before each answer is what the stored model is asked with."""
+    base = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_model_folder, base)
+    path = base / "chat_template.jinja"
+    path.write_text("{% if enable_thinking %}Think! {% endif %}" + path.read_text())
+    data = {**recipe().plain()["data"], "chat_template_kwargs": {"enable_thinking": True}}
+    result = train.train(recipe(base=str(base), data=data))
+    asked = [luthier_message("say fox")]
+    assert chat_format(find(str(base))).prompt_text(asked)[:6] != "Think!"
+    assert chat_format(find(result.model_id)).prompt_text(asked)[:6] == "Think!"
+    further = train.train(recipe(name="y", base=result.model_id))
+    assert chat_format(find(further.model_id)).prompt_text(asked)[:6] == "Think!"
+    data["chat_template_kwargs"] = {"enable_thoughts": True}
+    with pytest.raises(RecipeError, match="chat template reads no `enable_thoughts`"):
+        train.train(recipe(name="z", base=str(base), data=data))
+
+
 def luthier_message(text: str) -> Any:
     from luthier.types import Message
 

@@ -100,6 +100,12 @@ class TestItIsTheSame:
         np.testing.assert_array_equal(ours.ids_T, theirs.ids_T)
         np.testing.assert_array_equal(ours.learned_T, theirs.learned_T)
 
+    def test_what_a_request_says_of_the_template(
+        self, hostile: Callable[..., ConfinedFormat]
+    ) -> None:
+        chat, turns = hostile("{{ messages[0].content }}{{ who }}"), [Message("user", "Hi ")]
+        assert chat.prompt_text(turns, (), {"who": "you", "chat_template": "x"}) == "Hi you"
+
     def test_what_the_template_refuses(self, hostile: Callable[..., ConfinedFormat]) -> None:
         chat = hostile("{{ raise_exception('only users speak') }}")
         with pytest.raises(RecipeError, match="refuses this conversation: only users speak"):

@@ -6,14 +6,17 @@ what is served is what was trained: template, tokenizer and stop tokens included
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from luthier.data.tools import (
     describe_tool,
@@ -24,9 +27,24 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
-from luthier.types import IntArray, Message, Tool
+from luthier.types import IntArray, Message, TemplateKwargs, Tool
 
 Template = Literal["auto", "chat", "plain"]
+
+TemplateSettings = Annotated[
+    dict[str, bool | int | float | Annotated[str, Field(max_length=1000)]], Field(max_length=16)
+]
+"""``chat_template_kwargs`` of recipes and requests."""
+TEMPLATE_PARAMETERS = frozenset(
+    (
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length",
+        "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    )
+)  # fmt: skip
+"""What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
+template's. With ``chat_template`` it would bring a program of its own."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,48 @@ class ChatFormat:
             _check_template(self.tokenizer)
         return replace(self, template=template)
 
+    def with_template_kwargs(self, kwargs: TemplateKwargs) -> ChatFormat:
+        """The same model's format with other defaults for names that its chat template reads.
+
+        They are written into the template itself, so that they are stored, exported and served with
+        it; what a request says goes before them.
+
+        Raises:
+            RecipeError: for a name that the template does not read.
+        """
+        if not kwargs:
+            return self
+        if unread := sorted({*kwargs} - {*self._read_kwargs(kwargs)}):
+            raise RecipeError(
+                f"the model's chat template reads no `{unread[0]}`; leave it out of "
+                "`data.chat_template_kwargs`, or use a model whose template has it"
+            )
+        # A template is Jinja, whose literals are JSON's; characters stay as they are, as Jinja reads no
+        # pairs of surrogates.
+        values = {name: json.dumps(value, ensure_ascii=False) for name, value in kwargs.items()}
+        head = "".join(
+            f"{{% if {name} is not defined %}}{{% set {name} = {value} %}}{{% endif %}}"
+            for name, value in values.items()
+        )
+        tokenizer = copy.copy(self.tokenizer)
+        own = tokenizer.chat_template
+        tokenizer.chat_template = (
+            {name: head + text for name, text in own.items()}
+            if isinstance(own, dict)
+            else head + own
+        )
+        return replace(self, tokenizer=tokenizer)
+
+    def _read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
+        """Those of ``kwargs`` that the template reads."""
+        return {
+            name: value
+            for name, value in kwargs.items()
+            if name.isidentifier()
+            and name not in TEMPLATE_PARAMETERS
+            and re.search(rf"\b{name}\b", self.template_text)
+        }
+
     @property
     def template_text(self) -> str:
         """The chat template that is used; empty without one."""
@@ -86,15 +146,28 @@ class ChatFormat:
             template = template.get("tool_use") or template.get("default")
         return str(template or "")
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> IntArray:
-        """Token ids that a reply to ``messages`` continues, or that the encoder reads."""
-        return self.prompt_tokens(self.prompt_text(messages, tools))
+    def encode_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        kwargs: TemplateKwargs | None = None,
+    ) -> IntArray:
+        """Token ids that a reply to ``messages`` continues, or that the encoder reads.
 
-    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
+        Of ``kwargs`` the template gets those that it reads.
+        """
+        return self.prompt_tokens(self.prompt_text(messages, tools, kwargs))
+
+    def prompt_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        kwargs: TemplateKwargs | None = None,
+    ) -> str:
         """The text that :meth:`encode_prompt` makes tokens of."""
         if self.start_id is not None or self.template == "plain":
             return _joined(in_words(messages, tools))
-        return self._render(messages, tools, reply=True)
+        return self._render(messages, tools, reply=True, kwargs=self._read_kwargs(kwargs or {}))
 
     def prompt_tokens(self, text: str) -> IntArray:
         """Token ids of what :meth:`prompt_text` gave."""
@@ -320,19 +393,25 @@ class ChatFormat:
         *,
         reply: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        kwargs: TemplateKwargs | None = None,
     ) -> str:
         """A conversation as the chat template writes it, turns and tools in the form of transformers.
 
-        ``reply`` ends it where the assistant begins. Raises :class:`RecipeError` where the template
-        refuses it.
+        ``reply`` ends it where the assistant begins, and ``kwargs`` are further names that the template
+        reads. Raises :class:`RecipeError` where the template refuses it.
         """
         from jinja2 import TemplateError
 
         try:
             text: str = self.tokenizer.apply_chat_template(
-                [*turns], tools=[*tools] or None, tokenize=False, add_generation_prompt=reply
+                [*turns],
+                tools=[*tools] or None,
+                tokenize=False,
+                add_generation_prompt=reply,
+                **(kwargs or {}),
             )
-        except TemplateError as error:
+        # The template is a program, and works on what a client says: a text where it wants a number.
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise RecipeError(
                 f"the model's chat template refuses this conversation: {error}"
             ) from error
@@ -347,11 +426,20 @@ class ChatFormat:
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Tool], *, reply: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        *,
+        reply: bool,
+        kwargs: TemplateKwargs | None = None,
+    ) -> str:
         if uses_tools(messages, tools) and takes_tools(self.template_text):
             described = [describe_tool(tool) for tool in tools]
-            return self.render(template_turns(messages), reply=reply, tools=described)
-        return self.render(template_turns(in_words(messages, tools)), reply=reply)
+            return self.render(
+                template_turns(messages), reply=reply, tools=described, kwargs=kwargs
+            )
+        return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
 
 
 @contextmanager

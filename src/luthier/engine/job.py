@@ -136,7 +136,7 @@ def prepare_job(
     """
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
-    chat = store.chat_format(base)
+    chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
     check_vocabulary(chat, config, base.id)
     context = context_length(config)
     added = recipe.adaptation.added_tokens + store.added_tokens(base)

@@ -36,7 +36,9 @@ BaseModel = FoundationModel | CustomModel
 """What a job starts from, and what teaches."""
 
 _GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teacher", "method")
-SETTABLE_DATA = ("long_rows", "validation_share", "columns", "augmentation", "severity")
+SETTABLE_DATA = (
+    "long_rows", "validation_share", "columns", "augmentation", "severity", "chat_template_kwargs"
+)  # fmt: skip
 """Fields of a recipe that a request may set; the others name files, models or other machines."""
 _TEACHER = ("batch_size",)
 _NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")

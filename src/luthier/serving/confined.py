@@ -21,7 +21,7 @@ from luthier.serving.confined_process import ConfinedProcess
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
-    from luthier.types import IntArray
+    from luthier.types import IntArray, TemplateKwargs
 
 SECONDS = 10
 """Of processor time for one request; a prompt of 100,000 tokens takes half a second."""
@@ -63,9 +63,11 @@ class ConfinedFormat(ChatFormat):
         *,
         reply: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        kwargs: TemplateKwargs | None = None,
     ) -> str:
         """See :meth:`ChatFormat.render`."""
-        text: str = self.tokenizer.ask("render", turns=[*turns], reply=reply, tools=[*tools])
+        asked = {"turns": [*turns], "reply": reply, "tools": [*tools], "kwargs": dict(kwargs or {})}
+        text: str = self.tokenizer.ask("render", **asked)
         return text
 
     def tokens(self, text: str, *, first: bool) -> IntArray:

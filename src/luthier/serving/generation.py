@@ -139,7 +139,7 @@ class Generator:
 
     def _prompt_ids(self, prompt: Prompt) -> IntArray:
         if isinstance(prompt, Chat):
-            ids_T = self.chat.encode_prompt(prompt.turns, prompt.tools)
+            ids_T = self.chat.encode_prompt(prompt.turns, prompt.tools, prompt.template_kwargs)
         else:
             ids_T = self.chat.encode_prompt(
                 [Message("user", prompt)] if isinstance(prompt, str) else prompt

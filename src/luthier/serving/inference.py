@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from luthier.errors import LuthierError, RefusedInput
 from luthier.models.sampling import Sampling
-from luthier.types import Message, Tool, ToolCall
+from luthier.types import Message, TemplateKwargs, Tool, ToolCall
 
 STOPS = 2500
 """Stop sequences of one request at most."""
@@ -60,6 +60,8 @@ class Chat:
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     """``auto``, ``none``, ``required`` (any tool), or ``name:`` and the name of a tool."""
+    template_kwargs: TemplateKwargs = field(default_factory=dict, hash=False)
+    """For the chat template, over what the model was trained with."""
 
 
 Prompt = Chat | str | Sequence[int]

@@ -137,7 +137,7 @@ def _vocabulary(chat: ChatFormat, size: int) -> dict[str, Any]:
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "render": lambda chat, turns, reply, tools: chat.render(turns, reply=reply, tools=tools),
+    "render": lambda chat, turns, **given: chat.render(turns, **given),
     "tokens": lambda chat, text, first: chat.tokens(text, first=first).tolist(),
     "words": _words_of,
     "decode": _decode,

@@ -42,7 +42,7 @@ def encode(
     for tool in tools:
         check_depth(tool.parameters)
     try:
-        text = chat.prompt_text(asked.turns, tools)
+        text = chat.prompt_text(asked.turns, tools, asked.template_kwargs)
         check(text)
         return chat.prompt_tokens(text)
     except RecipeError as error:

@@ -324,7 +324,8 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
         return
     model = find(root)
     room = room_of(model) - recipe.adaptation.added_tokens
-    prepare(recipe.data, recipe.objective, chat_format(model), room, recipe.training.seed)
+    chat = chat_format(model).with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
 
 
 def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:

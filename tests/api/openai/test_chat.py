@@ -32,6 +32,15 @@ def test_an_answer(client: openai.OpenAI) -> None:
     assert chat(client, model="luthier.tiny").choices == made.choices
 
 
+def test_templates_of_clients_are_not_run(client: openai.OpenAI) -> None:
+    """As vLLM has it: names that the model's template does not read are without effect."""
+    for kwargs in ({"enable_thinking": False}, {"chat_template": "{{ 'x' * 99 }}"}):
+        made = chat(client, extra_body={"chat_template_kwargs": kwargs})
+        assert made.usage == chat(client).usage
+    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs"):
+        chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": [1]}})
+
+
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     whole = chat(client, n=2, max_completion_tokens=12, max_tokens=None)
     chunks = list(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import Field
 from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.eventstream import event
 from luthier.api.http.messages import Fault
+from luthier.data.chat import TemplateSettings
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
@@ -52,6 +54,7 @@ class Further(NativeBody):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    chat_template_kwargs: TemplateSettings | None = None
 
 
 def generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
@@ -68,13 +71,13 @@ def generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
     fields = _object(asked.get("additionalModelRequestFields", {}), "additionalModelRequestFields")
     further = parsed_native(Further, fields)
     return GenerationRequest(
-        chat_of(asked),
+        replace(chat_of(asked), template_kwargs=further.chat_template_kwargs or {}),
         max_tokens=config.get("maxTokens"),
         temperature=config.get("temperature", TEMPERATURE),
         top_p=config.get("topP", TOP_P),
         stop=tuple(config.get("stopSequences", ())),
         schema=schema_of(form["structure"]["jsonSchema"]["schema"]) if form else None,
-        **further.model_dump(exclude_none=True),
+        **further.model_dump(exclude_none=True, exclude={"chat_template_kwargs"}),
     )
 
 

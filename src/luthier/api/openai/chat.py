@@ -21,6 +21,7 @@ from luthier.api.openai.generation import (
     usage,
 )
 from luthier.api.openai.protocol import Body, invalid, validate
+from luthier.data.chat import TemplateSettings
 from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -155,6 +156,8 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[ToolSpec], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    chat_template_kwargs: TemplateSettings | None = None
+    """Of vLLM and others: names that the model's template reads, such as ``enable_thinking``."""
 
     def check(self) -> None:
         """Refuse what does not belong together."""
@@ -190,7 +193,7 @@ class ChatRequest(SamplingFields):
             choice = self.tool_choice or "auto"
         tokens = self.max_completion_tokens or self.max_tokens
         return self.request(
-            Chat(turns, tools, choice),
+            Chat(turns, tools, choice, self.chat_template_kwargs or {}),
             max_tokens=tokens,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             schema=self._schema(),

@@ -140,7 +140,7 @@ def collect(
 
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
-    chat = store.chat_format(base)
+    chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
     report = _inspect(recipe, reporter)
     refused = _rules(report, "error")
     rows = _rows(recipe, refused)
