@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
@@ -34,6 +34,8 @@ RATE = "requests_per_second"
 """The one quota that no row is counted for."""
 MOST_DAYS = 36_500
 """For which an API key may last."""
+USER = ("account", "name", "role", "policies", "disabled", "created")
+IAM_ROLE = ("account", "name", "arn", "trust", "policies", "max_session_seconds", "created")
 BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
@@ -113,6 +115,28 @@ def read_document(path: Path) -> Any:
         return read_json(path)
     except CorruptFile as error:
         raise RefusedInput(str(error)) from error
+
+
+def plain_record(row: Any, *names: str) -> Record:
+    """Columns of a row as JSON holds them: moments as text, documents as plain lists and objects."""
+    record: Record = {}
+    for name in names:
+        value = getattr(row, name)
+        if isinstance(value, datetime):
+            value = value.isoformat(timespec="seconds")
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = list(value)
+        record[name] = value
+    return record
+
+
+def print_principals(name: str, columns: Sequence[str], found: list[Record], as_json: bool) -> None:
+    """Print users or IAM roles: a table has the number of their policies, an object the policies."""
+    if not as_json:
+        found = [{**record, "policies": len(record["policies"])} for record in found]
+    print_records(name, columns, found, as_json)
 
 
 def print_outcome(as_json: bool, **values: Any) -> None:
@@ -249,13 +273,8 @@ def list_accounts(database: ServiceDatabase = None, json_: Json = False) -> None
 
     with open_database(database) as service, service.read() as session:
         found = [
-            {
-                "id": account.id,
-                "name": account.name,
-                "disabled": account.disabled,
-                "created": account.created.isoformat(timespec="seconds"),
-                "quotas": accounts.quota_of(session, account.id),
-            }
+            plain_record(account, "id", "name", "disabled", "created")
+            | {"quotas": accounts.quota_of(session, account.id)}
             for account in accounts.accounts(session)
         ]
     print_records("accounts", ("id", "name", "disabled", "created", "quotas"), found, json_)
@@ -398,12 +417,8 @@ def list_users(
     from luthier.store import principals
 
     with open_database(database) as service, service.read() as session:
-        found = [_user_record(user) for user in principals.users(session, account)]
-    if not json_:
-        for record in found:
-            record["policies"] = len(record["policies"])
-    columns = ("account", "name", "role", "policies", "disabled", "created")
-    print_records("users", columns, found, json_)
+        found = [plain_record(user, *USER) for user in principals.users(session, account)]
+    print_principals("users", USER, found, json_)
 
 
 @users_app.command("create")
@@ -421,7 +436,8 @@ def create_user(
     documents = [read_document(path) for path in policy or ()]
     details = audit_details(role=role, policies=documents)
     with audited_write(database, "users.create", account, user, details) as session:
-        record = _user_record(principals.create_user(session, account, user, documents, role))
+        made = principals.create_user(session, account, user, documents, role)
+        record = plain_record(made, *USER)
     if not role and not documents:
         note("  it may do nothing yet: luthier admin users policies")
     print_outcome(json_, **record)
@@ -444,7 +460,7 @@ def set_policies(
     with audited_write(database, "users.policies", account, user, details) as session:
         found = principals.user_of(session, account, user)
         principals.set_policies(session, found, documents, role)
-        record = _user_record(found)
+        record = plain_record(found, *USER)
     print_outcome(json_, **record)
 
 
@@ -484,17 +500,6 @@ def _change_user(action: str, user: str, account: str, database: str | None, as_
     print_outcome(as_json, account=account, user=user, action=action)
 
 
-def _user_record(user: principals.User) -> Record:
-    return {
-        "account": user.account,
-        "name": user.name,
-        "role": user.role,
-        "policies": list(user.policies),
-        "disabled": user.disabled,
-        "created": user.created.isoformat(timespec="seconds"),
-    }
-
-
 @keys_app.command("list")
 def list_keys(
     user: Annotated[str | None, typer.Option(help="Only of this user.")] = None,
@@ -518,12 +523,7 @@ def list_keys(
 def _key_record(user: principals.User, key: principals.AccessKey | principals.ApiKey) -> Record:
     from luthier.store.principals import AccessKey
 
-    record = {
-        "id": key.id,
-        "user": user.name,
-        "disabled": key.disabled,
-        "created": key.created.isoformat(timespec="seconds"),
-    }
+    record = {"id": key.id, "user": user.name, **plain_record(key, "disabled", "created")}
     if isinstance(key, AccessKey):
         return record | {"kind": "access"}
     expires = key.expires and key.expires.isoformat(timespec="seconds")
@@ -610,12 +610,9 @@ def list_iam_roles(
     from luthier.store import principals
 
     with open_database(database) as service, service.read() as session:
-        found = [_role_record(role) for role in principals.iam_roles(session, account)]
-    if not json_:
-        for record in found:
-            record["policies"] = len(record["policies"])
-    columns = ("account", "name", "arn", "policies", "max_session_seconds", "created")
-    print_records("roles", columns, found, json_)
+        found = [plain_record(role, *IAM_ROLE) for role in principals.iam_roles(session, account)]
+    columns = [name for name in IAM_ROLE if name != "trust"]
+    print_principals("roles", columns, found, json_)
 
 
 @iam_roles_app.command("create")
@@ -637,7 +634,7 @@ def create_iam_role(
     details = audit_details(trust=trusted, policies=documents, max_session_seconds=seconds)
     with audited_write(database, "iam-roles.create", account, role, details) as session:
         made = principals.create_role(session, account, role, trusted, documents, seconds)
-        record = _role_record(made)
+        record = plain_record(made, *IAM_ROLE)
     if not documents:
         note("  its sessions may do nothing yet: luthier admin iam-roles update --policy")
     print_outcome(json_, **record)
@@ -664,7 +661,7 @@ def update_iam_role(
     with audited_write(database, "iam-roles.update", account, role, details) as session:
         found = principals.role_of(session, account, role)
         principals.update_role(session, found, trusted, documents, max_session_seconds)
-        record = _role_record(found)
+        record = plain_record(found, *IAM_ROLE)
     print_outcome(json_, **record)
 
 
@@ -678,18 +675,6 @@ def remove_iam_role(
     with audited_write(database, "iam-roles.remove", account, role) as session:
         principals.remove_role(session, principals.role_of(session, account, role))
     print_outcome(json_, account=account, role=role, action="remove")
-
-
-def _role_record(role: principals.IamRole) -> Record:
-    return {
-        "account": role.account,
-        "name": role.name,
-        "arn": role.arn,
-        "trust": dict(role.trust),
-        "policies": list(role.policies),
-        "max_session_seconds": role.max_session_seconds,
-        "created": role.created.isoformat(timespec="seconds"),
-    }
 
 
 @encryption_app.command("rotate")

@@ -15,15 +15,13 @@ Left out: other divergences than the reverse KL, and a reference that moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
 from luthier.objectives.pairs import Pairwise, Sides, answer_lengths
-from luthier.objectives.references import ReferenceCache, reference_logps
-from luthier.types import Example, Loss
+from luthier.objectives.references import ReferenceObjective
+from luthier.types import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class DPO(ReferenceCache, Pairwise):
+class DPO(ReferenceObjective, Pairwise):
     """Raise what people chose above what they rejected, without a reward model."""
 
     method: Literal["dpo"] = "dpo"
@@ -46,21 +44,11 @@ class DPO(ReferenceCache, Pairwise):
     sft_weight: float = Field(default=0.0, ge=0, le=1e6)
     """Weight of the chosen answer's mean negative log-likelihood; 1 in its paper."""
 
-    uses_reference: ClassVar[bool] = True
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing goes with loss_type sigmoid, not {self.loss_type}")
         return self
-
-    def annotate(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> list[TreeBatch]:
-        """Micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
-
-        batches = super().annotate(network, examples, budget)
-        return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""

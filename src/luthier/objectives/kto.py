@@ -20,7 +20,7 @@ from pydantic import Field
 from luthier.data.shapes import Preference, ThumbedReply
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, encode_answer
-from luthier.objectives.references import ReferenceCache, reference_logps
+from luthier.objectives.references import ReferenceObjective, reference_logps
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class KTO(ReferenceCache, Judged):
+class KTO(ReferenceObjective, Judged):
     """Learn from thumbs up and down, answer by answer."""
 
     method: Literal["kto"] = "kto"
@@ -43,7 +43,6 @@ class KTO(ReferenceCache, Judged):
 
     shapes: ClassVar[frozenset[str]] = frozenset({"thumb"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
-    uses_reference: ClassVar[bool] = True
     same_each_epoch: ClassVar[bool] = False
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -81,10 +80,9 @@ class KTO(ReferenceCache, Judged):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Micro-batches with the reference log-probabilities ``[R]`` and ``z`` as ``extra``."""
-
         point = self._reference_point(network, examples, budget)
         batches = super().annotate(network, examples, budget)
-        return [replace(batch, extra=(reference_logps(network, batch), point)) for batch in batches]
+        return [replace(batch, extra=(batch.extra, point)) for batch in batches]
 
     def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""

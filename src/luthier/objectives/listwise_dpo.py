@@ -10,7 +10,6 @@ experiment with it. Left out: ties, which the model cannot say.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,7 +19,7 @@ from pydantic import Field
 from luthier.data.shapes import JudgedAnswers
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, check_different, encode_answer
-from luthier.objectives.references import ReferenceCache, reference_logps
+from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ MOST_ANSWERS = 64
 """Answers of a row; they are computed in one micro-batch."""
 
 
-class ListwiseDPO(ReferenceCache, Judged):
+class ListwiseDPO(ReferenceObjective, Judged):
     """Learn the order in which people like several answers, without a reward model."""
 
     method: Literal["listwise_dpo"] = "listwise_dpo"
@@ -41,7 +40,6 @@ class ListwiseDPO(ReferenceCache, Judged):
     shapes: ClassVar[frozenset[str]] = frozenset({"ranking"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"preference"})
     evaluation_shapes: ClassVar[frozenset[str]] = Judged.evaluation_shapes | {"ranking"}
-    uses_reference: ClassVar[bool] = True
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight on each token of all answers, the same share of 1 on each."""
@@ -66,13 +64,6 @@ class ListwiseDPO(ReferenceCache, Judged):
             replace(side, row=first + place, group=example.row)
             for place, side in enumerate(example.sides)
         ]
-
-    def annotate(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> list[TreeBatch]:
-        """Micro-batches with the reference log-probability ``[R]`` of each answer as ``extra``."""
-        batches = super().annotate(network, examples, budget)
-        return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the rankings.

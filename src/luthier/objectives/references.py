@@ -1,16 +1,17 @@
 """The reference model's view of rows: log-probabilities at the weights a run starts from.
 
 No second network is held: ``network.at_start()`` runs the one that trains at its starting values. What
-it says of a row is asked once (:class:`ReferenceCache`) where rows
-come again, and else in the step itself.
+it says of a row is asked once where rows come again (:class:`~luthier.objectives.capabilities.
+SupportsReferenceCache`), and else in the step itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from luthier.objectives.base import Objective
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -55,11 +56,20 @@ def with_reference_logps(
     return [Example.of_sides([next(known) for _ in example.sides]) for example in examples]
 
 
-class ReferenceCache:
-    """Rows keep what the reference model says of them, where they are read more than once."""
+class ReferenceObjective(Objective):
+    """Base of the objectives that compare answers with what the reference model says of them."""
+
+    uses_reference: ClassVar[bool] = True
 
     def with_reference_logps(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> Sequence[Example]:
         """The rows, all sides of them, with the reference log-probability of the answers."""
         return with_reference_logps(network, examples, budget)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Micro-batches with the reference log-probability ``[R]`` of each row as ``extra``."""
+        batches = super().annotate(network, examples, budget)
+        return [replace(batch, extra=reference_logps(network, batch)) for batch in batches]
