@@ -34,7 +34,7 @@ class AtOnce(Own):
     """The same, with all answers of a batch in one call."""
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         return True
 
 
@@ -92,7 +92,7 @@ def test_a_wrong_number_of_scores_is_an_error() -> None:
         method: str = "short"
 
         @property
-        def batched(self) -> bool:
+        def prefers_batches(self) -> bool:
             return True
 
         def grade(self, answers: Sequence[Answer]) -> list[float]:

@@ -109,5 +109,5 @@ def test_importing_graders_loads_nothing_heavy() -> None:
 
 
 def test_base_is_no_grader() -> None:
-    assert Judge().batched and not Exact().batched
+    assert Judge().prefers_batches and not Exact().prefers_batches
     assert all(issubclass(cls, Grader) for cls in GRADERS.values())

@@ -137,7 +137,7 @@ class Queue:
             job = self.job(job_id)
             if wanted(job):
                 return job
-            if job.state == "Failed" and job.littered:
+            if job.state == "Failed" and job.has_working_files:
                 time.sleep(0.02)
                 continue
             if time.monotonic() > deadline or job.state == "Failed":
@@ -149,7 +149,9 @@ class Queue:
     def ended(self, job_id: str, seconds: float = 60) -> Job:
         """Wait until a job has ended and its files are tidy."""
         done = ("Completed", "Failed", "Stopped")
-        return self.until(job_id, lambda job: job.state in done and not job.littered, seconds)
+        return self.until(
+            job_id, lambda job: job.state in done and not job.has_working_files, seconds
+        )
 
     def kill(self, job_id: str) -> int | None:
         """Kill the worker that has the job, if there is one; its number."""

@@ -171,9 +171,9 @@ def test_what_a_dead_worker_left_of_an_ended_job_is_tidied(queue: Any, luthier_h
         scheduler.tick()
         assert queue.job(job.id).state == "Stopped"
         # Somebody still has the files.
-        assert places[0].exists() and queue.job(job.id).littered
+        assert places[0].exists() and queue.job(job.id).has_working_files
     scheduler.tick()
-    assert not queue.job(job.id).littered
+    assert not queue.job(job.id).has_working_files
     assert [place for place in places if place.exists() or place.parent.exists()] == []
 
 

@@ -119,11 +119,11 @@ def test_a_soft_prompt_of_the_student_is_not_read_by_the_teacher(
     network = pair(tiny_llama(), tiny_llama(seed=4))
     teacher = network.others["teacher"]
     (batch,) = network.batches(examples, 1000)
-    before = objective()._teacher_view(network, batch)(slice(0, 5))[1]
+    before = objective()._distribution(network, batch)(slice(0, 5))[1]
     Prompt(virtual_tokens=3).attach(network.model)
     (batch,) = network.batches(examples, 1000)
     assert len(batch.tree) > len(teacher.batches(examples, 1000)[0].tree) - 1
-    assert torch.equal(objective()._teacher_view(network, batch)(slice(0, 5))[1], before)
+    assert torch.equal(objective()._distribution(network, batch)(slice(0, 5))[1], before)
 
 
 def keep(network: Network, learner: LogitDistillation, rows: list[Example], folder: Path) -> str:

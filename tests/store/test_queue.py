@@ -99,7 +99,12 @@ def test_by_priority_then_by_age(database: Database) -> None:
     taken = [claim(database) for _ in range(5)]
     assert [each and each[0] for each in taken] == [urgent, first, second, low, None]
     job = job_of(database, first)
-    assert (job.state, job.attempts, job.worker, job.littered) == (RUNNING, 1, WORKER, True)
+    assert (job.state, job.attempts, job.worker, job.has_working_files) == (
+        RUNNING,
+        1,
+        WORKER,
+        True,
+    )
     assert job.started is not None and job.lease_ends is not None
     assert len({each[1] for each in taken if each}) == 4
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from luthier.data.sources import meant, refused
+from luthier.data.sources import meant, source_refusal
 from luthier.files import luthier_home, new_file
 
 _PIECE = 1 << 23
@@ -38,11 +38,13 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
         from obstore.store import S3Store
     except ImportError:
         message = "Reading s3:// needs the package obstore, which is not installed."
-        raise refused(address, "file.extra", message, "pip install 'luthier[s3]'.") from None
+        raise source_refusal(address, "file.extra", message, "pip install 'luthier[s3]'.") from None
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         message = "An S3 address names a bucket and a key."
-        raise refused(address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl.")
+        raise source_refusal(
+            address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl."
+        )
     try:
         store = S3Store(bucket, **settings())
         objects = _list_objects(obstore, store, key, address)
@@ -53,7 +55,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
-        raise refused(address, "file.remote", f"S3 could not be read: {said}", fix) from None
+        raise source_refusal(address, "file.remote", f"S3 could not be read: {said}", fix) from None
 
 
 def settings(endpoint: str | None = None) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     below = [each for each in below if each["size"] and not each["path"].endswith("/")]
     if not below:
         message = "There is no object at this address, and none below it."
-        raise refused(address, "file.no_match", message, "Check the bucket and the key.")
+        raise source_refusal(address, "file.no_match", message, "Check the bucket and the key.")
     below.sort(key=lambda each: str(each["path"]))
     start = len(prefix) + 1 if prefix else 0
     chosen = meant([(each["path"][start:], Path(each["path"])) for each in below], address)

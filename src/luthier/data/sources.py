@@ -57,7 +57,7 @@ def files_of(source: Source) -> list[Path]:
     if not wanted:
         what = "only folders" if found else "nothing"
         fix = "Check the pattern; quote it, so that the shell leaves it alone."
-        raise refused(text, "file.no_match", f"The pattern matches {what}.", fix)
+        raise source_refusal(text, "file.no_match", f"The pattern matches {what}.", fix)
     return wanted
 
 
@@ -102,7 +102,7 @@ def _local(address: str) -> str:
     parts = urlsplit(address)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         message = "A file:// address names a path on this machine from its root."
-        raise refused(
+        raise source_refusal(
             address, "file.remote", message, "Write file:///folder/rows.jsonl, or the path."
         )
     return unquote(parts.path)
@@ -131,22 +131,22 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
         others = _join_names(name for name, _ in files)
         message = f"There is no data file in it{f', only {others}' if files else ''}."
         fix = f"Name a file, or a folder with files that end with {', '.join(DATA_ENDINGS)}."
-        raise refused(where, "file.directory", message, fix)
+        raise source_refusal(where, "file.directory", message, fix)
     if len(data) < len(files):
         others = _join_names(name for name, _ in files if not is_data(name))
         message = f"Beside {len(data)} data files it holds {others}."
-        raise refused(where, "file.directory", message, _pattern(where, data[0][0]))
+        raise source_refusal(where, "file.directory", message, _pattern(where, data[0][0]))
     texts = [name for name, _ in data if _is_text(name)]
     if 0 < len(texts) < len(data):
         message = f"It holds rows and plain text: {_join_names(texts)} beside the others."
         rows = next(name for name, _ in data if not _is_text(name))
-        raise refused(where, "file.directory", message, _pattern(where, rows))
+        raise source_refusal(where, "file.directory", message, _pattern(where, rows))
     splits = {_split(name) for name, _ in data} - {""}
     if len(splits) > 1:
         names = _join_names(name for name, _ in data)
         message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
         fix = "Name one of them to train on, and the other as validation data."
-        raise refused(where, "file.directory", message, fix)
+        raise source_refusal(where, "file.directory", message, fix)
     return data
 
 
@@ -177,6 +177,6 @@ def _join_names(names: Iterable[str]) -> str:
     return ", ".join(all_names[:_SHOWN]) + more
 
 
-def refused(source: str, rule: str, message: str, fix: str) -> DataError:
+def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:
     """The refusal of a source as a whole."""
     return DataError([Problem(source, 0, rule, message, fix)])

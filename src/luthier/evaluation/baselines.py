@@ -274,14 +274,15 @@ def _label_methods(
         "always the most frequent label", lambda _: [{"label": frequent}] * len(held), constant=True
     )
 
-    def named(classes: Sequence[int]) -> Answers:
+    def name_classes(classes: Sequence[int]) -> Answers:
         return [{"label": names[index]} for index in classes]
 
     places = {name: place for place, name in enumerate(names)}
     classes = [places[label] for label in labels]
     texts, asked = [row.text for row in train], [row.text for row in held]
     yield _Method(
-        "naive Bayes on words", lambda _: named(naive_bayes(texts, classes, len(names), asked))
+        "naive Bayes on words",
+        lambda _: name_classes(naive_bayes(texts, classes, len(names), asked)),
     )
 
     def by_neighbours(states: States) -> Answers:
@@ -290,7 +291,7 @@ def _label_methods(
     def by_model(fit: Callable[..., LinearModel], states: States) -> Answers:
         targets_N = states.train_NH.new_tensor(classes[: len(states.train_NH)]).long()
         model = fit(states.train_NH, targets_N, len(names))
-        return named(model.scores(states.held_QH).argmax(-1).tolist())
+        return name_classes(model.scores(states.held_QH).argmax(-1).tolist())
 
     for name, answers in (
         (f"{NEIGHBOURS} nearest rows of the base model", by_neighbours),

@@ -162,7 +162,7 @@ class _Cleaning:
 
     def rows(self) -> Iterator[Row]:
         """All rows as edited; refused where one can be neither read nor mended nor left out."""
-        for each in self._edited(self._pass()):
+        for each in self._rows_left(self._pass()):
             yield from (draft.row for draft in each.drafts)
 
     def names(self, selection: Selection) -> list[str]:
@@ -171,14 +171,14 @@ class _Cleaning:
         number = 0
         problems: list[Problem] = []
 
-        def seen(record: Record) -> None:
+        def collect_names(record: Record) -> None:
             check_table(record)
             found.update(dict.fromkeys(record))
 
-        for each in self._edited(self._pass()):
+        for each in self._rows_left(self._pass()):
             for draft in each.drafts:
                 if not selection.why(number):
-                    _try_record(each, draft, seen, problems)
+                    _try_record(each, draft, collect_names, problems)
                 number += 1
         _refuse(problems)
         return list(found)
@@ -197,23 +197,23 @@ class _Cleaning:
         number = 0
         problems: list[Problem] = []
 
-        def put(record: Record) -> None:
+        def write_record(record: Record) -> None:
             check_columns(record, names)
             writer.write(record)
 
-        for each in self._edited(done, book):
+        for each in self._rows_left(done, book):
             book.rows += 1
             reasons = [selection.why(number + at) for at in range(len(each.drafts))]
             stay = [draft for draft, why in zip(each.drafts, reasons, strict=True) if not why]
             if stay:
-                book.changed(each)
+                book.log_change(each)
             for at, why in enumerate(reasons):
                 if why:
                     about = self._about(why, selection, number + at)
-                    book.dropped(each.row.file, each.row.line, why, about)
+                    book.log_drop(each.row.file, each.row.line, why, about)
             number += len(reasons)
             for draft in stay:
-                _try_record(each, draft, put, problems)
+                _try_record(each, draft, write_record, problems)
             summary.rows_out += len(stay)
         _refuse(problems)
         self._check_end(number, selection, summary, book)
@@ -235,7 +235,7 @@ class _Cleaning:
     def _pass(self) -> EditPass:
         return EditPass(self.source, self.columns, self.context, self.on_progress)
 
-    def _edited(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
+    def _rows_left(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
         """Rows that are not left out; of those that are, the log is told."""
         bad: list[Problem] = []
         for each in done:
@@ -249,7 +249,7 @@ class _Cleaning:
             if not refused and book is not None:
                 first = each[0]
                 book.rows += 1
-                book.dropped(first.file, first.line, first.rule, self.rules[first.rule].about)
+                book.log_drop(first.file, first.line, first.rule, self.rules[first.rule].about)
         _refuse(bad + done.refused)
 
     def _about(self, why: str, selection: Selection, number: int) -> str:
@@ -280,14 +280,14 @@ class _ChangeLog:
         self.changes: Counter[str] = Counter()
         self.drops: Counter[str] = Counter()
 
-    def changed(self, each: EditedRow) -> None:
+    def log_change(self, each: EditedRow) -> None:
         """A row that stays, with what the edits did."""
         self.kept += 1
         for name, detail in each.done:
             self.changes[name] += 1
             self._line(each.row.file, each.row.line, "changed", name, detail)
 
-    def dropped(self, file: str, line: int, rule: str, detail: str) -> None:
+    def log_drop(self, file: str, line: int, rule: str, detail: str) -> None:
         """A row that goes."""
         self.drops[rule] += 1
         self._line(file, line, "dropped", rule, detail)
@@ -389,7 +389,7 @@ class EditPass:
                 yield from _by_line(bad)
                 continue
             try:
-                yield self._edited(row)
+                yield self._edit(row)
             except RowRefused as error:
                 self.refused.append(error.at(row.file, row.line))
         yield from _by_line(self._take_problems())
@@ -399,7 +399,7 @@ class EditPass:
         self.reader.problems.clear()
         return problems
 
-    def _edited(self, row: Row) -> EditedRow:
+    def _edit(self, row: Row) -> EditedRow:
         given = self.reader.checker.given
         drafts = [RowDraft(row, extra_keys(row, given, self.reader.checker.form))]
         done = []

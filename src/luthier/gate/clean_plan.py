@@ -75,7 +75,7 @@ class CleaningPlan(Part):
         raise RecipeError("; ".join(dict.fromkeys(lines)))
 
     @model_validator(mode="after")
-    def _checked(self) -> Self:
+    def _check(self) -> Self:
         if not (self.edits or self.dropped or self.refused or self.balance):
             raise ValueError(
                 "nothing is asked for; choose from --strip, --redact, --split-long, --truncate, "

@@ -124,7 +124,7 @@ class Grader(BaseModel):
         return True
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """Whether :meth:`grade` gains from many answers at once (an endpoint, a network)."""
         return False
 

@@ -49,7 +49,7 @@ class Code(Grader):
         return value
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """As many sandboxes at once as there are cores."""
         return True
 

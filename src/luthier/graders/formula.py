@@ -61,9 +61,9 @@ class Multi(Grader):
         return False
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """When one of the graders is."""
-        return self._mix.batched
+        return self._mix.prefers_batches
 
     @property
     def models(self) -> frozenset[str]:

@@ -59,7 +59,11 @@ def grade_answers(
     if not grader.limited:
         scores, troubles = attempt(grader, answers)
     else:
-        groups = [answers] if grader.batched else [answers[i : i + 1] for i in range(len(answers))]
+        groups = (
+            [answers]
+            if grader.prefers_batches
+            else [answers[i : i + 1] for i in range(len(answers))]
+        )
         scores, troubles = _grade_within(grader, [group for group in groups if group], time_limit_s)
     problems = [
         Problem(answers[i].row.file, answers[i].row.line, t.rule, t.message, t.fix)

@@ -124,12 +124,14 @@ Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]
 def _with_deadline(check: Keyword) -> Keyword:
     """A keyword that ends with the time of the reply."""
 
-    def timed(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any] | None:
+    def check_in_time(
+        validator: Any, value: Any, instance: Any, schema: Any
+    ) -> Iterator[Any] | None:
         if time.monotonic() > _deadline.get():
             raise TimeoutError(f"the schema took more than {TIME_LIMIT_S:g} s on this reply")
         return check(validator, value, instance, schema)
 
-    return timed
+    return check_in_time
 
 
 def _unique(validator: Any, unique: bool, instance: Any, schema: Any) -> Iterator[Any]:

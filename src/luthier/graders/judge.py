@@ -76,7 +76,7 @@ class Judge(ModelSpec, Grader):
         return self
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """All answers of a batch are asked for at once."""
         return True
 

@@ -49,9 +49,9 @@ class Mix(Grader):
         )
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """When one of the parts is."""
-        return any(part.batched for part in self.parts.values())
+        return any(part.prefers_batches for part in self.parts.values())
 
     @property
     def models(self) -> frozenset[str]:

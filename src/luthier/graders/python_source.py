@@ -86,7 +86,7 @@ class SandboxedFunction(Grader):
         return False
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """As many sandboxes at once as there are cores."""
         return True
 

@@ -37,7 +37,7 @@ class Reward(Grader):
         return False
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """All answers of a batch are read at once."""
         return True
 

@@ -65,7 +65,7 @@ class ScoreModel(ModelSpec, Grader):
         return self.range[0] >= 0 and self.range[1] <= 1
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """All answers of a batch are asked for at once."""
         return True
 

@@ -141,4 +141,4 @@ def tidy(database: Database, job: Job, folders: JobFolders) -> None:
     with database.write() as session:
         found = session.get(Job, job.seq)
         if found is not None:
-            found.littered = False
+            found.has_working_files = False

@@ -154,7 +154,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             quotas = quotas_of(session, found.account, self.quotas)
             storage.check(session, found.account, quotas, stored_bytes=chosen.size)
         need_disk(self.folders.model, chosen.size + (64 << 20), "copying the model")
-        with new_folder(self.folders.model) as fresh, self._working(fresh) as plain:
+        with new_folder(self.folders.model) as fresh, self._working_folder(fresh) as plain:
             accepted = self._try(found, chosen, plain)
             if plain != fresh:
                 save_plain(plain, fresh)
@@ -170,7 +170,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         return changes, {"kind": accepted.manifest.kind}
 
     @contextmanager
-    def _working(self, fresh: Path) -> Iterator[Path]:
+    def _working_folder(self, fresh: Path) -> Iterator[Path]:
         """Where the model is copied to and tried: ``fresh``, or memory where the store is encrypted."""
         if keys_for(fresh) is None:
             yield fresh

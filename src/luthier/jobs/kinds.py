@@ -58,12 +58,12 @@ class Kind:
 def _prepare_jobs(database: Database) -> None:
     """Tidy what workers left that died as their jobs ended, and estimate the memory of new jobs."""
     with database.read() as session:
-        left = select(Job).where(Job.littered, Job.state.in_(ENDED), Job.lease.is_(None))
-        littered = list(session.scalars(left))
+        left = select(Job).where(Job.has_working_files, Job.state.in_(ENDED), Job.lease.is_(None))
+        untidy = list(session.scalars(left))
         new = select(Job).where(Job.state == QUEUED, Job.memory == 0)
         new = new.order_by(Job.priority.desc(), Job.turn, Job.seq).limit(ESTIMATES)
         unknown = list(session.scalars(new))
-    for job in littered:
+    for job in untidy:
         folders = JobFolders(job.id)
         with folders.hold() as free:
             if free:

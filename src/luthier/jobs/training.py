@@ -125,7 +125,7 @@ class TrainingWorker(Worker[Job, Locations]):
         """Take away the lock that was made here after the job had ended and was tidied."""
         with self.database.read() as session:
             job = session.scalars(select(Job).where(Job.id == self.row_id)).first()
-        if job is None or (job.state in ENDED and not job.littered):
+        if job is None or (job.state in ENDED and not job.has_working_files):
             self.folders.drop_working_files()
 
     def work(self, row: Job) -> int:

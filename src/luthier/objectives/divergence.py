@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from luthier.models.network import TreeBatch
     from luthier.objectives.logprobs import Compare
 
-Given = Callable[[slice], tuple[Tensor | None, Tensor]]
+Distribution = Callable[[slice], tuple[Tensor | None, Tensor]]
 """What the teacher says at a slice of the positions: log-probabilities of all tokens, ``(None,
 [C, V'])``, or token ids ``[C, k]`` and log-probabilities ``[C, k + 1]``, the last of all others."""
 
@@ -53,7 +53,7 @@ class Divergence:
     """Weight of the teacher in the mixture of ``jsd``."""
     temperature: float
 
-    def compare(self, batch: TreeBatch, given: Given, mix: float = 0.0) -> Compare:
+    def compare(self, batch: TreeBatch, distribution: Distribution, mix: float = 0.0) -> Compare:
         """``mix`` times the cross-entropy of the data, and the rest this divergence; summed.
 
         A position counts with the weights of all tokens that are learned from it.
@@ -69,7 +69,7 @@ class Divergence:
             if mix:
                 total, hard_CV = hard(rows, edges, logits_CV.clone(), gradient)
             scale_C = scale_S[rows]
-            value_C, grad_CV = self.between(logits_CV, *given(rows), gradient)
+            value_C, grad_CV = self.between(logits_CV, *distribution(rows), gradient)
             soft = (value_C * scale_C).sum(dtype=torch.float64) * self.temperature**2
             total = mix * total + (1 - mix) * soft
             if grad_CV is not None:
@@ -85,8 +85,8 @@ class Divergence:
     ) -> tuple[Tensor, Tensor | None]:
         """Divergence at each position ``[C]``, and its gradient by the student's ``logits / T``.
 
-        ``ids_CK`` and ``teacher`` are what :data:`Given` gives; both may be overwritten. Where the
-        teacher has fewer tokens than the student, the student's others are left out of its
+        ``ids_CK`` and ``teacher`` are what :data:`Distribution` gives; both may be overwritten. Where
+        the teacher has fewer tokens than the student, the student's others are left out of its
         distribution: embeddings are often padded.
         """
         if self.temperature != 1:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from luthier.models.network import Network, TreeBatch
-    from luthier.objectives.divergence import Given
+    from luthier.objectives.divergence import Distribution
 
 
 class LogitDistillation(Distillation):
@@ -67,13 +67,13 @@ class LogitDistillation(Distillation):
         from luthier.objectives.divergence import CHUNK
         from luthier.objectives.logprobs import chunked_loss
 
-        compare = self.distance.compare(batch, self._teacher_view(network, batch), self.mix)
+        compare = self.distance.compare(batch, self._distribution(network, batch), self.mix)
         return Loss(chunked_loss(network, batch, compare, CHUNK))
 
-    def _teacher_view(self, network: Network, batch: TreeBatch) -> Given:
+    def _distribution(self, network: Network, batch: TreeBatch) -> Distribution:
         from luthier.objectives.teacher import whole_distribution
 
         if network.cache is not None:
-            found: Given = network.cache.given(batch)
+            found: Distribution = network.cache.distribution(batch)
             return found
         return whole_distribution(network, network.others["teacher"], batch, self.temperature)

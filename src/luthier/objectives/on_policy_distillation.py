@@ -124,8 +124,8 @@ class OnPolicyDistillation(Distillation):
         from luthier.objectives.teacher import whole_distribution
 
         teacher = network.others["teacher"]
-        given = whole_distribution(network, teacher, batch, self.temperature)
-        return Loss(chunked_loss(network, batch, self.distance.compare(batch, given), CHUNK))
+        distribution = whole_distribution(network, teacher, batch, self.temperature)
+        return Loss(chunked_loss(network, batch, self.distance.compare(batch, distribution), CHUNK))
 
     def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The first answers of the step."""

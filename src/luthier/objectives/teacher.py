@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.models.network import Network, TreeBatch
-    from luthier.objectives.divergence import Given
+    from luthier.objectives.divergence import Distribution
     from luthier.types import Example, IntArray
 
 _IDS, _LOGP, _DONE = "teacher-ids.bin", "teacher-logp.bin", "teacher.json"
@@ -39,7 +39,7 @@ _IDS, _LOGP, _DONE = "teacher-ids.bin", "teacher-logp.bin", "teacher.json"
 @torch.no_grad()
 def whole_distribution(
     network: Network, teacher: Network, batch: TreeBatch, temperature: float
-) -> Given:
+) -> Distribution:
     """The teacher's log-probabilities of all tokens at the positions of ``batch``.
 
     The teacher reads the rows here, one micro-batch at a time: the states of all rows of a measurement
@@ -52,11 +52,11 @@ def whole_distribution(
     states_SH = states_SH[place_S]
     shared = min(len(network.head_VH), len(teacher.head_VH))
 
-    def given(rows: slice) -> tuple[None, torch.Tensor]:
+    def distribution(rows: slice) -> tuple[None, torch.Tensor]:
         logits_CV = scores(states_SH[rows], teacher.head_VH, teacher.head_bias_V, temperature)
         return None, logits_CV[:, :shared].log_softmax(-1)
 
-    return given
+    return distribution
 
 
 class TopK:
@@ -126,7 +126,7 @@ class TopK:
         logp_MB.flush()
         write_json(self._folder / _DONE, {"key": self._key, "k": self.k, "bytes": self.bytes})
 
-    def given(self, batch: TreeBatch) -> Given:
+    def distribution(self, batch: TreeBatch) -> Distribution:
         """What was kept, at the positions of ``batch``."""
         ids_MK, logp_MB = self._open("r")
         slot_M, device = self._slots(batch), batch.source_S.device

@@ -118,7 +118,7 @@ class ConfinedGrader(Grader):
         return self.grader.bounded
 
     @property
-    def batched(self) -> bool:
+    def prefers_batches(self) -> bool:
         """All answers are sent at once."""
         return True
 

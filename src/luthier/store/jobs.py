@@ -98,7 +98,7 @@ class Job(QueuedWork, Base):
     """Seconds that workers spent on it."""
     time_limit: Mapped[int | None]
     """Seconds of work after which it is stopped and failed."""
-    littered: Mapped[bool] = mapped_column(default=False)
+    has_working_files: Mapped[bool] = mapped_column(default=False)
     """Whether working files of it may be on disk."""
     created: Mapped[datetime]
     modified: Mapped[datetime]
@@ -125,7 +125,7 @@ class Job(QueuedWork, Base):
             attempts=self.attempts + 1,
             lease=lease,
             lease_ends=moment + self.lease_time,
-            littered=True,
+            has_working_files=True,
             started=self.started or moment,
             worker=dict(worker),
         )

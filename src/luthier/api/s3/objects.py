@@ -139,11 +139,13 @@ def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """An object, or a range of it."""
     asked = request.headers.get("range")
 
-    def wanted(found: StoredObject) -> tuple[int, int]:
+    def choose_range(found: StoredObject) -> tuple[int, int]:
         check_read(request.headers, found)
         return span(asked, found.size) or (0, found.size)
 
-    found, pieces = stores.objects.open_range(request.account, request.bucket, request.key, wanted)
+    found, pieces = stores.objects.open_range(
+        request.account, request.bucket, request.key, choose_range
+    )
     status, headers = _status_and_headers(request, found)
     return Response(status, pieces, headers)
 

@@ -210,12 +210,12 @@ class Duplicates(Check):
         if not self._apart:
             leaks.set_rows(rows_S)
 
-        def wanted(one_P: Any, other_P: Any) -> Any:
+        def is_wanted(one_P: Any, other_P: Any) -> Any:
             same_P = apart_S[one_P] == apart_S[other_P]
             same_P &= ~(near.together(one_P, other_P) | numbers.together(one_P, other_P))
             return same_P if self._apart else same_P | leaks.is_wanted(one_P, other_P)
 
-        def found(one_P: Any, other_P: Any) -> None:
+        def add_pairs(one_P: Any, other_P: Any) -> None:
             if not self._apart:
                 leaks.add_pairs(one_P, other_P)
             copy_P = apart_S[one_P] == apart_S[other_P]
@@ -224,7 +224,7 @@ class Duplicates(Check):
             numbers.join(one_P[filled_P], other_P[filled_P])
             near.join(one_P[~filled_P], other_P[~filled_P])
 
-        self._wholes.find(combine_keys(apart_S, whole_S), wanted, found)
+        self._wholes.find(combine_keys(apart_S, whole_S), is_wanted, add_pairs)
         # Only the first of rows with one text was compared; the others are as near as it is.
         _join_equal(near, combine_keys(apart_S, whole_S))
         return near, numbers

@@ -184,7 +184,7 @@ def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) ->
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
     path = journal_path(identity, f"judge-{judge.model}")
 
-    def asked(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
+    def ask(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
         keys = [key_of(identity, each, settings) for each in conversations]
         failed: dict[str, Failure] = {}
         with Journal.open(path) as journal:
@@ -204,7 +204,7 @@ def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) ->
                         journal.append(key, Reply(answer, "unknown"))
             return [failed[key] if key in failed else journal.replies[key].text for key in keys]
 
-    return asked
+    return ask
 
 
 def _identity(judge: ModelSpec) -> Mapping[str, Any]:

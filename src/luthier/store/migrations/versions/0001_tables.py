@@ -163,7 +163,7 @@ def upgrade() -> None:
         sa.Column("cores", sa.Integer(), nullable=False),
         sa.Column("worked", sa.Double(), nullable=False),
         sa.Column("time_limit", sa.Integer(), nullable=True),
-        sa.Column("littered", sa.Boolean(), nullable=False),
+        sa.Column("has_working_files", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("modified", Moment(), nullable=False),
         sa.Column("started", Moment(), nullable=True),
