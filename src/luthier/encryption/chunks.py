@@ -21,7 +21,6 @@ import secrets
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from luthier.encryption.keys import Keyring
@@ -99,12 +98,7 @@ class SealedReader:
     def __enter__(self) -> SealedReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def pieces(self, start: int = 0, length: int | None = None) -> Iterator[bytes]:
