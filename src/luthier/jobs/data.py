@@ -20,7 +20,7 @@ from luthier.store.jobs import Job
 _SOURCES = "sources.json"
 
 
-class Locations(Protocol):
+class JobLocations(Protocol):
     """Reads and writes what addresses name, with the rights of an account."""
 
     def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
@@ -73,7 +73,7 @@ class JobData:
         return str(self.folder / (names[0] if len(names) == 1 else part))
 
 
-def fetch_data(job: Job, folders: JobFolders, locations: Locations) -> JobData:
+def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobData:
     """The data of ``job``, fetched unless they are here: a job never sees other rows when it goes on.
 
     Raises:
@@ -114,7 +114,7 @@ def _check_lines(data: JobData) -> None:
         raise DataError(problems)
 
 
-def _fetch(job: Job, folder: Path, locations: Locations) -> None:
+def _fetch(job: Job, folder: Path, locations: JobLocations) -> None:
     addresses: dict[str, str] = {}
 
     def take(uri: str, part: str, count: int) -> list[str]:

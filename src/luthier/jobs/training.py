@@ -31,7 +31,7 @@ from luthier.errors import (
 )
 from luthier.files import folder_size, verify, waits_for_disk
 from luthier.jobs import outputs
-from luthier.jobs.data import JobData, Locations, fetch_data
+from luthier.jobs.data import JobData, JobLocations, fetch_data
 from luthier.jobs.folders import JobFolders, run_name, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
@@ -110,7 +110,7 @@ class JobHeartbeat(Heartbeat):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-class TrainingWorker(Worker[Job, Locations]):
+class TrainingWorker(Worker[Job, JobLocations]):
     """Trains one customization job."""
 
     table = Job
