@@ -191,15 +191,15 @@ class ChatModel:
 
 
 def writer_of(
-    asked: ChatModel, role: str, sampling: SamplingSpec, note: Callable[[str], None]
+    model: ChatModel, role: str, sampling: SamplingSpec, note: Callable[[str], None]
 ) -> Writer:
-    """``asked`` as a function; after an outage, what got no answer has a :class:`Failure`."""
+    """``model`` as a function; after an outage, what got no answer has a :class:`Failure`."""
 
     def write(conversations: Conversations) -> list[str | Failure]:
         outcomes: dict[int, Reply | Failure] = {}
         lost = Failure(f"{role}.failed", "no answer came")
         try:
-            asked.ask(conversations, sampling, outcomes.__setitem__, note)
+            model.ask(conversations, sampling, outcomes.__setitem__, note)
         except RefusedInput:  # a wrong key, an unknown model: nothing that another row could mend
             raise
         except LuthierError as error:

@@ -44,8 +44,8 @@ def find_data(
     from luthier.jobs.deletion import DeletionRequest
 
     with open_database(database) as service:
-        asked = DeletionRequest(account, operator(), tuple(data or ()), job, "delete")
-        traces, items = _deletions(service, "us-east-1", external).find(asked)
+        deletion = DeletionRequest(account, operator(), tuple(data or ()), job, "delete")
+        traces, items = _deletions(service, "us-east-1", external).find(deletion)
         rows = [asdict(item) for item in items]
         names = {
             "jobs": [each.name for each in traces.jobs],
@@ -86,9 +86,9 @@ def delete_data(
     if models not in ("refuse", "keep", "delete"):
         raise RefusedInput(f"--models {models}: write refuse, keep or delete")
     chosen: Any = models
-    asked = DeletionRequest(account, operator(), tuple(data or ()), job, chosen, address="local")
+    deletion = DeletionRequest(account, operator(), tuple(data or ()), job, chosen, address="local")
     with open_database(database) as service:
-        _print_certificate(_deletions(service, region, external).delete(asked), json_)
+        _print_certificate(_deletions(service, region, external).delete(deletion), json_)
 
 
 @data_app.command("certificate")

@@ -75,8 +75,8 @@ def generate(
         return
     started = time.monotonic()
     with show_progress(len(prompts), "generate", json_) as done:
-        asked = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
-        replies = generator.replies(asked, sampling, done=done)
+        questions = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
+        replies = generator.replies(questions, sampling, done=done)
     text = "".join(
         json.dumps({"prompt": prompt, "completion": reply}, ensure_ascii=False) + "\n"
         for prompt, reply in zip(prompts, replies, strict=True)

@@ -188,9 +188,9 @@ def grade(
 
 def _answers(
     rows: Sequence[Row],
-    asked: Sequence[Sequence[Message]],
+    conversations: Sequence[Sequence[Message]],
     replies: Sequence[str],
     expected: Sequence[str | None],
 ) -> list[Answer]:
-    each = zip(asked, replies, expected, rows, strict=True)
+    each = zip(conversations, replies, expected, rows, strict=True)
     return [Answer(messages, reply, wanted, row) for messages, reply, wanted, row in each]

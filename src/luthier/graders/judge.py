@@ -117,8 +117,8 @@ class Judge(ModelSpec, Grader):
 
     def rehearse(self) -> str:
         """Have a sum judged: whether there is a model, takes the key, and gives scores at all."""
-        asked = (Message("user", "What is 2 + 2?"),)
-        answer = Answer(asked, "2 + 2 is 4.", "4", Row("a trial", 0))
+        question = (Message("user", "What is 2 + 2?"),)
+        answer = Answer(question, "2 + 2 is 4.", "4", Row("a trial", 0))
         (verdict,) = self.verdicts([self.question(answer)])
         if isinstance(verdict, Failure):
             raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
@@ -140,14 +140,16 @@ class Judge(ModelSpec, Grader):
             raise Ungraded(scores, troubles)
         return scores
 
-    def verdicts(self, asked: Sequence[Sequence[Message]]) -> Sequence[str | Failure]:
+    def verdicts(self, conversations: Sequence[Sequence[Message]]) -> Sequence[str | Failure]:
         """What the judge says to each conversation, all asked at once."""
         self.check()
         if self.writer is None:
             raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
-        verdicts = self.writer([list(each) for each in asked])
-        if len(verdicts) != len(asked):
-            raise ValueError(f"the judge gave {len(verdicts)} verdicts for {len(asked)} answers")
+        verdicts = self.writer([list(each) for each in conversations])
+        if len(verdicts) != len(conversations):
+            raise ValueError(
+                f"the judge gave {len(verdicts)} verdicts for {len(conversations)} answers"
+            )
         return verdicts
 
     def question(self, answer: Answer) -> list[Message]:

@@ -39,9 +39,9 @@ class Ruler(Judge):
 
     def rehearse(self) -> str:
         """Have two replies compared: whether there is a model, takes the key, and tells them apart."""
-        asked = (Message("user", "What is 2 + 2?"),)
+        question = (Message("user", "What is 2 + 2?"),)
         row = Row("a trial", 0)
-        pair = [Answer(asked, reply, "4", row) for reply in ("2 + 2 is 4.", "2 + 2 is 7.")]
+        pair = [Answer(question, reply, "4", row) for reply in ("2 + 2 is 4.", "2 + 2 is 7.")]
         (verdict,) = self.verdicts([self.comparison(pair)])
         if isinstance(verdict, Failure):
             raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
@@ -60,12 +60,12 @@ class Ruler(Judge):
         for index, answer in enumerate(answers):
             replies = groups.setdefault((answer.row.file, answer.row.line), {})
             replies.setdefault(answer.reply, []).append(index)
-        asked = [
+        comparisons = [
             self.comparison([answers[places[0]] for places in replies.values()])
             for replies in groups.values()
         ]
         scores, troubles = [math.nan] * len(answers), dict[int, Trouble]()
-        for replies, verdict in zip(groups.values(), self.verdicts(asked), strict=True):
+        for replies, verdict in zip(groups.values(), self.verdicts(comparisons), strict=True):
             found = parse_scores("" if isinstance(verdict, Failure) else verdict, len(replies))
             for score, places in zip(found, replies.values(), strict=True):
                 for index in places:

@@ -90,19 +90,21 @@ class Deletions:
         self.database, self.arns, self.objects = database, arns, objects
         self.external, self.forget_model = external, forget_model
 
-    def find(self, asked: DeletionRequest) -> tuple[Traces, list[DeletionItem]]:
+    def find(self, deletion: DeletionRequest) -> tuple[Traces, list[DeletionItem]]:
         """What there is of the data, and each thing that would go; nothing is changed.
 
         Raises:
             RefusedInput: for what is no address, or where there is nothing of it.
         """
         with self.database.read() as session:
-            traces = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
-        return traces, list(_items(traces, asked))
+            traces = find_traces(
+                session, deletion.account, deletion.addresses, deletion.job, self.external
+            )
+        return traces, list(_items(traces, deletion))
 
     def delete(
         self,
-        asked: DeletionRequest,
+        deletion: DeletionRequest,
         permit: Callable[[str, str], None] = lambda action, resource: None,
     ) -> dict[str, Any]:
         """Delete the data and look for them again; the certificate.
@@ -116,39 +118,39 @@ class Deletions:
                 is not to go learned from them.
             LuthierError: where something is still there afterwards; what is gone is in the log.
         """
-        remove_orphans(self.database, self.objects, asked.account)
-        traces, items = self.find(asked)
-        for action, resource in self._actions(traces, asked):
+        remove_orphans(self.database, self.objects, deletion.account)
+        traces, items = self.find(deletion)
+        for action, resource in self._actions(traces, deletion):
             permit(action, resource)
-        self._check(traces, items, asked)
+        self._check(traces, items, deletion)
         number = random_id(20, SMALL)
         about = {
             "data": list(traces.addresses),
-            "jobs": [job.id for job in _affected_jobs(traces, asked)],
-            "models_kept": [model.name for model in _kept_models(traces, asked)],
+            "jobs": [job.id for job in _affected_jobs(traces, deletion)],
+            "models_kept": [model.name for model in _kept_models(traces, deletion)],
             "outside": list(traces.outside),
         }
         files = [piece.id for each in traces.objects for piece in each.pieces]
-        self._record(number, BEGUN, asked, items, about, files=files)
-        if asked.models == "delete":
+        self._record(number, BEGUN, deletion, items, about, files=files)
+        if deletion.models == "delete":
             self._delete_models(traces)
-        for job in _affected_jobs(traces, asked):
+        for job in _affected_jobs(traces, deletion):
             _delete_files(job)
-        forget(asked.account, {run_name(job.id) for job in _affected_jobs(traces, asked)})
-        self._delete_texts(_affected_jobs(traces, asked))
-        self._delete_objects(traces, asked.account)
-        left = self._remaining(asked, items, traces)
+        forget(deletion.account, {run_name(job.id) for job in _affected_jobs(traces, deletion)})
+        self._delete_texts(_affected_jobs(traces, deletion))
+        self._delete_objects(traces, deletion.account)
+        left = self._remaining(deletion, items, traces)
         if not self.database.scrub():
             left.append("the log of the database, which is in use")
         self._record(
-            number, DONE, asked, [each for each in items if each.name not in left], about, left
+            number, DONE, deletion, [each for each in items if each.name not in left], about, left
         )
         if left:
             raise LuthierError(
                 f"deletion {number}: {len(left)} of {len(items)} things are still there, first "
                 f"{min(left)}; ask again"
             )
-        return self.certificate(asked.account, number)
+        return self.certificate(deletion.account, number)
 
     def certificate(self, account: str, number: str) -> dict[str, Any]:
         """What the audit log says of a deletion.
@@ -157,13 +159,13 @@ class Deletions:
             RefusedInput: where the account has none of this number.
         """
         resource = self.arns.of(account, "data-deletion", number)
-        wanted = select(AuditEntry).where(
+        query = select(AuditEntry).where(
             AuditEntry.account == account,
             AuditEntry.resource == resource,
             AuditEntry.action == DONE,
         )
         with self.database.read() as session:
-            entries = session.scalars(wanted.order_by(AuditEntry.seq)).all()
+            entries = session.scalars(query.order_by(AuditEntry.seq)).all()
         if not entries:
             raise RefusedInput(f"there is no deletion {number!r}")
         first = entries[0]
@@ -180,25 +182,27 @@ class Deletions:
             "audit": [{"seq": entry.seq, "hash": entry.hash} for entry in entries],
         }
 
-    def _actions(self, traces: Traces, asked: DeletionRequest) -> Iterator[tuple[str, str]]:
+    def _actions(self, traces: Traces, deletion: DeletionRequest) -> Iterator[tuple[str, str]]:
         """Actions and ARNs by which the other faces delete what goes here."""
         for each in traces.objects:
             action = "s3:DeleteObject" if each.upload is None else "s3:AbortMultipartUpload"
             yield action, object_arn(each.bucket, each.key)
             if each.bucket == UPLOADS:
-                file = self.arns.openai(asked.account, "file", each.key)
+                file = self.arns.openai(deletion.account, "file", each.key)
                 yield "luthier:openai.files.delete", file
-        for model in traces.models if asked.models == "delete" else ():
+        for model in traces.models if deletion.models == "delete" else ():
             yield "bedrock:DeleteCustomModel", model.arn(self.arns)
 
-    def _check(self, traces: Traces, items: Sequence[DeletionItem], asked: DeletionRequest) -> None:
+    def _check(
+        self, traces: Traces, items: Sequence[DeletionItem], deletion: DeletionRequest
+    ) -> None:
         if not (items or traces.jobs or traces.objects):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
-        reading = [job for job in traces.unfinished if job in _affected_jobs(traces, asked)]
+        reading = [job for job in traces.unfinished if job in _affected_jobs(traces, deletion)]
         if reading:
             names = ", ".join(job.name for job in reading)
             raise WrongState(f"jobs that have not ended read these data: {names}. Stop them first")
-        if traces.models and asked.models == "refuse":
+        if traces.models and deletion.models == "refuse":
             names = ", ".join(model.name for model in traces.models)
             raise WrongState(
                 f"models learned from these data: {names}. Nothing was deleted; say whether they are "
@@ -209,7 +213,7 @@ class Deletions:
         self,
         number: str,
         action: str,
-        asked: DeletionRequest,
+        deletion: DeletionRequest,
         items: Sequence[DeletionItem],
         about: Mapping[str, Any],
         left: Sequence[str] = (),
@@ -227,12 +231,12 @@ class Deletions:
             }
             if named := list(files[start : start + _AT_ONCE]):
                 details[FILES] = named
-            resource = self.arns.of(asked.account, "data-deletion", number)
+            resource = self.arns.of(deletion.account, "data-deletion", number)
             outcome = "Incomplete" if left else "ok"
             events.append(
                 Event(
-                    action, resource, outcome, asked.account, asked.user, asked.request_id,
-                    asked.address, details,
+                    action, resource, outcome, deletion.account, deletion.user, deletion.request_id,
+                    deletion.address, details,
                 )
             )  # fmt: skip
         with self.database.write() as session:
@@ -270,17 +274,19 @@ class Deletions:
                 self.objects.delete(account, each.bucket, [each.key])
 
     def _remaining(
-        self, asked: DeletionRequest, items: Sequence[DeletionItem], traces: Traces
+        self, deletion: DeletionRequest, items: Sequence[DeletionItem], traces: Traces
     ) -> list[str]:
         """Names of what is still there: looked for in the database, and on the disk."""
         with self.database.read() as session:
-            again = find_traces(session, asked.account, asked.addresses, asked.job, self.external)
-        left = [item.name for item in _items(again, asked)]
+            again = find_traces(
+                session, deletion.account, deletion.addresses, deletion.job, self.external
+            )
+        left = [item.name for item in _items(again, deletion)]
         files = (luthier_home() / item.name for item in items if item.kind in ("job", "model"))
         left += [path.relative_to(luthier_home()).as_posix() for path in files if path.exists()]
         stored = self.objects.files
         for name, path in (
-            (each.address, stored.path(asked.account, piece.id))
+            (each.address, stored.path(deletion.account, piece.id))
             # As they were found at first: no row names their files now.
             for each in (*traces.objects, *again.objects)
             for piece in each.pieces
@@ -290,28 +296,28 @@ class Deletions:
         return sorted(set(left))
 
 
-def _affected_jobs(traces: Traces, asked: DeletionRequest) -> tuple[Job, ...]:
+def _affected_jobs(traces: Traces, deletion: DeletionRequest) -> tuple[Job, ...]:
     """Jobs whose files go: also of those that learned through a model, where the models go."""
-    return (*traces.jobs, *(traces.further if asked.models == "delete" else ()))
+    return (*traces.jobs, *(traces.further if deletion.models == "delete" else ()))
 
 
-def _kept_models(traces: Traces, asked: DeletionRequest) -> tuple[Any, ...]:
-    return () if asked.models == "delete" else traces.models
+def _kept_models(traces: Traces, deletion: DeletionRequest) -> tuple[Any, ...]:
+    return () if deletion.models == "delete" else traces.models
 
 
-def _items(traces: Traces, asked: DeletionRequest) -> Iterator[DeletionItem]:
+def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
     for each in traces.objects:
         for piece in each.pieces:
             part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
             yield DeletionItem("object", f"{each.address}{part}", piece.size, piece.sha256)
-    for job in _affected_jobs(traces, asked):
+    for job in _affected_jobs(traces, deletion):
         for path in files_of(job):
             yield _file("job", path)
-        if asked.models == "delete" and job.result is not None:
+        if deletion.models == "delete" and job.result is not None:
             for name in model_files(str(job.result["stored_id"])):
                 yield _file("model", luthier_home() / name)
-    runs = {run_name(job.id) for job in _affected_jobs(traces, asked)}
-    for path, size, digest in lines_of_runs(asked.account, runs):
+    runs = {run_name(job.id) for job in _affected_jobs(traces, deletion)}
+    for path, size, digest in lines_of_runs(deletion.account, runs):
         yield DeletionItem("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
 
 

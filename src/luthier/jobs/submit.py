@@ -93,7 +93,7 @@ class Submission:
 
 
 def submit(
-    session: Session, asked: Submission, arns: Arns, limits: AccountQuotas | None = None
+    session: Session, submission: Submission, arns: Arns, limits: AccountQuotas | None = None
 ) -> Job:
     """Put a job into the queue and reserve the name of its model, in the caller's transaction.
 
@@ -103,40 +103,40 @@ def submit(
         RecipeError: for settings that no recipe can have.
     """
     limits = limits or AccountQuotas()
-    lock_by_name(session, f"submit {asked.account}")
-    _check_names(session, asked)
-    _check_quota(session, asked.account, limits)
+    lock_by_name(session, f"submit {submission.account}")
+    _check_names(session, submission)
+    _check_quota(session, submission.account, limits)
     job_id, moment = new_id(), now()
-    recipe = recipe_of(asked, job_id)
+    recipe = recipe_of(submission, job_id)
     job = Job(
         id=job_id,
-        account=asked.account,
-        name=asked.job_name,
-        model_name=asked.model_name,
-        face=asked.face,
-        customization_type=asked.customization_type,
-        foundation=_root(asked.base),
-        base_model=_arn(asked.base, asked.account, arns),
-        command="distil" if asked.customization_type == DISTILLATION else "tune",
+        account=submission.account,
+        name=submission.job_name,
+        model_name=submission.model_name,
+        face=submission.face,
+        customization_type=submission.customization_type,
+        foundation=_root(submission.base),
+        base_model=_arn(submission.base, submission.account, arns),
+        command="distil" if submission.customization_type == DISTILLATION else "tune",
         recipe=recipe.plain(),
-        request=dict(asked.request),
-        output=asked.output,
-        validators=list(asked.validators),
+        request=dict(submission.request),
+        output=submission.output,
+        validators=list(submission.validators),
         state=QUEUED,
-        details={"sources": list(asked.training)},
-        priority=asked.priority,
-        turn=next_turn(session, Job, asked.account, Job.state.in_(GOING_ON)),
+        details={"sources": list(submission.training)},
+        priority=submission.priority,
+        turn=next_turn(session, Job, submission.account, Job.state.in_(GOING_ON)),
         cores=recipe.training.threads,
-        time_limit=asked.time_limit,
+        time_limit=submission.time_limit,
         created=moment,
         modified=moment,
     )
     session.add(job)
     _flush(session, "job")
-    session.add(_reserve_model(asked, job))
+    session.add(_reserve_model(submission, job))
     _flush(session, "model")
     record(session, job.id, "state", "The job was created.", state=QUEUED)
-    for text in asked.without_effect:
+    for text in submission.without_effect:
         record(session, job.id, "warning", text)
     return job
 
@@ -214,7 +214,7 @@ def submit_import(
     return model
 
 
-def recipe_of(asked: Submission, job_id: str) -> Recipe:
+def recipe_of(submission: Submission, job_id: str) -> Recipe:
     """The recipe of a job; its data are addresses.
 
     Raises:
@@ -224,11 +224,11 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
     from luthier.recipe import Recipe, parse
     from luthier.workflows.distil.recipe import DistilRecipe
 
-    fields = _settings(asked.settings)
+    fields = _settings(submission.settings)
     fields["name"] = run_name(job_id)
-    fields["base"] = _stored_id(asked.base)
-    data = {"train": asked.training[0], **fields.get("data", {})}
-    if not asked.validators:
+    fields["base"] = _stored_id(submission.base)
+    data = {"train": submission.training[0], **fields.get("data", {})}
+    if not submission.validators:
         # Every row is there to be learned: nobody asked to hold some out.
         data.setdefault("validation_share", 0.0)
     # What people measure on is theirs to choose: the job says so, and goes on.
@@ -241,17 +241,17 @@ def recipe_of(asked: Submission, job_id: str) -> Recipe:
         raise RecipeError(f"training.threads: there are {cores} cores")
     fields["training"] = training
     objective = dict(fields.get("objective", {}))
-    kind = asked.customization_type
+    kind = submission.customization_type
     if kind == DISTILLATION:
-        if asked.teacher is None:
+        if submission.teacher is None:
             raise RecipeError("a distillation needs a teacher")
-        fields["teacher"] = {**fields.get("teacher", {}), "model": _stored_id(asked.teacher)}
+        fields["teacher"] = {**fields.get("teacher", {}), "model": _stored_id(submission.teacher)}
     elif kind == REINFORCEMENT:
-        if asked.grader is None:
+        if submission.grader is None:
             raise RecipeError("reinforcement fine-tuning needs a grader")
-        objective = {"method": "grpo", **objective, "grader": dict(asked.grader)}
+        objective = {"method": "grpo", **objective, "grader": dict(submission.grader)}
     elif kind == CONTINUED_PRE_TRAINING:
-        method = "causal_lm" if writes(asked.base) else "masked_lm"
+        method = "causal_lm" if writes(submission.base) else "masked_lm"
         objective = {"method": method, **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
@@ -290,12 +290,12 @@ def _holds_mapping(value: Any) -> bool:
     )
 
 
-def _check_names(session: Session, asked: Submission) -> None:
+def _check_names(session: Session, submission: Submission) -> None:
     for kind, table, name in (
-        ("job", Job, asked.job_name),
-        ("model", CustomModel, asked.model_name),
+        ("job", Job, submission.job_name),
+        ("model", CustomModel, submission.model_name),
     ):
-        taken = select(table.id).where(table.account == asked.account, table.name == name)
+        taken = select(table.id).where(table.account == submission.account, table.name == name)
         if session.scalar(taken) is not None:
             raise NameInUse(kind)
 
@@ -328,17 +328,19 @@ def _flush(session: Session, kind: str) -> None:
         raise NameInUse(kind) from error
 
 
-def _reserve_model(asked: Submission, job: Job) -> CustomModel:
-    kind = asked.base.details.get("kind") if isinstance(asked.base, CustomModel) else None
+def _reserve_model(submission: Submission, job: Job) -> CustomModel:
+    kind = submission.base.details.get("kind") if isinstance(submission.base, CustomModel) else None
     return CustomModel(
         id=new_id(),
         account=job.account,
         name=job.model_name,
         foundation=job.foundation,
-        root=asked.base.root if isinstance(asked.base, CustomModel) else asked.base.id,
+        root=submission.base.root
+        if isinstance(submission.base, CustomModel)
+        else submission.base.id,
         base_model=job.base_model,
         job_id=job.id,
-        openai_id=asked.openai_id,
+        openai_id=submission.openai_id,
         status=RESERVED,
         details={"kind": kind} if kind else {},
         created=job.created,

@@ -81,30 +81,30 @@ def find_traces(
     Raises:
         RefusedInput: for what is no address, or where there is no such job.
     """
-    asked = [_address(each) for each in addresses]
+    locations = [_address(each) for each in addresses]
     if job is not None:
         found = queue.get(session, account, job)
         if found is None:
             raise RefusedInput(f"there is no job {job!r}")
-        asked += sources_of(found)
-    own = [each for each in asked if _is_here(each, external)]
+        locations += sources_of(found)
+    own = [each for each in locations if _is_here(each, external)]
     chosen = {one.address: one for each in own for one in _objects_at(session, account, each)}
     everything = list(session.scalars(select(Job).where(Job.account == account).order_by(Job.seq)))
     for copy in _copies(session, account, chosen.values()):
         chosen.setdefault(copy.address, copy)
-    wanted = [*asked, *chosen]
+    wanted = [*locations, *chosen]
     jobs = [each for each in everything if _reads(each, wanted)]
     further = _further(jobs, everything)
     for each in (*jobs, *further):
         for one in _outputs(session, each, external):
             chosen.setdefault(one.address, one)
     return Traces(
-        tuple(dict.fromkeys(asked)),
+        tuple(dict.fromkeys(locations)),
         tuple(chosen.values()),
         tuple(jobs),
         tuple(further),
         _models(session, [*jobs, *further]),
-        tuple(dict.fromkeys(each for each in asked if not _is_here(each, external))),
+        tuple(dict.fromkeys(each for each in locations if not _is_here(each, external))),
     )
 
 
@@ -162,9 +162,9 @@ def _objects_at(session: Session, account: str, address: str) -> list[FoundObjec
     bucket, key = _split(address)
     mine = Bucket.account == account, Bucket.name == bucket
     at = StoredObject.key.startswith(key, autoescape=True)
-    wanted = select(StoredObject).join(Bucket, Bucket.seq == StoredObject.bucket_seq).where(*mine)
-    wanted = wanted.where(at if key.endswith("/") else StoredObject.key == key)
-    found = session.scalars(wanted.order_by(StoredObject.key)).all()
+    query = select(StoredObject).join(Bucket, Bucket.seq == StoredObject.bucket_seq).where(*mine)
+    query = query.where(at if key.endswith("/") else StoredObject.key == key)
+    found = session.scalars(query.order_by(StoredObject.key)).all()
     return [_found_object(session, bucket, each) for each in found]
 
 
@@ -252,7 +252,7 @@ def _outputs(session: Session, job: Job, external: bool) -> Iterator[FoundObject
 
 
 def _models(session: Session, jobs: Sequence[Job]) -> tuple[CustomModel, ...]:
-    wanted = select(CustomModel).where(
+    query = select(CustomModel).where(
         CustomModel.job_id.in_([job.id for job in jobs]), CustomModel.status != RESERVED
     )
-    return tuple(session.scalars(wanted.order_by(CustomModel.seq.desc())))
+    return tuple(session.scalars(query.order_by(CustomModel.seq.desc())))

@@ -85,9 +85,9 @@ class JobHeartbeat(Heartbeat):
                     session.add_all(pending.events)
                 self._renewed = time.monotonic()
             else:
-                wanted = select(Job).where(Job.id == self.job_id, Job.lease == self.lease)
+                query = select(Job).where(Job.id == self.job_id, Job.lease == self.lease)
                 with self.database.read() as session:
-                    job = session.scalars(wanted).first()
+                    job = session.scalars(query).first()
         except SQLAlchemyError:
             self.reporter.give_back(pending)
             raise

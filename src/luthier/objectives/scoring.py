@@ -70,7 +70,10 @@ class Beside:
 
 
 def write_replies(
-    network: Network, sampling: SamplingSpec, batch_size: int, asked: Sequence[Sequence[Message]]
+    network: Network,
+    sampling: SamplingSpec,
+    batch_size: int,
+    conversations: Sequence[Sequence[Message]],
 ) -> list[str | Failure]:
     """A network's reply to each conversation; a failure where its context does not hold one.
 
@@ -83,7 +86,7 @@ def write_replies(
 
     chat, model = network.chat, network.model
     assert chat is not None
-    prompts = [_prompt(chat, turns) for turns in asked]
+    prompts = [_prompt(chat, turns) for turns in conversations]
     context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
     if decoder_of(model) is None:  # an encoder's text takes no room of the reply
         context -= sampling.max_tokens + prefix_tokens(model) + len(prompt_ids(model))

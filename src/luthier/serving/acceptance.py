@@ -252,10 +252,10 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     # Opening it compares the layout with the network's own forward.
     decoder = Decoder.open(candidate, CacheBudget(max(_GIB // 4, available_memory() // 4)))
     try:
-        asked = GenerationRequest(
+        request = GenerationRequest(
             Chat((Message("user", "Hello."),)), max_tokens=ANSWER, temperature=0.0
         )
-        stream = decoder.submit(asked)
+        stream = decoder.submit(request)
         stream.whole()
         read = stream.prompt_tokens
     finally:
@@ -290,12 +290,12 @@ def _asked_format(folder: Path, base: StoredModel) -> dict[str, Any]:
 
 
 @contextmanager
-def _format(folder: Path, asked: Mapping[str, Any] | None, fix: str) -> Iterator[ChatFormat]:
+def _format(folder: Path, message: Mapping[str, Any] | None, fix: str) -> Iterator[ChatFormat]:
     """The format in ``folder``, once it has read a first text within the limits it is served with."""
     from luthier.serving.confined import confined_format
 
     with _as("tokenizer.json", "model.tokenizer", fix):
-        chat = confined_format(folder, asked)
+        chat = confined_format(folder, message)
         try:
             chat.encode_whole("Hello.")
             if chat.template == "chat":

@@ -134,20 +134,20 @@ class ConfinedProcess:
                 raise
         return child, ours
 
-    def _exchange(self, asked: Mapping[str, Any] | None) -> Any:
+    def _exchange(self, message: Mapping[str, Any] | None) -> Any:
         connection = self._connection
         assert connection is not None
         began = time.monotonic()
         try:
             connection.settimeout(PATIENCE)
-            if asked is not None:
-                send(connection, asked)
+            if message is not None:
+                send(connection, message)
             reply = receive(connection, LONGEST + 1024)
         except (OSError, EOFError, ValueError) as error:
             waited = time.monotonic() - began
-            raise self._failure(waited, reading=asked is None) from error
+            raise self._failure(waited, reading=message is None) from error
         if "error" in reply:
-            if asked is None:
+            if message is None:
                 self._end()
             raise RecipeError(reply["error"])
         return reply["result"]

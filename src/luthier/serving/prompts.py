@@ -65,22 +65,22 @@ class PromptLimit:
         """UTF-8 bytes of a text at most."""
         self._piece = max(PIECE, 64 * longest)
 
-    def check_conversation(self, asked: Chat) -> None:
+    def check_conversation(self, chat: Chat) -> None:
         """Refuse a conversation whose template need not be rendered to know that it is too long.
 
         Raises:
             TooLong: for more turns than tokens, or more text than tokens can stand for.
         """
-        if len(asked.turns) > SLACK * self._context:
+        if len(chat.turns) > SLACK * self._context:
             raise self.too_long()
         left = self.bytes
-        for turn in asked.turns:
+        for turn in chat.turns:
             left -= len(turn.content) + sum(
                 _json_length(dict(call.arguments)) for call in turn.calls
             )
             if left < 0:
                 raise self.too_long()
-        for tool in asked.tools if asked.tool_choice != "none" else ():
+        for tool in chat.tools if chat.tool_choice != "none" else ():
             left -= len(tool.description) + _json_length(dict(tool.parameters))
             if left < 0:
                 raise self.too_long()

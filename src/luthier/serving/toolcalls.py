@@ -29,20 +29,20 @@ def marks_calls(chat: ChatFormat) -> bool:
 
 
 def encode(
-    chat: ChatFormat, asked: Chat, check: Callable[[str], None] = lambda text: None
+    chat: ChatFormat, conversation: Chat, check: Callable[[str], None] = lambda text: None
 ) -> IntArray:
-    """Token ids that an answer to ``asked`` continues; ``check`` may refuse its text before.
+    """Token ids that an answer to ``conversation`` continues; ``check`` may refuse its text before.
 
     Raises:
         InferenceRefused: for a conversation that the model's template does not take.
     """
-    if not asked.turns:
+    if not conversation.turns:
         raise InferenceRefused("A conversation has at least one message.", "messages")
-    tools = () if asked.tool_choice == "none" else asked.tools
+    tools = () if conversation.tool_choice == "none" else conversation.tools
     for tool in tools:
         check_depth(tool.parameters)
     try:
-        text = chat.prompt_text(asked.turns, tools, asked.template_kwargs)
+        text = chat.prompt_text(conversation.turns, tools, conversation.template_kwargs)
         check(text)
         return chat.prompt_tokens(text)
     except RecipeError as error:

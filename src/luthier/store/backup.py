@@ -317,7 +317,7 @@ def _check_rows(session: Session, folder: Path, hashes: Mapping[str, str]) -> _F
 
 def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
     """Rows of files of objects and parts, and what each is of."""
-    wanted = (
+    query = (
         select(ObjectPiece.id, ObjectPiece.account, ObjectPiece.sha256, ObjectPiece.number)
         .add_columns(Bucket.name, StoredObject.key, Upload.key)
         .outerjoin(StoredObject, StoredObject.seq == ObjectPiece.object_seq)
@@ -325,7 +325,7 @@ def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
         .outerjoin(Bucket, Bucket.seq == func.coalesce(StoredObject.bucket_seq, Upload.bucket_seq))
         .order_by(ObjectPiece.id)
     )  # fmt: skip
-    for row in session.execute(wanted):
+    for row in session.execute(query):
         *_, number, bucket, key, upload = row
         part = "" if key is not None else f", part {number} of an upload,"
         yield (
@@ -337,14 +337,14 @@ def _pieces(session: Session) -> Iterator[tuple[Any, str]]:
 def _objects_without_pieces(session: Session) -> Iterator[str]:
     """Objects whose files are not as long as they are together, by the rows alone."""
     size = func.coalesce(func.sum(ObjectPiece.size), -1)
-    wanted = (
+    query = (
         select(StoredObject.account, Bucket.name, StoredObject.key)
         .join(Bucket, Bucket.seq == StoredObject.bucket_seq)
         .outerjoin(ObjectPiece, ObjectPiece.object_seq == StoredObject.seq)
         .group_by(StoredObject.seq, Bucket.name)
         .having(size != StoredObject.size)
     )  # fmt: skip
-    for account, bucket, key in session.execute(wanted):
+    for account, bucket, key in session.execute(query):
         yield f"s3://{bucket}/{key} of account {account} lacks some of its files"
 
 

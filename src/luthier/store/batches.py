@@ -154,10 +154,10 @@ def cancel(batch: Batch) -> bool:
 
 def leased_batches(session: Session) -> list[tuple[str, datetime | None]]:
     """Ids of the batches that servers work on, each with what its lease says of its end."""
-    wanted = select(Batch.id, Batch.lease_ends).where(
+    query = select(Batch.id, Batch.lease_ends).where(
         Batch.status.not_in(ENDED), Batch.lease.is_not(None)
     )
-    return [(batch_id, ends) for batch_id, ends in session.execute(wanted)]
+    return [(batch_id, ends) for batch_id, ends in session.execute(query)]
 
 
 def claim(
@@ -195,12 +195,12 @@ def record(
 
 def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str, Any]]:
     """Lines of one of the two files, in the order of the input."""
-    wanted = select(BatchLine.number, BatchLine.result).where(
+    query = select(BatchLine.number, BatchLine.result).where(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed
     )
     opened = (
         open_value(result, _place(batch_id, number, failed))
-        for number, result in session.execute(wanted.order_by(BatchLine.number))
+        for number, result in session.execute(query.order_by(BatchLine.number))
     )
     # Lines of earlier versions were not written as text.
     return [json.loads(line[_LINE]) if _LINE in line else line for line in opened]

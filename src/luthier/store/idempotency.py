@@ -48,9 +48,9 @@ class Attempt:
     """SHA-256 of what is asked."""
 
     @staticmethod
-    def of(account: str, operation: str, token: str, asked: Mapping[str, Any]) -> Attempt:
-        """``asked`` are plain values, in any order."""
-        text = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+    def of(account: str, operation: str, token: str, members: Mapping[str, Any]) -> Attempt:
+        """``members`` are plain values, in any order."""
+        text = json.dumps(members, sort_keys=True, separators=(",", ":"))
         return Attempt(account, operation, token, hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -114,7 +114,7 @@ def _walk(
 
 
 def _rows(session: Session, seq: int, at: str, end: str | None, limit: int) -> list[StoredObject]:
-    wanted = select(StoredObject).where(StoredObject.bucket_seq == seq, StoredObject.key >= at)
+    query = select(StoredObject).where(StoredObject.bucket_seq == seq, StoredObject.key >= at)
     if end is not None:
-        wanted = wanted.where(StoredObject.key < end)
-    return list(session.scalars(wanted.order_by(StoredObject.key).limit(limit)))
+        query = query.where(StoredObject.key < end)
+    return list(session.scalars(query.order_by(StoredObject.key).limit(limit)))

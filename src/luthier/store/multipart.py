@@ -112,10 +112,10 @@ class MultipartUploads:
         """The part of this number, where it has come."""
         with self.database.read() as session:
             _upload(session, account, bucket, key, upload_id)
-            wanted = select(ObjectPiece).where(
+            query = select(ObjectPiece).where(
                 ObjectPiece.upload_id == upload_id, ObjectPiece.number == number
             )
-            found: ObjectPiece | None = session.scalar(wanted)
+            found: ObjectPiece | None = session.scalar(query)
             return found
 
     def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[ObjectPiece]:
@@ -128,8 +128,8 @@ class MultipartUploads:
         """MultipartUploads that are not done, by key and then by age."""
         with self.database.read() as session:
             seq = get_bucket(session, account, bucket).seq
-            wanted = select(Upload).where(Upload.bucket_seq == seq)
-            return list(session.scalars(wanted.order_by(Upload.key, Upload.created, Upload.id)))
+            query = select(Upload).where(Upload.bucket_seq == seq)
+            return list(session.scalars(query.order_by(Upload.key, Upload.created, Upload.id)))
 
     def complete(
         self,
@@ -194,10 +194,10 @@ def _upload(
     session: Session, account: str, bucket: str, key: str, upload_id: str, *, lock: bool = False
 ) -> Upload:
     seq = get_bucket(session, account, bucket).seq
-    wanted = select(Upload).where(
+    query = select(Upload).where(
         Upload.id == upload_id, Upload.bucket_seq == seq, Upload.key == key
     )
-    found = session.scalar(wanted.with_for_update() if lock else wanted)
+    found = session.scalar(query.with_for_update() if lock else query)
     if found is None:
         text = (
             "The specified upload does not exist. The upload ID may be invalid, or the upload may "
@@ -208,10 +208,10 @@ def _upload(
 
 
 def _parts(session: Session, upload_id: str) -> list[ObjectPiece]:
-    wanted = (
+    query = (
         select(ObjectPiece).where(ObjectPiece.upload_id == upload_id).order_by(ObjectPiece.number)
     )
-    return list(session.scalars(wanted))
+    return list(session.scalars(query))
 
 
 def _select_parts(
@@ -248,10 +248,10 @@ def _made_before(
         etag = _etag([each.etag for each in chosen])
     except ValueError:
         return None
-    wanted = select(StoredObject).where(
+    query = select(StoredObject).where(
         StoredObject.bucket_seq == bucket.seq, StoredObject.key == key, StoredObject.etag == etag
     )
-    return session.scalar(wanted)
+    return session.scalar(query)
 
 
 def _etag(parts: Sequence[str]) -> str:

@@ -184,10 +184,10 @@ def new_object(
 
 def pieces_of(session: Session, found: StoredObject) -> list[ObjectPiece]:
     """The files of an object, in order."""
-    wanted = (
+    query = (
         select(ObjectPiece).where(ObjectPiece.object_seq == found.seq).order_by(ObjectPiece.number)
     )
-    return list(session.scalars(wanted))
+    return list(session.scalars(query))
 
 
 def check_key(key: str) -> None:
@@ -219,8 +219,8 @@ def remove_upload(session: Session, upload: Upload) -> Removed:
 
 
 def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:
-    wanted = select(Bucket).where(Bucket.account == account, Bucket.name == name)
-    return session.scalar(wanted.with_for_update() if lock else wanted)
+    query = select(Bucket).where(Bucket.account == account, Bucket.name == name)
+    return session.scalar(query.with_for_update() if lock else query)
 
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
@@ -318,8 +318,8 @@ class Objects:
     def buckets(self, account: str) -> list[Bucket]:
         """Those of the account, by name."""
         with self.database.read() as session:
-            wanted = select(Bucket).where(Bucket.account == account).order_by(Bucket.name)
-            return list(session.scalars(wanted))
+            query = select(Bucket).where(Bucket.account == account).order_by(Bucket.name)
+            return list(session.scalars(query))
 
     def bucket(self, account: str, name: str) -> Bucket:
         """The bucket; ``NoSuchBucket`` for one that is not there or is another account's."""

@@ -214,8 +214,8 @@ def hold(session: Session, kind: type[Row], row_id: str, lease: str) -> Row:
     Raises:
         LeaseLost: where ``lease`` does not hold it.
     """
-    wanted = select(kind).where(kind.id == row_id, kind.lease == lease).with_for_update()
-    row = session.scalars(wanted.execution_options(populate_existing=True)).first()
+    query = select(kind).where(kind.id == row_id, kind.lease == lease).with_for_update()
+    row = session.scalars(query.execution_options(populate_existing=True)).first()
     if row is None:
         raise LeaseLost(f"the lease of {kind.noun} {row_id} is lost")
     return row

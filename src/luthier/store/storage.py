@@ -121,15 +121,15 @@ def quota_exceeded(name: str, quota: int, used: int) -> QuotaExceeded:
 
 def lock(session: Session, account: str) -> Storage:
     """The row of an account, made where it is not there yet, locked until the transaction ends."""
-    wanted = select(Storage).where(Storage.account == account).with_for_update()
+    query = select(Storage).where(Storage.account == account).with_for_update()
     # What was read in this transaction before it was locked may be old.
-    wanted = wanted.execution_options(populate_existing=True)
-    found: Storage | None = session.scalar(wanted)
+    query = query.execution_options(populate_existing=True)
+    found: Storage | None = session.scalar(query)
     if found is None:
         fresh = dialect_insert(session, Storage).values(
             account=account, **dict.fromkeys(COUNTED, 0)
         )
         session.execute(fresh.on_conflict_do_nothing())
-        found = session.scalar(wanted)
+        found = session.scalar(query)
     assert found is not None
     return found

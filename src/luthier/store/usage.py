@@ -108,7 +108,7 @@ def report(
         raise RefusedInput(
             f"a report is from a day to a later one, over {LONGEST_REPORT.days} days at most"
         )
-    wanted = (
+    query = (
         select(DailyUsage, CustomModel.name)
         .outerjoin(
             CustomModel,
@@ -120,7 +120,7 @@ def report(
         .order_by(DailyUsage.day, DailyUsage.account, DailyUsage.model)
     )
     if account is not None:
-        wanted = wanted.where(DailyUsage.account == account)
+        query = query.where(DailyUsage.account == account)
     return [
         {
             "day": row.day.isoformat(),
@@ -128,7 +128,7 @@ def report(
             "model": name or row.model,
             **{amount: getattr(row, amount) for amount in _AMOUNTS},
         }
-        for row, name in session.execute(wanted)
+        for row, name in session.execute(query)
     ]
 
 

@@ -275,9 +275,9 @@ class _Search:
         waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
         if place == 0 and self.start and not waiting:
             study.enqueue_trial(self.start)
-        asked = study.ask({d.key: _distribution(d) for d in self.dimensions})
-        asked.set_user_attr(PLACE, place)
-        return asked
+        trial = study.ask({d.key: _distribution(d) for d in self.dimensions})
+        trial.set_user_attr(PLACE, place)
+        return trial
 
     def _tell(
         self, study: optuna.Study, trial: Trial, asked: optuna.Trial, outcome: TrialOutcome

@@ -105,7 +105,7 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def carry_out(
-    recipe: Recipe, folder: Path, asked: optuna.Trial, reporter: Reporter
+    recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter
 ) -> TrialOutcome:
     """Rehearse ``recipe`` in ``folder``, as one trial of a study.
 
@@ -114,20 +114,22 @@ def carry_out(
     """
     import optuna
 
-    watch = Watch(reporter, asked, folder / METRICS)
+    watch = Watch(reporter, trial, folder / METRICS)
     try:
         rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
         return TrialOutcome("pruned")
     except (Diverged, RefusedInput) as error:
-        if isinstance(error, RefusedInput) and asked.user_attrs[PLACE] == 0:
+        if isinstance(error, RefusedInput) and trial.user_attrs[PLACE] == 0:
             raise
         return TrialOutcome("failed", reason=str(error))
     watch.report()
     return TrialOutcome("complete", watch.value)
 
 
-def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) -> list[TrialOutcome]:
+def side_by_side(
+    folder: Path, recipe: Recipe, trials: Sequence[optuna.Trial]
+) -> list[TrialOutcome]:
     """Carry out trials at once, each in a process of its own; how they ended, in the same order.
 
     Raises:
@@ -136,7 +138,7 @@ def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) ->
     fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     write_json(folder / "trials.json", {"recipe": fields})
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_start(folder, trial)) for trial in asked]
+        started = [stack.enter_context(_start(folder, trial)) for trial in trials]
         before = signal.getsignal(signal.SIGTERM)
         try:
             with contextlib.suppress(ValueError):  # not the main thread
@@ -151,25 +153,25 @@ def side_by_side(folder: Path, recipe: Recipe, asked: Sequence[optuna.Trial]) ->
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, before)
     return [
-        _outcome(_folder(folder, trial), code) for trial, code in zip(asked, codes, strict=True)
+        _outcome(_folder(folder, trial), code) for trial, code in zip(trials, codes, strict=True)
     ]
 
 
-def _start(folder: Path, asked: optuna.Trial) -> subprocess.Popen[bytes]:
-    work = _folder(folder, asked)
+def _start(folder: Path, trial: optuna.Trial) -> subprocess.Popen[bytes]:
+    work = _folder(folder, trial)
     work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "luthier.workflows.trials", str(folder)]
     with (work / ERRORS).open("wb") as errors:
         return subprocess.Popen(
-            [*command, str(asked.number)],
+            [*command, str(trial.number)],
             stdin=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,  # Ctrl-C goes to the search, which lets them finish their step
         )
 
 
-def _folder(folder: Path, asked: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
-    return trial_folder(folder, int(asked.user_attrs[PLACE]) + 1)
+def _folder(folder: Path, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
+    return trial_folder(folder, int(trial.user_attrs[PLACE]) + 1)
 
 
 def _outcome(work: Path, code: int) -> TrialOutcome:
@@ -194,12 +196,12 @@ def main(folder: Path, number: int) -> None:
     frozen = study.trials[number]
     work = _folder(folder, frozen)
     with lock(work / ".lock", wait=True):
-        asked = optuna.Trial(study, frozen._trial_id)
+        trial = optuna.Trial(study, frozen._trial_id)
         if (work / OUTCOME).is_file():  # it ended before a kill, and the study does not know
-            Watch(Reporter(), asked, work / METRICS).report()
+            Watch(Reporter(), trial, work / METRICS).report()
             return
         recipe = Recipe.parse(read_json(folder / "trials.json")["recipe"])
-        outcome = carry_out(with_settings(recipe, frozen.params), work, asked, Reporter())
+        outcome = carry_out(with_settings(recipe, frozen.params), work, trial, Reporter())
         write_json(work / OUTCOME, asdict(outcome))
 
 

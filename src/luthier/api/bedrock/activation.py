@@ -63,16 +63,16 @@ class Activation:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, endpoint_id: str) -> None:
-        wanted = select(Endpoint).filter_by(id=endpoint_id)
+        query = select(Endpoint).filter_by(id=endpoint_id)
         try:
             with self.database.read() as session:
-                endpoint = session.scalars(wanted).one_or_none()
+                endpoint = session.scalars(query).one_or_none()
             model = endpoint.pending_model if endpoint else None
             if model is None:
                 return
             failure = self._prepare(model)
             with self.database.write() as session:
-                endpoint = session.scalars(wanted.with_for_update()).one_or_none()
+                endpoint = session.scalars(query.with_for_update()).one_or_none()
                 if endpoint is not None:
                     endpoint.finish_update(model, failure)
         except Exception:
@@ -104,6 +104,6 @@ def stored_of(session: Session, model: str) -> str | None:
     if arn.kind == "foundation-model":
         base = foundation_model(model)
         return base.base if base else None
-    asked = select(CustomModel).filter_by(account=arn.account, id=arn.id)
-    found = session.scalars(asked).one_or_none()
+    query = select(CustomModel).filter_by(account=arn.account, id=arn.id)
+    found = session.scalars(query).one_or_none()
     return found.stored_id if found else None

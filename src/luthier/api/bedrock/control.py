@@ -152,8 +152,8 @@ class ControlRequest:
         token = self.get(TOKEN)
         if token is None:
             return None
-        asked = {name: value for name, value in self.members.items() if name != TOKEN}
-        return Attempt.of(self.account, self.operation.name, token, asked)
+        members = {name: value for name, value in self.members.items() if name != TOKEN}
+        return Attempt.of(self.account, self.operation.name, token, members)
 
 
 Operate = Callable[[ControlRequest], Mapping[str, Any]]

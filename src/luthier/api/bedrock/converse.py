@@ -57,21 +57,26 @@ class Further(NativeBody):
     chat_template_kwargs: TemplateSettings | None = None
 
 
-def generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
-    """The request for the engine; ``asked`` are members of Converse, checked by their shapes.
+def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
+    """The request for the engine; ``members`` are those of Converse, checked by their shapes.
 
     Raises:
         Fault: Validation.
     """
-    if "guardrailConfig" in asked:
+    if "guardrailConfig" in members:
         raise Fault("Validation", "guardrailConfig is not supported by this server.")
-    if asked.get("promptVariables"):
+    if members.get("promptVariables"):
         raise Fault("Validation", "promptVariables are for prompts of Prompt management only.")
-    config, form = asked.get("inferenceConfig", {}), asked.get("outputConfig", {}).get("textFormat")
-    fields = _object(asked.get("additionalModelRequestFields", {}), "additionalModelRequestFields")
+    config, form = (
+        members.get("inferenceConfig", {}),
+        members.get("outputConfig", {}).get("textFormat"),
+    )
+    fields = _object(
+        members.get("additionalModelRequestFields", {}), "additionalModelRequestFields"
+    )
     further = parsed_native(Further, fields)
     return GenerationRequest(
-        replace(chat_of(asked), template_kwargs=further.chat_template_kwargs or {}),
+        replace(chat_of(members), template_kwargs=further.chat_template_kwargs or {}),
         max_tokens=config.get("maxTokens"),
         temperature=config.get("temperature", TEMPERATURE),
         top_p=config.get("topP", TOP_P),
@@ -81,13 +86,13 @@ def generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
     )
 
 
-def chat_of(asked: Mapping[str, Any]) -> Chat:
+def chat_of(members: Mapping[str, Any]) -> Chat:
     """The conversation for the engine, from ``messages``, ``system`` and ``toolConfig``.
 
     Raises:
         Fault: Validation, where turns do not follow each other as they should.
     """
-    messages = asked.get("messages")
+    messages = members.get("messages")
     if not messages:
         raise Fault(
             "Validation",
@@ -95,13 +100,13 @@ def chat_of(asked: Mapping[str, Any]) -> Chat:
             "must have length greater than or equal to 1",
         )
     _check_order(messages)
-    system = [_block_text(block) for block in asked.get("system", ())]
+    system = [_block_text(block) for block in members.get("system", ())]
     text = "\n".join(each for each in system if each is not None)
     turns = [Message("system", text)] if text else []
     for index, message in enumerate(messages):
         turns += _turns(message, f"messages.{index}")
-    _check_calls(turns, "toolConfig" in asked)
-    tools, choice = _tools(asked["toolConfig"]) if "toolConfig" in asked else ((), "auto")
+    _check_calls(turns, "toolConfig" in members)
+    tools, choice = _tools(members["toolConfig"]) if "toolConfig" in members else ((), "auto")
     return Chat(tuple(turns), tools, choice)
 
 
@@ -278,7 +283,7 @@ def message_of(answer: Whole) -> dict[str, Any]:
 
 
 def answer_of(
-    asked: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> dict[str, Any]:
     """The answer of Converse, once it is whole; ``latency()`` gives milliseconds."""
     (answer,) = stream.whole()
@@ -288,15 +293,17 @@ def answer_of(
         "usage": usage(stream.prompt_tokens, answer.tokens),
         "metrics": {"latencyMs": latency()},
     }
-    fields = _additional_fields(asked.get("additionalModelResponseFieldPaths", ()), stream, answer)
+    fields = _additional_fields(
+        members.get("additionalModelResponseFieldPaths", ()), stream, answer
+    )
     return {**found, "additionalModelResponseFields": fields} if fields else found
 
 
 def events_of(
-    asked: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
+    members: Mapping[str, Any], stream: Stream, latency: Callable[[], int]
 ) -> Iterator[bytes]:
     """The events of ConverseStream on the wire."""
-    for kind, value in named_events(asked.get("additionalModelResponseFieldPaths", ()), stream):
+    for kind, value in named_events(members.get("additionalModelResponseFieldPaths", ()), stream):
         if kind == "metadata":
             value = {**value, "metrics": {"latencyMs": latency()}}
         yield event(kind, value)

@@ -86,7 +86,7 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
 def list_models(request: ControlRequest) -> dict[str, Any]:
     """Models of the account by creation; nobody shares theirs."""
     request.allow("*")
-    wanted = select(CustomModel).where(
+    query = select(CustomModel).where(
         CustomModel.account == request.account,
         CustomModel.status != RESERVED,
         *contains(CustomModel.name, request.get("nameContains")),
@@ -95,16 +95,16 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
         ),
     )
     if not request.get("isOwned", True):
-        wanted = wanted.where(CustomModel.account != request.account)
+        query = query.where(CustomModel.account != request.account)
     if base := request.get("baseModelArnEquals"):
-        wanted = wanted.where(CustomModel.base_model == base)
+        query = query.where(CustomModel.base_model == base)
     if foundation := request.get("foundationModelArnEquals"):
         arn = own(request.arns, "", FOUNDATION, foundation)
-        wanted = wanted.where(CustomModel.root == (arn.path if arn else None))
+        query = query.where(CustomModel.root == (arn.path if arn else None))
     if status := request.get("modelStatus"):
-        wanted = wanted.where(CustomModel.status == status)
+        query = query.where(CustomModel.status == status)
     with request.control.database.read() as session:
-        rows, token = page(request, session, wanted, _ORDER)
+        rows, token = page(request, session, query, _ORDER)
         jobs = _jobs(session, rows)
         summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
     return list_answer("modelSummaries", summaries, token)
@@ -130,7 +130,7 @@ def asked_model(request: ControlRequest, session: Session, identifier: str) -> C
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
     details = customization_details(job) if job else {"customizationType": "IMPORTED"}
-    asked = model.details.get("request", {})
+    sent = model.details.get("request", {})
     return {
         "modelArn": model.arn(request.arns),
         "modelName": model.name,
@@ -138,7 +138,7 @@ def _model_details(request: ControlRequest, model: CustomModel, job: Job | None)
         "jobArn": job_arn(request.arns, job) if job else None,
         # A whole network from outside has none; lists promise one to their readers.
         "baseModelArn": model.base_model or None,
-        "modelKmsKeyArn": asked.get("modelKmsKeyArn"),
+        "modelKmsKeyArn": sent.get("modelKmsKeyArn"),
         "creationTime": model.created,
         "modelStatus": model.status,
         "failureMessage": model.failure[:_LONGEST] if model.failure else None,
@@ -160,8 +160,8 @@ def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> di
 
 
 def _jobs(session: Session, models: Any) -> dict[str, Job]:
-    asked = select(Job).where(Job.id.in_([model.job_id for model in models if model.job_id]))
-    return {job.id: job for job in session.scalars(asked)}
+    query = select(Job).where(Job.id.in_([model.job_id for model in models if model.job_id]))
+    return {job.id: job for job in session.scalars(query)}
 
 
 OPERATIONS: dict[str, Operate] = {

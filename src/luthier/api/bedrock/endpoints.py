@@ -145,11 +145,11 @@ def _page(
 ) -> tuple[list[Endpoint], str | None]:
     """Endpoints of the account by creation, and the token of the next page."""
     request.allow("*")
-    wanted = select(Endpoint).where(
+    query = select(Endpoint).where(
         *_own(request, kind), *contains(Endpoint.name, request.get("nameContains")), *conditions
     )
     with request.control.database.read() as session:
-        rows, token = page(request, session, wanted, _ORDER)
+        rows, token = page(request, session, query, _ORDER)
     return list(rows), token
 
 

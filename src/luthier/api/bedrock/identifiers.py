@@ -91,20 +91,20 @@ def _find(
     lock: bool,
 ) -> Row | None:
     """The row with this ARN or this name. A name may look like the end of another one's ARN."""
-    asked = select(table).where(table.account == account)
+    query = select(table).where(table.account == account)
     arn = None
     if identifier.startswith("arn:"):
         arn = own(arns, account, kind, identifier)
         if arn is None:
             return None
-        asked = asked.where(table.id == arn.id)
+        query = query.where(table.id == arn.id)
     else:
-        asked = asked.where(table.name == identifier)
+        query = query.where(table.name == identifier)
     if table is Endpoint:
-        asked = asked.where(Endpoint.kind == kind)
+        query = query.where(Endpoint.kind == kind)
     if lock:
-        asked = asked.with_for_update().execution_options(populate_existing=True)
-    found = session.scalars(asked).one_or_none()
+        query = query.with_for_update().execution_options(populate_existing=True)
+    found = session.scalars(query).one_or_none()
     # The foundation model that an ARN names has to be right, too.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
 

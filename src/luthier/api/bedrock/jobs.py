@@ -87,16 +87,16 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
     if answer is not None:
         return answer
     job_tags, model_tags = tags_of(request.get("jobTags")), tags_of(request.get("customModelTags"))
-    asked = _submission(request)
-    for uri in (*asked.training, *asked.validators):
+    submission = _submission(request)
+    for uri in (*submission.training, *submission.validators):
         request.control.locations.check(request.account, uri)
-    if asked.output is not None:
-        request.control.locations.check_writable(request.account, asked.output)
+    if submission.output is not None:
+        request.control.locations.check_writable(request.account, submission.output)
 
     limits = request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
-        job = submit(session, asked, request.arns, limits)
+        job = submit(session, submission, request.arns, limits)
         arn = job_arn(request.arns, job)
         tags.put(session, arn, job_tags)
         reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
@@ -233,7 +233,7 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
 def list_jobs(request: ControlRequest) -> dict[str, Any]:
     """Jobs of the account by creation."""
     request.allow("*")
-    wanted = select(Job).where(
+    query = select(Job).where(
         Job.account == request.account,
         *contains(Job.name, request.get("nameContains")),
         *created_within(
@@ -241,9 +241,9 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
         ),
     )
     if status := request.get("statusEquals"):
-        wanted = wanted.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
+        query = query.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
     with request.control.database.read() as session:
-        rows, token = page(request, session, wanted, _ORDER)
+        rows, token = page(request, session, query, _ORDER)
         models = _models(session, rows)
         summaries = [_summary(request, job, models.get(job.id)) for job in rows]
     return list_answer("modelCustomizationJobSummaries", summaries, token)
@@ -270,13 +270,13 @@ def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) 
 
 def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
     """What is told of a job by itself."""
-    asked = job.request
+    sent = job.request
     return {
         "jobArn": job_arn(request.arns, job),
         "jobName": job.name,
         "outputModelName": job.model_name,
-        "clientRequestToken": asked.get("clientRequestToken"),
-        "roleArn": asked.get("roleArn") or _no_role(job),
+        "clientRequestToken": sent.get("clientRequestToken"),
+        "roleArn": sent.get("roleArn") or _no_role(job),
         "status": _STATUS[job.state],
         "statusDetails": _details(job),
         "failureMessage": with_setting_names(job.failure, setting_name)[:_LONGEST]
@@ -286,8 +286,8 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "lastModifiedTime": job.modified,
         "endTime": job.ended,
         "baseModelArn": request.arns.foundation_model(job.foundation),
-        "vpcConfig": asked.get("vpcConfig"),
-        "outputModelKmsKeyArn": _key_arn(request, asked.get("customModelKmsKeyId")),
+        "vpcConfig": sent.get("vpcConfig"),
+        "outputModelKmsKeyArn": _key_arn(request, sent.get("customModelKmsKeyId")),
         **customization_details(job),
     }
 
@@ -329,10 +329,10 @@ def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> di
 
 def _models(session: Session, found: Any) -> dict[str, CustomModel]:
     """The models that jobs made, by the ids of the jobs; a deleted one is not among them."""
-    asked = select(CustomModel).where(
+    query = select(CustomModel).where(
         CustomModel.job_id.in_([job.id for job in found]), CustomModel.status != RESERVED
     )
-    return {str(model.job_id): model for model in session.scalars(asked)}
+    return {str(model.job_id): model for model in session.scalars(query)}
 
 
 def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None:

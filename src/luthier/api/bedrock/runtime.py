@@ -93,17 +93,17 @@ class _Runtime:
     def converse(self, request: Request) -> Response:
         """The whole answer to a conversation."""
         timed, stored_id = _start_timer(), self._model(request, INVOKE)
-        asked = body_members(operation_models()["Converse"], json_object(request))
+        members = body_members(operation_models()["Converse"], json_object(request))
         with faults():
-            stream = self.pool.submit(stored_id, converse.generation_request(asked))
-            return Response.json(converse.answer_of(asked, stream, timed.latency))
+            stream = self.pool.submit(stored_id, converse.generation_request(members))
+            return Response.json(converse.answer_of(members, stream, timed.latency))
 
     def converse_stream(self, request: Request) -> Response:
         """The same as it is written."""
         timed, stored_id = _start_timer(), self._model(request, STREAM)
-        asked = body_members(operation_models()["ConverseStream"], json_object(request))
-        stream = self._begin(stored_id, partial(converse.generation_request, asked))
-        events = _with_failure(converse.events_of(asked, stream, timed.latency))
+        members = body_members(operation_models()["ConverseStream"], json_object(request))
+        stream = self._begin(stored_id, partial(converse.generation_request, members))
+        events = _with_failure(converse.events_of(members, stream, timed.latency))
         pieces = GeneratedPieces(events, [stream])
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
@@ -143,8 +143,8 @@ class _Runtime:
     def count(self, request: Request) -> Response:
         """How many tokens a request would be read as."""
         stored_id = self._model(request, COUNT)
-        asked = body_members(operation_models()["CountTokens"], json_object(request))
-        ((kind, value),) = asked["input"].items()
+        members = body_members(operation_models()["CountTokens"], json_object(request))
+        ((kind, value),) = members["input"].items()
         if kind == "converse":
             prompt: Prompt = converse.chat_of(value)
         else:

@@ -80,7 +80,7 @@ class _Deletions:
         self.context.allow(request, "DeleteData", "data-deletion/*")
         if not named.data and named.job is None:
             raise Fault("Validation", "Name data or a job.", parameter="data")
-        asked = DeletionRequest(
+        deletion = DeletionRequest(
             request.account,
             request.caller.user,
             named.data,
@@ -90,9 +90,9 @@ class _Deletions:
             request.address,
         )
         if named.dry_run:
-            return self._preview(asked)
+            return self._preview(deletion)
         # Who may not delete an object or a model does not do so in this way either.
-        return _view(self.deletions.delete(asked, partial(refuse_denied, request.caller)))
+        return _view(self.deletions.delete(deletion, partial(refuse_denied, request.caller)))
 
     def get(self, request: Request) -> DeletionView:
         number = request.params["deletion"]
@@ -102,12 +102,12 @@ class _Deletions:
         except RefusedInput as refused:
             raise Fault("ResourceNotFound", str(refused)) from None
 
-    def _preview(self, asked: DeletionRequest) -> DeletionView:
-        traces, items = self.deletions.find(asked)
+    def _preview(self, deletion: DeletionRequest) -> DeletionView:
+        traces, items = self.deletions.find(deletion)
         return DeletionView(
             deletion=None,
-            account=asked.account,
-            user=asked.user,
+            account=deletion.account,
+            user=deletion.user,
             at=None,
             verified=False,
             data=list(traces.addresses),

@@ -143,14 +143,14 @@ class _Jobs:
     def __init__(self, context: Context) -> None:
         self.context = context
 
-    def create(self, request: Request, asked: NewJob) -> JobView:
+    def create(self, request: Request, body: NewJob) -> JobView:
         context = self.context
         context.allow(request, "CreateJob", "model-customization-job/*")
-        for address in (*asked.training, *asked.validation):
+        for address in (*body.training, *body.validation):
             context.locations.check(request.account, address)
-        if asked.output is not None:
-            context.locations.check_writable(request.account, asked.output)
-        grader = check_client_grader(asked.grader) if asked.grader else None
+        if body.output is not None:
+            context.locations.check_writable(request.account, body.output)
+        grader = check_client_grader(body.grader) if body.grader else None
         if grader is not None:
             parse_graders({"grader": grader})  # its patterns and schemas, outside of a transaction
         with context.database.write() as session:
@@ -159,21 +159,21 @@ class _Jobs:
                 Submission(
                     account=request.account,
                     face="native",
-                    job_name=asked.name,
-                    model_name=asked.model_name,
-                    customization_type=asked.customization_type,
-                    base=context.base(session, request.account, asked.base),
-                    training=asked.training,
-                    validators=asked.validation,
-                    settings=asked.settings,
-                    teacher=context.base(session, request.account, asked.teacher)
-                    if asked.teacher
+                    job_name=body.name,
+                    model_name=body.model_name,
+                    customization_type=body.customization_type,
+                    base=context.base(session, request.account, body.base),
+                    training=body.training,
+                    validators=body.validation,
+                    settings=body.settings,
+                    teacher=context.base(session, request.account, body.teacher)
+                    if body.teacher
                     else None,
                     grader=grader,
-                    output=asked.output,
-                    request=asked.model_dump(mode="json", exclude_unset=True),
-                    priority=asked.priority,
-                    time_limit=asked.time_limit_seconds,
+                    output=body.output,
+                    request=body.model_dump(mode="json", exclude_unset=True),
+                    priority=body.priority,
+                    time_limit=body.time_limit_seconds,
                 ),
                 context.arns,
                 context.limits(request.account),

@@ -138,8 +138,8 @@ class _Models:
         )
 
     def _custom(self, model: CustomModel) -> ModelView:
-        asked = model.details.get("request", {}).get("modelSourceConfig", {})
-        source: str | None = asked.get("s3DataSource", {}).get("s3Uri")
+        sent = model.details.get("request", {}).get("modelSourceConfig", {})
+        source: str | None = sent.get("s3DataSource", {}).get("s3Uri")
         return ModelView(
             id=model.id,
             name=model.name,

@@ -308,14 +308,14 @@ class Context:
     ) -> CustomModel:
         """The account's custom model of this name, id or ARN."""
         arn = Arn.parse(identifier)
-        wanted = select(CustomModel).where(CustomModel.account == account)
+        query = select(CustomModel).where(CustomModel.account == account)
         if arn is None:
-            wanted = wanted.where((CustomModel.name == identifier) | (CustomModel.id == identifier))
+            query = query.where((CustomModel.name == identifier) | (CustomModel.id == identifier))
         elif (arn.account, arn.region, arn.kind) == (account, self.arns.region, "custom-model"):
-            wanted = wanted.where(CustomModel.id == arn.id)
+            query = query.where(CustomModel.id == arn.id)
         else:
-            wanted = wanted.where(CustomModel.id == "")
-        model = session.scalars(wanted.where(CustomModel.status != RESERVED)).first()
+            query = query.where(CustomModel.id == "")
+        model = session.scalars(query.where(CustomModel.status != RESERVED)).first()
         if model is None or (active and model.status != ACTIVE):
             raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
         return model

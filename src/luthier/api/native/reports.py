@@ -95,42 +95,42 @@ class _Reports:
         self.context = context
         self._free = threading.BoundedSemaphore(AT_ONCE)
 
-    def inspect(self, request: Request, asked: Inspection) -> ReportView:
+    def inspect(self, request: Request, body: Inspection) -> ReportView:
         self.context.allow(request, "InspectData", "*")
-        base = self._model(request, asked.base)
+        base = self._model(request, body.base)
         with self._folder() as folder:
-            rows = self._fetch(request, asked.training, folder / "training")
+            rows = self._fetch(request, body.training, folder / "training")
             command = ["inspect", str(rows), "--base", base]
-            addresses = {str(rows): asked.training}
-            if asked.validation is not None:
-                held = self._fetch(request, asked.validation, folder / "validation")
+            addresses = {str(rows): body.training}
+            if body.validation is not None:
+                held = self._fetch(request, body.validation, folder / "validation")
                 command += ["--validation", str(held)]
-                addresses[str(held)] = asked.validation
-            if asked.objective is not None:
-                command += ["--objective", asked.objective]
+                addresses[str(held)] = body.validation
+            if body.objective is not None:
+                command += ["--objective", body.objective]
             report = _run_command(command, addresses, (0, 1, 2), _inspection_name)
         return ReportView(verdict=report["verdict"], report=report)
 
-    def estimate(self, request: Request, asked: Planned) -> EstimateView:
+    def estimate(self, request: Request, body: Planned) -> EstimateView:
         from luthier.recipe import to_toml
 
         self.context.allow(request, "EstimateJob", "*")
         with self.context.database.read() as session:
-            base = self.context.base(session, request.account, asked.base)
+            base = self.context.base(session, request.account, body.base)
         with self._folder() as folder:
-            rows = self._fetch(request, asked.training, folder / "training")
-            addresses = {str(rows): asked.training}
-            held = self._fetch_held_out(request, asked.validation, folder / "held", addresses)
+            rows = self._fetch(request, body.training, folder / "training")
+            addresses = {str(rows): body.training}
+            held = self._fetch_held_out(request, body.validation, folder / "held", addresses)
             submission = Submission(
                 account=request.account,
                 face="native",
                 job_name="estimate",
                 model_name="estimate",
-                customization_type=asked.customization_type,
+                customization_type=body.customization_type,
                 base=base,
                 training=[str(rows)],
-                validators=list(asked.validation),
-                settings=asked.settings,
+                validators=list(body.validation),
+                settings=body.settings,
             )
             fields = recipe_of(submission, "estimate").plain()
             if held is not None:

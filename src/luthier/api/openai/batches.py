@@ -205,7 +205,7 @@ class BatchRunner:
                 with (
                     self._large_line if len(line) > self.limits.large_body_bytes else nullcontext()
                 ):
-                    asked = parse_json(line, self.limits.json_values)
+                    line_body = parse_json(line, self.limits.json_values)
             except Fault as fault:
                 found.append(_error("line_too_large", fault.message, number))
                 continue
@@ -213,7 +213,7 @@ class BatchRunner:
                 text = f"The line is no JSON: {error}."
                 found.append(_error("invalid_json_line", text, number))
                 continue
-            code, text, param = _problem(asked, endpoint, first, number)
+            code, text, param = _problem(line_body, endpoint, first, number)
             if code:
                 found.append(_error(code, text, number, param))
         if not count:
@@ -285,13 +285,15 @@ class BatchRunner:
                 turn.enter_context(on_prompt_tokenized(turn.close))
             return self._answer_parsed(batch, json.loads(line))
 
-    def _answer_parsed(self, batch: Batch, asked: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
+    def _answer_parsed(
+        self, batch: Batch, members: Mapping[str, Any]
+    ) -> tuple[bool, dict[str, Any]]:
         try:
             caller = self._caller(batch)
             self.count(batch.account, "", Usage(requests=1))
             count = partial(self._count_tokens, batch.account)
             with meter(count), working_for(batch.account):
-                answer = self.endpoints[batch.endpoint](caller, asked["body"])
+                answer = self.endpoints[batch.endpoint](caller, members["body"])
             status = 200
         except Fault as fault:
             status, answer = status_of(fault), {"error": error_of(fault)}
@@ -302,7 +304,7 @@ class BatchRunner:
         response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
         return status != 200, {
             "id": f"batch_req_{secrets.token_hex(12)}",
-            "custom_id": asked["custom_id"],
+            "custom_id": members["custom_id"],
             "response": response,
             "error": None,
         }
@@ -434,12 +436,12 @@ class Batches:
 
     def create(self, request: Request) -> Response:
         """Take a batch; its lines are looked at in the background."""
-        asked = body(request, CreateBatch)
+        parameters = body(request, CreateBatch)
         self.access.to(request, "batches.create", "batch")
         account = request.caller.account
-        found = self.files.get(account, asked.input_file_id)
+        found = self.files.get(account, parameters.input_file_id)
         if found is None:
-            text = f"No such file: {asked.input_file_id}."
+            text = f"No such file: {parameters.input_file_id}."
             raise invalid(text, "input_file_id", "file_not_found")
         if found.purpose != "batch":
             text = f"File {found.id} was uploaded for '{found.purpose}' and not for 'batch'."
@@ -460,10 +462,10 @@ class Batches:
                 session,
                 account,
                 caller_fields(request.caller),
-                asked.endpoint,
-                asked.completion_window,
-                asked.input_file_id,
-                dict(asked.metadata or {}),
+                parameters.endpoint,
+                parameters.completion_window,
+                parameters.input_file_id,
+                dict(parameters.metadata or {}),
             )
         self.runner.wake()
         return Response.json(batch_object(batch, (0, 0)))

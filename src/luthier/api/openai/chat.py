@@ -240,19 +240,21 @@ class Chats(GenerationResource[ChatRequest]):
 
     path, action, body = "chat/completions", "chat.completions.create", ChatRequest
 
-    def whole(self, caller: Caller, asked: ChatRequest) -> dict[str, Any]:
+    def whole(self, caller: Caller, parameters: ChatRequest) -> dict[str, Any]:
         """The whole completion."""
-        return _completion(asked, self._begin(caller, asked))
+        return _completion(parameters, self._begin(caller, parameters))
 
-    def stream(self, caller: Caller, asked: ChatRequest) -> Response:
+    def stream(self, caller: Caller, parameters: ChatRequest) -> Response:
         """Its chunks as they are written."""
-        stream = self._begin(caller, asked)
-        return stream_events(_Chunks(asked).of(stream, stream.prompt_tokens), [stream], asked.model)
+        stream = self._begin(caller, parameters)
+        return stream_events(
+            _Chunks(parameters).of(stream, stream.prompt_tokens), [stream], parameters.model
+        )
 
-    def _begin(self, caller: Caller, asked: ChatRequest) -> Stream:
-        target = self.inference.target(caller, self.action, asked.model)
-        asked.check()
-        return self.inference.submit(target, asked.model, asked.generation_request)
+    def _begin(self, caller: Caller, parameters: ChatRequest) -> Stream:
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        return self.inference.submit(target, parameters.model, parameters.generation_request)
 
 
 class InvokedChat:
@@ -287,18 +289,18 @@ def _counting(stream: Stream, ended: list[int]) -> Iterator[Event]:
         yield each
 
 
-def _completion(asked: ChatRequest, stream: Stream) -> dict[str, Any]:
-    with refusals(asked.model):
+def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
+    with refusals(parameters.model):
         answers = stream.whole()
     tokens = sum(each.tokens for each in answers)
     return {
-        **_head("chat.completion", asked.model),
-        "choices": [_choice(index, each, asked) for index, each in enumerate(answers)],
+        **_head("chat.completion", parameters.model),
+        "choices": [_choice(index, each, parameters) for index, each in enumerate(answers)],
         "usage": usage(stream.prompt_tokens, tokens),
     }
 
 
-def _choice(index: int, answer: Whole, asked: ChatRequest) -> dict[str, Any]:
+def _choice(index: int, answer: Whole, parameters: ChatRequest) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": answer.text if answer.text or not answer.calls else None,
@@ -310,7 +312,7 @@ def _choice(index: int, answer: Whole, asked: ChatRequest) -> dict[str, Any]:
     return {
         "index": index,
         "message": message,
-        "logprobs": chat_logprobs(answer.scores) if asked.logprobs else None,
+        "logprobs": chat_logprobs(answer.scores) if parameters.logprobs else None,
         "finish_reason": FINISH.get(answer.reason, "stop"),
     }
 
@@ -339,9 +341,9 @@ def call_id(call: ToolCall) -> str:
 class _Chunks:
     """An answer as chunks."""
 
-    def __init__(self, asked: ChatRequest) -> None:
-        self._asked = asked
-        self._head = _head("chat.completion.chunk", asked.model)
+    def __init__(self, parameters: ChatRequest) -> None:
+        self._asked = parameters
+        self._head = _head("chat.completion.chunk", parameters.model)
         self._calls: dict[int, int] = {}
 
     def of(self, stream: Iterable[Event], prompt_tokens: int = 0) -> Iterator[Mapping[str, Any]]:

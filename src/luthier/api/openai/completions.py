@@ -81,26 +81,31 @@ class Completions(GenerationResource[CompletionRequest]):
 
     path, action, body = "completions", "completions.create", CompletionRequest
 
-    def whole(self, caller: Caller, asked: CompletionRequest) -> dict[str, Any]:
+    def whole(self, caller: Caller, parameters: CompletionRequest) -> dict[str, Any]:
         """The whole completion."""
-        return _completion(asked, *self._begin(caller, asked))
+        return _completion(parameters, *self._begin(caller, parameters))
 
-    def stream(self, caller: Caller, asked: CompletionRequest) -> Response:
+    def stream(self, caller: Caller, parameters: CompletionRequest) -> Response:
         """Its chunks as they are written."""
-        streams, echoes = self._begin(caller, asked)
-        return stream_events(_chunks(asked, streams, echoes), streams, asked.model)
+        streams, echoes = self._begin(caller, parameters)
+        return stream_events(_chunks(parameters, streams, echoes), streams, parameters.model)
 
-    def _begin(self, caller: Caller, asked: CompletionRequest) -> tuple[list[Stream], list[str]]:
+    def _begin(
+        self, caller: Caller, parameters: CompletionRequest
+    ) -> tuple[list[Stream], list[str]]:
         """A stream for each prompt, and the text that stands before its answers."""
-        target = self.inference.target(caller, self.action, asked.model)
-        asked.check()
-        echoes = [self._echo(target, asked, prompt) for prompt in asked.prompts]
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        echoes = [self._echo(target, parameters, prompt) for prompt in parameters.prompts]
         streams: list[Stream] = []
         try:
-            for prompt in asked.prompts:
+            for prompt in parameters.prompts:
                 streams.append(
                     self.inference.submit(
-                        target, asked.model, partial(asked.generation_request, prompt), "prompt"
+                        target,
+                        parameters.model,
+                        partial(parameters.generation_request, prompt),
+                        "prompt",
                     )
                 )
         except BaseException:
@@ -109,36 +114,38 @@ class Completions(GenerationResource[CompletionRequest]):
             raise
         return streams, echoes
 
-    def _echo(self, target: Resolved, asked: CompletionRequest, prompt: str | list[int]) -> str:
-        if not asked.echo:
+    def _echo(
+        self, target: Resolved, parameters: CompletionRequest, prompt: str | list[int]
+    ) -> str:
+        if not parameters.echo:
             return ""
         if isinstance(prompt, str):
             return prompt
-        with refusals(asked.model, "prompt"):
+        with refusals(parameters.model, "prompt"):
             return token_text(b"".join(self.inference.pool.token_bytes(target.stored_id, prompt)))
 
 
 def _completion(
-    asked: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
 ) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
     read = written = 0
-    with refusals(asked.model, "prompt"):
+    with refusals(parameters.model, "prompt"):
         for stream, echo in zip(streams, echoes, strict=True):
             read += stream.prompt_tokens
             for answer in stream.whole():
                 written += answer.tokens
-                scores = _logprobs(answer.scores, 0) if asked.logprobs is not None else None
+                scores = _logprobs(answer.scores, 0) if parameters.logprobs is not None else None
                 reason = FINISH.get(answer.reason, "stop")
                 choices.append(_choice(len(choices), echo + answer.text, scores, reason))
-    return {**_head(asked.model), "choices": choices, "usage": usage(read, written)}
+    return {**_head(parameters.model), "choices": choices, "usage": usage(read, written)}
 
 
 def _chunks(
-    asked: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
+    parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
-    head, n = _head(asked.model), asked.n or 1
-    further = {"usage": None} if asked.wants_usage else {}
+    head, n = _head(parameters.model), parameters.n or 1
+    further = {"usage": None} if parameters.wants_usage else {}
     read = written = 0
     for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
         read += stream.prompt_tokens
@@ -148,7 +155,7 @@ def _chunks(
         for event in stream:
             if isinstance(event, TokenChunk):
                 scores = None
-                if asked.logprobs is not None:
+                if parameters.logprobs is not None:
                     scores = _logprobs(event.scores, offsets[event.index])
                     offsets[event.index] += sum(map(_length, event.scores))
                 choice = _choice(number * n + event.index, event.text, scores, None)
@@ -159,7 +166,7 @@ def _chunks(
             else:
                 continue
             yield {**head, "choices": [choice], **further}
-    if asked.wants_usage:
+    if parameters.wants_usage:
         yield {**head, "choices": [], "usage": usage(read, written)}
 
 

@@ -47,20 +47,20 @@ class Embeddings(GenerationResource[EmbeddingRequest]):
 
     path, action, body = "embeddings", "embeddings.create", EmbeddingRequest
 
-    def whole(self, caller: Caller, asked: EmbeddingRequest) -> dict[str, Any]:
+    def whole(self, caller: Caller, parameters: EmbeddingRequest) -> dict[str, Any]:
         """A vector for each text."""
-        target = self.inference.target(caller, self.action, asked.model)
-        asked.check()
-        with refusals(asked.model, "input"):
-            found = self.inference.pool.embed(target.stored_id, asked.texts)
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        with refusals(parameters.model, "input"):
+            found = self.inference.pool.embed(target.stored_id, parameters.texts)
         tokens = sum(each.tokens for each in found)
         data = [
             {
                 "object": "embedding",
                 "index": index,
                 "embedding": _encode(
-                    _shorten(np.asarray(each.vector, dtype="<f4"), asked.dimensions),
-                    asked.encoding_format,
+                    _shorten(np.asarray(each.vector, dtype="<f4"), parameters.dimensions),
+                    parameters.encoding_format,
                 ),
             }
             for index, each in enumerate(found)
@@ -68,7 +68,7 @@ class Embeddings(GenerationResource[EmbeddingRequest]):
         return {
             "object": "list",
             "data": data,
-            "model": asked.model,
+            "model": parameters.model,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
 

@@ -194,9 +194,9 @@ def setting_name(field: str, value: str | None) -> str | None:
     return _NAMES[field] + ("" if value is None else f"={value}")
 
 
-def without_effect(asked: CreateJob) -> list[str]:
+def without_effect(parameters: CreateJob) -> list[str]:
     """What was asked and changes nothing, for the events of the job."""
-    chosen, found = asked.chosen, []
+    chosen, found = parameters.chosen, []
     if isinstance(chosen, ReinforcementHyperparameters):
         if chosen.reasoning_effort != "default":
             effort = chosen.reasoning_effort
@@ -211,12 +211,12 @@ def without_effect(asked: CreateJob) -> list[str]:
     return found
 
 
-def settings_of(asked: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
+def settings_of(parameters: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
     """Fields of the recipe by group; what is ``auto`` is left for the recipe to choose.
 
     ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
     """
-    chosen = asked.chosen
+    chosen = parameters.chosen
     training: dict[str, Any] = {"seed": seed}
     objective: dict[str, Any] = {}
     if chosen.n_epochs != "auto":
@@ -225,9 +225,9 @@ def settings_of(asked: CreateJob, seed: int, writes: bool) -> dict[str, Any]:
         training["batch_size"] = chosen.batch_size
     if chosen.learning_rate_multiplier != "auto":
         training["rate_factor"] = chosen.learning_rate_multiplier
-    if asked.kind == "dpo":
+    if parameters.kind == "dpo":
         objective["method"] = "dpo"
-    elif asked.kind == "supervised" and writes:
+    elif parameters.kind == "supervised" and writes:
         objective["method"] = "sft"
     if isinstance(chosen, DpoHyperparameters) and chosen.beta != "auto":
         objective["beta"] = chosen.beta
@@ -249,15 +249,15 @@ def job_object(
 ) -> dict[str, Any]:
     """The object of the API."""
     status = STATUSES[job.state]
-    asked = job.request
-    resolved = _resolved_hyperparameters(job, _sent_hyperparameters(asked))
+    sent = job.request
+    resolved = _resolved_hyperparameters(job, _sent_hyperparameters(sent))
     made = model.openai_id if model is not None and model.status == ACTIVE else None
     return {
         "id": job.name,
         "object": "fine_tuning.job",
         "created_at": seconds(job.created),
         "finished_at": seconds(job.ended),
-        "model": asked.get("model"),
+        "model": sent.get("model"),
         "fine_tuned_model": made if status == "succeeded" else None,
         "organization_id": organization(job.account),
         "status": status,
@@ -266,26 +266,26 @@ def job_object(
             name: resolved.get(name, "auto")
             for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
         },
-        "method": _method(asked, resolved),
-        "training_file": asked.get("training_file"),
-        "validation_file": asked.get("validation_file"),
+        "method": _method(sent, resolved),
+        "training_file": sent.get("training_file"),
+        "validation_file": sent.get("validation_file"),
         "result_files": list(results),
         "trained_tokens": (job.result or {}).get("tokens"),
-        "seed": asked.get("seed"),
-        "metadata": asked.get("metadata") or {},
+        "seed": sent.get("seed"),
+        "metadata": sent.get("metadata") or {},
         "integrations": [],
         "estimated_finish": _estimated_finish(job),
     }
 
 
-def _kind(asked: dict[str, Any]) -> str:
-    return str(asked.get("method", {}).get("type", "supervised"))
+def _kind(fields: dict[str, Any]) -> str:
+    return str(fields.get("method", {}).get("type", "supervised"))
 
 
-def _sent_hyperparameters(asked: dict[str, Any]) -> dict[str, Any]:
+def _sent_hyperparameters(fields: dict[str, Any]) -> dict[str, Any]:
     """The hyperparameters as they were sent."""
-    arm = asked.get("method", {}).get(_kind(asked), {})
-    found: dict[str, Any] = arm.get("hyperparameters") or asked.get("hyperparameters") or {}
+    arm = fields.get("method", {}).get(_kind(fields), {})
+    found: dict[str, Any] = arm.get("hyperparameters") or fields.get("hyperparameters") or {}
     return found
 
 
@@ -310,9 +310,9 @@ def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]
     return {**dict.fromkeys(given, "auto"), **known, **asked}
 
 
-def _method(asked: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
-    kind = _kind(asked)
-    arm = asked.get("method", {}).get(kind, {})
+def _method(fields: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    kind = _kind(fields)
+    arm = fields.get("method", {}).get(kind, {})
     names = arm.get("hyperparameters") or ("n_epochs", "batch_size", "learning_rate_multiplier")
     shown_arm = {"hyperparameters": {name: resolved.get(name, "auto") for name in names}}
     if "grader" in arm:
@@ -484,25 +484,25 @@ class FineTuning:
 
     def create(self, request: Request) -> Response:
         """Put a job into the queue."""
-        asked = body(request, CreateJob)
+        parameters = body(request, CreateJob)
         self.access.to(request, "fine_tuning.jobs.create", "fine-tuning-job")
         every = self.arns.of(request.caller.account, "model-customization-job", "*")
         self.access.same_as(request, "CreateModelCustomizationJob", every)
-        asked.check()
+        parameters.check()
         account = request.caller.account
-        base = self.catalogue.base(account, asked.model)
-        self._check_file(account, asked.training_file, "training_file")
-        if asked.validation_file is not None:
-            self._check_file(account, asked.validation_file, "validation_file")
+        base = self.catalogue.base(account, parameters.model)
+        self._check_file(account, parameters.training_file, "training_file")
+        if parameters.validation_file is not None:
+            self._check_file(account, parameters.validation_file, "validation_file")
         grader = None
-        if asked.method is not None and asked.method.reinforcement is not None:
+        if parameters.method is not None and parameters.method.reinforcement is not None:
             grader = grader_fields(
-                asked.method.reinforcement.grader,
+                parameters.method.reinforcement.grader,
                 "method.reinforcement.grader",
                 self.inference.judge(request.caller),
             )
-        seed = asked.seed if asked.seed is not None else secrets.randbelow(2**31)
-        submission = self._submission(account, asked, base, seed, grader)
+        seed = parameters.seed if parameters.seed is not None else secrets.randbelow(2**31)
+        submission = self._submission(account, parameters, base, seed, grader)
         with self.database.write() as session:
             job = submit(session, submission, self.arns, self.limits(account))
             seen = _with_model(session, job)
@@ -512,16 +512,16 @@ class FineTuning:
     def _submission(
         self,
         account: str,
-        asked: CreateJob,
+        parameters: CreateJob,
         base: FoundationModel | CustomModel,
         seed: int,
         grader: dict[str, Any] | None,
     ) -> Submission:
         job_name = "ftjob-" + random_id(24)
         root = root_of(base)
-        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.suffix or "").strip("-")
+        suffix = re.sub(r"[^A-Za-z0-9._-]+", "-", parameters.suffix or "").strip("-")
         name = root.base if root is not None else "imported"
-        request = asked.model_dump(mode="json", exclude_none=True)
+        request = parameters.model_dump(mode="json", exclude_none=True)
         return Submission(
             account=account,
             face=FACE,
@@ -529,12 +529,14 @@ class FineTuning:
             model_name=job_name,
             customization_type=REINFORCEMENT if grader is not None else FINE_TUNING,
             base=base,
-            training=[file_address(asked.training_file)],
-            validators=[file_address(asked.validation_file)] if asked.validation_file else [],
-            settings=settings_of(asked, seed, writes(base)),
+            training=[file_address(parameters.training_file)],
+            validators=[file_address(parameters.validation_file)]
+            if parameters.validation_file
+            else [],
+            settings=settings_of(parameters, seed, writes(base)),
             grader=grader,
-            request={**request, "seed": seed, "metadata": asked.metadata or {}},
-            without_effect=without_effect(asked),
+            request={**request, "seed": seed, "metadata": parameters.metadata or {}},
+            without_effect=without_effect(parameters),
             openai_id=":".join(("ft", name, organization(account), suffix, new_id())),
         )
 

@@ -185,10 +185,10 @@ class GenerationResource(Generic[Asked]):
 
     def create(self, request: Request) -> Response:
         """Answer a request."""
-        asked = body(request, self.body)
-        if getattr(asked, "stream", False):
-            return self.stream(request.caller, asked)
-        return Response.json(self.whole(request.caller, asked))
+        parameters = body(request, self.body)
+        if getattr(parameters, "stream", False):
+            return self.stream(request.caller, parameters)
+        return Response.json(self.whole(request.caller, parameters))
 
     def answer(self, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a body that came another way; never a stream."""

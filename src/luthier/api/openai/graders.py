@@ -110,16 +110,16 @@ class Graders:
             Fault: 400 for texts that are too long, and for what takes too much time or memory.
         """
         self.access.to(request, "fine_tuning.alpha.graders.run")
-        asked = body(request, RunGrader)
-        fields = grader_fields(asked.grader, "grader", self.judges(request.caller))
+        parameters = body(request, RunGrader)
+        fields = grader_fields(parameters.grader, "grader", self.judges(request.caller))
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
         grader = confine(grader, self.work)
         began = time.perf_counter()
-        row = PromptOnly("item", 1, "", members=asked.item or {})
+        row = PromptOnly("item", 1, "", members=parameters.item or {})
         longest = self.limits.grading_text_characters
-        sample = Answer((), asked.model_sample, None, row, longest)
+        sample = Answer((), parameters.model_sample, None, row, longest)
         try:
             score, parts, trouble = graded_once(grader, sample)
         except TakesTooMuch as refused:
@@ -135,13 +135,13 @@ class Graders:
                 "sub_rewards": parts,
                 "model_grader_token_usage_per_model": {},
                 "metadata": {
-                    "name": str(asked.grader.get("name", asked.grader["type"])),
-                    "type": asked.grader["type"],
-                    "errors": _errors(asked.grader["type"], trouble),
+                    "name": str(parameters.grader.get("name", parameters.grader["type"])),
+                    "type": parameters.grader["type"],
+                    "errors": _errors(parameters.grader["type"], trouble),
                     "execution_time": time.perf_counter() - began,
                     "scores": parts,
                     "token_usage": None,
-                    "sampled_model_name": asked.grader.get("model"),
+                    "sampled_model_name": parameters.grader.get("model"),
                 },
             }
         )
@@ -289,8 +289,8 @@ class PooledModels:
     def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
         """The model that writes scores."""
 
-        def write(asked: Sequence[Sequence[Message]]) -> list[str | Failure]:
-            return [self._reply(judge.model, turns, sampling) for turns in asked]
+        def write(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
+            return [self._reply(judge.model, turns, sampling) for turns in conversations]
 
         return CachedWriter(write)
 

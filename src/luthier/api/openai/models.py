@@ -87,13 +87,13 @@ class Catalogue:
         """
         arn = Arn.parse(name)
         if arn is not None and arn.kind == "custom-model" and arn.account == account:
-            wanted = select(CustomModel).where(
+            query = select(CustomModel).where(
                 CustomModel.account == account,
                 CustomModel.id == arn.id,
                 CustomModel.status == ACTIVE,
             )
             with self.database.read() as session:
-                found: FoundationModel | CustomModel | None = session.scalar(wanted)
+                found: FoundationModel | CustomModel | None = session.scalar(query)
         else:
             found = self.find(account, name)
         if found is None:

@@ -224,36 +224,38 @@ class Responses(GenerationResource[ResponseRequest]):
 
     path, action, body = "responses", "responses.create", ResponseRequest
 
-    def whole(self, caller: Caller, asked: ResponseRequest) -> JsonObject:
+    def whole(self, caller: Caller, parameters: ResponseRequest) -> JsonObject:
         """The whole response."""
-        return _whole(asked, self._begin(caller, asked))
+        return _whole(parameters, self._begin(caller, parameters))
 
-    def stream(self, caller: Caller, asked: ResponseRequest) -> Response:
+    def stream(self, caller: Caller, parameters: ResponseRequest) -> Response:
         """Its events as they happen."""
-        stream = self._begin(caller, asked)
+        stream = self._begin(caller, parameters)
         headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        return Response(200, GeneratedPieces(_pieces(asked, stream), [stream]), headers)
+        return Response(200, GeneratedPieces(_pieces(parameters, stream), [stream]), headers)
 
-    def _begin(self, caller: Caller, asked: ResponseRequest) -> Stream:
-        target = self.inference.target(caller, self.action, asked.model)
-        asked.check()
-        return self.inference.submit(target, asked.model, asked.generation_request, "input")
+    def _begin(self, caller: Caller, parameters: ResponseRequest) -> Stream:
+        target = self.inference.target(caller, self.action, parameters.model)
+        parameters.check()
+        return self.inference.submit(
+            target, parameters.model, parameters.generation_request, "input"
+        )
 
 
-def _whole(asked: ResponseRequest, stream: Stream) -> JsonObject:
-    response = _Response(asked, stream.prompt_tokens)
-    with refusals(asked.model, "input"):
+def _whole(parameters: ResponseRequest, stream: Stream) -> JsonObject:
+    response = _Response(parameters, stream.prompt_tokens)
+    with refusals(parameters.model, "input"):
         for _ in response.events(stream):
             pass
     return response.to_dict()
 
 
-def _pieces(asked: ResponseRequest, stream: Stream) -> Iterator[bytes]:
+def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:
     """The events as they are sent; a failure is the last one."""
-    response = _Response(asked, stream.prompt_tokens)
+    response = _Response(parameters, stream.prompt_tokens)
     try:
         try:
-            with refusals(asked.model, "input"):
+            with refusals(parameters.model, "input"):
                 for event in response.events(stream):
                     yield _encode_event(event)
         except Fault as fault:
@@ -270,8 +272,8 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
 class _Response:
     """One response: what is known of it so far, and the events that tell how it comes about."""
 
-    def __init__(self, asked: ResponseRequest, prompt_tokens: int) -> None:
-        self._asked, self._prompt_tokens = asked, prompt_tokens
+    def __init__(self, parameters: ResponseRequest, prompt_tokens: int) -> None:
+        self._asked, self._prompt_tokens = parameters, prompt_tokens
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
         self._end: End | None = None

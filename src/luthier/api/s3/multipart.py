@@ -73,13 +73,13 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
     source = copy_source(request)
     stores.authorize(request.caller, "s3:GetObject", arn(*source))
     freed = before_part(stores, request).freed
-    asked = request.headers.get("x-amz-copy-source-range")
-    if asked is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", asked):
+    range_header = request.headers.get("x-amz-copy-source-range")
+    if range_header is not None and not re.fullmatch(r"bytes=[0-9]+-[0-9]+", range_header):
         text = "The x-amz-copy-source-range value must be of the form bytes=first-last"
         raise Fault("InvalidArgument", text)
     content = stores.objects.open(request.account, *source)
     check_read(request.headers, content.found, "x-amz-copy-source-if-")
-    first, length = span(asked, content.found.size) or (0, content.found.size)
+    first, length = span(range_header, content.found.size) or (0, content.found.size)
     with stores.objects.begin(request.account, length, freed=freed) as writing:
         for data in content.read(first, length):
             writing.write(data)

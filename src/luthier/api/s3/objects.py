@@ -137,11 +137,11 @@ def put_object(
 
 def get_object(stores: Stores, request: S3Request, body: bytes) -> Response:
     """An object, or a range of it."""
-    asked = request.headers.get("range")
+    range_header = request.headers.get("range")
 
     def choose_range(found: StoredObject) -> tuple[int, int]:
         check_read(request.headers, found)
-        return span(asked, found.size) or (0, found.size)
+        return span(range_header, found.size) or (0, found.size)
 
     found, pieces = stores.objects.open_range(
         request.account, request.bucket, request.key, choose_range

@@ -208,8 +208,8 @@ class _Responses:
             if teacher.terms:
                 reporter.note(teacher.terms)
             with _interruptible(known, len(keys)):
-                asked = [rows[index].turns() for index in missing]
-                teacher.ask(asked, sampling, done, reporter.note)
+                conversations = [rows[index].turns() for index in missing]
+                teacher.ask(conversations, sampling, done, reporter.note)
             return known
 
     def _judge(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
