@@ -313,7 +313,7 @@ class TestWhatATemplateStandsFor:
         turns = [{"role": "user", "content": "{{sample.output_text}}"}] * 30
         grader = ScoreModel.model_validate({"model": "m", "input": turns})
         with pytest.raises(RowRefused, match="the prompt has 270,000 characters"):
-            grader.asked(answer("x" * 10_000))
+            grader.question(answer("x" * 10_000))
 
     def test_a_reply_that_is_nested_deeply_is_text(self) -> None:
         assert one(StringCheck(reference="{{sample.output_text}}"), "[" * 100_000) == 1.0

@@ -287,7 +287,7 @@ def local_judge(tiny_model_folder: Path, tmp_path: Path, luthier_home: Path) -> 
         talks = []
         for reply in ("yes", "no", "a dog", "Paris", "", "the fox"):
             answer = Answer((Message("user", "Say yes"),), reply, None, Row("f", 1))
-            turns = [*Judge(rubric="x").asked(answer), Message("assistant", "Score: 7")]
+            turns = [*Judge(rubric="x").question(answer), Message("assistant", "Score: 7")]
             talks.append({"messages": [asdict(turn) for turn in turns]})
         path = tmp_path / "talks.jsonl"
         path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
