@@ -17,19 +17,25 @@ from typing import Any
 import pytest
 from short_runs import manifest_of, write_rows
 
+import luthier
 from luthier import plugins
 from luthier.adaptations import ADAPTATIONS
 from luthier.engine import train
 from luthier.errors import RecipeError
 from luthier.graders import GRADERS, Exact, Grader
+from luthier.models.backends import BACKENDS
 from luthier.models.catalog import CATALOG
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import Recipe
+from luthier.serving.decoder import Decoder
+from luthier.serving.inference import Chat, GenerationRequest
+from luthier.serving.memory import CacheBudget
 from luthier.store.models import find, objective_of
+from luthier.types import Message
 from luthier.workflows.capabilities import capabilities
 
 SAMPLE = Path(__file__).parent / "sample_plugin"
-TABLES: tuple[plugins.PluginTable[Any], ...] = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG)
+TABLES: tuple[plugins.PluginTable[Any], ...] = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +107,32 @@ def test_a_run_with_everything_from_a_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_a_backend_from_a_package_decodes(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the commands and on the server, and it writes what our own writes."""
+    prompts = ["say fox", "say the dog", "x"]
+    expected = luthier.load(str(tiny_model_folder)).generate(prompts, max_tokens=8)
+    monkeypatch.setenv("LUTHIER_BACKEND", "recomputing")
+    model = luthier.load(str(tiny_model_folder))
+    assert type(model.generator.backend).__name__ == "Recomputing"
+    assert model.generate(prompts, max_tokens=8) == expected
+    budget = CacheBudget(1 << 30)
+    decoder = Decoder.open(find(str(tiny_model_folder)), budget)
+    try:
+        asked = GenerationRequest(
+            Chat((Message("user", "say fox"),)), max_tokens=8, temperature=0.0
+        )
+        (answer,) = decoder.submit(asked).whole()
+        assert answer.text == expected[0]
+    finally:
+        decoder.close()
+    monkeypatch.setenv("LUTHIER_BACKEND", "warp")
+    with pytest.raises(RecipeError, match="LUTHIER_BACKEND is 'warp', and there are torch, recomp"):
+        luthier.load(str(tiny_model_folder))
+
+
+@pytest.mark.usefixtures("installed")
 def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
     assert list(OBJECTIVES)[-1] == "focal" and len(OBJECTIVES) == len(OBJECTIVES.built_in) + 1
     found = capabilities("sample-tiny")
@@ -145,7 +177,8 @@ def test_the_command_lists_packages(site: Path) -> None:
     }  # fmt: skip
     assert "missing" in found["broken"]["problem"]
     assert "built-in" in found["exact"]["problem"]
-    assert not found["sample-tiny"]["problem"] and not found["norms"]["problem"]
+    for name in ("sample-tiny", "norms", "recomputing"):
+        assert not found[name]["problem"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""Objectives, adaptations, graders and base models that other installed packages add.
+"""Objectives, adaptations, graders, base models and backends that other installed packages add.
 
 A package names what it adds by entry points, one group for each table:
 
     [project.entry-points."luthier.objectives"]
     focal = "luthier_focal:Focal"
 
-The name is that of recipes: the default of the class's ``method``, or the ``id`` of a base model. The
-package is imported when the table is first looked through, or when its name is asked for. One that
-cannot be used is left out with a warning, so that it stops no other command; to ask for it by its
-name says what is wrong, and with which package.
+The name is that of recipes: the default of the class's ``method``, or the ``id`` of a base model
+or backend. The package is imported when the table is first looked through, or when its name is
+asked for. One that cannot be used is left out with a warning, so that it stops no other command; to
+ask for it by its name says what is wrong, and with which package.
 """
 
 from __future__ import annotations

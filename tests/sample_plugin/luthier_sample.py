@@ -1,15 +1,19 @@
-"""What a package outside adds to luthier: an objective, an adaptation, a grader and a base model."""
+"""What a package outside adds to luthier: objective, adaptation, grader, base model, backend."""
 
 import os
 import shutil
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from luthier.adaptations import Adaptation
+from luthier.data.tree import build_tree
 from luthier.graders import Grader
+from luthier.models.backends import BackendEntry
 from luthier.models.catalog import CatalogEntry
 from luthier.objectives import Classification
-from luthier.types import Loss
+from luthier.types import Example, Loss
 
 
 class Focal(Classification):
@@ -92,3 +96,72 @@ TINY = CatalogEntry(
     config={"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 320},
 )  # fmt: skip
+
+
+class Recomputing:
+    """Keeps no keys and values: every step reads all of each sequence again."""
+
+    rows = 1
+
+    def __init__(self, network, context, exact):
+        """``exact`` holds by itself, as every sequence is read alone."""
+        self.network, self.context = network, context
+
+    def bytes_of(self, tokens):
+        """Token ids are all that is kept."""
+        return 8 * tokens
+
+    def open(self, ids_T):
+        """A sequence is the list of its tokens."""
+        return Tokens([int(i) for i in ids_T], unread=len(ids_T))
+
+    def prefill(self, state):
+        """All at once."""
+        state.unread = 0
+        return self.logits(state)
+
+    def prefill_batch(self, prompts, copies):
+        """One after the other."""
+        import torch
+
+        states = [self.open(ids_T) for ids_T in prompts for _ in range(copies)]
+        return states, torch.stack([self.prefill(state) for state in states])
+
+    def fork(self, state, copies):
+        """Copies of the list."""
+        return [Tokens(list(state.ids)) for _ in range(copies)]
+
+    def step(self, states, tokens):
+        """Append a token to each."""
+        import torch
+
+        for state, token in zip(states, tokens, strict=True):
+            state.ids.append(token)
+        return torch.stack([self.logits(state) for state in states])
+
+    def free(self, state):
+        """Nothing is held elsewhere."""
+
+    def close(self):
+        """The same."""
+
+    def logits(self, state):
+        """Of the next token."""
+        import torch
+
+        ids_T = np.array(state.ids, dtype=np.int64)
+        row = Example(ids_T, np.zeros(len(ids_T), dtype=np.float32), 0)
+        with torch.no_grad():
+            batch = self.network.batch(build_tree([row], False))
+            return self.network.logits(self.network.hidden(batch)[batch.tree.leaf_R])[0]
+
+
+class Tokens:
+    """A sequence."""
+
+    def __init__(self, ids, unread=0):
+        """``unread`` tokens are left of its prompt."""
+        self.ids, self.unread = ids, unread
+
+
+RECOMPUTING = BackendEntry("recomputing", Recomputing)

@@ -9,13 +9,14 @@ from luthier.cli.options import Json
 
 
 def plugins(json_: Json = False) -> None:
-    """List what installed packages add: objectives, adaptations, graders and base models."""
+    """List what installed packages add: objectives, adaptations, graders, base models, backends."""
     from luthier.adaptations import ADAPTATIONS
     from luthier.graders import GRADERS
+    from luthier.models.backends import BACKENDS
     from luthier.models.catalog import CATALOG
     from luthier.objectives import OBJECTIVES
 
-    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG)
+    tables = (OBJECTIVES, ADAPTATIONS, GRADERS, CATALOG, BACKENDS)
     found = [plugin for table in tables for plugin in table.plugins()]
     if json_:
         print_json({"plugins": [asdict(plugin) for plugin in found]})

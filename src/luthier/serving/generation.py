@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RecipeError
-from luthier.models.backends import FlatBackend, backend_of
+from luthier.models.backends import backend_of
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
+from luthier.models.torch_backend import FlatBackend
 from luthier.serving.inference import Chat
 from luthier.serving.text import AnswerText
 from luthier.types import Message

@@ -12,19 +12,13 @@ import torch
 
 from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
-from luthier.models.backends import (
-    CHUNK,
-    SIZES,
-    Backend,
-    FlatBackend,
-    ForwardBackend,
-    backend_of,
-)
+from luthier.models.backends import Backend, backend_of
 from luthier.models.decoding import sample
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import STEP, Bank, room_for
 from luthier.models.load import as_network, load_model
 from luthier.models.sampling import Sampling
+from luthier.models.torch_backend import CHUNK, SIZES, FlatBackend, ForwardBackend
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "palm", "t5", "transfo_xl")
