@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.encryption.chunks import MAGIC, SealedReader, SealedWriter
-from luthier.encryption.keys import Keyring, WrongKey, keyring, keys_for
+from luthier.encryption.keys import Keyring, keyring, keys_for, needed_keyring
 from luthier.errors import CorruptFile
 from luthier.files import Sink, luthier_home, new_file, new_folder
 
@@ -50,7 +50,7 @@ def pieces_of(path: Path) -> Iterator[bytes]:
         WrongKey: where the key is missing.
     """
     if is_sealed(path):
-        with SealedReader(path, _ring(path)) as reader:
+        with SealedReader(path, needed_keyring(path)) as reader:
             yield from reader.pieces()
         return
     with path.open("rb") as file:
@@ -137,9 +137,7 @@ def open_value(value: Any, place: str | None = None) -> Any:
     if None not in (written, place) and written != place:
         raise CorruptFile(f"a line was moved: it was written for {written} and stands in {place}")
     key_id, _, text = str(value[_SEALED]).partition(".")
-    ring = keyring()
-    if ring is None:
-        raise WrongKey("a line is encrypted, and the store has no encryption.json any more")
+    ring = needed_keyring("a line")
     try:
         sealed = base64.b64decode(text, validate=True)
         nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
@@ -196,13 +194,6 @@ def _line_cipher(ring: Keyring, key_id: str) -> Any:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     return AESGCM(ring.derive(key_id, b"", b"line"))
-
-
-def _ring(path: Path) -> Keyring:
-    ring = keyring()
-    if ring is None:
-        raise WrongKey(f"{path} is encrypted, and the store has no encryption.json any more")
-    return ring
 
 
 def _files(folder: Path) -> list[Path]:

@@ -88,6 +88,18 @@ def keyring() -> Keyring | None:
     return _open_cached(path, path.stat().st_mtime_ns, master)
 
 
+def needed_keyring(what: object) -> Keyring:
+    """The keys of the store, for ``what`` is encrypted.
+
+    Raises:
+        WrongKey: where they are missing.
+    """
+    ring = keyring()
+    if ring is None:
+        raise WrongKey(f"{what} is encrypted, and the store has no {STORE} any more")
+    return ring
+
+
 def keys_in(folder: Path) -> Keyring | None:
     """The keys of the store, or of the copy of one, in ``folder``.
 

@@ -124,10 +124,11 @@ class Deletions:
             permit(action, resource)
         self._check(traces, items, deletion)
         number = random_id(20, SMALL)
+        kept = () if deletion.models == "delete" else traces.models
         about = {
             "data": list(traces.addresses),
             "jobs": [job.id for job in _affected_jobs(traces, deletion)],
-            "models_kept": [model.name for model in _kept_models(traces, deletion)],
+            "models_kept": [model.name for model in kept],
             "outside": list(traces.outside),
         }
         files = [piece.id for each in traces.objects for piece in each.pieces]
@@ -299,10 +300,6 @@ class Deletions:
 def _affected_jobs(traces: Traces, deletion: DeletionRequest) -> tuple[Job, ...]:
     """Jobs whose files go: also of those that learned through a model, where the models go."""
     return (*traces.jobs, *(traces.further if deletion.models == "delete" else ()))
-
-
-def _kept_models(traces: Traces, deletion: DeletionRequest) -> tuple[Any, ...]:
-    return () if deletion.models == "delete" else traces.models
 
 
 def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:

@@ -7,7 +7,6 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier.encryption.memory import working
@@ -46,7 +45,8 @@ def files(
     manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
     yield f"{top}/{_TRAINING}/manifest.json", (manifest + "\n").encode()
     for name, shown in (("train", "synthetic_data"), ("insights", "prompt_insights")):
-        for path in _distillation(job.id, f"{name}.jsonl"):
+        of_job = f"*/{run_name(job.id)}/{name}.jsonl"
+        for path in sorted(working(luthier_home() / "distillations").glob(of_job)):
             yield f"{top}/{_TRAINING}/{shown}.jsonl", path.read_bytes()
 
 
@@ -105,7 +105,3 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     writer.writerow(header)
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def _distillation(job_id: str, name: str) -> list[Path]:
-    return sorted(working(luthier_home() / "distillations").glob(f"*/{run_name(job_id)}/{name}"))

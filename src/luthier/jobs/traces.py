@@ -93,7 +93,11 @@ def find_traces(
     for copy in _copies(session, account, chosen.values()):
         chosen.setdefault(copy.address, copy)
     wanted = [*locations, *chosen]
-    jobs = [each for each in everything if _reads(each, wanted)]
+    jobs = [
+        job
+        for job in everything
+        if any(_meet(source, each) for source in sources_of(job) for each in wanted)
+    ]
     further = _further(jobs, everything)
     for each in (*jobs, *further):
         for one in _outputs(session, each, external):
@@ -202,10 +206,6 @@ def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterat
                 address = f"s3://{bucket.name}/{upload.key}?uploadId={upload.id}"
                 pieces = tuple(session.scalars(parts))
                 yield FoundObject(address, bucket.name, upload.key, pieces, upload.id)
-
-
-def _reads(job: Job, addresses: Sequence[str]) -> bool:
-    return any(_meet(source, each) for source in sources_of(job) for each in addresses)
 
 
 def _meet(one: str, other: str) -> bool:

@@ -21,7 +21,7 @@ from types import TracebackType
 
 from luthier.encryption.chunks import SealedReader
 from luthier.encryption.files import new_data_file
-from luthier.encryption.keys import WrongKey, keyring, keys_for
+from luthier.encryption.keys import keys_for, needed_keyring
 from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
 from luthier.files import disk_errors, luthier_home, room
 
@@ -240,10 +240,7 @@ class ObjectFiles:
 def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:
     """``length`` bytes of a file from ``start``, or as many as there are."""
     if path.name.endswith(SEALED):
-        ring = keyring()
-        if ring is None:
-            raise WrongKey(f"{path} is encrypted, and the store has no encryption.json any more")
-        with SealedReader(path, ring) as reader:
+        with SealedReader(path, needed_keyring(path)) as reader:
             if reader.size == size:
                 yield from reader.pieces(start, length)
         return

@@ -7,7 +7,7 @@ folder is marked before: :func:`finish_deletions` removes what is marked and has
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.jobs import ENDED, Job
-from luthier.store.models import StoredModel, custom_folder, custom_models
+from luthier.store.models import custom_folder, custom_models
 
 _REMOVED = ".removed"
 """File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
@@ -124,7 +124,7 @@ def remove_files(stored_id: str | None) -> None:
     base, name = found.folder.parent.name, found.folder.name
     shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
     (luthier_home() / "jobs" / f"{name.removeprefix('job-')}.log").unlink(missing_ok=True)
-    if _is_needed(found, stored):
+    if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return
     shutil.rmtree(found.folder, ignore_errors=True)
@@ -137,7 +137,3 @@ def remove_unneeded(stored_id: str | None) -> None:
     # A model that nobody removed may have no record: the command line makes such models.
     if found is not None and (found.folder / _REMOVED).is_file():
         remove_files(stored_id)
-
-
-def _is_needed(model: StoredModel, stored: Mapping[str, StoredModel]) -> bool:
-    return any(each.manifest.parent == model.id for each in stored.values())

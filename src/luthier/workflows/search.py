@@ -267,9 +267,10 @@ class _Search:
         """Settings for the trial at ``place``, which follow from it and the trials before its round."""
         import optuna
 
+        seeds = np.random.SeedSequence([self.recipe.training.seed, place])
         study.sampler = optuna.samplers.TPESampler(
             n_startup_trials=RANDOM_TRIALS,
-            seed=_seed(self.recipe.training.seed, place),
+            seed=int(seeds.generate_state(1)[0]),
             constant_liar=False,
         )
         waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
@@ -317,10 +318,6 @@ def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution
     if dimension.whole:
         return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
-
-
-def _seed(seed: int, place: int) -> int:
-    return int(np.random.SeedSequence([seed, place]).generate_state(1)[0])
 
 
 def _table(frozen: Sequence[optuna.trial.FrozenTrial]) -> list[Trial]:

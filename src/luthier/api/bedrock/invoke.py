@@ -142,13 +142,13 @@ class MessagesForm:
             raise malformed("#/schemaVersion: it is messages-v1")
         self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
         conversation = {name: given.get(name) for name in ("messages", "system", "toolConfig")}
-        self._asked = body_members(operation_models()["Converse"], conversation)
+        self._members = body_members(operation_models()["Converse"], conversation)
 
     def request(self) -> GenerationRequest:
         """The conversation."""
         config = self._config
         return GenerationRequest(
-            chat_of(self._asked),
+            chat_of(self._members),
             max_tokens=config.maxTokens or config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.topP,

@@ -276,7 +276,8 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "jobName": job.name,
         "outputModelName": job.model_name,
         "clientRequestToken": sent.get("clientRequestToken"),
-        "roleArn": sent.get("roleArn") or _no_role(job),
+        # Jobs of other faces have none, and Bedrock's clients are promised one.
+        "roleArn": sent.get("roleArn") or f"arn:aws:iam::{job.account}:role/none",
         "status": _STATUS[job.state],
         "statusDetails": _details(job),
         "failureMessage": with_setting_names(job.failure, setting_name)[:_LONGEST]
@@ -357,11 +358,6 @@ def _details(job: Job) -> dict[str, Any]:
             "lastModifiedTime": datetime.fromisoformat(details["modified"]),
         }
     return found
-
-
-def _no_role(job: Job) -> str:
-    """Jobs of other faces have none, and Bedrock's clients are promised one."""
-    return f"arn:aws:iam::{job.account}:role/none"
 
 
 def _key_arn(request: ControlRequest, key: str | None) -> str | None:

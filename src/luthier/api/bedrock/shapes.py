@@ -228,9 +228,10 @@ def matches(shape: Shape, value: str) -> bool:
     The time is the clock's: where many threads wait for their turn a short one passes unused.
     What did not end in it is tried once more, with time enough for all but patterns that blow up.
     """
+    pattern = _pattern(shape.metadata["pattern"], _WIDER.get(shape.name, ""))
     for seconds in (PATTERN_SECONDS, PATIENT_SECONDS):
         try:
-            return bool(_compile_pattern(shape)(value, timeout=seconds))
+            return bool(pattern(value, timeout=seconds))
         except TimeoutError:
             continue
     return False
@@ -250,10 +251,6 @@ def moment_of(text: str, path: str) -> datetime:
         raise Fault(
             "Validation", f"'{path}' is no time of the form 2026-01-31T12:00:00Z.", parameter=path
         ) from error
-
-
-def _compile_pattern(shape: Shape) -> Callable[..., Any]:
-    return _pattern(shape.metadata["pattern"], _WIDER.get(shape.name, ""))
 
 
 @cache
@@ -343,7 +340,9 @@ def plain(shape: Shape, value: Any) -> Any:
         found = {}
         for name, member in value.items():
             inner = shape.members[name]
-            if member is not None and not _unsayable(member):
+            # JSON has no word for a loss that is not a number.
+            no_number = isinstance(member, float) and not math.isfinite(member)
+            if member is not None and not no_number:
                 found[inner.serialization.get("name", name)] = plain(inner, member)
         return found
     if isinstance(shape, ListShape):
@@ -357,11 +356,6 @@ def timestamp(moment: datetime) -> str:
     """``2026-01-31T12:00:00.123Z``: what is below a millisecond is cut off."""
     text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
-
-
-def _unsayable(value: Any) -> bool:
-    """JSON has no word for a loss that is not a number."""
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _body(shape: StructureShape, request: Request) -> Mapping[str, Any]:

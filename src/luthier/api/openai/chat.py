@@ -183,7 +183,11 @@ class ChatRequest(SamplingFields):
             message.turn(f"messages[{index}]") for index, message in enumerate(self.messages)
         )
         tools = tuple(
-            Tool(each.function.name, each.function.description or "", _parameters(each.function))
+            Tool(
+                each.function.name,
+                each.function.description or "",
+                each.function.parameters or {"type": "object", "properties": {}},
+            )
             for each in self.tools or ()
         )
         choice: str
@@ -206,10 +210,6 @@ class ChatRequest(SamplingFields):
         if form.json_schema is None or form.type == "json_object":
             return True
         return form.json_schema.json_schema or True
-
-
-def _parameters(function: Function) -> Mapping[str, Any]:
-    return function.parameters or {"type": "object", "properties": {}}
 
 
 def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
@@ -262,22 +262,22 @@ class InvokedChat:
 
     def __init__(self, model_id: str, given: Mapping[str, Any]) -> None:
         """Check ``given``; :class:`Fault` for what is wrong in it."""
-        self._asked = validate({**given, "model": model_id, "stream": False}, ChatRequest)
-        self._asked.check()
+        self._parameters = validate({**given, "model": model_id, "stream": False}, ChatRequest)
+        self._parameters.check()
 
     def request(self) -> GenerationRequest:
         """The request for the engine."""
-        return self._asked.generation_request()
+        return self._parameters.generation_request()
 
     def answer(self, stream: Stream) -> tuple[dict[str, Any], int]:
         """The whole completion, and how many tokens were written."""
-        found = _completion(self._asked, stream)
+        found = _completion(self._parameters, stream)
         return found, found["usage"]["completion_tokens"]
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Its chunks, each with the tokens that are known to be written."""
         ended = [0]
-        for chunk in _Chunks(self._asked).of(_counting(stream, ended), stream.prompt_tokens):
+        for chunk in _Chunks(self._parameters).of(_counting(stream, ended), stream.prompt_tokens):
             yield dict(chunk), ended[0]
 
 
@@ -342,18 +342,18 @@ class _Chunks:
     """An answer as chunks."""
 
     def __init__(self, parameters: ChatRequest) -> None:
-        self._asked = parameters
+        self._parameters = parameters
         self._head = _head("chat.completion.chunk", parameters.model)
         self._calls: dict[int, int] = {}
 
     def of(self, stream: Iterable[Event], prompt_tokens: int = 0) -> Iterator[Mapping[str, Any]]:
         """All chunks of all answers, each answer's in its order."""
         written = 0
-        for index in range(self._asked.n or 1):
+        for index in range(self._parameters.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         for event in stream:
             if isinstance(event, TokenChunk):
-                scores = chat_logprobs(event.scores) if self._asked.logprobs else None
+                scores = chat_logprobs(event.scores) if self._parameters.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
             elif isinstance(event, Called):
                 yield from self._call_chunks(event)
@@ -361,7 +361,7 @@ class _Chunks:
                 written += event.tokens
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
-        if self._asked.wants_usage:
+        if self._parameters.wants_usage:
             yield {**self._head, "choices": [], "usage": usage(prompt_tokens, written)}
 
     def _call_chunks(self, event: Called) -> Iterator[Mapping[str, Any]]:
@@ -383,5 +383,5 @@ class _Chunks:
         finish: str | None = None,
     ) -> Mapping[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
-        further = {"usage": None} if self._asked.wants_usage else {}
+        further = {"usage": None} if self._parameters.wants_usage else {}
         return {**self._head, "choices": [choice], **further}

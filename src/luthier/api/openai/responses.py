@@ -273,7 +273,7 @@ class _Response:
     """One response: what is known of it so far, and the events that tell how it comes about."""
 
     def __init__(self, parameters: ResponseRequest, prompt_tokens: int) -> None:
-        self._asked, self._prompt_tokens = parameters, prompt_tokens
+        self._parameters, self._prompt_tokens = parameters, prompt_tokens
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
         self._end: End | None = None
@@ -308,10 +308,10 @@ class _Response:
 
     def to_dict(self) -> JsonObject:
         """The response as an object."""
-        asked, ended = self._asked, self._status not in ("in_progress", "failed")
+        parameters, ended = self._parameters, self._status not in ("in_progress", "failed")
         reason = {"reason": "max_output_tokens"} if self._status == "incomplete" else None
-        form = asked.text.format if asked.text else None
-        choice = asked.tool_choice or "auto"
+        form = parameters.text.format if parameters.text else None
+        choice = parameters.tool_choice or "auto"
         return {
             "id": self._id,
             "object": "response",
@@ -321,26 +321,30 @@ class _Response:
             "completed_at": int(time.time()) if self._status == "completed" else None,
             "error": self._error,
             "incomplete_details": reason,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
+            "instructions": parameters.instructions,
+            "max_output_tokens": parameters.max_output_tokens,
             "max_tool_calls": None,
-            "model": asked.model,
+            "model": parameters.model,
             "output": [dict(item) for item in self._items],
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "parallel_tool_calls": parameters.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
-            "temperature": 1.0 if asked.temperature is None else asked.temperature,
+            "temperature": 1.0 if parameters.temperature is None else parameters.temperature,
             "text": {"format": _without_none(form) if form else {"type": "text"}},
             "tool_choice": _without_none(choice) if isinstance(choice, NamedFunction) else choice,
-            "tools": [_tool(tool) for tool in asked.tools or ()],
-            "top_logprobs": asked.top_logprobs or 0,
-            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            # Clients read all members, given or not.
+            "tools": [
+                {"description": None, "strict": True, **_without_none(tool)}
+                for tool in parameters.tools or ()
+            ],
+            "top_logprobs": parameters.top_logprobs or 0,
+            "top_p": 1.0 if parameters.top_p is None else parameters.top_p,
             "truncation": "disabled",
             "usage": self._usage() if ended else None,
-            "user": asked.user,
-            "metadata": asked.metadata or {},
+            "user": parameters.user,
+            "metadata": parameters.metadata or {},
         }
 
     def _usage(self) -> JsonObject:
@@ -385,7 +389,7 @@ class _Response:
         message = self._message
         assert message is not None
         part = message["content"][0]
-        scores = chat_logprobs(piece.scores)["content"] if self._asked.wants_logprobs else []
+        scores = chat_logprobs(piece.scores)["content"] if self._parameters.wants_logprobs else []
         part["text"] += piece.text
         part["logprobs"] += scores
         where = self._where(message, content_index=0)
@@ -423,11 +427,6 @@ class _Response:
 
     def _where(self, item: JsonObject, **further: int) -> JsonObject:
         return {"item_id": item["id"], "output_index": len(self._items) - 1, **further}
-
-
-def _tool(tool: Any) -> JsonObject:
-    # Clients read all members, given or not.
-    return {"description": None, "strict": True, **_without_none(tool)}
 
 
 def _without_none(given: Any) -> JsonObject:

@@ -128,7 +128,7 @@ class Language(Check):
         common = {code for code, count in counts.items() if count > RARE * total}
         if len(common) > 1:
             shares = ", ".join(
-                f"{code} {counts[code] / total:.0%}" for code in _by_frequency(counts, common)
+                f"{code} {n / total:.0%}" for code, n in counts.most_common() if code in common
             )
             finding = Finding(MIX, places.place(0), f"The languages of the {part} are {shares}.")
             findings.add(finding)
@@ -195,10 +195,6 @@ class Language(Check):
             if self._told != self._seen
             else {"sampled": False}
         )
-
-
-def _by_frequency(counts: Counter[str], among: set[str]) -> list[str]:
-    return [code for code, _ in counts.most_common() if code in among]
 
 
 def _texts(row: Row) -> tuple[str, str]:

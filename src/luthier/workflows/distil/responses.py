@@ -131,7 +131,9 @@ class _Responses:
         if warning := repetition_warning(insights):
             self.reporter.note(f"warning: {warning}")
         self._check_enough(found)
-        self._write(ANSWERS, [_pair(each) for each in insights if each.rule is None])
+        accepted = [each for each in insights if each.rule is None]
+        pairs = [_with_reply(each.row, each.answer or "").record() for each in accepted]
+        self._write(ANSWERS, pairs)
         lineage = self._lineage(teacher, found)
         return Distilled(self._train(resume, lineage), lineage)
 
@@ -312,11 +314,6 @@ def _check_student(recipe: DistilRecipe, student: StoredModel) -> int:
     with torch.device("meta"):
         recipe.adaptation.attach(network)
     return weights
-
-
-def _pair(insight: Insight) -> dict[str, Any]:
-    """The row that an accepted answer makes."""
-    return _with_reply(insight.row, insight.answer or "").record()
 
 
 def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
