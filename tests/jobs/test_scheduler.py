@@ -198,14 +198,14 @@ def test_a_job_that_finds_no_room_waits_longer_each_time() -> None:
         waits.begin(lease, "job")
         waits.end(lease, no_disk=True)
         began = clock[0]
-        while waits.waiting() == {"job"}:
+        while waits.backed_off() == {"job"}:
             clock[0] += 1
         seconds.append(clock[0] - began)
     assert seconds == [5, 10, 20]
     waits.begin("d", "job")
     waits.end("d", no_disk=False)
     waits.end("of another server", no_disk=True)
-    assert waits.waiting() == set()
+    assert waits.backed_off() == set()
 
 
 @sqlite

@@ -222,7 +222,7 @@ class Service:
             self.database,
             self.settings,
             self.pool,
-            self._answering,
+            self._endpoint_at,
             authorize,
             self.objects,
             self._delete,
@@ -238,7 +238,7 @@ class Service:
             return None
         return self.settings.graders.get(found["name"])
 
-    def _answering(self, account: str, arn: str) -> Invocable | None:
+    def _endpoint_at(self, account: str, arn: str) -> Invocable | None:
         """What answers at an ARN that an OpenAI client names as a model."""
         try:
             with self.database.read() as session:

@@ -25,8 +25,8 @@ from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.by_shape import objective_for
 from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, with_completions
-from luthier.objectives.choosing import objective_for
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 

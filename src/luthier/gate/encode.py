@@ -15,7 +15,7 @@ from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for
+from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, Row
 
 

@@ -227,7 +227,7 @@ class Scheduler:
                 left.cores,
                 idle=left.idle,
                 per_account=per_account,
-                passed_over=self._disk.waiting(),
+                passed_over=self._disk.backed_off(),
                 before=self._overdue_beside(session, kind, left),
             )
         if row is None:
@@ -303,6 +303,6 @@ class DiskWaits:
             seconds = min(most, max(first, 2 * before))
             self._waits[row_id] = seconds, self.clock() + seconds
 
-    def waiting(self) -> set[str]:
+    def backed_off(self) -> set[str]:
         """Ids of work that is not to be started yet."""
         return {row_id for row_id, (_, until) in self._waits.items() if until > self.clock()}

@@ -119,12 +119,12 @@ class ModelPool:
 
     def count(self, model_id: str, prompt: Prompt) -> int:
         """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and more."""
-        with self._using(model_id) as entry:
+        with self._borrow(model_id) as entry:
             return len(_writer(entry).encode(prompt))
 
     def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
         """What tokens of a model stand for; ``TooLong`` for more than a prompt may have."""
-        with self._using(model_id) as entry:
+        with self._borrow(model_id) as entry:
             ids_T = _writer(entry).encode(ids).tolist()
             return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
 
@@ -140,7 +140,7 @@ class ModelPool:
         That of a model that writes is the mean of its last hidden states, with length 1. Each is
         computed alone, so that it does not depend on what stands beside it.
         """
-        with self._using(model_id) as entry:
+        with self._borrow(model_id) as entry:
             read = [entry.reader.read(text) for text in texts]
             prompt_tokenized()
             gone = threading.Event()
@@ -174,7 +174,7 @@ class ModelPool:
             return sum(entry.bytes for entry in self._entries.values())
 
     @contextmanager
-    def _using(self, model_id: str) -> Iterator[_Entry]:
+    def _borrow(self, model_id: str) -> Iterator[_Entry]:
         entry = self._acquire(model_id)
         try:
             yield entry

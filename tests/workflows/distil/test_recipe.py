@@ -57,7 +57,7 @@ def test_one_text_names_a_teacher() -> None:
 
 def test_the_student_s_part_is_a_recipe_of_tuning() -> None:
     whole = recipe(adaptation={"method": "full"}, training={"epochs": 2}, name="x")
-    tuned = whole.tuning()
+    tuned = whole.tuning_recipe()
     assert type(tuned) is Recipe
     plain = whole.plain()
     assert tuned.plain() == {k: v for k, v in plain.items() if k in Recipe.model_fields}

@@ -112,7 +112,7 @@ class _Runtime:
         timed, stored_id = _start_timer(), self._model(request, INVOKE)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
-            value, read, written = *self._embedding(stored_id, form), 0
+            value, read, written = *self._embed(stored_id, form), 0
         else:
             with faults():
                 stream = self.pool.submit(stored_id, form.request())
@@ -151,7 +151,7 @@ class _Runtime:
             inner = replace(request, body=_decode_body(value["body"]))
             form = form_of(request.params["modelId"], native_object(inner), self.chat)
             if isinstance(form, EmbeddingBody):
-                _, tokens = self._embedding(stored_id, form)
+                _, tokens = self._embed(stored_id, form)
                 return Response.json({"inputTokens": tokens})
             with faults():
                 prompt = form.request().prompt
@@ -176,7 +176,7 @@ class _Runtime:
             raise Fault("Validation", f"The content type {kind} is not supported by the model.")
         return form_of(request.params["modelId"], native_object(request), self.chat)
 
-    def _embedding(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
+    def _embed(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
         with faults():
             (found,) = self.pool.embed(stored_id, [form.inputText])
         vector = list(found.vector)

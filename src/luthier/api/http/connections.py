@@ -407,8 +407,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Begin a request, whose answer says so where the connection ends with it."""
 
-        async def answered(scope: Any, receive: Receive, send: Send) -> None:
-            async def sending(message: MutableMapping[str, Any]) -> None:
+        async def close_unread(scope: Any, receive: Receive, send: Send) -> None:
+            async def send_and_close(message: MutableMapping[str, Any]) -> None:
                 if message["type"] != "http.response.start" or not cycle.more_body:
                     await send(message)
                     return
@@ -420,9 +420,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 if not self._shutting_down:
                     cycle.keep_alive = True  # uvicorn would close before the client has the answer
 
-            await app(scope, receive, sending)
+            await app(scope, receive, send_and_close)
 
-        super()._start_asgi_task(cycle, answered)  # type: ignore[arg-type]
+        super()._start_asgi_task(cycle, close_unread)  # type: ignore[arg-type]
 
     def _read_rest(self) -> None:
         if not self.transport.is_closing():

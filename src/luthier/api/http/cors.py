@@ -71,10 +71,10 @@ class AllowedOrigins:
             await self._allowed(scope, receive, send)
             return
 
-        async def varying(message: MutableMapping[str, Any]) -> None:
+        async def send_with_vary(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 # A cache must not give this answer, which allows nobody, to an origin that is allowed.
                 MutableHeaders(scope=message).add_vary_header("Origin")
             await send(message)
 
-        await self._application(scope, receive, varying)
+        await self._application(scope, receive, send_with_vary)

@@ -446,7 +446,7 @@ class Admission:
         release = await self._short.acquire(client)
         seconds = 0.0
 
-        def measured() -> Response:
+        def timed_work() -> Response:
             nonlocal seconds
             began = time.thread_time()
             try:
@@ -455,7 +455,7 @@ class Admission:
                 seconds = time.thread_time() - began
 
         try:
-            response: Response = await run(measured)
+            response: Response = await run(timed_work)
             return response
         finally:
             # A model works for accounts; who sends a short request is known once it is answered.

@@ -79,16 +79,16 @@ class RequestRecord:
     def count_bytes(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The same, with the bytes of both bodies counted here."""
 
-        async def receiving() -> MutableMapping[str, Any]:
+        async def count_received() -> MutableMapping[str, Any]:
             message = await receive()
             self.bytes_in += len(message.get("body", b""))
             return message
 
-        async def sending(message: MutableMapping[str, Any]) -> None:
+        async def count_sent(message: MutableMapping[str, Any]) -> None:
             self.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        return receiving, sending
+        return count_received, count_sent
 
 
 class Metrics:

@@ -277,11 +277,13 @@ class InvokedChat:
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Its chunks, each with the tokens that are known to be written."""
         ended = [0]
-        for chunk in _Chunks(self._parameters).of(_counting(stream, ended), stream.prompt_tokens):
+        for chunk in _Chunks(self._parameters).of(
+            _add_up_tokens(stream, ended), stream.prompt_tokens
+        ):
             yield dict(chunk), ended[0]
 
 
-def _counting(stream: Stream, ended: list[int]) -> Iterator[Event]:
+def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
     """The events of ``stream``; the tokens of answers that have ended are added up in ``ended``."""
     for each in stream:
         if isinstance(each, End):

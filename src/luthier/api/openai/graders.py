@@ -207,7 +207,7 @@ def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any
             for name, part in _parts(given.get("graders"), f"{where}.graders").items()
         }
     if kind == "score_model":
-        fields |= _asking(given, where)
+        fields |= _turns_and_sampling(given, where)
         fields["model"] = judge(str(given.get("model", "")), f"{where}.model")
     return {"method": kind, **fields}
 
@@ -228,7 +228,7 @@ def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
     return dict(given)
 
 
-def _asking(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Turns and sampling of a model that grades."""
     turns = given.get("input")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):

@@ -28,7 +28,7 @@ from luthier.gate.checks.language import CHARACTERS, detect_language
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import bases_for
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for
+from luthier.objectives.by_shape import objective_for
 
 UNTRAINED = Rule(
     "base.language",

@@ -46,7 +46,7 @@ from luthier.gate.rules import (
 )
 from luthier.gate.texts import Spot, SpotCheck, excerpt_of
 from luthier.objectives import Objective
-from luthier.objectives.choosing import objective_for
+from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
 
 WHOLE = 20_000

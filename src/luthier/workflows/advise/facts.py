@@ -135,7 +135,7 @@ def collect(
             gate refuses raises nothing where any row can be read: that is the advice.
     """
     from luthier.engine.job import with_base
-    from luthier.objectives.choosing import objective_for
+    from luthier.objectives.by_shape import objective_for
     from luthier.store import models as store
 
     recipe = with_base(recipe, reporter)

@@ -57,7 +57,7 @@ def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Dist
         "teacher": {"model": recipe.teacher.model},
         "rows": {"file": str(rows), "sha256": hash_of(rows)},
     }
-    result = train(recipe.tuning(), resume, reporter, {"distillation": lineage})
+    result = train(recipe.tuning_recipe(), resume, reporter, {"distillation": lineage})
     return Distilled(result, lineage)
 
 

@@ -82,7 +82,7 @@ class DistilRecipe(Recipe):
         """Build a recipe from plain values; :class:`RecipeError` names each bad field."""
         return parse(DistilRecipe, fields)
 
-    def tuning(self, **changes: Any) -> Recipe:
+    def tuning_recipe(self, **changes: Any) -> Recipe:
         """The student's part of it, as `tune` takes it."""
         own = {name: getattr(self, name) for name in Recipe.model_fields}
         return Recipe.model_construct(**{**own, **changes})

@@ -285,7 +285,7 @@ class _Responses:
         from luthier.engine.train import train
 
         data = self.recipe.data.model_copy(update={"train": str(self.working / ANSWERS)})
-        recipe = self.recipe.tuning(data=data)
+        recipe = self.recipe.tuning_recipe(data=data)
         return train(recipe, resume, self.reporter, {"distillation": lineage})
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:

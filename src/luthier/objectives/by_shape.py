@@ -21,9 +21,12 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
         kind for kind in OBJECTIVES.values() if row.shape in kind.shapes and kind.chosen_by_shape
     ]
     if not kinds:
-        raise DataError(
-            [unlearned_row(row, f"there is nothing to learn in {describe_shapes([row.shape])}.")]
+        message = f"there is nothing to learn in {describe_shapes([row.shape])}."
+        fix = (
+            "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
+            "learn from what replies are worth with `objective.method=grpo`."
         )
+        raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]
     return able[0] if able else kinds[0].model_validate({})
@@ -35,12 +38,3 @@ def _suits(objective: Objective, chat: ChatFormat) -> bool:
     except RecipeError:
         return False
     return True
-
-
-def unlearned_row(row: Row, message: str) -> Problem:
-    """A row that holds nothing to learn by itself: a prompt without a reply."""
-    fix = (
-        "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
-        "learn from what replies are worth with `objective.method=grpo`."
-    )
-    return Problem(row.file, row.line, "row.objective", message, fix)
