@@ -118,12 +118,12 @@ def main() -> None:
                 done = subprocess.run(
                     [sys.executable, *command], check=True, capture_output=True, text=True
                 )
-                told = best.setdefault(f"{case:<11}{kind}", {})
+                figures = best.setdefault(f"{case:<11}{kind}", {})
                 for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                     better = max if name.endswith("MB_s") else min
-                    told[name] = better(told.get(name, value), value)
-    for name, told in best.items():
-        print(f"{name:<22}", "  ".join(f"{key} {value:,.3g}" for key, value in told.items()))
+                    figures[name] = better(figures.get(name, value), value)
+    for name, figures in best.items():
+        print(f"{name:<22}", "  ".join(f"{key} {value:,.3g}" for key, value in figures.items()))
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def large(gigabytes: float, folder: Path) -> None:
 
 
 def read_large(path: Path) -> None:
-    told: list[int] = []
+    places: list[int] = []
     started = time.perf_counter()
-    reader = RowReader(path, told=lambda done, size: told.append(done))
+    reader = RowReader(path, on_progress=lambda done, size: places.append(done))
     rows = sum(1 for _ in reader)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -283,7 +283,7 @@ async def streams(port: int, asked: argparse.Namespace, server: psutil.Process) 
             for face in FACES:
                 began = time.perf_counter()
                 heard = await raw(port, face, asked.streams)
-                told(f"{face}, round {round_ + 1}", heard, began, server)
+                print_round(f"{face}, round {round_ + 1}", heard, began, server)
         return
     with ProcessPoolExecutor(CROWDS, get_context("spawn"), prepare, (port,)) as pool:
         for round_ in range(-1, asked.rounds):  # one before, in which they import what they need
@@ -295,10 +295,10 @@ async def streams(port: int, asked: argparse.Namespace, server: psutil.Process) 
                 heard = [one for crowd, _ in found for one in crowd]
                 seconds = sum(seconds for _, seconds in found)
                 if round_ >= 0:
-                    told(f"{name}, round {round_ + 1}", heard, began, server, seconds)
+                    print_round(f"{name}, round {round_ + 1}", heard, began, server, seconds)
 
 
-def told(
+def print_round(
     name: str, heard: list[Heard], began: float, server: psutil.Process, clients: float = 0
 ) -> None:
     took = time.perf_counter() - began

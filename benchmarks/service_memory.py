@@ -70,8 +70,8 @@ async def measure(name: str, port: int, pid: int, after: float) -> None:
     await asyncio.sleep(after)
     print(
         f"{name:22} {rest:6.0f} {peak.most:6.0f} {resident(pid):6.0f} MB | {summary(statuses)} in "
-        f"{seconds:.1f} s | chat {neighbour.told('chat')} (quiet {quiet.told('chat')}), "
-        f"list {neighbour.told('list')}",
+        f"{seconds:.1f} s | chat {neighbour.latency('chat')} (quiet {quiet.latency('chat')}), "
+        f"list {neighbour.latency('list')}",
         flush=True,
     )
 
@@ -140,7 +140,7 @@ class Neighbour:
             repeat("list", "GET", "/custom-models", b"", 0.02),
         )
 
-    def told(self, name: str) -> str:
+    def latency(self, name: str) -> str:
         times = sorted(self.times[name])
         if not times:
             return "none"
