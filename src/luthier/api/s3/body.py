@@ -160,11 +160,11 @@ class Expected:
         """
         self._sha256 = sha256
         self._md5 = _base64(headers["content-md5"], 16) if "content-md5" in headers else None
-        self._told = sent_checksums(headers) if of_body else {}
+        self._sent = sent_checksums(headers) if of_body else {}
         trailers = headers.get("x-amz-trailer", "")
         self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
         later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]
-        self._digests = {name: new_digest(name) for name in {*self._told, *later}}
+        self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
         self._digests |= {"": hashlib.sha256()} if sha256 else {}
         self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
 
@@ -186,12 +186,12 @@ class Expected:
         if self._md5 and found.pop("md5") != self._md5:
             text = "The Content-MD5 you specified did not match what we received."
             raise Fault("BadDigest", text)
-        all_told = {**self._told, **sent_checksums(trailers)}
+        checksums = {**self._sent, **sent_checksums(trailers)}
         for name, digest in found.items():
-            if base64.b64encode(digest).decode() != all_told.get(name):
+            if base64.b64encode(digest).decode() != checksums.get(name):
                 text = f"The {name.upper()} you specified did not match the calculated checksum."
                 raise Fault("BadDigest", text)
-        return all_told
+        return checksums
 
 
 def _base64(text: str, size: int) -> bytes:
@@ -219,7 +219,7 @@ class Chunked:
         """Bytes of the chunk that are still to come."""
         self._state = "head"
         self._chunk = hashlib.sha256()
-        self._told = ""
+        self._chunk_signature = ""
         """Signature that the chunk came with."""
         self._lines: list[str] = []
         self.trailers: dict[str, str] = {}
@@ -259,7 +259,9 @@ class Chunked:
         elif self._state == "after":
             if line:
                 raise _broken()
-            self._check(self._told, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, self._chunk.hexdigest())
+            self._check(
+                self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, self._chunk.hexdigest()
+            )
             self._state = "head"
         elif line:
             self._trailer(line)
@@ -281,11 +283,11 @@ class Chunked:
         found = re.fullmatch(r"([0-9a-fA-F]{1,12})(?:;chunk-signature=([0-9a-f]{64}))?", line)
         if found is None:
             raise _broken()
-        self._left, self._told = int(found[1], 16), found[2] or ""
+        self._left, self._chunk_signature = int(found[1], 16), found[2] or ""
         self._chunk = hashlib.sha256()
         self._state = "data"
         if not self._left:
-            self._check(self._told, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, _NOTHING)
+            self._check(self._chunk_signature, "AWS4-HMAC-SHA256-PAYLOAD", _NOTHING, _NOTHING)
             self._state = "trailers"
 
     def _data(self, out: list[bytes]) -> bool:

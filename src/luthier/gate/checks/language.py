@@ -89,7 +89,7 @@ class Language(Check):
         self._codes: list[tuple[str, str]] = []
         self._splits: list[str] = []
         self._seen: Counter[str] = Counter()
-        self._told: Counter[str] = Counter()
+        self._identified: Counter[str] = Counter()
 
     def measure(self, batch: RowBatch) -> BatchLanguages:
         """Tell the languages of a sample of the batch."""
@@ -107,7 +107,7 @@ class Language(Check):
         self._codes += measured.codes
         self._splits += [where.split] * len(measured.codes)
         self._seen[where.split] += len(where.lines_N)
-        self._told[where.split] += len(measured.codes)
+        self._identified[where.split] += len(measured.codes)
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Find rows and splits that differ from the rest."""
@@ -191,8 +191,8 @@ class Language(Check):
                 for split, parts in self._shares().items()
             },
         } | (
-            {"rows": dict(self._seen), "rows_told": dict(self._told), "sampled": True}
-            if self._told != self._seen
+            {"rows": dict(self._seen), "rows_told": dict(self._identified), "sampled": True}
+            if self._identified != self._seen
             else {"sampled": False}
         )
 
