@@ -34,7 +34,7 @@ from transformers.modeling_layers import GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.mean_pooling import MeanPoolingClassifier
+from luthier.models.nets.heads import MeanPoolingClassifier
 
 FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
 """Width and number of the filters of each convolution in the authors' code."""

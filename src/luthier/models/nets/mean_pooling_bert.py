@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import BertConfig, BertModel, BertPreTrainedModel
 
-from luthier.models.nets.mean_pooling import MeanPoolingClassifier
+from luthier.models.nets.heads import MeanPoolingClassifier
 
 
 class MeanPoolingBertConfig(BertConfig):

@@ -38,7 +38,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
-from luthier.models.nets.tied import TiedCausalLM
+from luthier.models.nets.heads import TiedCausalLM
 
 
 class PalmConfig(LlamaConfig):

@@ -36,7 +36,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.output_capturing import capture_outputs
 
-from luthier.models.nets.tied import TiedCausalLM
+from luthier.models.nets.heads import TiedCausalLM
 
 
 @strict
