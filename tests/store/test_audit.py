@@ -22,7 +22,7 @@ from luthier.store.audit import (
     entries,
     last,
     read_mark,
-    shown,
+    entry_values,
     verify,
     write_mark,
 )
@@ -64,7 +64,7 @@ def test_entries_are_chained(database: Database) -> None:
     assert [newest.seq, middle.seq, oldest.seq] == [3, 2, 1]
     assert (oldest.previous, middle.previous) == ("0" * 64, oldest.hash)
     assert head_of(database) == (3, newest.hash)
-    assert shown(newest)["action"] == "bedrock:Act2"
+    assert entry_values(newest)["action"] == "bedrock:Act2"
 
 
 @pytest.mark.parametrize(
