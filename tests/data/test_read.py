@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.data import parsing
-from luthier.data.read import json_kind, read_records, shown
+from luthier.data.parsing import json_kind, quote
+from luthier.data.read import read_records
 from luthier.errors import Problem
 
 Records = list[tuple[int, dict[str, object]]]
@@ -354,13 +355,13 @@ def test_json_kind_names_every_type() -> None:
 @given(st.text(alphabet=st.characters(categories=None)))
 @PROPERTY
 def test_shown_text_can_always_be_printed_on_one_line(text: str) -> None:
-    result = shown(text)
+    result = quote(text)
     assert result.encode().decode().isprintable()
     assert len(result.splitlines()) == 1
     assert len(result) <= 402
 
 
 def test_shown_text_is_clipped() -> None:
-    assert shown("x" * 40) == '"' + "x" * 40 + '"'
-    assert shown("x" * 41) == '"' + "x" * 39 + '…"'
-    assert shown("\x1b[31m\n") == '"\\x1b[31m\\n"'
+    assert quote("x" * 40) == '"' + "x" * 40 + '"'
+    assert quote("x" * 41) == '"' + "x" * 39 + '…"'
+    assert quote("\x1b[31m\n") == '"\\x1b[31m\\n"'

@@ -20,9 +20,9 @@ from luthier.store.audit import (
     Event,
     append,
     entries,
+    entry_values,
     last,
     read_mark,
-    entry_values,
     verify,
     write_mark,
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
-from luthier.data.parsing import Unreadable, shown
+from luthier.data.parsing import Unreadable, quote
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 Packing = Literal["", "gzip", "zstd"]
@@ -242,7 +242,7 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _unknown(suffix: str) -> Unreadable:
-    ending = f"The file ending {shown(suffix)} is not known" if suffix else "The file has no ending"
+    ending = f"The file ending {quote(suffix)} is not known" if suffix else "The file has no ending"
     message = f"{ending}, and its content is neither JSON nor a table with known columns."
     fix = f"Convert the file, or rename it if only its ending is wrong. {_SUPPORTED}."
     return Unreadable("file.unknown_format", message, fix)

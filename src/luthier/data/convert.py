@@ -14,7 +14,7 @@ from typing import Literal
 
 from luthier.data.containers import JSON_LINES, PACKED
 from luthier.data.forms import TARGETS, source_keys
-from luthier.data.parsing import Record, shown
+from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
@@ -180,7 +180,7 @@ class _Conversion:
             if key in made:
                 raise RowRefused(
                     "convert.key",
-                    f"The key {shown(key)} is no part of the row, but of what is written.",
+                    f"The key {quote(key)} is no part of the row, but of what is written.",
                     "Leave further keys out with --bare, or set it aside with --map.",
                 )
             self.kept[key] = None
@@ -211,6 +211,6 @@ def _refuse_lost(record: Record) -> None:
             if more:
                 raise RowRefused(
                     "convert.message",
-                    f"Message {number} has the key {shown(more[0])}, which would be lost.",
+                    f"Message {number} has the key {quote(more[0])}, which would be lost.",
                     "Leave such keys out with --bare.",
                 )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
 
-from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
 from luthier.types import Message, Tool, ToolCall
@@ -58,7 +58,7 @@ RENAMES: Mapping[str, str] = {
 
 def list_keys(keys: Iterable[str]) -> str:
     """The first ten keys, for messages."""
-    names = [shown(key) for key in keys]
+    names = [quote(key) for key in keys]
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more
 
@@ -69,7 +69,7 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
     for target in wanted:
         found = [key for key in holder if RENAMES.get(key.strip().lower()) == target]
         if len(found) == 1:
-            steps.append(f'rename {shown(found[0])} to "{target}"')
+            steps.append(f'rename {quote(found[0])} to "{target}"')
         elif found:
             steps.append(f'join {list_keys(found)} into "{target}"')
         else:
@@ -103,7 +103,7 @@ def _part_text(part: dict[str, object]) -> str:
     kind = part.get("type") or next(iter(part), "nothing")
     raise RowRefused(
         "message.part",
-        f"a part of the content is {shown(str(kind))}, and only text can be learned.",
+        f"a part of the content is {quote(str(kind))}, and only text can be learned.",
         'Keep the parts {"type": "text", "text": "..."}, or remove the row.',
     )
 
@@ -116,7 +116,7 @@ def read_label(value: object) -> str | tuple[str, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RowRefused(
-            "label.duplicate", f"The label {shown(twice[0])} is named twice.", "Keep one."
+            "label.duplicate", f"The label {quote(twice[0])} is named twice.", "Keep one."
         )
     return names
 
@@ -158,7 +158,7 @@ def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[st
         if not _BIO.fullmatch(name):
             raise RowRefused(
                 "tags.bio",
-                f"Tag {number} is {shown(name)}.",
+                f"Tag {number} is {quote(name)}.",
                 "Tags are O, B-name for the first word of an entity and I-name for the others.",
             )
     return words, names
@@ -232,7 +232,7 @@ class FieldChecker:
         ]
         close = get_close_matches(key, able, 1) or (able if len(able) == 1 else [])
         return (
-            f"If {shown(close[0])} is meant, say `data.columns.{key}={close[0]}`." if close else ""
+            f"If {quote(close[0])} is meant, say `data.columns.{key}={close[0]}`." if close else ""
         )
 
     def messages(self, value: object, answered: bool = True) -> Turns | None:
@@ -298,11 +298,11 @@ class FieldChecker:
         role = self.text(item, "role", number)
         if role is None:
             return None
-        message = f"Message {number} has the role {shown(role)}; allowed are {_ROLE_NAMES}."
+        message = f"Message {number} has the role {quote(role)}; allowed are {_ROLE_NAMES}."
         better = _ROLE_RENAMES.get(role.strip().lower())
         fix = f"Change the role to one of {_ROLE_NAMES}."
         if better is not None:
-            fix = f'Change the role {shown(role)} to "{better}".'
+            fix = f'Change the role {quote(role)} to "{better}".'
         self.report("message.role", message, fix)
         return None
 
@@ -375,7 +375,7 @@ def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
             if call.name not in names:
                 raise RowRefused(
                     "message.tool_calls",
-                    f"Message {number} calls {shown(call.name)}, which is not among the row's tools.",
+                    f"Message {number} calls {quote(call.name)}, which is not among the row's tools.",
                     f"Add it to the tools ({list_keys(sorted(names))}), or mend the name.",
                 )
 
@@ -412,7 +412,7 @@ def read_turns(value: object, key: str, role: str) -> Turns:
         if item.get("role") not in ("system", "user", "assistant"):
             raise RowRefused(
                 "preference.order",
-                f"a message of {key} has the role {shown(str(item.get('role')))}.",
+                f"a message of {key} has the role {quote(str(item.get('role')))}.",
                 "Roles are system, user and assistant.",
             )
         if item.get("tool_calls") or item.get("function_call"):

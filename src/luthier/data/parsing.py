@@ -45,7 +45,7 @@ def json_kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def shown(text: str) -> str:
+def quote(text: str) -> str:
     """Quote text from the data for a message: short, on one line, nothing unprintable."""
     # Raw escape codes would reach the user's terminal, and a lone surrogate cannot be printed.
     clipped = text if len(text) <= 40 else text[:39] + "…"
@@ -151,7 +151,7 @@ def _unique(pairs: list[tuple[str, object]]) -> Record:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                message = f"The key {shown(key)} occurs twice in one object."
+                message = f"The key {quote(key)} occurs twice in one object."
                 raise Unreadable(
                     "json.duplicate_key", message, "Keep one of them, or rename the other."
                 )
@@ -178,7 +178,7 @@ def _constant(literal: str) -> object:
 def _finite(literal: str) -> float:
     value = float(literal)
     if math.isinf(value):
-        raise not_finite(f"The number {shown(literal)} is too large to hold.")
+        raise not_finite(f"The number {quote(literal)} is too large to hold.")
     return value
 
 
@@ -195,7 +195,7 @@ def refuse_surrogates(record: Record) -> None:
                 stack += value
             elif isinstance(value, str) and (found := _LONE_SURROGATE.search(value)):
                 code = f"\\u{ord(found.group()):04x}"
-                message = f"Field {shown(field)} holds {code}, which is half of a character."
+                message = f"Field {quote(field)} holds {code}, which is half of a character."
                 fix = "Write the whole character; text cut in the middle of an emoji does this."
                 raise Unreadable("encoding.surrogate", message, fix)
 

@@ -26,11 +26,9 @@ from luthier.data.containers import (
     unpack,
 )
 from luthier.data.documents import read_document
-from luthier.data.parsing import Record, Unreadable, decode, json_kind, parse_line, shown
+from luthier.data.parsing import Record, Unreadable, decode, parse_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.errors import Problem
-
-__all__ = ["Record", "json_kind", "shown"]  # for who reads records
 
 _CHUNK_BYTES = 64 * 1024
 _TOLD_EVERY = 256

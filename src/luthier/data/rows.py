@@ -15,7 +15,7 @@ from pathlib import Path
 from luthier.data.containers import Container, container_of
 from luthier.data.fields import RENAMES, FieldChecker, list_keys, rename_fix
 from luthier.data.forms import Form, forms_of, source_keys
-from luthier.data.parsing import Record, Unreadable, shown
+from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.read import read_records
 from luthier.data.shapes import (
     SHAPES,
@@ -184,7 +184,7 @@ class Checker(FieldChecker):
             source = ours if theirs and theirs not in record else theirs
             if source and source not in record:
                 message = (
-                    f"The column {shown(theirs)} is not there; the keys are {list_keys(record)}."
+                    f"The column {quote(theirs)} is not there; the keys are {list_keys(record)}."
                 )
                 self.report(
                     "column.missing",
@@ -220,7 +220,7 @@ class Checker(FieldChecker):
             return
         first = self.line_of_id.setdefault(value, self.line)
         if first != self.line:
-            name = shown(str(value))
+            name = quote(str(value))
             message = f"The id {name} was already used on line {first}."
             self.report("id.duplicate", message, "Give each row its own id, or remove the copy.")
 
@@ -248,7 +248,7 @@ class Checker(FieldChecker):
         kind = found[0]
         if kind is RawText and (misspelt := self._misspelt(record)):
             key, meant = misspelt
-            message = f"The row has a text and {shown(key)}, which is close to {shown(meant)}."
+            message = f"The row has a text and {quote(key)}, which is close to {quote(meant)}."
             fix = (
                 f"Say `data.columns.{meant}={key}` (`--map {meant}={key}`) if that is meant, and "
                 f"`data.columns.{meant}=` (empty) to learn the text alone."

@@ -31,7 +31,7 @@ from luthier.data.fields import (
     read_tagged,
     read_turns,
 )
-from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Part, Row, Text, Tool
@@ -799,7 +799,7 @@ class ThumbedReply(JudgedReply):
         thumb = thumbs.get(value) if isinstance(value, str) else value
         if not isinstance(thumb, bool):
             cls.read_reply(record, may_be_empty=True)  # its faults are named first
-            given = shown(value) if isinstance(value, str) else json_kind(value)
+            given = quote(value) if isinstance(value, str) else json_kind(value)
             raise RowRefused(
                 "thumb.type",
                 f"the thumb is {given}, which is neither up nor down.",

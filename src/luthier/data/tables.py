@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from luthier.data import parsing
 from luthier.data.containers import needs
-from luthier.data.parsing import Record, Unreadable, decode, loads, shown
+from luthier.data.parsing import Record, Unreadable, decode, loads, quote
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
 
@@ -102,7 +102,7 @@ def _header(cells: Sequence[str]) -> Sequence[str]:
         what = (
             "a cell longer than any name"
             if twice is None
-            else f"the name {shown(twice)} twice"
+            else f"the name {quote(twice)} twice"
             if twice
             else "empty names"
         )
@@ -143,7 +143,7 @@ def _json_cell(name: str, text: str) -> object:
     try:
         value = loads(text)
     except Unreadable as bad:
-        message = f"Column {shown(name)}: {bad.message}"
+        message = f"Column {quote(name)}: {bad.message}"
         raise Unreadable(bad.rule, message, bad.fix) from None
     if parsing.may_hold_surrogates(text):
         parsing.refuse_surrogates({name: value})

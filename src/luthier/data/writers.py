@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from luthier.data.containers import needs
-from luthier.data.parsing import Record, json_kind, shown
+from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes import SHAPES
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.errors import RecipeError, RowRefused
@@ -124,14 +124,14 @@ def cell(name: str, value: object, record: Mapping[str, object]) -> str:
             return repr(value)
     elif isinstance(value, list) and name in JSON_COLUMNS and value:
         return json.dumps(value, ensure_ascii=False)
-    raise _no_place("a CSV cell", f"{json_kind(value)} in the column {shown(name)}")
+    raise _no_place("a CSV cell", f"{json_kind(value)} in the column {quote(name)}")
 
 
 def check_table(record: Record) -> None:
     """Refuse objects in further columns: their own keys would differ from row to row."""
     for name, value in record.items():
         if name not in JSON_COLUMNS and name not in _OWN_OBJECTS and _holds_object(value):
-            raise _no_place("a table", f"an object in the column {shown(name)}")
+            raise _no_place("a table", f"an object in the column {quote(name)}")
 
 
 def check_columns(record: Record, names: Sequence[str]) -> None:
@@ -140,7 +140,7 @@ def check_columns(record: Record, names: Sequence[str]) -> None:
         if name not in record and name not in OPTIONAL_COLUMNS:
             raise RowRefused(
                 "convert.container",
-                f"The row has no {shown(name)}, and a table cannot leave it out.",
+                f"The row has no {quote(name)}, and a table cannot leave it out.",
                 "Write JSON Lines (.jsonl), or leave further keys out with --bare.",
             )
 

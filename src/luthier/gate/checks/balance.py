@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
-from luthier.data.read import shown
+from luthier.data.parsing import quote
 from luthier.data.shapes import LabelledText, TaggedWords
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
@@ -111,7 +111,7 @@ class Balance(Check):
         for split, counts in self.counts.items():
             for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
                 message = (
-                    f"{shown(name)} has {_count_rows(counts[name])} in {split} and none in train."
+                    f"{quote(name)} has {_count_rows(counts[name])} in {split} and none in train."
                 )
                 findings.add(Finding(UNSEEN, self._places[split, name], message))
 
@@ -119,27 +119,27 @@ class Balance(Check):
         if len(train) == 1 and not (self._tagged or self._several or self.fitted):
             name = next(iter(train))
             place = Place(self._places["train", name].file, 0)
-            findings.add(Finding(ONE_CLASS, place, f"every row has the label {shown(name)}."))
+            findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
         for name, count in sorted(train.items()):
             if count < FEWEST:
-                message = f"{shown(name)} has {_count_rows(count)}; "
+                message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."
                 fix = (
                     f"Add {FEWEST - count} rows with this label, or merge it with one of nearly the "
                     "same meaning."
                 )
                 if meant := _likely_spelling(name, train):
-                    message += f" {shown(meant)} has {_count_rows(train[meant])}."
-                    fix = f"If {shown(meant)} is meant, write it so; if not: {fix}"
+                    message += f" {quote(meant)} has {_count_rows(train[meant])}."
+                    fix = f"If {quote(meant)} is meant, write it so; if not: {fix}"
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:
             return
         (often, most), (rare, least) = train.most_common(1)[0], train.most_common()[-1]
         if most >= 0.9 * self._rows["train"] or most >= 100 * least:
             share = most / self._rows["train"]
-            message = f"{shown(often)} has {share:.1%} of the rows, "
-            message += f"{shown(rare)} has {_count_rows(least)}."
+            message = f"{quote(often)} has {share:.1%} of the rows, "
+            message += f"{quote(rare)} has {_count_rows(least)}."
             place = Place(self._places["train", often].file, 0)
             findings.add(Finding(UNEVEN, place, message))
 
@@ -150,7 +150,7 @@ class Balance(Check):
             other, where = first.setdefault(normalize(name.replace("_", " ")), (name, place))
             if other != name:
                 message = (
-                    f"the label {shown(name)} differs from {shown(other)} in its spelling only."
+                    f"the label {quote(name)} differs from {quote(other)} in its spelling only."
                 )
                 findings.add(Finding(SPELLING, place, message, others=(where,)))
 
