@@ -156,6 +156,8 @@ class Training(Part):
     """Stop after so many measurements further below the best than by chance; 0 never stops early."""
     least_gain: float = Field(default=0.0, ge=0, le=1e6)
     """Above 0, a measurement counts for ``patience`` unless it is better than the best by so much."""
+    refit: bool | None = None
+    """Train once more on all rows, held-out ones too, for as long as these showed to be right."""
     baseline_seconds: float = Field(default=60.0, ge=0, le=86_400)
     """Seconds for simple baselines that the model is compared with, where it reads; 0 for none."""
     shuffle: bool = True

@@ -28,6 +28,29 @@ def test_how_much_is_held_out(rows: int, share: float) -> None:
     assert round(got * rows) <= 200
 
 
+@pytest.mark.parametrize(
+    ("method", "rows", "held_out", "refit"),
+    [
+        ("classification", 347, 38, True),
+        ("token_classification", 540, 60, True),
+        ("classification", 900, 100, True),
+        ("classification", 901, 100, None),
+        ("classification", 347, 0, None),
+        ("contrastive", 347, 38, None),
+        ("sft", 347, 38, None),
+        ("grpo", 347, 38, None),
+    ],
+)
+def test_few_rows_are_all_learned_from_where_scores_say_how_long(
+    method: str, rows: int, held_out: int, refit: bool | None
+) -> None:
+    graded = {"grader": {"method": "regex", "pattern": "a"}} if method == "grpo" else {}
+    recipe = Recipe.parse({"data": {"train": "x"}, "objective": {"method": method, **graded}})
+    chosen, choices = choose(recipe, Facts(rows, 100, 40, 384, held_out=held_out))
+    assert chosen.training.refit is refit
+    assert ("training.refit" in [name for name, _, _ in choices]) is bool(refit)
+
+
 def plan(rows: int, validation: int = 0, **training: Any) -> tuple[Recipe, dict[str, Any], int]:
     recipe = Recipe.parse({"data": {"train": "x"}, "training": training})
     recipe, choices = choose(recipe, Facts(rows, 100, validation, 2000))

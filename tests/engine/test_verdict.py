@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.engine.verdict import Outcome, RunVerdict, judge_run
+from luthier.engine.verdict import Outcome, Refit, RunVerdict, judge_run
 from luthier.recipe import Training
 
 FALLING = [2.0 - 0.02 * step for step in range(1, 41)]
@@ -252,3 +252,19 @@ def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
     assert "The regression is what is stored" in worse.text and worse.kept_step == 0
     better = judged_from(0.6, 0.8, 0.9)
     assert better.text.startswith("learned") and "before training" not in better.text
+
+
+def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:
+    train = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(FALLING, 1)]
+    lines = [*train, held(0, 2.0), held(20, 1.0), held(40, 1.5)]
+    plain = judge_run(lines, "loss", Training(), 40, 50)
+    found = judge_run(
+        lines, "loss", Training(), 40, 50, refit=Refit(rows=200, held_out=50, steps=27)
+    )
+    assert "at step 20, whose weights are stored;" in plain.text
+    assert "at step 20, whose weights are the best;" in found.text
+    assert found.text.endswith(
+        "These scores are of a training without the 50 held-out rows; the weights that are stored come "
+        "from a second one of 27 steps, which learned from all 200 rows and was not measured"
+    )
+    assert (found.outcome, found.kept_step, found.kept) == ("overfitted", 20, {"loss": 1.0})

@@ -142,6 +142,7 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
         f"[bold]{found.objective}[/bold] with [bold]{found.adaptation}[/bold] on "
         f"[bold]{found.base}[/bold]: {found.rows:,} rows, {found.steps:,} steps, "
         f"{found.epochs:g} passes"
+        + (f", and up to {found.refit_steps:,} steps on all rows" if found.refit_steps else "")
     )
     numbers = ("estimate", "nine times in ten")
     table = new_table("", *numbers, "", numbers=numbers)

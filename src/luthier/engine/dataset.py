@@ -76,10 +76,12 @@ def prepare(
     context: int,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
+    refit: bool = False,
 ) -> Dataset:
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
 
-    ``on_progress`` is now and then given how many bytes of how many have been read.
+    ``on_progress`` is now and then given how many bytes of how many have been read. With ``refit``
+    the rows that would be held out to measure on are learned from, those for a test still are not.
     """
     rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
     rows, recognized = rows_of(spec.train, on_progress=on_progress)
@@ -100,7 +102,7 @@ def prepare(
         spec, {name: each for name, each in splits.items() if each}, objective, chat
     )
     rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
-    rows, chosen, tested = _split(spec, rows, seed, choices)
+    rows, chosen, tested = _split(spec, rows, seed, choices, refit)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
     try:
@@ -175,11 +177,12 @@ def check_sources(spec: DataSpec, objective: Objective | None) -> None:
 
 
 def _split(
-    spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice]
+    spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice], refit: bool
 ) -> list[list[Row]]:
     """Rows to learn from, to measure on, and to leave for a test; a chosen share joins ``choices``.
 
     Each label has its share of all parts, and rows that ask the same or nearly the same stay together.
+    ``refit`` puts those to measure on back among those to learn from, in the order of the file.
     """
     share, reason = (0.0, "") if spec.validation else (spec.validation_share, "")
     if share is None:
@@ -188,8 +191,10 @@ def _split(
     shares = [share, spec.test_share or 0.0]
     if not any(shares) or len(rows) < 2:
         return [list(rows), [], []]
-    parts = split_rows(strata_of(rows), group_related(rows), shares, seed)
-    return [[rows[i] for i in part.tolist()] for part in parts]
+    train_N, held_N, test_N = split_rows(strata_of(rows), group_related(rows), shares, seed)
+    if refit:
+        train_N, held_N = np.sort(np.concatenate([train_N, held_N])), held_N[:0]
+    return [[rows[i] for i in part_N.tolist()] for part_N in (train_N, held_N, test_N)]
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:

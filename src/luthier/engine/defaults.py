@@ -9,6 +9,7 @@ from typing import Any
 from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.memory import MemoryEstimate
+from luthier.engine.metrics import SCORES
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
@@ -20,6 +21,8 @@ LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
 """Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
+MOST_REFIT_ROWS = 1000
+"""Rows up to which a run that is measured by a score trains once more on all (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 
@@ -39,6 +42,8 @@ class Facts:
     """Whether a head starts from random numbers."""
     mixed: tuple[Mixed, ...] = ()
     """Further sets of rows; ``rows`` are those of the main one."""
+    held_out: int = 0
+    """Validation rows that were taken from the training rows."""
 
     @property
     def drawn(self) -> float:
@@ -99,6 +104,10 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     if facts.validation_rows:
         every = max(1, round(steps / 8))
         fill("evaluate_every", every, f"about eight measurements in {steps} steps")
+    rows = facts.rows + facts.held_out
+    if facts.held_out and rows <= MOST_REFIT_ROWS and objective.measure in SCORES:
+        reason = f"{rows} rows are few: once it is known how long, all of them are learned from"
+        fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices
 
 

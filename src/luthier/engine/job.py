@@ -64,6 +64,8 @@ class Job:
     """A recipe with nothing left to decide, and what it works on."""
 
     recipe: Recipe
+    asked: Recipe
+    """The recipe as it was given."""
     base: store.StoredModel
     chat: ChatFormat
     data: Dataset
@@ -79,11 +81,22 @@ class Job:
     """Whether the base model lacks the head, so that it would start from random numbers."""
     sample: Sample | None = None
     """The rows that are run, where a few stand for all of them."""
+    refit_steps: int = 0
+    """Steps that training once more on all rows may take; 0 where there is no refit."""
+    until: int = 0
+    """Step after which the run ends, where its schedule is longer; else 0."""
+    steps_before: int = 0
+    """Steps of the training before, of a refit."""
 
     @property
     def rows(self) -> int:
         """Training examples of the whole run."""
         return self.sample.of if self.sample else len(self.data.train)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of the whole run, a refit among them, as far as they are known."""
+        return self.steps_before + (self.until or self.steps) + self.refit_steps
 
     def sampled(self, train: Sequence[int], validation: Sequence[int]) -> Job:
         """This job, to be tried on some rows only: the training rows ``train``, in this order."""
@@ -104,10 +117,10 @@ class Job:
             )
         return replace(self, data=data)
 
-    def request(self, asked: Recipe) -> dict[str, Any]:
-        """What a run that goes on must be asked for again; ``asked`` is the recipe as it was given."""
+    def request(self) -> dict[str, Any]:
+        """What a run that goes on must be asked for again."""
         return {
-            "recipe": asked.plain(),
+            "recipe": self.asked.plain(),
             "data": self.data.hashes,
             "luthier": __version__,
             "micro_batch_tokens": self.recipe.training.micro_batch_tokens,
@@ -129,10 +142,12 @@ def prepare_job(
     machine: Machine,
     reporter: Reporter,
     began_with: int | None = None,
+    refit: bool = False,
 ) -> Job:
     """The job of ``recipe``: the data checked against the model, then the rest.
 
-    ``began_with`` is the token budget of the run that is resumed.
+    ``began_with`` is the token budget of the run that is resumed. With ``refit`` nothing is held out
+    to measure on.
     """
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
@@ -151,7 +166,8 @@ def prepare_job(
         if size >= LARGE:
             reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
 
-    data = prepare(recipe.data, objective, chat, room, recipe.training.seed, on_progress)
+    seed = recipe.training.seed
+    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit)
     reporter.note(f"recognized: {data.recognized}")
     if data.recognized and data.recognized.unread:
         reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
@@ -172,6 +188,26 @@ def prepare_job(
     if job.others:
         origin["others"] = {name: other.id for name, other in job.others.items()}
     return replace(job, origin=origin)
+
+
+def prepare_refit(job: Job, kept_step: int, steps_before: int) -> Job:
+    """The job of training once more, on the rows that ``job`` held out, too.
+
+    It has the settings of ``job`` and its schedule in passes, and ends after as many passes as
+    ``kept_step`` of ``job``. ``steps_before`` is how many steps that took in all.
+    """
+    training = job.recipe.training
+    settings = training.model_copy(update={"refit": False})
+    asked = job.asked.model_copy(update={"training": settings})
+    budget = training.micro_batch_tokens
+    whole = prepare_job(asked, job.base, job.machine, Reporter(), budget, refit=True)
+    recipe = job.recipe.model_copy(update={"objective": whole.recipe.objective})
+    return replace(
+        whole,
+        origin={**job.origin, "recipe": recipe.plain()},
+        until=max(1, round(kept_step * whole.steps / job.steps)),
+        steps_before=steps_before,
+    )
 
 
 def rows_learned_by(base: store.StoredModel, data: Dataset) -> int:
@@ -200,6 +236,7 @@ def resolve_job(
 
     ``began_with`` is the token budget of the run that is resumed.
     """
+    asked = recipe
     size = machine.dtype.itemsize
     own = store.objective_of(base)
     learned = own if base.manifest.recipe else None
@@ -219,7 +256,15 @@ def resolve_job(
     one, other = own.head(), bound.head()
     brings = brings and (one.labels, one.pooling) == (other.labels, other.pooling)
     new = bool(head_weights(model)) and not brings
-    facts = defaults.Facts(data.main, data.longest, len(data.validation), width, new, data.mixed)
+    held_out = sum(map(len, data.held_out.get("validation", {}).values()))
+    if recipe.training.refit and not held_out:
+        raise RecipeError(
+            "`training.refit` learns from the rows that were held out of the training data, and none "
+            "are: rows of a validation file are only measured on. Leave it out"
+        )
+    facts = defaults.Facts(
+        data.main, data.longest, len(data.validation), width, new, data.mixed, held_out
+    )
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
     beside = sum(
@@ -238,10 +283,10 @@ def resolve_job(
         recipe = recipe.model_copy(update={"training": training})
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
-    asked = MemoryRequest(
+    needed = MemoryRequest(
         config, data.objective, recipe.adaptation, size, beside, tokens, data.longest
     )
-    check_memory(asked, estimate, available)
+    check_memory(needed, estimate, available)
     need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
@@ -252,8 +297,12 @@ def resolve_job(
             reporter.note(cost)
     chat = data.objective.format(chat)
     expected = estimate.peak(tokens)
+    refit_steps = 0
+    if recipe.training.refit:
+        refit_steps = defaults.steps_of(recipe, data.main + len(data.validation), data.mixed)
     return Job(
         recipe,
+        asked,
         base,
         chat,
         data,
@@ -262,6 +311,7 @@ def resolve_job(
         others=others,
         expected_memory=expected,
         new_head=new,
+        refit_steps=refit_steps,
     )
 
 

@@ -64,6 +64,7 @@ class Loop:
     examples: Sequence[Example]
     validation: Sequence[Example]
     steps: int
+    """Of the schedule."""
     checkpoints: Checkpoints
     metrics: MetricsFile
     reporter: Reporter
@@ -74,9 +75,17 @@ class Loop:
     """Where texts are kept that the network writes in training."""
     clock: Clock = field(default_factory=Clock)
     """Counts the time of steps, measurements and checkpoints."""
+    until: int = 0
+    """Step after which it ends; 0 for the last of the schedule."""
+    steps_before: int = 0
+    """Steps of the training before, that numbers of steps count on from."""
+    all_steps: int = 0
+    """Steps of all trainings of the run; 0 where this is the only one."""
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
+        self.until = self.until or self.steps
+        self.all_steps = self.all_steps or self.until
         training = self.training
         assert training.batch_size and training.learning_rate and training.micro_batch_tokens
         self.rate = training.learning_rate
@@ -128,16 +137,16 @@ class Loop:
         if self.progress.step == 0:
             self.evaluate()
         with _stop_on_signal() as stopped:
-            while self.progress.step < self.steps and not self._patience_spent():
+            while self.progress.step < self.until and not self._patience_spent():
                 self.step()
-                last = self.progress.step == self.steps
+                last = self.progress.step == self.until
                 if last or self.progress.step % (self.training.evaluate_every or self.steps) == 0:
                     self.evaluate()
                 self._advise()
                 if stopped():
                     self.checkpoint()
                     raise Interrupted(
-                        f"stopped after step {self.progress.step} of {self.steps}; "
+                        f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
                     )
                 if self.checkpoints.due(self.progress.step):
@@ -268,14 +277,19 @@ class Loop:
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics and tell the reporter."""
-        line = {"event": event, "step": self.progress.step, **values}
+        line = {"event": event, "step": self._run_step, **values}
         if self.objective.measure in line:
             line["measure"] = self.objective.measure
         line["memory_bytes"] = peak_memory()
         self.progress.metrics_lines = self.metrics.append(line)
         if event == "train":
             self.train_lines.append(line)
-        self.reporter.metrics(without_rows(line), self.steps)
+        self.reporter.metrics(without_rows(line), self.all_steps)
+
+    @property
+    def _run_step(self) -> int:
+        """The step as people and files count it, over both trainings where there are two."""
+        return self.steps_before + self.progress.step
 
     def _checkpoint(self) -> None:
         self.progress.rng = random_state()

@@ -18,7 +18,7 @@ from luthier.engine.job import Job
 from luthier.engine.machine import peak_memory, return_freed_memory
 from luthier.engine.metrics import draw_curves
 from luthier.engine.runs import Result, Run
-from luthier.engine.verdict import judge_run
+from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
@@ -54,10 +54,11 @@ class ModelWriter:
     """Numbers that trained."""
     weights: int
     """All of the network."""
+    verdict: RunVerdict
     comparison: Comparison | None = None
     """The model beside simple baselines."""
-    fitted_head: bool = False
-    """Whether its head started from logistic regression."""
+    refit: Refit | None = None
+    """The second training that made the weights, where there was one."""
 
     def write(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
@@ -68,7 +69,10 @@ class ModelWriter:
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
             parity = self._parity(fresh, manifest, trained)
-            pictures = draw_curves(self.lines, fresh, run.model_id)
+            title = run.model_id
+            if self.refit:
+                title += f", measured before the refit on all {self.refit.rows:,} rows"
+            pictures = draw_curves(self.lines, fresh, title)
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             checked = {"parity": asdict(parity), "metrics": metrics, "files": hashes_of(fresh)}
@@ -120,7 +124,6 @@ class ModelWriter:
 
     def _result(self, stored: Path) -> Result:
         run, progress = self.run, self.progress
-        measure = self.job.data.objective.measure
         return Result(
             model_id=run.model_id,
             run_dir=str(run.folder),
@@ -135,16 +138,9 @@ class ModelWriter:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
-            verdict=judge_run(
-                self.lines,
-                measure,
-                self.job.recipe.training,
-                self.job.steps,
-                len(self.job.data.validation),
-                self.fitted_head,
-                uninformative=self.comparison is not None and self.comparison.uninformative,
-            ),
+            verdict=self.verdict,
             comparison=self.comparison,
+            refit=self.refit,
         )
 
     def _sample(self) -> list[Example]:

@@ -15,7 +15,7 @@ from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
 from luthier.encryption.files import new_data_file
 from luthier.encryption.memory import remove, working
-from luthier.engine.verdict import RunVerdict
+from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
 from luthier.evaluation.baselines import Comparison
 from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
@@ -30,6 +30,8 @@ HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"
 """What was computed ahead for the rows: by the frozen layers, by the objective."""
+REFIT = "refit"
+"""The folder of training once more, on all rows, while that goes on."""
 START, TOKENS = "start", "tokens"
 """Of a pre-training: the network before its first step, and the text as token ids."""
 
@@ -49,7 +51,7 @@ class Result:
     train_loss: float
     """Mean loss of the last step, in nats per learned token."""
     validation_loss: float | None
-    """Loss of the stored weights on the validation rows; minus the reward where that is measured."""
+    """Loss of the kept weights on the validation rows; minus the reward where that is measured."""
     seconds: float
     """Time spent in training steps, over all starts of the run."""
     peak_memory_bytes: int
@@ -63,6 +65,9 @@ class Result:
     """Whether it learned; results of older runs have none."""
     comparison: Comparison | None = None
     """The model beside simple baselines on the validation rows, where some go with such rows."""
+    refit: Refit | None = None
+    """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
+    are those of both trainings, what was measured is of the first."""
 
 
 class Run:
@@ -111,6 +116,7 @@ class Run:
     def hold_out(self, lines: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
         """Record which lines of which files are not learned from, by split; copy those of the test."""
         if not lines:
+            (self.folder / HELD_OUT).unlink(missing_ok=True)
             return
         write_json(self.folder / HELD_OUT, lines)
         test = {Path(file): each for file, each in lines.get("test", {}).items()}
@@ -126,7 +132,7 @@ class Run:
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        for name in ("checkpoints", PRECOMPUTED):
+        for name in ("checkpoints", PRECOMPUTED, REFIT):
             remove(self.folder / name)
         for folder in (self.folder, working(self.folder)):
             (folder / ACTIVATIONS).unlink(missing_ok=True)

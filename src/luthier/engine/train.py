@@ -14,7 +14,14 @@ import torch
 from luthier.engine.actuals import Clock, folder_bytes, record_actual
 from luthier.engine.checkpoints import Checkpoints, Progress
 from luthier.engine.comparison import fit_baselines, measure_tuned
-from luthier.engine.job import Job, add_reference_logps, load_frozen, prepare_job, with_base
+from luthier.engine.job import (
+    Job,
+    add_reference_logps,
+    load_frozen,
+    prepare_job,
+    prepare_refit,
+    with_base,
+)
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.machine import (
     available_memory,
@@ -29,11 +36,13 @@ from luthier.engine.runs import (
     ACTIVATIONS,
     METRICS,
     PRECOMPUTED,
+    REFIT,
     SAMPLES,
     Result,
     Run,
     automatic_name,
 )
+from luthier.engine.verdict import Refit, judge_run
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import need_disk
@@ -88,7 +97,7 @@ def train(
             with clock.part("data"):
                 job = prepare_job(recipe, base, machine, reporter, budget)
             job = replace(job, origin={**job.origin, **(lineage or {})})
-            done = run.begin(job.request(recipe), resume)
+            done = run.begin(job.request(), resume)
             if done is None:
                 run.hold_out(job.data.held_out)
         except BaseException:
@@ -120,13 +129,15 @@ def rehearse(
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     base = store.find(recipe.base, reporter.stage)
     run = Run(base.root, folder.name, rehearsal=folder)
+    training = recipe.training.model_copy(update={"refit": False})  # nothing would measure it
+    recipe = recipe.model_copy(update={"training": training})
     job = prepare_job(recipe, base, machine, reporter, run.request_value("micro_batch_tokens"))
     if measured and not job.data.validation:
         raise RecipeError(
             "trials are compared on validation rows, and there are none; give --validation FILE, or "
             "at least 20 rows, of which some are held out"
         )
-    run.begin(job.request(recipe), resume=True)
+    run.begin(job.request(), resume=True)
     return Trainer(job, run, reporter).learn(resume=True)[1]
 
 
@@ -157,27 +168,88 @@ class Trainer:
             objective = self.job.data.objective
             with self.clock.part("baselines"):
                 self.comparison = measure_tuned(network, objective, held, self.baselines, budget)
-        result = self.store(network, progress, lines)
+        learned = None
+        if self.job.refit_steps and progress.best_step:
+            network.close()
+            network, learned, progress = self._refit(progress)
+        elif self.job.refit_steps:
+            self.reporter.note("nothing is trained once more: the weights are those from before")
+        result = self.store(network, progress, lines, learned)
         disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
         self.run_folder.finish(result)
         record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
         return result
 
-    def store(self, network: Network, progress: Progress, lines: list[dict[str, Any]]) -> Result:
-        """Write what was trained, and compare what comes back from disk."""
+    def store(
+        self,
+        network: Network,
+        progress: Progress,
+        lines: list[dict[str, Any]],
+        learned: Job | None = None,
+    ) -> Result:
+        """Write what was trained, and compare what comes back from disk.
+
+        ``learned`` is the job of the refit, where there was one; ``lines`` are those before it.
+        """
         self.reporter.stage("Storing and verifying the model")
+        counts, objective = self.job.data.counts, self.job.data.objective
+        refit = None
+        if learned is not None:
+            held_out = counts["validation_rows"]
+            refit = Refit(learned.data.counts["rows"], held_out, learned.until)
+        verdict = judge_run(
+            lines,
+            objective.measure,
+            self.recipe.training,
+            self.job.steps,
+            len(self.job.data.validation),
+            self.fitted_head,
+            uninformative=self.comparison is not None and self.comparison.uninformative,
+            refit=refit,
+        )
         writer = ModelWriter(
-            self.job,
+            learned or self.job,
             self.run_folder,
             progress,
             lines,
             self.trained,
             self.weights,
+            verdict,
             self.comparison,
-            self.fitted_head,
+            refit,
         )
         with self.clock.part("store"):
             return writer.write(network)
+
+    def _refit(self, measured: Progress) -> tuple[Network, Job, Progress]:
+        """Train from the base once more, on all rows, for as many passes as the kept weights had.
+
+        Its folder has checkpoints of its own, so that a run that is killed in it goes on there. What
+        it notes joins the metrics of the run.
+        """
+        with self.clock.part("data"):
+            job = prepare_refit(self.job, measured.best_step or 0, measured.step)
+        self.reporter.stage(
+            f"Training once more, on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
+        )
+        run = Run(job.base.root, self.run_folder.name, rehearsal=self.run_folder.folder / REFIT)
+        resume = run.trained()
+        run.begin(job.request(), resume=True)
+        trainer = Trainer(job, run, self.reporter, self.clock)
+        network, progress, lines = trainer.learn(resume)
+        metrics = MetricsFile(self.run_folder.folder / METRICS)
+        for line in lines:
+            metrics.append(line)
+        self.run_folder.hold_out(job.data.held_out)
+        both = replace(
+            progress,
+            step=measured.step + progress.step,
+            tokens=measured.tokens + progress.tokens,
+            rows=measured.rows + progress.rows,
+            seconds=measured.seconds + progress.seconds,
+            best_loss=measured.best_loss,
+        )
+        return network, job, both
 
     def learn(
         self, resume: bool, compare: bool = False
@@ -379,4 +451,7 @@ class Trainer:
             augmentation=self.recipe.data.augmentation,
             samples=MetricsFile(self.run_folder.folder / SAMPLES, texts=True),
             clock=self.clock,
+            until=self.job.until,
+            steps_before=self.job.steps_before,
+            all_steps=self.job.all_steps,
         )

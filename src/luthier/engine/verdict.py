@@ -74,6 +74,27 @@ _REGRESSION = _Start("of the regression", "the regression", "The regression is w
 
 
 @dataclass(frozen=True)
+class Refit:
+    """A second training from the base, on all rows, whose weights are the ones that are stored."""
+
+    rows: int
+    """Rows that it learned from."""
+    held_out: int
+    """Those among them that the first training was measured on."""
+    steps: int
+    """Its own, as many passes as led to the kept step of the first training."""
+
+    @property
+    def text(self) -> str:
+        """What people are to know of the scores and the weights."""
+        return (
+            f"These scores are of a training without the {self.held_out:,} held-out rows; the weights "
+            f"that are stored come from a second one of {self.steps:,} steps, which learned from all "
+            f"{self.rows:,} rows and was not measured"
+        )
+
+
+@dataclass(frozen=True)
 class RunVerdict:
     """Whether a run learned: in a word, in sentences, and in numbers."""
 
@@ -83,13 +104,13 @@ class RunVerdict:
     advice: str
     """What to change in a further run; empty where there is nothing to say."""
     kept_step: int
-    """The step whose weights are stored; 0 is before training."""
+    """The step whose weights are stored, or whose passes a refit repeats; 0 is before training."""
     stopped_early: bool
     """Whether the patience ended the run before its last step."""
     before: dict[str, float]
     """What was measured on the validation rows before training: ``loss`` or ``reward``, and scores."""
     kept: dict[str, float]
-    """The same of the weights that are stored."""
+    """The same of the weights of that step."""
     last: dict[str, float]
     """The same after the last step."""
 
@@ -102,6 +123,7 @@ def judge_run(
     rows: int = 0,
     fitted_head: bool = False,
     uninformative: bool = False,
+    refit: Refit | None = None,
 ) -> RunVerdict:
     """The verdict on a run.
 
@@ -116,6 +138,7 @@ def judge_run(
             first step is that, and to be no better is no failure to learn.
         uninformative: whether answering all rows alike is no worse, so that nothing shows that the
             rows tell what they are answered with.
+        refit: the second training, on all rows, where its weights are the ones that are stored.
     """
     train = [line for line in lines if line["event"] == "train"]
     held = [line for line in lines if line["event"] == "validation"]
@@ -150,13 +173,16 @@ def judge_run(
             "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
             "check what they are labelled with"
         )
-    text = f"{headline.format(step=kept)}: {course.described(early, last_step)}"
+    kept_for = "stored" if refit is None else "the best"
+    text = f"{headline.format(step=kept)}: {course.described(early, last_step, kept_for)}"
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
     if 0 < rows < few:
         held_out = "One held-out row gives" if rows == 1 else f"{rows} held-out rows give"
         text += f". {held_out} only a rough measurement"
         more = "Give more rows to measure on: `data.validation=FILE`"
         advice = f"{more}. {advice}" if advice else more
+    if refit is not None:
+        text += f". {refit.text}"
     found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
     return RunVerdict(outcome, text, advice, kept, early, *found)
 
@@ -195,8 +221,8 @@ class _Course:
                 return "still_improving"
         return "learned"
 
-    def described(self, early: bool, last_step: int) -> str:
-        """The numbers in words, and whose weights are stored."""
+    def described(self, early: bool, last_step: int, kept_for: str) -> str:
+        """The numbers in words, and which weights are ``kept_for`` what."""
         measure = SCORES.get(self.measure, self.measure)
         text = f"validation {measure} {self._shown(self.first)} {self.start.measured}"
         kept = self.kept["step"]
@@ -224,7 +250,7 @@ class _Course:
         end = "where training stopped early" if early else "the last"
         worse = f", worse than {self.start.name}" if self._above_start(self.last) else ""
         return (
-            f"{text}, whose weights are stored; {self._shown(self.last)} at step {last_step}, {end}"
+            f"{text}, whose weights are {kept_for}; {self._shown(self.last)} at step {last_step}, {end}"
             f"{worse}"
         )
 

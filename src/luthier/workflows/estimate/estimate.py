@@ -125,6 +125,9 @@ class Estimate:
     rows: int
     """Training examples."""
     steps: int
+    """Without those of a refit; everything else has them."""
+    refit_steps: int
+    """Steps that training once more on all rows takes at most; 0 where there is no refit."""
     epochs: float
     tokens: Interval
     """Of the rows of all steps, shared prefixes counted in each row."""
@@ -187,6 +190,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
     tokens = Interval.exactly(work.tokens * trial.token_share)
     if trial.token_share < 0.999:  # the network writes as much as it likes
         tokens = Interval(tokens.value, tokens.value * 0.7, float(work.tokens))
+    tokens = _with_refit(tokens, job.refit_steps / work.steps)
     ratio = work.learned / max(1, work.tokens)
     drift = _drift(runs, known)
     return Estimate(
@@ -198,6 +202,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
         adaptation=job.recipe.adaptation.method,
         rows=job.rows,
         steps=work.steps,
+        refit_steps=job.refit_steps,
         epochs=training.epochs or round(work.steps / steps_per_pass, 3),
         tokens=tokens,
         learned=tokens.times(ratio),
@@ -227,7 +232,17 @@ def _parts(measured: Measurement) -> dict[str, Interval]:
     going = found["steps"].value + found["validation"].value
     writes = _checkpoints(going, measured.work.steps, once["checkpoints"])
     found["checkpoints"] = Interval.around(writes * once["checkpoints"], COUNTED, COUNTED)
+    if refit_steps := measured.job.refit_steps:
+        for name in ("data", "load", "begin", "ahead", "calibrate"):
+            found[name] = _with_refit(found[name], 1.0)
+        for name in ("steps", "checkpoints"):
+            found[name] = _with_refit(found[name], refit_steps / measured.work.steps)
     return found
+
+
+def _with_refit(once: Interval, share: float) -> Interval:
+    """``once`` and ``share`` of it again, or less: a refit is as long as the held-out rows say."""
+    return Interval(once.value * (1 + share), once.low, once.high * (1 + share))
 
 
 def _steps(measured: Measurement) -> Interval:
@@ -299,11 +314,12 @@ def _disk(measured: Measurement) -> Interval:
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
     model += PER_STEP * measured.work.steps
-    most = model + checkpoints.RETAINED * trial.checkpoint_bytes
+    trainings = 2 if measured.job.refit_steps else 1  # each has checkpoints until the run ends
+    most = model + trainings * checkpoints.RETAINED * trial.checkpoint_bytes
     parts = _parts(measured)
     going = parts["steps"].value + parts["validation"].value
     written = _checkpoints(going, measured.work.steps, measured.seconds["checkpoints"])
-    value = model + min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
+    value = model + trainings * min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
     return Interval(value, model, most)
 
 
