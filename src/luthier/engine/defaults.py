@@ -21,7 +21,7 @@ LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
 """Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
-MOST_REFIT_ROWS = 1000
+MOST_REFIT_ROWS = 600
 """Rows up to which a run that is measured by a score trains once more on all (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""

@@ -109,7 +109,7 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     recipe: Callable[..., Recipe],
     luthier_home: Path,
 ) -> None:
-    job = recipe(method, family, adaptation=adaptation)
+    job = recipe(method, family, adaptation=adaptation, refit=False)
     found = estimate(job)
     left = sorted(path.relative_to(luthier_home) for path in luthier_home.rglob("*"))
     assert [str(path) for path in left] == ["estimates", f"estimates/{found.key}.json"]
@@ -119,9 +119,7 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     result = train(job)
     actual = read_json(Path(result.run_dir) / ACTUAL)
     assert actual["estimate"] == read_json(estimates_folder() / f"{found.key}.json")
-    # Held-out rows are few enough to be learned from in a second training, where labels are read.
-    assert bool(found.refit_steps) is (method == "classification")
-    assert actual["steps"] == found.steps + found.refit_steps * (result.refit is not None)
+    assert actual["steps"] == found.steps and not found.refit_steps
     if method == "grpo":  # writes as much as it likes
         assert found.tokens.low <= actual["tokens"] <= found.tokens.high
     else:
@@ -135,6 +133,21 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     assert found.memory.value == pytest.approx(actual["peak_memory_bytes"], rel=0.2)
     (one,) = past(found.machine)
     assert one.seconds == actual["seconds"] and one.estimated_seconds == found.seconds.value
+
+
+def test_a_refit_is_estimated_as_a_second_training(recipe: Callable[..., Recipe]) -> None:
+    once = estimate(recipe("classification", "bert", refit=False))
+    both = estimate(recipe("classification", "bert"))
+    assert (once.steps, once.refit_steps) == (both.steps, 0)
+    assert (both.steps, both.refit_steps) == (28, 30)  # 54 and 60 rows, by 4, twice
+    assert both.tokens.low == once.tokens.low == once.tokens.value
+    assert both.tokens.value == pytest.approx(once.tokens.value * 58 / 28)
+    steps = both.parts["steps"]
+    assert steps.low < steps.value / (58 / 28) < steps.value < steps.high
+    result = train(recipe("classification", "bert"))
+    spent = result.refit.steps if result.refit else 0
+    assert result.steps == 28 + spent
+    assert both.tokens.low <= result.tokens <= 1.05 * both.tokens.value
 
 
 def test_another_request_has_another_key_and_a_name_is_none(
