@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in the templates of twelve families, small, in the form each family writes.
+"""Tool calls and reasoning in the templates of thirteen families, small, as each family writes them.
 
 What a model is trained to go on from is what it is given when it is served, byte for byte.
 """
@@ -158,6 +158,16 @@ GLM45 = (
     "{% endfor %}<|endoftext|>{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+QWEN3_CODER = (
+    QWEN_TOOLS + "{% for m in messages %}{% if m.role == 'tool' %}" + QWEN_RESULTS + "{% elif "
+    "m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}<tool_call>\n"
+    "<function={{ call.function.name }}>\n"
+    "{% for name, value in call.function.arguments | items %}<parameter={{ name }}>\n"
+    "{{ value | tojson if value is mapping or (value is sequence and value is not string) else value }}"
+    "\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}" + CHATML_END
+)
 COMMAND_SPECIAL = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>",
                    "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")  # fmt: skip
 COMMAND_R = (
@@ -206,6 +216,7 @@ FAMILIES = {
     "Granite": Family(GRANITE, GRANITE_SPECIAL, "<|end_of_text|>", refusing(*THOUGHTS)),
     "DeepSeek": Family(DEEPSEEK, DEEPSEEK_SPECIAL, "<|end▁of▁sentence|>", refusing(*THOUGHTS)),
     "GLM-4.5": Family(GLM45, GLM_SPECIAL, "<|endoftext|>"),
+    "Qwen3-Coder": Family(QWEN3_CODER, IM, "<|im_end|>", refusing(*THOUGHTS)),
     "Command R": Family(COMMAND_R, COMMAND_SPECIAL, "<|END_OF_TURN_TOKEN|>", refusing(*THOUGHTS)),
 }  # fmt: skip
 
@@ -336,7 +347,9 @@ def test_thoughts_are_learned_where_the_template_keeps_them(
     assert "It is May." not in whole and "Clear." in whole
 
 
-@pytest.mark.parametrize("family", ["Qwen2.5", "Qwen3", "Hermes", "SmolLM2", "Llama 3.1"])
+@pytest.mark.parametrize(
+    "family", ["Qwen2.5", "Qwen3", "Hermes", "SmolLM2", "Llama 3.1", "GLM-4.5", "Qwen3-Coder"]
+)
 def test_calls_that_were_learned_are_found_again(family: str, chats: dict[str, ChatFormat]) -> None:
     for name in ("call", "text and call", "two calls"):
         if name in FAMILIES[family].refuses:
@@ -344,10 +357,33 @@ def test_calls_that_were_learned_are_found_again(family: str, chats: dict[str, C
         messages, tools = CONVERSATIONS[name]
         _, _, texts = learned_parts(chats[family], messages, tools)
         said = re.sub(r"^<think>\s*</think>\s*", "", texts[0]).replace(FAMILIES[family].end, "")
-        found = parse_calls(said, {tool.name for tool in tools})
+        found = parse_calls(said, tools, known=True)
         assert [(call.name, call.arguments) for call in found] == [
             (call.name, call.arguments) for call in messages[1].calls
         ]
+
+
+@pytest.mark.parametrize("family", ["GLM-4.5", "Qwen3-Coder"])
+def test_calls_in_xml_have_the_types_of_the_schema(
+    family: str, chats: dict[str, ChatFormat]
+) -> None:
+    kinds: dict[str, Any] = {
+        "zip": {"type": "string"}, "days": {"type": "integer"}, "exact": {"type": "boolean"},
+        "where": {"type": "array"}, "unit": {"enum": ["1", "2"]}, "near": {"type": "object"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}, "odd": {"type": 3, "anyOf": 1},
+        "free": {"type": ["string", "null"]},
+    }  # fmt: skip
+    arguments = {
+        "zip": "0123", "days": 2, "exact": True, "where": ["Oslo", 1], "unit": "2",
+        "near": {"a": [1.5, None]}, "note": None, "odd": "</x> two\nlines ", "free": " [1] ",
+        "unknown": "words",
+    }  # fmt: skip
+    tool = Tool("weather", "", {"type": "object", "properties": kinds})
+    call = Message("assistant", calls=(ToolCall("a", "weather", arguments),))
+    _, _, (text,) = learned_parts(chats[family], (ASK, call), (tool,))
+    (found,) = parse_calls(text.replace(FAMILIES[family].end, ""), [tool], known=True)
+    assert found.arguments == arguments
+    assert parse_calls(text.replace("weather", "wea ther"), [tool]) == []
 
 
 def test_what_is_left_out_is_named(chats: dict[str, ChatFormat]) -> None:

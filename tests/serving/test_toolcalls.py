@@ -83,6 +83,15 @@ def test_without_tools_it_is_the_prompt_that_was_trained(tokenizer: Any) -> None
         ('{"name": "weather", "parameters": {"city": "Oslo"}}', 1),
         ('<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>' * 2, 2),
         ('[{"name": "weather", "arguments": {}}]', 1),
+        (
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call>",
+            1,
+        ),
+        ("<tool_call>weather</tool_call><tool_call>other</tool_call>", 0),
+        ("<tool_call>\n<function=weather>\n</function>\n</tool_call>", 1),
+        ("<tool_call><function=weather><parameter=city>\nOslo</function></tool_call>", 0),
+        ("<tool_call>weather<arg_key>city</arg_key>Oslo</tool_call>", 0),
+        ("<tool_call>weather" + "<arg_key>" * 50_000, 0),
         ('{"name": "other", "arguments": {}}', 0),
         ('{"name": "weather", "arguments": 3}', 0),
         ('{"name": "weather", "argu', 0),
@@ -98,7 +107,7 @@ def test_calls_and_words_are_told_apart(written: str, calls: int) -> None:
         for start in range(0, len(written), size):
             shown += splitter.feed(written[start : start + size])
         left, found = splitter.end()
-        assert len(found) == calls == len(parse_calls(written, {"weather"}))
+        assert len(found) == calls == len(parse_calls(written, [WEATHER], known=True))
         assert shown + left == ("" if calls else written)
         assert len({call.id for call in found}) == calls
 

@@ -133,33 +133,97 @@ def _stands_in(text: str, value: Any) -> bool:
     return any(form in text for form in forms)
 
 
-def parse_calls(text: str, names: set[str] | None = None) -> list[ToolCall]:
+def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> list[ToolCall]:
     """The calls in ``text``, without ids; none where it is anything but calls.
 
-    ``names`` are the functions that there are, any when not given.
+    They are JSON, or between tags also XML as GLM 4.5 and Qwen3-Coder write it, in which the schemas
+    of ``tools`` say what is a number and what a text. With ``known`` other functions than those of
+    ``tools`` are no calls.
     """
     if CALL_OPEN in text:
-        bodies = [part.partition(CALL_CLOSE)[0] for part in text.split(CALL_OPEN)[1:]]
+        bodies = [part.partition(CALL_CLOSE)[0].strip() for part in text.split(CALL_OPEN)[1:]]
     else:
         bodies = [text]
+    parameters = {tool.name: tool.parameters for tool in tools}
     calls: list[ToolCall] = []
     for body in bodies:
         try:
             parsed = json.loads(body)
         except (ValueError, RecursionError):
-            return []
+            parsed = _read_xml(body, parameters) if CALL_OPEN in text else None
         for each in parsed if isinstance(parsed, list) else [parsed]:
-            call = _call_in(each, names)
-            if call is None:
+            call = _call_in(each)
+            if call is None or (known and call.name not in parameters):
                 return []
             calls.append(call)
     return calls
 
 
-def _call_in(parsed: Any, names: set[str] | None) -> ToolCall | None:
+def _call_in(parsed: Any) -> ToolCall | None:
     if not isinstance(parsed, dict):
         return None
     name, arguments = parsed.get("name"), parsed.get("arguments", parsed.get("parameters"))
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
-    return ToolCall("", name, arguments) if names is None or name in names else None
+    return ToolCall("", name, arguments)
+
+
+def _read_xml(body: str, parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A call as GLM 4.5 or Qwen3-Coder writes it; ``None`` for anything else.
+
+    Texts are cut at their tags and not searched by a pattern, whose time could grow with the square of
+    what a model writes.
+    """
+    in_lines = body.startswith("<function=") and body.endswith("</function>")
+    if in_lines:
+        name, *parts = body[len("<function=") : -len("</function>")].split("<parameter=")
+        middle, opening, closing = ">", "", "</parameter>"
+        name = name.strip().removesuffix(">")
+    else:
+        name, *parts = body.split("<arg_key>")
+        middle, opening, closing = "</arg_key>", "<arg_value>", "</arg_value>"
+    name = name.strip()
+    if not re.fullmatch(r"[\w.-]+", name):
+        return None
+    properties = parameters.get(name, {}).get("properties")
+    arguments = {}
+    for part in parts:
+        key, found, value = part.rstrip().partition(middle)
+        value = value.lstrip() if opening else value
+        if not found or not value.startswith(opening) or not value.endswith(closing):
+            return None
+        value = value[len(opening) : -len(closing)]
+        if in_lines:  # Qwen3-Coder's template writes each value on lines of its own
+            value = value.removeprefix("\n").removesuffix("\n")
+        schema = properties.get(key.strip()) if isinstance(properties, Mapping) else None
+        arguments[key.strip()] = _read_value(value, schema)
+    return {"name": name, "arguments": arguments}
+
+
+def _read_value(text: str, schema: Any) -> Any:
+    """What an argument written as text is by its schema; JSON, where that wants no text."""
+    kinds = _types_in(schema)
+    if "null" in kinds and text in ("null", "None"):
+        return None
+    if "string" in kinds:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        # Qwen3-Coder's template writes them as Jinja does.
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _types_in(schema: Any) -> list[Any]:
+    """The types that a schema names, also one of several that it allows; none where it says nothing."""
+    if not isinstance(schema, Mapping):
+        return []
+    several = [schema.get(name) for name in ("anyOf", "oneOf")]
+    types: list[Any] = []
+    for each in (schema, *(each for some in several if isinstance(some, list) for each in some)):
+        if isinstance(each, Mapping):
+            kind, values = each.get("type"), each.get("enum")
+            types += kind if isinstance(kind, list) else [kind]
+            if isinstance(values, list) and any(isinstance(value, str) for value in values):
+                types.append("string")
+    return types

@@ -56,7 +56,7 @@ class CallSplitter:
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
-        self._names = {tool.name for tool in tools}
+        self._tools = tools
         self._held = ""
         self._shown = False
         self._calling = False
@@ -86,7 +86,8 @@ class CallSplitter:
 
     def end(self) -> tuple[str, list[ToolCall]]:
         """Words that are left, and the calls."""
-        calls = [replace(call, id=new_call_id()) for call in parse_calls(self._held, self._names)]
+        found = parse_calls(self._held, self._tools, known=True)
+        calls = [replace(call, id=new_call_id()) for call in found]
         return ("" if calls else self._held), calls
 
 
