@@ -15,6 +15,7 @@ from luthier.errors import ModelRefused
 from luthier.models.manifest import Manifest
 from luthier.models.outside import Chosen, choose
 from luthier.serving.acceptance import accept_network, memory_needed
+from luthier.serving.confined_process import WorkInterrupted
 from luthier.store.models import StoredModel
 
 GIB = 1 << 30
@@ -97,3 +98,14 @@ def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None
     assert caught.value.problem.rule == rule and said in str(caught.value)
     assert caught.value.problem.file == "config.json" and "Fix: " in str(caught.value)
     assert time.process_time() - began < 20
+
+
+def test_a_process_that_was_killed_says_nothing_of_the_model(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: Any) -> Any:
+        raise WorkInterrupted("the tokenizer ended its process (status -9)")
+
+    monkeypatch.setattr("luthier.serving.confined.confined_format", killed)
+    with pytest.raises(WorkInterrupted):
+        accept_network(tiny_model_folder, "imported:x")

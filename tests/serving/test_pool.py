@@ -102,6 +102,64 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
 
 
+def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.store import models as store
+
+    pool.submit(folders[0], REQUEST).whole()
+    pool.submit(folders[1], REQUEST).whole()
+    evicted, find, close = pool._entries[folders[0]].model, store.find, Decoder.close
+    finding, found, closing, closed = (threading.Event() for _ in range(4))
+
+    def slow_find(model_id: str, *given: Any) -> Any:
+        if model_id == folders[2]:
+            finding.set()
+            assert found.wait(20)
+        return find(model_id, *given)
+
+    def slow_close(decoder: Decoder) -> None:
+        if decoder is evicted:
+            closing.set()
+            assert closed.wait(20)
+        close(decoder)
+
+    monkeypatch.setattr(store, "find", slow_find)
+    monkeypatch.setattr(Decoder, "close", slow_close)
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(lambda: pool.submit(folders[2], REQUEST).whole()[0].tokens)
+        for reached, go_on in ((finding, found), (closing, closed)):
+            assert reached.wait(20)
+            other = threads.submit(lambda: pool.submit(folders[1], REQUEST).whole()[0].tokens)
+            try:
+                assert other.result(10) == 4 and pool.weight_bytes() > 0
+            finally:
+                go_on.set()
+        assert asked.result() == 4
+    assert set(pool.loaded_ids()) == set(folders[1:])
+
+
+def test_a_model_that_fails_half_loaded_is_closed(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Decoder] = []
+    honest = Decoder.open
+
+    def keep(stored: Any, *given: Any) -> Decoder:
+        opened.append(honest(stored, *given))
+        return opened[-1]
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no reader")
+
+    monkeypatch.setattr(Decoder, "open", keep)
+    monkeypatch.setattr("luthier.serving.pool.Embedder.of", fail)
+    with pytest.raises(InferenceFailed, match="cannot be loaded"):
+        pool.submit(folders[0], REQUEST)
+    assert not opened[0]._thread.is_alive()
+    assert pool.loaded_ids() == []
+
+
 def test_a_failure_is_told_and_not_kept(pool: ModelPool, folders: list[str]) -> None:
     weights = Path(folders[0]) / "model.safetensors"
     whole = weights.read_bytes()

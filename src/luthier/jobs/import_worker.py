@@ -58,6 +58,7 @@ from luthier.serving.acceptance import (
     accept_network,
     memory_needed,
 )
+from luthier.serving.confined_process import WorkInterrupted
 from luthier.store import imports, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import IMPORTED
@@ -120,6 +121,8 @@ class ImportWorker(Worker[ModelImport, Locations]):
             changes, details = self._store(row)
         except (Interrupted, LeaseLost):
             raise
+        except WorkInterrupted:
+            raise  # says nothing of the model: another worker tries, as after a crash
         except Exception as error:
             self._fail(error, row)
             return

@@ -30,6 +30,7 @@ from luthier.models.outside import (
     check_weights,
 )
 from luthier.models.save import ADAPTER
+from luthier.serving.confined_process import WorkInterrupted
 from luthier.serving.inference import Chat, GenerationRequest
 from luthier.store.models import StoredModel, chat_format, load, short_name
 from luthier.types import Message
@@ -339,7 +340,7 @@ def _as(file: str, rule: str, fix: str) -> Iterator[None]:
     """Whatever goes wrong in the block is the model's: libraries raise all there is for odd files."""
     try:
         yield
-    except (ModelRefused, DoesNotFit, Interrupted):
+    except (ModelRefused, DoesNotFit, Interrupted, WorkInterrupted):
         raise
     except Exception as error:
         text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"

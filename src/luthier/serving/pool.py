@@ -64,10 +64,10 @@ class _Entry:
     """Whether it is let go of once nothing is asked of it."""
 
     def close(self) -> None:
-        """End its work, where it was loaded."""
+        """End its work, as far as it was loaded."""
         if self.model is not None:
             self.model.close()
-        if self.reader is not self.model:
+        if self.reader is not None and self.reader is not self.model:
             self.reader.close()
 
 
@@ -184,12 +184,14 @@ class ModelPool:
     def _acquire(self, model_id: str) -> _Entry:
         """The loaded model, not to be let go of until it is released."""
         with self._lock:
-            entry = self._entries.get(model_id)
-            first = entry is None
-            if entry is None:
-                entry = self._begin(model_id)
-            entry.uses += 1
-            self._entries.move_to_end(model_id)
+            entry = self._use(model_id)
+        first = entry is None
+        if entry is None:
+            from luthier.store import models as store
+
+            # It may have to be downloaded first, which no other model waits for.
+            size = _weights(store.find(model_id))
+            entry, first = self._reserve(model_id, size)
         if first:
             self._load(model_id, entry)
         elif not entry.ready.wait(LOADING_SECONDS):
@@ -202,26 +204,38 @@ class ModelPool:
             raise entry.error
         return entry
 
-    def _begin(self, model_id: str) -> _Entry:
-        """A place for the model, made free where needed. Called with the lock."""
-        from luthier.store import models as store
+    def _use(self, model_id: str) -> _Entry | None:
+        """The model where it has a place, with one use more. Called with the lock."""
+        entry = self._entries.get(model_id)
+        if entry is not None:
+            entry.uses += 1
+            self._entries.move_to_end(model_id)
+        return entry
 
-        stored = store.find(model_id)
-        size = _weights(stored)
-        if size > self.budget:
-            raise InferenceFailed(
-                "ModelNotReady",
-                f"The model needs {size >> 20} MiB of memory, and {self.budget >> 20} MiB are there.",
-            )
-        while sum(entry.bytes for entry in self._entries.values()) + size > self.budget:
-            idle = next((n for n, e in self._entries.items() if not e.uses), None)
-            if idle is None:
+    def _reserve(self, model_id: str, size: int) -> tuple[_Entry, bool]:
+        """A place for the model, made free where needed, and whether it has to be loaded."""
+        with self._lock:
+            entry = self._use(model_id)
+            if entry is not None:
+                return entry, False
+            if size > self.budget:
+                text = f"{size >> 20} MiB of memory, and {self.budget >> 20} MiB are there."
+                raise InferenceFailed("ModelNotReady", f"The model needs {text}")
+            excess = sum(entry.bytes for entry in self._entries.values()) + size - self.budget
+            evicted = []
+            for name, other in self._entries.items():
+                if excess > 0 and not other.uses:
+                    evicted.append(name)
+                    excess -= other.bytes
+            if excess > 0:
                 raise InferenceFailed(
                     "ModelNotReady", "Other models are at work in all memory. Try again soon."
                 )
-            self._entries.pop(idle).close()
-        self._entries[model_id] = entry = _Entry(size)
-        return entry
+            closing = [self._entries.pop(name) for name in evicted]
+            self._entries[model_id] = entry = _Entry(size, uses=1)
+        for other in closing:
+            other.close()  # waits for its threads
+        return entry, True
 
     def _load(self, model_id: str, entry: _Entry) -> None:
         """Load it once for all who wait; a failure is told to them, and not remembered."""
@@ -251,6 +265,7 @@ class ModelPool:
             with self._lock:
                 if self._entries.get(model_id) is entry:
                     del self._entries[model_id]
+            entry.close()
         entry.ready.set()
 
     def _release(self, entry: _Entry) -> None:
