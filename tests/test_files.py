@@ -63,6 +63,26 @@ def test_write_bytes_makes_the_folder_and_replaces_what_was_there(tmp_path: Path
     assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_what_is_written_follows_from_the_umask(
+    tmp_path: Path, mask: int, mode: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        write_bytes(tmp_path / "file", b"one")
+        with new_folder(tmp_path / "folder") as fresh:
+            (fresh / "inside").write_bytes(b"two")
+            (fresh / "inside").chmod(0o600)
+        with new_folder(tmp_path / "secret", private=True) as fresh:
+            (fresh / "inside").write_bytes(b"three")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o666 for path in (tmp_path / "file", tmp_path / "folder")]
+    assert [*modes, (tmp_path / "folder" / "inside").stat().st_mode & 0o777] == [mode] * 3
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "secret" / "inside").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_failed_write_keeps_the_old_bytes_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

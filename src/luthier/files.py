@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,10 +73,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone.
 
-    A link stays one, and its target is replaced. What is no file, a device or a pipe, is written to.
+    Who may read it follows from ``mode`` and the umask, as for any new file. A link stays one, and its
+    target is replaced. What is no file, a device or a pipe, is written to.
     """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -84,16 +86,16 @@ def new_file(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
         return
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        name = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, mode)
             os.replace(name, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            name.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
 
@@ -134,20 +136,22 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
     """Fill a temporary folder; when the block ends well it becomes ``path``, else it is gone.
 
-    An existing ``path`` is replaced. What is ``private`` only its owner may read, whatever the umask.
+    An existing ``path`` is replaced. What is ``private`` only its owner may read, whatever the umask;
+    who else may read the rest follows from the umask.
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}~", dir=path.parent))
+        temporary = path.parent / f"{_TEMPORARY}{path.name}~{secrets.token_hex(8)}"
+        temporary.mkdir(0o700 if private else 0o777)
+        mode = temporary.stat().st_mode & 0o666
         try:
             yield temporary
             for entry in sorted(temporary.rglob("*")):
                 if entry.is_file():
-                    os.chmod(entry, 0o600 if private else 0o644)
+                    os.chmod(entry, mode)  # some libraries write files that only the owner may read
                     _sync_file(entry)
                 elif private:
                     entry.chmod(0o700)
-            temporary.chmod(0o700 if private else 0o755)
             _sync_folder(temporary)
             if path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))

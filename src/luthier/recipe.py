@@ -325,19 +325,23 @@ def portable(recipe: Recipe) -> dict[str, Any]:
 
 def _toml_lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     groups = {key: value for key, value in fields.items() if isinstance(value, Mapping)}
-    lines = [f"{k} = {_toml_literal(v)}" for k, v in fields.items() if k not in groups]
+    lines = [f"{_toml_key(k)} = {_toml_literal(v)}" for k, v in fields.items() if k not in groups]
     if path and (lines or not groups):
-        lines = ["", f"[{'.'.join(path)}]", *lines]
+        lines = ["", f"[{'.'.join(map(_toml_key, path))}]", *lines]
     for key, value in groups.items():
         lines += _toml_lines(value, (*path, key))
     return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_literal(key)
 
 
 def _toml_literal(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml_literal, value))}]"
     if isinstance(value, Mapping):  # in a list
-        inside = ", ".join(f"{key} = {_toml_literal(item)}" for key, item in value.items())
+        inside = ", ".join(f"{_toml_key(k)} = {_toml_literal(item)}" for k, item in value.items())
         return f"{{ {inside} }}"
     if isinstance(value, float):
         return repr(value)

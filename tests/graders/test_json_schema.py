@@ -72,6 +72,10 @@ def test_a_schema_from_a_file_of_an_older_draft(tmp_path: Path) -> None:
     [
         ({"type": "objekt"}, "no valid JSON Schema at type"),
         ({"properties": {"a": {"minimum": "1"}}}, "at properties/a/minimum"),
+        ({"$schema": 1}, r"\$schema must be a text"),
+        ({"$schema": ["x"]}, r"\$schema must be a text"),
+        ({"items": {"$ref": "#/$defs/none"}}, r"\$ref '#?/\$defs/none' leads nowhere"),
+        ({"$ref": "http://127.0.0.1:1/schema.json"}, "leads nowhere in the schema, and nothing is"),
         ({"patternProperties": {"^(a+)+$": {}}}, "does not take patternProperties"),
         (Path("/nowhere/schema.json"), "cannot read the schema /nowhere/schema.json"),
     ],
@@ -79,6 +83,16 @@ def test_a_schema_from_a_file_of_an_older_draft(tmp_path: Path) -> None:
 def test_a_bad_schema_is_refused_before_anything_is_written(schema: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_graders([{"method": "json_schema", "against": schema}])
+
+
+def test_references_within_a_schema_are_followed() -> None:
+    schema = {
+        "$id": "http://here/all",
+        "$defs": {"count": {"$id": "count", "type": "integer"}, "$ref": {"$anchor": "name"}},
+        "properties": {"n": {"$ref": "count"}, "name": {"$ref": "#name"}},
+        "const": {"n": 1, "$ref": "a value, no reference"},
+    }
+    parse_graders([{"method": "json_schema", "against": schema}])
 
 
 def test_a_schema_fetches_nothing() -> None:

@@ -118,12 +118,14 @@ def test_answers_that_are_right_are_counted(
 
     monkeypatch.setattr(decoding, "sample", sample)
     found = asked.measure("zero-shot", [*HELD, *HELD], [[], []])
-    assert found is not None and found.exact == 0.5
+    assert found.exact == 0.5
 
 
-def test_what_does_not_fit_is_left_out(asked: Prompting) -> None:
+def test_only_what_fits_with_what_is_given_can_be_asked(asked: Prompting) -> None:
+    questions, given = [*HELD, *HELD], [[], few_shot(TRAIN, 1, 0) * 20]
+    assert asked.fitting(questions, given) == [0]
     asked.context = 4
-    assert asked.measure("zero-shot", HELD, [[]]) is None
+    assert asked.fitting(questions, given) == []
 
 
 def test_a_model_without_turns_reads_one_text(
@@ -131,4 +133,4 @@ def test_a_model_without_turns_reads_one_text(
 ) -> None:
     asked.chat = ChatFormat.of(asked.chat.tokenizer, "plain", asked.chat.stop_ids)
     found = asked.measure("few-shot", HELD, [[*few_shot(TRAIN, 1, 0), "A passage."]])
-    assert found is not None and found.prompt_tokens > 10
+    assert found.prompt_tokens > 10

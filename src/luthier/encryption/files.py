@@ -24,7 +24,7 @@ _NONCE_BYTES = 12
 
 
 @contextmanager
-def new_data_file(path: Path, mode: int = 0o644) -> Iterator[Sink]:
+def new_data_file(path: Path, mode: int = 0o666) -> Iterator[Sink]:
     """As :func:`luthier.files.new_file`: when the block ends well its content is ``path``."""
     ring = keys_for(path)
     with new_file(path, mode) as file:

@@ -26,7 +26,7 @@ from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, with_completions
+from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, longest_completion
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
@@ -137,9 +137,8 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(
-            row.tokens for e in train for row in with_completions(objective, objective.sequences(e))
-        ),
+        longest=max(row.tokens for e in train for row in objective.sequences(e))
+        + longest_completion(objective),
         hashes={str(path): sha256_of(path) for path in spec.files},
         choices=choices,
         dropped=encoder.dropped,

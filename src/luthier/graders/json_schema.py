@@ -43,6 +43,8 @@ class JsonSchema(Grader):
     def check(self) -> None:
         """Refuse a schema that cannot be read, is none, or could take unbounded time."""
         from jsonschema import SchemaError
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
 
         schema = self._schema
         if depth_of(schema) > SCHEMA_DEPTH:
@@ -59,14 +61,26 @@ class JsonSchema(Grader):
                 "grader `json_schema` does not take patternProperties: texts could make it run for "
                 "ever. Name the keys under properties, or bound them with propertyNames and pattern"
             )
+        if not isinstance(schema, (dict, bool)):
+            raise RecipeError("grader `json_schema`: a schema is an object, true or false")
+        if isinstance(schema, dict) and not isinstance(schema.get("$schema", ""), str):
+            raise RecipeError(
+                "grader `json_schema`: $schema must be a text, the address of a draft"
+            )
         try:
             for pattern in _patterns(schema):
                 check_pattern(pattern)
             type(self._validator).check_schema(schema)
+            _check_references(schema, Registry().resolver_with_root(_resource(schema)))
         except ValueError as error:
             raise RecipeError(f"grader `json_schema`: {error}") from error
         except RecursionError as error:
             raise RecipeError("grader `json_schema`: a pattern is nested too deeply") from error
+        except Unresolvable as error:
+            raise RecipeError(
+                f"grader `json_schema`: $ref {error.ref!r} leads nowhere in the schema, and nothing "
+                "is fetched: put what it means under $defs"
+            ) from error
         except SchemaError as error:
             where = "/".join(map(str, error.absolute_path)) or "the top"
             raise RecipeError(
@@ -115,6 +129,28 @@ class JsonSchema(Grader):
         keywords = {name: _with_deadline(check) for name, check in draft.VALIDATORS.items()}
         keywords |= {"pattern": _pattern, "uniqueItems": _unique}
         return extend(draft, keywords)(self._schema, registry=Registry())
+
+
+def _resource(schema: Any) -> Any:
+    from referencing import Resource
+    from referencing.jsonschema import DRAFT202012
+
+    return Resource.from_contents(schema, default_specification=DRAFT202012)
+
+
+def _check_references(schema: Any, resolver: Any) -> None:
+    """Look each reference up, as the first reply would."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("$id"), str):
+            resolver = resolver.in_subresource(_resource(schema))
+        for key, value in schema.items():
+            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
+                resolver.lookup(value)
+            elif key not in _VALUES:
+                _check_references(value, resolver)
+    elif isinstance(schema, list):
+        for each in schema:
+            _check_references(each, resolver)
 
 
 Keyword = Callable[[Any, Any, Any, Any], Iterator[Any] | None]

@@ -33,7 +33,9 @@ def files(
     ``lines`` are the metrics of the run; ``result`` has ``validation_losses``, one for each validator.
     """
     top = f"model-customization-job-{job.id}"
-    epoch = _Epochs(model, int(result["rows"]))
+    # Raw text is packed: a pass goes over fewer examples than there are rows.
+    learned = model.manifest.data
+    epoch = _Epochs(model, learned.examples if learned else int(result["rows"]))
     yield f"{top}/{_TRAINING}/step_wise_training_metrics.csv", training_csv(lines, epoch)
     losses = result.get("validation_losses", [])
     if losses:

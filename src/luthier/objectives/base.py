@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
-from luthier.objectives.capabilities import SupportsPacking, with_completions
+from luthier.objectives.capabilities import SupportsPacking, longest_completion
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ class Objective(BaseModel):
     def length_problem(self, example: Example, context: int) -> RowRefused | None:
         """Why a row has no room in ``context`` tokens; ``None`` where it has, or needs none."""
         views = self.sequences(example)
-        longest = max(row.longest for row in with_completions(self, views))
+        added = longest_completion(self)
+        longest = max(max(view.longest, len(view) + added) for view in views)
         if longest <= context or isinstance(self, SupportsPacking):
             return None
         text = f"{longest} tokens are more than the model's context of {context}; "

@@ -155,6 +155,10 @@ class SupportsReferenceCache(Protocol):
 class SupportsRollouts(Protocol):
     """Learns from texts that the network writes in the step."""
 
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that a text it writes may have."""
+
     def with_longest_completions(self, row: Example) -> list[Example]:
         """The largest that ``row`` can have become by the time the network learns from it."""
 
@@ -189,6 +193,11 @@ class SupportsPrediction(Protocol):
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
+
+
+def longest_completion(objective: Objective) -> int:
+    """Tokens that the network may write to a row in a step of ``objective``."""
+    return objective.longest_completion if isinstance(objective, SupportsRollouts) else 0
 
 
 def with_completions(objective: Objective, rows: Sequence[Example]) -> list[Example]:

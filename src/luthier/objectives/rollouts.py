@@ -250,9 +250,14 @@ class Reinforcement(Objective):
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         return Example(ids_T, weight_T, index, source_T=source_T, given=row)
 
+    @property
+    def longest_completion(self) -> int:
+        """``max_completion_tokens``."""
+        return self.max_completion_tokens
+
     def with_longest_completions(self, view: Example) -> list[Example]:
         """The prompt with the longest completions there may be, all of them different."""
-        numbers = np.arange(self.generations)[:, None].repeat(self.max_completion_tokens, 1)
+        numbers = np.arange(self.generations)[:, None].repeat(self.longest_completion, 1)
         return [
             Example(
                 np.concatenate([view.ids_T, written_T]),

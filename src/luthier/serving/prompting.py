@@ -92,29 +92,29 @@ class Prompting:
     def __init__(self, network: Network, chat: ChatFormat, context: int) -> None:
         self.network, self.chat, self.context = network, chat, context
 
+    def fitting(
+        self, questions: Sequence[Question], given: Sequence[Sequence[Question | str]]
+    ) -> list[int]:
+        """Places of the questions that fit into the context with what is ``given`` to each."""
+        room = self.context - ROOM
+        encoded = (self._encode(*each) for each in self._asked(questions, given))
+        return [place for place, example in enumerate(encoded) if len(example) <= room]
+
     def measure(
         self,
         name: str,
         questions: Sequence[Question],
         given: Sequence[Sequence[Question | str]],
         done: Callable[[int], None] = lambda _: None,
-    ) -> Prompted | None:
+    ) -> Prompted:
         """Loss and answers with what is ``given`` to each question: examples, or passages.
 
-        ``None`` where no question fits into the context with what is given.
+        All of them must fit, one at least: see :meth:`fitting`.
         """
-        asked = [
-            self._conversation(each, with_) for each, with_ in zip(questions, given, strict=True)
-        ]
-        pairs = [(turns, q.answer) for turns, q in zip(asked, questions, strict=True)]
-        encoded = [self._encode(turns, answer, n) for n, (turns, answer) in enumerate(pairs)]
-        room = self.context - ROOM
-        fitting = [(e, p) for e, p in zip(encoded, pairs, strict=True) if len(e) <= room]
-        if not fitting:
-            return None
         from luthier.objectives.logprobs import mean_nll
 
-        examples = [example for example, _ in fitting]
+        pairs = self._asked(questions, given)
+        examples = [self._encode(*pair, index) for index, pair in enumerate(pairs)]
         began = time.perf_counter()
         loss = mean_nll(self.network, examples, BUDGET)
         seconds = (time.perf_counter() - began) / len(examples)
@@ -123,9 +123,18 @@ class Prompting:
         exact = None
         if np.median(learned) <= SHORT:
             began = time.perf_counter()
-            exact = self._exact([pair for _, pair in fitting], max(learned), done)
+            exact = self._exact(pairs, max(learned), done)
             seconds = (time.perf_counter() - began) / len(examples)
         return Prompted(name, loss, exact, read / len(examples), seconds)
+
+    def _asked(
+        self, questions: Sequence[Question], given: Sequence[Sequence[Question | str]]
+    ) -> list[tuple[tuple[Message, ...], str]]:
+        """What stands before each answer, and the answer."""
+        return [
+            (self._conversation(each, with_), each.answer)
+            for each, with_ in zip(questions, given, strict=True)
+        ]
 
     def _conversation(
         self, question: Question, given: Sequence[Question | str]
@@ -149,7 +158,7 @@ class Prompting:
             rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
         return (*system, *turns, *rest)
 
-    def _encode(self, turns: tuple[Message, ...], answer: str, index: int) -> Example:
+    def _encode(self, turns: tuple[Message, ...], answer: str, index: int = 0) -> Example:
         encoded = self.chat.encode_reply((*turns, Message("assistant", answer)), len(turns))
         return Example(encoded.ids_T, encoded.learned_T.astype(np.float32), index)
 

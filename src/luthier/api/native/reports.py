@@ -14,16 +14,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from luthier.api.http.messages import Fault, Request
-from luthier.api.native.jobs import CustomizationType
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.encryption.keys import handed_over
 from luthier.jobs.processes import worker_environment
-from luthier.jobs.submit import Submission, recipe_of
+from luthier.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.setting_names import SettingName, in_all, with_setting_names
 from luthier.store.custom_models import CustomModel
 
@@ -61,7 +60,12 @@ class Planned(Input):
     """Address of rows to learn from."""
     validation: tuple[str, ...] = Field(default=(), max_length=10)
     base: str = "smollm2-135m-instruct"
-    customization_type: CustomizationType = "FINE_TUNING"
+    customization_type: Literal[
+        "FINE_TUNING", "REINFORCEMENT_FINE_TUNING", "CONTINUED_PRE_TRAINING"
+    ] = "FINE_TUNING"
+    """What is made of the rows; what a distillation takes depends on its teacher."""
+    grader: dict[str, Any] | None = None
+    """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Fields of a recipe by group."""
 
@@ -115,6 +119,7 @@ class _Reports:
         from luthier.recipe import to_toml
 
         self.context.allow(request, "EstimateJob", "*")
+        grader = check_client_grader(body.grader) if body.grader else None
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, body.base)
         with self._folder() as folder:
@@ -131,6 +136,7 @@ class _Reports:
                 training=[str(rows)],
                 validators=list(body.validation),
                 settings=body.settings,
+                grader=grader,
             )
             fields = recipe_of(submission, "estimate").plain()
             if held is not None:
