@@ -133,6 +133,12 @@ EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [
     ("preference.type", {**P, "chosen": {**YES, "tool_calls": [1]}}, "calls a tool", "as text"),
     (
         "preference.type",
+        {**P, "chosen": {"role": "assistant", "content": None, "tool_calls": [1]}},
+        "calls a tool",
+        "as text",
+    ),
+    (
+        "preference.type",
         {"input": [USER], "preferred_output": [YES], "non_preferred_output": [NO]},
         '"input" must be an object',
         '"messages"',

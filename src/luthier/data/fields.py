@@ -400,6 +400,13 @@ def read_turns(value: object, key: str, role: str) -> Turns:
     found = []
     for each in items:
         item = each
+        if isinstance(each, dict) and (each.get("tool_calls") or each.get("function_call")):
+            # First, as the content of a message that calls is often null.
+            raise RowRefused(
+                "preference.type",
+                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
+                "Write the call as text in the content, or remove the row.",
+            )
         if isinstance(each, dict) and "content" in each:
             item = {**each, "content": join_parts(each["content"])}
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
@@ -414,12 +421,6 @@ def read_turns(value: object, key: str, role: str) -> Turns:
                 "preference.order",
                 f"a message of {key} has the role {quote(str(item.get('role')))}.",
                 "Roles are system, user and assistant.",
-            )
-        if item.get("tool_calls") or item.get("function_call"):
-            raise RowRefused(
-                "preference.type",
-                f"a message of {key} calls a tool, which cannot be learned in preferences yet.",
-                "Write the call as text in the content, or remove the row.",
             )
         found.append(Message(item["role"], item["content"]))
     return tuple(found)
