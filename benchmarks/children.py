@@ -63,7 +63,7 @@ def tune(
     from luthier.files import luthier_home
 
     settings = {
-        "training.warmup_share": "0",
+        "training.warmup_ratio": "0",
         "training.shuffle": "false",
         "data.validation_share": "0",
         **settings,

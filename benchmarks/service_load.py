@@ -141,7 +141,7 @@ def start(home: Path) -> tuple[subprocess.Popen[str], int]:
     environment = {**os.environ, "LUTHIER_HOME": str(home), "LUTHIER_BOOTSTRAP": str(file)}
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--no-work"], env=environment, text=True, stdout=subprocess.PIPE,
+        [*command, "--no-workers"], env=environment, text=True, stdout=subprocess.PIPE,
         stderr=(home / "server.log").open("w"),
     )  # fmt: skip
     assert process.stdout is not None

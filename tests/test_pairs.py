@@ -207,7 +207,7 @@ def training_of(examples: list[Example]) -> Training:
     return Training(
         batch_size=max(1, len(examples) // 2),
         learning_rate=1e-2,
-        warmup_share=0.0,
+        warmup_ratio=0.0,
         micro_batch_tokens=24,
     )
 

@@ -124,17 +124,17 @@ class Training(Part):
     # Beyond, a step is no number in float32; a rate that is only far too high diverges and says so.
     learning_rate: float | None = Field(default=None, gt=0, le=1e32)
     """Highest learning rate of the schedule."""
-    rate_factor: float = Field(default=1.0, gt=0, le=10_000)
+    learning_rate_multiplier: float = Field(default=1.0, gt=0, le=10_000)
     """Factor of the learning rate that is chosen where none is given."""
     schedule: Literal["cosine", "linear", "constant", "step", "one_cycle", "exponential"] = "cosine"
     """How the rate goes after warm-up; ``one_cycle`` rises and falls, ``exponential`` only rises."""
-    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of the steps in which the rate rises: 0.05 when not given, 0.45 for ``one_cycle``."""
     warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
-    """The same as a number of steps; goes before ``warmup_share``."""
+    """The same as a number of steps; goes before ``warmup_ratio``."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the rate from each layer to the one below; heads have the full rate, 1 is off."""
-    head_rate: float | None = Field(default=None, gt=0, le=10_000)
+    head_rate_multiplier: float | None = Field(default=None, gt=0, le=10_000)
     """Factor of the rate for a head; 10 for a new one with ``full`` at its default rate, else 1."""
     weight_decay: float = Field(default=0.0, ge=0, le=100)
     """Decoupled weight decay, on matrices only."""
@@ -154,7 +154,7 @@ class Training(Part):
     """Steps between measurements on the validation rows."""
     patience: int = Field(default=3, ge=0, le=1_000_000)
     """Stop after so many measurements further below the best than by chance; 0 never stops early."""
-    least_gain: float = Field(default=0.0, ge=0, le=1e6)
+    min_delta: float = Field(default=0.0, ge=0, le=1e6)
     """Above 0, a measurement counts for ``patience`` unless it is better than the best by so much."""
     refit: bool | None = None
     """Train once more on all rows, held-out ones too, for as long as these showed to be right."""

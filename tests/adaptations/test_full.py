@@ -80,7 +80,7 @@ def test_training_is_that_of_a_loop_by_hand(
             batch_size=2,
             learning_rate=RATE,
             schedule="linear",
-            warmup_share=0.0,
+            warmup_ratio=0.0,
             weight_decay=0.1,
             epsilon=1e-6,
             max_gradient_norm=0.5,

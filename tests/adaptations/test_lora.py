@@ -80,7 +80,7 @@ def train_here(network: Network, rows: list[Example], folder: Path) -> list[floa
         batch_size=ROWS_A_STEP,
         learning_rate=RATE,
         schedule="constant",
-        warmup_share=0.0,
+        warmup_ratio=0.0,
         weight_decay=0.01,
         shuffle=False,
         micro_batch_tokens=30,

@@ -71,7 +71,7 @@ def cli_of(server: Served, folder: Path) -> Cli:
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     """Its queue stands still."""
     made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-work")
+    made.start("--no-workers")
     yield made
     made.end()
 

@@ -29,7 +29,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 @pytest.fixture
 def server(disk: Disk, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home_with_tiny(disk.folder, tiny_model_folder))
-    made.start("--no-work")
+    made.start("--no-workers")
     yield made
     made.end()
 

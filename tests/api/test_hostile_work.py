@@ -35,7 +35,7 @@ MEGABYTE = 1_000_000
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     home = home_with_tiny(tmp_path_factory.mktemp("served") / "home", tiny_model_folder)
     made = Served(home)
-    made.start("--no-work", "--limit", "grading_text_characters=2000000",
+    made.start("--no-workers", "--limit", "grading_text_characters=2000000",
                "--limit", "grading_seconds=5")  # fmt: skip
     assert chat(made, {"type": "json_object"})[0] == 200
     yield made

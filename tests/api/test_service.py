@@ -187,7 +187,9 @@ def test_data_are_deleted_with_what_learned_from_them(server: Served, job: dict[
     assert digest in shown and answer["audit"][0]["hash"] in shown
     found = server.command("admin", "data", "find", "s3://training/rows.jsonl", "--json").stdout
     assert "first-model" in json.loads(found)["models"]
-    verified = server.command("audit", "verify", "--noted", answer["audit"][0]["hash"], "--json")
+    verified = server.command(
+        "audit", "verify", "--expect-head", answer["audit"][0]["hash"], "--json"
+    )
     assert json.loads(verified.stdout)["intact"]
 
 

@@ -93,7 +93,7 @@ def home(folder: Path, model_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-work")
+    made.start("--no-workers")
     made.client("s3").create_bucket(Bucket="data")
     made.client("s3").put_object(Bucket="data", Key="rows", Body=b"rows of data")
     yield made
@@ -533,7 +533,7 @@ def works(server: Served, keys: Keys) -> bool:
 def test_sessions_end_with_what_they_stand_on(tmp_path: Path, tiny_model_folder: Path) -> None:
     """Another process disables and removes; the server has noticed a second later."""
     server = Served(home(tmp_path / "service", tiny_model_folder))
-    server.start("--no-work")
+    server.start("--no-workers")
     guest = keys_of(GUEST)
     own = keys_of(client(server, "sts", guest).get_session_token()["Credentials"])
     role = keys_of(assumed(server, "reader", guest)["Credentials"])
@@ -589,7 +589,7 @@ def test_sessions_expire(tmp_path: Path, tiny_model_folder: Path) -> None:
     shift = tmp_path / "shift"
     variables = shifted(shift)
     server = Served(home(tmp_path / "service", tiny_model_folder))
-    server.start("--no-work", **variables)
+    server.start("--no-workers", **variables)
     server.client("s3").create_bucket(Bucket="data")
     keys = keys_of(assumed(server, "all", DurationSeconds=900)["Credentials"])
 

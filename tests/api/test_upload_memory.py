@@ -29,7 +29,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
     monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(secrets.token_bytes(32)).decode())
     made = Served(home)
-    made.start("--no-work")
+    made.start("--no-workers")
     yield made
     made.end()
     shutil.rmtree(memory.memory())

@@ -197,8 +197,8 @@ def test_verifying_the_log(database: Database, ann: str) -> None:
     intact = run(audit_app, "verify", "--json")
     assert (intact["intact"], intact["entries"]) == (True, 2)
     assert intact["last"] in run(audit_app, "verify")
-    run(audit_app, "verify", "--noted", intact["last"])
-    run(audit_app, "verify", "--noted", "f" * 64, code=1)
+    run(audit_app, "verify", "--expect-head", intact["last"])
+    run(audit_app, "verify", "--expect-head", "f" * 64, code=1)
     with database.write() as session:
         session.execute(text("UPDATE audit_log SET user='bob' WHERE seq=1"))
     found = run(audit_app, "verify", "--json", code=1)

@@ -45,7 +45,7 @@ def test_tune_takes_folders_patterns_and_tables(tiny_model_folder: Path, folder:
     pattern = tuned(tiny_model_folder, f"{folder}/*.jsonl")
     assert pattern["model_id"] == "tiny-llama:rows-2"
     table = folder.parent / "table.csv"
-    assert run("convert", folder, table, "--bare").exit_code == 0
+    assert run("convert", folder, table, "--drop-extra-keys").exit_code == 0
     one = tuned(tiny_model_folder, table)
     assert one["train_loss"] == several["train_loss"] == pattern["train_loss"]
     manifests = [read_json(Path(each["model_dir"]) / "luthier.json") for each in (several, one)]
@@ -109,7 +109,9 @@ def test_convert_counts_refuses_and_never_replaces_unasked(folder: Path) -> None
     refused = run("convert", folder, target, "--to", "text", "--overwrite")
     assert refused.exit_code == 2 and "[convert.form]" in refused.output
     assert target.read_bytes() == before
-    result = run("convert", folder, target, "--to", "alpaca", "--overwrite", "--bare", "--json")
+    result = run(
+        "convert", folder, target, "--to", "alpaca", "--overwrite", "--drop-extra-keys", "--json"
+    )
     found = json.loads(result.stdout)
     assert (found["rows"], found["form"], found["left_out"]) == (4, "alpaca", ["kind"])
 

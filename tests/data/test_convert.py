@@ -141,7 +141,7 @@ def test_further_keys_are_kept_or_left_out_as_asked(tmp_path: Path) -> None:
     found = convert(source, target, "sharegpt")
     assert found.kept == ("id", "category", "score")
     assert json.loads(target.read_text())["category"] == "x"
-    found = convert(source, target, "alpaca", bare=True, overwrite=True)
+    found = convert(source, target, "alpaca", drop_extra_keys=True, overwrite=True)
     assert found.left_out == ("id", "category", "score")
     assert json.loads(target.read_text()) == {"instruction": "a", "input": "", "output": "b"}
 
@@ -176,7 +176,7 @@ def test_a_further_key_with_the_name_of_one_that_is_written(tmp_path: Path) -> N
     source = write(tmp_path, {"prompt": "a", "completion": "b", "output": "c"})
     (problem,) = problems_of(source, tmp_path / "o.jsonl", "alpaca")
     assert problem.rule == "convert.key"
-    convert(source, tmp_path / "o.jsonl", "alpaca", bare=True)
+    convert(source, tmp_path / "o.jsonl", "alpaca", drop_extra_keys=True)
     assert {problem.rule, "convert.form", "convert.container", "convert.message"} == set(RULES)
 
 

@@ -139,7 +139,7 @@ def test_losses_weights_and_answers_are_the_trainer_s(
             "epochs": EPOCHS,
             "batch_size": BATCH,
             "learning_rate": RATE,
-            "warmup_share": 0,
+            "warmup_ratio": 0,
             "shuffle": False,
             "precision": "float32",
             "threads": 1,

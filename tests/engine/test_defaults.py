@@ -117,10 +117,10 @@ def test_a_new_head_on_weights_that_move_learns_faster(
 ) -> None:
     recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
     chosen, choices = choose(recipe, Facts(100, 100, 0, 576, new))
-    assert chosen.training.head_rate == rate
+    assert chosen.training.head_rate_multiplier == rate
     given = recipe.model_copy(update={"training": Training(learning_rate=1e-3)})
-    assert choose(given, Facts(100, 100, 0, 576, new))[0].training.head_rate == 1.0
-    assert told == any(name == "training.head_rate" for name, _, _ in choices)
+    assert choose(given, Facts(100, 100, 0, 576, new))[0].training.head_rate_multiplier == 1.0
+    assert told == any(name == "training.head_rate_multiplier" for name, _, _ in choices)
 
 
 def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() -> None:

@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_moves(bad: float) -
 def test_a_head_learns_at_its_own_rate() -> None:
     """One step of Adam moves each weight by its rate, whatever the gradient."""
     weights = {name: nn.Parameter(torch.ones(3)) for name in ("body", "head")}
-    training = Training(learning_rate=RATE, head_rate=10.0, max_gradient_norm=0.0)
+    training = Training(learning_rate=RATE, head_rate_multiplier=10.0, max_gradient_norm=0.0)
     optimizer = MasterAdamW(weights.items(), training, heads={"head"})
     for weight in weights.values():
         weight.grad = torch.tensor([1.0, 2.0, 3.0])

@@ -148,7 +148,7 @@ def test_the_best_weights_and_the_patience_survive_a_kill(
     arguments[1] = str(tmp_path / "A.jsonl")
     arguments += ["--validation", str(tmp_path / "B.jsonl")]
     arguments[arguments.index("--learning-rate") + 1] = "0.05"
-    arguments += ["--set", "training.schedule=constant", "--set", "training.warmup_share=0"]
+    arguments += ["--set", "training.schedule=constant", "--set", "training.warmup_ratio=0"]
     forker.start(tmp_path / "one", arguments).result()
     one = outcome(tmp_path / "one")
     best = one.metrics[-1]["best_step"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.engine.optimizers import rate_factor
+from luthier.engine.optimizers import schedule_factor
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
 NAMES = ("cosine", "linear", "constant", "step")
@@ -17,7 +17,7 @@ EVERY = (*NAMES, "one_cycle")
 
 @pytest.mark.parametrize("schedule", NAMES)
 def test_the_rate_rises_evenly_in_the_warm_up(schedule: str) -> None:
-    found = [rate_factor(schedule, step, 40, 0.1) for step in range(5)]
+    found = [schedule_factor(schedule, step, 40, 0.1) for step in range(5)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
@@ -31,35 +31,35 @@ def test_the_rate_rises_evenly_in_the_warm_up(schedule: str) -> None:
 )
 def test_after_the_warm_up_it_falls(schedule: str, expected: list[float]) -> None:
     steps = [20 + quarter * 20 for quarter in range(4)]
-    found = [rate_factor(schedule, step, 100, 0.2) for step in steps]
+    found = [schedule_factor(schedule, step, 100, 0.2) for step in steps]
     assert found == pytest.approx(expected)
 
 
 def test_the_warm_up_may_be_a_number_of_steps() -> None:
-    found = [rate_factor("constant", step, 7, 0.9, warmup_steps=3) for step in range(5)]
+    found = [schedule_factor("constant", step, 7, 0.9, warmup_steps=3) for step in range(5)]
     assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
-    assert rate_factor("cosine", 0, 7, warmup_steps=0) == 1.0
-    assert rate_factor("linear", 6, 7, warmup_steps=100) == pytest.approx(7 / 101)
-    cycle = [rate_factor("one_cycle", step, 10, warmup_steps=4) for step in range(10)]
+    assert schedule_factor("cosine", 0, 7, warmup_steps=0) == 1.0
+    assert schedule_factor("linear", 6, 7, warmup_steps=100) == pytest.approx(7 / 101)
+    cycle = [schedule_factor("one_cycle", step, 10, warmup_steps=4) for step in range(10)]
     assert cycle.index(max(cycle)) == 4
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_last_step_is_just_above_nothing(schedule: str) -> None:
-    assert 0 < rate_factor(schedule, 999, 1000, 0.05) < 2e-3
-    assert rate_factor(schedule, 1000, 1000, 0.05) == pytest.approx(0, abs=1e-12)
+    assert 0 < schedule_factor(schedule, 999, 1000, 0.05) < 2e-3
+    assert schedule_factor(schedule, 1000, 1000, 0.05) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("thirds", [1, 2, 7, 10, 33, 49, 100])
 def test_step_divides_by_ten_after_each_third(thirds: int) -> None:
     steps = 3 * thirds
-    found = [rate_factor("step", step, steps, 0.0) for step in range(steps)]
+    found = [schedule_factor("step", step, steps, 0.0) for step in range(steps)]
     expected = [1.0] * thirds + [0.1] * thirds + [0.01] * thirds
     assert found == pytest.approx(expected)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
-    assert [rate_factor(name, 0, 10, 0.0) for name in NAMES] == [1.0] * 4
+    assert [schedule_factor(name, 0, 10, 0.0) for name in NAMES] == [1.0] * 4
 
 
 @PROPERTY
@@ -67,7 +67,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate() -> None:
 def test_the_factor_is_a_share_that_rises_once_and_falls_once(
     schedule: str, steps: int, warmup: float
 ) -> None:
-    found = [rate_factor(schedule, step, steps, warmup) for step in range(steps)]
+    found = [schedule_factor(schedule, step, steps, warmup) for step in range(steps)]
     assert all(0 < factor <= 1 for factor in found)
     peak = found.index(max(found))
     assert found[: peak + 1] == sorted(found[: peak + 1])
@@ -75,7 +75,7 @@ def test_the_factor_is_a_share_that_rises_once_and_falls_once(
 
 
 def test_one_cycle_rises_and_falls_for_equally_long_and_ends_near_nothing() -> None:
-    found = [rate_factor("one_cycle", step, 1000) for step in range(1001)]
+    found = [schedule_factor("one_cycle", step, 1000) for step in range(1001)]
     assert found[0] == found[900] == pytest.approx(0.04)
     assert found.index(max(found)) == 450 and found[450] == 1.0
     assert found[225] == found[675] == pytest.approx(0.52)
@@ -87,19 +87,21 @@ def test_one_cycle_rises_and_falls_for_equally_long_and_ends_near_nothing() -> N
 
 @pytest.mark.parametrize(("rise", "falls_until"), [(0.1, 90), (0.6, 90), (0.86, 93)])
 def test_one_cycle_takes_another_share_for_the_rise(rise: float, falls_until: int) -> None:
-    found = [rate_factor("one_cycle", step, 100, rise) for step in range(100)]
+    found = [schedule_factor("one_cycle", step, 100, rise) for step in range(100)]
     assert found[round(100 * rise)] == pytest.approx(1.0) == max(found)
     assert found[falls_until] == pytest.approx(0.04)
 
 
 def test_without_a_share_each_schedule_takes_its_own() -> None:
     for name in NAMES:
-        assert all(rate_factor(name, n, 60) == rate_factor(name, n, 60, 0.05) for n in range(60))
-    assert rate_factor("one_cycle", 9, 20) == rate_factor("one_cycle", 9, 20, 0.45) == 1.0
+        assert all(
+            schedule_factor(name, n, 60) == schedule_factor(name, n, 60, 0.05) for n in range(60)
+        )
+    assert schedule_factor("one_cycle", 9, 20) == schedule_factor("one_cycle", 9, 20, 0.45) == 1.0
 
 
 def test_exponential_rises_a_millionfold_to_the_full_rate() -> None:
-    found = [rate_factor("exponential", step, 100) for step in range(100)]
+    found = [schedule_factor("exponential", step, 100) for step in range(100)]
     assert found[-1] == 1.0 and found[49] == pytest.approx(1e-3)
     ratios = [after / before for before, after in pairwise(found)]
     assert ratios == pytest.approx([10**0.06] * 99)
@@ -107,4 +109,4 @@ def test_exponential_rises_a_millionfold_to_the_full_rate() -> None:
 
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'sawtooth'"):
-        rate_factor("sawtooth", 5, 10, 0.1)
+        schedule_factor("sawtooth", 5, 10, 0.1)

@@ -86,7 +86,7 @@ def test_early_stopping_stops_and_the_best_weights_are_stored(
     held = write_rows(tmp_path / "b.jsonl", [{"prompt": "say", "completion": "B B B B"}] * 2)
     training = {
         "max_steps": 60, "learning_rate": 0.05, "evaluate_every": 1, "patience": 4,
-        "schedule": "constant", "warmup_share": 0.0,
+        "schedule": "constant", "warmup_ratio": 0.0,
     }  # fmt: skip
     fields = {"data": {"train": str(data), "validation": str(held)}, "adaptation": "full"}
     result = train.train(recipe(training, **fields))
@@ -117,7 +117,7 @@ def test_gains_that_are_too_small_use_up_the_patience(
     patient = {**training, "patience": 3}
     result = train.train(recipe(patient, data=data, adaptation="full", name="small"))
     assert result.steps == 12
-    demanding = {**patient, "least_gain": 1e6}
+    demanding = {**patient, "min_delta": 1e6}
     result = train.train(recipe(demanding, data=data, adaptation="full", name="large"))
     measured = [line["loss"] for line in metrics_of(result) if line["event"] == "validation"]
     assert result.steps == 3 and result.validation_loss == min(measured) < measured[0]
@@ -127,7 +127,7 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     held = write_rows(tmp_path / "b.jsonl", [{"prompt": "say", "completion": "B B B B"}] * 2)
-    training = {"max_steps": 12, "learning_rate": 0.05, "evaluate_every": 1, "warmup_share": 0.0}
+    training = {"max_steps": 12, "learning_rate": 0.05, "evaluate_every": 1, "warmup_ratio": 0.0}
     data = {"train": str(held), "validation": str(held)}
     good = train.train(recipe(training, data=data, name="good"))
     assert good.verdict is not None and good.verdict.kept_step > 0
@@ -153,7 +153,7 @@ def test_tuning_that_only_harms_keeps_the_weights_it_began_with(
 def test_a_loss_that_is_no_number_ends_the_run(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
-    training = {"learning_rate": 1e30, "max_steps": 20, "warmup_share": 0.0}
+    training = {"learning_rate": 1e30, "max_steps": 20, "warmup_ratio": 0.0}
     with pytest.raises(Diverged, match="Lower the learning rate") as caught:
         train.train(recipe(training, adaptation="full"))
     assert caught.value.exit_code == 1

@@ -108,7 +108,7 @@ def test_a_clean_set_stays_as_it_is_byte_for_byte(
 ) -> None:
     source, held = faulty
     every: dict[str, Any] = {
-        "strip": True, "redact": ["all"], "dedupe": "near", "balance": "down",
+        "normalize": True, "redact": ["all"], "dedupe": "near", "balance": "down",
         "drop": ["unreadable", "label.contradiction", "leakage.*", "length.outlier"],
         "validation": held,
     }  # fmt: skip
@@ -154,11 +154,11 @@ def test_hidden_characters_go_and_further_keys_stay(tmp_path: Path) -> None:
         {"prompt": "plain", "completion": "kept as it is", "id": 8},
     ]
     source, target = written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl"
-    done = cleaned(source, target, strip=True)
+    done = cleaned(source, target, normalize=True)
     mended = {"prompt": "abc\nd", "completion": "café", "id": 7, "from": ["x\u200by"]}
     assert read(target) == [mended, rows[1]]
-    assert done.changed == {"strip": 1}
-    assert done.edits["strip"] == {
+    assert done.changed == {"normalize": 1}
+    assert done.edits["normalize"] == {
         "CRLF written as LF": 1, "characters removed": 3, "texts put into NFC": 1
     }  # fmt: skip
     found = luthier.inspect(target, base=None).findings.counts
@@ -168,7 +168,7 @@ def test_hidden_characters_go_and_further_keys_stay(tmp_path: Path) -> None:
 def test_a_repair_may_make_rows_equal_and_one_of_them_goes(tmp_path: Path) -> None:
     rows = [{"text": "hello there", "label": "a"}, {"text": "hel\u200blo there", "label": "a"}]
     target = tmp_path / "b.jsonl"
-    done = cleaned(written(tmp_path / "a.jsonl", *rows), target, strip=True, dedupe="exact")
+    done = cleaned(written(tmp_path / "a.jsonl", *rows), target, normalize=True, dedupe="exact")
     assert read(target) == rows[:1]
     assert (done.dropped, done.changed) == ({"duplicate.exact": 1}, {})
 
@@ -233,9 +233,9 @@ def test_other_containers(tmp_path: Path, ending: str) -> None:
     rows = labelled(20)
     source = written(tmp_path / "a.jsonl", *rows, rows[3], {"text": "e\u0301", "label": "a"})
     target = tmp_path / f"b.{ending}"
-    cleaned(source, target, dedupe="exact", strip=True)
+    cleaned(source, target, dedupe="exact", normalize=True)
     back = tmp_path / "c.jsonl"
-    assert cleaned(target, back, dedupe="exact", strip=True).dropped == {}
+    assert cleaned(target, back, dedupe="exact", normalize=True).dropped == {}
     assert read(back) == [*rows, {"text": "é", "label": "a"}]
     if ending.endswith("gz"):
         assert gzip.decompress(target.read_bytes()) == back.read_bytes()
@@ -244,7 +244,7 @@ def test_other_containers(tmp_path: Path, ending: str) -> None:
 def test_plain_text_stays_plain_text(tmp_path: Path) -> None:
     source, target = tmp_path / "a.txt", tmp_path / "b.txt"
     source.write_bytes(b"One line\r\nwith bob@gmail.com\n")
-    cleaned(source, target, strip=True, redact=["all"])
+    cleaned(source, target, normalize=True, redact=["all"])
     assert target.read_text() == "One line\nwith [EMAIL_1]\n"
 
 
@@ -263,12 +263,12 @@ def test_a_dry_run_says_the_same_and_writes_nothing(
 def test_nothing_is_changed_in_place_or_overwritten(tmp_path: Path) -> None:
     source = written(tmp_path / "a.jsonl", *labelled(3))
     with pytest.raises(RecipeError, match="in place"):
-        clean(source, source, CleaningPlan.of({"strip": True}), overwrite=True)
+        clean(source, source, CleaningPlan.of({"normalize": True}), overwrite=True)
     target = written(tmp_path / "b.jsonl", "x")
     with pytest.raises(RecipeError, match="overwrite"):
-        cleaned(source, target, strip=True)
+        cleaned(source, target, normalize=True)
     assert target.read_text() == "x\n"
-    clean(source, target, CleaningPlan.of({"strip": True}), overwrite=True)
+    clean(source, target, CleaningPlan.of({"normalize": True}), overwrite=True)
     assert read(target) == labelled(3)
 
 
@@ -277,8 +277,8 @@ def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
     folder.mkdir()
     written(folder / "a.jsonl", *labelled(3))
     with pytest.raises(RecipeError, match="name a file elsewhere"):
-        cleaned(folder, folder / "b.jsonl", strip=True)
-    cleaned(folder, tmp_path / "b.jsonl", strip=True)
+        cleaned(folder, folder / "b.jsonl", normalize=True)
+    cleaned(folder, tmp_path / "b.jsonl", normalize=True)
     assert read(tmp_path / "b.jsonl") == labelled(3)
 
 
@@ -318,7 +318,7 @@ def test_a_real_set_is_clean_afterwards(tmp_path: Path) -> None:
     dropped = ["duplicate.exact", "duplicate.near", "leakage.exact", "leakage.input", "leakage.near",
                "label.contradiction", "length.outlier"]  # fmt: skip
     done = cleaned(
-        SMS / "train.jsonl", target, test=SMS / "test.jsonl", dedupe="near", strip=True,
+        SMS / "train.jsonl", target, test=SMS / "test.jsonl", dedupe="near", normalize=True,
         redact=["all"], drop=["leakage.*", "label.contradiction", "length.outlier"],
     )  # fmt: skip
     alone = luthier.inspect(target, base=None).findings.counts
@@ -335,7 +335,7 @@ Z = "\u200b"
 def both(tmp_path: Path, *rows: Any, **fixes: Any) -> list[Any]:
     source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    luthier.clean(source, target, overwrite=True, **(fixes or {"strip": True}))
+    luthier.clean(source, target, overwrite=True, **(fixes or {"normalize": True}))
     return [json.loads(line) for line in target.read_text().split("\n") if line]
 
 
@@ -399,7 +399,7 @@ def test_a_form_that_cannot_say_it_is_refused_with_what_to_do(tmp_path: Path) ->
 def test_columns_of_another_name_become_ours(tmp_path: Path) -> None:
     rows = [{"ask": f"a{Z}", "say": "b", "k": 1}, {"ask": "c", "say": "d", "k": 2}]
     columns = {"prompt": "ask", "completion": "say"}
-    made = both(tmp_path, *rows, strip=True, columns=columns)
+    made = both(tmp_path, *rows, normalize=True, columns=columns)
     assert made == [
         {"k": 1, "prompt": "a", "completion": "b"}, {"k": 2, "prompt": "c", "completion": "d"}
     ]  # fmt: skip
@@ -410,5 +410,5 @@ def test_what_a_table_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> Non
     rows = [{"text": "a", "label": "b", "more": {"x": 1}}, {"text": f"c{Z}", "label": "d"}]
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with pytest.raises(DataError, match=r"a.jsonl:1: \[convert.container\]"):
-        luthier.clean(source, tmp_path / "b.csv", strip=True)
+        luthier.clean(source, tmp_path / "b.csv", normalize=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

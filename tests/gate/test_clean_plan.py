@@ -29,7 +29,7 @@ from luthier.gate.rules import READING_RULES
         ({"truncate": "end"}, "--base"),
         ({"truncate": "middle"}, "truncate"),
         ({"redact": ["names"]}, "there is no kind 'names'"),
-        ({"strip": True, "redact_key_env": "K"}, "nothing is redacted"),
+        ({"normalize": True, "redact_key_env": "K"}, "nothing is redacted"),
         ({"balance": 0}, "balance"),
         ({"balance": "up"}, "balance"),
         ({"dedup": "near"}, "there is no such field"),
@@ -53,13 +53,19 @@ def test_names_stand_for_rules() -> None:
 
 def test_every_edit_is_a_field_of_the_plan() -> None:
     assert set(EDITS) <= set(CleaningPlan.model_fields)
-    every = {"strip": True, "redact": ["all"], "split_long": True, "truncate": "end", "base": "m"}
+    every = {
+        "normalize": True,
+        "redact": ["all"],
+        "split_long": True,
+        "truncate": "end",
+        "base": "m",
+    }
     assert CleaningPlan.of(every).edits == tuple(EDITS)
 
 
 def test_options_have_the_last_word_over_a_plan_in_a_file(tmp_path: Path) -> None:
     plan = tmp_path / "clean.toml"
-    plan.write_text('strip = true\ndedupe = "near"\ndrop = ["unreadable"]\nbalance = 5\n')
+    plan.write_text('normalize = true\ndedupe = "near"\ndrop = ["unreadable"]\nbalance = 5\n')
     rows = [{"text": f"{word} of {n}", "label": "ab"[n % 2]} for n, word in enumerate("pqrstuvw")]
     source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{\n")

@@ -149,7 +149,9 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     best = found["samples"][0]
     assert best["completion"].count("e") / len(best["completion"]) == best["reward"]
     assert best["prompt"] in [f"Say {word}" for word in WORDS] and best["kl"] is not None
-    table = CliRunner().invoke(app, ["samples", str(run), "--lowest", "--full", "--count", "3"])
+    table = CliRunner().invoke(
+        app, ["samples", str(run), "--worst-first", "--full", "--count", "3"]
+    )
     assert table.stdout.split()[0] == "reward"  # not squeezed out by the texts
     assert table.exit_code == 0 and "16-20" in table.stdout
 

@@ -108,7 +108,7 @@ def train_one_step(
         batch_size=len(examples),
         learning_rate=100.0,
         schedule="constant",
-        warmup_share=0.0,
+        warmup_ratio=0.0,
         micro_batch_tokens=micro_batch_tokens,
         # With a large epsilon AdamW's first step is near rate * gradient, and with a large rate
         # the step can be read off the weights.

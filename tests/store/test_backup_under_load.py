@@ -166,7 +166,7 @@ def check_files(home: Path) -> dict[str, int]:
 def check_answers(home: Path) -> None:
     """A server on the restored store answers 200 for every object and file, with the right bytes."""
     served = Served(home)
-    served.start("--no-work")
+    served.start("--no-workers")
     try:
         s3 = served.client("s3", tries=1)
         for bucket in (each["Name"] for each in s3.list_buckets()["Buckets"]):

@@ -250,7 +250,7 @@ def test_trials_can_be_added_until_the_best_is_stored(recipe: Callable[..., Reci
 
 
 def test_a_trial_that_diverges_fails_with_its_reason(recipe: Callable[..., Recipe]) -> None:
-    mine = recipe(learning_rate=0.001, warmup_share=0.0, max_steps=6)
+    mine = recipe(learning_rate=0.001, warmup_ratio=0.0, max_steps=6)
     found = search(mine, 4, ["training.learning_rate=0.001,1e30"])
     bad = [t for t in found.trials if t.settings["training.learning_rate"] == 1e30]
     assert bad and {trial.state for trial in bad} == {"failed"}
@@ -260,7 +260,7 @@ def test_a_trial_that_diverges_fails_with_its_reason(recipe: Callable[..., Recip
 
 
 def test_a_search_in_which_all_diverge_says_so(recipe: Callable[..., Recipe]) -> None:
-    mine = recipe(warmup_share=0.0)
+    mine = recipe(warmup_ratio=0.0)
     with pytest.raises(Diverged, match="none of the 2 trials came to its end"):
         search(mine, 2, ["training.learning_rate=1e30,1e31"])
     assert custom_models() == []

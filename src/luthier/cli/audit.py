@@ -17,9 +17,11 @@ audit_app = CommandGroup("The service's audit log.", extra="server")
 
 @audit_app.command("verify")
 def verify_log(
-    noted: Annotated[
+    expect_head: Annotated[
         str | None,
-        typer.Option("--noted", help="Hash that was the last one once: it has to be there still."),
+        typer.Option(
+            "--expect-head", help="Hash that was the last one once: it has to be there still."
+        ),
     ] = None,
     database: ServiceDatabase = None,
     json_: Json = False,
@@ -30,7 +32,7 @@ def verify_log(
 
     mark = read_mark(luthier_home())
     with open_database(database) as service, service.read() as session:
-        broken = verify(session, noted, mark)
+        broken = verify(session, expect_head, mark)
         try:
             number, hash_ = last(session)
         except CorruptFile:

@@ -166,8 +166,8 @@ def clean(
             help="New file: .jsonl, .csv, .tsv, .parquet or, of plain text, .txt; .gz and .zst pack it."
         ),
     ],
-    strip: Annotated[
-        bool, typer.Option("--strip", help="Remove hidden characters; CRLF to LF; NFC.")
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Remove hidden characters; CRLF to LF; NFC.")
     ] = False,
     redact: Annotated[
         list[str] | None,
@@ -224,7 +224,7 @@ def clean(
     from luthier.recipe import parse_columns, read_toml
 
     fixes = {
-        "strip": strip or None, "redact": redact, "redact_key_env": redact_key_env,
+        "normalize": normalize or None, "redact": redact, "redact_key_env": redact_key_env,
         "split_long": split_long or None, "truncate": truncate, "drop": drop, "dedupe": dedupe,
         "balance": int(balance) if balance and balance.isdecimal() else balance, "seed": seed,
         "base": base, "objective": objective,
@@ -282,8 +282,8 @@ def convert(
         typer.Option("--format", help="Where the ending does not tell it."),
     ] = None,
     columns: Columns = None,
-    bare: Annotated[
-        bool, typer.Option("--bare", help="Leave out keys that are no part of the form.")
+    drop_extra_keys: Annotated[
+        bool, typer.Option("--drop-extra-keys", help="Leave out keys that are no part of the form.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the file where there is one.")
@@ -297,7 +297,7 @@ def convert(
 
     with show_progress(100, "convert", json_) as done:
         found = run(
-            source, target, to, format_, parse_columns(columns or []), bare, overwrite,
+            source, target, to, format_, parse_columns(columns or []), drop_extra_keys, overwrite,
             lambda read, size: done(100 * read // max(1, size)),
         )  # fmt: skip
     if json_:

@@ -37,7 +37,7 @@ def samples(
     run: Annotated[str, typer.Argument(help="Custom model or its run: base:name, or a folder.")],
     count: Annotated[int, typer.Option(min=1, help="Texts to show.")] = 20,
     last: Annotated[int, typer.Option(min=1, help="Only of so many last steps.")] = 20,
-    lowest: Annotated[bool, typer.Option("--lowest", help="The worst first.")] = False,
+    worst_first: Annotated[bool, typer.Option("--worst-first", help="The worst first.")] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Whole texts, not their beginnings.")
     ] = False,
@@ -65,7 +65,9 @@ def samples(
     recent = [record for record in records if record["step"] > newest - last]
     # Where nothing was rewarded, the newest come first.
     rewarded = all("reward" in record for record in recent)
-    recent.sort(key=lambda record: record["reward" if rewarded else "step"], reverse=not lowest)
+    recent.sort(
+        key=lambda record: record["reward" if rewarded else "step"], reverse=not worst_first
+    )
     trend, correlation = trend_of(lines), length_correlation(recent)
     if json_:
         report = {"samples": recent[:count], "trend": trend}

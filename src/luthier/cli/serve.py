@@ -87,13 +87,13 @@ def serve(
             help="Let /metrics, which answers to everybody, tell what each account uses.",
         ),
     ] = False,
-    no_work: Annotated[
-        bool, typer.Option("--no-work", help="Take jobs, and leave the work to other servers.")
+    no_workers: Annotated[
+        bool, typer.Option("--no-workers", help="Take jobs, and leave the work to other servers.")
     ] = False,
-    give_back: Annotated[
+    stop_workers: Annotated[
         bool,
         typer.Option(
-            "--give-back",
+            "--stop-workers",
             help="At the end workers write a checkpoint and their jobs wait; without it they go on.",
         ),
     ] = False,
@@ -135,7 +135,7 @@ def serve(
             s3_endpoint=s3_endpoint,
             file_roots=tuple(file_root or ()),
             strict_region=strict_region,
-            graders=parse_graders(grader or (), check=not no_work),
+            graders=parse_graders(grader or (), check=not no_workers),
             requests_per_second=requests_per_second,
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
@@ -146,13 +146,13 @@ def serve(
         service = Service(settings)
 
         def ready(addresses: list[str]) -> None:
-            service.start(work=not no_work)
+            service.start(work=not no_workers)
             _print_addresses(addresses, region, service.issued)
 
         try:
             server.run(service.application, ports, service.connections, ready)
         finally:
-            service.close(give_back)
+            service.close(stop_workers)
 
 
 def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,7 @@ def convert(
     form: str = "rows",
     format_: Format | None = None,
     columns: Columns | None = None,
-    bare: bool = False,
+    drop_extra_keys: bool = False,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
@@ -78,7 +78,7 @@ def convert(
         form: one of ``TARGETS``.
         format_: the container, where the ending does not tell it.
         columns: the source's name for each of our keys.
-        bare: leave out keys that are no part of the form.
+        drop_extra_keys: leave out keys that are no part of the form.
         overwrite: replace the file where there is one.
         on_progress: now and then given how many bytes of how many have been read.
 
@@ -89,7 +89,7 @@ def convert(
     if form not in TARGETS:
         raise RecipeError(f"there is no form {form!r}; there are {', '.join(TARGETS)}")
     kind = format_ or format_of(target)
-    work = _Conversion(source, form, columns, bare, on_progress)
+    work = _Conversion(source, form, columns, drop_extra_keys, on_progress)
     if target.resolve() in {path.resolve() for path in work.reader().files}:
         raise RecipeError(f"{target} is read from; write to another file")
     if target.is_file() and not overwrite:
@@ -114,10 +114,15 @@ class _Conversion:
         source: Source,
         form: str,
         columns: Columns | None,
-        bare: bool,
+        drop_extra_keys: bool,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.bare, self.on_progress = source, columns, bare, on_progress
+        self.source, self.columns, self.drop_extra_keys, self.on_progress = (
+            source,
+            columns,
+            drop_extra_keys,
+            on_progress,
+        )
         self.record_of = TARGETS[form]
         self.first = ""
         self.kept: dict[str, None] = {}
@@ -160,7 +165,7 @@ class _Conversion:
     def _record(self, row: Row, reader: RowReader) -> Record:
         given, form = reader.checker.given, reader.checker.form
         used = source_keys(row, form)
-        if not self.bare:
+        if not self.drop_extra_keys:
             _refuse_lost(given)
         made = self.record_of(row)
         kind = "messages" if "messages" in made else "others"
@@ -174,14 +179,14 @@ class _Conversion:
         for key, value in given.items():
             if key in used:
                 continue
-            if self.bare:
+            if self.drop_extra_keys:
                 self.left_out[key] = None
                 continue
             if key in made:
                 raise RowRefused(
                     "convert.key",
                     f"The key {quote(key)} is no part of the row, but of what is written.",
-                    "Leave further keys out with --bare, or set it aside with --map.",
+                    "Leave further keys out with --drop-extra-keys, or set it aside with --map.",
                 )
             self.kept[key] = None
             made[key] = value
@@ -212,5 +217,5 @@ def _refuse_lost(record: Record) -> None:
                 raise RowRefused(
                     "convert.message",
                     f"Message {number} has the key {quote(more[0])}, which would be lost.",
-                    "Leave such keys out with --bare.",
+                    "Leave such keys out with --drop-extra-keys.",
                 )

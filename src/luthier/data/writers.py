@@ -141,7 +141,7 @@ def check_columns(record: Record, names: Sequence[str]) -> None:
             raise RowRefused(
                 "convert.container",
                 f"The row has no {quote(name)}, and a table cannot leave it out.",
-                "Write JSON Lines (.jsonl), or leave further keys out with --bare.",
+                "Write JSON Lines (.jsonl), or leave further keys out with --drop-extra-keys.",
             )
 
 
@@ -210,5 +210,5 @@ def _no_place(where: str, what: str) -> RowRefused:
     return RowRefused(
         "convert.container",
         f"The row has {what}, and {where} has no place for it.",
-        "Write JSON Lines (.jsonl), leave further keys out with --bare, or remove the row.",
+        "Write JSON Lines (.jsonl), leave further keys out with --drop-extra-keys, or remove the row.",
     )

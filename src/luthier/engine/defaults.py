@@ -85,21 +85,23 @@ def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
     starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
-    factor = objective.defaults.rate_factor
+    factor = objective.defaults.learning_rate_multiplier
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"
     if starts_head:
         factor *= FITTED_HEAD_RATE
         known = "the regression of the new head" if facts.new_head else "what the head has learned"
         reason += f"; {FITTED_HEAD_RATE:g} of it, as more would undo {known}"
-    if training.rate_factor != 1:
-        reason += f"; times {training.rate_factor:g}, as asked"
-    fill("learning_rate", rate * factor * training.rate_factor, reason)
+    if training.learning_rate_multiplier != 1:
+        reason += f"; times {training.learning_rate_multiplier:g}, as asked"
+    fill("learning_rate", rate * factor * training.learning_rate_multiplier, reason)
     factor = recipe.adaptation.new_head_rate if apart else 1.0
     if factor == 1:  # nothing to tell
-        training = training.model_copy(update={"head_rate": training.head_rate or 1.0})
+        training = training.model_copy(
+            update={"head_rate_multiplier": training.head_rate_multiplier or 1.0}
+        )
     reason = "the new head starts from random numbers, the weights below it from learned ones"
-    fill("head_rate", factor, reason)
+    fill("head_rate_multiplier", factor, reason)
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))

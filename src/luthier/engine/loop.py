@@ -32,7 +32,7 @@ from luthier.engine.metrics import (
     cost_of,
     without_rows,
 )
-from luthier.engine.optimizers import MasterAdamW, rate_factor
+from luthier.engine.optimizers import MasterAdamW, schedule_factor
 from luthier.errors import Diverged, Interrupted
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
@@ -177,11 +177,11 @@ class Loop:
         self.network.model.train()
         chosen = self._rows()
         started = time.monotonic()
-        rate = self.rate * rate_factor(
+        rate = self.rate * schedule_factor(
             self.training.schedule,
             self.progress.step,
             self.steps,
-            self.training.warmup_share,
+            self.training.warmup_ratio,
             self.training.warmup_steps,
         )
         batches = self._batches(chosen)
@@ -260,8 +260,8 @@ class Loop:
         if better:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
-        least_gain = self.training.least_gain
-        gained = better and (not least_gain or cost_of(found, measure) <= before - least_gain)
+        min_delta = self.training.min_delta
+        gained = better and (not min_delta or cost_of(found, measure) <= before - min_delta)
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 

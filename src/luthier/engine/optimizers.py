@@ -36,7 +36,7 @@ class MasterAdamW:
 
     Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
     is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`);
-    the weights named by ``heads`` learn at ``training.head_rate`` times the rate.
+    the weights named by ``heads`` learn at ``training.head_rate_multiplier`` times the rate.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class MasterAdamW:
         }
         self._sums: dict[str, Tensor] = {}
         shares = rate_shares(everything, layers, training.layer_decay)
-        shares |= {n: shares[n] * (training.head_rate or 1.0) for n in heads if n in shares}
+        shares |= {
+            n: shares[n] * (training.head_rate_multiplier or 1.0) for n in heads if n in shares
+        }
         self._adamw = torch.optim.AdamW(
             _groups(self.masters, shares, training.weight_decay),
             lr=training.learning_rate or 0.0,
@@ -157,29 +159,29 @@ def _groups(
     ]
 
 
-def rate_factor(
+def schedule_factor(
     schedule: str,
     step: int,
     steps: int,
-    warmup_share: float | None = None,
+    warmup_ratio: float | None = None,
     warmup_steps: int | None = None,
 ) -> float:
     """Factor of the learning rate for optimizer step ``step`` of ``steps`` (0-based).
 
-    Linear warm-up over ``warmup_steps``, or over ``warmup_share`` of the steps, then ``cosine`` or
+    Linear warm-up over ``warmup_steps``, or over ``warmup_ratio`` of the steps, then ``cosine`` or
     ``linear`` to zero at the end, ``constant``, or ``step``: divided by ten after each third of the
     steps. ``one_cycle`` is below; ``exponential`` is the range test's and rises a millionfold to 1.
     Without a share each takes its own: ``WARMUP_SHARE`` or ``RISE_SHARE``.
     """
     if schedule == "one_cycle":
         if warmup_steps is not None:
-            warmup_share = min(1.0, warmup_steps / steps)
-        return _one_cycle(step / steps, RISE_SHARE if warmup_share is None else warmup_share)
+            warmup_ratio = min(1.0, warmup_steps / steps)
+        return _one_cycle(step / steps, RISE_SHARE if warmup_ratio is None else warmup_ratio)
     if schedule == "exponential":
         return float(10.0 ** (6 * ((step + 1) / steps - 1)))
     warmup = warmup_steps
     if warmup is None:
-        warmup = math.ceil((WARMUP_SHARE if warmup_share is None else warmup_share) * steps)
+        warmup = math.ceil((WARMUP_SHARE if warmup_ratio is None else warmup_ratio) * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

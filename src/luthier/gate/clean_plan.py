@@ -32,7 +32,7 @@ LEAKAGE = "leakage."
 class CleaningPlan(Part):
     """Fixes; each is off until it is asked for."""
 
-    strip: bool = False
+    normalize: bool = False
     """Remove control characters, byte order marks and what else nobody sees, write CRLF as LF, and
     put letters into their usual form (NFC)."""
     redact: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class CleaningPlan(Part):
     def _check(self) -> Self:
         if not (self.edits or self.dropped or self.refused or self.balance):
             raise ValueError(
-                "nothing is asked for; choose from --strip, --redact, --split-long, --truncate, "
+                "nothing is asked for; choose from --normalize, --redact, --split-long, --truncate, "
                 "--drop, --dedupe and --balance"
             )
         for kind in self.redact:
@@ -105,7 +105,7 @@ class CleaningPlan(Part):
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the edits that are asked for."""
-        asked = {"strip": self.strip, "redact": self.redact, "split_long": self.split_long,
+        asked = {"normalize": self.normalize, "redact": self.redact, "split_long": self.split_long,
                  "truncate": self.truncate}  # fmt: skip
         return tuple(name for name, wanted in asked.items() if wanted)
 

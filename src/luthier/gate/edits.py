@@ -90,7 +90,7 @@ class Strip(Edit):
     nothing would be left.
     """
 
-    name: ClassVar[str] = "strip"
+    name: ClassVar[str] = "normalize"
 
     @classmethod
     def of(cls, context: EditContext) -> Self:

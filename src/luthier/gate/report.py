@@ -242,7 +242,7 @@ _DROPPED = (
 
 FIXES: Mapping[str, tuple[str, str]] = {
     **{rule.id: ("--drop", "unreadable") for rule in READING_RULES.values() if not rule.whole},
-    **{f"encoding.{name}": ("--strip", "") for name in ("control", "invisible", "not_nfc")},
+    **{f"encoding.{name}": ("--normalize", "") for name in ("control", "invisible", "not_nfc")},
     **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
     **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},
     **{name: ("--drop", name) for name in _DROPPED},

@@ -46,7 +46,7 @@ MOST_ROW_SCORES = 2_000
 class TrainingDefaults:
     """What suits an objective where the recipe leaves the training open."""
 
-    rate_factor: float = 1.0
+    learning_rate_multiplier: float = 1.0
     """Share of the adaptation's learning rate."""
     batch_rows: int | None = None
     """Rows in a step, where the rows themselves say nothing."""

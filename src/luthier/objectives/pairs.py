@@ -36,7 +36,7 @@ class Judged(Objective):
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and answer as they are."""
 
-    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(rate_factor=0.1)
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""

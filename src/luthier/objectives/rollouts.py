@@ -193,7 +193,9 @@ class Reinforcement(Objective):
     same_each_epoch: ClassVar[bool] = False
     chosen_by_shape: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
-    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(rate_factor=0.1, batch_rows=4)
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        learning_rate_multiplier=0.1, batch_rows=4
+    )
 
     @property
     def generations(self) -> int:

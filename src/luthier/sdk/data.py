@@ -110,7 +110,7 @@ def convert(
     to: str = "rows",
     format: Format | None = None,
     columns: Mapping[str, str] | None = None,
-    bare: bool = False,
+    drop_extra_keys: bool = False,
     overwrite: bool = False,
 ) -> Conversion:
     """Write rows in another form or container; what it cannot say is refused, never dropped.
@@ -122,7 +122,7 @@ def convert(
             ``bedrock-conversation``, ``sharegpt``, ``alpaca`` or ``text``.
         format: ``jsonl``, ``csv``, ``tsv`` or ``parquet``, where the ending does not tell it.
         columns: the source's name for each of our keys.
-        bare: leave out keys that are no part of the form.
+        drop_extra_keys: leave out keys that are no part of the form.
         overwrite: replace the file where there is one.
 
     Returns:
@@ -134,7 +134,7 @@ def convert(
     """
     from luthier.data.convert import convert as run
 
-    return run(str(source), Path(target), to, format, columns, bare, overwrite)
+    return run(str(source), Path(target), to, format, columns, drop_extra_keys, overwrite)
 
 
 def split(

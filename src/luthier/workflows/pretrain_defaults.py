@@ -69,7 +69,7 @@ def choose(training: Training, facts: NetworkFacts) -> tuple[Training, list[Choi
         choices.append(("training.batch_size", batch, reason))
     if training.learning_rate is None:
         rate, reason = learning_rate(facts.weights - facts.embedding)
-        rate *= training.rate_factor
+        rate *= training.learning_rate_multiplier
         training = training.model_copy(update={"learning_rate": rate})
         choices.append(("training.learning_rate", rate, reason))
     return training, choices

@@ -151,7 +151,9 @@ class _Search:
         keys = {dimension.key for dimension in self.dimensions}
         if "training.learning_rate" in keys and "adaptation.method" not in keys:
             # Without it a rate that is given is one for the head, too, and no trial the default run.
-            recipe = with_settings(recipe, {"training.head_rate": resolved.training.head_rate})
+            recipe = with_settings(
+                recipe, {"training.head_rate_multiplier": resolved.training.head_rate_multiplier}
+            )
         self.recipe = recipe
         self.reporter, self.parallel = reporter, parallel
         self.run_folder = Run(base.root, str(recipe.name))

@@ -301,7 +301,7 @@ def test_every_hyper_parameter_reaches_the_recipe(
             assert recipe[group][field] == each.read(sent[each.name]), each.name
     assert recipe["training"]["learning_rate"] == pytest.approx(0.05 * 0.05)
     submit("job-2", hyperParameters={"learningRateMultiplier": "2"})
-    assert service.job(ALICE, "job-2").recipe["training"]["rate_factor"] == 2
+    assert service.job(ALICE, "job-2").recipe["training"]["learning_rate_multiplier"] == 2
 
 
 def test_files_of_this_machine(bedrock: Any, submit: Callable[..., str]) -> None:

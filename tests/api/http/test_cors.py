@@ -31,7 +31,7 @@ FACES = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
     made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
-    made.start("--no-work", "--cors-origin", PAGE, "--cors-origin", OTHER_PAGE)
+    made.start("--no-workers", "--cors-origin", PAGE, "--cors-origin", OTHER_PAGE)
     yield made
     made.end()
 
@@ -129,7 +129,7 @@ def test_a_stream_and_a_refused_signature(server: Served) -> None:
 
 def test_nobody_is_allowed_by_default(tmp_path: Path, tiny_model_folder: Path) -> None:
     server = Served(home_with_tiny(tmp_path / "service", tiny_model_folder))
-    server.start("--no-work")
+    server.start("--no-workers")
     status, headers, _ = preflight(server, "openai", PAGE)
     assert status >= 400 and not cors(headers)
     _, headers, _ = send(server, "GET", "/healthz", Origin=PAGE)

@@ -30,7 +30,12 @@ def test_what_is_auto_is_left_open() -> None:
 def test_what_is_given_arrives() -> None:
     given = {"n_epochs": 3, "batch_size": 7, "learning_rate_multiplier": 2}
     made = settings("dpo", hyperparameters={**given, "beta": 0.3})
-    assert made["training"] == {"seed": 5, "epochs": 3, "batch_size": 7, "rate_factor": 2}
+    assert made["training"] == {
+        "seed": 5,
+        "epochs": 3,
+        "batch_size": 7,
+        "learning_rate_multiplier": 2,
+    }
     assert made["objective"] == {"method": "dpo", "beta": 0.3}
     rewards = {"compute_multiplier": 2, "eval_interval": 9, "eval_samples": 3}
     made = settings("reinforcement", grader={}, hyperparameters=rewards)
@@ -62,7 +67,7 @@ def test_the_multiplier_is_one_of_the_rate_that_is_chosen() -> None:
         return made.training.learning_rate, choices
 
     usual, _ = rate()
-    doubled, choices = rate(rate_factor=2)
+    doubled, choices = rate(learning_rate_multiplier=2)
     assert usual and doubled == pytest.approx(2 * usual)
     assert any(name == "training.learning_rate" and "times 2" in why for name, _, why in choices)
-    assert rate(rate_factor=2, learning_rate=1e-3)[0] == 1e-3
+    assert rate(learning_rate_multiplier=2, learning_rate=1e-3)[0] == 1e-3

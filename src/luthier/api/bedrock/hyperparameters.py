@@ -67,8 +67,10 @@ HYPERPARAMETERS: Mapping[str, HyperParameter] = {
         HyperParameter("batchSize", ("training", "batch_size"), int, 1, 256, default="8"),
         HyperParameter("learningRate", ("training", "learning_rate"), float, 1e-8, 1),
         HyperParameter("learningRateWarmupSteps", ("training", "warmup_steps"), int, 0, 10_000),
-        HyperParameter("learningRateMultiplier", ("training", "rate_factor"), float, 0.01, 10),
-        HyperParameter("earlyStoppingThreshold", ("training", "least_gain"), float, 0, 0.1),
+        HyperParameter(
+            "learningRateMultiplier", ("training", "learning_rate_multiplier"), float, 0.01, 10
+        ),
+        HyperParameter("earlyStoppingThreshold", ("training", "min_delta"), float, 0, 0.1),
         HyperParameter("earlyStoppingPatience", ("training", "patience"), int, 1, 10),
         _own("adaptation", "adaptation", "method", str, choices=tuple(ADAPTATIONS)),
         _own("loraRank", "adaptation", "rank", int, 1, 1024),
@@ -134,9 +136,9 @@ def read(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, 
         group, field = known.field
         fields.setdefault(group, {})[field] = value
     training = fields["training"]
-    if "learning_rate" in training and "rate_factor" in training:
+    if "learning_rate" in training and "learning_rate_multiplier" in training:
         # The recipe's factor is of a rate that it chooses itself.
-        training["learning_rate"] *= training.pop("rate_factor")
+        training["learning_rate"] *= training.pop("learning_rate_multiplier")
     return shown, fields
 
 

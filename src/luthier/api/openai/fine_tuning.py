@@ -170,7 +170,7 @@ _NAMES = {
     "base": "model",
     "training.epochs": "n_epochs",
     "training.batch_size": "batch_size",
-    "training.rate_factor": "learning_rate_multiplier",
+    "training.learning_rate_multiplier": "learning_rate_multiplier",
     "training.evaluate_every": "eval_interval",
     "training.seed": "seed",
     "objective.beta": "beta",
@@ -224,7 +224,7 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> dict[str, Any
     if chosen.batch_size != "auto":
         training["batch_size"] = chosen.batch_size
     if chosen.learning_rate_multiplier != "auto":
-        training["rate_factor"] = chosen.learning_rate_multiplier
+        training["learning_rate_multiplier"] = chosen.learning_rate_multiplier
     if parameters.kind == "dpo":
         objective["method"] = "dpo"
     elif parameters.kind == "supervised" and writes:
@@ -300,7 +300,7 @@ def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]
         found = {
             "n_epochs": None if epochs is None else max(1, round(epochs)),
             "batch_size": chosen.get("training.batch_size", training.get("batch_size")),
-            "learning_rate_multiplier": training.get("rate_factor", 1.0),
+            "learning_rate_multiplier": training.get("learning_rate_multiplier", 1.0),
             "beta": objective.get("beta"),
             "compute_multiplier": objective.get("num_generations", 8) / 8,
             "eval_interval": chosen.get("training.evaluate_every", training.get("evaluate_every")),
