@@ -179,7 +179,25 @@ def test_new_folder_replaces_what_was_there_and_keeps_it_on_failure(tmp_path: Pa
     assert names(tmp_path) == ["model", "model/two"]
 
 
-@pytest.mark.parametrize("moment", ["filling", "replacing"])
+def test_new_folder_puts_back_what_it_could_not_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace = tmp_path / "model", os.replace
+    with new_folder(target) as fresh:
+        (fresh / "old").write_text("old")
+
+    def refuse(source: Path, place: Path) -> None:
+        if place == target and not (source / "old").exists():
+            raise OSError(errno.EIO, "no")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"), new_folder(target):
+        pass
+    assert names(tmp_path) == ["model", "model/old"]
+
+
+@pytest.mark.parametrize("moment", ["filling", "replacing", "between"])
 def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     tmp_path: Path, moment: str
 ) -> None:
@@ -193,7 +211,9 @@ def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
         "with new_folder(pathlib.Path(sys.argv[1])) as fresh:\n"
         "    (fresh / 'new').write_text('new')\n"
         "    if sys.argv[2] == 'filling': die()\n"
-        "    os.replace = die\n"
+        "    replace, os.replace = os.replace, die\n"
+        "    if sys.argv[2] == 'between':\n"
+        "        os.replace = lambda *two: (replace(*two), die())\n"
     )
     done = subprocess.run([sys.executable, "-c", script, str(target), moment], check=False)
     assert done.returncode == -signal.SIGKILL

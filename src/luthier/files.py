@@ -24,6 +24,8 @@ from typing import Any, BinaryIO, Protocol
 from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError, ReadOnlyDisk
 
 _TEMPORARY = ".tmp-"
+_REPLACED = ".tmp-replaced"
+"""Name, in a temporary folder, of a folder that another one is about to replace."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
@@ -155,8 +157,13 @@ def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
             _sync_folder(temporary)
             if path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))
-                os.replace(path, doomed / "old")
-                os.replace(temporary, path)
+                os.replace(path, doomed / _REPLACED)
+                try:
+                    os.replace(temporary, path)
+                except BaseException:
+                    os.replace(doomed / _REPLACED, path)
+                    doomed.rmdir()
+                    raise
                 shutil.rmtree(doomed, ignore_errors=True)
             else:
                 os.replace(temporary, path)
@@ -189,10 +196,15 @@ def lock(path: Path, wait: bool = False) -> Iterator[bool]:
 def sweep(folder: Path, name: str = "") -> None:
     """Remove what a killed process left unfinished in ``folder``; only of ``name``, if given.
 
+    A folder that was about to be replaced is put back.
+
     Only for who holds the lock on what is swept: another process may be writing there.
     """
     for path in folder.glob(f"{_TEMPORARY}{name}~*" if name else f"{_TEMPORARY}*"):
         if path.is_dir():
+            target = folder / path.name.removeprefix(_TEMPORARY).rpartition("~")[0]
+            if (path / _REPLACED).is_dir() and not target.exists():
+                os.replace(path / _REPLACED, target)
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
