@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.errors import CorruptFile
+from luthier.jobs import worker
+from luthier.jobs.processes import LOST
 from luthier.jobs.scheduler import Scheduler
 from luthier.store.custom_models import CustomModel
 from luthier.store.jobs import JobEvent, JobFilter, events, get, list_jobs, pause, resume, stop
@@ -376,3 +379,29 @@ def test_rows_to_measure_on_may_be_those_that_are_learned(queue: Any) -> None:
     assert any("leakage.many" in text or "are in the training rows" in text for text in values), (
         values
     )
+
+
+def test_a_heartbeat_outlives_what_goes_wrong_and_ends_after_a_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def leave(status: int) -> None:
+        raise Ended(status)
+
+    errors: list[Exception] = [OSError("no space"), CorruptFile("an event")]
+    beats = []
+
+    def beat() -> None:
+        beats.append(1)
+        if len(beats) <= len(errors):
+            raise errors[len(beats) - 1]
+        if len(beats) == 4:
+            monkeypatch.setattr(worker, "SILENCE", -1.0)
+            raise OSError("no space")
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    with pytest.raises(Ended, match=str(LOST)):
+        worker.Heartbeat(beat, 0.001).run()
+    assert len(beats) == 4

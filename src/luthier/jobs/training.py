@@ -13,10 +13,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import MetricsFile
@@ -40,7 +41,7 @@ from luthier.recipe import DataSpec, parse
 from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
-from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPING, Job
+from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job
 from luthier.store.models import StoredModel, find
 from luthier.workflows.distil.journal import asking_for
 from luthier.workflows.pipeline import KINDS
@@ -88,13 +89,14 @@ class JobHeartbeat(Heartbeat):
                 query = select(Job).where(Job.id == self.job_id, Job.lease == self.lease)
                 with self.database.read() as session:
                     job = session.scalars(query).first()
-        except SQLAlchemyError:
+        except Exception:
             self.reporter.give_back(pending)
             raise
         if job is None:
             raise LeaseLost(f"the lease of job {self.job_id} is lost")
         self._obey(job)
-        JobFolders(self.job_id).trim_log()
+        with suppress(OSError):  # a log that cannot be cut is no reason to let go of the job
+            JobFolders(self.job_id).trim_log()
 
     def _obey(self, job: Job) -> None:
         wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
@@ -147,7 +149,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             )
         except (Interrupted, KeyboardInterrupt) as error:
             self.ending = True
-            return self._end_interrupted(heartbeat, error)
+            return self._end_interrupted(row, heartbeat, error)
         except OperationalError:
             _log.exception("the database is away; another worker will go on")
             return 1
@@ -194,26 +196,26 @@ class TrainingWorker(Worker[Job, JobLocations]):
                 self.retry(write)
         return {key: value for key, value in result.items() if not key.endswith("_dir")}
 
-    def _end_interrupted(self, heartbeat: JobHeartbeat, error: BaseException) -> int:
+    def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":
             failure = (
                 f"the time limit of {heartbeat.limit} seconds was reached ({error}). Ask for fewer "
                 "epochs or for more time."
             )
+            self._remove_outputs(job)
             return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
         return self._end(heartbeat, lambda s: self.give_back(s, self.given_back))
 
     def _end_failed(self, job: Job, heartbeat: JobHeartbeat, error: Exception) -> int:
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
-            return self._end_interrupted(heartbeat, error)
+            return self._end_interrupted(job, heartbeat, error)
         if waits_for_disk(error):
             _log.exception("the disk of job %s cannot be written", self.row_id)
             message = self._rename(explain_full_disk(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))
             return NO_DISK
-        if isinstance(error, QuotaExceeded):
-            self.locations.remove(job.account, self._outputs)
+        self._remove_outputs(job)
         _log.exception("job %s failed", self.row_id)
         failure = self._rename(explain(error))
         return self._end(heartbeat, lambda s: jobs.fail(s, self.row_id, self.lease, failure))
@@ -237,9 +239,16 @@ class TrainingWorker(Worker[Job, JobLocations]):
         except (QuotaExceeded, WrongState):
             heartbeat.reporter.give_back(pending)
             raise
+        if job.state == STOPPED:
+            self._remove_outputs(job)
         if job.state in ENDED:
             tidy(self.database, job, self.folders)
         return 0
+
+    def _remove_outputs(self, job: Job) -> None:
+        """Of a job that makes no model nothing is left at its owner's address."""
+        self.locations.remove(job.account, self._outputs)
+        self._outputs = []
 
     def _rename(self, text: str) -> str:
         """``text`` with the names that the owner of the job knows."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from luthier.errors import Interrupted, LeaseLost, LuthierError, RefusedInput
@@ -66,8 +66,9 @@ class Heartbeat(threading.Thread):
             except LeaseLost:
                 _log.error("the lease is lost; nothing more is written")
                 os._exit(LOST)
-            except SQLAlchemyError as error:
-                _log.warning("the database does not answer: %s", error)
+            except Exception as error:
+                # A full disk, an event that cannot be sealed: this thread must outlive all of it.
+                _log.warning("the lease could not be renewed: %s", error)
                 if time.monotonic() - heard > SILENCE:
                     os._exit(LOST)
             else:
