@@ -9,7 +9,7 @@ import pytest
 
 from luthier.errors import CorruptFile, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.objects import Described, Objects
+from luthier.store.objects import UPLOADS, Described, Objects
 
 ONE, TWO = "000000000001", "000000000002"
 
@@ -95,6 +95,26 @@ def test_a_folder_of_very_many_files_is_not_looked_through(
     put(data, "many/folder/x", b"x")
     for uri, what in addresses.items():
         assert f"more than 4 {what}" in refusal(locations.folder, ONE, uri)
+
+
+def test_rows_below_a_folder_of_very_many_files_are_refused(
+    data: Objects, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locations = Locations(data.database, file_roots=[root])
+    most = {"s3://data/": (5, "objects below"), f"file://{root}/": (3, "entries below")}
+    for uri, (number, what) in most.items():
+        monkeypatch.setattr("luthier.store.locations.MOST_ENTRIES", number)
+        locations.check(ONE, uri)
+        monkeypatch.setattr("luthier.store.locations.MOST_ENTRIES", number - 1)
+        assert f"more than {number - 1} {what}" in refusal(locations.check, ONE, uri)
+
+
+def test_jobs_write_nothing_among_the_files_of_the_openai_api(data: Objects) -> None:
+    locations = Locations(data.database)
+    data.create_bucket(ONE, UPLOADS)
+    address = f"s3://{UPLOADS}/x/"
+    assert "Name another one" in refusal(locations.check_writable, ONE, address)
+    assert "Name another one" in refusal(locations.write, ONE, address, "x", b"")
 
 
 def test_what_cannot_be_read(data: Objects) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
 from luthier.data.s3 import local_name, settings
@@ -31,6 +31,8 @@ ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
 MOST_ENTRIES = 10_000
 """Files below a folder at most, where all of them are looked at."""
+
+Entry = TypeVar("Entry")
 
 
 class Buckets(Protocol):
@@ -97,7 +99,7 @@ class Locations:
         if _is_file(uri):
             self._roots.check_writable(uri)
         else:
-            bucket = _address(uri).bucket
+            bucket = _writable(uri).bucket
             self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
@@ -142,11 +144,8 @@ class Locations:
             buckets = self._buckets(address.bucket)
             buckets.check_bucket(account, address.bucket)
             found = []
-            below = enumerate(buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1), 1)
-            for number, (key, size) in below:
-                if number > MOST_ENTRIES:
-                    text = f"There are more than {MOST_ENTRIES:,} objects below {uri}."
-                    raise LocationRefused(text)
+            below = buckets.below(account, address.bucket, prefix, MOST_ENTRIES + 1)
+            for key, size in _at_most(below, f"objects below {uri}"):
                 if (name := key.removeprefix(prefix)) and "/" not in name:
                     found.append((name, size))
         if not found:
@@ -174,7 +173,7 @@ class Locations:
                 for piece in _pieces(data):
                     file.write(piece)
             return f"{uri.rstrip('/')}/{name}"
-        address = _address(uri)
+        address = _writable(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
         self._buckets(address.bucket).write(account, address.bucket, key, data)
         return f"s3://{address.bucket}/{key}"
@@ -201,7 +200,12 @@ class Locations:
             if not buckets.holds(account, bucket, key):
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
             return [key]
-        keys = [each for each, _ in buckets.below(account, bucket, key) if each.endswith(ROWS)]
+        below = buckets.below(account, bucket, key, MOST_ENTRIES + 1)
+        keys = [
+            each
+            for each, _ in _at_most(below, f"objects below s3://{bucket}/{key}")
+            if each.endswith(ROWS)
+        ]
         if not keys:
             text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}."
             raise LocationRefused(text)
@@ -308,6 +312,23 @@ def _address(uri: str) -> _Address:
     except ObjectRefused as refused:
         raise LocationRefused(refused.message) from None
     return _Address(found[1], key, uri.endswith("/"))
+
+
+def _writable(uri: str) -> _Address:
+    """An address that jobs may write below."""
+    address = _address(uri)
+    if address.bucket == UPLOADS:
+        text = f"The bucket {UPLOADS} holds files of the OpenAI API alone. Name another one."
+        raise LocationRefused(text)
+    return address
+
+
+def _at_most(below: Iterable[Entry], what: str) -> Iterator[Entry]:
+    """All of ``below``, or a refusal where that is too much to look at."""
+    for number, each in enumerate(below, 1):
+        if number > MOST_ENTRIES:
+            raise LocationRefused(f"There are more than {MOST_ENTRIES:,} {what}.")
+        yield each
 
 
 def _is_file(uri: str) -> bool:
@@ -450,7 +471,9 @@ class FileRoots:
         if not uri.endswith("/"):
             return [path]
         # What is a link there may lead outside, and is looked at again.
-        below = [each for each in sorted(path.rglob(f"*{ending}")) if each.is_file()]
+        entries = _at_most(path.rglob("*"), f"entries below {uri}")
+        found = sorted(each for each in entries if each.name.endswith(ending))
+        below = [each for each in found if each.is_file()]
         if not below:
             raise LocationRefused(f"There is no file below {uri} that ends with {ending}.")
         return [self.path(each.as_uri()) for each in below]

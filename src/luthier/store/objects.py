@@ -387,6 +387,8 @@ class Objects:
 
         with self.name_files(account, [piece.id for piece in pieces], lock) as (session, found):
             check_key(key)
+            if also is not None:
+                also(session)
             gone = remove_object(session, found, key, check)
             made = new_object(found, key, pieces, etag, parts, described)
             session.add(made)
@@ -398,8 +400,6 @@ class Objects:
             quotas = self.quotas(session, account)
             more = {"stored_bytes": made.size - gone.stored_bytes, "objects": 1 - gone.objects}
             storage.charge(session, account, quotas, **more)
-            if also is not None:
-                also(session)
         self.files.remove(account, gone.files)
         return made
 

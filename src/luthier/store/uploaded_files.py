@@ -44,6 +44,10 @@ class UploadedFile(Base):
     deleted: Mapped[datetime | None]
 
 
+class _AlreadyThere(Exception):
+    """There is, or was, a file with this id."""
+
+
 def file_address(file_id: str) -> str:
     """How jobs name the bytes of a file."""
     return f"s3://{UPLOADS}/{file_id}"
@@ -99,9 +103,9 @@ class UploadedFiles:
         file_id: str | None = None,
     ) -> UploadedFile:
         """As :meth:`add`, of what was written after :meth:`begin`."""
-        made = now()
+        file_id, made = file_id or "file-" + random_id(24), now()
         row = UploadedFile(
-            id=file_id or "file-" + random_id(24),
+            id=file_id,
             account=account,
             name=name,
             purpose=purpose,
@@ -111,20 +115,21 @@ class UploadedFiles:
             expires=made + lives if lives else None,
             deleted=None,
         )
-        found = row
+        known = select(UploadedFile).where(UploadedFile.id == file_id)
 
         def note(session: Session) -> None:
-            nonlocal found
-            there = session.scalar(select(UploadedFile).where(UploadedFile.id == row.id))
-            if there is not None:
-                found = there
-            else:
-                session.add(row)
-                session.flush()
-                storage.charge(session, account, self.objects.quotas(session, account), files=1)
+            if session.scalar(known) is not None:
+                raise _AlreadyThere  # ends the transaction, and the new bytes go
+            session.add(row)
+            session.flush()
+            storage.charge(session, account, self.objects.quotas(session, account), files=1)
 
-        self.objects.put(account, UPLOADS, row.id, written, Described(), also=note)
-        return found
+        try:
+            self.objects.put(account, UPLOADS, file_id, written, Described(), also=note)
+        except _AlreadyThere:
+            with self.database.read() as session:
+                return session.scalars(known).one()
+        return row
 
     def get(self, account: str, file_id: str) -> UploadedFile | None:
         """The file of this account; ``None`` for what is gone or another's."""

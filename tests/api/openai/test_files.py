@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import update
 
 from luthier.store.database import now
-from luthier.store.uploaded_files import UploadedFile
+from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
 DATA = b'{"prompt": "a", "completion": "b"}\n\xff\x00 and whatever\r\n'
 
@@ -157,6 +157,18 @@ def test_files_that_expire(client: openai.OpenAI, service: Any) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             client.files.create(file=("a", DATA), purpose="batch", expires_after=wrong)  # type: ignore[arg-type]
         assert refused.value.param is not None and refused.value.param.startswith("expires_after")
+
+
+def test_a_file_that_is_there_keeps_its_bytes(service: Any) -> None:
+    files = UploadedFiles(service.database, service.objects)
+    made = [
+        files.add("000000000000", [text], "x", "batch_output", file_id="file-one")
+        for text in (b"first", b"second")
+    ]
+    assert made[0].seq == made[1].seq and made[1].size == 5
+    assert b"".join(files.read(made[1])) == b"first"
+    stored = [path for path in service.objects.files.folder.rglob("*") if path.is_file()]
+    assert len(stored) == 1
 
 
 def test_bytes_that_were_deleted_as_an_object(client: openai.OpenAI, service: Any) -> None:
