@@ -109,6 +109,19 @@ def test_by_priority_then_by_age(database: Database) -> None:
     assert len({each[1] for each in taken if each}) == 4
 
 
+def test_few_of_many_rows_are_read_and_none_of_an_account_that_has_enough(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "LOOKED_AT", 2)
+    mine = [add(database, f"job-{n}", priority=9) for n in range(5)]
+    theirs = add(database, "job", account=OTHER)
+    taken = [claim(database, per_account=1) for _ in range(3)]
+    assert [each and each[0] for each in taken] == [mine[0], theirs, None]
+    assert claim(database, passed_over=mine[:3])[0] == mine[3]  # type: ignore[index]
+    with database.read() as session:
+        assert len(queue._in_turn(session, Job, None)) == 2
+
+
 def test_only_what_fits_is_started(database: Database) -> None:
     large = add(database, "large", memory=500)
     wide = add(database, "wide", cores=64)

@@ -7,7 +7,7 @@ done is not done again, and no line is answered twice in the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.encryption.files import open_value, seal_value
 from luthier.store.database import Base, now
 from luthier.store.ids import SMALL, random_id
-from luthier.store.queue import Leased
+from luthier.store.queue import TakesTurns, next_turn
 
 VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
     "validating",
@@ -28,9 +28,11 @@ VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
 FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
 _LINE = "line"
+PAGE = 20
+"""Lines that are in memory at once when a file is written: one may have megabytes."""
 
 
-class Batch(Leased, Base):
+class Batch(TakesTurns, Base):
     """One batch."""
 
     __tablename__ = "batches"
@@ -41,7 +43,6 @@ class Batch(Leased, Base):
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
     """``batch_`` and letters and digits."""
-    account: Mapped[str] = mapped_column(index=True)
     caller: Mapped[dict[str, Any]]
     """Who asked: ``account``, ``user``, whether by a ``bearer`` key, and the ``session`` of temporary
     credentials. Lines are answered with the rights that the user has when their turn comes."""
@@ -91,11 +92,12 @@ def create(
     input_file: str,
     metadata: dict[str, str],
 ) -> Batch:
-    """A new batch, to be validated."""
+    """A new batch, to be validated. Of one account they are made one after the other."""
     moment = now()
     batch = Batch(
         id="batch_" + random_id(24, SMALL),
         account=account,
+        turn=next_turn(session, Batch, account, Batch.status.not_in(ENDED)),
         caller=caller,
         endpoint=endpoint,
         window=window,
@@ -163,15 +165,16 @@ def leased_batches(session: Session) -> list[tuple[str, datetime | None]]:
 def claim(
     session: Session, token: str, silent: Iterable[tuple[str, datetime | None]] = ()
 ) -> Batch | None:
-    """The oldest batch that nobody works on, now held by ``token``.
+    """The next batch that nobody works on, by turns of the accounts, now held by ``token``.
 
     ``silent`` are those of :func:`held` that are taken from their servers, unless one was heard from
     since. No end of a lease is compared with a clock: those of two servers may be an hour apart.
     """
     lost = [and_(Batch.id == batch_id, Batch.lease_ends == ends) for batch_id, ends in silent]
     free = or_(Batch.lease.is_(None), *lost)
-    oldest = select(Batch).where(Batch.status.not_in(ENDED), free).order_by(Batch.seq).limit(1)
-    batch = session.scalar(oldest.with_for_update(skip_locked=True))
+    waiting = select(Batch).where(Batch.status.not_in(ENDED), free)
+    first = waiting.order_by(Batch.turn, Batch.seq).limit(1)
+    batch = session.scalar(first.with_for_update(skip_locked=True))
     if batch is not None:
         batch.lease, batch.lease_ends = token, now() + batch.lease_time
     return batch
@@ -193,17 +196,17 @@ def record(
     session.flush()
 
 
-def results(session: Session, batch_id: str, failed: bool) -> Sequence[dict[str, Any]]:
-    """Lines of one of the two files, in the order of the input."""
+def results(
+    session: Session, batch_id: str, failed: bool, after: int
+) -> list[tuple[int, dict[str, Any]]]:
+    """The next lines of one of the two files behind the number ``after``, in the order of the input."""
     query = select(BatchLine.number, BatchLine.result).where(
-        BatchLine.batch_id == batch_id, BatchLine.failed == failed
+        BatchLine.batch_id == batch_id, BatchLine.failed == failed, BatchLine.number > after
     )
-    opened = (
-        open_value(result, _place(batch_id, number, failed))
-        for number, result in session.execute(query.order_by(BatchLine.number))
-    )
-    # Lines of earlier versions were not written as text.
-    return [json.loads(line[_LINE]) if _LINE in line else line for line in opened]
+    return [
+        (number, json.loads(open_value(result, _place(batch_id, number, failed))[_LINE]))
+        for number, result in session.execute(query.order_by(BatchLine.number).limit(PAGE))
+    ]
 
 
 def _place(batch_id: str, number: int, failed: bool) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, TypeVar
@@ -25,6 +25,8 @@ LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
 PATIENCE = timedelta(minutes=10)
 """How long work that does not fit now is overtaken by smaller work."""
+LOOKED_AT = 500
+"""Waiting rows of which one is started, each second: however many wait behind them."""
 
 
 class Leased:
@@ -47,17 +49,22 @@ class Leased:
         session.flush()
 
 
-class QueuedWork(Leased):
+class TakesTurns(Leased):
+    """Columns of work that accounts take turns with."""
+
+    account: Mapped[str] = mapped_column(index=True)
+    turn: Mapped[int] = mapped_column(default=0)
+    """Lower ones are first, of one priority; those of an account have turns one after the other."""
+
+
+class QueuedWork(TakesTurns):
     """Columns of work that a scheduler starts a process for."""
 
     unknown_memory: ClassVar[int] = 0
     """Bytes that it counts for as long as its memory is 0."""
 
-    account: Mapped[str] = mapped_column(index=True)
     priority: Mapped[int] = mapped_column(default=0)
     """Higher is started first."""
-    turn: Mapped[int] = mapped_column(default=0)
-    """Of one priority, lower ones are first; those of an account have turns one after the other."""
     since: Mapped[datetime]
     """Since when it waits."""
     memory: Mapped[int] = mapped_column(BigInteger, default=0)
@@ -144,9 +151,7 @@ def claim(
         before: work of another kind that waits for memory; what came later leaves it what it needs.
     """
     lock_claims(session)
-    for row in _in_turn(session, kind, per_account):
-        if row.id in passed_over:
-            continue
+    for row in _in_turn(session, kind, per_account, passed_over):
         need = row.memory or kind.unknown_memory
         if before is not None and before.since < row.since:
             fits = need <= free_memory - before.memory
@@ -175,21 +180,24 @@ def overdue(
     return None
 
 
-def _in_turn(session: Session, kind: type[QueuedWork], per_account: int | None) -> Iterator[Any]:
-    """What may be started, in its order: of accounts that have not as much as they may have."""
-    busy: dict[str, int] = {}
+def _in_turn(
+    session: Session,
+    kind: type[QueuedWork],
+    per_account: int | None,
+    passed_over: Collection[str] = (),
+) -> Sequence[Any]:
+    """The first rows that may be started, in their order: of accounts that may have further ones."""
+    waiting = select(kind.seq, kind.memory, kind.cores, kind.since)
+    waiting = waiting.where(kind.lease.is_(None), kind.id.not_in(passed_over), *kind.ready())
     if per_account is not None:
-        counted = select(kind.account, func.count()).where(kind.lease.is_not(None))
-        busy = {row[0]: row[1] for row in session.execute(counted.group_by(kind.account))}
-    waiting = select(kind.seq, kind.id, kind.account, kind.memory, kind.cores, kind.since)
-    waiting = waiting.where(kind.lease.is_(None), *kind.ready())
-    for row in session.execute(waiting.order_by(kind.priority.desc(), kind.turn, kind.seq)):
-        if per_account is None or busy.get(row.account, 0) < per_account:
-            yield row
+        busy = select(kind.account).where(kind.lease.is_not(None)).group_by(kind.account)
+        waiting = waiting.where(kind.account.not_in(busy.having(func.count() >= per_account)))
+    in_order = waiting.order_by(kind.priority.desc(), kind.turn, kind.seq)
+    return session.execute(in_order.limit(LOOKED_AT)).all()
 
 
 def next_turn(
-    session: Session, kind: type[QueuedWork], account: str, *going_on: ColumnElement[bool]
+    session: Session, kind: type[TakesTurns], account: str, *going_on: ColumnElement[bool]
 ) -> int:
     """The turn after the last one of ``account``; where it has none, the one the others are at.
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import openai
@@ -106,6 +107,40 @@ def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str)
         (lines,) = lines_of(client, batch.output_file_id)
         assert lines["response"]["body"]["object"] == kind
         assert batch.error_file_id is None
+
+
+def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, service: Any) -> None:
+    mine = [created(client, [line(n)]).id for n in range(3)]
+    theirs = created(other, [line(1)]).id
+    order = []
+    while service.face.batches.run_once():
+        with service.database.read() as session:
+            done = session.query(store.Batch).filter(store.Batch.status.in_(store.ENDED))
+            order.append({each.id for each in done})
+    assert [next(iter(now - before)) for before, now in pairwise([set(), *order])] == [
+        mine[0], theirs, mine[1], mine[2],
+    ]  # fmt: skip
+
+
+def test_a_file_is_written_page_by_page(
+    client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE", 2)
+    sizes: list[int] = []
+    honest = store.results
+
+    def results(*given: Any) -> Any:
+        found = honest(*given)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(store, "results", results)
+    made = created(client, [line(number) for number in range(5)])
+    assert service.face.batches.run_once()
+    batch = client.batches.retrieve(made.id)
+    found = lines_of(client, batch.output_file_id)
+    assert [each["custom_id"] for each in found] == [f"r{number}" for number in range(5)]
+    assert sizes == [2, 2, 1, 0] and batch.error_file_id is None
 
 
 UNUSABLE: list[tuple[list[Any], str, int | None]] = [

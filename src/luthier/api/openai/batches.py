@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
@@ -315,7 +315,8 @@ class BatchRunner:
             held = store.get(session, batch.account, batch.id, lock=True)
             if held is None or held.lease != self._token:
                 return
-            missing = held.total > sum(store.counts(session, held))
+            counts = store.counts(session, held)
+            missing = held.total > sum(counts)
             end = store.EXPIRED if missing else store.COMPLETED
             if held.status == store.CANCELLING:
                 end = store.CANCELLED
@@ -323,16 +324,14 @@ class BatchRunner:
                 store.enter(held, store.FINALIZING)
         files: dict[str, str] = {}
         for failed, column in ((False, "output_file"), (True, "error_file")):
-            with self.database.read() as session:
-                found = store.results(session, batch.id, failed)
-            if found:
+            if counts[failed]:
                 # By an id that follows from the batch's: written again after a crash, it is one file.
                 name = f"{batch.id}_{'error' if failed else 'output'}"
                 file_id = f"file-{name.replace('_', '')}"
                 try:
                     self.files.add(
                         batch.account,
-                        _json_lines(found),
+                        self._result_lines(batch, failed),
                         f"{name}.jsonl",
                         "batch_output",
                         file_id=file_id,
@@ -349,6 +348,18 @@ class BatchRunner:
                 for column, file_id in files.items():
                     setattr(held, column, file_id)
                 store.end(session, held, end)
+
+    def _result_lines(self, batch: Batch, failed: bool) -> Iterator[bytes]:
+        """Lines of one of the files; each of a page of them is read by itself."""
+        after = 0
+        while True:
+            with self.database.read() as session:
+                found = store.results(session, batch.id, failed, after)
+            if not found:
+                return
+            for _, result in found:
+                yield json.dumps(result, ensure_ascii=False).encode() + b"\n"
+            after = found[-1][0]
 
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         with self.database.write() as session:
@@ -401,11 +412,6 @@ def _problem(
 
 def _error(code: str, text: str, line: int | None, param: str | None = None) -> dict[str, Any]:
     return {"code": code, "message": text, "param": param, "line": line}
-
-
-def _json_lines(results: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
-    for result in results:
-        yield json.dumps(result, ensure_ascii=False).encode() + b"\n"
 
 
 class CreateBatch(Body):

@@ -58,6 +58,7 @@ def upgrade() -> None:
         sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("caller", Plain, nullable=False),
         sa.Column("endpoint", sa.String(), nullable=False),
         sa.Column("window", sa.String(), nullable=False),
