@@ -61,6 +61,21 @@ def test_changes_at_once_share_a_transaction(database: Database, trail: AuditTra
     assert mine == [f"x:7.{index}" for index in range(each)]
 
 
+def test_of_what_failed_changes_are_written_and_the_rest_is_counted(
+    database: Database, trail: AuditTrail
+) -> None:
+    for outcome in ("InternalServer", "Validation"):
+        for action in ("bedrock:CreateCustomModel", "bedrock:GetCustomModel"):
+            trail.record(ANN, action, "arn:m", outcome, "r-1")
+    limit = time.monotonic() + 5
+    while not written(database) and time.monotonic() < limit:
+        time.sleep(0.01)
+    (entry,) = written(database)
+    assert (entry.action, entry.outcome) == ("bedrock:CreateCustomModel", "InternalServer")
+    trail.close()
+    assert len(written(database)) == 4
+
+
 def test_refusals_are_written_without_waiting(database: Database, trail: AuditTrail) -> None:
     trail.write_refusal(
         ANN, "bedrock:DeleteCustomModel", "arn:m", "AccessDenied", address="10.0.0.1"

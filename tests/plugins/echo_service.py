@@ -98,6 +98,7 @@ class Echo:
         self.taking = Taking()
         self.closed = threading.Event()
         self.sent = 0
+        self.error = Exception()
         self.waiting = Waiting()
 
     name, request_id_header = "echo", "x-echo-id"
@@ -109,7 +110,7 @@ class Echo:
         method, path = head.method, head.path
         name = path.rpartition("/")[2]
         works = {"echo": self.echo, "fail": self.fail, "stream": self.stream, "full": self.full}
-        works["deny"] = self.deny
+        works |= {"deny": self.deny, "half": self.half}
         works["large"] = lambda call: Response.json(len(call.body))
         works["pour"] = lambda call: Response(200, self.much())
         works["nap"] = self.nap
@@ -149,6 +150,11 @@ class Echo:
     def deny(self, request: Request) -> Response:
         authorize(ANNA, "test:Deny", "*")
         raise AssertionError("it was allowed")
+
+    def half(self, request: Request) -> Response:
+        authorize(MAY, "test:First", request.path)
+        authorize(MAY, "test:Second", request.path)
+        raise self.error
 
     def full(self, request: Request) -> Response:
         raise Fault("Throttling", "Slow down.", retry_after=1)

@@ -1,7 +1,7 @@
 """Writes the audit log of a running service: many entries in one transaction, by one thread.
 
-What was changed is in the log before its answer leaves; refusals follow at once without anybody
-waiting; what only reads or infers is counted.
+What was changed is in the log before its answer leaves; refusals, and changes that failed half-way,
+follow at once without anybody waiting; what only reads or infers is counted.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ READ_ONLY = re.compile(
     r"|luthier:.*\.(get|list\w*|retrieve|content|run|validate)"
 )
 """Actions that change nothing."""
+
+FAILURES = ("InternalServer", "ServiceUnavailable")
+"""Codes of what failed in the service: what was asked for may have been done all the same."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -81,11 +84,12 @@ class AuditTrail:
             request_id: as the client is told.
             address: of the client.
         """
-        if outcome == "AccessDenied":
+        changes = not READ_ONLY.fullmatch(action)
+        if outcome == "AccessDenied" or (outcome in FAILURES and changes):
             self.write_refusal(
                 caller, action, resource, outcome, request_id=request_id, address=address
             )
-        elif outcome != "ok" or READ_ONLY.fullmatch(action):
+        elif outcome != "ok" or not changes:
             self.count(caller, action, resource, address, outcome)
         else:
             self.write(
@@ -105,7 +109,7 @@ class AuditTrail:
     def write_refusal(
         self, caller: Caller, action: str, resource: str, code: str, **about: str
     ) -> None:
-        """A known caller was refused; ``about`` is ``request_id`` and ``address``."""
+        """A known caller was refused, or failed; ``about`` is ``request_id`` and ``address``."""
         event = Event(action, resource, code, caller.account, caller.user, **about)  # type: ignore[arg-type]
         with self._ready:
             if len(self._waiting) < MOST_WAITING:

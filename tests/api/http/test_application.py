@@ -17,6 +17,7 @@ from echo_service import Server
 from served import served
 
 from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.errors import ReadOnlyDisk, RefusedInput
 from luthier.store.database import now
 
 HEAD = b"POST /x/take%s HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer good\r\n"
@@ -255,6 +256,26 @@ def test_the_audit_log_has_changes_refusals_and_counts(server: Server) -> None:
         ("ok", "test:Echo", "/x%2Fy/echo", "anna"),
         ("AccessDenied", "test:Deny", "*", "anna"),
         ("turned away", "UnrecognizedClient", "127.0.0.1"),
+    ]
+
+
+def test_a_change_that_failed_half_way_is_in_the_audit_log(server: Server) -> None:
+    errors = {
+        "InternalServer": RuntimeError("committed, and then this"),
+        "ServiceUnavailable": ReadOnlyDisk("no writes"),
+        "Validation": RefusedInput("wrong"),
+    }
+    for code, error in errors.items():
+        server.echo.error = error
+        assert server.ask("POST", "/x/half")[1]["code"] == code
+    assert server.trail.lines == [
+        (code, f"test:{part}", "/x/half", "anna")
+        for code, parts in (
+            ("InternalServer", ("First", "Second")),
+            ("ServiceUnavailable", ("First", "Second")),
+            ("Validation", ("Second",)),
+        )
+        for part in parts
     ]
 
 

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs
 
 from sqlalchemy.exc import OperationalError
 
-from luthier.api.audit import AuditTrail
+from luthier.api.audit import FAILURES, AuditTrail
 from luthier.api.authentication import Authenticator
 from luthier.api.http.connections import client_key
 from luthier.api.http.limits import (
@@ -208,25 +208,12 @@ class Application:
         request_id = exchange.record.request_id
         try:
             response = await self._respond(exchange)
-        except Fault as fault:
-            self._audit_refusal(exchange.record, fault)
-            return self._refusal(exchange, fault)
-        except RefusedInput as refused:
-            return self._refusal(exchange, Fault.of(refused))
         except ClientDisconnected:
             raise
-        except asyncio.CancelledError:
-            text = "The service is ending. Ask again; what was asked may have been done."
-            return self._refusal(exchange, Fault("ServiceUnavailable", text, retry_after=5))
-        except (OperationalError, ReadOnlyDisk) as error:
-            # It passes when the database, or the disk, is back: clients are told to ask again.
-            _log.exception("database or disk trouble", extra={"request_id": request_id})
-            return self._refusal(exchange, Fault.unavailable(error))
-        except Exception:
-            # What went wrong inside is told to the log alone.
-            _log.exception("request failed", extra={"request_id": request_id})
-            text = f"Something failed inside the service; its log has request {request_id}."
-            return self._refusal(exchange, Fault("InternalServer", text))
+        except (Exception, asyncio.CancelledError) as error:
+            fault = _fault_of(error, request_id)
+            self._audit_refusal(exchange.record, fault)
+            return self._refusal(exchange, fault)
         headers = {exchange.face.request_id_header: request_id, **response.headers}
         return Response(response.status, response.body, headers)
 
@@ -330,11 +317,12 @@ class Application:
         try:
             with cancelled_by(guard.take):
                 response = await self._run(work)
-        except Fault as fault:
+        except Exception as error:
             if await guard.end():
                 # It is in the log, and nobody is there to be told.
+                fault = _fault_of(error, exchange.record.request_id)
                 self._audit_refusal(exchange.record, fault)
-                raise ClientDisconnected from fault
+                raise ClientDisconnected from error
             raise
         finally:
             gone = await guard.end()
@@ -372,9 +360,29 @@ class Application:
         if not record.user:
             self.trail.reject_unknown(fault.code, record.address)
         else:
-            # Only what was asked for last can have been refused.
-            record.actions = record.actions[-1:]
+            if fault.code not in FAILURES:
+                # Only what was asked for last can have been refused.
+                record.actions = record.actions[-1:]
             self._audit(record, fault.code)
+
+
+def _fault_of(error: BaseException, request_id: str) -> Fault:
+    """What a client is told of an error."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, RefusedInput):
+        return Fault.of(error)
+    if isinstance(error, asyncio.CancelledError):
+        text = "The service is ending. Ask again; what was asked may have been done."
+        return Fault("ServiceUnavailable", text, retry_after=5)
+    if isinstance(error, OperationalError | ReadOnlyDisk):
+        # It passes when the database, or the disk, is back: clients are told to ask again.
+        _log.error("database or disk trouble", exc_info=error, extra={"request_id": request_id})
+        return Fault.unavailable(error)
+    # What went wrong inside is told to the log alone.
+    _log.error("request failed", exc_info=error, extra={"request_id": request_id})
+    text = f"Something failed inside the service; its log has request {request_id}."
+    return Fault("InternalServer", text)
 
 
 def _claimed_key(head: RequestHead) -> str:
