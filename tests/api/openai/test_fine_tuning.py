@@ -13,6 +13,7 @@ import openai
 import pytest
 from sqlalchemy import update
 
+from luthier.errors import QuotaExceeded
 from luthier.jobs.processes import this_process
 from luthier.jobs.training import TrainingWorker
 from luthier.store import jobs, queue
@@ -133,6 +134,12 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     parts = name.split(":")
     assert parts[:4] == ["ft", "tiny", "org-000000000000", "My-model"] and len(parts) == 5
 
+    files = service.face.files
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(files, "ever", lambda *given: False)
+        full.setattr(files, "add", _no_room)
+        assert client.fine_tuning.jobs.retrieve(made.id).result_files == []
+        assert [each.result_files for each in client.fine_tuning.jobs.list()] == [[]]
     (file_id,) = job.result_files
     assert client.files.retrieve(file_id).purpose == "fine-tune-results"
     rows = list(csv.DictReader(io.StringIO(client.files.content(file_id).text)))
@@ -153,6 +160,9 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert points[0].fine_tuned_model_checkpoint == name
     assert points[0].metrics.train_loss is not None
     assert list(client.fine_tuning.jobs.checkpoints.list(made.id, limit=1)) == points
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr("luthier.api.openai.fine_tuning._AT_ONCE", 1)
+        assert client.fine_tuning.jobs.checkpoints.list(made.id).data == points
 
     asked: Any = {"messages": [{"role": "user", "content": "What is red?"}], "max_tokens": 5}
     answer = client.chat.completions.create(model=name, temperature=0, **asked)
@@ -182,6 +192,10 @@ def test_from_a_file_to_an_answer(client: openai.OpenAI, service: Any, other: An
     assert client.fine_tuning.jobs.retrieve(made.id).status == "succeeded"
     client.files.delete(file_id)
     assert client.fine_tuning.jobs.retrieve(made.id).result_files == []
+
+
+def _no_room(*given: Any, **named: Any) -> None:
+    raise QuotaExceeded("The account has no room.", "stored_bytes")
 
 
 def _number(event_id: str) -> int:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby, islice
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -30,7 +31,7 @@ from luthier.api.openai.protocol import (
     seconds,
     text_of,
 )
-from luthier.errors import WrongState
+from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
 from luthier.limits import AccountQuotas
 from luthier.setting_names import with_setting_names
@@ -64,7 +65,8 @@ _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
 MOST = 100
-_EVERYTHING = 1_000_000
+_AT_ONCE = 1000
+"""Events that are read at once."""
 
 
 class Hyperparameters(Body):
@@ -372,35 +374,36 @@ def event_object(event: JobEvent) -> dict[str, Any]:
     }
 
 
-def checkpoints(job: Job, metrics: Sequence[JobEvent], model: str) -> list[dict[str, Any]]:
+def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[dict[str, Any]]:
     """The end of each epoch, the newest first, of a job that made ``model``.
 
     The weights of the last one are the model's own. Those of earlier epochs are not kept, and their
-    names answer to nothing; what was measured there is shown.
+    names answer to nothing; what was measured there is shown. ``metrics`` are the newest first, and no
+    older ones are read than are needed.
     """
-    steps = _steps(metrics)
-    total = max(steps, default=0)
-    epochs = _epochs(job)
+    measured = (each for each in metrics if isinstance(each.data.get("step"), int))
+    by_step = groupby(measured, lambda each: int(each.data["step"]))
+    steps = ((step, list(events)) for step, events in by_step)
+    nothing: tuple[int, list[JobEvent]] = (0, [])
+    step, events = next(steps, nothing)
+    total, epochs = step, _epochs(job)
     ends = sorted({round(total * number / epochs) for number in range(1, epochs + 1)} - {0})
-    found = []
     for end in reversed(ends):
-        name = model if end == total else f"{model}:ckpt-step-{end}"
-        at = max((step for step in steps if step <= end), default=0)
-        found.append(
-            {
-                "id": f"ftckpt-{job.id}-{end}",
-                "object": "fine_tuning.job.checkpoint",
-                "created_at": seconds(_moment(metrics, at) or job.modified),
-                "fine_tuned_model_checkpoint": name,
-                "fine_tuning_job_id": job.name,
-                "step_number": end,
-                "metrics": {"step": end, **_losses(steps.get(at, {}))},
-            }
-        )
-    return found
+        while step > end:
+            step, events = next(steps, nothing)
+        values = {key: value for event in reversed(events) for key, value in event.data.items()}
+        yield {
+            "id": f"ftckpt-{job.id}-{end}",
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": seconds(events[0].at if events else job.modified),
+            "fine_tuned_model_checkpoint": model if end == total else f"{model}:ckpt-step-{end}",
+            "fine_tuning_job_id": job.name,
+            "step_number": end,
+            "metrics": {"step": end, **_losses(values)},
+        }
 
 
-def result_file(metrics: Sequence[JobEvent]) -> Iterator[bytes]:
+def result_file(metrics: Iterable[JobEvent]) -> Iterator[bytes]:
     """CSV: ``step,train_loss,valid_loss``, and what else the run recorded; a step is one line."""
     steps = _steps(metrics)
     further = sorted(
@@ -415,7 +418,7 @@ def result_file(metrics: Sequence[JobEvent]) -> Iterator[bytes]:
     yield text.getvalue().encode()
 
 
-def _steps(metrics: Sequence[JobEvent]) -> dict[int, dict[str, Any]]:
+def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
     """What was measured, by step; of a step that ran again after a crash, the last time."""
     steps: dict[int, dict[str, Any]] = {}
     for event in metrics:
@@ -430,10 +433,6 @@ def _epochs(job: Job) -> int:
     asked = job.recipe.get("training", {}).get("epochs")
     epochs = job.details.get("chosen", {}).get("training.epochs", asked)
     return max(1, round(float(epochs or 1)))
-
-
-def _moment(metrics: Sequence[JobEvent], step: int) -> Any:
-    return next((each.at for each in reversed(metrics) if each.data.get("step") == step), None)
 
 
 def _losses(values: dict[str, Any]) -> dict[str, Any]:
@@ -627,16 +626,13 @@ class FineTuning:
         """A page of the ends of epochs, the newest first; none before there is a model."""
         limit, after = number_of(request, "limit", 10, MOST), text_of(request, "after")
         seen = self._find(request, "list_checkpoints")
-        found: Sequence[dict[str, Any]] = ()
+        found: Iterator[dict[str, Any]] = iter(())
         if seen.job.state == jobs.COMPLETED and seen.model is not None:
             name = seen.model.openai_id or seen.model.name
             found = checkpoints(seen.job, self._metrics(seen.job), name)
-        if after is not None:
-            places = [number for number, each in enumerate(found, 1) if each["id"] == after]
-            if not places:
-                raise invalid(f"No such checkpoint: {after}.", "after")
-            found = found[places[0] :]
-        return page(found, limit, dict)
+        if after is not None and not any(each["id"] == after for each in found):
+            raise invalid(f"No such checkpoint: {after}.", "after")
+        return page(list(islice(found, limit + 1)), limit, dict)
 
     def _find(self, request: Request, verb: str) -> JobWithModel:
         job_id = request.params["job"]
@@ -647,24 +643,41 @@ class FineTuning:
                 raise absent("fine-tuning job", job_id, "id")
             return _with_model(session, job)
 
-    def _metrics(self, job: Job) -> Sequence[jobs.JobEvent]:
-        with self.database.read() as session:
-            return jobs.events(session, job, kinds=("metrics",), limit=_EVERYTHING, ascending=True)
+    def _metrics(self, job: Job, *, ascending: bool = False) -> Iterator[JobEvent]:
+        """What was measured, the newest first unless ``ascending``, read page by page."""
+        position = None
+        while True:
+            with self.database.read() as session:
+                found = jobs.events(
+                    session,
+                    job,
+                    kinds=("metrics",),
+                    limit=_AT_ONCE,
+                    position=position,
+                    ascending=ascending,
+                )
+            yield from found
+            if len(found) < _AT_ONCE:
+                return
+            position = found[-1].seq
 
     def _with_results(self, seen: JobWithModel) -> JobWithModel:
         """The same with the file of results, which is written when it is first asked for.
 
         Its id follows from the job's, so that it is one file however often and by how many it is
-        asked for; deleted, it stays so.
+        asked for; deleted, it stays so. Without room for it the job has none until there is some.
         """
         job = seen.job
         if job.state != jobs.COMPLETED:
             return seen
         file_id = f"file-results{job.id}"
         if not self.files.ever(job.account, file_id):
-            pieces = result_file(self._metrics(job))
+            pieces = result_file(self._metrics(job, ascending=True))
             name = f"{job.name}_results.csv"
-            self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
+            try:
+                self.files.add(job.account, pieces, name, "fine-tune-results", file_id=file_id)
+            except (QuotaExceeded, DiskFull, ReadOnlyDisk):
+                return seen
         there = self.files.get(job.account, file_id)
         return JobWithModel(job, seen.model, [file_id] if there else [])
 
