@@ -10,13 +10,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import delete
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import WrongState
 from luthier.store.database import Base, lock_by_name, now
+
+KEPT = timedelta(days=1)
+"""How long a client may repeat a request: as long as temporary errors last, and then some."""
 
 
 class TokenReused(WrongState):
@@ -24,7 +28,7 @@ class TokenReused(WrongState):
 
 
 class AnsweredRequest(Base):
-    """The answer to one request; kept as long as the database."""
+    """The answer to one request, kept for :data:`KEPT`."""
 
     __tablename__ = "answered_requests"
 
@@ -78,7 +82,9 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
 
 
 def remember(session: Session, attempt: Attempt, answer: Mapping[str, Any]) -> None:
-    """Keep the answer, in the transaction that made what it names."""
+    """Keep the answer, in the transaction that made what it names; old ones of the account go."""
+    old = AnsweredRequest.account == attempt.account, AnsweredRequest.created < now() - KEPT
+    session.execute(delete(AnsweredRequest).where(*old))
     session.add(
         AnsweredRequest(
             account=attempt.account,
