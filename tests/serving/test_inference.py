@@ -24,6 +24,14 @@ def test_values_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     assert refused.value.parameter == next(iter(fields))
 
 
+def test_what_is_to_be_done_at_the_end_may_fail_and_says_so() -> None:
+    stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
+    done: list[int] = []
+    stream.at_end(lambda: done.__delitem__(0))
+    with pytest.raises(IndexError):
+        stream.close()
+
+
 def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
     events: SimpleQueue[Any] = SimpleQueue()
     stream = Stream(events, prompt_tokens=3, n=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -271,10 +271,12 @@ class Stream:
     def close(self) -> None:
         """Let go of it; the answers that are not whole are not written further. Any thread may."""
         self._left = 0
-        # Who reads it may come to its end at the same time.
-        with suppress(IndexError):
-            while True:
-                self._at_end.pop()()
+        while True:
+            try:
+                act = self._at_end.pop()
+            except IndexError:  # who reads it may have come to its end at the same time
+                break
+            act()
         self._events.put(ENDED)  # for one who waits for the next piece
 
     def interrupt(self) -> None:

@@ -36,7 +36,7 @@ from luthier.api.http.messages import Fault
 from luthier.errors import NameInUse, QuotaExceeded
 from luthier.store import custom_models, tags
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import new_id, now
+from luthier.store.database import lock_by_name, new_id, now
 from luthier.store.endpoints import (
     CREATING,
     DEPLOYMENT,
@@ -98,6 +98,7 @@ def _create(
 
     def make(session: Session) -> dict[str, Any]:
         row = fields(session)
+        lock_by_name(session, f"endpoints {request.account}")  # from here on nobody else counts
         _check_name(request, session, kind, name)
         quota = getattr(request.control.quotas(request.account), kind.quota)
         own = select(func.count()).where(*_own(request, kind))

@@ -91,7 +91,7 @@ class _Deletions:
         )
         if named.dry_run:
             return self._preview(deletion)
-        # Who may not delete an object or a model does not do so in this way either.
+        # The right to delete data is enough; what a policy denies is not deleted in this way either.
         return _view(self.deletions.delete(deletion, partial(refuse_denied, request.caller)))
 
     def get(self, request: Request) -> DeletionView:

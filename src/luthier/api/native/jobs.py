@@ -212,7 +212,9 @@ class _Jobs:
         job = self._job(request, "GetJob")
         known = request.headers.get("last-event-id", "")
         # A number beyond what databases hold is nobody's event.
-        after = int(known) if known.isdigit() and len(known) < 19 else since.after
+        after = (
+            int(known) if known.isascii() and known.isdigit() and len(known) < 19 else since.after
+        )
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         return Response(200, self._stream(job, min(after, 2**62), since.follow), headers)
 

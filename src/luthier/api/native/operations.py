@@ -315,6 +315,8 @@ class Context:
             query = query.where(CustomModel.id == arn.id)
         else:
             query = query.where(CustomModel.id == "")
+        # One model may be called as another one's id: ids come first.
+        query = query.order_by((CustomModel.id == identifier).desc())
         model = session.scalars(query.where(CustomModel.status != RESERVED)).first()
         if model is None or (active and model.status != ACTIVE):
             raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
