@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from bedrock_service import ALICE, BASE, BOB, ENCODER, Service, eventually, job_members
+from bedrock_service import (
+    ALICE,
+    BASE,
+    BOB,
+    ENCODER,
+    Server,
+    Service,
+    eventually,
+    job_members,
+    opened,
+)
 from botocore.exceptions import ClientError
 
+from luthier.api.bedrock import endpoints
 from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.http.messages import Fault
 from luthier.limits import AccountQuotas
@@ -184,6 +198,35 @@ def test_quota_of_deployments(
         again = {"provisionedModelName": "two", "modelId": arn, "modelUnits": 1}
         create = bedrock.create_provisioned_model_throughput
         assert refused(create, **again) == "ServiceQuotaExceededException"
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_endpoints_made_at_once_keep_the_quota(
+    server: Server, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, honest = threading.Barrier(2), endpoints.new_id
+
+    def new_id() -> str:
+        """Behind the count: nobody else comes so far while it is held."""
+        with suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return honest()
+
+    def create(name: str) -> str:
+        members = {"provisionedModelName": name, "modelId": BASE, "modelUnits": 1}
+        try:
+            client.create_provisioned_model_throughput(**members)
+        except ClientError as error:
+            return str(error.response["Error"]["Code"])
+        return ""
+
+    monkeypatch.setattr(endpoints, "new_id", new_id)
+    quotas = AccountQuotas(provisioned_throughputs=1)
+    with contextmanager(opened)(database_url) as database, server.serving(database, quotas) as made:
+        client = made.client()
+        with ThreadPoolExecutor(2) as threads:
+            codes = sorted(threads.map(create, ("one", "two")))
+    assert codes == ["", "ServiceQuotaExceededException"]
 
 
 def test_a_name_is_no_part_of_an_arn(bedrock: Any, model: Callable[..., str]) -> None:

@@ -62,11 +62,14 @@ def arn(context: Context) -> str:
         return context.arns.job(ACCOUNT, job.foundation, job.id)
 
 
-def ask(context: Context, who: Caller, method: str, path: str, body: Any = None) -> Any:
+def ask(
+    context: Context, who: Caller, method: str, path: str, body: Any = None, headers: Any = None
+) -> Any:
     deletions = Deletions(context.database, context.arns, Objects(context.database))
     route = native_face(context, "1", deletions).route(RequestHead(method, path, "", [], tls=False))
     moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
-    call = Request("r", who, method, path, {}, {}, text, moment, route.params, "192.0.2.7")
+    headers = headers or {}
+    call = Request("r", who, method, path, {}, headers, text, moment, route.params, "192.0.2.7")
     return route.operation.handler(call)
 
 
@@ -101,6 +104,30 @@ def test_a_right_to_one_job_is_enough_for_it(context: Context, arn: str) -> None
         ask(context, caller(one), "POST", "/api/v1/jobs/mine/stop")
     with pytest.raises(Fault, match="not authorized"):
         ask(context, caller(one), "GET", "/api/v1/models/all-minilm-l6-v2")
+
+
+def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:
+    with context.database.write() as session:
+        first = session.query(CustomModel).one()
+        asked = Submission(
+            ACCOUNT, "native", "other", "another", "FINE_TUNING",
+            foundation_model("smollm2-135m-instruct"), ["s3://a/b"],
+        )  # fmt: skip
+        submit(session, asked, context.arns)
+        second = session.query(CustomModel).filter_by(name="another").one()
+        first.status = second.status = ACTIVE
+        session.flush()
+        first.name = second.id
+        session.flush()
+        assert context.custom(session, ACCOUNT, second.id) is second
+        assert context.custom(session, ACCOUNT, first.id) is first
+
+
+def test_an_event_that_no_number_names_is_none(context: Context, arn: str) -> None:
+    path = "/api/v1/jobs/mine/events"
+    for known in ("²", "٣", "x", "-1", "9" * 30):
+        answer = ask(context, caller(EVERYTHING), "GET", path, headers={"last-event-id": known})
+        assert answer.status == 200
 
 
 class Kept:
