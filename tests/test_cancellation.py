@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from luthier.cancellation import Cancellable, Running, cancellable, cancelled_by
+from luthier.cancellation import Cancellable, KillHandle, cancellable, cancelled_by
 
 
 def test_what_has_finished_is_not_killed() -> None:
     registered: list[Cancellable] = []
     kills: list[int] = []
     with cancelled_by(registered.append):
-        running = cancellable(Running(lambda: kills.append(1)))
+        running = cancellable(KillHandle(lambda: kills.append(1)))
     registered[0].close()
     assert kills == [1]
     running.finish()

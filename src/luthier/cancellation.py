@@ -21,7 +21,7 @@ class Cancellable(Protocol):
         """End it now. Any thread may, also when it has ended."""
 
 
-class Running:
+class KillHandle:
     """Work that ``kill`` ends. Once it is finished nothing is killed: what did it, a process or its
     number, may be another's by then.
     """

@@ -16,7 +16,7 @@ from luthier import files
 from luthier.engine import checkpoints
 from luthier.engine.checkpoints import (
     Checkpoints,
-    Progress,
+    TrainingProgress,
     fingerprint,
     random_state,
     restore_random_state,
@@ -39,7 +39,7 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
 def write(kept: Checkpoints, *steps: int) -> Path:
     path = kept.folder
     for step in steps:
-        path = kept.write(Progress(step=step, tokens=7 * step), tensors_of(step))
+        path = kept.write(TrainingProgress(step=step, tokens=7 * step), tensors_of(step))
     return path
 
 
@@ -62,7 +62,7 @@ def names(folder: Path) -> list[str]:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
-    progress = Progress(
+    progress = TrainingProgress(
         step=3,
         tokens=120,
         rows=9,

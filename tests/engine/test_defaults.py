@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from short_runs import Notes, manifest_of
 
 from luthier.engine import train
-from luthier.engine.defaults import Facts, choose, steps_of, token_budget, validation_share
+from luthier.engine.defaults import DataFacts, choose, steps_of, token_budget, validation_share
 from luthier.engine.memory import MemoryEstimate
 from luthier.recipe import Recipe, Training
 from luthier.types import Example
@@ -45,14 +45,14 @@ def test_few_rows_are_all_learned_from_where_scores_say_how_long(
 ) -> None:
     graded = {"grader": {"method": "regex", "pattern": "a"}} if method == "grpo" else {}
     recipe = Recipe.parse({"data": {"train": "x"}, "objective": {"method": method, **graded}})
-    chosen, choices = choose(recipe, Facts(rows, 100, 40, 384, held_out=held_out))
+    chosen, choices = choose(recipe, DataFacts(rows, 100, 40, 384, held_out=held_out))
     assert chosen.training.refit is refit
     assert ("training.refit" in [name for name, _, _ in choices]) is bool(refit)
 
 
 def plan(rows: int, validation: int = 0, **training: Any) -> tuple[Recipe, dict[str, Any], int]:
     recipe = Recipe.parse({"data": {"train": "x"}, "training": training})
-    recipe, choices = choose(recipe, Facts(rows, 100, validation, 2000))
+    recipe, choices = choose(recipe, DataFacts(rows, 100, validation, 2000))
     assert all(reason for _, _, reason in choices)
     return recipe, {name: value for name, value, _ in choices}, steps_of(recipe, rows)
 
@@ -98,7 +98,7 @@ def test_each_adaptation_has_its_own_rate() -> None:
     for name in ("lora", "full", "freeze"):
         for width in (576, 2000):
             recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": name})
-            chosen = choose(recipe, Facts(100, 100, 0, width))[0]
+            chosen = choose(recipe, DataFacts(100, 100, 0, width))[0]
             rates[name, width] = chosen.training.learning_rate
     assert rates == {
         ("lora", 576): 1.3e-3,
@@ -116,10 +116,10 @@ def test_a_new_head_on_weights_that_move_learns_faster(
     adaptation: str, new: bool, rate: float, told: bool
 ) -> None:
     recipe = Recipe.parse({"data": {"train": "x"}, "adaptation": adaptation})
-    chosen, choices = choose(recipe, Facts(100, 100, 0, 576, new))
+    chosen, choices = choose(recipe, DataFacts(100, 100, 0, 576, new))
     assert chosen.training.head_rate_multiplier == rate
     given = recipe.model_copy(update={"training": Training(learning_rate=1e-3)})
-    assert choose(given, Facts(100, 100, 0, 576, new))[0].training.head_rate_multiplier == 1.0
+    assert choose(given, DataFacts(100, 100, 0, 576, new))[0].training.head_rate_multiplier == 1.0
     assert told == any(name == "training.head_rate_multiplier" for name, _, _ in choices)
 
 

@@ -12,7 +12,7 @@ import pytest
 import luthier
 from luthier.data.loader import Mixed
 from luthier.engine.dataset import prepare
-from luthier.engine.defaults import Facts, choose, steps_of
+from luthier.engine.defaults import DataFacts, choose, steps_of
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.files import sha256_of
 from luthier.models.tokenizer import load_chat_format
@@ -124,9 +124,9 @@ def test_the_option_may_name_any_file() -> None:
 
 def test_mixing_adds_rows_to_each_step_and_not_steps() -> None:
     recipe = Recipe.parse({"data": {"train": "x"}})
-    plain, _ = choose(recipe, Facts(320, 50, 0, 64))
+    plain, _ = choose(recipe, DataFacts(320, 50, 0, 64))
     mixed = (Mixed(1000, 960),)
-    more, choices = choose(recipe, Facts(320, 50, 0, 64, mixed=mixed))
+    more, choices = choose(recipe, DataFacts(320, 50, 0, 64, mixed=mixed))
     assert (plain.training.batch_size, more.training.batch_size) == (16, 64)
     assert plain.training.epochs == more.training.epochs
     assert steps_of(plain, 320) == steps_of(more, 320, mixed)

@@ -28,7 +28,7 @@ from luthier.store.jobs import Job, JobEvent, stop
 from luthier.store.listing import page
 from luthier.store.models import find
 from luthier.store.multipart import MultipartUploads
-from luthier.store.objects import Described, Objects
+from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.uploaded_files import UploadedFiles
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
@@ -67,7 +67,7 @@ class Store:
         with self.objects.files.begin(account) as writing:
             writing.write(content)
             written = writing.finish()
-        self.objects.put(account, "data", key, written, Described())
+        self.objects.put(account, "data", key, written, ObjectMetadata())
 
     def keys(self, account: str = ACCOUNT) -> list[str]:
         return [each.key for each in page(self.database, account, "data").objects]
@@ -117,9 +117,11 @@ def test_every_copy_of_the_data_goes(
 ) -> None:
     teacher = taught(queue, store)
     store.put(body())
-    store.objects.copy(ACCOUNT, ("data", "rows.jsonl"), ("data", "copy"), lambda found: Described())
+    store.objects.copy(
+        ACCOUNT, ("data", "rows.jsonl"), ("data", "copy"), lambda found: ObjectMetadata()
+    )
     uploads = MultipartUploads(store.objects)
-    upload = uploads.create(ACCOUNT, "data", "big", Described(), ("", ""))
+    upload = uploads.create(ACCOUNT, "data", "big", ObjectMetadata(), ("", ""))
     with store.objects.files.begin(ACCOUNT) as writing:
         writing.write(body())
         part = writing.finish()

@@ -18,7 +18,7 @@ from luthier.jobs.deletion import DeletionRequest, Deletions, remove_orphans
 from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry
 from luthier.store.database import Database
-from luthier.store.objects import Described, Objects
+from luthier.store.objects import ObjectMetadata, Objects
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 KILLED = """
@@ -49,7 +49,7 @@ def put(objects: Objects, account: str, key: str) -> None:
     with objects.files.begin(account) as writing:
         writing.write(json.dumps({"prompt": key, "completion": "x"}).encode() + b"\n")
         written = writing.finish()
-    objects.put(account, "data", key, written, Described())
+    objects.put(account, "data", key, written, ObjectMetadata())
 
 
 def files(objects: Objects, account: str) -> list[Path]:

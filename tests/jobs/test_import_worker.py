@@ -20,7 +20,7 @@ from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.processes import LOST, this_process
 from luthier.jobs.submit import submit_import
 from luthier.jobs.worker import Heartbeat
-from luthier.serving.acceptance import Accepted, accept_network
+from luthier.serving.acceptance import AcceptedModel, accept_network
 from luthier.serving.confined_process import WorkInterrupted
 from luthier.store import queue
 from luthier.store.database import Database
@@ -129,7 +129,7 @@ def test_weights_are_never_on_the_disk_of_an_encrypted_store(
     worker, found = begun(database, tiny_model_folder)
     looked: list[Path] = []
 
-    def tried(folder: Path, model_id: str) -> Accepted:
+    def tried(folder: Path, model_id: str) -> AcceptedModel:
         looked.extend(weights_in(folder))
         assert weights_in(luthier_home) == []
         accepted = accept_network(folder, model_id)

@@ -21,7 +21,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, logprobs
-from luthier.objectives.rollouts import Policy, Rollout, Rollouts
+from luthier.objectives.rollouts import PolicyBatch, Rollout, Rollouts
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -210,7 +210,7 @@ def ours(tensors: dict[str, Tensor], case: dict[str, Any]) -> tuple[float, Tenso
         "dr_grpo": torch.full((int(mask.sum()),), 1 / case["max_completion_length"]),
     }[case["loss_type"]]
     divisor = float(mask.sum()) if case["loss_type"] == "dapo" else float(len(mask))
-    policy = Policy(
+    policy = PolicyBatch(
         Rollouts([], 6),
         weight_M=weight,
         sampler_M=tensors["old"][mask],

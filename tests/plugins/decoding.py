@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from luthier.serving.decoder import Decoder
-from luthier.serving.inference import Chat, GenerationRequest, Stream, Whole
+from luthier.serving.inference import Chat, GenerationRequest, GenerationResult, Stream
 from luthier.serving.scheduler import working_for
 from luthier.types import Message
 
@@ -18,7 +18,7 @@ def asked(text: str, **fields: Any) -> GenerationRequest:
     return GenerationRequest(Chat((Message("user", text),)), **fields)
 
 
-def answer(decoder: Decoder, request: GenerationRequest) -> Whole:
+def answer(decoder: Decoder, request: GenerationRequest) -> GenerationResult:
     return decoder.submit(request).whole()[0]
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from luthier.errors import ModelRefused
 from luthier.models.manifest import Manifest
-from luthier.models.outside import Chosen, choose
+from luthier.models.outside import ImportedFiles, choose
 from luthier.serving.acceptance import accept_network, memory_needed
 from luthier.serving.confined_process import WorkInterrupted
 from luthier.store.models import StoredModel
@@ -22,7 +22,7 @@ GIB = 1 << 30
 PROCESS = GIB // 2
 
 
-def adapter(folder: Path, base: str) -> Chosen:
+def adapter(folder: Path, base: str) -> ImportedFiles:
     """Of an adapter whose weights are not there yet."""
     fields = {"peft_type": "LORA", "base_model_name_or_path": base}
     (folder / "adapter_config.json").write_text(json.dumps(fields))

@@ -32,7 +32,7 @@ from luthier.store.backup import backup, restore
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
 from luthier.store.jobs import COMPLETED, RUNNING, Job
-from luthier.store.objects import Described, ObjectPiece, Objects
+from luthier.store.objects import ObjectMetadata, ObjectPiece, Objects
 from luthier.store.sealing import Sealing, server_key
 from luthier.store.snapshot import remove_orphaned_snapshots, snapshot
 
@@ -61,7 +61,7 @@ def put(database: Database, content: bytes, key: str = "key") -> Path:
     with objects.files.begin(FIRST) as file:
         file.write(content)
         written = file.finish()
-    objects.put(FIRST, "data", key, written, Described())
+    objects.put(FIRST, "data", key, written, ObjectMetadata())
     return objects.files.path(FIRST, written.id)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from luthier.errors import CorruptFile, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.objects import UPLOADS, Described, Objects
+from luthier.store.objects import UPLOADS, ObjectMetadata, Objects
 
 ONE, TWO = "000000000001", "000000000002"
 
@@ -18,7 +18,7 @@ def put(objects: Objects, key: str, body: bytes, bucket: str = "data", account: 
     with objects.files.begin(account) as writing:
         writing.write(body)
         written = writing.finish()
-    objects.put(account, bucket, key, written, Described())
+    objects.put(account, bucket, key, written, ObjectMetadata())
 
 
 def refusal(call: object, *arguments: object) -> str:

@@ -19,15 +19,15 @@ from sqlalchemy.orm import Session
 from luthier.errors import DiskFull
 from luthier.store.database import Database
 from luthier.store.multipart import CompletedPart, MultipartUploads
-from luthier.store.object_files import ObjectFiles, Written
-from luthier.store.objects import Described, Objects
+from luthier.store.object_files import ObjectFiles, WrittenFile
+from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.uploaded_files import UploadedFiles
 
 ONE = "000000000001"
 GONE = OperationalError("COMMIT", {}, Exception("the database is away"))
 
 
-def written(objects: Objects, body: bytes = b"bytes") -> Written:
+def written(objects: Objects, body: bytes = b"bytes") -> WrittenFile:
     with objects.files.begin(ONE) as writing:
         writing.write(body)
         return writing.finish()
@@ -44,12 +44,12 @@ def data(objects: Objects) -> Objects:
 
 
 def put(data: Objects) -> Callable[[], Any]:
-    return lambda: data.put(ONE, "data", "k", written(data), Described())
+    return lambda: data.put(ONE, "data", "k", written(data), ObjectMetadata())
 
 
 def put_part(data: Objects) -> Callable[[], Any]:
     uploads = MultipartUploads(data)
-    upload = uploads.create(ONE, "data", "k", Described(), ("", "")).id
+    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", "")).id
     return lambda: uploads.put_part(ONE, "data", "k", upload, 1, written(data), {})
 
 
@@ -60,8 +60,8 @@ def add(data: Objects) -> Callable[[], Any]:
 
 
 def copy(data: Objects) -> Callable[[], Any]:
-    data.put(ONE, "data", "from", written(data), Described())
-    return lambda: data.copy(ONE, ("data", "from"), ("data", "to"), lambda found: Described())
+    data.put(ONE, "data", "from", written(data), ObjectMetadata())
+    return lambda: data.copy(ONE, ("data", "from"), ("data", "to"), lambda found: ObjectMetadata())
 
 
 WORKS = [put, put_part, add, copy]
@@ -180,7 +180,7 @@ def test_a_copy_that_finds_no_room_leaves_none_of_its_files(
     data: Objects, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads, real = MultipartUploads(data), ObjectFiles.link
-    upload = uploads.create(ONE, "data", "k", Described(), ("", "")).id
+    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", "")).id
     for number in (1, 2):
         body = b"x" * (5 << 20)
         uploads.put_part(ONE, "data", "k", upload, number, written(data, body), {})
@@ -198,7 +198,7 @@ def test_a_copy_that_finds_no_room_leaves_none_of_its_files(
 
     monkeypatch.setattr(ObjectFiles, "link", link)
     with pytest.raises(DiskFull):
-        data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+        data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata())
     assert len(files(data)) == 2
 
 

@@ -17,20 +17,20 @@ from luthier.errors import CorruptFile, DoesNotFit, ObjectRefused
 from luthier.store.listing import beyond, page
 from luthier.store.locations import Locations
 from luthier.store.multipart import CompletedPart, MultipartUploads
-from luthier.store.object_files import Written
-from luthier.store.objects import Content, Described, Objects
+from luthier.store.object_files import WrittenFile
+from luthier.store.objects import Content, ObjectMetadata, Objects
 
 ONE, TWO = "000000000001", "000000000002"
 
 
-def written(objects: Objects, body: bytes, account: str = ONE) -> Written:
+def written(objects: Objects, body: bytes, account: str = ONE) -> WrittenFile:
     with objects.files.begin(account) as writing:
         writing.write(body)
         return writing.finish()
 
 
 def put(objects: Objects, key: str, body: bytes) -> None:
-    objects.put(ONE, "data", key, written(objects, body), Described())
+    objects.put(ONE, "data", key, written(objects, body), ObjectMetadata())
 
 
 def read(objects: Objects, key: str) -> bytes:
@@ -52,7 +52,7 @@ def test_what_is_replaced_or_deleted_leaves_the_disk(data: Objects) -> None:
     put(data, "k", b"one")
     put(data, "k", b"two")
     assert read(data, "k") == b"two" and len(files(data)) == 1
-    data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+    data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata())
     data.delete(ONE, "data", ["k", "none"])
     assert read(data, "l") == b"two" and len(files(data)) == 1
     data.delete(ONE, "data", ["l"])
@@ -75,7 +75,7 @@ def test_a_file_without_a_row_is_swept(data: Objects) -> None:
 KILLED = """
 import os, signal, sys
 from luthier.store.database import Database
-from luthier.store.objects import Described
+from luthier.store.objects import ObjectMetadata
 from luthier.store.locations import Locations
 from luthier.store.objects import Content, Objects
 
@@ -88,7 +88,7 @@ else:
 with objects.files.begin("000000000001") as writing:
     writing.write(b"new")
     done = writing.finish()
-objects.put("000000000001", "data", "k", done, Described())
+objects.put("000000000001", "data", "k", done, ObjectMetadata())
 """
 
 
@@ -110,7 +110,7 @@ def test_a_refused_object_leaves_nothing(data: Objects) -> None:
     put(data, "k", b"old")
     for bucket, check in (("none", None), ("data", refuse)):
         with pytest.raises(ObjectRefused):
-            data.put(ONE, bucket, "k", written(data, b"new"), Described(), check)
+            data.put(ONE, bucket, "k", written(data, b"new"), ObjectMetadata(), check)
     assert read(data, "k") == b"old" and len(files(data)) == 1
     with suppress(KeyError), data.files.begin(ONE) as writing:
         writing.write(b"x")
@@ -171,7 +171,7 @@ def test_an_object_that_is_replaced_while_it_is_copied(
     monkeypatch.setattr(Objects, "open", replaced)
     put(data, "k", b"old")
     late.append(b"newer")
-    data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+    data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata())
     assert read(data, "l") == b"newer"
     late.append(b"newest")
     (path,) = Locations(data.database).fetch(ONE, "s3://data/k", tmp_path)
@@ -186,7 +186,7 @@ def test_a_file_that_is_cut_short_is_found_out(data: Objects) -> None:
         read(data, "k")
     path.unlink()
     with pytest.raises(CorruptFile):
-        data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: Described())
+        data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata())
     assert files(data) == []
 
 
@@ -205,7 +205,7 @@ def test_writers_of_which_one_may_make_the_key(data: Objects) -> None:
     def make(number: int) -> bool:
         try:
             body = written(data, str(number).encode())
-            data.put(ONE, "data", "k", body, Described(), absent)
+            data.put(ONE, "data", "k", body, ObjectMetadata(), absent)
         except ObjectRefused:
             return False
         return True
@@ -231,14 +231,14 @@ def test_a_bucket_is_made_once(objects: Objects) -> None:
 def test_accounts_do_not_see_each_other(data: Objects) -> None:
     put(data, "k", b"secret")
     uploads = MultipartUploads(data)
-    upload = uploads.create(ONE, "data", "k", Described(), ("", ""))
+    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", ""))
     calls = [
         lambda: data.bucket(TWO, "data"),
         lambda: data.head(TWO, "data", "k"),
         lambda: data.open(TWO, "data", "k"),
         lambda: data.delete(TWO, "data", ["k"]),
         lambda: data.delete_bucket(TWO, "data"),
-        lambda: data.copy(TWO, ("data", "k"), ("data", "l"), lambda found: Described()),
+        lambda: data.copy(TWO, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata()),
         lambda: page(data.database, TWO, "data"),
         lambda: uploads.parts(TWO, "data", "k", upload.id),
         lambda: uploads.of_bucket(TWO, "data"),
@@ -257,7 +257,7 @@ def test_accounts_do_not_see_each_other(data: Objects) -> None:
 
 def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:
     uploads = MultipartUploads(data)
-    upload = uploads.create(ONE, "data", "k", Described(), ("", ""))
+    upload = uploads.create(ONE, "data", "k", ObjectMetadata(), ("", ""))
     for number in (1, 2, 2):
         part = written(data, b"x" * number)
         piece = uploads.put_part(ONE, "data", "k", upload.id, number, part, {})
@@ -265,7 +265,7 @@ def test_parts_leave_the_disk_unless_they_are_chosen(data: Objects) -> None:
     chosen = [CompletedPart(2, piece.md5, {})]
     uploads.complete(ONE, "data", "k", upload.id, chosen, lambda upload, pieces: {})
     assert read(data, "k") == b"xx" and len(files(data)) == 1
-    other = uploads.create(ONE, "data", "l", Described(), ("", ""))
+    other = uploads.create(ONE, "data", "l", ObjectMetadata(), ("", ""))
     uploads.put_part(ONE, "data", "l", other.id, 1, written(data, b"y"), {})
     uploads.abort(ONE, "data", "l", other.id)
     with pytest.raises(ObjectRefused):

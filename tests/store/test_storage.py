@@ -14,7 +14,7 @@ from luthier.store import accounts, storage
 from luthier.store.accounts import create_account, set_quota
 from luthier.store.database import Database
 from luthier.store.multipart import CompletedPart, MultipartUploads
-from luthier.store.objects import Described, Objects
+from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.quota_usage import recount
 from luthier.store.schema import upgrade
 from luthier.store.storage import Storage, stored_by
@@ -38,10 +38,10 @@ class Store:
     def put(self, key: str, size: int, account: str = ONE, bucket: str = "rows") -> None:
         with self.objects.files.begin(account) as writing:
             writing.write(b"x" * size)
-            self.objects.put(account, bucket, key, writing.finish(), Described())
+            self.objects.put(account, bucket, key, writing.finish(), ObjectMetadata())
 
     def begin(self, key: str) -> str:
-        return self.uploads.create(ONE, "rows", key, Described(), ("", "")).id
+        return self.uploads.create(ONE, "rows", key, ObjectMetadata(), ("", "")).id
 
     def part(self, key: str, upload: str, number: int, size: int) -> CompletedPart:
         with self.objects.files.begin(ONE) as writing:
@@ -87,7 +87,7 @@ def test_every_change_is_counted(store: Store) -> None:
     assert store.counts() == {"stored_bytes": 15, "objects": 2, "buckets": 1}
     store.put("a", 3)
     assert store.counts() == {"stored_bytes": 8, "objects": 2, "buckets": 1}
-    store.objects.copy(ONE, ("rows", "b"), ("rows", "c"), lambda found: Described())
+    store.objects.copy(ONE, ("rows", "b"), ("rows", "c"), lambda found: ObjectMetadata())
     assert store.counts() == {"stored_bytes": 13, "objects": 3, "buckets": 1}
     store.objects.delete(ONE, "rows", ["a", "b", "never"])
     assert store.counts() == {"stored_bytes": 5, "objects": 1, "buckets": 1}
@@ -134,7 +134,7 @@ def test_what_goes_beyond_a_quota_changes_nothing(store: Store) -> None:
     with pytest.raises(QuotaExceeded, match="2 objects"):
         store.put("c", 0)
     with pytest.raises(QuotaExceeded, match="2 objects"):
-        store.objects.copy(ONE, ("rows", "b"), ("rows", "c"), lambda found: Described())
+        store.objects.copy(ONE, ("rows", "b"), ("rows", "c"), lambda found: ObjectMetadata())
     with pytest.raises(QuotaExceeded, match="bytes"):
         store.begin("d")
     store.objects.delete(ONE, "rows", ["a"])
@@ -195,7 +195,7 @@ def test_of_those_who_come_at_once_as_many_get_in_as_there_is_room(store: Store)
             written = writing.finish()
             gate.wait(30)
             try:
-                store.objects.put(ONE, bucket, f"key-{number}", written, Described())
+                store.objects.put(ONE, bucket, f"key-{number}", written, ObjectMetadata())
                 outcomes.append("stored")
             except QuotaExceeded:
                 outcomes.append("refused")

@@ -15,7 +15,7 @@ from luthier.cli.console import extra, new_console
 from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
-    from luthier.store.bootstrap import Issued
+    from luthier.store.bootstrap import IssuedKeys
 
 
 def serve(
@@ -183,7 +183,7 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
     return found
 
 
-def _print_addresses(addresses: list[str], region: str, issued: Issued | None) -> None:
+def _print_addresses(addresses: list[str], region: str, issued: IssuedKeys | None) -> None:
     """Where it listens, and the first keys, which are told once."""
     out = new_console(highlight=False, soft_wrap=True)
     out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Where a run stands: everything but tensors that an exact resume needs."""
 
     step: int = 0
@@ -74,7 +74,7 @@ class Checkpoints:
             return step >= FIRST_STEP or since >= FIRST_SECONDS
         return since >= max(10.0, self._cost / SHARE_OF_TIME)
 
-    def write(self, progress: Progress, tensors: Mapping[str, Tensor]) -> Path:
+    def write(self, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> Path:
         """Write one checkpoint, read it back, and drop all but the newest two."""
         started = time.monotonic()
         path = self.folder / f"step-{progress.step:08d}"
@@ -96,7 +96,7 @@ class Checkpoints:
         self._cost, self._last = time.monotonic() - started, time.monotonic()
         return path
 
-    def latest(self) -> tuple[Progress, dict[str, Tensor]] | None:
+    def latest(self) -> tuple[TrainingProgress, dict[str, Tensor]] | None:
         """The newest checkpoint that verifies, or ``None`` when there is none at all."""
         paths = sorted(self.folder.glob("step-*"), reverse=True)
         for path in paths:
@@ -109,10 +109,10 @@ class Checkpoints:
         return None
 
     @staticmethod
-    def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
+    def _read(path: Path) -> tuple[TrainingProgress, dict[str, Tensor]]:
         state: dict[str, Any] = read_json(path / "state.json")
         try:
-            progress, hashes = Progress(**state["progress"]), state["sha256"]
+            progress, hashes = TrainingProgress(**state["progress"]), state["sha256"]
         except (KeyError, TypeError) as error:
             raise CorruptFile(
                 f"{path / 'state.json'} has not the fields of a checkpoint"

@@ -28,7 +28,7 @@ SMALLEST_BUDGET = 512
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataFacts:
     """What the choices depend on."""
 
     rows: int
@@ -59,7 +59,7 @@ def validation_share(rows: int) -> tuple[float, str]:
     return share, "no validation file was given: a tenth of the rows, at most 200, is held out"
 
 
-def choose(recipe: Recipe, facts: Facts) -> tuple[Recipe, list[Choice]]:
+def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     """Fill each unset field of ``recipe.training`` but the token budget."""
     training, choices = recipe.training, list[Choice]()
     objective = recipe.objective or Objective(method="")
@@ -155,7 +155,7 @@ def _batch_size(rows: int) -> tuple[int, str]:
     return size, f"{rows} rows: small enough for about 20 steps in each epoch"
 
 
-def _with_mixed(size: int, reason: str, facts: Facts) -> tuple[int, str]:
+def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
     """``size`` rows of the main set, and the share of the further sets that comes with them."""
     if not facts.mixed:
         return size, reason

@@ -262,7 +262,7 @@ def resolve_job(
             "`training.refit` learns from the rows that were held out of the training data, and none "
             "are: rows of a validation file are only measured on. Leave it out"
         )
-    facts = defaults.Facts(
+    facts = defaults.DataFacts(
         data.main, data.longest, len(data.validation), width, new, data.mixed, held_out
     )
     recipe = recipe.model_copy(update={"objective": data.objective})

@@ -22,7 +22,12 @@ import torch
 from luthier.data.augmentation import Augmentation
 from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
-from luthier.engine.checkpoints import Checkpoints, Progress, random_state, restore_random_state
+from luthier.engine.checkpoints import (
+    Checkpoints,
+    TrainingProgress,
+    random_state,
+    restore_random_state,
+)
 from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import (
     SCORES,
@@ -101,14 +106,14 @@ class Loop:
         )
         if self.objective.uses_reference:
             self.network.remember_start()
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
         self.train_lines: deque[Mapping[str, Any]] = deque(maxlen=ADVICE_LINES + ADVICE_EVERY)
         """What the metrics say of the last training steps."""
 
-    def resume(self, progress: Progress, tensors: Mapping[str, torch.Tensor]) -> None:
+    def resume(self, progress: TrainingProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Go on from what :meth:`Checkpoints.latest` gave."""
         self.progress = progress
         self.optimizer.restore(tensors)
@@ -132,7 +137,7 @@ class Loop:
             if file is not None and (lines or file.path.exists()):
                 file.cut(lines)
 
-    def run(self) -> Progress:
+    def run(self) -> TrainingProgress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
         if self.progress.step == 0:
             self.evaluate()

@@ -13,7 +13,7 @@ import torch
 
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS
-from luthier.engine.checkpoints import Progress, fingerprint
+from luthier.engine.checkpoints import TrainingProgress, fingerprint
 from luthier.engine.job import Job
 from luthier.engine.machine import peak_memory, return_freed_memory
 from luthier.engine.metrics import draw_curves
@@ -47,7 +47,7 @@ class ModelWriter:
 
     job: Job
     run: Run
-    progress: Progress
+    progress: TrainingProgress
     lines: list[dict[str, Any]]
     """Those of the metrics."""
     trained: int

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from luthier.engine.actuals import Clock, folder_bytes, record_actual
-from luthier.engine.checkpoints import Checkpoints, Progress
+from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import (
     Job,
@@ -115,7 +115,7 @@ def train(
 
 def rehearse(
     recipe: Recipe, folder: Path, reporter: Reporter | None = None, measured: bool = True
-) -> Progress:
+) -> TrainingProgress:
     """Train and measure as :func:`train` does, in ``folder``, and store no model.
 
     Whoever calls holds the only hand on ``folder``. A rehearsal that was cut short in it goes on from
@@ -183,7 +183,7 @@ class Trainer:
     def store(
         self,
         network: Network,
-        progress: Progress,
+        progress: TrainingProgress,
         lines: list[dict[str, Any]],
         learned: Job | None = None,
     ) -> Result:
@@ -221,7 +221,7 @@ class Trainer:
         with self.clock.part("store"):
             return writer.write(network)
 
-    def _refit(self, measured: Progress) -> tuple[Network, Job, Progress]:
+    def _refit(self, measured: TrainingProgress) -> tuple[Network, Job, TrainingProgress]:
         """Train from the base once more, on all rows, for as many passes as the kept weights had.
 
         Its folder has checkpoints of its own, so that a run that is killed in it goes on there. What
@@ -253,7 +253,7 @@ class Trainer:
 
     def learn(
         self, resume: bool, compare: bool = False
-    ) -> tuple[Network, Progress, list[dict[str, Any]]]:
+    ) -> tuple[Network, TrainingProgress, list[dict[str, Any]]]:
         """Train; the network with its best weights, how far it came, and the lines of the metrics.
 
         ``compare`` fits baselines to compare with before.

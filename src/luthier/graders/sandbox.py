@@ -32,7 +32,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from luthier.cancellation import Running, cancellable
+from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import LuthierError, RecipeError
 
 MOST_SAID = 4096
@@ -138,7 +138,7 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    running = cancellable(Running(kill))
+    running = cancellable(KillHandle(kill))
     try:
         _, said = process.communicate(wanted, timeout=limits.seconds + START_S)
     except subprocess.TimeoutExpired:

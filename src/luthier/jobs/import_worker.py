@@ -50,10 +50,10 @@ from luthier.jobs.processes import LOST
 from luthier.jobs.scheduler import free
 from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest
-from luthier.models.outside import Chosen, choose, is_weights
+from luthier.models.outside import ImportedFiles, choose, is_weights
 from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
-    Accepted,
+    AcceptedModel,
     accept_adapter,
     accept_network,
     memory_needed,
@@ -181,7 +181,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         with new_plain_folder() as self.plain:
             yield self.plain
 
-    def _try(self, found: ModelImport, chosen: Chosen, folder: Path) -> Accepted:
+    def _try(self, found: ModelImport, chosen: ImportedFiles, folder: Path) -> AcceptedModel:
         """Copy the model into ``folder``, the weights last, and try it there."""
         texts = [each for each in chosen.files if not is_weights(each[0])]
         self._copy(found, texts, folder)
@@ -222,7 +222,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         _wait_for_memory(size)
 
     def _manifest(
-        self, fresh: Path, found: ModelImport, chosen: Chosen, accepted: Accepted
+        self, fresh: Path, found: ModelImport, chosen: ImportedFiles, accepted: AcceptedModel
     ) -> Manifest:
         import torch
 

@@ -31,7 +31,7 @@ from luthier.jobs.folders import JobFolders
 from luthier.jobs.kinds import KINDS, Kind
 from luthier.store import queue
 from luthier.store.database import Database
-from luthier.store.queue import LEASE, LeaseWatch, QueuedWork, Waiting
+from luthier.store.queue import LEASE, LeaseWatch, OverdueWork, QueuedWork
 
 TICK = 1.0
 """Seconds between two looks at what waits, where nobody asks for one."""
@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Free:
+class FreeCapacity:
     """What is left of a capacity."""
 
     memory: int
@@ -62,7 +62,7 @@ class Free:
         return not self.at_work
 
 
-def free(session: Session, capacity: Capacity, but: str | None = None) -> Free:
+def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
     """What work of all kinds on this machine leaves of ``capacity``.
 
     No other server claims anything before the transaction ends, so that what is claimed in it was free.
@@ -78,7 +78,7 @@ def free(session: Session, capacity: Capacity, but: str | None = None) -> Free:
     ]
     memory = capacity.memory - sum(row.needed_memory for row in rows)
     cores = capacity.cores - sum(row.cores for row in rows)
-    return Free(memory, cores, Counter(type(row) for row in rows))
+    return FreeCapacity(memory, cores, Counter(type(row) for row in rows))
 
 
 class Scheduler:
@@ -244,7 +244,9 @@ class Scheduler:
             return False
         return True
 
-    def _overdue_beside(self, session: Session, kind: Kind, left: Free) -> Waiting | None:
+    def _overdue_beside(
+        self, session: Session, kind: Kind, left: FreeCapacity
+    ) -> OverdueWork | None:
         """The work of other kinds that has waited too long, and longest."""
         found = []
         for other in KINDS.values():

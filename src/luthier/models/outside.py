@@ -48,7 +48,7 @@ _NUMBERS = frozenset(("F64", "F32", "BF16", "F16", "I64", "I32", "I16", "I8", "U
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ImportedFiles:
     """The files of a folder that are taken."""
 
     files: tuple[tuple[str, int], ...]
@@ -78,7 +78,7 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Chosen:
+def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> ImportedFiles:
     """Which of the files right in a folder, by names and sizes, make the model.
 
     Raises:
@@ -93,7 +93,7 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Chosen
                 ".safetensors.",
             )  # fmt: skip
     taken = [e for e in entries if e[0] in _TEXTS or re.fullmatch(r"[\w.-]+\.safetensors", e[0])]
-    chosen = Chosen(tuple(taken), tuple(n for n, s in entries if (n, s) not in taken))
+    chosen = ImportedFiles(tuple(taken), tuple(n for n, s in entries if (n, s) not in taken))
     names = {name for name, _ in taken}
     if not names & {CONFIG, ADAPTER_CONFIG}:
         raise ModelRefused(

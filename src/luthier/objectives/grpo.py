@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from luthier.objectives.rollouts import Policy, Reinforcement, Rollouts
+from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, FloatArray, Loss
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class GRPO(Reinforcement):
         """Summed clipped surrogate, and the divergence from the reference."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: Policy = batch.extra
+        policy: PolicyBatch = batch.extra
         logp_M = token_logps(network, batch, self.temperature)
         ratio_M, advantage_M = policy.compare(logp_M), policy.advantage_M
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high

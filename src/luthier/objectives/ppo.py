@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.objectives.base import TrainingDefaults
-from luthier.objectives.rollouts import Policy, Reinforcement, Rollouts
+from luthier.objectives.rollouts import PolicyBatch, Reinforcement, Rollouts
 from luthier.types import Example, Loss
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class PPO(Reinforcement):
         """Log-probabilities and values before the step, and log-probabilities of the reference."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: Policy = batch.extra
+        policy: PolicyBatch = batch.extra
         hidden_NH = network.hidden(batch)
         policy.old_M = token_logps(network, batch, self.temperature, hidden_NH)
         policy.value_M = _values(network, batch, hidden_NH)
@@ -128,7 +128,7 @@ class PPO(Reinforcement):
         """Advantages and returns of all tokens; whitening is over all of them together."""
         import torch
 
-        policies: list[Policy] = [batch.extra for batch in batches]
+        policies: list[PolicyBatch] = [batch.extra for batch in batches]
         reward_M = torch.cat([self._rewards(rollouts, batch) for batch in batches])
         value_M = torch.cat([_filled_in(policy.value_M) for policy in policies])
         if self.whiten_rewards:
@@ -153,7 +153,7 @@ class PPO(Reinforcement):
         """Rewards ``[M]`` of the tokens: the price of divergence, and the score at the last token."""
         import torch
 
-        policy: Policy = batch.extra
+        policy: PolicyBatch = batch.extra
         reward_M = torch.zeros_like(policy.weight_M)
         if policy.reference_M is not None:
             reward_M = -self.kl_coef * (_filled_in(policy.old_M) - policy.reference_M)
@@ -177,7 +177,7 @@ class PPO(Reinforcement):
         """Summed clipped surrogate and value loss."""
         from luthier.objectives.logprobs import token_logps
 
-        policy: Policy = batch.extra
+        policy: PolicyBatch = batch.extra
         hidden_NH = network.hidden(batch)
         ratio_M = policy.compare(token_logps(network, batch, self.temperature, hidden_NH))
         advantage_M = policy.advantage_M

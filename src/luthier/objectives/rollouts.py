@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import Objective, TrainingDefaults, check_writes
-from luthier.objectives.scoring import Beside, check_judge, silent
+from luthier.objectives.scoring import LocalModels, check_judge, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Rollouts:
 
 
 @dataclass
-class Policy:
+class PolicyBatch:
     """What the loss of one micro-batch needs; ``M`` learned tokens, in the order of its rows."""
 
     rollouts: Rollouts
@@ -316,7 +316,9 @@ class Reinforcement(Objective):
         """The grader with its models opened; it stays with the network, and knows what it was told."""
         kept = network.cache
         if not isinstance(kept, _OpenGrader) or kept.named is not self.grader:
-            kept = _OpenGrader(self.grader, self.grader.with_models(Beside(network.others, note)))
+            kept = _OpenGrader(
+                self.grader, self.grader.with_models(LocalModels(network.others, note))
+            )
             network.cache = kept
         return kept.grader
 
@@ -333,7 +335,7 @@ class Reinforcement(Objective):
         advantages: Sequence[FloatArray],
         budget: int,
     ) -> list[TreeBatch]:
-        """Micro-batches of ``rows``, each with its :class:`Policy`; ``advantages`` by their number."""
+        """Micro-batches of ``rows``, each with its :class:`PolicyBatch`; ``advantages`` by number."""
         import torch
 
         def to_tensor(arrays: Iterable[FloatArray]) -> Tensor:
@@ -343,7 +345,7 @@ class Reinforcement(Objective):
         batches = []
         for batch in network.batches(rows, budget):
             rows_R = batch.tree.examples
-            policy = Policy(
+            policy = PolicyBatch(
                 rollouts,
                 weight_M=to_tensor(row.weight_T[row.weight_T != 0] for row in rows_R),
                 sampler_M=to_tensor(rollouts.each[row.row].completion.logp_T for row in rows_R),
@@ -390,7 +392,7 @@ class Reinforcement(Objective):
 
     def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Rewards and lengths of the rollouts, and means over the tokens that were learned from."""
-        policies: list[Policy] = [batch.extra for batch in batches]
+        policies: list[PolicyBatch] = [batch.extra for batch in batches]
         tokens = sum(len(policy.weight_M) for policy in policies)
         names = dict.fromkeys(name for policy in policies for name in policy.sums)
         means = {name: sum(p.sums.get(name, 0.0) for p in policies) / tokens for name in names}
@@ -402,7 +404,7 @@ class Reinforcement(Objective):
 
     def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The best and the worst completions of the step."""
-        policies: list[Policy] = [batch.extra for batch in batches]
+        policies: list[PolicyBatch] = [batch.extra for batch in batches]
         kl = {place: value for policy in policies for place, value in policy.kl_R.items()}
         each = policies[0].rollouts.each
         order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))

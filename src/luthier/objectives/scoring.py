@@ -40,7 +40,7 @@ def silent(text: str) -> None:
 
 
 @dataclass(frozen=True)
-class Beside:
+class LocalModels:
     """The models that graders name, of networks in memory and of endpoints."""
 
     networks: Mapping[str, Network]

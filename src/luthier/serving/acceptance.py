@@ -23,7 +23,7 @@ from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
     CONFIG,
-    Chosen,
+    ImportedFiles,
     adapter_fields,
     check_texts,
     check_tokenizer,
@@ -56,7 +56,7 @@ _PROCESS = _GIB // 2
 
 
 @dataclass(frozen=True)
-class Accepted:
+class AcceptedModel:
     """A model that was tried."""
 
     manifest: Manifest
@@ -66,7 +66,7 @@ class Accepted:
 
 
 def memory_needed(
-    folder: Path, chosen: Chosen, base_of: Callable[[str], StoredModel | None]
+    folder: Path, chosen: ImportedFiles, base_of: Callable[[str], StoredModel | None]
 ) -> int:
     """Bytes of memory that trying a model takes; of its files only the configuration is read.
 
@@ -83,7 +83,7 @@ def memory_needed(
     return _LOADED * (chosen.weights + beside) + _PROCESS
 
 
-def accept_network(folder: Path, model_id: str) -> Accepted:
+def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     """Try the Hugging Face model in ``folder``, for which there is memory.
 
     Raises:
@@ -121,7 +121,7 @@ def accept_network(folder: Path, model_id: str) -> Accepted:
         tokenizer_from=model_id,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
-    return Accepted(manifest.model_copy(update={"checks": checks}), None)
+    return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
 
 
 def draw(folder: Path) -> tuple[str, int, int]:
@@ -161,7 +161,7 @@ def accept_adapter(
     folder: Path,
     model_id: str,
     base_of: Callable[[str], StoredModel | None],
-) -> Accepted:
+) -> AcceptedModel:
     """Try the PEFT adapter in ``folder`` on the base model that it names.
 
     ``base_of`` opens a base model of ours by its short name. See :func:`accept_network`.
@@ -210,7 +210,7 @@ def accept_adapter(
                 "Merge it into its model (merge_and_unload), save that and name its folder.",
             )  # fmt: skip
     checks = {"peft": "same numbers as PEFT", "peft_error": error, **_try(candidate)}
-    return Accepted(manifest.model_copy(update={"checks": checks}), base)
+    return AcceptedModel(manifest.model_copy(update={"checks": checks}), base)
 
 
 def _base_for(

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, SerializeAsAny
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.cancellation import Running, cancellable
+from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
@@ -90,7 +90,7 @@ class ConfinedWork:
                 "for what was sent",
                 CLOSED,
             )
-        running = cancellable(Running(process.kill))
+        running = cancellable(KillHandle(process.kill))
         try:
             yield process
         finally:

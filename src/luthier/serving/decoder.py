@@ -24,9 +24,8 @@ from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.decoding import TokenSampler, seed_of
 from luthier.serving.inference import (
-    Called,
     Chat,
-    End,
+    FinishEvent,
     GenerationRequest,
     InferenceFailed,
     InferenceRefused,
@@ -35,6 +34,7 @@ from luthier.serving.inference import (
     Score,
     Stream,
     TokenChunk,
+    ToolCallEvent,
 )
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
@@ -177,9 +177,9 @@ class RunningAnswer:
             if left:
                 self.job.events.put(TokenChunk(self.index, left, tuple(self._scores)))
             for call in calls:
-                self.job.events.put(Called(self.index, call))
+                self.job.events.put(ToolCallEvent(self.index, call))
             reason = "tool_calls" if calls else reason
-        self.job.events.put(End(self.index, reason, self._text.tokens, self._text.stop))
+        self.job.events.put(FinishEvent(self.index, reason, self._text.tokens, self._text.stop))
 
 
 class Decoder:

@@ -154,7 +154,7 @@ def open_graders(
     from luthier.engine.job import load_frozen
     from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
-    from luthier.objectives.scoring import Beside, check_judge
+    from luthier.objectives.scoring import LocalModels, check_judge
     from luthier.store.models import find, objective_of
 
     stored = {name: find(name, note) for each in graders.values() for name in each.models}
@@ -162,7 +162,7 @@ def open_graders(
         for name in grader.writers:
             check_judge(name, objective_of(stored[name]))
     machine = choose_machine()
-    models = Beside({n: load_frozen(s, machine, Reporter()) for n, s in stored.items()}, note)
+    models = LocalModels({n: load_frozen(s, machine, Reporter()) for n, s in stored.items()}, note)
     if remember is not None:
         models = replace(models, remember=remember)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}

@@ -136,7 +136,7 @@ class TokenChunk:
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallEvent:
     """A call of a tool, whole."""
 
     index: int
@@ -148,7 +148,7 @@ Reason = Literal["stop", "length", "stop_sequence", "tool_calls", "context"]
 
 
 @dataclass(frozen=True)
-class End:
+class FinishEvent:
     """The end of an answer."""
 
     index: int
@@ -159,11 +159,11 @@ class End:
     """The stop sequence that ended it."""
 
 
-Event = TokenChunk | Called | End
+Event = TokenChunk | ToolCallEvent | FinishEvent
 
 
 @dataclass
-class Whole:
+class GenerationResult:
     """An answer that was put together again."""
 
     text: str = ""
@@ -179,9 +179,9 @@ class Whole:
             case TokenChunk():
                 self.text += event.text
                 self.scores += event.scores
-            case Called():
+            case ToolCallEvent():
                 self.calls.append(event.call)
-            case End():
+            case FinishEvent():
                 self.reason, self.tokens, self.stop = event.reason, event.tokens, event.stop
 
 
@@ -261,11 +261,11 @@ class Stream:
             raise event
         if event is ENDED or not self._left:
             raise StopIteration
-        if isinstance(event, End):
+        if isinstance(event, FinishEvent):
             self._left -= 1
             if not self._left:
                 self.close()
-        assert isinstance(event, TokenChunk | Called | End)
+        assert isinstance(event, TokenChunk | ToolCallEvent | FinishEvent)
         return event
 
     def close(self) -> None:
@@ -285,17 +285,17 @@ class Stream:
         self._interruption = InferenceFailed("ServiceUnavailable", text)
         self._events.put(ENDED)  # for one who waits for the next piece
 
-    def whole(self) -> list[Whole]:
+    def whole(self) -> list[GenerationResult]:
         """All answers, once they are there.
 
         Raises:
             InferenceFailed: where the work failed, or somebody closed the stream before.
         """
-        answers = [Whole() for _ in range(self._n)]
+        answers = [GenerationResult() for _ in range(self._n)]
         missing = self._n  # it may be closed already, by a client that hung up at once
         for event in self:
             answers[event.index].take(event)
-            missing -= isinstance(event, End)
+            missing -= isinstance(event, FinishEvent)
         if missing:
             raise InferenceFailed("ServiceUnavailable", "The answer was given up half-way.")
         return answers

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.cancellation import Running, cancellable
+from luthier.cancellation import KillHandle, cancellable
 from luthier.data.shapes import RawText
 from luthier.engine.machine import available_memory
 from luthier.errors import LuthierError, UnknownModel
@@ -42,7 +42,7 @@ _LOADED_TWICE = 2.5
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Embedding:
     """A text as a vector."""
 
     vector: tuple[float, ...]
@@ -134,7 +134,7 @@ class ModelPool:
 
         return store.objective_of(store.find(model_id)).task == "causal_lm"
 
-    def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedded]:
+    def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
 
         That of a model that writes is the mean of its last hidden states, with length 1. Each is
@@ -144,7 +144,7 @@ class ModelPool:
             read = [entry.reader.read(text) for text in texts]
             prompt_tokenized()
             gone = threading.Event()
-            cancellable(Running(gone.set))
+            cancellable(KillHandle(gone.set))
             found = [entry.reader.embed(text, tokens, gone.is_set) for text, tokens in read]
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
@@ -361,7 +361,7 @@ class Embedder:
 
     def embed(
         self, text: str, tokens: int, cancelled: Callable[[], bool] = lambda: False
-    ) -> Embedded:
+    ) -> Embedding:
         """The vector of a text of so many tokens, as :meth:`read` gave them.
 
         Raises:
@@ -377,7 +377,7 @@ class Embedder:
         except Cancelled:
             raise gone from None
         vector = np.asarray(answer["embedding"], dtype=np.float32)
-        return Embedded(tuple(vector.tolist()), tokens)
+        return Embedding(tuple(vector.tolist()), tokens)
 
     def close(self) -> None:
         """Let go of the network."""

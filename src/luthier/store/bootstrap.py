@@ -53,7 +53,7 @@ class BootstrapFile:
 
 
 @dataclass(frozen=True)
-class Issued:
+class IssuedKeys:
     """Keys as they are told once."""
 
     account: str
@@ -63,7 +63,7 @@ class Issued:
     api_key: str = field(repr=False)
 
 
-def prepare(database: Database, sealing: Sealing, account: str) -> Issued | None:
+def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | None:
     """Make sure that somebody can use the service.
 
     With ``LUTHIER_BOOTSTRAP`` its principals are created or brought up to date; doing it again changes
@@ -93,14 +93,14 @@ def prepare(database: Database, sealing: Sealing, account: str) -> Issued | None
         return made
 
 
-def make_root(session: Session, sealing: Sealing, account: str) -> Issued:
+def make_root(session: Session, sealing: Sealing, account: str) -> IssuedKeys:
     """A root user with an access key and an API key."""
     if session.get(Account, account) is None:
         create_account(session, account, ROOT)
     user = create_user(session, account, ROOT, role="admin")
     access_key, secret = create_access_key(session, user, sealing)
     _, text = create_api_key(session, user, label="made at the first start")
-    return Issued(account, ROOT, access_key.id, secret, text)
+    return IssuedKeys(account, ROOT, access_key.id, secret, text)
 
 
 def read(path: Path) -> BootstrapFile:

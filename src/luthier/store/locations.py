@@ -25,7 +25,7 @@ from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE, ObjectFiles
-from luthier.store.objects import BUCKET, UPLOADS, Described, ObjectPiece, Objects, check_key
+from luthier.store.objects import BUCKET, UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
@@ -268,7 +268,7 @@ class BuiltInBuckets:
                 for data in _pieces(content):
                     writing.write(data)
                 written = writing.finish()
-            self._objects.put(account, bucket, key, written, Described())
+            self._objects.put(account, bucket, key, written, ObjectMetadata())
         except ObjectRefused as refused:
             text = f"s3://{bucket}/{key} cannot be written: {refused.message}"
             raise LocationRefused(text) from None

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 from luthier.errors import ObjectRefused
 from luthier.store import storage
 from luthier.store.database import new_id, now
-from luthier.store.object_files import Written
+from luthier.store.object_files import WrittenFile
 from luthier.store.objects import (
     Bucket,
     Check,
-    Described,
+    ObjectMetadata,
     ObjectPiece,
     Objects,
     StoredObject,
@@ -27,7 +27,7 @@ from luthier.store.objects import (
     remove_object,
     remove_upload,
 )
-from luthier.store.storage import Removed
+from luthier.store.storage import FreedStorage
 
 LEAST_PART = 5 << 20
 """Bytes of every part but the last, at least."""
@@ -50,7 +50,12 @@ class MultipartUploads:
         self.objects, self.database, self.files = objects, objects.database, objects.files
 
     def create(
-        self, account: str, bucket: str, key: str, described: Described, checksum: tuple[str, str]
+        self,
+        account: str,
+        bucket: str,
+        key: str,
+        described: ObjectMetadata,
+        checksum: tuple[str, str],
     ) -> Upload:
         """Begin; ``checksum`` is the algorithm and the type, both empty for none."""
         check_key(key)
@@ -80,7 +85,7 @@ class MultipartUploads:
         key: str,
         upload_id: str,
         number: int,
-        written: Written,
+        written: WrittenFile,
         checksums: dict[str, str],
     ) -> ObjectPiece:
         """Keep a part; one with the same number is replaced. Raises as :meth:`Objects.put`."""
@@ -163,8 +168,10 @@ class MultipartUploads:
             taken = {piece.id for piece in pieces}
             gone = remove_object(session, found, key, check)
             left = [piece for piece in there if piece.id not in taken]
-            gone.add(Removed([piece.id for piece in left], sum(piece.size for piece in left)))
-            described = Described(upload.headers, upload.user_metadata, checksum(upload, pieces))
+            gone.add(FreedStorage([piece.id for piece in left], sum(piece.size for piece in left)))
+            described = ObjectMetadata(
+                upload.headers, upload.user_metadata, checksum(upload, pieces)
+            )
             etag = _etag([piece.md5 for piece in pieces])
             made = new_object(found, key, pieces, etag, len(pieces), described)
             session.add(made)

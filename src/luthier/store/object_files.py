@@ -36,7 +36,7 @@ UNNAMED_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFile:
     """A file that is whole and on disk."""
 
     id: str
@@ -76,7 +76,7 @@ class InFlight:
             return now
 
 
-class Writing:
+class FileWriter:
     """A file as it is being written: gone at the end of its ``with`` unless it was finished."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Writing:
         self._file = self._context.__enter__()
         self._open = True
 
-    def __enter__(self) -> Writing:
+    def __enter__(self) -> FileWriter:
         return self
 
     def __exit__(
@@ -140,11 +140,11 @@ class Writing:
         self._md5.update(data)
         self._sha256.update(data)
 
-    def finish(self) -> Written:
+    def finish(self) -> WrittenFile:
         """Force it to disk and give it its name."""
         self._open = False
         self._context.__exit__(None, None, None)
-        return Written(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
+        return WrittenFile(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
 
 
 class _Abandoned(Exception):
@@ -159,11 +159,11 @@ class ObjectFiles:
         self.folder = folder or luthier_home() / "objects"
         self._in_flight = InFlight()
 
-    def begin(self, account: str, room: Room | None = None) -> Writing:
+    def begin(self, account: str, room: Room | None = None) -> FileWriter:
         """A new file, to be used in a ``with``; without a ``room`` as large as the disk."""
         file_id = secrets.token_hex(16) + (SEALED if keys_for(self.folder) else "")
         take = partial(self._in_flight.add, account)
-        return Writing(self.path(account, file_id).parent, file_id, take, room)
+        return FileWriter(self.path(account, file_id).parent, file_id, take, room)
 
     def path(self, account: str, file_id: str) -> Path:
         """Where a file is."""

@@ -24,8 +24,8 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Base, Database, now
-from luthier.store.object_files import UNNAMED_SECONDS, ObjectFiles, Room, Writing, Written
-from luthier.store.storage import Removed
+from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
+from luthier.store.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
 """Names that are ordered by their UTF-8 bytes."""
@@ -96,7 +96,7 @@ class ObjectPiece(Base):
 
     @staticmethod
     def of(
-        account: str, number: int, written: Written, checksums: Mapping[str, str]
+        account: str, number: int, written: WrittenFile, checksums: Mapping[str, str]
     ) -> ObjectPiece:
         """A piece that nothing owns yet."""
         return ObjectPiece(
@@ -124,7 +124,7 @@ class Upload(Base):
 
 
 @dataclass(frozen=True)
-class Described:
+class ObjectMetadata:
     """What a client says of an object beside its bytes."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
     return bucket
 
 
-def remove_object(session: Session, bucket: Bucket, key: str, check: Check | None) -> Removed:
+def remove_object(session: Session, bucket: Bucket, key: str, check: Check | None) -> FreedStorage:
     """Remove the rows of what ``key`` names, if anything."""
     found = session.scalar(
         select(StoredObject).where(StoredObject.bucket_seq == bucket.seq, StoredObject.key == key)
@@ -157,12 +157,12 @@ def remove_object(session: Session, bucket: Bucket, key: str, check: Check | Non
     if check is not None:
         check(found)
     if found is None:
-        return Removed()
+        return FreedStorage()
     gone = list(session.scalars(select(ObjectPiece.id).where(ObjectPiece.object_seq == found.seq)))
     session.execute(delete(ObjectPiece).where(ObjectPiece.object_seq == found.seq))
     session.delete(found)
     session.flush()
-    return Removed(gone, found.size, objects=1)
+    return FreedStorage(gone, found.size, objects=1)
 
 
 def new_object(
@@ -171,7 +171,7 @@ def new_object(
     pieces: Sequence[ObjectPiece],
     etag: str,
     parts: int,
-    described: Described,
+    described: ObjectMetadata,
 ) -> StoredObject:
     """The row of an object, not yet in the database."""
     return StoredObject(
@@ -198,15 +198,15 @@ def check_key(key: str) -> None:
         raise ObjectRefused("InvalidArgument", "A key is not empty and holds no NUL.")
 
 
-def remove_uploads(session: Session, bucket: Bucket) -> Removed:
+def remove_uploads(session: Session, bucket: Bucket) -> FreedStorage:
     """Remove the uploads of a bucket that is to go."""
-    gone = Removed()
+    gone = FreedStorage()
     for upload in session.scalars(select(Upload).where(Upload.bucket_seq == bucket.seq)).all():
         gone.add(remove_upload(session, upload))
     return gone
 
 
-def remove_upload(session: Session, upload: Upload) -> Removed:
+def remove_upload(session: Session, upload: Upload) -> FreedStorage:
     """Remove an upload and its parts."""
     pieces = session.execute(
         select(ObjectPiece.id, ObjectPiece.size).where(ObjectPiece.upload_id == upload.id)
@@ -215,7 +215,7 @@ def remove_upload(session: Session, upload: Upload) -> Removed:
     session.delete(upload)
     session.flush()
     ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
-    return Removed(ids, sizes, uploads_in_progress=1)
+    return FreedStorage(ids, sizes, uploads_in_progress=1)
 
 
 def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:
@@ -273,7 +273,7 @@ class Objects:
 
     def begin(
         self, account: str, size: int | None = None, *, freed: int = 0, **adds: int
-    ) -> Writing:
+    ) -> FileWriter:
         """A new file for bytes of the account, to be used in a ``with`` until rows name it.
 
         Args:
@@ -351,8 +351,8 @@ class Objects:
         account: str,
         bucket: str,
         key: str,
-        written: Written,
-        described: Described,
+        written: WrittenFile,
+        described: ObjectMetadata,
         check: Check | None = None,
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
@@ -376,7 +376,7 @@ class Objects:
         pieces: Sequence[ObjectPiece],
         etag: str,
         parts: int,
-        described: Described,
+        described: ObjectMetadata,
         check: Check | None = None,
         also: Callable[[Session], None] | None = None,
     ) -> StoredObject:
@@ -476,7 +476,7 @@ class Objects:
         account: str,
         source: tuple[str, str],
         target: tuple[str, str],
-        described: Callable[[StoredObject], Described],
+        described: Callable[[StoredObject], ObjectMetadata],
     ) -> StoredObject:
         """Let ``target`` (bucket, key) name the same bytes as ``source``, without copying them.
 
@@ -487,7 +487,7 @@ class Objects:
         pieces: list[ObjectPiece] = []
         try:
             for piece in content.pieces:
-                written = Written(
+                written = WrittenFile(
                     self.files.link(account, piece.id), piece.size, piece.md5, piece.sha256
                 )
                 pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
@@ -513,7 +513,7 @@ class Objects:
 
         ``also`` writes what is to be known when they are gone, and not before.
         """
-        gone = Removed()
+        gone = FreedStorage()
         with self.database.write() as session:
             found = get_bucket(session, account, bucket, lock=True)
             for key in keys:

@@ -111,7 +111,7 @@ Work = TypeVar("Work", bound=QueuedWork)
 
 
 @dataclass(frozen=True)
-class Waiting:
+class OverdueWork:
     """Work that has waited for memory for longer than ``PATIENCE``."""
 
     since: datetime
@@ -134,7 +134,7 @@ def claim(
     idle: bool = False,
     per_account: int | None = None,
     passed_over: Collection[str] = (),
-    before: Waiting | None = None,
+    before: OverdueWork | None = None,
 ) -> Work | None:
     """Take the next work of a kind that fits: by priority, then by turns of the accounts.
 
@@ -172,11 +172,11 @@ def claim(
 
 def overdue(
     session: Session, kind: type[QueuedWork], per_account: int | None = None
-) -> Waiting | None:
+) -> OverdueWork | None:
     """The next work of known memory, where it has waited for longer than ``PATIENCE``."""
     for row in _in_turn(session, kind, per_account):
         if row.memory and now() - row.since > PATIENCE:
-            return Waiting(row.since, row.memory)
+            return OverdueWork(row.since, row.memory)
     return None
 
 

@@ -46,7 +46,7 @@ class Storage(Base):
 
 
 @dataclass
-class Removed:
+class FreedStorage:
     """What a transaction takes away of an account's objects and uploads."""
 
     files: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Removed:
     objects: int = 0
     uploads_in_progress: int = 0
 
-    def add(self, other: Removed) -> None:
+    def add(self, other: FreedStorage) -> None:
         """Take ``other`` away as well."""
         self.files += other.files
         self.stored_bytes += other.stored_bytes
@@ -93,7 +93,9 @@ def charge(session: Session, account: str, quotas: AccountQuotas, **changes: int
     session.flush()
 
 
-def release(session: Session, account: str, removed: Removed | None = None, **counts: int) -> None:
+def release(
+    session: Session, account: str, removed: FreedStorage | None = None, **counts: int
+) -> None:
     """Count what is taken away: what was ``removed``, and ``counts`` of other things."""
     taken = dict(counts)
     if removed is not None:

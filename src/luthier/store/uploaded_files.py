@@ -20,8 +20,8 @@ from luthier.errors import ObjectRefused
 from luthier.store import storage
 from luthier.store.database import Base, Database, now
 from luthier.store.ids import random_id
-from luthier.store.object_files import Writing, Written
-from luthier.store.objects import UPLOADS, Described, Objects
+from luthier.store.object_files import FileWriter, WrittenFile
+from luthier.store.objects import UPLOADS, ObjectMetadata, Objects
 
 
 class UploadedFile(Base):
@@ -78,7 +78,7 @@ class UploadedFiles:
             written = file.finish()
         return self.keep(account, written, name, purpose, lives, file_id)
 
-    def begin(self, account: str, size: int | None = None) -> Writing:
+    def begin(self, account: str, size: int | None = None) -> FileWriter:
         """Where the bytes of a new file go, to be used in a ``with``; :meth:`keep` gives it a name.
 
         ``size`` is how many will come, where that is known.
@@ -96,7 +96,7 @@ class UploadedFiles:
     def keep(
         self,
         account: str,
-        written: Written,
+        written: WrittenFile,
         name: str,
         purpose: str,
         lives: timedelta | None = None,
@@ -125,7 +125,7 @@ class UploadedFiles:
             storage.charge(session, account, self.objects.quotas(session, account), files=1)
 
         try:
-            self.objects.put(account, UPLOADS, file_id, written, Described(), also=note)
+            self.objects.put(account, UPLOADS, file_id, written, ObjectMetadata(), also=note)
         except _AlreadyThere:
             with self.database.read() as session:
                 return session.scalars(known).one()

@@ -27,7 +27,7 @@ from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
 from luthier.store.models import custom_folder
 from luthier.store.multipart import MultipartUploads
-from luthier.store.objects import Described, Objects, StoredObject, Upload
+from luthier.store.objects import ObjectMetadata, Objects, StoredObject, Upload
 from luthier.store.schema import upgrade
 from luthier.store.uploaded_files import UploadedFiles
 
@@ -137,12 +137,12 @@ class Kept:
         self.context, self.objects = context, Objects(context.database)
         self.objects.create_bucket(ACCOUNT, "data")
         for key in ("rows.jsonl", "copy.jsonl"):
-            self.objects.put(ACCOUNT, "data", key, self.written(), Described())
+            self.objects.put(ACCOUNT, "data", key, self.written(), ObjectMetadata())
         self.file = UploadedFiles(context.database, self.objects).add(
             ACCOUNT, [b"rows"], "a.jsonl", "fine-tune"
         )
         uploads = MultipartUploads(self.objects)
-        self.upload = uploads.create(ACCOUNT, "data", "big", Described(), ("", ""))
+        self.upload = uploads.create(ACCOUNT, "data", "big", ObjectMetadata(), ("", ""))
         uploads.put_part(ACCOUNT, "data", "big", self.upload.id, 1, self.written(), {})
         with context.database.write() as session:
             job = session.query(Job).one()

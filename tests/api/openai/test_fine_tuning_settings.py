@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from luthier.api.openai.fine_tuning import CreateJob, settings_of, without_effect
-from luthier.engine.defaults import Facts, choose
+from luthier.engine.defaults import DataFacts, choose
 from luthier.recipe import Recipe
 
 BASE = {"model": "tiny", "training_file": "file-a"}
-FACTS = Facts(rows=40, longest=64, validation_rows=0, hidden=64)
+FACTS = DataFacts(rows=40, longest=64, validation_rows=0, hidden=64)
 
 
 def settings(kind: str, writes: bool = True, **arm: Any) -> dict[str, Any]:

@@ -137,15 +137,17 @@ def test_prefixes_and_delimiters(
 
 def test_a_prefix_of_many_keys_is_passed_over_at_once(service: Any, bucket: str) -> None:
     from luthier.store.listing import page
-    from luthier.store.object_files import Written
-    from luthier.store.objects import Described, ObjectPiece, get_bucket, new_object
+    from luthier.store.object_files import WrittenFile
+    from luthier.store.objects import ObjectMetadata, ObjectPiece, get_bucket, new_object
 
     database = service.objects.database
     with database.write() as session:
         found = get_bucket(session, "000000000001", bucket)
         for number in range(3000):
-            piece = ObjectPiece.of("000000000001", 1, Written(f"{bucket}{number}", 0, "", ""), {})
-            row = new_object(found, f"many/{number:05}", [piece], "", 0, Described())
+            piece = ObjectPiece.of(
+                "000000000001", 1, WrittenFile(f"{bucket}{number}", 0, "", ""), {}
+            )
+            row = new_object(found, f"many/{number:05}", [piece], "", 0, ObjectMetadata())
             session.add(row)
     assert page(database, "000000000001", bucket, delimiter="/").entries == ("many/",)
     every = page(database, "000000000001", bucket, start="many/00900", limit=1500)

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import pytest
 from botocore.exceptions import ClientError
 
-from luthier.store.objects import Described
+from luthier.store.objects import ObjectMetadata
 
 ODD = [
     "../../x", "a//b", "//", "a/./b/../c", "sp ace+plus%25", "ünïcödé/日本/🎻", "q?a=b&c#d",
@@ -54,7 +54,7 @@ def test_files_of_openai_are_only_read(service: Any) -> None:
     with service.objects.files.begin("000000000001") as file:
         file.write(b"a row")
         written = file.finish()
-    service.objects.put("000000000001", "luthier-files", "file-1", written, Described())
+    service.objects.put("000000000001", "luthier-files", "file-1", written, ObjectMetadata())
     client, place = service.client(), {"Bucket": "luthier-files", "Key": "file-1"}
     one = {"Objects": [{"Key": "file-1"}]}
     for change in (

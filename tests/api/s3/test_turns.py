@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import pytest
 
 from luthier.limits import ServerLimits
-from luthier.store.object_files import Writing
+from luthier.store.object_files import FileWriter
 
 BUSY = "000000000001"
 LIMITS = ServerLimits()
@@ -76,9 +76,9 @@ def test_uploads_of_one_account_hold_no_other_up(
     service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, at_once = threading.Event(), []
-    real = Writing.write
+    real = FileWriter.write
 
-    def write(self: Writing, data: bytes) -> None:
+    def write(self: FileWriter, data: bytes) -> None:
         if BUSY in str(self._folder):
             at_once.append(1)
             go.wait(60)
@@ -87,7 +87,7 @@ def test_uploads_of_one_account_hold_no_other_up(
     busy, quiet = service.client("AKONE"), service.client("AKTWO")
     for client, name in ((busy, "busy-up"), (quiet, "quiet-up")):
         client.create_bucket(Bucket=name)
-    monkeypatch.setattr(Writing, "write", write)
+    monkeypatch.setattr(FileWriter, "write", write)
     with ThreadPoolExecutor(20) as pool:
         asked = [
             pool.submit(busy.put_object, Bucket="busy-up", Key=str(n), Body=b"y" * 70_000)

@@ -22,13 +22,13 @@ from luthier.data.chat import TemplateSettings
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
-    Called,
     Chat,
-    End,
+    FinishEvent,
     GenerationRequest,
+    GenerationResult,
     Stream,
     TokenChunk,
-    Whole,
+    ToolCallEvent,
 )
 from luthier.types import Message, Tool, ToolCall
 
@@ -275,7 +275,7 @@ def usage(read: int, written: int) -> dict[str, int]:
     return {"inputTokens": read, "outputTokens": written, "totalTokens": read + written}
 
 
-def message_of(answer: Whole) -> dict[str, Any]:
+def message_of(answer: GenerationResult) -> dict[str, Any]:
     """An answer as a message."""
     content: list[dict[str, Any]] = [{"text": answer.text}] if answer.text else []
     content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in answer.calls]
@@ -311,20 +311,20 @@ def events_of(
 
 def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
     """The events of an answer, without the time it took; ``paths`` as the request has them."""
-    answer, index, opened = Whole(), 0, False
+    answer, index, opened = GenerationResult(), 0, False
     yield "messageStart", {"role": "assistant"}
     for each in stream:
         answer.take(each)
         if isinstance(each, TokenChunk) and each.text:
             opened = True
             yield "contentBlockDelta", {"delta": {"text": each.text}, "contentBlockIndex": index}
-        elif isinstance(each, Called):
+        elif isinstance(each, ToolCallEvent):
             if opened:
                 yield "contentBlockStop", {"contentBlockIndex": index}
                 index, opened = index + 1, False
             yield from _call_events(each.call, index)
             index += 1
-        elif isinstance(each, End):
+        elif isinstance(each, FinishEvent):
             if not opened and not answer.calls:
                 opened = True
                 yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
@@ -351,7 +351,9 @@ def _use(call: ToolCall) -> dict[str, str]:
     return {"toolUseId": call.id, "name": call.name}
 
 
-def _additional_fields(paths: Sequence[str], stream: Stream, answer: Whole) -> dict[str, Any]:
+def _additional_fields(
+    paths: Sequence[str], stream: Stream, answer: GenerationResult
+) -> dict[str, Any]:
     """The members of the model's own answer that were asked for; unknown ones are left out."""
     native = {
         "generation": answer.text,

@@ -32,11 +32,11 @@ from luthier.api.http.messages import Fault
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
-    End,
+    FinishEvent,
     GenerationRequest,
+    GenerationResult,
     Stream,
     TokenChunk,
-    Whole,
 )
 
 LENGTH = 512
@@ -97,17 +97,17 @@ class PromptBody(NativeBody):
 
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """A piece of ``generation`` each; the last has the reason and the counts."""
-        answer = Whole()
+        answer = GenerationResult()
         for each in stream:
             answer.take(each)
             if isinstance(each, TokenChunk) and each.text:
                 yield _generation(each.text, stream, None, None), 0
-            elif isinstance(each, End):
+            elif isinstance(each, FinishEvent):
                 yield _generation("", stream, each.tokens, answer), each.tokens
 
 
 def _generation(
-    text: str, stream: Stream, tokens: int | None, ended: Whole | None
+    text: str, stream: Stream, tokens: int | None, ended: GenerationResult | None
 ) -> dict[str, Any]:
     reason = None
     if ended is not None:

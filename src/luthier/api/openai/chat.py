@@ -26,14 +26,14 @@ from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import (
     MOST_TOKENS,
     TURNS,
-    Called,
     Chat,
-    End,
     Event,
+    FinishEvent,
     GenerationRequest,
+    GenerationResult,
     Stream,
     TokenChunk,
-    Whole,
+    ToolCallEvent,
 )
 from luthier.types import Message, Tool, ToolCall
 
@@ -286,7 +286,7 @@ class InvokedChat:
 def _add_up_tokens(stream: Stream, ended: list[int]) -> Iterator[Event]:
     """The events of ``stream``; the tokens of answers that have ended are added up in ``ended``."""
     for each in stream:
-        if isinstance(each, End):
+        if isinstance(each, FinishEvent):
             ended[0] += each.tokens
         yield each
 
@@ -302,7 +302,7 @@ def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
     }
 
 
-def _choice(index: int, answer: Whole, parameters: ChatRequest) -> dict[str, Any]:
+def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": answer.text if answer.text or not answer.calls else None,
@@ -357,16 +357,16 @@ class _Chunks:
             if isinstance(event, TokenChunk):
                 scores = chat_logprobs(event.scores) if self._parameters.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
-            elif isinstance(event, Called):
+            elif isinstance(event, ToolCallEvent):
                 yield from self._call_chunks(event)
-            elif isinstance(event, End):
+            elif isinstance(event, FinishEvent):
                 written += event.tokens
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
         if self._parameters.wants_usage:
             yield {**self._head, "choices": [], "usage": usage(prompt_tokens, written)}
 
-    def _call_chunks(self, event: Called) -> Iterator[Mapping[str, Any]]:
+    def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
         """A call: its name first, then its arguments."""
         number = self._calls.get(event.index, 0)
         self._calls[event.index] = number + 1

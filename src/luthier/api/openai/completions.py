@@ -24,7 +24,7 @@ from luthier.api.openai.models import Resolved
 from luthier.api.openai.protocol import invalid
 from luthier.serving.inference import (
     MOST_TOKENS,
-    End,
+    FinishEvent,
     GenerationRequest,
     Prompt,
     Score,
@@ -159,7 +159,7 @@ def _chunks(
                     scores = _logprobs(event.scores, offsets[event.index])
                     offsets[event.index] += sum(map(_length, event.scores))
                 choice = _choice(number * n + event.index, event.text, scores, None)
-            elif isinstance(event, End):
+            elif isinstance(event, FinishEvent):
                 written += event.tokens
                 reason = FINISH.get(event.reason, "stop")
                 choice = _choice(number * n + event.index, "", None, reason)

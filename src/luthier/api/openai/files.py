@@ -30,7 +30,7 @@ from luthier.api.openai.protocol import (
     text_of,
 )
 from luthier.errors import ObjectRefused
-from luthier.store.object_files import Writing
+from luthier.store.object_files import FileWriter
 from luthier.store.text import check_storable
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
@@ -50,7 +50,7 @@ _FORM_BYTES = 1 << 20
 class UploadForm:
     """A form with one file; use it in a ``with``, at whose end a file that nobody took is gone."""
 
-    def __init__(self, content_type: str, begin: Callable[[], Writing], limit: int) -> None:
+    def __init__(self, content_type: str, begin: Callable[[], FileWriter], limit: int) -> None:
         """``begin`` makes a place for the file, which has ``limit`` bytes at most.
 
         Raises:
@@ -65,7 +65,7 @@ class UploadForm:
         self.size = 0
         """Bytes of the file that have come."""
         self._begin, self._limit = begin, limit
-        self._writing: Writing | None = None
+        self._writing: FileWriter | None = None
         self._header, self._value = b"", b""
         self._headers: dict[bytes, bytes] = {}
         self._part, self._is_file, self._parts = "", False, 0
@@ -113,7 +113,7 @@ class UploadForm:
             raise _unreadable(error) from error
         return len(data)
 
-    def file(self) -> Writing:
+    def file(self) -> FileWriter:
         """Where the file is, once the body has come to its end: whole, and not finished yet.
 
         Raises:

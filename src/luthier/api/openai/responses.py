@@ -24,13 +24,13 @@ from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
 from luthier.serving.inference import (
     MOST_TOKENS,
     TURNS,
-    Called,
     Chat,
-    End,
     Event,
+    FinishEvent,
     GenerationRequest,
     Stream,
     TokenChunk,
+    ToolCallEvent,
 )
 from luthier.types import Message, Tool, ToolCall
 
@@ -276,7 +276,7 @@ class _Response:
         self._parameters, self._prompt_tokens = parameters, prompt_tokens
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
-        self._end: End | None = None
+        self._end: FinishEvent | None = None
         self._error: JsonObject | None = None
         self._items: list[JsonObject] = []
 
@@ -287,7 +287,7 @@ class _Response:
         for event in stream:
             if isinstance(event, TokenChunk):
                 yield from self._piece(event)
-            elif isinstance(event, Called):
+            elif isinstance(event, ToolCallEvent):
                 yield from self._finish("completed")
                 yield from self._add_call(event.call)
             else:

@@ -15,11 +15,11 @@ from luthier.api.s3.documents import DOCUMENT_LIMIT, as_fault
 from luthier.api.s3.request import Incoming, S3Request, Stores, read_request
 from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 from luthier.store.multipart import MultipartUploads
-from luthier.store.object_files import Written
+from luthier.store.object_files import WrittenFile
 from luthier.store.objects import UPLOADS, Objects
 
 Works = Callable[[Stores, S3Request, bytes], Response]
-Keeps = Callable[[Stores, S3Request, Written, Mapping[str, str]], Response]
+Keeps = Callable[[Stores, S3Request, WrittenFile, Mapping[str, str]], Response]
 
 
 @dataclass(frozen=True)

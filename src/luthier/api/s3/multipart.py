@@ -23,7 +23,7 @@ from luthier.api.s3.documents import Element, document, iso
 from luthier.api.s3.objects import check_read, check_write, copy_elements, span
 from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.store.multipart import MOST_PARTS, CompletedPart
-from luthier.store.object_files import Written
+from luthier.store.object_files import WrittenFile
 from luthier.store.objects import ObjectPiece, Upload
 
 _PAGE = 1000
@@ -61,7 +61,7 @@ def before_part(stores: Stores, request: S3Request) -> Incoming:
 
 
 def upload_part(
-    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> Response:
     """Keep a part."""
     piece = _put_part(stores, request, written, checksums)
@@ -185,7 +185,7 @@ def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
 
 
 def _put_part(
-    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> ObjectPiece:
     return stores.uploads.put_part(
         request.account,

@@ -14,8 +14,8 @@ from luthier.api.s3.buckets import xml
 from luthier.api.s3.documents import Element, document, iso
 from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.errors import ObjectRefused
-from luthier.store.object_files import Written
-from luthier.store.objects import Described, StoredObject, check_key
+from luthier.store.object_files import WrittenFile
+from luthier.store.objects import ObjectMetadata, StoredObject, check_key
 
 MOST_DELETED = 1000
 _RESPONSE = "response-"
@@ -121,7 +121,7 @@ def before_put(stores: Stores, request: S3Request) -> Incoming:
 
 
 def put_object(
-    stores: Stores, request: S3Request, written: Written, checksums: Mapping[str, str]
+    stores: Stores, request: S3Request, written: WrittenFile, checksums: Mapping[str, str]
 ) -> Response:
     """Let the key name what came."""
     made = stores.objects.put(
@@ -205,11 +205,11 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
         )
         raise Fault("InvalidRequest", text)
 
-    def describe_copy(found: StoredObject) -> Described:
+    def describe_copy(found: StoredObject) -> ObjectMetadata:
         check_read(request.headers, found, "x-amz-copy-source-if-")
         if directive == "REPLACE":
             return describe_object(request, found.checksums)
-        return Described(found.headers, found.user_metadata, found.checksums)
+        return ObjectMetadata(found.headers, found.user_metadata, found.checksums)
 
     made = stores.objects.copy(request.account, source, target, describe_copy)
     return xml(document("CopyObjectResult", copy_elements(made.etag, made, made.checksums)))

@@ -11,7 +11,7 @@ from luthier.api.http.messages import Caller, Fault, RequestHead
 from luthier.api.http.routing import Authorize
 from luthier.store.arns import object_arn
 from luthier.store.multipart import MultipartUploads
-from luthier.store.objects import Described, Objects
+from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.text import check_storable
 
 DESCRIBING = (
@@ -122,7 +122,7 @@ def copy_source(request: S3Request) -> tuple[str, str]:
     return bucket, key
 
 
-def describe_object(request: S3Request, checksums: Mapping[str, str]) -> Described:
+def describe_object(request: S3Request, checksums: Mapping[str, str]) -> ObjectMetadata:
     """What the headers of a request say of the object that it makes."""
     given = request.headers
     headers = {name: given[name] for name in DESCRIBING if name in given}
@@ -136,7 +136,7 @@ def describe_object(request: S3Request, checksums: Mapping[str, str]) -> Describ
     if sum(len(name) + len(value) for name, value in metadata.items()) > _METADATA_BYTES:
         text = "Your metadata headers exceed the maximum allowed metadata size"
         raise Fault("MetadataTooLarge", text)
-    return Described(headers, metadata, checksums)
+    return ObjectMetadata(headers, metadata, checksums)
 
 
 def _check(request: S3Request) -> None:
