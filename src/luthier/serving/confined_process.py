@@ -84,7 +84,7 @@ class ConfinedProcess:
 
         Raises:
             TakesTooMuch: where ``call`` reaches a limit.
-            Interrupted: where the process ended for another reason, or cannot start.
+            WorkInterrupted: where the process ended for another reason, or cannot start.
             RecipeError: where it refuses.
         """
         with self._lock:

@@ -52,8 +52,8 @@ class ConfinedWork:
 
         Raises:
             TakesTooMuch: where it reached a limit, or what works on it failed: it would again.
-            Interrupted: where it was ended for another reason: the client hung up, the machine is busy
-                or out of memory, the service is ending.
+            WorkInterrupted: where it was ended for another reason: the client hung up, the machine is
+                busy or out of memory, the service is ending.
         """
         try:
             with self._process() as process:

@@ -152,7 +152,7 @@ def graded_once(grader: Grader, sample: Answer) -> tuple[float, dict[str, float]
 
     Raises:
         TakesTooMuch: where the work was ended at its limit.
-        Interrupted: where it was ended for another reason.
+        WorkInterrupted: where it was ended for another reason.
     """
     troubles: dict[int, Trouble] = {}
     parts: dict[str, float] = {}
