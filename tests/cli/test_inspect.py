@@ -33,6 +33,18 @@ def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Pat
     assert train["tokens"] > train["lengths"]["max"] > train["learned_tokens"] > 4
 
 
+def test_the_command_to_train_reads_the_same_columns(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "b.jsonl",
+        {"sentence": "good", "class": "a"},
+        {"sentence": "bad", "class": "b"},
+    )
+    named = ["--map", "text=sentence", "--map", "label=class"]
+    out = Answer("inspect", str(path), "--validation", str(path), *named, "--no-base").out
+    last = next(line for line in out.splitlines() if "luthier tune" in line)
+    assert " ".join([str(path), "--validation", str(path), *named]) in last
+
+
 def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(
         tmp_path / "a.jsonl",

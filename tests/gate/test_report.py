@@ -31,6 +31,7 @@ from luthier.gate.report import (
     next_steps,
     target_of,
     token_runs,
+    warnings,
 )
 from luthier.gate.report_page import draw_histogram
 from luthier.gate.report_text import show, sparkline
@@ -182,6 +183,16 @@ def test_the_last_line_is_what_to_do() -> None:
     assert "warnings" in next_steps(report)[0][0]
     found.add(Finding(Rule("an.error", "error", "x"), Place("a", 1), "x"))
     assert next_steps(report)[-1][1] == ""
+
+
+def test_commands_name_the_columns_that_were_named() -> None:
+    found, columns = Findings(), {"text": "the sentence", "label": ""}
+    report = Report({"train": ["a.jsonl"]}, {"train": 2}, found, columns=columns)
+    named = " --map 'text=the sentence' --map label="
+    assert next_steps(report)[0][1] == f"luthier tune a.jsonl{named}"
+    found.add(Finding(all_rules()["duplicate.near"], Place("a.jsonl", 1), "x"))
+    assert cleaning_command(report).endswith(f"--dedupe near{named}")
+    assert f"luthier inspect a.jsonl{named} --html" in warnings(report)[-1]
 
 
 def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:

@@ -174,7 +174,7 @@ def prepare_job(
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):
         if count:
             reporter.note(f"{count} rows longer than {context} tokens were {what}, as asked")
-    for line in warnings(data.report, recipe.data.train) if data.report else ():
+    for line in warnings(data.report) if data.report else ():
         reporter.note(line)
     if seen := rows_learned_by(base, data):
         reporter.note(

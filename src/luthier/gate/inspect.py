@@ -125,7 +125,8 @@ def inspect(
     report = inspect_sources(
         request.sources, checks, decided.severity, request.columns, progress, processes, beside
     )
-    return replace(report, base=base if known.chat else None, left_out=left_out)
+    used = base if known.chat else None
+    return replace(report, base=used, left_out=left_out, columns=request.columns or {})
 
 
 def parse_objective(objective: str | Mapping[str, Any] | None) -> Objective | None:
@@ -206,5 +207,6 @@ def inspect_job(
     decided = file.and_then(parse_policy(spec.severity or {}))
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
     report = inspect_rows(splits, checks, decided.severity)
-    report.left_out = left_out
-    return report
+    named = {"train": spec.train, "validation": spec.validation}
+    sources = {split: source for split, source in named.items() if source}
+    return replace(report, left_out=left_out, sources=sources, columns=spec.columns or {})

@@ -43,10 +43,16 @@ class Report:
     """Checks that were not run, and why."""
     sources: Mapping[Split, str] = field(default_factory=dict)
     """What was asked to be inspected: files, folders, patterns or addresses."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The data's name for each of our keys, as it was given."""
 
     def source(self, split: Split) -> str:
         """What a command is to name for the rows of a split."""
         return self.sources.get(split) or next(iter(self.files.get(split, ())), "")
+
+    def map_options(self) -> list[str]:
+        """``--map`` of a command that reads the same columns."""
+        return [word for pair in self.columns.items() for word in ("--map", "=".join(pair))]
 
     @property
     def exit_code(self) -> int:
@@ -204,6 +210,7 @@ def _training(report: Report) -> tuple[str, str]:
     words = ["luthier", "tune", report.source("train")]
     if report.files.get("validation"):
         words += ["--validation", report.source("validation")]
+    words += report.map_options()
     if report.base:
         words += ["--base", report.base]
     if objective := report.summaries.get("learning", {}).get("objective"):
@@ -272,7 +279,7 @@ def cleaning_command(report: Report) -> str:
                 words += [f"--{split}", report.source(split)]
     if report.base and "--truncate" in options:
         words += ["--base", report.base]
-    return shlex.join(words)
+    return shlex.join(words + report.map_options())
 
 
 def target_of(source: str) -> str:
@@ -326,7 +333,7 @@ def refusals(report: Report) -> tuple[list[Problem], bool]:
     return problems, any(found.counts[problem.rule] > MOST_EXAMPLES for problem in problems)
 
 
-def warnings(report: Report, data: str) -> list[str]:
+def warnings(report: Report) -> list[str]:
     """What to say before training: a line for each rule, and where to see more."""
     found = report.findings
     lines, by_row = [], False
@@ -346,8 +353,11 @@ def warnings(report: Report, data: str) -> list[str]:
         )  # fmt: skip
         lines.append(f"{text} {rule.fix or first.fix}".rstrip())
     if by_row:
-        typed = shlex.join(["luthier", "inspect", str(data), "--html", "report.html"])
-        lines.append(f"to see all of them, row by row, run `{typed}`")
+        words = ["luthier", "inspect", report.source("train")]
+        if "validation" in report.sources:
+            words += ["--validation", report.source("validation")]
+        words += [*report.map_options(), "--html", "report.html"]
+        lines.append(f"to see all of them, row by row, run `{shlex.join(words)}`")
     return lines
 
 

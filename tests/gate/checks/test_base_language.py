@@ -203,7 +203,7 @@ def test_a_job_says_what_was_measured(english_base: ChatFormat) -> None:
     objective = OBJECTIVES["classification"].model_validate({})
     spec = DataSpec(train="f.jsonl")
     report = inspect_job(spec, {"train": rows(*VI)}, objective, english_base)
-    (line,) = [each for each in warnings(report, "f.jsonl") if "base.language" in each]
+    (line,) = [each for each in warnings(report) if "base.language" in each]
     assert "Vietnamese (vi)" in line and "`--base multilingual-e5-small`" in line
 
 
