@@ -93,6 +93,42 @@ def test_a_rise_of_both_losses_is_no_overfitting() -> None:
     assert judged((2.0, 1.5, 2.0), by_heart).outcome == "overfitted"
 
 
+def capped(
+    losses: Sequence[float], steps_per_pass: float, rows: int = 0, train: float = -0.02
+) -> RunVerdict:
+    """The verdict on ten steps, each measured, as `training.max_steps=10` asked for."""
+    lines = [{"event": "train", "step": n, "loss": 2.0 + train * n} for n in range(1, 11)]
+    lines += [held(n, loss) for n, loss in enumerate(losses)]
+    settings = Training(learning_rate=1e-3, max_steps=10)
+    return judge_run(lines, "loss", settings, 10, rows, steps_per_pass)
+
+
+RISING_AGAIN = (2.0, 1.8, 1.7, 1.6, 1.5, 1.46, 1.45, 1.47, 1.5, 1.6, 1.7)
+
+
+def test_rows_that_were_seen_once_are_not_known_by_heart() -> None:
+    assert capped(RISING_AGAIN, 5).outcome == "overfitted"
+    once = capped(RISING_AGAIN, 32)
+    assert once.outcome == "declined" and once.text.startswith("worse again since step 6")
+    assert "heart" not in once.advice and "passes" not in once.advice
+    assert "`training.learning_rate=2.5e-04`" in once.advice
+
+
+def test_a_small_difference_on_few_rows_is_chance() -> None:
+    near = (2.0, 1.99, 1.98, 1.97, 1.96, 1.955, 1.95, 1.951, 1.952, 1.955, 1.958)
+    assert capped(near, 5, rows=40).outcome == "overfitted"
+    few = capped(near, 5, rows=4)
+    assert few.outcome == "learned"
+    assert "of so few rows the difference of 0.4% is chance. 4 held-out rows give" in few.text
+    assert capped(RISING_AGAIN, 5, rows=4).outcome == "overfitted"
+
+
+def test_a_capped_run_that_was_best_at_its_end_needs_more_steps() -> None:
+    found = capped([2.0 - 0.001 * n for n in range(11)], 32, train=0.0)
+    assert (found.outcome, found.kept_step) == ("hardly_learned", 10)
+    assert "`training.max_steps=20`" in found.advice and "rate" not in found.advice
+
+
 def test_early_stopping_is_said() -> None:
     verdict = judged((2.0, 1.0, 1.5), steps=100)
     assert verdict.stopped_early

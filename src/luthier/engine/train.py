@@ -203,6 +203,7 @@ class Trainer:
             self.recipe.training,
             self.job.steps,
             len(self.job.data.validation),
+            self.job.rows / (self.recipe.training.batch_size or 1),
             self.fitted_head,
             uninformative=self.comparison is not None and self.comparison.uninformative,
             refit=refit,

@@ -121,6 +121,7 @@ def judge_run(
     training: Training,
     steps: int,
     rows: int = 0,
+    steps_per_pass: float = 0,
     fitted_head: bool = False,
     uninformative: bool = False,
     refit: Refit | None = None,
@@ -134,6 +135,7 @@ def judge_run(
         training: its settings, which advice starts from.
         steps: how many there were to be.
         rows: how many validation rows there are; 0 where that is not known.
+        steps_per_pass: how many steps see every training row once; 0 where that is not known.
         fitted_head: whether the head started from logistic regression: what was measured before the
             first step is that, and to be no better is no failure to learn.
         uninformative: whether answering all rows alike is no worse, so that nothing shows that the
@@ -156,7 +158,8 @@ def judge_run(
             {},
             {},
         )
-    course = _Course(train, held, measure, _REGRESSION if fitted_head else _UNTRAINED)
+    start = _REGRESSION if fitted_head else _UNTRAINED
+    course = _Course(train, held, measure, start, rows, last_step > steps_per_pass)
     outcome = course.outcome()
     kept = course.kept["step"]
     headline, advice = _HEADLINES[outcome], course.advice(outcome, training)
@@ -196,8 +199,12 @@ class _Course:
         held: Sequence[Mapping[str, Any]],
         measure: str,
         start: _Start,
+        rows: int,
+        repeats: bool,
     ) -> None:
+        """``rows`` are held out, 0 if that is not known; ``repeats`` if training rows came again."""
         self.train, self.held, self.measure, self.start = train, held, measure, start
+        self.rows, self.repeats = rows, repeats
         self.first, self.last = held[0], held[-1]
         self.kept = best_measurement(held, measure)
         self.gain = self._cost(self.first) - self._cost(self.kept)
@@ -209,8 +216,9 @@ class _Course:
             return "worse" if harmed else "hardly_learned"
         lost = self._cost(self.last) - self._cost(self.kept)
         if lost > self._noise(self.kept, self.last):
-            # It is overfitting where the training rows do not get worse with the others.
-            apart = self.measure != "reward" and self._training_moved() <= 0
+            # It is overfitting where the training rows do not get worse with the others. Rows that
+            # were seen once at most are not known by heart.
+            apart = self.repeats and self.measure != "reward" and self._training_moved() <= 0
             return "overfitted" if apart else "declined"
         part = LAST_PART * self.last["step"]
         between = [line for line in self.held[:-1] if line["step"] > 0]
@@ -249,6 +257,10 @@ class _Course:
             return text
         end = "where training stopped early" if early else "the last"
         worse = f", worse than {self.start.name}" if self._above_start(self.last) else ""
+        lost = self._cost(self.last) - self._cost(self.kept)
+        if 0 < lost <= self._few_rows_chance():
+            share = lost / abs(self._cost(self.kept))
+            worse += f"; of so few rows the difference of {share:.1%} is chance"
         return (
             f"{text}, whose weights are {kept_for}; {self._shown(self.last)} at step {last_step}, {end}"
             f"{worse}"
@@ -264,6 +276,11 @@ class _Course:
             return f"More steps are likely to help: {self._twice(training)}"
         if self.measure == "reward":
             return self._reward_advice(outcome, lower)
+        if outcome == "declined" and self._training_moved() <= 0:
+            return (
+                "No training row came twice, so this is not overfitting: a lower rate is steadier, try "
+                f"{lower}, or give more rows"
+            )
         if outcome == "declined":
             return f"The training loss rose too, so the rate is too high: try {lower}"
         if outcome == "overfitted":
@@ -279,6 +296,8 @@ class _Course:
         harmed = any(self._above_start(line) for line in self.held)
         if harmed or self._risen(self.held) or self._risen(self.train):
             return f"The rate is too high: try {lower}, or let `luthier search` find one"
+        if training.max_steps is not None and self.kept is self.last:
+            return f"It was best at the last step, so more steps may help: {self._twice(training)}"
         higher = f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})"
         return (
             "Unless the model knew the data already, the rate is too low or the steps are too few: try "
@@ -308,7 +327,13 @@ class _Course:
 
     def _noise(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         """How far two measurements of a run that learned must be apart to say anything."""
-        return max(LEAST_CHANGE * self.gain, self._chance(one, other))
+        least = LEAST_CHANGE * self.gain
+        return max(least, self._chance(one, other), self._few_rows_chance())
+
+    def _few_rows_chance(self) -> float:
+        """The same of a loss of few rows, which has no error that is known; else 0."""
+        few = self.measure == "loss" and 0 < self.rows < FEW_LOSSES
+        return LEAST_GAIN * abs(self._cost(self.first)) if few else 0.0
 
     def _chance(self, one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
         return chance_between(one, other, self.measure)

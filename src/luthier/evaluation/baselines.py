@@ -110,14 +110,18 @@ class Comparison:
                 f"all {self.rows:,} held-out rows have the same label, so accuracy says nothing of how "
                 "labels are told apart: give rows of each label to measure on"
             )
-        behind = self.gain(best) < -CHANCE * best.error
-        does = "does better" if behind else "may do as well" if self.gain(best) else "does as well"
+        gain = self.gain(best)
+        behind = gain < -CHANCE * best.error
+        does = "does better" if behind else "did better here" if gain < 0 else "may do as well"
+        does = does if gain else "does as well"
         text = (
             f"a simple baseline {does}: {best.name}, {render(self.measure, best.score)} against "
             f"{render(self.measure, self.tuned)} of the tuned model, on the same {self.rows:,} rows, "
             f"and is fitted in {best.seconds:.1f} s"
         )
-        if does == "may do as well" or (not behind and self.rows < FEW_ROWS):
+        if does == "did better here":
+            text += f"; {self.rows:,} rows do not decide it"
+        elif does == "may do as well" or (not behind and self.rows < FEW_ROWS):
             text += f"; {self.rows:,} rows are too few to tell such scores apart"
         return text
 
