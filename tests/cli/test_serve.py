@@ -40,6 +40,13 @@ def refused(*arguments: str) -> str:
     return done.output
 
 
+def test_a_backend_that_is_not_there_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LUTHIER_BACKEND", "warp")
+    assert "LUTHIER_BACKEND is 'warp', and there" in refused()
+
+
 def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
     good.write_text('method = "exact"\n')

@@ -209,6 +209,28 @@ def test_columns_are_mapped_and_folders_read(tmp_path: Path) -> None:
     assert [row.prompt for row in load_rows(target)] == ["a1", "a2"]
 
 
+def test_tools_and_calls_stay_or_the_row_is_refused(tmp_path: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"n": 1}'}}
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "do it"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "ok", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "done", "reasoning_content": "it said ok"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+    }
+    source, target = write(tmp_path, row), tmp_path / "o.jsonl"
+    for form in ("rows", "chat", "openai"):
+        convert(source, target, form, overwrite=True)
+        assert json.loads(target.read_text()) == row
+    for form in ("sharegpt", "alpaca", "bedrock-conversation", "prompt-completion"):
+        for drop in (False, True):
+            with pytest.raises(DataError, match="has tools, calls or reasoning"):
+                convert(source, tmp_path / "x.jsonl", form, drop_extra_keys=drop)
+
+
 def test_targets_that_cannot_be(tmp_path: Path) -> None:
     source = write(tmp_path, {"text": "a"})
     for options, said_ in (

@@ -80,6 +80,12 @@ def test_only_text_that_costs_far_more_than_english_is_named(
     # A few words tell nothing, and an encoder does not go on with a text.
     assert find_unfamiliar_text(reader, chat, encoded(chat, UPWARD[:40])) is None
     assert find_unfamiliar_text(reader, chat, []) is None
+    # Blanks and numbers are no language.
+    blank, numbers = " " * 600 + "x", "48,210.5;77;-3.25;" * 20
+    for text in (blank, numbers):
+        assert find_unfamiliar_text(reader, chat, encoded(chat, *[text] * 12)) is None
+    indented = find_unfamiliar_text(reader, chat, encoded(chat, *[" " * 600 + UPWARD] * 12))
+    assert indented is not None
     assert (
         find_unfamiliar_text(reader, replace(chat, start_id=1), encoded(chat, UPWARD * 5)) is None
     )

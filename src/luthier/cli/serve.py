@@ -110,6 +110,7 @@ def serve(
         from luthier.api.settings import Settings
         from luthier.encryption import keys
         from luthier.limits import parse_limits
+        from luthier.models.backends import chosen_backend
         from luthier.serving.memory import bound_kernels
         from luthier.serving.prompts import tokenize_in_own_thread
 
@@ -122,6 +123,7 @@ def serve(
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
+        chosen_backend()  # a name that is not there is refused now, not at the first request
         # Nothing is less than NaN either, and would let nobody in.
         if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
             raise RefusedInput(

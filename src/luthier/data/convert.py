@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.data.containers import JSON_LINES, PACKED
-from luthier.data.forms import TARGETS, source_keys
+from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, source_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
@@ -27,7 +27,10 @@ FORMATS: tuple[Format, ...] = ("jsonl", "csv", "tsv", "parquet")
 MOST_PROBLEMS = 100
 """Reading stops after so many."""
 
-_BESIDE_TEXT = {"role", "content", "from", "value"}
+_BESIDE_TEXT = frozenset({"role", "content", "from", "value"})
+_BESIDE_CALLS = frozenset(
+    {"tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class _Conversion:
             drop_extra_keys,
             on_progress,
         )
-        self.record_of = TARGETS[form]
+        self.form, self.record_of = form, TARGETS[form]
         self.first = ""
         self.kept: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
@@ -165,9 +168,9 @@ class _Conversion:
     def _record(self, row: Row, reader: RowReader) -> Record:
         given, form = reader.checker.given, reader.checker.form
         used = source_keys(row, form)
-        if not self.drop_extra_keys:
-            _refuse_lost(given)
         made = self.record_of(row)
+        if not self.drop_extra_keys:
+            _refuse_lost(given, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in made else "others"
         self.first = self.first or kind
         if kind != self.first:
@@ -207,12 +210,13 @@ class _Conversion:
             raise DataError(reader.problems, capped=count > 1)
 
 
-def _refuse_lost(record: Record) -> None:
-    """Refuse messages that say more than who and what."""
+def _refuse_lost(record: Record, keeps_tools: bool) -> None:
+    """Refuse messages that say more than who and what, and what they call."""
+    written = _BESIDE_TEXT | (_BESIDE_CALLS if keeps_tools else frozenset())
     for key in ("messages", "conversations"):
         turns = record.get(key)
         for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
-            more = [k for k, v in turn.items() if k not in _BESIDE_TEXT and v is not None]
+            more = [k for k, v in turn.items() if k not in written and v is not None]
             if more:
                 raise RowRefused(
                     "convert.message",

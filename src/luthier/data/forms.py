@@ -253,12 +253,14 @@ def _to_pair(row: Row) -> Record:
 
 
 def _to_chat(row: Row) -> Record:
+    if isinstance(row, Conversation):
+        return row.record()  # OpenAI's names, tools and calls included
     return {"messages": _turn_dicts(_conversation_of(row, "chat"))}
 
 
 def _to_openai(row: Row) -> Record:
     if not isinstance(row, Preference):
-        return {"messages": _turn_dicts(_conversation_of(row, "openai"))}
+        return _to_chat(row)
     return {
         "input": {"messages": _turn_dicts(row.messages)},
         "preferred_output": _turn_dicts(row.chosen),
@@ -308,6 +310,8 @@ def _to_text(row: Row) -> Record:
     return {"text": row.text}
 
 
+FORMS_WITH_TOOLS = frozenset({"rows", "chat", "openai"})
+"""Forms that have a place for tools, calls, results and reasoning."""
 TARGETS: Mapping[str, Callable[[Row], Record]] = {
     "rows": lambda row: row.record(),
     "prompt-completion": _to_pair,
@@ -326,7 +330,12 @@ read again gives the same texts."""
 def _conversation_of(row: Row, form: str) -> Turns:
     """The row as a conversation that the assistant ends."""
     if isinstance(row, Conversation | PromptCompletion):
-        return row.turns()
+        turns = row.turns()
+        agent = any(turn.calls or turn.reasoning or turn.role == "tool" for turn in turns)
+        agent = agent or (isinstance(row, Conversation) and bool(row.tools))
+        if agent and form not in FORMS_WITH_TOOLS:
+            raise _no_place(form, "has tools, calls or reasoning")
+        return turns
     if isinstance(row, JudgedAnswers):
         raise _no_place(form, "is a judgement of answers")
     raise _no_place(form, "is a prompt without a reply" if row.turns() else "is no conversation")

@@ -27,7 +27,9 @@ SmolLM2: replies and articles 0.8 to 1.4, text messages 2.2, Vietnamese 2.8 to 3
 LEAST = 0.6
 """Bits a character of plain English below which it tells nothing: the sample was learned by heart."""
 ROWS, CHARACTERS, LEAST_CHARACTERS = 12, 240, 400
-"""Rows that are read, characters of each, and how many of them must come together."""
+"""Rows that are read, characters of each, and how many letters must come together."""
+LEAST_LETTERS = 0.6
+"""Share of the characters that must be letters: numbers and logs surprise any model."""
 BUDGET = 1024
 
 
@@ -43,8 +45,10 @@ def find_unfamiliar_text(
         return None
     chosen = examples[:: max(1, len(examples) // ROWS)][:ROWS]
     texts = [chat.tokenizer.decode(each.ids_T, skip_special_tokens=True) for each in chosen]
-    texts = [text[:CHARACTERS] for text in texts]
-    if sum(map(len, texts)) < LEAST_CHARACTERS:
+    # The end is what the rows teach; a conversation begins with a template and a system prompt.
+    texts = [text.strip()[-CHARACTERS:] for text in texts]
+    letters = sum(sum(map(str.isalpha, text)) for text in texts)
+    if letters < max(LEAST_CHARACTERS, LEAST_LETTERS * sum(map(len, texts))):
         return None
     longest = max(map(len, chosen))  # what is known to fit the network
     rows, english = (
@@ -54,8 +58,8 @@ def find_unfamiliar_text(
         return None
     return (
         f"before training, the base model needs {rows:.1f} bits for a character of the rows and "
-        f"{english:.1f} for one of plain English: it hardly knows their language or kind of text, and "
-        "learns it from these rows alone. One that was trained on such text will do better: `--base ID`"
+        f"{english:.1f} for one of plain English: it hardly knows their language or kind of text. If "
+        "they are in a language that another base was trained on, start from that one: `--base ID`"
     )
 
 

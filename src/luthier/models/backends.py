@@ -107,13 +107,24 @@ BACKENDS: PluginTable[BackendEntry] = PluginTable(
 )
 
 
-def backend_of(network: Network, context: int, exact: bool = False) -> Backend:
-    """The way to run ``network`` that was chosen; see :data:`OpenBackend`.
+def chosen_backend() -> BackendEntry:
+    """The backend that ``LUTHIER_BACKEND`` names; torch where it is not set.
 
     Raises:
         RecipeError: for a backend that is not there, or whose package cannot be used.
     """
     name = os.environ.get(SETTING) or "torch"
     if name not in BACKENDS:
-        raise RecipeError(f"{SETTING} is {name!r}, and there are {', '.join(BACKENDS)}")
-    return BACKENDS[name].open(network, context, exact)
+        names = list(BACKENDS)
+        there = "there is only" if len(names) == 1 else "there are"
+        raise RecipeError(f"{SETTING} is {name!r}, and {there} {', '.join(names)}")
+    return BACKENDS[name]
+
+
+def backend_of(network: Network, context: int, exact: bool = False) -> Backend:
+    """The way to run ``network`` that was chosen; see :data:`OpenBackend`.
+
+    Raises:
+        RecipeError: as :func:`chosen_backend` does.
+    """
+    return chosen_backend().open(network, context, exact)
