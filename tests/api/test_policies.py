@@ -173,9 +173,9 @@ def test_what_was_asked_for_is_noted_across_threads() -> None:
 def test_patterns_take_time_in_proportion() -> None:
     """Where each star may go back, this pattern takes longer than anybody lives."""
     pattern = "arn:" + "a*" * 500 + "b"
-    began = time.monotonic()
+    began = time.process_time()
     assert not allows(caller(allow("*", pattern)), "s3:GetObject", "arn:" + "a" * 2000)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def naive(pattern: str, text: str) -> bool:
