@@ -59,6 +59,8 @@ def test_tools_that_say_little_and_none() -> None:
     [
         ("weather", "no JSON"),
         ("[" * 100_000, "no JSON"),
+        ('[{"name": "a", "parameters": {"const": NaN}}]', "no JSON"),
+        ('[{"name": "a", "description": "\\ud800"}]', "no JSON"),
         (7, "must be an array"),
         ([7], "tool 1"),
         ([PLAIN, {"description": "x"}], "tool 2"),
@@ -166,6 +168,20 @@ def test_every_form_of_thoughts(turn: object) -> None:
     assert found["content"] in ("Sun.", [{"text": "Sun."}], [{"type": "text", "text": "Sun."}])
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": "Sun.", "reasoning_content": 5},
+        {"role": "assistant", "content": "Sun.", "thinking": {"text": "May."}},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": 5}, {"text": "Sun."}]},
+    ],
+)
+def test_thoughts_that_are_no_text_are_refused(turn: object) -> None:
+    with pytest.raises(RowRefused, match="reasoning of message 2 must be a string") as refused:
+        unify_turns([ASK, turn])
+    assert refused.value.rule == "field.type"
+
+
 def test_what_has_nothing_to_do_with_tools_stays() -> None:
     turns: list[object] = [ASK, {"role": "assistant", "content": [{"text": "Hi"}]}, 7, {"role": []}]
     assert unify_turns(turns) == turns
@@ -176,6 +192,13 @@ def test_what_has_nothing_to_do_with_tools_stays() -> None:
     [
         (openai("{"), "no JSON"),
         (openai("[1]"), "no object"),
+        (openai('{"a": "\\ud800"}'), "no JSON"),
+        (openai('{"a": NaN}'), "no JSON"),
+        (openai('{"a": [-Infinity]}'), "no JSON"),
+        (openai('{"a": 1e400}'), "no JSON"),
+        (openai("[" * 100_000), "no JSON"),
+        ({"role": "tool_call", "content": '{"name": "a", "arguments": {"b": NaN}}'}, "no JSON"),
+        ({"role": "assistant", "tool_calls": 5, "function_call": {"name": "a"}}, "array"),
         ({"role": "assistant", "tool_calls": [7]}, "no object"),
         ({"role": "assistant", "tool_calls": 7}, "array"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "no name"),

@@ -201,3 +201,36 @@ def refuse_surrogates(record: Record) -> None:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
+_EMBEDDED = json.JSONDecoder(parse_constant=_constant, parse_float=_finite)
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def parse_embedded(text: str) -> object:
+    """JSON that a text holds, as the arguments of a call do.
+
+    Raises:
+        ValueError: for anything else, NaN, numbers too large to hold and halves of characters.
+    """
+    value, end = decode_embedded(text)
+    if _WHITE_SPACE.fullmatch(text, end) is None:
+        raise ValueError("something follows the JSON")
+    return value
+
+
+def decode_embedded(text: str, at: int = 0) -> tuple[object, int]:
+    """The JSON value that begins at ``at``, white space aside, and where it ends.
+
+    Raises:
+        ValueError: as :func:`parse_embedded`.
+    """
+    matched = _WHITE_SPACE.match(text, at)
+    start = matched.end() if matched else at
+    try:
+        value, end = _EMBEDDED.raw_decode(text, start)
+        if may_hold_surrogates(text[start:end]):  # escapes that the text around them hid
+            refuse_surrogates({"": value})
+    except Unreadable as bad:
+        raise ValueError(bad.message) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value, end

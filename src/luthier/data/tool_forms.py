@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from luthier.data.parsing import json_kind, parse_embedded
 from luthier.errors import RowRefused
 from luthier.types import Tool, ToolCall
 
@@ -26,8 +27,8 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError):
+            value = parse_embedded(value) if value.strip() else []
+        except ValueError:
             raise _refusal("tools.type", "its tools are a text that is no JSON") from None
     if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
         value = value["tools"]
@@ -81,7 +82,8 @@ def unify_turns(items: Sequence[object]) -> list[object]:
     no call is that of the next one without a result.
 
     Raises:
-        RowRefused: for a call without a name, or with arguments that are no JSON object.
+        RowRefused: for a call without a name, or with arguments that are no JSON object; for thoughts
+            that are no text.
     """
     if not any(_is_agents(item) for item in items):
         return list(items)
@@ -90,7 +92,7 @@ def unify_turns(items: Sequence[object]) -> list[object]:
         if not isinstance(item, Mapping):
             turns.append(item)
             continue
-        for turn in _split_blocks(dict(item)):
+        for turn in _split_blocks(dict(item), number):
             _join_turn(turns, _with_calls(turn, number))
     return _link_results(turns)
 
@@ -107,7 +109,7 @@ def _is_agents(item: object) -> bool:
     )
 
 
-def _split_blocks(turn: dict[str, Any]) -> list[dict[str, Any]]:
+def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
     """A turn of content blocks as turns of OpenAI's: results of tools become turns of their own."""
     blocks = turn.get("content")
     if not isinstance(blocks, list) or not any(_is_tool_block(block) for block in blocks):
@@ -135,6 +137,7 @@ def _split_blocks(turn: dict[str, Any]) -> list[dict[str, Any]]:
             inner = block.get("reasoningContent", block)
             inner = inner.get("reasoningText", inner) if isinstance(inner, Mapping) else {}
             thought = inner.get("text", inner.get("thinking")) if isinstance(inner, Mapping) else ""
+            _check_thought(thought, number)
             turn["reasoning_content"] = f"{turn.get('reasoning_content') or ''}{thought or ''}"
     if texts or turn.get("tool_calls") or not results:
         turn["content"] = texts or ""
@@ -170,19 +173,20 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
     if role in _CALL_ROLES:
         calls, turn = [content], {"role": "assistant", "content": ""}
         try:
-            calls = json.loads(content) if isinstance(content, str) else calls
-        except (ValueError, RecursionError):
+            calls = parse_embedded(content) if isinstance(content, str) else calls
+        except ValueError:
             raise _bad_call(number, "is no JSON") from None
         calls = calls if isinstance(calls, list) else [calls]
     elif role in _RESULT_ROLES:
         turn["role"] = "tool"
-    if old:
-        calls = [*calls, old]
     if not isinstance(calls, list):
         raise _bad_call(number, "must be in an array")
+    if old:
+        calls = [*calls, old]
     thought = turn.pop("reasoning", None) or turn.pop("thinking", None)
     if thought and not turn.get("reasoning_content"):
         turn["reasoning_content"] = thought
+    _check_thought(turn.get("reasoning_content"), number)
     if calls:
         turn["tool_calls"] = [_read_call(each, number) for each in calls]
         turn["content"] = turn.get("content") or ""
@@ -198,8 +202,8 @@ def _read_call(item: object, number: int) -> ToolCall:
         raise _bad_call(number, "has no name")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
+            arguments = parse_embedded(arguments) if arguments.strip() else {}
+        except ValueError:
             raise _bad_call(number, f'of "{name}" has arguments that are no JSON') from None
     if arguments is None:
         arguments = {}
@@ -215,6 +219,15 @@ def _bad_call(number: int, what: str) -> RowRefused:
         'Write {"type": "function", "function": {"name": "...", "arguments": "{...}"}}, or remove '
         "the row.",
     )
+
+
+def _check_thought(thought: object, number: int) -> None:
+    if thought is not None and not isinstance(thought, str):
+        raise RowRefused(
+            "field.type",
+            f"The reasoning of message {number} must be a string, but is {json_kind(thought)}.",
+            "Write it as one string in double quotes, or remove the row.",
+        )
 
 
 def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:

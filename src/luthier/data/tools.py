@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from luthier.data.parsing import parse_embedded
 from luthier.types import CALL_CLOSE, CALL_OPEN, Message, Tool, ToolCall
 
 LISTED = """You can call these functions, each described in JSON:
@@ -148,8 +149,8 @@ def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> l
     calls: list[ToolCall] = []
     for body in bodies:
         try:
-            parsed = json.loads(body)
-        except (ValueError, RecursionError):
+            parsed = parse_embedded(body)
+        except ValueError:
             parsed = _read_xml(body, parameters) if CALL_OPEN in text else None
         for each in parsed if isinstance(parsed, list) else [parsed]:
             call = _call_in(each)
@@ -208,8 +209,8 @@ def _read_value(text: str, schema: Any) -> Any:
     if "string" in kinds:
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_embedded(text)
+    except ValueError:
         # Qwen3-Coder's template writes them as Jinja does.
         return {"True": True, "False": False, "None": None}.get(text, text)
 

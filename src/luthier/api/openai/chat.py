@@ -22,6 +22,7 @@ from luthier.api.openai.generation import (
 )
 from luthier.api.openai.protocol import Body, invalid, validate
 from luthier.data.chat import TemplateSettings
+from luthier.data.parsing import parse_embedded
 from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -227,8 +228,8 @@ def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -
 def arguments(text: str | None, where: str) -> Mapping[str, Any]:
     """The arguments of a call, which clients send as text; raises :class:`Fault` for no JSON object."""
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = parse_embedded(text or "{}")
+    except ValueError:
         found = None
     if not isinstance(found, dict) or depth_of(found) > JSON_DEPTH:
         raise invalid("The arguments of a call are a JSON object.", where)
