@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Callable
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import pairwise
@@ -163,6 +164,28 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
     assert "[[" not in shown(force_terminal=True)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "stands in [[ ]]" in shown(force_terminal=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_no_part_of_a_report_shows_personal_data(
+    tmp_path: Path, family_folder: Callable[[str], Path], family: str
+) -> None:
+    private = "Call +44 20 7946 0958 or write to Bob.Miller@gmail.com now"
+    rows = [{"text": f"{private} {'x' * n}", "label": "ab"[n % 2]} for n in (1, 2, 3, 3)]
+    words = [*["Call", "+44", "20", "7946", "0958", "or", "write", "to", "Bob.Miller@gmail.com"]]
+    tagged = [{"tokens": words, "tags": ["B-A", *["O"] * (len(words) - 1)]}] * 2
+    for number, each in enumerate((rows, tagged)):
+        source = written(tmp_path / f"{number}.jsonl", *each)
+        report = luthier.inspect(source, base=str(family_folder(family)))
+        out = Console(file=StringIO(), width=200, highlight=False)
+        show(report, out)
+        for text in (report.html(), out.file.getvalue(), json.dumps(report.plain())):  # type: ignore[attr-defined]
+            plain = re.sub(r"[\W_]|<[^>]*>", "", text).lower()
+            assert "07946" not in plain and "0958" not in plain
+            assert "miller" not in plain and "gmail" not in plain
+        assert report.findings.counts["privacy.phone"] and report.findings.counts["privacy.email"]
+        shown = report.summaries["learning"]["splits"]["train"]["shown"]
+        assert all("*" in "".join(row["tokens"]) for row in shown) and shown
 
 
 def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:

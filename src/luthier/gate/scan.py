@@ -27,7 +27,6 @@ from luthier.data.shapes import describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Check, Places, RowBatch, Split
-from luthier.gate.pii import Finder, mask_all
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
 from luthier.gate.texts import excerpt_of
@@ -333,15 +332,13 @@ def quote_rows(findings: Findings, readers: Iterable[RowReader]) -> None:
     rules = [rule for rule in findings.examples if rule.startswith(QUOTED_RULES)]
     wanted = {each.place for rule in rules for each in findings.examples[rule] if each.place.line}
     begins: dict[Place, str] = {}
-    finder = Finder()
     for reader in readers:
         names = {str(path) for path in reader.files}
         left = {place for place in wanted if place.file in names}
         for row in islice(reader, QUOTED_ROWS) if left else ():
             place = Place(row.file, row.line)
             if place in left:
-                text = excerpt_of(row)
-                begins[place] = mask_all(text, finder.find(text))
+                begins[place] = excerpt_of(row)
                 left.discard(place)
                 if not left:
                     break

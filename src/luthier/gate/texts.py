@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from luthier.gate.check import BatchLines, Check, RowBatch
-from luthier.gate.pii import SEPARATOR, Finder, mask
+from luthier.gate.pii import SECRETS, SEPARATOR, Finder, mask, mask_all
 from luthier.gate.rules import Finding, Findings, Rule, rule_of
 from luthier.types import Row, Text
 
 
 def excerpt_of(row: Row, width: int = 100) -> str:
-    """How a row begins, on one line, for people to recognise it by."""
+    """How a row begins, on one line, for people to recognise it by; masked as :func:`excerpt` does."""
     text = " ".join(" ".join(each.content[: 4 * width] for each in row.texts()).split())
+    text = mask_all(text, _FINDER.find(text))  # before it is cut: half a number is not recognised
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -47,6 +49,36 @@ def excerpt(text: str, start: int = 0, end: int | None = None) -> str:
     shown.append(part[done : max(done, high - first)])
     line = escape_invisible("".join(shown))
     return f"{'…' if low else ''}{line}{'…' if high < len(text) else ''}"
+
+
+def private_items(texts: Iterable[str]) -> dict[str, int]:
+    """Personal data and secrets of ``texts``, without spaces and in lower case, and how many of their
+    characters may be shown."""
+    return {
+        "".join(text[span.start : span.end].lower().split()): 0 if span.kind in SECRETS else 2
+        for text in texts
+        for span in _FINDER.find(text)
+    }
+
+
+def mask_pieces(pieces: Sequence[str], items: Mapping[str, int]) -> tuple[str, ...]:
+    """The pieces of a text, with stars for :func:`private_items`.
+
+    Tokenizers change case and put spaces between pieces, so that neither is compared. Of an item that
+    is not there whole, as a character of it is unknown to the tokenizer, each word is masked.
+    """
+    shown = [*"".join(pieces)]
+    places = [place for place, character in enumerate(shown) if not character.isspace()]
+    text = "".join(shown[place].lower()[0] for place in places)
+    for item, clear in items.items():
+        whole = item in text
+        for word in [item] if whole else re.findall(r"[^\W_]{3,}", item):
+            for found in re.finditer(f"(?={re.escape(word)})", text):
+                first = found.start() + (clear if whole else 0)
+                for place in places[first : found.start() + len(word)]:
+                    shown[place] = "*" if shown[place].isalnum() else shown[place]
+    ends = [*accumulate(map(len, pieces), initial=0)]
+    return tuple("".join(shown[start:end]) for start, end in pairwise(ends))
 
 
 def escape_invisible(text: str) -> str:

@@ -44,7 +44,7 @@ from luthier.gate.rules import (
     Rule,
     rule_of,
 )
-from luthier.gate.texts import Spot, SpotCheck, excerpt_of
+from luthier.gate.texts import Spot, SpotCheck, excerpt_of, mask_pieces, private_items
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Example, IntArray, Row
@@ -62,7 +62,7 @@ class ShownRow:
 
     line: int
     pieces: tuple[str, ...]
-    """Its tokens as text."""
+    """Its tokens as text, personal data and secrets masked."""
     learned: tuple[bool, ...]
     """Whether each is learned."""
     source: tuple[str, ...] = ()
@@ -209,8 +209,8 @@ class Learning(SpotCheck):
             times_N[index] = times
             tokens_N[index] += sum(view.tokens for view in views)
             learned_N[index] += learned
-            if len(shown) < self.kept:
-                shown.append(self._show(fitted, example, row))
+            if len(shown) < self.kept and (one := self._show(fitted, example, row)):
+                shown.append(one)
         most = np.argsort(-tokens_N, kind="stable")[:LONGEST].tolist()
         return EncodedBatch(
             tokens_N,
@@ -239,18 +239,25 @@ class Learning(SpotCheck):
                 continue
         return objective
 
-    def _show(self, objective: Objective, example: Example, row: Row) -> ShownRow:
+    def _show(self, objective: Objective, example: Example, row: Row) -> ShownRow | None:
+        """The row for people; ``None`` where what must be masked cannot be told from its tokens."""
+        private = private_items(text.content for text in row.texts())
+        if private and not objective.same_each_epoch:
+            return None  # random changes may stand in the middle of a number
         views = objective.sequences(example)
         first = (
             views[0] if objective.same_each_epoch else (objective.augment([example]) or views)[0]
         )
         whole = first.target is None or len(first.target) == len(first)
+        taught = objective.describe(example)
         return ShownRow(
             row.line,
-            tuple(self.chat.pieces(first.ids_T.tolist())),
+            mask_pieces(self.chat.pieces(first.ids_T.tolist()), private),
             tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
-            () if first.source_T is None else tuple(self.chat.pieces(first.source_T.tolist())),
-            objective.describe(example),
+            ()
+            if first.source_T is None
+            else mask_pieces(self.chat.pieces(first.source_T.tolist()), private),
+            mask_pieces([taught], private_items([taught]))[0],
         )
 
     def take(self, where: BatchLines, measured: EncodedBatch, findings: Findings) -> None:
