@@ -79,6 +79,7 @@ def estimate(**other: Any) -> Estimate:
         "adaptation": "lora",
         "rows": 500,
         "steps": 100,
+        "refit_steps": 0,
         "epochs": 4.0,
         "tokens": Interval.exactly(1e6),
         "learned": Interval.exactly(1e5),
