@@ -143,6 +143,29 @@ def test_a_call_joins_the_words_before_it_and_results_go_by_their_order() -> Non
     assert [first["tool_call_id"], second["tool_call_id"]] == ["call00000", "call00001"]
 
 
+TWO_CALLS: dict[str, Any] = {
+    "role": "assistant",
+    "tool_calls": [{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}],
+}
+
+
+def test_results_go_by_the_names_they_have() -> None:
+    results = [
+        {"role": "tool", "name": name, "content": text} for name, text in (("b", "2"), ("a", "1"))
+    ]
+    found: list[Any] = unify_turns([ASK, TWO_CALLS, *results])
+    assert [turn["tool_call_id"] for turn in found[2:]] == ["call00001", "call00000"]
+
+
+@pytest.mark.parametrize(
+    "result", [{"name": "clock"}, {"tool_call_id": "z"}, {"tool_call_id": "z", "name": "a"}]
+)
+def test_results_of_calls_that_are_not_there_are_refused(result: dict[str, str]) -> None:
+    with pytest.raises(RowRefused, match="Message 3 is the result of a tool with the") as refused:
+        unify_turns([ASK, TWO_CALLS, {"role": "tool", "content": "1", **result}])
+    assert refused.value.rule == "message.order"
+
+
 @pytest.mark.parametrize(
     "turn",
     [

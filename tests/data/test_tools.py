@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import parse_calls
+from luthier.data.tools import in_words, parse_calls, template_turns
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message, Tool, ToolCall
 
@@ -384,6 +384,45 @@ def test_calls_in_xml_have_the_types_of_the_schema(
     (found,) = parse_calls(text.replace(FAMILIES[family].end, ""), [tool], known=True)
     assert found.arguments == arguments
     assert parse_calls(text.replace("weather", "wea ther"), [tool]) == []
+
+
+def test_arguments_may_hold_the_tags_of_calls() -> None:
+    calls = tuple(
+        ToolCall("", "weather", {"city": city})
+        for city in ("a</tool_call>b", "<tool_call>", '</tool_call>\n<tool_call>{"name": "x"}')
+    )
+    written = (Message("assistant", calls=calls), Message("assistant", "Look.", calls=calls[:1]))
+    for message in (*written, *(Message("assistant", calls=(call,)) for call in calls)):
+        assert parse_calls(message.reply_text, [Tool("weather")], known=True) == [*message.calls]
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e400", '"\\ud800"', "[" * 100_000]
+)
+def test_calls_with_what_json_has_not_are_none(value: str) -> None:
+    call = f'{{"name": "weather", "arguments": {{"city": {value}}}}}'
+    assert parse_calls(call) == parse_calls(f"<tool_call>{call}</tool_call>") == []
+
+
+def test_what_follows_the_json_of_a_call_makes_it_none() -> None:
+    call = '<tool_call>{"name": "weather", "arguments": {}}'
+    assert len(parse_calls(f"{call} \n{call}</tool_call> and so on")) == 2
+    assert parse_calls(f"{call} so </tool_call>") == []
+
+
+def test_a_result_is_that_of_the_last_call_with_its_id() -> None:
+    messages = [Message("user", "Hi")]
+    for name in ("a", "b"):
+        messages += [
+            Message("assistant", calls=(ToolCall("call_0", name, {}),)),
+            Message("tool", "1", call_id="call_0"),
+        ]
+    turns = template_turns(messages)
+    assert [turn["tool_calls"][0]["id"] for turn in turns[1::2]] == ["call00000", "call00001"]
+    results = [(turn["tool_call_id"], turn["name"]) for turn in turns[2::2]]
+    assert results == [("call00000", "a"), ("call00001", "b")]
+    words = [turn.content for turn in in_words(messages, ())][2::2]
+    assert words == ["Result of a: 1", "Result of b: 1"]
 
 
 def test_what_is_left_out_is_named(chats: dict[str, ChatFormat]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.data.parsing import json_kind, parse_embedded
+from luthier.data.parsing import json_kind, parse_embedded, quote
 from luthier.errors import RowRefused
 from luthier.types import Tool, ToolCall
 
@@ -79,11 +79,11 @@ def unify_turns(items: Sequence[object]) -> list[object]:
     that follows words of the assistant joins their turn. Anything else comes back as it is.
 
     Calls come as :class:`~luthier.types.ToolCall`, numbered where they have no id; a result that names
-    no call is that of the next one without a result.
+    no call is that of the next one without a result, of the function that it names if it names one.
 
     Raises:
         RowRefused: for a call without a name, or with arguments that are no JSON object; for thoughts
-            that are no text.
+            that are no text; for a result of a call that is not there.
     """
     if not any(_is_agents(item) for item in items):
         return list(items)
@@ -244,10 +244,14 @@ def _join_turn(turns: list[object], turn: dict[str, Any]) -> None:
 
 
 def _link_results(turns: list[object]) -> list[object]:
-    """Number calls that have no id, and give results that name no call that of the next one."""
-    waiting: list[str] = []
+    """Number calls that have no id, and give results that name no call that of the next one.
+
+    Where a result names its function, that is the next call of this function.
+    """
+    waiting: list[ToolCall] = []
+    ids: set[str] = set()
     count = 0
-    for turn in turns:
+    for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             continue
         if turn.get("tool_calls"):
@@ -256,10 +260,29 @@ def _link_results(turns: list[object]) -> list[object]:
                 calls.append(call if call.id else replace(call, id=f"call{count:05}"))
                 count += 1
             turn["tool_calls"] = calls
-            waiting = [call.id for call in calls]
-        elif turn.get("role") == "tool":
-            if not turn.get("tool_call_id") and waiting:
-                turn["tool_call_id"] = waiting[0]
-            if turn.get("tool_call_id") in waiting:
-                waiting.remove(turn["tool_call_id"])
+            waiting = list(calls)
+            ids |= {call.id for call in calls}
+        elif turn.get("role") == "tool" and ids:  # with no call before it, its order is wrong
+            call_id, name = str(turn.get("tool_call_id") or ""), turn.get("name")
+            if call_id and call_id not in ids:
+                raise _unmatched_result(number, f"the id {quote(call_id)}")
+            if not call_id and isinstance(name, str) and name:
+                call_id = next((call.id for call in waiting if call.name == name), "")
+                if not call_id:
+                    raise _unmatched_result(number, f"the name {quote(name)}")
+            elif not call_id and waiting:
+                call_id = waiting[0].id
+            if call_id:
+                turn["tool_call_id"] = call_id
+            answered = next((at for at, call in enumerate(waiting) if call.id == call_id), None)
+            if answered is not None:
+                del waiting[answered]
     return turns
+
+
+def _unmatched_result(number: int, what: str) -> RowRefused:
+    return RowRefused(
+        "message.order",
+        f"Message {number} is the result of a tool with {what}, and no call before it has that.",
+        "Mend it so that it is that of the call, or remove the row.",
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from luthier.data.parsing import parse_embedded
+from luthier.data.parsing import decode_embedded, parse_embedded
 from luthier.types import CALL_CLOSE, CALL_OPEN, Message, Tool, ToolCall
 
 LISTED = """You can call these functions, each described in JSON:
@@ -52,23 +52,21 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     ids: dict[str, str] = {}
     names: dict[str, str] = {}
-    turns = []
+    turns, count = [], 0
     for message in messages:
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.reasoning:
             turn |= {"reasoning_content": message.reasoning, "thinking": message.reasoning}
         if message.calls:
+            turn["tool_calls"] = []
             for call in message.calls:
-                ids[call.id] = f"call{len(ids):05}"
-                names[call.id] = call.name
-            turn["tool_calls"] = [
-                {
-                    "id": ids[call.id],
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": dict(call.arguments)},
-                }
-                for call in message.calls
-            ]
+                # Some clients begin their ids anew in each turn: the last call of an id is meant.
+                ids[call.id], names[call.id] = f"call{count:05}", call.name
+                count += 1
+                function = {"name": call.name, "arguments": dict(call.arguments)}
+                turn["tool_calls"].append(
+                    {"id": ids[call.id], "type": "function", "function": function}
+                )
         if message.role == "tool":
             turn["tool_call_id"] = ids.get(message.call_id, "call00000")
             turn["name"] = names.get(message.call_id, "function")
@@ -78,10 +76,11 @@ def template_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 def in_words(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """The conversation in words, for templates without a place for tools."""
-    names = {call.id: call.name for message in messages for call in message.calls}
+    names: dict[str, str] = {}
     parts: list[tuple[Message, list[str]]] = []
     for message in messages:
         content, role = message.reply_text, message.role
+        names |= {call.id: call.name for call in message.calls}
         if role == "tool":
             name = names.get(message.call_id, "function")
             role, content = "user", f"Result of {name}: {content}"
@@ -141,23 +140,51 @@ def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> l
     of ``tools`` say what is a number and what a text. With ``known`` other functions than those of
     ``tools`` are no calls.
     """
-    if CALL_OPEN in text:
-        bodies = [part.partition(CALL_CLOSE)[0].strip() for part in text.split(CALL_OPEN)[1:]]
-    else:
-        bodies = [text]
     parameters = {tool.name: tool.parameters for tool in tools}
+    try:
+        bodies = [parse_embedded(text)]
+    except ValueError:
+        bodies = _tagged_bodies(text, parameters)
     calls: list[ToolCall] = []
-    for body in bodies:
-        try:
-            parsed = parse_embedded(body)
-        except ValueError:
-            parsed = _read_xml(body, parameters) if CALL_OPEN in text else None
+    for parsed in bodies:
         for each in parsed if isinstance(parsed, list) else [parsed]:
             call = _call_in(each)
             if call is None or (known and call.name not in parameters):
                 return []
             calls.append(call)
     return calls
+
+
+def _tagged_bodies(text: str, parameters: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """What stands behind each opening tag; ends with ``None`` at the first that can be no call.
+
+    JSON is read to its own end, as its texts may hold the tags.
+    """
+    bodies: list[Any] = []
+    at = text.find(CALL_OPEN)
+    while at >= 0:
+        at += len(CALL_OPEN)
+        start = _skip_white_space(text, at)
+        try:
+            body, at = decode_embedded(text, start)
+            at = _skip_white_space(text, at)
+            if at < len(text) and not text.startswith((CALL_OPEN, CALL_CLOSE), at):
+                body = None
+        except ValueError:
+            end = text.find(CALL_OPEN, start)
+            part = text[start : end if end >= 0 else len(text)].partition(CALL_CLOSE)[0]
+            body, at = _read_xml(part.strip(), parameters), start + len(part)
+        bodies.append(body)
+        if body is None:
+            break
+        at = text.find(CALL_OPEN, at)
+    return bodies
+
+
+def _skip_white_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
 
 
 def _call_in(parsed: Any) -> ToolCall | None:
