@@ -158,7 +158,27 @@ def test_a_line_of_progress_has_the_time_left_and_both_losses(
     reporter.metrics(step(11), 101)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "  step 1 of 101: loss 0.500  120 tok/s  0.6 GB"
-    assert second == "  step 11 of 101, 4.5 min left: loss 0.500  val 0.700  120 tok/s  0.6 GB"
+    assert (
+        second
+        == "  step 11 of 101, 4.5 min left: loss 0.500  val 0.700 (step 10)  120 tok/s  0.6 GB"
+    )
+
+
+def test_the_last_measurement_is_printed_and_belongs_to_its_training(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = progress.LiveReporter(quiet=False)
+    for number in (1, 2):
+        reporter.metrics(step(number), 4)
+        held = {"event": "validation", "step": number, "loss": 0.7 / number, "best_step": number}
+        reporter.metrics(held, 4)
+    reporter.stage("Training once more")
+    reporter.metrics(step(3), 4)
+    reporter.close()
+    first, last, stage, again = capsys.readouterr().err.splitlines()
+    assert "val" not in first
+    assert (last, stage) == ("  step 2: val 0.350", "Training once more …")
+    assert again.startswith("  step 3 of 4") and "val" not in again
 
 
 def test_a_result_for_programs_comes_without_progress(

@@ -200,6 +200,17 @@ def test_labels_that_the_rows_do_not_tell_are_said_to_be_so() -> None:
     assert "check what they are labelled with" in found.advice
 
 
+def test_rows_that_a_baseline_tells_apart_are_not_blamed() -> None:
+    right = [[1, 0] * 20, [1, 0] * 20]
+    found = scored(right, fitted_head=True, uninformative=True, informed="naive Bayes on words")
+    assert "labelled" not in found.advice and "yet naive Bayes on words tells" in found.advice
+    assert "`--base ID`" in found.advice
+    start = "Start from `--base org/model`, which was trained on Vietnamese."
+    found = scored(right, uninformative=True, informed="naive Bayes on words", other_base=start)
+    assert start in found.advice and "`--base ID`" not in found.advice
+    assert "nothing shows" in scored(right, uninformative=True, other_base=start).advice
+
+
 def test_a_lower_loss_that_is_no_gain_is_explained() -> None:
     lines = [{"event": "train", "step": n, "loss": 3.0} for n in range(1, 11)]
     lines += [held(0, 4.02, chance_loss=3.0), held(10, 2.99, chance_loss=3.0)]
@@ -286,8 +297,19 @@ def test_a_head_that_started_from_regression_is_compared_with_it() -> None:
     )
     worse = judged_from(0.9, 0.7, 0.6)
     assert "The regression is what is stored" in worse.text and worse.kept_step == 0
+    assert "held-out rows: only" not in worse.text
     better = judged_from(0.6, 0.8, 0.9)
     assert better.text.startswith("learned") and "before training" not in better.text
+
+
+def test_a_regression_that_is_stored_did_not_learn_from_the_held_out_rows() -> None:
+    lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+    lines += [held(20 * n, 1.0 + n, accuracy=score) for n, score in enumerate((0.9, 0.7, 0.6))]
+    settings = Training(refit=True)
+    found = judge_run(lines, "accuracy", settings, 40, 50, fitted_head=True)
+    assert "The regression is what is stored. It did not learn from the held-out rows" in found.text
+    untrained = judge_run(lines, "accuracy", settings, 40, 50)
+    assert "did not learn from" not in untrained.text
 
 
 def test_a_refit_stores_other_weights_than_those_that_were_measured() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from written_rows import row_of
 from luthier.evaluation.baselines import (
     Baseline,
     Comparison,
+    FittedBaselines,
     States,
     compare,
     is_comparable,
@@ -197,6 +199,25 @@ def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
     assert found.verdict.startswith(
         "a simple baseline does better: naive Bayes on words, accuracy 100.0% against accuracy 66.7%"
     )
+
+
+def test_a_baseline_that_beats_the_constant_ones_shows_that_rows_tell_their_answers() -> None:
+    constant = Baseline("always the most frequent label", 0.2, {}, 0.0, constant=True)
+    answers = RowScores.of([1] * 6 + [0] * 24)
+
+    def informed(right: int) -> Baseline | None:
+        words = Baseline("naive Bayes", right / 30, {}, 0.0)
+        made = Comparison("accuracy", 30, 270, [constant, words])
+        scores = RowScores.of([0] * (30 - right) + [1] * right)
+        return FittedBaselines(made, [answers, scores]).informed
+
+    assert informed(8) is None
+    best = informed(23)
+    assert best is not None and best.name == "naive Bayes"
+    ratings = [replace(constant, score=2.0), Baseline("ridge", 0.5, {}, 0.0)]
+    errors = [RowScores.of([2.0] * 30, is_share=False), RowScores.of([0.5] * 30, is_share=False)]
+    rated = FittedBaselines(Comparison("mean_absolute_error", 30, 270, ratings), errors)
+    assert rated.informed == ratings[1]
 
 
 def test_held_out_rows_of_one_label_say_nothing() -> None:

@@ -69,6 +69,27 @@ def test_training_that_helps_is_advised_and_noise_is_named(score: float, sure: b
     found = given(evidence=ways).recommendation
     assert found.techniques == ("fine-tuning",) and found.commands == (COMMAND,)
     assert any("noise" in reason for reason in found.reasons) != sure
+    assert found.sure is sure
+
+
+@pytest.mark.parametrize("loss", [None, 1.0])
+def test_a_handful_of_rows_decides_nothing(loss: float | None) -> None:
+    without = tried("simple baselines", "naive Bayes", 0.5, loss and 3.0)
+    tuned = tried("fine-tuning", "after 80 steps", 0.67, loss)
+    found = given(evidence=evidence(without, tuned, held=6)).recommendation
+    assert not found.sure
+    assert any("the 6 held-out rows do not decide it" in reason for reason in found.reasons)
+    swapped = evidence(replace(without, score=1.0), replace(tuned, score=0.5), held=6)
+    found = given(evidence=swapped).recommendation
+    assert found.techniques == ("simple baselines",) and not found.sure
+    many = given(evidence=replace(swapped, held=200)).recommendation
+    assert many.sure and not any("decide" in reason for reason in many.reasons)
+
+
+def test_rows_of_the_smallest_class_are_counted() -> None:
+    judged = given(rows=20, labels=2, smallest_class=3).judgements
+    needs = next(each.needs for each in judged if each.technique == "fine-tuning")
+    assert needs == "8 rows a class; the smallest here has 3"
 
 
 def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask() -> None:

@@ -118,6 +118,7 @@ def show(advice: Advice) -> None:
     out.print(table)
     chosen = advice.recommendation
     what = ", then ".join(chosen.techniques) or "mend the data first"
+    what += "" if chosen.sure else ", as a first try"
     out.print(f"\n[bold]{what}[/bold]" + ("" if chosen.tune else "  (do not tune)"))
     for reason in chosen.reasons:
         out.print(f"  because {reason}", markup=False)

@@ -38,14 +38,14 @@ class ProgressLines:
         self._next = time.monotonic() + first
         self._lines, self._ended = 0, False
 
-    def update(self, done: int, total: int, text: str = "") -> None:
-        """``done`` of ``total`` are done; ``text`` says more of how it goes."""
+    def update(self, done: int, total: int, text: str = "") -> bool:
+        """``done`` of ``total`` are done; ``text`` says more of how it goes. Whether it was printed."""
         now = time.monotonic()
         if self._began is None:
             self._began = (now, done)
         ends = done >= total and self._lines > 0 and not self._ended
         if now < self._next and not ends:
-            return
+            return False
         self._ended = done >= total
         start, first = self._began
         left = ""
@@ -59,6 +59,7 @@ class ProgressLines:
         wait = max(SECONDS_BETWEEN_LINES, 0.01 * (now - start))
         self._next = now + (wait if self._lines else SECONDS_TO_SECOND_LINE)
         self._lines += 1
+        return True
 
 
 class LiveReporter(Reporter):
@@ -73,6 +74,9 @@ class LiveReporter(Reporter):
         self._progress: Any = None
         self._task: Any = None
         self._validation = ""
+        """The newest measurement on validation rows, of the training that goes on."""
+        self._unprinted = ""
+        """The same as a line, where no line says it yet."""
 
     def __enter__(self) -> LiveReporter:
         return self
@@ -83,6 +87,7 @@ class LiveReporter(Reporter):
     def stage(self, text: str) -> None:
         """Name the part of the work that begins."""
         self.close()
+        self._validation = ""
         if not self.silent:
             self._print(f"{text} …", style="bold")
 
@@ -121,7 +126,10 @@ class LiveReporter(Reporter):
         """Move the bar."""
         name = line.get("measure", "loss")
         if line["event"] == "validation":
-            self._validation = f"val {line[name]:.3f}  "
+            # A bar has little room, and each measurement stands above it with its step.
+            step = "" if self.draws else f" (step {line['step']})"
+            self._validation = f"val {line[name]:.3f}{step}  "
+            self._unprinted = f"  step {line['step']}: val {line[name]:.3f}"
             if self.draws:
                 kept = "  (kept)" if line["best_step"] == line["step"] else ""
                 beside = (each for each in metrics_beside(name) if each in line)
@@ -138,8 +146,10 @@ class LiveReporter(Reporter):
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def close(self) -> None:
-        """Take the bar down."""
-        self._lines = None
+        """Take the bar down; without one, print the last measurement if no line says it."""
+        if self._unprinted and not self.draws and not self.silent:
+            self._print(self._unprinted)
+        self._lines, self._unprinted = None, ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -157,7 +167,8 @@ class LiveReporter(Reporter):
         if not self.draws:
             if self._lines is None:
                 self._lines = ProgressLines(name or text)
-            self._lines.update(done, total, text if name else "")
+            if self._lines.update(done, total, text if name else "") and name:
+                self._unprinted = ""
             return
         if self._progress is None:
             self._open(total, text)
@@ -194,11 +205,12 @@ def show_progress(total: int, text: str, quiet: bool = False) -> Iterator[Callab
     """
     if not can_draw():
         lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
-        yield (
-            (lambda done, of=total: None)
-            if quiet
-            else (lambda done, of=total: lines.update(done, of))
-        )
+
+        def print_line(done: int, of: int = total) -> None:
+            if not quiet:
+                lines.update(done, of)
+
+        yield print_line
         return
     from rich.progress import Progress
 

@@ -197,6 +197,9 @@ class Trainer:
         if learned is not None:
             held_out = counts["validation_rows"]
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
+        report = self.job.data.report
+        language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
+        informed = self.baselines.informed if self.baselines is not None else None
         verdict = judge_run(
             lines,
             objective.measure,
@@ -206,6 +209,8 @@ class Trainer:
             self.job.rows / (self.recipe.training.batch_size or 1),
             self.fitted_head,
             uninformative=self.comparison is not None and self.comparison.uninformative,
+            informed=informed.name if informed is not None else "",
+            other_base=language[0].closest_fix if language else "",
             refit=refit,
         )
         writer = ModelWriter(

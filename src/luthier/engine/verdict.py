@@ -124,6 +124,8 @@ def judge_run(
     steps_per_pass: float = 0,
     fitted_head: bool = False,
     uninformative: bool = False,
+    informed: str = "",
+    other_base: str = "",
     refit: Refit | None = None,
 ) -> RunVerdict:
     """The verdict on a run.
@@ -138,8 +140,10 @@ def judge_run(
         steps_per_pass: how many steps see every training row once; 0 where that is not known.
         fitted_head: whether the head started from logistic regression: what was measured before the
             first step is that, and to be no better is no failure to learn.
-        uninformative: whether answering all rows alike is no worse, so that nothing shows that the
-            rows tell what they are answered with.
+        uninformative: whether answering all rows alike is no worse, so that the model does not show
+            that the rows tell what they are answered with.
+        informed: the baseline that shows that they do, if one does.
+        other_base: what the data gate advises where the base does not know the language of the rows.
         refit: the second training, on all rows, where its weights are the ones that are stored.
     """
     train = [line for line in lines if line["event"] == "train"]
@@ -176,6 +180,13 @@ def judge_run(
             "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
             "check what they are labelled with"
         )
+        if informed:
+            advice = (
+                f"To answer every row alike is no worse, yet {informed} tells the rows apart: it is "
+                "the base model that does not know their language or their words. "
+            )
+            advice += other_base or "Try one that does: `--base ID`."
+            advice += " With this base, the baseline is the better choice"
     kept_for = "stored" if refit is None else "the best"
     text = f"{headline.format(step=kept)}: {course.described(early, last_step, kept_for)}"
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
@@ -186,6 +197,8 @@ def judge_run(
         advice = f"{more}. {advice}" if advice else more
     if refit is not None:
         text += f". {refit.text}"
+    elif fitted_head and kept == 0 and training.refit:
+        text += ". It did not learn from the held-out rows: only a head that trained on is refitted"
     found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
     return RunVerdict(outcome, text, advice, kept, early, *found)
 

@@ -134,6 +134,26 @@ class FittedBaselines:
     row_scores: list[RowScores]
     """Of each baseline."""
 
+    @property
+    def informed(self) -> Baseline | None:
+        """The best that is better than all that answer every row alike, beyond chance.
+
+        Where there is one, the rows tell their answers.
+        """
+        sign = -1 if self.comparison.measure in _LESS_IS_BETTER else 1
+        both = [*zip(self.comparison.baselines, self.row_scores, strict=True)]
+        constants = [scores for baseline, scores in both if baseline.constant]
+        better = [
+            baseline
+            for baseline, scores in both
+            if not baseline.constant
+            and all(
+                sign * (scores.value - constant.value) > CHANCE * scores.difference_error(constant)
+                for constant in constants
+            )
+        ]
+        return max(better, key=lambda each: sign * each.score, default=None)
+
     def beside(self, tuned: RowScores) -> Comparison:
         """The comparison with a model that scores ``tuned`` on the same rows."""
         both = zip(self.comparison.baselines, self.row_scores, strict=True)

@@ -126,9 +126,11 @@ def fine_tuning(facts: AdviceFacts) -> Judgement:
         fit, reason = "yes", "there are enough rows with answers"
     if facts.refused:
         fit, reason = "no", f"the data gate refuses the rows: {', '.join(facts.refused[:3])}"
-    words = "8 rows a class" if facts.labels else f"{FEW_ROWS} to {MANY_ROWS:,} rows with answers"
+    needs = f"{FEW_ROWS} to {MANY_ROWS:,} rows with answers; {facts.rows:,} are here"
+    if facts.labels:
+        needs = f"{PER_CLASS} rows a class; the smallest here has {facts.smallest_class:,}"
     return Judgement(
-        "fine-tuning", fit, reason, f"{words}; {facts.rows:,} are here", takes,
+        "fine-tuning", fit, reason, needs, takes,
         f"{facts.prompt_tokens / max(1, facts.rows):,.0f} tokens read",
         "medium", overfitting(facts), forgetting(facts), _best_measured(facts, "fine-tuning"),
     )  # fmt: skip
@@ -242,6 +244,8 @@ def _best_measured(facts: AdviceFacts, *techniques: Any) -> str:
 
 MARGIN = 0.05
 """Difference of losses, as a share, that is taken for one."""
+LEAST_HELD = 20
+"""Held-out rows below which no difference is taken for one: each row is more than 5 %."""
 EXPENSIVE = 3.0
 """So many times the tokens read for each answer, and training pays for itself sooner or later."""
 
@@ -257,6 +261,8 @@ class Recommendation:
     reasons: tuple[str, ...]
     cautions: tuple[str, ...] = ()
     commands: tuple[str, ...] = field(default=())
+    sure: bool = True
+    """Whether what was measured, if anything was, tells this from the other ways beyond chance."""
 
     def plain(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -316,7 +322,13 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
     """Rows with answers: is training worth it?"""
     chosen: list[str] = []
     cautions: list[str] = []
-    against, reasons = _without_training(facts)
+    against, reasons, sure = _without_training(facts)
+    if facts.evidence and not sure:
+        reasons.append(
+            f"the {facts.evidence.held:,} held-out rows do not decide it, the difference is within the "
+            "noise of so few rows: take this as a first try, and give more rows to measure on "
+            "(--validation FILE)"
+        )
     if facts.document_tokens and facts.wishes.goal == "knowledge":
         chosen.append("RAG")
         reasons.append("facts belong into documents, which can be changed (Ovadia et al. 2023)")
@@ -331,7 +343,7 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
                 + without_option(command, "--adaptation")
                 + " --adaptation feature_extraction"
             )
-        return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions))
+        return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions), sure=sure)
     if facts.rows < FEW_ROWS and not facts.labels:
         cautions.append(f"{facts.rows:,} rows are few: expect the form, not the substance")
     chosen.append("fine-tuning")
@@ -347,29 +359,31 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
             "estimate --within says what fits"
         )
     commands = [command, *([_student(command)] if "distillation" in chosen else [])]
-    return Recommendation(tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands))
+    return Recommendation(
+        tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands), sure
+    )
 
 
-def _without_training(facts: AdviceFacts) -> tuple[str, list[str]]:
-    """What does as well without training, if anything, and the reasons either way."""
+def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
+    """What does as well without training, if anything; the reasons either way; whether it is sure."""
     evidence = facts.evidence
     best = evidence and evidence.best("as it is", "prompt engineering", "RAG", "simple baselines")
     tuned = evidence and evidence.best("fine-tuning")
     if not evidence or not best:
-        return "", ["nothing was tried without training"]
+        return "", ["nothing was tried without training"], True
+    enough = evidence.held >= LEAST_HELD
     gain, sure = _gain(tuned, best, evidence.held) if tuned else (0.0, False)
     if best.score is not None and best.score >= SURE and not (gain > 0 and sure):
-        return best.technique, [f"{best.name}: {best.score:.1%} right without training"]
+        return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
     if not tuned:
-        return "", [f"without training the best is {_scores_text(best)}"]
+        return "", [f"without training the best is {_scores_text(best)}"], enough
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
         f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_scores_text(tuned)}; without "
         f"training the best is {best.name} with {_scores_text(best)}"
     )
     if gain > 0:
-        unsure = [] if sure else ["the difference is within the noise of so few rows"]
-        return "", [said, *unsure]
+        return "", [said], sure and enough
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
     if share < 0.5 or (dear and facts.wishes.goal in ("cost", "latency")):
         why = (
@@ -378,8 +392,8 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str]]:
             if dear
             else "the trial was too short to tell; a longer one (--trial) says more"
         )
-        return "", [said, why]
-    return best.technique, [said]
+        return "", [said, why], enough
+    return best.technique, [said], sure and enough
 
 
 def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
@@ -389,7 +403,7 @@ def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[flo
     if tuned.loss is None or best.loss is None:
         return 1.0, False
     gain = (best.loss - tuned.loss) / best.loss
-    return (gain if gain > MARGIN else 0.0), gain > MARGIN
+    return (gain if gain > MARGIN else 0.0), abs(gain) > MARGIN
 
 
 def _scores_text(each: TechniqueResult) -> str:
