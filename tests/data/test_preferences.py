@@ -220,9 +220,11 @@ def test_ranked_answers(tmp_path: Path) -> None:
         ({"prompt": "Hi", "ranked": ["a", 4]}, "preference.type", "a number"),
         ({"prompt": "Hi", "ranked": ["a", "b", " a "]}, "preference.equal", "are the same"),
         ({"prompt": "Hi", "ranked": ["", "a"]}, "preference.empty", "is empty"),
+        ({"prompt": "Hi", "ranked": [str(n) for n in range(65)]}, "preference.type",
+         "has 65 answers, and 64"),
         ({"prompt": [USER, YES], "ranked": ["a", "b"]}, "preference.order", "ends with a turn"),
     ],
-)
+)  # fmt: skip
 def test_rankings_that_say_nothing(
     record: dict[str, Any], rule: str, message: str, tmp_path: Path
 ) -> None:

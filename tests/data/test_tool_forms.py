@@ -66,6 +66,7 @@ def test_tools_that_say_little_and_none() -> None:
         ([PLAIN, {"description": "x"}], "tool 2"),
         ([{"name": "a", "parameters": "none"}], "tool 1"),
         ([PLAIN, PLAIN], 'called "weather"'),
+        ([{"name": str(n)} for n in range(129)], "129 tools, and may have 128"),
     ],
 )
 def test_wrong_tools_are_refused(value: object, said: str) -> None:
@@ -215,6 +216,7 @@ def test_what_has_nothing_to_do_with_tools_stays() -> None:
     [
         (openai("{"), "no JSON"),
         (openai("[1]"), "no object"),
+        (openai({"a": [None] * 10_000}), "more than 10,000 names and values"),
         (openai('{"a": "\\ud800"}'), "no JSON"),
         (openai('{"a": NaN}'), "no JSON"),
         (openai('{"a": [-Infinity]}'), "no JSON"),

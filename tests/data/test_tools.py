@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
-from luthier.data.tools import in_words, parse_calls, template_turns
+from luthier.data.tools import in_words, missing_from, parse_calls, template_turns
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message, Tool, ToolCall
 
@@ -423,6 +424,21 @@ def test_a_result_is_that_of_the_last_call_with_its_id() -> None:
     assert results == [("call00000", "a"), ("call00001", "b")]
     words = [turn.content for turn in in_words(messages, ())][2::2]
     assert words == ["Result of a: 1", "Result of b: 1"]
+
+
+@pytest.mark.parametrize("end", ["", '"', "\\", "é"])
+def test_many_arguments_are_looked_for_in_little_time(end: str) -> None:
+    arguments = {f"n{number}{end}": f"v{number}{end}" for number in range(20_000)}
+    message = Message("assistant", calls=(ToolCall("", "weather", arguments),))
+    began = time.process_time()
+    assert missing_from(f"{'Hi ' * 999}{message.reply_text}", message) is None
+    assert missing_from(message.reply_text.replace("v19999", ""), message)
+    assert time.process_time() - began < 5
+    mixed = json.dumps(
+        {"name": "weather", "arguments": dict(reversed(list(arguments.items())[:9]))}
+    )
+    few = Message("assistant", calls=(ToolCall("", "weather", dict([*arguments.items()][:9])),))
+    assert missing_from(mixed, few) is None
 
 
 def test_what_is_left_out_is_named(chats: dict[str, ChatFormat]) -> None:

@@ -220,6 +220,21 @@ def test_a_call_is_enforced(opened: Decoder, choice: str) -> None:
         validate(dict(call.arguments), dict(tool.parameters))
 
 
+def test_values_that_look_like_references_and_names_that_are_keywords(opened: Decoder) -> None:
+    reference = {"$ref": "#/$defs/place"}
+    schema = {
+        "$defs": {"place": {"enum": ["Rome", "Oslo"]}},
+        "type": "object",
+        "properties": {"enum": reference, "same": {"const": "#/a"}, "kept": {"enum": [reference]}},
+        "required": ["enum", "same", "kept"],
+        "additionalProperties": False,
+    }
+    chat = Chat((Message("user", "Hi"),), (Tool("pick", "", schema),), "name:pick")
+    (call,) = answer(opened, GenerationRequest(chat, max_tokens=200, seed=1)).calls
+    assert call.arguments["kept"] == reference
+    validate(dict(call.arguments), schema)
+
+
 def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
     chat = Chat((Message("user", "Hi"),), TOOLS)
     counts = []

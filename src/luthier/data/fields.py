@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
@@ -113,7 +114,7 @@ def read_label(value: object) -> str | tuple[str, ...]:
     if not isinstance(value, list):
         return _label_name(value)
     names = tuple(_label_name(item) for item in value)
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
     if twice:
         raise RowRefused(
             "label.duplicate", f"The label {quote(twice[0])} is named twice.", "Keep one."

@@ -36,6 +36,8 @@ from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Part, Row, Text, Tool
 
+MOST_ANSWERS = 64
+"""Ranked answers of a row; listwise DPO computes them in one micro-batch."""
 LONGEST_CLASS = 64
 """Characters of a completion that may be the name of a class."""
 
@@ -633,8 +635,14 @@ class RankedReplies(JudgedAnswers):
                 'Write "ranked": ["the best", "...", "the worst"].',
             )
         prompt = read_prompt(record["prompt"], "prompt")
+        if len(ranked) > MOST_ANSWERS:
+            raise RowRefused(
+                "preference.type",
+                f"the row has {len(ranked)} answers, and {MOST_ANSWERS} can be compared at once.",
+                "Leave some of them out.",
+            )
         answers = tuple(read_turns(each, "ranked", "assistant") for each in ranked)
-        if any(_strip(one) == _strip(other) for one, other in combinations(answers, 2)):
+        if len({tuple(_strip(answer)) for answer in answers}) < len(answers):
             raise RowRefused(
                 "preference.equal",
                 "two of the ranked answers are the same, so there is nothing to prefer.",
@@ -903,7 +911,7 @@ def pair_answers(rows: Sequence[Row]) -> list[Preference]:
 
 def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:
     first = group[0]
-    if any(one.worth != other.worth for one, other in combinations(group, 2)):
+    if any(other.worth != first.worth for other in group):
         return None
     if len(group) == 1:
         return Problem(

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from luthier.data.parsing import json_kind, parse_embedded, quote
+from luthier.data.tools import leaves
 from luthier.errors import RowRefused
 from luthier.types import Tool, ToolCall
 
+MOST_TOOLS = 128
+"""Of a row, as of OpenAI's requests."""
+MOST_ARGUMENTS = 10_000
+"""Names and values in the arguments of a call: each is looked for in what a template writes."""
 _CALL_ROLES = ("tool_call", "function_call")
 _RESULT_ROLES = ("function", "observation")
 _TOOL_ROLES = frozenset(("tool", *_CALL_ROLES, *_RESULT_ROLES))
@@ -23,7 +29,7 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     """The tools of a row: OpenAI's list, functions, Bedrock's ``toolConfig``, or JSON text of one.
 
     Raises:
-        RowRefused: for anything else, and for two tools of one name.
+        RowRefused: for anything else, for two tools of one name and for more than 128.
     """
     if isinstance(value, str):
         try:
@@ -34,11 +40,14 @@ def read_tools(value: object) -> tuple[Tool, ...]:
         value = value["tools"]
     if not isinstance(value, list):
         raise _refusal("tools.type", f"its tools must be an array, but are {type(value).__name__}")
+    if len(value) > MOST_TOOLS:
+        raise _refusal("tools.type", f"it has {len(value):,} tools, and may have {MOST_TOOLS}")
     tools = tuple(_read_tool(each, number) for number, each in enumerate(value, 1))
-    names = [tool.name for tool in tools]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise _refusal("tools.type", f'two of its tools are called "{twice}"')
+    names: set[str] = set()
+    for tool in tools:
+        if tool.name in names:
+            raise _refusal("tools.type", f'two of its tools are called "{tool.name}"')
+        names.add(tool.name)
     return tools
 
 
@@ -209,6 +218,12 @@ def _read_call(item: object, number: int) -> ToolCall:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise _bad_call(number, f'of "{name}" has arguments that are no object')
+    try:
+        size = sum(1 for _ in islice(leaves(arguments), MOST_ARGUMENTS + 1))
+    except RecursionError:
+        raise _bad_call(number, f'of "{name}" has arguments that are nested too deeply') from None
+    if size > MOST_ARGUMENTS:
+        raise _bad_call(number, f'of "{name}" has more than {MOST_ARGUMENTS:,} names and values')
     return ToolCall(str(item.get("id") or ""), name, arguments)
 
 

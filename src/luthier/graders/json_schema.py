@@ -20,7 +20,7 @@ SCHEMA_CHARACTERS, SCHEMA_DEPTH = 65_536, 100
 TIME_LIMIT_S = 5.0
 """Seconds for one reply; a long one takes milliseconds. References and alternatives within each other
 can take exponential time."""
-_VALUES = ("enum", "const", "default", "examples")
+VALUES = ("enum", "const", "default", "examples")
 _deadline: ContextVar[float] = ContextVar("deadline")
 """Of the reply that is checked, by the monotonic clock."""
 
@@ -146,7 +146,7 @@ def _check_references(schema: Any, resolver: Any) -> None:
         for key, value in schema.items():
             if key in ("$ref", "$dynamicRef") and isinstance(value, str):
                 resolver.lookup(value)
-            elif key not in _VALUES:
+            elif key not in VALUES:
                 _check_references(value, resolver)
     elif isinstance(schema, list):
         for each in schema:
@@ -206,7 +206,7 @@ def _patterns(schema: Any) -> Iterator[str]:
     if isinstance(schema, Mapping):
         if isinstance(pattern := schema.get("pattern"), str):
             yield pattern
-        inner = [each for key, each in schema.items() if key not in _VALUES]
+        inner = [each for key, each in schema.items() if key not in VALUES]
     else:
         inner = schema if isinstance(schema, list) else []
     for each in inner:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.data.shapes import JudgedAnswers
-from luthier.errors import RowRefused
+from luthier.data.shapes import MOST_ANSWERS, JudgedAnswers
 from luthier.objectives.pairs import Judged, check_different, encode_answer
 from luthier.objectives.references import ReferenceObjective
 from luthier.types import Example, Loss, Row
@@ -25,9 +24,6 @@ from luthier.types import Example, Loss, Row
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
-
-MOST_ANSWERS = 64
-"""Answers of a row; they are computed in one micro-batch."""
 
 
 class ListwiseDPO(ReferenceObjective, Judged):
@@ -45,12 +41,6 @@ class ListwiseDPO(ReferenceObjective, Judged):
         """Weight on each token of all answers, the same share of 1 on each."""
         assert isinstance(row, JudgedAnswers)
         answers = row.answers()
-        if len(answers) > MOST_ANSWERS:
-            raise RowRefused(
-                "preference.type",
-                f"the row has {len(answers)} answers, and {MOST_ANSWERS} can be compared at once.",
-                "Leave some of them out.",
-            )
         share = 1 / len(answers)
         sides = [encode_answer(row.messages, each, index, chat, share) for each in answers]
         for one, other in combinations(sides, 2):

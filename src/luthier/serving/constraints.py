@@ -21,7 +21,7 @@ from torch import Tensor
 
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
-from luthier.graders.json_schema import depth_of
+from luthier.graders.json_schema import VALUES, depth_of
 from luthier.limits import SCHEMA_CHARACTERS
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork
@@ -32,6 +32,8 @@ from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
+_NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Keywords whose schemas stand under names."""
 DEPTH = 100
 """Levels of objects and lists in a schema: it is read by functions that call themselves."""
 KNOWN = 1024
@@ -296,14 +298,21 @@ def _call(tool: Tool, place: str) -> dict[str, Any]:
     }
 
 
-def _move_references(schema: Any, place: str) -> Any:
-    """``schema`` with its references to itself, after it was put at ``place`` of another one."""
+def _move_references(schema: Any, place: str, named: bool = False) -> Any:
+    """``schema`` with its references to itself, after it was put at ``place`` of another one.
+
+    Values that it allows stay as they are; in ``named`` schemas the keys are names, not keywords.
+    """
     if isinstance(schema, list):
         return [_move_references(each, place) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _move_references(value, place) for key, value in schema.items()}
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
+    moved = {}
+    for key, value in schema.items():
+        if not named and key in VALUES:
+            moved[key] = value
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
+            moved[key] = place + value[1:]
+        else:
+            moved[key] = _move_references(value, place, not named and key in _NAMED)
     return moved
