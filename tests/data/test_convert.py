@@ -95,7 +95,7 @@ NOT_IN_A_CELL = {
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("form", TARGETS)
 @pytest.mark.parametrize(
-    "name", ["out.jsonl", "out.csv", "out.tsv.gz", "out.parquet", "out.jsonl.zst"]
+    "name", ["out.jsonl", "out.json", "out.csv", "out.tsv.gz", "out.parquet", "out.jsonl.zst"]
 )
 def test_there_and_back(tmp_path: Path, sample: str, form: str, name: str) -> None:
     source = write(tmp_path, *SAMPLES[sample])
@@ -244,6 +244,13 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
             convert(source, **given_)
     assert source.read_text() == '{"text": "a"}\n'
     assert format_of(Path("a.b.NDJSON.gz")) == "jsonl"
+
+
+def test_json_is_one_array(tmp_path: Path) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    target = tmp_path / "rows.json"
+    assert convert(write(tmp_path, *rows), target).format == "json"
+    assert json.loads(target.read_text()) == rows
 
 
 def test_packed_output_is_the_same_bytes_each_time(tmp_path: Path) -> None:

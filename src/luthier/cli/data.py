@@ -163,7 +163,7 @@ def clean(
     target: Annotated[
         Path,
         typer.Argument(
-            help="New file: .jsonl, .csv, .tsv, .parquet or, of plain text, .txt; .gz and .zst pack it."
+            help="New file: .jsonl, .json, .csv, .tsv, .parquet or, of text, .txt; .gz, .zst pack it."
         ),
     ],
     normalize: Annotated[
@@ -268,7 +268,10 @@ def _print_summary(summary: CleaningSummary) -> None:
 def convert(
     source: Source,
     target: Annotated[
-        Path, typer.Argument(help="New file: .jsonl, .csv, .tsv or .parquet; .gz and .zst pack it.")
+        Path,
+        typer.Argument(
+            help="New file: .jsonl, .json, .csv, .tsv or .parquet; .gz and .zst pack it."
+        ),
     ],
     to: Annotated[
         str,
@@ -278,7 +281,7 @@ def convert(
         ),
     ] = "rows",
     format_: Annotated[
-        Literal["jsonl", "csv", "tsv", "parquet"] | None,
+        Literal["jsonl", "json", "csv", "tsv", "parquet"] | None,
         typer.Option("--format", help="Where the ending does not tell it."),
     ] = None,
     columns: Columns = None,

@@ -21,8 +21,8 @@ from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, RecipeError, RowRefused, data_errors
 from luthier.types import Row
 
-Format = Literal["jsonl", "csv", "tsv", "parquet"]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "tsv", "parquet")
+Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]
+FORMATS: tuple[Format, ...] = ("jsonl", "json", "csv", "tsv", "parquet")
 
 MOST_PROBLEMS = 100
 """Reading stops after so many."""
@@ -98,7 +98,7 @@ def convert(
     if target.is_file() and not overwrite:
         raise RecipeError(f"{target} is there already; --overwrite replaces it")
     # A table needs the names of all columns before its first row; everything is checked on the way.
-    names = list(work.names()) if kind != "jsonl" else []
+    names = list(work.names()) if kind not in ("jsonl", "json") else []
     try:
         with writer_of(kind, target, names) as writer:
             reader = work.write(writer, names)

@@ -1,4 +1,4 @@
-"""Records to files: JSON Lines, CSV, TSV and Parquet, packed by the ending; whole or not at all."""
+"""Records to files: JSON, JSON Lines, CSV, TSV and Parquet, packed by the ending; all or nothing."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
         text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=False)
         if kind in ("jsonl", "text"):
             yield _Lines(text) if kind == "jsonl" else _Text(text)
+        elif kind == "json":
+            array = _Array(text)
+            yield array
+            array.close()
         else:
             yield _Csv(text, names, "\t" if kind == "tsv" else ",")
         text.flush()
@@ -72,13 +76,28 @@ class _Lines:
         self.text = text
 
     def write(self, record: Record) -> None:
-        try:
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError):
-            raise _no_place(
-                "JSON", "a value that is neither text, number, list nor object"
-            ) from None
-        self.text.write(line + "\n")
+        self.text.write(_to_json(record) + "\n")
+
+
+class _Array:
+    """One JSON array, with a row on each line."""
+
+    def __init__(self, text: io.TextIOWrapper) -> None:
+        self.text, self.before = text, "[\n"
+
+    def write(self, record: Record) -> None:
+        self.text.write(self.before + _to_json(record))
+        self.before = ",\n"
+
+    def close(self) -> None:
+        self.text.write("[]\n" if self.before == "[\n" else "\n]\n")
+
+
+def _to_json(record: Record) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        raise _no_place("JSON", "a value that is neither text, number, list nor object") from None
 
 
 class _Text:

@@ -120,7 +120,7 @@ def convert(
         target: the new file; its ending names the format, and ``.gz`` or ``.zst`` packs it.
         to: ``rows`` (luthier's own), ``prompt-completion``, ``chat``, ``openai``, ``bedrock``,
             ``bedrock-conversation``, ``sharegpt``, ``alpaca`` or ``text``.
-        format: ``jsonl``, ``csv``, ``tsv`` or ``parquet``, where the ending does not tell it.
+        format: ``jsonl``, ``json``, ``csv``, ``tsv`` or ``parquet``, where the ending does not tell it.
         columns: the source's name for each of our keys.
         drop_extra_keys: leave out keys that are no part of the form.
         overwrite: replace the file where there is one.
