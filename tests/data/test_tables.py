@@ -151,6 +151,7 @@ def test_a_bad_row_between_good_ones(
         (b"%s,b\n1,2\n" % (b"x" * 300), 1, "table.header", "longer"),
         (b'a,"b\n1,2\n', 1, "table.invalid", "header is no CSV"),
         (b"a,b\n", 0, "file.empty", "a header and no rows"),
+        (b"a,b\n\xff,2\n", 2, "encoding.utf8", "Byte 1 of the line"),
         (b"", 0, "file.empty", "no rows"),
         (b"\xef\xbb\xbf\n", 0, "file.empty", "no rows"),
     ],

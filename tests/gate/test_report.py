@@ -218,6 +218,21 @@ def test_commands_name_the_columns_that_were_named() -> None:
     assert f"luthier inspect a.jsonl{named} --html" in warnings(report)[-1]
 
 
+def test_a_fix_of_one_class_is_not_said_of_all() -> None:
+    found, rule = Findings(), all_rules()["label.few_rows"]
+    report = Report({"train": ["a.jsonl"]}, {"train": 2}, found)
+    for name in "abc":
+        place = Place("a.jsonl", len(found.examples) + 1)
+        found.add(Finding(rule, place, f"{name} has 7 rows.", f"Add 1 row with {name}."))
+        out = Console(file=StringIO(), width=200, highlight=False)
+        show(report, out)
+        text = " ".join(out.file.getvalue().split())  # type: ignore[attr-defined]
+        alone = name == "a"
+        assert ("Add 1 row with a." in text) == alone and (rule.fix in text) != alone
+        assert ("Add 1 row with a." in warnings(report)[0]) == alone
+    assert warnings(report)[0].endswith(f"a has 7 rows. The same holds for 2 more. {rule.fix}")
+
+
 def test_tokens_of_one_colour_come_as_one_piece_and_long_rows_are_cut() -> None:
     found = token_runs(["a", "b", "c", "d\x07"], [False, False, True, True])
     assert [(run.text, run.learned) for run in found] == [("ab", False), ("cd\\x07", True)]

@@ -252,16 +252,20 @@ def test_bad_labels_are_refused_with_line_and_rule(
 ) -> None:
     base = str(family_folder("bert"))
 
+    messages: list[str] = []
+
     def problems(rows: list[dict[str, Any]], held: list[dict[str, Any]] | None = None) -> Any:
         fields: dict[str, Any] = {}
         if held is not None:
             fields["data__validation"] = str(write(tmp_path / "held.jsonl", held))
         with pytest.raises(DataError) as caught:
             luthier.tune(write(tmp_path / "bad.jsonl", rows), base=base, name="x", **fields)
+        messages[:] = [problem.message for problem in caught.value.problems]
         return [(problem.rule, problem.line) for problem in caught.value.problems]
 
     same = [{"text": row["text"], "label": "a"} for row in LABELLED]
     assert problems(same) == [("label.one_class", 0)]
+    assert messages == ["all rows that have a label have 'a'."]
     unseen = [{"text": "the fox", "label": "side 0"}, {"text": "the dog", "label": "side 9"}]
     assert problems(LABELLED, unseen) == [("label.unseen", 2)]
     constant = [{"text": row["text"], "rating": 3} for row in LABELLED]

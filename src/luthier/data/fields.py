@@ -128,10 +128,13 @@ def _label_name(value: object) -> str:
     if isinstance(value, str) and value.strip():
         return value
     kind = "empty" if isinstance(value, str) else json_kind(value)
+    fix = 'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.'
+    if type(value) is float:
+        fix += " If it is a rating, say `data.columns.rating=label`."
     raise RowRefused(
         "label.type",
         f'"label" must be a text or a whole number, or an array of them, but is {kind}.',
-        'Write {"text": "...", "label": "name"}, or ["a", "b"] where a text has several.',
+        fix,
     )
 
 

@@ -47,7 +47,6 @@ def read_table(
             if names is None:
                 names = _header(cells)
                 continue
-            count += 1
             record = _record(names, cells)
         except StopIteration:
             break
@@ -57,9 +56,11 @@ def read_table(
             problems.append(bad.at(file, bad.line or line))
         else:
             yield line, record
+            count += 1
             continue
         if names is None:
             return
+        count += 1  # a row that is refused is one all the same
     if not count:
         raise Unreadable(
             "file.empty",

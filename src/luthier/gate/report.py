@@ -342,7 +342,10 @@ def warnings(report: Report) -> list[str]:
             continue
         first = found.examples[rule.id][0]
         if rule.whole:
-            lines.append(f"warning: [{rule.id}] {first.message} {first.closest_fix}".rstrip())
+            text, fix = first.message, first.closest_fix
+            if (more := found.counts[rule.id] - 1) and len(found.examples[rule.id]) > 1:
+                text, fix = f"{text} The same holds for {more:,} more.", rule.fix or first.fix
+            lines.append(f"warning: [{rule.id}] {text} {fix}".rstrip())
             continue
         by_row = True
         places = [each.place for each in found.examples[rule.id]]

@@ -131,7 +131,8 @@ def _about(rule: Rule, report: Report) -> Text:
     further = report.findings.counts[rule.id] - min(len(places), PLACES)
     if further > 0:
         text.append(f"\n… and {further:,} more", "dim")
-    if fix := places[0].closest_fix if rule.whole else rule.fix or places[0].fix:
+    alone = rule.whole and len(places) == 1  # what mends the first may not mend the others
+    if fix := places[0].closest_fix if alone else rule.fix or places[0].fix:
         text.append("\nfix  ", "green")
         text.append(printable(with_setting_names(fix, option)))
     return text

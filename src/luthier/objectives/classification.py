@@ -117,9 +117,12 @@ class Classification(Objective):
         seen = Counter(name for row in labelled for name in row.labels)
         found = self.labels or tuple(sorted(seen))
         if len(found) < (1 if multi else 2):
+            only = (
+                f"all rows that have a label have {found[0]!r}." if found else "no row has a label."
+            )
             raise RowRefused(
                 "label.one_class",
-                f"{len(rows)} rows have {len(found)} label{'s' * (len(found) != 1)} between them.",
+                only,
                 "Add rows of at least one other class.",
             )
         shares = self.shares or shares_of(found, seen, len(rows) if multi else None)

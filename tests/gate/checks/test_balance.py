@@ -40,6 +40,8 @@ def test_small_classes_say_how_many_rows_are_missing() -> None:
         "label.few_rows": ['train:17: "c" has 3 rows; 5 more would make 8.']
     }
     assert report.findings.examples["label.few_rows"][0].fix.startswith("Add 5 rows")
+    report = inspect_rows({"train": rows(*"ab" * 8, *"c" * 7)}, [Balance()])
+    assert report.findings.examples["label.few_rows"][0].fix.startswith("Add 1 row with")
 
 
 def test_a_rare_label_may_be_a_misspelt_one() -> None:

@@ -126,8 +126,8 @@ class Balance(Check):
                 message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."
                 fix = (
-                    f"Add {FEWEST - count} rows with this label, or merge it with one of nearly the "
-                    "same meaning."
+                    f"Add {_count_rows(FEWEST - count)} with this label, or merge it with one of "
+                    "nearly the same meaning."
                 )
                 if meant := _likely_spelling(name, train):
                     message += f" {quote(meant)} has {_count_rows(train[meant])}."
