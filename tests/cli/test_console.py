@@ -231,3 +231,12 @@ def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[
     reporter.settings([("training.learning_rate", 0.0018, "a reason " * 30)])
     reporter.note("a note " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_without_colour_nothing_is_bold_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, escaped in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", value)
+        shown = io.StringIO()
+        out = console.new_console(file=shown, force_terminal=True, color_system="standard")
+        out.print("[bold]a[/bold]")
+        assert ("\x1b" in shown.getvalue()) == escaped

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,10 @@ def stream_text(piece: str) -> None:
 
 def new_console(**options: Any) -> Console:
     """A console of rich; of what it prints nothing but its own styles acts on a terminal."""
+    if os.environ.get("NO_COLOR"):
+        options["color_system"] = (
+            None  # rich alone would leave out the colours, and still write bold
+        )
     return _console_class()(**options)
 
 
