@@ -321,6 +321,8 @@ class Trainer:
         return_freed_memory()
 
     def _network(self) -> Network:
+        # A refit loads what was loaded before; what is to be said of it was said.
+        note = Reporter().note if self.job.steps_before else self.reporter.note
         torch.manual_seed(self.recipe.training.seed)
         self.reporter.stage(f"Loading {self.job.base.id}")
         machine = self.machine
@@ -332,16 +334,14 @@ class Trainer:
             if own := store.objective_of(self.job.base).head().labels:
                 some = ", ".join(own[:5]) + (", …" if len(own) > 5 else "")
                 why = f"; the old one, of {some}, is left out"
-            self.reporter.note(f"a new head{classes} is made{why}")
+            note(f"a new head{classes} is made{why}")
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
         network = as_network(model, machine.device, machine.dtype)
         network.chat = self.job.chat
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
-            self.reporter.note(
-                f"dropout {dropout:g} in {places}; attention weights are not dropped"
-            )
+            note(f"dropout {dropout:g} in {places}; attention weights are not dropped")
         torch.manual_seed(self.recipe.training.seed)
         before = sum(p.numel() for p in model.parameters())
         self.recipe.adaptation.attach(model)
@@ -352,7 +352,7 @@ class Trainer:
         self.trained = sum(p.numel() for p in trained_weights(model).values())
         # Weights that were quantized are parameters no longer.
         self.weights = max(before, sum(p.numel() for p in model.parameters()))
-        self.reporter.note(
+        note(
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
