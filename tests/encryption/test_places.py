@@ -85,10 +85,10 @@ def test_an_answer_of_a_batch_is_that_of_its_line(database: Database) -> None:
         for number in (1, 2):
             batches.record(session, made.id, number, False, {"n": number})
     with database.read() as session:
-        assert batches.results(session, made.id, False) == [{"n": 1}, {"n": 2}]
+        assert batches.results(session, made.id, False, 0) == [(1, {"n": 1}), (2, {"n": 2})]
     with database.write() as session:
         one, two = session.query(BatchLine).order_by(BatchLine.number)
         assert set(one.result) == {"sealed", "place"}
         one.result, two.result = two.result, one.result
     with database.read() as session, pytest.raises(CorruptFile, match="was moved"):
-        batches.results(session, made.id, False)
+        batches.results(session, made.id, False, 0)

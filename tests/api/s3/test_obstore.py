@@ -11,7 +11,7 @@ import pytest
 from luthier.data.rows import load_rows
 from luthier.errors import DownloadError, LocationRefused
 from luthier.store.locations import Locations
-from luthier.store.objects import UPLOADS
+from luthier.store.objects import UPLOADS, ObjectMetadata
 
 pytest.importorskip("obstore")
 SECRET = "a secret of thirty letters, or so"
@@ -60,9 +60,10 @@ def test_uploads_are_here_whatever_else_is_at_another_endpoint(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     objects = service.objects
     objects.create_bucket(ACCOUNT, UPLOADS)
-    Locations(objects.database, files=objects.files).write(
-        ACCOUNT, f"s3://{UPLOADS}", "file-1", b"rows"
-    )
+    with objects.files.begin(ACCOUNT) as file:
+        file.write(b"rows")
+        written = file.finish()
+    objects.put(ACCOUNT, UPLOADS, "file-1", written, ObjectMetadata())
     silent = Locations(objects.database, s3_endpoint="http://127.0.0.1:1", files=objects.files)
     silent.check(ACCOUNT, f"s3://{UPLOADS}/file-1")
     with pytest.raises(LocationRefused):
