@@ -112,6 +112,73 @@ def test_calls_and_words_are_told_apart(written: str, calls: int) -> None:
         assert len({call.id for call in found}) == calls
 
 
+ONE = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+
+
+@pytest.mark.parametrize(
+    ("written", "calls", "incomplete"),
+    [
+        (ONE[:-1], 0, True),
+        (ONE[:30], 0, True),
+        (ONE[:12], 0, True),
+        (ONE[:4], 0, True),
+        ("{", 0, True),
+        (ONE, 1, False),
+        (f"[{ONE}]", 1, False),
+        (f"[{ONE}", 1, True),
+        (f"[{ONE}, ", 1, True),
+        (f"[{ONE}, {ONE[:20]}", 1, True),
+        (f"<tool_call>{ONE}", 1, False),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>{ONE[:9]}", 1, True),
+        (f"<tool_call>{ONE}</tool_call>\n<tool_call>", 1, True),
+        (f"[so] <tool_call>{ONE}</tool_call>", 1, False),
+        ("<tool_call>", 0, True),
+        ("<tool_call>weather", 0, True),
+        ("<tool_call>weather</tool_call>", 1, False),
+        ("<tool_call>weather<arg_key>city</arg_key><arg_value>Oslo</arg_value>", 0, True),
+        ('{"name": "Oslo", "is', 0, False),
+        ('{"answer": 4', 0, False),
+        ('{"answ', 0, False),
+        ("[1, 2", 0, False),
+        ("[", 0, False),
+        (f"{ONE} and", 0, False),
+        (f"[{ONE}] and", 0, False),
+        ('{"name": "other", "arguments": {}}', 0, False),
+        ("It is <tool", 0, False),
+        ("{" * 100_000, 0, False),
+        ("[" * 100_000, 0, False),
+        ('{"arguments":' * 100_000, 0, False),
+    ],
+)
+def test_a_call_that_the_limit_of_tokens_cuts_off_is_not_shown(
+    written: str, calls: int, incomplete: bool
+) -> None:
+    """What is whole is a call, what is of none is text."""
+    for size in (1, 7, 1_000_000):
+        if len(written) // size > 10_000:
+            continue
+        splitter = CallSplitter([WEATHER])
+        shown = ""
+        for start in range(0, len(written), size):
+            shown += splitter.feed(written[start : start + size])
+        left, found = splitter.end(cut=True)
+        assert (len(found), splitter.incomplete) == (calls, incomplete)
+        assert shown + left == ("" if calls or incomplete else written)
+
+
+def test_what_has_to_be_a_call_is_no_text_where_it_is_cut_off() -> None:
+    for written in ("", "<", "<tool_c", '{"', ONE[:-3]):
+        splitter = CallSplitter([WEATHER], forced=True)
+        assert splitter.feed(written) + splitter.end(cut=True)[0] == ""
+        assert splitter.incomplete
+
+
+def test_json_of_a_schema_is_text_where_it_is_cut_off() -> None:
+    splitter = CallSplitter([WEATHER], structured=True)
+    assert splitter.feed(ONE[:30]) + splitter.end(cut=True)[0] == ONE[:30]
+    assert not splitter.incomplete
+
+
 def test_words_before_a_call_are_shown_as_they_come() -> None:
     splitter = CallSplitter([WEATHER])
     assert splitter.feed("Let me see. <tool") == "Let me see. "

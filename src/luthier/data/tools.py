@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import jiter
 
 from luthier.data.parsing import decode_embedded, parse_embedded
 from luthier.types import CALL_CLOSE, CALL_OPEN, Message, Tool, ToolCall
@@ -32,6 +34,24 @@ def takes_tools(template: str) -> bool:
 def uses_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
     """Whether there is anything that a template needs that place for."""
     return bool(tools) or any(turn.calls or turn.role == "tool" for turn in messages)
+
+
+def find_unmatched_call(messages: Sequence[Message]) -> tuple[int, list[str]] | None:
+    """The first turn whose calls do not all have a result behind it, and the ids of those.
+
+    Or the first result that is that of no call of the turn before, and its id.
+    """
+    asked, waiting = 0, dict[str, None]()
+    for index, message in enumerate(messages):
+        if message.role != "tool":
+            if waiting:
+                break
+            asked, waiting = index, {call.id: None for call in message.calls}
+        elif message.call_id in waiting:
+            del waiting[message.call_id]
+        else:
+            return index, [message.call_id]
+    return (asked, list(waiting)) if waiting else None
 
 
 def describe_tool(tool: Tool) -> dict[str, Any]:
@@ -162,20 +182,87 @@ def parse_calls(text: str, tools: Sequence[Tool] = (), known: bool = False) -> l
         bodies = [parse_embedded(text)]
     except ValueError:
         bodies = _tagged_bodies(text, parameters)
+    return _calls_in(bodies, parameters if known else None)
+
+
+def parse_cut_calls(text: str, tools: Sequence[Tool]) -> tuple[list[ToolCall], bool]:
+    """The whole calls of ``tools`` in a text that ends where a limit of tokens cut it off.
+
+    The second is whether it ends within a call. Without either it is text.
+    """
+    parameters = {tool.name: tool.parameters for tool in tools}
+    bodies, cut_off = _cut_bodies(text, parameters)
+    if CALL_OPEN in text and not (bodies or cut_off):
+        bodies = _tagged_bodies(text, parameters, cut=True)
+        if cut_off := bodies[-1] is None:
+            bodies.pop()
+    calls = _calls_in(bodies, parameters)
+    return (calls, cut_off) if calls or not bodies else ([], False)
+
+
+def _cut_bodies(text: str, names: Iterable[str]) -> tuple[list[Any], bool]:
+    """The whole objects in JSON that may be cut off, one or a list, and whether it ends within one.
+
+    Neither where what follows them cannot be the beginning of another call.
+    """
+    bodies: list[Any] = []
+    at = _skip_white_space(text, 0)
+    listed = text.startswith("[", at)
+    at += listed
+    try:
+        while True:
+            body, end = decode_embedded(text, at)
+            bodies.append(body)
+            at = _skip_white_space(text, end)
+            if not (listed and text.startswith(",", at)):
+                break
+            at += 1
+    except ValueError:
+        pass  # it ends here, or within one
+    rest = text[at:].strip()
+    if rest == ("]" if listed else ""):
+        return bodies, False
+    may_follow = _may_begin_call(rest, names) if rest else bool(bodies)
+    return (bodies, True) if may_follow else ([], False)
+
+
+_CALL_KEYS = ("name", "arguments", "parameters", "id", "type")
+_FIRST_KEY = re.compile(r'\{\s*(?:"(\w*)"?\s*:?\s*)?')
+
+
+def _may_begin_call(text: str, names: Iterable[str]) -> bool:
+    """Whether ``text`` is the beginning of a JSON object that calls one of ``names``."""
+    if matched := _FIRST_KEY.fullmatch(text):
+        return any(key.startswith(matched[1] or "") for key in _CALL_KEYS)
+    try:
+        begun = jiter.from_json(text.encode(), partial_mode="trailing-strings")
+    except ValueError:
+        return False
+    if not isinstance(begun, dict) or not begun.keys() <= {*_CALL_KEYS}:
+        return False
+    name = begun.get("name", "")
+    return isinstance(name, str) and any(each.startswith(name) for each in names)
+
+
+def _calls_in(bodies: Sequence[Any], known: Container[str] | None) -> list[ToolCall]:
+    """The calls that ``bodies`` are; none where one is something else or not ``known``."""
     calls: list[ToolCall] = []
     for parsed in bodies:
         for each in parsed if isinstance(parsed, list) else [parsed]:
             call = _call_in(each)
-            if call is None or (known and call.name not in parameters):
+            if call is None or (known is not None and call.name not in known):
                 return []
             calls.append(call)
     return calls
 
 
-def _tagged_bodies(text: str, parameters: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+def _tagged_bodies(
+    text: str, parameters: Mapping[str, Mapping[str, Any]], cut: bool = False
+) -> list[Any]:
     """What stands behind each opening tag; ends with ``None`` at the first that can be no call.
 
-    JSON is read to its own end, as its texts may hold the tags.
+    JSON is read to its own end, as its texts may hold the tags. XML shows its end by the closing tag
+    alone, which it needs where the text may be ``cut``.
     """
     bodies: list[Any] = []
     at = text.find(CALL_OPEN)
@@ -189,8 +276,9 @@ def _tagged_bodies(text: str, parameters: Mapping[str, Mapping[str, Any]]) -> li
                 body = None
         except ValueError:
             end = text.find(CALL_OPEN, start)
-            part = text[start : end if end >= 0 else len(text)].partition(CALL_CLOSE)[0]
-            body, at = _read_xml(part.strip(), parameters), start + len(part)
+            part, closed, _ = text[start : end if end >= 0 else len(text)].partition(CALL_CLOSE)
+            body = _read_xml(part.strip(), parameters) if closed or not cut else None
+            at = start + len(part)
         bodies.append(body)
         if body is None:
             break

@@ -121,9 +121,12 @@ class RunningAnswer:
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
         self._matcher = matcher
         self._text = AnswerText(chat.decode, request.stop)
-        tools = request.prompt.tools if isinstance(request.prompt, Chat) else ()
-        splits = bool(tools) and request.prompt.tool_choice != "none"  # type: ignore[union-attr]
-        self._splitter = CallSplitter(tools) if splits else None
+        self._splitter: CallSplitter | None = None
+        prompt = request.prompt
+        if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
+            self._splitter = CallSplitter(
+                prompt.tools, prompt.tool_choice != "auto", request.schema is not None
+            )
         self._scores: list[Score] = []
 
     def advance(self, logits_V: Tensor, best: int | None) -> None:
@@ -173,12 +176,13 @@ class RunningAnswer:
         self.done = True
         self._show(*self._text.end())
         if self._splitter is not None:
-            left, calls = self._splitter.end()
+            left, calls = self._splitter.end(cut=reason in ("length", "context"))
             if left:
                 self.job.events.put(TokenChunk(self.index, left, tuple(self._scores)))
             for call in calls:
                 self.job.events.put(ToolCallEvent(self.index, call))
-            reason = "tool_calls" if calls else reason
+            if calls and not self._splitter.incomplete:
+                reason = "tool_calls"
         self.job.events.put(FinishEvent(self.index, reason, self._text.tokens, self._text.stop))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from luthier.data.tools import parse_calls, takes_tools
+from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
 from luthier.errors import RecipeError
 from luthier.serving.constraints import check_depth
 from luthier.serving.inference import Chat, InferenceRefused
@@ -55,11 +55,17 @@ class CallSplitter:
     What may be a call is held back until it is whole.
     """
 
-    def __init__(self, tools: Sequence[Tool]) -> None:
-        self._tools = tools
+    def __init__(
+        self, tools: Sequence[Tool], forced: bool = False, structured: bool = False
+    ) -> None:
+        """``forced``: nothing but calls is written; ``structured``: else JSON of a schema is."""
+        self._tools, self._forced = tools, forced
+        self._may_hide = forced or not structured
         self._held = ""
         self._shown = False
         self._calling = False
+        self.incomplete = False
+        """Whether the answer ended within a call, which is not shown."""
 
     def feed(self, text: str) -> str:
         """The next characters; what of all that is held can be shown."""
@@ -84,11 +90,15 @@ class CallSplitter:
         self._shown = self._shown or bool(shown.strip())
         return shown
 
-    def end(self) -> tuple[str, list[ToolCall]]:
-        """Words that are left, and the calls."""
-        found = parse_calls(self._held, self._tools, known=True)
+    def end(self, cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """Words that are left, and the calls; ``cut`` says that a limit of tokens ended the answer."""
+        if cut and self._may_hide and (self._calling or self._forced):
+            found, self.incomplete = parse_cut_calls(self._held, self._tools)
+            self.incomplete |= self._forced and not found
+        else:
+            found = parse_calls(self._held, self._tools, known=True)
         calls = [replace(call, id=new_call_id()) for call in found]
-        return ("" if calls else self._held), calls
+        return ("" if calls or self.incomplete else self._held), calls
 
 
 def _overlap(text: str, mark: str) -> int:
