@@ -134,6 +134,32 @@ def test_a_number_without_end_is_refused_by_the_name_it_has(running: Running) ->
         assert status == 400 and "hyper-parameter epochCount" in json.loads(text)["message"]
 
 
+TOO_LARGE = (b"1e400", b"-1e400", b"9" * 400 + b"e1", b"1" + b"0" * 400 + b".5")
+
+
+def test_a_number_that_is_too_large_to_hold_is_refused_for_that(running: Running) -> None:
+    said = {"role": "user", "content": [{"text": "x"}]}
+    tool = {"toolSpec": {"name": "a", "inputSchema": {"json": {"maximum": "LARGE"}}}}
+    converse = {"messages": [said], "toolConfig": {"tools": [tool]}}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "large": "LARGE"}
+    for path, body, word in (
+        ("/model/luthier.tiny/converse", converse, "too large to hold"),
+        ("/model/luthier.tiny/invoke", {"prompt": "x", "temperature": "LARGE"}, "Malformed input"),
+        ("/v1/chat/completions", chat, "too large to hold"),
+        ("/api/v1/jobs", {**JOB, "settings": {"training": {"epochs": "LARGE"}}}, "too large"),
+    ):
+        for number in TOO_LARGE:
+            text = json.dumps(body).encode().replace(b'"LARGE"', number)
+            status, answer = running.ask("POST", path, text)
+            assert status == 400 and word in answer.decode(), answer
+            assert b"infinity" not in answer.lower()
+    config = {"messages": [said], "inferenceConfig": {"temperature": 10**400}}
+    status, answer = running.ask(
+        "POST", "/model/luthier.tiny/converse", json.dumps(config).encode()
+    )
+    assert status == 400 and b"inferenceConfig.temperature" in answer
+
+
 @many
 @given(case=broken(OPENAI))
 def test_the_openai_face(running: Running, case: tuple[str, str, Any]) -> None:

@@ -320,6 +320,27 @@ def test_bedrocks_and_sharegpts_rows_with_tools(tmp_path: Path) -> None:
     assert [turn.role for turn in sharegpt.turns()] == ["user", "assistant", "tool", "assistant"]
 
 
+def test_bedrocks_points_to_cache_at_are_passed_over(tmp_path: Path) -> None:
+    spec = {"name": "weather", "description": "Tells it.", "inputSchema": {"json": SCHEMA}}
+    for calls in (True, False):
+        rows = []
+        for points in ([], [{"cachePoint": {"type": "default"}}]):
+            turns = [user({"text": "Rome?"}, *points)]
+            if calls:
+                turns += [assistant(CONVERSE_CALL, *points), user(CONVERSE_RESULT, *points)]
+            row = {
+                "schemaVersion": "bedrock-conversation-2024",
+                "system": [{"text": "Be kind."}, *points],
+                "toolConfig": {"tools": [{"toolSpec": spec}, *points]},
+                "messages": [*turns, assistant({"text": "Sun."}, *points)],
+            }
+            rows += load(tmp_path, row)
+        assert rows[0].record() == rows[1].record()
+        assert rows[1].tools == (WEATHER,)
+    with pytest.raises(DataError, match="is empty"):
+        load(tmp_path, {"messages": [user({"cachePoint": {"type": "default"}}), SAID]})
+
+
 @pytest.mark.parametrize(
     ("turns", "said"),
     [

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 from luthier.data.parsing import Record, json_kind, quote
-from luthier.data.tool_forms import read_tools, unify_turns
+from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
 from luthier.types import Message, Tool, ToolCall
 
@@ -85,12 +85,14 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
 def join_parts(value: object) -> object:
     """The text of parts, one behind the other; whatever is no list of parts comes back as it is.
 
+    Points to cache at are passed over, as they say nothing of what is said.
+
     Raises:
         RowRefused: for a part that is no text, as an image.
     """
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         return value
-    return "".join(_part_text(part) for part in value)
+    return "".join(_part_text(part) for part in value if not is_cache_point(part))
 
 
 def _part_text(part: dict[str, object]) -> str:

@@ -38,7 +38,9 @@ def read_tools(value: object) -> tuple[Tool, ...]:
             raise _refusal("tools.type", "its tools are a text that is no JSON") from None
     if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
         value = value["tools"]
-    if not isinstance(value, list):
+    if isinstance(value, list):
+        value = [each for each in value if not is_cache_point(each)]
+    else:
         raise _refusal("tools.type", f"its tools must be an array, but are {type(value).__name__}")
     if len(value) > MOST_TOOLS:
         raise _refusal("tools.type", f"it has {len(value):,} tools, and may have {MOST_TOOLS}")
@@ -126,6 +128,8 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     texts: list[object] = []
     for block in blocks:
+        if is_cache_point(block):
+            continue
         if not _is_tool_block(block):
             texts.append(block)
             continue
@@ -152,6 +156,11 @@ def _split_blocks(turn: dict[str, Any], number: int) -> list[dict[str, Any]]:
         turn["content"] = texts or ""
         return [*results, turn]
     return results
+
+
+def is_cache_point(block: object) -> bool:
+    """Whether a block of Bedrock's only says up to where a prompt is worth keeping."""
+    return isinstance(block, Mapping) and block.keys() == {"cachePoint"}
 
 
 def _is_tool_block(block: object) -> bool:

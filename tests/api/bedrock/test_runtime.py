@@ -124,6 +124,39 @@ def test_tools(runtime_client: Any, choice: dict[str, Any]) -> None:
     assert again["usage"]["inputTokens"] > answer["usage"]["inputTokens"]
 
 
+@pytest.mark.parametrize("choice", [{"any": {}}, {"tool": {"name": "mood"}}])
+def test_a_call_that_is_cut_off_is_not_shown(runtime_client: Any, choice: dict[str, Any]) -> None:
+    config = {"tools": [TOOL], "toolChoice": choice}
+    for most in (1, 3, 9):
+        request = said(toolConfig=config, inferenceConfig={"maxTokens": most})
+        answer = runtime_client.converse(**request)
+        assert (answer["stopReason"], text_of(answer)) == ("max_tokens", "")
+        assert answer["usage"]["outputTokens"] == most
+        events = streamed(runtime_client, **request)
+        assert not any("contentBlockStart" in event for event in events)
+        assert events[1]["contentBlockDelta"]["delta"] == {"text": ""}
+        assert events[-2]["messageStop"]["stopReason"] == "max_tokens"
+        assert events[-1]["metadata"]["usage"] == answer["usage"]
+
+
+def test_points_to_cache_at_make_no_difference(runtime_client: Any) -> None:
+    point = {"cachePoint": {"type": "default"}}
+    plain, hinted = said(system=[{"text": "Be kind."}]), said(system=[{"text": "Be kind."}, point])
+    for request, points in ((plain, []), (hinted, [point])):
+        request["toolConfig"] = {"tools": [TOOL, *points]}
+        (asked,) = request["messages"]
+        use = {"toolUseId": "a", "name": "mood", "input": {}}
+        request["messages"] = [
+            {**asked, "content": [*asked["content"], *points]},
+            {"role": "assistant", "content": [{"toolUse": use}, *points]},
+            {"role": "user", "content": [RESULT, *points]},
+        ]
+    answer, same = runtime_client.converse(**plain), runtime_client.converse(**hinted)
+    assert (answer["output"], answer["usage"]) == (same["output"], same["usage"])
+    with pytest.raises(ClientError, match=r"at messages\.0 is empty"):
+        runtime_client.converse(**{**said(), **blocks(point)})
+
+
 def blocks(*content: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(content)}]}
 
@@ -134,6 +167,24 @@ def turns(*roles: str) -> dict[str, Any]:
 
 PIXEL = {"image": {"format": "png", "source": {"bytes": b"x"}}}
 RESULT = {"toolResult": {"toolUseId": "a", "content": [{"text": "x"}]}}
+ASKS_TWICE = {
+    "toolConfig": {"tools": [TOOL]},
+    "messages": [
+        {"role": "user", "content": [{"text": "x"}]},
+        {
+            "role": "assistant",
+            "content": [{"toolUse": {"toolUseId": i, "name": "mood", "input": {}}} for i in "ab"],
+        },
+    ],
+}
+
+
+def answered(*results: dict[str, Any]) -> dict[str, Any]:
+    """A turn with two calls, and what is said to them."""
+    turn = {"role": "user", "content": list(results)}
+    return {**ASKS_TWICE, "messages": [*ASKS_TWICE["messages"], turn]}
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     (turns("assistant"), "must start with a user message"),
     (turns("user", "user"), "must alternate between user and assistant roles"),
@@ -144,6 +195,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (blocks(PIXEL), "doesn't support the image field"),
     (blocks(RESULT), "toolConfig field must be defined"),
     ({**blocks(RESULT), "toolConfig": {"tools": [TOOL]}}, "answers no toolUse"),
+    (answered(RESULT), "Expected toolResult blocks for the following Ids: b"),
+    (answered(RESULT, {"text": "x"}), "Expected toolResult blocks for the following Ids: b"),
+    (answered({"text": "x"}), "Expected toolResult blocks for the following Ids: a, b"),
+    (answered(RESULT, RESULT), "answers no toolUse"),
     ({"inferenceConfig": {"maxTokens": 0}}, "'inferenceConfig.maxTokens' failed"),
     ({"inferenceConfig": {"temperature": 1.01}}, "less than or equal to 1"),
     ({"inferenceConfig": {"topP": -0.1}}, "'inferenceConfig.topP' failed"),

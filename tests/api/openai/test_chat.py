@@ -190,6 +190,46 @@ def test_a_tool_that_has_to_be_called(client: openai.OpenAI) -> None:
     assert chat(client, tools=TOOLS, messages=values).choices[0].finish_reason in ("length", "stop")
 
 
+def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
+    for most in (1, 4, 9):
+        asked = {"tools": TOOLS, "tool_choice": "required", "max_tokens": most}
+        made = chat(client, **asked)
+        (choice,) = made.choices
+        assert choice.finish_reason == "length" and made.usage.completion_tokens == most
+        assert choice.message.tool_calls is None and choice.message.content == ""
+        deltas = [chunk.choices[0] for chunk in chat(client, **asked, stream=True)]
+        assert deltas[-1].finish_reason == "length"
+        assert not any(each.delta.content or each.delta.tool_calls for each in deltas)
+
+
+CALLS = [
+    {"id": name, "type": "function", "function": {"name": "pick", "arguments": "{}"}}
+    for name in ("a", "b")
+]
+ASSISTANT = {"role": "assistant", "tool_calls": CALLS}
+
+
+def result(name: str) -> dict[str, str]:
+    return {"role": "tool", "tool_call_id": name, "content": "done"}
+
+
+def test_every_call_has_its_result(client: openai.OpenAI) -> None:
+    both = [*ASKED, ASSISTANT, result("b"), result("a")]
+    chat(client, tools=TOOLS, messages=both)
+    chat(client, tools=TOOLS, messages=[*both, ASSISTANT, result("a"), result("b"), *ASKED])
+    for messages, param in (
+        ([*ASKED, ASSISTANT], "messages[1].tool_calls"),
+        ([*ASKED, ASSISTANT, result("b")], "messages[1].tool_calls"),
+        ([*ASKED, ASSISTANT, result("b"), *ASKED, result("a")], "messages[1].tool_calls"),
+        ([*both, result("a")], "messages[4].tool_call_id"),
+        ([*ASKED, result("a")], "messages[1].tool_call_id"),
+        ([*both, *ASKED, result("a")], "messages[5].tool_call_id"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            chat(client, tools=TOOLS, messages=messages)
+        assert refused.value.param == param
+
+
 def test_messages_in_parts_and_all_roles(client: openai.OpenAI) -> None:
     parts = [
         {"type": "text", "text": "What is the "},

@@ -155,6 +155,13 @@ def test_a_call_and_what_came_of_it(client: openai.OpenAI) -> None:
     assert respond(client, input=after, tools=TOOLS).output_text == expected
 
 
+def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
+    made = respond(client, tools=TOOLS, tool_choice="required", max_output_tokens=5)
+    assert (made.status, made.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert made.output_text == "" and [each.type for each in made.output] == ["message"]
+    assert made.usage.output_tokens == 5
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
     made = respond(client, **asked)
@@ -184,6 +191,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
         ({"input": [{"type": "function_call", "call_id": "a", "name": "b",
                      "arguments": '{"c": 1e400}'}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "b", "arguments": "{}"}]},
+         "input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),

@@ -19,6 +19,7 @@ from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.eventstream import event
 from luthier.api.http.messages import Fault
 from luthier.data.chat import TemplateSettings
+from luthier.data.tools import find_unmatched_call
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
@@ -171,7 +172,8 @@ def _check_order(messages: Sequence[Mapping[str, Any]]) -> None:
 def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
     """A message as turns: what tools gave back stands before what is said beside it."""
     role = message["role"]
-    if not message["content"]:
+    # What is cached makes no difference to an answer.
+    if all("cachePoint" in block for block in message["content"]):
         raise Fault(
             "Validation",
             f"The content field in the Message object at {at} is empty. Add a ContentBlock object "
@@ -231,23 +233,14 @@ def _check_calls(turns: Sequence[Message], tools: bool) -> None:
             "Validation",
             "The toolConfig field must be defined when using toolUse and toolResult content blocks.",
         )
-    open_calls: set[str] = set()
-    for turn in turns:
-        if turn.role == "tool":
-            if turn.call_id not in open_calls:
-                raise Fault(
-                    "Validation",
-                    f"The toolResult block {turn.call_id} answers no toolUse block of the previous "
-                    "turn.",
-                )
-            open_calls.discard(turn.call_id)
-        elif open_calls:
-            raise Fault(
-                "Validation",
-                f"Expected toolResult blocks for the following Ids: {', '.join(sorted(open_calls))}",
-            )
-        else:
-            open_calls = {call.id for call in turn.calls}
+    if (unmatched := find_unmatched_call(turns)) is None:
+        return
+    index, ids = unmatched
+    if turns[index].role == "tool":
+        text = f"The toolResult block {ids[0]} answers no toolUse block of the previous turn."
+        raise Fault("Validation", text)
+    text = f"Expected toolResult blocks for the following Ids: {', '.join(sorted(ids))}"
+    raise Fault("Validation", text)
 
 
 def _unsupported_field(name: str) -> Fault:

@@ -7,6 +7,7 @@ They check next to nothing before they send: no pattern, no upper limit, no enum
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -173,7 +174,8 @@ class ShapeChecker:
                 raise _wrong_type(path, f"a whole number of {32 if limit == 2**31 else 64} bits")
         elif kind in ("float", "double"):
             value = _number(value, (int, float), path, "a number")
-            if not math.isfinite(value):
+            # Not isfinite: to it a whole number of 400 digits is an error of its own.
+            if not abs(value) <= sys.float_info.max:
                 raise _wrong_type(path, "a finite number")
             self._size(shape, value, path, "value")
         elif kind == "timestamp":

@@ -9,6 +9,7 @@ verified here.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -143,9 +144,9 @@ class Request:
         """The body as JSON; ``None`` where there is none.
 
         Raises:
-            ValueError: for what is not JSON in UTF-8, is nested too deeply, or holds numbers that are
-                not finite.
-            Fault: RequestEntityTooLarge for more than ``json_values`` values.
+            ValueError: for what is not JSON in UTF-8 or is nested too deeply.
+            Fault: RequestEntityTooLarge for more than ``json_values`` values; Validation for a number
+                that is too large to hold.
         """
         return parse_json(self.body, self.json_values) if self.body.strip() else None
 
@@ -175,7 +176,8 @@ def parse_json(data: bytes, most_values: int) -> Any:
         raise Fault("RequestEntityTooLarge", f"The body has more than {most_values:,} JSON values.")
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
-        found = json.loads(data.decode("utf-8-sig"), parse_constant=_not_finite)
+        text = data.decode("utf-8-sig")
+        found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
             # It can be read, and not written again by code that calls itself for each level.
             raise ValueError(f"it is nested deeper than {JSON_DEPTH} levels")
@@ -189,6 +191,13 @@ def parse_json(data: bytes, most_values: int) -> Any:
 
 def _not_finite(text: str) -> Any:
     raise ValueError(f"{text} is no JSON")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        shown = text if len(text) <= 20 else f"{text[:20]}…"
+        raise Fault("Validation", f"The body has the number {shown}, which is too large to hold.")
+    return number
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from luthier.api.openai.generation import (
 from luthier.api.openai.protocol import Body, invalid, validate
 from luthier.data.chat import TemplateSettings
 from luthier.data.parsing import parse_embedded
+from luthier.data.tools import find_unmatched_call
 from luthier.graders.json_schema import depth_of
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -183,6 +184,7 @@ class ChatRequest(SamplingFields):
         turns = tuple(
             message.turn(f"messages[{index}]") for index, message in enumerate(self.messages)
         )
+        _check_calls(turns)
         tools = tuple(
             Tool(
                 each.function.name,
@@ -211,6 +213,21 @@ class ChatRequest(SamplingFields):
         if form.json_schema is None or form.type == "json_object":
             return True
         return form.json_schema.json_schema or True
+
+
+def _check_calls(turns: Sequence[Message]) -> None:
+    """Every call has its result behind it, and nothing else has one."""
+    if (unmatched := find_unmatched_call(turns)) is None:
+        return
+    index, ids = unmatched
+    if turns[index].role == "tool":
+        text = f"The message with role 'tool' answers no call '{ids[0]}' of the turn before it."
+        raise invalid(text, f"messages[{index}].tool_call_id", "invalid_value")
+    text = (
+        "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+        f"'tool_call_id'. These have no response: {', '.join(ids)}."
+    )
+    raise invalid(text, f"messages[{index}].tool_calls", "invalid_value")
 
 
 def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:

@@ -170,6 +170,10 @@ class ResponseRequest(Body):
             return (*turns, Message("user", self.input))
         for index, item in enumerate(self.input):
             _add(turns, item, f"input[{index}]")
+        answered = {turn.call_id for turn in turns if turn.role == "tool"}
+        for call in (call for turn in turns for call in turn.calls):
+            if call.id not in answered:
+                raise invalid(f"No tool output found for function call {call.id}.", "input")
         return tuple(turns)
 
     def _schema(self) -> Mapping[str, Any] | bool | None:
