@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from luthier.data.rows import load_prompts, load_rows
+from luthier.data.rows import load_inputs, load_prompts, load_rows
 from luthier.data.rules import PROMPT_RULES as RULES
-from luthier.data.shapes import PromptOnly
+from luthier.data.shapes import PromptCompletion, PromptOnly, RawText, TaggedWords
 from luthier.errors import DataError
 from luthier.types import Message
 
@@ -104,3 +104,48 @@ def test_what_asks_nothing_is_refused(path: Path, rule: str, rows: list[Any], li
     found = [problem for problem in caught.value.problems if problem.rule == rule]
     assert [problem.line for problem in found] == [line], caught.value
     assert rule in RULES or not rule.startswith("prompt.")
+
+
+def test_what_models_read_is_taken_of_rows_of_any_kind(path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "a", "label": None, "prompt": "b", "id": 1},
+        {"text": " ", "prompt": "b", "completion": "", "id": 1},
+        {"tokens": ["Rita", "sings"], "tags": ["X"]},
+    ]
+    file = str(write(path, *rows))
+    assert load_inputs(path) == [
+        (rows[0], RawText(file, 1, "a")),
+        (rows[1], PromptCompletion(file, 2, "b", "")),
+        (rows[2], TaggedWords(file, 3, ("Rita", "sings"), None)),
+    ]
+    row = {"text": 1, "question": "q"}
+    write(path, row, {"text": "own"})
+    assert load_inputs(path, {"text": "question"}) == [
+        (row, RawText(file, 1, "q")),
+        ({"text": "own"}, RawText(file, 2, "own")),
+    ]
+    table = path.with_suffix(".csv")
+    table.write_text("label,text\nx,one\n")
+    assert load_inputs(table) == [({"label": "x", "text": "one"}, RawText(str(table), 2, "one"))]
+
+
+@pytest.mark.parametrize(
+    ("row", "rule", "fix"),
+    [
+        ({"question": "q", "n": 1}, "field.missing", "data.columns.text=question"),
+        ({"a": "q", "b": "r"}, "field.missing", "data.columns.text=COLUMN"),
+        ({"text": 5}, "field.type", "string"),
+        ({"text": " "}, "field.empty", "Write"),
+        ({"prompt": " ", "completion": "x"}, "field.empty", "Write"),
+        ({"tokens": []}, "tags.type", "tokens"),
+        ({"text": "a", "predicted": None}, "row.predicted", "Rename"),
+    ],
+)
+def test_rows_that_nothing_can_be_read_of_are_named(
+    path: Path, row: dict[str, Any], rule: str, fix: str
+) -> None:
+    with pytest.raises(DataError) as refused:
+        load_inputs(write(path, {"text": "fine"}, row))
+    (problem,) = refused.value.problems
+    assert (problem.line, problem.rule) == (2, rule)
+    assert fix in problem.fix

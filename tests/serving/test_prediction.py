@@ -166,14 +166,61 @@ def test_words_get_tags(
     output = tmp_path / "out.jsonl"
     command("predict", model_id, "--input", data, "--output", output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["tags"] for line in lines] == [row["tags"] for row in TAGGED]
+    assert lines == [{**row, "predicted": {"tags": row["tags"]}} for row in TAGGED]
     assert "fox[B-thing] is[I-thing]" in command("predict", model_id, "the fox is here")
     plain = tmp_path / "texts.txt"
     plain.write_text("the fox is here\n\nthe dog\n")
     texts = [
         json.loads(line) for line in command("predict", model_id, "--input", plain).splitlines()
     ]
-    assert [len(line["tags"]) for line in texts] == [4, 2]
+    assert [line["text"] for line in texts] == ["the fox is here", "the dog"]
+    assert [len(line["predicted"]["tags"]) for line in texts] == [4, 2]
+
+
+def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
+    tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    model_id, _ = tuned(SEVERAL, adaptation="bitfit")
+    rows = [
+        {"id": 7, "said": "the fox is here", "label": "mine", "scores": [1], "tags": None},
+        {"id": 7, "said": "the dog", "text": 4, "prompt": "x"},
+    ]
+    given, output = write(tmp_path / "given.jsonl", rows), tmp_path / "out.jsonl"
+    order = ("predict", model_id, "--input", given, "--map", "text=said")
+    command(*order, "--output", output)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    model = luthier.load(model_id)
+    answers = model.predict([str(row["said"]) for row in rows])
+    assert lines == [{**row, "predicted": a} for row, a in zip(rows, answers, strict=True)]
+    assert model.predict(rows, columns={"text": "said"}) == lines
+    assert len(answers[0]["scores"]) == 3
+    printed = [json.loads(line) for line in command(*order, "--top", "2").splitlines()]
+    for line, whole in zip(printed, answers, strict=True):
+        scores = line["predicted"]["scores"]
+        assert [*scores.values()] == sorted(whole["scores"].values(), reverse=True)[:2]
+        assert line["predicted"]["label"] == whole["label"]
+    assert model.predict({"text": "the dog"}, top=1)["predicted"]["scores"].keys() <= {
+        *answers[0]["scores"]
+    }
+    with pytest.raises(RecipeError, match="at least 1"):
+        model.predict(["x"], top=0)
+    with pytest.raises(DataError, match=r"(?s)nothing was predicted.*row\.predicted"):
+        model.predict([{"text": "x", "predicted": 1}])
+    assert "row.predicted" in command("predict", model_id, "--input", output, code=2)
+    missing = command("predict", model_id, "--input", given, code=2)
+    assert "--map text=said" in missing and "given.jsonl:1" in missing
+
+
+def test_a_terminal_is_shown_the_likeliest_classes(tuned: Callable[..., tuple[str, Path]]) -> None:
+    rows = [{"text": f"the {word}", "label": word} for word in WORDS for _ in range(2)]
+    model_id, _ = tuned(rows, adaptation="bitfit")
+    assert len(command("predict", model_id, "the fox").splitlines()) == 5
+    assert len(command("predict", model_id, "the fox", "--top", "6").splitlines()) == 6
+    (answer,) = command("predict", model_id, "the fox", "--json")["answers"]
+    assert len(answer["scores"]) == len(WORDS)
+    for wrong in (("--map", "text=x"), ("--output", "x.jsonl")):
+        refused = command("predict", model_id, "the fox", *wrong, code=2)
+        assert f"{wrong[0]} goes with --input" in refused
 
 
 def test_what_reads_does_not_write_and_the_other_way_round(

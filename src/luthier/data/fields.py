@@ -153,7 +153,7 @@ def read_rating(value: object) -> float:
 
 def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Words and their tags in the BIO scheme, as many of the one as of the other."""
-    words, names = _texts(tokens, "tokens"), _texts(tags, "tags")
+    words, names = read_words(tokens, "tokens"), read_words(tags, "tags")
     if len(words) != len(names):
         raise RowRefused(
             "tags.length",
@@ -170,7 +170,8 @@ def read_tagged(tokens: object, tags: object) -> tuple[tuple[str, ...], tuple[st
     return words, names
 
 
-def _texts(value: object, key: str) -> tuple[str, ...]:
+def read_words(value: object, key: str) -> tuple[str, ...]:
+    """An array of texts under ``key``, none of them blank and at least one."""
     if isinstance(value, list) and value and all(isinstance(i, str) and i.strip() for i in value):
         return tuple(value)
     if value is None:

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from luthier.data.containers import Container, container_of
-from luthier.data.fields import RENAMES, FieldChecker, list_keys, rename_fix
+from luthier.data.fields import RENAMES, FieldChecker, list_keys, read_words, rename_fix
 from luthier.data.forms import Form, forms_of, source_keys
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.read import read_records
@@ -26,6 +26,7 @@ from luthier.data.shapes import (
     PromptOnly,
     RawText,
     Shape,
+    TaggedWords,
 )
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, Problem, RowRefused
@@ -48,6 +49,8 @@ _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
 _MOST_KNOWN = 100
+PREDICTED = "predicted"
+"""The key under which rows get what a model says of them."""
 
 
 class Checker(FieldChecker):
@@ -348,6 +351,42 @@ class PromptChecker(Checker):
         return Conversation(self.file, self.line, messages, expected, tools=tools)
 
 
+class InputChecker(Checker):
+    """Checks rows for what models that read take of them: a text, words, or a prompt and its reply.
+
+    Labels and all other keys may be anything but :data:`PREDICTED`.
+    """
+
+    def row(self, line: int, record: Record) -> Row | None:
+        """Return what is read; None only when a problem was reported."""
+        self.line = line
+        own = self._rename_columns(record, self.columns) if self.columns else record
+        if own is None:
+            return None
+        if PREDICTED in record:
+            message = f'The row has a field "{PREDICTED}", where the answer is to stand.'
+            self.report("row.predicted", message, "Rename or remove that field.")
+            return None
+        text, reply = own.get("text"), own.get("completion")
+        if isinstance(text, str) and text.strip():
+            return RawText(self.file, line, text)
+        if "prompt" in own and isinstance(reply, str):
+            prompt = self.text(own, "prompt")
+            return PromptCompletion(self.file, line, prompt, reply) if prompt else None
+        if "tokens" in own:
+            try:
+                return TaggedWords(self.file, line, read_words(own["tokens"], "tokens"), None)
+            except RowRefused as bad:
+                self.report(bad.rule, bad.message, bad.fix)
+                return None
+        self.text(own, "text")
+        return None
+
+    def _column_fix(self, record: Record, key: str) -> str:
+        likely = super()._column_fix(record, key)
+        return likely or f"Say which column has it: `data.columns.{key}=COLUMN`."
+
+
 @dataclass(frozen=True, slots=True)
 class Recognized:
     """What a source was taken for."""
@@ -529,24 +568,46 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     of ``messages``, is no part of what is asked: it becomes ``expected``, unless the row has that key
     itself. In a plain-text file each line that is not blank is a prompt.
     """
+    return [row for _, row in _load_lines(source, PromptChecker, columns, "prompt", PromptOnly)]
+
+
+def load_inputs(source: Source, columns: Columns | None = None) -> list[tuple[Record, Row]]:
+    """Read a whole source for what models that read take of it: each record, and what is read of it.
+
+    That is a ``text``, the words under ``tokens``, or a ``prompt`` and its ``completion``; in a
+    plain-text file each line that is not blank is a text. Records are as in the file.
+
+    Raises:
+        DataError: with every problem if there is any.
+    """
+    return _load_lines(source, InputChecker, columns, "text", RawText)
+
+
+def _load_lines(
+    source: Source,
+    checker_type: type[Checker],
+    columns: Columns | None,
+    key: str,
+    shape: Callable[[str, int, str], Row],
+) -> list[tuple[Record, Row]]:
+    """Records and their rows; of plain text each line is one, with its text under ``key``."""
     problems: list[Problem] = []
     files = files_of(source)
-    checker = PromptChecker(str(files[0]), problems, columns)
-    rows: list[Row | None] = []
+    checker = checker_type(str(files[0]), problems, columns)
+    found: list[tuple[Record, Row]] = []
     for path in files:
         checker.begin(str(path))
         text = is_text(path)
         for line, record in read_records(path, problems):
             if text:
                 lines = enumerate(str(record["text"]).split("\n"), 1)
-                rows += [
-                    PromptOnly(str(path), n, each.strip()) for n, each in lines if each.strip()
-                ]
-            else:
-                rows.append(checker.row(line, record))
-    if not rows and not problems:
-        fix = "Write one prompt on each line."
-        problems.append(Problem(str(source), 0, "file.empty", "The file holds no prompts.", fix))
+                pairs = [(n, each.strip()) for n, each in lines if each.strip()]
+                found += [({key: each}, shape(str(path), n, each)) for n, each in pairs]
+            elif row := checker.row(line, record):
+                found.append((record, row))
+    if not found and not problems:
+        fix = f"Write one {key} on each line."
+        problems.append(Problem(str(source), 0, "file.empty", f"The file holds no {key}s.", fix))
     if problems:
         raise DataError(problems)
-    return [row for row in rows if row is not None]
+    return found

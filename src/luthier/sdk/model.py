@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import DataError, Problem, RecipeError, data_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,18 +81,42 @@ class Model:
 
     # A text is a sequence of texts to a type checker; to people it is one.
     @overload
-    def predict(self, texts: str) -> dict[str, Any]: ...  # type: ignore[overload-overlap]
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        texts: str | Mapping[str, Any],
+        *,
+        top: int | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]: ...
     @overload
-    def predict(self, texts: Sequence[str | Sequence[str]]) -> list[dict[str, Any]]: ...
     def predict(
-        self, texts: str | Sequence[str | Sequence[str]]
+        self,
+        texts: Sequence[str | Sequence[str] | Mapping[str, Any]],
+        *,
+        top: int | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> list[dict[str, Any]]: ...
+    @data_errors("nothing was predicted")
+    def predict(
+        self,
+        texts: str | Mapping[str, Any] | Sequence[str | Sequence[str] | Mapping[str, Any]],
+        *,
+        top: int | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
 
-        Among several a text may be a list of words.
+        Among several a text may be a list of words, or a row such as ``{"id": 7, "text": "..."}``,
+        which comes back with all its fields and the answer under ``predicted``.
+
+        Args:
+            texts: one or several.
+            top: leave so many classes in ``scores``, the likeliest first.
+            columns: what rows call our keys, such as ``{"text": "question"}``.
         """
-        if isinstance(texts, str):
-            return self.predict([texts])[0]
+        if isinstance(texts, str | Mapping):
+            return self.predict([texts], top=top, columns=columns)[0]
+        from luthier.data.rows import PREDICTED, InputChecker
         from luthier.data.shapes import RawText, TaggedWords
         from luthier.serving.prediction import Predictor
 
@@ -100,15 +124,27 @@ class Model:
             raise RecipeError(f"{self.stored.id} writes text; use generate()")
         if not isinstance(texts, Sequence):
             raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
+        if top is not None and top < 1:
+            raise RecipeError(f"top must be at least 1, and is {top}")
         if not texts:
             return []
-        rows: list[Row] = []
+        problems: list[Problem] = []
+        checker = InputChecker("predict()", problems, columns)
+        rows: list[Row | None] = []
         for index, text in enumerate(texts, 1):
             if isinstance(text, str):
                 rows.append(RawText("predict()", index, text))
+            elif isinstance(text, Mapping):
+                rows.append(checker.row(index, dict(text)))
             else:
                 rows.append(TaggedWords("predict()", index, tuple(text), None))
-        return self.opened.answers(rows)
+        if problems:
+            raise DataError(problems)
+        answers = self.opened.answers([row for row in rows if row], top=top)
+        return [
+            {**text, PREDICTED: answer} if isinstance(text, Mapping) else answer
+            for text, answer in zip(texts, answers, strict=True)
+        ]
 
     @overload
     def rewards(  # type: ignore[overload-overlap]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 BUDGET = 2048
 """Tokens read at once."""
+
+
+def likeliest(scores: Mapping[str, float], top: int) -> dict[str, float]:
+    """The ``top`` classes with the highest scores, the highest first."""
+    return dict(sorted(scores.items(), key=lambda item: -item[1])[:top])
 
 
 class Predictor:
@@ -49,9 +54,14 @@ class Predictor:
         return Predictor(network, objective, chat or chat_format(stored), room_of(stored))
 
     def answers(
-        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+        self,
+        rows: Sequence[Row],
+        done: Callable[[int], None] = lambda count: None,
+        top: int | None = None,
     ) -> list[dict[str, Any]]:
         """What the model says of each row, in the order given; what rows say themselves is not read.
+
+        ``top`` leaves so many classes in ``scores``, the likeliest first.
 
         Raises:
             DataError: naming every row that is longer than the context.
@@ -69,7 +79,12 @@ class Predictor:
             if len(example) > self.context
         ]:
             raise DataError(problems, "nothing was predicted")
-        return self._read(examples, done)
+        answers = self._read(examples, done)
+        if top is not None:
+            for answer in answers:
+                if "scores" in answer:
+                    answer["scores"] = likeliest(answer["scores"], top)
+        return answers
 
     def scores(
         self,
