@@ -91,6 +91,11 @@ def test_a_model_from_outside_answers(
     network = network.to(choose_machine().dtype)
     written = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert text == tokenizer.decode(written, skip_special_tokens=True)
+    for name in ("other", imported):
+        asked = {"model": name, "messages": turns, "max_tokens": 12, "temperature": 0}
+        status, answer = server.ask("POST", "/v1/chat/completions", asked)
+        assert (status, answer["choices"][0]["message"]["content"]) == (200, text)
+        assert server.ask("POST", "/v1/chat/completions", asked, OTHER)[0] == 404
     assert nothing_left(server.home)
 
 

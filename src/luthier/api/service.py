@@ -17,14 +17,13 @@ from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.face import BedrockFace
-from luthier.api.bedrock.identifiers import Invocable, ModelIds, invocable
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.application import Application
 from luthier.api.http.connections import Connections
 from luthier.api.http.limits import RateLimits
-from luthier.api.http.messages import Fault
 from luthier.api.http.metrics import Meter, Metrics
 from luthier.api.http.routing import Face
+from luthier.api.identifiers import ModelIds
 from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai import OpenAIFace
@@ -222,7 +221,6 @@ class Service:
             self.database,
             self.settings,
             self.pool,
-            self._endpoint_at,
             authorize,
             self.objects,
             self._delete,
@@ -237,16 +235,6 @@ class Service:
         if found is None or found["account"] != account:
             return None
         return self.settings.graders.get(found["name"])
-
-    def _endpoint_at(self, account: str, arn: str) -> Invocable | None:
-        """What answers at an ARN that an OpenAI client names as a model."""
-        try:
-            with self.database.read() as session:
-                return invocable(session, self.arns, account, arn)
-        except Fault as fault:
-            if fault.code in ("ResourceNotFound", "Validation"):
-                return None
-            raise
 
     def _delete(self, account: str, model: CustomModel) -> None:
         """Delete a custom model that nobody answers with; it leaves the memory, too."""

@@ -23,8 +23,8 @@ from bedrock_service import (
 from botocore.exceptions import ClientError
 
 from luthier.api.bedrock import endpoints
-from luthier.api.bedrock.identifiers import ModelIds, invocable, invoked_arn
 from luthier.api.http.messages import Fault
+from luthier.api.identifiers import ModelIds, invocable, invoked_arn
 from luthier.limits import AccountQuotas
 
 FOUNDATION = f"arn:aws:bedrock:us-east-1::foundation-model/{BASE}"

@@ -193,7 +193,6 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         database,
         Settings(),
         pool,
-        lambda account, arn: None,
         authorize,
         objects,
         delete_model,

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
+from luthier.api.http.messages import Caller, Request
+from luthier.api.openai.models import Catalogue, Models
+from luthier.api.openai.protocol import Access
+from luthier.store.arns import Arns
+from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, CustomModel
+from luthier.store.database import new_id, now
 from luthier.store.foundation import foundation_models
+
+ACCOUNT, OTHER = "000000000000", "111111111111"
+ARNS = Arns("us-east-1")
 
 
 def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
@@ -18,3 +29,74 @@ def test_the_list_is_one_whole_page(client: openai.OpenAI) -> None:
     assert [each.id for each in client.models.list()] == names
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing-like-it")
+
+
+def add_model(service: Any, name: str, account: str = ACCOUNT, **fields: Any) -> CustomModel:
+    """A custom model as Bedrock's face makes them: without an ``ft:`` id."""
+    columns = {
+        "id": new_id(), "account": account, "name": name, "foundation": IMPORTED,
+        "root": "luthier.tiny", "base_model": "", "stored_id": "tiny", "job_id": None,
+        "openai_id": None, "status": ACTIVE, "failure": None, "created": now(), **fields,
+    }  # fmt: skip
+    with service.database.write() as session:
+        model = CustomModel(**columns)
+        session.add(model)
+    return model
+
+
+def test_models_of_bedrocks_face_answer_without_a_deployment(
+    service: Any, tiny_base: str, client: openai.OpenAI, other: openai.OpenAI
+) -> None:
+    bases = [each.base for each in foundation_models()]
+    arn = add_model(service, "mine").arn(ARNS)
+    shadowed = add_model(service, "tiny").arn(ARNS)
+    add_model(service, "made-here", openai_id="ft:tiny:org::1")
+    add_model(service, "coming", status=CREATING, stored_id=None)
+    add_model(service, "theirs", account=OTHER)
+    names = [each.id for each in client.models.list()]
+    assert names == [*bases, "mine", shadowed, "ft:tiny:org::1"]
+
+    def says(model: str, client: openai.OpenAI = client) -> str:
+        hello: Any = [{"role": "user", "content": "Hello"}]
+        made = client.chat.completions.create(
+            model=model, messages=hello, max_tokens=8, temperature=0
+        )
+        assert made.model == model
+        return str(made.choices[0].message.content)
+
+    for name in ("mine", arn, "tiny", shadowed, "ft:tiny:org::1", "made-here"):
+        assert says(name) == says("tiny")
+        assert client.models.retrieve(name).id == name
+    elsewhere = arn.replace("us-east-1", "us-west-2")
+    base = arn.replace(f"{IMPORTED}/", "luthier.tiny/")
+    for name in ("coming", "theirs", elsewhere, base, arn.rpartition("/")[2]):
+        with pytest.raises(openai.NotFoundError):
+            says(name)
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+    for name in ("mine", arn):
+        with pytest.raises(openai.NotFoundError):
+            says(name, other)
+        with pytest.raises(openai.NotFoundError):
+            other.models.delete(name)
+    assert client.models.retrieve("tiny").owned_by == "luthier"
+    assert client.models.delete(shadowed).deleted and client.models.delete("mine").deleted
+    assert [each.id for each in client.models.list()] == [*bases, "ft:tiny:org::1"]
+
+
+def test_a_policy_on_one_name_of_a_model_holds_for_all(service: Any, tiny_base: str) -> None:
+    named, plain = add_model(service, "mine", openai_id="ft:1"), add_model(service, "plain")
+    asked: list[str] = []
+    access = Access(lambda caller, action, resource: asked.append(resource), "us-east-1")
+    models = Models(Catalogue(service.database, ARNS), access, lambda account, model: None)
+    caller = Caller(ACCOUNT, "somebody", ())
+    for names in (("mine", named.arn(ARNS), "ft:1"), ("plain", plain.arn(ARNS)), ("tiny",)):
+        own = {"mine": "ft:1"}.get(names[0], names[0])
+        for name in names:
+            asked.clear()
+            models.retrieve(
+                Request("r", caller, "GET", "/", {}, {}, b"", now(), params={"model": name})
+            )
+            assert asked == [
+                ARNS.openai(ACCOUNT, "model", each) for each in dict.fromkeys((name, own))
+            ]

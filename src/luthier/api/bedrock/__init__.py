@@ -3,7 +3,6 @@
     shapes         operations and shapes of botocore's service models; members of requests, answers
     face           the routes of the server; faults as AWS writes them
     control        what every operation of the control plane works with, pages of lists among it
-    identifiers    ARNs, names and ids to what they name
 
 The operations of the control plane stand beside them, a file for each kind of resource; those of the
 runtime are in ``luthier.api.bedrock.runtime``.

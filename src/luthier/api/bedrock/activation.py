@@ -7,16 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
+from luthier.api.identifiers import stored_id_of
 from luthier.errors import DoesNotFit
 from luthier.files import verify
 from luthier.store import models
-from luthier.store.arns import Arn
-from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import Endpoint, unfinished
-from luthier.store.foundation import foundation_model
 
 Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
@@ -83,7 +80,7 @@ class Activation:
         """Prepare the model of an ARN; what its owner is told where that is not possible."""
         try:
             with self.database.read() as session:
-                stored_id = stored_of(session, model)
+                stored_id = stored_id_of(session, model)
             if stored_id is None:
                 return "The model is not there any more."
             self.prepare(stored_id)
@@ -94,16 +91,3 @@ class Activation:
             _log.exception("%s cannot be used", model)
             return "The files of the model are missing or damaged, or cannot be loaded."
         return None
-
-
-def stored_of(session: Session, model: str) -> str | None:
-    """Id in the store of a foundation model or custom model, by its ARN; of any account."""
-    arn = Arn.parse(model)
-    if arn is None:
-        return None
-    if arn.kind == "foundation-model":
-        base = foundation_model(model)
-        return base.base if base else None
-    query = select(CustomModel).filter_by(account=arn.account, id=arn.id)
-    found = session.scalars(query).one_or_none()
-    return found.stored_id if found else None

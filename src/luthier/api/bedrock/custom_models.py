@@ -19,15 +19,15 @@ from luthier.api.bedrock.control import (
     shown_as,
     tags_of,
 )
-from luthier.api.bedrock.identifiers import (
+from luthier.api.bedrock.jobs import customization_details
+from luthier.api.http.messages import Fault
+from luthier.api.identifiers import (
     FOUNDATION,
     MODEL,
     find_model,
     job_arn,
     own,
 )
-from luthier.api.bedrock.jobs import customization_details
-from luthier.api.http.messages import Fault
 from luthier.jobs.submit import submit_import
 from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel

@@ -26,13 +26,13 @@ from luthier.api.bedrock.control import (
     shown_as,
     tags_of,
 )
-from luthier.api.bedrock.identifiers import (
+from luthier.api.http.messages import Fault
+from luthier.api.identifiers import (
     endpoint_arn,
     find_endpoint,
     find_foundation,
     find_model,
 )
-from luthier.api.http.messages import Fault
 from luthier.errors import NameInUse, QuotaExceeded
 from luthier.store import custom_models, tags
 from luthier.store.custom_models import CustomModel

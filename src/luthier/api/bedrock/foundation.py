@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.api.bedrock.control import ControlRequest, Operate, not_found
-from luthier.api.bedrock.identifiers import find_foundation, invoked_arn
 from luthier.api.http.messages import Fault
+from luthier.api.identifiers import find_foundation, invoked_arn
 from luthier.jobs.submit import CONTINUED_PRE_TRAINING, DISTILLATION, FINE_TUNING
 from luthier.store.foundation import FoundationModel, foundation_models
 

@@ -25,14 +25,14 @@ from luthier.api.bedrock.control import (
 )
 from luthier.api.bedrock.foundation import customizations
 from luthier.api.bedrock.hyperparameters import setting_name
-from luthier.api.bedrock.identifiers import (
+from luthier.api.http.messages import Fault
+from luthier.api.identifiers import (
     JOB,
     find_foundation,
     find_job,
     find_model,
     job_arn,
 )
-from luthier.api.http.messages import Fault
 from luthier.jobs.submit import (
     DISTILLATION,
     FINE_TUNING,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import ControlRequest, Operate, not_found, tags_of
-from luthier.api.bedrock.identifiers import JOB, MODEL, find_endpoint, find_job, find_model
+from luthier.api.identifiers import JOB, MODEL, find_endpoint, find_job, find_model
 from luthier.store import tags
 from luthier.store.arns import Arn
+from luthier.store.custom_models import CustomModel
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED
+from luthier.store.jobs import Job
 
-_BY_KIND = {JOB: find_job, MODEL: find_model}
+_BY_KIND: Mapping[str, Callable[..., Job | CustomModel | None]] = {JOB: find_job, MODEL: find_model}
 
 
 def tag_resource(request: ControlRequest) -> dict[str, Any]:

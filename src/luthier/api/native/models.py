@@ -9,9 +9,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Fault, Request
+from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import Context, NativeOperation, View
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.foundation import FoundationModel, foundation_model, foundation_models
+from luthier.store.foundation import FoundationModel, foundation_models
 
 
 class ModelView(View):
@@ -83,7 +84,8 @@ class _Models:
 
     def get(self, request: Request) -> ModelView:
         with self.context.database.read() as session:
-            found = foundation_model(request.params["model"]) or self._own(request, session)
+            base = find_foundation(self.context.arns, request.params["model"])
+            found = base or self._own(request, session)
         if isinstance(found, FoundationModel):
             arn = self.context.arns.foundation_model(found.id)
             self.context.authorize(request.caller, "luthier:GetModel", arn)

@@ -14,18 +14,18 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import models_json_schema
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.identifiers import find_foundation, find_model
 from luthier.api.policies import refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
-from luthier.store.arns import Arn, Arns
-from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.arns import Arns
+from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
-from luthier.store.foundation import FoundationModel, foundation_model
+from luthier.store.foundation import FoundationModel
 from luthier.store.locations import Locations
 
 STATUS = {
@@ -300,24 +300,16 @@ class Context:
         self, session: Session, account: str, identifier: str
     ) -> FoundationModel | CustomModel:
         """The foundation model, or the account's custom model, of an id, alias, name or ARN."""
-        found = foundation_model(identifier)
+        found = find_foundation(self.arns, identifier)
         return found or self.custom(session, account, identifier, active=True)
 
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False
     ) -> CustomModel:
         """The account's custom model of this name, id or ARN."""
-        arn = Arn.parse(identifier)
-        query = select(CustomModel).where(CustomModel.account == account)
-        if arn is None:
-            query = query.where((CustomModel.name == identifier) | (CustomModel.id == identifier))
-        elif (arn.account, arn.region, arn.kind) == (account, self.arns.region, "custom-model"):
-            query = query.where(CustomModel.id == arn.id)
-        else:
-            query = query.where(CustomModel.id == "")
         # One model may be called as another one's id: ids come first.
-        query = query.order_by((CustomModel.id == identifier).desc())
-        model = session.scalars(query.where(CustomModel.status != RESERVED)).first()
+        columns = (CustomModel.id, CustomModel.name)
+        model = find_model(session, self.arns, account, identifier, by=columns)
         if model is None or (active and model.status != ACTIVE):
             raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
         return model

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.api.http.messages import Caller, Response
+from luthier.api.identifiers import Invocable
 from luthier.api.openai.generation import (
     FINISH,
     GenerationResource,
@@ -20,7 +21,6 @@ from luthier.api.openai.generation import (
     token_text,
     usage,
 )
-from luthier.api.openai.models import Resolved
 from luthier.api.openai.protocol import invalid
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -115,7 +115,7 @@ class Completions(GenerationResource[CompletionRequest]):
         return streams, echoes
 
     def _echo(
-        self, target: Resolved, parameters: CompletionRequest, prompt: str | list[int]
+        self, target: Invocable, parameters: CompletionRequest, prompt: str | list[int]
     ) -> str:
         if not parameters.echo:
             return ""

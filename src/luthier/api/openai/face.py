@@ -17,7 +17,7 @@ from luthier.api.openai.files import Files
 from luthier.api.openai.fine_tuning import FineTuning, setting_name
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import Graders, PooledModels
-from luthier.api.openai.models import Catalogue, DeleteModel, Models, Resolve
+from luthier.api.openai.models import Catalogue, DeleteModel, Models
 from luthier.api.openai.protocol import Access
 from luthier.api.openai.responses import Responses
 from luthier.api.settings import Settings
@@ -52,7 +52,6 @@ class OpenAIFace:
         database: Database,
         settings: Settings,
         pool: ModelPool,
-        resolve: Resolve,
         authorize: Authorize,
         objects: Objects,
         delete_model: DeleteModel,
@@ -68,7 +67,6 @@ class OpenAIFace:
             database: where everything is kept.
             settings: of the server.
             pool: the models that answer.
-            resolve: finds what an ARN means for an account: a deployment, a profile.
             authorize: asks the policies.
             objects: the built-in object store, which holds the bytes of files.
             delete_model: deletes a custom model with all that belongs to it.
@@ -80,7 +78,7 @@ class OpenAIFace:
         arns = Arns(settings.region)
         access = Access(authorize, settings.region)
         self.files = UploadedFiles(database, objects)
-        catalogue = Catalogue(database, arns, resolve)
+        catalogue = Catalogue(database, arns)
         inference = Inference(catalogue, access, pool)
         limited = settings.limits
         self._grading = ConfinedWork(

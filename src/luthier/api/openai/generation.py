@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from luthier.api.http.messages import Caller, Fault, Request, Response
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import GeneratedPieces
-from luthier.api.openai.models import Catalogue, Resolved
+from luthier.api.identifiers import Invocable
+from luthier.api.openai.models import Catalogue
 from luthier.api.openai.protocol import (
     Access,
     Body,
@@ -118,7 +119,7 @@ class Inference:
     def __init__(self, catalogue: Catalogue, access: Access, pool: ModelPool) -> None:
         self.catalogue, self.access, self.pool = catalogue, access, pool
 
-    def target(self, caller: Caller, action: str, name: str) -> Resolved:
+    def target(self, caller: Caller, action: str, name: str) -> Invocable:
         """The model that ``name`` means.
 
         Raises:
@@ -141,7 +142,7 @@ class Inference:
 
         return find
 
-    def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Resolved | None:
+    def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Invocable | None:
         """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""
         named = name.startswith("arn:")
         if named:
@@ -158,7 +159,7 @@ class Inference:
 
     def submit(
         self,
-        target: Resolved,
+        target: Invocable,
         name: str,
         build: Callable[[], GenerationRequest],
         member: str = "messages",

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import select
 
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Operation
+from luthier.api.identifiers import Invocable, find_foundation, find_model, invocable
 from luthier.api.openai.protocol import Access, model_not_found, page, seconds
-from luthier.store.arns import Arn, Arns
+from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
-from luthier.store.foundation import FoundationModel, foundation_model, foundation_models
+from luthier.store.foundation import FoundationModel, foundation_models
 
 OWNER = "luthier"
 
 
-class Resolved(Protocol):
-    """A model that answers."""
-
-    @property
-    def stored_id(self) -> str:
-        """Id under which the pool opens it."""
-
-    @property
-    def arn(self) -> str:
-        """What policies are asked about."""
-
-
-Resolve = Callable[[str, str], Resolved | None]
-"""Given an account and an ARN, what answers there: a deployment, a profile; ``None`` for nothing."""
 DeleteModel = Callable[[str, CustomModel], None]
 """Deletes an account's custom model with all that belongs to it.
 
@@ -41,43 +27,44 @@ Raises:
 """
 
 
-@dataclass(frozen=True)
-class Target:
-    """A model that answers to a name."""
-
-    stored_id: str
-    arn: str
-
-
 class Catalogue:
     """The models that an account can name: base models, its own ones, and what it deployed."""
 
-    def __init__(self, database: Database, arns: Arns, resolve: Resolve) -> None:
-        self.database, self.arns, self._resolve = database, arns, resolve
+    def __init__(self, database: Database, arns: Arns) -> None:
+        self.database, self.arns = database, arns
 
-    def target(self, account: str, name: str) -> Resolved | None:
-        """What answers to ``name``; ``None`` where nothing does."""
+    def target(self, account: str, name: str) -> Invocable | None:
+        """What answers to ``name``; ``None`` where nothing does.
+
+        Raises:
+            Fault: ModelNotReady, where an endpoint of this ARN is being made ready.
+        """
         found = self.find(account, name)
         if isinstance(found, FoundationModel):
-            return Target(found.base, self.arns.foundation_model(found.id))
+            arn = self.arns.foundation_model(found.id)
+            return Invocable(found.base, arn, arn)
         if found is not None and found.stored_id is not None:
-            return Target(found.stored_id, found.arn(self.arns))
-        return self._resolve(account, name) if name.startswith("arn:") else None
+            arn = found.arn(self.arns)
+            return Invocable(found.stored_id, arn, arn)
+        if not name.startswith("arn:"):
+            return None
+        try:
+            with self.database.read() as session:
+                return invocable(session, self.arns, account, name)
+        except Fault as fault:
+            if fault.code in ("ResourceNotFound", "Validation"):
+                return None
+            raise
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
-        """The base model of this alias or id, or the account's own by its ``ft:`` id."""
-        if name.startswith("arn:") and ":foundation-model/" not in name:
-            return None
-        base = foundation_model(name)
+        """The base model of this alias, id or ARN; or the account's own by ``ft:`` id, name or ARN."""
+        base = find_foundation(self.arns, name)
         if base is not None:
             return base
-        mine = select(CustomModel).where(
-            CustomModel.account == account,
-            CustomModel.status == ACTIVE,
-            CustomModel.openai_id == name,
-        )
+        columns = (CustomModel.openai_id, CustomModel.name)
         with self.database.read() as session:
-            return session.scalar(mine)
+            found = find_model(session, self.arns, account, name, by=columns)
+        return found if found is not None and found.status == ACTIVE else None
 
     def base(self, account: str, name: str) -> FoundationModel | CustomModel:
         """What a fine-tuning job starts from.
@@ -85,30 +72,28 @@ class Catalogue:
         Raises:
             Fault: 404 ``model_not_found``.
         """
-        arn = Arn.parse(name)
-        if arn is not None and arn.kind == "custom-model" and arn.account == account:
-            query = select(CustomModel).where(
-                CustomModel.account == account,
-                CustomModel.id == arn.id,
-                CustomModel.status == ACTIVE,
-            )
-            with self.database.read() as session:
-                found: FoundationModel | CustomModel | None = session.scalar(query)
-        else:
-            found = self.find(account, name)
+        found = self.find(account, name)
         if found is None:
             raise model_not_found(name)
         return found
 
     def own(self, account: str) -> list[CustomModel]:
-        """The account's models that answer to an ``ft:`` id, the oldest first."""
+        """The account's models, the oldest first."""
         mine = select(CustomModel).where(
-            CustomModel.account == account,
-            CustomModel.status == ACTIVE,
-            CustomModel.openai_id.is_not(None),
+            CustomModel.account == account, CustomModel.status == ACTIVE
         )
         with self.database.read() as session:
             return list(session.scalars(mine.order_by(CustomModel.seq)))
+
+    def id_of(self, model: CustomModel, bases: Iterable[FoundationModel]) -> str:
+        """What an own model is called: its ``ft:`` id, or its name at Bedrock's face.
+
+        Its ARN, where one of the ``bases`` answers to that name.
+        """
+        if model.openai_id is not None:
+            return model.openai_id
+        taken = any(model.name in (base.base, base.id) for base in bases)
+        return model.arn(self.arns) if taken else model.name
 
 
 class Models:
@@ -129,32 +114,38 @@ class Models:
         """Every base model by its alias, and the account's own."""
         self.access.to(request, "models.list")
         named: list[tuple[FoundationModel | CustomModel, str]]
-        named = [(each, each.base) for each in foundation_models()]
+        bases = foundation_models()
+        named = [(each, each.base) for each in bases]
         for model in self.catalogue.own(request.caller.account):
-            named.append((model, model.openai_id or model.name))
+            named.append((model, self.catalogue.id_of(model, bases)))
         return page(named, len(named), lambda each: model_object(*each))
 
     def retrieve(self, request: Request) -> Response:
         """One of them, by any of its names."""
-        name = request.params["model"]
-        self.access.to(request, "models.retrieve", "model", name)
-        found = self.catalogue.find(request.caller.account, name)
-        if found is None:
-            raise model_not_found(name)
-        return Response.json(model_object(found, name))
+        found = self._find(request, "models.retrieve")
+        return Response.json(model_object(found, request.params["model"]))
 
     def delete(self, request: Request) -> Response:
         """Delete an own model; base models belong to everybody."""
-        name = request.params["model"]
-        self.access.to(request, "models.delete", "model", name)
-        found = self.catalogue.find(request.caller.account, name)
-        if found is None:
-            raise model_not_found(name)
+        name, found = request.params["model"], self._find(request, "models.delete")
         if isinstance(found, FoundationModel):
             raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
         self.access.same_as(request, "DeleteCustomModel", found.arn(self.catalogue.arns))
         self._delete(request.caller.account, found)
         return Response.json({"id": name, "object": "model", "deleted": True})
+
+    def _find(self, request: Request, action: str) -> FoundationModel | CustomModel:
+        """The model that a request names, where the caller may do this to it by each of its names."""
+        name = request.params["model"]
+        self.access.to(request, action, "model", name)
+        found = self.catalogue.find(request.caller.account, name)
+        if found is None:
+            raise model_not_found(name)
+        if isinstance(found, CustomModel):
+            own = self.catalogue.id_of(found, foundation_models())
+            if own != name:
+                self.access.to(request, action, "model", own)
+        return found
 
 
 def model_object(model: FoundationModel | CustomModel, name: str) -> dict[str, Any]:

@@ -5,14 +5,13 @@ What belongs to another account or stands in another region is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from luthier.api.bedrock.activation import stored_of
 from luthier.api.bedrock.shapes import matches, operation_models
 from luthier.api.http.messages import Fault
 from luthier.store.arns import Arn, Arns
@@ -26,6 +25,8 @@ _ENDPOINTS = {DEPLOYMENT: "deployment", PROVISIONED: "provisioned throughput"}
 JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-model"
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
+Name = InstrumentedAttribute[Any]
+"""A column with names or ids that are unique in an account."""
 
 
 def job_arn(arns: Arns, job: Job) -> str:
@@ -58,14 +59,23 @@ def find_job(
     session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> Job | None:
     """A customization job by ARN or name."""
-    return _find(session, Job, job_arn, arns, account, JOB, identifier, lock)
+    return _find(session, Job, job_arn, arns, account, JOB, identifier, [Job.name], lock)
 
 
 def find_model(
-    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
+    session: Session,
+    arns: Arns,
+    account: str,
+    identifier: str,
+    *,
+    by: Sequence[Name] = (CustomModel.name,),
+    lock: bool = False,
 ) -> CustomModel | None:
-    """A custom model by ARN or name. One of a job that has not ended is not there yet."""
-    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, lock)
+    """A custom model by ARN, or by what stands in one of the columns of ``by``, the first one first.
+
+    One of a job that has not ended is not there yet.
+    """
+    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, by, lock)
     return found if found and found.status != RESERVED else None
 
 
@@ -73,7 +83,8 @@ def find_endpoint(
     session: Session, arns: Arns, account: str, kind: str, identifier: str, *, lock: bool = False
 ) -> Endpoint | None:
     """A deployment or provisioned throughput by ARN or name."""
-    return _find(session, Endpoint, endpoint_arn, arns, account, kind, identifier, lock)
+    columns = [Endpoint.name]
+    return _find(session, Endpoint, endpoint_arn, arns, account, kind, identifier, columns, lock)
 
 
 def _model_arn(arns: Arns, model: CustomModel) -> str:
@@ -88,6 +99,7 @@ def _find(
     account: str,
     kind: str,
     identifier: str,
+    columns: Sequence[Name],
     lock: bool,
 ) -> Row | None:
     """The row with this ARN or this name. A name may look like the end of another one's ARN."""
@@ -99,12 +111,13 @@ def _find(
             return None
         query = query.where(table.id == arn.id)
     else:
-        query = query.where(table.name == identifier)
+        query = query.where(or_(*(column == identifier for column in columns)))
+        query = query.order_by(*((column == identifier).desc() for column in columns[:-1]))
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
     if lock:
         query = query.with_for_update().execution_options(populate_existing=True)
-    found = session.scalars(query).one_or_none()
+    found = session.scalars(query).first()
     # The foundation model that an ARN names has to be right, too.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
 
@@ -161,10 +174,23 @@ def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invo
         raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
     if endpoint.status == FAILED:
         raise Fault("Validation", f"The {text} is Failed and cannot answer.")
-    stored_id = stored_of(session, endpoint.model)
+    stored_id = stored_id_of(session, endpoint.model)
     if stored_id is None:
         raise _unknown(model_id)
     return Invocable(stored_id, model_id, endpoint.model)
+
+
+def stored_id_of(session: Session, model: str) -> str | None:
+    """Id in the store of a foundation model or custom model, by its ARN; of any account."""
+    arn = Arn.parse(model)
+    if arn is None:
+        return None
+    if arn.kind == FOUNDATION:
+        base = foundation_model(model)
+        return base.base if base else None
+    query = select(CustomModel).filter_by(account=arn.account, id=arn.id)
+    found = session.scalars(query).one_or_none()
+    return found.stored_id if found else None
 
 
 @dataclass(frozen=True)
