@@ -208,6 +208,17 @@ def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ("  predict 100 of 400, 90 s left\n  predict 400 of 400\n")
 
 
+def test_a_table_is_not_wrapped_in_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    table = console.new_table("name", "about")
+    table.add_row("a", "long " * 100)
+    console.print_table(table)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
 def test_no_bar_is_drawn_into_a_file_that_wants_colours(
     monkeypatch: pytest.MonkeyPatch,

@@ -12,7 +12,7 @@ import pytest
 from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
-from luthier.files import sha256_of, write_json
+from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
 
@@ -29,8 +29,9 @@ def test_list_names_bases_and_custom_models(
     assert (custom["objective"], custom["adaptation"]) == ("sft", "full")
     assert custom["validation_loss"] == tuned[1]["validation_loss"]
     text = Answer("models", "list").good().out
-    assert MODEL in text
     assert all(name in text for name in CATALOG)
+    (line,) = [line for line in text.splitlines() if line.startswith(MODEL)]
+    assert line.rstrip().endswith(custom["created"][:16].replace("T", " "))
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:
@@ -72,6 +73,21 @@ def test_show_tells_files_hashes_and_whether_they_are_intact(
     assert files["loss.png"]["sha256"] is None
     assert files["extra"]["intact"] is None
     assert files["model.safetensors"]["intact"] is True
+
+
+def test_show_folds_what_is_long(own_home: Path) -> None:
+    manifest = own_home / "models" / "custom" / "tiny-llama" / "colours" / MANIFEST
+    labels = [f"label {number}" for number in range(77)]
+    record = read_json(manifest)
+    objective = {"method": "classification", "labels": labels, "shares": [1 / 77] * 8}
+    record["recipe"]["objective"] = objective
+    write_json(manifest, record)
+    shown = Answer("models", "show", MODEL).good().out
+    assert "    labels: label 0, label 1, " in shown
+    assert "label 7 … and 69 more (--json)\n" in shown and "label 8" not in shown
+    assert shown.count("      - 0.012987\n") == 8
+    found = Answer("models", "show", MODEL, "--json").good().json()
+    assert found["recipe"]["objective"]["labels"] == labels
 
 
 def test_show_describes_a_catalogue_model_without_fetching_it(luthier_home: Path) -> None:
@@ -205,5 +221,17 @@ def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
 )  # fmt: skip
 def test_remove_takes_nothing_else(own_home: Path, model_id: str) -> None:
     before = files_in(own_home)
-    assert "is no model that was made here" in Answer("models", "remove", model_id).refused()
+    refused = Answer("models", "remove", model_id).refused()
+    assert "is no model that was made here" in refused
+    assert (f"There are: {MODEL}" in refused) == (model_id not in CATALOG)
     assert files_in(own_home) == before
+
+
+def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
+    for command in ("remove", "show", "pull", "capabilities"):
+        asked = Answer("models", command, "tiny-llama:colour").refused()
+        assert f"Did you mean {MODEL}?" in asked
+    assert f"Did you mean {MODEL}?" in Answer("samples", "tiny-llama:colour").refused()
+    folder = own_home / "models" / "base" / "smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    assert f"delete {folder}" in Answer("models", "remove", folder.name).refused()

@@ -292,5 +292,28 @@ def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
     with pytest.raises(UnknownModel) as refused:
         find("base:runn-17")
     message = str(refused.value)
-    assert "base:run-17" in message and message.count("base:run-") <= 5
+    assert "Did you mean base:run-17 or " in message and message.count("base:run-") == 3
     assert "`luthier models list` shows all 30" in message
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("all-minilm", "all-minilm-l6-v2"),
+        ("SmolLM2-135M", "smollm2-135m-instruct"),
+        ("smollm2:mine", f"{BASE}:mine"),
+        (f"{BASE}/mine", f"{BASE}:mine"),
+        (f"{BASE}:mime", f"{BASE}:mine"),
+        ("mine", f"{BASE}:mine"),
+        ("e5", "multilingual-e5-small"),
+        ("zzz", ""),
+    ],
+)
+def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
+    make_custom(BASE, "mine", BASE)
+    with pytest.raises(UnknownModel) as refused:
+        find(asked)
+    message = str(refused.value)
+    assert f"there is no {'custom ' if ':' in asked else ''}model {asked!r}. " in message
+    assert ("Did you mean" in message) == bool(meant)
+    assert f"Did you mean {meant}" in message or not meant

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+UNBROKEN = 10_000
+"""Columns of what is no terminal."""
+
+
 class CommandGroup(typer.Typer):
     """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
 
@@ -120,9 +124,12 @@ def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Non
     table = new_table(*(column.replace("_", " ") for column in columns))
     for row in rows:
         table.add_row(*(escape(one_line(cell_text(row.get(column)))) for column in columns))
-    out = new_console()
-    # Into a pipe or a file no line has to be broken.
-    (out if out.is_terminal else new_console(width=240)).print(table)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal is; into a pipe or a file no line is broken."""
+    (new_console() if sys.stdout.isatty() else new_console(width=UNBROKEN)).print(table)
 
 
 def note(text: str) -> None:

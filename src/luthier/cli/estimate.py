@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, new_table, print_json
+from luthier.cli.console import heavy_imports, new_console, new_table, print_json, print_table
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -175,7 +175,7 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
             f"{cost['low']:.2f} to {cost['high']:.2f}",
             "",
         )
-    out.print(table)
+    print_table(table)
     whole = sum(part.value for part in found.parts.values()) or 1.0
     for name, part in sorted(found.parts.items(), key=lambda item: -item[1].value):
         if part.value > 0.02 * whole:
@@ -237,7 +237,7 @@ def _show_history(as_json: bool) -> None:
             f"{each.memory / 1e9:.2f} GB",
             color_ratio(each.memory_ratio),
         )
-    out.print(table)
+    print_table(table)
     out.print(
         f"\nwithin {CLOSE:.0%}: time {counts['time_close']} of {len(runs)}, memory "
         f"{counts['memory_close']} of {len(runs)}"

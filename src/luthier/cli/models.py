@@ -15,6 +15,7 @@ from luthier.cli.console import (
     new_console,
     new_table,
     print_json,
+    print_table,
     print_text,
 )
 from luthier.cli.options import Json
@@ -66,7 +67,7 @@ def list_models(json_: Json = False) -> None:
         cells = (size, str(base["context"]), languages, str(base["licence"]), here)
         table.add_row(str(base["id"]), *cells)
     out = new_console(highlight=False)
-    out.print(table)
+    print_table(table)
     if not all(base["here"] for base in bases):
         out.print("\nluthier models pull ID fetches one; tune does so by itself.")
     if not custom:
@@ -83,7 +84,7 @@ def list_models(json_: Json = False) -> None:
         created = model["created"][:16].replace("T", " ")
         table.add_row(model["id"], *names, measured, created)
     out.print()
-    out.print(table)
+    print_table(table)
 
 
 def _base_record(model: StoredModel) -> dict[str, Any]:
@@ -195,25 +196,34 @@ def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
     }
 
 
+FOLDED = 8
+"""Values of a list that people are shown; of a longer one only the first."""
+
+
 def _lines(value: Any, indent: str) -> list[str]:
-    """JSON values as indented lines of names and values, for people."""
+    """JSON values as indented lines of names and values, for people; a long list takes one line."""
     if isinstance(value, dict):
         pairs = [(f"{name}:", each) for name, each in value.items()]
     else:
         pairs = [("-", each) for each in value]
     lines: list[str] = []
     for name, each in pairs:
-        if isinstance(each, dict | list) and each:
+        if isinstance(each, list) and len(each) > FOLDED and not isinstance(each[0], dict | list):
+            first = ", ".join(map(_text, each[:FOLDED]))
+            lines.append(f"{indent}{name} {first} … and {len(each) - FOLDED:,} more (--json)")
+        elif isinstance(each, dict | list) and each:
             lines += [f"{indent}{name}", *_lines(each, indent + "  ")]
-            continue
-        if isinstance(each, bool):
-            text = "yes" if each else "no"
-        elif each is None or isinstance(each, dict | list):
-            text = "none"
         else:
-            text = f"{each:g}" if isinstance(each, float) else str(each)
-        lines.append(f"{indent}{name} {text}")
+            lines.append(f"{indent}{name} {_text(each)}")
     return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, dict | list):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @models_app.command("capabilities")
@@ -347,7 +357,13 @@ def remove_model(model: str, json_: Json = False) -> None:
     from luthier.files import luthier_home
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
-    from luthier.store.models import custom_models, short_name
+    from luthier.store.models import (
+        base_folder,
+        custom_models,
+        pretrained_models,
+        short_name,
+        suggest_models,
+    )
     from luthier.store.removal import remove_unneeded
 
     base, colon, name = model.partition(":")
@@ -358,9 +374,17 @@ def remove_model(model: str, json_: Json = False) -> None:
     folders = (run.model_folder, run.folder, *beside)
     known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
     if not known:
-        raise RecipeError(
-            f"{model!r} is no model that was made here, and no run; see `luthier models list`"
-        )
+        refusal = f"{model!r} is no model that was made here, and no run."
+        if model in CATALOG:
+            folder = base_folder(model)
+            fix = (
+                f"It can be fetched again; to free its space, delete {folder}."
+                if folder.is_dir()
+                else ""
+            )
+            raise RecipeError(f"{refusal} {fix}".rstrip())
+        made = [each.id for each in (*custom_models(), *pretrained_models())]
+        raise RecipeError(f"{refusal} {suggest_models(model, made)}")
     children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")

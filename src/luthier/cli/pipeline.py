@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, new_table, print_json
+from luthier.cli.console import heavy_imports, new_console, new_table, print_json, print_table
 from luthier.cli.options import Json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def pipeline(
         model = f"[bold green]{outcome.model_id}[/bold green]"
         table.add_row(outcome.stage, model, *_cells(outcome))
     out.print()
-    out.print(table)
+    print_table(table)
 
 
 def _cells(outcome: StageOutcome) -> list[str]:

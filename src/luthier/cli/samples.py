@@ -51,8 +51,12 @@ def samples(
     base, colon, name = run.partition(":")
     folder = luthier_home() / "runs" / base / name if colon and name else Path(run)
     if not folder.is_dir():
+        from luthier.store.models import suggest_models
+
+        runs = [f"{each.parent.name}:{each.name}" for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(
-            f"there is no run {run!r}; give the id of a custom model (base:name), or the run's folder"
+            f"there is no run {run!r}. {suggest_models(run, sorted(runs))} "
+            "The folder of a run works too."
         )
     records = MetricsFile(folder / SAMPLES).read()
     if not records:

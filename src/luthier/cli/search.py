@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, new_table, print_json
+from luthier.cli.console import heavy_imports, new_console, new_table, print_json, print_table
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -116,7 +116,7 @@ def _print(found: SearchResult) -> None:
         style = "bold green" if place == 0 else None
         table.add_row(str(trial.number), trial.measured, *settings, state, style=style)
     out = new_console(highlight=False)
-    out.print(table)
+    print_table(table)
     print_result(found.result)
     out.print(f"  recipe      {found.recipe}", soft_wrap=True)
     out.print(f"  again       luthier tune {found.recipe} --name NAME", soft_wrap=True)

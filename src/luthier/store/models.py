@@ -98,28 +98,42 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         whole = path.absolute()
         return StoredModel(str(whole), whole, Manifest(id=str(whole)))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model_id) and not model_id.startswith("."):
+        if (custom_folder(*model_id.split("/")) / MANIFEST).is_file():
+            meant = model_id.replace("/", ":")
+            raise UnknownModel(f"there is no model {model_id!r}. Did you mean {meant}?")
         say(f"Looking up {model_id} on the hub")
         return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
-    known = [*CATALOG, *(m.id for m in (*pretrained_models(), *custom_models()))]
     raise UnknownModel(
-        f"there is no model {model_id!r}. {_nearest(model_id, known)} A local Hugging Face directory "
+        f"there is no model {model_id!r}. {suggest_models(model_id)} A local Hugging Face directory "
         "or a hub id (organisation/name) works too."
     )
 
 
-NEAREST = 5
-"""Ids that are named where one is not known."""
+NEAREST = 3
+"""Ids that are suggested where one is not known."""
+FEW = 10
+"""Ids that are all named."""
 
 
-def _nearest(model_id: str, known: Sequence[str]) -> str:
-    """The known ids most like ``model_id``, all of them where they are few, and where to see all."""
+def suggest_models(model_id: str, known: Sequence[str] | None = None) -> str:
+    """What may be meant by an id that is not known, all there are where they are few, where to look.
+
+    ``known`` are the ids that could have been given: all models when not given.
+    """
     import difflib
 
-    if len(known) <= 2 * NEAREST:
-        return f"There are: {', '.join(known)}." if known else "There are none yet."
-    near = difflib.get_close_matches(model_id, known, NEAREST, cutoff=0.4)
-    more = f"`luthier models list` shows all {len(known)}."
-    return f"The nearest are: {', '.join(near)}. {more}" if near else more
+    if known is None:
+        known = [*CATALOG, *(model.id for model in (*pretrained_models(), *custom_models()))]
+    if not known:
+        return "There are none yet."
+    asked = model_id.lower().replace("/", ":")
+    holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
+    close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
+    near = list(dict.fromkeys([*holding, *close]))[:NEAREST]
+    meant = f"Did you mean {' or '.join(near)}? " if near else ""
+    if len(known) <= FEW:
+        return f"{meant}There are: {', '.join(known)}."
+    return f"{meant}`luthier models list` shows all {len(known)}."
 
 
 def pretrained_models() -> list[StoredModel]:
@@ -242,7 +256,9 @@ def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
     folder = custom_folder(base, name)
     if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
         others = [model.id for model in custom_models()]
-        raise UnknownModel(f"there is no custom model {model_id!r}. {_nearest(model_id, others)}")
+        raise UnknownModel(
+            f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
+        )
     manifest = Manifest.read(folder)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
     return StoredModel(manifest.id, folder, manifest, parent)
