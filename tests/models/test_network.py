@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.models.load import as_network, load_model
-from luthier.models.network import Network
+from luthier.errors import RecipeError
+from luthier.models.heads import CAUSAL_LM, Head
+from luthier.models.load import as_network, check_folder, load_model
+from luthier.models.network import Network, context_length
 from luthier.objectives.logprobs import mean_nll, token_logps
 from luthier.types import Example
 
@@ -32,6 +35,25 @@ def ready(folder: Path, adaptation: str) -> Network:
     model: Any = load_model(folder, torch.float32, CPU)
     ADAPTATIONS[adaptation]().attach(model)
     return as_network(model, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
+def test_context_length(key: str) -> None:
+    assert context_length({key: 77}) == 77
+    with pytest.raises(RecipeError, match="context length"):
+        context_length({key: None})
+
+
+def test_a_network_in_memory_has_the_context_of_its_files(
+    family_folder: Callable[[str], Path],
+) -> None:
+    for family, head in (("gpt2", CAUSAL_LM), ("t5", CAUSAL_LM), ("roberta", Head("masked_lm"))):
+        folder = family_folder(family)
+        network = as_network(load_model(folder, torch.float32, CPU, head), CPU, torch.float32)
+        assert network.context == context_length(check_folder(folder))
+    network = as_network(load_model(family_folder("llama"), torch.float32, CPU), CPU, torch.float32)
+    network.model.config = PretrainedConfig()  # as of networks without positions
+    assert network.context > 1_000_000
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full", "prompt", "sparse"])

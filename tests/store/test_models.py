@@ -16,7 +16,7 @@ import torch
 from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG
-from luthier.models.load import check_folder, context_length
+from luthier.models.load import check_folder
 from luthier.models.manifest import MANIFEST
 from luthier.store import models as store
 from luthier.store.models import custom_folder, custom_models, find, load, short_name
@@ -250,13 +250,6 @@ def test_a_folder_that_is_no_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"")
     with pytest.raises(CorruptFile):
         check_folder(tmp_path)
-
-
-@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
-def test_context_length(key: str) -> None:
-    assert context_length({key: 77}) == 77
-    with pytest.raises(RecipeError, match="context length"):
-        context_length({key: None})
 
 
 def test_broken_weights_are_an_error_and_not_a_crash(

@@ -29,8 +29,8 @@ from luthier.gate.report import warnings
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
-from luthier.models.load import as_network, check_folder, context_length, read_config, sketch
-from luthier.models.network import Network
+from luthier.models.load import as_network, check_folder, read_config, sketch
+from luthier.models.network import Network, context_length
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import (
@@ -153,12 +153,12 @@ def prepare_job(
     config = check_folder(base.network_folder)
     chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
     check_vocabulary(chat, config, base.id)
-    context = context_length(config)
-    added = recipe.adaptation.added_tokens + store.added_tokens(base)
-    room = context - added
+    room = store.room_of(base, recipe.adaptation)
     if room < 1:
+        context = context_length(config)
         raise RecipeError(
-            f"{added} added tokens leave no room in the model's context of {context}; use fewer"
+            f"{context - room} added tokens leave no room in the model's context of {context}; use "
+            "fewer"
         )
     objective = bind_models(recipe.objective, reporter.stage)
 

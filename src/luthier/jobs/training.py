@@ -280,10 +280,9 @@ def _validation_losses(
     # They take seconds to load, and most jobs have one validator at most.
     from luthier.engine.dataset import prepare
     from luthier.engine.machine import choose_machine
-    from luthier.models.load import as_network, check_folder, context_length
+    from luthier.models.load import as_network
 
     objective, chat = models.objective_of(model), models.chat_format(model)
-    context = context_length(check_folder(model.network_folder)) - models.added_tokens(model)
     training = job.recipe.get("training", {})
     machine = choose_machine(training.get("precision", "auto"), training.get("threads"))
     loaded = models.load(model, machine.dtype, machine.device, objective.head())
@@ -295,6 +294,6 @@ def _validation_losses(
     losses = []
     for number in range(len(data.validators)):
         rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
-        examples = prepare(rows, objective, chat, context, 0).train
+        examples = prepare(rows, objective, chat, models.room_of(model), 0).train
         losses.append(objective.validation_metrics(network, examples, VALIDATION_TOKENS)["loss"])
     return losses

@@ -368,7 +368,7 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
             "there is nothing to sample. Take a base model that generates."
         )
     before = prefix_tokens(model) + len(heads.prompt_ids(model))
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    context = network.context
     beside = heads.decoder_of(model) is not None  # the encoder's prompt takes no room
     for index, prompt_T in enumerate(prompts):
         sizes = [before + len(prompt_T), max_tokens]

@@ -31,12 +31,8 @@ from luthier.models.heads import (
 from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
-_RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
-RELATIVE_CONTEXT = 4096
-"""Longest row for networks of relative positions, which have no limit but memory."""
 SMALL_SCORE = 0.25
 """Scores of classes below it, in nats, are compared as if they were as large, in bfloat16."""
-_OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -50,20 +46,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     config: dict[str, Any] = read_json(folder / "config.json")
     return config
-
-
-def context_length(config: dict[str, Any]) -> int:
-    """Longest input in tokens that the configuration names."""
-    if config.get("model_type") in _RELATIVE:
-        return RELATIVE_CONTEXT
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int):
-            # RoBERTa's family starts counting behind its padding index.
-            skipped = (
-                config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
-            )
-            return int(config[key]) - skipped
-    raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 
 def read_config(folder: Path, head: Head) -> Any:

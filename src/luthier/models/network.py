@@ -7,7 +7,7 @@ or a ``[B, T, V]`` tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
+from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
 from luthier.models.layouts import Layout, layout_of
@@ -27,8 +28,26 @@ from luthier.types import Example, IntArray
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
+_RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
+RELATIVE_CONTEXT = 4096
+"""Longest row for networks of relative positions, which have no limit but memory."""
+_OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 SIZE_STEP = 32
 """Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """Longest input in tokens that the configuration names; raises :class:`RecipeError` for none."""
+    if config.get("model_type") in _RELATIVE:
+        return RELATIVE_CONTEXT
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int):
+            # RoBERTa's family starts counting behind its padding index.
+            skipped = (
+                config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
+            )
+            return int(config[key]) - skipped
+    raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 
 @dataclass(frozen=True)
@@ -137,6 +156,14 @@ class Network:
     @cached_property
     def _backbone(self) -> Any:
         return self.model.base_model
+
+    @cached_property
+    def context(self) -> int:
+        """Tokens of a row at most; more than any has where the configuration names no limit."""
+        try:
+            return context_length(self.model.config.to_dict())
+        except RecipeError:
+            return 1 << 30
 
     @property
     def width(self) -> int:

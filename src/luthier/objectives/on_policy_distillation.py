@@ -17,7 +17,6 @@ out: the mix with a reward (section 3.2), and answers written by the teacher, fo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -175,7 +174,7 @@ def _room(network: Network, example: Example) -> int:
     from luthier.models import heads
     from luthier.models.prefix import prefix_tokens
 
-    context = int(getattr(network.model.config, "max_position_embeddings", 0) or sys.maxsize)
+    context = network.context
     before = prefix_tokens(network.model) + len(heads.prompt_ids(network.model))
     return context - before - _reply_start(example)
 

@@ -87,7 +87,7 @@ def write_replies(
     chat, model = network.chat, network.model
     assert chat is not None
     prompts = [_prompt(chat, turns) for turns in conversations]
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
+    context = network.context
     if decoder_of(model) is None:  # an encoder's text takes no room of the reply
         context -= sampling.max_tokens + prefix_tokens(model) + len(prompt_ids(model))
     able = [place for place, prompt_T in enumerate(prompts) if len(prompt_T) <= context]
@@ -144,7 +144,7 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
 
     objective, chat = RewardModel(), network.chat
     assert chat is not None
-    context = int(getattr(network.model.config, "max_position_embeddings", 0) or 1 << 30)
+    context = network.context
     examples = []
     for place, answer in enumerate(answers):
         turns = (*answer.prompt, Message("assistant", answer.reply))

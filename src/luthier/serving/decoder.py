@@ -236,9 +236,9 @@ class Decoder:
         from luthier.engine.machine import choose_machine
         from luthier.models.backends import backend_of
         from luthier.models.heads import prompt_ids
-        from luthier.models.load import as_network, check_folder, context_length
+        from luthier.models.load import as_network
         from luthier.serving.confined import serving_format
-        from luthier.store.models import added_tokens, load
+        from luthier.store.models import load, room_of
 
         machine = choose_machine()
         network = as_network(
@@ -246,10 +246,9 @@ class Decoder:
         )
         network.model.eval()
         soft = np.array(prompt_ids(network.model), dtype=np.int64)
-        added = added_tokens(stored) - len(soft)
-        context = context_length(check_folder(stored.network_folder)) - added
         vocabulary = int(network.model.config.vocab_size)
-        backend = backend_of(network, context, exact=True)
+        # The soft prompt, which stands before each row's prompt, is read by the backend with it.
+        backend = backend_of(network, room_of(stored) + len(soft), exact=True)
         format_ = serving_format(stored)
         return Decoder(backend, format_, soft, vocabulary, memory, schemas, limits, scheduler)
 

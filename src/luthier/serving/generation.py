@@ -58,8 +58,7 @@ class Generator:
         """A soft prompt that stands before every prompt."""
         self.prefix = prefix_tokens(model)
         """Keys and values that stand before both; 0 without a prefix."""
-        context = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 30)
-        self.backend = backend_of(network, context)
+        self.backend = backend_of(network, network.context)
         self.context = self.backend.context
         """Tokens of prompt and reply together; no more than a window of the network's attention."""
 

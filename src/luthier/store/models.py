@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from luthier.adaptations import Adaptation
     from luthier.data.chat import ChatFormat
     from luthier.models.heads import Head
     from luthier.objectives import Objective
@@ -193,11 +194,16 @@ def added_tokens(model: StoredModel) -> int:
     return int(adaptation_of(model).added_tokens) + added_tokens(model.parent)
 
 
-def room_of(model: StoredModel) -> int:
-    """Tokens that a row of ``model`` may have: its context, less what its adapters take of it."""
-    from luthier.models.load import check_folder, context_length
+def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
+    """Tokens that a row of ``model`` may have: its context, less what its adapters take of it.
 
-    return context_length(check_folder(model.network_folder)) - added_tokens(model)
+    With an ``adaptation``, which is still to be trained, less what that takes, too.
+    """
+    from luthier.models.load import check_folder
+    from luthier.models.network import context_length
+
+    more = adaptation.added_tokens if adaptation is not None else 0
+    return context_length(check_folder(model.network_folder)) - added_tokens(model) - more
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:

@@ -323,7 +323,7 @@ def _check_rows(stage: Stage, stages: tuple[Stage, ...]) -> None:
         load_rows(recipe.data.train, recipe.data.columns)
         return
     model = find(root)
-    room = room_of(model) - recipe.adaptation.added_tokens
+    room = room_of(model, recipe.adaptation)
     chat = chat_format(model).with_template_kwargs(recipe.data.chat_template_kwargs or {})
     prepare(recipe.data, recipe.objective, chat, room, recipe.training.seed)
 

@@ -40,7 +40,7 @@ from luthier.files import (
 )
 from luthier.models import bpe
 from luthier.models.build import build, read_configuration
-from luthier.models.load import check_folder, context_length, sketch
+from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
 from luthier.pretrain_recipe import PretrainRecipe
@@ -103,7 +103,7 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
-    context = context_length(check_folder(start.folder))
+    context = store.room_of(start)
     data = _dataset(recipe, run, found, chat, context, reporter)
     weights, embedding = _count(start)
     facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])

@@ -16,8 +16,9 @@ from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.heads import Head, head_in
-from luthier.models.load import check_folder, context_length, read_config, sketch_of, stored_dtype
+from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
 from luthier.models.manifest import Manifest
+from luthier.models.network import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary

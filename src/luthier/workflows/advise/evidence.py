@@ -302,7 +302,7 @@ def _context(job: Job) -> int:
     """Tokens that a question may have with its answer."""
     from luthier.store.models import room_of
 
-    return room_of(job.base) - job.recipe.adaptation.added_tokens
+    return room_of(job.base, job.recipe.adaptation)
 
 
 def _attempt_of(technique: Technique, found: Prompted) -> TechniqueResult:

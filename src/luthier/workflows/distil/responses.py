@@ -241,7 +241,7 @@ class _Responses:
         if self.recipe.data.long_rows != "error":
             return lambda row, answer: ""  # as the user asked, training cuts or drops them
         chat = chat_format(self.student)
-        context = room_of(self.student) - self.recipe.adaptation.added_tokens
+        context = room_of(self.student, self.recipe.adaptation)
         objective = self.recipe.objective or OBJECTIVES["sft"].model_validate({})
 
         def overflow(row: Row, answer: str) -> str:
