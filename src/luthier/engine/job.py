@@ -153,9 +153,8 @@ def prepare_job(
     config = check_folder(base.network_folder)
     chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
     check_vocabulary(chat, config, base.id)
-    room = store.room_of(base, recipe.adaptation)
+    context, room = context_length(config), store.room_of(base, recipe.adaptation)
     if room < 1:
-        context = context_length(config)
         raise RecipeError(
             f"{context - room} added tokens leave no room in the model's context of {context}; use "
             "fewer"
