@@ -23,11 +23,13 @@ ALLOW_ALL: dict[str, Any] = {
 
 
 def made_at(url: str) -> Iterator[Database]:
-    """A database with all tables; closed at the end."""
+    """A database with all tables; closed at the end, also where a loop over it ends by an error."""
     made = Database(url)
-    upgrade(made)
-    yield made
-    made.close()
+    try:
+        upgrade(made)
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.fixture
