@@ -24,7 +24,7 @@ from luthier.errors import RecipeError
 
 log = logging.getLogger(__name__)
 
-Part = TypeVar("Part")
+Component = TypeVar("Component")
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Plugin:
     """Why it cannot be used; empty where it can."""
 
 
-class PluginTable(Mapping[str, Part], Generic[Part]):
+class PluginTable(Mapping[str, Component], Generic[Component]):
     """Parts of one kind by name: the built-in ones, then those of the entry points of ``group``.
 
     A name that is broken is ``in`` the table and raises where it is looked up; iterating leaves it out.
     """
 
-    def __init__(self, group: str, kind: type, built_in: Mapping[str, Part]) -> None:
+    def __init__(self, group: str, kind: type, built_in: Mapping[str, Component]) -> None:
         """``kind`` is the class that parts are subclasses or instances of."""
         self.group, self.kind, self.built_in = f"luthier.{group}", kind, dict(built_in)
-        self._loaded: dict[str, Part | Plugin] = {}
+        self._loaded: dict[str, Component | Plugin] = {}
 
     @cached_property
     def _points(self) -> dict[str, EntryPoint]:
@@ -64,7 +64,7 @@ class PluginTable(Mapping[str, Part], Generic[Part]):
         """Name and version of the package that brings ``name``; ``None`` for what is built in."""
         return None if name in self.built_in else _package(self._points[name])
 
-    def __getitem__(self, name: str) -> Part:
+    def __getitem__(self, name: str) -> Component:
         """The part called ``name``.
 
         Raises:
@@ -102,7 +102,7 @@ class PluginTable(Mapping[str, Part], Generic[Part]):
             return part
         return Plugin(self.group, name, _package(self._points[name]))
 
-    def _load(self, name: str) -> Part | Plugin:
+    def _load(self, name: str) -> Component | Plugin:
         """What the entry point stands for; a :class:`Plugin` with its problem where that fails."""
         if name not in self._loaded:
             point = self._points[name]

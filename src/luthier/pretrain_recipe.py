@@ -16,10 +16,10 @@ from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives.causal_lm import CausalLM
-from luthier.recipe import NAME_PATTERN, Part, Training, parse
+from luthier.recipe import NAME_PATTERN, StrictModel, Training, parse
 
 
-class Corpus(Part):
+class Corpus(StrictModel):
     """Which text is learned from and which is held out."""
 
     train: tuple[Path, ...] = Field(min_length=1)
@@ -30,7 +30,7 @@ class Corpus(Part):
     """Share of the text to hold out when no validation file is given; 0 for none."""
 
 
-class NewNetwork(Part):
+class NewNetwork(StrictModel):
     """The network that is built."""
 
     family: Family = "llama"
@@ -46,7 +46,7 @@ class NewNetwork(Part):
     """Longest input in tokens, and the length of the sequences it is trained on."""
 
 
-class NewTokenizer(Part):
+class NewTokenizer(StrictModel):
     """The tokenizer that is trained."""
 
     vocabulary: int | None = Field(default=None, ge=SMALLEST)
@@ -64,7 +64,7 @@ class PretrainTraining(Training):
     """Decay of AdamW's mean of squared gradients (0.95 as in Brown et al. 2020, appendix B)."""
 
 
-class PretrainRecipe(Part):
+class PretrainRecipe(StrictModel):
     """Everything that decides what a new base model becomes."""
 
     name: str

@@ -45,7 +45,7 @@ SourceName = Annotated[
 """What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
 
 
-class Part(BaseModel):
+class StrictModel(BaseModel):
     """A group of fields: frozen, and strict about their names."""
 
     model_config = ConfigDict(
@@ -53,7 +53,7 @@ class Part(BaseModel):
     )
 
 
-class MixSpec(Part):
+class MixSpec(StrictModel):
     """A further file to learn from beside the main one, and how much of it."""
 
     train: SourceName
@@ -62,7 +62,7 @@ class MixSpec(Part):
     """Rows drawn from it for each row of the main file."""
 
 
-class DataSpec(Part):
+class DataSpec(StrictModel):
     """Which rows are learned from and which are held out."""
 
     train: SourceName
@@ -112,7 +112,7 @@ def _place(source: str) -> str:
     return source if "://" in source else str(Path(source).resolve())
 
 
-class Training(Part):
+class Training(StrictModel):
     """Optimizer, schedule and budget. ``None`` is chosen from the data and the model."""
 
     epochs: float | None = Field(default=None, gt=0, le=10_000)
@@ -170,7 +170,7 @@ class Training(Part):
     """CPU threads; all cores when not given."""
 
 
-class Recipe(Part):
+class Recipe(StrictModel):
     """Everything that decides what a custom model becomes."""
 
     base: str = "smollm2-135m-instruct"

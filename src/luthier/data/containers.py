@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 from luthier.data.forms import KEYS
 from luthier.data.parsing import Unreadable, quote
 
-Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 Packing = Literal["", "gzip", "zstd"]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json-lines")
@@ -57,7 +57,7 @@ _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
 class Container:
     """What a file is made of."""
 
-    kind: Kind
+    kind: FileFormat
     packing: Packing = ""
     delimiter: str = ","
     """Character between the cells of a table."""
@@ -189,7 +189,7 @@ def _refuse_irregular(path: Path) -> None:
         )
 
 
-def _kind(text: str, suffix: str, whole: bool) -> Kind | None:
+def _kind(text: str, suffix: str, whole: bool) -> FileFormat | None:
     """What the text at the head of a file is; ``whole`` says that there is no more of it."""
     start = text.lstrip(" \t\r\n")[:1]
     if suffix in TABLES or suffix == ".md" or (not start and suffix in PLAIN_TEXT):
@@ -227,7 +227,7 @@ def _is_table(text: str) -> bool:
     return len(header) > 1 and len(rows) > 1 and bool(header & KEYS)
 
 
-def _delimiter(text: str, kind: Kind) -> str:
+def _delimiter(text: str, kind: FileFormat) -> str:
     """The character that cuts the header into most cells; by the kind where several do."""
     header = text.split("\n", 1)[0]
     usual = "\t" if kind == "tsv" else ","

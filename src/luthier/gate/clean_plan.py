@@ -17,7 +17,7 @@ from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, checks_for, rules_named
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import READING_RULES
-from luthier.recipe import Part
+from luthier.recipe import StrictModel
 
 UNREADABLE = "unreadable"
 """Stands for every rule of reading that a single row can break."""
@@ -29,7 +29,7 @@ _COPIES: Mapping[str | None, tuple[str, ...]] = {
 LEAKAGE = "leakage."
 
 
-class CleaningPlan(Part):
+class CleaningPlan(StrictModel):
     """Fixes; each is off until it is asked for."""
 
     normalize: bool = False

@@ -23,7 +23,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
-from luthier.gate.pii import KINDS, Finder, Kind, PiiSpan
+from luthier.gate.pii import KINDS, Finder, PiiKind, PiiSpan
 from luthier.gate.rules import TOO_LONG
 from luthier.types import Row, Text, map_texts
 
@@ -146,7 +146,7 @@ class Change:
     start: int
     """First character in the field as it was."""
     end: int
-    kind: Kind
+    kind: PiiKind
     detail: str
     pseudonym: str
 
@@ -160,7 +160,7 @@ class Redactor:
     """At least 16 bytes; makes pseudonyms equal across data sets."""
     table: dict[str, str] | None = field(default=None, repr=False)
     """Where pseudonyms and what they stand for are written, in clear; ``None`` for nowhere."""
-    counts: Counter[Kind] = field(default_factory=Counter)
+    counts: Counter[PiiKind] = field(default_factory=Counter)
     """Items replaced, by kind."""
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class Redactor:
         # Numbers are remembered by a hash that nobody can try values against.
         self._secret = self.key or secrets.token_bytes(32)
         self._numbers: dict[bytes, int] = {}
-        self._seen: Counter[Kind] = Counter()
+        self._seen: Counter[PiiKind] = Counter()
 
     def redact(self, row: Row) -> tuple[Row, tuple[Change, ...]]:
         """``row`` with every item of its texts replaced, and what was replaced.

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import Literal, get_args
 
-Kind = Literal[
+PiiKind = Literal[
     "private_key",
     "api_key",
     "jwt",
@@ -35,9 +35,9 @@ Kind = Literal[
     "phone",
     "ip",
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[PiiKind, ...] = get_args(PiiKind)
 """Every kind; where two claim the same characters, the earlier one has them."""
-SECRETS: frozenset[Kind] = frozenset({"private_key", "api_key", "jwt", "password"})
+SECRETS: frozenset[PiiKind] = frozenset({"private_key", "api_key", "jwt", "password"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class PiiSpan:
 
     start: int
     end: int
-    kind: Kind
+    kind: PiiKind
     detail: str
     """What it is more closely, for people: ``GitHub token``, ``VN citizen id``."""
     value: str
@@ -584,7 +584,7 @@ _BEFORE = 40
 class Finder:
     """Looks for personal data and secrets."""
 
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: tuple[PiiKind, ...] = KINDS
     """What is looked for."""
     regions: tuple[str, ...] = REGIONS
     """ISO 3166 codes of countries whose telephone numbers may stand without a country code."""

@@ -50,7 +50,7 @@ VERDICTS = {"passed": "Passed", "warnings": "Passed, with warnings", "refused": 
 
 Cell = tuple[Any, str]
 """A value, and how it is drawn: text, code, place, number, bar or name (the heading of its row)."""
-Part = tuple[str, Any]
+SummaryPart = tuple[str, Any]
 """A part of a summary: its kind and what the template draws."""
 
 
@@ -260,7 +260,7 @@ def _groups(report: Report) -> Iterator[tuple[str, Table]]:
             yield rule.id, Table.of(f"Groups of {rule.id}", columns, rows)
 
 
-def _summary(value: Mapping[str, Any], title: str) -> Iterator[Part]:
+def _summary(value: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
     """Any check's summary, by the rules of :meth:`luthier.gate.check.Check.summary`."""
     rest = dict(value)
     if isinstance(rest.get("bars"), list):
@@ -301,7 +301,7 @@ def _kind(value: Any) -> str:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else "text"
 
 
-def _counts(counts: Mapping[str, Any], title: str) -> Iterator[Part]:
+def _counts(counts: Mapping[str, Any], title: str) -> Iterator[SummaryPart]:
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
     total, most = sum(counts.values()) or 1, max(counts.values(), default=1) or 1
     rows = [
@@ -315,7 +315,7 @@ def _counts(counts: Mapping[str, Any], title: str) -> Iterator[Part]:
         yield "folded", Table.of(f"{title}, the rest", columns, rows[COUNTS:])
 
 
-def _list(items: list[Any], key: str) -> Part:
+def _list(items: list[Any], key: str) -> SummaryPart:
     """A table where the items are mappings, a line elsewhere."""
     shown, further = items[:ROWS], max(len(items) - ROWS, 0)
     columns = list(

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kind:
+class WorkKind:
     """What a scheduler has to know of one kind of work."""
 
     name: str
@@ -98,7 +98,7 @@ def _prepare_imports(database: Database) -> None:
             folders.log.unlink(missing_ok=True)
 
 
-IMPORT = Kind(
+IMPORT = WorkKind(
     "import",
     ModelImport,
     "luthier.jobs.import_worker:ImportWorker",
@@ -106,12 +106,12 @@ IMPORT = Kind(
     _prepare_imports,
     at_once=1,  # each may need much of the machine's memory
 )
-TRAINING = Kind(
+TRAINING = WorkKind(
     "training",
     Job,
     "luthier.jobs.training:TrainingWorker",
     prepare=_prepare_jobs,
     limited_by_account=True,
 )
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
+KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
 """By name, in the order in which a scheduler looks at them: imports are few, and short."""

@@ -28,7 +28,7 @@ from luthier.files import luthier_home, room
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.kinds import KINDS, Kind
+from luthier.jobs.kinds import KINDS, WorkKind
 from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.queue import LEASE, LeaseWatch, OverdueWork, QueuedWork
@@ -89,7 +89,7 @@ class Scheduler:
         database: Database,
         capacity: Capacity | None = None,
         *,
-        kinds: Sequence[Kind] = tuple(KINDS.values()),
+        kinds: Sequence[WorkKind] = tuple(KINDS.values()),
         command: Sequence[str] = (sys.executable, "-m", "luthier", "worker"),
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
@@ -204,7 +204,7 @@ class Scheduler:
                 del self.children[lease]
                 self._disk.end(lease, status == processes.NO_DISK)
 
-    def _start_next(self, kind: Kind) -> bool:
+    def _start_next(self, kind: WorkKind) -> bool:
         """Start a worker for the next work of a kind that fits; whether there was one."""
         if time.monotonic() < self._not_before:
             return False
@@ -245,7 +245,7 @@ class Scheduler:
         return True
 
     def _overdue_beside(
-        self, session: Session, kind: Kind, left: FreeCapacity
+        self, session: Session, kind: WorkKind, left: FreeCapacity
     ) -> OverdueWork | None:
         """The work of other kinds that has waited too long, and longest."""
         found = []
@@ -257,7 +257,7 @@ class Scheduler:
                 found.append(queue.overdue(session, other.table, per_account))
         return min((each for each in found if each), key=lambda each: each.since, default=None)
 
-    def _spawn(self, kind: Kind, row_id: str, lease: str) -> subprocess.Popen[bytes]:
+    def _spawn(self, kind: WorkKind, row_id: str, lease: str) -> subprocess.Popen[bytes]:
         with ExitStack() as opened:
             handed, files = opened.enter_context(keys.handed_over())
             # With keys, it writes the log itself, encrypted.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.objectives.divergence import Divergence
 
-Kind = Literal["forward", "reverse", "jsd"]
+DivergenceName = Literal["forward", "reverse", "jsd"]
 
 
 class Taught(Objective):
@@ -59,7 +59,7 @@ class Taught(Objective):
 class Distillation(Taught):
     """A teacher, and how far a student is from it."""
 
-    divergence: Kind = "forward"
+    divergence: DivergenceName = "forward"
     """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""

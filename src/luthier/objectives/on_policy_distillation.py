@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.objectives.distillation import Distillation, Kind
+from luthier.objectives.distillation import Distillation, DivergenceName
 from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
 from luthier.objectives.rollouts import sample_record
 from luthier.types import Example, Loss, Row
@@ -51,7 +51,7 @@ class OnPolicyDistillation(Distillation):
     """The teacher's distribution over the next token, on the student's own answers."""
 
     method: Literal["on_policy_distillation"] = "on_policy_distillation"
-    divergence: Kind = "reverse"
+    divergence: DivergenceName = "reverse"
     """KL from teacher to student, from student to teacher (MiniLLM's), or GKD's between both."""
     student_share: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""

@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
-from luthier.plugins import PluginTable
+from luthier.plugins import Component, PluginTable
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.heads import Head
     from luthier.objectives import Objective
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,9 @@ def objective_of(model: StoredModel) -> Objective:
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 
-def _method(table: PluginTable[Part], fields: Mapping[str, Any], model: StoredModel) -> Part:
+def _method(
+    table: PluginTable[Component], fields: Mapping[str, Any], model: StoredModel
+) -> Component:
     """The class that a model was trained with, which a package may have brought that is gone."""
     method = fields["method"]
     if method not in table:

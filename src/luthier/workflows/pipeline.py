@@ -39,7 +39,7 @@ from luthier.errors import RecipeError
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.recipe import NAME_PATTERN, Part, Recipe, parse, read_toml, with_paths
+from luthier.recipe import NAME_PATTERN, Recipe, StrictModel, parse, read_toml, with_paths
 from luthier.workflows.distil.recipe import DistilRecipe
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 REFERENCE = "stage:"
 
 
-class StageSpec(Part):
+class StageSpec(StrictModel):
     """One stage as it is written: its name, its command, and the fields of that command's recipe."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
@@ -69,7 +69,7 @@ class StageSpec(Part):
         return dict(self.model_extra or {})
 
 
-class PipelineSpec(Part):
+class PipelineSpec(StrictModel):
     """The whole file."""
 
     name: str
@@ -93,7 +93,7 @@ class PipelineSpec(Part):
         return self
 
 
-class StudentRecipe(Part):
+class StudentRecipe(StrictModel):
     """Fields of a ``student`` stage, those of ``luthier student``."""
 
     teacher: str

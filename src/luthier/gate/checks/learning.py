@@ -96,7 +96,7 @@ class EncodedBatch:
     shown: tuple[ShownRow, ...] = ()
     longest: tuple[tuple[int, int, int, str], ...] = ()
     """Tokens, learned tokens, line and beginning of its longest rows."""
-    kinds: Mapping[Kind, Witness] = field(default_factory=dict)
+    kinds: Mapping[RowKind, Witness] = field(default_factory=dict)
     """A row of each class."""
     waiting: tuple[Row, ...] = ()
     """Judged answers that are learned from beside other answers to the same prompt."""
@@ -329,7 +329,7 @@ class Learning(SpotCheck):
         }
 
 
-Kind = tuple[str, ...]
+RowKind = tuple[str, ...]
 
 
 @dataclass
@@ -342,9 +342,9 @@ class Witness:
     count: int
 
 
-def find_witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
+def find_witnesses(rows: Sequence[Row]) -> dict[RowKind, Witness]:
     """One row for each kind of rows in a batch."""
-    found: dict[Kind, Witness] = {}
+    found: dict[RowKind, Witness] = {}
     for index, row in enumerate(rows):
         for kind in _kinds(row):
             if kind in found:
@@ -354,7 +354,7 @@ def find_witnesses(rows: Sequence[Row]) -> dict[Kind, Witness]:
     return found
 
 
-def _kinds(row: Row) -> Iterable[Kind]:
+def _kinds(row: Row) -> Iterable[RowKind]:
     match row:
         case TaggedWords():
             return {("tag", tag) for tag in row.tags or ()}
@@ -379,10 +379,10 @@ class ObjectiveFit:
     """Takes in the witnesses of all batches, and lets the objective judge them at the end."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, dict[Kind, tuple[Place, Witness]]] = {}
+        self._kept: dict[str, dict[RowKind, tuple[Place, Witness]]] = {}
         self._lines: Counter[str] = Counter()
 
-    def take(self, where: BatchLines, found: Mapping[Kind, Witness]) -> None:
+    def take(self, where: BatchLines, found: Mapping[RowKind, Witness]) -> None:
         """Those of one batch."""
         self._lines[where.split] += len(where.lines_N)
         kept = self._kept.setdefault(where.split, {})
@@ -425,7 +425,7 @@ class ObjectiveFit:
         ]
 
     def _unseen(
-        self, kept: dict[Kind, tuple[Place, Witness]], fitted: Objective, chat: ChatFormat
+        self, kept: dict[RowKind, tuple[Place, Witness]], fitted: Objective, chat: ChatFormat
     ) -> Iterable[tuple[Finding, int]]:
         for place, witness in kept.values():
             try:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from luthier.gate.check import Places, RowBatch
-from luthier.gate.pii import KINDS, SECRETS, Finder, Kind, can_check_ids
+from luthier.gate.pii import KINDS, SECRETS, Finder, PiiKind, can_check_ids
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.gate.texts import JoinedTexts, Spot, SpotCheck, Spots
 
@@ -24,7 +24,7 @@ _REVOKE = (
     "Revoke it at its service, then redact it or remove the row: it has left its place already."
 )
 
-_ABOUT: Mapping[Kind, str] = {
+_ABOUT: Mapping[PiiKind, str] = {
     "private_key": "a private key",
     "api_key": "a key or token of a service",
     "jwt": "a signed web token",
@@ -36,7 +36,7 @@ _ABOUT: Mapping[Kind, str] = {
     "phone": "a telephone number",
     "ip": "a public IP address",
 }
-RULES: Mapping[Kind, Rule] = {
+RULES: Mapping[PiiKind, Rule] = {
     kind: Rule(
         f"{'secret' if kind in SECRETS else 'privacy'}.{kind}",
         "error" if kind in ("private_key", "api_key") else "warning",

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.chat_models.base import ModelSpec, SamplingSpec, address_fields
 from luthier.graders import AnyGrader
-from luthier.recipe import Part, Recipe, parse
+from luthier.recipe import Recipe, StrictModel, parse
 
 OBJECTIVE_OF = {
     "logits": "logit_distillation",
@@ -28,7 +28,7 @@ class TeacherSpec(ModelSpec):
     goes_on: ClassVar[str] = "The answers so far are kept; the same command with --resume goes on"
 
 
-class InsightSpec(Part):
+class InsightSpec(StrictModel):
     """Which prompts and answers the student learns from."""
 
     longest_prompt: int | None = Field(default=None, ge=1, le=1_000_000_000)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 from luthier.errors import DoesNotFit, RecipeError
 from luthier.files import luthier_home
 from luthier.printable import format_duration
-from luthier.recipe import Part
+from luthier.recipe import StrictModel
 from luthier.workflows.estimate.estimate import Estimate
 
 EXAMPLE = """\
@@ -35,7 +35,7 @@ per_million_tokens = 0.0
 """
 
 
-class Prices(Part):
+class Prices(StrictModel):
     """Prices in one currency; what is not given costs nothing."""
 
     currency: str = "EUR"
