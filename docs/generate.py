@@ -107,7 +107,8 @@ def _commands() -> list[str]:
         "",
         "Exit codes: 0 done, 1 failed, 2 input refused, 130 stopped by the user; of `inspect` 0",
         "passed, 1 warnings, 2 refused. Each command takes",
-        "`--help`; those with `--json` print exactly one JSON object on standard output.",
+        "`--help`; those with `--json` print exactly one JSON object on standard output. Progress and",
+        "messages go to standard error, in plain lines where that is no terminal.",
         "`LUTHIER_HOME` names the store (default `~/.luthier`).",
         "",
     ]

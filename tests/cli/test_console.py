@@ -136,7 +136,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_without_a_terminal_a_run_is_a_line_now_and_then(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = progress.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter()
     reporter.metrics({"event": "validation", "step": 0, "loss": 0.7, "best_step": 0}, 100)
     counts = []
     for number in range(1, 101):
@@ -151,7 +151,7 @@ def test_without_a_terminal_a_run_is_a_line_now_and_then(
 def test_a_line_of_progress_has_the_time_left_and_both_losses(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = progress.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter()
     reporter.metrics(step(1), 101)
     clock.now += 30
     reporter.metrics({"event": "validation", "step": 10, "loss": 0.7, "best_step": 10}, 101)
@@ -167,7 +167,7 @@ def test_a_line_of_progress_has_the_time_left_and_both_losses(
 def test_the_last_measurement_is_printed_and_belongs_to_its_training(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reporter = progress.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter()
     for number in (1, 2):
         reporter.metrics(step(number), 4)
         held = {"event": "validation", "step": number, "loss": 0.7 / number, "best_step": number}
@@ -179,20 +179,6 @@ def test_the_last_measurement_is_printed_and_belongs_to_its_training(
     assert "val" not in first
     assert (last, stage) == ("  step 2: val 0.350", "Training once more …")
     assert again.startswith("  step 3 of 4") and "val" not in again
-
-
-def test_a_result_for_programs_comes_without_progress(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    reporter = progress.LiveReporter(quiet=True)
-    reporter.stage("Loading")
-    reporter.note("a note")
-    reporter.settings([("a", 1, "b")])
-    reporter.metrics(step(1), 10)
-    with progress.show_progress(10, "predict", quiet=True) as done:
-        clock.now += 60
-        done(5)
-    assert capsys.readouterr().err == ""
 
 
 def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +213,7 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
     variable: str,
 ) -> None:
     monkeypatch.setenv(variable, "1")
-    reporter = progress.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter()
     reporter.settings([("training.epochs", 2.0, "as [asked]")])
     reporter.metrics(step(1), 10)
     reporter.metrics(step(10), 10)
@@ -238,7 +224,7 @@ def test_no_bar_is_drawn_into_a_file_that_wants_colours(
 
 
 def test_chosen_settings_are_not_wrapped_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = progress.LiveReporter(quiet=False)
+    reporter = progress.LiveReporter()
     reporter.settings([("training.learning_rate", 0.0018, "a reason " * 30)])
     reporter.note("a note " * 40)
     assert len(capsys.readouterr().err.splitlines()) == 3

@@ -152,7 +152,7 @@ def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_pat
     )
     target = tmp_path / "answers.jsonl"
     answer = Answer("evaluate", MODEL, str(held), "--output", str(target)).good()
-    assert answer.out.startswith("exact: 50.00% of 4 rows")
+    assert answer.out.startswith("exact: 50.00% ± 17.68% of 4 rows")
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert answers[2] == {
         "prompt": "colour of coal?", "reply": "black", "expected": "yellow", "scores": {"exact": 0.0}

@@ -10,6 +10,9 @@ from command_line import ROWS, Answer, jsonl
 
 from luthier.errors import DownloadError
 
+ANY_NUMBER = ("--severity", "rows.few=off")
+"""Four rows are few, which the tests of other things are not about."""
+
 
 def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(
@@ -17,7 +20,7 @@ def test_inspect_shows_the_learned_tokens(tmp_path: Path, tiny_model_folder: Pat
         {"prompt": "say [bold]x[/bold] [/oops]", "completion": "yes"},
         {"prompt": "again", "completion": "no"},
     )
-    base = ["--base", str(tiny_model_folder)]
+    base = ["--base", str(tiny_model_folder), *ANY_NUMBER]
     text = Answer("inspect", str(path), *base).good().out
     assert "2 rows" in text
     assert "[bold]x[/bold] [/oops]" in text.replace("\n", "")
@@ -52,7 +55,7 @@ def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path
         {"prompt": "long " * 1100, "completion": "no"},
         {"prompt": "three", "completion": "no"},
     )
-    base = ["inspect", str(path), "--base", str(tiny_model_folder)]
+    base = ["inspect", str(path), "--base", str(tiny_model_folder), *ANY_NUMBER]
     refused = Answer(*base)
     assert refused.code == 2 and "row.too_long" in refused.out and "a.jsonl:2" in refused.out
     assert "data.long_rows=drop" in refused.out
@@ -73,7 +76,9 @@ def test_inspect_ends_with_what_it_found(tmp_path: Path, tiny_model_folder: Path
 
 def test_inspect_works_without_a_model(tmp_path: Path, luthier_home: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *ROWS)
-    answer = Answer("inspect", str(path), "--no-base").good()
+    few = Answer("inspect", str(path), "--no-base")
+    assert few.code == 1 and "46 more would make 50." in " ".join(few.out.split())
+    answer = Answer("inspect", str(path), "--no-base", *ANY_NUMBER).good()
     assert "4 rows" in answer.out and "not checked: learning (needs a base model)" in answer.out
     assert not luthier_home.exists()
     assert "contradict" in Answer("inspect", str(path), "--no-base", "--base", "x").refused()
@@ -96,6 +101,7 @@ def test_inspect_warns_where_the_default_model_cannot_be_fetched(
 def test_inspect_writes_a_page(tmp_path: Path, tiny_model_folder: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *ROWS)
     page = tmp_path / "new" / "report.html"
-    Answer("inspect", str(path), "--base", str(tiny_model_folder), "--html", str(page)).good()
+    base = ["--base", str(tiny_model_folder), *ANY_NUMBER]
+    Answer("inspect", str(path), *base, "--html", str(page)).good()
     assert "<mark>blue&lt;|im_end|&gt;</mark>" in page.read_text()
     assert "is a folder" in Answer("inspect", str(path), "--html", str(tmp_path)).refused()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from luthier.files import read_json, sha256_of
 from luthier.models.manifest import MANIFEST
 
 
-def test_tune_prints_one_object_and_nothing_else(
+def test_tune_prints_one_object_and_its_progress_beside_it(
     tuned: tuple[Path, dict[str, Any], str, str], data: Path
 ) -> None:
     home, result, out, err = tuned
     assert out.count("\n") == 1
-    assert err == ""
+    assert re.search(r"^  step 60 of 60: loss ", err, re.MULTILINE) and "\x1b" not in err
+    assert "Chosen for this run" in err
     assert result["model_id"] == MODEL
     assert Path(result["run_dir"]) == home / "runs" / "tiny-llama" / "colours"
     assert Path(result["model_dir"]) == home / "models" / "custom" / "tiny-llama" / "colours"
@@ -122,7 +124,7 @@ def test_bad_rows_are_refused_with_file_line_rule_and_fix(
     assert "nothing was trained" in message
     assert answer.out == ""
     answer = Answer(*command, "--json")
-    assert answer.refused() == message.removeprefix("Checking the data …\n")
+    assert answer.refused() == message
     error = answer.json()["error"]
     assert error["type"] == "DataError"
     assert error["count"] == len(error["problems"]) == 1

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
-from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, Encoded
+from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, Encoded, TemplateSettings
 from luthier.data.rows import load_rows
 from luthier.errors import RecipeError
 from luthier.types import Message
@@ -223,6 +224,50 @@ def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., A
         assert chat.prompt_text(asked, (), {name: True}) == chat.prompt_text(asked)
     with pytest.raises(RecipeError, match="reads no `loud`"):
         ChatFormat.of(made, "plain").with_template_kwargs({"loud": True})
+
+
+@pytest.mark.parametrize(
+    ("template", "read"),
+    [
+        ("{% set x = 1 %}{{ x }}", False),
+        ("{% for x in messages %}{{ x.content }}{% endfor %}", False),
+        ("{% macro f(x) %}{{ x }}{% endmacro %}{{ f(1) }}", False),
+        ("{{ messages[0].x }} about x {# x #}", False),
+        ("{% if not x %}{{ raise_exception('x') }}{% endif %}", True),
+        ("{% if x is not defined %}{% set x = 1 %}{% endif %}{{ x }}", True),
+        ("{% set x = x | default(false) %}{{ x }}", True),
+        ("{% if tools %}{% set x = 1 %}{% endif %}{{ x }}", True),
+        ("{% for m in messages %}{% break %}{{ x }}{% endfor %}", True),
+        ("{% generation %}{{ x }}{% endgeneration %}", True),
+    ],
+)  # fmt: skip
+def test_what_a_template_sets_itself_it_does_not_read(
+    template: str, read: bool, new_tokenizer: Callable[..., Any]
+) -> None:
+    chat = ChatFormat.of(new_tokenizer(template))
+    if read:
+        again = chat.with_template_kwargs({"x": True}).with_template_kwargs({"x": False})
+        assert again.tokenizer.chat_template.count("is not defined") >= 2
+        return
+    for name in ("x", "raise_exception", "strftime_now", "range"):
+        with pytest.raises(RecipeError, match=f"reads no `{name}`"):
+            chat.with_template_kwargs({name: True})
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, None, float("nan"), float("inf"), "x" * 1001])
+def test_a_setting_of_a_template_is_one_value(value: Any) -> None:
+    adapter = TypeAdapter(TemplateSettings)
+    fine = {"a": True, "b": 1, "c": 1.5, "d": "x" * 1000}
+    assert [type(each) for each in adapter.validate_python(fine).values()] == [
+        bool,
+        int,
+        float,
+        str,
+    ]
+    with pytest.raises(ValidationError) as refused:
+        adapter.validate_python({"a": value})
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("a",) and "true, false, a finite number or a text" in error["msg"]
 
 
 def test_no_client_sets_what_transformers_takes_itself() -> None:

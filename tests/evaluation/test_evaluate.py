@@ -14,6 +14,7 @@ from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawT
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
 from luthier.evaluation.evaluate import check, choose_turns, grade, questions
 from luthier.evaluation.parity import Parity
+from luthier.evaluation.significance import standard_error
 from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex, ToolCalls
 from luthier.types import Message, ToolCall
 
@@ -89,7 +90,11 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
     assert [answer.prompt for answer in result.answers] == ["What?", "Two?", "x"]
     assert [answer.reply for answer in result.answers] == ["That.", "3", "A\nC"]
     assert [answer.expected for answer in result.answers] == ["That.", "2", "A\nB"]
-    assert result.plain() == {"rows": 3, "scores": result.scores}
+    assert result.errors == {
+        "exact": pytest.approx(standard_error(1 / 3, 3)),
+        "first_line": pytest.approx(standard_error(2 / 3, 3)),
+    }
+    assert result.plain() == {"rows": 3, "scores": result.scores, "errors": result.errors}
     json.dumps(result.plain())
 
 

@@ -86,7 +86,7 @@ def test_remarks_name_unknown_labels_and_mistakes() -> None:
     found = label_remarks(rows, [{"label": g, "scores": scores_of} for g in given])
     error = standard_error(2 / 6, 6)
     assert found == [
-        f"accuracy 33.3% ± {2 * error:.1%} (95 %)",
+        f"with 95 % confidence the accuracy is between {0.4 - 2 * error:.1%} and {0.4 + 2 * error:.1%}",
         "2 of the rows have labels that the model was not trained with, which it can only get wrong: c",
         "answered wrong most often: b for a (2 of 3)",
     ]

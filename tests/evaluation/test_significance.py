@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from luthier.evaluation.labels import tag_scores
-from luthier.evaluation.significance import RowScores, differ, standard_error
+from luthier.evaluation.significance import RowScores, confidence_interval, differ, standard_error
 
 
 def accuracy(right: int, wrong: int) -> RowScores:
@@ -20,6 +20,14 @@ def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
     for right, wrong in ((16, 0), (30, 10), (0, 7)):
         found = accuracy(right, wrong)
         assert found.error == pytest.approx(standard_error(found.value, right + wrong))
+
+
+def test_the_interval_of_a_share_stays_between_none_and_all() -> None:
+    error = standard_error(1.0, 16)
+    assert confidence_interval(1.0, 16) == (pytest.approx(0.9 - 2 * error), 1.0)
+    assert confidence_interval(0.0, 16) == (0.0, pytest.approx(0.1 + 2 * error))
+    low, high = confidence_interval(0.8, 3000)
+    assert low < 0.8 < high and high - low == pytest.approx(4 * (0.16 / 3000) ** 0.5, rel=0.01)
 
 
 def test_scores_of_other_rows_differ_where_two_standard_errors_lie_between() -> None:

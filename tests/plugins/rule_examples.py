@@ -8,8 +8,16 @@ from luthier.data import parsing
 
 EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
     # rule, rows, line, part of the message, part of the fix
-    ("row.unknown_shape", [{"title": "x", "n": 1}], 1, '"title", "n"', '{"messages"}'),
-    ("row.unknown_shape", [{}], 1, "no keys", '{"text"}'),
+    (
+        "row.unknown_shape",
+        [{"title": "x", "n": 1}],
+        1,
+        '{"anchor", "positive"}, {"prompt"}, {"prompt", "chosen", "rejected"}',
+        "Rename the keys to those of one of these shapes. Or say which column is what: `data",
+    ),
+    ("row.unknown_shape", [{"title": "x", "n": 1}], 1, ': it has the keys "title", "n".', "Rename"),
+    ("row.unknown_shape", [{}], 1, '{"text"}, {"text", "label"}', "Rename the keys"),
+    ("row.unknown_shape", [{}], 1, "no keys", "Rename the keys"),
     (
         "row.unknown_shape",
         [{"Question": "a", "answer": "b"}],

@@ -16,6 +16,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.evaluation.significance import standard_error
 from luthier.graders import Answer, Judge
 from luthier.types import Message, Row
 
@@ -102,12 +103,13 @@ def test_a_reward_model_rewards_what_was_chosen(
     assert out.exit_code == 0, out.output
     found = json.loads(out.stdout)
     assert found["scores"]["reward_accuracy"] == 1.0 and found["rows"] == len(PAIRS)
+    assert found["errors"] == {"reward_accuracy": pytest.approx(standard_error(1.0, len(PAIRS)))}
     model = luthier.load(result.model_id)
     yes, no = model.rewards(["the fox"] * 2, ["yes", "no"])
     assert yes > no
     asked = write(tmp_path / "asked.jsonl", [{"prompt": "the fox", "completion": "yes"}])
     out = runner.invoke(app, ["predict", result.model_id, "--input", str(asked)])
-    assert json.loads(out.stdout)["reward"] == pytest.approx(yes, rel=1e-5)
+    assert json.loads(out.stdout)["predicted"]["reward"] == pytest.approx(yes, rel=1e-5)
     for rows, error in ((THUMBS[:1], "only answer to its"), ([{"text": "x"}], "chosen and")):
         out = runner.invoke(app, ["evaluate", result.model_id, str(write(asked, rows))])
         assert out.exit_code == 2 and error in out.output

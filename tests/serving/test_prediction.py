@@ -162,7 +162,14 @@ def test_words_get_tags(
     family: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
     model_id, data = tuned(TAGGED, family, adaptation="full")
-    assert command("evaluate", model_id, data, "--json")["scores"]["entity_f1"] > 0.9
+    found = command("evaluate", model_id, data, "--json")
+    assert found["scores"]["entity_f1"] > 0.9 and 0 < found["errors"]["entity_f1"] < 0.1
+    printed = command("evaluate", model_id, data)
+    assert (
+        f"entity_f1: {found['scores']['entity_f1']:.4f} ± {found['errors']['entity_f1']:.4f}\n"
+        in printed
+    )
+    assert "± is one standard error" in printed
     output = tmp_path / "out.jsonl"
     command("predict", model_id, "--input", data, "--output", output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]

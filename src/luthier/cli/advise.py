@@ -65,7 +65,7 @@ def advise(
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.advise import advise as run
 
-        with LiveReporter(quiet=json_) as reporter:
+        with LiveReporter() as reporter:
             found = run(recipe, command, documents or (), wishes, trial, reporter)
     if recipe_file is not None:
         from luthier.files import write_bytes

@@ -99,7 +99,7 @@ def inspect(
         if can_draw():
             messages.print(f"[bold]{text}[/bold] …", highlight=False)
 
-    with inspection_progress(json_) as progress:
+    with inspection_progress() as progress:
         report = gate.inspect(request, on_stage, progress, os.cpu_count() or 1)
     if html is not None:
         from luthier.files import write_bytes
@@ -118,8 +118,8 @@ def inspect(
 
 
 @contextmanager
-def inspection_progress(quiet: bool) -> Iterator[Callable[[ScanProgress], None]]:
-    """A bar with bytes, rows, findings and time left; lines where there is no terminal, or nothing."""
+def inspection_progress() -> Iterator[Callable[[ScanProgress], None]]:
+    """A bar with bytes, rows, findings and time left; lines where there is no terminal."""
     from luthier.cli.progress import SECONDS_TO_SECOND_LINE, ProgressLines, can_draw
 
     if not can_draw():
@@ -130,7 +130,7 @@ def inspection_progress(quiet: bool) -> Iterator[Callable[[ScanProgress], None]]
             text += " so far" if at.done_bytes < at.total_bytes else ""
             lines.update(at.done_bytes, at.total_bytes, text)
 
-        yield (lambda _: None) if quiet else print_line
+        yield print_line
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -233,7 +233,7 @@ def clean(
     chosen = CleaningPlan.of({**(read_toml(plan) if plan else {}), **given})
     held = {"validation": validation, "test": test}
     splits = {split: each for split, each in held.items() if each is not None}
-    with show_progress(100, "clean", json_) as done:
+    with show_progress(100, "clean") as done:
         summary = run(
             source, target, chosen, splits, parse_columns(columns or []), overwrite, dry_run,
             on_progress=lambda read, size: done(100 * read // max(1, size)),
@@ -298,7 +298,7 @@ def convert(
     from luthier.data.convert import convert as run
     from luthier.recipe import parse_columns
 
-    with show_progress(100, "convert", json_) as done:
+    with show_progress(100, "convert") as done:
         found = run(
             source, target, to, format_, parse_columns(columns or []), drop_extra_keys, overwrite,
             lambda read, size: done(100 * read // max(1, size)),

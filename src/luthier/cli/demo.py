@@ -49,12 +49,12 @@ def demo(json_: Json = False) -> None:
                 "training": {"epochs": 3, "evaluate_every": 27},
             }
         )
-        with LiveReporter(quiet=json_) as reporter:
+        with LiveReporter() as reporter:
             result = train(recipe, Run(BASE, name).folder.exists(), reporter)
         if not json_:
             print_result(result)
         scores = {
-            label: _measure(model, folder / "test.jsonl", label, json_)
+            label: _measure(model, folder / "test.jsonl", label)
             for label, model in (("base", BASE), ("tuned", result.model_id))
         }
     if json_:
@@ -64,7 +64,7 @@ def demo(json_: Json = False) -> None:
         _print(result.model_id, scores["base"], scores["tuned"])
 
 
-def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
+def _measure(model_id: str, test: Path, label: str) -> Evaluation:
     """Scores of a model on unseen prompts."""
     from luthier.cli.progress import show_progress
     from luthier.data.rows import load_rows
@@ -89,7 +89,7 @@ def _measure(model_id: str, test: Path, label: str, quiet: bool) -> Evaluation:
     rows = load_rows(test)
     generator = Generator.open(find(model_id))
     graders = {"routing label": FirstLine(), "house style": HouseStyle()}
-    with show_progress(len(rows), f"asking the {label} model", quiet) as done:
+    with show_progress(len(rows), f"asking the {label} model") as done:
         return measure(generator, rows, graders, 80, done)
 
 

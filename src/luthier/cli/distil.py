@@ -66,7 +66,7 @@ def distil(
         from luthier.cli.tune import print_result
         from luthier.workflows.distil import distil as run
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         found = run(recipe, resume, reporter)
     if json_:
         print_json({**asdict(found.result), "distillation": found.details})
@@ -105,7 +105,7 @@ def student(
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.student import make_student
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         made = make_student(teacher, name, shape, reporter)
     if json_:
         print_json(asdict(made))

@@ -82,7 +82,7 @@ def estimate(
     if finish_by and within:
         raise RecipeError("give --finish-by or --within, not both")
     _seconds(finish_by, within)  # refused before the minutes that a trial takes
-    found = run_estimate(recipe, json_)
+    found = run_estimate(recipe)
     until = _seconds(finish_by, within)  # what the trial took is over
     if json_:
         print_json(as_plain(found, table, until))
@@ -100,13 +100,13 @@ def _seconds(finish_by: str | None, within: str | None) -> float | None:
     return duration(within) if within else None
 
 
-def run_estimate(recipe: Recipe, quiet: bool) -> Estimate:
+def run_estimate(recipe: Recipe) -> Estimate:
     """Try the job of a recipe, with a bar."""
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.estimate.estimate import estimate as try_job
 
-    with LiveReporter(quiet) as reporter:
+    with LiveReporter() as reporter:
         return try_job(recipe, reporter)
 
 

@@ -59,7 +59,7 @@ def evaluate(
 
     graders = _parse_graders(grader or ["exact"], set_ or ())
     check_output(output)
-    with show_progress(0, "evaluate", json_) as done:
+    with show_progress(0, "evaluate") as done:
         found = run(
             model,
             data,
@@ -82,11 +82,13 @@ def evaluate(
     if json_:
         print_json({"model": model, **found.plain(), "seconds": found.seconds})
         return
+    spent = f" of {found.rows} rows ({found.seconds:.0f} s)" if found.answers else ""
     for name, score in found.scores.items():
-        if found.answers:
-            print_text(f"{name}: {score:.2%} of {found.rows} rows ({found.seconds:.0f} s)")
-        else:
-            print_text(f"{name}: {score:.4f}")
+        style = ".2%" if found.answers and graders[name].bounded else ".4f"
+        error = f" ± {found.errors[name]:{style}}" if name in found.errors else ""
+        print_text(f"{name}: {score:{style}}{error}{spent}")
+    if found.errors:
+        print_text("± is one standard error")
     for remark in found.remarks:
         print_text(remark)
     if found.tokens:

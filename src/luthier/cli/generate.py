@@ -74,7 +74,7 @@ def generate(
         sys.stdout.write("\n")
         return
     started = time.monotonic()
-    with show_progress(len(prompts), "generate", json_) as done:
+    with show_progress(len(prompts), "generate") as done:
         questions = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
         replies = generator.replies(questions, sampling, done=done)
     text = "".join(

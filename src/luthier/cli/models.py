@@ -299,7 +299,7 @@ def pull_model(model: str, json_: Json = False) -> None:
     from luthier.models.catalog import CATALOG
     from luthier.store.models import find
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         stored = find(model, reporter.stage)
         try:
             verify(stored.folder, stored.manifest.files)

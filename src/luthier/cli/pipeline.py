@@ -36,7 +36,7 @@ def pipeline(
         import luthier.engine.train  # noqa: F401
         from luthier.cli.progress import LiveReporter
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         if check:
             stages.check(reporter)
             return

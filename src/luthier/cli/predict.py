@@ -70,7 +70,7 @@ def predict(
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
     started = time.monotonic()
-    with show_progress(len(rows), "predict", json_) as done:
+    with show_progress(len(rows), "predict") as done:
         answers = predictor.answers([row for _, row in rows], done, top)
     # Dates and the like, which a table may hold, become text.
     lines = "".join(

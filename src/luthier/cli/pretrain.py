@@ -53,7 +53,7 @@ def pretrain(
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.pretrain import pretrain as train
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         result = train(recipe, resume, reporter)
     loss = result.validation_loss
     perplexity = None if loss is None else math.exp(min(loss, 700.0))

@@ -1,4 +1,7 @@
-"""How work is shown while it goes on: a bar on a terminal, elsewhere a line now and then."""
+"""How work is shown while it goes on: a bar on a terminal, elsewhere a line now and then.
+
+All of it goes to standard error, also beside a result that programs read (``--json``).
+"""
 
 from __future__ import annotations
 
@@ -65,11 +68,9 @@ class ProgressLines:
 class LiveReporter(Reporter):
     """Shows a run: on a terminal a bar with loss, speed, memory and time left, elsewhere lines."""
 
-    def __init__(self, quiet: bool) -> None:
-        """``quiet`` is for a result that programs read (``--json``): only a terminal shows the run."""
+    def __init__(self) -> None:
         self.console = new_console(stderr=True)
         self.draws = can_draw()
-        self.silent = quiet and not self.draws
         self._lines: ProgressLines | None = None
         self._progress: Any = None
         self._task: Any = None
@@ -88,18 +89,14 @@ class LiveReporter(Reporter):
         """Name the part of the work that begins."""
         self.close()
         self._validation = ""
-        if not self.silent:
-            self._print(f"{text} …", style="bold")
+        self._print(f"{text} …", style="bold")
 
     def note(self, text: str) -> None:
         """Print a line worth knowing."""
-        if not self.silent:
-            self._print(f"  {with_setting_names(text, option)}")
+        self._print(f"  {with_setting_names(text, option)}")
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Print each setting that was chosen, and why."""
-        if self.silent:
-            return
         from rich.table import Table
 
         rows = [
@@ -147,7 +144,7 @@ class LiveReporter(Reporter):
 
     def close(self) -> None:
         """Take the bar down; without one, print the last measurement if no line says it."""
-        if self._unprinted and not self.draws and not self.silent:
+        if self._unprinted and not self.draws:
             self._print(self._unprinted)
         self._lines, self._unprinted = None, ""
         if self._progress is not None:
@@ -162,8 +159,6 @@ class LiveReporter(Reporter):
 
     def _move(self, done: int, total: int, text: str, name: str = "") -> None:
         """Show that ``done`` of ``total`` are done, and how it goes."""
-        if self.silent:
-            return
         if not self.draws:
             if self._lines is None:
                 self._lines = ProgressLines(name or text)
@@ -197,18 +192,16 @@ class LiveReporter(Reporter):
 
 
 @contextmanager
-def show_progress(total: int, text: str, quiet: bool = False) -> Iterator[Callable[..., None]]:
+def show_progress(total: int, text: str) -> Iterator[Callable[..., None]]:
     """Progress of ``total`` things; yields a function that takes how many are done.
 
-    Where their number shows itself on the way only, the function takes it beside. ``quiet`` is for a
-    result that programs read: it is shown on terminals only.
+    Where their number shows itself on the way only, the function takes it beside.
     """
     if not can_draw():
         lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
 
         def print_line(done: int, of: int = total) -> None:
-            if not quiet:
-                lines.update(done, of)
+            lines.update(done, of)
 
         yield print_line
         return

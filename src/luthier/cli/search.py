@@ -70,7 +70,7 @@ def search(
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.search import search as find_settings
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         found = find_settings(recipe, trials, ranges, resume, reporter, parallel)
     if json_:
         print_json({**asdict(found), "model_id": found.result.model_id})
@@ -84,7 +84,7 @@ def _range_test(data: str, recipe: Recipe, as_json: bool) -> None:
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.range_test import range_test as find_rate
 
-    with LiveReporter(quiet=as_json) as reporter:
+    with LiveReporter() as reporter:
         found = find_rate(recipe, reporter)
     if as_json:
         print_json(asdict(found))

@@ -73,7 +73,7 @@ def tune(
         from luthier.workflows.estimate.budget import check_limits, read_prices
 
         table = read_prices(prices)
-        found = run_estimate(recipe, json_)
+        found = run_estimate(recipe)
         if not json_:
             show(found, table)
         check_limits(found, max_minutes, max_cost, table)
@@ -83,7 +83,7 @@ def tune(
         from luthier.cli.progress import LiveReporter
         from luthier.engine.train import train
 
-    with LiveReporter(quiet=json_) as reporter:
+    with LiveReporter() as reporter:
         result = train(recipe, resume, reporter)
     if json_:
         print_json(asdict(result) | estimate)

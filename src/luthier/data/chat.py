@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from luthier.data.tools import (
     describe_tool,
@@ -31,8 +33,18 @@ from luthier.types import IntArray, Message, TemplateKwargs, Tool
 
 Template = Literal["auto", "chat", "plain"]
 
+
+def _check_value(value: Any) -> Any:
+    """A value for a template; one message for all types that it may have."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if number or (isinstance(value, str) and len(value) <= 1000):
+        return value
+    raise ValueError("must be true, false, a finite number or a text of at most 1,000 characters")
+
+
 TemplateSettings = Annotated[
-    dict[str, bool | int | float | Annotated[str, Field(max_length=1000)]], Field(max_length=16)
+    dict[str, Annotated[bool | int | float | str, PlainValidator(_check_value)]],
+    Field(max_length=16),
 ]
 """``chat_template_kwargs`` of recipes and requests."""
 TEMPLATE_PARAMETERS = frozenset(
@@ -45,6 +57,34 @@ TEMPLATE_PARAMETERS = frozenset(
 )  # fmt: skip
 """What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
 template's. With ``chat_template`` it would bring a program of its own."""
+
+
+@lru_cache(maxsize=32)
+def _names_read(template: str) -> frozenset[str]:
+    """Names that a chat template takes from its caller: what it sets itself before it reads it is none.
+
+    A template that is no Jinja reads none; who renders it is told why.
+    """
+    from jinja2 import Environment, TemplateError
+    from jinja2.ext import Extension
+    from jinja2.meta import find_undeclared_variables
+
+    class GenerationTag(Extension):
+        """Marks what the assistant writes, as transformers has it."""
+
+        tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701
+    try:
+        found = find_undeclared_variables(environment.parse(template))
+    except (TemplateError, RecursionError):
+        return frozenset()
+    # Functions that transformers gives to every template.
+    return frozenset(found - {"raise_exception", "strftime_now"})
 
 
 @dataclass(frozen=True)
@@ -135,7 +175,7 @@ class ChatFormat:
             for name, value in kwargs.items()
             if name.isidentifier()
             and name not in TEMPLATE_PARAMETERS
-            and re.search(rf"\b{name}\b", self.template_text)
+            and name in _names_read(self.template_text)
         }
 
     @property

@@ -290,7 +290,7 @@ class Checker(FieldChecker):
         message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
         fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
         fix = fix or rename_fix(record, ("text",))
-        fix = fix or f"Rename the keys so that the row has one of the shapes {_ALL_SHAPES}."
+        fix = fix or "Rename the keys to those of one of these shapes."
         fix += (
             " Or say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` "
             "to classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."

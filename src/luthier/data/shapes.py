@@ -38,6 +38,10 @@ from luthier.types import Message, Part, Row, Text, Tool
 
 MOST_ANSWERS = 64
 """Ranked answers of a row; listwise DPO computes them in one micro-batch."""
+ENOUGH_ANSWERS = 50
+"""Rows that say what is right: the fewest with which providers of fine-tuning report a clear gain."""
+ENOUGH_HINTS = 100
+"""Rows that only say which is better, what belongs together or what is asked: each tells less."""
 LONGEST_CLASS = 64
 """Characters of a completion that may be the name of a class."""
 
@@ -67,6 +71,8 @@ class Shape(Row):
     """Keys that may hold objects."""
     reader_text: ClassVar[str] = ""
     """What an encoder reads such rows for; empty where it has nothing to say of them."""
+    enough: ClassVar[int] = 0
+    """Training rows with which more than their form is learned; 0 where it is not rows that count."""
 
     @classmethod
     def matches(cls, record: Record) -> bool:
@@ -95,6 +101,7 @@ class PromptCompletion(Shape):
     shape: ClassVar[str] = "prompt"
     title: ClassVar[str] = '{"prompt", "completion"}'
     words: ClassVar[str] = "prompt and completion"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "completion")),)
     source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion"))
@@ -140,6 +147,7 @@ class Conversation(Shape):
     shape: ClassVar[str] = "messages"
     title: ClassVar[str] = '{"messages"}'
     words: ClassVar[str] = "messages"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
     source_keys: ClassVar[frozenset[str]] = frozenset(
@@ -280,6 +288,7 @@ class RatedText(TextRow):
     shape: ClassVar[str] = "rating"
     title: ClassVar[str] = '{"text", "rating"}'
     words: ClassVar[str] = "text with ratings"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("rating",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "rating")),)
     source_keys: ClassVar[frozenset[str]] = frozenset(("text", "rating", "score"))
@@ -360,6 +369,7 @@ class TextPair(TextRow):
     shape: ClassVar[str] = "pair"
     title: ClassVar[str] = '{"anchor", "positive"}'
     words: ClassVar[str] = "pairs of anchor and positive"
+    enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
     source_keys: ClassVar[frozenset[str]] = frozenset(("text", "anchor", "positive"))
@@ -397,6 +407,7 @@ class PromptOnly(Shape):
     shape: ClassVar[str] = "prompt_only"
     title: ClassVar[str] = '{"prompt"}'
     words: ClassVar[str] = "a prompt without a reply"
+    enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("prompt",)
     source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "expected"))
     beside: ClassVar[frozenset[str]] = frozenset(("expected",))
@@ -437,6 +448,8 @@ class PromptOnly(Shape):
 @dataclass(frozen=True, slots=True)
 class JudgedAnswers(Shape):
     """Base of the shapes in which people judged answers to a prompt."""
+
+    enough: ClassVar[int] = ENOUGH_HINTS
 
     messages: Turns
     """The prompt."""

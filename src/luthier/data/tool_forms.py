@@ -34,8 +34,8 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     if isinstance(value, str):
         try:
             value = parse_embedded(value) if value.strip() else []
-        except ValueError:
-            raise _refusal("tools.type", "its tools are a text that is no JSON") from None
+        except ValueError as error:
+            raise _refusal("tools.type", f"its tools are a text that is no JSON: {error}") from None
     if isinstance(value, Mapping) and isinstance(value.get("tools"), list):
         value = value["tools"]
     if isinstance(value, list):
@@ -192,8 +192,8 @@ def _with_calls(turn: dict[str, Any], number: int) -> dict[str, Any]:
         calls, turn = [content], {"role": "assistant", "content": ""}
         try:
             calls = parse_embedded(content) if isinstance(content, str) else calls
-        except ValueError:
-            raise _bad_call(number, "is no JSON") from None
+        except ValueError as error:
+            raise _bad_call(number, f"is no JSON: {error}") from None
         calls = calls if isinstance(calls, list) else [calls]
     elif role in _RESULT_ROLES:
         turn["role"] = "tool"
@@ -221,8 +221,10 @@ def _read_call(item: object, number: int) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = parse_embedded(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise _bad_call(number, f'of "{name}" has arguments that are no JSON') from None
+        except ValueError as error:
+            raise _bad_call(
+                number, f'of "{name}" has arguments that are no JSON: {error}'
+            ) from None
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import Conversation, describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.significance import RowScores
 from luthier.graders import Answer, Grader, OnError, ToolCalls, check_rows, grade_answers
 from luthier.types import Message, Row
 
@@ -52,6 +53,8 @@ class Evaluation:
     """Of raw text: tokens that were predicted."""
     seconds: float = 0.0
     """That answering and grading took."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors, of the scores that are a mean over rows."""
 
     def plain(self) -> dict[str, Any]:
         """Scores and count, without the answers; how many were not graded, left out or cut, if any."""
@@ -60,6 +63,7 @@ class Evaluation:
             "tokens": self.tokens,
         }  # fmt: skip
         found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
+        found |= {"errors": self.errors} if self.errors else {}
         found |= {name: count for name, count in counts.items() if count}
         return found | ({"remarks": self.remarks} if self.remarks else {})
 
@@ -183,7 +187,12 @@ def grade(
     count = max(1, len(graded))
     scores = {name: sum(a.scores[name] for a in graded) / count for name in graders}
     problems = [problem for grades in found.values() for problem in grades.problems]
-    return Evaluation(scores, len(graded), graded, problems)
+    errors = {
+        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.bounded).error
+        for name, grader in graders.items()
+        if len(graded) > 1
+    }
+    return Evaluation(scores, len(graded), graded, problems, errors=errors)
 
 
 def _answers(

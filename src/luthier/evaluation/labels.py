@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.data.shapes import LabelledText, RatedText, TaggedWords, of_shape
 from luthier.errors import DataError, Problem
-from luthier.evaluation.significance import RowScores, standard_error
+from luthier.evaluation.significance import RowScores, confidence_interval
 from luthier.types import Row
 
 SHOWN = 5
@@ -80,7 +80,8 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     if not pairs or len(pairs) < len(rows):
         return []
     right = sum(truth == answer for truth, answer in pairs) / len(pairs)
-    remarks = [f"accuracy {right:.1%} ± {2 * standard_error(right, len(pairs)):.1%} (95 %)"]
+    low, high = confidence_interval(right, len(pairs))
+    remarks = [f"with 95 % confidence the accuracy is between {low:.1%} and {high:.1%}"]
     wanted = Counter(truth for truth, _ in pairs)
     unknown = [name for name in wanted if name not in answers[0].get("scores", wanted)]
     if unknown:

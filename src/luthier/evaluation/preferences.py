@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from luthier.evaluation.significance import standard_error
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ def pair_scores(pairs: Sequence[tuple[Likelihood, Likelihood]]) -> dict[str, flo
     if pairs[0][0].reference is not None:
         found |= ranking_scores([(c.ratio, r.ratio) for c, r in pairs], "reward")
     return found
+
+
+def ranking_errors(scores: Mapping[str, float], pairs: int) -> dict[str, float]:
+    """Standard errors of the accuracies among ``scores`` of so many pairs."""
+    shares = {name: score for name, score in scores.items() if name.endswith("_accuracy")}
+    return {name: standard_error(share, pairs) for name, share in shares.items()}
 
 
 def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> dict[str, float]:

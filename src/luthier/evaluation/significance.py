@@ -106,6 +106,12 @@ def standard_error(share: float, rows: int) -> float:
     return math.sqrt(share * (1 - share) / (rows + 4))
 
 
+def confidence_interval(share: float, rows: int) -> tuple[float, float]:
+    """Where a share lies with 95 % confidence (Agresti and Coull 1998)."""
+    middle, error = (share * rows + 2) / (rows + 4), standard_error(share, rows)
+    return max(0.0, middle - CHANCE * error), min(1.0, middle + CHANCE * error)
+
+
 def differ(share: float, other: float, rows: int) -> bool:
     """Whether two shares, of other rows each, are further apart than by chance."""
     error = math.hypot(standard_error(share, rows), standard_error(other, rows))

@@ -21,7 +21,12 @@ import numpy as np
 from luthier.data.shapes import ThumbedReply, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.evaluate import Evaluation, grade, questions
-from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
+from luthier.evaluation.preferences import (
+    Likelihood,
+    pair_scores,
+    ranking_errors,
+    thumb_scores,
+)
 from luthier.objectives.base import cut_end
 from luthier.types import Example, Row
 
@@ -62,14 +67,17 @@ class ScoredRows:
     """What the model says of each of them."""
     remarks: list[str] = field(default_factory=list)
     """What the scores do not say."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Standard errors, of the scores that are a mean over rows."""
 
     def evaluation(self) -> Evaluation:
         """The scores and the counts."""
         rows = self.measured
         count, dropped, truncated = len(rows.rows), rows.dropped, rows.truncated
         return Evaluation(
-            self.scores, count, [], dropped=dropped, truncated=truncated, remarks=self.remarks
-        )
+            self.scores, count, [], dropped=dropped, truncated=truncated, remarks=self.remarks,
+            errors=self.errors,
+        )  # fmt: skip
 
 
 def fit_rows(
@@ -299,7 +307,8 @@ def preference_scores(
         {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
-    return ScoredRows(pair_scores(pairs), measured, lines)
+    scores = pair_scores(pairs)
+    return ScoredRows(scores, measured, lines, errors=ranking_errors(scores, len(pairs)))
 
 
 def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:

@@ -98,9 +98,9 @@ class Predictor:
             DataError: for rows of another kind than the answers, and with ``error`` for long rows.
         """
         from luthier.evaluation.evaluate import check_shapes
-        from luthier.evaluation.labels import label_remarks, scores
-        from luthier.evaluation.preferences import ranking_scores
-        from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
+        from luthier.evaluation.labels import label_remarks, row_scores, scores
+        from luthier.evaluation.preferences import ranking_errors, ranking_scores
+        from luthier.evaluation.retrieval import partner_ranks, recall_at_1, retrieval_scores
 
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
@@ -120,18 +120,22 @@ class Predictor:
                 {"line": row.line, "chosen": c, "rejected": r}
                 for row, (c, r) in zip(rows, pairs, strict=True)
             ]
-            return ScoredRows(ranking_scores(pairs, "reward"), measured, lines)
+            ranked = ranking_scores(pairs, "reward")
+            return ScoredRows(ranked, measured, lines, errors=ranking_errors(ranked, len(pairs)))
         if texts := of_shape(TextPair, rows):
             anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
             ranks = partner_ranks(anchors, partners, [row.positive for row in texts])
             pool = len({row.positive for row in texts})
             remark = f"each partner is looked for among the {pool:,} different ones of the rows"
-            return ScoredRows(retrieval_scores(ranks), measured, first, [remark])
+            errors = {"recall_at_1": recall_at_1(ranks).error}
+            return ScoredRows(retrieval_scores(ranks), measured, first, [remark], errors)
         for row, answer in zip(rows, first, strict=True):
             if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.
                 answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
-        return ScoredRows(scores(rows, first), measured, first, label_remarks(rows, first))
+        measures = scores(rows, first)
+        errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
+        return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]

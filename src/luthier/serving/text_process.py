@@ -37,8 +37,8 @@ TOKEN = 1024
 """Characters that a token may stand for on average, where not few tokens are decoded together."""
 _WARM = "{% for m in messages %}{{ m | tojson }}{{ strftime_now('%d %B') }}{% endfor %}"
 """A template of ours, for which all that templates use is imported."""
-_LATER = ("jinja2.debug", "encodings.unicode_escape", "pprint", "textwrap")
-"""What templates import at their first error, escape or filter."""
+_LATER = ("jinja2.debug", "jinja2.meta", "encodings.unicode_escape", "pprint", "textwrap")
+"""What templates import at their first error, setting, escape or filter."""
 
 
 def main(arguments: list[str]) -> None:

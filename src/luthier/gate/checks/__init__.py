@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext
+from luthier.gate.checks.amount import Amount
 from luthier.gate.checks.balance import Balance
 from luthier.gate.checks.base_language import BaseLanguage
 from luthier.gate.checks.contradictions import Contradictions
@@ -25,6 +26,7 @@ _KINDS: tuple[type[Check], ...] = (
     Markers,
     Duplicates,
     Contradictions,
+    Amount,
     Balance,
     Lengths,
     Language,

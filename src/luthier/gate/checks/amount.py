@@ -1,0 +1,72 @@
+"""Whether there are rows enough to learn from, by what a row of each shape can teach.
+
+Of labels and tags the rows of each class count (``balance``), of raw text the characters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar, Self
+
+from luthier.data.shapes import SHAPES
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
+from luthier.gate.rules import Finding, Findings, Place, Rule
+
+FEW = Rule(
+    "rows.few",
+    "warning",
+    "There are few rows to learn from.",
+    "A model learns the form of so few rows, not their substance; held-out ones measure chance.",
+    "Add rows.",
+    whole=True,
+)
+ENOUGH_CHARACTERS = 100_000
+"""Of raw text: some 25,000 tokens, fifty sequences of a usual length."""
+
+
+class Amount(Check):
+    """Rows of each shape, and characters of raw text."""
+
+    name: ClassVar[str] = "amount"
+    rules: ClassVar[tuple[Rule, ...]] = (FEW,)
+
+    @classmethod
+    def of(cls, known: CheckContext) -> Self:
+        """Where an objective is fitted to the rows, that refuses a single one."""
+        return cls(fitted=known.chat is not None)
+
+    def __init__(self, fitted: bool = False) -> None:
+        self.fitted = fitted
+        self._rows: Counter[str] = Counter()
+        """Training rows of each shape."""
+        self._characters = 0
+        self._file = ""
+
+    def measure(self, batch: RowBatch) -> tuple[Counter[str], int]:
+        """Rows by shape, and characters of raw text."""
+        texts = sum(len(row.plain_text()) for row in batch.rows if row.shape == "text")
+        return Counter(row.shape for row in batch.rows), texts
+
+    def take(
+        self, where: BatchLines, measured: tuple[Counter[str], int], findings: Findings
+    ) -> None:
+        """Add up those of the training rows."""
+        if where.split == "train":
+            self._rows += measured[0]
+            self._characters += measured[1]
+            self._file = self._file or where.file
+
+    def finish(self, places: Places, findings: Findings) -> None:
+        """Say what is little."""
+        if len(self._rows) != 1 or (self.fitted and self._rows.total() == 1):
+            return
+        (shape, count), place = next(iter(self._rows.items())), Place(self._file, 0)
+        enough = SHAPES[shape].enough
+        if shape == "text" and self._characters < ENOUGH_CHARACTERS:
+            message = f"the text has {self._characters:,} characters in all; "
+            message += f"from {ENOUGH_CHARACTERS:,} on it teaches more than a few phrases."
+            findings.add(Finding(FEW, place, message, "Add text."))
+        elif count < enough:
+            message = f"{count:,} row{'s' * (count != 1)} of {SHAPES[shape].words}; "
+            message += f"{enough - count:,} more would make {enough:,}."
+            findings.add(Finding(FEW, place, message, f"Add {enough - count:,} rows or more."))

@@ -1,0 +1,59 @@
+"""How many rows are few, by what a row of each shape can teach."""
+
+from __future__ import annotations
+
+import pytest
+
+from luthier.data.shapes import (
+    SHAPES,
+    Conversation,
+    LabelledText,
+    Preference,
+    PromptCompletion,
+    PromptOnly,
+    RatedText,
+    RawText,
+    TextPair,
+    ThumbedReply,
+)
+from luthier.gate.checks.amount import ENOUGH_CHARACTERS, FEW, Amount
+from luthier.gate.scan import inspect_rows
+from luthier.types import Message, Row
+
+ASKED, ANSWERED = (Message("user", "a"),), (Message("assistant", "b"),)
+
+
+def messages(rows: list[Row], fitted: bool = False, split: str = "train") -> list[str]:
+    found = inspect_rows({split: rows}, [Amount(fitted)]).findings
+    return [each.message for each in found.examples.get(FEW.id, [])]
+
+
+@pytest.mark.parametrize(
+    ("row", "enough"),
+    [
+        (PromptCompletion("f", 1, "a", "b"), 50),
+        (Conversation("f", 1, (*ASKED, *ANSWERED)), 50),
+        (RatedText("f", 1, text="a", rating=1.0), 50),
+        (TextPair("f", 1, "a", "b"), 100),
+        (PromptOnly("f", 1, "a"), 100),
+        (Preference("f", 1, ASKED, ANSWERED, ANSWERED), 100),
+        (ThumbedReply("f", 1, ASKED, ANSWERED, True), 100),
+    ],
+)
+def test_fewer_rows_than_teach_anything_are_said_to_be_few(row: Row, enough: int) -> None:
+    words = SHAPES[row.shape].words
+    assert messages([row] * (enough - 1)) == [
+        f"{enough - 1} rows of {words}; 1 more would make {enough}."
+    ]
+    assert messages([row]) == [f"1 row of {words}; {enough - 1} more would make {enough}."]
+    assert messages([row] * enough) == messages([row], split="validation") == []
+    # That is refused, and said so already.
+    assert messages([row], fitted=True) == []
+
+
+def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> None:
+    half = RawText("f", 1, "x" * (ENOUGH_CHARACTERS // 2))
+    assert messages([half, half]) == []
+    (message,) = messages([half])
+    assert message.startswith("the text has 50,000 characters in all; from 100,000 on")
+    assert messages([LabelledText("f", 1, text="a", label="b")] * 2) == []
