@@ -27,11 +27,17 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
     things = ["snow", "sky", "coal", "grass", "sky"]
     source = jsonl(
         tmp_path / "in.jsonl",
-        *({"prompt": f"colour of {thing}?", "id": index} for index, thing in enumerate(things)),
+        *(
+            {"id": n, "prompt": f"colour of {thing}?", "set": ["a"]}
+            for n, thing in enumerate(things)
+        ),
     )
     target = tmp_path / "sub" / "out.jsonl"
     command = ["generate", MODEL, "--input", str(source)]
-    expected = [{"prompt": f"colour of {thing}?", "completion": COLOURS[thing]} for thing in things]
+    expected = [
+        {"prompt": f"colour of {thing}?", "completion": COLOURS[thing], "id": n, "set": ["a"]}
+        for n, thing in enumerate(things)
+    ]
     answer = Answer(*command, "--output", str(target)).good()
     assert [json.loads(line) for line in target.read_text().splitlines()] == expected
     assert answer.out == f"5 replies written to {target}\n"
@@ -50,11 +56,15 @@ def test_generate_takes_messages(home: Path, tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "colour of coal?"}]},
         {"messages": [
             {"role": "user", "content": "colour of grass?"}, {"role": "assistant", "content": "red"}
-        ]},
+        ], "id": 2},
+        {"prompt": "colour of coal?", "completion": "red", "expected": "black"},
     )  # fmt: skip
     lines = Answer("generate", MODEL, "--input", str(source)).good().out.splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["completion"] for row in rows] == ["black", "green"]
+    assert [row["completion"] for row in rows] == ["black", "green", "black"]
+    assert rows[0].keys() == {"prompt", "completion"}
+    assert rows[1].keys() == {"prompt", "completion", "expected", "id"}
+    assert [row.get("expected") for row in rows] == [None, "red", "black"]
     assert rows[0]["prompt"] == [{"role": "user", "content": "colour of coal?"}]
     assert rows[1]["prompt"] == [{"role": "user", "content": "colour of grass?"}]
 

@@ -39,7 +39,12 @@ def generate(
     input_: Annotated[
         Path | None, typer.Option("--input", help="JSONL of prompts or messages to answer.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSONL of prompt and completion.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL of the same rows, each with its `completion`; its own is `expected`."
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
@@ -59,7 +64,8 @@ def generate(
         raise RecipeError("--output goes with --input")
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     check_output(output)
-    prompts = _read_prompts(input_) if input_ else []
+    rows = _read_prompts(input_) if input_ else []
+    prompts = [prompt for prompt, _ in rows]
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -78,8 +84,8 @@ def generate(
         questions = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
         replies = generator.replies(questions, sampling, done=done)
     text = "".join(
-        json.dumps({"prompt": prompt, "completion": reply}, ensure_ascii=False) + "\n"
-        for prompt, reply in zip(prompts, replies, strict=True)
+        json.dumps({"prompt": prompt, "completion": reply, **beside}, ensure_ascii=False) + "\n"
+        for (prompt, beside), reply in zip(rows, replies, strict=True)
     )
     if output is not None:
         write_bytes(output, text.encode())
@@ -93,21 +99,25 @@ def generate(
 
 
 @data_errors("nothing was answered")
-def _read_prompts(source: Path) -> list[Any]:
-    """Prompts of a JSONL file: texts under ``prompt``, or lists of messages; other keys are free."""
+def _read_prompts(source: Path) -> list[tuple[Any, dict[str, Any]]]:
+    """Prompts of a JSONL file, texts under ``prompt`` or lists of messages, and their other fields.
+
+    A reply that a row has already is its ``expected`` one.
+    """
     from luthier.data.read import read_records
 
     problems: list[Problem] = []
-    prompts: list[Any] = []
-
+    prompts: list[tuple[Any, dict[str, Any]]] = []
     for line, record in read_records(source, problems):
-        prompt, messages = record.get("prompt"), record.get("messages")
+        prompt, messages = record.pop("prompt", None), record.get("messages")
+        reply = record.pop("completion", None)
         if isinstance(prompt, str) and prompt.strip():
-            prompts.append(prompt)
+            pass
         elif _are_turns(messages):
+            del record["messages"]
             while messages[-1]["role"] == "assistant":
-                messages = messages[:-1]
-            prompts.append([{k: turn[k] for k in ("role", "content")} for turn in messages])
+                reply, messages = messages[-1]["content"], messages[:-1]
+            prompt = [{k: turn[k] for k in ("role", "content")} for turn in messages]
         else:
             problems.append(
                 Problem(
@@ -118,6 +128,8 @@ def _read_prompts(source: Path) -> list[Any]:
                     'Write {"prompt": "…"} on each line.',
                 )
             )
+            continue
+        prompts.append((prompt, record if reply is None else {"expected": reply, **record}))
     if not prompts and not problems:
         rule, message, fix = "file.empty", "the file has no rows.", "Give at least one prompt."
         problems.append(Problem(str(source), 0, rule, message, fix))
