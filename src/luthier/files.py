@@ -23,7 +23,8 @@ from typing import Any, BinaryIO, Protocol
 
 from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError, ReadOnlyDisk
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
+"""What the name of everything begins with that is not whole yet."""
 _REPLACED = ".tmp-replaced"
 """Name, in a temporary folder, of a folder that another one is about to replace."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -63,9 +64,12 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of all files below ``folder``; 0 where it is not there."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def folder_size(folder: Path, pattern: str = "**/*") -> int:
+    """Bytes of the files of ``folder`` that ``pattern`` means, all below it unless said otherwise.
+
+    0 where there is none.
+    """
+    return sum(path.stat().st_size for path in folder.glob(pattern) if path.is_file())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -88,7 +92,7 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         return
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        name = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -143,7 +147,7 @@ def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{_TEMPORARY}{path.name}~{secrets.token_hex(8)}"
+        temporary = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
         temporary.mkdir(0o700 if private else 0o777)
         mode = temporary.stat().st_mode & 0o666
         try:
@@ -200,9 +204,9 @@ def sweep(folder: Path, name: str = "") -> None:
 
     Only for who holds the lock on what is swept: another process may be writing there.
     """
-    for path in folder.glob(f"{_TEMPORARY}{name}~*" if name else f"{_TEMPORARY}*"):
+    for path in folder.glob(f"{TEMPORARY}{name}~*" if name else f"{TEMPORARY}*"):
         if path.is_dir():
-            target = folder / path.name.removeprefix(_TEMPORARY).rpartition("~")[0]
+            target = folder / path.name.removeprefix(TEMPORARY).rpartition("~")[0]
             if (path / _REPLACED).is_dir() and not target.exists():
                 os.replace(path / _REPLACED, target)
             shutil.rmtree(path, ignore_errors=True)

@@ -20,12 +20,11 @@ from pathlib import Path
 from luthier.encryption.files import copy_plain, is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import LuthierError, RefusedInput
-from luthier.files import luthier_home, need_disk
+from luthier.files import TEMPORARY, luthier_home, need_disk
 
 ENVIRONMENT = "LUTHIER_MEMORY"
 """Folder on a file system in memory."""
 _DEFAULT = "/dev/shm"  # noqa: S108 - what lies below it is checked
-_TEMPORARY = ".tmp-"
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
@@ -67,8 +66,8 @@ def hold_temporary_files() -> None:
         return
     import psutil
 
-    for path in memory().glob(f"{_TEMPORARY}*"):
-        owner = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+    for path in memory().glob(f"{TEMPORARY}*"):
+        owner = path.name.removeprefix(TEMPORARY).partition("-")[0]
         if not (owner.isdigit() and psutil.pid_exists(int(owner))):
             shutil.rmtree(path, ignore_errors=True)
     tempfile.tempdir = os.environ["TMPDIR"] = str(_new_folder())
@@ -106,7 +105,7 @@ def new_plain_folder() -> Iterator[Path]:
 
 
 def _new_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{os.getpid()}-", dir=memory()))
+    return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=memory()))
 
 
 @lru_cache(maxsize=4)

@@ -122,8 +122,3 @@ def record_actual(
     if actual["estimate"] and not resumed:
         estimates_folder().mkdir(parents=True, exist_ok=True)
         history_file().append(actual)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; 0 where there is none."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

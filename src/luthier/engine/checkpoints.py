@@ -20,7 +20,7 @@ from torch import Tensor
 
 from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
-from luthier.files import new_folder, read_json, sha256_of, sweep, write_json
+from luthier.files import TEMPORARY, new_folder, read_json, sha256_of, sweep, write_json
 
 RETAINED = 2
 FIRST_STEP = 10
@@ -155,6 +155,6 @@ def _remove(path: Path) -> None:
     import os
     import shutil
 
-    doomed = path.with_name(f".tmp-{path.name}")
+    doomed = path.with_name(f"{TEMPORARY}{path.name}")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -22,7 +22,7 @@ from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
 from luthier.evaluation.parity import Parity
-from luthier.files import hashes_of, new_folder
+from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
 from luthier.models.load import as_network
 from luthier.models.manifest import DataRecord, Manifest
@@ -137,7 +137,7 @@ class ModelWriter:
             peak_memory_bytes=peak_memory(),
             trained_weights=self.trained,
             weights=self.weights,
-            saved_bytes=sum(file.stat().st_size for file in stored.glob("*.safetensors")),
+            saved_bytes=folder_size(stored, "*.safetensors"),
             verdict=self.verdict,
             comparison=self.comparison,
             refit=self.refit,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from luthier.engine.actuals import Clock, folder_bytes, record_actual
+from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import (
@@ -45,7 +45,7 @@ from luthier.engine.runs import (
 from luthier.engine.verdict import Refit, judge_run
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
-from luthier.files import need_disk
+from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
 from luthier.models.bottom import Bottom, frozen_layers
 from luthier.models.dropout import set_dropout
@@ -175,7 +175,7 @@ class Trainer:
         elif self.job.refit_steps:
             self.reporter.note("nothing is trained once more: the weights are those from before")
         result = self.store(network, progress, lines, learned)
-        disk = folder_bytes(self.run_folder.folder) + folder_bytes(self.run_folder.model_folder)
+        disk = folder_size(self.run_folder.folder) + folder_size(self.run_folder.model_folder)
         self.run_folder.finish(result)
         record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
         return result

@@ -38,6 +38,7 @@ from luthier.errors import (
     RefusedInput,
 )
 from luthier.files import (
+    TEMPORARY,
     folder_size,
     hashes_of,
     luthier_home,
@@ -257,7 +258,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             text = str(error)
         else:
             text = f"{type(error).__name__}: the model could not be taken."
-        temporary = re.escape(f"{self.folders.model.parent}/.tmp-{self.folders.model.name}~")
+        temporary = re.escape(f"{self.folders.model.parent}/{TEMPORARY}{self.folders.model.name}~")
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
         if self.plain is not None:
             text = text.replace(str(self.plain), source.rstrip("/"))

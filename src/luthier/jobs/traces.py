@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput, UnknownModel
-from luthier.files import luthier_home
+from luthier.files import TEMPORARY, luthier_home
 from luthier.jobs.folders import JobFolders
 from luthier.store import jobs as queue
 from luthier.store.custom_models import RESERVED, CustomModel
@@ -123,7 +123,7 @@ def files_of(job: Job) -> Iterator[Path]:
     for path in (folders.log, folders.parent / f"{job.id}.lock"):
         if path.exists():
             yield path
-    left = folders.parent.glob(f".tmp-{job.id}~*")
+    left = folders.parent.glob(f"{TEMPORARY}{job.id}~*")
     for folder in (folders.data, *folders.below("runs"), *folders.below("distillations"), *left):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
 

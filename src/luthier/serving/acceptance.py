@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
+from luthier.files import folder_size
 from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
@@ -78,8 +79,9 @@ def memory_needed(
     """
     beside = 0
     if chosen.adapter:
+        base = _base_for(adapter_fields(folder), base_of)
         # Under PEFT, and as it is served.
-        beside = 2 * _weights(_base_for(adapter_fields(folder), base_of).network_folder)
+        beside = 2 * folder_size(base.network_folder, "*.safetensors")
     return _LOADED * (chosen.weights + beside) + _PROCESS
 
 
@@ -230,11 +232,6 @@ def _base_for(
 
 def _base_name(fields: Mapping[str, Any]) -> str:
     return str(fields.get("base_model_name_or_path") or "")
-
-
-def _weights(folder: Path) -> int:
-    """Bytes of the weights in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _try(candidate: StoredModel) -> dict[str, Any]:

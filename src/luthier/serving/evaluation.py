@@ -27,6 +27,7 @@ from luthier.evaluation.preferences import (
     ranking_errors,
     thumb_scores,
 )
+from luthier.files import folder_size
 from luthier.objectives.base import cut_end
 from luthier.types import Example, Row
 
@@ -321,7 +322,7 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     from luthier.store import models as store
 
     machine = choose_machine()
-    size = sum(path.stat().st_size for path in stored.network_folder.glob("*.safetensors"))
+    size = folder_size(stored.network_folder, "*.safetensors")
     dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
     model = store.load(stored, dtype, machine.device)
     model.eval()

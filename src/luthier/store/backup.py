@@ -35,6 +35,7 @@ from luthier.encryption.keys import STORE as ENCRYPTION
 from luthier.encryption.keys import Keyring, keys_in
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, RunConflict
 from luthier.files import (
+    folder_size,
     hashes_of,
     lock,
     need_disk,
@@ -107,7 +108,7 @@ def backup(
     if home.resolve() in (target.resolve(), *target.resolve().parents):
         raise RefusedInput(f"{target} lies in the store that is to be backed up")
     with snapshot(database, home) as taken, new_folder(target, private=True) as folder:
-        need_disk(target, _bytes_below(taken.folder) + _database_bytes(database), "the backup")
+        need_disk(target, folder_size(taken.folder) + _database_bytes(database), "the backup")
         if database.is_sqlite:
             _copy_sqlite(taken.session, folder / DATABASE)
             # With this transaction open SQLite's log would grow all the while.
@@ -129,7 +130,7 @@ def backup(
                 f"the store has lost files, and nothing was backed up: {found.names}. Bring them back "
                 "from an earlier backup or delete what names them; --allow-damaged backs up the rest"
             )
-        size = _bytes_below(folder)
+        size = folder_size(folder)
         key = with_key and (home / KEY).is_file()
         if key:
             shutil.copyfile(home / KEY, folder / KEY)
@@ -489,7 +490,3 @@ def _dump_postgres(database: Database, session: Session, target: Path) -> None:
 def _database_bytes(database: Database) -> int:
     """Bytes of SQLite's file; a dump of PostgreSQL is compressed, and may have any size."""
     return Path(str(database.engine.url.database)).stat().st_size if database.is_sqlite else 0
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

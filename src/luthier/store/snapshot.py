@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from luthier.encryption.keys import STORE as ENCRYPTION
 from luthier.errors import CorruptFile, RunConflict
-from luthier.files import disk_errors, lock, read_json, sweep
+from luthier.files import TEMPORARY, disk_errors, lock, read_json, sweep
 from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
@@ -39,7 +39,6 @@ from luthier.store.objects import ObjectPiece
 OBJECTS = "objects"
 _NAME = "backup"
 _LOCK = f"{_NAME}.lock"
-_TEMPORARY = ".tmp-"
 _LEFT_OUT = (OBJECTS, ENCRYPTION, "server.key", "luthier.db", "luthier.db-wal", "luthier.db-shm")
 """What is not taken with all other files of the store: objects are by their rows."""
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
@@ -73,7 +72,7 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
             raise RunConflict(f"another backup of {home} is running; wait for its end")
         sweep(home, _NAME)
         with disk_errors(home):
-            folder = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{_NAME}~", dir=home))
+            folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{_NAME}~", dir=home))
         try:
             with ExitStack() as opened:
                 objects = _Objects(ObjectFiles(home / OBJECTS), ObjectFiles(folder / OBJECTS))
@@ -98,7 +97,7 @@ def snapshot(database: Database, home: Path) -> Iterator[Snapshot]:
 
 def remove_orphaned_snapshots(home: Path) -> None:
     """Remove the second names that a killed process left, unless a snapshot is being taken now."""
-    if any(home.glob(f"{_TEMPORARY}{_NAME}~*")):
+    if any(home.glob(f"{TEMPORARY}{_NAME}~*")):
         with lock(home / _LOCK) as free:
             if free:
                 sweep(home, _NAME)
@@ -216,7 +215,7 @@ def _tops(home: Path) -> list[Path]:
 def _entries(home: Path, path: Path, finished: dict[str, bool]) -> Iterator[Path]:
     """Files at and below ``path`` that are to be linked, and folders that are linked as a whole."""
     name = path.relative_to(home)
-    if path.name.startswith(_TEMPORARY) or path.suffix == ".lock" or _removable(name, finished):
+    if path.name.startswith(TEMPORARY) or path.suffix == ".lock" or _removable(name, finished):
         return
     if path.is_file():
         yield path

@@ -14,7 +14,7 @@ from luthier import __version__
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
-from luthier.files import hashes_of, need_disk, new_folder, sha256_of
+from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.heads import Head, head_in
 from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
 from luthier.models.manifest import Manifest
@@ -165,7 +165,7 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         kept=next(iter(draft.planned.stacks.values()), None),
         weights=draft.weights,
         teacher_weights=draft.teacher_weights,
-        saved_bytes=sum(file.stat().st_size for file in run.model_folder.glob("*.safetensors")),
+        saved_bytes=folder_size(run.model_folder, "*.safetensors"),
     )
 
 

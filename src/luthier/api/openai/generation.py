@@ -39,6 +39,8 @@ Asked = TypeVar("Asked", bound=Body)
 Judge = Callable[[str, str], str]
 """Given a model's name and the member that holds it: its id in the store; raises where it has none."""
 MOST_STOPS = 4
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+"""Of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
 """What ended an answer, in OpenAI's words; all else is ``stop``."""
 _SCHEMA = {"messages": "response_format", "input": "text.format.schema"}
@@ -241,8 +243,7 @@ def stream_events(
             for stream in streams:
                 stream.close()
 
-    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-    return Response(200, GeneratedPieces(pieces(), streams), headers)
+    return Response(200, GeneratedPieces(pieces(), streams), STREAM_HEADERS)
 
 
 def event(value: Mapping[str, Any]) -> bytes:

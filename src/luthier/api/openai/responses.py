@@ -19,7 +19,12 @@ from pydantic import Field
 from luthier.api.http.messages import Caller, Fault, Response
 from luthier.api.http.streams import GeneratedPieces
 from luthier.api.openai.chat import MOST_TOOLS, NAME, ContentPart, arguments, call_id, join_texts
-from luthier.api.openai.generation import GenerationResource, chat_logprobs, refusals
+from luthier.api.openai.generation import (
+    STREAM_HEADERS,
+    GenerationResource,
+    chat_logprobs,
+    refusals,
+)
 from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
 from luthier.serving.inference import (
     MOST_TOKENS,
@@ -235,8 +240,8 @@ class Responses(GenerationResource[ResponseRequest]):
     def stream(self, caller: Caller, parameters: ResponseRequest) -> Response:
         """Its events as they happen."""
         stream = self._begin(caller, parameters)
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        return Response(200, GeneratedPieces(_pieces(parameters, stream), [stream]), headers)
+        pieces = GeneratedPieces(_pieces(parameters, stream), [stream])
+        return Response(200, pieces, STREAM_HEADERS)
 
     def _begin(self, caller: Caller, parameters: ResponseRequest) -> Stream:
         target = self.inference.target(caller, self.action, parameters.model)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import LabelledText
 from luthier.errors import LuthierError
+from luthier.files import TEMPORARY
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.prompting import (
     EXAMPLES,
@@ -133,7 +134,7 @@ def gather(
     job = prepare_job(recipe, base, machine, reporter)
     home = luthier_home() / "advice"
     home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=home))
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=home))
     try:
         run = Run(base.root, "advice", rehearsal=folder)
         network, loop = Trainer(job, run, reporter, Clock()).start(resume=False)

@@ -19,7 +19,7 @@ import numpy as np
 
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
-from luthier.engine.actuals import Clock, estimates_folder, folder_bytes, request_key
+from luthier.engine.actuals import Clock, estimates_folder, request_key
 from luthier.engine.job import Job, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
@@ -33,6 +33,7 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED, Run
 from luthier.engine.train import Trainer
+from luthier.files import TEMPORARY, folder_size
 from luthier.models.network import SIZE_STEP, Network
 from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
@@ -221,7 +222,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     work, batches = workload_of(job), representative(job, BATCHES)
     rows = [row for batch in batches for row in batch]
     estimates_folder().mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".tmp-", dir=estimates_folder()))
+    folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=estimates_folder()))
     try:
         run = Run(base.root, "estimate", rehearsal=folder)
         trainer = Trainer(job.sampled(rows, _validation_sample(job)), run, reporter, clock)
@@ -265,14 +266,14 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
     loop.evaluate()
     held = loop.clock.parts["validation"] - before
     loop.checkpoint()
-    sizes = folder_bytes(loop.checkpoints.folder), folder_bytes(folder.folder / PRECOMPUTED)
+    sizes = folder_size(loop.checkpoints.folder), folder_size(folder.folder / PRECOMPUTED)
     lines = loop.metrics.read()
     asked = workload_of(replace(job, steps=len(tries)))
     trainer.release(network)
     # The copy is thrown away: that it is stored and verified is nothing to tell.
     trainer.reporter = Reporter()
     trainer.store(network, loop.progress, lines)
-    model = folder_bytes(folder.model_folder)  # in the folder of the run, for a trial
+    model = folder_size(folder.model_folder)  # in the folder of the run, for a trial
     return TrialRun(
         batches=steps,
         tries=tries,
@@ -285,7 +286,7 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
         kept_disk=sizes[1],
         checkpoint_bytes=sizes[0],
         model_bytes=model,
-        run_bytes=folder_bytes(folder.folder) - model - sum(sizes),
+        run_bytes=folder_size(folder.folder) - model - sum(sizes),
     )
 
 
