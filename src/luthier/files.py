@@ -37,8 +37,12 @@ def luthier_home() -> Path:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal; of a folder, of the names and hashes in it."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for name, own in hashes_of(path).items():
+            digest.update(f"{own}  {name}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)

@@ -85,8 +85,10 @@ class DataSpec(StrictModel):
     """TOML file that says how serious a rule of the data gate is, and which checks to skip."""
     severity: dict[str, Any] | None = None
     """``off``, ``note``, ``warning`` or ``error`` by rule of the data gate, over the policy's."""
-    augmentation: Augmentation = Augmentation()
-    """Random changes to the words of training rows, drawn anew each time; off when not given."""
+    augmentation: Augmentation | None = None
+    """Random changes to training rows, drawn anew each time; off for texts when not given."""
+    image_size: int | None = Field(default=None, ge=8, le=2048)
+    """Height and width that images are brought to; those of the base model when not given."""
 
     @property
     def files(self) -> list[Path]:

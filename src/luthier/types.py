@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from luthier.data.processors import MediaInput
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -240,6 +243,10 @@ class Row:
         """What a network reads that knows no turns: all of it as one text."""
         return "\n\n".join(turn.reply_text for turn in self.turns())
 
+    def excerpt(self) -> str:
+        """What people know it by where it has no text: the name of an image."""
+        return ""
+
     def classes(self) -> tuple[str, ...]:
         """What the row counts as where rows are split in proportion: its labels, its judgement."""
         return ()
@@ -284,6 +291,8 @@ class Example:
     """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
     desirable: bool | None = None
     """Whether people want such an answer, where rows come one by one."""
+    media: MediaInput | None = None
+    """The image or sound that the network reads. It counts as one token, whose id is a hash of it."""
     reference: float | None = None
     """Log-probability of the learned tokens under the reference model, where it is known ahead."""
 

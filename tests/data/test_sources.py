@@ -68,10 +68,12 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
     ("found", "rule", "said", "fix"),
     [
         ([], "file.directory", "no data file", ".jsonl"),
-        (["a.bin", "b.png"], "file.directory", "only a.bin, b.png", ".jsonl"),
+        (["a.bin", "b.doc"], "file.directory", "only a.bin, b.doc", ".jsonl"),
+        (["a.bin", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.bin", "table"),
+        (["a.txt", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.txt", "table"),
         (["README.md", "_x.jsonl"], "file.directory", "no data file", ".parquet"),
-        (["a.jsonl", "b.png", "c.doc"], "file.directory", "holds b.png, c.doc", "*.jsonl'"),
-        (["a.jsonl.gz", "b.png"], "file.directory", "b.png", "*.jsonl.gz'"),
+        (["a.jsonl", "b.png", "c.doc"], "file.directory", "holds c.doc", "*.jsonl'"),
+        (["a.jsonl.gz", "b.xyz"], "file.directory", "b.xyz", "*.jsonl.gz'"),
         (["a.jsonl", "b.txt"], "file.directory", "plain text: b.txt", "*.jsonl'"),
         (["train.jsonl", "test.jsonl"], "file.directory", "test and train", "validation data"),
         (

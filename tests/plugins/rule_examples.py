@@ -322,6 +322,9 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         "but is a number",
         "`data.columns.rating=label`",
     ),
+    ("media.type", [{"image": 7, "label": "x"}], 1, "must be a path", "folder of this file"),
+    ("media.missing", [{"image": "no.png", "label": "x"}], 1, '"no.png"', "mend the path"),
+    ("media.outside", [{"image": "../a.png", "label": "x"}], 1, "not below", "same folder"),
     ("label.type", [{"text": "x", "label": True}], 1, "true or false", '"label": "name"'),
     ("label.type", [{"text": "x", "label": " "}], 1, "but is empty", '"label": "name"'),
     ("label.type", [{"text": "x", "label": ["a", None]}], 1, "but is null", '["a", "b"]'),
@@ -356,4 +359,5 @@ WHOLE_FILE = {
     *("file.no_match", "file.remote"),  # test_sources.py
     *("table.header", "table.cells", "table.invalid"),  # test_tables.py
     "column.missing",  # test_forms.py
+    *("media.base", "media.mixed", "media.folder", "media.npz"),  # test_media_files.py
 }

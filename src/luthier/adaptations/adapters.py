@@ -33,6 +33,8 @@ class Adapters(Adaptation):
     """Train a bottleneck after the sublayers of each layer."""
 
     method: Literal["adapters"] = "adapters"
+
+    takes_media: ClassVar[bool] = False
     placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
     """After attention and feed-forward, or after feed-forward only."""
     reduction_factor: float = Field(default=16.0, gt=0, le=100_000)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from luthier.errors import RecipeError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -51,6 +53,10 @@ class Adaptation(BaseModel):
     """How many times faster than the other weights a head learns that starts from random numbers."""
     mergeable: ClassVar[bool] = True
     """Whether :meth:`merge` leaves a plain network; otherwise what was added stays in it."""
+    takes_media: ClassVar[bool] = True
+    """Whether it can adapt networks that read images or sounds, and not tokens alone."""
+    head_only: ClassVar[bool] = False
+    """Whether nothing below the head trains, so that what it reads can be computed once."""
     stores_network: ClassVar[bool] = False
     """Whether a custom model is the whole network; otherwise it is what trains, as an adapter."""
 
@@ -64,8 +70,13 @@ class Adaptation(BaseModel):
 
         A head that belongs to the task trains whatever the adaptation.
         """
-        from luthier.models.heads import head_weights
+        from luthier.models.heads import head_weights, reads_media
 
+        if not self.takes_media and reads_media(model.config):
+            raise RecipeError(
+                f"{self.method} works among the tokens of a text, and this network reads images or "
+                "sounds. Use full, lora, freeze, bitfit or feature_extraction"
+            )
         self.adapt(model)
         new = head_weights(model)
         for name, weight in model.named_parameters():

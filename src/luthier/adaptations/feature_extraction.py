@@ -6,7 +6,7 @@ for each row, so that epochs after that cost the head alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
@@ -20,6 +20,8 @@ class FeatureExtraction(Adaptation):
     """Train the head alone."""
 
     method: Literal["feature_extraction"] = "feature_extraction"
+
+    head_only: ClassVar[bool] = True
 
     def adapt(self, model: nn.Module) -> None:
         """Freeze the network. A language model trains its output head, if that is its own."""

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate, plain_config
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
+from luthier.errors import RecipeError
 from luthier.models.layers import modules_of, replace_modules
 
 if TYPE_CHECKING:
@@ -47,12 +48,22 @@ class LoRA(Adaptation):
 
     def adapt(self, model: nn.Module) -> None:
         """Wrap the chosen layers; freeze everything else."""
-        from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
+        from torch import nn
 
-        names = linear_targets(model, self.targets, self.layers_to_transform)
+        from luthier.adaptations.lora_layer import DoRALinear, LoRAConv2d, LoRALinear
+
+        names = linear_targets(model, self.targets, self.layers_to_transform, convolutions=True)
         kind = DoRALinear if self.dora else LoRALinear
         model.requires_grad_(False)
-        replace_modules(model, names, lambda base: kind(base, self.rank, self.scale, self.dropout))
+
+        def wrap(base: nn.Module) -> nn.Module:
+            if not isinstance(base, nn.Conv2d):
+                return kind(base, self.rank, self.scale, self.dropout)
+            if self.dora:
+                raise RecipeError("adaptation.dora is for linear layers; leave it out here")
+            return LoRAConv2d(base, self.rank, self.scale, self.dropout)
+
+        replace_modules(model, names, wrap)
 
     @property
     def scale(self) -> float:
@@ -61,20 +72,24 @@ class LoRA(Adaptation):
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""
-        from luthier.adaptations.lora_layer import LoRALinear
+        from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.rounding import Rounding
 
         rounding = Rounding()
-        replace_modules(model, modules_of(model, LoRALinear), lambda layer: layer.merged(rounding))
+        names = modules_of(model, (LoRALinear, LoRAConv2d))
+        replace_modules(model, names, lambda layer: layer.merged(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this adapter."""
         from peft import LoraConfig
 
-        from luthier.adaptations.lora_layer import LoRALinear
+        from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
         from luthier.models.heads import head_modules, peft_task
 
-        ends = {name.rpartition(".")[2] for name in modules_of(model, LoRALinear)}
+        wrapped = modules_of(model, (LoRALinear, LoRAConv2d))
+        ends = {name.rpartition(".")[2] for name in wrapped}
+        if any(end.isdigit() for end in ends):  # convolutions in a Sequential are called "0"
+            ends = {*wrapped}
         config = LoraConfig(
             r=self.rank,
             # PEFT types this as a whole number, but takes and stores any.

@@ -152,6 +152,46 @@ class LoRALinear(nn.Module):
         return self.weight_OI.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
 
 
+class LoRAConv2d(nn.Module):
+    """A frozen convolution with a trained low-rank branch: the kernels of ``A``, then 1 x 1 of ``B``.
+
+    As PEFT has it; a convolution of groups has few weights and stays as it is.
+    """
+
+    def __init__(self, base: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = base
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        places: dict[str, Any] = {
+            name: getattr(base, name) for name in ("stride", "padding", "dilation")
+        }
+        kernel: Any = base.kernel_size
+        # Of its own kind, which may pad in another way.
+        self.lora_A = type(base)(base.in_channels, rank, kernel, bias=False, **places, **like)
+        self.lora_B = nn.Conv2d(rank, base.out_channels, 1, bias=False, **like)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        start = torch.empty(self.lora_A.weight.shape)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5))
+        with torch.no_grad():
+            self.lora_A.weight.copy_(start)
+            self.lora_B.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        y: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
+        return y
+
+    def merged(self, rounding: Rounding) -> nn.Module:
+        """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
+        with torch.no_grad():
+            a, b = self.lora_A.weight.float(), self.lora_B.weight.float()[:, :, 0, 0]
+            update = torch.einsum("or,rikl->oikl", b, a) * self.scale
+            whole = self.base_layer.weight.float() + update
+            self.base_layer.weight.data = rounding(whole, self.base_layer.weight.dtype)
+        return self.base_layer
+
+
 class DoRALinear(LoRALinear):
     """``y = m / |W + s B A| (W + s B A) x``, lengths taken by rows; ``m`` trains beside ``A`` and
     ``B``.

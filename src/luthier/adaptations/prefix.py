@@ -26,6 +26,8 @@ class Prefix(Adaptation):
     """Train keys and values that every layer sees before each row."""
 
     method: Literal["prefix"] = "prefix"
+
+    takes_media: ClassVar[bool] = False
     virtual_tokens: int = Field(default=20, ge=1, le=100_000)
     """Keys and values in each layer; they take room in the context."""
 

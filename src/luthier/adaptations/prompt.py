@@ -29,6 +29,8 @@ class Prompt(Adaptation):
     """Train a prompt of vectors."""
 
     method: Literal["prompt"] = "prompt"
+
+    takes_media: ClassVar[bool] = False
     virtual_tokens: int = Field(default=20, ge=1, le=100_000)
     """Vectors in the prompt; they take room in the context."""
 

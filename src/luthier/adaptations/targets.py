@@ -16,9 +16,15 @@ ALL_LINEAR = "all-linear"
 
 
 def linear_targets(
-    model: nn.Module, targets: str | tuple[str, ...], blocks: Collection[int] | None = None
+    model: nn.Module,
+    targets: str | tuple[str, ...],
+    blocks: Collection[int] | None = None,
+    convolutions: bool = False,
 ) -> list[str]:
     """Full names of the linear layers that ``targets`` names, in the order of the network.
+
+    With ``convolutions`` those count among them that have no groups: each is a linear layer at every
+    pixel.
 
     ``all-linear`` means every linear layer but the output head, as in PEFT. Otherwise each entry
     is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``).
@@ -33,10 +39,16 @@ def linear_targets(
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     of_task = tuple(head_modules(model))
+
+    def is_linear(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return convolutions and module.groups == 1
+        return isinstance(module, nn.Linear | Conv1D)
+
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if is_linear(module)
         and module is not head
         and not any(name == own or name.startswith(f"{own}.") for own in of_task)
     ]

@@ -54,7 +54,7 @@ def list_models(json_: Json = False) -> None:
     if json_:
         print_json({"base": bases, "custom": custom})
         return
-    table = new_table("base model", "parameters", "context", "languages", "licence", "here")
+    table = new_table("base model", "parameters", "context", "reads", "licence", "here")
     table.columns[0].no_wrap = True
     for base in bases:
         if "damaged" in base:
@@ -62,9 +62,11 @@ def list_models(json_: Json = False) -> None:
             continue
         size = f"{base['parameters'] / 1e6:.0f} M"
         known = base.get("languages", [])
-        languages = ", ".join(known) if len(known) < 4 else str(len(known))
+        reads = ", ".join(known) if len(known) < 4 else f"{len(known)} languages"
+        media = {"image_encoder": "images", "audio_encoder": "sounds"}.get(str(base["kind"]))
+        context = "" if media else str(base["context"])
         here = "yes" if base["here"] else f"no, {base['source'].partition(':')[0]}"
-        cells = (size, str(base["context"]), languages, str(base["licence"]), here)
+        cells = (size, context, media or reads, str(base["licence"]), here)
         table.add_row(str(base["id"]), *cells)
     out = new_console(highlight=False)
     print_table(table)

@@ -25,7 +25,10 @@ SHOWN = 5
 
 def predict(
     model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
-    text: Annotated[str | None, typer.Argument(help="What to label.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Argument(help="What to label: a text, or the path of an image or a sound."),
+    ] = None,
     input_: Annotated[
         str | None,
         typer.Option(
@@ -43,8 +46,7 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Label, rate or tag one text, or a file of rows, which keep all their fields."""
-    from luthier.data.rows import PREDICTED, load_inputs
-    from luthier.data.shapes import RawText
+    from luthier.data.rows import PREDICTED, input_row, load_inputs
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
@@ -59,7 +61,7 @@ def predict(
     check_output(output)
     rows: list[tuple[Record, Row]]
     if input_ is None:
-        rows = [({}, RawText("the command line", 1, text or ""))]
+        rows = [({}, input_row(text or "", "the command line"))]
     else:
         with data_errors("nothing was predicted"):
             rows = load_inputs(input_, parse_columns(columns or ()))

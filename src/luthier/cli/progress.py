@@ -139,7 +139,8 @@ class LiveReporter(Reporter):
         elif line["event"] == "train":
             part = "" if name in ("loss", "reward") else "train "
             text = f"{part}{name} {line[name]:.3f}  {self._validation}"
-            text += f"{line['tokens_per_second']:,.0f} tok/s"
+            rate = line.get("rows_per_second")
+            text += f"{rate:,.0f} rows/s" if rate else f"{line['tokens_per_second']:,.0f} tok/s"
             self._move(line["step"], steps, f"{text}  {line['memory_bytes'] / 1e9:.1f} GB", "step")
 
     def close(self) -> None:

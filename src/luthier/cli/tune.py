@@ -93,10 +93,13 @@ def tune(
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
+    from luthier.data.processors import read_processor
     from luthier.objectives.capabilities import SupportsPrediction
     from luthier.store.models import find, objective_of
 
-    objective = objective_of(find(result.model_id))
+    stored = find(result.model_id)
+    objective, media = objective_of(stored), read_processor(stored.folder)
+    reads = media.kind if media else "text"
     # The picture of the loss has the scores, too; that of rewards is one of its own.
     curve = "reward" if objective.measure == "reward" else "loss"
     held = ""
@@ -106,7 +109,8 @@ def print_result(result: Result) -> None:
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     out.print(
-        f"  {steps}, {result.tokens:,} tokens in {result.seconds:.0f} s; "
+        f"  {steps}, {result.tokens:,} {'tokens' if reads == 'text' else f'{reads}s'} in "
+        f"{result.seconds:.0f} s; "
         f"loss {result.train_loss:.4f}{f', validation {held}' if held else ''}; "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
@@ -120,7 +124,8 @@ def print_result(result: Result) -> None:
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     use = f"chat {result.model_id}"
     if isinstance(objective, SupportsPrediction):
-        use = f'predict {result.model_id} "some text"'
+        asked = {"image": "photo.png", "audio": "sound.wav"}.get(reads, '"some text"')
+        use = f"predict {result.model_id} {asked}"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"
     out.print(f"  use it      luthier {use}")

@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
+from luthier.data.processors import ImageProcessor, MediaInput, Processor, check_kind
+from luthier.data.shapes import MediaRow
 from luthier.data.tools import (
     describe_tool,
     in_words,
@@ -29,7 +31,7 @@ from luthier.data.tools import (
     uses_tools,
 )
 from luthier.errors import RecipeError, RowRefused
-from luthier.types import IntArray, Message, TemplateKwargs, Tool
+from luthier.types import Example, IntArray, Message, Row, TemplateKwargs, Tool
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -97,6 +99,29 @@ class Encoded:
     """What an encoder reads; ``ids_T`` is then the reply alone, behind the decoder's first token."""
 
 
+class NoTokenizer:
+    """Stands for the tokenizer of a network that reads no text."""
+
+    chat_template = None
+    eos_token_id = pad_token_id = mask_token_id = None
+    vocab_size = 0
+    is_fast = False
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuse a text.
+
+        Raises:
+            RowRefused: always.
+        """
+        raise RowRefused(
+            "media.base",
+            "this base reads no texts, but images or sounds.",
+            "Give rows that it reads, or name another base.",
+        )
+
+    encode = __call__
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How prompts and replies become tokens for one model.
@@ -111,6 +136,40 @@ class ChatFormat:
     """Tokens that end a reply; encoders have none."""
     start_id: int | None = None
     """First token of the decoder where the network has an encoder of its own for the prompt."""
+    media: Processor | None = None
+    """How images or sounds are read; ``None`` where only texts are."""
+
+    def encode_input(self, row: Row, index: int) -> Example:
+        """What the network reads of a row as a whole, of weight 1 in all: its text, image or sound.
+
+        ``index`` becomes ``Example.row``.
+        """
+        if isinstance(row, MediaRow):
+            processor = check_kind(row.media, self.media, index)
+            ids_T = np.array([int(row.media.digest()[:15], 16)])
+            media = MediaInput(row.media, processor)
+            return Example(ids_T, np.ones(1, np.float32), index, target=np.zeros(0), media=media)
+        ids_T, word_T = self.encode_words(row.plain_text())
+        if not len(ids_T):
+            raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
+        weight_T = np.zeros(len(ids_T), dtype=np.float32)
+        weight_T[-1] = 1.0
+        return Example(ids_T, weight_T, index, target=np.zeros(0), word_T=word_T)
+
+    def with_image_size(self, size: int) -> ChatFormat:
+        """The same for images of another size.
+
+        Raises:
+            RecipeError: where it reads no images.
+        """
+        if not isinstance(self.media, ImageProcessor):
+            raise RecipeError("data.image_size is for a base model that reads images; leave it out")
+        return replace(self, media=self.media.with_size(size))
+
+    @staticmethod
+    def reading(processor: Processor) -> ChatFormat:
+        """The format of a network that reads images or sounds and knows no texts."""
+        return ChatFormat(NoTokenizer(), "plain", (), media=processor)
 
     @staticmethod
     def of(
@@ -356,6 +415,8 @@ class ChatFormat:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
+        if self.media is not None:
+            return [f"<{self.media.kind}>"] * len(ids)
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # By its kind: a byte-level vocabulary may hold a token "##" too.

@@ -1,7 +1,8 @@
 """What a file is made of, told by its bytes: its name decides only where they leave a doubt.
 
 Containers are JSON Lines, a JSON array or object, CSV, TSV, Parquet and plain text, each but Parquet
-also packed with gzip or zstd.
+also packed with gzip or zstd. Images and sounds come as a folder or a zip archive of their files, or as
+arrays in an ``.npz`` file.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
+from luthier.data.media_files import holds_media
 from luthier.data.parsing import Unreadable, quote
 
-FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
 Packing = Literal["", "gzip", "zstd"]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json-lines")
 PLAIN_TEXT = (".txt", ".md", ".text")
 TABLES = (".csv", ".tsv")
 PACKED = (".gz", ".zst")
-DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", *PLAIN_TEXT)
+DATA_ENDINGS = (*JSON_LINES, ".json", *TABLES, ".parquet", ".npz", *PLAIN_TEXT)
 """Endings of files that are read, each but the last kind's also with one of ``PACKED`` behind it."""
 
 _HEAD_BYTES = 65536
 _DELIMITERS = "\t,;|"
 _SUPPORTED = (
     f"Supported are JSON Lines ({', '.join(JSON_LINES)}), JSON (.json), tables (.csv, .tsv, .parquet) "
-    f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst)"
+    f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst); "
+    "images and sounds as a folder or .zip of their files, or arrays (.npz)"
 )
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04"
 # Every entry is impossible at the start of UTF-8 text, so a match alone is proof.
 _MAGIC = (
     (_GZIP, "data packed twice"),
@@ -73,6 +76,8 @@ def container_of(path: Path) -> Container:
         Unreadable: for what is no regular file, no text, or of no known kind.
         OSError: where it cannot be read.
     """
+    if path.is_dir() and holds_media(path):
+        return Container("folder")
     _refuse_irregular(path)
     packing: Packing = ""
     with path.open("rb") as raw:
@@ -86,6 +91,8 @@ def container_of(path: Path) -> Container:
                 raise damage_refusal(error) from None
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
+    if head.startswith(_ZIP) and path.suffix.lower() in (".npz", ".zip") and not packing:
+        return Container("npz" if path.suffix.lower() == ".npz" else "zip")
     refuse_binary(head)
     name = path.name.lower()
     for ending in PACKED if packing else ():

@@ -7,13 +7,16 @@ goes on.
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar
 
+from luthier.data.media import Media, MediaKind
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
@@ -231,6 +234,54 @@ class FieldChecker:
             fix = f"Write the text of {name}, or remove the row."
             self.report("field.empty", f"{name} {blank}{reason}.", fix)
         return None
+
+    def media(self, holder: Record, key: str, kind: MediaKind) -> Media | None:
+        """The image or sound of a record, which is not opened yet.
+
+        It is a path below the folder of the file, bytes with or without a name as Hugging Face's data
+        sets hold them, or a ``data:`` address.
+        """
+        value = holder.get(key)
+        if isinstance(value, Media):
+            return value
+        name = f"{self.file}:{self.line}"
+        if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+            return Media(kind, str(value.get("path") or name), data=value["bytes"])
+        if isinstance(value, dict):
+            value = value.get("path")
+        if isinstance(value, bytes):
+            return Media(kind, name, data=value)
+        if not isinstance(value, str) or not value.strip() or "\0" in value:
+            fix = f'Write the path of the {kind}, as seen from the folder of this file, in "{key}".'
+            message = f'"{key}" must be a path, but is {json_kind(value)}.'
+            self.report("media.type", message, fix)
+            return None
+        if value.startswith("data:"):
+            return self._embedded(value, kind, name)
+        folder = Path(self.file).parent.resolve()
+        path = (folder / value).resolve()
+        if not path.is_relative_to(folder):
+            fix = "Put it beside the rows, in the same folder or one below."
+            message = f"{quote(value)} is not below the folder of this file."
+            self.report("media.outside", message, fix)
+            return None
+        if not path.is_file():
+            fix = f"Paths are as seen from {folder}; mend the path, or remove the row."
+            self.report("media.missing", f"there is no file {quote(value)}.", fix)
+            return None
+        return Media(kind, value, path)
+
+    def _embedded(self, value: str, kind: MediaKind, name: str) -> Media | None:
+        """What a ``data:`` address holds (RFC 2397), in base64."""
+        head, comma, body = value.partition(",")
+        try:
+            if not comma or not head.endswith(";base64"):
+                raise ValueError
+            return Media(kind, name, data=base64.b64decode(body, validate=True))
+        except ValueError:
+            fix = f"Write data:{kind}/…;base64, and the bytes of the file in base64."
+            self.report("media.type", "the data: address is not one of base64.", fix)
+            return None
 
     def _column_fix(self, record: Record, key: str) -> str:
         """Name the column that may be what is missing: one of text that is nothing else of ours."""

@@ -26,6 +26,7 @@ from luthier.data.containers import (
     unpack,
 )
 from luthier.data.documents import read_document
+from luthier.data.media_files import read_folder, read_npz, read_zip
 from luthier.data.parsing import Record, Unreadable, decode, parse_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.errors import Problem
@@ -72,6 +73,9 @@ def read_records(
     file = str(path)
     try:
         container = container or container_of(path)
+        if container.kind in ("folder", "zip"):
+            yield from read_folder(path) if container.kind == "folder" else read_zip(path)
+            return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole, chunk)
             for count, record in enumerate(records):
@@ -116,6 +120,8 @@ def _records(
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw, file, problems)
+    if container.kind == "npz":
+        return read_npz(raw, file)
     if chunk is not None:
         raw.seek(chunk.start)
         return _read_lines(raw, file, problems, chunk)

@@ -15,10 +15,14 @@ from pathlib import Path
 from luthier.data.containers import Container, container_of
 from luthier.data.fields import RENAMES, FieldChecker, list_keys, read_words, rename_fix
 from luthier.data.forms import Form, forms_of, source_keys
+from luthier.data.media import IMAGE_ENDINGS, Media
+from luthier.data.media_files import is_media
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.read import read_records
 from luthier.data.shapes import (
     SHAPES,
+    BareAudio,
+    BareImage,
     Conversation,
     JudgedAnswers,
     Preference,
@@ -49,6 +53,8 @@ _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
 _MOST_KNOWN = 100
+MOST_PATH = 4096
+"""Characters that a path may have, where a text could be one."""
 PREDICTED = "predicted"
 """The key under which rows get what a model says of them."""
 
@@ -351,8 +357,19 @@ class PromptChecker(Checker):
         return Conversation(self.file, self.line, messages, expected, tools=tools)
 
 
+def input_row(given: str, file: str, line: int = 1) -> Row:
+    """What a model that reads is asked about: a text, or the image or sound that it is the path of."""
+    path = Path(given) if len(given) < MOST_PATH and "\0" not in given else Path()
+    if not is_media(path.name) or not path.is_file():
+        return RawText(file, line, given)
+    if path.name.lower().endswith(IMAGE_ENDINGS):
+        return BareImage(file, line, Media("image", given, path))
+    return BareAudio(file, line, Media("audio", given, path))
+
+
 class InputChecker(Checker):
-    """Checks rows for what models that read take of them: a text, words, or a prompt and its reply.
+    """Checks rows for what models that read take of them: a text, words, a prompt with its reply, an
+    image or a sound.
 
     Labels and all other keys may be anything but :data:`PREDICTED`.
     """
@@ -367,6 +384,9 @@ class InputChecker(Checker):
             message = f'The row has a field "{PREDICTED}", where the answer is to stand.'
             self.report("row.predicted", message, "Rename or remove that field.")
             return None
+        for key, bare in (("image", BareImage), ("audio", BareAudio)):
+            if key in own:
+                return bare.read(own, self)
         text, reply = own.get("text"), own.get("completion")
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from luthier.data.fields import (
     FieldChecker,
@@ -31,6 +31,7 @@ from luthier.data.fields import (
     read_tagged,
     read_turns,
 )
+from luthier.data.media import Media, MediaKind
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
@@ -69,6 +70,8 @@ class Shape(Row):
     """Keys whose cells hold a number."""
     object_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that may hold objects."""
+    reads: ClassVar[Literal["text", "image", "audio"]] = "text"
+    """What a network has to read for such rows."""
     reader_text: ClassVar[str] = ""
     """What an encoder reads such rows for; empty where it has nothing to say of them."""
     enough: ClassVar[int] = 0
@@ -238,18 +241,11 @@ class RawText(TextRow):
         return {"text": self.text}
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledText(TextRow):
-    """A text and its class; several where it may have more than one, also none at all."""
+class Labelled(Shape):
+    """Base of the shapes that say of which class something is, or of which classes."""
 
-    shape: ClassVar[str] = "label"
-    title: ClassVar[str] = '{"text", "label"}'
-    words: ClassVar[str] = "text with labels"
-    keys: ClassVar[tuple[str, ...]] = ("label",)
-    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("text", "label"))
-    beside: ClassVar[frozenset[str]] = frozenset(("label",))
-    parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
+    __slots__ = ()
+
     annotated: ClassVar[bool] = True
     reader_text: ClassVar[str] = "labels"
 
@@ -260,13 +256,6 @@ class LabelledText(TextRow):
         """Its labels, also where it is the only one."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
-    @classmethod
-    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """A text, and a label or an array of them."""
-        text = fields.text(record, "text")
-        label = read_label(record["label"])
-        return None if text is None else cls(fields.file, fields.line, text, label)
-
     def targets(self) -> tuple[str, ...]:
         """Its labels, sorted."""
         return tuple(sorted(self.labels))
@@ -275,10 +264,151 @@ class LabelledText(TextRow):
         """Its labels."""
         return self.labels
 
+
+@dataclass(frozen=True, slots=True)
+class LabelledText(TextRow, Labelled):
+    """A text and its class; several where it may have more than one, also none at all."""
+
+    shape: ClassVar[str] = "label"
+    title: ClassVar[str] = '{"text", "label"}'
+    words: ClassVar[str] = "text with labels"
+    keys: ClassVar[tuple[str, ...]] = ("label",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("text", "label"))
+    beside: ClassVar[frozenset[str]] = frozenset(("label",))
+    parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
+
+    label: str | tuple[str, ...]
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """A label, and no image or sound that it would be of."""
+        return "label" in record and not any(kind in record for kind in MEDIA_KEYS)
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """A text, and a label or an array of them."""
+        text = fields.text(record, "text")
+        label = read_label(record["label"])
+        return None if text is None else cls(fields.file, fields.line, text, label)
+
     def record(self) -> Record:
         """Text and label, or array of labels."""
         label = self.label if isinstance(self.label, str) else list(self.label)
         return {"text": self.text, "label": label}
+
+
+MEDIA_KEYS: Mapping[str, MediaKind] = {"image": "image", "audio": "audio"}
+"""Keys that hold an image or a sound, as Hugging Face's data sets call them."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRow(Shape):
+    """Base of the shapes that say something of an image or a sound."""
+
+    media: Media
+
+    @classmethod
+    def key(cls) -> str:
+        """The key that holds it."""
+        return cls.keys[0]
+
+    def inputs(self) -> tuple[str, ...]:
+        """The hash of its bytes: what makes two rows the same."""
+        return (self.media.digest(),)
+
+    def excerpt(self) -> str:
+        """Where it lies."""
+        return self.media.name
+
+    def bare(self) -> MediaRow:
+        """The image or sound alone."""
+        kind = BareImage if self.media.kind == "image" else BareAudio
+        return kind(self.file, self.line, self.media)
+
+    def record(self) -> Record:
+        """Where it lies."""
+        return {self.key(): self.media.name}
+
+
+@dataclass(frozen=True, slots=True)
+class BareImage(MediaRow):
+    """An image of which nothing is said."""
+
+    shape: ClassVar[str] = "image"
+    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    title: ClassVar[str] = '{"image"}'
+    words: ClassVar[str] = "images"
+    keys: ClassVar[tuple[str, ...]] = ("image",)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("image",))
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """An image, and no label."""
+        return cls.key() in record and "label" not in record
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """An image that is there."""
+        media = fields.media(record, cls.key(), MEDIA_KEYS[cls.key()])
+        return None if media is None else cls(fields.file, fields.line, media)
+
+
+@dataclass(frozen=True, slots=True)
+class BareAudio(BareImage):
+    """A sound of which nothing is said."""
+
+    shape: ClassVar[str] = "audio"
+    reads: ClassVar[Literal["text", "image", "audio"]] = "audio"
+    title: ClassVar[str] = '{"audio"}'
+    words: ClassVar[str] = "sounds"
+    keys: ClassVar[tuple[str, ...]] = ("audio",)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("audio",))
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage(MediaRow, Labelled):
+    """An image and its class; several where it may have more than one, also none at all."""
+
+    shape: ClassVar[str] = "labelled_image"
+    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    title: ClassVar[str] = '{"image", "label"}'
+    words: ClassVar[str] = "images with labels"
+    keys: ClassVar[tuple[str, ...]] = ("image", "label")
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("image", "label")),)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("image", "label"))
+
+    label: str | tuple[str, ...]
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """Both keys."""
+        return cls.key() in record and "label" in record
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """An image, and a label or an array of them."""
+        media = fields.media(record, cls.key(), MEDIA_KEYS[cls.key()])
+        label = read_label(record["label"])
+        return None if media is None else cls(fields.file, fields.line, media, label)
+
+    def record(self) -> Record:
+        """Where it lies, and label or array of labels."""
+        label = self.label if isinstance(self.label, str) else list(self.label)
+        return {self.key(): self.media.name, "label": label}
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledAudio(LabelledImage):
+    """A sound and its class; several where it may have more than one, also none at all."""
+
+    shape: ClassVar[str] = "labelled_audio"
+    reads: ClassVar[Literal["text", "image", "audio"]] = "audio"
+    title: ClassVar[str] = '{"audio", "label"}'
+    words: ClassVar[str] = "sounds with labels"
+    keys: ClassVar[tuple[str, ...]] = ("audio", "label")
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("audio", "label")),)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("audio", "label"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -854,6 +984,10 @@ SHAPES: Mapping[str, type[Shape]] = {
         Conversation,
         RawText,
         LabelledText,
+        LabelledImage,
+        LabelledAudio,
+        BareImage,
+        BareAudio,
         RatedText,
         TaggedWords,
         TextPair,

@@ -3,7 +3,8 @@
 A folder stands for the data files in it, at any depth, in the order of their names; what begins with
 ``.`` or ``_`` is passed over, and so are ``README``, ``LICENSE`` and the like. A folder that holds
 other files too, rows beside plain text, or training beside test files, is refused with their names: a
-pattern says what is meant.
+pattern says what is meant. Images and sounds beside rows are what the rows name; a folder of nothing
+else is one source (:mod:`luthier.data.media_files`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
+from luthier.data.media_files import is_media
 from luthier.errors import DataError, Problem
 from luthier.files import sha256_of
 
@@ -115,8 +117,28 @@ def _folder(folder: Path) -> list[Path]:
         path for path in below
         if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
     ]  # fmt: skip
-    chosen = meant([(path.relative_to(folder).as_posix(), path) for path in found], str(folder))
-    return [path for _, path in chosen]
+    named = [(path.relative_to(folder).as_posix(), path) for path in found]
+    media = [name for name, _ in named if is_media(name)]
+    others = [(name, path) for name, path in named if not is_media(name)]
+    rows = any(is_data(name) and not _is_text(name) for name, _ in others)
+    if not media or rows:
+        return [path for _, path in meant(others, str(folder))]
+    beside = [name for name, path in others if not _BESIDE.fullmatch(path.name)]
+    if beside:
+        message = f"Beside {len(media):,} images or sounds it holds {_join_names(beside)}."
+        fix = "Move the others, or give a table of rows that name the files."
+        raise source_refusal(str(folder), "file.directory", message, fix)
+    _check_classes(folder, {Path(name).parts[0] for name in media if "/" in name})
+    return [folder]
+
+
+def _check_classes(folder: Path, names: set[str]) -> None:
+    """Refuse a folder whose folders are splits and not classes."""
+    if names and all(_SPLIT.fullmatch(name) for name in names):
+        text = ", ".join(sorted(names))
+        message = f"Its folders are the splits {text}, which do not mix."
+        fix = f"Name one of them, as {folder / min(names)}, and the other as validation data."
+        raise source_refusal(str(folder), "file.directory", message, fix)
 
 
 def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
@@ -25,6 +26,7 @@ from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
 from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, longest_completion
 from luthier.recipe import DataSpec
@@ -93,9 +95,10 @@ def prepare(
         choices.append(
             ("objective", objective.method, f"the rows are {describe_shapes([rows[0].shape])}")
         )
-    objective.check(chat)
+    check_base(objective, chat)
     check_shapes(rows, held, [*chain(*further)], objective, chat)
-    _check_augmentation(spec, objective, chat)
+    if spec.augmentation:
+        _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": [*rows, *chain(*further)], "validation": held}
     report = inspect_job(
@@ -237,14 +240,20 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
     ]
 
 
-def _check_augmentation(spec: DataSpec, objective: Objective, chat: ChatFormat) -> None:
-    if spec.augmentation and not objective.allows_augmentation:
+def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:
+    kind = chat.media.kind if chat.media else "text"
+    if other := sorted(augmentation.kinds - {kind}):
+        raise RecipeError(
+            f"data.augmentation has settings for {' and '.join(other)}, and this base model reads "
+            f"{kind}. Leave them out"
+        )
+    if not objective.allows_augmentation:
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
         raise RecipeError(
             f"data.augmentation changes the words of a row, and {objective.method} learns the words "
             f"themselves. It goes with {', '.join(able)}; leave it out here"
         )
-    if spec.augmentation and not chat.tokenizer.is_fast:
+    if kind == "text" and not chat.tokenizer.is_fast:
         raise RecipeError(
             "data.augmentation moves whole words, and this model's tokenizer does not say which tokens "
             "make a word. Leave it out here"

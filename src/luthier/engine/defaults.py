@@ -21,6 +21,8 @@ LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
 """Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
+SCRATCH_RATE = 2e-3
+"""Learning rate of a small network that starts from random numbers (docs/log/media.md)."""
 MOST_REFIT_ROWS = 600
 """Rows up to which a run that is measured by a score trains once more on all (docs/log/defaults.md)."""
 SMALLEST_BUDGET = 512
@@ -40,6 +42,8 @@ class DataFacts:
     """Width of the network."""
     new_head: bool = False
     """Whether a head starts from random numbers."""
+    from_scratch: bool = False
+    """Whether all weights do."""
     mixed: tuple[Mixed, ...] = ()
     """Further sets of rows; ``rows`` are those of the main one."""
     held_out: int = 0
@@ -85,6 +89,8 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
+    if facts.from_scratch:
+        rate, reason, apart = SCRATCH_RATE, "all weights start from random numbers", False
     factor = objective.defaults.learning_rate_multiplier
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"

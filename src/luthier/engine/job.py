@@ -9,8 +9,11 @@ from typing import Any
 import torch
 
 from luthier import __version__
+from luthier.adaptations import ADAPTATIONS
+from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
+from luthier.data.processors import Processor
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
@@ -27,8 +30,9 @@ from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
 from luthier.models.dropout import check_dropout
-from luthier.models.heads import head_weights
+from luthier.models.heads import head_weights, width_of
 from luthier.models.layers import layer_names
+from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import as_network, check_folder, read_config, sketch
 from luthier.models.network import Network, context_length
 from luthier.models.tokenizer import check_vocabulary
@@ -136,6 +140,35 @@ def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
     return recipe.model_copy(update={"base": base})
 
 
+def with_reading_defaults(
+    recipe: Recipe, processor: Processor | None, reporter: Reporter
+) -> Recipe:
+    """The recipe with what suits rows of the kind that the base reads, where that was left open.
+
+    A network for images or sounds may have no linear layer below its head, and is small: all of it
+    learns. Its rows are changed at random, but where their features are computed once.
+    """
+    choices: list[defaults.Choice] = []
+    if processor is not None and "adaptation" not in recipe.model_fields_set:
+        full = ADAPTATIONS["full"].model_validate({})
+        reason = f"a network that reads {processor.kind}s is small: all of it learns"
+        choices.append(("adaptation.method", full.method, reason))
+        recipe = recipe.model_copy(update={"adaptation": full})
+    if recipe.data.augmentation is None:
+        usual = Augmentation()
+        if processor is not None and not recipe.adaptation.head_only:
+            usual = Augmentation.usual(processor.kind)
+            amounts = usual.model_dump(exclude_defaults=True).items()
+            words = ", ".join(f"{name}={amount:g}" for name, amount in amounts)
+            reason = f"each {processor.kind} is seen a little differently each time"
+            choices.append(("data.augmentation", words, reason))
+        data = recipe.data.model_copy(update={"augmentation": usual})
+        recipe = recipe.model_copy(update={"data": data})
+    if choices:
+        reporter.settings(choices)
+    return recipe
+
+
 def prepare_job(
     recipe: Recipe,
     base: store.StoredModel,
@@ -152,6 +185,10 @@ def prepare_job(
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
     chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
+    asked = recipe
+    if recipe.data.image_size:
+        chat = chat.with_image_size(recipe.data.image_size)
+    recipe = with_reading_defaults(recipe, chat.media, reporter)
     check_vocabulary(chat, config, base.id)
     context, room = context_length(config), store.room_of(base, recipe.adaptation)
     if room < 1:
@@ -182,6 +219,7 @@ def prepare_job(
             "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
         )
     job = resolve_job(recipe, base, chat, data, machine, reporter, began_with)
+    job = replace(job, asked=asked)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
     if job.others:
@@ -249,7 +287,7 @@ def resolve_job(
         check_dropout(model)
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
-    width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+    width = width_of(model)
     # A custom model of the same task and classes brings its head along.
     brings = base.manifest.kind == data.objective.task
     one, other = own.head(), bound.head()
@@ -262,7 +300,14 @@ def resolve_job(
             "are: rows of a validation file are only measured on. Leave it out"
         )
     facts = defaults.DataFacts(
-        data.main, data.longest, len(data.validation), width, new, data.mixed, held_out
+        data.main,
+        data.longest,
+        len(data.validation),
+        width,
+        new,
+        (base.manifest.source or "").startswith("random:"),
+        data.mixed,
+        held_out,
     )
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)
@@ -276,6 +321,11 @@ def resolve_job(
         budget, reason = defaults.token_budget(
             estimate, _first_batches(recipe, data), data.longest, available
         )
+        if chat.media is not None:
+            budget, reason = (
+                min(budget, MOST_IMAGES),
+                f"{chat.media.kind}s at once; more is no faster",
+            )
         if began_with is not None:
             budget, reason = began_with, "as when the run began"
         training = recipe.training.model_copy(update={"micro_batch_tokens": budget})

@@ -210,6 +210,7 @@ class Loop:
             tokens=tokens,
             seconds=seconds,
             tokens_per_second=tokens / seconds,
+            **({"rows_per_second": len(chosen) / seconds} if chosen[0].media else {}),
             **further,
             **(report.step_metrics(batches) if report else {}),
         )

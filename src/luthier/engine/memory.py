@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.errors import DoesNotFit, RefusedInput
 from luthier.models.catalog import CATALOG
-from luthier.models.heads import Head
+from luthier.models.heads import Head, reads_media
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsExtraWeights
 from luthier.recipe import Recipe
@@ -73,17 +73,44 @@ def estimate_memory(
     """
     trained = trained_numbers(model)
     config = model.config
+    # master, two moments, sum of gradients in float32; gradient and best copy in the working type
+    optimizer = trained * (16 + 2 * bytes_per_number)
+    weights = weight_bytes(model, bytes_per_number)
+    least = PROCESS + max(plain, weights + calibration if calibration else 0)
+    if reads_media(config):
+        return MemoryEstimate(
+            PROCESS + weights + optimizer, activation_bytes(model, bytes_per_number), least
+        )
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     vocabulary = int(config.vocab_size)
-    # master, two moments, sum of gradients in float32; gradient and best copy in the working type
-    optimizer = trained * (16 + 2 * bytes_per_number)
     logits = 128 * vocabulary * (8 + 2 * bytes_per_number)
-    weights = weight_bytes(model, bytes_per_number)
     activations = layers * (11 * hidden + 4 * inner) * bytes_per_number
-    least = PROCESS + max(plain, weights + calibration if calibration else 0)
     return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
+
+
+def activation_bytes(model: Any, bytes_per_number: int) -> int:
+    """Bytes that one image leaves in the network between forward and backward.
+
+    They are counted on the ``meta`` device, where tensors have sizes and no numbers. What is computed
+    on the way is held as well, of the largest layer twice.
+    """
+    import torch
+
+    from luthier.models.load import input_shape
+
+    sizes: list[int] = []
+
+    def pack(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.nn.Parameter):
+            sizes.append(tensor.numel())
+        return tensor
+
+    images = torch.empty(2, *input_shape(model.config), device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(pixel_values=images)
+    return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number
 
 
 def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
@@ -195,6 +222,8 @@ def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Ite
     for entry in CATALOG.values():
         config = catalogue_config(entry, request.objective.head())
         change = f"`base={entry.id}`"
+        if reads_media(config) or reads_media(request.config):
+            continue  # they have no such sizes to compare
         if config.hidden_size < request.config.hidden_size:
             yield from _try_change(change, request, config, request.adaptation, available)
 

@@ -47,9 +47,11 @@ from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
-from luthier.models.bottom import Bottom, frozen_layers
+from luthier.models.bottom import Bottom, frozen_layers, is_frozen
 from luthier.models.dropout import set_dropout
 from luthier.models.heads import new_weights
+from luthier.models.layers import layer_names
+from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.save import (
@@ -303,6 +305,8 @@ class Trainer:
     def release(self, network: Network) -> None:
         """Let go of what only training needed."""
         network.bottom, network.others, network.cache = None, {}, None
+        if isinstance(network.layout, MediaLayout):
+            network.layout.forget()
         if isinstance(self.job.data.objective, SupportsExtraWeights):
             self.job.data.objective.remove_weights(network.model)
         self._activations.unlink(missing_ok=True)
@@ -419,7 +423,11 @@ class Trainer:
         Returns how many layers that are.
         """
         data = self.job.data
-        count = frozen_layers(network.model) if network.layout.flat else 0
+        media = network.layout if isinstance(network.layout, MediaLayout) else None
+        if media is not None:
+            count = len(layer_names(network.model)) * is_frozen(network.model.base_model)
+        else:
+            count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         fixed = data.objective.same_each_epoch and not self.recipe.data.augmentation
         if not count or not fixed or seen < 2 * self.job.rows:
@@ -431,6 +439,10 @@ class Trainer:
             need_disk(self.run_folder.working, size, "keeping the activations of the frozen layers")
             file = self._activations
         self.reporter.stage(f"Computing the {count} frozen layers once for {len(rows):,} rows")
+        if media is not None:
+            media.compute_ahead(network, rows, self._reading_budget, file)
+            self.reporter.note(f"{size / 1e6:,.1f} MB of features are kept; only the head runs now")
+            return count
         network.bottom = Bottom.of(network, count, rows, self._reading_budget, file)
         self.reporter.note(
             f"{size / 1e6:,.0f} MB of activations are kept {'on disk' if file else 'in memory'}; each "

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import LabelledText, RatedText, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import Labelled, RatedText, TaggedWords, TextPair, of_shape
 from luthier.evaluation.labels import row_scores, scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import (
@@ -222,7 +222,7 @@ def is_comparable(row: Row, example: Example) -> bool:
     """Whether a row says what it should be answered with; one with tags must not have been cut."""
     if isinstance(row, TaggedWords):
         return int(np.count_nonzero(example.weight_T)) == len(row.tags or ())
-    return isinstance(row, LabelledText | RatedText | TextPair)
+    return isinstance(row, Labelled | RatedText | TextPair)
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def compare(
 def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     """Names and ways to answer ``held``, the quickest first."""
     rows, learned = (*train, *held), len(train)
-    if labelled := of_shape(LabelledText, rows):
+    if labelled := of_shape(Labelled, rows):
         single = all(isinstance(row.label, str) for row in labelled)
         methods = _label_methods if single else _label_set_methods
         yield from methods(labelled[:learned], labelled[learned:])
@@ -288,9 +288,7 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
         yield from _pair_methods(pairs[learned:])
 
 
-def _label_methods(
-    train: Sequence[LabelledText], held: Sequence[LabelledText]
-) -> Iterator[_Method]:
+def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
     labels = [str(row.label) for row in train]
     names = sorted(set(labels))
     frequent = Counter(labels).most_common(1)[0][0]
@@ -303,11 +301,12 @@ def _label_methods(
 
     places = {name: place for place, name in enumerate(names)}
     classes = [places[label] for label in labels]
-    texts, asked = [row.text for row in train], [row.text for row in held]
-    yield _Method(
-        "naive Bayes on words",
-        lambda _: name_classes(naive_bayes(texts, classes, len(names), asked)),
-    )
+    texts, asked = [row.plain_text() for row in train], [row.plain_text() for row in held]
+    if any(texts):  # images have no words
+        yield _Method(
+            "naive Bayes on words",
+            lambda _: name_classes(naive_bayes(texts, classes, len(names), asked)),
+        )
 
     def by_neighbours(states: States) -> Answers:
         return [{"label": label} for label in nearest_labels(states, labels)]
@@ -325,9 +324,7 @@ def _label_methods(
         yield _Method(name, answers, reads_states=True)
 
 
-def _label_set_methods(
-    train: Sequence[LabelledText], held: Sequence[LabelledText]
-) -> Iterator[_Method]:
+def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
     """Rows that may have several labels."""
     sets = [row.targets() for row in train]
     frequent = list(Counter(sets).most_common(1)[0][0])

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from luthier.data.shapes import LabelledText, RatedText, TaggedWords, of_shape
+from luthier.data.shapes import Labelled, RatedText, TaggedWords, of_shape
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores, confidence_interval
 from luthier.types import Row
@@ -75,7 +75,7 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     pairs = [
         (row.label, answer["label"])
         for row, answer in zip(rows, answers, strict=True)
-        if isinstance(row, LabelledText) and isinstance(row.label, str)
+        if isinstance(row, Labelled) and isinstance(row.label, str)
     ]
     if not pairs or len(pairs) < len(rows):
         return []

@@ -83,6 +83,8 @@ class Check(ABC):
     """Every rule it can find broken."""
     needs_model: ClassVar[bool] = False
     """Whether it can do nothing without a model's tokenizer."""
+    of_texts: ClassVar[bool] = False
+    """Whether it looks at texts alone, which rows of images and sounds have none of."""
     in_jobs: ClassVar[bool] = True
     """Whether it costs so little (under half a second for 10,000 short rows) that each job
     runs it before training, and finds what encoding the rows does not find anyway."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.data.chat import ChatFormat
 from luthier.data.rows import Columns, RowReader
-from luthier.data.shapes import SHAPES
+from luthier.data.shapes import SHAPES, MediaRow
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
@@ -23,6 +23,7 @@ from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import LARGE, ScanProgress, inspect_rows, inspect_sources
 from luthier.objectives import Objective
+from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
 from luthier.store.models import StoredModel
@@ -33,6 +34,10 @@ READER = "all-minilm-l6-v2"
 """Base model for rows that are read and not answered."""
 AUTO = "auto"
 """In place of a base model: the one that a run would take where none is named."""
+
+
+MEDIA_BASES = {"image": "efficientnet-lite0", "audio": "small-audio-cnn"}
+"""Base models for rows that are no texts."""
 
 
 def default_base(
@@ -50,6 +55,9 @@ def default_base(
         row = next(iter(RowReader(source, columns)), None)
     except RefusedInput:
         return plain
+    if isinstance(row, MediaRow):
+        known = MEDIA_BASES[row.media.kind]
+        return known, f"the rows are {row.media.kind}s, which it reads"
     what = row and SHAPES[row.shape].reader_text
     return (
         (READER, f"the rows are texts with {what}, which an encoder reads best") if what else plain
@@ -151,7 +159,7 @@ def load_context(
 
     chat, room = load_format(store.find(base, on_stage), apart)
     if wanted is not None:
-        wanted.check(chat)
+        check_base(wanted, chat)
     return CheckContext(chat, wanted, room, shown)
 
 

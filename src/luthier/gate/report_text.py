@@ -140,8 +140,8 @@ def _about(rule: Rule, report: Report) -> Text:
 
 def _lengths(report: Report, console: Console) -> None:
     splits = learning_splits(report)
-    if not splits:
-        return
+    if not splits or ("media" in report.summaries and report.summaries["media"]["splits"]):
+        return  # an image is one token, whatever its size
     summary = report.summaries["learning"]
     _heading(f"Tokens of a row; the model reads {summary['context']:,} at most", console)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

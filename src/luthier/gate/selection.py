@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from luthier.data.shapes import LabelledText, ThumbedReply
+from luthier.data.shapes import Labelled, ThumbedReply
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext, Split
 from luthier.gate.checks import CHECKS, checks_for
@@ -145,7 +145,7 @@ class _ClassSizes:
         """Take in the next row."""
         if self.limit is None:
             return
-        name = row.label if isinstance(row, LabelledText) else None
+        name = row.label if isinstance(row, Labelled) else None
         if isinstance(row, ThumbedReply):
             name = str(row.desirable)
         if not isinstance(name, str):

@@ -20,6 +20,7 @@ from luthier.types import Row, Text
 def excerpt_of(row: Row, width: int = 100) -> str:
     """How a row begins, on one line, for people to recognise it by; masked as :func:`excerpt` does."""
     text = " ".join(" ".join(each.content[: 4 * width] for each in row.texts()).split())
+    text = text or row.excerpt()
     text = mask_all(text, _FINDER.find(text))  # before it is cut: half a number is not recognised
     return text if len(text) <= width else text[: width - 1] + "…"
 

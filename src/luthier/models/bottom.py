@@ -74,6 +74,11 @@ def _stack(model: Any) -> tuple[Any, str]:
     return parent_of(model, layer_names(model)[0].rpartition(".")[0])
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no weight of ``module`` trains."""
+    return not any(weight.requires_grad for weight in module.parameters())
+
+
 class Bottom:
     """What the first ``count`` layers make of each row; ``[tokens, H]`` in the network's type."""
 
@@ -91,7 +96,7 @@ class Bottom:
         start: dict[bytes, int] = {}
         unique = {_key(example.ids_T): example for example in examples}
         size = sum(len(example) for example in unique.values())
-        kept = _room((size, network.width), network.dtype, file)
+        kept = new_activations((size, network.width), network.dtype, file)
         bottom = Bottom(network, count, kept, start)
         end = 0
         for batch in network.batches(list(unique.values()), budget):
@@ -149,7 +154,7 @@ def _key(ids_T: np.ndarray[Any, Any]) -> bytes:
     return ids_T.tobytes()
 
 
-def _room(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> Tensor:
+def new_activations(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> Tensor:
     """Space for the activations: in memory, or in a file that the system pages in as needed."""
     if file is None:
         return torch.empty(shape, dtype=dtype)

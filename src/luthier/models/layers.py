@@ -18,8 +18,8 @@ def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), child
 
 
-def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[str]:
-    """Names of all modules of a class."""
+def modules_of(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[str]:
+    """Names of all modules of a class, or of one of several."""
     return [name for name, module in model.named_modules() if isinstance(module, kind)]
 
 

@@ -1,4 +1,5 @@
-"""How the nodes of a token tree are laid out for a network: flat, padded, or for an encoder-decoder.
+"""How the nodes of a token tree are laid out for a network: flat, padded, for an encoder-decoder, or as
+images.
 
 The flat layout is the fast one and the default: one sequence of nodes, the tree in the attention. It
 needs a network whose attention can be replaced. Others (relative positions inside the attention,
@@ -8,6 +9,7 @@ for, and their states are put back in the order of the nodes. Objectives and hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -17,11 +19,14 @@ from torch import Tensor
 
 from luthier.models import heads
 from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
+from luthier.models.bottom import new_activations
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from luthier.data.tree import TokenTree
-    from luthier.models.network import TreeBatch
-    from luthier.types import IntArray
+    from luthier.models.network import Network, TreeBatch
+    from luthier.types import Example, IntArray
 
 
 class Layout(Protocol):
@@ -46,6 +51,8 @@ class Layout(Protocol):
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
     """The layout ``model`` can take; its attention is replaced where it is the flat one."""
+    if heads.reads_media(model.config):
+        return MediaLayout()
     if heads.decoder_of(model) is not None:
         return EncoderDecoder(model)
     if not model._supports_attention_backend:
@@ -181,6 +188,74 @@ class EncoderDecoder(Padded):
             use_cache=False,
         )
         return plan.nodes(decoded.last_hidden_state, len(batch.ids_N))
+
+
+MOST_IMAGES = 32
+"""Images in a micro-batch: more are no faster, and each is some megabytes on its way."""
+
+
+class MediaLayout:
+    """Each image or sound of the tree, one node, as an array; its state is what the head reads.
+
+    Where nothing below the head trains and rows are never changed, states are computed once for all
+    rows (:meth:`compute_ahead`): then none is decoded again.
+    """
+
+    flat: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._states_NH: Tensor | None = None
+        self._places: dict[int, int] = {}
+
+    @torch.no_grad()
+    def compute_ahead(
+        self, network: Network, examples: Sequence[Example], budget: int, file: Path | None
+    ) -> None:
+        """The states of ``examples``; with ``file`` they live there, not in memory."""
+        network.model.eval()
+        unique = [*{int(example.ids_T[0]): example for example in examples}.values()]
+        states_NH = new_activations((len(unique), network.width), network.dtype, file)
+        places: dict[int, int] = {}
+        for batch in network.batches(unique, budget):
+            states_RH = read_states(network.model.base_model, batch.plan)
+            for example, state_H in zip(batch.tree.examples, states_RH, strict=True):
+                states_NH[len(places)] = state_H.cpu()
+                places[int(example.ids_T[0])] = len(places)
+        self._states_NH, self._places = states_NH, places
+
+    def forget(self) -> None:
+        """Let go of what was computed ahead."""
+        self._states_NH, self._places = None, {}
+
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Tensor:
+        """The arrays ``[R, C, H, W]``, decoded now; or the states ``[R, H]`` that are known."""
+        places = [self._places.get(int(each.ids_T[0]), -1) for each in tree.examples]
+        if self._states_NH is not None and min(places) >= 0:
+            return self._states_NH[torch.tensor(places)].to(device)
+        arrays = [each.media.array() for each in tree.examples if each.media is not None]
+        pixels = torch.from_numpy(np.stack(arrays))
+        return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+    def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
+        """One forward pass; states ``[N, H]`` of the images, 0 for nodes that only fill the tree up."""
+        known = batch.plan.dim() == 2
+        state_RH = batch.plan if known else read_states(backbone, batch.plan)
+        state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
+        nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
+        return state_NH.index_copy(0, nodes, state_RH)
+
+
+def read_states(backbone: Any, pixels: Tensor) -> Tensor:
+    """What the head of a classifier reads of images ``[R, C, H, W]``: ``[R, H]``."""
+    output = backbone(pixel_values=pixels)
+    pooled: Tensor | None = getattr(output, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1)
+    # Vision transformers are read at their first token, convolutions by the mean of their maps.
+    first_RH: Tensor = output.last_hidden_state[:, 0]
+    return first_RH
 
 
 def _rectangle(tree: TokenTree) -> tuple[IntArray, IntArray]:

@@ -23,8 +23,8 @@ class _Record(BaseModel):
 class TextFormat(_Record):
     """How a model reads and ends texts, beside the tokenizer in its folder."""
 
-    template: Literal["chat", "plain"]
-    """The tokenizer's chat template, or texts as they are."""
+    template: Literal["chat", "plain", "none"]
+    """The tokenizer's chat template, or texts as they are; ``none`` where no texts are read."""
     stop_ids: tuple[int, ...]
     """Tokens that end a reply."""
     start_id: int | None = None

@@ -21,7 +21,7 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
-from luthier.models.layouts import Layout, layout_of
+from luthier.models.layouts import MOST_IMAGES, Layout, MediaLayout, layout_of
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example, IntArray
 
@@ -37,7 +37,11 @@ SIZE_STEP = 32
 
 
 def context_length(config: Mapping[str, Any]) -> int:
-    """Longest input in tokens that the configuration names; raises :class:`RecipeError` for none."""
+    """Longest input in tokens that the configuration names; an image or a sound is one token.
+
+    Raises:
+        RecipeError: where it names none.
+    """
     if config.get("model_type") in _RELATIVE:
         return RELATIVE_CONTEXT
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
@@ -47,6 +51,8 @@ def context_length(config: Mapping[str, Any]) -> int:
                 config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
             )
             return int(config[key]) - skipped
+    if "vocab_size" not in config and "image_size" in config:
+        return 1
     raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 
@@ -168,7 +174,7 @@ class Network:
     @property
     def width(self) -> int:
         """Numbers in a hidden state, ``H``."""
-        return int(self.model.config.hidden_size)
+        return heads.width_of(self.model)
 
     def hidden(self, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]``, one for each node of the tree."""
@@ -269,6 +275,8 @@ class Network:
 
     def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
+        if isinstance(self.layout, MediaLayout):
+            budget = min(budget, MOST_IMAGES)
         parts = split_to_budget(examples, budget, self.shares)
         return [self.batch(self._tree(part)) for part in parts]
 

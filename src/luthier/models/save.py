@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from luthier.data.processors import save_processor
 from luthier.encryption.files import seal
 from luthier.encryption.keys import keys_for
 from luthier.encryption.memory import new_plain_folder
@@ -144,7 +145,10 @@ def save_plain(plain: Path, folder: Path) -> None:
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
-    """Write the tokenizer, with the chat template a plain-text model must not use left out."""
+    """Write the tokenizer without a template that a plain-text model must not use, or the processor."""
+    if chat.media is not None:
+        save_processor(chat.media, folder)
+        return
     template = chat.tokenizer.chat_template
     if chat.template == "plain":
         chat.tokenizer.chat_template = None

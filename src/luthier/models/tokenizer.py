@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat, Template
+from luthier.data.processors import read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
@@ -46,11 +47,17 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
 
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
+    if (processor := read_processor(folder)) is not None and not _has_tokenizer(folder):
+        return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     return ChatFormat.of(tokenizer, template, listed, _start_id(folder))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _start_id(folder: Path) -> int | None:

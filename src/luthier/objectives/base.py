@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
@@ -276,6 +277,23 @@ class Means:
     def row_scores(self) -> dict[str, RowScores]:
         """What each row adds to the scores, in the order of the micro-batches."""
         return {name: RowScores.concatenate(each) for name, each in self._ratios.items()}
+
+
+def check_base(objective: Objective, chat: ChatFormat) -> None:
+    """Refuse a base model that cannot learn ``objective``, as far as its format tells.
+
+    Raises:
+        RecipeError: with the reason, and what to use.
+    """
+    reads = chat.media.kind if chat.media else "text"
+    known = {SHAPES[shape].reads for shape in objective.shapes if shape in SHAPES}
+    if known and reads not in known:
+        learned = " and ".join(f"{kind}s" for kind in sorted(known))
+        raise RecipeError(
+            f"this base model reads {reads}s, and the objective learns from {learned}. Choose another "
+            f"objective than {objective.method}, or a base that reads such rows (`luthier models list`)"
+        )
+    objective.check(chat)
 
 
 def check_writes(objective: Objective, chat: ChatFormat, instead: str = "") -> None:

@@ -6,6 +6,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes import describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.base import check_base
 from luthier.types import Row
 
 
@@ -34,7 +35,7 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
 
 def _suits(objective: Objective, chat: ChatFormat) -> bool:
     try:
-        objective.check(chat)
+        check_base(objective, chat)
     except RecipeError:
         return False
     return True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes import Labelled
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
@@ -58,9 +58,9 @@ class Classification(Objective):
     """Start a new head from logistic regression on the base model; done where it reads means."""
 
     task: ClassVar[Task] = "sequence_classification"
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"label"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"label", "labelled_audio", "labelled_image"})
+    evaluation_shapes: ClassVar[frozenset[str]] = shapes
     measure: ClassVar[str] = "accuracy"
-    shapes: ClassVar[frozenset[str]] = frozenset({"label"})
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3, max_epochs=20)
 
@@ -111,7 +111,7 @@ class Classification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""
-        labelled = [row for row in rows if isinstance(row, LabelledText)]
+        labelled = [row for row in rows if isinstance(row, Labelled)]
         several = any(isinstance(row.label, tuple) for row in labelled)
         multi = several if self.multi_label is None else self.multi_label
         seen = Counter(name for row in labelled for name in row.labels)
@@ -129,9 +129,9 @@ class Classification(Objective):
         return self.model_copy(update={"labels": found, "multi_label": multi, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The whole text; the row's weight stands at its last token."""
-        example = encode_text(row.plain_text(), index, chat)
-        if not isinstance(row, LabelledText):
+        """The whole row; a text's weight stands at its last token."""
+        example = chat.encode_input(row, index)
+        if not isinstance(row, Labelled):
             return example
         if isinstance(row.label, tuple) and not self.multi_label:
             raise RowRefused(
@@ -236,16 +236,6 @@ class Classification(Objective):
 
 def _accuracy(right_R: Tensor) -> dict[str, tuple[ArrayLike, ArrayLike]]:
     return {"accuracy": (right_R.tolist(), [1] * len(right_R))}
-
-
-def encode_text(text: str, index: int, chat: ChatFormat) -> Example:
-    """A text read as a whole, of weight 1 in all."""
-    ids_T, word_T = chat.encode_words(text)
-    if not len(ids_T):
-        raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
-    weight_T = np.zeros(len(ids_T), dtype=np.float32)
-    weight_T[-1] = 1.0
-    return Example(ids_T, weight_T, index, target=np.zeros(0), word_T=word_T)
 
 
 def cut_text(example: Example, context: int) -> Example:

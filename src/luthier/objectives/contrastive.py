@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import TextPair
+from luthier.data.shapes import RawText, TextPair
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text, encode_text
+from luthier.objectives.classification import cut_text
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -77,9 +77,11 @@ class Contrastive(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The anchor; ``target`` holds the ids of its partner."""
-        example = encode_text(row.plain_text(), index, chat)
-        partner = row.positive if isinstance(row, TextPair) else row.plain_text()
-        return replace(example, target=encode_text(partner, index, chat).ids_T)
+        example = chat.encode_input(row, index)
+        partner = example
+        if isinstance(row, TextPair):
+            partner = chat.encode_input(RawText(row.file, row.line, row.positive), index)
+        return replace(example, target=partner.ids_T)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""

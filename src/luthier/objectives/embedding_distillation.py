@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text, encode_text
+from luthier.objectives.classification import cut_text
 from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
@@ -65,7 +65,7 @@ class EmbeddingDistillation(Taught):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text, of weight 1."""
-        return encode_text(row.plain_text(), index, chat)
+        return chat.encode_input(row, index)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""

@@ -26,7 +26,7 @@ from pydantic import Field
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError, RowRefused
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import NO_LABEL, Classification, encode_text
+from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
@@ -104,7 +104,7 @@ class EncoderDistillation(Taught, Classification):
             )
         if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
-        example = encode_text(row.plain_text(), index, chat)
+        example = chat.encode_input(row, index)
         return replace(example, target=np.array([NO_LABEL]))
 
     def add_weights(self, model: nn.Module) -> None:

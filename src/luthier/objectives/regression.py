@@ -19,7 +19,7 @@ from luthier.data.shapes import RatedText
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text, encode_text
+from luthier.objectives.classification import cut_text
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Regression(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole text; the row's weight stands at its last token."""
-        example = encode_text(row.plain_text(), index, chat)
+        example = chat.encode_input(row, index)
         if not isinstance(row, RatedText):
             return example
         standard = (row.rating - (self.center or 0.0)) / (self.scale or 1.0)

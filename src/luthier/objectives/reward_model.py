@@ -21,7 +21,7 @@ from pydantic import Field
 from luthier.data.shapes import Preference, pair_answers
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text, encode_text
+from luthier.objectives.classification import cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
 from luthier.types import Example, Loss, Row
 
@@ -106,7 +106,7 @@ def _read(row: Row, index: int, chat: ChatFormat) -> Example:
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0))
-    return replace(encode_text(row.plain_text(), index, chat), word_T=None)
+    return replace(chat.encode_input(row, index), word_T=None)
 
 
 def _cut(example: Example, context: int) -> Example:

@@ -39,7 +39,7 @@ from pydantic import Field
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective, TrainingDefaults
-from luthier.objectives.classification import NO_LABEL, Classification, encode_text
+from luthier.objectives.classification import NO_LABEL, Classification
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class SemiSupervised(Classification):
     alpha: float = Field(default=0.9, gt=0, lt=1)
     """How far labels spread: what a text takes from its neighbours; 0.99 in the paper."""
 
+    shapes: ClassVar[frozenset[str]] = frozenset({"label"})
+    evaluation_shapes: ClassVar[frozenset[str]] = shapes
     mixed_shapes: ClassVar[frozenset[str]] = frozenset({"label", "text"})
     defaults: ClassVar[TrainingDefaults] = Objective.defaults
 
@@ -98,7 +100,7 @@ class SemiSupervised(Classification):
         """The whole text; a row without a label has the target -100 and the weight of such rows."""
         if isinstance(row, LabelledText):
             return super().encode(row, index, chat)
-        example = encode_text(row.plain_text(), index, chat)
+        example = chat.encode_input(row, index)
         weight_T = example.weight_T * np.float32(self.unlabelled_weight)
         return replace(example, weight_T=weight_T, target=np.array([NO_LABEL]))
 

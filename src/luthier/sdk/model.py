@@ -106,6 +106,8 @@ class Model:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
 
+        To a model that reads images or sounds a text is the path of one.
+
         Among several a text may be a list of words, or a row such as ``{"id": 7, "text": "..."}``,
         which comes back with all its fields and the answer under ``predicted``.
 
@@ -116,8 +118,8 @@ class Model:
         """
         if isinstance(texts, str | Mapping):
             return self.predict([texts], top=top, columns=columns)[0]
-        from luthier.data.rows import PREDICTED, InputChecker
-        from luthier.data.shapes import RawText, TaggedWords
+        from luthier.data.rows import PREDICTED, InputChecker, input_row
+        from luthier.data.shapes import TaggedWords
         from luthier.serving.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
@@ -133,7 +135,7 @@ class Model:
         rows: list[Row | None] = []
         for index, text in enumerate(texts, 1):
             if isinstance(text, str):
-                rows.append(RawText("predict()", index, text))
+                rows.append(input_row(text, "predict()", index))
             elif isinstance(text, Mapping):
                 rows.append(checker.row(index, dict(text)))
             else:
@@ -311,10 +313,12 @@ def evaluate(
 
 def row_input(row: Row) -> dict[str, Any]:
     """What a row gives a model that reads, ready for JSON."""
-    from luthier.data.shapes import PromptCompletion, TaggedWords
+    from luthier.data.shapes import MediaRow, PromptCompletion, TaggedWords
 
     if isinstance(row, PromptCompletion):
         return row.record()
+    if isinstance(row, MediaRow):
+        return {row.key(): str(row.media)}
     if isinstance(row, TaggedWords) and row.tags is not None:
         return {"tokens": list(row.tokens)}
     return {"text": row.plain_text()}
@@ -322,14 +326,14 @@ def row_input(row: Row) -> dict[str, Any]:
 
 def _expected_answer(row: Row) -> Any:
     """What a row says that the model should have answered."""
-    from luthier.data.shapes import LabelledText, RatedText, TaggedWords, TextPair
+    from luthier.data.shapes import Labelled, RatedText, TaggedWords, TextPair
 
     match row:
         case TaggedWords():
             return list(row.tags or ())
         case RatedText():
             return row.rating
-        case LabelledText():
+        case Labelled():
             return row.label
         case TextPair():
             return row.positive

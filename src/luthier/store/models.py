@@ -223,7 +223,7 @@ def objective_of(model: StoredModel) -> Objective:
 
     fields = model.manifest.objective
     if fields is None:
-        reads = model.manifest.kind in ("encoder", "masked_lm")
+        reads = model.manifest.kind in ("encoder", "masked_lm", "image_encoder", "audio_encoder")
         return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
@@ -247,7 +247,7 @@ def chat_format(model: StoredModel) -> ChatFormat:
     from luthier.models.tokenizer import load_chat_format, load_tokenizer
 
     stored = model.manifest.format
-    if stored is None:
+    if stored is None or stored.template == "none":
         return load_chat_format(model.folder)
     tokenizer = load_tokenizer(model.folder)
     return ChatFormat.of(tokenizer, stored.template, stored.stop_ids, stored.start_id)
@@ -255,6 +255,8 @@ def chat_format(model: StoredModel) -> ChatFormat:
 
 def text_format(chat: ChatFormat) -> TextFormat:
     """What the record of a model says of the format that it was trained and is served with."""
+    if chat.media is not None:
+        return TextFormat(template="none", stop_ids=())
     return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
+from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
@@ -21,10 +22,12 @@ from luthier.errors import RefusedInput
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head
-from luthier.models.load import catalogue_config, read_config
+from luthier.models.heads import Head, reads_media
+from luthier.models.layouts import MOST_IMAGES
+from luthier.models.load import catalogue_config, input_shape, read_config
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.objectives.base import check_base
 from luthier.store.models import base_folder, chat_format, find
 
 Config = Callable[[Head], Any]
@@ -111,9 +114,10 @@ def default_objective(kind: type[Objective]) -> Objective:
 
 def _refusal(objective: Objective, chat: ChatFormat) -> str:
     try:
-        objective.check(chat)
+        check_base(objective, chat)
     except RefusedInput as error:
-        return str(error)
+        # What the base reads is the same for many objectives, which are named together.
+        return str(error).partition(". Choose another objective than")[0]
     return ""
 
 
@@ -123,10 +127,12 @@ def _capability(
     plain = objective.task in ("causal_lm", "masked_lm")
     head = Head(objective.task, () if plain else ("a", "b"))
     try:
-        memory = sketch_training(config(head), objective, adaptation, size, head).memory
+        network = config(head)
+        memory = sketch_training(network, objective, adaptation, size, head).memory
+        tokens = MOST_IMAGES if reads_media(network) else SMALLEST_BUDGET
     except RefusedInput as error:
         return Capability(objective.method, adaptation.method, str(error))
-    return Capability(objective.method, adaptation.method, "", memory.peak(SMALLEST_BUDGET))
+    return Capability(objective.method, adaptation.method, "", memory.peak(tokens))
 
 
 def family_table(family: str) -> list[Capability]:
@@ -143,6 +149,11 @@ def family_table(family: str) -> list[Capability]:
 
 def format_of(config: Any) -> ChatFormat:
     """The format of a network, with a tokenizer of which only what objectives ask for is there."""
+    if reads_media(config):
+        channels, height, width = input_shape(config)
+        return ChatFormat.reading(
+            ImageProcessor(height, width) if channels == 3 else AudioProcessor()
+        )
     beside = getattr(config, "is_encoder_decoder", False)
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
     if config.model_type == "elmo":

@@ -17,6 +17,7 @@ from luthier.gate.checks.language import Language
 from luthier.gate.checks.learning import Learning
 from luthier.gate.checks.lengths import Lengths
 from luthier.gate.checks.markers import Markers
+from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.rules import READING_RULES, Rule
 
@@ -32,6 +33,7 @@ _KINDS: tuple[type[Check], ...] = (
     Language,
     BaseLanguage,
     Privacy,
+    MediaFiles,
 )
 CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
 """Checks by name. Their modules import heavy libraries only where they use them."""
@@ -70,6 +72,8 @@ def checks_for(
             left[name] = "not run in jobs"
         elif kind.needs_model and known.chat is None:
             left[name] = "needs a base model"
+        elif kind.of_texts and known.chat is not None and known.chat.media is not None:
+            left[name] = "reads texts"
         else:
             chosen.append(kind.of(known))
     return chosen, left

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
-from luthier.data.shapes import LabelledText, TaggedWords
+from luthier.data.shapes import Labelled, TaggedWords
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
@@ -77,13 +77,13 @@ class Balance(Check):
         labelled = 0
         for index, row in enumerate(batch.rows):
             names = set(labels_of(row))
-            labelled += isinstance(row, LabelledText | TaggedWords)
+            labelled += isinstance(row, Labelled | TaggedWords)
             for name in names:
                 count, first = counts.get(name, (0, index))
                 counts[name] = (count + 1, first)
         tagged = any(isinstance(row, TaggedWords) for row in batch.rows)
         several = any(
-            isinstance(row, LabelledText) and not isinstance(row.label, str) for row in batch.rows
+            isinstance(row, Labelled) and not isinstance(row.label, str) for row in batch.rows
         )
         return counts, labelled, tagged, several
 
@@ -175,7 +175,7 @@ class Balance(Check):
 
 def labels_of(row: Row) -> Iterable[str]:
     """Labels of a text, or names of the entities among its words."""
-    if isinstance(row, LabelledText):
+    if isinstance(row, Labelled):
         return row.labels
     if isinstance(row, TaggedWords):
         return (tag[2:] for tag in row.tags or () if tag != "O")

@@ -162,6 +162,7 @@ class BaseLanguage(Check):
     """Compares how the base's tokenizer writes the rows with how it writes English."""
 
     name: ClassVar[str] = "base_language"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (UNTRAINED,)
     needs_model: ClassVar[bool] = True
 

@@ -116,6 +116,7 @@ class Encoding(SpotCheck):
     """Looks for damaged and invisible characters."""
 
     name: ClassVar[str] = "encoding"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (
         CONTROL,
         *(rule for rule, _ in _BEYOND_ASCII),

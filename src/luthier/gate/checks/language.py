@@ -81,6 +81,7 @@ class Language(Check):
     """Tells languages, and rows that are in the wrong one."""
 
     name: ClassVar[str] = "language"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (MIX, OTHER, ANSWER, SPLITS)
     in_jobs: ClassVar[bool] = False
 

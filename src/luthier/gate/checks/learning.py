@@ -22,6 +22,7 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import (
+    Labelled,
     LabelledText,
     RatedReply,
     RatedText,
@@ -111,9 +112,9 @@ def _neighbours(row: Row) -> list[Row]:
             return [replace(row, rating=row.rating + 1)]
         case ThumbedReply():
             return [replace(row, desirable=not row.desirable)]
-        case LabelledText():
+        case Labelled():
             other = "another" if isinstance(row.label, str) else ("another", "more")
-            return [replace(row, label=other), row.bare()]
+            return [replace(row, label=other), row.bare()]  # type: ignore[call-arg]
         case RawText():
             return [LabelledText(row.file, row.line, row.text, "another"), row]
     return [row]
@@ -358,7 +359,7 @@ def _kinds(row: Row) -> Iterable[RowKind]:
     match row:
         case TaggedWords():
             return {("tag", tag) for tag in row.tags or ()}
-        case LabelledText():
+        case Labelled():
             several = "label" if isinstance(row.label, str) else "labels"
             return [(several, name) for name in dict.fromkeys(row.labels)]
         case RatedText():
@@ -446,6 +447,6 @@ def _describe_single_class(bad: RowRefused, row: Row) -> str:
             return "all words have the tag O."
         case ThumbedReply():
             return f"all answers have a thumb {'up' if row.desirable else 'down'}."
-        case LabelledText() if row.labels:
+        case Labelled() if row.labels:
             return f"all rows have the label {row.labels[0]!r}."
     return "no row has a label."

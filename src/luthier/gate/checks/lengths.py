@@ -85,6 +85,7 @@ class Lengths(SpotCheck):
     """Looks for lengths that stand out, and for answers without content."""
 
     name: ClassVar[str] = "lengths"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
 
     def __init__(self, limit: int = MEMORY_LIMIT) -> None:

@@ -113,6 +113,7 @@ class Markers(SpotCheck):
     """Looks for special tokens, template marks, placeholders and refusals."""
 
     name: ClassVar[str] = "markers"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (SPECIAL, TEMPLATE, ROLE, PLACEHOLDER, REFUSAL)
     measures_with: ClassVar[tuple[str, ...]] = ("tokenizer", "special", "_special")
 

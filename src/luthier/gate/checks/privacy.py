@@ -63,6 +63,7 @@ class Privacy(SpotCheck):
     """Looks for personal data and secrets in every text; no finding holds one."""
 
     name: ClassVar[str] = "privacy"
+    of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (*RULES.values(), UNCHECKED)
     measures_with: ClassVar[tuple[str, ...]] = ("finder",)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 NETS = {
     "palm": "luthier.models.nets.palm",
+    "efficientnet_lite": "luthier.models.nets.efficientnet_lite",
     "elmo": "luthier.models.nets.elmo",
+    "small_cnn": "luthier.models.nets.small_cnn",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
 }

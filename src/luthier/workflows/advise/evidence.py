@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes import Labelled
 from luthier.errors import LuthierError
 from luthier.files import TEMPORARY
 from luthier.objectives.capabilities import SupportsPrediction
@@ -183,11 +183,7 @@ class _Answers:
         documents: Sequence[str],
     ) -> None:
         labels = sorted(
-            {
-                row.label
-                for row in train
-                if isinstance(row, LabelledText) and isinstance(row.label, str)
-            }
+            {row.label for row in train if isinstance(row, Labelled) and isinstance(row.label, str)}
         )
         self.train = questions_of(train, labels)
         self.held = questions_of(held, labels)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.shapes import LabelledText
+from luthier.data.shapes import Labelled
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.objectives.capabilities import SupportsPrediction
@@ -157,7 +157,7 @@ def collect(
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
-    labels = Counter(str(row.label) for row in rows if isinstance(row, LabelledText))
+    labels = Counter(str(row.label) for row in rows if isinstance(row, Labelled))
     return AdviceFacts(
         wishes=wishes,
         rows=len(rows),

@@ -1,0 +1,277 @@
+"""Images and sounds of rows: where each lies, and how its bytes become numbers.
+
+A row holds no pixels, only where they are: a file, a member of a zip archive, bytes of a table, or an
+array of an ``.npz`` file. They are decoded when a micro-batch needs them, so memory does not grow with
+the number of rows. Nothing of a file is trusted: only formats without scripts are opened, and sizes are
+looked at before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import wave
+import zipfile
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.errors import RowRefused
+
+MediaKind = Literal["image", "audio"]
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg")
+MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may open: formats of pixels only. EPS, for one, is a program."""
+MOST_PIXELS = 64_000_000
+"""Of one image; a compressed file of some kilobytes can claim any number."""
+MOST_MEDIA_BYTES = 64 * 1024 * 1024
+"""Of one encoded image or sound."""
+MOST_SECONDS = 600
+"""Of one sound."""
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One image or sound, where it lies."""
+
+    kind: MediaKind
+    name: str
+    """As people find it: a path, ``archive.zip/member``, ``digits.npz[17]``."""
+    path: Path | None = None
+    """The file, or the zip archive that has it."""
+    member: str = ""
+    """Its name in a zip archive."""
+    data: bytes | None = field(default=None, repr=False)
+    """Its encoded bytes, where a table holds them."""
+    array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
+    """Its pixels ``[H, W]`` or ``[H, W, 3]``, or samples ``[T]``, where a file of arrays holds them."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Its encoded bytes.
+
+        Raises:
+            RowRefused: where they cannot be read, or are too many.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            if self.member:
+                return self._unpack(_archive(self.path))
+            if self.path.stat().st_size > MOST_MEDIA_BYTES:
+                raise _too_large(self.path.stat().st_size)
+            return self.path.read_bytes()
+        except (OSError, zipfile.BadZipFile, KeyError, RuntimeError) as error:
+            raise _refusal("unreadable", f"it cannot be read: {_reason(error)}.") from error
+
+    def _unpack(self, archive: zipfile.ZipFile) -> bytes:
+        size = archive.getinfo(self.member).file_size
+        if size > MOST_MEDIA_BYTES:
+            raise _too_large(size)
+        with archive.open(self.member) as stream:
+            return stream.read(MOST_MEDIA_BYTES + 1)[: MOST_MEDIA_BYTES + 1]
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes: equal files are one image, whatever they are called."""
+        if self.array is not None:
+            shape = f"{self.array.shape}{self.array.dtype}".encode()
+            return hashlib.sha256(shape + np.ascontiguousarray(self.array).tobytes()).hexdigest()
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def pixels(self) -> Pixels:
+        """The image ``[H, W, 3]`` in RGB, upright, on white where it is transparent.
+
+        Raises:
+            RowRefused: for what is no image, or too large a one.
+        """
+        if self.array is not None:
+            return _array_pixels(self.array)
+        return decode_image(self.read())
+
+    def samples(self) -> tuple[NDArray[np.float32], int]:
+        """The sound, all channels in one, ``[T]`` from -1 to 1, and its samples in a second.
+
+        Raises:
+            RowRefused: for what is no sound, or too long a one.
+        """
+        if self.array is not None:
+            raise _refusal("unreadable", "an array of samples names no sampling rate.")
+        return decode_audio(self.read())
+
+
+def gps_of(media: Media) -> str:
+    """Where an image says that it was taken, to a tenth of a degree; empty where it does not.
+
+    Raises:
+        RowRefused: where it cannot be opened.
+    """
+    from PIL import Image
+    from PIL.ExifTags import IFD
+
+    if media.array is not None:
+        return ""
+    try:
+        with Image.open(io.BytesIO(media.read()), formats=IMAGE_FORMATS) as opened:
+            fields = opened.getexif().get_ifd(IFD.GPSInfo)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise _refusal(
+            "unreadable", f"it is no image that can be read: {_reason(error)}."
+        ) from error
+    try:
+        degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
+        return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        return "a place" if {2, 4} <= {*fields} else ""
+
+
+def decode_image(data: bytes) -> Pixels:
+    """An encoded image as pixels; see :meth:`Media.pixels`."""
+    import warnings
+
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata that Pillow cannot read; pixels matter
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
+                width, height = opened.size
+                if width * height > MOST_PIXELS:
+                    raise _refusal(
+                        "too_large",
+                        f"it says to have {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are "
+                        "decoded.",
+                    )
+                image = ImageOps.exif_transpose(opened)
+                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                    image = image.convert("RGBA")
+                    ground = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(ground, image)
+                elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                    image = _spread(image)
+                return np.array(image.convert("RGB"))
+    except RowRefused:
+        raise
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        MemoryError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise _refusal(
+            "unreadable", f"it is no image that can be read: {_reason(error)}."
+        ) from error
+
+
+def _spread(image: Any) -> Any:
+    """An image of 16 bits or more a pixel with its range brought to 8 bits."""
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535.0 if values.max() > 255 else 255.0
+    return Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+
+
+def _array_pixels(array: NDArray[Any]) -> Pixels:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+        raise _refusal(
+            "unreadable",
+            f"an array of {array.dtype} with shape {array.shape} is no image; images are uint8, "
+            "[H, W] or [H, W, 3].",
+        )
+    return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, -1))
+
+
+def decode_audio(data: bytes) -> tuple[NDArray[np.float32], int]:
+    """An encoded sound as samples; see :meth:`Media.samples`. PCM in WAV needs no further package."""
+    if data[:4] == b"RIFF" and (read := _read_pcm(data)) is not None:
+        samples, rate = read
+    else:
+        try:
+            import soundfile
+        except ImportError:
+            raise _refusal(
+                "unreadable",
+                "only WAV files of whole numbers are read without the package soundfile.",
+                "Install it: pip install 'luthier[audio]'.",
+            ) from None
+        try:
+            with soundfile.SoundFile(io.BytesIO(data)) as file:
+                _check_length(file.frames, file.samplerate)
+                samples, rate = file.read(dtype="float32", always_2d=True).mean(1), file.samplerate
+        except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
+            raise _refusal(
+                "unreadable", f"it is no sound that can be read: {_reason(error)}."
+            ) from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise _refusal("unreadable", "it has no samples." if not len(samples) else "it is damaged.")
+    return samples, rate
+
+
+def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
+    """A WAV file of 8, 16, 24 or 32 bits; ``None`` for one of another kind."""
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            width, rate = file.getsampwidth(), file.getframerate()
+            _check_length(file.getnframes(), rate)
+            raw, channels = file.readframes(file.getnframes()), file.getnchannels()
+    except (wave.Error, EOFError):
+        return None
+    raw = raw[: len(raw) // (width * channels) * width * channels]
+    if width == 1:  # the only width that is unsigned
+        samples = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+    elif width == 3:
+        bytes_N3 = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        wide = np.zeros((len(bytes_N3), 4), np.uint8)
+        wide[:, 1:] = bytes_N3
+        samples = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+    else:
+        samples = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
+    return samples.reshape(-1, channels).mean(1), rate
+
+
+def _check_length(frames: int, rate: int) -> None:
+    if frames > MOST_SECONDS * rate:
+        raise _refusal(
+            "too_large",
+            f"it lasts {frames / max(1, rate):,.0f} s; at most {MOST_SECONDS} are read.",
+        )
+
+
+@lru_cache(maxsize=4)
+def _archive(path: Path) -> zipfile.ZipFile:
+    """An open archive: its directory is read once for all members."""
+    return zipfile.ZipFile(path)
+
+
+def _too_large(size: int) -> RowRefused:
+    return _refusal(
+        "too_large", f"the file has {size:,} bytes; at most {MOST_MEDIA_BYTES:,} are read."
+    )
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.rstrip(".")[:200]
+
+
+def _refusal(rule: str, message: str, fix: str = "") -> RowRefused:
+    return RowRefused(
+        f"media.{rule}", message, fix or "Remove the row, or bring the file into a usual form."
+    )

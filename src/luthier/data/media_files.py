@@ -1,0 +1,142 @@
+"""Rows of images and sounds from what holds nothing else: a folder, a zip archive, an ``.npz`` file.
+
+In a folder or an archive the name of the folder that a file lies in is its label, as torchvision's
+``ImageFolder`` has it; files beside each other without folders have none. An ``.npz`` file holds
+``images`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``. Rows are numbered from 1,
+in the order of the names.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from luthier.data.media import AUDIO_ENDINGS, IMAGE_ENDINGS, MEDIA_ENDINGS, Media, MediaKind
+from luthier.data.parsing import Record, Unreadable, quote
+
+MOST_MEMBERS = 2_000_000
+"""Files of one folder or archive."""
+MOST_ARRAY_BYTES = 4_000_000_000
+"""Of one array of an ``.npz`` file, unpacked."""
+
+
+def is_media(name: str) -> bool:
+    """Whether a file is an image or a sound, by its ending."""
+    return name.lower().endswith(MEDIA_ENDINGS)
+
+
+def holds_media(folder: Path) -> bool:
+    """Whether there is an image or a sound below ``folder``."""
+    return any(is_media(path.name) for path in folder.rglob("*"))
+
+
+def media_below(folder: Path) -> list[Path]:
+    """All images and sounds below ``folder``, hidden ones left out, in the order of their names."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if is_media(path.name)
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+
+
+def read_folder(folder: Path) -> Iterator[tuple[int, Record]]:
+    """A record for each file of a folder of images or sounds."""
+    paths = media_below(folder)
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    kind = _kind_of(names)
+    labelled = _has_labels(names)
+    for number, (name, path) in enumerate(zip(names, paths, strict=True), 1):
+        yield number, _record(Media(kind, f"{folder.name}/{name}", path), name, labelled)
+
+
+def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
+    """A record for each file of an archive of images or sounds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if len(archive.infolist()) > MOST_MEMBERS:
+                count = len(archive.infolist())
+                message = f"The archive has {count:,} members; at most {MOST_MEMBERS:,} are read."
+                raise Unreadable("file.damaged", message, "Split it.")
+            names = sorted(name for name in archive.namelist() if _is_member(name))
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        message = f"The archive cannot be read: {str(error).rstrip('.')}."
+        raise Unreadable("file.damaged", message, "Pack or fetch the file again.") from error
+    if not names:
+        fix = f"Put files into it that end with {', '.join(MEDIA_ENDINGS)}, or unpack it."
+        raise Unreadable("file.empty", "The archive holds no images or sounds.", fix)
+    kind, labelled = _kind_of(names), _has_labels(names)
+    for number, name in enumerate(names, 1):
+        yield number, _record(Media(kind, f"{path.name}/{name}", path, name), name, labelled)
+
+
+def _is_member(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return is_media(name) and not any(part.startswith((".", "_", "/")) for part in parts)
+
+
+def _kind_of(names: Iterable[str]) -> MediaKind:
+    endings = {PurePosixPath(name).suffix.lower() for name in names}
+    both = endings & {*IMAGE_ENDINGS}, endings & {*AUDIO_ENDINGS}
+    if all(both):
+        message = f"It holds images and sounds: {', '.join(sorted(endings))}."
+        raise Unreadable("media.mixed", message, "Put them into two folders.")
+    return "image" if both[0] else "audio"
+
+
+def _has_labels(names: Iterable[str]) -> bool:
+    """Whether the files lie in folders; all must, or none."""
+    inside = {len(PurePosixPath(name).parts) > 1: name for name in names}
+    if len(inside) > 1:
+        message = f"{quote(inside[False])} lies in no folder, and {quote(inside[True])} does."
+        fix = "The folder of a file is its label: move it into one, or all files out of theirs."
+        raise Unreadable("media.folder", message, fix)
+    return True in inside
+
+
+def _record(media: Media, name: str, labelled: bool) -> Record:
+    record: Record = {media.kind: media}
+    return record | ({"label": PurePosixPath(name).parts[0]} if labelled else {})
+
+
+def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
+    """A record for each image of an ``.npz`` file."""
+    try:
+        with np.load(stream, allow_pickle=False) as arrays:
+            names = set(arrays.files)
+            if "images" not in names:
+                message = (
+                    f"The file has no array `images`, only {', '.join(sorted(names)) or 'none'}."
+                )
+                raise Unreadable("media.npz", message, "Save it with images=… and labels=….")
+            for member in arrays.zip.infolist():  # a packed array may claim any size
+                if member.file_size > MOST_ARRAY_BYTES:
+                    message = f"Its array {member.filename} has {member.file_size:,} bytes."
+                    raise Unreadable("media.npz", message, "Split the file.")
+            images = arrays["images"]
+            labels = arrays["labels"] if "labels" in names else None
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        message = f"The file holds no plain arrays: {str(error).rstrip('.')}."
+        raise Unreadable(
+            "file.damaged", message, "Save it with numpy.savez, without objects."
+        ) from None
+    if images.ndim not in (3, 4) or images.dtype != np.uint8:
+        message = f"`images` is {images.dtype} of shape {images.shape}."
+        raise Unreadable("media.npz", message, "It must be uint8, [N, H, W] or [N, H, W, 3].")
+    if labels is not None and labels.shape != images.shape[:1]:
+        message = f"`labels` has the shape {labels.shape} beside {len(images)} images."
+        raise Unreadable("media.npz", message, "Give one label for each image.")
+    if labels is not None and labels.dtype.kind not in "iuU":
+        message = f"`labels` is {labels.dtype}."
+        raise Unreadable("media.npz", message, "Give whole numbers or texts.")
+    stem = Path(file).name
+    for index, image in enumerate(images):
+        record: Record = {"image": Media("image", f"{stem}[{index}]", array=image)}
+        if labels is not None:
+            record["label"] = str(labels[index])
+        yield index + 1, record

@@ -1,0 +1,305 @@
+"""From an image or a sound to the numbers that a network reads, stored as ``preprocessor_config.json``.
+
+Images follow transformers' image processors: resized (and its middle cut out, where the file says so),
+brought to a range of 0 to 1, and normalized for each colour. Sounds become the logarithm of a mel
+spectrogram, an image of one channel whose height is pitch and whose width is time, of a fixed number of
+seconds. The same object reads training rows and requests, and is stored with the custom model.
+
+Random changes for training are drawn from a generator of their own for each row and step, so that a run
+that goes on draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.errors import RowRefused, UnknownModel
+from luthier.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from luthier.data.augmentation import Augmentation
+    from luthier.data.media import Media, MediaKind, Pixels
+
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+
+_RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
+"""Pillow's numbers, which ``preprocessor_config.json`` has."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Pixels ``[H, W, 3]`` of any size to ``[3, height, width]``."""
+
+    height: int
+    width: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    shortest_edge: int = 0
+    """Size the shorter side is brought to before the middle is cut out; 0 to resize the whole."""
+    kind: MediaKind = "image"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what the network reads."""
+        return (3, self.height, self.width)
+
+    def with_size(self, size: int) -> ImageProcessor:
+        """The same for square images of another size."""
+        edge = round(self.shortest_edge * size / max(1, self.height)) if self.shortest_edge else 0
+        return replace(self, height=size, width=size, shortest_edge=edge)
+
+    def resized(self, media: Media) -> Pixels:
+        """The image ``[height, width, 3]``, its colours as they are."""
+        from PIL import Image
+
+        image = Image.fromarray(media.pixels())
+        method = Image.Resampling(_RESAMPLE[self.resample])
+        if not self.shortest_edge:
+            return np.asarray(image.resize((self.width, self.height), method))
+        scale = self.shortest_edge / min(image.size)
+        size = [max(1, int(side * scale)) for side in image.size]
+        image = image.resize((size[0], size[1]), method)
+        left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
+        return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
+
+    def array(
+        self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
+    ) -> NDArray[np.float32]:
+        """What the network reads, ``[3, height, width]``; changed at random with ``augmentation``."""
+        pixels = _resized(self, media)
+        if augmentation is not None:
+            pixels = augmentation.change_image(pixels, np.random.default_rng(seed))
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        values: NDArray[np.float32] = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+    def to_pixels(self, values: NDArray[np.float32]) -> Pixels:
+        """``[3, H, W]`` as a network gives it back as an image ``[H, W, 3]``."""
+        spread = values.transpose(1, 2, 0) * np.array(self.std) + np.array(self.mean)
+        return np.asarray((np.clip(spread, 0, 1) * 255).round(), dtype=np.uint8)
+
+    def fields(self) -> dict[str, Any]:
+        """Contents of ``preprocessor_config.json``, in transformers' words."""
+        size = {"height": self.height, "width": self.width}
+        fields: dict[str, Any] = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": self.shortest_edge} if self.shortest_edge else size,
+            "resample": _RESAMPLE[self.resample],
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        if self.shortest_edge:
+            fields |= {
+                "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": size,
+            }  # fmt: skip
+        return fields
+
+    @staticmethod
+    def of(fields: Mapping[str, Any]) -> ImageProcessor:
+        """From the contents of a published ``preprocessor_config.json``."""
+        size, crop = _sides(fields.get("size", 224)), _sides(fields.get("crop_size", {}))
+        edge = size.get("shortest_edge", 0)
+        if edge and not fields.get("do_center_crop") and "crop_pct" in fields:  # ConvNeXt, ResNet
+            crop, edge = {"height": edge, "width": edge}, int(edge / fields["crop_pct"])
+        whole = crop if edge and crop else {"height": edge, "width": edge} if edge else size
+        names = {number: name for name, number in _RESAMPLE.items()}
+        plain = not fields.get("do_normalize", True)
+        mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
+        std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
+        resample: Any = names.get(fields.get("resample", 2), "bilinear")
+        return ImageProcessor(whole["height"], whole["width"], mean, std, resample, edge)
+
+
+def _sides(size: Any) -> dict[str, int]:
+    return {"height": size, "width": size} if isinstance(size, int) else dict(size)
+
+
+@lru_cache(maxsize=1)
+def _cache() -> dict[Any, Pixels]:
+    return {}
+
+
+MOST_CACHED = 256 * 1024 * 1024
+"""Bytes of resized images that are held: decoding and resizing take longer than a small network."""
+
+
+def _resized(processor: ImageProcessor, media: Media) -> Pixels:
+    """:meth:`ImageProcessor.resized`, from memory where it was done before and there is room."""
+    if media.path is None:  # no name that stays; its pixels are in memory anyhow
+        return processor.resized(media)
+    key = (processor, media.path, media.member)
+    found = _cache().get(key)
+    if found is None:
+        found = processor.resized(media)
+        if (len(_cache()) + 1) * found.nbytes <= MOST_CACHED:
+            _cache()[key] = found
+    return found
+
+
+@dataclass(frozen=True)
+class AudioProcessor:
+    """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
+
+    Each spectrogram is shifted and scaled to mean 0 and deviation 1, so loudness does not matter.
+    """
+
+    sampling_rate: int = 16_000
+    max_seconds: float = 1.0
+    """A longer sound is cut, its middle is read; a shorter one is filled up with silence."""
+    num_mel_bins: int = 64
+    window_ms: float = 25.0
+    hop_ms: float = 10.0
+    kind: MediaKind = "audio"
+
+    @property
+    def frames(self) -> int:
+        """Width of the spectrogram."""
+        return 1 + int(self.max_seconds * self.sampling_rate) // self._hop
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what the network reads."""
+        return (1, self.num_mel_bins, self.frames)
+
+    @property
+    def _hop(self) -> int:
+        return round(self.sampling_rate * self.hop_ms / 1000)
+
+    def array(
+        self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
+    ) -> NDArray[np.float32]:
+        """What the network reads, ``[1, num_mel_bins, frames]``; random with ``augmentation``."""
+        samples, rate = media.samples()
+        samples = resample(samples, rate, self.sampling_rate)
+        random = np.random.default_rng(seed)
+        wanted = int(self.max_seconds * self.sampling_rate)
+        if augmentation is not None:
+            samples = augmentation.change_sound(samples, wanted, random)
+        spare = len(samples) - wanted
+        if spare > 0:
+            samples = samples[spare // 2 : spare // 2 + wanted]
+        samples = np.pad(samples, (max(0, -spare) // 2, max(0, -spare) - max(0, -spare) // 2))
+        spectrogram = self._spectrogram(samples)
+        if augmentation is not None:
+            spectrogram = augmentation.mask_spectrogram(spectrogram, random)
+        return spectrogram[None]
+
+    def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``[num_mel_bins, frames]`` of mean 0 and deviation 1."""
+        from transformers.audio_utils import spectrogram, window_function
+
+        window = round(self.sampling_rate * self.window_ms / 1000)
+        size = 1 << (window - 1).bit_length()
+        power = spectrogram(
+            samples.astype(np.float64),
+            window_function(window, "hann", frame_length=size),
+            frame_length=size,
+            hop_length=self._hop,
+            power=2.0,
+            mel_filters=_mel_filters(size, self.num_mel_bins, self.sampling_rate),
+            mel_floor=1e-8,
+            log_mel="log",
+        )[:, : self.frames]
+        return np.asarray((power - power.mean()) / (power.std() + 1e-5), dtype=np.float32)
+
+    def fields(self) -> dict[str, Any]:
+        """Contents of ``preprocessor_config.json``: a form of luthier's own."""
+        return {
+            "feature_extractor_type": "LogMelSpectrogram",
+            "sampling_rate": self.sampling_rate,
+            "max_seconds": self.max_seconds,
+            "num_mel_bins": self.num_mel_bins,
+            "window_ms": self.window_ms,
+            "hop_ms": self.hop_ms,
+        }
+
+
+@lru_cache(maxsize=8)
+def _mel_filters(size: int, bins: int, rate: int) -> NDArray[np.float64]:
+    from transformers.audio_utils import mel_filter_bank
+
+    found: NDArray[np.float64] = mel_filter_bank(
+        size // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney"
+    )
+    return found
+
+
+def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
+    """The sound ``[T]`` at another sampling rate, through its Fourier transform: no aliases."""
+    if rate == wanted or not len(samples):
+        return samples
+    count = max(1, round(len(samples) * wanted / rate))
+    spectrum = np.fft.rfft(samples)[: count // 2 + 1]
+    spectrum = np.pad(spectrum, (0, count // 2 + 1 - len(spectrum)))
+    return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
+
+
+Processor = ImageProcessor | AudioProcessor
+
+
+def read_processor(folder: Path) -> Processor | None:
+    """How the network in ``folder`` reads images or sounds; ``None`` where it reads texts.
+
+    Raises:
+        UnknownModel: for a form that is not known here.
+    """
+    path = folder / PREPROCESSOR_CONFIG
+    if not path.is_file():
+        return None
+    fields = read_json(path)
+    if "image_processor_type" in fields or "image_mean" in fields:
+        return ImageProcessor.of(fields)
+    if fields.get("feature_extractor_type") == "LogMelSpectrogram":
+        names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms")
+        return AudioProcessor(**{name: fields[name] for name in names})
+    kind = fields.get("feature_extractor_type", "of no kind that it names")
+    raise UnknownModel(f"{path} is a preprocessor {kind}, which is not known here")
+
+
+def save_processor(processor: Processor, folder: Path) -> None:
+    """Write :data:`PREPROCESSOR_CONFIG`."""
+    write_json(folder / PREPROCESSOR_CONFIG, processor.fields())
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInput:
+    """An image or a sound on its way into a network."""
+
+    media: Media
+    processor: Processor
+    augmentation: Augmentation | None = None
+    seed: tuple[int, ...] = ()
+    """Of the random changes."""
+
+    def array(self) -> NDArray[np.float32]:
+        """``[C, H, W]``.
+
+        Raises:
+            RowRefused: where the file cannot be read any more.
+        """
+        return self.processor.array(self.media, self.augmentation, self.seed)
+
+
+def check_kind(media: Media, processor: Processor | None, index: int) -> Processor:
+    """The processor, where it reads such rows."""
+    if processor is None or processor.kind != media.kind:
+        reads = "texts" if processor is None else f"{processor.kind}s"
+        raise RowRefused(
+            "media.base",
+            f"this base reads {reads}, and row {index + 1} is an {media.kind}.",
+            "Name a base that reads such rows; `luthier models list` shows what each reads.",
+        )
+    return processor

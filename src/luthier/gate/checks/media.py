@@ -1,0 +1,252 @@
+"""Images and sounds that cannot be read, look alike, or say more than they should.
+
+Images that look alike have the same difference hash (Krawetz 2013: which of two neighbours is brighter,
+on 9 x 8 grey pixels) and nearly the same thumbnail of 16 x 16 grey pixels, whatever their size and
+format.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.data.media import Media, gps_of
+from luthier.data.processors import AudioProcessor, Processor
+from luthier.data.shapes import MediaRow
+from luthier.errors import RowRefused
+from luthier.gate.check import BatchLines, Check, CheckContext, RowBatch
+from luthier.gate.rules import Finding, Findings, Place, Rule
+from luthier.types import Row
+
+UNREADABLE = Rule(
+    "media.unreadable",
+    "error",
+    "A file is no image or sound that can be read.",
+    "It would end the run at the step that reads it.",
+    "Remove the row, or write the file again.",
+)
+TOO_LARGE = Rule(
+    "media.too_large",
+    "error",
+    "An image or a sound says to be larger than what is decoded.",
+    "A small file that unpacks to gigabytes can take the machine down.",
+    "Scale it down, cut it, or remove the row.",
+)
+SIMILAR = Rule(
+    "media.similar",
+    "warning",
+    "Images of a split look the same, though their files differ.",
+    "They count double, and a split of them puts the answer on both sides.",
+    "Keep one of them.",
+)
+LEAK = Rule(
+    "leakage.similar",
+    "warning",
+    "An image of one split looks like one of another.",
+    "What is measured on it was learned, so the score is too good.",
+    "Keep all pictures of one thing in one split.",
+)
+LABELS = Rule(
+    "label.similar",
+    "warning",
+    "Images that look the same have different labels.",
+    "One of them teaches the opposite of the other.",
+    "Mend the wrong label, or remove both.",
+)
+LOCATION = Rule(
+    "privacy.location",
+    "warning",
+    "An image says in its metadata where it was taken.",
+    "The model reads pixels only, but whoever gets the files gets the places.",
+    "Remove the metadata before the files are passed on, as with exiftool -gps:all= FILE.",
+)
+LOW_RESOLUTION = Rule(
+    "media.low_resolution",
+    "note",
+    "An image has less than a quarter of the pixels on a side that the model reads.",
+    "It is blown up; details that were never there cannot be learned.",
+    "Use larger originals, or a smaller `data.image_size`.",
+)
+SILENT = Rule(
+    "media.silent",
+    "warning",
+    "A sound is silence.",
+    "There is nothing to learn in it but its label.",
+    "Remove the row, or record it again.",
+)
+CLIPPED = Rule(
+    "media.clipped",
+    "note",
+    "A sound was recorded too loud: its peaks are cut off.",
+    "It is distorted, and sounds in use may not be.",
+    "Record it with less gain.",
+)
+CUT = Rule(
+    "media.cut",
+    "note",
+    "A sound is longer than what the model reads; its middle is read.",
+    "What is outside is not learned.",
+    "Cut it into pieces, or choose a base that reads longer ones.",
+)
+
+MOST_COMPARED = 200_000
+"""Images that are compared with each other; each takes some 300 bytes."""
+ALIKE = 6.0
+"""Largest mean difference of the grey pixels, of 255, of thumbnails that look the same."""
+SILENCE = 1e-3
+"""Largest amplitude, of 1, of what is called silent."""
+PEAKS = 0.01
+"""Share of samples at full scale from which on a sound is clipped."""
+_HASH, _THUMBNAIL = (9, 8), (16, 16)
+
+
+@dataclass(frozen=True)
+class MeasuredMedia:
+    """What is known of one row."""
+
+    refused: tuple[str, str, str] | None = None
+    """Rule, message and fix, where it cannot be read."""
+    found: tuple[tuple[str, str], ...] = ()
+    """Other rules that it breaks, each with a message."""
+    size: str = ""
+    """Pixels, or seconds, for the summary."""
+    hash: bytes = b""
+    """Difference hash and thumbnail of an image."""
+    labels: tuple[str, ...] = ()
+
+
+@dataclass
+class _Seen:
+    """Where an image was first met."""
+
+    place: Place
+    split: str
+    labels: tuple[str, ...]
+    thumbnail: NDArray[np.int16] = field(repr=False)
+
+
+class MediaFiles(Check):
+    """Opens every image and sound."""
+
+    name: ClassVar[str] = "media"
+    rules: ClassVar[tuple[Rule, ...]] = (
+        UNREADABLE, TOO_LARGE, SIMILAR, LEAK, LABELS, LOCATION, LOW_RESOLUTION, SILENT, CLIPPED, CUT,
+    )  # fmt: skip
+    measures_with: ClassVar[tuple[str, ...]] = ("processor",)
+
+    def __init__(self, processor: Processor | None = None) -> None:
+        self.processor = processor
+        self.sizes: dict[str, Counter[str]] = {}
+        self.seen: dict[bytes, list[_Seen]] = {}
+        self.compared = 0
+
+    @classmethod
+    def of(cls, known: CheckContext) -> Self:
+        """With what the model reads, where it is known."""
+        return cls(known.chat.media if known.chat else None)
+
+    def measure(self, batch: RowBatch) -> list[MeasuredMedia | None]:
+        """Decode each file of a batch."""
+        return [self._measure(row) for row in batch.rows]
+
+    def _measure(self, row: Row) -> MeasuredMedia | None:
+        if not isinstance(row, MediaRow):
+            return None
+        try:
+            if row.media.kind == "image":
+                return self._measure_image(row, row.media)
+            return self._measure_sound(row.media)
+        except RowRefused as bad:
+            return MeasuredMedia((bad.rule, bad.message, bad.fix))
+
+    def _measure_image(self, row: MediaRow, media: Media) -> MeasuredMedia:
+        from PIL import Image
+
+        pixels = media.pixels()
+        height, width = pixels.shape[:2]
+        found: list[tuple[str, str]] = []
+        if place := gps_of(media):
+            found.append((LOCATION.id, f"{media.name} was taken at {place}."))
+        if self.processor is not None:
+            wanted = self.processor.shape[1:]
+            if height * 4 < wanted[0] and width * 4 < wanted[1]:
+                size = f"{width} x {height} pixels; {wanted[1]} x {wanted[0]} are read"
+                text = f"{media.name} has {size}."
+                found.append((LOW_RESOLUTION.id, text))
+        grey = Image.fromarray(pixels).convert("L")
+        small = np.asarray(grey.resize(_HASH, Image.Resampling.BOX), dtype=np.int16)
+        thumbnail = np.asarray(grey.resize(_THUMBNAIL, Image.Resampling.BOX))
+        bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
+        labels = row.classes()
+        return MeasuredMedia(
+            None, tuple(found), f"{width} x {height}", bits + thumbnail.tobytes(), labels
+        )
+
+    def _measure_sound(self, media: Media) -> MeasuredMedia:
+        samples, rate = media.samples()
+        seconds = len(samples) / rate
+        found: list[tuple[str, str]] = []
+        top = float(np.abs(samples).max())
+        if top < SILENCE:
+            found.append((SILENT.id, f"{media.name} is never louder than {top:.1%} of full scale."))
+        elif (share := float((np.abs(samples) >= 0.999).mean())) >= PEAKS:
+            found.append((CLIPPED.id, f"{share:.1%} of {media.name} is at full scale."))
+        if (
+            isinstance(self.processor, AudioProcessor)
+            and seconds > self.processor.max_seconds * 1.05
+        ):
+            text = f"{media.name} lasts {seconds:.1f} s; {self.processor.max_seconds:g} s are read."
+            found.append((CUT.id, text))
+        return MeasuredMedia(None, tuple(found), f"{rate:,} Hz")
+
+    def take(
+        self, where: BatchLines, measured: list[MeasuredMedia | None], findings: Findings
+    ) -> None:
+        """Say what is wrong with single rows, and compare images with those before."""
+        rules = {rule.id: rule for rule in self.rules}
+        for index, each in enumerate(measured):
+            if each is None:
+                continue
+            place = where.place(index)
+            if each.refused is not None:
+                rule, message, fix = each.refused
+                findings.add(Finding(rules.get(rule, UNREADABLE), place, message, fix))
+                continue
+            for rule, message in each.found:
+                findings.add(Finding(rules[rule], place, message))
+            self.sizes.setdefault(where.split, Counter())[each.size] += 1
+            if each.hash and self.compared < MOST_COMPARED:
+                self.compared += 1
+                self._compare(each, place, where.split, findings)
+
+    def _compare(self, image: MeasuredMedia, place: Place, split: str, findings: Findings) -> None:
+        grey = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
+        known = self.seen.setdefault(image.hash[:8], [])
+        for other in known:
+            if float(np.abs(grey - other.thumbnail).mean()) > ALIKE:
+                continue
+            rule = SIMILAR if other.split == split else LEAK
+            rule = LABELS if other.labels != image.labels else rule
+            message = f"It looks like {other.place}"
+            if rule is LABELS:
+                message += f", which has the label {', '.join(other.labels)} in place of "
+                message += ", ".join(image.labels)
+            elif rule is LEAK:
+                message += f" of {other.split}"
+            findings.add(Finding(rule, place, f"{message}.", others=(other.place,)))
+            return
+        known.append(_Seen(place, split, image.labels, grey))
+
+    def summary(self) -> Mapping[str, Any]:
+        """How large images are, or how sounds are sampled."""
+        return {
+            "splits": {
+                split: {"sizes": {"counts": dict(counts.most_common(10))}}
+                for split, counts in self.sizes.items()
+            }
+        }
