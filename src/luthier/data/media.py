@@ -34,6 +34,8 @@ MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Of one encoded image or sound."""
+MOST_DIGESTS = 500_000
+"""Hashes that are remembered."""
 MOST_SECONDS = 600
 """Of one sound."""
 
@@ -89,7 +91,25 @@ class Media:
         if self.array is not None:
             shape = f"{self.array.shape}{self.array.dtype}".encode()
             return hashlib.sha256(shape + np.ascontiguousarray(self.array).tobytes()).hexdigest()
-        return hashlib.sha256(self.read()).hexdigest()
+        if (version := self.version()) is None:
+            return hashlib.sha256(self.read()).hexdigest()
+        # Asked for by each check of the data, and again to encode the row.
+        found = _digests().get(version)
+        if found is None:
+            found = hashlib.sha256(self.read()).hexdigest()
+            if len(_digests()) < MOST_DIGESTS:
+                _digests()[version] = found
+        return found
+
+    def version(self) -> tuple[str, str, int, int] | None:
+        """What tells one content of its file from another without reading it; ``None`` without one."""
+        if self.path is None:
+            return None
+        try:
+            state = self.path.stat()
+        except OSError as error:
+            raise _refusal("unreadable", f"it cannot be read: {_reason(error)}.") from error
+        return str(self.path), self.member, state.st_mtime_ns, state.st_size
 
     def pixels(self) -> Pixels:
         """The image ``[H, W, 3]`` in RGB, upright, on white where it is transparent.
@@ -252,6 +272,11 @@ def _check_length(frames: int, rate: int) -> None:
             "too_large",
             f"it lasts {frames / max(1, rate):,.0f} s; at most {MOST_SECONDS} are read.",
         )
+
+
+@lru_cache(maxsize=1)
+def _digests() -> dict[tuple[str, str, int, int], str]:
+    return {}
 
 
 @lru_cache(maxsize=4)

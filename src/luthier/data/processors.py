@@ -138,9 +138,10 @@ MOST_CACHED = 256 * 1024 * 1024
 
 def _resized(processor: ImageProcessor, media: Media) -> Pixels:
     """:meth:`ImageProcessor.resized`, from memory where it was done before and there is room."""
-    if media.path is None:  # no name that stays; its pixels are in memory anyhow
+    version = media.version()
+    if version is None:  # its pixels are in memory anyhow
         return processor.resized(media)
-    key = (processor, media.path, media.member)
+    key = (processor, version)
     found = _cache().get(key)
     if found is None:
         found = processor.resized(media)

@@ -9,8 +9,11 @@ for, and their states are put back in the order of the nodes. Objectives and hea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -190,6 +193,12 @@ class EncoderDecoder(Padded):
         return plan.nodes(decoded.last_hidden_state, len(batch.ids_N))
 
 
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    """Those that decode, of this process."""
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), "luthier-decode")
+
+
 MOST_IMAGES = 32
 """Images in a micro-batch: more are no faster, and each is some megabytes on its way."""
 
@@ -234,7 +243,9 @@ class MediaLayout:
         places = [self._places.get(int(each.ids_T[0]), -1) for each in tree.examples]
         if self._states_NH is not None and min(places) >= 0:
             return self._states_NH[torch.tensor(places)].to(device)
-        arrays = [each.media.array() for each in tree.examples if each.media is not None]
+        media = [each.media for each in tree.examples if each.media is not None]
+        # Pillow lets go of Python's lock while it decodes.
+        arrays = [*_threads().map(lambda each: each.array(), media)]
         pixels = torch.from_numpy(np.stack(arrays))
         return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
