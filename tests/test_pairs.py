@@ -362,9 +362,13 @@ def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
     assert 0 < rate < 0.1 and reason
 
 
+MEDIA_SHAPES = {"image", "audio", "labelled_image", "labelled_audio"}
+"""What is learned from them is tested with networks that read them."""
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_names_itself_and_what_it_learns_from(name: str) -> None:
     objective = OBJECTIVES[name]()
     assert objective.method == name
-    assert objective.shapes and objective.shapes <= {*ROWS, "rated"}
+    assert objective.shapes and objective.shapes <= {*ROWS, "rated", *MEDIA_SHAPES}
     assert not objective.further_shapes & objective.shapes

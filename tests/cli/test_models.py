@@ -23,7 +23,11 @@ def test_list_names_bases_and_custom_models(
     report = Answer("models", "list", "--json").good().json()
     assert [base["id"] for base in report["base"]] == list(CATALOG)
     assert not any(base["here"] for base in report["base"])
-    assert {base["source"].partition(":")[0] for base in report["base"]} == {"pypi", "hub"}
+    assert {base["source"].partition(":")[0] for base in report["base"]} == {
+        "pypi",
+        "hub",
+        "random",
+    }
     (custom,) = report["custom"]
     assert custom["id"] == MODEL
     assert (custom["objective"], custom["adaptation"]) == ("sft", "full")

@@ -45,21 +45,21 @@ SIMILAR = Rule(
     "Keep one of them.",
 )
 LEAK = Rule(
-    "leakage.similar",
+    "media.leakage",
     "warning",
     "An image of one split looks like one of another.",
     "What is measured on it was learned, so the score is too good.",
     "Keep all pictures of one thing in one split.",
 )
 LABELS = Rule(
-    "label.similar",
+    "media.contradiction",
     "warning",
     "Images that look the same have different labels.",
     "One of them teaches the opposite of the other.",
     "Mend the wrong label, or remove both.",
 )
 LOCATION = Rule(
-    "privacy.location",
+    "media.location",
     "warning",
     "An image says in its metadata where it was taken.",
     "The model reads pixels only, but whoever gets the files gets the places.",
