@@ -120,6 +120,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("families") / name
+            if name in IMAGE_FAMILIES:
+                make_image_family(name, made[name])
+                return made[name]
             tokenizer = TOKENIZERS.get(name, make_tokenizer)()
             make_family(name, tokenizer).save_pretrained(made[name])
             tokenizer.save_pretrained(made[name])
@@ -130,6 +133,19 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
+
+
+IMAGE_FAMILIES = ("vae",)
+
+
+def make_image_family(name: str, folder: Path) -> None:
+    """A tiny network for images of 9 x 7, and how it reads them."""
+    from luthier.data.processors import ImageProcessor, save_processor
+    from luthier.models.build import build_media
+
+    fields = {"image_size": (9, 7), "hidden_sizes": (8, 16), "latent_size": 4}
+    build_media({"model_type": name, **fields}, "autoencoding", 0, folder)
+    save_processor(ImageProcessor(9, 7, (0.5,) * 3, (0.5,) * 3), folder)
 
 
 def make_wordpiece() -> Any:

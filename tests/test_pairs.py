@@ -11,12 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
+from luthier.data.media import Media
 from luthier.data.shapes import (
+    BareImage,
     Conversation,
     LabelledText,
     Preference,
@@ -112,6 +115,10 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+ROWS["image"] = [
+    BareImage("f", n, Media("image", f"i[{n}]", array=np.eye(8, dtype=np.uint8) * (n + 1) * 60))
+    for n in range(4)
+]
 DISTILLED = ("logit_distillation", "on_policy_distillation")
 ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
@@ -134,7 +141,12 @@ def rows_of(objective: Objective) -> list[Row]:
     return [row for shape in [min(objective.shapes), *sorted(further)] for row in ROWS[shape]]
 
 
-TRIPLES = list(itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES))
+IMAGES = {"vae": "vae"}
+"""Family of each objective of images; the others have networks that read tokens."""
+TRIPLES = [
+    *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
+    *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
+]
 REFUSED = {
     **{
         (o, f): "cannot be a causal|learns to write"
@@ -146,6 +158,7 @@ REFUSED = {
         ("masked_lm", f): "no mask token|cannot be a masked"
         for f in (*DECODERS, "t5", "xlnet", "elmo")
     },
+    **{("vae", f): "cannot be an autoencoder of images" for f in FAMILIES},
     **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
@@ -185,6 +198,12 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         },
         ("adapters", "elmo"): "do not know where the sublayers of networks of type elmo end",
         ("prompt", "transfo_xl"): "no gradient flows back over the borders of segments",
+        **{
+            (a, f): "works among the tokens of a text"
+            for a in ("adapters", "prompt", "prefix")
+            for f in IMAGES.values()
+        },
+        **{("feature_extraction", f): "has none. Use lora" for f in IMAGES.values()},
     }
 
 

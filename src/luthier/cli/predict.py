@@ -104,4 +104,7 @@ def _render(text: str, answer: dict[str, Any]) -> str:
         return f"{answer['reward']:.3f}\n"
     if "rating" in answer:
         return f"{answer['rating']:.3f}\n"
+    if "score" in answer:
+        odd = "  anomalous" if answer.get("anomalous") else ""
+        return f"{answer['score']:.3f}{odd}\n"
     return "".join(f"{p:6.1%}  {name}\n" for name, p in answer["scores"].items())

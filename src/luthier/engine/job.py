@@ -156,7 +156,8 @@ def with_reading_defaults(
         recipe = recipe.model_copy(update={"adaptation": full})
     if recipe.data.augmentation is None:
         usual = Augmentation()
-        if processor is not None and not recipe.adaptation.head_only:
+        changes = recipe.objective is None or recipe.objective.allows_augmentation
+        if processor is not None and changes and not recipe.adaptation.head_only:
             usual = Augmentation.usual(processor.kind)
             amounts = usual.model_dump(exclude_defaults=True).items()
             words = ", ".join(f"{name}={amount:g}" for name, amount in amounts)

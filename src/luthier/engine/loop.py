@@ -44,7 +44,11 @@ from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.models.save import adapter_buffers
 from luthier.objectives.base import Means, Objective
-from luthier.objectives.capabilities import SupportsRollouts, SupportsStepReport
+from luthier.objectives.capabilities import (
+    SupportsRollouts,
+    SupportsSchedule,
+    SupportsStepReport,
+)
 from luthier.recipe import Training
 from luthier.types import Example
 
@@ -189,9 +193,13 @@ class Loop:
             self.training.warmup_ratio,
             self.training.warmup_steps,
         )
-        batches = self._batches(chosen)
-        for turn in self.objective.turns(batches):
-            loss, further = self._backward(turn)
+        objective = self.objective
+        if isinstance(objective, SupportsSchedule):
+            objective = objective.at(self.progress.step / self.steps)
+        with torch.no_grad():
+            batches = objective.annotate(self.network, chosen, self.budget)
+        for turn in objective.turns(batches):
+            loss, further = self._backward(objective, turn)
             norm = self.optimizer.step(rate)
         seconds = time.monotonic() - started
         tokens = sum(row.tokens for batch in batches for row in batch.tree.examples)
@@ -230,16 +238,14 @@ class Loop:
             for place, example in enumerate(chosen)
         ]
 
-    def _batches(self, examples: Sequence[Example]) -> list[TreeBatch]:
-        with torch.no_grad():
-            return self.objective.annotate(self.network, examples, self.budget)
-
-    def _backward(self, batches: Sequence[TreeBatch]) -> tuple[float, dict[str, float]]:
+    def _backward(
+        self, objective: Objective, batches: Sequence[TreeBatch]
+    ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
         weight = math.fsum(batch.weight for batch in batches)
         means = Means()
         for batch in batches:
-            loss = self.objective.loss(self.network, batch)
+            loss = objective.loss(self.network, batch)
             (loss.total / weight).backward()
             self.optimizer.collect()
             means.add(loss, batch.weight)

@@ -63,6 +63,7 @@ from luthier.objectives.capabilities import (
     SupportsHeadStart,
     SupportsPrecomputation,
     SupportsPreparation,
+    SupportsThreshold,
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
@@ -194,6 +195,7 @@ class Trainer:
         ``learned`` is the job of the refit, where there was one; ``lines`` are those before it.
         """
         self.reporter.stage("Storing and verifying the model")
+        final = self._with_threshold(learned or self.job, network)
         counts, objective = self.job.data.counts, self.job.data.objective
         refit = None
         if learned is not None:
@@ -216,7 +218,7 @@ class Trainer:
             refit=refit,
         )
         writer = ModelWriter(
-            learned or self.job,
+            final,
             self.run_folder,
             progress,
             lines,
@@ -228,6 +230,24 @@ class Trainer:
         )
         with self.clock.part("store"):
             return writer.write(network)
+
+    @torch.no_grad()
+    def _with_threshold(self, job: Job, network: Network) -> Job:
+        """``job`` with the border that the objective draws by what the trained network says."""
+        objective = job.data.objective
+        if not isinstance(objective, SupportsThreshold):
+            return job
+        held = self.job.data.validation
+        if not held or job is not self.job:
+            self.reporter.note(
+                "warning: the threshold is set by rows that were learned from, as none are held out: "
+                "more of other rows will be above it"
+            )
+        network.model.eval()
+        done = objective.with_threshold(network, held or job.data.train, self._reading_budget)
+        recipe = job.recipe.model_copy(update={"objective": done})
+        origin = {**job.origin, "recipe": recipe.plain()}
+        return replace(job, recipe=recipe, data=replace(job.data, objective=done), origin=origin)
 
     def _refit(self, measured: TrainingProgress) -> tuple[Network, Job, TrainingProgress]:
         """Train from the base once more, on all rows, for as many passes as the kept weights had.
@@ -425,7 +445,8 @@ class Trainer:
         data = self.job.data
         media = network.layout if isinstance(network.layout, MediaLayout) else None
         if media is not None:
-            count = len(layer_names(network.model)) * is_frozen(network.model.base_model)
+            frozen = is_frozen(network.model.base_model)
+            count = len(layer_names(network.model)) if frozen else 0
         else:
             count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)

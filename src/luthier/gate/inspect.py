@@ -49,6 +49,8 @@ def default_base(
     the default decoder on 65 % after fourteen (docs/log/defaults.md). Bad rows are refused later.
     """
     plain = DEFAULT_BASE, "the default"
+    if objective is not None and objective.defaults.base is not None:
+        return objective.defaults.base, f"objective {objective.method} trains such a network"
     if objective is not None and not isinstance(objective, SupportsPrediction):
         return plain
     try:

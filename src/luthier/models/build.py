@@ -56,9 +56,9 @@ def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_media(fields: dict[str, Any], seed: int, folder: Path) -> None:
+def build_media(fields: dict[str, Any], task: Task, seed: int, folder: Path) -> None:
     """Write a network for images or spectrograms with weights drawn from ``seed``, in float32."""
-    _draw(fields, "embedding", seed).save_pretrained(folder)
+    _draw(fields, task, seed).save_pretrained(folder)
 
 
 def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:

@@ -30,6 +30,7 @@ from luthier.files import (
     sha256_of,
     sweep,
 )
+from luthier.models.heads import Task
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.plugins import PluginTable
 
@@ -110,6 +111,8 @@ class RandomSource:
 
     config: Mapping[str, Any]
     processor: Processor
+    task: Task = "embedding"
+    """What the network is drawn for."""
 
     @property
     def provenance(self) -> Provenance:
@@ -120,7 +123,7 @@ class RandomSource:
         """Draw the weights into the folder ``target``; returns the provenance."""
         from luthier.models.build import build_media
 
-        build_media(dict(self.config), 0, target)
+        build_media(dict(self.config), self.task, 0, target)
         save_processor(self.processor, target)
         return self.provenance
 
@@ -154,7 +157,9 @@ class CatalogEntry:
 
     id: str
     source: ModelSource
-    kind: Literal["causal_lm", "masked_lm", "encoder", "image_encoder", "audio_encoder"]
+    kind: Literal[
+        "causal_lm", "masked_lm", "encoder", "image_encoder", "audio_encoder", "autoencoding"
+    ]
     """The task of its head, or what it encodes: an ``encoder`` texts."""
     languages: tuple[str, ...]
     """ISO 639-1 codes of what it was trained on."""
@@ -241,6 +246,7 @@ _XLM_R = (
 )
 
 _SMALL_CNN = {"model_type": "small_cnn", "image_size": 32}
+_SMALL_VAE = {"model_type": "vae", "image_size": 32}
 _SMALL_AUDIO_CNN = {"model_type": "small_cnn", "num_channels": 1, "image_size": [64, 101]}
 
 # No hub could be reached where this was written: figures of the entries from the hub are those of
@@ -343,6 +349,21 @@ _ENTRIES = (
         disk_bytes=20_000_000,
         about="the same for sounds of a second, as the logarithm of their mel spectrogram",
         config=_SMALL_AUDIO_CNN,
+    ),
+    CatalogEntry(
+        id="small-vae",
+        source=RandomSource(
+            _SMALL_VAE, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3), "autoencoding"
+        ),
+        kind="autoencoding",
+        languages=(),
+        parameters=395_043,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=0,
+        disk_bytes=20_000_000,
+        about="small variational autoencoder of random weights for images of 32 x 32",
+        config=_SMALL_VAE,
     ),
     CatalogEntry(
         id="smollm2-360m-instruct",

@@ -25,6 +25,7 @@ Task = Literal[
     "sequence_classification",
     "token_classification",
     "embedding",
+    "autoencoding",
 ]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
@@ -33,6 +34,7 @@ _CLASSES: dict[Task, str] = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
+    "autoencoding": "AutoModelForImageToImage",
 }
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
@@ -41,6 +43,7 @@ _WORDS: dict[Task, str] = {
     "sequence_classification": "a classifier of texts",
     "token_classification": "a classifier of tokens",
     "embedding": "an encoder of texts",
+    "autoencoding": "an autoencoder of images",
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
@@ -54,6 +57,7 @@ _PEFT: dict[Task, str] = {
     "sequence_classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "embedding": "FEATURE_EXTRACTION",
+    "autoencoding": "FEATURE_EXTRACTION",
 }
 
 
@@ -73,7 +77,7 @@ class Head:
 
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' configuration that say so."""
-        if self.task in ("causal_lm", "masked_lm", "embedding"):
+        if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding"):
             return {}
         names = dict(enumerate(self.labels))
         return {
@@ -106,6 +110,7 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
 _OF_MEDIA: dict[Task, tuple[str, ...]] = {
     "sequence_classification": ("AutoModelForImageClassification",),
     "embedding": ("AutoModel",),
+    "autoencoding": ("AutoModelForImageToImage",),
 }
 """The same for networks that read images, or sounds as pictures of their pitch over time."""
 
@@ -114,11 +119,10 @@ def reads_media(config: Any) -> bool:
     """Whether networks of this configuration read images or sounds and no tokens."""
     import transformers
 
-    able = (_OF_MEDIA["sequence_classification"], ("AutoModelForAudioClassification",))
+    named = [name for task, names in _OF_MEDIA.items() if task != "embedding" for name in names]
     return not hasattr(config, "vocab_size") and any(
         type(config) in getattr(transformers, name)._model_mapping
-        for names in able
-        for name in names
+        for name in (*named, "AutoModelForAudioClassification")
     )
 
 
@@ -223,7 +227,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    if task_of(model) in ("causal_lm", "embedding"):
+    if task_of(model) in ("causal_lm", "embedding", "autoencoding"):
         return []
     prefix = getattr(model, "base_model_prefix", "")
     heads = [n for n, child in model.named_children() if n != prefix and _own(child, model)]
@@ -285,11 +289,13 @@ def first_position(model: Any) -> int:
 
 
 def width_of(model: Any) -> int:
-    """Numbers in a hidden state, ``H``; of an image, in what its classifier reads."""
+    """Numbers in a hidden state, ``H``; of an image, in what its classifier or decoder reads."""
     from torch import nn
 
     if not reads_media(model.config):
         return int(model.config.hidden_size)
+    if hasattr(model.config, "latent_size"):
+        return int(model.config.latent_size)
     linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]
     return linear[0].in_features
 

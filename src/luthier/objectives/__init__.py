@@ -22,6 +22,7 @@ from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
 from luthier.objectives.token_classification import TokenClassification
+from luthier.objectives.vae import VAE
 from luthier.plugins import PluginTable
 
 OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
@@ -49,6 +50,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "reward_model": RewardModel,
         "grpo": GRPO,
         "ppo": PPO,
+        "vae": VAE,
     },
 )
 
@@ -60,6 +62,7 @@ __all__ = [
     "ORPO",
     "PPO",
     "SFT",
+    "VAE",
     "BiLM",
     "CausalLM",
     "Classification",

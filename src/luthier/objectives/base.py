@@ -55,6 +55,8 @@ class TrainingDefaults:
     """Passes over the rows where they are not too many."""
     max_epochs: int = 5
     """Passes over few rows, to come to :attr:`Objective.min_steps`."""
+    base: str | None = None
+    """Base model, where the rows alone would name one that cannot learn it."""
 
 
 class Objective(BaseModel):

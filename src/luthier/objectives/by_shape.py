@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import describe_shapes
+from luthier.data.shapes import MediaRow, describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
@@ -27,6 +27,10 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
             "learn from what replies are worth with `objective.method=grpo`."
         )
+        if isinstance(row, MediaRow):
+            named = [n for n, kind in OBJECTIVES.items() if row.shape in kind.shapes]
+            choices = [*(f"`objective.method={name}`" for name in named), "give each a label"]
+            fix = f"Say what is to be learned: {', or '.join(choices)}."
         raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
     able = [objective for kind in kinds if _suits(objective := kind.model_validate({}), chat)]

@@ -13,7 +13,11 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsReferenceCache   what the reference model says of rows that are read more than once
     SupportsRollouts         texts that the network writes in the step
     SupportsStepReport       what a step found out, for the metrics
+    SupportsSchedule         settings that change in the course of a run
+    SupportsThreshold        a border between answers that is drawn when training is over
     SupportsPrediction       answers that are labels, numbers or embeddings instead of text
+    SupportsSampling         new images
+    SupportsReconstruction   images that went through the network and back
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from luthier.types import Example
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
@@ -188,11 +193,61 @@ class SupportsStepReport(Protocol):
 
 
 @runtime_checkable
+class SupportsSchedule(Protocol):
+    """Has settings that change in the course of a run."""
+
+    def at(self, done: float) -> Self:
+        """This objective for the step after ``done`` of the run, from 0 up to, not including, 1.
+
+        Measurements are made with the objective as it is.
+        """
+
+
+@runtime_checkable
+class SupportsThreshold(Protocol):
+    """Draws a border between answers by what the trained network says of rows."""
+
+    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+        """This objective, as it is stored with the model.
+
+        Called without a gradient or dropout before the model is stored, with the rows that were held
+        out, or where there are none those that were learned from.
+        """
+
+
+@runtime_checkable
 class SupportsPrediction(Protocol):
     """Its models answer with labels, numbers or embeddings; those of the others write text."""
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""
+
+
+@runtime_checkable
+class SupportsSampling(Protocol):
+    """Its models make new images."""
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """Classes that can be asked for; empty where it knows none."""
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """An image of each of ``labels``, ``[R, C, H, W]`` as the network reads them.
+
+        All that is drawn comes from ``generator``, on the CPU. Labels are empty texts where the model
+        knows none.
+        """
+
+
+@runtime_checkable
+class SupportsReconstruction(Protocol):
+    """Its models give images back as they understood them."""
+
+    def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
+        """The rows of the batch, ``[R, C, H, W]``, after the way through the network."""
+
+    def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
+        """``steps`` images ``[steps, C, H, W]`` on the way from the first of two rows to the second."""
 
 
 def longest_completion(objective: Objective) -> int:

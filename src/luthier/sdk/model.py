@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from luthier.graders import OnError, Spec
     from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
+    from luthier.serving.images import ImageGenerator, Reconstruction, Sample
     from luthier.types import Message, Row
 
     Conversation = Sequence[Message | Mapping[str, str]]
@@ -28,25 +29,65 @@ class Model:
 
     def __init__(self, model_id: str) -> None:
         """Open a base or custom model by id; see :func:`load`."""
-        from luthier.objectives.capabilities import SupportsPrediction
+        from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
         from luthier.serving.generation import Generator
+        from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
         from luthier.store.models import find, objective_of
 
         self.stored = find(model_id)
-        self.reads = isinstance(objective_of(self.stored), SupportsPrediction)
+        objective = objective_of(self.stored)
+        self.reads = isinstance(objective, SupportsPrediction)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
-        self.opened = (Predictor if self.reads else Generator).open(self.stored)
+        self.opened: Predictor | ImageGenerator | Generator
+        if self.reads:
+            self.opened = Predictor.open(self.stored)
+        elif isinstance(objective, SupportsSampling):
+            self.opened = ImageGenerator.open(self.stored)
+        else:
+            self.opened = Generator.open(self.stored)
 
     @property
     def generator(self) -> Generator:
         """What writes; refuses models that read."""
         from luthier.serving.generation import Generator
+        from luthier.serving.images import ImageGenerator
 
+        if isinstance(self.opened, ImageGenerator):
+            raise RecipeError(f"{self.stored.id} makes images; use sample()")
         if not isinstance(self.opened, Generator):
             use = "embeddings; use embed()" if self._embeds else "labels; use predict()"
             raise RecipeError(f"{self.stored.id} gives {use}")
         return self.opened
+
+    @property
+    def image_generator(self) -> ImageGenerator:
+        """What makes images; refuses models that make none."""
+        from luthier.serving.images import ImageGenerator
+        from luthier.serving.prediction import Predictor
+
+        opened = self.opened
+        if isinstance(opened, Predictor):
+            opened = ImageGenerator(opened.network, opened.objective, opened.chat, self.stored.id)
+        if not isinstance(opened, ImageGenerator):
+            raise RecipeError(f"{self.stored.id} writes text; use generate()")
+        return opened
+
+    def sample(self, count: int = 1, *, seed: int = 0, label: str | None = None) -> list[Sample]:
+        """New images, each with ``pixels`` ``[H, W, 3]`` and a ``label``, from a model that makes them.
+
+        The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows
+        classes makes as many of each in turn where it is not given.
+        """
+        return self.image_generator.sample(count, seed, label)
+
+    @data_errors("nothing was reconstructed")
+    def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:
+        """Each image, by its path, beside what the model gives back of it, and the error."""
+        from luthier.data.rows import input_row
+
+        rows = [input_row(path, "reconstruct()", n) for n, path in enumerate(images, 1)]
+        return self.image_generator.reconstruct(rows)
 
     @property
     def _embeds(self) -> bool:
@@ -120,10 +161,14 @@ class Model:
             return self.predict([texts], top=top, columns=columns)[0]
         from luthier.data.rows import PREDICTED, InputChecker, input_row
         from luthier.data.shapes import TaggedWords
+        from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
-            raise RecipeError(f"{self.stored.id} writes text; use generate()")
+            does = "writes text; use generate()"
+            if isinstance(self.opened, ImageGenerator):
+                does = "makes images; use sample()"
+            raise RecipeError(f"{self.stored.id} {does}")
         if not isinstance(texts, Sequence):
             raise RecipeError(f"give a text, or a list of texts, and no {type(texts).__name__}")
         if top is not None and top < 1:

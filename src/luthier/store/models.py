@@ -217,14 +217,24 @@ def adaptation_of(model: StoredModel) -> Any:
     return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
+_OF_KINDS = {
+    "encoder": "contrastive",
+    "masked_lm": "contrastive",
+    "image_encoder": "contrastive",
+    "audio_encoder": "contrastive",
+    "autoencoding": "vae",
+}
+"""What base models of a kind are made for, where they do not write."""
+
+
 def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
     from luthier.objectives import OBJECTIVES
 
     fields = model.manifest.objective
     if fields is None:
-        reads = model.manifest.kind in ("encoder", "masked_lm", "image_encoder", "audio_encoder")
-        return OBJECTIVES["contrastive" if reads else "causal_lm"].model_validate({})
+        kind = model.manifest.kind or ""
+        return OBJECTIVES[_OF_KINDS.get(kind, "causal_lm")].model_validate({})
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 

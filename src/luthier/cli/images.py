@@ -1,0 +1,125 @@
+"""``luthier sample`` and ``luthier reconstruct``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.cli.console import check_output, heavy_imports, print_json, print_text, print_written
+from luthier.cli.options import Columns, Json
+from luthier.errors import RecipeError, data_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from luthier.serving.images import Sample
+
+Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
+Picture = Annotated[Path, typer.Option(help="PNG file with all images side by side.")]
+
+
+def sample(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(help="A .png with all images side by side, or a folder for one PNG each."),
+    ],
+    count: Annotated[int, typer.Option(min=1, help="Images to make.")] = 64,
+    label: Annotated[
+        str | None, typer.Option(help="Class to make; of each class as many when not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Make new images. A folder has one for each class, where the model knows classes."""
+    from luthier.files import write_bytes
+    from luthier.serving.images import ImageGenerator, encode_png, grid
+    from luthier.store.models import find
+
+    check_output(output)
+    with heavy_imports():
+        from luthier.cli.progress import show_progress
+
+        generator = ImageGenerator.open(find(model))
+    started = time.monotonic()
+    with show_progress(count, "sample") as done:
+        made = generator.sample(count, seed, label, done)
+    if output.suffix.lower() == ".png":
+        write_bytes(output, encode_png(grid([each.pixels for each in made])))
+    else:
+        _write_folder(made, output)
+    if json_:
+        seconds = time.monotonic() - started
+        print_json({"model": model, "images": count, "output": str(output), "seconds": seconds})
+    else:
+        print_written(count, "images", output)
+
+
+def _write_folder(made: Sequence[Sample], folder: Path) -> None:
+    """A PNG for each image, below the name of its class where there is one."""
+    from luthier.files import write_bytes
+    from luthier.serving.images import encode_png
+
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} is not empty; name a new folder")
+    for number, each in enumerate(made, 1):
+        name = each.label.replace("/", "_").lstrip(".") or ("_" if each.label else "")
+        place = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        write_bytes(place / f"{number:05}.png", encode_png(each.pixels))
+
+
+def reconstruct(
+    model: Model,
+    input_: Annotated[
+        str, typer.Option("--input", help="Images: a folder, archive, .npz, or one file.")
+    ],
+    output: Picture,
+    count: Annotated[int, typer.Option(min=1, help="Of the first so many images.")] = 32,
+    between: Annotated[
+        int | None,
+        typer.Option(min=2, help="Show so many steps from each image to the next instead."),
+    ] = None,
+    columns: Columns = None,
+    json_: Json = False,
+) -> None:
+    """Show images beside what a model gives back of them, or the way from one to the next."""
+    from luthier.data.rows import input_row, load_inputs
+    from luthier.files import write_bytes
+    from luthier.recipe import parse_columns
+    from luthier.serving.images import ImageGenerator, encode_png, grid
+    from luthier.store.models import find
+
+    check_output(output)
+    with data_errors("nothing was read"):
+        if Path(input_).is_file() and Path(input_).suffix.lower() in (".png", ".jpg", ".jpeg"):
+            rows = [input_row(input_, "the command line")]
+        else:
+            rows = [row for _, row in load_inputs(input_, parse_columns(columns or ()))][:count]
+    with heavy_imports():
+        from luthier.cli.progress import show_progress
+
+        generator = ImageGenerator.open(find(model))
+    report: dict[str, Any] = {"model": model, "images": len(rows), "output": str(output)}
+    if between is not None:
+        ways = generator.interpolate(rows, between)
+        write_bytes(output, encode_png(grid([each for way in ways for each in way], between)))
+    else:
+        with show_progress(len(rows), "reconstruct") as done:
+            found = generator.reconstruct(rows, done)
+        pairs = [pixels for each in found for pixels in (each.original, each.copy)]
+        width = 2 * max(1, round((len(found) / 2) ** 0.5))
+        write_bytes(output, encode_png(grid(pairs, width)))
+        report |= {
+            "error": sum(each.error for each in found) / len(found),
+            "errors": [each.error for each in found],
+        }
+    if json_:
+        print_json(report)
+        return
+    if "error" in report:
+        print_text(f"mean squared error {report['error']:.5f}, of pixels from 0 to 1")
+    print_written(len(rows), "images", output)

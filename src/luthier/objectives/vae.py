@@ -1,0 +1,200 @@
+"""A variational autoencoder of images (Kingma and Welling 2014, arXiv:1312.6114).
+
+An image ``x`` becomes a normal distribution over a few latent numbers ``z``, and one drawn from it
+becomes an image again. The loss of an image is minus the evidence lower bound, in nats:
+
+    -log N(x; decode(z), sigma^2)  +  beta KL(N(mean, variance) || N(0, 1))
+
+without the constant ``D log(sigma sqrt(2 pi))``, so 0 is a perfect copy. ``beta`` above 1 makes latents
+that mean one thing each, at the price of the copy (Higgins et al. 2017); it grows from 0 over the first
+part of a run, as else the latents may stay unused (Bowman et al. 2016, arXiv:1511.06349, section 3.1).
+What is unlike the training images is copied badly and lies far from where they do: minus the bound at
+the mean is the anomaly score. Its threshold is the smallest that at most ``false_alarms`` of the
+held-out rows are above, fixed when training is over.
+
+Left out: the Bernoulli likelihood, which is for pixels of 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.data.chat import ChatFormat
+from luthier.models.heads import Task
+from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from luthier.models.network import Network, TreeBatch
+
+ACTIVE = 0.01
+"""Variance of a latent's mean over the rows from which on it is in use (Burda et al. 2016)."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a micro-batch draws."""
+
+    latent_RZ: Tensor
+    """Standard normal."""
+
+
+class VAE(Objective):
+    """How images look: an autoencoder to sample from, and to find odd images by."""
+
+    method: Literal["vae"] = "vae"
+    beta: float = Field(default=1.0, ge=0, le=1e6)
+    """Weight of the divergence of the latents; above 1 they are fewer and mean more."""
+    kl_warmup: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps over which that weight grows from 0."""
+    sigma: float = Field(default=1.0, gt=0, le=1e3)
+    """Deviation of pixels around their copy, in what the network reads: less makes sharper copies."""
+    false_alarms: float = Field(default=0.01, ge=0, lt=1)
+    """Share of ordinary images that may count as anomalous."""
+    threshold: float | None = None
+    """Score above which an image is anomalous; from held-out rows after training when not given."""
+
+    task: ClassVar[Task] = "autoencoding"
+    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"labelled_image"})
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
+    chosen_by_shape: ClassVar[bool] = False
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        min_epochs=3, max_epochs=20, base="small-vae"
+    )
+
+    @property
+    def min_steps(self) -> int:
+        """All weights start from random numbers."""
+        return 1_000
+
+    def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The images alone."""
+        return [row.bare() for row in rows]
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The image."""
+        return chat.encode_input(row, index)
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """The noise of each row: new in training, and else of the image alone."""
+        import torch
+
+        batches = super().annotate(network, examples, budget)
+        size = int(network.model.config.latent_size)
+        noises: list[Tensor] = []
+        for batch in batches:
+            rows = batch.tree.examples
+            if network.model.training:
+                drawn = torch.randn(len(rows), size)
+            else:
+                drawn = torch.from_numpy(np.stack([fixed_noise(row, size) for row in rows]))
+            noises.append(drawn.to(network.device))
+        return [
+            replace(batch, extra=Noise(noise)) for batch, noise in zip(batches, noises, strict=True)
+        ]
+
+    def at(self, done: float) -> Self:
+        """The objective after ``done`` of the run: with less weight of the divergence at first."""
+        share = min(1.0, done / self.kl_warmup) if self.kl_warmup else 1.0
+        return self.model_copy(update={"beta": self.beta * share})
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed minus evidence lower bound, of one draw a row."""
+        mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
+        noise: Noise = batch.extra
+        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * noise.latent_RZ
+        copy_R = self._copy_error(network, batch, latent_RZ)
+        kl_R = divergence(mean_RZ, log_variance_RZ)
+        metrics = {"reconstruction": float(copy_R.detach().sum()), "kl": float(kl_R.detach().sum())}
+        return Loss.of_rows(copy_R + self.beta * kl_R, metrics)
+
+    def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
+        """Nats ``[R]`` that the copies are off by."""
+        copies = network.model.decode(latent_RZ.to(network.dtype)).float()
+        off: Tensor = (copies - batch.plan.float()).square().flatten(1).sum(-1)
+        return off / (2 * self.sigma**2)
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """The loss and its parts, and how many latents are in use."""
+        import torch
+
+        found = super().validation_metrics(network, examples, budget)
+        means = [network.model.encode(b.plan)[0].float() for b in network.batches(examples, budget)]
+        if len(examples) > 1:
+            found["active_units"] = int((torch.cat(means).var(0) > ACTIVE).sum())
+        return found
+
+    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+        """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
+        if self.threshold is not None:
+            return self
+        batches = network.batches(examples, budget)
+        scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
+        found = float(np.quantile(scores, 1 - self.false_alarms, method="higher"))
+        return self.model_copy(update={"threshold": found})
+
+    def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
+        """Minus the bound ``[R]`` at the means of the latents."""
+        mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
+        return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
+
+    def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
+        """For each row in the order of the tree: how odd it is, and whether that is too much."""
+        scores = self._scores(network, batch).tolist()
+        if self.threshold is None:  # a base model that was never trained
+            return [{"score": score} for score in scores]
+        return [{"score": score, "anomalous": score > self.threshold} for score in scores]
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """None: labels are not read."""
+        return ()
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """New images ``[R, C, H, W]``, of latents drawn from where all of them lie."""
+        import torch
+
+        size = int(network.model.config.latent_size)
+        # Each by itself: what torch draws for the first rows else depends on how many there are.
+        latent_RZ = torch.stack([torch.randn(size, generator=generator) for _ in labels])
+        images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
+        return images
+
+    def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
+        """The copies ``[R, C, H, W]`` of the rows, at the means of their latents."""
+        copies: Tensor = network.model(pixel_values=batch.plan).reconstruction
+        return copies
+
+    def interpolate(self, network: Network, batch: TreeBatch, steps: int) -> Tensor:
+        """Images ``[steps, C, H, W]`` on the straight line between the latents of two rows."""
+        import torch
+
+        mean_2Z = network.model.encode(batch.plan)[0]
+        share_S1 = torch.linspace(0, 1, steps, device=mean_2Z.device, dtype=mean_2Z.dtype)[:, None]
+        images: Tensor = network.model.decode(torch.lerp(mean_2Z[:1], mean_2Z[1:], share_S1))
+        return images
+
+
+def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:
+    """``KL(N(mean, variance) || N(0, 1))`` of each row, ``[R]`` in nats (the paper's appendix B)."""
+    each_RZ = mean_RZ.square() + log_variance_RZ.exp() - 1 - log_variance_RZ
+    return 0.5 * each_RZ.sum(-1)
+
+
+def fixed_noise(example: Example, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Noise ``[size]`` of an image, the same whenever and beside whatever it is read."""
+    random = np.random.default_rng(int(example.ids_T[0]))
+    return random.standard_normal(size, dtype=np.float32)

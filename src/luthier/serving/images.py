@@ -1,0 +1,202 @@
+"""Making images with a model: new ones, and copies of given ones."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.data.processors import ImageProcessor
+from luthier.errors import RecipeError
+from luthier.objectives.capabilities import SupportsReconstruction, SupportsSampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luthier.data.chat import ChatFormat
+    from luthier.data.media import Pixels
+    from luthier.models.network import Network
+    from luthier.objectives import Objective
+    from luthier.store.models import StoredModel
+    from luthier.types import Row
+
+AT_ONCE = 32
+"""Images that are made at once."""
+MOST_SAMPLES = 100_000
+"""Of one request; they are held in memory."""
+GAP = 2
+"""Pixels between the images of a grid."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A new image."""
+
+    pixels: Pixels
+    label: str = ""
+    """The class it was made for, where the model knows classes."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """An image and what the model gives back of it."""
+
+    original: Pixels
+    """As the model reads it."""
+    copy: Pixels
+    error: float
+    """Mean squared difference of pixels from 0 to 1."""
+
+
+class ImageGenerator:
+    """One model in memory that makes images."""
+
+    def __init__(self, network: Network, objective: Objective, chat: ChatFormat, name: str) -> None:
+        if not isinstance(chat.media, ImageProcessor):
+            raise RecipeError(f"{name} reads no images, so it makes none")
+        self.network, self.objective, self.chat, self.name = network, objective, chat, name
+        self.processor = chat.media
+        network.model.eval()
+
+    @staticmethod
+    def open(stored: StoredModel) -> ImageGenerator:
+        """Load ``stored`` on the best device of this machine.
+
+        Raises:
+            RecipeError: where it makes no images.
+        """
+        from luthier.engine.machine import choose_machine
+        from luthier.models.load import as_network
+        from luthier.store.models import chat_format, load, objective_of
+
+        objective = objective_of(stored)
+        if not isinstance(objective, SupportsSampling):
+            raise RecipeError(f"{stored.id} was not trained to make images")
+        machine = choose_machine()
+        network = as_network(
+            load(stored, machine.dtype, machine.device), machine.device, machine.dtype
+        )
+        return ImageGenerator(network, objective, chat_format(stored), stored.id)
+
+    def sample(
+        self,
+        count: int,
+        seed: int = 0,
+        label: str | None = None,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Sample]:
+        """New images: the same for the same seed.
+
+        A model that knows classes makes those of ``label``, or as many of each class in turn.
+
+        Raises:
+            RecipeError: for a label that the model does not know.
+        """
+        import torch
+
+        objective = self.objective
+        if not isinstance(objective, SupportsSampling):
+            raise RecipeError(f"{self.name} was not trained to make images")
+        if not 1 <= count <= MOST_SAMPLES:
+            raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
+        known = objective.sample_labels
+        if label is not None and label not in known:
+            all_known = f"it knows {', '.join(known)}" if known else "it knows no classes"
+            raise RecipeError(f"{self.name} cannot make images of {label!r}: {all_known}")
+        classes = [label] if label is not None else list(known) or [""]
+        wanted = [classes[index % len(classes)] for index in range(count)]
+        generator = torch.Generator().manual_seed(seed)
+        made: list[Sample] = []
+        with torch.inference_mode():
+            for start in range(0, count, AT_ONCE):
+                part = wanted[start : start + AT_ONCE]
+                images = self._pixels(objective.sample(self.network, part, generator))
+                made += [Sample(image, name) for image, name in zip(images, part, strict=True)]
+                done(len(made))
+        return made
+
+    def reconstruct(
+        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+    ) -> list[Reconstruction]:
+        """Each image after the way through the network, in the order given.
+
+        Raises:
+            RecipeError: where the model gives no images back.
+        """
+        import torch
+
+        objective = self._reconstructs()
+        examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
+        found: dict[int, Reconstruction] = {}
+        with torch.inference_mode():
+            for batch in self.network.batches(examples, AT_ONCE):
+                copies = self._pixels(objective.reconstruct(self.network, batch))
+                originals = self._pixels(batch.plan)
+                for example, original, copy in zip(
+                    batch.tree.examples, originals, copies, strict=True
+                ):
+                    difference = (original.astype(np.float64) - copy) / 255
+                    error = float(np.square(difference).mean())
+                    found[example.row] = Reconstruction(original, copy, error)
+                done(len(found))
+        return [found[index] for index in range(len(rows))]
+
+    def interpolate(self, rows: Sequence[Row], steps: int) -> list[list[Pixels]]:
+        """``steps`` images on the way from each image to the next, both ends among them.
+
+        Raises:
+            RecipeError: where the model gives no images back.
+        """
+        import torch
+
+        objective = self._reconstructs()
+        if len(rows) < 2 or steps < 2:
+            raise RecipeError("a way needs two images and two steps at least")
+        examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
+        ways: list[list[Pixels]] = []
+        with torch.inference_mode():
+            for pair in pairwise(examples):
+                (batch,) = self.network.batches(list(pair), 2)
+                way = self._pixels(objective.interpolate(self.network, batch, steps))
+                # Rows of a batch are in the order of its tree.
+                ways.append(way if batch.tree.examples[0].row == pair[0].row else way[::-1])
+        return ways
+
+    def _reconstructs(self) -> SupportsReconstruction:
+        if not isinstance(self.objective, SupportsReconstruction):
+            raise RecipeError(
+                f"{self.name} makes images of nothing but noise, and cannot give one back. Train a "
+                "model for that with `objective.method=vae`"
+            )
+        return self.objective
+
+    def _pixels(self, images: Tensor) -> list[Pixels]:
+        return [self.processor.to_pixels(each) for each in images.float().cpu().numpy()]
+
+
+def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
+    """Images of one size side by side on white, row by row; about as many rows as columns."""
+    height, width, _ = images[0].shape
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = -(-len(images) // columns)
+    size = rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3
+    whole = np.full(size, 255, dtype=np.uint8)
+    for index, image in enumerate(images):
+        top = GAP + index // columns * (height + GAP)
+        left = GAP + index % columns * (width + GAP)
+        whole[top : top + height, left : left + width] = image
+    return whole
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """An image ``[H, W, 3]`` as the bytes of a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()

@@ -1,0 +1,163 @@
+"""The variational autoencoder: its loss against torch.distributions, noise, threshold, images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from luthier.data.media import Media
+from luthier.data.shapes import BareImage, LabelledImage
+from luthier.models.load import as_network, load_model
+from luthier.models.network import Network
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.vae import VAE, divergence, fixed_noise
+from luthier.types import Example
+
+CPU = torch.device("cpu")
+
+
+def image(number: int) -> Media:
+    pixels = np.random.default_rng(number).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    return Media("image", f"i[{number}]", array=pixels)
+
+
+@pytest.fixture
+def network(family_folder: Callable[[str], Path]) -> Network:
+    model = load_model(family_folder("vae"), torch.float32, CPU, VAE().head())
+    return as_network(model, CPU, torch.float32)
+
+
+@pytest.fixture
+def examples(family_folder: Callable[[str], Path]) -> list[Example]:
+    chat = load_chat_format(family_folder("vae"))
+    rows = [BareImage("f", n, image(n)) for n in range(6)]
+    return [VAE().encode(row, index, chat) for index, row in enumerate(rows)]
+
+
+def test_the_loss_is_minus_the_bound(network: Network, examples: list[Example]) -> None:
+    objective = VAE(beta=3.0, sigma=0.7)
+    network.model.eval()
+    (batch,) = objective.annotate(network, examples, 100)
+    found = objective.loss(network, batch)
+
+    examples = batch.tree.examples
+    pixels = torch.from_numpy(np.stack([each.media.array() for each in examples if each.media]))
+    mean, log_variance = network.model.encode(pixels)
+    posterior = Normal(mean, log_variance.exp().sqrt())
+    noise = torch.stack([torch.from_numpy(fixed_noise(each, mean.shape[1])) for each in examples])
+    copies = network.model.decode(posterior.loc + posterior.scale * noise)
+    # The likelihood of a perfect copy is the constant that the loss leaves out.
+    likelihood = Normal(copies, 0.7).log_prob(pixels) - Normal(pixels, 0.7).log_prob(pixels)
+    kl_R = kl_divergence(posterior, Normal(0.0, 1.0)).sum(-1)
+    wanted_R = -likelihood.sum((1, 2, 3)) + 3.0 * kl_R
+
+    assert float(found.total.detach()) == pytest.approx(float(wanted_R.sum().detach()), rel=1e-5)
+    assert found.ratios["loss"][0] == pytest.approx(wanted_R.tolist(), rel=1e-5)
+    assert found.metrics["kl"] == pytest.approx(float(kl_R.sum().detach()), rel=1e-5)
+    assert found.metrics["reconstruction"] == pytest.approx(
+        -float(likelihood.sum().detach()), rel=1e-5
+    )
+
+
+def test_the_divergence_is_that_of_torch() -> None:
+    mean, log_variance = torch.randn(5, 3), torch.randn(5, 3)
+    wanted = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(divergence(mean, log_variance), wanted)
+
+
+def test_noise_is_new_in_training_and_else_of_the_image(
+    network: Network, examples: list[Example]
+) -> None:
+    objective = VAE()
+
+    def noise(rows: list[Example], budget: int = 100) -> torch.Tensor:
+        batches = objective.annotate(network, rows, budget)
+        drawn = torch.cat([batch.extra.latent_RZ for batch in batches])
+        return drawn[np.argsort([each.row for batch in batches for each in batch.tree.examples])]
+
+    network.model.eval()
+    fixed = noise(examples)
+    assert torch.equal(noise(examples, budget=2), fixed)
+    assert torch.equal(noise(examples[3:]), fixed[3:])
+    network.model.train()
+    torch.manual_seed(3)
+    drawn = noise(examples)
+    assert not torch.equal(noise(examples), drawn)
+    torch.manual_seed(3)
+    assert torch.equal(noise(examples), drawn)
+
+
+def test_the_weight_of_the_divergence_grows() -> None:
+    objective = VAE(beta=4.0, kl_warmup=0.5)
+    assert [objective.at(done).beta for done in (0.0, 0.25, 0.5, 0.9)] == [0.0, 2.0, 4.0, 4.0]
+    assert VAE(kl_warmup=0.0).at(0.0).beta == 1.0
+
+
+def test_labels_are_passed_over() -> None:
+    row = LabelledImage("f", 1, image(1), "cat")
+    assert VAE().regroup([row]) == [BareImage("f", 1, image(1))]
+    assert row.shape in VAE.further_shapes
+
+
+@torch.no_grad()
+def test_the_threshold_keeps_the_budget_of_false_alarms(
+    network: Network, examples: list[Example]
+) -> None:
+    objective = VAE(false_alarms=0.4)
+    network.model.eval()
+    fitted = objective.with_threshold(network, examples, 100)
+    (batch,) = network.batches(examples, 100)
+    answers: list[Any] = fitted.predict(network, batch)
+    assert [set(each) for each in answers] == [{"score", "anomalous"}] * 6
+    assert sum(each["anomalous"] for each in answers) == 2  # of 6 at most 40 %
+    assert fitted.threshold in [each["score"] for each in answers]
+    assert VAE(threshold=1.0).with_threshold(network, examples, 100).threshold == 1.0
+    assert {"score"} == {*objective.predict(network, batch)[0]}
+
+
+@torch.no_grad()
+def test_validation_counts_the_latents_in_use(network: Network, examples: list[Example]) -> None:
+    found = VAE().validation_metrics(network, examples, 100)
+    means = network.model.encode(network.batches(examples, 100)[0].plan)[0]
+    assert found["active_units"] == int((means.var(0) > 0.01).sum())
+    assert found["loss"] == pytest.approx(found["reconstruction"] + found["kl"], rel=1e-5)
+    network.model.to_latent.weight.zero_()
+    assert VAE().validation_metrics(network, examples, 100)["active_units"] == 0
+
+
+@torch.no_grad()
+def test_images_are_made_copied_and_mixed(network: Network, examples: list[Example]) -> None:
+    objective, shape = VAE(), network.model.config.shape
+    network.model.eval()
+    drawn = [
+        objective.sample(network, [""] * 3, torch.Generator().manual_seed(n)) for n in (1, 1, 2)
+    ]
+    assert drawn[0].shape == (3, *shape)
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    (batch,) = network.batches(examples[:2], 100)
+    copies = objective.reconstruct(network, batch)
+    way = objective.interpolate(network, batch, 5)
+    assert way.shape == (5, *shape)
+    torch.testing.assert_close(way[[0, -1]], copies)
+
+
+def test_gradients_reach_all_weights(network: Network, examples: list[Example]) -> None:
+    network.model.train()
+    for batch in VAE().annotate(network, examples, 100):
+        VAE().loss(network, batch).total.backward()
+    assert all(w.grad is not None and w.grad.any() for w in network.model.parameters())
+
+
+def test_an_image_of_no_noise_is_its_own_copy(network: Network, examples: list[Example]) -> None:
+    """The reconstruction is 0 where the decoder gives the image back."""
+    (batch,) = VAE().annotate(network, examples, 100)
+    network.model.decode = lambda latents: batch.plan
+    found = VAE().loss(network, replace(batch))
+    assert found.metrics["reconstruction"] == 0

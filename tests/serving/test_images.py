@@ -1,0 +1,92 @@
+"""Making images: counts, seeds, labels, copies, and the files they become."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from luthier.data.media import Media
+from luthier.data.shapes import BareImage
+from luthier.engine.train import train
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+from luthier.serving.images import ImageGenerator, encode_png, grid
+from luthier.store.models import find
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 7), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(40) % 2)
+    return tmp_path / "images.npz"
+
+
+@pytest.fixture
+def generator(
+    images: Path, family_folder: Callable[[str], Path], luthier_home: Path
+) -> ImageGenerator:
+    training = {"max_steps": 3, "batch_size": 4, "precision": "float32"}
+    fields: dict[str, Any] = {
+        "base": str(family_folder("vae")),
+        "name": "one",
+        "data": {"train": str(images)},
+        "objective": {"method": "vae"},
+        "training": training,
+    }
+    return ImageGenerator.open(find(train(Recipe.parse(fields)).model_id))
+
+
+def test_a_trained_model_keeps_its_threshold_and_makes_images(generator: ImageGenerator) -> None:
+    assert generator.objective.threshold is not None  # type: ignore[attr-defined]
+    one, same, other = (generator.sample(35, seed) for seed in (1, 1, 2))
+    assert len(one) == 35 and {each.label for each in one} == {""}
+    assert all(np.array_equal(a.pixels, b.pixels) for a, b in zip(one, same, strict=True))
+    assert not np.array_equal(one[0].pixels, other[0].pixels)
+    # The first images do not depend on how many follow.
+    assert np.array_equal(generator.sample(3, 1)[2].pixels, one[2].pixels)
+
+
+def test_copies_stand_beside_what_they_are_of(generator: ImageGenerator) -> None:
+    pixels = np.full((9, 7, 3), 200, dtype=np.uint8)
+    rows = [BareImage("f", n, Media("image", "i", array=pixels // (n + 1))) for n in range(3)]
+    found = generator.reconstruct(rows)
+    size = (generator.processor.height, generator.processor.width, 3)
+    assert [each.original.shape for each in found] == [size] * 3
+    assert [int(each.original.mean()) for each in found] == [200, 100, 66]
+    each = found[1]
+    difference = (each.original.astype(float) - each.copy) / 255
+    assert each.error == pytest.approx((difference**2).mean())
+    ways = generator.interpolate(rows, 4)
+    assert [len(way) for way in ways] == [4, 4]
+    # Three rows of one batch and two of another: sums of floats differ in the last bits.
+    for way, start in zip(ways, found, strict=False):
+        assert np.abs(way[0].astype(int) - start.copy).max() <= 1
+
+
+def test_what_cannot_be_made_is_refused(generator: ImageGenerator) -> None:
+    with pytest.raises(RecipeError, match="cannot make images of 'cat': it knows no classes"):
+        generator.sample(1, label="cat")
+    with pytest.raises(RecipeError, match="count must be from 1"):
+        generator.sample(0)
+    with pytest.raises(RecipeError, match="two images"):
+        generator.interpolate([], 3)
+
+
+def test_a_model_of_texts_makes_no_images(tiny_model_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="was not trained to make images"):
+        ImageGenerator.open(find(str(tiny_model_folder)))
+
+
+def test_a_grid_shows_each_image_once() -> None:
+    tiles = [np.full((4, 3, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
+    whole = grid(tiles)
+    assert whole.shape == (2 * 6 + 2, 2 * 5 + 2, 3)
+    assert [int((whole == value).all(-1).sum()) for value in (10, 20, 30)] == [12, 12, 12]
+    assert grid(tiles, columns=3).shape == (8, 17, 3)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_png(whole)))), whole)
