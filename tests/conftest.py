@@ -135,7 +135,7 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae",)
+IMAGE_FAMILIES = ("vae", "dcgan")
 
 
 def make_image_family(name: str, folder: Path) -> None:
@@ -144,7 +144,9 @@ def make_image_family(name: str, folder: Path) -> None:
     from luthier.models.build import build_media
 
     fields = {"image_size": (9, 7), "hidden_sizes": (8, 16), "latent_size": 4}
-    build_media({"model_type": name, **fields}, "autoencoding", 0, folder)
+    build_media(
+        {"model_type": name, **fields}, "autoencoding" if name == "vae" else "embedding", 0, folder
+    )
     save_processor(ImageProcessor(9, 7, (0.5,) * 3, (0.5,) * 3), folder)
 
 

@@ -141,7 +141,7 @@ def rows_of(objective: Objective) -> list[Row]:
     return [row for shape in [min(objective.shapes), *sorted(further)] for row in ROWS[shape]]
 
 
-IMAGES = {"vae": "vae"}
+IMAGES = {"vae": "vae", "gan": "dcgan"}
 """Family of each objective of images; the others have networks that read tokens."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
@@ -159,6 +159,7 @@ REFUSED = {
         for f in (*DECODERS, "t5", "xlnet", "elmo")
     },
     **{("vae", f): "cannot be an autoencoder of images" for f in FAMILIES},
+    **{("gan", f): "cannot be a generator of images" for f in FAMILIES},
     **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
@@ -204,6 +205,8 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in IMAGES.values()
         },
         **{("feature_extraction", f): "has none. Use lora" for f in IMAGES.values()},
+        ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",
+        **{(a, "dcgan"): "spectral norm" for a in ("lora", "qlora", "sparse")},
     }
 
 
@@ -294,6 +297,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
         model = sketch(folder, fitted.head())
         with torch.device("meta"):
             adaptation.attach(model)
+        fitted.check_network(model)
     except RecipeError as error:
         return str(error)
     return ""

@@ -280,7 +280,7 @@ def test_catalogue_entries_are_complete() -> None:
             assert package and equals and version, "the version must be pinned"
         elif isinstance(entry.source, HubSource):
             assert entry.source.repository.count("/") == 1
-        media = entry.kind in ("image_encoder", "audio_encoder")
+        media = entry.kind in ("image_encoder", "audio_encoder", "autoencoding", "adversarial")
         assert entry.licence and entry.about and (entry.languages or media)
         drawn = isinstance(entry.source, RandomSource)
         assert entry.disk_bytes > entry.download_bytes and (entry.download_bytes > 0 or drawn)

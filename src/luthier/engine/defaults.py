@@ -108,6 +108,10 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         )
     reason = "the new head starts from random numbers, the weights below it from learned ones"
     fill("head_rate_multiplier", factor, reason)
+    beta1 = objective.defaults.beta1
+    if beta1 is not None and "beta1" not in training.model_fields_set:
+        training = training.model_copy(update={"beta1": beta1})
+        choices.append(("training.beta1", beta1, f"what {objective.method} is known to need"))
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))

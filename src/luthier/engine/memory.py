@@ -152,6 +152,7 @@ def sketch_training(
         adaptation.attach(model)
         if isinstance(objective, SupportsExtraWeights):
             objective.add_weights(model)
+    objective.check_network(model)
     memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model))
     start = trained_numbers(model) * size if objective.uses_reference else 0
     return TrainingSketch(model, memory.beside(start))

@@ -115,11 +115,14 @@ class MasterAdamW:
         """Set masters, moments and the network's weights to a saved :meth:`state`."""
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            state = self._adamw.state[master]
+            if f"step.{name}" in tensors:
+                state["step"] = tensors[f"step.{name}"].to(master.device)
+            for key in ("exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" in tensors:
-                    self._adamw.state[master][key] = tensors[f"{key}.{name}"].to(
-                        "cpu" if key == "step" and master.device.type == "cpu" else master.device
-                    )
+                    # The fused step reads all three in the order they lie in memory, which for
+                    # convolutions (channels last) is not the order of a file.
+                    state[key] = torch.empty_like(master).copy_(tensors[f"{key}.{name}"])
         self._publish()
 
     def _publish(self) -> None:

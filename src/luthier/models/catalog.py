@@ -158,7 +158,13 @@ class CatalogEntry:
     id: str
     source: ModelSource
     kind: Literal[
-        "causal_lm", "masked_lm", "encoder", "image_encoder", "audio_encoder", "autoencoding"
+        "causal_lm",
+        "masked_lm",
+        "encoder",
+        "image_encoder",
+        "audio_encoder",
+        "autoencoding",
+        "adversarial",
     ]
     """The task of its head, or what it encodes: an ``encoder`` texts."""
     languages: tuple[str, ...]
@@ -246,6 +252,7 @@ _XLM_R = (
 )
 
 _SMALL_CNN = {"model_type": "small_cnn", "image_size": 32}
+_SMALL_DCGAN = {"model_type": "dcgan", "image_size": 32, "num_labels": 0}
 _SMALL_VAE = {"model_type": "vae", "image_size": 32}
 _SMALL_AUDIO_CNN = {"model_type": "small_cnn", "num_channels": 1, "image_size": [64, 101]}
 
@@ -349,6 +356,19 @@ _ENTRIES = (
         disk_bytes=20_000_000,
         about="the same for sounds of a second, as the logarithm of their mel spectrogram",
         config=_SMALL_AUDIO_CNN,
+    ),
+    CatalogEntry(
+        id="small-dcgan",
+        source=RandomSource(_SMALL_DCGAN, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)),
+        kind="adversarial",
+        languages=(),
+        parameters=401_476,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=0,
+        disk_bytes=20_000_000,
+        about="small generator and discriminator of random weights for images of 32 x 32",
+        config=_SMALL_DCGAN,
     ),
     CatalogEntry(
         id="small-vae",

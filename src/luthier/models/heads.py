@@ -26,6 +26,7 @@ Task = Literal[
     "token_classification",
     "embedding",
     "autoencoding",
+    "adversarial",
 ]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
@@ -35,6 +36,7 @@ _CLASSES: dict[Task, str] = {
     "token_classification": "AutoModelForTokenClassification",
     "embedding": "AutoModel",
     "autoencoding": "AutoModelForImageToImage",
+    "adversarial": "AutoModelForPreTraining",
 }
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
@@ -44,6 +46,7 @@ _WORDS: dict[Task, str] = {
     "token_classification": "a classifier of tokens",
     "embedding": "an encoder of texts",
     "autoencoding": "an autoencoder of images",
+    "adversarial": "a generator of images with its discriminator",
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
@@ -58,6 +61,7 @@ _PEFT: dict[Task, str] = {
     "token_classification": "TOKEN_CLS",
     "embedding": "FEATURE_EXTRACTION",
     "autoencoding": "FEATURE_EXTRACTION",
+    "adversarial": "FEATURE_EXTRACTION",
 }
 
 
@@ -111,6 +115,7 @@ _OF_MEDIA: dict[Task, tuple[str, ...]] = {
     "sequence_classification": ("AutoModelForImageClassification",),
     "embedding": ("AutoModel",),
     "autoencoding": ("AutoModelForImageToImage",),
+    "adversarial": ("AutoModelForPreTraining",),
 }
 """The same for networks that read images, or sounds as pictures of their pitch over time."""
 
@@ -169,6 +174,8 @@ def _class_name(config: Any, task: Task) -> str:
         return next((name for name in _OF_MEDIA.get(task, ()) if _has(config, name)), "")
     name = _CLASSES[task]
     if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
+        return ""
+    if task == "adversarial":  # texts are pre-trained in other ways
         return ""
     if _has(config, _SEQ2SEQ):
         # The encoder alone reads a text; the decoder is for writing.

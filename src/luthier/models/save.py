@@ -51,7 +51,9 @@ def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
 def stored_bytes(model: nn.Module, adaptation: Adaptation) -> int:
     """Bytes of the tensors that a custom model made of ``model`` will consist of."""
     if adaptation.stores_network:
-        return sum(weight.nbytes for weight in model.parameters())
+        persistent = model.state_dict().keys()
+        buffers = sum(b.nbytes for name, b in model.named_buffers() if name in persistent)
+        return buffers + sum(weight.nbytes for weight in model.parameters())
     return sum(tensor.nbytes for tensor in adapter_tensors(model).values())
 
 

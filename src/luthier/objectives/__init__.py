@@ -8,6 +8,7 @@ from luthier.objectives.contrastive import Contrastive
 from luthier.objectives.dpo import DPO
 from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
+from luthier.objectives.gan import GAN
 from luthier.objectives.grpo import GRPO
 from luthier.objectives.kto import KTO
 from luthier.objectives.listwise_dpo import ListwiseDPO
@@ -51,11 +52,13 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "grpo": GRPO,
         "ppo": PPO,
         "vae": VAE,
+        "gan": GAN,
     },
 )
 
 __all__ = [
     "DPO",
+    "GAN",
     "GRPO",
     "KTO",
     "OBJECTIVES",

@@ -35,6 +35,8 @@ from luthier.types import Example, Loss, Row
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
@@ -55,6 +57,8 @@ class TrainingDefaults:
     """Passes over the rows where they are not too many."""
     max_epochs: int = 5
     """Passes over few rows, to come to :attr:`Objective.min_steps`."""
+    beta1: float | None = None
+    """Decay of the optimizer's first moment, where the usual one does not suit it."""
     base: str | None = None
     """Base model, where the rows alone would name one that cannot learn it."""
 
@@ -111,6 +115,15 @@ class Objective(BaseModel):
 
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that cannot learn this, as far as their tokenizer and format tell.
+
+        Raises:
+            RecipeError: with the reason, and what to use.
+        """
+
+    def check_network(self, model: nn.Module) -> None:
+        """Refuse a network of which nothing trains that has to.
+
+        ``model`` has no numbers; an adaptation has marked what trains.
 
         Raises:
             RecipeError: with the reason, and what to use.

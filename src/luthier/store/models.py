@@ -110,7 +110,7 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
 
 NEAREST = 3
 """Ids that are suggested where one is not known."""
-FEW = 10
+FEW = 15
 """Ids that are all named."""
 
 
@@ -223,6 +223,7 @@ _OF_KINDS = {
     "image_encoder": "contrastive",
     "audio_encoder": "contrastive",
     "autoencoding": "vae",
+    "adversarial": "gan",
 }
 """What base models of a kind are made for, where they do not write."""
 

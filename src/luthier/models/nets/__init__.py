@@ -14,6 +14,7 @@ NETS = {
     "efficientnet_lite": "luthier.models.nets.efficientnet_lite",
     "elmo": "luthier.models.nets.elmo",
     "small_cnn": "luthier.models.nets.small_cnn",
+    "dcgan": "luthier.models.nets.dcgan",
     "vae": "luthier.models.nets.vae",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",

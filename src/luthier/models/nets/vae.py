@@ -157,11 +157,13 @@ class VAEModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> Any:
         """None: it reads no tokens."""
+        return None
 
-    def get_output_embeddings(self) -> None:
+    def get_output_embeddings(self) -> Any:
         """None: it writes no tokens."""
+        return None
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""

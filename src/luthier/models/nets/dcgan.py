@@ -1,0 +1,289 @@
+"""A generator and a discriminator of convolutions (Radford et al. 2016, arXiv:1511.06434).
+
+The generator doubles the sides of a small map until it is an image, the discriminator halves an image
+until it is one score. Beside that paper: norms are over groups of channels, in the generator alone, as
+batch norms would let the images of a micro-batch see each other; the generator enlarges before it
+convolves (Odena et al. 2016). Where there are classes, an embedding of the class is added to the
+generator's noise, and how well image and class agree to the discriminator's score (Miyato and Koyama
+2018, arXiv:1802.05637). Each weight of the discriminator can be divided by its spectral norm (Miyato et
+al. 2018, arXiv:1802.05957), which one step of power iteration in each training step keeps up with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+GROUP = 16
+"""Channels that are normalized together, where there are so many."""
+
+
+class DCGANConfig(PreTrainedConfig):
+    """What it makes, the channels of each stage from the image inwards, and the numbers of noise."""
+
+    model_type = "dcgan"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        hidden_sizes: tuple[int, ...] = (32, 64, 128),
+        latent_size: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.hidden_sizes = list(hidden_sizes)
+        self.latent_size = latent_size
+        super().__init__(**kwargs)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``[C, H, W]`` of an image."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.num_channels, height, width)
+
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """Height and width of the image and behind each stage."""
+        found = [self.shape[1:]]
+        for _ in self.hidden_sizes:
+            found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
+        return found
+
+
+@dataclass
+class DCGANOutput(ModelOutput):
+    """What the discriminator says of images."""
+
+    scores: Tensor | None = None
+    """``[R]``: above 0 for images that look real."""
+    features: Tensor | None = None
+    """``[R, H]``: what the score is made of."""
+
+
+def spectral_weight(layer: Any) -> Tensor:
+    """The weight of a layer divided by an estimate of its largest singular value.
+
+    The vector ``u`` that it is estimated by is a buffer of the layer; in training, one step of power
+    iteration moves it.
+    """
+    weight: Tensor = layer.weight
+    flat = weight.flatten(1)
+    with torch.no_grad():
+        v = F.normalize(flat.T @ layer.u, dim=0)
+        u = F.normalize(flat @ v, dim=0)
+        if layer.training:
+            layer.u.copy_(u)
+    return weight / (u @ (flat @ v)).clamp_min(1e-4)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution whose weight is normalized while ``spectral``."""
+
+    u: Tensor
+    spectral = False
+
+    def __init__(self, *sizes: Any, **settings: Any) -> None:
+        super().__init__(*sizes, **settings)
+        self.register_buffer("u", torch.zeros(self.out_channels))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, C, H, W]`` to ``[R, C', H', W']``."""
+        weight = spectral_weight(self) if self.spectral else self.weight
+        convolved: Tensor = self._conv_forward(states, weight, self.bias)
+        return convolved
+
+
+class SpectralLinear(nn.Linear):
+    """A linear layer whose weight is normalized while ``spectral``."""
+
+    u: Tensor
+    spectral = False
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(inner, outer)
+        self.register_buffer("u", torch.zeros(outer))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, H]`` to ``[R, H']``."""
+        weight = spectral_weight(self) if self.spectral else self.weight
+        return F.linear(states, weight, self.bias)
+
+
+class Up(nn.Module):
+    """An enlargement to a given size, and a convolution."""
+
+    def __init__(self, inner: int, outer: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+        self.conv = nn.Conv2d(inner, outer, 3, 1, 1)
+        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, C, H, W]`` to ``[R, C', *size]``."""
+        return F.relu(self.norm(self.conv(F.interpolate(states, self.size))))
+
+
+class Generator(nn.Module):
+    """Noise to images from -1 to 1."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        sizes, sides = config.hidden_sizes, config.sides
+        self.inside = (sizes[-1], *sides[-1])
+        self.start = nn.Linear(config.latent_size, int(torch.Size(self.inside).numel()))
+        self.stages = nn.ModuleList(
+            Up(inner, outer, size)
+            for inner, outer, size in zip(
+                sizes[::-1], [*sizes[-2::-1], sizes[0]], sides[-2::-1], strict=True
+            )
+        )
+        self.to_pixels = nn.Conv2d(sizes[0], config.num_channels, 3, 1, 1)
+
+    def forward(self, latent_RZ: Tensor) -> Tensor:
+        """``[R, Z]`` to ``[R, C, H, W]``."""
+        states = F.relu(self.start(latent_RZ).unflatten(-1, self.inside))
+        for stage in self.stages:
+            states = stage(states)
+        return torch.tanh(self.to_pixels(states))
+
+
+class Discriminator(nn.Module):
+    """Images to what a score is made of."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        sizes = config.hidden_sizes
+        self.stages = nn.ModuleList(
+            SpectralConv2d(inner, outer, 4 if min(side) > 3 else 3, 2, 1)
+            for inner, outer, side in zip(
+                [config.num_channels, *sizes], sizes, config.sides, strict=False
+            )
+        )
+        self.width = sizes[-1]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``[R, C, H, W]`` to ``[R, H]``."""
+        states = pixel_values
+        for stage in self.stages:
+            states = F.leaky_relu(stage(states), 0.2)
+        return states.sum((-2, -1))
+
+
+class DCGANPreTrainedModel(PreTrainedModel):
+    """What both models share."""
+
+    config_class = DCGANConfig
+    base_model_prefix = "dcgan"
+    main_input_name = "pixel_values"
+
+    def get_input_embeddings(self) -> Any:
+        """None: it reads no tokens."""
+        return None
+
+    def get_output_embeddings(self) -> Any:
+        """None: it writes no tokens."""
+        return None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        from transformers import initialization as init
+
+        if isinstance(module, SpectralConv2d | SpectralLinear):
+            init.normal_(module.u, 0.0, 1.0)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            init.normal_(module.weight, 0.0, 0.05)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, 0.0, 1.0)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        if isinstance(module, DCGANForPreTraining) and module.known:
+            # The one is added to noise of deviation 1, the other multiplied as a weight is.
+            init.normal_(module.class_features.weight, 0.0, 0.05)
+
+
+class DCGANModel(DCGANPreTrainedModel):
+    """Both players, without classes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.generator = Generator(config)
+        self.discriminator = Discriminator(config)
+        self.score = SpectralLinear(self.discriminator.width, 1)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
+        """What the discriminator says of images ``[R, C, H, W]``."""
+        features_RH = self.discriminator(pixel_values)
+        return DCGANOutput(self.score(features_RH)[:, 0], features_RH)
+
+
+class DCGANForPreTraining(DCGANPreTrainedModel):
+    """Both players, with the embeddings of as many classes as ``num_labels``."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.dcgan = DCGANModel(config)
+        self.known = config.num_labels > 1
+        if self.known:
+            self.class_noise = nn.Embedding(config.num_labels, config.latent_size)
+            self.class_features = nn.Embedding(config.num_labels, self.dcgan.discriminator.width)
+        self.post_init()
+
+    @property
+    def players(self) -> dict[str, list[nn.Module]]:
+        """The modules of each player."""
+        model = self.dcgan
+        own = (self.class_noise, self.class_features) if self.known else ()
+        return {
+            "generator": [model.generator, *own[:1]],
+            "discriminator": [model.discriminator, model.score, *own[1:]],
+        }
+
+    @property
+    def measures_whole_weights(self) -> bool:
+        """Whether nothing was put beside the weights of the discriminator."""
+        layers = [*self.dcgan.discriminator.stages, self.dcgan.score]
+        return all(type(each) in (SpectralConv2d, SpectralLinear) for each in layers)
+
+    def generate(self, latent_RZ: Tensor, class_R: Tensor | None = None) -> Tensor:
+        """Images ``[R, C, H, W]`` of noise ``[R, Z]``, of classes ``[R]`` where there are some."""
+        if self.known and class_R is not None:
+            latent_RZ = latent_RZ + self.class_noise(class_R)
+        images: Tensor = self.dcgan.generator(latent_RZ)
+        return images
+
+    def discriminate(
+        self, pixel_values: Tensor, class_R: Tensor | None = None, spectral: bool = False
+    ) -> Tensor:
+        """Scores ``[R]`` of images: how real they look, as images of their class."""
+        for module in self.modules():
+            if isinstance(module, SpectralConv2d | SpectralLinear):
+                module.spectral = spectral
+        features_RH = self.dcgan.discriminator(pixel_values)
+        score_R: Tensor = self.dcgan.score(features_RH)[:, 0]
+        if self.known and class_R is not None:
+            score_R = score_R + (features_RH * self.class_features(class_R)).sum(-1)
+        return score_R
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
+        """What the discriminator says of images ``[R, C, H, W]``, and of as many generated ones."""
+        latent_RZ = pixel_values.new_zeros(len(pixel_values), self.config.latent_size)
+        images = torch.cat([pixel_values, self.generate(latent_RZ)])
+        return DCGANOutput(self.discriminate(images), None)
+
+
+Config = DCGANConfig
+CLASSES = {"AutoModel": DCGANModel, "AutoModelForPreTraining": DCGANForPreTraining}
+"""Model of each automatic class of transformers."""

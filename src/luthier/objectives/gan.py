@@ -1,0 +1,342 @@
+"""Generative adversarial networks of images (Goodfellow et al. 2014, arXiv:1406.2661).
+
+Two players learn in turns from each batch of rows, as those of DCGAN (Radford et al. 2016,
+arXiv:1511.06434). With ``D`` the score of an image and ``G`` the image of some noise,
+``non_saturating`` has the losses
+
+    discriminator  softplus(-D(x)) + softplus(D(G(z)))        generator  softplus(-D(G(z)))
+
+with the weights of the discriminator divided by their spectral norms (Miyato et al. 2018,
+arXiv:1802.05957), and ``wgan_gp`` (Gulrajani et al. 2017, arXiv:1704.00028)
+
+    discriminator  D(G(z)) - D(x) + 10 (|grad D(between)| - 1)^2        generator  -D(G(z))
+
+where ``between`` lies at random between the real image and the made one, and the discriminator takes
+five steps for each of the generator. Those steps see the same rows with new noise. Where rows have
+labels both players know them (:mod:`luthier.models.nets.dcgan`).
+
+Neither loss says how good the images are. What is measured on held-out rows, and decides which weights
+are kept, is a distance between them and as many made images: the sliced Wasserstein distance of their
+pixels (Rabin et al. 2011), along directions that are always the same. ``diversity`` is how far made
+images of a class are apart, as a share of how far real ones are: near 0, the generator makes one image
+for all noise.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from luthier.data.chat import ChatFormat
+from luthier.data.shapes import LabelledImage
+from luthier.errors import RecipeError, RowRefused
+from luthier.models.heads import Head, Task
+from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.vae import fixed_noise
+from luthier.types import Example, Loss, Row
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from luthier.models.network import Network, TreeBatch
+
+PENALTY = 10.0
+"""Weight of the gradient penalty (the paper's lambda)."""
+DIRECTIONS = 256
+"""Along which the pixels of images are compared."""
+MOST_COMPARED = 1_000
+"""Held-out rows that made images are compared with."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """What a micro-batch needs for all its turns, or for one of them."""
+
+    class_R: Tensor | None
+    """Classes of the rows, where there are some."""
+    latent_TRZ: Tensor
+    """Noise of each turn, the generator's last."""
+    between_TR: Tensor
+    """Where between real and made images the gradient is looked at, in each turn."""
+    player: Literal["discriminator", "generator", "both"] = "both"
+    """Whose turn it is; ``both`` to measure, without a gradient."""
+    noted: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Means of the turns, for people."""
+
+
+class GAN(Objective):
+    """How images look, learned by a generator from a discriminator that learns to tell them apart."""
+
+    method: Literal["gan"] = "gan"
+    loss_type: Literal["non_saturating", "wgan_gp"] = "non_saturating"
+    """Losses of both players."""
+    discriminator_steps: int | None = Field(default=None, ge=1, le=100)
+    """Steps of the discriminator for each of the generator; 5 of wgan_gp, else 1 when not given."""
+    spectral_norm: bool | None = None
+    """Divide the discriminator's weights by their spectral norms; not with wgan_gp when not given."""
+    labels: tuple[str, ...] | None = None
+    """The classes in the order of the network; from the training rows when not given."""
+
+    task: ClassVar[Task] = "adversarial"
+    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"labelled_image"})
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
+    chosen_by_shape: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        learning_rate_multiplier=0.2, beta1=0.5, min_epochs=10, max_epochs=100, base="small-dcgan"
+    )
+
+    @property
+    def min_steps(self) -> int:
+        """Two players that start from random numbers take long."""
+        return 3_000
+
+    @property
+    def sample_labels(self) -> tuple[str, ...]:
+        """The classes."""
+        return self.labels or ()
+
+    @property
+    def _turns(self) -> int:
+        """Steps of the discriminator."""
+        return self.discriminator_steps or (5 if self.loss_type == "wgan_gp" else 1)
+
+    @property
+    def _spectral(self) -> bool:
+        return self.loss_type != "wgan_gp" if self.spectral_norm is None else self.spectral_norm
+
+    def head(self) -> Head:
+        """Both players, and the classes they know."""
+        return Head(self.task, self.labels or ())
+
+    def check_network(self, model: nn.Module) -> None:
+        """Both players must have weights that train, and the discriminator whole ones."""
+        players: Any = model.players
+        if not model.measures_whole_weights:
+            raise RecipeError(
+                "the spectral norm of a discriminator is that of its whole weights, and the adaptation "
+                "puts a part beside them. Use full or bitfit"
+            )
+        for name, modules in players.items():
+            if not any(w.requires_grad for module in modules for w in module.parameters()):
+                raise RecipeError(
+                    f"the adaptation leaves the {name} no weights to learn by, and both players of a "
+                    "gan must learn. Use full or bitfit"
+                )
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """See which classes there are; none where a row has no label."""
+        names = {row.label for row in rows if isinstance(row, LabelledImage)}
+        if any(isinstance(name, tuple) for name in names):
+            raise RowRefused(
+                "label.mixed",
+                "rows have arrays of labels, and a gan takes one label a row.",
+                "Write one label, or leave the labels out.",
+            )
+        whole = all(isinstance(row, LabelledImage) for row in rows) and len(names) > 1
+        found = tuple(sorted(str(name) for name in names)) if whole else ()
+        return self.model_copy(update={"labels": found if self.labels is None else self.labels})
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """The image, and its class where classes are known."""
+        example = chat.encode_input(row, index)
+        if not self.labels:
+            return example
+        if not isinstance(row, LabelledImage) or row.label not in self.labels:
+            raise RowRefused(
+                "label.unseen",
+                "the row has no label that the training rows have.",
+                "Give it one, or remove the row.",
+            )
+        return replace(example, target=np.array([self.labels.index(str(row.label))]))
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """Noise for each turn: new in training, and else of the images alone."""
+        import torch
+
+        size, turns = int(network.model.config.latent_size), self._turns + 1
+        found = []
+        for batch in super().annotate(network, examples, budget):
+            rows = batch.tree.examples
+            if network.model.training:
+                latent_TRZ = torch.randn(turns, len(rows), size)
+                between_TR = torch.rand(turns, len(rows))
+            else:
+                fixed = torch.from_numpy(np.stack([fixed_noise(row, size) for row in rows]))
+                latent_TRZ = fixed.expand(turns, -1, -1)
+                between_TR = torch.full((turns, len(rows)), 0.5)
+            class_R = None
+            if self.labels:
+                targets = np.concatenate([np.asarray(row.target) for row in rows])
+                class_R = torch.from_numpy(targets).to(network.device)
+            latent_TRZ = latent_TRZ.to(network.device, network.dtype)
+            between_TR = between_TR.to(network.device, network.dtype)
+            found.append(replace(batch, extra=Game(class_R, latent_TRZ, between_TR)))
+        return found
+
+    def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
+        """The discriminator's steps, then the generator's."""
+        for turn in range(self._turns + 1):
+            player: Any = "generator" if turn == self._turns else "discriminator"
+            yield [
+                replace(
+                    batch,
+                    extra=replace(
+                        batch.extra,
+                        player=player,
+                        latent_TRZ=batch.extra.latent_TRZ[turn : turn + 1],
+                        between_TR=batch.extra.between_TR[turn : turn + 1],
+                    ),
+                )
+                for batch in batches
+            ]
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed loss of the player whose turn it is; it alone gets a gradient."""
+        game: Game = batch.extra
+        if game.player == "generator":
+            return Loss(self._generator_loss(network, game))
+        total = self._discriminator_loss(network, batch, game)
+        if game.player == "both":
+            total = total + self._generator_loss(network, game)
+        return Loss(total)
+
+    def _generator_loss(self, network: Network, game: Game) -> Tensor:
+        from torch.nn import functional as F
+
+        model = network.model
+        with _frozen(model.players["discriminator"]):
+            images = model.generate(game.latent_TRZ[-1], game.class_R)
+            made_R = model.discriminate(images, game.class_R, self._spectral).float()
+        each_R = -made_R if self.loss_type == "wgan_gp" else F.softplus(-made_R)
+        game.noted["generator_loss"].append(float(each_R.detach().mean()))
+        total: Tensor = each_R.sum()
+        return total
+
+    def _discriminator_loss(self, network: Network, batch: TreeBatch, game: Game) -> Tensor:
+        import torch
+        from torch.nn import functional as F
+
+        model = network.model
+        with torch.no_grad():
+            images = model.generate(game.latent_TRZ[0], game.class_R)
+        class_2R = None if game.class_R is None else torch.cat([game.class_R] * 2)
+        # One pass for both, so that the estimate of the spectral norms is the same.
+        both_2R = model.discriminate(torch.cat([batch.plan, images]), class_2R, self._spectral)
+        real_R, made_R = both_2R.float().chunk(2)
+        right = ((real_R > 0).float().mean() + (made_R < 0).float().mean()) / 2
+        game.noted["discriminator_accuracy"].append(float(right))
+        if self.loss_type == "wgan_gp":
+            each_R = made_R - real_R
+            if game.player == "discriminator":
+                each_R = each_R + PENALTY * self._penalty(network, batch, game, images)
+        else:
+            each_R = F.softplus(-real_R) + F.softplus(made_R)
+        game.noted["discriminator_loss"].append(float(each_R.detach().mean()))
+        total: Tensor = each_R.sum()
+        return total
+
+    def _penalty(self, network: Network, batch: TreeBatch, game: Game, images: Tensor) -> Tensor:
+        """How far the gradient ``[R]`` between real and made images is from the length 1, squared."""
+        import torch
+
+        share_R111 = game.between_TR[0][:, None, None, None]
+        between = torch.lerp(images, batch.plan, share_R111).requires_grad_(True)
+        score_R = network.model.discriminate(between, game.class_R, self._spectral)
+        (slope,) = torch.autograd.grad(score_R.sum(), between, create_graph=True)
+        penalty_R: Tensor = (slope.float().flatten(1).norm(dim=1) - 1).square()
+        return penalty_R
+
+    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """Means over the turns: losses of both players, and how often the discriminator is right."""
+        noted: defaultdict[str, list[float]] = defaultdict(list)
+        for batch in batches:
+            for name, values in batch.extra.noted.items():
+                noted[name] += values
+        return {name: float(np.mean(values)) for name, values in noted.items()}
+
+    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """None: images are looked at when training is over."""
+        return []
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """As ``loss`` the distance of made images from held-out ones; diversity; the players."""
+        import torch
+
+        network.model.eval()
+        batches = self.annotate(network, examples[:MOST_COMPARED], budget)
+        real, made, classes = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        with torch.no_grad():
+            for batch in batches:
+                game: Game = batch.extra
+                self.loss(network, batch)  # which notes how the players do
+                real.append(batch.plan.float().flatten(1))
+                images = network.model.generate(game.latent_TRZ[0], game.class_R)
+                made.append(images.float().flatten(1))
+                none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+                classes.append(none if game.class_R is None else game.class_R)
+        real_RD, made_RD, class_R = torch.cat(real), torch.cat(made), torch.cat(classes)
+        spread = _spread(real_RD, class_R)
+        return {
+            "loss": sliced_distance(real_RD, made_RD),
+            "diversity": _spread(made_RD, class_R) / spread if spread else 0.0,
+            **self.step_metrics(batches),
+        }
+
+    def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
+        """New images ``[R, C, H, W]`` of the classes asked for."""
+        import torch
+
+        size = int(network.model.config.latent_size)
+        # Each by itself: what torch draws for the first rows else depends on how many there are.
+        latent_RZ = torch.stack([torch.randn(size, generator=generator) for _ in labels])
+        class_R = None
+        if self.labels:
+            known = [self.labels.index(label) for label in labels]
+            class_R = torch.tensor(known, device=network.device)
+        latent_RZ = latent_RZ.to(network.device, network.dtype)
+        images: Tensor = network.model.generate(latent_RZ, class_R)
+        return images
+
+
+@contextmanager
+def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What is computed meanwhile leaves no gradient on the weights of ``modules``."""
+    weights = [w for module in modules for w in module.parameters() if w.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def sliced_distance(one_RD: Tensor, other_RD: Tensor) -> float:
+    """Sliced Wasserstein distance of as many rows, along directions that are always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    direction_DS = torch.randn(one_RD.shape[1], DIRECTIONS, generator=generator)
+    direction_DS = (direction_DS / direction_DS.norm(dim=0)).to(one_RD.device)
+    sorted_RS = [(each @ direction_DS).sort(0).values for each in (one_RD, other_RD)]
+    return float((sorted_RS[0] - sorted_RS[1]).square().mean().sqrt())
+
+
+def _spread(each_RD: Tensor, class_R: Tensor) -> float:
+    """Root of the mean squared distance of rows from the mean of their class."""
+    off = [each_RD[class_R == name] - each_RD[class_R == name].mean(0) for name in class_R.unique()]
+    squares = sum(float(each.square().sum()) for each in off)
+    return float(np.sqrt(squares / len(each_RD)))
