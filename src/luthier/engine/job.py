@@ -141,17 +141,17 @@ def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
 
 
 def with_reading_defaults(
-    recipe: Recipe, processor: Processor | None, reporter: Reporter
+    recipe: Recipe, base: store.StoredModel, processor: Processor | None, reporter: Reporter
 ) -> Recipe:
-    """The recipe with what suits rows of the kind that the base reads, where that was left open.
+    """The recipe with what suits the base and rows of the kind that it reads, where that was left open.
 
-    A network for images or sounds may have no linear layer below its head, and is small: all of it
-    learns. Its rows are changed at random, but where their features are computed once.
+    All of a base of random weights learns. Images and sounds are changed at random, but where their
+    features are computed once.
     """
     choices: list[defaults.Choice] = []
-    if processor is not None and "adaptation" not in recipe.model_fields_set:
+    if base.manifest.is_random and "adaptation" not in recipe.model_fields_set:
         full = ADAPTATIONS["full"].model_validate({})
-        reason = f"a network that reads {processor.kind}s is small: all of it learns"
+        reason = "all weights of this base are random numbers, so all of them learn"
         choices.append(("adaptation.method", full.method, reason))
         recipe = recipe.model_copy(update={"adaptation": full})
     if recipe.data.augmentation is None:
@@ -189,7 +189,7 @@ def prepare_job(
     asked = recipe
     if recipe.data.image_size:
         chat = chat.with_image_size(recipe.data.image_size)
-    recipe = with_reading_defaults(recipe, chat.media, reporter)
+    recipe = with_reading_defaults(recipe, base, chat.media, reporter)
     check_vocabulary(chat, config, base.id)
     context, room = context_length(config), store.room_of(base, recipe.adaptation)
     if room < 1:
@@ -306,7 +306,7 @@ def resolve_job(
         len(data.validation),
         width,
         new,
-        (base.manifest.source or "").startswith("random:"),
+        base.manifest.is_random,
         data.mixed,
         held_out,
     )

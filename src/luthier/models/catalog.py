@@ -31,7 +31,7 @@ from luthier.files import (
     sweep,
 )
 from luthier.models.heads import Task
-from luthier.models.manifest import MANIFEST, Manifest
+from luthier.models.manifest import MANIFEST, RANDOM, Manifest
 from luthier.plugins import PluginTable
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
@@ -117,7 +117,7 @@ class RandomSource:
     @property
     def provenance(self) -> Provenance:
         """What a manifest says of it."""
-        return {"source": f"random:{self.config['model_type']}"}
+        return {"source": f"{RANDOM}{self.config['model_type']}"}
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
         """Draw the weights into the folder ``target``; returns the provenance."""

@@ -14,6 +14,8 @@ from luthier.errors import CorruptFile
 from luthier.files import read_json, write_json
 
 MANIFEST = "luthier.json"
+RANDOM = "random:"
+"""How the ``source`` of a base model begins whose weights were drawn."""
 
 
 class _Record(BaseModel):
@@ -115,6 +117,11 @@ class Manifest(_Record):
     """Files of the source that were not taken."""
     checks: dict[str, Any] | None = None
     """What an imported model was tried with before it was taken."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether all its weights were drawn, and nothing was learned yet."""
+        return (self.source or "").startswith(RANDOM)
 
     @property
     def objective(self) -> dict[str, Any] | None:
