@@ -127,6 +127,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparse": {"mask": "fisher", "fisher_rows": 3},
     "grpo": {**WRITTEN, "num_generations": 4, "beta": 0.1},
     "ppo": {**WRITTEN, "num_ppo_epochs": 2, "num_mini_batches": 2},
+    "gan": {"loss_type": "non_saturating"},  # with spectral norms
     "logit_distillation": {"teacher": "teacher"},
     "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
     "encoder_distillation": {"teacher": "teacher"},
