@@ -13,11 +13,14 @@ import re
 import shutil
 import subprocess
 import sys
+import wave
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
 from luthier.files import luthier_home
 
@@ -77,12 +80,42 @@ def make_files(folder: Path) -> None:
         rows = csv.writer(file)
         rows.writerow(["question", "reply"])
         rows.writerows([row["prompt"], row["completion"]] for row in chats[:40])
+    make_media(folder)
     for name, source in (("corpus.txt", "docs/results.md"), ("handbook.txt", "README.md")):
         shutil.copy(ROOT / source, folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     for name in ("README.md", "CHANGELOG.md", "docs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "src").symlink_to(ROOT / "src")
+
+
+def make_media(folder: Path) -> None:
+    """Pictures of three shapes, and high and low tones."""
+    random = np.random.default_rng(0)
+    for part, count in (("", 8), ("-test", 2)):
+        for number in range(1, count + 1):
+            for shape in ("bars", "disc", "ring"):
+                image = Image.new("RGB", (64, 48), tuple(random.integers(0, 90, 3).tolist()))
+                draw, left = ImageDraw.Draw(image), int(random.integers(0, 30))
+                box = (left, 8, left + 30, 38)
+                if shape == "bars":
+                    for y in range(8, 38, 8):
+                        draw.rectangle((left, y, left + 30, y + 3), fill="yellow")
+                else:
+                    fill = "yellow" if shape == "disc" else None
+                    draw.ellipse(box, fill=fill, outline="yellow", width=4)
+                path = folder / f"photos{part}" / shape / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+            for tone, pitch in (("low", 300), ("high", 1200)):
+                path = folder / f"sounds{part}" / tone / f"{number}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                times = np.arange(4000) / 8000
+                wave_T = np.sin(2 * np.pi * pitch * random.uniform(0.8, 1.2) * times)
+                wave_T = 0.5 * wave_T + 0.01 * random.standard_normal(4000)
+                with wave.open(str(path), "wb") as file:
+                    file.setparams((1, 2, 8000, 0, "NONE", ""))
+                    file.writeframes((wave_T * 32767).astype("<i2").tobytes())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -89,6 +89,10 @@ class DataSpec(StrictModel):
     """Random changes to training rows, drawn anew each time; off for texts when not given."""
     image_size: int | None = Field(default=None, ge=8, le=2048)
     """Height and width that images are brought to; those of the base model when not given."""
+    sampling_rate: int | None = Field(default=None, ge=1000, le=192_000)
+    """Samples a second that sounds are brought to; those of the base model when not given."""
+    max_seconds: float | None = Field(default=None, gt=0.05, le=60)
+    """Seconds of each sound that are read, its middle; those of the base model when not given."""
 
     @property
     def files(self) -> list[Path]:

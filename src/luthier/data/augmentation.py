@@ -9,8 +9,9 @@ tokenizer, so pieces of a word stay together.
 image, other brightness, contrast and saturation, and RandAugment (Cubuk et al. 2020,
 arXiv:1909.13719).
 
-*Sounds*: moved in time, with noise added, and SpecAugment's masks over pitch and time (Park et al.
-2019, arXiv:1904.08779; its warping in time is left out).
+*Sounds*: moved in time, played slower or faster (Ko et al. 2015, Audio augmentation for speech
+recognition), with noise added, and SpecAugment's masks over pitch and time (Park et al. 2019,
+arXiv:1904.08779; its warping in time is left out).
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Augmentation(BaseModel):
     """Strength of RandAugment's operations, ``M`` in the paper."""
     shift: float = Field(default=0.0, ge=0, le=1)
     """Sounds: moved in time by up to this share of the length that is read."""
+    speed: float = Field(default=0.0, ge=0, le=0.5)
+    """Sounds: played slower or faster by up to this share, which moves their pitch; 0.1 is usual."""
     noise: float = Field(default=0.0, ge=0, le=1)
     """Sounds: Gaussian noise of up to this share of the sound's own strength."""
     masks: int = Field(default=0, ge=0, le=10)
@@ -65,7 +68,7 @@ class Augmentation(BaseModel):
         changed: dict[str, tuple[float, ...]] = {
             "text": (self.delete, self.swap),
             "image": (self.crop, self.flip, self.colour, self.randaugment),
-            "audio": (self.shift, self.noise, self.masks),
+            "audio": (self.shift, self.speed, self.noise, self.masks),
         }
         return {kind for kind, amounts in changed.items() if any(amounts)}
 
@@ -78,7 +81,7 @@ class Augmentation(BaseModel):
         """What changes no class of most data sets, for rows that say nothing of it."""
         if kind == "image":
             return Augmentation(crop=0.3, colour=0.2)
-        return Augmentation(shift=0.1, noise=0.05, masks=1)
+        return Augmentation(shift=0.1, speed=0.15, noise=0.05)
 
     def changed(self, example: Example, random: np.random.Generator) -> Example:
         """``example`` as the network is to see it this time, what it teaches unchanged.
@@ -162,9 +165,15 @@ class Augmentation(BaseModel):
     def change_sound(
         self, samples: NDArray[np.float32], wanted: int, random: np.random.Generator
     ) -> NDArray[np.float32]:
-        """The sound ``[T]`` moved in time and with noise; ``wanted`` samples of it are read."""
+        """The sound ``[T]`` otherwise played; ``wanted`` samples of it are read."""
         import numpy as np
 
+        if self.speed:
+            from luthier.data.processors import resample
+
+            steps = 1000  # of a rate that means nothing
+            rate = round(steps * random.uniform(1 - self.speed, 1 + self.speed))
+            samples = resample(samples, rate, steps)
         if self.noise:
             strength = random.uniform(0, self.noise) * float(samples.std())
             noise = random.standard_normal(len(samples), dtype=np.float32)

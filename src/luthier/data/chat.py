@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
-from luthier.data.processors import ImageProcessor, MediaInput, Processor, check_kind
+from luthier.data.processors import (
+    AudioProcessor,
+    ImageProcessor,
+    MediaInput,
+    Processor,
+    check_kind,
+)
 from luthier.data.shapes import MediaRow
 from luthier.data.tools import (
     describe_tool,
@@ -165,6 +171,22 @@ class ChatFormat:
         if not isinstance(self.media, ImageProcessor):
             raise RecipeError("data.image_size is for a base model that reads images; leave it out")
         return replace(self, media=self.media.with_size(size))
+
+    def with_sounds(self, sampling_rate: int | None, max_seconds: float | None) -> ChatFormat:
+        """The same for sounds of another sampling rate or length; ``None`` leaves one as it is.
+
+        Raises:
+            RecipeError: where it reads no sounds.
+        """
+        if not isinstance(self.media, AudioProcessor):
+            raise RecipeError(
+                "data.sampling_rate and data.max_seconds are for a base model that reads sounds; leave "
+                "them out"
+            )
+        rate = sampling_rate or self.media.sampling_rate
+        seconds = max_seconds or self.media.max_seconds
+        media = replace(self.media, sampling_rate=rate, max_seconds=seconds)
+        return replace(self, media=media)
 
     @staticmethod
     def reading(processor: Processor) -> ChatFormat:

@@ -259,13 +259,17 @@ class FieldChecker:
         if value.startswith("data:"):
             return self._embedded(value, kind, name)
         folder = Path(self.file).parent.resolve()
-        path = (folder / value).resolve()
+        try:
+            path = (folder / value).resolve()
+            there = path.is_file()
+        except (OSError, RuntimeError, ValueError):  # too long a name, links in a circle
+            path, there = folder, False
         if not path.is_relative_to(folder):
             fix = "Put it beside the rows, in the same folder or one below."
             message = f"{quote(value)} is not below the folder of this file."
             self.report("media.outside", message, fix)
             return None
-        if not path.is_file():
+        if not there:
             fix = f"Paths are as seen from {folder}; mend the path, or remove the row."
             self.report("media.missing", f"there is no file {quote(value)}.", fix)
             return None

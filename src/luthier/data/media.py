@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import wave
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +40,13 @@ MOST_DIGESTS = 500_000
 """Hashes that are remembered."""
 MOST_SECONDS = 600
 """Of one sound."""
+MOST_SAMPLES = 64_000_000
+"""Of one sound, all channels counted: silence packs to nothing."""
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
+    struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow's decoders raise on damaged files."""
 
 Pixels = NDArray[np.uint8]
 
@@ -72,11 +81,14 @@ class Media:
         assert self.path is not None
         try:
             if self.member:
-                return self._unpack(_archive(self.path))
+                known = self.path.stat()
+                return self._unpack(_archive(self.path, known.st_mtime_ns, known.st_size))
             if self.path.stat().st_size > MOST_MEDIA_BYTES:
                 raise _too_large(self.path.stat().st_size)
             return self.path.read_bytes()
-        except (OSError, zipfile.BadZipFile, KeyError, RuntimeError) as error:
+        except (
+            OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError
+        ) as error:  # fmt: skip
             raise _refusal("unreadable", f"it cannot be read: {_reason(error)}.") from error
 
     def _unpack(self, archive: zipfile.ZipFile) -> bytes:
@@ -138,15 +150,19 @@ def gps_of(media: Media) -> str:
     Raises:
         RowRefused: where it cannot be opened.
     """
+    import warnings
+
     from PIL import Image
     from PIL.ExifTags import IFD
 
     if media.array is not None:
         return ""
     try:
-        with Image.open(io.BytesIO(media.read()), formats=IMAGE_FORMATS) as opened:
-            fields = opened.getexif().get_ifd(IFD.GPSInfo)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(media.read()), formats=IMAGE_FORMATS) as opened:
+                fields = opened.getexif().get_ifd(IFD.GPSInfo)
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise _refusal(
             "unreadable", f"it is no image that can be read: {_reason(error)}."
         ) from error
@@ -169,11 +185,8 @@ def decode_image(data: bytes) -> Pixels:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
                 width, height = opened.size
                 if width * height > MOST_PIXELS:
-                    raise _refusal(
-                        "too_large",
-                        f"it says to have {width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are "
-                        "decoded.",
-                    )
+                    text = f"{width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are decoded."
+                    raise _refusal("too_large", f"it says to have {text}")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     image = image.convert("RGBA")
@@ -184,14 +197,10 @@ def decode_image(data: bytes) -> Pixels:
                 return np.array(image.convert("RGB"))
     except RowRefused:
         raise
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        MemoryError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked
+        text = f"it says to have more pixels than the {MOST_PIXELS:,} that are decoded."
+        raise _refusal("too_large", text) from None
+    except _DAMAGE as error:
         raise _refusal(
             "unreadable", f"it is no image that can be read: {_reason(error)}."
         ) from error
@@ -201,8 +210,9 @@ def _spread(image: Any) -> Any:
     """An image of 16 bits or more a pixel with its range brought to 8 bits."""
     from PIL import Image
 
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535.0 if values.max() > 255 else 255.0
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    # Kinds of more than 16 bits do not say where white is.
+    top = 65535.0 if image.mode.startswith("I;16") or values.max() > 255 else 255.0
     return Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
 
 
@@ -233,8 +243,10 @@ def decode_audio(data: bytes) -> tuple[NDArray[np.float32], int]:
             ) from None
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as file:
-                _check_length(file.frames, file.samplerate)
-                samples, rate = file.read(dtype="float32", always_2d=True).mean(1), file.samplerate
+                _check_length(file.frames, file.samplerate, file.channels)
+                read_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+            with np.errstate(invalid="ignore"):
+                samples = read_TC.mean(1)
         except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
             raise _refusal(
                 "unreadable", f"it is no sound that can be read: {_reason(error)}."
@@ -248,10 +260,14 @@ def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
     """A WAV file of 8, 16, 24 or 32 bits; ``None`` for one of another kind."""
     try:
         with wave.open(io.BytesIO(data)) as file:
-            width, rate = file.getsampwidth(), file.getframerate()
-            _check_length(file.getnframes(), rate)
-            raw, channels = file.readframes(file.getnframes()), file.getnchannels()
-    except (wave.Error, EOFError):
+            width, rate, channels = file.getsampwidth(), file.getframerate(), file.getnchannels()
+            if width > 4:
+                return None
+            # What was written to a pipe, or cut off, claims more than there is.
+            count = min(file.getnframes(), len(data) // (width * channels))
+            _check_length(count, rate, channels)
+            raw = file.readframes(count)
+    except (wave.Error, EOFError, RuntimeError):  # the last of a part that ends behind the file
         return None
     raw = raw[: len(raw) // (width * channels) * width * channels]
     if width == 1:  # the only width that is unsigned
@@ -266,12 +282,15 @@ def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
     return samples.reshape(-1, channels).mean(1), rate
 
 
-def _check_length(frames: int, rate: int) -> None:
+def _check_length(frames: int, rate: int, channels: int) -> None:
+    if rate <= 0:
+        raise _refusal("unreadable", "it names no sampling rate.")
     if frames > MOST_SECONDS * rate:
-        raise _refusal(
-            "too_large",
-            f"it lasts {frames / max(1, rate):,.0f} s; at most {MOST_SECONDS} are read.",
-        )
+        text = f"it lasts {frames / rate:,.0f} s; at most {MOST_SECONDS} are read."
+        raise _refusal("too_large", text)
+    if frames * channels > MOST_SAMPLES:
+        text = f"it has {frames * channels:,} samples; at most {MOST_SAMPLES:,} are read."
+        raise _refusal("too_large", text)
 
 
 @lru_cache(maxsize=1)
@@ -280,8 +299,8 @@ def _digests() -> dict[tuple[str, str, int, int], str]:
 
 
 @lru_cache(maxsize=4)
-def _archive(path: Path) -> zipfile.ZipFile:
-    """An open archive: its directory is read once for all members."""
+def _archive(path: Path, modified: int, size: int) -> zipfile.ZipFile:
+    """An open archive, as it was last written: its directory is read once for all members."""
     return zipfile.ZipFile(path)
 
 

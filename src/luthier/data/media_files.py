@@ -1,14 +1,17 @@
 """Rows of images and sounds from what holds nothing else: a folder, a zip archive, an ``.npz`` file.
 
 In a folder or an archive the name of the folder that a file lies in is its label, as torchvision's
-``ImageFolder`` has it; files beside each other without folders have none. An ``.npz`` file holds
+``ImageFolder`` has it; files beside each other without folders have none. Folders of an archive that
+hold all others are passed over. An ``.npz`` file holds
 ``images`` (uint8, ``[N, H, W]`` or ``[N, H, W, 3]``) and ``labels`` ``[N]``. Rows are numbered from 1,
 in the order of the names.
 """
 
 from __future__ import annotations
 
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -22,6 +25,11 @@ MOST_MEMBERS = 2_000_000
 """Files of one folder or archive."""
 MOST_ARRAY_BYTES = 4_000_000_000
 """Of one array of an ``.npz`` file, unpacked."""
+SPLIT_NAME = re.compile(
+    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
+)
+"""Names of files and folders that say what their rows are for."""
+_COLOURS = ((), (1,), (3,))
 
 
 def is_media(name: str) -> bool:
@@ -63,21 +71,34 @@ def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
                 count = len(archive.infolist())
                 message = f"The archive has {count:,} members; at most {MOST_MEMBERS:,} are read."
                 raise Unreadable("file.damaged", message, "Split it.")
-            names = sorted(name for name in archive.namelist() if _is_member(name))
-    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+            names = sorted({name for name in archive.namelist() if _is_member(name)})
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
         raise Unreadable("file.damaged", message, "Pack or fetch the file again.") from error
     if not names:
         fix = f"Put files into it that end with {', '.join(MEDIA_ENDINGS)}, or unpack it."
         raise Unreadable("file.empty", "The archive holds no images or sounds.", fix)
-    kind, labelled = _kind_of(names), _has_labels(names)
-    for number, name in enumerate(names, 1):
-        yield number, _record(Media(kind, f"{path.name}/{name}", path, name), name, labelled)
+    inside = _without_common_folders(names)
+    kind, labelled = _kind_of(names), _has_labels(inside)
+    classes = {PurePosixPath(name).parts[0] for name in inside}
+    if labelled and all(SPLIT_NAME.fullmatch(name) for name in classes):
+        message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
+        raise Unreadable("media.folder", message, "Pack each into an archive of its own.")
+    for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
+        yield number, _record(Media(kind, f"{path.name}/{name}", path, name), below, labelled)
 
 
 def _is_member(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return is_media(name) and not any(part.startswith((".", "_", "/")) for part in parts)
+
+
+def _without_common_folders(names: list[str]) -> list[str]:
+    """The names without the folders that hold all others, as archives of one folder have them."""
+    parts = [PurePosixPath(name).parts for name in names]
+    while all(len(each) > 2 for each in parts) and len({each[0] for each in parts}) == 1:
+        parts = [each[1:] for each in parts]
+    return ["/".join(each) for each in parts]
 
 
 def _kind_of(names: Iterable[str]) -> MediaKind:
@@ -120,12 +141,12 @@ def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
                     raise Unreadable("media.npz", message, "Split the file.")
             images = arrays["images"]
             labels = arrays["labels"] if "labels" in names else None
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         message = f"The file holds no plain arrays: {str(error).rstrip('.')}."
         raise Unreadable(
             "file.damaged", message, "Save it with numpy.savez, without objects."
         ) from None
-    if images.ndim not in (3, 4) or images.dtype != np.uint8:
+    if images.ndim not in (3, 4) or images.dtype != np.uint8 or images.shape[3:] not in _COLOURS:
         message = f"`images` is {images.dtype} of shape {images.shape}."
         raise Unreadable("media.npz", message, "It must be uint8, [N, H, W] or [N, H, W, 3].")
     if labels is not None and labels.shape != images.shape[:1]:

@@ -31,6 +31,8 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 _RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
 """Pillow's numbers, which ``preprocessor_config.json`` has."""
+_CROPPED_BELOW = 384
+"""Size from which on processors with ``crop_pct`` resize the whole image."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -65,8 +67,8 @@ class ImageProcessor:
         method = Image.Resampling(_RESAMPLE[self.resample])
         if not self.shortest_edge:
             return np.asarray(image.resize((self.width, self.height), method))
-        scale = self.shortest_edge / min(image.size)
-        size = [max(1, int(side * scale)) for side in image.size]
+        # In whole numbers: a rounding error would make the shorter side one pixel too short.
+        size = [self.shortest_edge * side // min(image.size) for side in image.size]
         image = image.resize((size[0], size[1]), method)
         left, top = (size[0] - self.width) // 2, (size[1] - self.height) // 2
         return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
@@ -110,11 +112,22 @@ class ImageProcessor:
     @staticmethod
     def of(fields: Mapping[str, Any]) -> ImageProcessor:
         """From the contents of a published ``preprocessor_config.json``."""
-        size, crop = _sides(fields.get("size", 224)), _sides(fields.get("crop_size", {}))
-        edge = size.get("shortest_edge", 0)
-        if edge and not fields.get("do_center_crop") and "crop_pct" in fields:  # ConvNeXt, ResNet
-            crop, edge = {"height": edge, "width": edge}, int(edge / fields["crop_pct"])
-        whole = crop if edge and crop else {"height": edge, "width": edge} if edge else size
+        crops, share = fields.get("do_center_crop", False), fields.get("crop_pct")
+        size, crop = fields.get("size", 224), _sides(fields.get("crop_size", 0) if crops else 0)
+        kind = str(fields.get("image_processor_type") or fields.get("feature_extractor_type") or "")
+        if isinstance(size, int) and (share or (crops and not kind.startswith("DeiT"))):
+            size = {"shortest_edge": size}  # as configurations before transformers 4.27 have it
+        size = _sides(size)
+        edge = int(size.get("shortest_edge", 0))
+        if edge and share and not crops:  # ConvNeXt, ResNet
+            crop = _sides(edge)
+            edge = int(edge / share) if edge < _CROPPED_BELOW else 0
+        whole = crop if crop["height"] else size
+        if whole.get("height", 0) < 1 or (not edge and crops and whole != size):
+            raise UnknownModel(
+                f"this way to resize images is not known here: {fields.get('size')} with "
+                f"crop_size {fields.get('crop_size')}"
+            )
         names = {number: name for name, number in _RESAMPLE.items()}
         plain = not fields.get("do_normalize", True)
         mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
@@ -148,6 +161,10 @@ def _resized(processor: ImageProcessor, media: Media) -> Pixels:
         if (len(_cache()) + 1) * found.nbytes <= MOST_CACHED:
             _cache()[key] = found
     return found
+
+
+RANGE = 1e-8
+"""Least power of a spectrogram beside its greatest: 80 dB, as Whisper has it (Radford et al. 2022)."""
 
 
 @dataclass(frozen=True)
@@ -200,21 +217,18 @@ class AudioProcessor:
 
     def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """``[num_mel_bins, frames]`` of mean 0 and deviation 1."""
-        from transformers.audio_utils import spectrogram, window_function
-
         window = round(self.sampling_rate * self.window_ms / 1000)
         size = 1 << (window - 1).bit_length()
-        power = spectrogram(
-            samples.astype(np.float64),
-            window_function(window, "hann", frame_length=size),
-            frame_length=size,
-            hop_length=self._hop,
-            power=2.0,
-            mel_filters=_mel_filters(size, self.num_mel_bins, self.sampling_rate),
-            mel_floor=1e-8,
-            log_mel="log",
-        )[:, : self.frames]
-        return np.asarray((power - power.mean()) / (power.std() + 1e-5), dtype=np.float32)
+        padded = np.pad(samples.astype(np.float32), size // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: self._hop][: self.frames]
+        shape = np.zeros(size, np.float32)  # a Hann window in the middle of the frame
+        shape[(size - window) // 2 :][:window] = np.hanning(window + 1)[:-1]
+        power = np.abs(np.fft.rfft(frames * shape)) ** 2
+        mel = _mel_filters(size, self.num_mel_bins, self.sampling_rate).T @ power.T
+        # Silence that was filled in, and pitches that a sound of a lower rate cannot have, are far
+        # below the noise of any recording: without a floor they would be all the contrast.
+        log = np.log(np.maximum(mel, max(float(mel.max()) * RANGE, 1e-10)))
+        return np.asarray((log - log.mean()) / (log.std() + 1e-5), dtype=np.float32)
 
     def fields(self) -> dict[str, Any]:
         """Contents of ``preprocessor_config.json``: a form of luthier's own."""

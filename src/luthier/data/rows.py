@@ -360,7 +360,10 @@ class PromptChecker(Checker):
 def input_row(given: str, file: str, line: int = 1) -> Row:
     """What a model that reads is asked about: a text, or the image or sound that it is the path of."""
     path = Path(given) if len(given) < MOST_PATH and "\0" not in given else Path()
-    if not is_media(path.name) or not path.is_file():
+    try:
+        if not is_media(path.name) or not path.is_file():
+            return RawText(file, line, given)
+    except OSError:  # a text longer than a name can be
         return RawText(file, line, given)
     if path.name.lower().endswith(IMAGE_ENDINGS):
         return BareImage(file, line, Media("image", given, path))

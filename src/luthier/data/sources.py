@@ -17,18 +17,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
-from luthier.data.media_files import is_media
+from luthier.data.media_files import SPLIT_NAME, is_media
 from luthier.errors import DataError, Problem
 from luthier.files import sha256_of
 
 Source = str | Path
 
 _BESIDE = re.compile(
-    r"(readme|license|licence|notice|changelog|citation|dataset_infos?|dataset_dict|state)\b.*",
+    r"(readme|license|licence|notice|changelog|citation|dataset_infos?|dataset_dict|state|"
+    r"thumbs\.db|desktop\.ini)\b.*",
     re.I,
-)
-_SPLIT = re.compile(
-    r"(?:^|[^a-z])(train|valid|validation|val|dev|test|eval|held-?out)(?:[^a-z]|$)", re.I
 )
 _SHOWN = 8
 
@@ -120,12 +118,13 @@ def _folder(folder: Path) -> list[Path]:
     named = [(path.relative_to(folder).as_posix(), path) for path in found]
     media = [name for name, _ in named if is_media(name)]
     others = [(name, path) for name, path in named if not is_media(name)]
+    others = [(name, path) for name, path in others if not _BESIDE.fullmatch(path.name)]
     rows = any(is_data(name) and not _is_text(name) for name, _ in others)
     if not media or rows:
         return [path for _, path in meant(others, str(folder))]
-    beside = [name for name, path in others if not _BESIDE.fullmatch(path.name)]
-    if beside:
-        message = f"Beside {len(media):,} images or sounds it holds {_join_names(beside)}."
+    if others:
+        beside = _join_names(name for name, _ in others)
+        message = f"Beside {len(media):,} images or sounds it holds {beside}."
         fix = "Move the others, or give a table of rows that name the files."
         raise source_refusal(str(folder), "file.directory", message, fix)
     _check_classes(folder, {Path(name).parts[0] for name in media if "/" in name})
@@ -134,7 +133,7 @@ def _folder(folder: Path) -> list[Path]:
 
 def _check_classes(folder: Path, names: set[str]) -> None:
     """Refuse a folder whose folders are splits and not classes."""
-    if names and all(_SPLIT.fullmatch(name) for name in names):
+    if names and all(SPLIT_NAME.fullmatch(name) for name in names):
         text = ", ".join(sorted(names))
         message = f"Its folders are the splits {text}, which do not mix."
         fix = f"Name one of them, as {folder / min(names)}, and the other as validation data."
@@ -174,7 +173,7 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
 
 def _split(name: str) -> str:
     """Whether a file is for training, for validation or for testing, as far as its name tells."""
-    found = _SPLIT.search(name)
+    found = SPLIT_NAME.search(name)
     if found is None:
         return ""
     word = found[1].lower()

@@ -33,7 +33,7 @@ from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, width_of
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES
-from luthier.models.load import as_network, check_folder, read_config, sketch
+from luthier.models.load import as_network, check_folder, input_shape, read_config, sketch
 from luthier.models.network import Network, context_length
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import Objective
@@ -189,6 +189,8 @@ def prepare_job(
     asked = recipe
     if recipe.data.image_size:
         chat = chat.with_image_size(recipe.data.image_size)
+    if recipe.data.sampling_rate or recipe.data.max_seconds:
+        chat = chat.with_sounds(recipe.data.sampling_rate, recipe.data.max_seconds)
     recipe = with_reading_defaults(recipe, base, chat.media, reporter)
     check_vocabulary(chat, config, base.id)
     context, room = context_length(config), store.room_of(base, recipe.adaptation)
@@ -283,6 +285,9 @@ def resolve_job(
     config = read_config(base.network_folder, data.objective.head())
     drawn = sketch_training(config, data.objective, recipe.adaptation, size)
     model = drawn.model
+    if chat.media is not None and chat.media.shape != input_shape(model.config):
+        # What a row takes in memory is counted at the size that is read.
+        model.config.image_size = chat.media.shape[1:]  # type: ignore[union-attr]
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)

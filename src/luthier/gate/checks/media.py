@@ -1,8 +1,8 @@
 """Images and sounds that cannot be read, look alike, or say more than they should.
 
 Images that look alike have the same difference hash (Krawetz 2013: which of two neighbours is brighter,
-on 9 x 8 grey pixels) and nearly the same thumbnail of 16 x 16 grey pixels, whatever their size and
-format.
+on 9 x 8 grey pixels) and nearly the same thumbnail of 10 x 10 pixels in colour, whatever their size
+and format.
 """
 
 from __future__ import annotations
@@ -91,18 +91,25 @@ CUT = Rule(
     "note",
     "A sound is longer than what the model reads; its middle is read.",
     "What is outside is not learned.",
-    "Cut it into pieces, or choose a base that reads longer ones.",
+    "Cut it into pieces, or read more of it with `data.max_seconds`.",
+)
+RATE = Rule(
+    "media.rate",
+    "note",
+    "A sound has fewer samples a second than the model reads.",
+    "What would be above half its rate is empty; sounds in use may differ there.",
+    "Set `data.sampling_rate` to the rate of the sounds.",
 )
 
 MOST_COMPARED = 200_000
-"""Images that are compared with each other; each takes some 300 bytes."""
+"""Images that are compared with each other; each takes some 900 bytes."""
 ALIKE = 6.0
-"""Largest mean difference of the grey pixels, of 255, of thumbnails that look the same."""
+"""Largest mean difference of the colours, of 255, of thumbnails that look the same."""
 SILENCE = 1e-3
 """Largest amplitude, of 1, of what is called silent."""
 PEAKS = 0.01
 """Share of samples at full scale from which on a sound is clipped."""
-_HASH, _THUMBNAIL = (9, 8), (16, 16)
+_HASH, _THUMBNAIL = (9, 8), (10, 10)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,8 @@ class MediaFiles(Check):
 
     name: ClassVar[str] = "media"
     rules: ClassVar[tuple[Rule, ...]] = (
-        UNREADABLE, TOO_LARGE, SIMILAR, LEAK, LABELS, LOCATION, LOW_RESOLUTION, SILENT, CLIPPED, CUT,
+        UNREADABLE, TOO_LARGE, SIMILAR, LEAK, LABELS, LOCATION, LOW_RESOLUTION, SILENT, CLIPPED,
+        CUT, RATE,
     )  # fmt: skip
     measures_with: ClassVar[tuple[str, ...]] = ("processor",)
 
@@ -178,9 +186,10 @@ class MediaFiles(Check):
                 size = f"{width} x {height} pixels; {wanted[1]} x {wanted[0]} are read"
                 text = f"{media.name} has {size}."
                 found.append((LOW_RESOLUTION.id, text))
-        grey = Image.fromarray(pixels).convert("L")
-        small = np.asarray(grey.resize(_HASH, Image.Resampling.BOX), dtype=np.int16)
-        thumbnail = np.asarray(grey.resize(_THUMBNAIL, Image.Resampling.BOX))
+        image = Image.fromarray(pixels)
+        grey = image.convert("L").resize(_HASH, Image.Resampling.BOX)
+        small = np.asarray(grey, dtype=np.int16)
+        thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX))
         bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
         labels = row.classes()
         return MeasuredMedia(
@@ -196,12 +205,13 @@ class MediaFiles(Check):
             found.append((SILENT.id, f"{media.name} is never louder than {top:.1%} of full scale."))
         elif (share := float((np.abs(samples) >= 0.999).mean())) >= PEAKS:
             found.append((CLIPPED.id, f"{share:.1%} of {media.name} is at full scale."))
-        if (
-            isinstance(self.processor, AudioProcessor)
-            and seconds > self.processor.max_seconds * 1.05
-        ):
-            text = f"{media.name} lasts {seconds:.1f} s; {self.processor.max_seconds:g} s are read."
+        reads = self.processor
+        if isinstance(reads, AudioProcessor) and seconds > reads.max_seconds * 1.05:
+            text = f"{media.name} lasts {seconds:.1f} s; {reads.max_seconds:g} s are read."
             found.append((CUT.id, text))
+        if isinstance(reads, AudioProcessor) and rate < reads.sampling_rate:
+            text = f"{media.name} has {rate:,} samples a second; {reads.sampling_rate:,} are read."
+            found.append((RATE.id, text))
         return MeasuredMedia(None, tuple(found), f"{rate:,} Hz")
 
     def take(
@@ -225,10 +235,10 @@ class MediaFiles(Check):
                 self._compare(each, place, where.split, findings)
 
     def _compare(self, image: MeasuredMedia, place: Place, split: str, findings: Findings) -> None:
-        grey = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
+        thumbnail = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
         known = self.seen.setdefault(image.hash[:8], [])
         for other in known:
-            if float(np.abs(grey - other.thumbnail).mean()) > ALIKE:
+            if float(np.abs(thumbnail - other.thumbnail).mean()) > ALIKE:
                 continue
             rule = SIMILAR if other.split == split else LEAK
             rule = LABELS if other.labels != image.labels else rule
@@ -240,7 +250,7 @@ class MediaFiles(Check):
                 message += f" of {other.split}"
             findings.add(Finding(rule, place, f"{message}.", others=(other.place,)))
             return
-        known.append(_Seen(place, split, image.labels, grey))
+        known.append(_Seen(place, split, image.labels, thumbnail))
 
     def summary(self) -> Mapping[str, Any]:
         """How large images are, or how sounds are sampled."""

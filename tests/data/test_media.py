@@ -1,0 +1,316 @@
+"""Images and sounds to numbers: usual files, odd ones, and those that would do harm."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+import wave
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from luthier.data import media
+from luthier.data.media import Media, decode_audio, decode_image, gps_of
+from luthier.errors import RowRefused
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form, **options)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def picture(height: int = 6, width: int = 9) -> NDArray[np.uint8]:
+    """Smooth, so that JPEG keeps it nearly."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [255 * x / width, 255 * y / height, np.full_like(x, 128)]
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+
+
+def refusal(data: bytes) -> RowRefused:
+    with pytest.raises(RowRefused) as refused:
+        decode_image(data)
+    return refused.value
+
+
+@pytest.mark.parametrize(("form", "error"), [("PNG", 0), ("BMP", 0), ("TIFF", 0), ("JPEG", 8)])
+def test_usual_forms_give_their_pixels(form: str, error: int) -> None:
+    pixels = decode_image(encoded(Image.fromarray(picture(48, 64)), form))
+    assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - picture(48, 64)).max() <= error
+
+
+def test_grey_palette_and_the_first_picture_of_a_gif() -> None:
+    grey = decode_image(encoded(Image.fromarray(picture()[..., 0])))
+    assert (grey == picture()[..., :1]).all() and grey.shape == (6, 9, 3)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(moving).tolist() == [[[255, 0, 0]] * 4] * 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0))
+    pixels = decode_image(encoded(image.convert(mode)))
+    assert pixels.tolist() == [[[0, 0, 0], [255, 255, 255]]]
+
+
+def test_sixteen_bits_become_eight_whatever_the_brightest_pixel_is() -> None:
+    values = np.array([[0, 257, 0x8080, 65535]], dtype=np.uint16)
+    assert decode_image(encoded(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    # All dark: still 16 bits.
+    dark = np.array([[0, 200]], dtype=np.uint16)
+    assert decode_image(encoded(Image.fromarray(dark)))[0, :, 0].tolist() == [0, 1]
+
+
+def test_pixels_that_are_no_numbers_are_black() -> None:
+    values = np.array([[np.nan, 255.0, 0.0]], dtype=np.float32)
+    pixels = decode_image(encoded(Image.fromarray(values), "TIFF"))
+    assert pixels[0, :, 0].tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_photograph_stands_upright(turn: int) -> None:
+    """Each orientation of EXIF, undone by hand."""
+    upright = Image.fromarray(picture())
+    stored = {
+        1: lambda i: i,
+        2: lambda i: i[:, ::-1],
+        3: lambda i: i[::-1, ::-1],
+        4: lambda i: i[::-1],
+        5: lambda i: i.transpose(1, 0, 2),
+        6: lambda i: np.rot90(i, 1),
+        7: lambda i: i.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda i: np.rot90(i, -1),
+    }[turn](np.asarray(upright))
+    fields = Image.Exif()
+    fields[0x0112] = turn
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=fields)
+    assert (decode_image(data) == np.asarray(upright)).all()
+
+
+def bomb(side: int) -> bytes:
+    """The beginning of a PNG of that many pixels a side, which would unpack to zeros."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + body))
+        return struct.pack(">I", len(body)) + name + body + check
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(999)))
+
+
+@pytest.mark.parametrize("side", [8_001, 10_000, 60_000])
+def test_an_image_that_claims_too_many_pixels_is_never_unpacked(side: int) -> None:
+    bad = refusal(bomb(side))
+    assert bad.rule == "media.too_large" and "64,000,000" in bad.message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"This is a text and no picture, whatever its name says.",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        b'<svg xmlns="http://www.w3.org/2000/svg"></svg>',
+        encoded(Image.fromarray(picture()), "EPS"),
+        encoded(Image.fromarray(picture()), "PDF"),
+        encoded(NOISE)[:3000],
+        encoded(NOISE, "JPEG")[:3000],
+        encoded(NOISE, "GIF")[:3000],
+    ],
+    ids=["empty", "text", "eps", "svg", "eps image", "pdf", "cut png", "cut jpeg", "cut gif"],
+)
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    assert refusal(data).rule == "media.unreadable"
+
+
+def test_damaged_bytes_are_refused_and_raise_nothing_else() -> None:
+    chance = random.Random(0)
+    image = Image.fromarray(picture(20, 30))
+    originals = [encoded(image, form) for form in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM")]
+    for number in range(600):
+        data = bytearray(originals[number % len(originals)])
+        for _ in range(chance.choice((1, 4, 16))):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        for reads in (decode_image, lambda each: gps_of(Media("image", "x", data=each))):
+            try:
+                reads(bytes(data))
+            except RowRefused as bad:
+                assert bad.rule in ("media.unreadable", "media.too_large")
+
+
+def test_where_a_photograph_was_taken() -> None:
+    fields = Image.Exif()
+    place = fields.get_ifd(0x8825)
+    place[1], place[2], place[3], place[4] = "N", (48.0, 12.0, 0.0), "E", (11.0, 30.0, 0.0)
+    data = encoded(Image.fromarray(picture()), "JPEG", exif=fields)
+    assert gps_of(Media("image", "x", data=data)) == "48.2 N, 11.5 E"
+    assert gps_of(Media("image", "x", data=encoded(Image.fromarray(picture())))) == ""
+    assert gps_of(Media("image", "x", array=picture())) == ""
+
+
+def test_an_array_is_an_image_of_eight_bits() -> None:
+    assert (Media("image", "x", array=picture()).pixels() == picture()).all()
+    for grey in (picture()[..., 0], picture()[..., :1]):
+        assert (Media("image", "x", array=grey).pixels() == picture()[..., :1]).all()
+    for array in (picture().astype(np.float32), picture()[0, 0], np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(RowRefused, match="is no image"):
+            Media("image", "x", array=array).pixels()
+
+
+def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
+    data = encoded(Image.fromarray(picture()))
+    (tmp_path / "a.png").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("b.png", data)
+    places = [
+        Media("image", "1", tmp_path / "a.png"),
+        Media("image", "2", tmp_path / "a.zip", "b.png"),
+        Media("image", "3", data=data),
+    ]
+    assert len({each.digest() for each in places}) == 1
+    assert all((each.pixels() == picture()).all() for each in places)
+    # The same bytes as pixels of another shape are another image.
+    flat = np.zeros((4, 6), np.uint8)
+    one, other = Media("image", "4", array=flat), Media("image", "5", array=flat.reshape(6, 4))
+    assert one.digest() != other.digest()
+
+
+def test_an_archive_that_was_written_again_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    for number in range(2):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "x" * number + str(number))
+        assert Media("image", "x", path, "a.txt").read().endswith(str(number).encode())
+
+
+def test_a_damaged_member_of_an_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", encoded(Image.fromarray(picture(50, 50)), "BMP"))
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(data)
+    for member in ("a.png", "missing.png"):
+        with pytest.raises(RowRefused) as refused:
+            Media("image", "x", path, member).read()
+        assert refused.value.rule == "media.unreadable"
+    with pytest.raises(RowRefused):
+        Media("image", "x", tmp_path / "missing.png").read()
+
+
+def test_files_with_too_many_bytes_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "MOST_MEDIA_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(bytes(1001))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(1001))
+    for each in (Media("image", "1", tmp_path / "a.png"),
+                 Media("image", "2", tmp_path / "a.zip", "a.png")):  # fmt: skip
+        with pytest.raises(RowRefused) as refused:
+            each.read()
+        assert refused.value.rule == "media.too_large"
+
+
+WAVE = (0.6 * np.sin(np.arange(400) / 7)).astype(np.float32)
+
+
+def wav(
+    width: int, channels: int = 1, rate: int = 8000, samples: NDArray[np.float32] = WAVE
+) -> bytes:
+    """A WAV file by hand; a second channel has the opposite sign at half strength."""
+    sides = np.stack([samples * (1 if side == 0 else -0.5) for side in range(channels)], 1)
+    if width == 1:
+        raw = (sides * 128 + 128).round().astype(np.uint8).tobytes()
+    else:
+        whole = (sides.astype(np.float64) * (2 ** (8 * width - 1) - 1)).round().astype(np.int64)
+        raw = b"".join(int(v).to_bytes(width, "little", signed=True) for v in whole.reshape(-1))
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setparams((channels, width, rate, 0, "NONE", ""))
+        file.writeframes(raw)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("width", "error"), [(1, 1e-2), (2, 1e-4), (3, 1e-6), (4, 1e-6)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_of_each_width(width: int, channels: int, error: float) -> None:
+    samples, rate = decode_audio(wav(width, channels))
+    assert rate == 8000 and samples.dtype == np.float32
+    wanted = WAVE if channels == 1 else WAVE / 4
+    assert samples.shape == WAVE.shape and np.abs(samples - wanted).max() < error
+
+
+def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes() -> None:
+    whole = wav(2)
+    samples, _ = decode_audio(whole[:-101])
+    assert len(samples) == 349 and np.abs(samples - WAVE[:349]).max() < 1e-4
+    # What was written to a pipe has the greatest size there is in its head.
+    piped = bytearray(whole)
+    piped[40:44] = b"\xff\xff\xff\xff"
+    assert (decode_audio(bytes(piped))[0] == decode_audio(whole)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "rule", "words"),
+    [
+        (wav(2)[:44], "unreadable", "no samples"),
+        (wav(2, rate=1, samples=np.zeros(700, np.float32)), "too_large", "700 s"),
+        (b"RIFF" + bytes(60), "unreadable", ""),
+        (b"words", "unreadable", ""),
+        (b"", "unreadable", ""),
+    ],
+    ids=["empty", "long", "zeros", "text", "nothing"],
+)
+def test_what_is_no_sound_is_refused(data: bytes, rule: str, words: str) -> None:
+    with pytest.raises(RowRefused) as refused:
+        decode_audio(data)
+    assert refused.value.rule == f"media.{rule}" and words in refused.value.message
+
+
+def test_other_forms_of_sound_need_soundfile() -> None:
+    soundfile = pytest.importorskip("soundfile")
+    for form, subtype, error in (("FLAC", "PCM_16", 1e-4), ("WAV", "FLOAT", 1e-6)):
+        stream = io.BytesIO()
+        soundfile.write(stream, np.stack([WAVE, WAVE / 2], 1), 8000, subtype, format=form)
+        samples, rate = decode_audio(stream.getvalue())
+        assert rate == 8000 and np.abs(samples - WAVE * 0.75).max() < error
+    stream = io.BytesIO()
+    soundfile.write(stream, np.array([0.0, np.nan]), 8000, "FLOAT", format="WAV")
+    with pytest.raises(RowRefused, match="damaged"):
+        decode_audio(stream.getvalue())
+
+
+def test_silence_that_packs_to_nothing_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    monkeypatch.setattr(media, "MOST_SAMPLES", 10_000)
+    stream = io.BytesIO()
+    soundfile.write(stream, np.zeros((6000, 2)), 8000, format="FLAC")
+    with pytest.raises(RowRefused) as refused:
+        decode_audio(stream.getvalue())
+    assert refused.value.rule == "media.too_large" and "12,000 samples" in refused.value.message
+
+
+def test_damaged_sounds_raise_nothing_else() -> None:
+    chance = random.Random(0)
+    for number in range(500):
+        data = bytearray(wav(2 + number % 2, 1 + number % 2))
+        for _ in range(chance.choice((1, 4))):
+            data[chance.randrange(48)] = chance.randrange(256)
+        try:
+            samples, rate = decode_audio(bytes(data))
+        except RowRefused:
+            continue
+        assert np.isfinite(samples).all() and rate > 0

@@ -1,0 +1,307 @@
+"""Folders, archives and arrays as rows, and rows of tables that name files."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from luthier.data.media import Media
+from luthier.data.rows import input_row, read_rows
+from luthier.data.shapes import (
+    BareAudio,
+    BareImage,
+    LabelledAudio,
+    LabelledImage,
+    MediaRow,
+    RawText,
+)
+from luthier.data.sources import files_of, hash_of
+from luthier.errors import DataError
+from luthier.types import Row
+
+
+def png(level: int = 0) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), (level,) * 3).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(folder: Path, *names: str) -> Path:
+    """A picture of another grey at each name."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(number))
+    return folder
+
+
+def pack(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, name in enumerate(names):
+            archive.writestr(name, png(number))
+    return path
+
+
+def rows_of(source: Path) -> list[Row]:
+    return read_rows(source)[0]
+
+
+def labels_of(source: Path) -> dict[str, str | tuple[str, ...]]:
+    """Label by the name under which the file is known."""
+    found = {}
+    for row in rows_of(source):
+        assert isinstance(row, LabelledImage)
+        found[row.media.name] = row.label
+    return found
+
+
+def rules_of(source: Path) -> set[str]:
+    with pytest.raises(DataError) as refused:
+        rows_of(source)
+    return {problem.rule for problem in refused.value.problems}
+
+
+def test_the_folder_of_a_file_is_its_label(tmp_path: Path) -> None:
+    folder = write(tmp_path / "pets", "cat/2.png", "cat/1.PNG", "dog/deep/er.png", "à b/x.png")
+    assert labels_of(folder) == {
+        "pets/cat/1.PNG": "cat",
+        "pets/cat/2.png": "cat",
+        "pets/dog/deep/er.png": "dog",
+        "pets/à b/x.png": "à b",
+    }
+    levels = {row.media.name: row.media.pixels()[0, 0, 0]
+              for row in rows_of(folder) if isinstance(row, MediaRow)}  # fmt: skip
+    assert levels["pets/cat/2.png"] == 0 and levels["pets/cat/1.PNG"] == 1
+    assert [row.line for row in rows_of(folder)] == [1, 2, 3, 4]
+
+
+def test_files_without_folders_have_no_labels(tmp_path: Path) -> None:
+    rows = rows_of(write(tmp_path, "b.png", "a.png"))
+    assert [type(row) for row in rows] == [BareImage, BareImage]
+    (tmp_path / "sounds").mkdir()
+    for name in ("a.wav", "b.flac"):
+        (tmp_path / "sounds" / name).write_bytes(b"x")
+    sounds = rows_of(tmp_path / "sounds")
+    assert [type(row) for row in sounds] == [BareAudio, BareAudio]
+
+
+def test_what_is_hidden_or_only_said_beside_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", ".git/x.png", "_old/y.png", "cat/.thumb.png", "dog/1.png")
+    for name in ("README.md", "LICENSE", "Thumbs.db", "dataset_info.json"):
+        (tmp_path / name).write_text("words")
+    assert len(labels_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (("cat/1.png", "2.png"), "media.folder"),
+        (("cat/1.png", "cat/2.wav"), "media.mixed"),
+        (("train/1.png", "test/2.png"), "file.directory"),
+        (("train/cat/1.png", "Validation/cat/2.png"), "file.directory"),
+    ],
+)
+def test_a_folder_that_can_mean_two_things_is_refused(
+    names: tuple[str, ...], rule: str, tmp_path: Path
+) -> None:
+    assert rules_of(write(tmp_path, *names)) == {rule}
+
+
+def test_pictures_beside_rows_are_what_the_rows_name(tmp_path: Path) -> None:
+    write(tmp_path, "pictures/1.png", "pictures/2.png")
+    lines = [{"image": f"pictures/{n}.png", "label": str(n)} for n in (2, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert files_of(tmp_path) == [tmp_path / "rows.jsonl"]
+    assert labels_of(tmp_path) == {"pictures/2.png": "2", "pictures/1.png": "1"}
+
+
+def test_the_hash_of_a_folder_is_of_its_names_and_bytes(tmp_path: Path) -> None:
+    one = hash_of(write(tmp_path / "one", "cat/1.png", "dog/2.png"))
+    assert one == hash_of(write(tmp_path / "two", "cat/1.png", "dog/2.png"))
+    assert one != hash_of(write(tmp_path / "three", "cat/1.png", "cow/2.png"))
+    (tmp_path / "one/cat/1.png").write_bytes(png(9))
+    assert one != hash_of(tmp_path / "one")
+
+
+def test_an_archive_is_read_as_a_folder_is(tmp_path: Path) -> None:
+    names = "cat/1.png", "dog/ü ö.png", "__MACOSX/cat/._1.png", "cat/.DS_Store", "dog/notes.txt"
+    path = pack(tmp_path / "a.zip", *names)
+    assert labels_of(path) == {"a.zip/cat/1.png": "cat", "a.zip/dog/ü ö.png": "dog"}
+    row = rows_of(path)[1]
+    assert isinstance(row, MediaRow) and row.media.pixels()[0, 0, 0] == 1
+    flat = rows_of(pack(tmp_path / "flat.zip", "1.png", "2.png"))
+    assert [type(row) for row in flat] == [BareImage] * 2
+
+
+def test_a_folder_that_holds_all_others_of_an_archive_is_no_label(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.zip", "pets/photos/cat/1.png", "pets/photos/dog/1.png")
+    assert sorted(map(str, labels_of(path).values())) == ["cat", "dog"]
+    one = pack(tmp_path / "b.zip", "cat/1.png", "cat/2.png")
+    assert set(labels_of(one).values()) == {"cat"}
+
+
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        (("cat/1.png", "2.png"), "media.folder"),
+        (("data/train/cat/1.png", "data/test/cat/2.png"), "media.folder"),
+        (("cat/1.png", "dog/1.ogg"), "media.mixed"),
+        (("notes.txt",), "file.empty"),
+        (("../../1.png", "/2.png"), "file.empty"),
+    ],
+)
+def test_an_archive_that_can_mean_two_things_is_refused(
+    names: tuple[str, ...], rule: str, tmp_path: Path
+) -> None:
+    assert rules_of(pack(tmp_path / "a.zip", *names)) == {rule}
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.zip", "cat/1.png")
+    path.write_bytes(path.read_bytes()[:-30])
+    assert rules_of(path) == {"file.damaged"}
+
+
+def test_arrays_are_pictures(tmp_path: Path) -> None:
+    images = np.arange(3 * 5 * 4, dtype=np.uint8).reshape(3, 5, 4)
+    path = tmp_path / "digits.npz"
+    np.savez(path, images=images, labels=np.array([7, 8, 7]))
+    assert labels_of(path) == {"digits.npz[0]": "7", "digits.npz[1]": "8", "digits.npz[2]": "7"}
+    row = rows_of(path)[1]
+    assert isinstance(row, MediaRow) and (row.media.pixels() == images[1][..., None]).all()
+    np.savez_compressed(path, images=images.repeat(3).reshape(3, 5, 4, 3), labels=["a", "b", "é"])
+    assert list(labels_of(path).values()) == ["a", "b", "é"]
+    np.savez(path, images=images)
+    assert [type(row) for row in rows_of(path)] == [BareImage] * 3
+
+
+GOOD = np.zeros((2, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "rule"),
+    [
+        ({"pictures": GOOD}, "media.npz"),
+        ({"images": GOOD.astype(np.float32)}, "media.npz"),
+        ({"images": GOOD[0]}, "media.npz"),
+        ({"images": np.zeros((2, 4, 4, 4), np.uint8)}, "media.npz"),
+        ({"images": GOOD, "labels": np.arange(3)}, "media.npz"),
+        ({"images": GOOD, "labels": np.array([[1], [2]])}, "media.npz"),
+        ({"images": GOOD, "labels": np.array([0.5, 1.5])}, "media.npz"),
+        ({"images": np.array([None, {}], dtype=object)}, "file.damaged"),
+        ({"images": GOOD, "labels": np.array(["a", None], dtype=object)}, "file.damaged"),
+    ],
+)
+def test_other_arrays_are_refused_and_no_pickle_is_opened(
+    arrays: dict[str, Any], rule: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert rules_of(tmp_path / "a.npz") == {rule}
+
+
+def test_an_array_that_claims_more_than_it_has_is_refused(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    head = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**4, 10**3)}
+    np.lib.format.write_array_header_1_0(stream, head)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", stream.getvalue() + bytes(100))
+    assert rules_of(tmp_path / "a.npz") == {"file.damaged"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_rows_name_files_below_their_own_folder(ending: str, tmp_path: Path) -> None:
+    write(tmp_path, "p/1.png", "p/2.png")
+    path = tmp_path / f"rows.{ending}"
+    if ending == "csv":
+        path.write_text("image,label\np/1.png,a\np/../p/2.png,b\n")
+    else:
+        rows = [{"image": "p/1.png", "label": "a"}, {"image": {"path": "p/2.png"}, "label": "b"}]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    assert sorted(map(str, labels_of(path).values())) == ["a", "b"]
+
+
+def test_rows_hold_pictures_in_base64(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    address = "data:image/png;base64," + base64.b64encode(png(7)).decode()
+    path.write_text(json.dumps({"image": address, "label": "a"}) + "\n")
+    (row,) = rows_of(path)
+    assert isinstance(row, LabelledImage) and row.media.pixels()[0, 0, 0] == 7
+    for bad in ("data:image/png,plain", "data:image/png;base64,***", "data:"):
+        path.write_text(json.dumps({"image": bad, "label": "a"}) + "\n")
+        assert rules_of(path) == {"media.type"}
+
+
+def test_tables_hold_bytes_as_hugging_face_writes_them(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path, "3.png", "4.png")
+    images = [
+        {"bytes": png(1), "path": "one.png"},
+        {"bytes": png(2), "path": None},
+        {"bytes": None, "path": "4.png"},
+    ]
+    pq.write_table(pa.table({"image": images, "label": ["a", "b", "c"]}), tmp_path / "rows.parquet")
+    rows = rows_of(tmp_path / "rows.parquet")
+    found = [row.media for row in rows if isinstance(row, LabelledImage)]
+    assert [int(each.pixels()[0, 0, 0]) for each in found] == [1, 2, 1]
+    assert found[0].name == "one.png" and found[2].path == tmp_path / "4.png"
+    pq.write_table(pa.table({"audio": [b"RIFF"], "label": ["a"]}), tmp_path / "sounds.parquet")
+    assert [type(row) for row in rows_of(tmp_path / "sounds.parquet")] == [LabelledAudio]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        ("../secret.png", "media.outside"),
+        ("p/../../secret.png", "media.outside"),
+        ("/etc/hostname", "media.outside"),
+        ("link.png", "media.outside"),
+        ("linked/secret.png", "media.outside"),
+        ({"path": "../secret.png"}, "media.outside"),
+        ("circle.png", "media.missing"),
+        ("p", "media.missing"),
+        ("missing.png", "media.missing"),
+        ("x" * 5000 + ".png", "media.missing"),
+        ("a\0b.png", "media.type"),
+        ("", "media.type"),
+        (7, "media.type"),
+        (None, "media.type"),
+        ({}, "media.type"),
+        (["p/1.png"], "media.type"),
+    ],
+)
+def test_rows_cannot_name_what_is_not_theirs(value: Any, rule: str, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    write(folder, "p/1.png")
+    write(tmp_path, "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"image": value, "label": "a"}) + "\n")
+    assert rules_of(path) == {rule}
+
+
+def test_a_path_that_is_asked_about_is_an_image_or_a_sound(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", "b.wav")
+    image, sound = (input_row(str(tmp_path / name), "asked") for name in ("a.png", "b.wav"))
+    assert isinstance(image, BareImage) and isinstance(sound, BareAudio)
+    for text in (str(tmp_path / "missing.png"), "words", "a\0.png", "x" * 300 + ".png", ""):
+        assert isinstance(input_row(text, "asked"), RawText)
+
+
+def test_rows_say_where_a_picture_lies(tmp_path: Path) -> None:
+    row = LabelledImage("rows.jsonl", 3, Media("image", "p/1.png", data=png()), ("a", "b"))
+    assert row.record() == {"image": "p/1.png", "label": ["a", "b"]}
+    assert row.targets() == ("a", "b") and row.excerpt() == "p/1.png"
+    same = LabelledImage("other.jsonl", 9, Media("image", "else.png", data=png()), "c")
+    assert row.inputs() == same.inputs()
+    assert row.bare().record() == {"image": "p/1.png"}

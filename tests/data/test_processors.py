@@ -1,0 +1,277 @@
+"""What networks read of images and sounds, beside other people's code and formulas."""
+
+from __future__ import annotations
+
+import io
+import os
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from luthier.data import processors
+from luthier.data.augmentation import Augmentation
+from luthier.data.media import Media
+from luthier.data.processors import (
+    AudioProcessor,
+    ImageProcessor,
+    Processor,
+    read_processor,
+    resample,
+    save_processor,
+)
+from luthier.errors import UnknownModel
+from luthier.files import write_json
+
+VIT = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "size": {"height": 32, "width": 24},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.4, 0.3],
+    "image_std": [0.5, 0.6, 0.7],
+}
+CLIP = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 40},
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48, 0.45, 0.4],
+    "image_std": [0.26, 0.26, 0.27],
+    "do_convert_rgb": True,
+}
+CONVNEXT = {
+    "image_processor_type": "ConvNextImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 32},
+    "crop_pct": 0.875,
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTImageProcessorPil", VIT),
+    "vit, old size": ("ViTImageProcessorPil", VIT | {"size": 32}),
+    "vit, not normalized": ("ViTImageProcessorPil", VIT | {"do_normalize": False}),
+    "vit, lanczos": ("ViTImageProcessorPil", VIT | {"resample": 1}),
+    "clip": ("CLIPImageProcessorPil", CLIP),
+    "clip, old sizes": ("CLIPImageProcessorPil", CLIP | {"size": 32, "crop_size": 32}),
+    "convnext": ("ConvNextImageProcessorPil", CONVNEXT),
+    "convnext, large": ("ConvNextImageProcessorPil", CONVNEXT | {"size": {"shortest_edge": 384}}),
+}
+
+
+def image(height: int, width: int) -> NDArray[np.uint8]:
+    y, x = np.mgrid[0:height, 0:width]
+    noise = np.random.default_rng(0).integers(0, 40, (height, width))
+    return np.stack([200 * x / width + noise, 255 * y / height, 120 + noise], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shape", [(50, 70), (49, 49), (61, 37), (20, 31)])
+def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int, int]) -> None:
+    import transformers
+
+    kind, fields = CASES[name]
+    theirs = getattr(transformers, kind)(**fields)
+    pixels = image(*shape)
+    expected = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
+    ours = ImageProcessor.of(fields)
+    given = ours.array(Media("image", "x", array=pixels))
+    assert given.shape == expected.shape == ours.shape
+    assert np.abs(given - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ImageProcessor(32, 24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos"),
+        ImageProcessor(224, 224, shortest_edge=256),
+        AudioProcessor(8000, 2.5, 40, 20.0, 5.0),
+    ],
+)
+def test_a_processor_is_read_as_it_was_saved(processor: Processor, tmp_path: Path) -> None:
+    save_processor(processor, tmp_path)
+    assert read_processor(tmp_path) == processor
+
+
+def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:
+    assert read_processor(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+        VIT | {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
+        VIT | {"size": {"longest_edge": 32}},
+    ],
+    ids=["waves", "crop of a squeezed image", "longest edge"],
+)
+def test_ways_that_are_not_known_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "preprocessor_config.json", fields)
+    with pytest.raises(UnknownModel, match="not known here"):
+        read_processor(tmp_path)
+
+
+def test_another_size_keeps_the_share_that_is_cut_away() -> None:
+    larger = ImageProcessor(224, 224, shortest_edge=256).with_size(448)
+    assert (larger.height, larger.width, larger.shortest_edge) == (448, 448, 512)
+    assert ImageProcessor(32, 32).with_size(64).shortest_edge == 0
+
+
+def test_an_image_comes_back_from_what_was_read() -> None:
+    pixels = image(32, 32)
+    processor = ImageProcessor(32, 32)
+    back = processor.to_pixels(processor.array(Media("image", "x", array=pixels)))
+    assert np.abs(back.astype(int) - pixels).max() <= 1
+
+
+def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    processor = ImageProcessor(8, 8, (0.0,) * 3, (1.0,) * 3)
+    for number, level in enumerate((0, 255)):
+        Image.new("RGB", (8, 8), (level,) * 3).save(path)
+        os.utime(path, ns=(number, number))
+        assert processor.array(Media("image", "a", path)).max() == level / 255
+
+
+SAMPLES = np.random.default_rng(1).standard_normal(8000).astype(np.float32) * 0.1
+SAMPLES += 0.5 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000).astype(np.float32)
+
+
+def sound(samples: NDArray[np.float32], rate: int) -> Media:
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((samples * 32767).round().astype("<i2").tobytes())
+    return Media("audio", "x", data=stream.getvalue())
+
+
+def mel_spectrogram(samples: NDArray[np.float64], rate: int, bins: int) -> NDArray[np.float64]:
+    """Slaney's mel scale, a Hann window of 25 ms every 10 ms; one frame and one bin after the other."""
+
+    def mel(hertz: float) -> float:
+        steps = np.log(6.4) / 27
+        return 3 * hertz / 200 if hertz < 1000 else 15 + float(np.log(hertz / 1000)) / steps
+
+    def hertz(mel: float) -> float:
+        steps = np.log(6.4) / 27
+        return 200 * mel / 3 if mel < 15 else 1000 * float(np.exp(steps * (mel - 15)))
+
+    window, hop = round(rate * 0.025), round(rate * 0.01)
+    size = 1
+    while size < window:
+        size *= 2
+    edges = [hertz(mel(rate / 2) * k / (bins + 1)) for k in range(bins + 2)]
+    before = (size - window) // 2
+    count = len(samples) // hop + 1
+    padded = np.concatenate(
+        [samples[size // 2 : 0 : -1], samples, samples[-2 : -size // 2 - 2 : -1]]
+    )
+    found = np.zeros((bins, count))
+    for frame in range(count):
+        part = padded[frame * hop : frame * hop + size].copy()
+        for k in range(size):
+            inside = before <= k < before + window
+            part[k] *= 0.5 - 0.5 * np.cos(2 * np.pi * (k - before) / window) if inside else 0
+        power = np.abs(np.fft.fft(part)[: size // 2 + 1]) ** 2
+        for b in range(bins):
+            low, top, high = edges[b : b + 3]
+            for k in range(size // 2 + 1):
+                f = k * rate / size
+                weight = max(0.0, min((f - low) / (top - low), (high - f) / (high - top)))
+                found[b, frame] += weight * 2 / (high - low) * power[k]
+    log = np.log(np.maximum(found, found.max() * 1e-8))
+    return np.asarray((log - log.mean()) / log.std())
+
+
+def test_sounds_are_read_as_the_formulas_say() -> None:
+    processor = AudioProcessor(8000, 0.2, 20)
+    media = sound(SAMPLES[:1600], 8000)
+    given = processor.array(media)
+    expected = mel_spectrogram(media.samples()[0].astype(np.float64), 8000, 20)
+    assert given.shape == processor.shape == (1, 20, 21)
+    assert np.abs(given[0] - expected).max() < 1e-3
+
+
+def test_sounds_are_read_as_transformers_reads_them() -> None:
+    from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+
+    processor = AudioProcessor(16_000, 0.5, 64)
+    media = sound(SAMPLES, 16_000)
+    filters = mel_filter_bank(257, 64, 0.0, 8000, 16_000, norm="slaney", mel_scale="slaney")
+    log = spectrogram(
+        media.samples()[0].astype(np.float64), window_function(400, "hann", frame_length=512),
+        frame_length=512, hop_length=160, power=2.0, mel_filters=filters, mel_floor=1e-10,
+        log_mel="log",
+    )  # fmt: skip
+    expected = (log - log.mean()) / log.std()
+    assert np.abs(processor.array(media)[0] - expected).max() < 1e-3
+
+
+def test_how_loud_a_sound_is_does_not_matter_and_silence_can_be_read() -> None:
+    processor = AudioProcessor(8000, 1.0)
+    loud, quiet = (processor.array(sound(SAMPLES * by, 8000)) for by in (0.9, 0.09))
+    assert np.abs(loud - quiet).mean() < 0.02
+    silent = processor.array(sound(np.zeros(100, np.float32), 8000))
+    assert np.isfinite(silent).all() and np.abs(silent).max() < 1e-6
+
+
+def test_what_is_filled_in_is_at_most_80_decibels_below_the_peak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else empty parts would be nearly all the contrast of a short sound."""
+    media = sound(SAMPLES[:4000], 8000)
+    with_floor = AudioProcessor(8000, 1.0).array(media)[0]
+    monkeypatch.setattr(processors, "RANGE", 1e-30)
+    without = AudioProcessor(8000, 1.0).array(media)[0]
+    assert with_floor[:, 40:60].std() > 1.2 * without[:, 40:60].std()
+
+
+def test_the_middle_of_a_long_sound_is_read_and_a_short_one_is_filled_up() -> None:
+    processor = AudioProcessor(8000, 0.5)
+    whole = processor.array(sound(SAMPLES, 8000))
+    assert (whole == processor.array(sound(SAMPLES[2000:6000], 8000))).all()
+    short = processor.array(sound(SAMPLES[:2000], 8000))
+    filled = np.pad(SAMPLES[:2000], 1000)
+    assert (short == processor.array(sound(filled, 8000))).all()
+
+
+def test_a_change_of_rate_keeps_tones_and_drops_what_the_rate_cannot_have() -> None:
+    time = np.arange(16_000) / 16_000
+    low = np.sin(2 * np.pi * 440 * time).astype(np.float32)
+    high = np.sin(2 * np.pi * 6000 * time).astype(np.float32)
+    down = resample(low + high, 16_000, 8000)
+    expected = np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
+    assert down.dtype == np.float32 and np.abs(down - expected).max() < 1e-3
+    back = resample(down, 8000, 16_000)
+    assert np.abs(back - low).max() < 1e-3
+    assert resample(low, 16_000, 16_000) is low
+    assert len(resample(low[:7], 16_000, 11_025)) == 5
+
+
+def test_random_changes_are_a_function_of_the_seed() -> None:
+    pixels = image(40, 40)
+    pictures = ImageProcessor(32, 32), Media("image", "x", array=pixels), Augmentation(crop=0.5)
+    sounds = AudioProcessor(8000), sound(SAMPLES, 8000), Augmentation(shift=0.3, masks=2)
+    for processor, media, augmentation in (pictures, sounds):
+        plain = processor.array(media)
+        one, same, other = (processor.array(media, augmentation, (seed,)) for seed in (1, 1, 2))
+        assert (one == same).all() and (one != other).any() and (one != plain).any()
+        assert (processor.array(media) == plain).all()  # what is held in memory is not changed

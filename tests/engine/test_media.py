@@ -1,0 +1,219 @@
+"""Pictures of three kinds, learned, predicted, evaluated, and resumed after a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from killed_runs import OFTEN, Forker
+from PIL import Image, ImageDraw
+
+import luthier
+from luthier.data.processors import ImageProcessor, save_processor
+from luthier.errors import RecipeError, RefusedInput
+from luthier.models.nets import small_cnn as net
+from luthier.recipe import DataSpec, Recipe, Training
+from luthier.store import models as store
+
+KINDS = ("bars", "disc", "ring")
+DIE_AT_12 = (
+    OFTEN
+    + """
+import os, signal
+from luthier.engine.loop import Loop
+step = Loop._step
+def stop(self):
+    step(self)
+    if self.progress.step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+Loop._step = stop
+"""
+)
+
+
+def picture(kind: str, seed: int) -> Image.Image:
+    """A shape in any colour on any ground, somewhere in 20 x 24 pixels."""
+    random = np.random.default_rng([KINDS.index(kind), seed])
+    ground, colour = random.integers(0, 90, 3), random.integers(150, 256, 3)
+    image = Image.new("RGB", (24, 20), tuple(ground.tolist()))
+    draw, fill = ImageDraw.Draw(image), tuple(colour.tolist())
+    left, top = random.integers(0, 10), random.integers(0, 6)
+    box = (int(left), int(top), int(left) + 12, int(top) + 12)
+    if kind == "disc":
+        draw.ellipse(box, fill=fill)
+    elif kind == "ring":
+        draw.ellipse(box, outline=fill, width=2)
+    else:
+        for y in range(box[1], box[3], 4):
+            draw.rectangle((box[0], y, box[2], y + 1), fill=fill)
+    return image
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``learn`` and ``test``, each with one per class."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for part, seeds in (("learn", range(16)), ("test", range(100, 108))):
+        for kind in KINDS:
+            (folder / part / kind).mkdir(parents=True)
+            for seed in seeds:
+                picture(kind, seed).save(folder / part / kind / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny network of random weights for images of 16 x 16."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("bases") / "tiny-cnn"
+    config = net.Config(hidden_sizes=(16, 32), image_size=16, num_labels=2)
+    net.SmallCNNModel(config).save_pretrained(folder)
+    save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3), folder)
+    return folder
+
+
+def command(pictures: Path, base: Path, *more: str) -> list[str]:
+    settings = {"training.max_steps": 60, "training.evaluate_every": 20, "training.patience": 0,
+                "training.precision": "float32", "data.augmentation.crop": 0.2}  # fmt: skip
+    chosen = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    return ["tune", str(pictures / "learn"), "--base", str(base), "--name", "x", "--json",
+            "--adaptation", "full", "--batch-size", "8", "--learning-rate", "0.004",
+            "--validation", str(pictures / "test"), *chosen, *more]  # fmt: skip
+
+
+def weights_of(home: Path) -> dict[str, bytes]:
+    folder = home / "models" / "custom" / "tiny-cnn" / "x"
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+
+
+def losses_of(home: Path) -> list[Any]:
+    lines = (home / "runs" / "tiny-cnn" / "x" / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["event"], line["loss"]) for line in map(json.loads, lines)]
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    forker: Forker, pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """The store that a whole run leaves, and its result."""
+    home = tmp_path_factory.mktemp("tuned")
+    return home, forker.start(home, command(pictures, base)).result()
+
+
+@pytest.fixture
+def in_store(tuned: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LUTHIER_HOME", str(tuned[0]))
+    return tuned[0]
+
+
+def test_three_kinds_of_pictures_are_learned(
+    tuned: tuple[Path, dict[str, Any]], in_store: Path
+) -> None:
+    result = tuned[1]
+    assert result["model_id"] == "tiny-cnn:x" and result["steps"] == 60
+    stored = store.find("tiny-cnn:x")
+    assert store.chat_format(stored).media == ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3)
+    assert stored.manifest.kind == "sequence_classification"
+
+
+def test_pictures_are_predicted_by_path_and_evaluated(in_store: Path, pictures: Path) -> None:
+    model = luthier.load("tiny-cnn:x")
+    paths = [path for kind in KINDS for path in sorted((pictures / "test" / kind).iterdir())]
+    answers = [model.predict(str(path)) for path in paths]
+    right = [
+        answer["label"] == path.parent.name for answer, path in zip(answers, paths, strict=True)
+    ]
+    assert np.mean(right) >= 0.9
+    found = luthier.evaluate("tiny-cnn:x", pictures / "test")
+    assert found.scores["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(
+    forker: Forker, tuned: tuple[Path, dict[str, Any]], pictures: Path, base: Path, tmp_path: Path
+) -> None:
+    job = forker.start(tmp_path, command(pictures, base), DIE_AT_12)
+    assert job.wait() == -signal.SIGKILL
+    assert not (tmp_path / "models").exists()
+    result = forker.start(tmp_path, command(pictures, base, "--resume")).result()
+    assert result["steps"] == 60
+    assert losses_of(tmp_path) == losses_of(tuned[0])
+    assert weights_of(tmp_path) == weights_of(tuned[0]) != {}
+
+
+def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
+    return luthier.tune(
+        Recipe.model_validate(
+            {
+                "base": str(base),
+                "name": name,
+                "adaptation": {"method": "feature_extraction"},
+                "data": {"train": str(pictures / "learn"), "validation": str(pictures / "test")},
+                "training": {"max_steps": 30, "batch_size": 8, "learning_rate": 0.01,
+                             "precision": "float32", "patience": 0} | training,
+            }
+        )
+    )  # fmt: skip
+
+
+def test_features_that_are_computed_once_train_the_same_head(
+    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.models.layouts import MediaLayout
+
+    calls: list[int] = []
+    compute = MediaLayout.compute_ahead
+
+    def counted(self: MediaLayout, *arguments: Any) -> None:
+        compute(self, *arguments)
+        calls.append(1)
+
+    monkeypatch.setattr(MediaLayout, "compute_ahead", counted)
+    cached = tune(pictures, base, "cached")
+    assert calls
+    monkeypatch.setattr(MediaLayout, "compute_ahead", lambda self, *_: None)
+    plain = tune(pictures, base, "plain")
+    one, other = (
+        {path.name: path.read_bytes() for path in Path(each.model_dir).rglob("*.safetensors")}
+        for each in (cached, plain)
+    )
+    assert one == other != {}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"sampling_rate": 8000}, "reads sounds"),
+        ({"augmentation": {"masks": 1}}, "audio"),
+        ({"augmentation": {"swap": 0.1}}, "text"),
+    ],
+)
+def test_settings_of_other_rows_are_refused(
+    data: dict[str, Any], words: str, pictures: Path, base: Path
+) -> None:
+    recipe = Recipe(
+        base=str(base),
+        data=DataSpec.model_validate({"train": str(pictures / "learn")} | data),
+        training=Training(max_steps=1),
+    )
+    with pytest.raises(RecipeError, match=words):
+        luthier.tune(recipe)
+
+
+def test_rows_that_the_base_does_not_read_are_refused(
+    base: Path, tiny_model_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"t{n}", "label": str(n % 2)}) + "\n" for n in range(20))
+    )
+    for data, given in ((rows, base), (pictures / "learn", tiny_model_folder)):
+        recipe = Recipe(
+            base=str(given), data=DataSpec(train=str(data)), training=Training(max_steps=1)
+        )
+        with pytest.raises(RefusedInput):
+            luthier.tune(recipe)

@@ -1,0 +1,181 @@
+"""What the gate finds in images and sounds, a rule at a time."""
+
+from __future__ import annotations
+
+import io
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from luthier.data.chat import ChatFormat
+from luthier.data.media import Media
+from luthier.data.processors import AudioProcessor, ImageProcessor
+from luthier.data.shapes import LabelledAudio, LabelledImage
+from luthier.gate.check import CheckContext
+from luthier.gate.checks import CHECKS, checks_for
+from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.media import MediaFiles
+from luthier.gate.report import Report
+from luthier.gate.scan import inspect_rows
+from luthier.types import Row
+
+
+def noise(seed: int, size: int = 48) -> NDArray[np.uint8]:
+    """A picture of its own: soft patches of colour."""
+    patches = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(patches).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def image(data: bytes | NDArray[np.uint8], label: str = "a", line: int = 1, file: str = "t") -> Row:
+    name = f"{line}.png"
+    if isinstance(data, bytes):
+        return LabelledImage(file, line, Media("image", name, data=data), label)
+    return LabelledImage(file, line, Media("image", name, array=data), label)
+
+
+def encoded(pixels: NDArray[np.uint8], form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def sound(samples: NDArray[np.float64], rate: int = 16_000) -> Row:
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return LabelledAudio("t", 1, Media("audio", "1.wav", data=stream.getvalue()), "a")
+
+
+def check(*rows: Row, reads: Any = None, **splits: list[Row]) -> Report:
+    return inspect_rows({"train": [*rows], **splits}, [MediaFiles(reads)])
+
+
+def messages(report: Report) -> dict[str, list[str]]:
+    kept = report.findings.examples.items()
+    return {rule: [f"{each.place}: {each.message}" for each in places] for rule, places in kept}
+
+
+TONE = 0.5 * np.sin(np.arange(16_000) / 9)
+
+
+def test_good_files_are_fine_and_their_sizes_are_told() -> None:
+    report = check(*(image(noise(n), line=n) for n in range(1, 5)), reads=ImageProcessor(48, 48))
+    assert not report.findings.counts
+    assert report.summaries["media"]["splits"]["train"]["sizes"]["counts"] == {"48 x 48": 4}
+    report = check(sound(TONE), reads=AudioProcessor())
+    assert not report.findings.counts
+    assert report.summaries["media"]["splits"]["train"]["sizes"]["counts"] == {"16,000 Hz": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        (image(b"a text"), "media.unreadable"),
+        (image(encoded(noise(1))[:-400]), "media.unreadable"),
+        (image(np.zeros((2, 2), np.float32)), "media.unreadable"),  # type: ignore[arg-type]
+        (LabelledAudio("t", 1, Media("audio", "1", data=b"a text"), "a"), "media.unreadable"),
+        (sound(np.zeros(601), rate=1), "media.too_large"),
+    ],
+    ids=["text", "cut off", "no image", "no sound", "long"],
+)
+def test_what_cannot_be_read_is_an_error(row: Row, rule: str) -> None:
+    report = check(row, image(noise(2), line=2))
+    assert dict(report.findings.counts) == {rule: 1} and report.exit_code == 2
+
+
+def test_an_unreadable_file_is_no_crash_of_the_checks_beside(tmp_path: Path) -> None:
+    rows = [LabelledImage("t", 1, Media("image", "gone.png", tmp_path / "gone.png"), "a"),
+            image(noise(1), line=2)]  # fmt: skip
+    report = inspect_rows({"train": rows}, [Duplicates(), MediaFiles()])
+    assert report.findings.counts["media.unreadable"] == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        encoded(noise(1), "JPEG", quality=60),
+        encoded(noise(1, 96)),
+    ],
+    ids=["form", "size"],
+)
+def test_pictures_that_look_alike(other: bytes) -> None:
+    one, two = image(encoded(noise(1))), image(other, line=2)
+    assert messages(check(one, two)) == {"media.similar": ["t:2: It looks like t:1."]}
+    assert messages(check(one, image(other, "b", 2))) == {
+        "media.contradiction": ["t:2: It looks like t:1, which has the label a in place of b."]
+    }
+    held = image(other, line=9, file="v")
+    assert messages(check(one, validation=[held])) == {
+        "media.leakage": ["v:9: It looks like t:1 of train."]
+    }
+
+
+def test_pictures_that_only_their_colour_tells_apart_are_not_alike() -> None:
+    """A red and a green light of the same brightness."""
+    lights = np.zeros((2, 32, 32, 3), np.uint8)
+    lights[0, 8:24, 8:24] = (200, 0, 0)
+    lights[1, 8:24, 8:24] = (0, 102, 0)
+    report = check(image(lights[0], "stop"), image(lights[1], "go", 2))
+    assert not report.findings.counts
+    many = check(*(image(noise(n), line=n) for n in range(1, 200)))
+    assert not many.findings.counts
+
+
+def test_where_a_photograph_was_taken_is_told() -> None:
+    fields = Image.Exif()
+    place = fields.get_ifd(0x8825)
+    place[1], place[2], place[3], place[4] = "S", (33.0, 54.0, 0.0), "W", (70.0, 42.0, 0.0)
+    report = check(image(encoded(noise(1), "JPEG", exif=fields)))
+    assert messages(report) == {"media.location": ["t:1: 1.png was taken at 33.9 S, 70.7 W."]}
+
+
+def test_small_pictures_are_told_where_the_size_that_is_read_is_known() -> None:
+    small = image(noise(1, 12))
+    assert messages(check(small, reads=ImageProcessor(64, 64))) == {
+        "media.low_resolution": ["t:1: 1.png has 12 x 12 pixels; 64 x 64 are read."]
+    }
+    for reads in (None, ImageProcessor(48, 48)):
+        assert not check(small, reads=reads).findings.counts
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "rule", "words"),
+    [
+        (TONE * 0.001, 16_000, "media.silent", "never louder than 0.0%"),
+        (np.clip(TONE * 3, -1, 1), 16_000, "media.clipped", "of 1.wav is at full scale"),
+        (np.tile(TONE, 2), 16_000, "media.cut", "lasts 2.0 s; 1 s are read"),
+        (TONE[:8000], 8_000, "media.rate", "has 8,000 samples a second; 16,000 are read"),
+    ],
+)
+def test_what_is_odd_about_a_sound(
+    samples: NDArray[np.float64], rate: int, rule: str, words: str
+) -> None:
+    report = check(sound(samples, rate), reads=AudioProcessor())
+    assert list(report.findings.counts) == [rule] and words in messages(report)[rule][0]
+
+
+def test_rows_of_texts_are_passed_over() -> None:
+    from luthier.data.shapes import LabelledText
+
+    report = check(LabelledText("t", 1, "words", "a"))
+    assert not report.findings.counts and not report.summaries["media"]["splits"]
+
+
+def test_checks_of_texts_are_left_out_for_a_base_that_reads_images() -> None:
+    known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
+    chosen, left = checks_for(known)
+    names = {each.name for each in chosen}
+    assert "media" in names and "duplicates" in names and not names & {"language", "privacy"}
+    assert {name for name, why in left.items() if why == "reads texts"} <= {*CHECKS}
+
+
+def test_every_rule_is_met_here() -> None:
+    source = Path(__file__).read_text()
+    for rule in MediaFiles.rules:
+        assert f'"{rule.id}"' in source, rule.id
