@@ -90,8 +90,15 @@ def make_files(folder: Path) -> None:
 
 
 def make_media(folder: Path) -> None:
-    """Pictures of three shapes, and high and low tones."""
+    """Pictures of three shapes, two files of strokes for digits, and high and low tones."""
     random = np.random.default_rng(0)
+    for name, count in (("digits", 100), ("test", 20)):
+        labels_N = np.arange(count) % 10
+        images_N = np.zeros((count, 28, 28), np.uint8)
+        for image, label in zip(images_N, labels_N, strict=True):
+            image[4:24, 2 * label + 3 : 2 * label + 6] = random.integers(180, 255)
+        np.savez(folder / f"{name}.npz", images=images_N, labels=labels_N)
+    Image.fromarray(255 - images_N[0]).save(folder / "part-0417.png")
     for part, count in (("", 8), ("-test", 2)):
         for number in range(1, count + 1):
             for shape in ("bars", "disc", "ring"):

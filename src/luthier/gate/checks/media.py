@@ -1,13 +1,13 @@
 """Images and sounds that cannot be read, look alike, or say more than they should.
 
-Images that look alike have the same difference hash (Krawetz 2013: which of two neighbours is brighter,
-on 9 x 8 grey pixels) and nearly the same thumbnail of 10 x 10 pixels in colour, whatever their size
-and format.
+Images that look alike have nearly the same thumbnail of 10 x 10 pixels in colour, whatever their size
+and format. Compared are those whose difference hashes (Krawetz 2013: which of two neighbours is
+brighter, on 9 x 8 grey pixels) have a quarter in common: a copy of another size rarely has all 64 bits.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -103,8 +103,14 @@ RATE = Rule(
 
 MOST_COMPARED = 200_000
 """Images that are compared with each other; each takes some 900 bytes."""
-ALIKE = 6.0
-"""Largest mean difference of the colours, of 255, of thumbnails that look the same."""
+ALIKE = 0.065
+"""Largest mean difference of thumbnails that look the same, as a share of how much one varies."""
+LEAST_ALIKE = 2.0
+"""The same in steps of 255, where an image hardly varies."""
+BAND = 2
+"""Bytes of a quarter of a difference hash."""
+MOST_CANDIDATES = 64
+"""Images with one quarter in common that a further one is compared with, the latest ones."""
 SILENCE = 1e-3
 """Largest amplitude, of 1, of what is called silent."""
 PEAKS = 0.01
@@ -150,7 +156,7 @@ class MediaFiles(Check):
     def __init__(self, processor: Processor | None = None) -> None:
         self.processor = processor
         self.sizes: dict[str, Counter[str]] = {}
-        self.seen: dict[bytes, list[_Seen]] = {}
+        self.seen: dict[tuple[int, bytes], deque[_Seen]] = {}
         self.compared = 0
 
     @classmethod
@@ -236,9 +242,10 @@ class MediaFiles(Check):
 
     def _compare(self, image: MeasuredMedia, place: Place, split: str, findings: Findings) -> None:
         thumbnail = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
-        known = self.seen.setdefault(image.hash[:8], [])
-        for other in known:
-            if float(np.abs(thumbnail - other.thumbnail).mean()) > ALIKE:
+        largest = max(LEAST_ALIKE, ALIKE * float(thumbnail.std()))
+        bands = [(start, image.hash[start : start + BAND]) for start in range(0, 8, BAND)]
+        for other in (other for band in bands for other in self.seen.get(band, ())):
+            if float(np.abs(thumbnail - other.thumbnail).mean()) > largest:
                 continue
             rule = SIMILAR if other.split == split else LEAK
             rule = LABELS if other.labels != image.labels else rule
@@ -250,7 +257,9 @@ class MediaFiles(Check):
                 message += f" of {other.split}"
             findings.add(Finding(rule, place, f"{message}.", others=(other.place,)))
             return
-        known.append(_Seen(place, split, image.labels, thumbnail))
+        seen = _Seen(place, split, image.labels, thumbnail)
+        for band in bands:
+            self.seen.setdefault(band, deque(maxlen=MOST_CANDIDATES)).append(seen)
 
     def summary(self) -> Mapping[str, Any]:
         """How large images are, or how sounds are sampled."""
