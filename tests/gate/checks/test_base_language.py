@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_a_language_that_the_tokenizer_spells_out(
     message, fix = summary
     assert message.startswith(f"100% of the text is in {name}, and the tokenizer of the base")
     every = spelling(" ".join(sentences), english_base.tokenizer)
-    assert f"needs {every.per_word:.1f} pieces a word of it and 1." in message
+    # The tokenizer is trained on our docs, so the figure lies now and then between two.
+    needs = re.search(r"needs (\d\.\d) pieces a word of it and 1\.", message)
+    assert needs is not None and float(needs[1]) == pytest.approx(every.per_word, abs=0.1)
     assert "`--base multilingual-e5-small`" in fix  # rows with labels are for an encoder
     assert found(gate(multilingual_base, rows(*sentences))) is None
 
