@@ -15,7 +15,7 @@ from luthier.errors import RecipeError, data_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from luthier.serving.images import Sample
+    from luthier.serving.images import SampledImage
 
 Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
 Picture = Annotated[Path, typer.Option(help="PNG file with all images side by side.")]
@@ -58,7 +58,7 @@ def sample(
         print_written(count, "images", output)
 
 
-def _write_folder(made: Sequence[Sample], folder: Path) -> None:
+def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
     """A PNG for each image, below the name of its class where there is one."""
     from luthier.files import write_bytes
     from luthier.serving.images import encode_png

@@ -235,13 +235,13 @@ class FieldChecker:
             self.report("field.empty", f"{name} {blank}{reason}.", fix)
         return None
 
-    def media(self, holder: Record, key: str, kind: MediaKind) -> Media | None:
+    def media(self, holder: Record, kind: MediaKind) -> Media | None:
         """The image or sound of a record, which is not opened yet.
 
         It is a path below the folder of the file, bytes with or without a name as Hugging Face's data
         sets hold them, or a ``data:`` address.
         """
-        value = holder.get(key)
+        value = holder.get(kind)
         if isinstance(value, Media):
             return value
         name = f"{self.file}:{self.line}"
@@ -252,8 +252,10 @@ class FieldChecker:
         if isinstance(value, bytes):
             return Media(kind, name, data=value)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            fix = f'Write the path of the {kind}, as seen from the folder of this file, in "{key}".'
-            message = f'"{key}" must be a path, but is {json_kind(value)}.'
+            fix = (
+                f'Write the path of the {kind}, as seen from the folder of this file, in "{kind}".'
+            )
+            message = f'"{kind}" must be a path, but is {json_kind(value)}.'
             self.report("media.type", message, fix)
             return None
         if value.startswith("data:"):

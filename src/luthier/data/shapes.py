@@ -264,6 +264,10 @@ class Labelled(Shape):
         """Its labels."""
         return self.labels
 
+    def label_record(self) -> Record:
+        """Label, or array of labels."""
+        return {"label": self.label if isinstance(self.label, str) else list(self.label)}
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledText(TextRow, Labelled):
@@ -294,12 +298,11 @@ class LabelledText(TextRow, Labelled):
 
     def record(self) -> Record:
         """Text and label, or array of labels."""
-        label = self.label if isinstance(self.label, str) else list(self.label)
-        return {"text": self.text, "label": label}
+        return {"text": self.text, **self.label_record()}
 
 
-MEDIA_KEYS: Mapping[str, MediaKind] = {"image": "image", "audio": "audio"}
-"""Keys that hold an image or a sound, as Hugging Face's data sets call them."""
+MEDIA_KEYS: tuple[MediaKind, ...] = ("image", "audio")
+"""Keys that hold an image or a sound, called as what they hold, as in Hugging Face's data sets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +312,9 @@ class MediaRow(Shape):
     media: Media
 
     @classmethod
-    def key(cls) -> str:
+    def key(cls) -> MediaKind:
         """The key that holds it."""
-        return cls.keys[0]
+        return "audio" if cls.reads == "audio" else "image"
 
     def inputs(self) -> tuple[str, ...]:
         """The hash of its bytes: what makes two rows the same; its name where it cannot be read."""
@@ -353,7 +356,7 @@ class BareImage(MediaRow):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         """An image that is there."""
-        media = fields.media(record, cls.key(), MEDIA_KEYS[cls.key()])
+        media = fields.media(record, cls.key())
         return None if media is None else cls(fields.file, fields.line, media)
 
 
@@ -391,14 +394,13 @@ class LabelledImage(MediaRow, Labelled):
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
         """An image, and a label or an array of them."""
-        media = fields.media(record, cls.key(), MEDIA_KEYS[cls.key()])
+        media = fields.media(record, cls.key())
         label = read_label(record["label"])
         return None if media is None else cls(fields.file, fields.line, media, label)
 
     def record(self) -> Record:
         """Where it lies, and label or array of labels."""
-        label = self.label if isinstance(self.label, str) else list(self.label)
-        return {self.key(): self.media.name, "label": label}
+        return {**MediaRow.record(self), **self.label_record()}
 
 
 @dataclass(frozen=True, slots=True)

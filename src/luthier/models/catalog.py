@@ -151,21 +151,25 @@ class HubSource:
         return {**self.provenance, "revision": commit}
 
 
+EntryKind = Literal[
+    "causal_lm",
+    "masked_lm",
+    "encoder",
+    "image_encoder",
+    "audio_encoder",
+    "autoencoding",
+    "adversarial",
+]
+"""The task of a base model's head, or what it encodes: an ``encoder`` texts."""
+
+
 @dataclass(frozen=True)
 class CatalogEntry:
     """One base model that can be fetched by name."""
 
     id: str
     source: ModelSource
-    kind: Literal[
-        "causal_lm",
-        "masked_lm",
-        "encoder",
-        "image_encoder",
-        "audio_encoder",
-        "autoencoding",
-        "adversarial",
-    ]
+    kind: EntryKind
     """The task of its head, or what it encodes: an ``encoder`` texts."""
     languages: tuple[str, ...]
     """ISO 639-1 codes of what it was trained on."""
@@ -244,6 +248,34 @@ def _convert_efficientnet_lite(folder: Path, target: Path) -> None:
     save_processor(ImageProcessor(224, 224, (127 / 255,) * 3, (128 / 255,) * 3), target)
 
 
+_SMALL_IMAGES = ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)
+
+
+def _random_entry(
+    id_: str,
+    kind: EntryKind,
+    parameters: int,
+    about: str,
+    config: Mapping[str, Any],
+    processor: Processor = _SMALL_IMAGES,
+    task: Task = "embedding",
+) -> CatalogEntry:
+    """A small network that is drawn here and not fetched."""
+    return CatalogEntry(
+        id=id_,
+        source=RandomSource(config, processor, task),
+        kind=kind,
+        languages=(),
+        parameters=parameters,
+        context=1,
+        licence="Apache-2.0",
+        download_bytes=0,
+        disk_bytes=20_000_000,
+        about=about,
+        config=config,
+    )
+
+
 # Languages of XLM-R, whose tokenizer and weights multilingual E5 started from.
 _XLM_R = (
     "af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he "
@@ -251,13 +283,6 @@ _XLM_R = (
     "or pa pl ps pt ro ru sa sd si sk sl so sq sr su sv sw ta te th tl tr ug uk ur uz vi xh yi zh"
 )
 
-_SMALL_CNN = {"model_type": "small_cnn", "image_size": 32}
-_SMALL_DCGAN = {"model_type": "dcgan", "image_size": 32, "num_labels": 0}
-_SMALL_VAE = {"model_type": "vae", "image_size": 32}
-_SMALL_AUDIO_CNN = {
-    "model_type": "small_cnn", "num_channels": 1, "image_size": [64, 101], "stem_stride": 2,
-    "hidden_sizes": [16, 32, 64, 128],
-}  # fmt: skip
 
 # No hub could be reached where this was written: figures of the entries from the hub are those of
 # the published model cards and configurations, and no revision is pinned. The manifest of a fetched
@@ -334,59 +359,41 @@ _ENTRIES = (
         about="EfficientNet-Lite0 (Google, 2020), trained on ImageNet; reads images of 224 x 224",
         config={"model_type": "efficientnet_lite", "image_size": 224, "hidden_size": 1280},
     ),
-    CatalogEntry(
-        id="small-cnn",
-        source=RandomSource(_SMALL_CNN, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)),
-        kind="image_encoder",
-        languages=(),
-        parameters=1_225_504,
-        context=1,
-        licence="Apache-2.0",
-        download_bytes=0,
-        disk_bytes=20_000_000,
-        about="small residual network of random weights, to learn all from the rows; reads 32 x 32",
-        config=_SMALL_CNN,
+    _random_entry(
+        "small-cnn",
+        "image_encoder",
+        1_225_504,
+        "small residual network of random weights, to learn all from the rows; reads 32 x 32",
+        {"model_type": "small_cnn", "image_size": 32},
     ),
-    CatalogEntry(
-        id="small-audio-cnn",
-        source=RandomSource(_SMALL_AUDIO_CNN, AudioProcessor()),
-        kind="audio_encoder",
-        languages=(),
-        parameters=306_800,
-        context=1,
-        licence="Apache-2.0",
-        download_bytes=0,
-        disk_bytes=20_000_000,
-        about="the same, smaller, for sounds of a second, as the logarithm of their mel spectrogram",
-        config=_SMALL_AUDIO_CNN,
+    _random_entry(
+        "small-audio-cnn",
+        "audio_encoder",
+        306_800,
+        "the same, smaller, for sounds of a second, as the logarithm of their mel spectrogram",
+        {
+            "model_type": "small_cnn",
+            "num_channels": 1,
+            "image_size": [64, 101],
+            "stem_stride": 2,
+            "hidden_sizes": [16, 32, 64, 128],
+        },
+        AudioProcessor(),
     ),
-    CatalogEntry(
-        id="small-dcgan",
-        source=RandomSource(_SMALL_DCGAN, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)),
-        kind="adversarial",
-        languages=(),
-        parameters=401_476,
-        context=1,
-        licence="Apache-2.0",
-        download_bytes=0,
-        disk_bytes=20_000_000,
-        about="small generator and discriminator of random weights for images of 32 x 32",
-        config=_SMALL_DCGAN,
+    _random_entry(
+        "small-dcgan",
+        "adversarial",
+        401_476,
+        "small generator and discriminator of random weights for images of 32 x 32",
+        {"model_type": "dcgan", "image_size": 32, "num_labels": 0},
     ),
-    CatalogEntry(
-        id="small-vae",
-        source=RandomSource(
-            _SMALL_VAE, ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3), "autoencoding"
-        ),
-        kind="autoencoding",
-        languages=(),
-        parameters=395_043,
-        context=1,
-        licence="Apache-2.0",
-        download_bytes=0,
-        disk_bytes=20_000_000,
-        about="small variational autoencoder of random weights for images of 32 x 32",
-        config=_SMALL_VAE,
+    _random_entry(
+        "small-vae",
+        "autoencoding",
+        395_043,
+        "small variational autoencoder of random weights for images of 32 x 32",
+        {"model_type": "vae", "image_size": 32},
+        task="autoencoding",
     ),
     CatalogEntry(
         id="smollm2-360m-instruct",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luthier.graders import OnError, Spec
     from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
-    from luthier.serving.images import ImageGenerator, Reconstruction, Sample
+    from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.types import Message, Row
 
     Conversation = Sequence[Message | Mapping[str, str]]
@@ -73,7 +73,9 @@ class Model:
             raise RecipeError(f"{self.stored.id} writes text; use generate()")
         return opened
 
-    def sample(self, count: int = 1, *, seed: int = 0, label: str | None = None) -> list[Sample]:
+    def sample(
+        self, count: int = 1, *, seed: int = 0, label: str | None = None
+    ) -> list[SampledImage]:
         """New images, each with ``pixels`` ``[H, W, 3]`` and a ``label``, from a model that makes them.
 
         The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows

@@ -34,7 +34,7 @@ GAP = 2
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledImage:
     """A new image."""
 
     pixels: Pixels
@@ -89,7 +89,7 @@ class ImageGenerator:
         seed: int = 0,
         label: str | None = None,
         done: Callable[[int], None] = lambda count: None,
-    ) -> list[Sample]:
+    ) -> list[SampledImage]:
         """New images: the same for the same seed.
 
         A model that knows classes makes those of ``label``, or as many of each class in turn.
@@ -111,12 +111,14 @@ class ImageGenerator:
         classes = [label] if label is not None else list(known) or [""]
         wanted = [classes[index % len(classes)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
-        made: list[Sample] = []
+        made: list[SampledImage] = []
         with torch.inference_mode():
             for start in range(0, count, AT_ONCE):
                 part = wanted[start : start + AT_ONCE]
                 images = self._pixels(objective.sample(self.network, part, generator))
-                made += [Sample(image, name) for image, name in zip(images, part, strict=True)]
+                made += [
+                    SampledImage(image, name) for image, name in zip(images, part, strict=True)
+                ]
                 done(len(made))
         return made
 

@@ -20,11 +20,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-GROUP = 16
-"""Channels that are normalized together, where there are so many."""
+from luthier.models.nets.image_stages import ImageSizes, NoTokens, enlarging_stages
 
 
-class DCGANConfig(PreTrainedConfig):
+class DCGANConfig(ImageSizes, PreTrainedConfig):
     """What it makes, the channels of each stage from the image inwards, and the numbers of noise."""
 
     model_type = "dcgan"
@@ -42,21 +41,6 @@ class DCGANConfig(PreTrainedConfig):
         self.hidden_sizes = list(hidden_sizes)
         self.latent_size = latent_size
         super().__init__(**kwargs)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``[C, H, W]`` of an image."""
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.num_channels, height, width)
-
-    @property
-    def sides(self) -> list[tuple[int, int]]:
-        """Height and width of the image and behind each stage."""
-        found = [self.shape[1:]]
-        for _ in self.hidden_sizes:
-            found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
-        return found
 
 
 @dataclass
@@ -118,34 +102,15 @@ class SpectralLinear(nn.Linear):
         return F.linear(states, weight, self.bias)
 
 
-class Up(nn.Module):
-    """An enlargement to a given size, and a convolution."""
-
-    def __init__(self, inner: int, outer: int, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-        self.conv = nn.Conv2d(inner, outer, 3, 1, 1)
-        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', *size]``."""
-        return F.relu(self.norm(self.conv(F.interpolate(states, self.size))))
-
-
-class Generator(nn.Module):
+class DCGANGenerator(nn.Module):
     """Noise to images from -1 to 1."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        sizes, sides = config.hidden_sizes, config.sides
-        self.inside = (sizes[-1], *sides[-1])
+        sizes = config.hidden_sizes
+        self.inside = (sizes[-1], *config.sides[-1])
         self.start = nn.Linear(config.latent_size, int(torch.Size(self.inside).numel()))
-        self.stages = nn.ModuleList(
-            Up(inner, outer, size)
-            for inner, outer, size in zip(
-                sizes[::-1], [*sizes[-2::-1], sizes[0]], sides[-2::-1], strict=True
-            )
-        )
+        self.stages = nn.ModuleList(enlarging_stages(config, F.relu))
         self.to_pixels = nn.Conv2d(sizes[0], config.num_channels, 3, 1, 1)
 
     def forward(self, latent_RZ: Tensor) -> Tensor:
@@ -156,7 +121,7 @@ class Generator(nn.Module):
         return torch.tanh(self.to_pixels(states))
 
 
-class Discriminator(nn.Module):
+class DCGANDiscriminator(nn.Module):
     """Images to what a score is made of."""
 
     def __init__(self, config: Any) -> None:
@@ -178,20 +143,12 @@ class Discriminator(nn.Module):
         return states.sum((-2, -1))
 
 
-class DCGANPreTrainedModel(PreTrainedModel):
+class DCGANPreTrainedModel(NoTokens, PreTrainedModel):
     """What both models share."""
 
     config_class = DCGANConfig
     base_model_prefix = "dcgan"
     main_input_name = "pixel_values"
-
-    def get_input_embeddings(self) -> Any:
-        """None: it reads no tokens."""
-        return None
-
-    def get_output_embeddings(self) -> Any:
-        """None: it writes no tokens."""
-        return None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -218,8 +175,8 @@ class DCGANModel(DCGANPreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.generator = Generator(config)
-        self.discriminator = Discriminator(config)
+        self.generator = DCGANGenerator(config)
+        self.discriminator = DCGANDiscriminator(config)
         self.score = SpectralLinear(self.discriminator.width, 1)
         self.post_init()
 

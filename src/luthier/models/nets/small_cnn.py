@@ -47,7 +47,7 @@ class SmallCNNConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
@@ -99,7 +99,7 @@ class SmallCNNModel(SmallCNNPreTrainedModel):
         blocks, inner = [], sizes[0]
         for stage, outer in enumerate(sizes):
             for index in range(config.depth):
-                blocks.append(Block(inner, outer, 2 if stage and not index else 1))
+                blocks.append(BasicBlock(inner, outer, 2 if stage and not index else 1))
                 inner = outer
         self.blocks = nn.ModuleList(blocks)
         self.post_init()

@@ -19,14 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from luthier.errors import RecipeError
+from luthier.models.nets.image_stages import GROUP, ImageSizes, NoTokens, enlarging_stages
 
-GROUP = 16
-"""Channels that are normalized together, where there are so many."""
 LARGEST_LOG_VARIANCE = 15.0
 """Either way: a variance of e^15 or e^-15 says all there is to say, and e^90 is not finite."""
 
 
-class VAEConfig(PreTrainedConfig):
+class VAEConfig(ImageSizes, PreTrainedConfig):
     """What it reads, the channels (or widths) of each stage, and how many numbers an image becomes."""
 
     model_type = "vae"
@@ -46,13 +45,6 @@ class VAEConfig(PreTrainedConfig):
         self.latent_size = latent_size
         self.dense = dense
         super().__init__(**kwargs)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``[C, H, W]`` of what it reads."""
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.num_channels, height, width)
 
 
 @dataclass
@@ -80,20 +72,6 @@ class Down(nn.Module):
         return F.silu(self.norm(self.conv(states)))
 
 
-class Up(nn.Module):
-    """An enlargement to a given size, and a convolution."""
-
-    def __init__(self, inner: int, outer: int, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-        self.conv = nn.Conv2d(inner, outer, 3, 1, 1)
-        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """``[R, C, H, W]`` to ``[R, C', *size]``."""
-        return F.silu(self.norm(self.conv(F.interpolate(states, self.size))))
-
-
 class Dense(nn.Module):
     """A linear layer with its activation."""
 
@@ -106,7 +84,7 @@ class Dense(nn.Module):
         return F.silu(self.linear(states))
 
 
-class VAEModel(PreTrainedModel):
+class VAEModel(NoTokens, PreTrainedModel):
     """Encoder and decoder."""
 
     config_class = VAEConfig
@@ -126,16 +104,9 @@ class VAEModel(PreTrainedModel):
             self.inside: tuple[int, ...] = (sizes[-1],)
             last: nn.Module = nn.Linear(sizes[0], ends[0])
         else:
-            sides = [(height, width)]
-            for _ in sizes:
-                sides.append((-(-sides[-1][0] // 2), -(-sides[-1][1] // 2)))
             down = [Down(*pair) for pair in zip([channels, *sizes], sizes, strict=False)]
-            outer = [*sizes[-2::-1], sizes[0]]
-            up = [
-                Up(inner, after, size)
-                for inner, after, size in zip(sizes[::-1], outer, sides[-2::-1], strict=True)
-            ]
-            self.inside = (sizes[-1], *sides[-1])
+            up = enlarging_stages(config, F.silu)
+            self.inside = (sizes[-1], *config.sides[-1])
             last = nn.Conv2d(sizes[0], channels, 3, 1, 1)
         flat = int(torch.Size(self.inside).numel())
         self.encoder = nn.ModuleList(down)
@@ -156,14 +127,6 @@ class VAEModel(PreTrainedModel):
         elif isinstance(module, nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-
-    def get_input_embeddings(self) -> Any:
-        """None: it reads no tokens."""
-        return None
-
-    def get_output_embeddings(self) -> Any:
-        """None: it writes no tokens."""
-        return None
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""

@@ -1,0 +1,75 @@
+"""What networks that make images share: the sizes of their stages, and the way from the inside out.
+
+A stage of the decoder enlarges before it convolves, so that no chequered pattern appears (Odena et al.
+2016) and sides need not be even. Norms are over groups of channels, so that a row gives the same in any
+micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUP = 16
+"""Channels that are normalized together, where there are so many."""
+
+
+class ImageSizes:
+    """Of a configuration: what its image measures, and its maps."""
+
+    num_channels: int
+    image_size: int | tuple[int, int]
+    hidden_sizes: list[int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``[C, H, W]`` of an image."""
+        size = self.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.num_channels, height, width)
+
+    @property
+    def sides(self) -> list[tuple[int, int]]:
+        """Height and width of the image and behind each stage, which halves them."""
+        found = [self.shape[1:]]
+        for _ in self.hidden_sizes:
+            found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
+        return found
+
+
+class NoTokens:
+    """Of a network: it has no embeddings, as it neither reads nor writes tokens."""
+
+    def get_input_embeddings(self) -> Any:
+        """None."""
+        return None
+
+    def get_output_embeddings(self) -> Any:
+        """None."""
+        return None
+
+
+class Up(nn.Module):
+    """An enlargement to a given size, and a convolution."""
+
+    def __init__(
+        self, inner: int, outer: int, size: tuple[int, int], activation: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.size, self.activation = size, activation
+        self.conv = nn.Conv2d(inner, outer, 3, 1, 1)
+        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, C, H, W]`` to ``[R, C', *size]``."""
+        return self.activation(self.norm(self.conv(F.interpolate(states, self.size))))
+
+
+def enlarging_stages(config: ImageSizes, activation: Callable[[Tensor], Tensor]) -> list[nn.Module]:
+    """The stages from the innermost maps to those of the size of the image."""
+    sizes = config.hidden_sizes
+    ends = zip(sizes[::-1], [*sizes[-2::-1], sizes[0]], config.sides[-2::-1], strict=True)
+    return [Up(inner, outer, size, activation) for inner, outer, size in ends]
