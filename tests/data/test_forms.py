@@ -158,11 +158,83 @@ def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[st
     assert str(recognized) == f"jsonl, {form}, 2 rows"
 
 
+MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "Bedrock image and caption",
+        {"image-ref": "p/1.png", "caption": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    ("Bedrock image and caption", {"image-ref": "p/1.png"}, {"image": "p/1.png"}),
+    (
+        "Hugging Face image folder",
+        {"file_name": "p/1.png", "text": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    (
+        "Hugging Face image folder",
+        {"file_name": "p/1.png", "label": "a", "width": 3},
+        {"image": "p/1.png", "label": "a"},
+    ),
+    (
+        "Hugging Face image folder",
+        {"file_name": "1.wav", "label": 2},
+        {"audio": "1.wav", "label": "2"},
+    ),
+    (
+        '{"image", "caption"}',
+        {"image": "p/1.png", "text": "t"},
+        {"image": "p/1.png", "caption": "t"},
+    ),
+    (
+        '{"image", "caption"}',
+        {"image": "p/1.png", "text": "t", "caption": "c"},
+        {"image": "p/1.png", "caption": "c"},
+    ),
+    (
+        '{"image", "label"}',
+        {"image": "p/1.png", "text": "t", "label": "a"},
+        {"image": "p/1.png", "label": "a"},
+    ),
+    # A name of a file beside a text that is none of it.
+    ('{"text"}', {"file_name": "book.txt", "text": "t"}, {"text": "t"}),
+    ('{"text"}', {"file_name": 3, "text": "t"}, {"text": "t"}),
+]
+
+
+@pytest.mark.parametrize(("form", "record", "own"), MEDIA_CASES)
+def test_form_of_images(
+    tmp_path: Path, form: str, record: dict[str, Any], own: dict[str, Any]
+) -> None:
+    (tmp_path / "p").mkdir()
+    for name in ("p/1.png", "1.wav"):
+        (tmp_path / name).write_bytes(b"not looked at")
+    rows, recognized = read_rows(write(tmp_path, record, {**record, "id": "other"}))
+    assert [row.record() for row in rows] == [own, own]
+    assert recognized.form == form
+
+
+@pytest.mark.parametrize(
+    ("record", "rule"),
+    [
+        ({"image": "1.png", "caption": " "}, "field.empty"),
+        ({"image": "1.png", "caption": 3}, "field.type"),
+        ({"image-ref": 3, "caption": "c"}, "media.type"),
+        ({"image-ref": "../1.png", "caption": "c"}, "media.outside"),
+        ({"image": "1.png", "caption": "c", "label": "a"}, "row.ambiguous"),
+        ({"image-ref": "1.png", "text": "c"}, "row.ambiguous"),
+        ({"file_name": "2.png", "text": "c"}, "media.missing"),
+    ],
+)
+def test_captions_are_checked(tmp_path: Path, record: dict[str, Any], rule: str) -> None:
+    (tmp_path / "1.png").write_bytes(b"not looked at")
+    assert {problem.rule for problem in problems_of(write(tmp_path, record))} == {rule}
+
+
 def test_every_form_is_tried_and_the_table_is_sound() -> None:
-    assert {form.name for form in FORMS} <= {name for name, *_ in CASES}
+    assert {form.name for form in FORMS} <= {name for name, *_ in CASES + MEDIA_CASES}
     for form in FORMS:
         assert form.keys and not form.keys & form.without and not form.used & form.without
-        assert forms_of(dict.fromkeys(form.keys, "x")) == [form]
+        assert forms_of(dict.fromkeys(form.keys, "x.png")) == [form]
 
 
 def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:

@@ -252,10 +252,9 @@ class FieldChecker:
         if isinstance(value, bytes):
             return Media(kind, name, data=value)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
-            fix = (
-                f'Write the path of the {kind}, as seen from the folder of this file, in "{kind}".'
-            )
-            message = f'"{kind}" must be a path, but is {json_kind(value)}.'
+            key = quote(self.names.get(kind) or kind)
+            fix = f"Write the path of the {kind}, as seen from the folder of this file, in {key}."
+            message = f"{key} must be a path, but is {json_kind(value)}."
             self.report("media.type", message, fix)
             return None
         if value.startswith("data:"):

@@ -17,8 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from luthier.data.fields import Names, Turns
+from luthier.data.media import IMAGE_ENDINGS
+from luthier.data.media_files import is_media
 from luthier.data.parsing import Record
 from luthier.data.shapes import (
+    CAPTION_KEYS,
     SHAPES,
     Conversation,
     JudgedAnswers,
@@ -46,6 +49,8 @@ class Form:
     """Keys beside which the row would mean something else."""
     used: frozenset[str] = frozenset()
     """Further keys that are read where they are there."""
+    applies: Callable[[Record], bool] = lambda record: True
+    """Whether a record with the keys is of the form, where their values tell."""
 
 
 _ROLES: Mapping[object, str] = {
@@ -148,6 +153,26 @@ def _turn(item: object) -> object:
     return named | ({"content": item["value"]} if "value" in item else {})
 
 
+def _image_reference(record: Record) -> Converted:
+    """Bedrock, of image models: where an image lies, and what it shows."""
+    made = {"image": record.get("image-ref")}
+    if "caption" in record:
+        made["caption"] = record["caption"]
+    return _with_further_keys(record, made), {"image": "image-ref"}
+
+
+def _names_media(record: Record) -> bool:
+    return isinstance(record["file_name"], str) and is_media(record["file_name"])
+
+
+def _image_folder(record: Record) -> Converted:
+    """Hugging Face's ImageFolder and AudioFolder: ``metadata.jsonl`` beside the files."""
+    name = str(record["file_name"])
+    kind = "image" if name.lower().endswith(IMAGE_ENDINGS) else "audio"
+    beside = {key: record[key] for key in CAPTION_KEYS if key in record}
+    return _with_further_keys(record, {kind: name, **beside}), {kind: "file_name"}
+
+
 def _partners(one: str, other: str) -> Callable[[Record], Converted]:
     """Two texts that belong together."""
 
@@ -161,15 +186,15 @@ def _partners(one: str, other: str) -> Callable[[Record], Converted]:
 
 
 def _form(
-    name: str, keys: str, convert: Callable[[Record], Converted], without: str = "", used: str = ""
+    name: str,
+    keys: str,
+    convert: Callable[[Record], Converted],
+    without: str = "",
+    used: str = "",
+    applies: Callable[[Record], bool] = lambda record: True,
 ) -> Form:
-    return Form(
-        name,
-        *(frozenset(keys.split()),),
-        convert,
-        frozenset(without.split()),
-        frozenset(used.split()),
-    )
+    key_set, without_set, used_set = (frozenset(each.split()) for each in (keys, without, used))
+    return Form(name, key_set, convert, without_set, used_set, applies)
 
 
 _ELSE = "instruction question query system_prompt"
@@ -212,6 +237,15 @@ FORMS: tuple[Form, ...] = (
         "system history",
     ),
     _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
+    _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
+    _form(
+        "Hugging Face image folder",
+        "file_name",
+        _image_folder,
+        "image audio",
+        used="caption text",
+        applies=_names_media,
+    ),
     _form("query and positive", "query positive", _partners("query", "positive")),
     _form("question and positive", "question positive", _partners("question", "positive")),
     _form("sentence pairs", "sentence1 sentence2", _partners("sentence1", "sentence2")),
@@ -235,7 +269,11 @@ def forms_of(record: Record) -> list[Form]:
     own = any(needed <= keys for kind in SHAPES.values() for needed in kind.complete)
     if own and "schemaVersion" not in keys:
         return []
-    found = [form for form in FORMS if form.keys <= keys and not form.without & keys]
+    found = [
+        form
+        for form in FORMS
+        if form.keys <= keys and not form.without & keys and form.applies(record)
+    ]
     # Texts that were compared or classified are no pair that belongs together.
     paired = ("positive", "sentence1", "premise")
     return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]

@@ -143,7 +143,8 @@ class Checker(FieldChecker):
             return None
         self.given = mapped
         found = forms_of(mapped)
-        generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped]
+        used = frozenset().union(*(form.used for form in found))
+        generic = [f'"{key}"' for key in ("text", "prompt") if key in mapped and key not in used]
         if len(found) > 1 or (found and generic):
             names = [*(form.name for form in found), *generic]
             message = f"The row can be read as {' or as '.join(names)}."

@@ -303,6 +303,8 @@ class LabelledText(TextRow, Labelled):
 
 MEDIA_KEYS: tuple[MediaKind, ...] = ("image", "audio")
 """Keys that hold an image or a sound, called as what they hold, as in Hugging Face's data sets."""
+CAPTION_KEYS = ("caption", "text")
+"""Keys that hold what an image shows, or what is written on it; the first that is there is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,8 +352,8 @@ class BareImage(MediaRow):
 
     @classmethod
     def matches(cls, record: Record) -> bool:
-        """An image, and no label."""
-        return cls.key() in record and "label" not in record
+        """An image, and nothing that is said of it."""
+        return cls.key() in record and not any(key in record for key in ("label", *CAPTION_KEYS))
 
     @classmethod
     def read(cls, record: Record, fields: FieldChecker) -> Self | None:
@@ -370,6 +372,11 @@ class BareAudio(BareImage):
     words: ClassVar[str] = "sounds"
     keys: ClassVar[tuple[str, ...]] = ("audio",)
     source_keys: ClassVar[frozenset[str]] = frozenset(("audio",))
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """A sound, and no label."""
+        return cls.key() in record and "label" not in record
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +421,50 @@ class LabelledAudio(LabelledImage):
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("audio", "label")),)
     source_keys: ClassVar[frozenset[str]] = frozenset(("audio", "label"))
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage(MediaRow):
+    """An image and a text: what it shows, or what is written on it."""
+
+    shape: ClassVar[str] = "captioned_image"
+    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    title: ClassVar[str] = '{"image", "caption"}'
+    words: ClassVar[str] = "images with captions"
+    enough: ClassVar[int] = ENOUGH_ANSWERS
+    keys: ClassVar[tuple[str, ...]] = ("image", "caption")
+    complete: ClassVar[tuple[frozenset[str], ...]] = tuple(
+        frozenset(("image", key)) for key in CAPTION_KEYS
+    )
+    source_keys: ClassVar[frozenset[str]] = frozenset(("image", *CAPTION_KEYS))
+    parts: ClassVar[Mapping[str, Part]] = {"caption": "target"}
+
+    caption: str
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """An image and a caption; the text beside a label is a remark."""
+        return cls.key() in record and (
+            "caption" in record or ("text" in record and "label" not in record)
+        )
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """An image, and a caption that is not blank."""
+        media = fields.media(record, cls.key())
+        key = next(key for key in CAPTION_KEYS if key in record)
+        caption = fields.text(record, key, target=True)
+        if media is None or caption is None:
+            return None
+        return cls(fields.file, fields.line, media, caption)
+
+    def targets(self) -> tuple[str, ...]:
+        """The caption."""
+        return (self.caption,)
+
+    def record(self) -> Record:
+        """Where it lies, and the caption."""
+        return {**MediaRow.record(self), "caption": self.caption}
 
 
 @dataclass(frozen=True, slots=True)
@@ -991,6 +1042,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         LabelledText,
         LabelledImage,
         LabelledAudio,
+        CaptionedImage,
         BareImage,
         BareAudio,
         RatedText,

@@ -86,7 +86,7 @@ class GAN(Objective):
 
     task: ClassVar[Task] = "adversarial"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
-    further_shapes: ClassVar[frozenset[str]] = frozenset({"labelled_image"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False

@@ -64,7 +64,7 @@ class VAE(Objective):
 
     task: ClassVar[Task] = "autoencoding"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
-    further_shapes: ClassVar[frozenset[str]] = frozenset({"labelled_image"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     chosen_by_shape: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
