@@ -81,6 +81,16 @@ class ModelLimits(BaseModel):
     logprobs: int = Field(default=500_000, ge=1)
     """Log probabilities that the answers to one request may have in all, a few hundred bytes each; a
     request that may need more is answered 400."""
+    inputs: int = Field(default=64, ge=1)
+    """Texts, images or sounds that one request has read, and images that it has made; of more it is
+    answered 400."""
+    image_pixels: int = Field(default=16_000_000, ge=1)
+    """Of an image of a request; a larger one is answered 400 before it is decoded."""
+    sound_samples: int = Field(default=8_000_000, ge=1)
+    """Of a sound of a request, all channels counted; a longer one is answered 400."""
+    image_seconds: float = Field(default=60, gt=0)
+    """Of a model's work that one request has for images and sounds; one that takes longer is ended.
+    Waiting for a turn does not count."""
     account_share: float = Field(default=0.75, gt=0, le=1)
     """Part of answers, cache memory, model_requests, streams and transfers that one account has at
     most; one request alone may take more of the first two."""

@@ -153,7 +153,7 @@ def test_a_model_that_fails_half_loaded_is_closed(
         raise RuntimeError("no reader")
 
     monkeypatch.setattr(Decoder, "open", keep)
-    monkeypatch.setattr("luthier.serving.pool.Embedder.of", fail)
+    monkeypatch.setattr("luthier.serving.serial.SerialModel.of", fail)
     with pytest.raises(InferenceFailed, match="cannot be loaded"):
         pool.submit(folders[0], REQUEST)
     assert not opened[0]._thread.is_alive()

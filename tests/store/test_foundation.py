@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from luthier.files import write_json
-from luthier.models.catalog import CATALOG
+from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.manifest import MANIFEST
 from luthier.store.foundation import foundation_model, foundation_models
 from luthier.store.models import base_folder, find, objective_of
@@ -41,15 +41,17 @@ def test_what_only_looks_like_one_is_none(luthier_home: Path, identifier: str) -
 
 
 def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
-    assert [model.base for model in foundation_models()] == [ALIAS, "all-minilm-l6-v2"]
+    # A package, or random weights, sets no request to fetching from the hub.
+    without_hub = [name for name in CATALOG if not isinstance(CATALOG[name].source, HubSource)]
+    assert sorted(model.base for model in foundation_models()) == sorted(without_hub)
     for name in CATALOG:
         write_json(base_folder(name) / MANIFEST, {"id": name, "kind": CATALOG[name].kind})
-    assert {model.base: model.writes for model in foundation_models()} == {
-        # Those that read images or sounds are for the command line.
-        name: entry.kind == "causal_lm"
-        for name, entry in CATALOG.items()
-        if entry.languages
+    assert {model.base: model.kind for model in foundation_models()} == {
+        name: entry.kind for name, entry in CATALOG.items()
     }
+    assert [model.base for model in foundation_models() if model.writes] == [
+        name for name, entry in CATALOG.items() if entry.kind == "causal_lm"
+    ]
     # What does not write gives embeddings, also an encoder with a head for words.
     assert objective_of(find("bert-base-uncased")).method == "contrastive"
 
@@ -57,5 +59,5 @@ def test_models_of_the_hub_join_once_they_are_here(luthier_home: Path) -> None:
 def test_a_masked_language_model_made_here_writes_nothing(luthier_home: Path) -> None:
     for name, kind in (("words", "masked_lm"), ("texts", "causal_lm")):
         write_json(base_folder(name) / MANIFEST, {"id": name, "kind": kind})
-    made = {model.base: model.writes for model in foundation_models()[2:]}
-    assert made == {"words": False, "texts": True}
+    made = {model.base: model.writes for model in foundation_models()}
+    assert {name: made[name] for name in ("words", "texts")} == {"words": False, "texts": True}

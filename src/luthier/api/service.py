@@ -210,7 +210,7 @@ class Service:
         )
         return (
             self.openai,
-            native_face(context, __version__, deletions),
+            native_face(context, __version__, deletions, self.pool),
             S3Face(self.objects, authorize, self.settings.region),
             STSFace(self.database, key, self.settings.limits),
             BedrockFace(control, runtime),

@@ -66,6 +66,8 @@ class Media:
     """Its encoded bytes, where a table holds them."""
     array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
     """Its pixels ``[H, W]`` or ``[H, W, 3]``, or samples ``[T]``, where a file of arrays holds them."""
+    most: int | None = None
+    """Pixels or samples that are decoded of it at most, where that is less than of others."""
 
     def __str__(self) -> str:
         return self.name
@@ -131,7 +133,7 @@ class Media:
         """
         if self.array is not None:
             return _array_pixels(self.array)
-        return decode_image(self.read())
+        return decode_image(self.read(), self.most)
 
     def samples(self) -> tuple[NDArray[np.float32], int]:
         """The sound, all channels in one, ``[T]`` from -1 to 1, and its samples in a second.
@@ -141,7 +143,7 @@ class Media:
         """
         if self.array is not None:
             raise _refusal("unreadable", "an array of samples names no sampling rate.")
-        return decode_audio(self.read())
+        return decode_audio(self.read(), self.most)
 
 
 def gps_of(media: Media) -> str:
@@ -173,19 +175,20 @@ def gps_of(media: Media) -> str:
         return "a place" if {2, 4} <= {*fields} else ""
 
 
-def decode_image(data: bytes) -> Pixels:
-    """An encoded image as pixels; see :meth:`Media.pixels`."""
+def decode_image(data: bytes, most: int | None = None) -> Pixels:
+    """An encoded image, of ``most`` pixels where that is less than else; see :meth:`Media.pixels`."""
     import warnings
 
     from PIL import Image, ImageOps
 
+    most = most or MOST_PIXELS
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that Pillow cannot read; pixels matter
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
                 width, height = opened.size
-                if width * height > MOST_PIXELS:
-                    text = f"{width:,} x {height:,} pixels; at most {MOST_PIXELS:,} are decoded."
+                if width * height > most:
+                    text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
                     raise _refusal("too_large", f"it says to have {text}")
                 image = ImageOps.exif_transpose(opened)
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -198,7 +201,7 @@ def decode_image(data: bytes) -> Pixels:
     except RowRefused:
         raise
     except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked
-        text = f"it says to have more pixels than the {MOST_PIXELS:,} that are decoded."
+        text = f"it says to have more pixels than the {most:,} that are decoded."
         raise _refusal("too_large", text) from None
     except _DAMAGE as error:
         raise _refusal(
@@ -228,9 +231,13 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
     return np.ascontiguousarray(array if array.ndim == 3 else np.repeat(array[..., None], 3, -1))
 
 
-def decode_audio(data: bytes) -> tuple[NDArray[np.float32], int]:
-    """An encoded sound as samples; see :meth:`Media.samples`. PCM in WAV needs no further package."""
-    if data[:4] == b"RIFF" and (read := _read_pcm(data)) is not None:
+def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float32], int]:
+    """An encoded sound as samples, ``most`` of them in all channels; see :meth:`Media.samples`.
+
+    PCM in WAV needs no further package.
+    """
+    most = most or MOST_SAMPLES
+    if data[:4] == b"RIFF" and (read := _read_pcm(data, most)) is not None:
         samples, rate = read
     else:
         try:
@@ -243,7 +250,7 @@ def decode_audio(data: bytes) -> tuple[NDArray[np.float32], int]:
             ) from None
         try:
             with soundfile.SoundFile(io.BytesIO(data)) as file:
-                _check_length(file.frames, file.samplerate, file.channels)
+                _check_length(file.frames, file.samplerate, file.channels, most)
                 read_TC, rate = file.read(dtype="float32", always_2d=True), file.samplerate
             with np.errstate(invalid="ignore"):
                 samples = read_TC.mean(1)
@@ -256,7 +263,7 @@ def decode_audio(data: bytes) -> tuple[NDArray[np.float32], int]:
     return samples, rate
 
 
-def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
+def _read_pcm(data: bytes, most: int) -> tuple[NDArray[np.float32], int] | None:
     """A WAV file of 8, 16, 24 or 32 bits; ``None`` for one of another kind."""
     try:
         with wave.open(io.BytesIO(data)) as file:
@@ -265,7 +272,7 @@ def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
                 return None
             # What was written to a pipe, or cut off, claims more than there is.
             count = min(file.getnframes(), len(data) // (width * channels))
-            _check_length(count, rate, channels)
+            _check_length(count, rate, channels, most)
             raw = file.readframes(count)
     except (wave.Error, EOFError, RuntimeError):  # the last of a part that ends behind the file
         return None
@@ -282,14 +289,14 @@ def _read_pcm(data: bytes) -> tuple[NDArray[np.float32], int] | None:
     return samples.reshape(-1, channels).mean(1), rate
 
 
-def _check_length(frames: int, rate: int, channels: int) -> None:
+def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
     if rate <= 0:
         raise _refusal("unreadable", "it names no sampling rate.")
     if frames > MOST_SECONDS * rate:
         text = f"it lasts {frames / rate:,.0f} s; at most {MOST_SECONDS} are read."
         raise _refusal("too_large", text)
-    if frames * channels > MOST_SAMPLES:
-        text = f"it has {frames * channels:,} samples; at most {MOST_SAMPLES:,} are read."
+    if frames * channels > most:
+        text = f"it has {frames * channels:,} samples; at most {most:,} are read."
         raise _refusal("too_large", text)
 
 

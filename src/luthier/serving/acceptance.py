@@ -264,9 +264,9 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
 def _embeds(candidate: StoredModel) -> dict[str, Any]:
     import math
 
-    from luthier.serving.pool import Embedder
+    from luthier.serving.serial import SerialModel
 
-    embedder = Embedder.open(candidate)
+    embedder = SerialModel.open(candidate)
     try:
         found = embedder.embed(*embedder.read("Hello."))
     finally:

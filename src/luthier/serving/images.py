@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -89,10 +90,12 @@ class ImageGenerator:
         seed: int = 0,
         label: str | None = None,
         done: Callable[[int], None] = lambda count: None,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> list[SampledImage]:
         """New images: the same for the same seed.
 
-        A model that knows classes makes those of ``label``, or as many of each class in turn.
+        A model that knows classes makes those of ``label``, or as many of each class in turn. The
+        network works in a ``turn`` for each part of them.
 
         Raises:
             RecipeError: for a label that the model does not know.
@@ -112,14 +115,12 @@ class ImageGenerator:
         wanted = [classes[index % len(classes)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
         made: list[SampledImage] = []
-        with torch.inference_mode():
-            for start in range(0, count, AT_ONCE):
-                part = wanted[start : start + AT_ONCE]
+        for start in range(0, count, AT_ONCE):
+            part = wanted[start : start + AT_ONCE]
+            with turn(), torch.inference_mode():
                 images = self._pixels(objective.sample(self.network, part, generator))
-                made += [
-                    SampledImage(image, name) for image, name in zip(images, part, strict=True)
-                ]
-                done(len(made))
+            made += [SampledImage(image, name) for image, name in zip(images, part, strict=True)]
+            done(len(made))
         return made
 
     def reconstruct(

@@ -1,4 +1,4 @@
-"""What is asked of a model that writes, and what comes back while it does. Imports nothing heavy."""
+"""What is asked of a model that writes or makes images, and what comes back. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -106,6 +106,23 @@ class GenerationRequest(Sampling):
             )
 
 
+@dataclass(frozen=True)
+class ImageRequest:
+    """New images that a model is to make."""
+
+    count: int = 1
+    label: str = ""
+    """Name of a class; empty for each class in turn, or of a model that knows none."""
+    seed: int | None = None
+    """Of the draws: the same one gives the same images. A random one where not given."""
+    size: tuple[int, int] | None = None
+    """Height and width that they must have, as a model makes images of one size."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        _in("seed", self.seed or 0, 0, 2**63 - 1)
+
+
 def _in(name: str, value: float, low: float, high: float) -> None:
     # Written so that NaN is refused too.
     if not low <= value <= high:
@@ -190,7 +207,8 @@ ENDED: Any = None
 
 
 Meter = Callable[[str, int, int], None]
-"""Told the stored id of a model, tokens that it read, and tokens that it wrote."""
+"""Told the stored id of a model, tokens that it read, and tokens that it wrote. An image or a sound is
+one token, read or made."""
 _metered: ContextVar[Meter | None] = ContextVar("metered", default=None)
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from luthier.cancellation import KillHandle, cancellable
-from luthier.data.shapes import RawText
+from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
 from luthier.serving.inference import (
     GenerationRequest,
+    ImageRequest,
     InferenceFailed,
     InferenceRefused,
     Prompt,
@@ -27,26 +26,21 @@ from luthier.serving.inference import (
     metered_stream,
 )
 from luthier.serving.memory import CacheBudget
-from luthier.serving.prompts import PromptLimit, prompt_tokenized
-from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
+from luthier.serving.prompts import prompt_tokenized
+from luthier.serving.scheduler import FairScheduler
+from luthier.serving.serial import Embedding, ImageSamples, Input, SerialModel, Work
 
 if TYPE_CHECKING:
+    from luthier.data.media import Media
     from luthier.serving.constraints import SchemaTrials
     from luthier.serving.decoder import Decoder
+    from luthier.serving.images import Reconstruction
     from luthier.store.models import StoredModel
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
 _LOADED_TWICE = 2.5
 """Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A text as a vector."""
-
-    vector: tuple[float, ...]
-    tokens: int
 
 
 @dataclass(eq=False)
@@ -57,7 +51,7 @@ class _Entry:
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
     reader: Any = None
-    """The :class:`Embedder` over its network; a model that reads is one itself."""
+    """The :class:`SerialModel` over its network; what does not write is one itself."""
     error: Exception | None = None
     uses: int = 0
     gone: bool = False
@@ -143,11 +137,68 @@ class ModelPool:
         with self._borrow(model_id) as entry:
             read = [entry.reader.read(text) for text in texts]
             prompt_tokenized()
-            gone = threading.Event()
-            cancellable(KillHandle(gone.set))
-            found = [entry.reader.embed(text, tokens, gone.is_set) for text, tokens in read]
+            work = Work()
+            found: list[Embedding] = [
+                entry.reader.embed(text, tokens, work) for text, tokens in read
+            ]
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
+
+    def predict(
+        self, model_id: str, inputs: Sequence[Input], top: int | None = None
+    ) -> list[dict[str, Any]]:
+        """What a model that reads says of each input: ``label`` and ``scores``, ``score``, ….
+
+        ``top`` leaves so many classes in ``scores``, the likeliest first. An image or a sound counts
+        as one token that was read.
+
+        Raises:
+            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`; ``ModelTimeout`` where
+                it takes more than ``image_seconds``.
+        """
+        self._check_count(len(inputs), "inputs")
+        with self._borrow(model_id) as entry:
+            rows, tokens = _single(entry).rows(inputs)
+            prompt_tokenized()
+            answers: list[dict[str, Any]] = entry.model.predict(rows, top, self._work())
+        count_tokens(model_id, tokens)
+        return answers
+
+    def reconstruct(self, model_id: str, images: Sequence[Media]) -> list[Reconstruction]:
+        """Each image as the model gives it back; read and made, it counts as two tokens."""
+        self._check_count(len(images), "images")
+        with self._borrow(model_id) as entry:
+            rows, tokens = _single(entry).rows(images)
+            prompt_tokenized()
+            found: list[Reconstruction] = entry.model.reconstruct(rows, self._work())
+        count_tokens(model_id, tokens, len(found))
+        return found
+
+    def sample(self, model_id: str, request: ImageRequest) -> ImageSamples:
+        """New images of a model that makes them; each counts as one token that was written.
+
+        Raises:
+            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`predict`.
+        """
+        self._check_count(request.count, "count")
+        seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+        with self._borrow(model_id) as entry:
+            prompt_tokenized()
+            made = [0]
+            try:
+                images = _single(entry).sample(request, seed, self._work(), made.append)
+            finally:
+                count_tokens(model_id, 0, made[-1])
+        return ImageSamples(images, seed)
+
+    def _check_count(self, count: int, parameter: str) -> None:
+        most = self.limits.inputs
+        if not 1 <= count <= most:
+            text = f"One request has from 1 to {most} of {parameter}, and this one {count:,}."
+            raise InferenceRefused(text, parameter)
+
+    def _work(self) -> Work:
+        return Work(self.limits.image_seconds)
 
     def forget(self, model_id: str) -> None:
         """Let go of a model that was deleted, as soon as nothing is asked of it."""
@@ -250,9 +301,9 @@ class ModelPool:
                     entry.model = Decoder.open(
                         stored, self.memory, self._schemas, self.limits, self._scheduler
                     )
-                    entry.reader = Embedder.of(entry.model, self._scheduler)
+                    entry.reader = SerialModel.of(entry.model, self._scheduler)
                 else:
-                    entry.model = Embedder.open(stored, self.limits, self._scheduler)
+                    entry.model = SerialModel.open(stored, self.limits, self._scheduler)
                     entry.reader = entry.model
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
@@ -286,7 +337,14 @@ def _writer(entry: _Entry) -> Decoder:
     from luthier.serving.decoder import Decoder
 
     if not isinstance(entry.model, Decoder):
-        raise InferenceRefused("This model reads texts and does not write any.", "model")
+        raise InferenceRefused(f"This model {entry.model.purpose} and writes no text.", "model")
+    return entry.model
+
+
+def _single(entry: _Entry) -> SerialModel:
+    if not isinstance(entry.model, SerialModel):
+        text = "This model writes text: it gives no labels, and makes no images."
+        raise InferenceRefused(text, "model")
     return entry.model
 
 
@@ -296,92 +354,3 @@ def _weights(stored: StoredModel) -> int:
     if not files:
         raise UnknownModel(f"{stored.id} has no weights")
     return int(_LOADED_TWICE * sum(path.stat().st_size for path in files))
-
-
-class Embedder:
-    """A network in memory that reads: texts become vectors."""
-
-    def __init__(
-        self,
-        predictor: Any,
-        limits: ModelLimits | None = None,
-        scheduler: FairScheduler | None = None,
-    ) -> None:
-        self._predictor, self._scheduler = predictor, scheduler or FairScheduler()
-        self._limit = PromptLimit(
-            predictor.chat, predictor.context, limits or ModelLimits(), "input"
-        )
-        # Takes off the truncation that a tokenizer's file may name: no two threads may do so at once.
-        predictor.chat.encode_whole("")
-        self._lock, self._closed = threading.Lock(), False
-
-    @staticmethod
-    def open(
-        stored: StoredModel,
-        limits: ModelLimits | None = None,
-        scheduler: FairScheduler | None = None,
-    ) -> Embedder:
-        """Load ``stored`` on the best device of this machine."""
-        from luthier.serving.confined import serving_format
-        from luthier.serving.prediction import Predictor
-
-        return Embedder(Predictor.open(stored, serving_format(stored)), limits, scheduler)
-
-    @staticmethod
-    def of(writer: Decoder, scheduler: FairScheduler) -> Embedder:
-        """The mean over the network of a model that writes, in the same memory."""
-        from luthier.objectives.contrastive import Contrastive
-        from luthier.serving.prediction import Predictor
-
-        mean = Contrastive(pooling="mean")
-        predictor = Predictor(writer.network, mean, writer.chat, writer.context)
-        return Embedder(predictor, writer.limits, scheduler)
-
-    def read(self, given: str | Sequence[int]) -> tuple[str, int]:
-        """A text, or the one that ids stand for, and the number of its tokens.
-
-        Raises:
-            InferenceRefused: for a text without tokens, or with more than the model reads.
-        """
-        if self._predictor.objective.task != "embedding":
-            raise InferenceRefused("This model gives labels and no embeddings.", "model")
-        if isinstance(given, str):
-            text = given
-        else:
-            vocabulary = int(self._predictor.network.model.config.vocab_size)
-            self._limit.check_ids(given, vocabulary)
-            text = self._predictor.chat.decode(list(given))
-        self._limit.check_text(text)
-        tokens = len(self._predictor.chat.encode_whole(text))
-        if not tokens:
-            raise InferenceRefused("The input has no tokens.", "input")
-        if tokens > self._predictor.context:
-            raise self._limit.too_long()
-        return text, tokens
-
-    def embed(
-        self, text: str, tokens: int, cancelled: Callable[[], bool] = lambda: False
-    ) -> Embedding:
-        """The vector of a text of so many tokens, as :meth:`read` gave them.
-
-        Raises:
-            InferenceFailed: where ``cancelled`` says so before its turn has come, or after
-                :meth:`close`.
-        """
-        gone = InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
-        try:
-            with self._scheduler.work(current_client(), self, cancelled), self._lock:
-                if self._closed:
-                    raise gone
-                answer = self._predictor.answers([RawText("", 1, text)])[0]
-        except Cancelled:
-            raise gone from None
-        vector = np.asarray(answer["embedding"], dtype=np.float32)
-        return Embedding(tuple(vector.tolist()), tokens)
-
-    def close(self) -> None:
-        """Let go of the network."""
-        with self._lock:
-            self._closed = True
-            self._predictor.network.close()
-            self._predictor.chat.close()

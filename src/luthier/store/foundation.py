@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from luthier.models.catalog import CATALOG, PackageSource
+from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
@@ -17,6 +17,11 @@ _PROVIDERS = {
     "smollm2-360m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 360M"),
     "multilingual-e5-small": ("intfloat", "intfloat", "Multilingual E5 S"),
     "bert-base-uncased": ("google-bert", "Google", "BERT base uncased"),
+    "efficientnet-lite0": ("google", "Google", "EfficientNet-Lite0"),
+    "small-cnn": ("luthier", "luthier", "small-cnn"),
+    "small-audio-cnn": ("luthier", "luthier", "small-audio-cnn"),
+    "small-vae": ("luthier", "luthier", "small-vae"),
+    "small-dcgan": ("luthier", "luthier", "small-dcgan"),
 }
 """First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
@@ -31,10 +36,31 @@ class FoundationModel:
     """Its id in luthier, which is also its alias."""
     provider: str
     name: str
-    writes: bool
-    """Whether it writes text; an encoder gives embeddings."""
+    kind: str
+    """Its task, or what it encodes: :data:`luthier.models.catalog.EntryKind`."""
     created: datetime | None = None
     """When it was made here; ``None`` for one of the catalogue."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes text; an encoder gives embeddings."""
+        return self.kind == "causal_lm"
+
+    @property
+    def modalities(self) -> tuple[str, str]:
+        """What goes in and what comes out, as Bedrock calls it."""
+        return _MODALITIES.get(self.kind, ("TEXT", "EMBEDDING"))
+
+
+_MODALITIES = {
+    "causal_lm": ("TEXT", "TEXT"),
+    "image_encoder": ("IMAGE", "EMBEDDING"),
+    "audio_encoder": ("", "EMBEDDING"),
+    "autoencoding": ("IMAGE", "IMAGE"),
+    "adversarial": ("TEXT", "IMAGE"),
+}
+"""By kind; others read texts and give embeddings. What makes images takes the name of a class, and
+Bedrock has no word for what reads sounds."""
 
 
 def foundation_models() -> list[FoundationModel]:
@@ -74,9 +100,9 @@ def writes(model: FoundationModel | CustomModel) -> bool:
 
 def _catalog_models() -> list[FoundationModel]:
     return [
-        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind == "causal_lm")
+        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind)
         for base, (prefix, provider, name) in _PROVIDERS.items()
-        if isinstance(CATALOG[base].source, PackageSource)
+        if isinstance(CATALOG[base].source, PackageSource | RandomSource)
         or (base_folder(base) / MANIFEST).is_file()
     ]
 
@@ -89,6 +115,5 @@ def _made_here(base: str, manifest: Manifest) -> FoundationModel:
     # Names of models made here may hold dots and underscores, which the ids must not.
     name = short_name(base).replace(".", "-").replace("_", "-")
     moment = datetime.fromisoformat(manifest.created) if manifest.created else None
-    # Its task: a masked or a bidirectional language model writes nothing.
-    writes = (manifest.kind or "causal_lm") == "causal_lm"
-    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], writes, moment)
+    kind = manifest.kind or "causal_lm"
+    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], kind, moment)

@@ -59,6 +59,8 @@ ROLES: Mapping[str, Document] = MappingProxyType(
                 "bedrock:ListFoundationModels", "bedrock:GetFoundationModel",
                 "luthier:openai.chat.*", "luthier:openai.completions.*",
                 "luthier:openai.embeddings.*", "luthier:openai.responses.*",
+                "luthier:openai.images.*", "luthier:Predict", "luthier:SampleImages",
+                "luthier:ReconstructImages",
                 "luthier:openai.models.list",
                 "luthier:openai.models.retrieve",
             )

@@ -22,11 +22,23 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
     return str(caught.value.response["Error"]["Code"])
 
 
+ENCODERS = [
+    ENCODER, "google.efficientnet-lite0", "luthier.small-cnn", "luthier.small-audio-cnn"
+]  # fmt: skip
+IMAGES = ["luthier.small-vae", "luthier.small-dcgan"]
+
+
 def test_foundation_models(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
-    assert found.keys() == {BASE, ENCODER}
+    assert found.keys() == {BASE, *ENCODERS, *IMAGES}
     assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
     assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
+    kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
+    assert kinds == {
+        ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
+        "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
+        "luthier.small-dcgan": ["TEXT"],
+    }  # fmt: skip
     assert bob.list_foundation_models()["modelSummaries"] == list(found.values())
 
 
@@ -36,8 +48,8 @@ def test_foundation_models(bedrock: Any, bob: Any) -> None:
         ({"byProvider": "SBERT"}, [ENCODER]),
         ({"byProvider": "Nobody"}, []),
         ({"byCustomizationType": "DISTILLATION"}, [BASE]),
-        ({"byOutputModality": "EMBEDDING"}, [ENCODER]),
-        ({"byOutputModality": "IMAGE"}, []),
+        ({"byOutputModality": "EMBEDDING"}, ENCODERS),
+        ({"byOutputModality": "IMAGE"}, IMAGES),
         ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE]),
     ],
 )

@@ -19,6 +19,7 @@ from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Submission, submit
 from luthier.limits import AccountQuotas
+from luthier.serving.pool import ModelPool
 from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -66,7 +67,8 @@ def ask(
     context: Context, who: Caller, method: str, path: str, body: Any = None, headers: Any = None
 ) -> Any:
     deletions = Deletions(context.database, context.arns, Objects(context.database))
-    route = native_face(context, "1", deletions).route(RequestHead(method, path, "", [], tls=False))
+    face = native_face(context, "1", deletions, ModelPool(0))
+    route = face.route(RequestHead(method, path, "", [], tls=False))
     moment, text = datetime.now(UTC), b"" if body is None else json.dumps(body).encode()
     headers = headers or {}
     call = Request("r", who, method, path, {}, headers, text, moment, route.params, "192.0.2.7")

@@ -12,6 +12,7 @@ from luthier.store.foundation import FoundationModel, foundation_models
 
 WRITER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION)
 ENCODER_TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING)
+MEDIA_TYPES = (FINE_TUNING,)
 _INFERENCE = ["ON_DEMAND", "PROVISIONED"]
 
 
@@ -51,6 +52,8 @@ def get_availability(request: ControlRequest) -> dict[str, Any]:
 
 def customizations(model: FoundationModel) -> tuple[str, ...]:
     """Kinds of customization that start from ``model``, as far as Bedrock's clients know them."""
+    if model.modalities not in (("TEXT", "TEXT"), ("TEXT", "EMBEDDING")):
+        return MEDIA_TYPES
     return WRITER_TYPES if model.writes else ENCODER_TYPES
 
 
@@ -71,8 +74,8 @@ def _model_details(request: ControlRequest, model: FoundationModel) -> dict[str,
         "modelId": model.id,
         "modelName": model.name,
         "providerName": model.provider,
-        "inputModalities": ["TEXT"],
-        "outputModalities": ["TEXT" if model.writes else "EMBEDDING"],
+        "inputModalities": [each for each in model.modalities[:1] if each],
+        "outputModalities": [model.modalities[1]],
         "responseStreamingSupported": model.writes,
         "customizationsSupported": list(customizations(model)),
         "inferenceTypesSupported": _INFERENCE,

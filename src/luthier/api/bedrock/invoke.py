@@ -4,13 +4,14 @@
 {"schemaVersion": "messages-v1", …}        Amazon's: like Converse
 {"messages", …}                            OpenAI's chat completion
 {"inputText"}                              Titan's embedding
+{"taskType": "TEXT_IMAGE", …}              Titan's and Nova Canvas's images
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -35,6 +36,8 @@ from luthier.serving.inference import (
     FinishEvent,
     GenerationRequest,
     GenerationResult,
+    ImageRequest,
+    InferenceRefused,
     Stream,
     TokenChunk,
 )
@@ -182,14 +185,101 @@ class EmbeddingBody(NativeBody):
     embeddingTypes: list[Literal["float"]] | None = None
 
 
+class TextToImage(NativeBody):
+    """What images are of."""
+
+    text: Annotated[str, Field(max_length=1024)] = ""
+    """Name of a class that the model knows. AWS wants at least a character; here a model that knows no
+    classes takes none, and another makes each class in turn."""
+    negativeText: Literal[""] = ""
+
+
+class ImageConfig(NativeBody):
+    """How they are made."""
+
+    numberOfImages: Annotated[int, Field(ge=1, le=5)] = 1
+    height: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    width: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 2)] = 0
+    """As with AWS's models, a request that names none gets the same images each time."""
+    quality: Literal["standard"] = "standard"
+
+
+_WITHOUT = {
+    "negativeText": "#/textToImageParams/negativeText: no model here can be told what to leave out",
+    "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
+    "cfgScale": "#/imageGenerationConfig/cfgScale: the model's guidance is not set by a request",
+    "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
+}
+"""What AWS's models can and those here cannot: who asks for it is told so by its name."""
+
+
+class ImageBody(NativeBody):
+    """Titan's form of new images, which Nova Canvas shares."""
+
+    taskType: Literal["TEXT_IMAGE"]
+    textToImageParams: TextToImage
+    imageGenerationConfig: ImageConfig = Field(default_factory=ImageConfig)
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> ImageBody:
+        """``given``, checked; :class:`Fault` for what is wrong in it, or cannot be done here."""
+        if given.get("taskType") != "TEXT_IMAGE":
+            raise malformed(
+                "#/taskType: images are made by TEXT_IMAGE, and none are changed by this server"
+            )
+        params, config = given.get("textToImageParams"), given.get("imageGenerationConfig")
+        wanted = {**(params if isinstance(params, dict) else {}),
+                  **(config if isinstance(config, dict) else {})}  # fmt: skip
+        for name, text in _WITHOUT.items():
+            if name in wanted and wanted[name] not in (None, "", "standard"):
+                raise malformed(text)
+        return parsed_native(ImageBody, given)
+
+    def request(self) -> ImageRequest:
+        """For the engine."""
+        config = self.imageGenerationConfig
+        if (config.height is None) != (config.width is None):
+            raise malformed("#/imageGenerationConfig: height and width go together")
+        size = None
+        if config.height is not None and config.width is not None:
+            size = config.height, config.width
+        text = self.textToImageParams.text
+        return ImageRequest(config.numberOfImages, text, config.seed, size)
+
+    @staticmethod
+    def answer(files: Sequence[bytes]) -> dict[str, Any]:
+        """The images, as PNG files in base64."""
+        return {"images": [base64.b64encode(file).decode() for file in files], "error": None}
+
+    @staticmethod
+    def refusal(refused: InferenceRefused) -> Fault:
+        """What the engine refuses, by the member that is meant."""
+        place = _IMAGE_MEMBERS.get(refused.parameter or "")
+        if place is None:
+            return Fault("Validation", str(refused), parameter=refused.parameter)
+        text = str(refused)
+        return malformed(f"#/{place}: {text[:1].lower()}{text[1:]}")
+
+
+_IMAGE_MEMBERS = {
+    "label": "textToImageParams/text",
+    "count": "imageGenerationConfig/numberOfImages",
+    "size": "imageGenerationConfig",
+    "seed": "imageGenerationConfig/seed",
+}
+
+
 def form_of(
     model_id: str, body: Mapping[str, Any], chat: ChatForm | None
-) -> NativeForm | EmbeddingBody:
+) -> NativeForm | EmbeddingBody | ImageBody:
     """The form that ``body``, sent to ``model_id``, is in.
 
     Raises:
         Fault: Validation, where it is in none, or has what does not belong there.
     """
+    if "taskType" in body:
+        return ImageBody.of(body)
     if "inputText" in body:
         return parsed_native(EmbeddingBody, body)
     if "prompt" in body:
@@ -201,7 +291,7 @@ def form_of(
             return chat(model_id, body)
         except Fault as fault:
             raise malformed(fault.message) from fault
-    raise malformed("required key [prompt], [messages] or [inputText] not found")
+    raise malformed("required key [prompt], [messages], [inputText] or [taskType] not found")
 
 
 @dataclass

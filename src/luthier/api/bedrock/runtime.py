@@ -17,7 +17,14 @@ from typing import Any
 from luthier.api.bedrock import converse, invoke
 from luthier.api.bedrock.bodies import json_object, malformed, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
-from luthier.api.bedrock.invoke import ChatForm, EmbeddingBody, NativeForm, Timed, form_of
+from luthier.api.bedrock.invoke import (
+    ChatForm,
+    EmbeddingBody,
+    ImageBody,
+    NativeForm,
+    Timed,
+    form_of,
+)
 from luthier.api.bedrock.shapes import body_members, operation_models
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Authorize, Handler
@@ -113,6 +120,8 @@ class _Runtime:
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
             value, read, written = *self._embed(stored_id, form), 0
+        elif isinstance(form, ImageBody):
+            value, read, written = self._sample(stored_id, form), 0, form.request().count
         else:
             with faults():
                 stream = self.pool.submit(stored_id, form.request())
@@ -130,7 +139,7 @@ class _Runtime:
         """The same as it is written."""
         timed, stored_id = _start_timer(), self._model(request, STREAM)
         form = self._form(request)
-        if isinstance(form, EmbeddingBody):
+        if isinstance(form, EmbeddingBody | ImageBody):
             raise Fault("Validation", "The model is not supported for streaming.")
         stream = self._begin(stored_id, form.request)
         headers = {
@@ -153,6 +162,8 @@ class _Runtime:
             if isinstance(form, EmbeddingBody):
                 _, tokens = self._embed(stored_id, form)
                 return Response.json({"inputTokens": tokens})
+            if isinstance(form, ImageBody):
+                raise Fault("Validation", "The model is not supported for counting tokens.")
             with faults():
                 prompt = form.request().prompt
         with faults():
@@ -168,7 +179,7 @@ class _Runtime:
         with faults():
             return self.pool.submit(stored_id, build())
 
-    def _form(self, request: Request) -> NativeForm | EmbeddingBody:
+    def _form(self, request: Request) -> NativeForm | EmbeddingBody | ImageBody:
         if request.headers.get("x-amzn-bedrock-guardrailidentifier"):
             raise Fault("Validation", "Guardrails are not supported by this server.")
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
@@ -190,6 +201,16 @@ class _Runtime:
             length = math.sqrt(sum(value * value for value in vector)) or 1.0
             vector = [value / length for value in vector]
         return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
+
+    def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
+        from luthier.serving.images import encode_png
+
+        with faults():
+            try:
+                made = self.pool.sample(stored_id, form.request())
+            except InferenceRefused as refused:
+                raise form.refusal(refused) from refused
+        return form.answer([encode_png(each.pixels) for each in made.images])
 
 
 def _with_failure(frames: Iterator[bytes]) -> Iterator[bytes]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from luthier.api.http.messages import Request, Response
 from luthier.api.native import deletions as deleting
-from luthier.api.native import jobs, models, reports, usage
+from luthier.api.native import inference, jobs, models, reports, usage
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.jobs.deletion import Deletions
+from luthier.serving.pool import ModelPool
 
 
 class WhoView(View):
@@ -17,7 +18,9 @@ class WhoView(View):
     arn: str
 
 
-def native_face(context: Context, version: str, deletions: Deletions) -> NativeFace:
+def native_face(
+    context: Context, version: str, deletions: Deletions, pool: ModelPool
+) -> NativeFace:
     """All operations, and the document of them."""
 
     def who(request: Request) -> WhoView:
@@ -36,6 +39,7 @@ def native_face(context: Context, version: str, deletions: Deletions) -> NativeF
         ),
         *jobs.operations(context),
         *models.operations(context),
+        *inference.operations(context, pool),
         *reports.operations(context),
         *deleting.operations(context, deletions),
         *usage.operations(context),

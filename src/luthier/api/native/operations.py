@@ -35,7 +35,7 @@ STATUS = {
     "IncompleteSignature": 400, "AccessDenied": 403, "ResourceNotFound": 404, "UnknownOperation": 404,
     "MethodNotAllowed": 405, "RequestEntityTooLarge": 413,
     "RequestTimeout": 408, "Throttling": 429, "InternalServer": 500,
-    "ServiceUnavailable": 503,
+    "ServiceUnavailable": 503, "ModelNotReady": 503, "ModelError": 500, "ModelTimeout": 504,
 }  # fmt: skip
 """HTTP status of each fault; 400 for others."""
 _REFERENCE = "#/components/schemas/{model}"
@@ -62,6 +62,9 @@ _SAME = {
     "ListJobs": "ListModelCustomizationJobs",
     "GetModel": "GetCustomModel",
     "ListModels": "ListCustomModels",
+    "Predict": "InvokeModel",
+    "SampleImages": "InvokeModel",
+    "ReconstructImages": "InvokeModel",
 }
 """Operations of Bedrock that come to the same: who is denied those is denied these."""
 
@@ -102,6 +105,14 @@ class NativeOperation:
     status: int = 200
     media: str = "application/json"
     """Of the answer."""
+    pictures: bool = False
+    """Whether ``Accept: image/png`` gets a picture instead."""
+    upload: Callable[[Request], dict[str, Any]] | None = None
+    """Makes the members of ``body`` from one that is an image or a sound itself, and no JSON."""
+    uploads: tuple[str, ...] = ()
+    """What such a body may be: ``image``, ``audio``."""
+    long: bool = False
+    """Whether it takes a model's time."""
 
 
 _ABOVE = {"base": "base", "data.train": "training", "data.validation": "validation",
@@ -129,7 +140,9 @@ class NativeFace:
 
     def __init__(self, operations: Sequence[NativeOperation]) -> None:
         self.router = Router(
-            Operation(f"native.{each.name}", each.method, each.path, partial(_run, each))
+            Operation(
+                f"native.{each.name}", each.method, each.path, partial(_run, each), long=each.long
+            )
             for each in operations
         )
 
@@ -161,11 +174,18 @@ def _run(operation: NativeOperation, request: Request) -> Response:
     query = {key: values[-1] for key, values in request.query.items()}
     parts = [_parse(operation.query, query)] if operation.query is not Empty or query else []
     if operation.body is not None:
-        parts.append(_parse(operation.body, _json(request)))
+        uploaded = operation.upload and content_kind(request) in operation.uploads
+        sent = operation.upload(request) if operation.upload and uploaded else _json(request)
+        parts.append(_parse(operation.body, sent))
     given = operation.run(request, *parts)
     if isinstance(given, Response):
         return given
     return Response.json(given.model_dump(mode="json", exclude_none=True), operation.status)
+
+
+def content_kind(request: Request) -> str:
+    """What the body is by its header: ``application``, ``image``, ``audio``, …."""
+    return request.headers.get("content-type", "").partition("/")[0].strip().lower()
 
 
 def _json(request: Request) -> Any:
@@ -224,20 +244,24 @@ def _operation(each: NativeOperation, references: Any) -> dict[str, Any]:
         content = {"schema": references[each.answer, "serialization"]}
     elif each.media != "application/json":
         content = {"schema": {"type": "string"}}
+    answers = {each.media: content}
+    if each.pictures:
+        answers["image/png"] = {"schema": {"format": "binary"}}
     described: dict[str, Any] = {
         "operationId": each.name,
         "summary": each.about,
         "parameters": [*_path(each), *_query(each.query)],
         "responses": {
-            str(each.status): {"description": each.about, "content": {each.media: content}},
+            str(each.status): {"description": each.about, "content": answers},
             **{str(status): _error_response(status) for status in sorted(set(STATUS.values()))},
         },
     }
     if each.body is not None:
         schema = references[each.body, "validation"]
+        sent = {f"{kind}/*": {"schema": {"format": "binary"}} for kind in each.uploads}
         described["requestBody"] = {
             "required": True,
-            "content": {"application/json": {"schema": schema}},
+            "content": {"application/json": {"schema": schema}, **sent},
         }
     return described
 
@@ -285,12 +309,19 @@ class Context:
         """
         resource = self._resource(request, path)
         try:
-            self.authorize(request.caller, f"luthier:{action}", resource)
-            if action in _SAME:
-                refuse_denied(request.caller, f"bedrock:{_SAME[action]}", resource)
+            self._allow(request, action, resource)
         except Fault as fault:
             text = fault.message.replace(resource, self._resource(request, shown or path))
             raise Fault(fault.code, text) from None
+
+    def allow_base(self, request: Request, action: str, model: FoundationModel) -> None:
+        """Refuse a caller who may not do this with a foundation model."""
+        self._allow(request, action, self.arns.foundation_model(model.id))
+
+    def _allow(self, request: Request, action: str, resource: str) -> None:
+        self.authorize(request.caller, f"luthier:{action}", resource)
+        if action in _SAME:
+            refuse_denied(request.caller, f"bedrock:{_SAME[action]}", resource)
 
     def _resource(self, request: Request, path: str) -> str:
         kind, _, rest = path.partition("/")

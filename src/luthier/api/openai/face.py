@@ -17,6 +17,7 @@ from luthier.api.openai.files import Files
 from luthier.api.openai.fine_tuning import FineTuning, setting_name
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import Graders, PooledModels
+from luthier.api.openai.images import Images
 from luthier.api.openai.models import Catalogue, DeleteModel, Models
 from luthier.api.openai.protocol import Access
 from luthier.api.openai.responses import Responses
@@ -111,6 +112,7 @@ class OpenAIFace:
             responses,
             completions,
             embeddings,
+            Images(inference),
             Batches(database, self.files, access, self.batches),
         )
         operations = (each for resource in resources for each in resource.operations())

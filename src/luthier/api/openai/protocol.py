@@ -49,7 +49,7 @@ _SHAPES = {
     "ServiceQuotaExceeded": _Shape(429, "insufficient_quota", "insufficient_quota", retry=False),
     "ModelNotReady": _Shape(503, SERVER, "model_not_ready"),
     "ServiceUnavailable": _Shape(503, SERVER, "service_unavailable"),
-    "ModelTimeout": _Shape(504, SERVER, "timeout"),
+    "ModelTimeout": _Shape(504, SERVER, "timeout", retry=False),
 }
 _UNEXPECTED = _Shape(500, SERVER, "server_error")
 _LATER = (429, 503)

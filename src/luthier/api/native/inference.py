@@ -1,0 +1,268 @@
+"""Asking models of the native face: what they say of texts, images and sounds, and images they make."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.native.operations import (
+    Context,
+    Input,
+    NativeOperation,
+    View,
+    content_kind,
+)
+from luthier.data.media import Media, MediaKind
+from luthier.errors import UnknownModel
+from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
+from luthier.serving.pool import ModelPool
+from luthier.store.custom_models import CustomModel
+from luthier.store.foundation import FoundationModel
+
+PNG = "image/png"
+
+
+class PredictionInput(Input):
+    """A text, an image or a sound."""
+
+    text: str | None = Field(default=None, min_length=1)
+    image: str | None = Field(default=None, min_length=1)
+    """A file (PNG, JPEG, WebP, …) in base64, also as a ``data:`` address."""
+    audio: str | None = Field(default=None, min_length=1)
+    """A file (WAV, FLAC, Ogg) in base64."""
+
+    @model_validator(mode="after")
+    def _one(self) -> PredictionInput:
+        if [self.text, self.image, self.audio].count(None) != 2:
+            raise ValueError("an input is one of text, image and audio")
+        return self
+
+
+class PredictionRequest(Input):
+    """What a model is to read."""
+
+    inputs: tuple[PredictionInput, ...] = Field(min_length=1)
+    """Each is answered by itself; at most ``inputs`` of the server's limits."""
+    top: int | None = Field(default=None, ge=1)
+    """Leave so many classes in ``scores``, the likeliest first."""
+
+
+class PredictionsView(View):
+    """What the model says."""
+
+    model: str
+    """As it was named."""
+    answers: list[dict[str, Any]]
+    """One for each input, as its objective answers: ``label`` and ``scores``, ``rating``, ``tags``,
+    ``embedding``, or ``score`` and ``anomalous``."""
+
+
+class SampleRequest(Input):
+    """Which images are to be made."""
+
+    count: int = Field(default=1, ge=1)
+    """At most ``inputs`` of the server's limits."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """The same one gives the same images; drawn, and told, when not given."""
+    label: str = Field(default="", max_length=1024)
+    """Name of a class; as many of each in turn when not given."""
+
+
+class SampleView(View):
+    """A new image."""
+
+    png: str
+    """The file in base64."""
+    label: str | None = None
+    """The class it was made for, where the model knows classes."""
+
+
+class SamplesView(View):
+    """New images."""
+
+    model: str
+    seed: int
+    """Gives the same images again."""
+    width: int
+    height: int
+    images: list[SampleView]
+
+
+class ReconstructionRequest(Input):
+    """Images that are to go through the network."""
+
+    images: tuple[str, ...] = Field(min_length=1)
+    """Files in base64, also as ``data:`` addresses."""
+
+
+class CopyView(View):
+    """What the model gives back of one image."""
+
+    png: str
+    """The file in base64."""
+    error: float
+    """Mean squared difference to what was read, of pixels from 0 to 1."""
+
+
+class CopiesView(View):
+    """What the model gives back."""
+
+    model: str
+    images: list[CopyView]
+
+
+def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
+    """Everything that a model is asked for."""
+    models, one = _Inference(context, pool), "/api/v1/models/{model}"
+    return [
+        NativeOperation(
+            "predict", "POST", f"{one}/predictions", models.predict,
+            "What a model that reads says of texts, images or sounds.", PredictionsView,
+            body=PredictionRequest, upload=_uploaded_input, uploads=("image", "audio"), long=True,
+        ),
+        NativeOperation(
+            "sampleImages", "POST", f"{one}/images", models.sample,
+            "New images from a model that makes them.", SamplesView, body=SampleRequest,
+            pictures=True, long=True,
+        ),
+        NativeOperation(
+            "reconstructImages", "POST", f"{one}/reconstructions", models.reconstruct,
+            "Images after the way through an autoencoder.", CopiesView,
+            body=ReconstructionRequest, upload=_uploaded_image, uploads=("image",), pictures=True,
+            long=True,
+        ),
+    ]  # fmt: skip
+
+
+class _Inference:
+    def __init__(self, context: Context, pool: ModelPool) -> None:
+        self.context, self.pool = context, pool
+
+    def predict(self, request: Request, asked: PredictionRequest) -> PredictionsView:
+        stored_id = self._model(request, "Predict")
+        inputs: list[str | Media] = []
+        for index, each in enumerate(asked.inputs):
+            if each.image is not None:
+                inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
+            elif each.audio is not None:
+                inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
+            else:
+                inputs.append(each.text or "")
+        with _faults():
+            answers = self.pool.predict(stored_id, inputs, asked.top)
+        return PredictionsView(model=request.params["model"], answers=answers)
+
+    def sample(self, request: Request, asked: SampleRequest) -> SamplesView | Response:
+        from luthier.serving.images import encode_png
+
+        stored_id = self._model(request, "SampleImages")
+        with _faults():
+            wanted = ImageRequest(asked.count, asked.label, asked.seed)
+            made = self.pool.sample(stored_id, wanted)
+        pixels = [each.pixels for each in made.images]
+        if _wants_picture(request):
+            return _picture(pixels, {"X-Luthier-Seed": str(made.seed)})
+        height, width, _ = pixels[0].shape
+        views = [
+            SampleView(png=_base64(encode_png(each.pixels)), label=each.label or None)
+            for each in made.images
+        ]
+        name = request.params["model"]
+        return SamplesView(model=name, seed=made.seed, width=width, height=height, images=views)
+
+    def reconstruct(self, request: Request, asked: ReconstructionRequest) -> CopiesView | Response:
+        from luthier.serving.images import encode_png
+
+        stored_id = self._model(request, "ReconstructImages")
+        images = [
+            _media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)
+        ]
+        with _faults():
+            found = self.pool.reconstruct(stored_id, images)
+        if _wants_picture(request):
+            return _picture([pixels for each in found for pixels in (each.original, each.copy)])
+        views = [CopyView(png=_base64(encode_png(each.copy)), error=each.error) for each in found]
+        return CopiesView(model=request.params["model"], images=views)
+
+    def _model(self, request: Request, action: str) -> str:
+        """The stored id of the model that is asked, where the policies let the caller."""
+        name, missing = request.params["model"], None
+        found: FoundationModel | CustomModel | None = None
+        try:
+            with self.context.database.read() as session:
+                found = self.context.base(session, request.account, name)
+        except Fault as fault:
+            missing = fault
+        if isinstance(found, FoundationModel):
+            self.context.allow_base(request, action, found)
+            return found.base
+        path = f"custom-model/{name}"
+        own = path if found is None else f"custom-model/{found.foundation}/{found.id}"
+        self.context.allow(request, action, own, path)
+        if found is None or found.stored_id is None:
+            raise missing or Fault("ResourceNotFound", f"There is no model {name!r}.")
+        return found.stored_id
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """What the engine refuses, as this face tells it."""
+    try:
+        yield
+    except InferenceRefused as refused:
+        raise Fault("Validation", str(refused), parameter=refused.parameter) from refused
+    except UnknownModel as refused:
+        raise Fault("ResourceNotFound", "The model is no longer there.") from refused
+    except InferenceFailed as failed:
+        raise Fault(failed.code, str(failed)) from failed
+
+
+def _uploaded_input(request: Request) -> dict[str, Any]:
+    return {"inputs": [{content_kind(request): _base64(request.body)}]}
+
+
+def _uploaded_image(request: Request) -> dict[str, Any]:
+    return {"images": [_base64(request.body)]}
+
+
+def _media(text: str, kind: MediaKind, parameter: str) -> Media:
+    """An image or a sound from base64."""
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise Fault(
+                "Validation", f"{parameter}: the data: address is not base64.", parameter=parameter
+            )
+        if not head.startswith(f"data:{kind}/"):
+            raise Fault(
+                "Validation",
+                f"{parameter}: the data: address says to be {head[5:64]}, and no {kind}.",
+                parameter=parameter,
+            )
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (ValueError, binascii.Error):
+        raise Fault("Validation", f"{parameter}: it is not base64.", parameter=parameter) from None
+    return Media(kind, parameter, data=data)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _wants_picture(request: Request) -> bool:
+    return PNG in request.headers.get("accept", "")
+
+
+def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
+    """One image as it is, several side by side."""
+    from luthier.serving.images import encode_png, grid
+
+    whole = pixels[0] if len(pixels) == 1 else grid(pixels)
+    return Response(200, encode_png(whole), {"Content-Type": PNG, **(headers or {})})
