@@ -136,14 +136,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Where the defaults would leave out what has to be tried."""
 
 
-def rows_of(objective: Objective) -> list[Row]:
-    """Rows it learns from, those that come from further files included."""
+def rows_of(objective: Objective, folder: Path) -> list[Row]:
+    """Rows it learns from with such a network, those that come from further files included."""
     further = objective.mixed_shapes - objective.shapes
-    return [row for shape in [min(objective.shapes), *sorted(further)] for row in ROWS[shape]]
+    first = "image" if folder.name in IMAGES.values() else min(objective.shapes)
+    return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
-IMAGES = {"vae": "vae", "gan": "dcgan"}
-"""Family of each objective of images; the others have networks that read tokens."""
+IMAGES = {"vae": "vae", "gan": "dcgan", "contrastive": "small_cnn"}
+"""Family of each objective that learns from images; the other networks read tokens."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
     *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
@@ -206,6 +207,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in IMAGES.values()
         },
         **{("feature_extraction", f): "has none. Use lora" for f in IMAGES.values()},
+        **{(a, "small_cnn"): "no linear layers to adapt" for a in ("qlora", "sparse")},
         ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",
         **{(a, "dcgan"): "spectral norm" for a in ("lora", "qlora", "sparse")},
     }
@@ -294,7 +296,7 @@ def refusal(objective: Objective, adaptation: Adaptation, folder: Path) -> str:
     try:
         chat = objective.format(load_chat_format(folder))
         objective.check(chat)
-        fitted = objective.fit(rows_of(objective), chat)
+        fitted = objective.fit(rows_of(objective, folder), chat)
         model = sketch(folder, fitted.head())
         with torch.device("meta"):
             adaptation.attach(model)
@@ -317,7 +319,7 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
         return
     assert not reason
     chat = objective.format(load_chat_format(folder))
-    rows = rows_of(objective)
+    rows = rows_of(objective, folder)
     objective = objective.fit(rows, chat)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     examples = encoded

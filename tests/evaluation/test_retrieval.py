@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from luthier.evaluation.retrieval import BM25Index, bm25_ranks, partner_ranks, retrieval_scores
+from luthier.evaluation import retrieval
+from luthier.evaluation.retrieval import (
+    BM25Index,
+    ClassRetrieval,
+    bm25_ranks,
+    nearest,
+    partner_ranks,
+    retrieval_scores,
+)
 
 AXES = [[1.0, 0.0], [0.0, 1.0]]
 
@@ -18,8 +27,10 @@ def test_ranks_and_scores_by_hand() -> None:
     found = retrieval_scores([1, 2, 20, 1])
     assert found == {
         "recall_at_1": 0.5,
+        "recall_at_5": 0.75,
         "recall_at_10": 0.75,
         "mean_reciprocal_rank": pytest.approx((1 + 1 / 2 + 1 / 20 + 1) / 4),
+        "ndcg_at_10": pytest.approx((1 + 1 / math.log2(3) + 0 + 1) / 4),
     }
 
 
@@ -31,6 +42,40 @@ def test_equal_embeddings_find_nothing_and_equal_texts_are_one_partner() -> None
     anchors = [AXES[0], AXES[1], AXES[0]]
     assert partner_ranks(anchors, anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
     assert partner_ranks(anchors[::-1], anchors, ["a", "b", "a"]).tolist() == [1, 1, 1]
+
+
+def test_the_nearest_come_first_and_in_blocks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    items, queries = random.standard_normal((50, 4)), random.standard_normal((7, 4))
+    places, scores = nearest(queries, items, 5)
+    whole = queries.astype(np.float32) @ items.astype(np.float32).T
+    assert places.tolist() == np.argsort(-whole, axis=1, kind="stable")[:, :5].tolist()
+    assert np.allclose(scores, -np.sort(-whole, axis=1)[:, :5])
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 100)
+    assert nearest(queries, items, 5)[0].tolist() == places.tolist()
+    assert nearest(queries, items, 99)[0].shape == (7, 50)
+    assert nearest([[1.0]], [[0.5]] * 4, 2)[0].tolist() == [[0, 1]]  # the first of equal ones
+
+
+def test_rows_find_others_of_their_class_as_counted_by_hand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    angles = np.radians([0, 10, 25, 45, 85, 200])
+    rows = np.stack([np.cos(angles), np.sin(angles)], 1)
+    found = ClassRetrieval.of(rows, list("ababac"))  # c is alone
+    assert found.rank_R.tolist() == [2, 3, 3, 2, 2]
+    discount = [1 / math.log2(place + 1) for place in range(1, 6)]
+    # The nearest to 0 degrees are 10 (b), 25 (a), 45 (b), 85 (a), 200 (c): places 2 and 4.
+    assert found.ndcg_R[0] == pytest.approx((discount[1] + discount[3]) / sum(discount[:2]))
+    # To 10 degrees: 0 (a), 25 (a), 45 (b): place 3 of the only one.
+    assert found.ndcg_R[1] == pytest.approx(discount[2])
+    assert found.scores["recall_at_1"] == 0 and found.scores["recall_at_5"] == 1
+    assert found.scores["ndcg_at_10"] == pytest.approx(found.ndcg_R.mean())
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 6)
+    assert ClassRetrieval.of(rows, list("ababac")).rank_R.tolist() == found.rank_R.tolist()
+    same = ClassRetrieval.of(np.ones((4, 1)), list("aabb"))
+    assert same.rank_R.tolist() == [3] * 4  # equal embeddings find nothing
+    assert same.ndcg_R == pytest.approx([discount[2]] * 4)
 
 
 def test_many_anchors_are_ranked_in_parts() -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import luthier
-from luthier.data.shapes import TextPair
-from luthier.errors import RecipeError
+from luthier.data.augmentation import Augmentation
+from luthier.data.media import Media
+from luthier.data.shapes import BareImage, LabelledImage, LabelledText, TextPair
+from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.retrieval import partner_ranks
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
@@ -91,6 +93,128 @@ def test_the_loss_is_info_nce(
     total, _, count = total_and_gradients(network, objective, examples, 1000)
     assert count == 1
     assert total == pytest.approx(expected, rel=1e-4)
+
+
+def image_rows(labels: str = "") -> list[Row]:
+    found: list[Row] = []
+    for n in range(6):
+        pixels = np.random.default_rng(n).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        media = Media("image", f"i[{n}]", array=pixels)
+        label = labels[n : n + 1]
+        found.append(LabelledImage("f", n, media, label) if label else BareImage("f", n, media))
+    return found
+
+
+def nt_xent(side_VH: np.ndarray[Any, Any], classes: list[Any], temperature: float) -> float:
+    """Equation 1 of Chen et al. 2020 and L_out of Khosla et al. 2020, term by term."""
+    total = 0.0
+    for one, anchor in enumerate(side_VH):
+        others = [k for k in range(len(side_VH)) if k != one]
+        below = sum(np.exp(anchor @ side_VH[k] / temperature) for k in others)
+        positives = [k for k in others if classes[k] == classes[one]]
+        terms = [np.log(np.exp(anchor @ side_VH[k] / temperature) / below) for k in positives]
+        total -= sum(terms) / len(positives)
+    return total / 2  # a row is two views
+
+
+@pytest.mark.parametrize("labels", ["", "aabbbc"])
+def test_views_of_images_are_contrasted_with_all_others(
+    labels: str, family_folder: Callable[[str], Path]
+) -> None:
+    folder, rows = family_folder("small_cnn"), image_rows(labels)
+    chat = load_chat_format(folder)
+    objective = Contrastive().fit(rows, chat)
+    assert objective.temperature == 0.1
+    model = load_model(folder, torch.float32, CPU, objective.head())
+    network = as_network(model, CPU, torch.float32)
+    network.model.eval()
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
+    views = objective.augment(examples)
+    pixels = np.stack([view.media.array() for view in views if view.media])
+    with torch.no_grad():
+        states = model(pixel_values=torch.from_numpy(pixels)).pooler_output.double().numpy()
+    sides = states / np.linalg.norm(states, axis=1, keepdims=True)
+    classes = [labels[view.row // 2] if labels else view.row // 2 for view in views]
+    expected = nt_xent(sides, classes, 0.1)
+    total, wanted, count = total_and_gradients(network, objective, examples, 1000)
+    assert count == 1 and total == pytest.approx(expected, rel=1e-4)
+    wanted = copy.deepcopy(wanted)
+    parts, found, count = total_and_gradients(network, objective, examples, 4)
+    assert count == 3 and parts == pytest.approx(total, rel=1e-5)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+def test_texts_of_one_label_are_near_each_other(family_folder: Callable[[str], Path]) -> None:
+    folder = family_folder("bert")
+    chat, network = load_chat_format(folder), ready(folder, Contrastive())[0]
+    network.model.eval()
+    rows: list[Row] = [LabelledText("f", n, a, label="ab"[n % 2]) for n, (a, _) in enumerate(PAIRS)]
+    objective = Contrastive(temperature=0.5).fit(rows, chat)
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
+    with torch.no_grad():
+        (batch,) = objective.annotate(network, examples, 1000)
+        sides = objective.embed(network, batch).double().numpy()
+        total = float(objective.loss(network, batch).total)
+    classes = ["ab"[side.row // 2 % 2] for side in batch.tree.examples]
+    assert total == pytest.approx(nt_xent(sides, classes, 0.5), rel=1e-5)
+    with pytest.raises(RowRefused, match="all rows have the label 'a'"):
+        objective.fit(rows[::2], chat)
+    several = replace(rows[0], label=("a", "b"))  # type: ignore[call-arg]
+    with pytest.raises(RowRefused, match="array of labels"):
+        objective.encode(several, 0, chat)
+
+
+def test_views_are_drawn_in_training_and_else_always_the_same(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("small_cnn"))
+    objective = Contrastive()
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
+
+    def seen(rows: list[Example], training: bool = False) -> np.ndarray[Any, Any]:
+        return np.stack([v.media.array() for v in objective.augment(rows, training) if v.media])
+
+    fixed = seen(examples)
+    assert len(fixed) == 12
+    assert not np.array_equal(fixed[0], fixed[1])
+    assert np.array_equal(fixed, seen(examples))
+    assert np.array_equal(fixed[4:6], seen(examples[2:3]))  # whoever stands beside it
+    torch.manual_seed(0)
+    drawn = seen(examples, True)
+    assert not np.array_equal(drawn, fixed) and not np.array_equal(drawn, seen(examples, True))
+    torch.manual_seed(0)
+    assert np.array_equal(drawn, seen(examples, True))
+    # What `data.augmentation` drew for the step is what both views are drawn with.
+    mirrored = Augmentation(flip=1.0).changed(examples[0], np.random.default_rng(0))
+    both, plain = seen([mirrored], True), examples[0].media
+    assert plain is not None
+    assert all(np.allclose(view, plain.array()[:, :, ::-1]) for view in both)
+
+
+def test_a_network_that_learned_by_contrast_learns_labels_from_few(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 60, (24, 9, 7), dtype=np.uint8)
+    pixels[::2, :4] += 190
+    np.savez(tmp_path / "bare.npz", images=pixels)
+    np.savez(tmp_path / "few.npz", images=pixels, labels=np.arange(24) % 2)
+    base = str(family_folder("small_cnn"))
+    fields: dict[str, Any] = {"training__precision": "float32", "data__validation_share": 0}
+    learned = luthier.tune(
+        tmp_path / "bare.npz", base=base, name="simclr", objective="contrastive", adaptation="full",
+        training__max_steps=4, training__batch_size=12, **fields,
+    )  # fmt: skip
+    found = luthier.evaluate(learned.model_id, tmp_path / "few.npz")
+    assert {"recall_at_1", "recall_at_5", "ndcg_at_10"} <= found.scores.keys()
+    assert found.scores["recall_at_1"] > 0.9  # halves differ whatever the weights
+    few = luthier.tune(
+        tmp_path / "few.npz", base=learned.model_id, name="few", training__max_steps=60,
+        adaptation="full", training__learning_rate=5e-3, **fields,
+    )  # fmt: skip
+    assert few.model_id == "small_cnn:few"
+    answers = luthier.evaluate(few.model_id, tmp_path / "few.npz")
+    assert answers.scores["accuracy"] > 0.9
 
 
 def test_pairs_that_share_a_side_are_not_told_apart(

@@ -29,13 +29,13 @@ class FeatureExtraction(Adaptation):
         if head_weights(model):
             return
         network: Any = model
-        head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+        head = network.get_output_embeddings()
         if head is None:
             raise RecipeError(
                 "feature_extraction trains a head, and for this objective the network has none. Use "
                 "lora, or freeze the bottom layers."
             )
-        if head.weight is embedding.weight:
+        if head.weight is network.get_input_embeddings().weight:
             raise RecipeError(
                 "feature_extraction trains the output head, and this network's is tied to its input "
                 "embedding, which is frozen. Use lora, or freeze the bottom layers."

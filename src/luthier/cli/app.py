@@ -25,6 +25,7 @@ from luthier.cli.evaluate import evaluate
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
 from luthier.cli.models import models_app
+from luthier.cli.nearest import nearest
 from luthier.cli.pipeline import pipeline
 from luthier.cli.plugins import plugins
 from luthier.cli.predict import predict
@@ -47,7 +48,8 @@ app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, split, estimate, advise, search, distil, inspect, clean,
-    convert, generate, sample, reconstruct, samples, chat, predict, evaluate, serve, demo, plugins,
+    convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate, serve, demo,
+    plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

@@ -126,6 +126,8 @@ def print_result(result: Result) -> None:
     if isinstance(objective, SupportsPrediction):
         asked = {"image": "photo.png", "audio": "sound.wav"}.get(reads, '"some text"')
         use = f"predict {result.model_id} {asked}"
+        if objective.task == "embedding":
+            use = f"nearest {result.model_id} DATA {asked}"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"
     out.print(f"  use it      luthier {use}")

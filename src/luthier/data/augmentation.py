@@ -83,6 +83,13 @@ class Augmentation(BaseModel):
             return Augmentation(crop=0.3, colour=0.2)
         return Augmentation(shift=0.1, speed=0.15, noise=0.05)
 
+    @staticmethod
+    def views(kind: MediaKind) -> Augmentation:
+        """What makes two views of one row, to learn by contrast that they are the same."""
+        if kind == "image":
+            return Augmentation(crop=0.7, colour=0.4)
+        return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
+
     def changed(self, example: Example, random: np.random.Generator) -> Example:
         """``example`` as the network is to see it this time, what it teaches unchanged.
 

@@ -15,7 +15,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
-from luthier.data.shapes import describe_shapes
+from luthier.data.shapes import TextPair, describe_shapes, of_shape
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -127,8 +127,11 @@ def prepare(
         "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
     }
     learned = [(own[e.row], e) for own, es in zip((rows, *further), sets, strict=True) for e in es]
+    answers = isinstance(objective, SupportsPrediction)
+    if objective.task == "embedding" and not of_shape(TextPair, rows):
+        answers = False  # baselines name labels, and embeddings do not
     compared = (
-        ComparedRows.of(learned if isinstance(objective, SupportsPrediction) else (), seed),
+        ComparedRows.of(learned if answers else (), seed),
         ComparedRows.of([(held[e.row], e) for e in validation], seed, MOST_ROWS // 5),
     )
     if isinstance(objective, SupportsPacking):

@@ -84,7 +84,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
-        fill("epochs", *_epochs(objective, facts.rows, batch))
+        fill("epochs", *_epochs(objective, facts.rows, batch, facts.from_scratch))
     # A rate that was given is meant for all weights.
     starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
     apart = facts.new_head and not starts_head and training.learning_rate is None
@@ -172,8 +172,11 @@ def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
     return round(size * facts.drawn), f"{reason}; {size} of the main file, the others beside them"
 
 
-def _epochs(objective: Objective, rows: int, batch: int) -> tuple[float, str]:
+def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> tuple[float, str]:
     least, most = objective.min_steps, objective.defaults.max_epochs
+    if from_scratch:
+        least = max(least, objective.defaults.scratch_steps)
+        most = max(most, objective.defaults.scratch_epochs)
     per_epoch = -(-rows // batch)
     epochs = min(most, max(1, -(-least // per_epoch)))
     # Further passes still help many classes; a set of a million rows teaches all it can in one.

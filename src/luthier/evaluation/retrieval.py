@@ -1,8 +1,17 @@
-"""How well the partner of each text is found among all partners of a file."""
+"""Rows by the nearness of their embeddings: the nearest, and how well what belongs together is found.
+
+Scores are cosines of embeddings of length 1, exact, and a block at a time, so that memory does not
+grow with the product of both sides. Of pairs each anchor has one partner, looked for among all
+partners; of rows with classes each row is looked up among all others, as in metric learning (Oh Song
+et al. 2016, arXiv:1511.06452, section 6): recall at k is the share of rows with one of their class
+among the first k. What is as near as what is looked for counts as nearer, so that equal embeddings
+find nothing. nDCG is that of Järvelin and Kekäläinen 2002 with a gain of 1 for all that belongs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from luthier.evaluation.significance import RowScores
 
-_AT_ONCE = 1024
-"""Anchors whose scores are held at once: with 100,000 partners, 400 MB."""
+MOST_SCORES = 50_000_000
+"""Scores that are held at once: 200 MB."""
+CUT = 10
+"""Places that nDCG looks at."""
 
 
 def partner_ranks(
@@ -19,19 +30,92 @@ def partner_ranks(
 ) -> NDArray[np.int64]:
     """The place of each anchor's own partner, ``[P]`` from 1, by cosine of embeddings of length 1.
 
-    ``texts`` are those of the partners; one that stands in several pairs is one partner. A partner as
-    near as the own one counts as nearer, so that equal embeddings find nothing.
+    ``texts`` are those of the partners; one that stands in several pairs is one partner.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
     _, places, own_P = np.unique(
         np.array(texts, dtype=object), return_index=True, return_inverse=True
     )
     partner_UH = all_PH[places]
-    parts = []
-    for start in range(0, len(anchor_PH), _AT_ONCE):
-        scores_CU = anchor_PH[start : start + _AT_ONCE] @ partner_UH.T
-        parts.append(_ranks(scores_CU, own_P[start : start + _AT_ONCE]))
-    return np.concatenate(parts)
+    blocks = _blocks(anchor_PH, partner_UH)
+    return np.concatenate([_ranks(scores_CU, own_P[part]) for part, scores_CU in blocks])
+
+
+def _blocks(query_QH: NDArray[Any], item_NH: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Some queries at a time, and their scores ``[C, N]`` with all items."""
+    size = max(1, MOST_SCORES // max(1, len(item_NH)))
+    for start in range(0, len(query_QH), size):
+        part = slice(start, start + size)
+        yield part, query_QH[part] @ item_NH.T
+
+
+def nearest(
+    queries: ArrayLike, items: ArrayLike, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Numbers and scores ``[Q, K]`` of the ``count`` items nearest to each query, the nearest first.
+
+    Of items as near as each other the first comes first. There may be fewer than ``count`` items.
+    """
+    query_QH, item_NH = np.asarray(queries, np.float32), np.asarray(items, np.float32)
+    count = min(count, len(item_NH))
+    places, scores = [np.empty((0, count), np.int64)], [np.empty((0, count), np.float32)]
+    for _, scores_CN in _blocks(query_QH, item_NH):
+        near_CK = np.sort(np.argpartition(-scores_CN, count - 1, axis=1)[:, :count], axis=1)
+        score_CK = np.take_along_axis(scores_CN, near_CK, axis=1)
+        order_CK = np.argsort(-score_CK, axis=1, kind="stable")
+        places.append(np.take_along_axis(near_CK, order_CK, axis=1))
+        scores.append(np.take_along_axis(score_CK, order_CK, axis=1))
+    return np.concatenate(places), np.concatenate(scores)
+
+
+@dataclass(frozen=True)
+class ClassRetrieval:
+    """How well rows find others of their class; rows that are alone in theirs are not looked up."""
+
+    rank_R: NDArray[np.int64]
+    """The place of the first row of the same class, from 1."""
+    ndcg_R: NDArray[np.float64]
+    """nDCG at :data:`CUT` of each row."""
+
+    @staticmethod
+    def of(embeddings: ArrayLike, classes: Sequence[str]) -> ClassRetrieval:
+        """Each row among all others; ``embeddings`` are of length 1."""
+        row_RH = np.asarray(embeddings, dtype=np.float32)
+        _, class_R = np.unique(np.array(classes, dtype=object), return_inverse=True)
+        others_R = np.bincount(class_R)[class_R] - 1
+        asked_Q = np.flatnonzero(others_R)
+        ranks, gains = [np.empty(0, np.int64)], [np.empty(0)]
+        for part, scores_CR in _blocks(row_RH[asked_Q], row_RH):
+            own_C = asked_Q[part]
+            alike_CR = class_R[own_C][:, None] == class_R
+            itself = (np.arange(len(own_C)), own_C)
+            alike_CR[itself], scores_CR[itself] = False, -np.inf
+            best_C = np.where(alike_CR, scores_CR, -np.inf).max(1)
+            ranks.append(1 + ((scores_CR >= best_C[:, None]) & ~alike_CR).sum(1))
+            gains.append(_ndcg(scores_CR, alike_CR, others_R[own_C]))
+        return ClassRetrieval(np.concatenate(ranks), np.concatenate(gains))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Recall at 1, 5 and 10, the mean reciprocal rank of the first, and nDCG at 10."""
+        return retrieval_scores(self.rank_R, self.ndcg_R)
+
+
+def _ndcg(
+    scores_CR: NDArray[Any], alike_CR: NDArray[np.bool_], others_C: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """nDCG at :data:`CUT`; of rows as near as each other those of the class come last."""
+    # Less than two float32 numbers near 1 differ by, so it decides only between equal ones.
+    scores_CR = scores_CR.astype(np.float64) - 1e-9 * alike_CR
+    cut = min(CUT, scores_CR.shape[1])
+    near_CK = np.argpartition(-scores_CR, cut - 1, axis=1)[:, :cut]
+    order_CK = np.argsort(-np.take_along_axis(scores_CR, near_CK, axis=1), axis=1)
+    near_CK = np.take_along_axis(near_CK, order_CK, axis=1)
+    discount_K = 1 / np.log2(np.arange(cut) + 2)
+    gain_C = (np.take_along_axis(alike_CR, near_CK, axis=1) * discount_K).sum(1)
+    ideal_K = np.cumsum(discount_K)
+    found: NDArray[np.float64] = gain_C / ideal_K[np.minimum(others_C, cut) - 1]
+    return found
 
 
 class BM25Index:
@@ -86,13 +170,18 @@ def recall_at_1(ranks: ArrayLike) -> RowScores:
     return RowScores.of(np.asarray(ranks) <= 1)
 
 
-def retrieval_scores(ranks: ArrayLike) -> dict[str, float]:
-    """Recall at 1 and 10, and the mean reciprocal rank."""
+def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, float]:
+    """Recall at 1, 5 and 10, the mean reciprocal rank, and nDCG at 10.
+
+    ``ndcg`` is that of each row; of rows with one partner it follows from the ranks.
+    """
     ranks_P = np.asarray(ranks)
+    if ndcg is None:
+        ndcg = (ranks_P <= CUT) / np.log2(ranks_P + 1)
     return {
-        "recall_at_1": float((ranks_P <= 1).mean()),
-        "recall_at_10": float((ranks_P <= 10).mean()),
+        **{f"recall_at_{k}": float((ranks_P <= k).mean()) for k in (1, 5, 10)},
         "mean_reciprocal_rank": float((1.0 / ranks_P).mean()),
+        f"ndcg_at_{CUT}": float(np.asarray(ndcg).mean()),
     }
 
 

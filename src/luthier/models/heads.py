@@ -303,8 +303,23 @@ def width_of(model: Any) -> int:
         return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
+    if not hasattr(model, "classifier"):  # one that gives embeddings
+        return _embedding_width(model)
     linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]
     return linear[0].in_features
+
+
+def _embedding_width(model: Any) -> int:
+    """Numbers in the embedding of an image: families name them differently, so one is computed."""
+    import torch
+
+    from luthier.models.layouts import read_states
+    from luthier.models.load import input_shape
+
+    weight = next(model.parameters())
+    pixels = torch.zeros(1, *input_shape(model.config), device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        return int(read_states(model.base_model, pixels).shape[-1])
 
 
 def decoder_of(model: Any) -> nn.Module | None:

@@ -171,7 +171,7 @@ class Network:
         except RecipeError:
             return 1 << 30
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Numbers in a hidden state, ``H``."""
         return heads.width_of(self.model)

@@ -57,6 +57,10 @@ class TrainingDefaults:
     """Passes over the rows where they are not too many."""
     max_epochs: int = 5
     """Passes over few rows, to come to :attr:`Objective.min_steps`."""
+    scratch_steps: int = 0
+    """Steps to come to where all weights start from random numbers, if that is more."""
+    scratch_epochs: int = 0
+    """Passes over few rows for that, if more than :attr:`max_epochs`."""
     beta1: float | None = None
     """Decay of the optimizer's first moment, where the usual one does not suit it."""
     base: str | None = None
@@ -301,7 +305,8 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
         RecipeError: with the reason, and what to use.
     """
     reads = chat.media.kind if chat.media else "text"
-    known = {SHAPES[shape].reads for shape in objective.shapes if shape in SHAPES}
+    shapes = objective.shapes | objective.further_shapes
+    known = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
     if known and reads not in known:
         learned = " and ".join(f"{kind}s" for kind in sorted(known))
         raise RecipeError(

@@ -28,7 +28,11 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             "learn from what replies are worth with `objective.method=grpo`."
         )
         if isinstance(row, MediaRow):
-            named = [n for n, kind in OBJECTIVES.items() if row.shape in kind.shapes]
+            named = [
+                name
+                for name, kind in OBJECTIVES.items()
+                if row.shape in kind.shapes | kind.further_shapes
+            ]
             choices = [*(f"`objective.method={name}`" for name in named), "give each a label"]
             fix = f"Say what is to be learned: {', or '.join(choices)}."
         raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])

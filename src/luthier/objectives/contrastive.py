@@ -1,11 +1,20 @@
-"""Contrastive learning of embeddings: a text near its partner, far from the others of the batch.
+"""Contrastive learning of embeddings: what belongs together is near, all else of the batch is far.
 
-InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of all pairs of a batch. With
-pairs of texts the partner is given; with single texts it is the same text under other dropout
-(SimCSE, Gao et al. 2021, arXiv:2104.08821). A batch larger than memory is computed in
-micro-batches: embeddings first without gradient, then the gradient of each embedding, then each
-micro-batch again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that
-the loss is that of the whole batch. Left out: hard negatives, and SimCSE's extra layer.
+InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of a batch. Each row is seen from
+two sides, and what a side is to be near to follows from the rows:
+
+    pairs of texts      the partner, among the partners of the batch
+    single texts        the same text under other dropout (SimCSE, Gao et al. 2021, arXiv:2104.08821)
+    images and sounds   another view of the same one, among all views (SimCLR, Chen et al. 2020,
+                        arXiv:2002.05709)
+    rows with a label   the other view, and all views of its class (supervised contrastive learning,
+                        Khosla et al. 2020, arXiv:2004.11362, its ``L_out``)
+
+Views are drawn by ``data.augmentation``. A batch larger than memory is computed in micro-batches:
+embeddings first without gradient, then the gradient of each embedding, then each micro-batch again
+with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the loss is that of
+the whole batch. Left out: hard negatives, and the layers that SimCSE and SimCLR put behind the
+network for training alone (docs/log/media.md).
 """
 
 from __future__ import annotations
@@ -18,18 +27,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import RawText, TextPair
-from luthier.errors import RecipeError
+from luthier.data.augmentation import Augmentation
+from luthier.data.shapes import Labelled, MediaRow, RawText, TextPair
+from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import cut_text
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
+
+TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
+"""Of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +63,57 @@ class Contrastive(Objective):
     """Embeddings that bring partners together."""
 
     method: Literal["contrastive"] = "contrastive"
-    temperature: float = Field(default=0.05, gt=0, le=1000)
-    """Cosines are divided by it; smaller presses harder on the nearest others."""
+    temperature: float | None = Field(default=None, gt=0, le=1000)
+    """Cosines are divided by it; less presses harder on the nearest. 0.05, of images and sounds 0.1."""
     symmetric: bool = True
-    """Look for the partner in both directions."""
+    """Look for the partner of a text in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"pair"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"audio", "image", "label", "labelled_audio", "labelled_image"}
+    )
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"label", "labelled_audio", "labelled_image", "pair"}
+    )
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """Check that single texts can have two views."""
-        if (
-            not all(isinstance(row, TextPair) for row in rows)
-            and chat.tokenizer.mask_token_id is None
-        ):
+        """Check that rows can have two views, and that there is more than one class."""
+        if any(isinstance(row, RawText) for row in rows) and chat.tokenizer.mask_token_id is None:
             raise RecipeError(
                 "single texts are learned from two views under dropout, which this kind of network "
                 'has none of. Give pairs: {"anchor": "...", "positive": "..."}.'
             )
-        return self
+        labelled = [row for row in rows if isinstance(row, Labelled)]
+        if labelled and len(labelled) == len(rows) and len({row.label for row in labelled}) == 1:
+            raise RowRefused(
+                "label.one_class",
+                f"all rows have the label {labelled[0].label!r}, so all are to be near each other.",
+                "Add rows of at least one other class, or leave the labels out.",
+            )
+        if self.temperature is not None or chat.media is None:
+            return self
+        return self.model_copy(update={"temperature": MEDIA_TEMPERATURE})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The anchor; ``target`` holds the ids of its partner."""
+        """The anchor; ``target`` holds the ids of its partner, ``given`` a row that has a class."""
         example = chat.encode_input(row, index)
         partner = example
         if isinstance(row, TextPair):
             partner = chat.encode_input(RawText(row.file, row.line, row.positive), index)
-        return replace(example, target=partner.ids_T)
+        if isinstance(row, Labelled) and not isinstance(row.label, str):
+            raise RowRefused(
+                "label.mixed",
+                "the row has an array of labels, and one label says what it is near to.",
+                "Write one label.",
+            )
+        has_class = isinstance(row, Labelled | MediaRow)
+        return replace(example, target=partner.ids_T, given=row if has_class else None)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
@@ -96,10 +128,17 @@ class Contrastive(Objective):
         assert example.target is not None
         ids_T, empty = np.asarray(example.target, dtype=np.int64), np.zeros(0)
         nothing = np.zeros(len(ids_T), dtype=np.float32)
-        return [
-            replace(example, row=2 * example.row, target=empty),
-            Example(ids_T, nothing, 2 * example.row + 1, target=empty),
-        ]
+        anchor = replace(example, row=2 * example.row, target=empty)
+        other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1, word_T=None)
+        return [anchor, other]
+
+    def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
+        """Both sides of each row; an image or a sound is seen in two views.
+
+        Where ``data.augmentation`` is off, those of :meth:`Augmentation.views` are drawn; where nothing
+        is learned always the same ones, so that measurements can be compared.
+        """
+        return [_view(side, training) for side in super().augment(examples)]
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -117,7 +156,7 @@ class Contrastive(Objective):
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
             order = [example for batch in batches for example in batch.tree.examples]
-            whole = self._info_nce(all_RH, order)
+            whole = self._summed(all_RH, order)
             (gradient_RH,) = torch.autograd.grad(whole.total, all_RH)
         found = []
         split = gradient_RH.split([len(part) for part in parts])
@@ -135,7 +174,7 @@ class Contrastive(Objective):
         cached = batch.extra
         if cached is None:
             embeddings_RH = self.embed(network, batch)
-            return self._info_nce(embeddings_RH, batch.tree.examples)
+            return self._summed(embeddings_RH, batch.tree.examples)
         with _random_numbers(network, cached.random):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
@@ -152,45 +191,90 @@ class Contrastive(Objective):
             pooling = "mean" if network.both_ways else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
-    def _info_nce(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
-        """Summed loss over the pairs, and how many anchors are nearest to their own partner.
+    def _summed(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
+        """Summed loss over the rows, and how many anchors are nearest to what they belong to.
 
         Pairs of one anchor, or of one partner, are not told from each other: what the file calls right
         would else count as wrong. ``chance_loss`` is that of embeddings which are all alike.
         """
         import torch
-        from torch.nn.functional import cross_entropy
 
         place = {side.row: index for index, side in enumerate(sides)}
         anchors = sorted(row for row in place if row % 2 == 0)
-        anchor_PH = embeddings_RH[[place[row] for row in anchors]]
-        partner_PH = embeddings_RH[[place[row + 1] for row in anchors]]
-        scores_PP = anchor_PH @ partner_PH.t() / self.temperature
-        own_P = torch.arange(len(anchors), device=scores_PP.device)
-        same_PP = np.zeros((len(anchors), len(anchors)), dtype=bool)
-        for side in (0, 1):
-            texts = [sides[place[row + side]].ids_T.tobytes() for row in anchors]
-            _, text_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
-            same_PP |= text_P[:, None] == text_P
-        np.fill_diagonal(same_PP, False)
-        if same_PP.any():
-            same = torch.from_numpy(same_PP).to(scores_PP.device)
-            scores_PP = scores_PP.masked_fill(same, float("-inf"))
-        each_P = cross_entropy(scores_PP, own_P, reduction="none")
-        if self.symmetric:
-            each_P = (each_P + cross_entropy(scores_PP.t(), own_P, reduction="none")) / 2
-        right_P = (scores_PP.argmax(-1) == own_P).tolist()
-        chance = float(np.log((~same_PP).sum(1)).sum())
-        ratios = {"accuracy": (right_P, [1] * len(right_P))}
+        count = len(anchors)
+        order = [place[row] for row in (*anchors, *(row + 1 for row in anchors))]
+        side_VH, in_order = embeddings_RH[order], [sides[index] for index in order]
+        if any(side.given is not None for side in sides):
+            class_V = _numbers([_class_of(side) for side in in_order])
+            alike_VV = torch.from_numpy(class_V[:, None] == class_V)
+            others_VV = ~torch.eye(2 * count, dtype=torch.bool)
+            each_V, right_V = self._info_nce(side_VH, side_VH, alike_VV & others_VV, others_VV)
+            each_P, right_P = each_V.view(2, -1).mean(0), right_V[:count]
+            allowed_PK = others_VV[:count]
+        else:
+            own_PP = torch.eye(count, dtype=torch.bool)
+            allowed_PK = torch.ones_like(own_PP)
+            for half in (in_order[:count], in_order[count:]):
+                text_P = _numbers([side.ids_T.tobytes() for side in half])
+                allowed_PK &= torch.from_numpy(text_P[:, None] != text_P) | own_PP
+            anchor_PH, partner_PH = side_VH.split(count)
+            each_P, right_P = self._info_nce(anchor_PH, partner_PH, own_PP, allowed_PK)
+            if self.symmetric:
+                back_P, _ = self._info_nce(partner_PH, anchor_PH, own_PP, allowed_PK)
+                each_P = (each_P + back_P) / 2
+        chance = float(allowed_PK.sum(1).log().sum())
+        ratios = {"accuracy": (right_P.tolist(), [1] * count)}
         return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
+
+    def _info_nce(
+        self, query_QH: Tensor, key_KH: Tensor, positive_QK: Tensor, allowed_QK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each query ``[Q]``, and whether the nearest key is a positive one ``[Q]``.
+
+        That is ``-log softmax`` over the keys that are ``allowed``, averaged over the positive ones.
+        """
+        positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
+        scores_QK = query_QH @ key_KH.t() / (self.temperature or TEXT_TEMPERATURE)
+        scores_QK = scores_QK.masked_fill(~allowed_QK, float("-inf"))
+        logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
+        nearest_Q1 = scores_QK.argmax(-1, keepdim=True)
+        return -logp_QK.sum(-1) / positive_QK.sum(-1), positive_QK.gather(1, nearest_Q1)[:, 0]
 
     def describe(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""
+        if example.given is not None:
+            return "in two views"
         return f"with a partner of {len(np.asarray(example.target))} tokens"
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: its embedding."""
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
+
+
+def _view(side: Example, training: bool) -> Example:
+    """An image or a sound as it is seen from one of its sides; a text as it is."""
+    import torch
+
+    media = side.media
+    if media is None:
+        return side
+    changes = media.augmentation or Augmentation.views(media.media.kind)
+    drawn = media.seed
+    if not drawn:
+        drawn = (int(torch.randint(1 << 62, ())) if training else int(side.ids_T[0]),)
+    return replace(side, media=replace(media, augmentation=changes, seed=(*drawn, side.row % 2)))
+
+
+def _class_of(side: Example) -> str | bytes:
+    """What sides of a batch are alike by: a label, or the image, sound or text itself."""
+    row = side.given
+    return str(row.label) if isinstance(row, Labelled) else side.ids_T.tobytes()
+
+
+def _numbers(keys: Sequence[str | bytes]) -> IntArray:
+    """A number for each of ``keys``, the same where they are equal."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def _cuda(network: Network) -> list[Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
+    from luthier.serving.nearest import Neighbour
     from luthier.types import Message, Row
 
     Conversation = Sequence[Message | Mapping[str, str]]
@@ -230,6 +231,41 @@ class Model:
         if answers and "embedding" not in answers[0]:
             raise RecipeError(f"{self.stored.id} gives labels; use predict()")
         return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
+
+    @data_errors("nothing was looked up")
+    def nearest(
+        self,
+        query: str | Sequence[str],
+        among: str | Path | Sequence[str],
+        *,
+        count: int = 10,
+        index: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> list[Neighbour] | list[list[Neighbour]]:
+        """What is nearest to a text or to the image at a path, from a model that embeds.
+
+        Args:
+            query: a text or a path; of several the answer is a list for each.
+            among: a data file, a folder or an archive of images; or a list of texts or paths.
+            count: of neighbours, the nearest first.
+            index: a file that keeps the embeddings; the next call embeds only what is new.
+            columns: what rows call our keys, such as ``{"text": "question"}``.
+        """
+        from luthier.data.rows import input_row, load_inputs
+        from luthier.serving.nearest import find_nearest
+        from luthier.serving.prediction import Predictor
+
+        if not isinstance(self.opened, Predictor) or not self._embeds:
+            raise RecipeError(f"{self.stored.id} gives no embeddings; name a model that does")
+        if isinstance(among, str | Path):
+            rows = [row for _, row in load_inputs(among, columns)]
+        else:
+            rows = [input_row(given, "nearest()", n) for n, given in enumerate(among, 1)]
+        asked = [query] if isinstance(query, str) else list(query)
+        queries = [input_row(given, "nearest()", n) for n, given in enumerate(asked, 1)]
+        file = Path(index) if index is not None else None
+        found = find_nearest(self.opened, self.stored, queries, rows, count, file).neighbours
+        return found[0] if isinstance(query, str) else found
 
 
 def _is_conversation(given: Any) -> bool:

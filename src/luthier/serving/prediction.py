@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes import JudgedAnswers, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import JudgedAnswers, Labelled, TaggedWords, TextPair, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives.capabilities import SupportsPrediction
-from luthier.serving.evaluation import LongRows, ScoredRows, fit_rows
+from luthier.serving.evaluation import FittingRows, LongRows, ScoredRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BUDGET = 2048
 """Tokens read at once."""
+MEDIA_AT_ONCE = 256
+"""Images or sounds that are decoded at once: 150 MB of images of 224 x 224."""
 
 
 def likeliest(scores: Mapping[str, float], top: int) -> dict[str, float]:
@@ -129,6 +131,8 @@ class Predictor:
             remark = f"each partner is looked for among the {pool:,} different ones of the rows"
             errors = {"recall_at_1": recall_at_1(ranks).error}
             return ScoredRows(retrieval_scores(ranks), measured, first, [remark], errors)
+        if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
+            return self._class_retrieval(labelled, measured, first)
         for row, answer in zip(rows, first, strict=True):
             if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.
@@ -136,6 +140,30 @@ class Predictor:
         measures = scores(rows, first)
         errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
         return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
+
+    @staticmethod
+    def _class_retrieval(
+        rows: Sequence[Labelled], measured: FittingRows, answers: list[dict[str, Any]]
+    ) -> ScoredRows:
+        """How often a row with a label finds others with the same one.
+
+        Raises:
+            DataError: where there are no two rows of one label.
+        """
+        from luthier.evaluation.retrieval import ClassRetrieval, recall_at_1
+
+        found = ClassRetrieval.of([a["embedding"] for a in answers], [str(r.label) for r in rows])
+        count = len(found.rank_R)
+        if not count:
+            fix = "Give rows of which some have the same label."
+            message = "no two rows have the same label, so none can find another of its own."
+            bad = Problem(rows[0].file, rows[0].line, "row.no_label", message, fix)
+            raise DataError([bad], "nothing was evaluated")
+        remark = f"each row is looked up among the {len(rows) - 1:,} others, by their labels"
+        if count < len(rows):
+            remark += f"; {len(rows) - count:,} rows have a label of their own and are only found"
+        errors = {"recall_at_1": recall_at_1(found.rank_R).error}
+        return ScoredRows(found.scores, measured, answers, [remark], errors)
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]
@@ -146,13 +174,16 @@ class Predictor:
         assert isinstance(self.objective, SupportsPrediction)
         answers: list[dict[str, Any]] = [{} for _ in examples]
         finished = 0
+        # A batch of images holds their pixels, so not all of them are made before the first is read.
+        size = MEDIA_AT_ONCE if examples and examples[0].media else max(1, len(examples))
         with torch.inference_mode():
-            for batch in self.network.batches(list(examples), BUDGET):
-                found = self.objective.predict(self.network, batch)
-                for example, answer in zip(batch.tree.examples, found, strict=True):
-                    answers[example.row] = answer
-                finished += len(found)
-                done(finished)
+            for start in range(0, len(examples), size):
+                for batch in self.network.batches(examples[start : start + size], BUDGET):
+                    found = self.objective.predict(self.network, batch)
+                    for example, answer in zip(batch.tree.examples, found, strict=True):
+                        answers[example.row] = answer
+                    finished += len(found)
+                    done(finished)
         return answers
 
     def _encode(self, row: Row, index: int) -> Example:

@@ -80,6 +80,19 @@ def test_a_row_gives_the_same_numbers_whoever_is_in_its_batch() -> None:
         assert torch.allclose(together, alone, atol=1e-5)
 
 
+def test_a_norm_has_its_gradient_also_where_its_input_needs_none() -> None:
+    """Torch's own group norm ends the process there, where channels come last."""
+    norm = net.GroupNorm(2, 32).to(memory_format=torch.channels_last)
+    image = torch.randn(4, 32, 5, 4).to(memory_format=torch.channels_last)
+    inner = image.clone().requires_grad_()
+    wanted = torch.autograd.grad(norm(inner).square().sum(), [norm.weight, norm.bias, inner])[:2]
+    found = torch.autograd.grad(norm(image).square().sum(), [norm.weight, norm.bias])
+    torch.testing.assert_close(found, wanted)
+    norm.weight.requires_grad_(False)
+    (alone,) = torch.autograd.grad(norm(image).square().sum(), [norm.bias])
+    torch.testing.assert_close(alone, wanted[1])
+
+
 def test_a_network_of_random_weights_tells_rows_apart() -> None:
     """Means of the maps do not, and such a network stood still for a hundred steps."""
     torch.manual_seed(0)

@@ -1,0 +1,121 @@
+"""Nearest neighbours: what is found, what is embedded once, and whose embeddings a file holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.errors import CorruptFile, RecipeError, RefusedInput
+
+TEXTS = ["the quick brown fox", "my card has not arrived", "the lazy dog", "what is the capital"]
+
+
+def run(*words: object) -> Any:
+    result = CliRunner().invoke(app, ["nearest", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout) if "--json" in words else result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures that are light above, below, or on the left."""
+    for kind, part in (("above", np.s_[:4]), ("below", np.s_[5:]), ("left", np.s_[:, :3])):
+        for number in range(3):
+            pixels = np.full((9, 7, 3), 10 * number, np.uint8)
+            pixels[part] = 250 - 10 * number
+            path = tmp_path / "pictures" / kind / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[..., str]:
+    """Ids of models that learned by contrast for two steps."""
+
+    def tune(data: Path, family: str, name: str = "x") -> str:
+        fields: dict[str, Any] = {"training__max_steps": 2, "data__validation_share": 0}
+        return luthier.tune(
+            data, base=str(family_folder(family)), name=name, objective="contrastive",
+            training__learning_rate=1e-3, adaptation="full", **fields,
+        ).model_id  # fmt: skip
+
+    return tune
+
+
+def test_texts_are_found_by_what_they_say(tuned: Callable[..., str], tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": n, "text": t}) + "\n" for n, t in enumerate(TEXTS)))
+    base = tuned(data, "bert")
+    model = luthier.load(base)
+    found = model.nearest("my card has not arrived", TEXTS, count=2)
+    assert [each.name for each in found][:1] == ["my card has not arrived"]  # type: ignore[union-attr]
+    vectors = model.embed(TEXTS)
+    scores = vectors @ vectors[1]
+    assert [each.place for each in found] == np.argsort(-scores)[:2].tolist()  # type: ignore[union-attr]
+    both = model.nearest(TEXTS[:2], TEXTS, count=1)
+    assert [[each.place for each in row] for row in both] == [[0], [1]]  # type: ignore[union-attr]
+    report = run(base, data, TEXTS[2], "--top", 3, "--json")
+    assert report["neighbours"][0]["id"] == 2 and len(report["neighbours"]) == 3
+    with pytest.raises(RecipeError, match="nothing to look"):
+        model.nearest("a", [])
+    refused = CliRunner().invoke(app, ["nearest", base, str(data), "x", "--output", "x.png"])
+    assert refused.exit_code == 2 and "reads none" in refused.output
+
+
+def test_a_folder_is_embedded_once_and_then_what_is_new(
+    tuned: Callable[..., str], folder: Path, tmp_path: Path
+) -> None:
+    base, index = tuned(folder, "small_cnn"), tmp_path / "pictures.index"
+    asked = (base, folder, folder / "above" / "0.png", "--index", index, "--json")
+    first = run(*asked, "--output", tmp_path / "sheet.png", "--top", 4)
+    assert first["embedded"] == first["rows"] == 9
+    assert first["neighbours"][0]["name"] == "pictures/above/0.png"
+    assert [each["label"] for each in first["neighbours"]][:1] == ["above"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * 9 + 2, 2 * 11 + 2)  # the query and four, three in a row
+    written = index.read_bytes()
+    assert run(*asked)["embedded"] == 0 and index.read_bytes() == written
+    (folder / "above" / "1.png").rename(folder / "above" / "renamed.png")
+    assert run(*asked)["embedded"] == 0
+    Image.fromarray(np.full((9, 7, 3), 90, np.uint8)).save(folder / "above" / "renamed.png")
+    report = run(*asked, "--top", 9)
+    assert report["embedded"] == 1
+    fresh = run(base, folder, folder / "above" / "0.png", "--json", "--top", 9)
+    assert report["neighbours"] == fresh["neighbours"]
+    kept = load_file(index)
+    assert kept["embeddings"].shape == (10, 32) and kept["sha256"].shape == (10, 32)
+
+
+def test_an_index_belongs_to_one_model_with_its_weights(
+    tuned: Callable[..., str], folder: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    models = [luthier.load(tuned(folder, "small_cnn", name)) for name in "ab"]
+    query = str(folder / "left" / "0.png")
+    models[0].nearest(query, folder, index=index)
+    with pytest.raises(RecipeError, match="holds embeddings of small_cnn:a as it was then"):
+        models[1].nearest(query, folder, index=index)
+    save_file({"other": np.zeros(3)}, index)
+    with pytest.raises(CorruptFile, match="is no index of embeddings"):
+        models[0].nearest(query, folder, index=index)
+    index.write_bytes(b"nothing")
+    with pytest.raises(CorruptFile, match="cannot be read as an index"):
+        models[0].nearest(query, folder, index=index)
+    with pytest.raises(RefusedInput, match="reads no texts"):
+        models[0].nearest("a text", folder)
+
+
+def test_models_without_embeddings_are_refused(tiny_model_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="gives no embeddings"):
+        luthier.load(str(tiny_model_folder)).nearest("a", ["b"])
