@@ -222,6 +222,15 @@ def test_an_autoencoder_finds_odd_images_and_gives_them_back(server: Server) -> 
     assert (status, Image.open(io.BytesIO(picture)).size[0] > 2 * WIDTH) == (200, True)
 
 
+def test_a_base_gives_embeddings_of_images(server: Server) -> None:
+    images = [text_of(png(server.images[number])) for number in (0, 1, 0)]
+    body = {"inputs": [{"image": image} for image in images]}
+    status, found = server.post("small-cnn/predictions", body)
+    first, second, same = (np.array(each["embedding"]) for each in found["answers"])
+    assert status == 200 and np.allclose(first, same) and not np.allclose(first, second)
+    assert np.linalg.norm(first) == pytest.approx(1, abs=1e-4)
+
+
 # Making --------------------------------------------------------------------------------------------
 
 

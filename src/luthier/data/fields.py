@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from luthier.data.media import Media, MediaKind
+from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
@@ -260,6 +261,13 @@ class FieldChecker:
         if value.startswith("data:"):
             return self._embedded(value, kind, name)
         folder = Path(self.file).parent.resolve()
+        if value.startswith("s3://"):
+            copy = folder / object_name(value)
+            if copy.is_file():
+                return Media(kind, value, copy)
+            fix = "Jobs of the service fetch it; here, download it and write its path."
+            self.report("media.missing", f"{quote(value)} was not fetched.", fix)
+            return None
         try:
             path = (folder / value).resolve()
             there = path.is_file()

@@ -9,6 +9,7 @@ in the order of the names.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zipfile
 import zlib
@@ -30,6 +31,33 @@ SPLIT_NAME = re.compile(
 )
 """Names of files and folders that say what their rows are for."""
 _COLOURS = ((), (1,), (3,))
+
+OBJECTS = "objects"
+"""Folder beside rows with copies of what they name by ``s3://`` addresses."""
+REFERENCES = ("image", "audio", "image-ref", "file_name")
+"""Keys under which rows name an image or a sound, in our own shapes and in forms of others."""
+
+
+def object_name(address: str) -> str:
+    """Path of the copy of an object, as seen from the folder of the rows that name it.
+
+    Keys are no paths: it is called after the hash of the address, so that none leads elsewhere.
+    """
+    ending = PurePosixPath(address).suffix.lower()
+    digest = hashlib.sha256(address.encode()).hexdigest()[:32]
+    return f"{OBJECTS}/{digest}{ending if ending in MEDIA_ENDINGS else ''}"
+
+
+def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[str]:
+    """Paths and addresses of images and sounds that a record names; what it holds itself is none."""
+    found = []
+    for key in keys:
+        value = record.get(key)
+        if isinstance(value, dict):
+            value = None if value.get("bytes") else value.get("path")
+        if isinstance(value, str) and value.strip() and not value.startswith("data:"):
+            found.append(value)
+    return found
 
 
 def is_media(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Objects of ``s3://bucket/key`` as local files: fetched once, kept in the store by their ETag.
 
-A key names one object; one that ends with ``/``, or names none itself, all data files below it.
+A key names one object; one that ends with ``/``, or names none itself, all data files below it. Where
+there are images or sounds below it, they become one folder with the same folders in it.
 Credentials, region and endpoint come from the environment, by the names that boto3 knows
 (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_SESSION_TOKEN``, ``AWS_REGION``,
 ``AWS_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL_S3``), or from the machine's role.
@@ -16,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from luthier.data.sources import meant, source_refusal
-from luthier.files import luthier_home, new_file
+from luthier.data.media_files import is_media
+from luthier.data.sources import files_of, meant, source_refusal
+from luthier.files import luthier_home, new_file, new_folder
 
 _PIECE = 1 << 23
 
@@ -48,10 +50,13 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
     try:
         store = S3Store(bucket, **settings())
         objects = _list_objects(obstore, store, key, address)
-        return [
+        copies = [
             _copy(obstore, store, bucket, each, on_progress or _print_progress())
             for each in objects
         ]
+        if key != objects[0]["path"] and any(is_media(copy.name) for copy in copies):
+            return files_of(_make_tree(bucket, key.strip("/"), objects, copies, address))
+        return copies
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]
         fix = "Check bucket, key, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, ...)."
@@ -91,9 +96,38 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
         raise source_refusal(address, "file.no_match", message, "Check the bucket and the key.")
     below.sort(key=lambda each: str(each["path"]))
     start = len(prefix) + 1 if prefix else 0
+    if any(is_media(each["path"]) for each in below):
+        return below
     chosen = meant([(each["path"][start:], Path(each["path"])) for each in below], address)
     wanted = {str(path) for _, path in chosen}
     return [each for each in below if each["path"] in wanted]
+
+
+def _make_tree(
+    bucket: str, prefix: str, objects: list[dict[str, Any]], copies: list[Path], address: str
+) -> Path:
+    """A folder with the copies of all objects below a prefix, as their keys have them."""
+    versions = [f"{each['path']}\n{copy}" for each, copy in zip(objects, copies, strict=True)]
+    digest = hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
+    target = luthier_home() / "cache" / "s3" / bucket / digest / (local_name(prefix) or bucket)
+    if target.is_dir():
+        return target
+    with new_folder(target) as fresh:
+        for each, copy in zip(objects, copies, strict=True):
+            parts = str(each["path"])[len(prefix) + 1 if prefix else 0 :].split("/")
+            path = fresh.joinpath(*parts)
+            # Keys are no paths: one may lead elsewhere, or be a file and a folder.
+            try:
+                if any(part in ("", ".", "..") for part in parts) or "\0" in path.name:
+                    raise OSError
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.link(copy, path)
+            except OSError:
+                message = f"The key {each['path']!r} cannot be the path of a file."
+                raise source_refusal(
+                    address, "file.remote", message, "Rename the object."
+                ) from None
+    return target
 
 
 def _copy(

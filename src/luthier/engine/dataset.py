@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -15,7 +16,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
-from luthier.data.shapes import TextPair, describe_shapes, of_shape
+from luthier.data.shapes import MediaRow, TextPair, describe_shapes, of_shape
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -44,7 +45,7 @@ class Dataset:
     longest: int
     """Tokens of the longest training row."""
     hashes: dict[str, str]
-    """SHA-256 of each file, by path."""
+    """SHA-256 of each file, by path, and one of all that their rows name beside them."""
     choices: list[Choice]
     dropped: int = 0
     truncated: int = 0
@@ -145,7 +146,8 @@ def prepare(
         validation=validation,
         longest=max(row.tokens for e in train for row in objective.sequences(e))
         + longest_completion(objective),
-        hashes={str(path): sha256_of(path) for path in spec.files},
+        hashes={str(path): sha256_of(path) for path in spec.files}
+        | _hash_named_media(spec, [*rows, *held, *chain(*further)]),
         choices=choices,
         dropped=encoder.dropped,
         truncated=encoder.truncated,
@@ -156,6 +158,24 @@ def prepare(
         compared=compared,
         held_out={name: lines for name, lines in held_out.items() if lines},
     )
+
+
+NAMED_MEDIA = "images and sounds that rows name"
+
+
+def _hash_named_media(spec: DataSpec, rows: Iterable[Row]) -> dict[str, str]:
+    """One SHA-256 of all files that rows name; what lies in a folder or an archive is in its hash."""
+    files = spec.files
+    named = {
+        row.media.digest()
+        for row in rows
+        if isinstance(row, MediaRow)
+        and row.media.path is not None
+        and not any(row.media.path.is_relative_to(path) for path in files)
+    }
+    if not named:
+        return {}
+    return {NAMED_MEDIA: hashlib.sha256("\n".join(sorted(named)).encode()).hexdigest()}
 
 
 FIRST_ROWS = 100

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import posixpath
 import shutil
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from luthier.data.containers import Container, container_of
+from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.media_files import REFERENCES, is_media, media_references, object_name
 from luthier.data.parsing import Unreadable
+from luthier.data.processors import PREPROCESSOR_CONFIG
+from luthier.data.read import read_records
 from luthier.encryption.files import open_folder, seal_folder
 from luthier.encryption.memory import working
-from luthier.errors import DataError, Problem
+from luthier.errors import DataError, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
 from luthier.store.jobs import Job
+from luthier.store.models import find
 
+MOST_REFERENCES = 100_000
+"""Images and sounds that the rows of one file name."""
+MOST_REFUSED = 20
+"""Of them that are named when they are not there; then no more are looked for."""
 _SOURCES = "sources.json"
 
 
@@ -24,7 +36,10 @@ class JobLocations(Protocol):
     """Reads and writes what addresses name, with the rights of an account."""
 
     def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
-        """Local copies, made in ``folder``, of what ``uri`` names."""
+        """Local copies, made in ``folder``, of what ``uri`` names; of images or sounds a folder."""
+
+    def addresses(self, account: str, uri: str, /) -> list[str]:
+        """The address of each copy that is made of what ``uri`` names."""
 
     def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
         """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
@@ -62,7 +77,8 @@ class JobData:
     def show_addresses(self, text: str) -> str:
         """``text`` with what the owner of the job calls files for where they lie here."""
         for name, address in self.addresses.items():
-            text = text.replace(str(self.folder / name), address)
+            # A folder's is a prefix, behind which its files stand.
+            text = text.replace(str(self.folder / name), address.rstrip("/"))
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
         for home in (working(luthier_home()), luthier_home()):
@@ -81,20 +97,26 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
         LuthierError: the same, where trying again may help.
     """
     plain = working(folders.data)
+    media = reads_media(job.recipe["base"])
     if not (folders.data / _SOURCES).is_file():
         for folder in (folders.data, plain):
             sweep(folder.parent, job.id)
         with new_folder(plain) as fresh:
-            _fetch(job, fresh, locations)
+            _fetch(job, fresh, locations, media)
         if plain != folders.data:
             seal_folder(plain, folders.data)
     elif not (plain / _SOURCES).is_file():
         open_folder(folders.data, plain)
     recorded = read_json(plain / _SOURCES)
     data = JobData(plain, recorded["train"], recorded["validators"], recorded["addresses"])
-    if job.face != "native":
+    if job.face != "native" and not media:
         _check_lines(data)
     return data
+
+
+def reads_media(base: str) -> bool:
+    """Whether the rows of a base model are images or sounds, or name some."""
+    return (find(base).network_folder / PREPROCESSOR_CONFIG).is_file()
 
 
 def _check_lines(data: JobData) -> None:
@@ -114,18 +136,30 @@ def _check_lines(data: JobData) -> None:
         raise DataError(problems)
 
 
-def _fetch(job: Job, folder: Path, locations: JobLocations) -> None:
+def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None:
     addresses: dict[str, str] = {}
+    incoming = folder / "incoming"
 
     def take(uri: str, part: str, count: int) -> list[str]:
         names = []
-        incoming = folder / "incoming"
         for number, path in enumerate(locations.fetch(job.account, uri, incoming), 1):
             # Names are ours: a folder of data passes over files with some names.
             name = f"{part}/{count:02d}/{number:05d}{path.suffix or '.jsonl'}"
+            if path.is_dir():
+                name = f"{part}/{count:02d}/{number:05d}"
+            elif media:
+                # What rows name lies beside them: files of several folders do not mix.
+                name = f"{part}/{count:02d}/{number:05d}/rows{_ending(path)}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
-            addresses[name] = f"{uri}{path.name}" if uri.endswith("/") else uri
+            whole = (folder / name).is_dir()
+            addresses[name] = f"{uri}{path.name}" if uri.endswith("/") and not whole else uri
+            if media and not whole:
+                table = uri
+                if uri.endswith("/"):
+                    table = locations.addresses(job.account, uri)[number - 1]
+                columns = job.recipe["data"].get("columns", {})
+                fetch_named(locations, job.account, folder / name, table, columns)
             names.append(name)
         shutil.rmtree(incoming, ignore_errors=True)
         return names
@@ -138,3 +172,83 @@ def _fetch(job: Job, folder: Path, locations: JobLocations) -> None:
     validators = [take(uri, "held", number) for number, uri in enumerate(job.validators, 1)]
     found: dict[str, Any] = {"train": train, "validators": validators, "addresses": addresses}
     write_json(folder / _SOURCES, found)
+
+
+def _ending(path: Path) -> str:
+    """Ending of a file's name: an archive without one, as uploaded files have none, is known by it."""
+    if path.suffix or not zipfile.is_zipfile(path):
+        return path.suffix or ".jsonl"
+    with zipfile.ZipFile(path) as archive:
+        return ".npz" if all(name.endswith(".npy") for name in archive.namelist()) else ".zip"
+
+
+def fetch_named(
+    locations: JobLocations,
+    account: str,
+    table: Path,
+    address: str,
+    columns: Mapping[str, str] | None = None,
+) -> None:
+    """Put the images and sounds that the rows of ``table`` name where they are looked for.
+
+    A path is seen from the folder of ``address``, where the rows are from; what stands at an ``s3://``
+    address is read with the rights of the account, as the rows themselves are.
+
+    Args:
+        locations: reads what addresses name.
+        account: whose rights hold.
+        table: the rows on this machine; what they name is put below its folder.
+        address: of the rows.
+        columns: the file's names of our keys, by ours.
+
+    Raises:
+        DataError: naming what is not there, or too large.
+    """
+    if table.suffix in (".zip", ".npz"):
+        return  # they hold all that they name
+    own = {name for key, name in (columns or {}).items() if key in REFERENCES and name}
+    wanted: dict[str, int] = {}
+    # What is wrong with the rows is said when they are read for training.
+    for line, record in read_records(table, []):
+        for reference in media_references(record, (*REFERENCES, *own)):
+            wanted.setdefault(reference, line)
+        if len(wanted) > MOST_REFERENCES:
+            message = f"Its rows name more than {MOST_REFERENCES:,} images or sounds."
+            raise DataError([Problem(address, line, "media.count", message, "Split the file.")])
+    problems: list[Problem] = []
+    incoming = table.parent / ".incoming"
+    for reference, line in wanted.items():
+        place = _place_of(reference, address)
+        if place is None or (table.parent / place[1]).exists():
+            continue  # the row says so itself
+        try:
+            (copy,) = locations.fetch(account, place[0], incoming)
+            if copy.stat().st_size > MOST_MEDIA_BYTES:
+                raise LocationRefused(f"{place[0]} has more than {MOST_MEDIA_BYTES:,} bytes.")
+            target = table.parent / place[1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(copy, target)
+        except (LocationRefused, OSError) as error:
+            text = (
+                str(error) if isinstance(error, LocationRefused) else f"{reference} has no place."
+            )
+            fix = "Mend the path, upload the file, or remove the row."
+            problems.append(Problem(address, line, "media.missing", text, fix))
+        if len(problems) >= MOST_REFUSED:
+            break
+    shutil.rmtree(incoming, ignore_errors=True)
+    if problems:
+        raise DataError(problems)
+
+
+def _place_of(reference: str, address: str) -> tuple[str, str] | None:
+    """Address of what a row names, and its place as seen from the rows; ``None`` where it has none."""
+    if reference.startswith("s3://"):
+        return None if reference.endswith("/") else (reference, object_name(reference))
+    path = posixpath.normpath(reference)
+    if path.startswith(("/", "..")) or "\0" in path or not is_media(path):
+        return None
+    if any(part.startswith(".") for part in PurePosixPath(path).parts):
+        return None
+    folder = address.rpartition("/")[0]
+    return f"{folder}/{quote(path) if address.startswith('file:') else path}", path

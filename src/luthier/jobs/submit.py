@@ -21,8 +21,9 @@ from luthier.store import imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
 from luthier.store.database import lock_by_name, new_id, now
-from luthier.store.foundation import FoundationModel, writes
+from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
+from luthier.store.models import BASE_OBJECTIVES
 from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:
@@ -255,6 +256,11 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         objective = {"method": method, **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
+    elif (root := root_of(submission.base)) is not None:
+        # What is made for one thing alone, as an autoencoder is, learns that.
+        method = BASE_OBJECTIVES.get(root.kind, "contrastive")
+        if method != "contrastive":
+            objective = {"method": method, **objective}
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:
         fields["objective"] = objective

@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
+from luthier.data.media import MOST_MEDIA_BYTES
+from luthier.data.media_files import is_media
 from luthier.data.s3 import local_name, settings
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
@@ -31,6 +33,10 @@ ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
 MOST_ENTRIES = 10_000
 """Files below a folder at most, where all of them are looked at."""
+MOST_MEDIA_FILES = 100_000
+"""The same of a folder of images or sounds."""
+LONGEST_NAME = 255
+"""Bytes of a name in a file system."""
 
 Entry = TypeVar("Entry")
 
@@ -105,8 +111,9 @@ class Locations:
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
         """Copies in ``folder`` of what an address names, in the order of the keys.
 
-        A key or path that ends with ``/`` means all ``.jsonl`` below it. Bytes of the built-in store
-        are compared with the hashes that were recorded when they came.
+        A key or path that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
+        only images or sounds means them, in one folder with those that lie below it. Bytes of the
+        built-in store are compared with the hashes that were recorded when they came.
 
         Raises:
             LocationRefused: where there is nothing (any more).
@@ -121,11 +128,36 @@ class Locations:
                 fetched.append(target)
             return fetched
         address = _address(uri)
-        for key in self._keys(account, address):
+        keys = self._keys(account, address)
+        if address.folder and is_media(keys[0]):
+            return [self._fetch_tree(account, address, keys, folder)]
+        for key in keys:
             target = _free(folder, local_name(key), len(fetched))
             self._buckets(address.bucket).fetch(account, address.bucket, key, target)
             fetched.append(target)
         return fetched
+
+    def addresses(self, account: str, uri: str) -> list[str]:
+        """Addresses of the objects or files that :meth:`fetch` copies, in the same order."""
+        if _is_file(uri):
+            return [path.as_uri() for path in self._roots.files_at(uri, ROWS)]
+        address = _address(uri)
+        return [f"s3://{address.bucket}/{key}" for key in self._keys(account, address)]
+
+    def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
+        """A folder of the objects below an address, in folders as their keys have them."""
+        root = _free(folder, local_name(address.key.rstrip("/") or address.bucket), 0)
+        names = {key: PurePosixPath(key.removeprefix(address.key)) for key in keys}
+        taken = {parent for name in names.values() for parent in name.parents}
+        for key, name in names.items():
+            parts = key.removeprefix(address.key).split("/")
+            # Keys are no paths: one may lead elsewhere, or be a file and a folder.
+            if name in taken or not all(_is_name(part) for part in parts):
+                where = f"s3://{address.bucket}/{key}"
+                raise LocationRefused(f"The key of {where} cannot be the path of a file.")
+        for key, name in names.items():
+            self._buckets(address.bucket).fetch(account, address.bucket, key, root / name)
+        return root
 
     def folder(self, account: str, uri: str) -> list[tuple[str, int]]:
         """Names and sizes in bytes of the files right below an address, in order.
@@ -200,16 +232,25 @@ class Locations:
             if not buckets.holds(account, bucket, key):
                 raise LocationRefused(f"There is no object s3://{bucket}/{key}.")
             return [key]
-        below = buckets.below(account, bucket, key, MOST_ENTRIES + 1)
-        keys = [
-            each
-            for each, _ in _at_most(below, f"objects below s3://{bucket}/{key}")
-            if each.endswith(ROWS)
+        what = f"objects below s3://{bucket}/{key}"
+        below = buckets.below(account, bucket, key, MOST_MEDIA_FILES + 1)
+        found = [*_at_most(below, what, MOST_MEDIA_FILES)]
+        media = [
+            (each, size) for each, size in found if is_media(each) and not _is_hidden(each, key)
         ]
-        if not keys:
-            text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}."
-            raise LocationRefused(text)
-        return keys
+        rows = [each for each, _ in found if each.endswith(ROWS)]
+        if rows or not media:
+            [*_at_most(found, what)]
+        if rows:
+            return rows
+        for each, size in media:
+            if size > MOST_MEDIA_BYTES:
+                text = f"s3://{bucket}/{each} has {size:,} bytes; an image or a sound has at most "
+                raise LocationRefused(f"{text}{MOST_MEDIA_BYTES:,}.")
+        if not media:
+            text = f"There is no object below s3://{bucket}/{key} whose key ends with {ROWS}"
+            raise LocationRefused(f"{text}, and no image or sound.")
+        return [each for each, _ in media]
 
 
 class BuiltInBuckets:
@@ -323,12 +364,23 @@ def _writable(uri: str) -> _Address:
     return address
 
 
-def _at_most(below: Iterable[Entry], what: str) -> Iterator[Entry]:
+def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iterator[Entry]:
     """All of ``below``, or a refusal where that is too much to look at."""
+    most = MOST_ENTRIES if most is None else most
     for number, each in enumerate(below, 1):
-        if number > MOST_ENTRIES:
-            raise LocationRefused(f"There are more than {MOST_ENTRIES:,} {what}.")
+        if number > most:
+            raise LocationRefused(f"There are more than {most:,} {what}.")
         yield each
+
+
+def _is_hidden(key: str, prefix: str) -> bool:
+    """Whether it is passed over, as files are whose path has a part that begins with . or _."""
+    return any(part.startswith((".", "_")) for part in key.removeprefix(prefix).split("/"))
+
+
+def _is_name(part: str) -> bool:
+    """Whether a part of a key can be a file's name."""
+    return part not in ("", ".", "..") and len(part.encode()) <= LONGEST_NAME and "\0" not in part
 
 
 def _is_file(uri: str) -> bool:

@@ -217,7 +217,7 @@ def adaptation_of(model: StoredModel) -> Any:
     return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
-_OF_KINDS = {
+BASE_OBJECTIVES = {
     "encoder": "contrastive",
     "masked_lm": "contrastive",
     "image_encoder": "contrastive",
@@ -235,7 +235,7 @@ def objective_of(model: StoredModel) -> Objective:
     fields = model.manifest.objective
     if fields is None:
         kind = model.manifest.kind or ""
-        return OBJECTIVES[_OF_KINDS.get(kind, "causal_lm")].model_validate({})
+        return OBJECTIVES[BASE_OBJECTIVES.get(kind, "causal_lm")].model_validate({})
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 

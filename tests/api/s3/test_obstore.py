@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from luthier.data.rows import load_rows
-from luthier.errors import DownloadError, LocationRefused
+from luthier.errors import DataError, DownloadError, LocationRefused
 from luthier.store.locations import Locations
 from luthier.store.objects import UPLOADS, ObjectMetadata
 
@@ -91,3 +93,33 @@ def test_rows_of_an_address(
     body = b'{"text": "one"}\n{"text": "two"}\n'
     service.client().put_object(Bucket=bucket, Key="rows.jsonl", Body=body)
     assert [row.text for row in load_rows(f"s3://{bucket}/rows.jsonl")] == ["one", "two"]
+
+
+def test_images_below_a_prefix(
+    service: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, locations: Locations, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", service.url)
+    client, stream = service.client(), io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(stream, format="PNG")
+
+    def put(key: str, body: bytes = stream.getvalue()) -> None:
+        client.put_object(Bucket=bucket, Key=key, Body=body)
+
+    for key in ("photos/dog/1.png", "photos/cat/2.png", "photos/cat/1.png"):
+        put(key)
+    rows = load_rows(f"s3://{bucket}/photos/")
+    assert [(row.label, row.media.name) for row in rows] == [  # type: ignore[attr-defined]
+        ("cat", "photos/cat/1.png"), ("cat", "photos/cat/2.png"), ("dog", "photos/dog/1.png"),
+    ]  # fmt: skip
+    # The folder is made anew where an object joined them.
+    put("photos/dog/2.png")
+    assert len(load_rows(f"s3://{bucket}/photos")) == 4
+    (tree,) = locations.fetch(ACCOUNT, f"s3://{bucket}/photos/", tmp_path)
+    assert sorted(path.name for path in tree.rglob("*.png")) == ["1.png", "1.png", "2.png", "2.png"]
+    # A table beside them names some of them.
+    put("photos/table.csv", b"image,label\ncat/2.png,tom\n")
+    assert [row.label for row in load_rows(f"s3://{bucket}/photos/")] == ["tom"]  # type: ignore[attr-defined]
+    put("odd/a.png")
+    put("odd/a.png/b.png")
+    with pytest.raises(DataError, match="cannot be the path of a file"):
+        load_rows(f"s3://{bucket}/odd/")

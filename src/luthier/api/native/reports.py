@@ -21,6 +21,7 @@ from pydantic import Field
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.encryption.keys import handed_over
+from luthier.jobs.data import fetch_named, reads_media
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.setting_names import SettingName, in_all, with_setting_names
@@ -103,11 +104,12 @@ class _Reports:
         self.context.allow(request, "InspectData", "*")
         base = self._model(request, body.base)
         with self._folder() as folder:
-            rows = self._fetch(request, body.training, folder / "training")
+            media = reads_media(base)
+            rows = self._fetch(request, body.training, folder / "training", media)
             command = ["inspect", str(rows), "--base", base]
             addresses = {str(rows): body.training}
             if body.validation is not None:
-                held = self._fetch(request, body.validation, folder / "validation")
+                held = self._fetch(request, body.validation, folder / "validation", media)
                 command += ["--validation", str(held)]
                 addresses[str(held)] = body.validation
             if body.objective is not None:
@@ -123,9 +125,10 @@ class _Reports:
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, body.base)
         with self._folder() as folder:
-            rows = self._fetch(request, body.training, folder / "training")
+            media = reads_media(self._model(request, body.base))
+            rows = self._fetch(request, body.training, folder / "training", media)
             addresses = {str(rows): body.training}
-            held = self._fetch_held_out(request, body.validation, folder / "held", addresses)
+            held = self._fetch_held_out(request, body.validation, folder / "held", addresses, media)
             submission = Submission(
                 account=request.account,
                 face="native",
@@ -152,7 +155,12 @@ class _Reports:
         return str(found.stored_id) if isinstance(found, CustomModel) else found.base
 
     def _fetch_held_out(
-        self, request: Request, named: Sequence[str], folder: Path, addresses: dict[str, str]
+        self,
+        request: Request,
+        named: Sequence[str],
+        folder: Path,
+        addresses: dict[str, str],
+        media: bool,
     ) -> Path | None:
         """The held-out rows of all addresses, below ``folder``; what is where goes to ``addresses``."""
         if not named:
@@ -160,17 +168,24 @@ class _Reports:
         folder.mkdir()
         found: list[Path] = []
         for number, address in enumerate(named):
-            found.append(self._fetch(request, address, folder / f"{number:02d}"))
+            found.append(self._fetch(request, address, folder / f"{number:02d}", media))
             addresses[str(found[-1])] = address
         # Behind those within it: what is said of all of them names them all.
         addresses[str(folder)] = ", ".join(named)
         return found[0] if len(found) == 1 else folder
 
-    def _fetch(self, request: Request, address: str, folder: Path) -> Path:
-        """The rows of an address on this machine: a file, or a folder of several."""
+    def _fetch(self, request: Request, address: str, folder: Path, media: bool) -> Path:
+        """The rows of an address on this machine: a file, or a folder of several.
+
+        With ``media`` what the rows of one file name is put beside them.
+        """
         folder.mkdir()
-        self.context.locations.check(request.account, address)
-        files = self.context.locations.fetch(request.account, address, folder)
+        locations = self.context.locations
+        locations.check(request.account, address)
+        files = locations.fetch(request.account, address, folder)
+        if media and len(files) == 1 and files[0].is_file():
+            (table,) = locations.addresses(request.account, address)
+            fetch_named(locations, request.account, files[0], table)
         return files[0] if len(files) == 1 else folder
 
     @contextmanager
