@@ -135,7 +135,7 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "small_cnn")
+IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn")
 
 
 def make_image_family(name: str, folder: Path) -> None:
@@ -143,9 +143,11 @@ def make_image_family(name: str, folder: Path) -> None:
     from luthier.data.processors import ImageProcessor, save_processor
     from luthier.models.build import build_media
 
-    fields = {"image_size": (9, 7), "hidden_sizes": (8, 16), "latent_size": 4}
+    fields: dict[str, Any] = {"image_size": (9, 7), "hidden_sizes": (8, 16)}
     if name == "small_cnn":  # its norms are over groups of 16
-        fields = {"image_size": (9, 7), "hidden_sizes": (16, 32)}
+        fields["hidden_sizes"] = (16, 32)
+    elif name != "unet":
+        fields["latent_size"] = 4
     build_media(
         {"model_type": name, **fields}, "autoencoding" if name == "vae" else "embedding", 0, folder
     )

@@ -92,7 +92,7 @@ def make_files(folder: Path) -> None:
 
 
 def make_media(folder: Path) -> None:
-    """Pictures of three shapes, two files of strokes for digits, and high and low tones."""
+    """Captioned pictures of three shapes, two files of strokes for digits, and high and low tones."""
     random = np.random.default_rng(0)
     for name, count in (("digits", 100), ("test", 20)):
         labels_N = np.arange(count) % 10
@@ -101,6 +101,7 @@ def make_media(folder: Path) -> None:
             image[4:24, 2 * label + 3 : 2 * label + 6] = random.integers(180, 255)
         np.savez(folder / f"{name}.npz", images=images_N, labels=labels_N)
     Image.fromarray(255 - images_N[0]).save(folder / "part-0417.png")
+    captions = list[dict[str, Any]]()
     for part, count in (("", 8), ("-test", 2)):
         for number in range(1, count + 1):
             for shape in ("bars", "disc", "ring"):
@@ -116,6 +117,9 @@ def make_media(folder: Path) -> None:
                 path = folder / f"photos{part}" / shape / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 image.save(path)
+                captions.append(
+                    {"image": str(path.relative_to(folder)), "caption": f"a yellow {shape}"}
+                )
             for tone, pitch in (("low", 300), ("high", 1200)):
                 path = folder / f"sounds{part}" / tone / f"{number}.wav"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +129,7 @@ def make_media(folder: Path) -> None:
                 with wave.open(str(path), "wb") as file:
                     file.setparams((1, 2, 8000, 0, "NONE", ""))
                     file.writeframes((wave_T * 32767).astype("<i2").tobytes())
+    write(folder / "captions.jsonl", captions)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -143,7 +143,7 @@ def rows_of(objective: Objective, folder: Path) -> list[Row]:
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
-IMAGES = {"vae": "vae", "gan": "dcgan", "contrastive": "small_cnn"}
+IMAGES = {"vae": "vae", "gan": "dcgan", "diffusion": "unet", "contrastive": "small_cnn"}
 """Family of each objective that learns from images; the other networks read tokens."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
@@ -162,6 +162,7 @@ REFUSED = {
     },
     **{("vae", f): "cannot be an autoencoder of images" for f in FAMILIES},
     **{("gan", f): "cannot be a generator of images" for f in FAMILIES},
+    **{("diffusion", f): "cannot be a denoiser of images" for f in FAMILIES},
     **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }

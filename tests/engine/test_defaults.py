@@ -93,6 +93,17 @@ def test_what_is_asked_for_is_not_chosen() -> None:
     assert plan(100, epochs=0.001, batch_size=10)[2] == 1
 
 
+@pytest.mark.parametrize(("method", "patience"), [("gan", 0), ("diffusion", 0), ("vae", 3)])
+def test_what_is_measured_ends_no_run_where_it_says_little(method: str, patience: int) -> None:
+    fields: dict[str, Any] = {"base": "b", "data": {"train": "t"}, "objective": {"method": method}}
+    facts = DataFacts(1000, 1, 200, 32, from_scratch=True)
+    chosen, choices = choose(Recipe.parse(fields), facts)
+    assert chosen.training.patience == patience
+    assert ("training.patience" in {name for name, *_ in choices}) == (patience == 0)
+    asked, _ = choose(Recipe.parse({**fields, "training": {"patience": 5}}), facts)
+    assert asked.training.patience == 5
+
+
 def test_each_adaptation_has_its_own_rate() -> None:
     rates = {}
     for name in ("lora", "full", "freeze"):

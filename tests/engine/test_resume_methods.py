@@ -58,6 +58,7 @@ CASES = {
     "noise of images": ("vae", "vae", "full", {"kl_warmup": 0.8}),
     "two players": ("dcgan", "gan", "full", {}),
     "views of images": ("small_cnn", "contrastive", "full", {}),
+    "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }
 
@@ -99,7 +100,7 @@ def rows_for(objective: str, path: Path) -> Path:
         ]
     if objective in ("sft", "logit_distillation", "on_policy_distillation", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
-    if objective in ("vae", "gan", "contrastive"):
+    if objective in ("vae", "gan", "diffusion", "contrastive"):
         images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), 9, 7), dtype=np.uint8)
         np.savez(path.with_suffix(".npz"), images=images, labels=np.arange(len(TEXTS)) % 2)
         return path.with_suffix(".npz")
@@ -111,7 +112,7 @@ OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
     "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
-    "two players", "views of images",
+    "two players", "noise of every step", "views of images",
 }  # fmt: skip
 """Those with a state of their own; the others differ from one of them in what is trained."""
 assert set(CASES) >= OFTEN

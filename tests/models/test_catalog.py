@@ -280,8 +280,10 @@ def test_catalogue_entries_are_complete() -> None:
             assert package and equals and version, "the version must be pinned"
         elif isinstance(entry.source, HubSource):
             assert entry.source.repository.count("/") == 1
-        media = entry.kind in ("image_encoder", "audio_encoder", "autoencoding", "adversarial")
-        assert entry.licence and entry.about and (entry.languages or media)
+        speechless = (
+            "image_encoder", "audio_encoder", "autoencoding", "adversarial", "denoising",
+        )  # fmt: skip
+        assert entry.licence and entry.about and (entry.languages or entry.kind in speechless)
         drawn = isinstance(entry.source, RandomSource)
         assert entry.disk_bytes > entry.download_bytes and (entry.download_bytes > 0 or drawn)
         assert entry.parameters > 0 and entry.context > 0

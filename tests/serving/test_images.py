@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from luthier.data.media import Media
 from luthier.data.shapes import BareImage
 from luthier.engine.train import train
 from luthier.errors import RecipeError
+from luthier.objectives.capabilities import DenoisingSettings
 from luthier.recipe import Recipe
 from luthier.serving.images import ImageGenerator, encode_png, grid
 from luthier.store.models import find
@@ -27,19 +29,22 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images.npz"
 
 
+def trained(base: Path, data: Path, method: str) -> ImageGenerator:
+    fields: dict[str, Any] = {
+        "base": str(base),
+        "name": "one",
+        "data": {"train": str(data)},
+        "objective": {"method": method},
+        "training": {"max_steps": 3, "batch_size": 4, "precision": "float32"},
+    }
+    return ImageGenerator.open(find(train(Recipe.parse(fields)).model_id))
+
+
 @pytest.fixture
 def generator(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path
 ) -> ImageGenerator:
-    training = {"max_steps": 3, "batch_size": 4, "precision": "float32"}
-    fields: dict[str, Any] = {
-        "base": str(family_folder("vae")),
-        "name": "one",
-        "data": {"train": str(images)},
-        "objective": {"method": "vae"},
-        "training": training,
-    }
-    return ImageGenerator.open(find(train(Recipe.parse(fields)).model_id))
+    return trained(family_folder("vae"), images, "vae")
 
 
 def test_a_trained_model_keeps_its_threshold_and_makes_images(generator: ImageGenerator) -> None:
@@ -76,6 +81,44 @@ def test_what_cannot_be_made_is_refused(generator: ImageGenerator) -> None:
         generator.sample(0)
     with pytest.raises(RecipeError, match="two images"):
         generator.interpolate([], 3)
+    with pytest.raises(RecipeError, match="makes an image in one go"):
+        generator.sample(1, settings=DenoisingSettings(steps=3))
+    with pytest.raises(RecipeError, match="did not learn from captions; leave the prompt out"):
+        generator.sample(1, prompt="a cat")
+
+
+def test_images_come_from_noise_in_as_many_steps_as_asked_for(
+    images: Path, family_folder: Callable[[str], Path], luthier_home: Path
+) -> None:
+    generator = trained(family_folder("unet"), images, "diffusion")
+    few = DenoisingSettings(steps=3)
+    made = generator.sample(34, 1, settings=few)
+    assert [each.label for each in made[:3]] == ["0", "1", "0"]
+    assert np.array_equal(generator.sample(3, 1, settings=few)[2].pixels, made[2].pixels)
+    more = generator.sample(3, 1, settings=DenoisingSettings(steps=4))
+    assert not np.array_equal(more[2].pixels, made[2].pixels)
+    (one,) = generator.sample(1, 1, "1", settings=few)
+    assert one.label == "1"
+    with pytest.raises(RecipeError, match="did not learn from captions; use label, one of 0, 1"):
+        generator.sample(1, prompt="one")
+
+
+def test_what_a_prompt_says_is_made(
+    tmp_path: Path, family_folder: Callable[[str], Path], luthier_home: Path
+) -> None:
+    random, lines = np.random.default_rng(0), []
+    for number in range(30):
+        pixels = random.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+        (tmp_path / f"{number}.png").write_bytes(encode_png(pixels))
+        caption = f"a picture of {('one', 'two')[number % 2]}"
+        lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    generator = trained(family_folder("unet"), tmp_path / "rows.jsonl", "diffusion")
+    few = DenoisingSettings(steps=2)
+    one, two = (generator.sample(1, prompt=text, settings=few)[0] for text in ("One", "two"))
+    assert one.label == "" and not np.array_equal(one.pixels, two.pixels)
+    with pytest.raises(RecipeError, match="has a word of 'zebra'"):
+        generator.sample(1, prompt="zebra")
 
 
 def test_a_model_of_texts_makes_no_images(tiny_model_folder: Path) -> None:

@@ -31,11 +31,29 @@ def sample(
     label: Annotated[
         str | None, typer.Option(help="Class to make; of each class as many when not given.")
     ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="What the images are to show, for models that learned captions."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Of diffusion: steps from noise to an image.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="Of diffusion: how much is made of the class; 1 is as the rows are."),
+    ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            help="Of diffusion: new noise in each step; 0 is DDIM, 1 with all steps DDPM."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Make new images. A folder has one for each class, where the model knows classes."""
     from luthier.files import write_bytes
+    from luthier.objectives.capabilities import DenoisingSettings
     from luthier.serving.images import ImageGenerator, encode_png, grid
     from luthier.store.models import find
 
@@ -44,9 +62,10 @@ def sample(
         from luthier.cli.progress import show_progress
 
         generator = ImageGenerator.open(find(model))
+    settings = DenoisingSettings(steps, guidance_scale, eta)
     started = time.monotonic()
     with show_progress(count, "sample") as done:
-        made = generator.sample(count, seed, label, done)
+        made = generator.sample(count, seed, label, done, settings=settings, prompt=prompt)
     if output.suffix.lower() == ".png":
         write_bytes(output, encode_png(grid([each.pixels for each in made])))
     else:

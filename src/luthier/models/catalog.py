@@ -159,6 +159,7 @@ EntryKind = Literal[
     "audio_encoder",
     "autoencoding",
     "adversarial",
+    "denoising",
 ]
 """The task of a base model's head, or what it encodes: an ``encoder`` texts."""
 
@@ -386,6 +387,13 @@ _ENTRIES = (
         401_476,
         "small generator and discriminator of random weights for images of 32 x 32",
         {"model_type": "dcgan", "image_size": 32, "num_labels": 0},
+    ),
+    _random_entry(
+        "small-unet",
+        "denoising",
+        1_126_860,
+        "small denoising U-Net of random weights for images of 32 x 32",
+        {"model_type": "unet", "image_size": 32, "num_labels": 0},
     ),
     _random_entry(
         "small-vae",

@@ -27,6 +27,7 @@ Task = Literal[
     "embedding",
     "autoencoding",
     "adversarial",
+    "denoising",
 ]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
@@ -37,6 +38,7 @@ _CLASSES: dict[Task, str] = {
     "embedding": "AutoModel",
     "autoencoding": "AutoModelForImageToImage",
     "adversarial": "AutoModelForPreTraining",
+    "denoising": "AutoModelForImageToImage",
 }
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
@@ -47,6 +49,7 @@ _WORDS: dict[Task, str] = {
     "embedding": "an encoder of texts",
     "autoencoding": "an autoencoder of images",
     "adversarial": "a generator of images with its discriminator",
+    "denoising": "a denoiser of images",
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
@@ -62,6 +65,7 @@ _PEFT: dict[Task, str] = {
     "embedding": "FEATURE_EXTRACTION",
     "autoencoding": "FEATURE_EXTRACTION",
     "adversarial": "FEATURE_EXTRACTION",
+    "denoising": "FEATURE_EXTRACTION",
 }
 
 
@@ -116,6 +120,7 @@ _OF_MEDIA: dict[Task, tuple[str, ...]] = {
     "embedding": ("AutoModel",),
     "autoencoding": ("AutoModelForImageToImage",),
     "adversarial": ("AutoModelForPreTraining",),
+    "denoising": ("AutoModelForImageToImage",),
 }
 """The same for networks that read images, or sounds as pictures of their pitch over time."""
 
@@ -171,7 +176,7 @@ def head_in(config: Any) -> Head:
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
     if reads_media(config):
-        return next((name for name in _OF_MEDIA.get(task, ()) if _has(config, name)), "")
+        return next((n for n in _OF_MEDIA.get(task, ()) if _has(config, n, task)), "")
     name = _CLASSES[task]
     if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
         return ""
@@ -188,10 +193,14 @@ def _class_name(config: Any, task: Task) -> str:
     return name if _has(config, name) else ""
 
 
-def _has(config: Any, name: str) -> bool:
+def _has(config: Any, name: str, task: Task | None = None) -> bool:
+    """Whether the automatic class knows the family; with ``task``, in a class that is for no other."""
     import transformers
 
-    return type(config) in getattr(transformers, name)._model_mapping
+    known = getattr(transformers, name)._model_mapping
+    if type(config) not in known:
+        return False
+    return task in (None, "embedding", getattr(known[type(config)], "luthier_task", task))
 
 
 def mark(model: nn.Module, task: Task) -> None:
@@ -303,6 +312,8 @@ def width_of(model: Any) -> int:
         return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
+    if hasattr(model.config, "embedding_size"):
+        return int(model.config.embedding_size)
     if not hasattr(model, "classifier"):  # one that gives embeddings
         return _embedding_width(model)
     linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]

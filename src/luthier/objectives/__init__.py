@@ -5,6 +5,7 @@ from luthier.objectives.bilm import BiLM
 from luthier.objectives.causal_lm import CausalLM
 from luthier.objectives.classification import Classification
 from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.diffusion import Diffusion
 from luthier.objectives.dpo import DPO
 from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
@@ -53,6 +54,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "ppo": PPO,
         "vae": VAE,
         "gan": GAN,
+        "diffusion": Diffusion,
     },
 )
 
@@ -70,6 +72,7 @@ __all__ = [
     "CausalLM",
     "Classification",
     "Contrastive",
+    "Diffusion",
     "EmbeddingDistillation",
     "EncoderDistillation",
     "ListwiseDPO",

@@ -63,6 +63,8 @@ class TrainingDefaults:
     """Passes over few rows for that, if more than :attr:`max_epochs`."""
     beta1: float | None = None
     """Decay of the optimizer's first moment, where the usual one does not suit it."""
+    patience: int | None = None
+    """Measurements without a gain that end a run; 0 where they say little of what is learned."""
     base: str | None = None
     """Base model, where the rows alone would name one that cannot learn it."""
 

@@ -17,12 +17,15 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsThreshold        a border between answers that is drawn when training is over
     SupportsPrediction       answers that are labels, numbers or embeddings instead of text
     SupportsSampling         new images
+    SupportsPrompts          the same of what a text says
+    SupportsDenoising        the same from noise, step by step
     SupportsReconstruction   images that went through the network and back
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from luthier.types import Example
@@ -235,8 +238,44 @@ class SupportsSampling(Protocol):
         """An image of each of ``labels``, ``[R, C, H, W]`` as the network reads them.
 
         All that is drawn comes from ``generator``, on the CPU. Labels are empty texts where the model
-        knows none.
+        knows none, and prompts where it reads those.
         """
+
+
+@runtime_checkable
+class SupportsPrompts(Protocol):
+    """Its models make images of what a text says, where they learned from captions."""
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether this one did."""
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a text that says nothing to the model.
+
+        Raises:
+            RecipeError: with the reason.
+        """
+
+
+@dataclass(frozen=True)
+class DenoisingSettings:
+    """How images are made from noise; what is ``None`` is left to the model."""
+
+    steps: int | None = None
+    """From noise to image."""
+    guidance_scale: float | None = None
+    """How much is made of what is asked for; 1 is as in the training rows."""
+    eta: float | None = None
+    """Share of new noise in each step."""
+
+
+@runtime_checkable
+class SupportsDenoising(Protocol):
+    """Its models make new images from noise, step by step."""
+
+    def with_sampling(self, settings: DenoisingSettings) -> Self:
+        """This objective with what is asked for in the place of what it was stored with."""
 
 
 @runtime_checkable

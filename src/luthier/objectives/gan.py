@@ -34,10 +34,10 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import LabelledImage
-from luthier.errors import RecipeError, RowRefused
+from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.conditions import class_target, classes_of
 from luthier.objectives.vae import fixed_noise
 from luthier.types import Example, Loss, Row
 
@@ -91,7 +91,12 @@ class GAN(Objective):
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        learning_rate_multiplier=0.2, beta1=0.5, min_epochs=10, max_epochs=100, base="small-dcgan"
+        learning_rate_multiplier=0.2,
+        beta1=0.5,
+        patience=0,
+        min_epochs=10,
+        max_epochs=100,
+        base="small-dcgan",
     )
 
     @property
@@ -134,15 +139,7 @@ class GAN(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """See which classes there are; none where a row has no label."""
-        names = {row.label for row in rows if isinstance(row, LabelledImage)}
-        if any(isinstance(name, tuple) for name in names):
-            raise RowRefused(
-                "label.mixed",
-                "rows have arrays of labels, and a gan takes one label a row.",
-                "Write one label, or leave the labels out.",
-            )
-        whole = all(isinstance(row, LabelledImage) for row in rows) and len(names) > 1
-        found = tuple(sorted(str(name) for name in names)) if whole else ()
+        found = classes_of(rows, "a gan")
         return self.model_copy(update={"labels": found if self.labels is None else self.labels})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
@@ -150,13 +147,7 @@ class GAN(Objective):
         example = chat.encode_input(row, index)
         if not self.labels:
             return example
-        if not isinstance(row, LabelledImage) or row.label not in self.labels:
-            raise RowRefused(
-                "label.unseen",
-                "the row has no label that the training rows have.",
-                "Give it one, or remove the row.",
-            )
-        return replace(example, target=np.array([self.labels.index(str(row.label))]))
+        return replace(example, target=class_target(row, self.labels))
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int

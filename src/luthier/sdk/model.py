@@ -75,14 +75,27 @@ class Model:
         return opened
 
     def sample(
-        self, count: int = 1, *, seed: int = 0, label: str | None = None
+        self,
+        count: int = 1,
+        *,
+        seed: int = 0,
+        label: str | None = None,
+        prompt: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
     ) -> list[SampledImage]:
         """New images, each with ``pixels`` ``[H, W, 3]`` and a ``label``, from a model that makes them.
 
         The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows
-        classes makes as many of each in turn where it is not given.
+        classes makes as many of each in turn where it is not given. ``prompt`` says what they are to
+        show, for a model that learned from captions. ``steps``, ``guidance_scale`` and ``eta`` are for
+        models of diffusion, in the place of what they were stored with.
         """
-        return self.image_generator.sample(count, seed, label)
+        from luthier.objectives.capabilities import DenoisingSettings
+
+        settings = DenoisingSettings(steps, guidance_scale, eta)
+        return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)
 
     @data_errors("nothing was reconstructed")
     def reconstruct(self, images: Sequence[str]) -> list[Reconstruction]:

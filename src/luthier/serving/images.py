@@ -14,7 +14,13 @@ import numpy as np
 
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
-from luthier.objectives.capabilities import SupportsReconstruction, SupportsSampling
+from luthier.objectives.capabilities import (
+    DenoisingSettings,
+    SupportsDenoising,
+    SupportsPrompts,
+    SupportsReconstruction,
+    SupportsSampling,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,18 +97,28 @@ class ImageGenerator:
         label: str | None = None,
         done: Callable[[int], None] = lambda count: None,
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+        settings: DenoisingSettings | None = None,
+        prompt: str | None = None,
     ) -> list[SampledImage]:
         """New images: the same for the same seed.
 
-        A model that knows classes makes those of ``label``, or as many of each class in turn. The
-        network works in a ``turn`` for each part of them.
+        A model that knows classes makes those of ``label``, or as many of each class in turn; one that
+        learned from captions makes what ``prompt`` says. The network works in a ``turn`` for each part
+        of them.
 
         Raises:
-            RecipeError: for a label that the model does not know.
+            RecipeError: for a label, prompt or settings that the model has no use for.
         """
         import torch
 
-        objective = self.objective
+        objective: object = self.objective
+        if settings is not None and settings != DenoisingSettings():
+            if not isinstance(objective, SupportsDenoising):
+                raise RecipeError(
+                    f"{self.name} makes an image in one go: steps, guidance_scale and eta are for "
+                    "models that were trained with `objective.method=diffusion`"
+                )
+            objective = objective.with_sampling(settings)
         if not isinstance(objective, SupportsSampling):
             raise RecipeError(f"{self.name} was not trained to make images")
         if not 1 <= count <= MOST_SAMPLES:
@@ -111,7 +127,13 @@ class ImageGenerator:
         if label is not None and label not in known:
             all_known = f"it knows {', '.join(known)}" if known else "it knows no classes"
             raise RecipeError(f"{self.name} cannot make images of {label!r}: {all_known}")
-        classes = [label] if label is not None else list(known) or [""]
+        if prompt is not None:
+            if not isinstance(objective, SupportsPrompts) or not objective.reads_prompts:
+                use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
+                raise RecipeError(f"{self.name} did not learn from captions; {use}")
+            objective.check_prompt(prompt)
+        asked = label if label is not None else prompt
+        classes = [asked] if asked is not None else list(known) or [""]
         wanted = [classes[index % len(classes)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
         made: list[SampledImage] = []
@@ -119,7 +141,10 @@ class ImageGenerator:
             part = wanted[start : start + AT_ONCE]
             with turn(), torch.inference_mode():
                 images = self._pixels(objective.sample(self.network, part, generator))
-            made += [SampledImage(image, name) for image, name in zip(images, part, strict=True)]
+            made += [
+                SampledImage(image, name if name in known else "")
+                for image, name in zip(images, part, strict=True)
+            ]
             done(len(made))
         return made
 

@@ -224,6 +224,7 @@ BASE_OBJECTIVES = {
     "audio_encoder": "contrastive",
     "autoencoding": "vae",
     "adversarial": "gan",
+    "denoising": "diffusion",
 }
 """What base models of a kind are made for, where they do not write."""
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from luthier.models import nets
 from luthier.models.nets import small_cnn as net
+from luthier.models.nets.image_stages import GroupNorm
 
 
 def make(**fields: Any) -> Any:
@@ -82,7 +83,7 @@ def test_a_row_gives_the_same_numbers_whoever_is_in_its_batch() -> None:
 
 def test_a_norm_has_its_gradient_also_where_its_input_needs_none() -> None:
     """Torch's own group norm ends the process there, where channels come last."""
-    norm = net.GroupNorm(2, 32).to(memory_format=torch.channels_last)
+    norm = GroupNorm(32).to(memory_format=torch.channels_last)
     image = torch.randn(4, 32, 5, 4).to(memory_format=torch.channels_last)
     inner = image.clone().requires_grad_()
     wanted = torch.autograd.grad(norm(inner).square().sum(), [norm.weight, norm.bias, inner])[:2]

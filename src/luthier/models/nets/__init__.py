@@ -15,6 +15,7 @@ NETS = {
     "elmo": "luthier.models.nets.elmo",
     "small_cnn": "luthier.models.nets.small_cnn",
     "dcgan": "luthier.models.nets.dcgan",
+    "unet": "luthier.models.nets.unet",
     "vae": "luthier.models.nets.vae",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +53,21 @@ class NoTokens:
         return None
 
 
+class GroupNorm(nn.GroupNorm):
+    """A norm over groups of :data:`GROUP` channels, or over all where there are fewer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(max(1, channels // GROUP), channels)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, C, H, W]``, normalized."""
+        if states.requires_grad or not torch.is_grad_enabled():
+            return super().forward(states)
+        # Behind frozen layers, torch 2.13 crashes on channels that come last.
+        normal = F.group_norm(states, self.num_groups, None, None, self.eps)
+        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 class Up(nn.Module):
     """An enlargement to a given size, and a convolution."""
 
@@ -61,7 +77,7 @@ class Up(nn.Module):
         super().__init__()
         self.size, self.activation = size, activation
         self.conv = nn.Conv2d(inner, outer, 3, 1, 1)
-        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
+        self.norm = GroupNorm(outer)
 
     def forward(self, states: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', *size]``."""

@@ -19,8 +19,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
 )
 
-GROUP = 16
-"""Channels that are normalized together."""
+from luthier.models.nets.image_stages import GroupNorm
 
 
 class SmallCNNConfig(PreTrainedConfig):
@@ -47,26 +46,15 @@ class SmallCNNConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class GroupNorm(nn.GroupNorm):
-    """Torch's, which ends the process where its input needs no gradient and channels come last."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[R, C, H, W]`` of the same size."""
-        if input.requires_grad or not torch.is_grad_enabled():
-            return super().forward(input)
-        normal = F.group_norm(input, self.num_groups, None, None, self.eps)
-        return normal * self.weight[:, None, None] + self.bias[:, None, None]
-
-
 class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.norm1 = GroupNorm(outer // GROUP, outer)
+        self.norm1 = GroupNorm(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.norm2 = GroupNorm(outer // GROUP, outer)
+        self.norm2 = GroupNorm(outer)
         changes = stride > 1 or inner != outer
         self.shortcut = nn.Conv2d(inner, outer, 1, stride, bias=False) if changes else None
 
@@ -106,7 +94,7 @@ class SmallCNNModel(SmallCNNPreTrainedModel):
         super().__init__(config)
         sizes = config.hidden_sizes
         self.stem = nn.Conv2d(config.num_channels, sizes[0], 3, config.stem_stride, 1, bias=False)
-        self.norm = GroupNorm(sizes[0] // GROUP, sizes[0])
+        self.norm = GroupNorm(sizes[0])
         blocks, inner = [], sizes[0]
         for stage, outer in enumerate(sizes):
             for index in range(config.depth):

@@ -19,7 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from luthier.errors import RecipeError
-from luthier.models.nets.image_stages import GROUP, ImageSizes, NoTokens, enlarging_stages
+from luthier.models.nets.image_stages import (
+    GroupNorm,
+    ImageSizes,
+    NoTokens,
+    enlarging_stages,
+)
 
 LARGEST_LOG_VARIANCE = 15.0
 """Either way: a variance of e^15 or e^-15 says all there is to say, and e^90 is not finite."""
@@ -65,7 +70,7 @@ class Down(nn.Module):
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inner, outer, 3, 2, 1)
-        self.norm = nn.GroupNorm(max(1, outer // GROUP), outer)
+        self.norm = GroupNorm(outer)
 
     def forward(self, states: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', H/2, W/2]``, rounded up."""
@@ -87,6 +92,7 @@ class Dense(nn.Module):
 class VAEModel(NoTokens, PreTrainedModel):
     """Encoder and decoder."""
 
+    luthier_task = "autoencoding"
     config_class = VAEConfig
     base_model_prefix = "vae"
     main_input_name = "pixel_values"

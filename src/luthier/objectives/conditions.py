@@ -1,0 +1,77 @@
+"""What images are made of when they are asked for: the classes of labelled rows, or words of captions.
+
+A network knows each by its place among all of them (``Head.labels``), so they are fixed before
+training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.errors import RowRefused
+from luthier.types import IntArray, Row
+
+FEWEST_ROWS = 2
+"""Rows that must have a word: one that comes once says no more than its image does."""
+MOST_WORDS = 4096
+"""Words that are known; the most frequent ones."""
+
+
+def classes_of(rows: Sequence[Row], method: str) -> tuple[str, ...]:
+    """The classes of ``rows``, sorted; none where a row has no label, or all have the same.
+
+    Raises:
+        RowRefused: for rows of several labels, which ``method`` cannot learn from.
+    """
+    names = {row.label for row in rows if isinstance(row, LabelledImage)}
+    if any(isinstance(name, tuple) for name in names):
+        raise RowRefused(
+            "label.mixed",
+            f"rows have arrays of labels, and {method} takes one label a row.",
+            "Write one label, or leave the labels out.",
+        )
+    whole = all(isinstance(row, LabelledImage) for row in rows) and len(names) > 1
+    return tuple(sorted(str(name) for name in names)) if whole else ()
+
+
+def class_target(row: Row, labels: Sequence[str]) -> IntArray:
+    """The place ``[1]`` of the row's class.
+
+    Raises:
+        RowRefused: for a row without one of ``labels``.
+    """
+    if not isinstance(row, LabelledImage) or row.label not in labels:
+        raise RowRefused(
+            "label.unseen",
+            "the row has no label that the training rows have.",
+            "Give it one, or remove the row.",
+        )
+    return np.array([labels.index(str(row.label))])
+
+
+def caption_words(text: str) -> list[str]:
+    """The distinct words of a caption, in lower case."""
+    return [*dict.fromkeys(re.findall(r"\w+", text.lower()))]
+
+
+def words_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The words of the captions of ``rows`` that a network can learn, sorted."""
+    counts = Counter(
+        word
+        for row in rows
+        if isinstance(row, CaptionedImage)
+        for word in caption_words(row.caption)
+    )
+    common = sorted(counts, key=lambda word: (-counts[word], word))
+    return tuple(sorted(w for w in common[:MOST_WORDS] if counts[w] >= FEWEST_ROWS))
+
+
+def words_target(text: str, words: Sequence[str]) -> IntArray:
+    """The places ``[K]`` of the known words of a caption; none where none is known."""
+    known = {word: place for place, word in enumerate(words)}
+    return np.array([known[w] for w in caption_words(text) if w in known], dtype=np.int64)
