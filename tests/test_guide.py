@@ -77,6 +77,18 @@ def make_files(folder: Path) -> None:
         folder / "prompts.jsonl",
         ({"prompt": f"What is {a} plus {b}?", "expected": str(a + b)} for a, b in sums),
     )
+    random = np.random.default_rng(0)
+    parts = {
+        "tyre": ("trail", "road", "city", "snow"),
+        "chain": ("nine", "ten", "eleven", "single"),
+    }
+    items = {part: [f"{kind} {part}" for kind in kinds] for part, kinds in parts.items()}
+    for name, count in (("histories", 40), ("histories-test", 10)):
+        chosen = [
+            random.permutation(items[("tyre", "chain")[n % 2]]).tolist() for n in range(count)
+        ]
+        write(folder / f"{name}.jsonl", ({"history": c[:2], "item": c[2]} for c in chosen))
+    (folder / "catalogue.txt").write_text("\n".join([*items["tyre"], *items["chain"]]))
     (folder / "data").mkdir()
     with (folder / "data" / "rows.csv").open("w", newline="") as file:
         rows = csv.writer(file)

@@ -21,6 +21,7 @@ from luthier.data.media import Media
 from luthier.data.shapes import (
     BareImage,
     Conversation,
+    History,
     LabelledText,
     Preference,
     PromptCompletion,
@@ -115,6 +116,10 @@ ROWS = {
         for n, t in enumerate(TEXTS)
     ],
 }
+ROWS["history"] = [
+    History("f", n, text=f"{text}\na {WORDS[n - 1]}", positive=f"the item {n}")
+    for n, text in enumerate(TEXTS)
+]
 ROWS["image"] = [
     BareImage("f", n, Media("image", f"i[{n}]", array=np.eye(8, dtype=np.uint8) * (n + 1) * 60))
     for n in range(4)

@@ -13,8 +13,10 @@ from luthier.evaluation.retrieval import (
     BM25Index,
     ClassRetrieval,
     bm25_ranks,
+    item_ranks,
     nearest,
     partner_ranks,
+    popularity_ranks,
     retrieval_scores,
 )
 
@@ -121,3 +123,18 @@ def test_texts_without_words_share_none() -> None:
     assert bm25_ranks(["?", "boat"], ["a boat", "a cat"]).tolist() == [2, 2]
     assert bm25_ranks(["x", "我"], ["?", "y"]).tolist() == [2, 2]
     assert BM25Index(["?", "y", "我"]).nearest("a boat", 2) == [1, 0]
+
+
+def test_items_are_ranked_by_fame_and_by_company() -> None:
+    known = ["tea", "cake", "tea", "ale"]
+    assert popularity_ranks(known, ["tea", "cake", "ale", "pie"]).tolist() == [1, 3, 3, 4]
+    histories = [["tea", "cake"], ["tea", "cake", "jam"], ["ale", "pie"]]
+    asked, wanted = [["tea"], ["ale"], ["tea", "jam"], ["gin"]], ["cake", "pie", "cake", "jam"]
+    # Beside tea stand cake (2 of 2 and 2) and jam (1 of 2 and 1); nothing is known of gin.
+    assert item_ranks(histories, asked, wanted).tolist() == [1, 1, 1, 3]
+    assert item_ranks(histories, [["tea"]] * 2, ["jam", "cake"]).tolist() == [2, 1]
+
+
+def test_a_partner_is_looked_for_among_others_too() -> None:
+    between = [[0.8, 0.6], [0.6, 0.8]]
+    assert partner_ranks([[1.0, 0.0]], [[0.7, 0.7]], ["a"], between).tolist() == [2]

@@ -55,6 +55,8 @@ RULES: Mapping[str, str] = {
     "message.part": "The content of a message has a part that is no text.",
     "tools.type": "The tools are no array of functions with a name, a description and a schema.",
     "message.weight": "Every turn of the assistant has the weight 0.",
+    "history.type": "A history is no array of items, is empty, or has too many.",
+    "history.item": "An item of a history is no text of one line.",
     "message.tool_calls": "A call has no name or no object of arguments, or names no tool of the row.",
 }
 """Every rule of reading and checking, with what it refuses."""

@@ -586,6 +586,63 @@ class TextPair(TextRow):
         return {"anchor": self.text, "positive": self.positive}
 
 
+MOST_ITEMS = 1_000
+"""Items of a history."""
+
+
+@dataclass(frozen=True, slots=True)
+class History(TextPair):
+    """Items that somebody chose, the latest last, and the item that came next.
+
+    As a pair it is the items, a line for each, beside the next one. The latest stands first there: a
+    text that is too long loses its end.
+    """
+
+    shape: ClassVar[str] = "history"
+    title: ClassVar[str] = '{"history", "item"}'
+    words: ClassVar[str] = "histories with the next item"
+    keys: ClassVar[tuple[str, ...]] = ("history",)
+    complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("history", "item"))
+    reader_text: ClassVar[str] = "items"
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """Both keys: conversations have histories, too."""
+        return "history" in record and "item" in record
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """Items of one line each, at least one before the next."""
+        items, item = record["history"], fields.text(record, "item")
+        if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS:
+            count = f"has {len(items):,}" if isinstance(items, list) else f"is {json_kind(items)}"
+            raise RowRefused(
+                "history.type",
+                f'"history" must be an array of 1 to {MOST_ITEMS:,} items, but {count}.',
+                'Write "history": ["an item", "a later one"].',
+            )
+        if item is None:
+            return None
+        for each in (*items, item):
+            if not isinstance(each, str) or not each.strip() or len(each.splitlines()) > 1:
+                raise RowRefused(
+                    "history.item",
+                    "an item is not a text of one line, by which it is known.",
+                    "Write each item as one line, the same in every row.",
+                )
+        return cls(fields.file, fields.line, "\n".join(reversed(items)), item)
+
+    @property
+    def items(self) -> list[str]:
+        """What was chosen before, the latest first."""
+        return self.text.split("\n")
+
+    def record(self) -> Record:
+        """The items in their order, and the next one."""
+        return {"history": self.items[::-1], "item": self.positive}
+
+
 @dataclass(frozen=True, slots=True)
 class PromptOnly(Shape):
     """What is asked, without a reply to learn."""
@@ -1048,6 +1105,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         RatedText,
         TaggedWords,
         TextPair,
+        History,
         PromptOnly,
         Preference,
         RankedReplies,

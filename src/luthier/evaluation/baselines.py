@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import Labelled, RatedText, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import History, Labelled, RatedText, TaggedWords, TextPair, of_shape
 from luthier.evaluation.labels import row_scores, scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import (
     bm25_ranks,
+    item_ranks,
     partner_ranks,
+    popularity_ranks,
     recall_at_1,
     retrieval_scores,
 )
@@ -285,7 +287,7 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     elif tagged := of_shape(TaggedWords, rows):
         yield from _tag_methods(tagged[:learned], tagged[learned:])
     elif pairs := of_shape(TextPair, rows):
-        yield from _pair_methods(pairs[learned:])
+        yield from _pair_methods(pairs[:learned], pairs[learned:])
 
 
 def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
@@ -381,8 +383,16 @@ def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> I
     yield _Method("logistic regression on the base model", by_regression, reads_states=True)
 
 
-def _pair_methods(held: Sequence[TextPair]) -> Iterator[_Method]:
+def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterator[_Method]:
     asked, partners = [row.text for row in held], [row.positive for row in held]
+    if (histories := of_shape(History, train)) and (waiting := of_shape(History, held)):
+        chosen = [[*row.items, row.positive] for row in histories]
+        known = [item for items in chosen for item in items]
+        yield _Method("the most popular items", lambda _: popularity_ranks(known, partners))
+        yield _Method(
+            "items that were chosen together",
+            lambda _: item_ranks(chosen, [row.items for row in waiting], partners),
+        )
     yield _Method("BM25 on words", lambda _: bm25_ranks(asked, partners))
 
     def as_it_is(states: States) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ find nothing. nDCG is that of Järvelin and Kekäläinen 2002 with a gain of 1 f
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +27,23 @@ CUT = 10
 
 
 def partner_ranks(
-    anchors: ArrayLike, partners: ArrayLike, texts: Sequence[str]
+    anchors: ArrayLike,
+    partners: ArrayLike,
+    texts: Sequence[str],
+    others: ArrayLike | None = None,
 ) -> NDArray[np.int64]:
     """The place of each anchor's own partner, ``[P]`` from 1, by cosine of embeddings of length 1.
 
-    ``texts`` are those of the partners; one that stands in several pairs is one partner.
+    ``texts`` are those of the partners; one that stands in several pairs is one partner. ``others`` are
+    embeddings ``[N, H]`` among which it is looked for, too.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
     _, places, own_P = np.unique(
         np.array(texts, dtype=object), return_index=True, return_inverse=True
     )
     partner_UH = all_PH[places]
+    if others is not None and len(np.asarray(others)):
+        partner_UH = np.concatenate([partner_UH, np.asarray(others)])
     blocks = _blocks(anchor_PH, partner_UH)
     return np.concatenate([_ranks(scores_CU, own_P[part]) for part, scores_CU in blocks])
 
@@ -162,6 +169,40 @@ def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64
     distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
     index = BM25Index(distinct.tolist())
     scores_PU = np.stack([index.scores(anchor) for anchor in anchors])
+    return _ranks(scores_PU, own_P)
+
+
+def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
+    """As :func:`partner_ranks`, by how often each text is among ``known``, whoever asks."""
+    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    seen = Counter(known)
+    count_U = np.array([seen[text] for text in distinct])
+    return _ranks(np.broadcast_to(count_U, (len(texts), len(count_U))), own_P)
+
+
+def item_ranks(
+    histories: Sequence[Sequence[str]], asked: Sequence[Sequence[str]], texts: Sequence[str]
+) -> NDArray[np.int64]:
+    """As :func:`partner_ranks`, by how often items stand in one of ``histories`` together.
+
+    Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
+    histories that have them, summed over the items that ``asked`` has.
+    """
+    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    rows_of: defaultdict[str, set[int]] = defaultdict(set)
+    for number, history in enumerate(histories):
+        for item in history:
+            rows_of[item].add(number)
+    scores_PU = np.zeros((len(asked), len(distinct)))
+    for place, items in enumerate(asked):
+        for item in {*items} & rows_of.keys():
+            near = Counter(
+                each for number in rows_of[item] for each in {*histories[number]} - {item}
+            )
+            scores_PU[place] += [
+                near[text] / (len(rows_of[item]) * len(rows_of[text])) ** 0.5 if near[text] else 0.0
+                for text in distinct
+            ]
     return _ranks(scores_PU, own_P)
 
 

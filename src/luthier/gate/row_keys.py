@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import JudgedAnswers, JudgedReply, TaggedWords, TextPair
+from luthier.data.shapes import History, JudgedAnswers, JudgedReply, TaggedWords, TextPair
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
@@ -114,7 +114,10 @@ class RelatedRows:
                 self._common = common_shingles(texts)
             self._table.append("asked", key_column(map(hash_texts, texts), len(texts)))
             partners = [
-                normalize(row.positive) if isinstance(row, TextPair) else text
+                # Histories that lead to one item are many people's, and not one that is asked twice.
+                normalize(row.positive)
+                if isinstance(row, TextPair) and not isinstance(row, History)
+                else text
                 for row, text in zip(rows[start : start + BATCH], texts, strict=True)
             ]
             self._table.append("partner", key_column(map(hash_texts, partners), len(partners)))

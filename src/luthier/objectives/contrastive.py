@@ -4,16 +4,19 @@ InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) on the cosines of a batch. 
 two sides, and what a side is to be near to follows from the rows:
 
     pairs of texts      the partner, among the partners of the batch
+    histories of items  the next item, among those of the batch: two towers that share their weights
+                        (Yi et al. 2019, RecSys, with softmax over the batch)
     single texts        the same text under other dropout (SimCSE, Gao et al. 2021, arXiv:2104.08821)
     images and sounds   another view of the same one, among all views (SimCLR, Chen et al. 2020,
                         arXiv:2002.05709)
-    rows with a label   the other view, and all views of its class (supervised contrastive learning,
+    those with a label  the other view, and all views of its class (supervised contrastive learning,
                         Khosla et al. 2020, arXiv:2004.11362, its ``L_out``)
 
 Views are drawn by ``data.augmentation``. A batch larger than memory is computed in micro-batches:
 embeddings first without gradient, then the gradient of each embedding, then each micro-batch again
 with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the loss is that of
-the whole batch. Left out: hard negatives, and the layers that SimCSE and SimCLR put behind the
+the whole batch. Left out: hard negatives, texts with labels (their two sides are the same without
+dropout, so held-out rows would measure nothing: docs/log/media.md), and the layers that SimCSE and SimCLR put behind the
 network for training alone (docs/log/media.md).
 """
 
@@ -71,12 +74,12 @@ class Contrastive(Objective):
     """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
 
     task: ClassVar[Task] = "embedding"
-    shapes: ClassVar[frozenset[str]] = frozenset({"pair", "text"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"audio", "image", "label", "labelled_audio", "labelled_image"}
+        {"audio", "image", "labelled_audio", "labelled_image"}
     )
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"label", "labelled_audio", "labelled_image", "pair"}
+        {"history", "label", "labelled_audio", "labelled_image", "pair"}
     )
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True

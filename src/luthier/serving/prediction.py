@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes import JudgedAnswers, Labelled, TaggedWords, TextPair, of_shape
+from luthier.data.shapes import (
+    History,
+    JudgedAnswers,
+    Labelled,
+    RawText,
+    TaggedWords,
+    TextPair,
+    of_shape,
+)
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.evaluation import FittingRows, LongRows, ScoredRows, fit_rows
@@ -126,9 +134,12 @@ class Predictor:
             return ScoredRows(ranked, measured, lines, errors=ranking_errors(ranked, len(pairs)))
         if texts := of_shape(TextPair, rows):
             anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
-            ranks = partner_ranks(anchors, partners, [row.positive for row in texts])
-            pool = len({row.positive for row in texts})
-            remark = f"each partner is looked for among the {pool:,} different ones of the rows"
+            known = {row.positive for row in texts}
+            others = self._embed_items(texts, known)
+            ranks = partner_ranks(anchors, partners, [row.positive for row in texts], others)
+            pool = len(known) + len(others)
+            what = "next item" if isinstance(rows[0], History) else "partner"
+            remark = f"each {what} is looked for among the {pool:,} different ones of the rows"
             errors = {"recall_at_1": recall_at_1(ranks).error}
             return ScoredRows(retrieval_scores(ranks), measured, first, [remark], errors)
         if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
@@ -140,6 +151,13 @@ class Predictor:
         measures = scores(rows, first)
         errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
         return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
+
+    def _embed_items(self, rows: Sequence[TextPair], known: set[str]) -> list[list[float]]:
+        """Embeddings of the items of histories that are in none of the rows the next one."""
+        before = [item for row in rows if isinstance(row, History) for item in row.items]
+        items = [item for item in dict.fromkeys(before) if item not in known]
+        bare = [RawText(rows[0].file, 0, item) for item in items]
+        return [answer["embedding"] for answer in self.answers(bare)]
 
     @staticmethod
     def _class_retrieval(
