@@ -15,9 +15,9 @@ two sides, and what a side is to be near to follows from the rows:
 Views are drawn by ``data.augmentation``. A batch larger than memory is computed in micro-batches:
 embeddings first without gradient, then the gradient of each embedding, then each micro-batch again
 with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the loss is that of
-the whole batch. Left out: hard negatives, texts with labels (their two sides are the same without
-dropout, so held-out rows would measure nothing: docs/log/media.md), and the layers that SimCSE and SimCLR put behind the
-network for training alone (docs/log/media.md).
+the whole batch. Left out: hard negatives; texts with labels, whose two sides are the same without
+dropout, so that held-out rows would measure nothing; and the layers that SimCSE and SimCLR put behind
+the network for training alone (docs/log/media.md).
 """
 
 from __future__ import annotations
