@@ -22,6 +22,7 @@ from luthier.encryption.memory import working
 from luthier.errors import DataError, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
+from luthier.models.catalog import CATALOG
 from luthier.store.jobs import Job
 from luthier.store.models import find
 
@@ -115,7 +116,9 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
 
 
 def reads_media(base: str) -> bool:
-    """Whether the rows of a base model are images or sounds, or name some."""
+    """Whether the rows of a base model are images or sounds; no base is fetched to know."""
+    if base in CATALOG:
+        return "image_size" in CATALOG[base].config
     return (find(base).network_folder / PREPROCESSOR_CONFIG).is_file()
 
 
