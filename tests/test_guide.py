@@ -113,6 +113,9 @@ def make_media(folder: Path) -> None:
             image[4:24, 2 * label + 3 : 2 * label + 6] = random.integers(180, 255)
         np.savez(folder / f"{name}.npz", images=images_N, labels=labels_N)
     Image.fromarray(255 - images_N[0]).save(folder / "part-0417.png")
+    for name in ("ordinary", "series"):
+        lines = [f"{n},{np.sin(n / 4) + random.normal(0, 0.1):.3f}\n" for n in range(600)]
+        (folder / f"{name}.csv").write_text("timestamp,value\n" + "".join(lines))
     captions = list[dict[str, Any]]()
     for part, count in (("", 8), ("-test", 2)):
         for number in range(1, count + 1):

@@ -394,7 +394,9 @@ def test_an_adaptation_names_itself_and_its_learning_rate(name: str) -> None:
     assert 0 < rate < 0.1 and reason
 
 
-MEDIA_SHAPES = {"image", "audio", "captioned_image", "labelled_image", "labelled_audio"}
+MEDIA_SHAPES = {
+    "image", "audio", "window", "captioned_image", "labelled_image", "labelled_audio",
+}  # fmt: skip
 """What is learned from them is tested with networks that read them."""
 
 

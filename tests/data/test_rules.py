@@ -23,6 +23,7 @@ from luthier.data import (
     shapes,
     sources,
     tables,
+    time_series,
     tool_forms,
 )
 from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
@@ -65,6 +66,7 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         shapes,
         sources,
         tables,
+        time_series,
         tool_forms,
     )
     for module in modules:

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from luthier.data.media import Media
-from luthier.data.shapes import BareImage, LabelledImage
+from luthier.data.shapes import BareImage, BareWindow, LabelledImage
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
@@ -107,6 +107,34 @@ def test_labels_are_passed_over() -> None:
 
 
 @torch.no_grad()
+def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
+    from luthier.data.processors import WindowProcessor, save_processor
+    from luthier.models.build import build_media
+
+    fields = {"num_channels": 1, "image_size": (1, 6), "hidden_sizes": (8,), "latent_size": 2}
+    build_media({"model_type": "vae", "dense": True, **fields}, "autoencoding", 0, tmp_path)
+    save_processor(WindowProcessor(6), tmp_path)
+    chat = load_chat_format(tmp_path)
+    model = load_model(tmp_path, torch.float32, CPU, VAE().head())
+    network = as_network(model.eval(), CPU, torch.float32)
+    values = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
+    rows = [
+        BareWindow("f", n, Media("window", f"w[{n}]", array=each)) for n, each in enumerate(values)
+    ]
+    objective = VAE(sigma=0.5).fit(rows, chat)
+    assert objective.score_over == "last"
+    assert VAE().fit([BareImage("f", 1, image(1))], chat).score_over == "all"
+    assert VAE(score_over="all").fit(rows, chat).score_over == "all"
+    assert [VAE().fit(rows, chat).sigma, VAE(sigma=1.0).fit(rows, chat).sigma] == [0.3, 1.0]
+
+    (batch,) = network.batches([objective.encode(row, n, chat) for n, row in enumerate(rows)], 10)
+    copies = network.model(pixel_values=batch.plan).reconstruction
+    wanted = (copies - batch.plan)[:, 0, 0, -1].square() / (2 * 0.5**2)
+    scores = [each["score"] for each in objective.predict(network, batch)]
+    assert scores == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+@torch.no_grad()
 def test_the_threshold_keeps_the_budget_of_false_alarms(
     network: Network, examples: list[Example]
 ) -> None:
@@ -118,6 +146,7 @@ def test_the_threshold_keeps_the_budget_of_false_alarms(
     assert [set(each) for each in answers] == [{"score", "anomalous"}] * 6
     assert sum(each["anomalous"] for each in answers) == 2  # of 6 at most 40 %
     assert fitted.threshold in [each["score"] for each in answers]
+    assert (objective.rows_for_threshold, VAE().rows_for_threshold) == (3, 100)
     assert VAE(threshold=1.0).with_threshold(network, examples, 100).threshold == 1.0
     assert {"score"} == {*objective.predict(network, batch)[0]}
 

@@ -124,7 +124,11 @@ def print_result(result: Result) -> None:
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
     use = f"chat {result.model_id}"
     if isinstance(objective, SupportsPrediction):
-        asked = {"image": "photo.png", "audio": "sound.wav"}.get(reads, '"some text"')
+        asked = {
+            "image": "photo.png",
+            "audio": "sound.wav",
+            "window": "--input series.csv --output scores.jsonl",
+        }.get(reads, '"some text"')
         use = f"predict {result.model_id} {asked}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {asked}"

@@ -16,7 +16,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
-from luthier.data.media import Media, MediaKind
+import numpy as np
+
+from luthier.data.media import LONGEST_HISTORY, Media, MediaKind
 from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
@@ -245,6 +247,8 @@ class FieldChecker:
         value = holder.get(kind)
         if isinstance(value, Media):
             return value
+        if kind == "window":
+            return self._window(value)
         name = f"{self.file}:{self.line}"
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
             return Media(kind, str(value.get("path") or name), data=value["bytes"])
@@ -283,6 +287,16 @@ class FieldChecker:
             self.report("media.missing", f"there is no file {quote(value)}.", fix)
             return None
         return Media(kind, value, path)
+
+    def _window(self, value: object) -> Media | None:
+        """Values of a time series in their order, the last one last."""
+        numbers = value if isinstance(value, list) else []
+        if numbers and all(type(each) in (int, float) and math.isfinite(each) for each in numbers):
+            array = np.array(numbers[-LONGEST_HISTORY:], np.float32)
+            return Media("window", f"{self.file}:{self.line}", array=array)
+        message = '"window" must be an array of finite numbers.'
+        self.report("media.type", message, "Write the values in their order, the latest last.")
+        return None
 
     def _embedded(self, value: str, kind: MediaKind, name: str) -> Media | None:
         """What a ``data:`` address holds (RFC 2397), in base64."""

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from luthier.errors import RowRefused
 
-MediaKind = Literal["image", "audio"]
+MediaKind = Literal["image", "audio", "window"]
+"""A ``window`` is the latest values of a time series."""
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg")
@@ -42,6 +43,8 @@ MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
 """Of one sound, all channels counted: silence packs to nothing."""
+LONGEST_HISTORY = 512
+"""Values of a time series that a row has at most; no network that reads windows can be longer."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
     struct.error, zlib.error,
@@ -65,7 +68,7 @@ class Media:
     data: bytes | None = field(default=None, repr=False)
     """Its encoded bytes, where a table holds them."""
     array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
-    """Its pixels ``[H, W]`` or ``[H, W, 3]``, or samples ``[T]``, where a file of arrays holds them."""
+    """Its pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, where they are in memory."""
     most: int | None = None
     """Pixels or samples that are decoded of it at most, where that is less than of others."""
 
@@ -144,6 +147,11 @@ class Media:
         if self.array is not None:
             raise _refusal("unreadable", "an array of samples names no sampling rate.")
         return decode_audio(self.read(), self.most)
+
+    def values(self) -> NDArray[np.float32]:
+        """The values of a time series up to the row's own, ``[T]``."""
+        assert self.array is not None
+        return np.asarray(self.array, np.float32)
 
 
 def gps_of(media: Media) -> str:

@@ -3,7 +3,8 @@
 Images follow transformers' image processors: resized (and its middle cut out, where the file says so),
 brought to a range of 0 to 1, and normalized for each colour. Sounds become the logarithm of a mel
 spectrogram, an image of one channel whose height is pitch and whose width is time, of a fixed number of
-seconds. The same object reads training rows and requests, and is stored with the custom model.
+seconds. Time series become windows of their latest values. The same object reads training rows and
+requests, and is stored with the custom model.
 
 Random changes for training are drawn from a generator of their own for each row and step, so that a run
 that goes on draws what it would have drawn.
@@ -262,7 +263,45 @@ def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np
     return (np.fft.irfft(spectrum, count) * (count / len(samples))).astype(np.float32)
 
 
-Processor = ImageProcessor | AudioProcessor
+LARGEST_DEVIATION = 10.0
+"""Deviations from the mean that a value of a window may have: one far outlier else says all."""
+
+
+@dataclass(frozen=True)
+class WindowProcessor:
+    """The latest values of a time series, ``[1, 1, length]``.
+
+    They are shifted and scaled by the mean and deviation of the values before the last, so that a
+    series may drift. Where these hardly vary, a tenth of the deviation of all known values is added.
+    """
+
+    length: int = 48
+    kind: MediaKind = "window"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what the network reads."""
+        return (1, 1, self.length)
+
+    def array(
+        self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
+    ) -> NDArray[np.float32]:
+        """What the network reads, ``[1, 1, length]``; a short history is mirrored at its start."""
+        history_T = media.values().astype(np.float64)
+        window = history_T[-self.length :]
+        if len(window) < self.length:
+            window = np.pad(window, (self.length - len(window), 0), mode="symmetric")
+        scale = window[:-1].std() + 0.1 * history_T.std()
+        scale = scale or 1.0  # all are the same
+        values = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
+        return np.asarray(values[None, None], dtype=np.float32)
+
+    def fields(self) -> dict[str, Any]:
+        """Contents of ``preprocessor_config.json``: a form of luthier's own."""
+        return {"feature_extractor_type": "TimeSeriesWindow", "length": self.length}
+
+
+Processor = ImageProcessor | AudioProcessor | WindowProcessor
 
 
 def read_processor(folder: Path) -> Processor | None:
@@ -280,6 +319,8 @@ def read_processor(folder: Path) -> Processor | None:
     if fields.get("feature_extractor_type") == "LogMelSpectrogram":
         names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms")
         return AudioProcessor(**{name: fields[name] for name in names})
+    if fields.get("feature_extractor_type") == "TimeSeriesWindow":
+        return WindowProcessor(fields["length"])
     kind = fields.get("feature_extractor_type", "of no kind that it names")
     raise UnknownModel(f"{path} is a preprocessor {kind}, which is not known here")
 

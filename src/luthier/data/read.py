@@ -29,6 +29,7 @@ from luthier.data.documents import read_document
 from luthier.data.media_files import read_folder, read_npz, read_zip
 from luthier.data.parsing import Record, Unreadable, decode, parse_line
 from luthier.data.tables import read_parquet, read_table
+from luthier.data.time_series import read_series
 from luthier.errors import Problem
 
 _CHUNK_BYTES = 64 * 1024
@@ -129,7 +130,7 @@ def _records(
     if container.kind == "json":
         return read_document(stream, file, problems)
     if container.kind in ("csv", "tsv"):
-        return read_table(stream, file, problems, container.delimiter)
+        return read_series(read_table(stream, file, problems, container.delimiter), file, problems)
     if container.kind == "text":
         return (_read_text if whole else _read_pieces)(stream, file, problems)
     return _read_lines(stream, file, problems)

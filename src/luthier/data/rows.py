@@ -20,6 +20,7 @@ from luthier.data.media_files import is_media
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.read import read_records
 from luthier.data.shapes import (
+    BARE_MEDIA,
     SHAPES,
     BareAudio,
     BareImage,
@@ -388,7 +389,7 @@ class InputChecker(Checker):
             message = f'The row has a field "{PREDICTED}", where the answer is to stand.'
             self.report("row.predicted", message, "Rename or remove that field.")
             return None
-        for key, bare in (("image", BareImage), ("audio", BareAudio)):
+        for key, bare in BARE_MEDIA.items():
             if key in own:
                 return bare.read(own, self)
         text, reply = own.get("text"), own.get("completion")

@@ -37,6 +37,8 @@ RULES: Mapping[str, str] = {
     "media.missing": "The file that a row names is not there.",
     "media.outside": "A row names a file that is not below the folder of its own file.",
     "media.base": "The base model reads no such rows: texts, images or sounds.",
+    "window.value": "A value of a time series is missing or no finite number.",
+    "window.long": "A time series has too many values.",
     "media.mixed": "A folder or archive holds images and sounds.",
     "media.folder": "Some files of a folder lie in folders, which are labels, and some do not.",
     "media.npz": "An .npz file has no images, or arrays of other shapes.",

@@ -14,6 +14,7 @@ rejected answer may be empty: not to stop at once is a lesson. An empty chosen o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -70,7 +71,7 @@ class Shape(Row):
     """Keys whose cells hold a number."""
     object_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that may hold objects."""
-    reads: ClassVar[Literal["text", "image", "audio"]] = "text"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "text"
     """What a network has to read for such rows."""
     reader_text: ClassVar[str] = ""
     """What an encoder reads such rows for; empty where it has nothing to say of them."""
@@ -301,8 +302,8 @@ class LabelledText(TextRow, Labelled):
         return {"text": self.text, **self.label_record()}
 
 
-MEDIA_KEYS: tuple[MediaKind, ...] = ("image", "audio")
-"""Keys that hold an image or a sound, called as what they hold, as in Hugging Face's data sets."""
+MEDIA_KEYS: tuple[MediaKind, ...] = ("image", "audio", "window")
+"""Keys that hold an image, a sound or a time series, called as what they hold."""
 CAPTION_KEYS = ("caption", "text")
 """Keys that hold what an image shows, or what is written on it; the first that is there is read."""
 
@@ -316,7 +317,8 @@ class MediaRow(Shape):
     @classmethod
     def key(cls) -> MediaKind:
         """The key that holds it."""
-        return "audio" if cls.reads == "audio" else "image"
+        assert cls.reads != "text"
+        return cls.reads
 
     def inputs(self) -> tuple[str, ...]:
         """The hash of its bytes: what makes two rows the same; its name where it cannot be read."""
@@ -331,8 +333,7 @@ class MediaRow(Shape):
 
     def bare(self) -> MediaRow:
         """The image or sound alone."""
-        kind = BareImage if self.media.kind == "image" else BareAudio
-        return kind(self.file, self.line, self.media)
+        return BARE_MEDIA[self.media.kind](self.file, self.line, self.media)
 
     def record(self) -> Record:
         """Where it lies."""
@@ -344,7 +345,7 @@ class BareImage(MediaRow):
     """An image of which nothing is said."""
 
     shape: ClassVar[str] = "image"
-    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
     title: ClassVar[str] = '{"image"}'
     words: ClassVar[str] = "images"
     keys: ClassVar[tuple[str, ...]] = ("image",)
@@ -367,7 +368,7 @@ class BareAudio(BareImage):
     """A sound of which nothing is said."""
 
     shape: ClassVar[str] = "audio"
-    reads: ClassVar[Literal["text", "image", "audio"]] = "audio"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "audio"
     title: ClassVar[str] = '{"audio"}'
     words: ClassVar[str] = "sounds"
     keys: ClassVar[tuple[str, ...]] = ("audio",)
@@ -380,11 +381,40 @@ class BareAudio(BareImage):
 
 
 @dataclass(frozen=True, slots=True)
+class BareWindow(BareImage):
+    """A value of a time series, with those before it."""
+
+    shape: ClassVar[str] = "window"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "window"
+    title: ClassVar[str] = '{"window"}'
+    words: ClassVar[str] = "windows of a time series"
+    keys: ClassVar[tuple[str, ...]] = ("window",)
+    source_keys: ClassVar[frozenset[str]] = frozenset(("window",))
+
+    @classmethod
+    def matches(cls, record: Record) -> bool:
+        """A window."""
+        return cls.key() in record
+
+    def inputs(self) -> tuple[str, ...]:
+        """A hash of where it lies: times of equal values are no copies of each other."""
+        return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
+
+
+BARE_MEDIA: Mapping[MediaKind, type[BareImage]] = {
+    "image": BareImage,
+    "audio": BareAudio,
+    "window": BareWindow,
+}
+"""Shape of what is only read, by what it is."""
+
+
+@dataclass(frozen=True, slots=True)
 class LabelledImage(MediaRow, Labelled):
     """An image and its class; several where it may have more than one, also none at all."""
 
     shape: ClassVar[str] = "labelled_image"
-    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
     title: ClassVar[str] = '{"image", "label"}'
     words: ClassVar[str] = "images with labels"
     keys: ClassVar[tuple[str, ...]] = ("image", "label")
@@ -415,7 +445,7 @@ class LabelledAudio(LabelledImage):
     """A sound and its class; several where it may have more than one, also none at all."""
 
     shape: ClassVar[str] = "labelled_audio"
-    reads: ClassVar[Literal["text", "image", "audio"]] = "audio"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "audio"
     title: ClassVar[str] = '{"audio", "label"}'
     words: ClassVar[str] = "sounds with labels"
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
@@ -428,7 +458,7 @@ class CaptionedImage(MediaRow):
     """An image and a text: what it shows, or what is written on it."""
 
     shape: ClassVar[str] = "captioned_image"
-    reads: ClassVar[Literal["text", "image", "audio"]] = "image"
+    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
     title: ClassVar[str] = '{"image", "caption"}'
     words: ClassVar[str] = "images with captions"
     enough: ClassVar[int] = ENOUGH_ANSWERS
@@ -1102,6 +1132,7 @@ SHAPES: Mapping[str, type[Shape]] = {
         CaptionedImage,
         BareImage,
         BareAudio,
+        BareWindow,
         RatedText,
         TaggedWords,
         TextPair,

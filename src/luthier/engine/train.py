@@ -237,14 +237,16 @@ class Trainer:
         objective = job.data.objective
         if not isinstance(objective, SupportsThreshold):
             return job
-        held = self.job.data.validation
-        if not held or job is not self.job:
+        examples, wanted = self.job.data.validation, objective.rows_for_threshold
+        if len(examples) < wanted or job is not self.job:
             self.reporter.note(
-                "warning: the threshold is set by rows that were learned from, as none are held out: "
-                "more of other rows will be above it"
+                "warning: the threshold is set by rows that were learned from, so more of other rows "
+                f"will be above it; {len(examples):,} are held out, and {wanted:,} would do"
             )
+        if len(examples) < wanted:
+            examples = [*examples, *job.data.train]
         network.model.eval()
-        done = objective.with_threshold(network, held or job.data.train, self._reading_budget)
+        done = objective.with_threshold(network, examples, self._reading_budget)
         recipe = job.recipe.model_copy(update={"objective": done})
         origin = {**job.origin, "recipe": recipe.plain()}
         return replace(job, recipe=recipe, data=replace(job.data, objective=done), origin=origin)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat
+from luthier.data.media import MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, MediaRow
 from luthier.data.sources import Source, files_of
@@ -36,7 +37,11 @@ AUTO = "auto"
 """In place of a base model: the one that a run would take where none is named."""
 
 
-MEDIA_BASES = {"image": "efficientnet-lite0", "audio": "small-audio-cnn"}
+MEDIA_BASES: Mapping[MediaKind, str] = {
+    "image": "efficientnet-lite0",
+    "audio": "small-audio-cnn",
+    "window": "small-window-vae",
+}
 """Base models for rows that are no texts."""
 
 
@@ -49,14 +54,19 @@ def default_base(
     the default decoder on 65 % after fourteen (docs/log/defaults.md). Bad rows are refused later.
     """
     plain = DEFAULT_BASE, "the default"
-    if objective is not None and objective.defaults.base is not None:
-        return objective.defaults.base, f"objective {objective.method} trains such a network"
-    if objective is not None and not isinstance(objective, SupportsPrediction):
+    bases = objective.defaults.bases if objective is not None else {}
+    if objective is not None and not bases and not isinstance(objective, SupportsPrediction):
         return plain
     try:
         row = next(iter(RowReader(source, columns)), None)
     except RefusedInput:
-        return plain
+        row = None
+    if objective is not None and bases:
+        reads = SHAPES[row.shape].reads if row is not None else ""
+        return (
+            bases.get(reads, next(iter(bases.values()))),
+            f"objective {objective.method} trains such a network",
+        )
     if isinstance(row, MediaRow):
         known = MEDIA_BASES[row.media.kind]
         return known, f"the rows are {row.media.kind}s, which it reads"

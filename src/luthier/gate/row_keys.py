@@ -13,7 +13,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.shapes import History, JudgedAnswers, JudgedReply, TaggedWords, TextPair
+from luthier.data.shapes import (
+    BareWindow,
+    History,
+    JudgedAnswers,
+    JudgedReply,
+    TaggedWords,
+    TextPair,
+)
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
 from luthier.gate.near_duplicates import (
     Groups,
@@ -56,6 +63,18 @@ def question_of(row: Row) -> str:
     if row.turns():
         inputs = tuple(text for text in inputs if not text.startswith("system: ")) or inputs
     return "\n".join(inputs)
+
+
+STRETCH = 50
+"""Lines of a time series that stay together: windows next to each other have nearly all in common."""
+
+
+def partner_of(row: Row) -> str:
+    """What a row has in common with all that must stay on its side of a split, beside its question."""
+    # Histories that lead to one item are many people's, and not one that is asked twice.
+    if isinstance(row, TextPair) and not isinstance(row, History):
+        return normalize(row.positive)
+    return f"{row.file}:{row.line // STRETCH}" if isinstance(row, BareWindow) else ""
 
 
 def mask_numbers(text: str) -> str:
@@ -114,10 +133,7 @@ class RelatedRows:
                 self._common = common_shingles(texts)
             self._table.append("asked", key_column(map(hash_texts, texts), len(texts)))
             partners = [
-                # Histories that lead to one item are many people's, and not one that is asked twice.
-                normalize(row.positive)
-                if isinstance(row, TextPair) and not isinstance(row, History)
-                else text
+                partner_of(row) or text
                 for row, text in zip(rows[start : start + BATCH], texts, strict=True)
             ]
             self._table.append("partner", key_column(map(hash_texts, partners), len(partners)))

@@ -20,7 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
-from luthier.data.processors import AudioProcessor, ImageProcessor, Processor, save_processor
+from luthier.data.processors import (
+    AudioProcessor,
+    ImageProcessor,
+    Processor,
+    WindowProcessor,
+    save_processor,
+)
 from luthier.errors import DownloadError, RecipeError
 from luthier.files import (
     hashes_of,
@@ -401,6 +407,22 @@ _ENTRIES = (
         395_043,
         "small variational autoencoder of random weights for images of 32 x 32",
         {"model_type": "vae", "image_size": 32},
+        task="autoencoding",
+    ),
+    _random_entry(
+        "small-window-vae",
+        "autoencoding",
+        16_192,
+        "the same for time series, of linear layers; reads the latest 48 values",
+        {
+            "model_type": "vae",
+            "num_channels": 1,
+            "image_size": [1, 48],
+            "hidden_sizes": [64, 64],
+            "latent_size": 8,
+            "dense": True,
+        },
+        WindowProcessor(48),
         task="autoencoding",
     ),
     CatalogEntry(

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -65,8 +65,8 @@ class TrainingDefaults:
     """Decay of the optimizer's first moment, where the usual one does not suit it."""
     patience: int | None = None
     """Measurements without a gain that end a run; 0 where they say little of what is learned."""
-    base: str | None = None
-    """Base model, where the rows alone would name one that cannot learn it."""
+    bases: Mapping[str, str] = field(default_factory=dict)
+    """Base model by what rows hold, where the rows alone would name one that cannot learn it."""
 
 
 class Objective(BaseModel):

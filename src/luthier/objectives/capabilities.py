@@ -210,11 +210,16 @@ class SupportsSchedule(Protocol):
 class SupportsThreshold(Protocol):
     """Draws a border between answers by what the trained network says of rows."""
 
+    @property
+    def rows_for_threshold(self) -> int:
+        """The fewest rows that tell where the border lies."""
+        ...
+
     def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
         """This objective, as it is stored with the model.
 
         Called without a gradient or dropout before the model is stored, with the rows that were held
-        out, or where there are none those that were learned from.
+        out; where they are too few, also with those that were learned from.
         """
 
 

@@ -98,7 +98,7 @@ class Diffusion(Objective):
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        batch_rows=32, patience=0, min_epochs=10, max_epochs=100, base="small-unet"
+        batch_rows=32, patience=0, min_epochs=10, max_epochs=100, bases={"image": "small-unet"}
     )
 
     @property

@@ -96,7 +96,7 @@ class GAN(Objective):
         patience=0,
         min_epochs=10,
         max_epochs=100,
-        base="small-dcgan",
+        bases={"image": "small-dcgan"},
     )
 
     @property

@@ -17,6 +17,7 @@ Left out: the Bernoulli likelihood, which is for pixels of 0 and 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -25,6 +26,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.chat import ChatFormat
+from luthier.data.shapes import BareWindow
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.types import Example, Loss, Row
@@ -56,19 +58,23 @@ class VAE(Objective):
     kl_warmup: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps over which that weight grows from 0."""
     sigma: float = Field(default=1.0, gt=0, le=1e3)
-    """Deviation of pixels around their copy, in what the network reads: less makes sharper copies."""
+    """Deviation of what is read around its copy: less makes sharper copies; 0.3 for time series."""
+    score_over: Literal["all", "last"] | None = None
+    """What is scored: all of a row, or its last value; that of a time series when not given."""
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
     """Share of ordinary images that may count as anomalous."""
     threshold: float | None = None
     """Score above which an image is anomalous; from held-out rows after training when not given."""
 
     task: ClassVar[Task] = "autoencoding"
-    shapes: ClassVar[frozenset[str]] = frozenset({"image"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"image", "window"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     chosen_by_shape: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        min_epochs=3, max_epochs=20, base="small-vae"
+        min_epochs=3,
+        max_epochs=20,
+        bases={"image": "small-vae", "window": "small-window-vae"},
     )
 
     @property
@@ -79,6 +85,15 @@ class VAE(Objective):
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The images alone."""
         return [row.bare() for row in rows]
+
+    def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
+        """What suits the rows: windows of a time series have few values, of deviation 1."""
+        windows = all(isinstance(row, BareWindow) for row in rows)
+        chosen: dict[str, Any] = {} if self.score_over else {"score_over": "all"}
+        if windows:
+            usual = {"score_over": "last", "sigma": 0.3}
+            chosen = {name: usual[name] for name in usual.keys() - self.model_fields_set}
+        return self.model_copy(update=chosen)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The image."""
@@ -137,6 +152,11 @@ class VAE(Objective):
             found["active_units"] = int((torch.cat(means).var(0) > ACTIVE).sum())
         return found
 
+    @property
+    def rows_for_threshold(self) -> int:
+        """As many as have one false alarm."""
+        return math.ceil(1 / self.false_alarms) if self.false_alarms else 1
+
     def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
         """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
         if self.threshold is not None:
@@ -147,8 +167,13 @@ class VAE(Objective):
         return self.model_copy(update={"threshold": found})
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
-        """Minus the bound ``[R]`` at the means of the latents."""
+        """Minus the bound ``[R]`` at the means of the latents; of the last value its error alone."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
+        if self.score_over == "last":
+            copies = network.model.decode(mean_RZ.to(network.dtype)).float()
+            off_RCH = (copies - batch.plan.float())[..., -1]
+            off_R: Tensor = off_RCH.square().flatten(1).sum(-1) / (2 * self.sigma**2)
+            return off_R
         return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.chat import ChatFormat
-from luthier.data.processors import AudioProcessor, ImageProcessor
+from luthier.data.processors import AudioProcessor, ImageProcessor, WindowProcessor
 from luthier.engine.defaults import SMALLEST_BUDGET
 from luthier.engine.machine import available_memory, choose_machine
 from luthier.engine.memory import PROCESS, sketch_training
@@ -151,9 +151,9 @@ def format_of(config: Any) -> ChatFormat:
     """The format of a network, with a tokenizer of which only what objectives ask for is there."""
     if reads_media(config):
         channels, height, width = input_shape(config)
-        return ChatFormat.reading(
-            ImageProcessor(height, width) if channels == 3 else AudioProcessor()
-        )
+        if channels == 3:
+            return ChatFormat.reading(ImageProcessor(height, width))
+        return ChatFormat.reading(AudioProcessor() if height > 1 else WindowProcessor(width))
     beside = getattr(config, "is_encoder_decoder", False)
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
     if config.model_type == "elmo":

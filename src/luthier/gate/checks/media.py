@@ -174,7 +174,7 @@ class MediaFiles(Check):
         try:
             if row.media.kind == "image":
                 return self._measure_image(row, row.media)
-            return self._measure_sound(row.media)
+            return self._measure_sound(row.media) if row.media.kind == "audio" else None
         except RowRefused as bad:
             return MeasuredMedia((bad.rule, bad.message, bad.fix))
 

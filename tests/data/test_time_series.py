@@ -1,0 +1,129 @@
+"""Tables of times and values become windows; other tables stay what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from luthier.data.media import LONGEST_HISTORY, Media
+from luthier.data.processors import (
+    LARGEST_DEVIATION,
+    WindowProcessor,
+    read_processor,
+    save_processor,
+)
+from luthier.data.rows import load_inputs, load_rows
+from luthier.data.shapes import BareWindow, RawText, Shape
+from luthier.errors import DataError
+from luthier.gate.row_keys import STRETCH, group_related
+
+
+def write(folder: Path, lines: list[str], header: str = "timestamp,value") -> Path:
+    path = folder / "series.csv"
+    path.write_text("\n".join([header, *lines]) + "\n")
+    return path
+
+
+def times(values: list[float]) -> list[str]:
+    return [f"2026-11-23 {n // 60:02}:{n % 60:02},{value}" for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("header", ["timestamp,value", "Date,temperature", "ds,y"])
+def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> None:
+    rows = load_rows(write(tmp_path, times([1.5, -2, 3e2]), header))
+    assert [type(row) for row in rows] == [BareWindow] * 3
+    windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
+    assert windows == [[1.5], [1.5, -2.0], [1.5, -2.0, 300.0]]
+    assert [row.line for row in rows] == [2, 3, 4]
+
+
+def test_a_history_has_an_end(tmp_path: Path) -> None:
+    count = LONGEST_HISTORY + 3
+    rows = load_rows(write(tmp_path, [f"{n},{n}" for n in range(count)]))
+    last = rows[-1]
+    assert isinstance(last, BareWindow) and len(rows) == count
+    assert last.media.values().tolist() == list(range(3, count))
+
+
+@pytest.mark.parametrize("bad", ["", "x", "nan", "inf"])
+def test_a_value_that_is_missing_is_named(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1", f"noon,{bad}", "3,3"]))
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line) == ("window.value", 3) and "noon" in problem.message
+
+
+def test_a_series_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.data.time_series.MOST_VALUES", 2)
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, times([1, 2, 3, 4])))
+    assert [(each.rule, each.line) for each in caught.value.problems] == [("window.long", 4)]
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "kind"),
+    [("date,text", "1,2", RawText), ("date,comment", "1,good", None), ("id,value", "1,2", None)],
+)
+def test_other_tables_are_none(
+    tmp_path: Path, header: str, line: str, kind: type[Shape] | None
+) -> None:
+    path = write(tmp_path, [line], header)
+    if kind is None:
+        with pytest.raises(DataError) as caught:
+            load_rows(path)
+        assert {each.rule for each in caught.value.problems} == {"row.unknown_shape"}
+    else:
+        assert [type(row) for row in load_rows(path)] == [kind]
+
+
+def test_rows_hold_windows_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"window": [1, 2.5, 3], "id": 4}) + "\n")
+    ((record, row),) = load_inputs(path)
+    assert record["id"] == 4 and isinstance(row, BareWindow)
+    assert row.media.values().tolist() == [1.0, 2.5, 3.0]
+    for bad in ([], [1, "2"], [True], "1,2", [float("nan")], None):
+        path.write_text(json.dumps({"window": bad}) + "\n")
+        with pytest.raises(DataError) as caught:
+            load_rows(path)
+        assert {each.rule for each in caught.value.problems} <= {"media.type", "json.not_finite"}
+
+
+def window(values: list[float]) -> Media:
+    return Media("window", "w", array=np.array(values, np.float32))
+
+
+def test_a_window_is_scaled_by_what_came_before() -> None:
+    history = np.random.default_rng(0).normal(5, 2, 40)
+    (((read,),),) = [WindowProcessor(8).array(window(history.tolist()))]
+    before = history[-8:-1].astype(np.float32)
+    wanted = (history[-8:] - before.mean()) / (before.std() + 0.1 * history.std())
+    np.testing.assert_allclose(read, wanted, rtol=1e-4, atol=1e-5)
+    # The same anywhere, and at any scale.
+    moved = WindowProcessor(8).array(window((history * 3 + 100).tolist()))
+    np.testing.assert_allclose(moved[0, 0], read, rtol=1e-3, atol=1e-4)
+
+
+def test_windows_that_hardly_vary_or_are_short_are_finite() -> None:
+    processor = WindowProcessor(4)
+    assert processor.array(window([7.0] * 9)).tolist() == [[[0.0] * 4]]
+    assert processor.array(window([7.0])).tolist() == [[[0.0] * 4]]
+    assert processor.array(window([1.0, 2.0, 3.0])).shape == (1, 1, 4)
+    jump = processor.array(window([0.0] * 200 + [5.0]))
+    assert jump[0, 0, -1] == LARGEST_DEVIATION
+
+
+def test_a_processor_is_stored(tmp_path: Path) -> None:
+    save_processor(WindowProcessor(12), tmp_path)
+    assert read_processor(tmp_path) == WindowProcessor(12)
+
+
+def test_windows_beside_each_other_stay_on_one_side(tmp_path: Path) -> None:
+    rows = load_rows(write(tmp_path, [f"{n},{n % 7}" for n in range(5 * STRETCH)]))
+    groups = group_related(rows)
+    assert len(set(groups.tolist())) == 6  # lines are counted from the header
+    for part in ([0, 9, STRETCH - 3], [STRETCH - 2, STRETCH, 2 * STRETCH - 3]):
+        assert len({groups[n] for n in part}) == 1
