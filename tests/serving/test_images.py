@@ -13,12 +13,15 @@ import pytest
 from PIL import Image
 
 from luthier.data.media import Media
+from luthier.data.pictures import encode_png, grid
 from luthier.data.shapes import BareImage
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.recipe import Recipe
-from luthier.serving.images import ImageGenerator, encode_png, grid
+from luthier.serving.images import ImageGenerator
+from luthier.serving.inference import ImageRequest, InferenceRefused
+from luthier.serving.serial import SerialModel, Work
 from luthier.store.models import find
 
 
@@ -119,6 +122,12 @@ def test_what_a_prompt_says_is_made(
     assert one.label == "" and not np.array_equal(one.pixels, two.pixels)
     with pytest.raises(RecipeError, match="has a word of 'zebra'"):
         generator.sample(1, prompt="zebra")
+    served = SerialModel(None, generator)
+    asked = ImageRequest(label="One")
+    (answer,) = served.sample(asked, 0, Work(), lambda count: None)
+    assert np.array_equal(answer.pixels, generator.sample(1, prompt="one")[0].pixels)
+    with pytest.raises(InferenceRefused, match="has a word of 'zebra'"):
+        served.sample(ImageRequest(label="zebra"), 0, Work(), lambda count: None)
 
 
 def test_a_model_of_texts_makes_no_images(tiny_model_folder: Path) -> None:

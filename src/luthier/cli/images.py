@@ -52,9 +52,10 @@ def sample(
     json_: Json = False,
 ) -> None:
     """Make new images. A folder has one for each class, where the model knows classes."""
+    from luthier.data.pictures import encode_png, grid
     from luthier.files import write_bytes
     from luthier.objectives.capabilities import DenoisingSettings
-    from luthier.serving.images import ImageGenerator, encode_png, grid
+    from luthier.serving.images import ImageGenerator
     from luthier.store.models import find
 
     check_output(output)
@@ -79,8 +80,8 @@ def sample(
 
 def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
     """A PNG for each image, below the name of its class where there is one."""
+    from luthier.data.pictures import encode_png
     from luthier.files import write_bytes
-    from luthier.serving.images import encode_png
 
     if folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty; name a new folder")
@@ -106,10 +107,11 @@ def reconstruct(
     json_: Json = False,
 ) -> None:
     """Show images beside what a model gives back of them, or the way from one to the next."""
+    from luthier.data.pictures import encode_png, grid
     from luthier.data.rows import input_row, load_inputs
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
-    from luthier.serving.images import ImageGenerator, encode_png, grid
+    from luthier.serving.images import ImageGenerator
     from luthier.store.models import find
 
     check_output(output)

@@ -107,9 +107,9 @@ def _said_of(record: Record) -> dict[str, Any]:
 
 def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -> None:
     """The query, then its neighbours, as the model reads them."""
+    from luthier.data.pictures import encode_png, grid
     from luthier.data.shapes import MediaRow
     from luthier.files import write_bytes
-    from luthier.serving.images import encode_png, grid
 
     images = [processor.resized(row.media) for row in rows if isinstance(row, MediaRow)]
     write_bytes(output, encode_png(grid(images)))

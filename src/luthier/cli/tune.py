@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -94,7 +95,8 @@ def tune(
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
     from luthier.data.processors import read_processor
-    from luthier.objectives.capabilities import SupportsPrediction
+    from luthier.engine.runs import GRIDS
+    from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
     from luthier.store.models import find, objective_of
 
     stored = find(result.model_id)
@@ -122,6 +124,8 @@ def print_result(result: Result) -> None:
     print_comparison(result.comparison)
     print_verdict(result)
     out.print(f"  {curve} curve  {result.run_dir}/{curve}.png")
+    if (Path(result.run_dir) / GRIDS).is_dir():
+        out.print(f"  samples     {result.run_dir}/{GRIDS}/")
     use = f"chat {result.model_id}"
     if isinstance(objective, SupportsPrediction):
         asked = {
@@ -132,6 +136,8 @@ def print_result(result: Result) -> None:
         use = f"predict {result.model_id} {asked}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {asked}"
+    elif isinstance(objective, SupportsSampling):
+        use = f"sample {result.model_id} --output samples.png"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"
     out.print(f"  use it      luthier {use}")

@@ -82,6 +82,8 @@ class Loop:
     augmentation: Augmentation | None = None
     samples: MetricsFile | None = None
     """Where texts are kept that the network writes in training."""
+    on_measured: Callable[[int], None] | None = None
+    """Called with the step behind each measurement."""
     clock: Clock = field(default_factory=Clock)
     """Counts the time of steps, measurements and checkpoints."""
     until: int = 0
@@ -174,8 +176,12 @@ class Loop:
 
     def evaluate(self) -> None:
         """Measure on the validation rows, and keep the weights if they are the best so far."""
+        if not self.validation:
+            return
         with self.clock.part("validation"):
             self._evaluate()
+            if self.on_measured is not None:
+                self.on_measured(self._run_step)
 
     def checkpoint(self) -> None:
         """Write the state that a resumed run goes on from."""
@@ -260,8 +266,6 @@ class Loop:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        if not self.validation:
-            return
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress, measure = self.progress, self.objective.measure

@@ -42,6 +42,7 @@ from luthier.engine.runs import (
     Run,
     automatic_name,
 )
+from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.verdict import Refit, judge_run
 from luthier.errors import RecipeError, RefusedInput
 from luthier.evaluation.baselines import Comparison, FittedBaselines
@@ -478,6 +479,8 @@ class Trainer:
         return self.run_folder.working / ACTIVATIONS
 
     def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
+        objective, folder = self.job.data.objective, self.run_folder.folder
+        grids = SampleGrids.of(objective, network, self.job.chat, folder)
         return Loop(
             network=network,
             objective=self.job.data.objective,
@@ -491,6 +494,7 @@ class Trainer:
             mixed=self.job.data.mixed,
             augmentation=self.recipe.data.augmentation,
             samples=MetricsFile(self.run_folder.folder / SAMPLES, texts=True),
+            on_measured=grids.draw if grids is not None else None,
             clock=self.clock,
             until=self.job.until,
             steps_before=self.job.steps_before,

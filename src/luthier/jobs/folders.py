@@ -21,7 +21,7 @@ from pathlib import Path
 
 from luthier.encryption.files import place_of, seal_line
 from luthier.encryption.memory import remove, working
-from luthier.engine.runs import SAMPLES
+from luthier.engine.runs import GRIDS, SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
 from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
@@ -59,8 +59,9 @@ class JobFolders:
         for folder in self.below("distillations"):
             remove(folder)
         for folder in self.below("runs"):
-            # No face shows them, and they hold texts of the rows.
+            # No face shows them, and they hold texts of the rows, or images like those.
             (folder / SAMPLES).unlink(missing_ok=True)
+            remove(folder / GRIDS)
             if working(folder) != folder:
                 remove(working(folder))
 

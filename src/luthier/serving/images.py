@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,8 +34,6 @@ AT_ONCE = 32
 """Images that are made at once."""
 MOST_SAMPLES = 100_000
 """Of one request; they are held in memory."""
-GAP = 2
-"""Pixels between the images of a grid."""
 
 
 @dataclass(frozen=True)
@@ -205,26 +201,3 @@ class ImageGenerator:
 
     def _pixels(self, images: Tensor) -> list[Pixels]:
         return [self.processor.to_pixels(each) for each in images.float().cpu().numpy()]
-
-
-def grid(images: Sequence[Pixels], columns: int | None = None) -> Pixels:
-    """Images of one size side by side on white, row by row; about as many rows as columns."""
-    height, width, _ = images[0].shape
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = -(-len(images) // columns)
-    size = rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3
-    whole = np.full(size, 255, dtype=np.uint8)
-    for index, image in enumerate(images):
-        top = GAP + index // columns * (height + GAP)
-        left = GAP + index % columns * (width + GAP)
-        whole[top : top + height, left : left + width] = image
-    return whole
-
-
-def encode_png(pixels: Pixels) -> bytes:
-    """An image ``[H, W, 3]`` as the bytes of a PNG file."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
-    return stream.getvalue()

@@ -112,7 +112,8 @@ class ImageRequest:
 
     count: int = 1
     label: str = ""
-    """Name of a class; empty for each class in turn, or of a model that knows none."""
+    """Name of a class, or what a model that learned from captions is to show; empty for each class in
+    turn, or of a model that knows none."""
     seed: int | None = None
     """Of the draws: the same one gives the same images. A random one where not given."""
     size: tuple[int, int] | None = None

@@ -22,10 +22,11 @@ from luthier.cancellation import KillHandle, cancellable
 from luthier.data.chat import NoTokenizer
 from luthier.data.media import Media
 from luthier.data.shapes import BareAudio, BareImage, RawText
-from luthier.errors import RowRefused
+from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
 from luthier.objectives.capabilities import (
     SupportsPrediction,
+    SupportsPrompts,
     SupportsReconstruction,
     SupportsSampling,
 )
@@ -257,7 +258,14 @@ class SerialModel:
         if generator is None or not isinstance(generator.objective, SupportsSampling):
             raise InferenceRefused(f"This model {self.purpose} and makes no images.", "model")
         known = generator.objective.sample_labels
-        label = request.label or None
+        label, prompt = request.label or None, None
+        if isinstance(generator.objective, SupportsPrompts) and generator.objective.reads_prompts:
+            label, prompt = None, label
+        if prompt is not None:
+            try:
+                generator.objective.check_prompt(prompt)
+            except RecipeError as refused:
+                raise InferenceRefused(f"{refused}.", "label") from None
         if label is not None and label not in known:
             if not known:
                 raise InferenceRefused(
@@ -278,7 +286,9 @@ class SerialModel:
         # A model that takes many passes for an image is ended between two of them.
         hook = self._network.model.register_forward_pre_hook(lambda *given: work.check())
         try:
-            return generator.sample(request.count, seed, label, done, lambda: self._turn(work))
+            return generator.sample(
+                request.count, seed, label, done, lambda: self._turn(work), prompt=prompt
+            )
         finally:
             hook.remove()
 

@@ -203,7 +203,7 @@ class _Runtime:
         return {"embedding": vector, "inputTextTokenCount": found.tokens}, found.tokens
 
     def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
-        from luthier.serving.images import encode_png
+        from luthier.data.pictures import encode_png
 
         with faults():
             try:

@@ -159,7 +159,7 @@ class _Inference:
         return PredictionsView(model=request.params["model"], answers=answers)
 
     def sample(self, request: Request, asked: SampleRequest) -> SamplesView | Response:
-        from luthier.serving.images import encode_png
+        from luthier.data.pictures import encode_png
 
         stored_id = self._model(request, "SampleImages")
         with _faults():
@@ -177,7 +177,7 @@ class _Inference:
         return SamplesView(model=name, seed=made.seed, width=width, height=height, images=views)
 
     def reconstruct(self, request: Request, asked: ReconstructionRequest) -> CopiesView | Response:
-        from luthier.serving.images import encode_png
+        from luthier.data.pictures import encode_png
 
         stored_id = self._model(request, "ReconstructImages")
         images = [
@@ -262,7 +262,7 @@ def _wants_picture(request: Request) -> bool:
 
 def _picture(pixels: Sequence[Any], headers: dict[str, str] | None = None) -> Response:
     """One image as it is, several side by side."""
-    from luthier.serving.images import encode_png, grid
+    from luthier.data.pictures import encode_png, grid
 
     whole = pixels[0] if len(pixels) == 1 else grid(pixels)
     return Response(200, encode_png(whole), {"Content-Type": PNG, **(headers or {})})

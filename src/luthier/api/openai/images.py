@@ -77,7 +77,7 @@ class Images(GenerationResource[ImageGenerationRequest]):
 
     def whole(self, caller: Caller, asked: ImageGenerationRequest) -> dict[str, Any]:
         """The images, as PNG files in base64."""
-        from luthier.serving.images import encode_png
+        from luthier.data.pictures import encode_png
 
         target = self.inference.target(caller, self.action, asked.model)
         asked.check()

@@ -1,0 +1,82 @@
+"""Pictures of what a model makes as training goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from luthier.data.pictures import GAP
+from luthier.data.processors import ImageProcessor
+from luthier.engine.runs import GRIDS
+from luthier.engine.sample_grids import IMAGES, SampleGrids
+from luthier.engine.train import train
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import GAN, SFT, VAE, Diffusion
+from luthier.recipe import Recipe
+
+HEIGHT, WIDTH = 9, 7
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "columns"),
+    [("vae", "vae", 6), ("gan", "dcgan", 3), ("diffusion", "unet", 3)],
+)
+def test_each_measurement_leaves_a_picture(
+    method: str,
+    family: str,
+    columns: int,
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
+    luthier_home: Path,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, HEIGHT, WIDTH), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(30) % 3)
+    fields: dict[str, Any] = {
+        "base": str(family_folder(family)),
+        "name": "one",
+        "data": {"train": str(tmp_path / "images.npz")},
+        "objective": {"method": method},
+        "adaptation": {"method": "full"},
+        "training": {"max_steps": 4, "evaluate_every": 2, "batch_size": 4, "precision": "float32"},
+    }
+    result = train(Recipe.parse(fields))
+    files = sorted((Path(result.run_dir) / GRIDS).iterdir())
+    assert [file.name for file in files] == ["000000.png", "000002.png", "000004.png"]
+    pictures = [np.asarray(Image.open(file)) for file in files]
+    rows = -(-IMAGES // columns)
+    size = (rows * (HEIGHT + GAP) + GAP, columns * (WIDTH + GAP) + GAP, 3)
+    assert {each.shape for each in pictures} == {size}
+    assert not np.array_equal(pictures[0], pictures[-1])
+
+
+def test_a_picture_moves_no_draw_of_the_training(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, cpu = family_folder("unet"), torch.device("cpu")
+    objective, chat = Diffusion(labels=()), load_chat_format(folder)
+    model = load_model(folder, torch.float32, cpu, objective.head())
+    network = as_network(model, cpu, torch.float32)
+    grids = SampleGrids.of(objective, network, chat, tmp_path)
+    assert grids is not None
+    before = torch.get_rng_state()
+    grids.draw(7)
+    first = (tmp_path / GRIDS / "000007.png").read_bytes()
+    grids.draw(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (tmp_path / GRIDS / "000007.png").read_bytes() == first
+
+
+def test_models_that_make_no_images_leave_none(tmp_path: Path) -> None:
+    from luthier.data.chat import ChatFormat
+
+    chat = ChatFormat.reading(ImageProcessor(HEIGHT, WIDTH))
+    network: Any = None
+    assert SampleGrids.of(SFT(), network, chat, tmp_path) is None
+    assert all(SampleGrids.of(each, network, chat, tmp_path) for each in (VAE(), GAN()))
