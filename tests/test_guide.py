@@ -72,6 +72,10 @@ def make_files(folder: Path) -> None:
     pairs = [{"anchor": row["prompt"], "positive": row["completion"]} for row in chats]
     write(folder / "pairs-of-texts.jsonl", pairs[:60])
     write(folder / "pairs-of-texts-test.jsonl", pairs[60:])
+    write(
+        folder / "two-texts.jsonl",
+        ({"text": row["anchor"], "other": row["positive"]} for row in pairs[60:]),
+    )
     sums = [(one, other) for one in range(1, 7) for other in range(1, 7)]
     write(
         folder / "prompts.jsonl",

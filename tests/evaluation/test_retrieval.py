@@ -18,6 +18,7 @@ from luthier.evaluation.retrieval import (
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
+    threshold_scores,
 )
 
 AXES = [[1.0, 0.0], [0.0, 1.0]]
@@ -138,3 +139,13 @@ def test_items_are_ranked_by_fame_and_by_company() -> None:
 def test_a_partner_is_looked_for_among_others_too() -> None:
     between = [[0.8, 0.6], [0.6, 0.8]]
     assert partner_ranks([[1.0, 0.0]], [[0.7, 0.7]], ["a"], between).tolist() == [2]
+
+
+def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:
+    partners = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]
+    anchors = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    found = threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7)
+    # Own: 1, 0.6, 1. Others: b-x 1, c-y 0.8, and four of 0.6 or less.
+    assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
+    same = threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7)
+    assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}

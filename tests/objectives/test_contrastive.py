@@ -315,3 +315,48 @@ def test_a_partner_longer_than_the_context_is_seen(
     with pytest.raises(DataError, match="more than the model's context") as caught:
         luthier.tune(data, base=str(family_folder("bert")), name="x")
     assert [problem.line for problem in caught.value.problems] == [1, 2]
+
+
+def test_the_threshold_is_what_few_other_pairs_are_above(
+    family_folder: Callable[[str], Path],
+) -> None:
+    objective = Contrastive(false_alarms=0.25)
+    assert (objective.rows_for_threshold, Contrastive().rows_for_threshold) == (3, 11)
+    network, examples = ready(family_folder("bert"), objective)
+    network.model.eval()
+    with torch.no_grad():
+        (batch,) = objective.annotate(network, examples, 1000)
+        embedded = objective.embed(network, batch).double().numpy()
+        done = objective.with_threshold(network, examples, 16)
+        assert objective.with_threshold(network, examples[:1], 1000) is objective
+        assert done.with_threshold(network, examples[:2], 1000) is done
+    order = np.argsort([side.row for side in batch.tree.examples])
+    scores = embedded[order[::2]] @ embedded[order[1::2]].T
+    others = scores[~np.eye(len(examples), dtype=bool)]  # 20, of which 5 may be above
+    assert done.threshold == pytest.approx(np.sort(others)[-5], abs=1e-6)
+    chat = load_chat_format(family_folder("small_cnn"))
+    views = [objective.encode(row, n, chat) for n, row in enumerate(image_rows())]
+    assert objective.with_threshold(network, views, 16) is objective
+
+
+def test_two_texts_are_said_to_be_similar_or_not(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"anchor": a, "positive": b}) + "\n" for a, b in PAIRS))
+    learned = luthier.tune(
+        data, base=str(family_folder("bert")), name="same", adaptation="full",
+        training__epochs=40, training__learning_rate=3e-3, training__precision="float32",
+        data__validation_share=0,
+    )  # fmt: skip
+    model = luthier.load(learned.model_id)
+    (a, b), (c, _) = PAIRS[:2]
+    rows = [{"text": a, "other": b}, {"anchor": a, "positive": c}, {"text": a}]
+    same, other, alone = (answer["predicted"] for answer in model.predict(rows))
+    vectors = model.embed([a, b])
+    assert same["score"] == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+    assert same["similar"] and not other["similar"]
+    assert alone["embedding"] == pytest.approx(vectors[0].tolist(), abs=1e-6)
+    scores = luthier.evaluate(model, data).scores
+    assert scores["similar"] == 1.0 and scores["false_alarms"] <= 0.06  # 1 of 20
+    assert model.nearest(a, [a, c], count=1)[0].place == 0  # type: ignore[union-attr]

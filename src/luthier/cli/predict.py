@@ -105,6 +105,6 @@ def _render(text: str, answer: dict[str, Any]) -> str:
     if "rating" in answer:
         return f"{answer['rating']:.3f}\n"
     if "score" in answer:
-        odd = "  anomalous" if answer.get("anomalous") else ""
-        return f"{answer['score']:.3f}{odd}\n"
+        found = [name for name in ("anomalous", "similar") if answer.get(name)]
+        return "  ".join([f"{answer['score']:.3f}", *found]) + "\n"
     return "".join(f"{p:6.1%}  {name}\n" for name, p in answer["scores"].items())

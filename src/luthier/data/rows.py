@@ -32,6 +32,7 @@ from luthier.data.shapes import (
     RawText,
     Shape,
     TaggedWords,
+    TextPair,
 )
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, Problem, RowRefused
@@ -373,8 +374,8 @@ def input_row(given: str, file: str, line: int = 1) -> Row:
 
 
 class InputChecker(Checker):
-    """Checks rows for what models that read take of them: a text, words, a prompt with its reply, an
-    image or a sound.
+    """Checks rows for what models that read take of them: a text, two texts (``text`` and ``other``, or
+    an anchor and a positive), words, a prompt with its reply, an image or a sound.
 
     Labels and all other keys may be anything but :data:`PREDICTED`.
     """
@@ -393,6 +394,9 @@ class InputChecker(Checker):
             if key in own:
                 return bare.read(own, self)
         text, reply = own.get("text"), own.get("completion")
+        pair = own.get("anchor", text), own.get("positive", own.get("other"))
+        if all(isinstance(side, str) and side.strip() for side in pair):
+            return TextPair(self.file, line, *map(str, pair))
         if isinstance(text, str) and text.strip():
             return RawText(self.file, line, text)
         if "prompt" in own and isinstance(reply, str):

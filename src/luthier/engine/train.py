@@ -239,15 +239,19 @@ class Trainer:
         if not isinstance(objective, SupportsThreshold):
             return job
         examples, wanted = self.job.data.validation, objective.rows_for_threshold
-        if len(examples) < wanted or job is not self.job:
-            self.reporter.note(
-                "warning: the threshold is set by rows that were learned from, so more of other rows "
-                f"will be above it; {len(examples):,} are held out, and {wanted:,} would do"
-            )
-        if len(examples) < wanted:
+        learned = len(examples) < wanted or job is not self.job
+        count = len(examples)
+        if count < wanted:
             examples = [*examples, *job.data.train]
         network.model.eval()
         done = objective.with_threshold(network, examples, self._reading_budget)
+        if done is objective:
+            return job
+        if learned:
+            self.reporter.note(
+                "warning: the threshold is set by rows that were learned from, so more of other rows "
+                f"will be above it; {count:,} are held out, and {wanted:,} would do"
+            )
         recipe = job.recipe.model_copy(update={"objective": done})
         origin = {**job.origin, "recipe": recipe.plain()}
         return replace(job, recipe=recipe, data=replace(job.data, objective=done), origin=origin)

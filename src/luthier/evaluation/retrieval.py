@@ -206,6 +206,36 @@ def item_ranks(
     return _ranks(scores_PU, own_P)
 
 
+def threshold_scores(
+    anchors: ArrayLike,
+    partners: ArrayLike,
+    anchor_texts: Sequence[str],
+    partner_texts: Sequence[str],
+    threshold: float,
+) -> dict[str, float]:
+    """The share of pairs whose cosine is above ``threshold``, and that of all other pairs of the rows.
+
+    Others have neither text in common with a row of their own.
+    """
+    anchor_PH, partner_PH = np.asarray(anchors), np.asarray(partners)
+    numbers = [
+        np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
+        for texts in (anchor_texts, partner_texts)
+    ]
+    alarms = others = 0
+    for part, scores_CP in _blocks(anchor_PH, partner_PH):
+        apart_CP = (numbers[0][part][:, None] != numbers[0]) & (
+            numbers[1][part][:, None] != numbers[1]
+        )
+        alarms += int(((scores_CP > threshold) & apart_CP).sum())
+        others += int(apart_CP.sum())
+    own_P = (anchor_PH * partner_PH).sum(1)
+    return {
+        "similar": float((own_P > threshold).mean()),
+        "false_alarms": alarms / max(1, others),
+    }
+
+
 def recall_at_1(ranks: ArrayLike) -> RowScores:
     """Whether the own partner of each is the first, row by row."""
     return RowScores.of(np.asarray(ranks) <= 1)

@@ -22,6 +22,7 @@ the network for training alone (docs/log/media.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
 """Of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
+
+MOST_COMPARED = 1_000
+"""Rows whose sides are all compared, to draw the threshold."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class Contrastive(Objective):
     """Look for the partner of a text in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
     """What stands for a text; ``auto``: the mean if the network sees both ways, else the last token."""
+
+    false_alarms: float = Field(default=0.01, ge=0, lt=1)
+    """Share of texts that do not belong together which may count as similar."""
+    threshold: float | None = None
+    """Cosine above which two texts are similar; from held-out rows after training when not given."""
 
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
@@ -216,10 +225,7 @@ class Contrastive(Objective):
             allowed_PK = others_VV[:count]
         else:
             own_PP = torch.eye(count, dtype=torch.bool)
-            allowed_PK = torch.ones_like(own_PP)
-            for half in (in_order[:count], in_order[count:]):
-                text_P = _numbers([side.ids_T.tobytes() for side in half])
-                allowed_PK &= torch.from_numpy(text_P[:, None] != text_P) | own_PP
+            allowed_PK = own_PP | _are_apart(in_order[:count], in_order[count:])
             anchor_PH, partner_PH = side_VH.split(count)
             each_P, right_P = self._info_nce(anchor_PH, partner_PH, own_PP, allowed_PK)
             if self.symmetric:
@@ -242,6 +248,37 @@ class Contrastive(Objective):
         logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
         nearest_Q1 = scores_QK.argmax(-1, keepdim=True)
         return -logp_QK.sum(-1) / positive_QK.sum(-1), positive_QK.gather(1, nearest_Q1)[:, 0]
+
+    @property
+    def rows_for_threshold(self) -> int:
+        """As many as have one false alarm: each anchor stands beside the partners of all others."""
+        return 1 + math.ceil(math.sqrt(1 / self.false_alarms)) if self.false_alarms else 2
+
+    def with_threshold(self, network: Network, examples: Sequence[Example], budget: int) -> Self:
+        """This objective with the cosine that at most :attr:`false_alarms` of other pairs are above.
+
+        Those are the anchors of ``examples`` beside the partners of others. Of images and sounds none
+        is drawn: their sides are views of one.
+        """
+        import torch
+
+        rows = [replace(each, row=n) for n, each in enumerate(examples[:MOST_COMPARED])]
+        if self.threshold is not None or any(row.given is not None for row in rows):
+            return self
+        sides = [side for row in rows for side in self.sequences(row)]
+        found: list[Any] = [None] * len(sides)
+        for batch in network.batches(sides, budget):
+            embedded = self.embed(network, batch).cpu()
+            for side, embedding_H in zip(batch.tree.examples, embedded, strict=True):
+                found[side.row] = embedding_H
+        anchors, partners = sides[::2], sides[1::2]
+        scores_PP = torch.stack(found[::2]) @ torch.stack(found[1::2]).t()
+        apart_PP = _are_apart(anchors, partners) & ~torch.eye(len(rows), dtype=torch.bool)
+        others = scores_PP[apart_PP].numpy()
+        if not len(others):
+            return self
+        threshold = float(np.quantile(others, 1 - self.false_alarms, method="higher"))
+        return self.model_copy(update={"threshold": threshold})
 
     def describe(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""
@@ -266,6 +303,17 @@ def _view(side: Example, training: bool) -> Example:
     if not drawn:
         drawn = (int(torch.randint(1 << 62, ())) if training else int(side.ids_T[0]),)
     return replace(side, media=replace(media, augmentation=changes, seed=(*drawn, side.row % 2)))
+
+
+def _are_apart(anchors: Sequence[Example], partners: Sequence[Example]) -> Tensor:
+    """Which pairs ``[P, P]`` have neither the anchor nor the partner in common."""
+    import torch
+
+    apart_PP = torch.ones(len(anchors), len(anchors), dtype=torch.bool)
+    for half in (anchors, partners):
+        text_P = _numbers([side.ids_T.tobytes() for side in half])
+        apart_PP &= torch.from_numpy(text_P[:, None] != text_P)
+    return apart_PP
 
 
 def _class_of(side: Example) -> str | bytes:

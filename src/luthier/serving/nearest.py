@@ -90,6 +90,7 @@ def find_nearest(
         raise RecipeError(f"a collection has at most {MOST_ROWS:,} rows, and this {len(rows):,}")
     if count < 1:
         raise RecipeError(f"count must be at least 1, and is {count}")
+    queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     known = EmbeddingIndex.open(index, stored)
     asked_QH = _embed(predictor, queries)
     row_NH, embedded = known.embeddings(predictor, rows, on_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,10 @@ class Predictor:
         Raises:
             DataError: naming every row that is longer than the context.
         """
-        examples = [self._encode(row, index) for index, row in enumerate(rows)]
+        sides = [self._sides(row) for row in rows]
+        owners = [row for row, own in zip(rows, sides, strict=True) for _ in own]
+        texts = [side for own in sides for side in own]
+        examples = [self._encode(side, index) for index, side in enumerate(texts)]
         if problems := [
             Problem(
                 row.file,
@@ -85,16 +89,33 @@ class Predictor:
                 f"{len(example)} tokens are more than the model's context of {self.context}.",
                 "Shorten the text.",
             )
-            for row, example in zip(rows, examples, strict=True)
+            for row, example in zip(owners, examples, strict=True)
             if len(example) > self.context
         ]:
             raise DataError(problems, "nothing was predicted")
-        answers = self._read(examples, done)
+        share = len(rows) / max(1, len(texts))
+        read = iter(self._read(examples, lambda finished: done(round(share * finished))))
+        answers = [self._answer_of([next(read) for _ in own]) for own in sides]
         if top is not None:
             for answer in answers:
                 if "scores" in answer:
                     answer["scores"] = likeliest(answer["scores"], top)
         return answers
+
+    def _sides(self, row: Row) -> list[Row]:
+        """What is read of a row: of two texts both, where the model says how alike they are."""
+        if self.objective.task == "embedding" and isinstance(row, TextPair):
+            return row.sides()
+        return [row]
+
+    def _answer_of(self, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The answer to a row; of two texts their cosine, and whether they are similar."""
+        if len(sides) == 1:
+            return sides[0]
+        one, other = (side["embedding"] for side in sides)
+        score = math.fsum(a * b for a, b in zip(one, other, strict=True))
+        threshold: float | None = getattr(self.objective, "threshold", None)
+        return {"score": score} | ({} if threshold is None else {"similar": score > threshold})
 
     def scores(
         self,
@@ -110,7 +131,12 @@ class Predictor:
         from luthier.evaluation.evaluate import check_shapes
         from luthier.evaluation.labels import label_remarks, row_scores, scores
         from luthier.evaluation.preferences import ranking_errors, ranking_scores
-        from luthier.evaluation.retrieval import partner_ranks, recall_at_1, retrieval_scores
+        from luthier.evaluation.retrieval import (
+            partner_ranks,
+            recall_at_1,
+            retrieval_scores,
+            threshold_scores,
+        )
 
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
@@ -141,7 +167,12 @@ class Predictor:
             what = "next item" if isinstance(rows[0], History) else "partner"
             remark = f"each {what} is looked for among the {pool:,} different ones of the rows"
             errors = {"recall_at_1": recall_at_1(ranks).error}
-            return ScoredRows(retrieval_scores(ranks), measured, first, [remark], errors)
+            found_scores = retrieval_scores(ranks)
+            threshold: float | None = getattr(self.objective, "threshold", None)
+            if threshold is not None:
+                sides = [row.text for row in texts], [row.positive for row in texts]
+                found_scores |= threshold_scores(anchors, partners, *sides, threshold)
+            return ScoredRows(found_scores, measured, first, [remark], errors)
         if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
             return self._class_retrieval(labelled, measured, first)
         for row, answer in zip(rows, first, strict=True):
