@@ -125,6 +125,7 @@ def server(
     sources = {
         "vae": ("small.npz", str(family_folder("vae")), {"method": "vae"}),
         "gan": ("small.npz", str(family_folder("dcgan")), {"method": "gan"}),
+        "unet": ("small.npz", str(family_folder("unet")), {"method": "diffusion"}),
         "cnn": ("large.npz", "small-cnn", {"method": "classification"}),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -288,6 +289,23 @@ def test_a_model_without_classes_takes_an_empty_text(server: Server) -> None:
     first, second = server.invoke("vae", **body)[0], server.invoke("vae", **body)[0]
     assert made.data and made.data[0].b64_json == plain["images"][0]["png"] == first["images"][0]
     assert first == second
+
+
+def test_a_model_of_diffusion_takes_steps_and_guidance(server: Server) -> None:
+    model = load(server.stored["unet"])
+    (expected,) = model.sample(1, seed=3, label="cat", guidance_scale=4.0)
+    body = {"seed": 3, "label": "cat", "guidance_scale": 4.0}
+    (made,) = server.post("unet/images", body)[1]["images"]
+    invoked, _ = server.invoke(
+        "unet", taskType="TEXT_IMAGE", textToImageParams={"text": "cat"},
+        imageGenerationConfig={"seed": 3, "cfgScale": 4.0},
+    )  # fmt: skip
+    assert made["png"] == invoked["images"][0]
+    assert np.array_equal(pixels_of(made["png"]), expected.pixels)
+    other = server.post("unet/images", {**body, "steps": 2})[1]["images"][0]
+    assert other["png"] != made["png"]
+    status, error = server.post("gan/images", {"steps": 2})
+    assert (status, error["parameter"]) == (400, "steps")
 
 
 # What is refused ----------------------------------------------------------------------------------

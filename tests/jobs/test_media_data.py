@@ -204,7 +204,13 @@ def test_a_base_of_texts_takes_json_lines_alone(
 
 
 @pytest.mark.parametrize(
-    ("base", "method"), [("small-vae", "vae"), ("small-dcgan", "gan"), ("small-cnn", None)]
+    ("base", "method"),
+    [
+        ("small-vae", "vae"),
+        ("small-dcgan", "gan"),
+        ("small-unet", "diffusion"),
+        ("small-cnn", None),
+    ],
 )
 def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | None) -> None:
     found = foundation_model(base)

@@ -118,6 +118,10 @@ class ImageRequest:
     """Of the draws: the same one gives the same images. A random one where not given."""
     size: tuple[int, int] | None = None
     """Height and width that they must have, as a model makes images of one size."""
+    steps: int | None = None
+    """From noise to image, of a model that takes several."""
+    guidance_scale: float | None = None
+    """How much such a model makes of what is asked for."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

@@ -25,6 +25,8 @@ from luthier.data.shapes import BareAudio, BareImage, RawText
 from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
 from luthier.objectives.capabilities import (
+    DenoisingSettings,
+    SupportsDenoising,
     SupportsPrediction,
     SupportsPrompts,
     SupportsReconstruction,
@@ -257,13 +259,19 @@ class SerialModel:
         generator = self._generator
         if generator is None or not isinstance(generator.objective, SupportsSampling):
             raise InferenceRefused(f"This model {self.purpose} and makes no images.", "model")
-        known = generator.objective.sample_labels
+        objective = generator.objective
+        known = objective.sample_labels
         label, prompt = request.label or None, None
-        if isinstance(generator.objective, SupportsPrompts) and generator.objective.reads_prompts:
+        settings = DenoisingSettings(request.steps, request.guidance_scale)
+        if settings != DenoisingSettings() and not isinstance(objective, SupportsDenoising):
+            parameter = "steps" if request.steps is not None else "guidance_scale"
+            text = "This model makes an image in one pass: it takes no steps and no guidance."
+            raise InferenceRefused(text, parameter)
+        if isinstance(objective, SupportsPrompts) and objective.reads_prompts:
             label, prompt = None, label
-        if prompt is not None:
+        if prompt is not None and isinstance(objective, SupportsPrompts):
             try:
-                generator.objective.check_prompt(prompt)
+                objective.check_prompt(prompt)
             except RecipeError as refused:
                 raise InferenceRefused(f"{refused}.", "label") from None
         if label is not None and label not in known:
@@ -287,8 +295,10 @@ class SerialModel:
         hook = self._network.model.register_forward_pre_hook(lambda *given: work.check())
         try:
             return generator.sample(
-                request.count, seed, label, done, lambda: self._turn(work), prompt=prompt
+                request.count, seed, label, done, lambda: self._turn(work), settings, prompt
             )
+        except RecipeError as error:
+            raise InferenceRefused(f"{error}.", "guidance_scale") from error
         finally:
             hook.remove()
 

@@ -22,6 +22,7 @@ _PROVIDERS = {
     "small-audio-cnn": ("luthier", "luthier", "small-audio-cnn"),
     "small-vae": ("luthier", "luthier", "small-vae"),
     "small-dcgan": ("luthier", "luthier", "small-dcgan"),
+    "small-unet": ("luthier", "luthier", "small-unet"),
 }
 """First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
@@ -58,6 +59,7 @@ _MODALITIES = {
     "audio_encoder": ("", "EMBEDDING"),
     "autoencoding": ("IMAGE", "IMAGE"),
     "adversarial": ("TEXT", "IMAGE"),
+    "denoising": ("TEXT", "IMAGE"),
 }
 """By kind; others read texts and give embeddings. What makes images takes the name of a class, and
 Bedrock has no word for what reads sounds."""

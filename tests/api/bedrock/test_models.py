@@ -25,7 +25,7 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 ENCODERS = [
     ENCODER, "google.efficientnet-lite0", "luthier.small-cnn", "luthier.small-audio-cnn"
 ]  # fmt: skip
-IMAGES = ["luthier.small-vae", "luthier.small-dcgan"]
+IMAGES = ["luthier.small-vae", "luthier.small-dcgan", "luthier.small-unet"]
 
 
 def test_foundation_models(bedrock: Any, bob: Any) -> None:
@@ -37,7 +37,7 @@ def test_foundation_models(bedrock: Any, bob: Any) -> None:
     assert kinds == {
         ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
         "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
-        "luthier.small-dcgan": ["TEXT"],
+        "luthier.small-dcgan": ["TEXT"], "luthier.small-unet": ["TEXT"],
     }  # fmt: skip
     assert bob.list_foundation_models()["modelSummaries"] == list(found.values())
 

@@ -203,12 +203,12 @@ class ImageConfig(NativeBody):
     seed: Annotated[int, Field(ge=0, le=2**31 - 2)] = 0
     """As with AWS's models, a request that names none gets the same images each time."""
     quality: Literal["standard"] = "standard"
+    cfgScale: Annotated[float, Field(ge=1, le=100)] | None = None
 
 
 _WITHOUT = {
     "negativeText": "#/textToImageParams/negativeText: no model here can be told what to leave out",
     "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
-    "cfgScale": "#/imageGenerationConfig/cfgScale: the model's guidance is not set by a request",
     "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
 }
 """What AWS's models can and those here cannot: who asks for it is told so by its name."""
@@ -245,7 +245,9 @@ class ImageBody(NativeBody):
         if config.height is not None and config.width is not None:
             size = config.height, config.width
         text = self.textToImageParams.text
-        return ImageRequest(config.numberOfImages, text, config.seed, size)
+        return ImageRequest(
+            config.numberOfImages, text, config.seed, size, guidance_scale=config.cfgScale
+        )
 
     @staticmethod
     def answer(files: Sequence[bytes]) -> dict[str, Any]:
@@ -267,6 +269,7 @@ _IMAGE_MEMBERS = {
     "count": "imageGenerationConfig/numberOfImages",
     "size": "imageGenerationConfig",
     "seed": "imageGenerationConfig/seed",
+    "guidance_scale": "imageGenerationConfig/cfgScale",
 }
 
 

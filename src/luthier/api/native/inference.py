@@ -71,7 +71,11 @@ class SampleRequest(Input):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """The same one gives the same images; drawn, and told, when not given."""
     label: str = Field(default="", max_length=1024)
-    """Name of a class; as many of each in turn when not given."""
+    """Name of a class, or what the images show; as many of each class in turn when not given."""
+    steps: int | None = Field(default=None, ge=1, le=10_000)
+    """From noise to image, of a model of diffusion; as it was stored when not given."""
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    """How much such a model makes of what is asked for."""
 
 
 class SampleView(View):
@@ -163,7 +167,9 @@ class _Inference:
 
         stored_id = self._model(request, "SampleImages")
         with _faults():
-            wanted = ImageRequest(asked.count, asked.label, asked.seed)
+            wanted = ImageRequest(
+                asked.count, asked.label, asked.seed, None, asked.steps, asked.guidance_scale
+            )
             made = self.pool.sample(stored_id, wanted)
         pixels = [each.pixels for each in made.images]
         if _wants_picture(request):
