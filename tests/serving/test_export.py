@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from luthier.cli.models import remove_model
+from luthier.data.media import Media
+from luthier.data.processors import read_processor
+from luthier.data.shapes import BareImage, RawText
 from luthier.engine import machine as machines
 from luthier.engine.machine import Machine
 from luthier.engine.train import train
@@ -20,9 +24,10 @@ from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
-from luthier.serving.export import export
+from luthier.serving.export import ONNX_FILE, export, export_onnx
 from luthier.serving.generation import Generator
-from luthier.store.models import added_tokens, chat_format, find, load
+from luthier.serving.prediction import Predictor
+from luthier.store.models import StoredModel, added_tokens, chat_format, custom_models, find, load
 
 CPU = torch.device("cpu")
 PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
@@ -260,3 +265,84 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError):
         export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
     assert list(tmp_path.iterdir()) == [tmp_path / "luthier-home"] or not list(tmp_path.iterdir())
+
+
+def label_texts(folder: Path, base: str, name: str, **fields: Any) -> None:
+    data = folder / f"{name}.jsonl"
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(4) for word in ("fox", "dog")]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    tune(base, name, str(data), **fields)
+
+
+def named(name: str) -> StoredModel:
+    return next(find(each.id) for each in custom_models() if each.id.endswith(f":{name}"))
+
+
+def tune(base: str, name: str, data: str, **fields: Any) -> None:
+    training = {"max_steps": 3, "learning_rate": 0.02, "precision": "float32", "threads": 1}
+    given = {"base": base, "name": name, "data": {"train": data, "validation_share": 0}}
+    train(Recipe.parse({**given, "training": training, **fields}))
+
+
+def test_onnx_gives_the_scores_of_a_classifier_of_texts(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    label_texts(tmp_path, str(family_folder("bert")), "texts")
+    stored = named("texts")
+    assert export_onnx(stored, tmp_path / "onnx") < 1e-4
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    texts = ["fox 9", "a dog and a fox and a dog", "dog"]
+    read = [chat_format(stored).encode_input(RawText("f", 1, text), 0).ids_T for text in texts]
+    answers = Predictor.open(stored).answers([RawText("f", 1, text) for text in texts])
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / ONNX_FILE))
+    labels = json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]
+    for text, ids_T, answer in zip(texts, read, answers, strict=True):
+        given = {"input_ids": ids_T[None], "attention_mask": np.ones_like(ids_T)[None]}
+        ((logits,),) = session.run(None, given)
+        scores = np.exp(logits - logits.max())
+        by_name = {labels[str(n)]: p for n, p in enumerate(scores / scores.sum())}
+        assert by_name == pytest.approx(answer["scores"], abs=1e-4), text
+    assert tokenizer.vocab_size == chat_format(stored).tokenizer.vocab_size
+
+
+def test_onnx_gives_the_scores_of_a_classifier_of_images(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)
+    tune("small-cnn", "images", str(tmp_path / "images.npz"))
+    stored = find("small-cnn:images")
+    export_onnx(stored, tmp_path / "onnx")
+    processor = read_processor(tmp_path / "onnx")
+    rows = [BareImage("f", n, Media("image", f"i{n}", array=each)) for n, each in enumerate(images)]
+    assert processor is not None
+    pixels = np.stack([processor.array(row.media) for row in rows])
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / ONNX_FILE))
+    (logits,) = session.run(None, {"pixel_values": pixels})
+    answers = [each["scores"] for each in Predictor.open(stored).answers(rows)]
+    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert scores.tolist() == [pytest.approx([*each.values()], abs=1e-4) for each in answers]
+
+
+def test_onnx_is_for_classifiers_whose_scores_come_out(
+    tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="is no classifier"):
+        export_onnx(find("tiny-llama:whole"), tmp_path / "none")
+    base = str(family_folder("bert"))
+    label_texts(tmp_path, base, "beside", adaptation={"method": "prefix", "virtual_tokens": 2})
+    stored = named("beside")
+    with pytest.raises(RecipeError, match="prefix cannot be merged"):
+        export_onnx(stored, tmp_path / "none")
+    label_texts(tmp_path, str(family_folder("llama")), "unpadded")
+    with pytest.raises(RecipeError, match="no padding token"):
+        export_onnx(named("unpadded"), tmp_path / "none")
+    label_texts(tmp_path, base, "wrong")
+    stored = named("wrong")
+    monkeypatch.setattr("luthier.serving.export._compare", lambda *given: float("nan"))
+    with pytest.raises(RecipeError, match="answers otherwise"):
+        export_onnx(stored, tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -322,15 +322,26 @@ def export_model(
     model: str,
     folder: Path,
     merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter in.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="A classifier for ONNX Runtime.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write a model as a Hugging Face directory, or an adapter as PEFT's."""
+    """Write a model as a Hugging Face directory, an adapter as PEFT's, or a classifier as ONNX."""
     from luthier.models.load import read_config
     from luthier.models.nets import NETS
-    from luthier.serving.export import export
+    from luthier.serving.export import export, export_onnx
     from luthier.store.models import find, objective_of
 
     stored = find(model)
+    if onnx:
+        error = export_onnx(stored, folder)
+        if json_:
+            print_json({"id": model, "folder": str(folder), "difference": error})
+        else:
+            print_text(
+                f"{model} was written to {folder}. ONNX Runtime gives the same scores, to {error:.1g} "
+                "of the largest"
+            )
+        return
     target = export(stored, folder, merged)
     network = read_config(stored.network_folder, objective_of(stored).head()).model_type
     if json_:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from luthier.data.chat import ChatFormat
+from luthier.data.processors import save_processor
 from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.manifest import MANIFEST
 from luthier.models.save import ADAPTER, save_network
-from luthier.store.models import StoredModel, adaptation_of, chat_format, load
+from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of
 
 
 def export(stored: StoredModel, target: Path, merged: bool) -> Path:
@@ -47,6 +54,123 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
                 copy_plain(stored.folder / name, fresh / name)
             chat_format(stored).tokenizer.save_pretrained(fresh)
     return target
+
+
+ONNX_FILE = "model.onnx"
+ONNX_ERROR = 1e-3
+"""Largest difference of a score, beside the largest score, from what PyTorch gives."""
+
+
+@torch.no_grad()
+def export_onnx(stored: StoredModel, target: Path) -> float:
+    """Write a classifier to the new folder ``target`` for ONNX Runtime; returns the largest difference.
+
+    ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
+    ``[batch, tokens]``, and gives ``logits`` ``[batch, classes]``, in float32. Beside it lie the
+    configuration, with the names of the classes, and the tokenizer or how images are read. Before
+    the folder is there, ONNX Runtime has answered rows of other sizes than those it was traced with,
+    and its answers were compared with PyTorch's.
+
+    Raises:
+        RecipeError: for a model that is no classifier, that cannot be traced, or that answers otherwise
+            in ONNX Runtime; or where the packages are not installed.
+    """
+    if objective_of(stored).task != "sequence_classification":
+        raise RecipeError(f"{stored.id} is no classifier; only classifiers are written for ONNX")
+    adaptation = adaptation_of(stored)
+    if stored.parent is not None and not adaptation.mergeable:
+        raise RecipeError(
+            f"{adaptation.method} cannot be merged into the network's own weights, which ONNX needs"
+        )
+    model: Any = load(stored, torch.float32, torch.device("cpu"))
+    model.eval()
+    chat = chat_format(stored)
+    if chat.media is None and model.config.pad_token_id is None:
+        raise RecipeError(
+            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
+        )
+    traced, other = (_onnx_inputs(model, chat, rows) for rows in (2, 3))
+    with new_folder(target) as fresh:
+        _trace(model, traced, fresh / ONNX_FILE, stored.id)
+        error = _compare(model, other, fresh / ONNX_FILE)
+        if not error <= ONNX_ERROR:
+            raise RecipeError(f"ONNX Runtime answers otherwise: scores differ by up to {error:.2g}")
+        model.config.save_pretrained(fresh)
+        if chat.media is not None:
+            save_processor(chat.media, fresh)
+        else:
+            chat.tokenizer.save_pretrained(fresh)
+    return error
+
+
+def _onnx_inputs(model: Any, chat: ChatFormat, rows: int) -> dict[str, Tensor]:
+    """Random images, or random tokens of two lengths, ``rows`` of them."""
+    generator = torch.Generator().manual_seed(rows)
+    if chat.media is not None:
+        return {"pixel_values": torch.randn(rows, *chat.media.shape, generator=generator)}
+    tokens = 8 * rows
+    ids_RT = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
+    mask_RT = torch.ones_like(ids_RT)
+    ids_RT[0, 5:], mask_RT[0, 5:] = model.config.pad_token_id, 0
+    return {"input_ids": ids_RT, "attention_mask": mask_RT}
+
+
+class _Logits(torch.nn.Module):
+    """A network that takes tensors by their place and gives one."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Scores ``[R, C]``."""
+        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+def _trace(model: Any, inputs: dict[str, Tensor], file: Path, name: str) -> None:
+    import logging
+    import warnings
+
+    axes = {"pixel_values": {0: "batch"}}.get(next(iter(inputs)), {0: "batch", 1: "tokens"})
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    try:
+        quiet.setLevel(logging.ERROR)  # it names each operator of torchvision, which is not here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Logits(model, [*inputs]).eval(),
+                tuple(inputs.values()),
+                str(file),
+                input_names=[*inputs],
+                output_names=["logits"],
+                dynamic_shapes=(tuple(axes for _ in inputs),),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+    except ImportError as error:
+        raise RecipeError(
+            f"writing for ONNX needs the package {error.name}: pip install 'luthier[onnx]'"
+        ) from None
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0]
+        raise RecipeError(f"{name} cannot be traced for ONNX: {reason}") from error
+    finally:
+        quiet.setLevel(level)
+
+
+def _compare(model: Any, inputs: dict[str, Tensor], file: Path) -> float:
+    """Largest difference of a score between PyTorch and ONNX Runtime, beside the largest score."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (scores,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+    wanted = model(**inputs).logits
+    difference = (torch.from_numpy(scores) - wanted).abs().max()
+    return float(difference / wanted.abs().max().clamp_min(1e-6))
 
 
 def _copy(source: Path, target: Path) -> None:
