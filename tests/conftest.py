@@ -135,14 +135,49 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn")
+IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr")
+TROCR = {
+    "model_type": "vision-encoder-decoder",
+    "encoder": {
+        "model_type": "vit",
+        "image_size": 16,
+        "patch_size": 8,
+        "initializer_range": 0.3,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "decoder": {
+        "model_type": "trocr",
+        "vocab_size": 1481,
+        "d_model": 16,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 48,
+        "init_std": 0.3,
+        "cross_attention_hidden_size": 24,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "is_decoder": True,
+        "add_cross_attention": True,
+    },
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
 def make_image_family(name: str, folder: Path) -> None:
-    """A tiny network for images of 9 x 7, and how it reads them."""
+    """A tiny network for images of 9 x 7 (TrOCR's: 16 x 16), and how it reads them."""
     from luthier.data.processors import ImageProcessor, save_processor
     from luthier.models.build import build_media
 
+    if name == "trocr":
+        build_media(TROCR, "image_to_text", 0, folder)
+        save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3), folder)
+        return
     fields: dict[str, Any] = {"image_size": (9, 7), "hidden_sizes": (8, 16)}
     if name == "small_cnn":  # its norms are over groups of 16
         fields["hidden_sizes"] = (16, 32)

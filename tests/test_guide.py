@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from luthier.files import luthier_home
 
@@ -120,6 +120,17 @@ def make_media(folder: Path) -> None:
     for name in ("ordinary", "series"):
         lines = [f"{n},{np.sin(n / 4) + random.normal(0, 0.1):.3f}\n" for n in range(600)]
         (folder / f"{name}.csv").write_text("timestamp,value\n" + "".join(lines))
+    for part, count in (("", 60), ("-test", 10)):
+        path = folder / f"lines{part}"
+        rows = [
+            {"file_name": f"{number}.png", "text": str(random.integers(10, 10**9))}
+            for number in range(1, count + 1)
+        ]
+        write(path / "metadata.jsonl", rows)
+        for row in rows:
+            image = Image.new("L", (160, 32), 255)
+            ImageDraw.Draw(image).text((4, 4), row["text"], font=ImageFont.load_default(20), fill=0)
+            image.save(path / row["file_name"])
     captions = list[dict[str, Any]]()
     for part, count in (("", 8), ("-test", 2)):
         for number in range(1, count + 1):

@@ -20,6 +20,7 @@ from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.media import Media
 from luthier.data.shapes import (
     BareImage,
+    CaptionedImage,
     Conversation,
     History,
     LabelledText,
@@ -124,6 +125,11 @@ ROWS["image"] = [
     BareImage("f", n, Media("image", f"i[{n}]", array=np.eye(8, dtype=np.uint8) * (n + 1) * 60))
     for n in range(4)
 ]
+ROWS["captioned_image"] = [
+    CaptionedImage(row.file, row.line, row.media, word)
+    for row, word in zip(ROWS["image"], WORDS, strict=True)
+    if isinstance(row, BareImage)
+]
 DISTILLED = ("logit_distillation", "on_policy_distillation")
 ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
@@ -144,11 +150,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def rows_of(objective: Objective, folder: Path) -> list[Row]:
     """Rows it learns from with such a network, those that come from further files included."""
     further = objective.mixed_shapes - objective.shapes
-    first = "image" if folder.name in IMAGES.values() else min(objective.shapes)
+    images = folder.name in IMAGES.values() and "image" in objective.shapes
+    first = "image" if images else min(objective.shapes)
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
-IMAGES = {"vae": "vae", "gan": "dcgan", "diffusion": "unet", "contrastive": "small_cnn"}
+IMAGES = {
+    "vae": "vae",
+    "gan": "dcgan",
+    "diffusion": "unet",
+    "contrastive": "small_cnn",
+    "image_to_text": "trocr",
+}
 """Family of each objective that learns from images; the other networks read tokens."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
@@ -168,6 +181,7 @@ REFUSED = {
     **{("vae", f): "cannot be an autoencoder of images" for f in FAMILIES},
     **{("gan", f): "cannot be a generator of images" for f in FAMILIES},
     **{("diffusion", f): "cannot be a denoiser of images" for f in FAMILIES},
+    **{("image_to_text", f): "an encoder of images and a decoder" for f in FAMILIES},
     **{("bilm", f): "does not mark where they begin" for f in FAMILIES if f != "elmo"},
     **{("span_corruption", f): "for encoder-decoders" for f in FAMILIES if f != "t5"},
 }
@@ -214,6 +228,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         },
         **{("feature_extraction", f): "has none. Use lora" for f in IMAGES.values()},
         **{(a, "small_cnn"): "no linear layers to adapt" for a in ("qlora", "sparse")},
+        ("feature_extraction", "trocr"): "output head.* tied",
         ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",
         **{(a, "dcgan"): "spectral norm" for a in ("lora", "qlora", "sparse")},
     }

@@ -292,7 +292,8 @@ class Example:
     desirable: bool | None = None
     """Whether people want such an answer, where rows come one by one."""
     media: MediaInput | None = None
-    """The image or sound that the network reads. It counts as one token, whose id is a hash of it."""
+    """The image or sound that the network reads: ``ids_T`` is then one token, a hash of it, or the
+    text that a decoder writes of it."""
     reference: float | None = None
     """Log-probability of the learned tokens under the reference model, where it is known ahead."""
 
@@ -318,7 +319,9 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the network reads, the encoder's included."""
+        """Tokens that the network reads, the encoder's included; an image and its text are one."""
+        if self.media is not None:
+            return 1
         return len(self.ids_T) + (0 if self.source_T is None else len(self.source_T))
 
     @property

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from written_rows import row_of
 
 from luthier.data.forms import FORMS, forms_of
-from luthier.data.rows import load_prompts, load_rows, read_rows
+from luthier.data.rows import load_inputs, load_prompts, load_rows, read_rows
 from luthier.data.rules import RULES
-from luthier.data.shapes import Conversation, PromptCompletion
+from luthier.data.shapes import BareImage, Conversation, PromptCompletion
 from luthier.errors import DataError, Problem
 from luthier.types import Message
 
@@ -381,3 +382,18 @@ def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
     rows, recognized = read_rows(tmp_path)
     assert [row.text for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
     assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'
+
+
+def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> None:
+    Image.new("L", (4, 3)).save(tmp_path / "1.png")
+    for key, name in (
+        ("file_name", "metadata.jsonl"),
+        ("image-ref", "a.jsonl"),
+        ("image", "b.jsonl"),
+    ):
+        record = {key: "1.png", "text": "yes"}
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+        ((found, row),) = load_inputs(tmp_path if key == "file_name" else tmp_path / name)
+        (tmp_path / name).unlink()
+        assert found == record and isinstance(row, BareImage)
+        assert row.media.path == tmp_path / "1.png"

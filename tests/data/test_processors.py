@@ -102,12 +102,24 @@ def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int,
     [
         ImageProcessor(32, 24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos"),
         ImageProcessor(224, 224, shortest_edge=256),
+        ImageProcessor(32, 320, (0.5,) * 3, (0.5,) * 3, pad=True),
         AudioProcessor(8000, 2.5, 40, 20.0, 5.0),
     ],
 )
 def test_a_processor_is_read_as_it_was_saved(processor: Processor, tmp_path: Path) -> None:
     save_processor(processor, tmp_path)
     assert read_processor(tmp_path) == processor
+
+
+@pytest.mark.parametrize(("size", "filled"), [((40, 100), 80), ((50, 10), 6), ((10, 200), 160)])
+def test_a_padded_image_keeps_its_proportions(size: tuple[int, int], filled: int) -> None:
+    reads = ImageProcessor(32, 160, (0.0,) * 3, (1.0,) * 3, pad=True)
+    dark = Media("image", "x", array=np.zeros(size, np.uint8))
+    values = reads.array(dark)
+    assert values.shape == (3, 32, 160)
+    rows = min(32, round(size[0] * 160 / size[1]))
+    assert not values[:, :rows, :filled].any()
+    assert (values[:, rows:] == 1).all() and (values[:, :, filled:] == 1).all()
 
 
 def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from luthier.engine.checkpoints import Checkpoints
@@ -59,6 +60,7 @@ CASES = {
     "two players": ("dcgan", "gan", "full", {}),
     "views of images": ("small_cnn", "contrastive", "full", {}),
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
+    "letters of columns": ("trocr", "image_to_text", "full", {"ctc_weight": 0.5}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }
 
@@ -104,6 +106,14 @@ def rows_for(objective: str, path: Path) -> Path:
         images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), 9, 7), dtype=np.uint8)
         np.savez(path.with_suffix(".npz"), images=images, labels=np.arange(len(TEXTS)) % 2)
         return path.with_suffix(".npz")
+    if objective == "image_to_text":
+        random = np.random.default_rng(0)
+        rows = []
+        for n, text in enumerate(("yes", "no", "ba", "one", "an", "xy")):
+            name = f"{path.stem}-{n}.png"
+            pixels = random.integers(0, 256, (9, 7), dtype=np.uint8)
+            Image.fromarray(pixels).save(path.with_name(name))
+            rows.append({"image": name, "caption": text})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -112,7 +122,7 @@ OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
     "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
-    "two players", "noise of every step", "views of images",
+    "two players", "noise of every step", "views of images", "letters of columns",
 }  # fmt: skip
 """Those with a state of their own; the others differ from one of them in what is trained."""
 assert set(CASES) >= OFTEN

@@ -282,6 +282,7 @@ def test_catalogue_entries_are_complete() -> None:
             assert entry.source.repository.count("/") == 1
         speechless = (
             "image_encoder", "audio_encoder", "autoencoding", "adversarial", "denoising",
+            "image_to_text",
         )  # fmt: skip
         assert entry.licence and entry.about and (entry.languages or entry.kind in speechless)
         drawn = isinstance(entry.source, RandomSource)

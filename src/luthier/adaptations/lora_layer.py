@@ -177,6 +177,11 @@ class LoRAConv2d(nn.Module):
             self.lora_A.weight.copy_(start)
             self.lora_B.weight.zero_()
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen kernels: vision transformers ask for their type before they call the layer."""
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', H', W']``."""
         y: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale

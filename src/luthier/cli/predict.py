@@ -98,6 +98,8 @@ def _render(text: str, answer: dict[str, Any]) -> str:
     if "tags" in answer:
         words = zip(text.split(), answer["tags"], strict=True)
         return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
+    if "text" in answer:
+        return f"{answer['text']}\n"
     if "embedding" in answer:
         return json.dumps(answer["embedding"]) + "\n"
     if "reward" in answer:

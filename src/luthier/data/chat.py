@@ -145,15 +145,19 @@ class ChatFormat:
     media: Processor | None = None
     """How images or sounds are read; ``None`` where only texts are."""
 
+    @property
+    def knows_texts(self) -> bool:
+        """Whether there is a tokenizer; of networks that read media, those that write have one."""
+        return not isinstance(self.tokenizer, NoTokenizer)
+
     def encode_input(self, row: Row, index: int) -> Example:
         """What the network reads of a row as a whole, of weight 1 in all: its text, image or sound.
 
         ``index`` becomes ``Example.row``.
         """
         if isinstance(row, MediaRow):
-            processor = check_kind(row.media, self.media, index)
+            media = self.media_input(row, index)
             ids_T = np.array([int(row.media.digest()[:15], 16)])
-            media = MediaInput(row.media, processor)
             return Example(ids_T, np.ones(1, np.float32), index, target=np.zeros(0), media=media)
         ids_T, word_T = self.encode_words(row.plain_text())
         if not len(ids_T):
@@ -161,6 +165,14 @@ class ChatFormat:
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0), word_T=word_T)
+
+    def media_input(self, row: MediaRow, index: int) -> MediaInput:
+        """The image or sound of a row, as the network reads it.
+
+        Raises:
+            RowRefused: where it reads no such rows.
+        """
+        return MediaInput(row.media, check_kind(row.media, self.media, index))
 
     def with_image_size(self, size: int) -> ChatFormat:
         """The same for images of another size.
@@ -199,6 +211,7 @@ class ChatFormat:
         template: Template = "auto",
         stop_ids: Sequence[int] = (),
         start_id: int | None = None,
+        media: Processor | None = None,
     ) -> ChatFormat:
         """Choose the format: the model's chat template where it has one, plain text elsewhere."""
         if template == "auto":
@@ -207,7 +220,7 @@ class ChatFormat:
             _check_template(tokenizer)
         stops = dict.fromkeys([tokenizer.eos_token_id, *stop_ids])
         stops.pop(None, None)
-        return ChatFormat(tokenizer, template, tuple(stops), start_id)
+        return ChatFormat(tokenizer, template, tuple(stops), start_id, media)
 
     def with_template(self, template: Template) -> ChatFormat:
         """The same model's format with another template; ``auto`` keeps the one it has."""
@@ -437,7 +450,7 @@ class ChatFormat:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
-        if self.media is not None:
+        if self.media is not None and not self.knows_texts:
             return [f"<{self.media.kind}>"] * len(ids)
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

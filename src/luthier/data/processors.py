@@ -34,6 +34,8 @@ _RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": 3, "lanczos": 1}
 """Pillow's numbers, which ``preprocessor_config.json`` has."""
 _CROPPED_BELOW = 384
 """Size from which on processors with ``crop_pct`` resize the whole image."""
+PADDED = "PaddedImageProcessor"
+"""A form of luthier's own: none of transformers' processors fills up lines at their end."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,6 +50,8 @@ class ImageProcessor:
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     shortest_edge: int = 0
     """Size the shorter side is brought to before the middle is cut out; 0 to resize the whole."""
+    pad: bool = False
+    """Keep the proportions, and fill the right and the bottom with white: lines differ in length."""
     kind: MediaKind = "image"
 
     @property
@@ -66,6 +70,12 @@ class ImageProcessor:
 
         image = Image.fromarray(media.pixels())
         method = Image.Resampling(_RESAMPLE[self.resample])
+        if self.pad:
+            scale = min(self.width / image.width, self.height / image.height)
+            sides = [max(1, round(side * scale)) for side in image.size]
+            whole = Image.new("RGB", (self.width, self.height), "white")
+            whole.paste(image.resize((sides[0], sides[1]), method))
+            return np.asarray(whole)
         if not self.shortest_edge:
             return np.asarray(image.resize((self.width, self.height), method))
         # In whole numbers: a rounding error would make the shorter side one pixel too short.
@@ -104,6 +114,8 @@ class ImageProcessor:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+        if self.pad:
+            fields |= {"image_processor_type": PADDED, "do_pad": True}
         if self.shortest_edge:
             fields |= {
                 "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": size,
@@ -134,7 +146,8 @@ class ImageProcessor:
         mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
         std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
         resample: Any = names.get(fields.get("resample", 2), "bilinear")
-        return ImageProcessor(whole["height"], whole["width"], mean, std, resample, edge)
+        pad = kind == PADDED
+        return ImageProcessor(whole["height"], whole["width"], mean, std, resample, edge, pad)
 
 
 def _sides(size: Any) -> dict[str, int]:

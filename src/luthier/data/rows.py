@@ -390,6 +390,9 @@ class InputChecker(Checker):
             message = f'The row has a field "{PREDICTED}", where the answer is to stand.'
             self.report("row.predicted", message, "Rename or remove that field.")
             return None
+        # Forms of texts are left as they are: a row keeps its fields beside the answer.
+        forms = [form.convert(own)[0] for form in forms_of(own)]
+        own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
         for key, bare in BARE_MEDIA.items():
             if key in own:
                 return bare.read(own, self)

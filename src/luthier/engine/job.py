@@ -13,7 +13,6 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
-from luthier.data.processors import Processor
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
@@ -141,12 +140,12 @@ def with_base(recipe: Recipe, reporter: Reporter) -> Recipe:
 
 
 def with_reading_defaults(
-    recipe: Recipe, base: store.StoredModel, processor: Processor | None, reporter: Reporter
+    recipe: Recipe, base: store.StoredModel, chat: ChatFormat, reporter: Reporter
 ) -> Recipe:
     """The recipe with what suits the base and rows of the kind that it reads, where that was left open.
 
     All of a base of random weights learns. Images and sounds are changed at random, but where their
-    features are computed once.
+    features are computed once, and where texts are read off them, of which a part would be cut away.
     """
     choices: list[defaults.Choice] = []
     if base.manifest.is_random and "adaptation" not in recipe.model_fields_set:
@@ -157,6 +156,7 @@ def with_reading_defaults(
     if recipe.data.augmentation is None:
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
+        processor = None if chat.knows_texts else chat.media
         if processor is not None and changes and not recipe.adaptation.head_only:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
@@ -194,7 +194,7 @@ def prepare_job(
         chat = chat.with_image_size(recipe.data.image_size)
     if recipe.data.sampling_rate or recipe.data.max_seconds:
         chat = chat.with_sounds(recipe.data.sampling_rate, recipe.data.max_seconds)
-    recipe = with_reading_defaults(recipe, base, chat.media, reporter)
+    recipe = with_reading_defaults(recipe, base, chat, reporter)
     check_vocabulary(chat, config, base.id)
     context, room = context_length(config), store.room_of(base, recipe.adaptation)
     if room < 1:

@@ -19,6 +19,7 @@ SCORES: Mapping[str, str] = {
     "cosine": "cosine with the teacher",
     "absolute_error": "mean absolute error",
     "entity_f1": "entity F1",
+    "cer": "character error rate",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
 HOLLOW = 0.95

@@ -14,7 +14,7 @@ from typing import Any
 from luthier.data.chat import ChatFormat
 from luthier.data.media import MediaKind
 from luthier.data.rows import Columns, RowReader
-from luthier.data.shapes import SHAPES, MediaRow
+from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
@@ -23,7 +23,7 @@ from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import LARGE, ScanProgress, inspect_rows, inspect_sources
-from luthier.objectives import Objective
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
@@ -68,6 +68,10 @@ def default_base(
             f"objective {objective.method} trains such a network",
         )
     if isinstance(row, MediaRow):
+        for kind in OBJECTIVES.values():
+            own = kind.defaults.bases.get(row.media.kind)
+            if own and row.shape in kind.shapes and kind.chosen_by_shape:
+                return own, f"the rows are {describe_shapes([row.shape])}, which it learns from"
         known = MEDIA_BASES[row.media.kind]
         return known, f"the rows are {row.media.kind}s, which it reads"
     what = row and SHAPES[row.shape].reader_text

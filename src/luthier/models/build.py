@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
 from luthier.models import nets
-from luthier.models.characters import character_tokenizer, token_ids
+from luthier.models.characters import character_tokenizer, letter_tokenizer, token_ids
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task
@@ -57,8 +57,13 @@ def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
 
 
 def build_media(fields: dict[str, Any], task: Task, seed: int, folder: Path) -> None:
-    """Write a network for images or spectrograms with weights drawn from ``seed``, in float32."""
+    """Write a network for images or spectrograms with weights drawn from ``seed``, in float32.
+
+    One that writes texts gets a tokenizer of letters, which the sizes of its decoder must go with.
+    """
     _draw(fields, task, seed).save_pretrained(folder)
+    if task == "image_to_text":
+        letter_tokenizer().save_pretrained(folder)
 
 
 def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:

@@ -166,6 +166,7 @@ EntryKind = Literal[
     "autoencoding",
     "adversarial",
     "denoising",
+    "image_to_text",
 ]
 """The task of a base model's head, or what it encodes: an ``encoder`` texts."""
 
@@ -255,6 +256,23 @@ def _convert_efficientnet_lite(folder: Path, target: Path) -> None:
     save_processor(ImageProcessor(224, 224, (127 / 255,) * 3, (128 / 255,) * 3), target)
 
 
+_LETTER_DECODER = {
+    "model_type": "trocr",
+    "vocab_size": 1481,  # of characters.letter_tokenizer
+    "d_model": 128,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 512,
+    "max_position_embeddings": 128,
+    "activation_function": "gelu",
+    "is_decoder": True,
+    "add_cross_attention": True,
+    "cross_attention_hidden_size": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 _SMALL_IMAGES = ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)
 
 
@@ -266,6 +284,7 @@ def _random_entry(
     config: Mapping[str, Any],
     processor: Processor = _SMALL_IMAGES,
     task: Task = "embedding",
+    context: int = 1,
 ) -> CatalogEntry:
     """A small network that is drawn here and not fetched."""
     return CatalogEntry(
@@ -274,7 +293,7 @@ def _random_entry(
         kind=kind,
         languages=(),
         parameters=parameters,
-        context=1,
+        context=context,
         licence="Apache-2.0",
         download_bytes=0,
         disk_bytes=20_000_000,
@@ -424,6 +443,23 @@ _ENTRIES = (
         },
         WindowProcessor(48),
         task="autoencoding",
+    ),
+    _random_entry(
+        "small-ocr",
+        "image_to_text",
+        1_050_064,
+        "small encoder of lines of text and decoder of letters, of random weights; reads 32 x 320",
+        {
+            "model_type": "vision-encoder-decoder",
+            "encoder": {"model_type": "line_encoder", "image_size": [32, 320]},
+            "decoder": _LETTER_DECODER,
+            "pad_token_id": 0,
+            "decoder_start_token_id": 1,
+            "eos_token_id": 2,
+        },
+        ImageProcessor(32, 320, (0.5,) * 3, (0.5,) * 3, "bicubic", pad=True),
+        task="image_to_text",
+        context=128,
     ),
     CatalogEntry(
         id="smollm2-360m-instruct",

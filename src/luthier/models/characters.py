@@ -1,4 +1,6 @@
-"""Text as the bytes of its words, for networks that read words by their spelling.
+"""Text by its spelling: tokenizers that are the same for all rows, as they are made of no text.
+
+For networks that read words by the bytes of their spelling (:func:`character_tokenizer`):
 
 Words are what stands between white space; each mark of punctuation is a word of its own. A word is
 ``Ġ``, as byte-level tokenizers write the space before it, and its bytes, so none is outside the
@@ -8,6 +10,7 @@ vocabulary. A text stands between ``[S]`` and ``[/S]``, which are words of one t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 SPECIAL = ("[PAD]", "[S]", "[/S]", "[E]")
@@ -59,3 +62,43 @@ def token_ids(tokenizer: Any) -> dict[str, int]:
 def word_starts(tokens: Sequence[str]) -> list[int]:
     """Where words begin among the tokens of a text, by the rule of this module."""
     return [place for place, token in enumerate(tokens) if token == WORD_START or token in SPECIAL]
+
+
+LETTERS = (
+    range(0xA0, 0x250),  # Latin
+    range(0x370, 0x530),  # Greek, Cyrillic
+    range(0x1E00, 0x1F00),  # Latin with several marks, Vietnamese among them
+    range(0x2010, 0x2040),  # dashes, quotation marks
+    range(0x20A0, 0x20C0),  # currencies
+)
+"""Characters beyond ASCII that are one token of :func:`letter_tokenizer`."""
+
+
+def letter_tokenizer() -> Any:
+    """Text letter by letter, for networks that write what they see; always the same.
+
+    A letter of Latin, Greek or Cyrillic script is one token, whatever marks it has. A character of
+    another script is two to four, its bytes, so none is outside the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    known = dict.fromkeys(["<pad>", "<s>", "</s>", *sorted(level.alphabet())])
+    merges = dict[tuple[str, str], None]()
+    for letter in map(chr, chain(*LETTERS)):
+        spelling = level.pre_tokenize_str(letter)[0][0]
+        for end in range(2, len(spelling) + 1):
+            merges[spelling[: end - 1], spelling[end - 1]] = None
+            known[spelling[:end]] = None
+    ids = {token: index for index, token in enumerate(known)}
+    core = Tokenizer(models.BPE(vocab=ids, merges=[*merges]))
+    core.pre_tokenizer = level
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+        clean_up_tokenization_spaces=False,
+    )

@@ -302,6 +302,7 @@ def sample(
     *,
     stop_ids: Collection[int] = (),
     seeds: Sequence[int] | None = None,
+    encoded_RSH: Tensor | None = None,
     batch_size: int = 64,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[list[Completion]]:
@@ -310,6 +311,8 @@ def sample(
     The weights are the very ones of the next training step, adapters and soft prompts in place: nothing
     is copied, merged or exported. Runs in eval mode, without gradients, and leaves each module in the
     mode it found it in. ``seeds`` has one for each prompt; without them all have that of ``sampling``.
+    Where an encoder has read the prompts already (images), its states are ``encoded_RSH``, and a prompt
+    is the number of its row there.
     At most ``batch_size`` rows run at once; ``done`` hears how many are finished.
 
     Raises:
@@ -327,7 +330,7 @@ def sample(
     finished = 0
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     together = max(1, batch_size // count)
-    with _eval_mode(network.model), closing(backend_of(network, context)) as backend:
+    with _eval_mode(network.model), closing(_backend(network, context, encoded_RSH)) as backend:
         for start, first in itertools.product(
             range(0, len(order), together), range(0, count, batch_size)
         ):
@@ -359,10 +362,18 @@ def seed_of(sampling: Sampling) -> int:
     return secrets.randbits(63) if sampling.seed is None else sampling.seed
 
 
+def _backend(network: Network, context: int, encoded_RSH: Tensor | None) -> Backend:
+    if encoded_RSH is None:
+        return backend_of(network, context)
+    from luthier.models.torch_backend import ForwardBackend
+
+    return ForwardBackend(network, context, encoded_RSH)
+
+
 def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> int:
     """The context of ``network``, which has to write text and to hold every prompt."""
     model = network.model
-    if heads.task_of(model) != "causal_lm" or network.both_ways:
+    if heads.task_of(model) not in ("causal_lm", "image_to_text") or network.both_ways:
         raise RecipeError(
             f"networks of type {model.config.model_type} with this head do not write text, so "
             "there is nothing to sample. Take a base model that generates."

@@ -28,6 +28,7 @@ Task = Literal[
     "autoencoding",
     "adversarial",
     "denoising",
+    "image_to_text",
 ]
 _CLASSES: dict[Task, str] = {
     "causal_lm": "AutoModelForCausalLM",
@@ -39,6 +40,7 @@ _CLASSES: dict[Task, str] = {
     "autoencoding": "AutoModelForImageToImage",
     "adversarial": "AutoModelForPreTraining",
     "denoising": "AutoModelForImageToImage",
+    "image_to_text": "AutoModelForImageTextToText",
 }
 _WORDS: dict[Task, str] = {
     "causal_lm": "a causal language model",
@@ -50,6 +52,7 @@ _WORDS: dict[Task, str] = {
     "autoencoding": "an autoencoder of images",
     "adversarial": "a generator of images with its discriminator",
     "denoising": "a denoiser of images",
+    "image_to_text": "a writer of the text of images",
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
@@ -66,6 +69,7 @@ _PEFT: dict[Task, str] = {
     "autoencoding": "FEATURE_EXTRACTION",
     "adversarial": "FEATURE_EXTRACTION",
     "denoising": "FEATURE_EXTRACTION",
+    "image_to_text": "SEQ_2_SEQ_LM",
 }
 
 
@@ -85,7 +89,7 @@ class Head:
 
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' configuration that say so."""
-        if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding"):
+        if self.task in ("causal_lm", "masked_lm", "embedding", "autoencoding", "image_to_text"):
             return {}
         names = dict(enumerate(self.labels))
         return {
@@ -121,15 +125,26 @@ _OF_MEDIA: dict[Task, tuple[str, ...]] = {
     "autoencoding": ("AutoModelForImageToImage",),
     "adversarial": ("AutoModelForPreTraining",),
     "denoising": ("AutoModelForImageToImage",),
+    "image_to_text": (_CLASSES["image_to_text"],),
 }
 """The same for networks that read images, or sounds as pictures of their pitch over time."""
+_IMAGE_TO_TEXT = frozenset({"vision-encoder-decoder"})
+"""An encoder of images beside a decoder of tokens; other families mix both in one sequence."""
+
+
+def is_image_to_text(config: Any) -> bool:
+    """Whether networks of this configuration write texts behind an encoder of images."""
+    return getattr(config, "model_type", "") in _IMAGE_TO_TEXT
 
 
 def reads_media(config: Any) -> bool:
-    """Whether networks of this configuration read images or sounds and no tokens."""
+    """Whether networks of this configuration read images or sounds, and no tokens but their own."""
     import transformers
 
-    named = [name for task, names in _OF_MEDIA.items() if task != "embedding" for name in names]
+    if is_image_to_text(config):
+        return True
+    others: tuple[Task, ...] = ("embedding", "image_to_text")
+    named = [name for task, names in _OF_MEDIA.items() if task not in others for name in names]
     return not hasattr(config, "vocab_size") and any(
         type(config) in getattr(transformers, name)._model_mapping
         for name in (*named, "AutoModelForAudioClassification")
@@ -180,7 +195,7 @@ def _class_name(config: Any, task: Task) -> str:
     name = _CLASSES[task]
     if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
         return ""
-    if task == "adversarial":  # texts are pre-trained in other ways
+    if task in ("adversarial", "image_to_text"):  # of networks that read media
         return ""
     if _has(config, _SEQ2SEQ):
         # The encoder alone reads a text; the decoder is for writing.
@@ -243,7 +258,7 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    if task_of(model) in ("causal_lm", "embedding", "autoencoding"):
+    if task_of(model) in ("causal_lm", "embedding", "autoencoding", "image_to_text"):
         return []
     prefix = getattr(model, "base_model_prefix", "")
     heads = [n for n, child in model.named_children() if n != prefix and _own(child, model)]
@@ -308,6 +323,8 @@ def width_of(model: Any) -> int:
     """Numbers in a hidden state, ``H``; of an image, in what its classifier or decoder reads."""
     from torch import nn
 
+    if is_image_to_text(model.config):
+        return int(model.config.decoder.hidden_size)
     if not reads_media(model.config):
         return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
@@ -334,20 +351,24 @@ def _embedding_width(model: Any) -> int:
 
 
 def decoder_of(model: Any) -> nn.Module | None:
-    """The decoder of an encoder-decoder; ``None`` for other networks."""
+    """The decoder of an encoder-decoder, without its output head; ``None`` for other networks."""
+    decoder: nn.Module | None
+    if is_image_to_text(model.config):
+        decoder = model.decoder.base_model
+        return decoder
     if reads_media(model.config):
         return None
     backbone = model.base_model
     if getattr(backbone, "encoder", None) is None:
         return None
-    decoder: nn.Module | None = getattr(backbone, "decoder", None)
+    decoder = getattr(backbone, "decoder", None)
     return decoder
 
 
 def decoder_start(model: Any) -> int:
     """The token that an encoder-decoder starts to write from."""
     start = getattr(model.config, "decoder_start_token_id", None)
-    return int(model.config.pad_token_id if start is None else start)
+    return filling_id(model) if start is None else int(start)
 
 
 def filling_id(model: Any) -> int:
@@ -424,6 +445,8 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """
     from torch.nn.functional import gelu
 
+    if is_image_to_text(model.config):
+        model = model.decoder
     if task_of(model) == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))
     elif getattr(model.config, "scale_decoder_outputs", False):  # T5 with a tied head

@@ -1,5 +1,5 @@
-"""How the nodes of a token tree are laid out for a network: flat, padded, for an encoder-decoder, or as
-images.
+"""How the nodes of a token tree are laid out for a network: flat, padded, for an encoder-decoder, or
+as images, which may have a decoder behind them.
 
 The flat layout is the fast one and the default: one sequence of nodes, the tree in the attention. It
 needs a network whose attention can be replaced. Others (relative positions inside the attention,
@@ -54,6 +54,8 @@ class Layout(Protocol):
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
     """The layout ``model`` can take; its attention is replaced where it is the flat one."""
+    if heads.is_image_to_text(model.config):
+        return ImageEncoderDecoder(model)
     if heads.reads_media(model.config):
         return MediaLayout()
     if heads.decoder_of(model) is not None:
@@ -103,9 +105,12 @@ class Rectangle:
     """Index of each node, but for those that only fill the tree up, in the flattened rectangle."""
     mask_RT: Tensor
     """1 where there is a token."""
-    source_RS: Tensor
-    """What the encoder reads; empty without one."""
-    source_mask_RS: Tensor
+    source: Tensor
+    """What the encoder reads: ids ``[R, S]`` or images ``[R, C, H, W]``; empty without one."""
+    source_mask_RS: Tensor | None
+    """1 where there is a token; ``None`` where the encoder gives as many states for each row."""
+    encoded_RSH: Tensor | None = None
+    """What the encoder makes of it, where that was computed already."""
 
     def rows(self, ids_N: Tensor, fill: int) -> Tensor:
         """``ids_N`` as rows ``[R, T]``."""
@@ -174,23 +179,55 @@ class EncoderDecoder(Padded):
         read = torch.from_numpy(source_RS).to(device)
         return Rectangle(sides.slot_M, sides.mask_RT, read, torch.from_numpy(mask_RS).to(device))
 
-    def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
-        """Encode the sources, then decode behind them."""
+    def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
+        """States ``[R, S, H]`` of what the encoder reads."""
+        encoded = backbone.get_encoder()(input_ids=plan.source, attention_mask=plan.source_mask_RS)
+        states_RSH: Tensor = encoded.last_hidden_state
+        return states_RSH
+
+    def decoder_ids(self, batch: TreeBatch) -> Tensor:
+        """What the decoder reads, ``[R, T]``."""
         plan: Rectangle = batch.plan
-        encoded = backbone.get_encoder()(
-            input_ids=plan.source_RS, attention_mask=plan.source_mask_RS
-        )
         ids_RT = plan.rows(batch.ids_N, self.fill)
         if batch.tree.examples[0].source_T is None:
             ids_RT = torch.nn.functional.pad(ids_RT[:, :-1], (1, 0), value=self.start)
-        decoded = backbone.get_decoder()(
-            input_ids=ids_RT,
+        return ids_RT
+
+    def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
+        """Encode the sources, then decode behind them."""
+        plan: Rectangle = batch.plan
+        decoded = heads.decoder_of(backbone)(  # type: ignore[misc]
+            input_ids=self.decoder_ids(batch),
             attention_mask=plan.mask_RT,
-            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_hidden_states=(
+                self.encode(backbone, plan) if plan.encoded_RSH is None else plan.encoded_RSH
+            ),
             encoder_attention_mask=plan.source_mask_RS,
             use_cache=False,
         )
         return plan.nodes(decoded.last_hidden_state, len(batch.ids_N))
+
+
+class ImageEncoderDecoder(EncoderDecoder):
+    """The tree holds what the decoder writes; rows carry the image that the encoder reads."""
+
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> Rectangle:
+        """Where the nodes go, and the images, decoded now."""
+        sides = Padded.plan(self, tree, device, dtype)
+        return Rectangle(sides.slot_M, sides.mask_RT, read_arrays(tree, device, dtype), None)
+
+    def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
+        """States ``[R, S, H]`` of the images, of the width that the decoder reads."""
+        states_RSH: Tensor = backbone.encoder(pixel_values=plan.source).last_hidden_state
+        project = getattr(backbone, "enc_to_dec_proj", None)
+        return states_RSH if project is None else project(states_RSH)
+
+    def decoder_ids(self, batch: TreeBatch) -> Tensor:
+        """The rows as they are: they begin with the token that the decoder starts from."""
+        plan: Rectangle = batch.plan
+        return plan.rows(batch.ids_N, self.fill)
 
 
 @lru_cache(maxsize=1)
@@ -243,11 +280,7 @@ class MediaLayout:
         places = [self._places.get(int(each.ids_T[0]), -1) for each in tree.examples]
         if self._states_NH is not None and min(places) >= 0:
             return self._states_NH[torch.tensor(places)].to(device)
-        media = [each.media for each in tree.examples if each.media is not None]
-        # Pillow lets go of Python's lock while it decodes.
-        arrays = [*_threads().map(lambda each: each.array(), media)]
-        pixels = torch.from_numpy(np.stack(arrays))
-        return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        return read_arrays(tree, device, dtype)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """One forward pass; states ``[N, H]`` of the images, 0 for nodes that only fill the tree up."""
@@ -256,6 +289,15 @@ class MediaLayout:
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
         nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
         return state_NH.index_copy(0, nodes, state_RH)
+
+
+def read_arrays(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The images or sounds of the rows of ``tree``, decoded: ``[R, C, H, W]``."""
+    media = [each.media for each in tree.examples if each.media is not None]
+    # Pillow lets go of Python's lock while it decodes.
+    arrays = [*_threads().map(lambda each: each.array(), media)]
+    pixels = torch.from_numpy(np.stack(arrays))
+    return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:

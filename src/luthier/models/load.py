@@ -23,6 +23,7 @@ from luthier.models.heads import (
     auto_class,
     decoder_of,
     head_weights,
+    is_image_to_text,
     mark,
     mark_new,
     reads_media,
@@ -30,7 +31,7 @@ from luthier.models.heads import (
     start_bias,
     task_of,
 )
-from luthier.models.layouts import read_states
+from luthier.models.layouts import Rectangle, read_states
 from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
@@ -176,10 +177,16 @@ def _head_names(model: nn.Module) -> set[str]:
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Put a model of transformers on its layout, and check that it gives the same numbers."""
     if reads_media(model.config):
+        writes = is_image_to_text(model.config)
         # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network = Network(model, device, dtype, both_ways=True)
-        _check_media(network)
+        network = Network(model, device, dtype, both_ways=not writes)
+        freeze_statistics(model)
+        model.eval()
+        if writes:
+            _check_image_to_text(network)
+        elif task_of(model) == "sequence_classification":
+            _check_classifier(network)
         return network
     probe = _Probe(model, device)
     expected = probe.plain()
@@ -190,32 +197,55 @@ def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Ne
 
 
 @torch.no_grad()
-def _check_media(network: Network) -> None:
+def _check_classifier(network: Network) -> None:
     """Compare what the head says of random images with the network's own forward."""
     model: Any = network.model
-    freeze_statistics(model)
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    size = input_shape(model.config)
-    pixels = torch.randn(2, *size, generator=generator).to(network.device, network.dtype)
-    if task_of(model) != "sequence_classification":
-        return
+    pixels = _random_images(network)
     own = model(pixel_values=pixels).logits.float()
+    _compare(network, row_scores(model, read_states(model.base_model, pixels)).float(), own)
+
+
+@torch.no_grad()
+def _check_image_to_text(network: Network) -> None:
+    """Compare the scores of tokens behind random images with the network's own forward."""
+    model: Any = network.model
+    pixels = _random_images(network)
+    ids_RT = torch.arange(8, device=network.device).view(2, 4)
+    mask_RT = torch.ones_like(ids_RT)
+    none = ids_RT[:0, 0]
+    layout: Any = network.layout
+    encoded_RSH = layout.encode(model, Rectangle(none, mask_RT, pixels, None))
+    decoder: Any = decoder_of(model)
+    hidden_RTH = decoder(
+        input_ids=ids_RT, attention_mask=mask_RT, encoder_hidden_states=encoded_RSH, use_cache=False
+    ).last_hidden_state
+    own = model(pixel_values=pixels, decoder_input_ids=ids_RT, use_cache=False).logits.float()
+    _compare(network, network.logits(hidden_RTH).float(), own)
+
+
+def _random_images(network: Network) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, *input_shape(network.model.config), generator=generator)
+    return images.to(network.device, network.dtype)
+
+
+def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
+    """Refuse a network of which the numbers here are not its own."""
     if not own.isfinite().all():
         raise CorruptFile(
             "the network answers with numbers that are not finite: its weights are damaged"
         )
-    ours = row_scores(model, read_states(model.base_model, pixels)).float()
     error = float((ours - own).norm() / own.norm().clamp_min(1e-6))
     if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
         raise RecipeError(
-            f"networks of type {model.config.model_type} cannot be trained here yet: what their head "
-            f"reads is not known (relative error {error:.2g})"
+            f"networks of type {network.model.config.model_type} cannot be trained here yet: what "
+            f"their head reads is not known (relative error {error:.2g})"
         )
 
 
 def input_shape(config: Any) -> tuple[int, int, int]:
     """``[C, H, W]`` of what networks of this configuration are made to read."""
+    config = config.encoder if is_image_to_text(config) else config
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return int(getattr(config, "num_channels", 3)), int(height), int(width)

@@ -21,7 +21,7 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
-from luthier.models.layouts import MOST_IMAGES, Layout, MediaLayout, layout_of
+from luthier.models.layouts import MOST_IMAGES, Layout, layout_of
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example, IntArray
 
@@ -39,11 +39,15 @@ SIZE_STEP = 32
 def context_length(config: Mapping[str, Any]) -> int:
     """Longest input in tokens that the configuration names; an image or a sound is one token.
 
+    Beside an encoder of images it is the longest text of the decoder.
+
     Raises:
         RecipeError: where it names none.
     """
     if config.get("model_type") in _RELATIVE:
         return RELATIVE_CONTEXT
+    if isinstance(config.get("decoder"), Mapping):
+        return context_length(config["decoder"])
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
             # RoBERTa's family starts counting behind its padding index.
@@ -275,7 +279,7 @@ class Network:
 
     def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
-        if isinstance(self.layout, MediaLayout):
+        if heads.reads_media(self.model.config):
             budget = min(budget, MOST_IMAGES)
         parts = split_to_budget(examples, budget, self.shares)
         return [self.batch(self._tree(part)) for part in parts]

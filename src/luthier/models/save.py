@@ -124,11 +124,11 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
     """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens."""
     save_format(chat, folder)
     stops = list(chat.stop_ids)
-    if stops and task_of(model) == "causal_lm":
+    if stops and task_of(model) in ("causal_lm", "image_to_text"):
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
         if model.generation_config.pad_token_id is None:
             model.generation_config.pad_token_id = stops[0]
-    if stops and model.config.pad_token_id is None:
+    if stops and getattr(model.config, "pad_token_id", None) is None:
         # transformers finds the last token of each row of a batch by it.
         model.config.pad_token_id = stops[0]
     if keys_for(folder) is None:
@@ -147,9 +147,10 @@ def save_plain(plain: Path, folder: Path) -> None:
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
-    """Write the tokenizer without a template that a plain-text model must not use, or the processor."""
+    """Write the processor, and the tokenizer without a template that a plain model must not use."""
     if chat.media is not None:
         save_processor(chat.media, folder)
+    if not chat.knows_texts:
         return
     template = chat.tokenizer.chat_template
     if chat.template == "plain":

@@ -32,7 +32,8 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
 
     Tokens added to a tokenizer and used by no row are let be; many published models have some.
     """
-    size = config.get("vocab_size")
+    inside = config.get("decoder")
+    size = (inside if isinstance(inside, dict) else config).get("vocab_size")
     known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
     if isinstance(size, int) and known > size:
         raise RecipeError(
@@ -47,13 +48,14 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
 
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
-    if (processor := read_processor(folder)) is not None and not _has_tokenizer(folder):
+    processor = read_processor(folder)
+    if processor is not None and not _has_tokenizer(folder):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return ChatFormat.of(tokenizer, template, listed, _start_id(folder))
+    return ChatFormat.of(tokenizer, template, listed, _start_id(folder), processor)
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -66,5 +68,9 @@ def _start_id(folder: Path) -> int | None:
     config = read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):
         return None
-    start: int | None = config.get("decoder_start_token_id")
-    return config.get("pad_token_id") if start is None else start
+    inside = config.get("decoder")
+    for fields in (config, inside if isinstance(inside, dict) else {}):
+        for name in ("decoder_start_token_id", "pad_token_id"):
+            if isinstance(start := fields.get(name), int):
+                return start
+    return None

@@ -297,10 +297,11 @@ class _Group:
 
     def select(self, places: Sequence[int], rows: Sequence[_ForwardSequence]) -> None:
         """Go on with ``rows``, whose caches are those at ``places`` now."""
-        if self.encoded_RSH is not None and self.mask_RS is not None:
-            index_R = torch.tensor(places, device=self.mask_RS.device)
+        if self.encoded_RSH is not None:
+            index_R = torch.tensor(places, device=self.encoded_RSH.device)
             self.cache.reorder_cache(index_R)
-            self.encoded_RSH, self.mask_RS = self.encoded_RSH[index_R], self.mask_RS[index_R]
+            self.encoded_RSH = self.encoded_RSH[index_R]
+            self.mask_RS = None if self.mask_RS is None else self.mask_RS[index_R]
         else:
             self.cache = self.cache.select(torch.tensor(places))
         self._hold(rows)
@@ -320,11 +321,13 @@ class ForwardBackend:
 
     rows = 1
 
-    def __init__(self, network: Network, context: int) -> None:
+    def __init__(self, network: Network, context: int, encoded_RSH: Tensor | None = None) -> None:
+        """``encoded_RSH`` are prompts that the encoder has read: one is then the number of its row."""
         self.network, self.context = network, context
+        self._encoded_RSH = encoded_RSH
         model = network.model
         self._beside = heads.decoder_of(model) is not None
-        config = model.config
+        config = model.config.decoder if heads.is_image_to_text(model.config) else model.config
         layers = int(getattr(config, "num_hidden_layers", 1))
         width = torch.empty(0, dtype=network.dtype).element_size()
         self._bytes = 2 * layers * int(config.hidden_size) * width * (2 if self._beside else 1)
@@ -400,16 +403,19 @@ class ForwardBackend:
         ids, mask = torch.from_numpy(ids_RT), torch.from_numpy(mask_RT).to(device)
         if not self._beside:
             return self._forward(group, ids, mask if len(rows) > 1 else None)
-        encoder = model.base_model.get_encoder()
-        encoded = encoder(input_ids=ids.to(device), attention_mask=mask)
-        group.encoded_RSH, group.mask_RS = encoded.last_hidden_state, mask
+        if self._encoded_RSH is None:
+            encoder = model.base_model.get_encoder()
+            encoded = encoder(input_ids=ids.to(device), attention_mask=mask)
+            group.encoded_RSH, group.mask_RS = encoded.last_hidden_state, mask
+        else:
+            group.encoded_RSH = self._encoded_RSH[ids[:, 0].to(device)]
         return self._forward(group, torch.full((len(rows), 1), heads.decoder_start(model)))
 
     def _forward(self, group: _Group, ids_RT: Tensor, mask_RT: Tensor | None = None) -> Tensor:
-        backbone = self.network.model.base_model
+        backbone: Any = self.network.model.base_model
         further: dict[str, Any] = {} if mask_RT is None else {"attention_mask": mask_RT}
         if group.encoded_RSH is not None:
-            backbone = backbone.get_decoder()
+            backbone = heads.decoder_of(self.network.model)
             further["encoder_hidden_states"] = group.encoded_RSH
             further["encoder_attention_mask"] = group.mask_RS
         out = backbone(

@@ -11,6 +11,7 @@ from luthier.objectives.embedding_distillation import EmbeddingDistillation
 from luthier.objectives.encoder_distillation import EncoderDistillation
 from luthier.objectives.gan import GAN
 from luthier.objectives.grpo import GRPO
+from luthier.objectives.image_to_text import ImageToText
 from luthier.objectives.kto import KTO
 from luthier.objectives.listwise_dpo import ListwiseDPO
 from luthier.objectives.logit_distillation import LogitDistillation
@@ -55,6 +56,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "vae": VAE,
         "gan": GAN,
         "diffusion": Diffusion,
+        "image_to_text": ImageToText,
     },
 )
 
@@ -75,6 +77,7 @@ __all__ = [
     "Diffusion",
     "EmbeddingDistillation",
     "EncoderDistillation",
+    "ImageToText",
     "ListwiseDPO",
     "LogitDistillation",
     "MaskedLM",

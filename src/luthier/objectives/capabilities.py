@@ -15,7 +15,7 @@ Each capability is a protocol: an objective has it by defining its methods, and 
     SupportsStepReport       what a step found out, for the metrics
     SupportsSchedule         settings that change in the course of a run
     SupportsThreshold        a border between answers that is drawn when training is over
-    SupportsPrediction       answers that are labels, numbers or embeddings instead of text
+    SupportsPrediction       answers that are labels, numbers, embeddings, or the text of an image
     SupportsSampling         new images
     SupportsPrompts          the same of what a text says
     SupportsDenoising        the same from noise, step by step
@@ -225,7 +225,8 @@ class SupportsThreshold(Protocol):
 
 @runtime_checkable
 class SupportsPrediction(Protocol):
-    """Its models answer with labels, numbers or embeddings; those of the others write text."""
+    """Its models answer to a row with labels, numbers, embeddings, or the text of an image; those of
+    the others write text behind a prompt."""
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """What a trained network says of each row of the batch, in the order of its tree."""

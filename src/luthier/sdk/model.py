@@ -163,7 +163,8 @@ class Model:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
 
-        To a model that reads images or sounds a text is the path of one.
+        To a model that reads images or sounds a text is the path of one. One that reads the text of
+        images gives ``text`` and ``probability``.
 
         Among several a text may be a list of words, or a row such as ``{"id": 7, "text": "..."}``,
         which comes back with all its fields and the answer under ``predicted``.
@@ -422,9 +423,11 @@ def row_input(row: Row) -> dict[str, Any]:
 
 def _expected_answer(row: Row) -> Any:
     """What a row says that the model should have answered."""
-    from luthier.data.shapes import Labelled, RatedText, TaggedWords, TextPair
+    from luthier.data.shapes import CaptionedImage, Labelled, RatedText, TaggedWords, TextPair
 
     match row:
+        case CaptionedImage():
+            return row.caption
         case TaggedWords():
             return list(row.tags or ())
         case RatedText():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.data.chat import ChatFormat
+from luthier.data.processors import read_processor
 from luthier.errors import RecipeError
 from luthier.serving.confined_process import ConfinedProcess
 
@@ -48,7 +49,13 @@ def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> Co
     """
     process = TextProcess(folder, fields)
     about = process.about
-    return ConfinedFormat(process, about["template"], tuple(about["stop_ids"]), about["start_id"])
+    return ConfinedFormat(
+        process,
+        about["template"],
+        tuple(about["stop_ids"]),
+        about["start_id"],
+        read_processor(folder),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.manifest import MANIFEST
-from luthier.models.save import ADAPTER, save_network
+from luthier.models.save import ADAPTER, save_format, save_network
 from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of
 
 
@@ -52,7 +52,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
         else:
             for name in ("adapter_config.json", ADAPTER):
                 copy_plain(stored.folder / name, fresh / name)
-            chat_format(stored).tokenizer.save_pretrained(fresh)
+            save_format(chat_format(stored), fresh)
     return target
 
 

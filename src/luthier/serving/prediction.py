@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import (
+    CaptionedImage,
     History,
     JudgedAnswers,
     Labelled,
@@ -46,6 +47,7 @@ class Predictor:
     ) -> None:
         self.network, self.objective, self.chat, self.context = network, objective, chat, context
         network.model.eval()
+        network.chat = chat
 
     @staticmethod
     def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
@@ -137,6 +139,12 @@ class Predictor:
             retrieval_scores,
             threshold_scores,
         )
+        from luthier.evaluation.transcription import (
+            character_errors,
+            transcription_remarks,
+            transcription_scores,
+            word_errors,
+        )
 
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
@@ -175,6 +183,11 @@ class Predictor:
             return ScoredRows(found_scores, measured, first, [remark], errors)
         if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
             return self._class_retrieval(labelled, measured, first)
+        if captioned := of_shape(CaptionedImage, rows):
+            written = [(a["text"], row.caption) for a, row in zip(first, captioned, strict=True)]
+            errors = {"cer": character_errors(written).error, "wer": word_errors(written).error}
+            worst = transcription_remarks(captioned, first)
+            return ScoredRows(transcription_scores(written), measured, first, worst, errors)
         for row, answer in zip(rows, first, strict=True):
             if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.

@@ -23,6 +23,7 @@ _PROVIDERS = {
     "small-vae": ("luthier", "luthier", "small-vae"),
     "small-dcgan": ("luthier", "luthier", "small-dcgan"),
     "small-unet": ("luthier", "luthier", "small-unet"),
+    "small-ocr": ("luthier", "luthier", "small-ocr"),
 }
 """First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
@@ -60,6 +61,7 @@ _MODALITIES = {
     "autoencoding": ("IMAGE", "IMAGE"),
     "adversarial": ("TEXT", "IMAGE"),
     "denoising": ("TEXT", "IMAGE"),
+    "image_to_text": ("IMAGE", "TEXT"),
 }
 """By kind; others read texts and give embeddings. What makes images takes the name of a class, and
 Bedrock has no word for what reads sounds."""

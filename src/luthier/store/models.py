@@ -225,6 +225,7 @@ BASE_OBJECTIVES = {
     "autoencoding": "vae",
     "adversarial": "gan",
     "denoising": "diffusion",
+    "image_to_text": "image_to_text",
 }
 """What base models of a kind are made for, where they do not write."""
 
@@ -256,18 +257,21 @@ def _method(
 def chat_format(model: StoredModel) -> ChatFormat:
     """Tokenizer, template and stop tokens that ``model`` was trained and is served with."""
     from luthier.data.chat import ChatFormat
+    from luthier.data.processors import read_processor
     from luthier.models.tokenizer import load_chat_format, load_tokenizer
 
     stored = model.manifest.format
     if stored is None or stored.template == "none":
         return load_chat_format(model.folder)
     tokenizer = load_tokenizer(model.folder)
-    return ChatFormat.of(tokenizer, stored.template, stored.stop_ids, stored.start_id)
+    return ChatFormat.of(
+        tokenizer, stored.template, stored.stop_ids, stored.start_id, read_processor(model.folder)
+    )
 
 
 def text_format(chat: ChatFormat) -> TextFormat:
     """What the record of a model says of the format that it was trained and is served with."""
-    if chat.media is not None:
+    if not chat.knows_texts:
         return TextFormat(template="none", stop_ids=())
     return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 

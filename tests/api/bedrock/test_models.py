@@ -26,11 +26,13 @@ ENCODERS = [
     ENCODER, "google.efficientnet-lite0", "luthier.small-cnn", "luthier.small-audio-cnn"
 ]  # fmt: skip
 IMAGES = ["luthier.small-vae", "luthier.small-dcgan", "luthier.small-unet"]
+OCR = "luthier.small-ocr"
 
 
 def test_foundation_models(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
-    assert found.keys() == {BASE, *ENCODERS, *IMAGES}
+    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR}
+    assert (found[OCR]["inputModalities"], found[OCR]["outputModalities"]) == (["IMAGE"], ["TEXT"])
     assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
     assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
     kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
@@ -50,7 +52,7 @@ def test_foundation_models(bedrock: Any, bob: Any) -> None:
         ({"byCustomizationType": "DISTILLATION"}, [BASE]),
         ({"byOutputModality": "EMBEDDING"}, ENCODERS),
         ({"byOutputModality": "IMAGE"}, IMAGES),
-        ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE]),
+        ({"byInferenceType": "ON_DEMAND", "byOutputModality": "TEXT"}, [BASE, OCR]),
     ],
 )
 def test_filters_of_foundation_models(bedrock: Any, filters: Any, expected: list[str]) -> None:

@@ -60,7 +60,7 @@ class PredictionsView(View):
     """As it was named."""
     answers: list[dict[str, Any]]
     """One for each input, as its objective answers: ``label`` and ``scores``, ``rating``, ``tags``,
-    ``embedding``, or ``score`` and ``anomalous``."""
+    ``embedding``, ``score`` and ``anomalous``, or ``text`` and ``probability``."""
 
 
 class SampleRequest(Input):

@@ -11,6 +11,7 @@ from typing import Any
 
 NETS = {
     "palm": "luthier.models.nets.palm",
+    "line_encoder": "luthier.models.nets.line_encoder",
     "efficientnet_lite": "luthier.models.nets.efficientnet_lite",
     "elmo": "luthier.models.nets.elmo",
     "small_cnn": "luthier.models.nets.small_cnn",
@@ -21,6 +22,8 @@ NETS = {
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
 }
 """Module of each network by its ``model_type`` in config.json."""
+_COMPOSED = {"line_encoder": "vision-encoder-decoder"}
+"""Networks that are a part of one of transformers', whose ``config.json`` names them further inside."""
 
 
 def register(model_type: str | None = None) -> None:
@@ -29,7 +32,7 @@ def register(model_type: str | None = None) -> None:
     Only the one of ``model_type`` where it is given, and none where that is transformers' own.
     """
     for name, home in NETS.items():
-        if model_type in (None, name):
+        if model_type in (None, name, _COMPOSED.get(name)):
             _register(name, import_module(home))
 
 

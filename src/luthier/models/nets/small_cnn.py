@@ -49,13 +49,14 @@ class SmallCNNConfig(PreTrainedConfig):
 class BasicBlock(nn.Module):
     """Two convolutions beside a shortcut."""
 
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
+    def __init__(self, inner: int, outer: int, stride: int | tuple[int, int]) -> None:
+        """``stride`` is that of height and width, or of each."""
         super().__init__()
         self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
         self.norm1 = GroupNorm(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.norm2 = GroupNorm(outer)
-        changes = stride > 1 or inner != outer
+        changes = stride != 1 or inner != outer
         self.shortcut = nn.Conv2d(inner, outer, 1, stride, bias=False) if changes else None
 
     def forward(self, states: Tensor) -> Tensor:

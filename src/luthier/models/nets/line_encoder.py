@@ -1,0 +1,150 @@
+"""Convolutions whose columns are a sequence: an encoder of lines of text, for a decoder behind it.
+
+As in CRNN (Shi et al. 2015, arXiv:1507.05717) residual blocks make the image small, in height more than
+in width, and each column of the last maps becomes one state. Where CRNN has a recurrent network over
+the columns there are layers of a transformer, behind learned positions: what a decoder's
+cross-attention is guided by. Norms of maps are over groups of channels, so that a row gives the same in
+any micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from luthier.errors import RecipeError
+from luthier.models.nets.image_stages import GroupNorm, NoTokens
+from luthier.models.nets.small_cnn import BasicBlock
+
+COLUMN = 4
+"""Pixels of width that become one state."""
+ROW = 8
+"""Pixels of height that become one row of the last maps, all of which a state holds."""
+
+
+class LineEncoderConfig(PreTrainedConfig):
+    """What it reads, the channels of its stages, and the transformer over the columns."""
+
+    model_type = "line_encoder"
+
+    def __init__(
+        self,
+        num_channels: int = 3,
+        image_size: int | tuple[int, int] = (32, 320),
+        hidden_sizes: tuple[int, ...] = (16, 32, 64),
+        hidden_size: int = 128,
+        num_hidden_layers: int = 1,
+        num_attention_heads: int = 4,
+        dropout_rate: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.hidden_sizes = list(hidden_sizes)
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.dropout_rate = dropout_rate
+        super().__init__(**kwargs)
+
+
+class EncoderLayer(nn.Module):
+    """Attention and two linear layers, each behind a norm and beside a shortcut."""
+
+    def __init__(self, size: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(size)
+        self.query_key_value = nn.Linear(size, 3 * size)
+        self.attention_output = nn.Linear(size, size)
+        self.linear_norm = nn.LayerNorm(size)
+        self.linear1 = nn.Linear(size, 4 * size)
+        self.linear2 = nn.Linear(4 * size, size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[R, S, H]``, every state seeing all of its row."""
+        parts = self.query_key_value(self.attention_norm(states)).chunk(3, -1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        seen = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        states = states + self.dropout(self.attention_output(seen))
+        inside = self.linear2(F.gelu(self.linear1(self.linear_norm(states))))
+        after: Tensor = states + self.dropout(inside)
+        return after
+
+
+class LineEncoderModel(NoTokens, PreTrainedModel):
+    """Images ``[R, C, H, W]`` to states ``[R, W / 4, H']``."""
+
+    config_class = LineEncoderConfig
+    base_model_prefix = "line_encoder"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if height % ROW or width % COLUMN or len(config.hidden_sizes) != 3:
+            raise ValueError(
+                f"image_size must be a multiple of {ROW} high and of {COLUMN} wide, and hidden_sizes "
+                f"three numbers; they are {size} and {config.hidden_sizes}"
+            )
+        self.size = (height, width)
+        first, second, third = config.hidden_sizes
+        self.stem = nn.Conv2d(config.num_channels, first, 3, 2, 1, bias=False)
+        self.norm = GroupNorm(first)
+        # The last stage keeps the width: a letter is some columns wide.
+        self.blocks = nn.ModuleList(
+            [BasicBlock(first, second, 2), BasicBlock(second, third, (2, 1))]
+        )
+        self.project = nn.Linear(third * (height // ROW), config.hidden_size)
+        self.project_norm = nn.LayerNorm(config.hidden_size)
+        self.positions = nn.Embedding(width // COLUMN, config.hidden_size)
+        self.layers = nn.ModuleList(
+            EncoderLayer(config.hidden_size, config.num_attention_heads, config.dropout_rate)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.last_norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        from transformers import initialization as init
+
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
+        """``[R, C, H, W]`` to one state for each column, ``[R, S, H']``."""
+        if tuple(pixel_values.shape[2:]) != self.size:
+            read, made = ("{} x {}".format(*s) for s in (pixel_values.shape[2:], self.size))
+            raise RecipeError(
+                f"the network is made for images of {made} (height, width), and these are {read}. "
+                "Leave data.image_size out"
+            )
+        states = F.relu(self.norm(self.stem(pixel_values)))
+        for block in self.blocks:
+            states = block(states)
+        columns = states.permute(0, 3, 1, 2).flatten(2)
+        hidden = self.project_norm(self.project(columns)) + self.positions.weight
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return BaseModelOutput(last_hidden_state=self.last_norm(hidden))
+
+
+Config = LineEncoderConfig
+CLASSES = {"AutoModel": LineEncoderModel}
+"""Model of each automatic class of transformers."""
