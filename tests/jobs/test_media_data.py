@@ -195,6 +195,14 @@ def test_more_than_can_be_looked_at(bucket: Bucket, monkeypatch: pytest.MonkeyPa
         bucket.fetch(bucket.rows("rows.jsonl", rows[0]))
 
 
+@pytest.mark.parametrize("base", ["small-audio-cnn", "small-ocr", "small-vae"])
+def test_bases_that_read_no_texts_take_tables_on_every_face(bucket: Bucket, base: str) -> None:
+    bucket.put("lines/1.png", png(10))
+    bucket.put("lines/rows.csv", b"image,caption\n1.png,one\n")
+    (row,) = load_rows(bucket.fetch("s3://data/lines/rows.csv", "openai", base).source)
+    assert isinstance(row, CaptionedImage) and int(row.media.pixels()[0, 0, 0]) == 10
+
+
 def test_a_base_of_texts_takes_json_lines_alone(
     bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
 ) -> None:

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
-
-
 LONGEST_WRITTEN = 128
 """Tokens of the text of an image that memory is counted for: some lines."""
 SHOWN = 3

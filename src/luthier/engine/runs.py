@@ -25,9 +25,9 @@ from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+"""Texts that the network wrote in training, with what they were worth."""
 GRIDS = "grids"
 """Folder of pictures of what a model made as training went (:mod:`luthier.engine.sample_grids`)."""
-"""Texts that the network wrote in training, with what they were worth."""
 HELD_OUT, TEST = "held_out.json", "test.jsonl"
 """Lines of the training file that were not learned from; the lines kept for a test, as they are."""
 ACTIVATIONS, PRECOMPUTED = "activations.bin", "precomputed"

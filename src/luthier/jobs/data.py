@@ -98,7 +98,7 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
         LuthierError: the same, where trying again may help.
     """
     plain = working(folders.data)
-    media = reads_media(job.recipe["base"])
+    media = base_reads_media(job.recipe["base"])
     if not (folders.data / _SOURCES).is_file():
         for folder in (folders.data, plain):
             sweep(folder.parent, job.id)
@@ -115,10 +115,10 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
     return data
 
 
-def reads_media(base: str) -> bool:
+def base_reads_media(base: str) -> bool:
     """Whether the rows of a base model are images or sounds; no base is fetched to know."""
     if base in CATALOG:
-        return "image_size" in CATALOG[base].config
+        return CATALOG[base].reads_media
     return (find(base).network_folder / PREPROCESSOR_CONFIG).is_file()
 
 
@@ -162,7 +162,7 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
                 if uri.endswith("/"):
                     table = locations.addresses(job.account, uri)[number - 1]
                 columns = job.recipe["data"].get("columns", {})
-                fetch_named(locations, job.account, folder / name, table, columns)
+                fetch_references(locations, job.account, folder / name, table, columns)
             names.append(name)
         shutil.rmtree(incoming, ignore_errors=True)
         return names
@@ -185,7 +185,7 @@ def _ending(path: Path) -> str:
         return ".npz" if all(name.endswith(".npy") for name in archive.namelist()) else ".zip"
 
 
-def fetch_named(
+def fetch_references(
     locations: JobLocations,
     account: str,
     table: Path,

@@ -192,6 +192,11 @@ class CatalogEntry:
     config: Mapping[str, Any]
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
 
+    @property
+    def reads_media(self) -> bool:
+        """Whether it reads images, sounds or time series, behind an encoder or without one."""
+        return "image_size" in self.config.get("encoder", self.config)
+
     def manifest(
         self,
         provenance: Provenance | None = None,

@@ -21,7 +21,7 @@ from pydantic import Field
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.encryption.keys import handed_over
-from luthier.jobs.data import fetch_named, reads_media
+from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
 from luthier.setting_names import SettingName, in_all, with_setting_names
@@ -104,7 +104,7 @@ class _Reports:
         self.context.allow(request, "InspectData", "*")
         base = self._model(request, body.base)
         with self._folder() as folder:
-            media = reads_media(base)
+            media = base_reads_media(base)
             rows = self._fetch(request, body.training, folder / "training", media)
             command = ["inspect", str(rows), "--base", base]
             addresses = {str(rows): body.training}
@@ -125,7 +125,7 @@ class _Reports:
         with self.context.database.read() as session:
             base = self.context.base(session, request.account, body.base)
         with self._folder() as folder:
-            media = reads_media(self._model(request, body.base))
+            media = base_reads_media(self._model(request, body.base))
             rows = self._fetch(request, body.training, folder / "training", media)
             addresses = {str(rows): body.training}
             held = self._fetch_held_out(request, body.validation, folder / "held", addresses, media)
@@ -185,7 +185,7 @@ class _Reports:
         files = locations.fetch(request.account, address, folder)
         if media and len(files) == 1 and files[0].is_file():
             (table,) = locations.addresses(request.account, address)
-            fetch_named(locations, request.account, files[0], table)
+            fetch_references(locations, request.account, files[0], table)
         return files[0] if len(files) == 1 else folder
 
     @contextmanager
