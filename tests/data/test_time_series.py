@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.data.media import LONGEST_HISTORY, Media
+from luthier.data.media import LONGEST_WINDOW, Media
 from luthier.data.processors import (
     LARGEST_DEVIATION,
     WindowProcessor,
@@ -41,7 +41,7 @@ def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> N
 
 
 def test_a_history_has_an_end(tmp_path: Path) -> None:
-    count = LONGEST_HISTORY + 3
+    count = LONGEST_WINDOW + 3
     rows = load_rows(write(tmp_path, [f"{n},{n}" for n in range(count)]))
     last = rows[-1]
     assert isinstance(last, BareWindow) and len(rows) == count

@@ -76,7 +76,7 @@ def nearest(
     with show_progress(len(rows), "embed") as done:
         found = find_nearest(predictor, stored, [asked], rows, top, index, done)
     report = [
-        {"name": each.name, "score": each.score, **_said_of(records[each.place][0])}
+        {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}
         for each in found.neighbours[0]
     ]
     if output is not None:
@@ -100,8 +100,8 @@ def nearest(
         print_written(len(report), "neighbours", output)
 
 
-def _said_of(record: Record) -> dict[str, Any]:
-    """What stands beside a text or an image in its row and is short: its id and its label."""
+def _id_and_label(record: Record) -> dict[str, Any]:
+    """What its row calls a neighbour, for people to know it by."""
     return {key: record[key] for key in ("id", "label") if isinstance(record.get(key), str | int)}
 
 

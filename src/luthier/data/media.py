@@ -43,7 +43,7 @@ MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
 """Of one sound, all channels counted: silence packs to nothing."""
-LONGEST_HISTORY = 512
+LONGEST_WINDOW = 512
 """Values of a time series that a row has at most; no network that reads windows can be longer."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,

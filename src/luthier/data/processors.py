@@ -300,14 +300,14 @@ class WindowProcessor:
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads, ``[1, 1, length]``; a short history is mirrored at its start."""
-        history_T = media.values().astype(np.float64)
-        window = history_T[-self.length :]
+        values_T = media.values().astype(np.float64)
+        window = values_T[-self.length :]
         if len(window) < self.length:
             window = np.pad(window, (self.length - len(window), 0), mode="symmetric")
-        scale = window[:-1].std() + 0.1 * history_T.std()
+        scale = window[:-1].std() + 0.1 * values_T.std()
         scale = scale or 1.0  # all are the same
-        values = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
-        return np.asarray(values[None, None], dtype=np.float32)
+        scaled = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
+        return np.asarray(scaled[None, None], dtype=np.float32)
 
     def fields(self) -> dict[str, Any]:
         """Contents of ``preprocessor_config.json``: a form of luthier's own."""

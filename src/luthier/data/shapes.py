@@ -38,6 +38,8 @@ from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Part, Row, Text, Tool
 
+InputKind = MediaKind | Literal["text"]
+"""What a network has to read."""
 MOST_ANSWERS = 64
 """Ranked answers of a row; listwise DPO computes them in one micro-batch."""
 ENOUGH_ANSWERS = 50
@@ -71,7 +73,7 @@ class Shape(Row):
     """Keys whose cells hold a number."""
     object_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys that may hold objects."""
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "text"
+    reads: ClassVar[InputKind] = "text"
     """What a network has to read for such rows."""
     reader_text: ClassVar[str] = ""
     """What an encoder reads such rows for; empty where it has nothing to say of them."""
@@ -345,7 +347,7 @@ class BareImage(MediaRow):
     """An image of which nothing is said."""
 
     shape: ClassVar[str] = "image"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
+    reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image"}'
     words: ClassVar[str] = "images"
     keys: ClassVar[tuple[str, ...]] = ("image",)
@@ -368,7 +370,7 @@ class BareAudio(BareImage):
     """A sound of which nothing is said."""
 
     shape: ClassVar[str] = "audio"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "audio"
+    reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio"}'
     words: ClassVar[str] = "sounds"
     keys: ClassVar[tuple[str, ...]] = ("audio",)
@@ -385,7 +387,7 @@ class BareWindow(BareImage):
     """A value of a time series, with those before it."""
 
     shape: ClassVar[str] = "window"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "window"
+    reads: ClassVar[InputKind] = "window"
     title: ClassVar[str] = '{"window"}'
     words: ClassVar[str] = "windows of a time series"
     keys: ClassVar[tuple[str, ...]] = ("window",)
@@ -414,7 +416,7 @@ class LabelledImage(MediaRow, Labelled):
     """An image and its class; several where it may have more than one, also none at all."""
 
     shape: ClassVar[str] = "labelled_image"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
+    reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image", "label"}'
     words: ClassVar[str] = "images with labels"
     keys: ClassVar[tuple[str, ...]] = ("image", "label")
@@ -445,7 +447,7 @@ class LabelledAudio(LabelledImage):
     """A sound and its class; several where it may have more than one, also none at all."""
 
     shape: ClassVar[str] = "labelled_audio"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "audio"
+    reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio", "label"}'
     words: ClassVar[str] = "sounds with labels"
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
@@ -458,7 +460,7 @@ class CaptionedImage(MediaRow):
     """An image and a text: what it shows, or what is written on it."""
 
     shape: ClassVar[str] = "captioned_image"
-    reads: ClassVar[Literal["text", "image", "audio", "window"]] = "image"
+    reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image", "caption"}'
     words: ClassVar[str] = "images with captions"
     enough: ClassVar[int] = ENOUGH_ANSWERS

@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from luthier.data.forms import KEYS
-from luthier.data.media import LONGEST_HISTORY, Media
+from luthier.data.media import LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Problem
 
@@ -72,6 +72,6 @@ def _read_windows(
             values.append(number)
     series_T = np.array(values, np.float32)
     for index, (line, record) in enumerate(zip(lines, kept, strict=True)):
-        latest = series_T[max(0, index + 1 - LONGEST_HISTORY) : index + 1]
+        latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
         name = f"{file}:{line}"
         yield line, {**record, "window": Media("window", name, array=latest)}

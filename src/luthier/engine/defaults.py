@@ -11,7 +11,7 @@ from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.memory import MemoryEstimate
 from luthier.engine.metrics import SCORES
 from luthier.objectives import Objective
-from luthier.objectives.capabilities import SupportsHeadStart, SupportsRollouts
+from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
 from luthier.types import Example
 
@@ -78,11 +78,8 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         reason = "each row is told from the others of its batch, so more of them teach more"
         fill("batch_size", *_with_mixed(min(64, max(2, facts.rows)), reason, facts))
     if objective.defaults.batch_rows:
-        reason = "each row is many texts: the network writes its own answers"
-        if not isinstance(objective, SupportsRollouts):
-            reason = f"the noise that {objective.method} draws is averaged over more rows"
         size = min(objective.defaults.batch_rows, max(1, facts.rows))
-        fill("batch_size", *_with_mixed(size, reason, facts))
+        fill("batch_size", *_with_mixed(size, objective.defaults.batch_reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
     if training.max_steps is None:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
@@ -110,15 +107,17 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         )
     reason = "the new head starts from random numbers, the weights below it from learned ones"
     fill("head_rate_multiplier", factor, reason)
-    needs = {"beta1": f"what {objective.method} is known to need"}
-    needs["patience"] = (
-        f"a measurement says little of what {objective.method} makes: none ends the run"
-    )
-    for field, why in needs.items():
-        value = getattr(objective.defaults, field)
+    for field, value, reason in (
+        ("beta1", objective.defaults.beta1, f"what {objective.method} is known to need"),
+        (
+            "patience",
+            objective.defaults.patience,
+            f"a measurement says little of what {objective.method} makes: none ends the run",
+        ),
+    ):
         if value is not None and field not in training.model_fields_set:
             training = training.model_copy(update={field: value})
-            choices.append((f"training.{field}", value, why))
+            choices.append((f"training.{field}", value, reason))
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))

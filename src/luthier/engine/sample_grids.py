@@ -46,11 +46,9 @@ class SampleGrids:
             chat.media, ImageProcessor
         ):
             return None
-        quick: object = objective
-        if isinstance(quick, SupportsDenoising):
-            quick = quick.with_sampling(DenoisingSettings(steps=STEPS))
-        assert isinstance(quick, SupportsSampling)
-        return SampleGrids(run_folder / GRIDS, network, quick, chat.media)
+        if isinstance(objective, SupportsDenoising):
+            objective = objective.with_sampling(DenoisingSettings(steps=STEPS))
+        return SampleGrids(run_folder / GRIDS, network, objective, chat.media)
 
     @torch.no_grad()
     def draw(self, step: int) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
 from luthier.limits import AccountQuotas
+from luthier.objectives import OBJECTIVES
 from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
@@ -258,9 +259,9 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     elif (root := root_of(submission.base)) is not None:
         # What is made for one thing alone, as an autoencoder is, learns that.
-        method = BASE_OBJECTIVES.get(root.kind, "contrastive")
-        if method != "contrastive":
-            objective = {"method": method, **objective}
+        own = BASE_OBJECTIVES.get(root.kind)
+        if own is not None and not OBJECTIVES[own].chosen_by_shape:
+            objective = {"method": own, **objective}
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:
         fields["objective"] = objective

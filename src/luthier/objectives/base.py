@@ -53,6 +53,8 @@ class TrainingDefaults:
     """Share of the adaptation's learning rate."""
     batch_rows: int | None = None
     """Rows in a step, where the rows themselves say nothing."""
+    batch_reason: str = ""
+    """Why so many."""
     min_epochs: int = 1
     """Passes over the rows where they are not too many."""
     max_epochs: int = 5

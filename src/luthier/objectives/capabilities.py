@@ -211,6 +211,11 @@ class SupportsThreshold(Protocol):
     """Draws a border between answers by what the trained network says of rows."""
 
     @property
+    def threshold(self) -> float | None:
+        """The border; ``None`` before it is drawn."""
+        ...
+
+    @property
     def rows_for_threshold(self) -> int:
         """The fewest rows that tell where the border lies."""
         ...
@@ -249,7 +254,7 @@ class SupportsSampling(Protocol):
 
 
 @runtime_checkable
-class SupportsPrompts(Protocol):
+class SupportsPrompts(SupportsSampling, Protocol):
     """Its models make images of what a text says, where they learned from captions."""
 
     @property
@@ -277,7 +282,7 @@ class DenoisingSettings:
 
 
 @runtime_checkable
-class SupportsDenoising(Protocol):
+class SupportsDenoising(SupportsSampling, Protocol):
     """Its models make new images from noise, step by step."""
 
     def with_sampling(self, settings: DenoisingSettings) -> Self:

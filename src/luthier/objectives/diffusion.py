@@ -98,7 +98,12 @@ class Diffusion(Objective):
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        batch_rows=32, patience=0, min_epochs=10, max_epochs=100, bases={"image": "small-unet"}
+        batch_rows=32,
+        batch_reason="the noise that diffusion draws is averaged over more rows",
+        patience=0,
+        min_epochs=10,
+        max_epochs=100,
+        bases={"image": "small-unet"},
     )
 
     @property
@@ -279,8 +284,8 @@ class Diffusion(Objective):
             return alone.float()
         both = torch.cat([condition_RL, torch.zeros_like(condition_RL)])
         predicted = network.model(torch.cat([noisy, noisy]), time_R.repeat(2), both).prediction
-        told, untold = predicted.float().chunk(2)
-        return torch.lerp(untold, told, self.guidance_scale)
+        conditional, unconditional = predicted.float().chunk(2)
+        return torch.lerp(unconditional, conditional, self.guidance_scale)
 
 
 @cache

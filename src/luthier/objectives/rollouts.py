@@ -194,7 +194,9 @@ class Reinforcement(Objective):
     chosen_by_shape: ClassVar[bool] = False
     measure: ClassVar[str] = "reward"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        learning_rate_multiplier=0.1, batch_rows=4
+        learning_rate_multiplier=0.1,
+        batch_rows=4,
+        batch_reason="each row is many texts: the network writes its own answers",
     )
 
     @property

@@ -132,7 +132,7 @@ def _trace(model: Any, inputs: dict[str, Tensor], file: Path, name: str) -> None
     import logging
     import warnings
 
-    axes = {"pixel_values": {0: "batch"}}.get(next(iter(inputs)), {0: "batch", 1: "tokens"})
+    axes = {0: "batch"} if "pixel_values" in inputs else {0: "batch", 1: "tokens"}
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     try:

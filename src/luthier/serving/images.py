@@ -107,7 +107,9 @@ class ImageGenerator:
         """
         import torch
 
-        objective: object = self.objective
+        objective = self.objective
+        if not isinstance(objective, SupportsSampling):
+            raise RecipeError(f"{self.name} was not trained to make images")
         if settings is not None and settings != DenoisingSettings():
             if not isinstance(objective, SupportsDenoising):
                 raise RecipeError(
@@ -115,8 +117,6 @@ class ImageGenerator:
                     "models that were trained with `objective.method=diffusion`"
                 )
             objective = objective.with_sampling(settings)
-        if not isinstance(objective, SupportsSampling):
-            raise RecipeError(f"{self.name} was not trained to make images")
         if not 1 <= count <= MOST_SAMPLES:
             raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
         known = objective.sample_labels

@@ -158,7 +158,7 @@ class ModelPool:
         """
         self._check_count(len(inputs), "inputs")
         with self._borrow(model_id) as entry:
-            rows, tokens = _single(entry).rows(inputs)
+            rows, tokens = _serial(entry).rows(inputs)
             prompt_tokenized()
             answers: list[dict[str, Any]] = entry.model.predict(rows, top, self._work())
         count_tokens(model_id, tokens)
@@ -168,7 +168,7 @@ class ModelPool:
         """Each image as the model gives it back; read and made, it counts as two tokens."""
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
-            rows, tokens = _single(entry).rows(images)
+            rows, tokens = _serial(entry).rows(images)
             prompt_tokenized()
             found: list[Reconstruction] = entry.model.reconstruct(rows, self._work())
         count_tokens(model_id, tokens, len(found))
@@ -186,7 +186,7 @@ class ModelPool:
             prompt_tokenized()
             made = [0]
             try:
-                images = _single(entry).sample(request, seed, self._work(), made.append)
+                images = _serial(entry).sample(request, seed, self._work(), made.append)
             finally:
                 count_tokens(model_id, 0, made[-1])
         return ImageSamples(images, seed)
@@ -341,7 +341,7 @@ def _writer(entry: _Entry) -> Decoder:
     return entry.model
 
 
-def _single(entry: _Entry) -> SerialModel:
+def _serial(entry: _Entry) -> SerialModel:
     if not isinstance(entry.model, SerialModel):
         text = "This model writes text: it gives no labels, and makes no images."
         raise InferenceRefused(text, "model")

@@ -18,7 +18,7 @@ from luthier.data.shapes import (
     of_shape,
 )
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.objectives.capabilities import SupportsPrediction
+from luthier.objectives.capabilities import SupportsPrediction, SupportsThreshold
 from luthier.serving.evaluation import FittingRows, LongRows, ScoredRows, fit_rows
 from luthier.types import Example, Row
 
@@ -116,8 +116,14 @@ class Predictor:
             return sides[0]
         one, other = (side["embedding"] for side in sides)
         score = math.fsum(a * b for a, b in zip(one, other, strict=True))
-        threshold: float | None = getattr(self.objective, "threshold", None)
+        threshold = self._threshold
         return {"score": score} | ({} if threshold is None else {"similar": score > threshold})
+
+    @property
+    def _threshold(self) -> float | None:
+        """Above which an answer stands out, where the objective draws such a border."""
+        objective = self.objective
+        return objective.threshold if isinstance(objective, SupportsThreshold) else None
 
     def scores(
         self,
@@ -176,10 +182,9 @@ class Predictor:
             remark = f"each {what} is looked for among the {pool:,} different ones of the rows"
             errors = {"recall_at_1": recall_at_1(ranks).error}
             found_scores = retrieval_scores(ranks)
-            threshold: float | None = getattr(self.objective, "threshold", None)
-            if threshold is not None:
+            if self._threshold is not None:
                 sides = [row.text for row in texts], [row.positive for row in texts]
-                found_scores |= threshold_scores(anchors, partners, *sides, threshold)
+                found_scores |= threshold_scores(anchors, partners, *sides, self._threshold)
             return ScoredRows(found_scores, measured, first, [remark], errors)
         if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
             return self._class_retrieval(labelled, measured, first)

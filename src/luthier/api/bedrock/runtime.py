@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,10 +25,9 @@ from luthier.api.bedrock.invoke import (
     form_of,
 )
 from luthier.api.bedrock.shapes import body_members, operation_models
-from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.messages import Fault, Request, Response, inference_faults
 from luthier.api.http.routing import Authorize, Handler
 from luthier.api.http.streams import GeneratedPieces
-from luthier.errors import UnknownModel
 from luthier.serving.inference import (
     GenerationRequest,
     InferenceFailed,
@@ -76,19 +74,6 @@ def runtime_handlers(
     }
 
 
-@contextmanager
-def faults() -> Iterator[None]:
-    """What the engine refuses, as clients of AWS are told it."""
-    try:
-        yield
-    except InferenceRefused as refused:
-        raise Fault("Validation", str(refused), parameter=refused.parameter) from refused
-    except UnknownModel as refused:
-        raise Fault("ResourceNotFound", "The model is no longer there.") from refused
-    except InferenceFailed as failed:
-        raise Fault(failed.code, str(failed)) from failed
-
-
 @dataclass(frozen=True)
 class _Runtime:
     pool: ModelPool
@@ -101,7 +86,7 @@ class _Runtime:
         """The whole answer to a conversation."""
         timed, stored_id = _start_timer(), self._model(request, INVOKE)
         members = body_members(operation_models()["Converse"], json_object(request))
-        with faults():
+        with inference_faults():
             stream = self.pool.submit(stored_id, converse.generation_request(members))
             return Response.json(converse.answer_of(members, stream, timed.latency))
 
@@ -123,7 +108,7 @@ class _Runtime:
         elif isinstance(form, ImageBody):
             value, read, written = self._sample(stored_id, form), 0, form.request().count
         else:
-            with faults():
+            with inference_faults():
                 stream = self.pool.submit(stored_id, form.request())
                 value, written = form.answer(stream)
             read = stream.prompt_tokens
@@ -164,9 +149,9 @@ class _Runtime:
                 return Response.json({"inputTokens": tokens})
             if isinstance(form, ImageBody):
                 raise Fault("Validation", "The model is not supported for counting tokens.")
-            with faults():
+            with inference_faults():
                 prompt = form.request().prompt
-        with faults():
+        with inference_faults():
             return Response.json({"inputTokens": self.pool.count(stored_id, prompt)})
 
     def _model(self, request: Request, action: str) -> str:
@@ -176,7 +161,7 @@ class _Runtime:
         return self.resolve(request.caller.account, model_id)
 
     def _begin(self, stored_id: str, build: Callable[[], GenerationRequest]) -> Stream:
-        with faults():
+        with inference_faults():
             return self.pool.submit(stored_id, build())
 
     def _form(self, request: Request) -> NativeForm | EmbeddingBody | ImageBody:
@@ -188,7 +173,7 @@ class _Runtime:
         return form_of(request.params["modelId"], native_object(request), self.chat)
 
     def _embed(self, stored_id: str, form: EmbeddingBody) -> tuple[dict[str, Any], int]:
-        with faults():
+        with inference_faults():
             (found,) = self.pool.embed(stored_id, [form.inputText])
         vector = list(found.vector)
         if form.dimensions is not None:
@@ -205,7 +190,7 @@ class _Runtime:
     def _sample(self, stored_id: str, form: ImageBody) -> dict[str, Any]:
         from luthier.data.pictures import encode_png
 
-        with faults():
+        with inference_faults():
             try:
                 made = self.pool.sample(stored_id, form.request())
             except InferenceRefused as refused:

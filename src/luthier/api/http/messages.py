@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -34,6 +35,7 @@ from luthier.errors import (
 )
 from luthier.graders.json_schema import depth_of
 from luthier.limits import ServerLimits
+from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
 from luthier.store.text import check_storable
@@ -278,6 +280,19 @@ class Fault(LuthierError):
 
 
 Scope = MutableMapping[str, Any]
+
+
+@contextmanager
+def inference_faults() -> Iterator[None]:
+    """What the engine refuses or fails at, as faults."""
+    try:
+        yield
+    except InferenceRefused as refused:
+        raise Fault("Validation", str(refused), parameter=refused.parameter) from refused
+    except UnknownModel as refused:
+        raise Fault("ResourceNotFound", "The model is no longer there.") from refused
+    except InferenceFailed as failed:
+        raise Fault(failed.code, str(failed)) from failed
 
 
 def head_of(scope: Scope) -> RequestHead:

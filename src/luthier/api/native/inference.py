@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.messages import Fault, Request, Response, inference_faults
 from luthier.api.native.operations import (
     Context,
     Input,
@@ -19,8 +18,7 @@ from luthier.api.native.operations import (
     content_kind,
 )
 from luthier.data.media import Media, MediaKind
-from luthier.errors import UnknownModel
-from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
+from luthier.serving.inference import ImageRequest
 from luthier.serving.pool import ModelPool
 from luthier.store.custom_models import CustomModel
 from luthier.store.foundation import FoundationModel
@@ -158,7 +156,7 @@ class _Inference:
                 inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
             else:
                 inputs.append(each.text or "")
-        with _faults():
+        with inference_faults():
             answers = self.pool.predict(stored_id, inputs, asked.top)
         return PredictionsView(model=request.params["model"], answers=answers)
 
@@ -166,7 +164,7 @@ class _Inference:
         from luthier.data.pictures import encode_png
 
         stored_id = self._model(request, "SampleImages")
-        with _faults():
+        with inference_faults():
             wanted = ImageRequest(
                 asked.count, asked.label, asked.seed, None, asked.steps, asked.guidance_scale
             )
@@ -189,7 +187,7 @@ class _Inference:
         images = [
             _media(each, "image", f"images.{index}") for index, each in enumerate(asked.images)
         ]
-        with _faults():
+        with inference_faults():
             found = self.pool.reconstruct(stored_id, images)
         if _wants_picture(request):
             return _picture([pixels for each in found for pixels in (each.original, each.copy)])
@@ -214,19 +212,6 @@ class _Inference:
         if found is None or found.stored_id is None:
             raise missing or Fault("ResourceNotFound", f"There is no model {name!r}.")
         return found.stored_id
-
-
-@contextmanager
-def _faults() -> Iterator[None]:
-    """What the engine refuses, as this face tells it."""
-    try:
-        yield
-    except InferenceRefused as refused:
-        raise Fault("Validation", str(refused), parameter=refused.parameter) from refused
-    except UnknownModel as refused:
-        raise Fault("ResourceNotFound", "The model is no longer there.") from refused
-    except InferenceFailed as failed:
-        raise Fault(failed.code, str(failed)) from failed
 
 
 def _uploaded_input(request: Request) -> dict[str, Any]:
