@@ -70,7 +70,7 @@ class Media:
     array: NDArray[Any] | None = field(default=None, repr=False, compare=False)
     """Its pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, where they are in memory."""
     most: int | None = None
-    """Pixels or samples that are decoded of it at most, where that is less than of others."""
+    """Pixels or samples that it may have; else :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
 
     def __str__(self) -> str:
         return self.name
@@ -184,7 +184,7 @@ def gps_of(media: Media) -> str:
 
 
 def decode_image(data: bytes, most: int | None = None) -> Pixels:
-    """An encoded image, of ``most`` pixels where that is less than else; see :meth:`Media.pixels`."""
+    """An encoded image of at most ``most`` pixels; see :meth:`Media.pixels`."""
     import warnings
 
     from PIL import Image, ImageOps
@@ -240,7 +240,7 @@ def _array_pixels(array: NDArray[Any]) -> Pixels:
 
 
 def decode_audio(data: bytes, most: int | None = None) -> tuple[NDArray[np.float32], int]:
-    """An encoded sound as samples, ``most`` of them in all channels; see :meth:`Media.samples`.
+    """An encoded sound as samples, at most ``most`` in all channels; see :meth:`Media.samples`.
 
     PCM in WAV needs no further package.
     """

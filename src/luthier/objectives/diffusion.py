@@ -1,16 +1,17 @@
 """Denoising diffusion of images (Ho et al. 2020, arXiv:2006.11239).
 
 Each image is mixed with noise, as much of it as a step ``t`` drawn at random says, and the network
-tells from the mixture and ``t`` what the image is, or, as in the paper, the noise. The loss of an image
-is the mean squared error of these numbers, weighed by the signal-to-noise ratio behind ``t`` up to a
+predicts from the mixture and ``t`` the image, or, as in the paper, the noise. The loss of an image
+is the mean squared error of the prediction, weighed by the signal-to-noise ratio after ``t`` up to a
 bound (Hang et al. 2023, arXiv:2303.09556) or by one more (the loss of v of Salimans and Ho 2022,
-arXiv:2202.00512); the paper's simple loss is ``epsilon`` without weights. A small network tells images
-rather than noise, which would have to pass through it unchanged (Li and He 2025, arXiv:2511.13720). New
-images begin as noise and come back in fewer steps (:mod:`luthier.objectives.noise_schedule`).
+arXiv:2202.00512); the paper's simple loss is ``epsilon`` without weights. A small network predicts
+images rather than noise, which would have to pass through it unchanged (Li and He 2025,
+arXiv:2511.13720). New images begin as noise and come back in fewer steps
+(:mod:`luthier.objectives.noise_schedule`).
 
-Where all rows have labels the network is told them, and where they have captions which words are in
-those, but for a share of the rows of each step. So it knows images of a class and images of any, and
-what sets the class apart can be made more of (classifier-free guidance, Ho and Salimans 2022,
+Where all rows have labels the network is given them, and where they have captions the words in those,
+but for a share of the rows of each step. So it knows images of a class and images of any, and what sets
+the class apart can be made more of (classifier-free guidance, Ho and Salimans 2022,
 arXiv:2207.12598). ``guidance_scale`` is that of Imagen and diffusers: 1 plus the paper's ``w``.
 
 Left out: the moving average of weights, whose place in a short run has the learning rate that falls to
@@ -61,7 +62,7 @@ class Mixture:
     time_R: Tensor
     """How many steps of noise, less one."""
     condition_RL: Tensor | None
-    """What each row shows; zeros where the network is not told."""
+    """What each row shows; zeros where the network is not to know."""
 
 
 class Diffusion(Objective):
@@ -69,7 +70,7 @@ class Diffusion(Objective):
 
     method: Literal["diffusion"] = "diffusion"
     prediction_type: PredictionType = "sample"
-    """What the network tells of a noisy image: the image, its noise (epsilon), or v of both."""
+    """What the network predicts from a noisy image: the image, its noise (epsilon), or v of both."""
     beta_schedule: BetaSchedule = "squaredcos_cap_v2"
     """How noise grows: squaredcos_cap_v2 (cosine) for small images; linear is the first paper's."""
     num_train_timesteps: int = Field(default=1000, ge=2, le=10_000)
@@ -79,7 +80,7 @@ class Diffusion(Objective):
     snr_gamma: float = Field(default=5.0, gt=0, le=1e6)
     """Bound of these weights."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the rows of a step whose class the network is not told, for the guidance."""
+    """Share of the rows of a step whose class the network is not given, for the guidance."""
     num_inference_steps: int = Field(default=50, ge=1, le=10_000)
     """Steps from noise to a new image, where none are asked for."""
     guidance_scale: float = Field(default=2.0, ge=0, le=1e3)
@@ -202,7 +203,7 @@ class Diffusion(Objective):
         return int(random.integers(self.num_train_timesteps))
 
     def _conditions(self, targets: Sequence[Any]) -> Tensor | None:
-        """What the network is told of rows, ``[R, L]``: each row of length 1, or 0 for nothing."""
+        """Classes or words as the network reads them, ``[R, L]``: rows of length 1, or 0 for none."""
         import torch
 
         if not self._known:
@@ -213,7 +214,7 @@ class Diffusion(Objective):
         return torch.nn.functional.normalize(condition_RL)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed over the rows: the mean squared error of what the network tells of each."""
+        """Summed over the rows: the mean squared error of the prediction for each."""
         drawn: Mixture = batch.extra
         images, schedule = batch.plan.float(), self.schedule
         noisy = schedule.add_noise(images, drawn.noise, drawn.time_R)
@@ -275,7 +276,7 @@ class Diffusion(Objective):
     def _guided(
         self, network: Network, mixture: Tensor, time_R: Tensor, condition_RL: Tensor | None
     ) -> Tensor:
-        """What the network tells of mixtures, moved away from what it tells without the classes."""
+        """Prediction for mixtures, moved away from that without the classes or words."""
         import torch
 
         noisy = mixture.to(network.dtype)

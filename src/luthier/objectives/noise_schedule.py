@@ -1,10 +1,10 @@
 """How an image becomes noise step by step, and the way back (Ho et al. 2020, arXiv:2006.11239).
 
-Behind step ``t`` of ``T`` an image ``x`` is ``signal x + noise e``, with ``e`` standard normal,
-``signal`` the root of ``alphas_cumprod[t]`` and ``noise`` that of the rest. A network tells from such a
-mixture ``x`` (``sample``), ``e`` (``epsilon``) or ``signal e - noise x`` (``v_prediction``, Salimans
-and Ho 2022, arXiv:2202.00512); each gives ``x`` and ``e``. The way back takes fewer steps than there
-were, as DDIM does (Song et al. 2021, arXiv:2010.02502): with ``eta`` 0 it draws nothing, and with
+After step ``t`` of ``T`` an image ``x`` is ``signal x + noise e``, with ``e`` standard normal,
+``signal`` the root of ``alphas_cumprod[t]`` and ``noise`` that of the rest. A network predicts from
+such a mixture ``x`` (``sample``), ``e`` (``epsilon``) or ``signal e - noise x`` (``v_prediction``,
+Salimans and Ho 2022, arXiv:2202.00512); each gives ``x`` and ``e``. The way back takes fewer steps than
+there were, as DDIM does (Song et al. 2021, arXiv:2010.02502): with ``eta`` 0 it draws nothing, and with
 ``eta`` 1 and all ``T`` steps it is DDPM's.
 
 Numbers are those of diffusers' ``DDPMScheduler``, and of its ``DDIMScheduler`` with trailing spacing
@@ -30,7 +30,7 @@ LARGEST_BETA = 0.999
 def alphas_cumprod(
     schedule: BetaSchedule, steps: int, start: float = 1e-4, end: float = 0.02
 ) -> Tensor:
-    """``[T]``: the share of an image's variance that is left behind each step, from much to little.
+    """``[T]``: the share of an image's variance that is left after each step, from much to little.
 
     ``start`` and ``end`` are the variances that the first and last step add; the cosine schedule
     (Nichol and Dhariwal 2021, arXiv:2102.09672) has no use for them.
@@ -50,7 +50,7 @@ def alphas_cumprod(
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much of image and noise there is behind each step, and what a network tells of it."""
+    """How much of image and noise there is after each step, and what a network predicts from it."""
 
     alphas_cumprod_T: Tensor
     prediction_type: PredictionType = "epsilon"
@@ -61,7 +61,7 @@ class NoiseSchedule:
         return len(self.alphas_cumprod_T)
 
     def shares(self, time_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise ``[R, 1, 1, 1]`` behind steps ``[R]``."""
+        """Signal and noise ``[R, 1, 1, 1]`` after steps ``[R]``."""
         left_R111 = self.alphas_cumprod_T.to(time_R.device)[time_R][:, None, None, None]
         return left_R111.sqrt(), (1 - left_R111).sqrt()
 
@@ -71,7 +71,7 @@ class NoiseSchedule:
         return signal * image + rest * noise
 
     def target(self, image: Tensor, noise: Tensor, time_R: Tensor) -> Tensor:
-        """What the network is to tell of the mixtures, ``[R, C, H, W]``."""
+        """What the network is to predict from the mixtures, ``[R, C, H, W]``."""
         if self.prediction_type == "sample":
             return image
         if self.prediction_type == "epsilon":
@@ -80,7 +80,7 @@ class NoiseSchedule:
         return signal * noise - rest * image
 
     def weights(self, time_R: Tensor, weighting: LossWeighting, bound: float) -> Tensor:
-        """What the squared error ``[R]`` of what the network tells counts behind steps ``[R]``.
+        """What the squared error ``[R]`` of a prediction counts after steps ``[R]``.
 
         Weights are those of the error of the image: the signal-to-noise ratio there (``snr``) or one
         more (``snr_plus_one``), at most ``bound``.
@@ -124,7 +124,7 @@ class NoiseSchedule:
         eta: float = 0.0,
         drawn: Tensor | None = None,
     ) -> Tensor:
-        """The mixtures behind step ``before`` from those behind ``time``; the images where it is -1.
+        """The mixtures after step ``before`` from those after ``time``; the images where it is -1.
 
         ``image`` is what the network takes the images to be, ``drawn`` new noise where ``eta`` is above
         0 (equation 12 of DDIM).

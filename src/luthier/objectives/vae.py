@@ -62,9 +62,9 @@ class VAE(Objective):
     score_over: Literal["all", "last"] | None = None
     """What is scored: all of a row, or its last value; that of a time series when not given."""
     false_alarms: float = Field(default=0.01, ge=0, lt=1)
-    """Share of ordinary images that may count as anomalous."""
+    """Share of ordinary rows that may count as anomalous."""
     threshold: float | None = None
-    """Score above which an image is anomalous; from held-out rows after training when not given."""
+    """Score above which a row is anomalous; from held-out rows after training when not given."""
 
     task: ClassVar[Task] = "autoencoding"
     shapes: ClassVar[frozenset[str]] = frozenset({"image", "window"})
@@ -83,7 +83,7 @@ class VAE(Objective):
         return 1_000
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """The images alone."""
+        """The images, or windows of time series, alone."""
         return [row.bare() for row in rows]
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:

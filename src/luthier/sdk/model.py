@@ -90,7 +90,7 @@ class Model:
         The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows
         classes makes as many of each in turn where it is not given. ``prompt`` says what they are to
         show, for a model that learned from captions. ``steps``, ``guidance_scale`` and ``eta`` are for
-        models of diffusion, in the place of what they were stored with.
+        diffusion models, in the place of what they were stored with.
         """
         from luthier.objectives.capabilities import DenoisingSettings
 

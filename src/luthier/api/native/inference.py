@@ -71,7 +71,7 @@ class SampleRequest(Input):
     label: str = Field(default="", max_length=1024)
     """Name of a class, or what the images show; as many of each class in turn when not given."""
     steps: int | None = Field(default=None, ge=1, le=10_000)
-    """From noise to image, of a model of diffusion; as it was stored when not given."""
+    """From noise to image, of a diffusion model; as it was stored when not given."""
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
     """How much such a model makes of what is asked for."""
 

@@ -30,7 +30,7 @@ from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
 PATCH = 2
 """Sides of the squares of pixels that the first stage reads as one."""
 SLOWEST = 10_000.0
-"""Ratio of the fastest to the slowest sine that a time step is told by."""
+"""Ratio of the fastest to the slowest sine of a time step."""
 
 
 class UNetConfig(ImageSizes, PreTrainedConfig):
@@ -63,7 +63,7 @@ class UNetOutput(ModelOutput):
     """What the network says of noisy images."""
 
     prediction: Tensor | None = None
-    """``[R, C, H, W]``: the noise, or what the objective has it tell instead."""
+    """``[R, C, H, W]``: the noise, or what the objective has it predict instead."""
 
 
 def sinusoids(time_R: Tensor, size: int) -> Tensor:
