@@ -150,12 +150,12 @@ def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare)
     objective, network, _ = prepared()
     network.model.eval()
     noisy, time_R = torch.randn(3, 3, 9, 7), torch.tensor([5, 500, 900])
-    told = network.model(noisy, time_R, torch.eye(3)).prediction
-    untold = network.model(noisy, time_R).prediction
+    conditional = network.model(noisy, time_R, torch.eye(3)).prediction
+    unconditional = network.model(noisy, time_R).prediction
     for scale in (0.0, 1.0, 3.0):
         asked = objective.with_sampling(DenoisingSettings(guidance_scale=scale))
         found = asked._guided(network, noisy, time_R, torch.eye(3))
-        torch.testing.assert_close(found, untold + scale * (told - untold))
+        torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
 
 
 def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:

@@ -65,6 +65,11 @@ def is_media(name: str) -> bool:
     return name.lower().endswith(MEDIA_ENDINGS)
 
 
+def is_hidden(parts: Iterable[str]) -> bool:
+    """Whether files of this path are passed over: a part of it begins with ``.`` or ``_``."""
+    return any(part.startswith((".", "_")) for part in parts)
+
+
 def holds_media(folder: Path) -> bool:
     """Whether there is an image or a sound below ``folder``."""
     return any(is_media(path.name) for path in folder.rglob("*"))
@@ -75,9 +80,7 @@ def media_below(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if is_media(path.name)
-        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-        and path.is_file()
+        if is_media(path.name) and not is_hidden(path.relative_to(folder).parts) and path.is_file()
     ]
 
 

@@ -22,6 +22,8 @@ from luthier.data.sources import files_of, meant, source_refusal
 from luthier.files import luthier_home, new_file, new_folder
 
 _PIECE = 1 << 23
+LONGEST_NAME = 255
+"""Bytes of a name in a file system."""
 
 
 def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = None) -> list[Path]:
@@ -77,6 +79,11 @@ def settings(endpoint: str | None = None) -> dict[str, Any]:
     return found
 
 
+def is_file_name(part: str) -> bool:
+    """Whether a part of a key can be the name of a file."""
+    return part not in ("", ".", "..") and len(part.encode()) <= LONGEST_NAME and "\0" not in part
+
+
 def local_name(key: str) -> str:
     """A file name for an object: keys are no paths, so only the last part is kept, for its ending."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", key.rsplit("/", 1)[-1])[-100:].lstrip(".") or "object"
@@ -118,7 +125,7 @@ def _make_tree(
             path = fresh.joinpath(*parts)
             # Keys are no paths: one may lead elsewhere, or be a file and a folder.
             try:
-                if any(part in ("", ".", "..") for part in parts) or "\0" in path.name:
+                if not all(is_file_name(part) for part in parts):
                     raise OSError
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.link(copy, path)

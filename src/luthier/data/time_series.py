@@ -53,7 +53,7 @@ def _number(value: object) -> float | None:
 def _read_windows(
     records: Iterable[tuple[int, Record]], file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
-    lines, kept, values = list[int](), list[Record](), list[float]()
+    lines, read, values = list[int](), list[Record](), list[float]()
     for line, record in records:
         time, value = record.values()
         if (number := _number(value)) is None:
@@ -68,10 +68,10 @@ def _read_windows(
             return
         else:
             lines.append(line)
-            kept.append(record)
+            read.append(record)
             values.append(number)
     series_T = np.array(values, np.float32)
-    for index, (line, record) in enumerate(zip(lines, kept, strict=True)):
+    for index, (line, record) in enumerate(zip(lines, read, strict=True)):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
         name = f"{file}:{line}"
         yield line, {**record, "window": Media("window", name, array=latest)}

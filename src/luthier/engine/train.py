@@ -239,18 +239,20 @@ class Trainer:
         if not isinstance(objective, SupportsThreshold):
             return job
         examples, wanted = self.job.data.validation, objective.rows_for_threshold
-        learned = len(examples) < wanted or job is not self.job
-        count = len(examples)
+        count, again = len(examples), job is not self.job
         if count < wanted:
             examples = [*examples, *job.data.train]
         network.model.eval()
         done = objective.with_threshold(network, examples, self._reading_budget)
         if done is objective:
             return job
-        if learned:
+        if count < wanted or again:
+            why = f"{count:,} are held out, and {wanted:,} would do"
+            if again:
+                why = "the training on all rows learned from the held-out ones, too"
             self.reporter.note(
                 "warning: the threshold is set by rows that were learned from, so more of other rows "
-                f"will be above it; {count:,} are held out, and {wanted:,} would do"
+                f"will be above it; {why}"
             )
         recipe = job.recipe.model_copy(update={"objective": done})
         origin = {**job.origin, "recipe": recipe.plain()}

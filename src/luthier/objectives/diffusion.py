@@ -141,8 +141,9 @@ class Diffusion(Objective):
         """Refuse a text of which no word is known."""
         if not len(words_target(prompt, self.words or ())):
             raise RecipeError(
-                f"no caption of the training rows has a word of {prompt!r}, so it says nothing to the "
-                "model"
+                f"no caption of the training rows has a word of {prompt[:64]!r}, so it says nothing to "
+                "the model",
+                "prompt",
             )
 
     def check(self, chat: ChatFormat) -> None:
@@ -238,7 +239,7 @@ class Diffusion(Objective):
             return self.model_validate(self.model_dump() | given)
         except ValidationError as error:
             first = error.errors()[0]
-            raise RecipeError(f"{first['loc'][0]}: {first['msg']}") from error
+            raise RecipeError(f"{first['loc'][0]}: {first['msg']}", str(first["loc"][0])) from error
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """New images ``[R, C, H, W]`` of classes or prompts, each from noise of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ AT_ONCE = 32
 """Images that are made at once."""
 MOST_SAMPLES = 100_000
 """Of one request; they are held in memory."""
+LABELS_SHOWN = 20
+"""Classes that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class ImageGenerator:
         network.model.eval()
 
     @staticmethod
-    def open(stored: StoredModel) -> ImageGenerator:
-        """Load ``stored`` on the best device of this machine.
+    def open(stored: StoredModel, name: str = "") -> ImageGenerator:
+        """Load ``stored`` on the best device of this machine; refusals call it ``name`` or by its id.
 
         Raises:
             RecipeError: where it makes no images.
@@ -84,7 +86,7 @@ class ImageGenerator:
         network = as_network(
             load(stored, machine.dtype, machine.device), machine.device, machine.dtype
         )
-        return ImageGenerator(network, objective, chat_format(stored), stored.id)
+        return ImageGenerator(network, objective, chat_format(stored), name or stored.id)
 
     def sample(
         self,
@@ -114,19 +116,22 @@ class ImageGenerator:
             if not isinstance(objective, SupportsDenoising):
                 raise RecipeError(
                     f"{self.name} makes an image in one go: steps, guidance_scale and eta are for "
-                    "models that were trained with `objective.method=diffusion`"
+                    "models that were trained with `objective.method=diffusion`",
+                    next(name for name, value in asdict(settings).items() if value is not None),
                 )
             objective = objective.with_sampling(settings)
         if not 1 <= count <= MOST_SAMPLES:
             raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
         known = objective.sample_labels
         if label is not None and label not in known:
-            all_known = f"it knows {', '.join(known)}" if known else "it knows no classes"
-            raise RecipeError(f"{self.name} cannot make images of {label!r}: {all_known}")
+            more = f" and {len(known) - LABELS_SHOWN} more" if len(known) > LABELS_SHOWN else ""
+            names = ", ".join(known[:LABELS_SHOWN]) + more if known else "no classes"
+            text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
+            raise RecipeError(text, "label")
         if prompt is not None:
             if not isinstance(objective, SupportsPrompts) or not objective.reads_prompts:
                 use = f"use label, one of {', '.join(known)}" if known else "leave the prompt out"
-                raise RecipeError(f"{self.name} did not learn from captions; {use}")
+                raise RecipeError(f"{self.name} did not learn from captions; {use}", "prompt")
             objective.check_prompt(prompt)
         asked = label if label is not None else prompt
         classes = [asked] if asked is not None else list(known) or [""]

@@ -26,7 +26,6 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
 from luthier.objectives.capabilities import (
     DenoisingSettings,
-    SupportsDenoising,
     SupportsPrediction,
     SupportsPrompts,
     SupportsReconstruction,
@@ -46,8 +45,8 @@ if TYPE_CHECKING:
 
 READ_AT_ONCE = 8
 """Inputs that are read in one turn: large images take longer to decode than to be read."""
-LABELS_SHOWN = 20
-"""Classes that a refusal names."""
+THIS_MODEL = "This model"
+"""What refusals call it, as clients do not know its id in the store."""
 
 Input = str | Media
 """A text, an image or a sound that a model is to read."""
@@ -150,12 +149,12 @@ class SerialModel:
         objective = objective_of(stored)
         makes = isinstance(objective, SupportsSampling | SupportsReconstruction)
         if not isinstance(objective, SupportsPrediction) and makes:
-            return SerialModel(None, ImageGenerator.open(stored), limits, scheduler)
+            return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored, serving_format(stored))
         generator = None
         if makes:
             generator = ImageGenerator(
-                predictor.network, predictor.objective, predictor.chat, stored.id
+                predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
         return SerialModel(predictor, generator, limits, scheduler)
 
@@ -260,30 +259,9 @@ class SerialModel:
         if generator is None or not isinstance(generator.objective, SupportsSampling):
             raise InferenceRefused(f"This model {self.purpose} and makes no images.", "model")
         objective = generator.objective
-        known = objective.sample_labels
         label, prompt = request.label or None, None
-        settings = DenoisingSettings(request.steps, request.guidance_scale)
-        if settings != DenoisingSettings() and not isinstance(objective, SupportsDenoising):
-            parameter = "steps" if request.steps is not None else "guidance_scale"
-            text = "This model makes an image in one pass: it takes no steps and no guidance."
-            raise InferenceRefused(text, parameter)
         if isinstance(objective, SupportsPrompts) and objective.reads_prompts:
             label, prompt = None, label
-        if prompt is not None and isinstance(objective, SupportsPrompts):
-            try:
-                objective.check_prompt(prompt)
-            except RecipeError as refused:
-                raise InferenceRefused(f"{refused}.", "label") from None
-        if label is not None and label not in known:
-            if not known:
-                raise InferenceRefused(
-                    "This model knows no classes; leave the text empty.", "label"
-                )
-            more = f" and {len(known) - LABELS_SHOWN} more" if len(known) > LABELS_SHOWN else ""
-            names = ", ".join(known[:LABELS_SHOWN])
-            raise InferenceRefused(
-                f"This model makes images of its classes, by their names: {names}{more}.", "label"
-            )
         size = generator.processor.height, generator.processor.width
         if request.size is not None and request.size != size:
             height, width = size
@@ -291,14 +269,16 @@ class SerialModel:
                 f"This model makes images of {width}x{height} (width x height), and no others.",
                 "size",
             )
+        settings = DenoisingSettings(request.steps, request.guidance_scale)
         # A model that takes many passes for an image is ended between two of them.
-        hook = self._network.model.register_forward_pre_hook(lambda *given: work.check())
+        hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
         try:
             return generator.sample(
                 request.count, seed, label, done, lambda: self._turn(work), settings, prompt
             )
-        except RecipeError as error:
-            raise InferenceRefused(f"{error}.", "guidance_scale") from error
+        except RecipeError as refused:
+            parameter = "label" if refused.field == "prompt" else refused.field
+            raise InferenceRefused(f"{refused}.", parameter) from refused
         finally:
             hook.remove()
 

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote
 
 from luthier.data.media import MOST_MEDIA_BYTES
-from luthier.data.media_files import is_media
-from luthier.data.s3 import local_name, settings
+from luthier.data.media_files import is_hidden, is_media
+from luthier.data.s3 import is_file_name, local_name, settings
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
@@ -35,8 +35,6 @@ MOST_ENTRIES = 10_000
 """Files below a folder at most, where all of them are looked at."""
 MOST_MEDIA_FILES = 100_000
 """The same of a folder of images or sounds."""
-LONGEST_NAME = 255
-"""Bytes of a name in a file system."""
 
 Entry = TypeVar("Entry")
 
@@ -152,7 +150,7 @@ class Locations:
         for key, name in names.items():
             parts = key.removeprefix(address.key).split("/")
             # Keys are no paths: one may lead elsewhere, or be a file and a folder.
-            if name in taken or not all(_is_name(part) for part in parts):
+            if name in taken or not all(is_file_name(part) for part in parts):
                 where = f"s3://{address.bucket}/{key}"
                 raise LocationRefused(f"The key of {where} cannot be the path of a file.")
         for key, name in names.items():
@@ -236,7 +234,9 @@ class Locations:
         below = buckets.below(account, bucket, key, MOST_MEDIA_FILES + 1)
         found = [*_at_most(below, what, MOST_MEDIA_FILES)]
         media = [
-            (each, size) for each, size in found if is_media(each) and not _is_hidden(each, key)
+            (each, size)
+            for each, size in found
+            if is_media(each) and not is_hidden(each.removeprefix(key).split("/"))
         ]
         rows = [each for each, _ in found if each.endswith(ROWS)]
         if rows or not media:
@@ -371,16 +371,6 @@ def _at_most(below: Iterable[Entry], what: str, most: int | None = None) -> Iter
         if number > most:
             raise LocationRefused(f"There are more than {most:,} {what}.")
         yield each
-
-
-def _is_hidden(key: str, prefix: str) -> bool:
-    """Whether it is passed over, as files are whose path has a part that begins with . or _."""
-    return any(part.startswith((".", "_")) for part in key.removeprefix(prefix).split("/"))
-
-
-def _is_name(part: str) -> bool:
-    """Whether a part of a key can be a file's name."""
-    return part not in ("", ".", "..") and len(part.encode()) <= LONGEST_NAME and "\0" not in part
 
 
 def _is_file(uri: str) -> bool:
