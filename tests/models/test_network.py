@@ -86,7 +86,9 @@ def test_every_row_gets_the_log_probabilities_of_its_own_tokens(
         examples = [
             Example(e.ids_T, e.weight_T, e.row, source_T=np.array([4, 5, 1])) for e in examples
         ]
-    alone = {e.row: token_logps(network, network.batches([e], 100)[0]).detach() for e in examples}
+    alone = {
+        e.row: token_logps(network, next(network.batches([e], 100))).detach() for e in examples
+    }
     seen = set()
     for batch in network.batches(examples, budget):
         logp_M = token_logps(network, batch).detach()

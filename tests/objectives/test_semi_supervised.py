@@ -65,7 +65,7 @@ def begun(
 def shares(network: Network, examples: list[Example], neighbours: int, alpha: float) -> np.ndarray:
     """Row by row and by an inverse: mean states, the graph of the nearest, and labels on it."""
     with torch.no_grad():
-        states = [network.hidden(network.batches([e], 1000)[0])[: len(e)] for e in examples]
+        states = [network.hidden(next(network.batches([e], 1000)))[: len(e)] for e in examples]
     points = np.array([state.double().mean(0).numpy() for state in states])
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     cosine = points @ points.T
@@ -129,7 +129,7 @@ def total_and_gradients(
     network: Network, objective: SemiSupervised, examples: list[Example], budget: int
 ) -> tuple[float, float, dict[str, torch.Tensor], int]:
     network.model.zero_grad(set_to_none=True)
-    batches = network.batches(objective.augment(examples, training=True), budget)
+    batches = [*network.batches(objective.augment(examples, training=True), budget)]
     total = 0.0
     for batch in batches:
         loss = objective.loss(network, batch).total
@@ -156,7 +156,7 @@ def test_the_loss_of_a_step_whole_and_in_parts(
     expected = 0.0
     for example, weight in zip(examples, [1, 1, 0, 0.3, 0.3, 0, 0.3], strict=True):
         with torch.no_grad():
-            scores_C = network.row_scores(network.batches([example], 1000)[0])[0]
+            scores_C = network.row_scores(next(network.batches([example], 1000)))[0]
         assert example.target is not None
         if weight:
             expected -= weight * float(scores_C.double().log_softmax(-1)[int(example.target[0])])

@@ -53,7 +53,7 @@ def started(
 
 def accuracy(network: Network, objective: Classification, examples: list[Example]) -> float:
     with torch.no_grad():
-        batches = network.batches(examples, 2048)
+        batches = [*network.batches(examples, 2048)]
         ratios = [objective.loss(network, batch).ratios["accuracy"] for batch in batches]
     return RowScores.concatenate([RowScores.of(*each) for each in ratios]).value
 

@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from luthier.data.media import Media
 from luthier.data.shapes import BareImage, BareWindow, LabelledImage
+from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
@@ -154,7 +155,7 @@ def test_the_threshold_keeps_the_budget_of_false_alarms(
 @torch.no_grad()
 def test_validation_counts_the_latents_in_use(network: Network, examples: list[Example]) -> None:
     found = VAE().validation_metrics(network, examples, 100)
-    means = network.model.encode(network.batches(examples, 100)[0].plan)[0]
+    means = network.model.encode(next(network.batches(examples, 100)).plan)[0]
     assert found["active_units"] == int((means.var(0) > 0.01).sum())
     assert found["loss"] == pytest.approx(found["reconstruction"] + found["kl"], rel=1e-5)
     network.model.to_latent.weight.zero_()
@@ -190,3 +191,29 @@ def test_an_image_of_no_noise_is_its_own_copy(network: Network, examples: list[E
     network.model.decode = lambda latents: batch.plan
     found = VAE().loss(network, replace(batch))
     assert found.metrics["reconstruction"] == 0
+
+
+@torch.no_grad()
+def test_images_are_measured_a_few_at_a_time(
+    network: Network, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = VAE().validation_metrics(network, examples, 2)
+    held = most = 0
+    plan, loss = MediaLayout.plan, VAE.loss
+
+    def count_up(*given: Any, **named: Any) -> Any:
+        nonlocal held, most
+        held += len(given[1].examples)
+        most = max(most, held)
+        return plan(*given, **named)
+
+    def count_down(objective: VAE, network: Network, batch: Any) -> Any:
+        nonlocal held
+        held -= len(batch.tree.examples)
+        return loss(objective, network, batch)
+
+    monkeypatch.setattr("luthier.models.network.IMAGES_HELD", 2)
+    monkeypatch.setattr(MediaLayout, "plan", count_up)
+    monkeypatch.setattr(VAE, "loss", count_down)
+    assert VAE().mean_loss(network, examples, 1) == pytest.approx(whole["loss"], rel=1e-5)
+    assert most == 2

@@ -152,6 +152,8 @@ def split_to_budget(
     micro-batch of its own, and so does a group (``Example.group``), which is never parted. The pieces
     are evened out, as the largest decides the peak memory.
     """
+    if not examples:
+        return []
     rows = _by_group(sorted(examples, key=_sort_key))
     shared_R = _shared_prefixes(rows, share)
     parts = _fill(rows, shared_R, budget)

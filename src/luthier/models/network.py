@@ -21,7 +21,7 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
-from luthier.models.layouts import MOST_IMAGES, Layout, layout_of
+from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, Layout, layout_of
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example, IntArray
 
@@ -277,12 +277,20 @@ class Network:
         before = prefix_tokens(self.model) if prefix else 0
         return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
 
-    def batches(self, examples: Sequence[Example], budget: int) -> list[TreeBatch]:
-        """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer)."""
+    def batches(self, examples: Sequence[Example], budget: int) -> Iterator[TreeBatch]:
+        """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer).
+
+        Each is made when it is asked for: one of images holds their pixels.
+        """
         if heads.reads_media(self.model.config):
             budget = min(budget, MOST_IMAGES)
         parts = split_to_budget(examples, budget, self.shares)
-        return [self.batch(self._tree(part)) for part in parts]
+        return (self.batch(self._tree(part)) for part in parts)
+
+    def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+        """``examples`` in parts of which all batches may be held at once; of texts that is all."""
+        size = IMAGES_HELD if heads.reads_media(self.model.config) else max(1, len(examples))
+        return (examples[start : start + size] for start in range(0, len(examples), size))
 
     def _tree(self, rows: Sequence[Example]) -> TokenTree:
         """The rows behind the soft prompt, where there is one."""

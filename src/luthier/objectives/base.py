@@ -193,7 +193,7 @@ class Objective(BaseModel):
         Each holds at most ``budget`` tokens. ``network.model.training`` tells whether it is for a step
         or for a measurement.
         """
-        return network.batches(self.augment(examples, network.model.training), budget)
+        return [*network.batches(self.augment(examples, network.model.training), budget)]
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Yield the micro-batches of each optimizer step that one batch of rows gives."""
@@ -242,9 +242,11 @@ class Objective(BaseModel):
 
         network.model.eval()
         means = Means()
+        parts = [examples] if self.contrasts_rows else network.parts(examples)
         with torch.no_grad():
-            for batch in self.annotate(network, examples, budget):
-                means.add(self.loss(network, batch), batch.weight)
+            for part in parts:
+                for batch in self.annotate(network, part, budget):
+                    means.add(self.loss(network, batch), batch.weight)
         return means
 
     def validation_metrics(

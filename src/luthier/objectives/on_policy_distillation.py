@@ -78,7 +78,7 @@ class OnPolicyDistillation(Distillation):
     ) -> list[TreeBatch]:
         """In a step, rows with the student's answers; in a measurement, the rows as they are."""
         if not network.model.training:
-            return network.batches(examples, budget)
+            return [*network.batches(examples, budget)]
         import torch
 
         asked = (torch.rand(len(examples)) < self.student_share).tolist()

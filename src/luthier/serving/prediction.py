@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 BUDGET = 2048
 """Tokens read at once."""
-MEDIA_AT_ONCE = 256
-"""Images or sounds that are decoded at once: 150 MB of images of 224 x 224."""
 
 
 def likeliest(scores: Mapping[str, float], top: int) -> dict[str, float]:
@@ -241,16 +239,13 @@ class Predictor:
         assert isinstance(self.objective, SupportsPrediction)
         answers: list[dict[str, Any]] = [{} for _ in examples]
         finished = 0
-        # A batch of images holds their pixels, so not all of them are made before the first is read.
-        size = MEDIA_AT_ONCE if examples and examples[0].media else max(1, len(examples))
         with torch.inference_mode():
-            for start in range(0, len(examples), size):
-                for batch in self.network.batches(examples[start : start + size], BUDGET):
-                    found = self.objective.predict(self.network, batch)
-                    for example, answer in zip(batch.tree.examples, found, strict=True):
-                        answers[example.row] = answer
-                    finished += len(found)
-                    done(finished)
+            for batch in self.network.batches(examples, BUDGET):
+                found = self.objective.predict(self.network, batch)
+                for example, answer in zip(batch.tree.examples, found, strict=True):
+                    answers[example.row] = answer
+                finished += len(found)
+                done(finished)
         return answers
 
     def _encode(self, row: Row, index: int) -> Example:
