@@ -22,7 +22,7 @@ SHOWN = 5
 
 def character_errors(pairs: Iterable[Pair]) -> RowScores:
     """CER of ``pairs``."""
-    return _error_rate([(written, wanted) for written, wanted in pairs])
+    return _error_rate([*pairs])
 
 
 def word_errors(pairs: Iterable[Pair]) -> RowScores:

@@ -1,4 +1,4 @@
-"""What networks that make images share: the sizes of their stages, and the way from the inside out.
+"""What networks of images share: the sizes of their stages, and the way from the inside out.
 
 A stage of the decoder enlarges before it convolves, so that no chequered pattern appears (Odena et al.
 2016) and sides need not be even. Norms are over groups of channels, so that a row gives the same in any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from luthier.errors import RecipeError
 
 GROUP = 16
 """Channels that are normalized together, where there are so many."""
@@ -39,6 +41,19 @@ class ImageSizes:
         for _ in self.hidden_sizes:
             found.append((-(-found[-1][0] // 2), -(-found[-1][1] // 2)))
         return found
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images ``[R, C, H, W]`` of another size.
+
+        Raises:
+            RecipeError: naming both sizes.
+        """
+        if tuple(images.shape[1:]) != self.shape:
+            read, made = (" x ".join(map(str, each)) for each in (images.shape[1:], self.shape))
+            raise RecipeError(
+                f"the network is made for images of {made} (channels, height, width), and these are "
+                f"{read}. Leave data.image_size out, or build a network of that size"
+            )
 
 
 class NoTokens:

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from luthier.errors import RecipeError
-from luthier.models.nets.image_stages import GroupNorm, NoTokens
+from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
 from luthier.models.nets.small_cnn import BasicBlock
 
 COLUMN = 4
@@ -27,7 +26,7 @@ ROW = 8
 """Pixels of height that become one row of the last maps, all of which a state holds."""
 
 
-class LineEncoderConfig(PreTrainedConfig):
+class LineEncoderConfig(ImageSizes, PreTrainedConfig):
     """What it reads, the channels of its stages, and the transformer over the columns."""
 
     model_type = "line_encoder"
@@ -87,14 +86,12 @@ class LineEncoderModel(NoTokens, PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        _, height, width = config.shape
         if height % ROW or width % COLUMN or len(config.hidden_sizes) != 3:
             raise ValueError(
                 f"image_size must be a multiple of {ROW} high and of {COLUMN} wide, and hidden_sizes "
-                f"three numbers; they are {size} and {config.hidden_sizes}"
+                f"three numbers; they are {height} x {width} and {config.hidden_sizes}"
             )
-        self.size = (height, width)
         first, second, third = config.hidden_sizes
         self.stem = nn.Conv2d(config.num_channels, first, 3, 2, 1, bias=False)
         self.norm = GroupNorm(first)
@@ -129,12 +126,7 @@ class LineEncoderModel(NoTokens, PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """``[R, C, H, W]`` to one state for each column, ``[R, S, H']``."""
-        if tuple(pixel_values.shape[2:]) != self.size:
-            read, made = ("{} x {}".format(*s) for s in (pixel_values.shape[2:], self.size))
-            raise RecipeError(
-                f"the network is made for images of {made} (height, width), and these are {read}. "
-                "Leave data.image_size out"
-            )
+        self.config.check_images(pixel_values)
         states = F.relu(self.norm(self.stem(pixel_values)))
         for block in self.blocks:
             states = block(states)

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from luthier.errors import RecipeError
 from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
 
 PATCH = 2
@@ -172,14 +171,7 @@ class UNetModel(UNetPreTrainedModel):
         Raises:
             RecipeError: for images of another size than the network's.
         """
-        if tuple(pixel_values.shape[1:]) != self.config.shape:
-            read, made = (
-                " x ".join(map(str, s)) for s in (pixel_values.shape[1:], self.config.shape)
-            )
-            raise RecipeError(
-                f"the network is made for images of {made} (channels, height, width), and these are "
-                f"{read}. Leave data.image_size out, or build a network of that size"
-            )
+        self.config.check_images(pixel_values)
         if time_R is None:
             time_R = torch.zeros(len(pixel_values), device=pixel_values.device)
         dtype = pixel_values.dtype

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from luthier.errors import RecipeError
 from luthier.models.nets.image_stages import (
     GroupNorm,
     ImageSizes,
@@ -136,14 +135,7 @@ class VAEModel(NoTokens, PreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""
-        if tuple(pixel_values.shape[1:]) != self.config.shape:
-            read, made = (
-                " x ".join(map(str, s)) for s in (pixel_values.shape[1:], self.config.shape)
-            )
-            raise RecipeError(
-                f"the network is made for images of {made} (channels, height, width), and these are "
-                f"{read}. Leave data.image_size out, or build a network of that size"
-            )
+        self.config.check_images(pixel_values)
         states = pixel_values.flatten(1) if self.config.dense else pixel_values
         for layer in self.encoder:
             states = layer(states)
