@@ -48,7 +48,24 @@ def test_a_history_has_an_end(tmp_path: Path) -> None:
     assert last.media.values().tolist() == list(range(3, count))
 
 
-@pytest.mark.parametrize("bad", ["", "x", "nan", "inf"])
+def test_a_counter_of_billions_keeps_its_last_digits(tmp_path: Path) -> None:
+    counts = [1_700_000_000.0 + n for n in range(4)]  # float32 knows every 128th of these
+    for row in (load_rows(write(tmp_path, times(counts)))[-1], rows_of(tmp_path, counts)):
+        assert isinstance(row, BareWindow)
+        assert row.media.values().tolist() == counts
+        small = WindowProcessor(4).array(window([0.0, 1.0, 2.0, 3.0]))
+        np.testing.assert_allclose(WindowProcessor(4).array(row.media), small)
+
+
+@pytest.mark.parametrize("start", ["", "nan", "N/A", "inf"])
+def test_a_series_may_begin_without_values_which_are_named(tmp_path: Path, start: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, [f"1,{start}", f"2,{start}", "3,3", "4,4"]))
+    found = [(each.rule, each.line) for each in caught.value.problems]
+    assert found == [("window.value", 2), ("window.value", 3)]
+
+
+@pytest.mark.parametrize("bad", ["", "x", "nan", "inf", "1e308"])
 def test_a_value_that_is_missing_is_named(tmp_path: Path, bad: str) -> None:
     with pytest.raises(DataError) as caught:
         load_rows(write(tmp_path, ["1,1", f"noon,{bad}", "3,3"]))
@@ -85,15 +102,23 @@ def test_rows_hold_windows_of_their_own(tmp_path: Path) -> None:
     ((record, row),) = load_inputs(path)
     assert record["id"] == 4 and isinstance(row, BareWindow)
     assert row.media.values().tolist() == [1.0, 2.5, 3.0]
-    for bad in ([], [1, "2"], [True], "1,2", [float("nan")], None):
+    for bad in ([], [1, "2"], [True], "1,2", [float("nan")], None, [10**400], [1e308]):
         path.write_text(json.dumps({"window": bad}) + "\n")
         with pytest.raises(DataError) as caught:
             load_rows(path)
         assert {each.rule for each in caught.value.problems} <= {"media.type", "json.not_finite"}
 
 
+def rows_of(folder: Path, values: list[float]) -> BareWindow:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"window": values}) + "\n")
+    (row,) = load_rows(path)
+    assert isinstance(row, BareWindow)
+    return row
+
+
 def window(values: list[float]) -> Media:
-    return Media("window", "w", array=np.array(values, np.float32))
+    return Media("window", "w", array=np.array(values))
 
 
 def test_a_window_is_scaled_by_what_came_before() -> None:

@@ -12,10 +12,11 @@ import luthier
 from luthier.data.rows import load_rows
 from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
-from luthier.evaluation.evaluate import check, choose_turns, grade, questions
+from luthier.evaluation.evaluate import check, check_shapes, choose_turns, grade, questions
 from luthier.evaluation.parity import Parity
 from luthier.evaluation.significance import standard_error
 from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex, ToolCalls
+from luthier.objectives import OBJECTIVES
 from luthier.types import Message, ToolCall
 
 PAIR = PromptCompletion("f", 1, prompt="What?", completion="That.")
@@ -162,6 +163,12 @@ def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
         luthier.evaluate("no model", data)
     with pytest.raises(DataError, match=r"file\.missing"):
         luthier.evaluate("no model", tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("method", ["vae", "gan", "diffusion"])
+def test_models_that_make_images_are_not_evaluated_on_rows(method: str) -> None:
+    with pytest.raises(RecipeError, match=f"objective {method} answer nothing.*luthier sample"):
+        check_shapes([TEXT], OBJECTIVES[method].model_validate({}))
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def test_what_cannot_be_made_is_refused(generator: ImageGenerator) -> None:
         generator.sample(1, label="cat")
     with pytest.raises(RecipeError, match="count must be from 1"):
         generator.sample(0)
+    with pytest.raises(RecipeError, match="a seed has 64 bits"):
+        generator.sample(1, seed=2**64)
     with pytest.raises(RecipeError, match="two images"):
         generator.interpolate([], 3)
     with pytest.raises(RecipeError, match="makes an image in one go"):

@@ -205,3 +205,5 @@ def check_output(target: Path | None) -> None:
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
+    if not os.access(target if target.exists() else parent, os.W_OK):
+        raise RecipeError(f"{target} cannot be written: you have no right to")

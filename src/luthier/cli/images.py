@@ -58,7 +58,7 @@ def sample(
     from luthier.serving.images import ImageGenerator
     from luthier.store.models import find
 
-    check_output(output)
+    _check_samples(output)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -78,13 +78,28 @@ def sample(
         print_written(count, "images", output)
 
 
+def _check_samples(output: Path) -> None:
+    """Refuse a picture or folder that cannot be written, before images are made for it."""
+    from luthier.data.media import IMAGE_ENDINGS
+
+    ending = output.suffix.lower()
+    if ending in IMAGE_ENDINGS and ending != ".png":
+        raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
+    if ending == ".png" or not output.exists():
+        check_output(output)
+    elif not output.is_dir():
+        raise RecipeError(
+            f"{output} is a file; name a new folder, or a picture that ends with .png"
+        )
+    elif any(output.iterdir()):
+        raise RecipeError(f"{output} is not empty; name a new folder")
+
+
 def _write_folder(made: Sequence[SampledImage], folder: Path) -> None:
     """A PNG for each image, below the name of its class where there is one."""
     from luthier.data.pictures import encode_png
     from luthier.files import write_bytes
 
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RecipeError(f"{folder} is not empty; name a new folder")
     for number, each in enumerate(made, 1):
         name = each.label.replace("/", "_").lstrip(".") or ("_" if each.label else "")
         place = folder / name

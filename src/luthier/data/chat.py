@@ -121,8 +121,8 @@ class NoTokenizer:
         """
         raise RowRefused(
             "media.base",
-            "this base reads no texts, but images or sounds.",
-            "Give rows that it reads, or name another base.",
+            "this base reads no texts, but images, sounds or numbers, and this is a text.",
+            "Give rows that it reads, or name another base; a path that is not there is a text, too.",
         )
 
     encode = __call__

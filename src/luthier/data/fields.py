@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.data.media import LONGEST_WINDOW, Media, MediaKind
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
 from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
@@ -291,10 +291,12 @@ class FieldChecker:
     def _window(self, value: object) -> Media | None:
         """Values of a time series in their order, the last one last."""
         numbers = value if isinstance(value, list) else []
-        if numbers and all(type(each) in (int, float) and math.isfinite(each) for each in numbers):
-            array = np.array(numbers[-LONGEST_WINDOW:], np.float32)
+        if numbers and all(
+            type(each) in (int, float) and abs(each) <= LARGEST_VALUE for each in numbers
+        ):
+            array = np.array(numbers[-LONGEST_WINDOW:], np.float64)
             return Media("window", f"{self.file}:{self.line}", array=array)
-        message = '"window" must be an array of finite numbers.'
+        message = f'"window" must be an array of finite numbers up to {LARGEST_VALUE:.0e}.'
         self.report("media.type", message, "Write the values in their order, the latest last.")
         return None
 

@@ -45,6 +45,8 @@ MOST_SAMPLES = 64_000_000
 """Of one sound, all channels counted: silence packs to nothing."""
 LONGEST_WINDOW = 512
 """Values of a time series that a row has at most; no network that reads windows can be longer."""
+LARGEST_VALUE = 1e100
+"""Of a time series, on both sides of 0: the squares of further ones overflow."""
 _DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, MemoryError, KeyError, TypeError, IndexError,
     struct.error, zlib.error,
@@ -148,10 +150,13 @@ class Media:
             raise _refusal("unreadable", "an array of samples names no sampling rate.")
         return decode_audio(self.read(), self.most)
 
-    def values(self) -> NDArray[np.float32]:
-        """The values of a time series up to the row's own, ``[T]``."""
+    def values(self) -> NDArray[np.float64]:
+        """The values of a time series up to the row's own, ``[T]``.
+
+        A counter that has come to billions differs from line to line in digits that float32 has not.
+        """
         assert self.array is not None
-        return np.asarray(self.array, np.float32)
+        return np.asarray(self.array, np.float64)
 
 
 def gps_of(media: Media) -> str:

@@ -300,7 +300,7 @@ class WindowProcessor:
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads, ``[1, 1, length]``; a short history is mirrored at its start."""
-        values_T = media.values().astype(np.float64)
+        values_T = media.values()
         window = values_T[-self.length :]
         if len(window) < self.length:
             window = np.pad(window, (self.length - len(window), 0), mode="symmetric")
@@ -366,9 +366,10 @@ def check_kind(media: Media, processor: Processor | None, index: int) -> Process
     """The processor, where it reads such rows."""
     if processor is None or processor.kind != media.kind:
         reads = "texts" if processor is None else f"{processor.kind}s"
+        article = "a" if media.kind == "window" else "an"
         raise RowRefused(
             "media.base",
-            f"this base reads {reads}, and row {index + 1} is an {media.kind}.",
+            f"this base reads {reads}, and row {index + 1} is {article} {media.kind}.",
             "Name a base that reads such rows; `luthier models list` shows what each reads.",
         )
     return processor

@@ -1,26 +1,30 @@
 """Time series as rows: a table of times and one number each, read as windows of the latest values.
 
 A table is a time series when it has two columns, the first is called as one of :data:`TIME_COLUMNS`,
-the second as nothing that rows of another kind have, and the first line has a number there. Each line
-is a row: the value of that time and those before it. A network decides how many of them it reads.
+the second as nothing that rows of another kind have, and the first line that has a value there has a
+number. Each line is a row: the value of that time and those before it. A network decides how many of
+them it reads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
 from luthier.data.forms import KEYS
-from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media
 from luthier.data.parsing import Record, quote
 from luthier.errors import Problem
 
 TIME_COLUMNS = ("timestamp", "time", "date", "datetime", "ds")
 MOST_VALUES = 20_000_000
 """Of one series; they are held in memory."""
+FIRST_LINES = 1_000
+"""Among them is a value, where a sensor starts late."""
+MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
+"""What tables have for a value that was not measured."""
 
 
 def read_series(
@@ -30,16 +34,29 @@ def read_series(
     first = next(records, None)
     if first is None:
         return iter(())
-    whole = chain([first], records)
-    return _read_windows(whole, file, problems) if _is_time_series(first[1]) else whole
+    if not _has_columns(first[1]):
+        return chain([first], records)
+    lines = [first, *islice(records, FIRST_LINES - 1)]
+    whole = chain(lines, records)
+    return _read_windows(whole, file, problems) if _has_numbers(lines) else whole
 
 
-def _is_time_series(record: Record) -> bool:
+def _has_columns(record: Record) -> bool:
     if len(record) != 2:
         return False
-    (time, _), (name, value) = record.items()
-    named = time.lower() in TIME_COLUMNS and name.lower() not in KEYS
-    return named and _number(value) is not None
+    time, name = record
+    return time.lower() in TIME_COLUMNS and name.lower() not in KEYS
+
+
+def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:
+    """Whether the first value that is there is a number."""
+    values = (str([*record.values()][1]) for _, record in lines)
+    value = next((value for value in values if value.strip().lower() not in MISSING), "")
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(value: object) -> float | None:
@@ -47,7 +64,7 @@ def _number(value: object) -> float | None:
         number = float(str(value))
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST_VALUE else None
 
 
 def _read_windows(
@@ -58,7 +75,8 @@ def _read_windows(
         time, value = record.values()
         if (number := _number(value)) is None:
             message = (
-                f"The value of {quote(str(time))} is {quote(str(value))} and no finite number."
+                f"The value of {quote(str(time))} is {quote(str(value))} and no finite number "
+                f"up to {LARGEST_VALUE:.0e}."
             )
             fix = "Fill in what was measured, or an estimate of it: a series has no gaps."
             problems.append(Problem(file, line, "window.value", message, fix))
@@ -70,7 +88,7 @@ def _read_windows(
             lines.append(line)
             read.append(record)
             values.append(number)
-    series_T = np.array(values, np.float32)
+    series_T = np.array(values, np.float64)
     for index, (line, record) in enumerate(zip(lines, read, strict=True)):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
         name = f"{file}:{line}"

@@ -73,7 +73,14 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
 
     Raises:
         DataError: with each such row.
+        RecipeError: where no rows say it.
     """
+    if not objective.evaluation_shapes:
+        raise RecipeError(
+            f"models of objective {objective.method} answer nothing that rows could tell right from "
+            "wrong. The losses of held-out rows stand in the run; `luthier sample` and `luthier "
+            "predict` show what was learned"
+        )
     wanted = describe_shapes(objective.evaluation_shapes)
     problems = [
         Problem(

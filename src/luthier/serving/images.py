@@ -122,6 +122,8 @@ class ImageGenerator:
             objective = objective.with_sampling(settings)
         if not 1 <= count <= MOST_SAMPLES:
             raise RecipeError(f"count must be from 1 to {MOST_SAMPLES:,}, and is {count:,}")
+        if not -(2**63) <= seed < 2**64:
+            raise RecipeError(f"a seed has 64 bits, and {seed} has more")
         known = objective.sample_labels
         if label is not None and label not in known:
             more = f" and {len(known) - LABELS_SHOWN} more" if len(known) > LABELS_SHOWN else ""

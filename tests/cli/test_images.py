@@ -1,0 +1,41 @@
+"""Where ``luthier sample`` may write is said before images are made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from command_line import Answer
+
+from luthier.cli.console import check_output
+from luthier.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("full", "is not empty; name a new folder"),
+        ("full/1.png", "there is no custom model"),
+        ("full/notes.txt", "is a file; name a new folder, or a picture that ends with .png"),
+        ("samples.JPG", "images are written as PNG: name"),
+        ("empty", "there is no custom model"),
+        ("new/folder", "there is no custom model"),
+    ],
+)
+def test_samples_go_to_a_picture_or_a_new_folder(
+    luthier_home: Path, tmp_path: Path, output: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    answer = Answer("sample", "small-vae:none", "--output", str(tmp_path / output))
+    assert answer.code == 2 and message in answer.err
+
+
+def test_a_file_that_may_not_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, right: Path(path) != tmp_path)
+    with pytest.raises(RecipeError, match="cannot be written: you have no right to"):
+        check_output(tmp_path / "samples.png")
