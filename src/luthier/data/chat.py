@@ -146,7 +146,7 @@ class ChatFormat:
     """How images or sounds are read; ``None`` where only texts are."""
 
     @property
-    def knows_texts(self) -> bool:
+    def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; of networks that read media, those that write have one."""
         return not isinstance(self.tokenizer, NoTokenizer)
 
@@ -450,7 +450,7 @@ class ChatFormat:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
-        if self.media is not None and not self.knows_texts:
+        if self.media is not None and not self.has_tokenizer:
             return [f"<{self.media.kind}>"] * len(ids)
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

@@ -156,7 +156,7 @@ def with_reading_defaults(
     if recipe.data.augmentation is None:
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
-        processor = None if chat.knows_texts else chat.media
+        processor = None if chat.has_tokenizer else chat.media
         if processor is not None and changes and not recipe.adaptation.head_only:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)

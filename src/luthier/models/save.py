@@ -150,7 +150,7 @@ def save_format(chat: ChatFormat, folder: Path) -> None:
     """Write the processor, and the tokenizer without a template that a plain model must not use."""
     if chat.media is not None:
         save_processor(chat.media, folder)
-    if not chat.knows_texts:
+    if not chat.has_tokenizer:
         return
     template = chat.tokenizer.chat_template
     if chat.template == "plain":

@@ -91,9 +91,9 @@ def find_nearest(
     if count < 1:
         raise RecipeError(f"count must be at least 1, and is {count}")
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
-    known = EmbeddingIndex.open(index, stored)
+    embeddings = EmbeddingIndex.open(index, stored)
     asked_QH = _embed(predictor, queries)
-    row_NH, embedded = known.embeddings(predictor, rows, on_progress)
+    row_NH, embedded = embeddings.of(predictor, rows, on_progress)
     places_QK, scores_QK = nearest(asked_QH, row_NH, count)
     found = [
         [
@@ -150,7 +150,7 @@ class EmbeddingIndex:
         self._places = {digest.tobytes(): place for place, digest in enumerate(digests)}
         self._known_NH = known_NH
 
-    def embeddings(
+    def of(
         self, predictor: Predictor, rows: Sequence[Row], on_progress: Callable[[int], None]
     ) -> tuple[NDArray[np.float32], int]:
         """Embeddings ``[N, H]`` of ``rows``, and how many contents were new and now are known."""

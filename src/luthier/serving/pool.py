@@ -28,7 +28,7 @@ from luthier.serving.inference import (
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import prompt_tokenized
 from luthier.serving.scheduler import FairScheduler
-from luthier.serving.serial import Embedding, ImageSamples, Input, SerialModel, Work
+from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel, Work
 
 if TYPE_CHECKING:
     from luthier.data.media import Media
@@ -145,7 +145,7 @@ class ModelPool:
         return found
 
     def predict(
-        self, model_id: str, inputs: Sequence[Input], top: int | None = None
+        self, model_id: str, inputs: Sequence[ModelInput], top: int | None = None
     ) -> list[dict[str, Any]]:
         """What a model that reads says of each input: ``label`` and ``scores``, ``score``, ….
 

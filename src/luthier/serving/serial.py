@@ -48,7 +48,7 @@ READ_AT_ONCE = 8
 THIS_MODEL = "This model"
 """What refusals call it, as clients do not know its id in the store."""
 
-Input = str | Media
+ModelInput = str | Media
 """A text, an image or a sound that a model is to read."""
 
 
@@ -207,7 +207,7 @@ class SerialModel:
         vector = np.asarray(answer["embedding"], dtype=np.float32)
         return Embedding(tuple(vector.tolist()), tokens)
 
-    def rows(self, inputs: Sequence[Input]) -> tuple[list[Row], int]:
+    def rows(self, inputs: Sequence[ModelInput]) -> tuple[list[Row], int]:
         """Rows of what is to be read, and the tokens that they are: 1 of each image or sound.
 
         Raises:
@@ -310,7 +310,7 @@ class SerialModel:
             raise limit.too_long()
         return tokens
 
-    def _row(self, given: Input, line: int) -> Row:
+    def _row(self, given: ModelInput, line: int) -> Row:
         if isinstance(given, str):
             return RawText("", line, given)
         if self._chat.media is None or self._chat.media.kind != given.kind:
@@ -361,7 +361,7 @@ def _undecodable(part: Sequence[Row], refused: RowRefused) -> InferenceRefused:
     return InferenceRefused(refused.message, "inputs")
 
 
-def _refusal_of(index: int, given: Input, message: str) -> InferenceRefused:
+def _refusal_of(index: int, given: ModelInput, message: str) -> InferenceRefused:
     member = given.kind if isinstance(given, Media) else "text"
     return InferenceRefused(
         f"inputs.{index}.{member}: {message[:1].lower()}{message[1:]}", f"inputs.{index}.{member}"

@@ -271,7 +271,7 @@ def chat_format(model: StoredModel) -> ChatFormat:
 
 def text_format(chat: ChatFormat) -> TextFormat:
     """What the record of a model says of the format that it was trained and is served with."""
-    if not chat.knows_texts:
+    if not chat.has_tokenizer:
         return TextFormat(template="none", stop_ids=())
     return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 

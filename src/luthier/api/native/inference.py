@@ -103,7 +103,7 @@ class ReconstructionRequest(Input):
     """Files in base64, also as ``data:`` addresses."""
 
 
-class CopyView(View):
+class ReconstructionView(View):
     """What the model gives back of one image."""
 
     png: str
@@ -112,11 +112,11 @@ class CopyView(View):
     """Mean squared difference to what was read, of pixels from 0 to 1."""
 
 
-class CopiesView(View):
+class ReconstructionsView(View):
     """What the model gives back."""
 
     model: str
-    images: list[CopyView]
+    images: list[ReconstructionView]
 
 
 def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
@@ -135,7 +135,7 @@ def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
         ),
         NativeOperation(
             "reconstructImages", "POST", f"{one}/reconstructions", models.reconstruct,
-            "Images after the way through an autoencoder.", CopiesView,
+            "Images after the way through an autoencoder.", ReconstructionsView,
             body=ReconstructionRequest, upload=_uploaded_image, uploads=("image",), pictures=True,
             long=True,
         ),
@@ -180,7 +180,9 @@ class _Inference:
         name = request.params["model"]
         return SamplesView(model=name, seed=made.seed, width=width, height=height, images=views)
 
-    def reconstruct(self, request: Request, asked: ReconstructionRequest) -> CopiesView | Response:
+    def reconstruct(
+        self, request: Request, asked: ReconstructionRequest
+    ) -> ReconstructionsView | Response:
         from luthier.data.pictures import encode_png
 
         stored_id = self._model(request, "ReconstructImages")
@@ -191,8 +193,11 @@ class _Inference:
             found = self.pool.reconstruct(stored_id, images)
         if _wants_picture(request):
             return _picture([pixels for each in found for pixels in (each.original, each.copy)])
-        views = [CopyView(png=_base64(encode_png(each.copy)), error=each.error) for each in found]
-        return CopiesView(model=request.params["model"], images=views)
+        views = [
+            ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error)
+            for each in found
+        ]
+        return ReconstructionsView(model=request.params["model"], images=views)
 
     def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is asked, where the policies let the caller."""

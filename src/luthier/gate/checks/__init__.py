@@ -72,7 +72,7 @@ def checks_for(
             left[name] = "not run in jobs"
         elif kind.needs_model and known.chat is None:
             left[name] = "needs a base model"
-        elif kind.of_texts and known.chat is not None and not known.chat.knows_texts:
+        elif kind.of_texts and known.chat is not None and not known.chat.has_tokenizer:
             left[name] = "reads texts"
         else:
             chosen.append(kind.of(known))

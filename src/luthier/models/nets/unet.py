@@ -77,7 +77,7 @@ class LastConv2d(nn.Conv2d):
     """The last convolution of a block, or of the network, which starts near 0."""
 
 
-class Block(nn.Module):
+class ModulatedBlock(nn.Module):
     """A residual block whose second norm is shifted and scaled."""
 
     def __init__(self, inner: int, outer: int, embedding_size: int) -> None:
@@ -98,13 +98,15 @@ class Block(nn.Module):
         return found
 
 
-class Stage(nn.Module):
+class ModulatedStage(nn.Module):
     """The blocks of maps of one size."""
 
     def __init__(self, inner: int, outer: int, blocks: int, embedding_size: int) -> None:
         super().__init__()
         ends = [inner, *[outer] * blocks]
-        self.blocks = nn.ModuleList(Block(*pair, embedding_size) for pair in pairwise(ends))
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(*pair, embedding_size) for pair in pairwise(ends)
+        )
 
     def forward(self, states: Tensor, embedding_RE: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', H, W]``."""
@@ -148,11 +150,11 @@ class UNetModel(UNetPreTrainedModel):
         self.time = nn.Sequential(nn.Linear(sizes[0], width), nn.SiLU(), nn.Linear(width, width))
         self.stem = nn.Conv2d(pixels, sizes[0], 3, 1, 1)
         self.down = nn.ModuleList(
-            Stage(inner, outer, config.blocks, width)
+            ModulatedStage(inner, outer, config.blocks, width)
             for inner, outer in zip([sizes[0], *sizes], sizes, strict=False)
         )
         self.up = nn.ModuleList(
-            Stage(inner + outer, outer, config.blocks, width)
+            ModulatedStage(inner + outer, outer, config.blocks, width)
             for inner, outer in zip([sizes[-1], *sizes[:0:-1]], sizes[::-1], strict=True)
         )
         self.norm = GroupNorm(sizes[0])
