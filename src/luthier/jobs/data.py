@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -141,7 +142,7 @@ def _check_lines(data: JobData) -> None:
 
 def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None:
     addresses: dict[str, str] = {}
-    incoming = folder / "incoming"
+    incoming, listed = folder / "incoming", cache(locations.addresses)
 
     def take(uri: str, part: str, count: int) -> list[str]:
         names = []
@@ -155,12 +156,10 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
                 name = f"{part}/{count:02d}/{number:05d}/rows{_ending(path)}"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
-            whole = (folder / name).is_dir()
-            addresses[name] = f"{uri}{path.name}" if uri.endswith("/") and not whole else uri
+            whole, prefix = (folder / name).is_dir(), uri.endswith("/")
+            addresses[name] = f"{uri}{path.name}" if prefix and not whole else uri
             if media and not whole:
-                table = uri
-                if uri.endswith("/"):
-                    table = locations.addresses(job.account, uri)[number - 1]
+                table = listed(job.account, uri)[number - 1] if prefix else uri
                 columns = job.recipe["data"].get("columns", {})
                 fetch_references(locations, job.account, folder / name, table, columns)
             names.append(name)
