@@ -41,7 +41,8 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 def commands(text: str, program: str) -> Iterator[str]:
     """Commands of ``program`` in shell blocks and in `inline code`."""
-    lines = [line for body in blocks(text, "sh", "console", "bash") for line in body.splitlines()]
+    shell = (body.replace("\\\n", " ") for body in blocks(text, "sh", "console", "bash"))
+    lines = [line for body in shell for line in body.splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines += re.findall(r"`([^`\n]+)`", prose)
     for line in lines:
