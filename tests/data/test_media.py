@@ -135,6 +135,11 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
     assert refusal(data).rule == "media.unreadable"
 
 
+def test_what_is_no_image_is_said_without_addresses_of_memory() -> None:
+    with pytest.raises(RowRefused, match=r"cannot identify image file[.] Fix"):
+        decode_image(b"<svg/>")
+
+
 def test_damaged_bytes_are_refused_and_raise_nothing_else() -> None:
     chance = random.Random(0)
     image = Image.fromarray(picture(20, 30))

@@ -18,7 +18,7 @@ from PIL import Image
 from luthier.data.rows import load_rows
 from luthier.data.shapes import CaptionedImage, LabelledImage
 from luthier.errors import DataError, LocationRefused
-from luthier.jobs.data import JobData, fetch_data
+from luthier.jobs.data import JobData, _check_lines, fetch_data
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Submission, recipe_of
 from luthier.store.database import Base, Database
@@ -246,3 +246,10 @@ def test_a_base_that_is_made_for_one_thing_learns_it(base: str, method: str | No
     )  # fmt: skip
     objective = recipe_of(asked, "1").objective
     assert (objective and objective.method) == method
+
+
+def test_a_base_of_texts_is_not_said_to_want_folders_rewritten(tmp_path: Path) -> None:
+    (tmp_path / "train/00/00001").mkdir(parents=True)
+    data = JobData(tmp_path, ["train/00/00001"], [], {"train/00/00001": "s3://b/photos/"})
+    with pytest.raises(DataError, match=r"images or sounds, and the base model reads texts"):
+        _check_lines(data)

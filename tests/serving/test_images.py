@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.recipe import Recipe
 from luthier.serving.images import ImageGenerator
-from luthier.serving.inference import ImageRequest, InferenceRefused
+from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
 from luthier.serving.serial import SerialModel, Work
 from luthier.store.models import find
 
@@ -106,6 +108,38 @@ def test_images_come_from_noise_in_as_many_steps_as_asked_for(
     assert one.label == "1"
     with pytest.raises(RecipeError, match="did not learn from captions; use label, one of 0, 1"):
         generator.sample(1, prompt="one")
+
+
+def test_the_time_of_one_request_is_not_that_of_others_who_wait(
+    images: Path, family_folder: Callable[[str], Path], luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    served = SerialModel(None, trained(family_folder("unet"), images, "diffusion"))
+    turn, second, waits = served._turn, Work(0.0), threading.Event()
+
+    def seen(work: Work) -> Any:
+        if work is second:
+            waits.set()
+        return turn(work)
+
+    def ask() -> None:
+        with contextlib.suppress(InferenceFailed):  # it has no time at all
+            served.sample(ImageRequest(steps=2), 0, second, lambda count: None)
+
+    other = threading.Thread(target=ask)
+
+    def begin(*_: Any) -> None:
+        if not waits.is_set():
+            other.start()
+            assert waits.wait(20)
+
+    monkeypatch.setattr(served, "_turn", seen)
+    assert served._generator is not None
+    hook = served._generator.network.model.register_forward_pre_hook(begin)
+    made = served.sample(ImageRequest(steps=4), 0, Work(), lambda count: None)
+    hook.remove()
+    other.join(20)
+    assert len(made) == 1 and not other.is_alive()
 
 
 def test_what_a_prompt_says_is_made(

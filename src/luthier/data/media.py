@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 import wave
 import zipfile
@@ -332,6 +333,7 @@ def _too_large(size: int) -> RowRefused:
 
 def _reason(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = re.sub(r" <_io\.\w+ object at 0x\w+>", "", text)  # Pillow names the bytes in memory
     return text.rstrip(".")[:200]
 
 

@@ -127,6 +127,11 @@ def _check_lines(data: JobData) -> None:
     """Refuse files that are not JSON Lines, which is all that Bedrock and OpenAI take."""
     problems = []
     for name, address in data.addresses.items():
+        if (data.folder / name).is_dir():
+            message = "It holds images or sounds, and the base model reads texts."
+            fix = "Name a base model that reads them, or an object with rows of text."
+            problems.append(Problem(address, 0, "media.base", message, fix))
+            continue
         try:
             found = container_of(data.folder / name)
         except Unreadable as bad:

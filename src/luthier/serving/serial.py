@@ -270,8 +270,6 @@ class SerialModel:
                 "size",
             )
         settings = DenoisingSettings(request.steps, request.guidance_scale)
-        # A model that takes many passes for an image is ended between two of them.
-        hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
         try:
             return generator.sample(
                 request.count, seed, label, done, lambda: self._turn(work), settings, prompt
@@ -279,8 +277,6 @@ class SerialModel:
         except RecipeError as refused:
             parameter = "label" if refused.field == "prompt" else refused.field
             raise InferenceRefused(f"{refused}.", parameter) from refused
-        finally:
-            hook.remove()
 
     def close(self) -> None:
         """Let go of the network."""
@@ -345,7 +341,13 @@ class SerialModel:
             ):
                 if self._closed:
                     raise gone
-                yield
+                # A model that takes many passes for an image is ended between two of them; the passes
+                # of other turns are not those of this work.
+                hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
+                try:
+                    yield
+                finally:
+                    hook.remove()
         except Cancelled:
             raise gone from None
 
