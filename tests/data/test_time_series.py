@@ -15,7 +15,7 @@ from luthier.data.processors import (
     read_processor,
     save_processor,
 )
-from luthier.data.rows import load_inputs, load_rows
+from luthier.data.rows import RowReader, load_inputs, load_rows
 from luthier.data.shapes import BareWindow, RawText, Shape
 from luthier.errors import DataError
 from luthier.gate.row_keys import STRETCH, group_related
@@ -38,6 +38,11 @@ def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> N
     windows = [row.media.values().tolist() for row in rows if isinstance(row, BareWindow)]
     assert windows == [[1.5], [1.5, -2.0], [1.5, -2.0, 300.0]]
     assert [row.line for row in rows] == [2, 3, 4]
+
+
+def test_both_columns_are_read(tmp_path: Path) -> None:
+    reader = RowReader(write(tmp_path, times([1.5, -2])))
+    assert len(list(reader)) == 2 and reader.recognized.unread == ()
 
 
 def test_a_history_has_an_end(tmp_path: Path) -> None:

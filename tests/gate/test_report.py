@@ -166,6 +166,16 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
     assert "stands in [[ ]]" in shown(force_terminal=True)
 
 
+def test_an_image_is_given_and_its_label_learned(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 7), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(6) % 2)
+    report = luthier.inspect(tmp_path / "images.npz", base=str(family_folder("small_cnn")))
+    shown = report.summaries["learning"]["splits"]["train"]["shown"]
+    assert {(*row["learned"], row["taught"]) for row in shown} == {(False, "0"), (False, "1")}
+
+
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_no_part_of_a_report_shows_personal_data(
     tmp_path: Path, family_folder: Callable[[str], Path], family: str

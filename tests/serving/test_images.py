@@ -23,6 +23,7 @@ from luthier.objectives.capabilities import DenoisingSettings
 from luthier.recipe import Recipe
 from luthier.serving.images import ImageGenerator
 from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
+from luthier.serving.prediction import Predictor
 from luthier.serving.serial import SerialModel, Work
 from luthier.store.models import find
 
@@ -108,6 +109,8 @@ def test_images_come_from_noise_in_as_many_steps_as_asked_for(
     assert one.label == "1"
     with pytest.raises(RecipeError, match="did not learn from captions; use label, one of 0, 1"):
         generator.sample(1, prompt="one")
+    with pytest.raises(RecipeError, match=r"makes images.*Use luthier sample"):
+        Predictor.open(find("unet:one"))
 
 
 def test_the_time_of_one_request_is_not_that_of_others_who_wait(

@@ -122,7 +122,8 @@ class NoTokenizer:
         raise RowRefused(
             "media.base",
             "this base reads no texts, but images, sounds or numbers, and this is a text.",
-            "Give rows that it reads, or name another base; a path that is not there is a text, too.",
+            "Give rows that it reads, or name another base; a path that is not there is a text, too, "
+            "and a folder goes to --input.",
         )
 
     encode = __call__

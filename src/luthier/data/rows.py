@@ -501,6 +501,8 @@ class RowReader:
                 if row is not None:
                     self.rows += 1
                     looked_at = not self.problems and self.rows <= ROWS_CHECKED
+                    # Both columns of a time series are read.
+                    looked_at &= not isinstance(self.checker.given.get("window"), Media)
                     if row.members is None and (self.checker.columns or looked_at):
                         beside = self.checker.given.keys() - source_keys(row, self.checker.form)
                         self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))

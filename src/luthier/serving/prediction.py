@@ -18,7 +18,7 @@ from luthier.data.shapes import (
     of_shape,
 )
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.objectives.capabilities import SupportsPrediction, SupportsThreshold
+from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling, SupportsThreshold
 from luthier.serving.evaluation import FittingRows, LongRows, ScoredRows, fit_rows
 from luthier.types import Example, Row
 
@@ -56,8 +56,10 @@ class Predictor:
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsPrediction):
+            samples = isinstance(objective, SupportsSampling)
+            makes, command = ("makes images", "sample") if samples else ("writes text", "generate")
             raise RecipeError(
-                f"{stored.id} writes text, it was not trained to give labels. Use luthier generate."
+                f"{stored.id} {makes}, it was not trained to give labels. Use luthier {command}."
             )
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)

@@ -249,7 +249,8 @@ class Learning(SpotCheck):
         first = (
             views[0] if objective.same_each_epoch else (objective.augment([example]) or views)[0]
         )
-        whole = first.target is None or len(first.target) == len(first)
+        # A target for each token; that of one token, an image or a sound, is of the row.
+        whole = first.target is None or len(first.target) == len(first) > 1
         taught = objective.describe(example)
         return ShownRow(
             row.line,
