@@ -327,6 +327,14 @@ def test_onnx_gives_the_scores_of_a_classifier_of_images(tmp_path: Path) -> None
     assert scores.tolist() == [pytest.approx([*each.values()], abs=1e-4) for each in answers]
 
 
+def test_onnx_takes_the_place_of_no_files(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    for target in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(RunConflict, match="exists already"):
+            export_onnx(find("tiny-llama:whole"), target)
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 def test_onnx_is_for_classifiers_whose_scores_come_out(
     tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,9 +32,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
             f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
             "on another; use --merged"
         )
-    target = target.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
+    target = _new_target(target)
     with new_folder(target) as fresh:
         if stored.parent is None:
             _copy(stored.folder, fresh)
@@ -56,6 +54,18 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
     return target
 
 
+def _new_target(target: Path) -> Path:
+    """Where to write, which takes the place of nothing but an empty folder.
+
+    Raises:
+        RunConflict: for anything else that is there.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
+    return target
+
+
 ONNX_FILE = "model.onnx"
 ONNX_ERROR = 1e-3
 """Largest difference of a score, beside the largest score, from what PyTorch gives."""
@@ -74,7 +84,9 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
     Raises:
         RecipeError: for a model that is no classifier, that cannot be traced, or that answers otherwise
             in ONNX Runtime; or where the packages are not installed.
+        RunConflict: where something is at ``target``.
     """
+    target = _new_target(target)
     if objective_of(stored).task != "sequence_classification":
         raise RecipeError(f"{stored.id} is no classifier; only classifiers are written for ONNX")
     adaptation = adaptation_of(stored)
