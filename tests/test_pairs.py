@@ -118,7 +118,7 @@ ROWS = {
     ],
 }
 ROWS["history"] = [
-    History("f", n, text=f"{text}\na {WORDS[n - 1]}", positive=f"the item {n}")
+    History("f", n, text=f"{text}\na {WORDS[n - 1]}", positive=" ".join(text.split()[::-1]))
     for n, text in enumerate(TEXTS)
 ]
 ROWS["image"] = [

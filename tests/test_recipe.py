@@ -154,7 +154,7 @@ def unbounded(kind: type[BaseModel]) -> list[str]:
 
 
 # Found in the data, and stored with the model; they are only ever subtracted and divided by.
-FITTED = {"Regression.center", "Regression.scale", "VAE.threshold"}
+FITTED = {"Regression.center", "Regression.scale", "Contrastive.threshold", "VAE.threshold"}
 
 
 def test_no_number_is_without_an_upper_bound() -> None:

@@ -59,9 +59,7 @@ def test_it_is_an_autoencoder_and_nothing_else() -> None:
     model = auto_class(config, "autoencoding").from_config(config)
     mark(model, "autoencoding")
     assert head_modules(model) == [] and width_of(model) == 4
-    with pytest.raises(
-        RecipeError, match="cannot be a classifier; it can be an autoencoder"
-    ):
+    with pytest.raises(RecipeError, match="cannot be a classifier; it can be an autoencoder"):
         auto_class(config, "sequence_classification")
 
 
