@@ -150,7 +150,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def rows_of(objective: Objective, folder: Path) -> list[Row]:
     """Rows it learns from with such a network, those that come from further files included."""
     further = objective.mixed_shapes - objective.shapes
-    images = folder.name in IMAGES.values() and "image" in objective.shapes
+    able = objective.shapes | objective.further_shapes
+    images = folder.name in IMAGES.values() and "image" in able
     first = "image" if images else min(objective.shapes)
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
