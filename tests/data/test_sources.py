@@ -214,8 +214,10 @@ def test_a_prefix_is_the_data_below_it(server: str, bucket: str) -> None:
     for source in (f"s3://{bucket}/data/", f"s3://{bucket}/data"):
         assert [path.name for path in files_of(source)] == ["a.csv", "b.jsonl", "c.jsonl"]
     assert [row.text for row in load_rows(f"s3://{bucket}/data/")] == ["x", "y", "y"]
-    put(server, bucket, "data/photo.png", b"x")
-    assert "photo.png" in refusal(f"s3://{bucket}/data/").message
+    put(server, bucket, "data/photo.png", b"x")  # which rows may name
+    assert len(load_rows(f"s3://{bucket}/data/")) == 3
+    put(server, bucket, "data/notes.pdf", b"x")
+    assert "notes.pdf" in refusal(f"s3://{bucket}/data/").message
 
 
 def test_a_large_object_and_its_progress(server: str, bucket: str, tmp_path: Path) -> None:
