@@ -99,7 +99,7 @@ def _render(text: str, answer: dict[str, Any]) -> str:
         words = zip(text.split(), answer["tags"], strict=True)
         return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
     if "text" in answer:
-        return f"{answer['text']}\n"
+        return f"{answer['text'] or '(nothing was read)'}\n"
     if "embedding" in answer:
         return json.dumps(answer["embedding"]) + "\n"
     if "reward" in answer:
@@ -107,6 +107,7 @@ def _render(text: str, answer: dict[str, Any]) -> str:
     if "rating" in answer:
         return f"{answer['rating']:.3f}\n"
     if "score" in answer:
-        found = [name for name in ("anomalous", "similar") if answer.get(name)]
-        return "  ".join([f"{answer['score']:.3f}", *found]) + "\n"
+        verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
+        said = [name if value else f"not {name}" for name, value in verdicts.items()]
+        return "  ".join([f"{answer['score']:.3f}", *said]) + "\n"
     return "".join(f"{p:6.1%}  {name}\n" for name, p in answer["scores"].items())

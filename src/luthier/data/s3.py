@@ -14,11 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from luthier.data.media_files import is_media
 from luthier.data.sources import files_of, meant, source_refusal
+from luthier.errors import DataError
 from luthier.files import luthier_home, new_file, new_folder
 
 _PIECE = 1 << 23
@@ -57,7 +59,12 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
             for each in objects
         ]
         if key != objects[0]["path"] and any(is_media(copy.name) for copy in copies):
-            return files_of(_make_tree(bucket, key.strip("/"), objects, copies, address))
+            tree = _make_tree(bucket, key.strip("/"), objects, copies, address)
+            try:
+                return files_of(tree)
+            except DataError as bad:  # of the copies, where nobody would look
+                named = [replace(each, file=address) for each in bad.problems]
+                raise DataError(named) from None
         return copies
     except (BaseError, OSError, PermissionError) as error:
         said = str(error).strip().split("\n", 1)[0][:300]

@@ -225,8 +225,10 @@ def unpacked_size(path: Path) -> int:
 
 
 def estimate_rows(size: int, batch: RowBatch) -> int:
-    """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 for no size."""
+    """About how many rows ``size`` bytes hold, if all are as those of ``batch``; 0 if unknown."""
     fields = [text.content for row in batch.rows for text in row.texts()]
+    if not fields:  # pictures and numbers say nothing of their size
+        return 0
     bytes_ = sum(len(text.encode("utf-8", "surrogatepass")) + KEY for text in fields)
     return size * len(batch) // max(1, bytes_)
 
