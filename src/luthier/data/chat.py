@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
+from luthier.data.parsing import quote
 from luthier.data.processors import (
     AudioProcessor,
     ImageProcessor,
@@ -113,15 +114,16 @@ class NoTokenizer:
     vocab_size = 0
     is_fast = False
 
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        """Refuse a text.
+    def __call__(self, text: Any = "", *_: Any, **__: Any) -> Any:
+        """Refuse ``text``.
 
         Raises:
             RowRefused: always.
         """
+        given = f"{quote(text)} is a text" if isinstance(text, str) and text else "this is a text"
         raise RowRefused(
             "media.base",
-            "this base reads no texts, but images, sounds or numbers, and this is a text.",
+            f"this base reads no texts, but images, sounds or numbers, and {given}.",
             "Give rows that it reads, or name another base; a path that is not there is a text, too, "
             "and a folder goes to --input.",
         )
