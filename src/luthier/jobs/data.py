@@ -147,7 +147,11 @@ def _check_lines(data: JobData) -> None:
 
 def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None:
     addresses: dict[str, str] = {}
-    incoming, listed = folder / "incoming", cache(locations.addresses)
+    incoming = folder / "incoming"
+
+    @cache
+    def objects_below(prefix: str) -> list[str]:
+        return locations.addresses(job.account, prefix)
 
     def take(uri: str, part: str, count: int) -> list[str]:
         names = []
@@ -164,7 +168,7 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
             whole, prefix = (folder / name).is_dir(), uri.endswith("/")
             addresses[name] = f"{uri}{path.name}" if prefix and not whole else uri
             if media and not whole:
-                table = listed(job.account, uri)[number - 1] if prefix else uri
+                table = objects_below(uri)[number - 1] if prefix else uri
                 columns = job.recipe["data"].get("columns", {})
                 fetch_references(locations, job.account, folder / name, table, columns)
             names.append(name)
