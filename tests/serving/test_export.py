@@ -338,6 +338,10 @@ def test_onnx_takes_the_place_of_no_files(tmp_path: Path) -> None:
 def test_onnx_is_for_classifiers_whose_scores_come_out(
     tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("luthier.serving.export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
+        with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
+            export_onnx(find("tiny-llama:whole"), tmp_path / "none")
     with pytest.raises(RecipeError, match="is no classifier"):
         export_onnx(find("tiny-llama:whole"), tmp_path / "none")
     base = str(family_folder("bert"))

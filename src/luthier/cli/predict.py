@@ -91,9 +91,9 @@ def predict(
         sys.stdout.write(printable_json(lines))
     else:
         print_written(len(rows), "rows", output)
-        odd = sum(bool(answer.get("anomalous")) for answer in answers)
-        if any("anomalous" in answer for answer in answers):
-            print_text(f"{odd:,} of them are anomalous")
+        verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
+        if verdicts:
+            print_text(f"{sum(verdicts):,} of them are anomalous")
 
 
 def _render(text: str, answer: dict[str, Any]) -> str:

@@ -186,15 +186,10 @@ def _partners(one: str, other: str) -> Callable[[Record], Converted]:
 
 
 def _form(
-    name: str,
-    keys: str,
-    convert: Callable[[Record], Converted],
-    without: str = "",
-    used: str = "",
-    applies: Callable[[Record], bool] = lambda record: True,
+    name: str, keys: str, convert: Callable[[Record], Converted], without: str = "", used: str = ""
 ) -> Form:
     key_set, without_set, used_set = (frozenset(each.split()) for each in (keys, without, used))
-    return Form(name, key_set, convert, without_set, used_set, applies)
+    return Form(name, key_set, convert, without_set, used_set)
 
 
 _ELSE = "instruction question query system_prompt"
@@ -238,13 +233,13 @@ FORMS: tuple[Form, ...] = (
     ),
     _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
-    _form(
+    Form(
         "Hugging Face image folder",
-        "file_name",
+        frozenset(("file_name",)),
         _image_folder,
-        "image audio",
-        used="caption text",
-        applies=_names_media,
+        frozenset(("image", "audio")),
+        frozenset(CAPTION_KEYS),
+        _names_media,
     ),
     _form("query and positive", "query positive", _partners("query", "positive")),
     _form("question and positive", "question positive", _partners("question", "positive")),

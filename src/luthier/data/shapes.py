@@ -343,7 +343,18 @@ class MediaRow(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class BareImage(MediaRow):
+class BareMedia(MediaRow):
+    """Base of the shapes of which nothing is said."""
+
+    @classmethod
+    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
+        """What is there."""
+        media = fields.media(record, cls.key())
+        return None if media is None else cls(fields.file, fields.line, media)
+
+
+@dataclass(frozen=True, slots=True)
+class BareImage(BareMedia):
     """An image of which nothing is said."""
 
     shape: ClassVar[str] = "image"
@@ -358,15 +369,9 @@ class BareImage(MediaRow):
         """An image, and nothing that is said of it."""
         return cls.key() in record and not any(key in record for key in ("label", *CAPTION_KEYS))
 
-    @classmethod
-    def read(cls, record: Record, fields: FieldChecker) -> Self | None:
-        """An image that is there."""
-        media = fields.media(record, cls.key())
-        return None if media is None else cls(fields.file, fields.line, media)
-
 
 @dataclass(frozen=True, slots=True)
-class BareAudio(BareImage):
+class BareAudio(BareMedia):
     """A sound of which nothing is said."""
 
     shape: ClassVar[str] = "audio"
@@ -383,7 +388,7 @@ class BareAudio(BareImage):
 
 
 @dataclass(frozen=True, slots=True)
-class BareWindow(BareImage):
+class BareWindow(BareMedia):
     """A value of a time series, with those before it."""
 
     shape: ClassVar[str] = "window"
@@ -403,7 +408,7 @@ class BareWindow(BareImage):
         return (hashlib.sha256(self.media.name.encode()).hexdigest(),)
 
 
-BARE_MEDIA: Mapping[MediaKind, type[BareImage]] = {
+BARE_MEDIA: Mapping[MediaKind, type[BareMedia]] = {
     "image": BareImage,
     "audio": BareAudio,
     "window": BareWindow,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from luthier.data.chat import ChatFormat
-from luthier.data.processors import save_processor
 from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
@@ -87,6 +87,11 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
         RunConflict: where something is at ``target``.
     """
     target = _new_target(target)
+    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
+            )
     if objective_of(stored).task != "sequence_classification":
         raise RecipeError(f"{stored.id} is no classifier; only classifiers are written for ONNX")
     adaptation = adaptation_of(stored)
@@ -108,10 +113,7 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
         if not error <= ONNX_ERROR:
             raise RecipeError(f"ONNX Runtime answers otherwise: scores differ by up to {error:.2g}")
         model.config.save_pretrained(fresh)
-        if chat.media is not None:
-            save_processor(chat.media, fresh)
-        else:
-            chat.tokenizer.save_pretrained(fresh)
+        save_format(chat, fresh)
     return error
 
 
@@ -162,10 +164,6 @@ def _trace(model: Any, inputs: dict[str, Tensor], file: Path, name: str) -> None
                 dynamo=True,
                 verbose=False,
             )
-    except ImportError as error:
-        raise RecipeError(
-            f"writing for ONNX needs the package {error.name}: pip install 'luthier[onnx]'"
-        ) from None
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[0]
