@@ -112,7 +112,7 @@ def test_an_index_belongs_to_one_model_with_its_weights(
     index.write_bytes(b"nothing")
     with pytest.raises(CorruptFile, match="cannot be read as an index"):
         models[0].nearest(query, folder, index=index)
-    with pytest.raises(RefusedInput, match=r"reads no texts.*folder goes to --input"):
+    with pytest.raises(RefusedInput, match=r"reads no texts.*path that is not there"):
         models[0].nearest("a text", folder)
 
 

@@ -124,8 +124,7 @@ class NoTokenizer:
         raise RowRefused(
             "media.base",
             f"this base reads no texts, but images, sounds or numbers, and {given}.",
-            "Give rows that it reads, or name another base; a path that is not there is a text, too, "
-            "and a folder goes to --input.",
+            "Give rows that it reads, or name another base; a path that is not there is a text, too.",
         )
 
     encode = __call__
