@@ -135,7 +135,7 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr")
+IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr", "clip")
 TROCR = {
     "model_type": "vision-encoder-decoder",
     "encoder": {
@@ -170,13 +170,19 @@ TROCR = {
 
 
 def make_image_family(name: str, folder: Path) -> None:
-    """A tiny network for images of 9 x 7 (TrOCR's: 16 x 16), and how it reads them."""
+    """A tiny network for images of 9 x 7 (TrOCR's and CLIP's: 16 x 16), and how it reads them."""
     from luthier.data.processors import ImageProcessor, save_processor
     from luthier.models.build import build_media
 
     if name == "trocr":
         build_media(TROCR, "image_to_text", 0, folder)
         save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3), folder)
+        return
+    if name == "clip":
+        tokenizer = make_clip_tokenizer()
+        make_clip(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3, shortest_edge=16), folder)
         return
     fields: dict[str, Any] = {"image_size": (9, 7), "hidden_sizes": (8, 16)}
     if name == "small_cnn":  # its norms are over groups of 16
@@ -187,6 +193,40 @@ def make_image_family(name: str, folder: Path) -> None:
         {"model_type": name, **fields}, "autoencoding" if name == "vae" else "embedding", 0, folder
     )
     save_processor(ImageProcessor(9, 7, (0.5,) * 3, (0.5,) * 3), folder)
+
+
+def make_clip(tokenizer: Any) -> Any:
+    """Encoders of images of 16 x 16 and of texts of at most 40 tokens, of three layers each."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes: dict[str, Any] = {
+        "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2
+    }  # fmt: skip
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends |= {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
+    sizes |= {"initializer_factor": 3.0}
+    vision = {"hidden_size": 24, "image_size": 16, "patch_size": 8}
+    config = CLIPConfig(
+        text_config={**sizes, **ends, "hidden_size": 16, "max_position_embeddings": 40},
+        vision_config={**sizes, **vision},
+        projection_dim=12,
+    )
+    torch.manual_seed(0)
+    return CLIPModel(config)
+
+
+def make_clip_tokenizer() -> Any:
+    """Byte-level pieces between CLIP's two tokens."""
+    from tokenizers import processors
+
+    names = ("<|startoftext|>", "<|endoftext|>")
+    made = make_tokenizer(None, ("<pad>", *names), names[1])
+    made.pad_token, made.bos_token = "<pad>", names[0]
+    marks = [(name, made.convert_tokens_to_ids(name)) for name in names]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{names[0]} $A {names[1]}", special_tokens=marks
+    )
+    return made
 
 
 def make_wordpiece() -> Any:

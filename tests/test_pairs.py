@@ -153,6 +153,7 @@ def rows_of(objective: Objective, folder: Path) -> list[Row]:
     able = objective.shapes | objective.further_shapes
     images = folder.name in IMAGES.values() and "image" in able
     first = "image" if images else min(objective.shapes)
+    first = "captioned_image" if folder.name == BESIDE_TEXTS else first
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
@@ -164,9 +165,12 @@ IMAGES = {
     "image_to_text": "trocr",
 }
 """Family of each objective that learns from images; the other networks read tokens."""
+BESIDE_TEXTS = "clip"
+"""Reads images and texts, each with an encoder of its own."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
     *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
+    *(("contrastive", name, BESIDE_TEXTS) for name in ADAPTATIONS),
 ]
 REFUSED = {
     **{
@@ -225,9 +229,12 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         **{
             (a, f): "works among the tokens of a text"
             for a in ("adapters", "prompt", "prefix")
-            for f in IMAGES.values()
+            for f in (*IMAGES.values(), BESIDE_TEXTS)
         },
-        **{("feature_extraction", f): "has none. Use lora" for f in IMAGES.values()},
+        **{
+            ("feature_extraction", f): "has none. Use lora"
+            for f in (*IMAGES.values(), BESIDE_TEXTS)
+        },
         **{(a, "small_cnn"): "no linear layers to adapt" for a in ("qlora", "sparse")},
         ("feature_extraction", "trocr"): "output head.* tied",
         ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",

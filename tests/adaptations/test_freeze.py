@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import nn
 
 from luthier.adaptations import Freeze
 from luthier.errors import RecipeError
+from luthier.models.heads import Head
 from luthier.models.layers import layer_names
+from luthier.models.load import load_model
 
 
 def moving(model: nn.Module) -> set[str]:
@@ -29,6 +32,33 @@ def moving(model: nn.Module) -> set[str]:
             rest.add(name)
     assert all(len(set(marks)) == 1 for marks in layers.values())
     return rest | {number for number, marks in layers.items() if marks[0]}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "share", "layers"),
+    [
+        ("bottom", 0.5, {"text": "2", "vision": "12"}),
+        ("bottom", 0.66, {"text": "2", "vision": "2"}),
+        ("top", 0.66, {"text": "0", "vision": "0"}),
+        ("alternate", 0.5, {"text": "02", "vision": "1"}),
+        ("interval", 0.5, {"text": "02", "vision": "1"}),
+    ],
+)
+def test_encoders_side_by_side_are_frozen_at_equal_height(
+    frozen: Any, share: float, layers: dict[str, str], family_folder: Callable[[str], Path]
+) -> None:
+    model = load_model(family_folder("clip"), torch.float32, torch.device("cpu"), Head("embedding"))
+    Freeze(frozen=frozen, share=share).attach(model)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    inside = {kind: f"{kind}_model.encoder.layers." for kind in layers}
+    for kind, start in inside.items():
+        numbers = {name[len(start)] for name in trained if name.startswith(start)}
+        assert numbers == {*layers[kind]}, kind
+    rest = {name for name in trained if not name.startswith((*inside.values(),))}
+    below = {name for name in rest if "embeddings" in name or "pre_layrnorm" in name}
+    above = {"visual_projection.weight", "text_projection.weight"}
+    assert bool(below) == (frozen == "top") and (above <= rest) == (frozen != "top")
+    assert ("logit_scale" in rest) == (frozen == "top")
 
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

@@ -182,6 +182,13 @@ def test_rows_with_one_prompt_share_a_micro_batch() -> None:
     assert sorted(sorted(e.row for e in part) for part in parts) == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
+def test_texts_beside_images_count_as_rows() -> None:
+    examples = examples_of([((n,) * (n + 3), (0.0,) * (n + 3)) for n in range(6)])
+    parts = split_to_budget(examples, 2, whole_rows=True)
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert max(len(part) for part in split_to_budget(examples, 12, share=False)) < 3
+
+
 def test_a_group_is_never_parted() -> None:
     rng = np.random.default_rng(0)
     rows = []

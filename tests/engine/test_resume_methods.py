@@ -59,6 +59,7 @@ CASES = {
     "noise of images": ("vae", "vae", "full", {"kl_warmup": 0.8}),
     "two players": ("dcgan", "gan", "full", {}),
     "views of images": ("small_cnn", "contrastive", "full", {}),
+    "a scale that is learned": ("clip", "contrastive", "full", {}),
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
     "letters of columns": ("trocr", "image_to_text", "full", {"ctc_weight": 0.5}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
@@ -123,6 +124,7 @@ OFTEN = {
     "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
     "two players", "noise of every step", "views of images", "letters of columns",
+    "a scale that is learned",
 }  # fmt: skip
 """Those with a state of their own; the others differ from one of them in what is trained."""
 assert set(CASES) >= OFTEN

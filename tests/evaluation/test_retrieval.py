@@ -15,6 +15,7 @@ from luthier.evaluation.retrieval import (
     bm25_ranks,
     item_ranks,
     nearest,
+    pair_ranks,
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
@@ -139,6 +140,20 @@ def test_items_are_ranked_by_fame_and_by_company() -> None:
 def test_a_partner_is_looked_for_among_others_too() -> None:
     between = [[0.8, 0.6], [0.6, 0.8]]
     assert partner_ranks([[1.0, 0.0]], [[0.7, 0.7]], ["a"], between).tolist() == [2]
+
+
+def test_images_with_several_captions_find_any_of_theirs() -> None:
+    # Images a, b; a has two captions, "shared" belongs to both.
+    images = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    texts = [[0.0, -1.0], [0.8, 0.6], [0.8, 0.6], [-1.0, 0.0]]
+    keys, captions = ["a", "a", "b", "b"], ["far", "shared", "shared", "other"]
+    assert pair_ranks(images, texts, keys, captions).tolist() == [1, 1]
+    assert pair_ranks(texts, images, captions, keys).tolist() == [1, 1, 1]
+    moved = [[0.6, 0.8], [0.6, 0.8], [0.0, 1.0], [0.0, 1.0]]
+    apart = [[0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]]
+    assert pair_ranks(moved, apart, keys, captions).tolist() == [2, 1]
+    equal = [[1.0, 0.0]] * 4
+    assert pair_ranks(equal, equal, keys, captions).tolist() == [2, 2]
 
 
 def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:

@@ -24,6 +24,7 @@ from luthier.data.shapes import (
     SHAPES,
     BareAudio,
     BareImage,
+    CaptionedImage,
     Conversation,
     JudgedAnswers,
     Preference,
@@ -375,7 +376,8 @@ def input_row(given: str, file: str, line: int = 1) -> Row:
 
 class InputChecker(Checker):
     """Checks rows for what models that read take of them: a text, two texts (``text`` and ``other``, or
-    an anchor and a positive), words, a prompt with its reply, an image or a sound.
+    an anchor and a positive), words, a prompt with its reply, an image (and ``other``, a text) or a
+    sound.
 
     Labels and all other keys may be anything but :data:`PREDICTED`.
     """
@@ -395,7 +397,10 @@ class InputChecker(Checker):
         own = next((made for made in forms if {*BARE_MEDIA} & made.keys()), own)
         for key, bare in BARE_MEDIA.items():
             if key in own:
-                return bare.read(own, self)
+                media, other = bare.read(own, self), own.get("other")
+                if isinstance(media, BareImage) and isinstance(other, str) and other.strip():
+                    return CaptionedImage(self.file, line, media.media, other)
+                return media
         text, reply = own.get("text"), own.get("completion")
         pair = own.get("anchor", text), own.get("positive", own.get("other"))
         if all(isinstance(side, str) and side.strip() for side in pair):

@@ -499,6 +499,10 @@ class CaptionedImage(MediaRow):
         """The caption."""
         return (self.caption,)
 
+    def sides(self) -> list[Row]:
+        """The image, and the caption."""
+        return [self.bare(), RawText(self.file, self.line, self.caption)]
+
     def record(self) -> Record:
         """Where it lies, and the caption."""
         return {**MediaRow.record(self), "caption": self.caption}

@@ -144,9 +144,11 @@ def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
 
 
 def split_to_budget(
-    examples: Sequence[Example], budget: int, share: bool = True
+    examples: Sequence[Example], budget: int, share: bool = True, whole_rows: bool = False
 ) -> list[list[Example]]:
     """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
+
+    With ``whole_rows`` a row counts as one token, however long its text is: it may stand beside images.
 
     Rows are sorted first, so neighbours share their prefixes; a row longer than the budget gets a
     micro-batch of its own, and so does a group (``Example.group``), which is never parted. The pieces
@@ -155,28 +157,31 @@ def split_to_budget(
     if not examples:
         return []
     rows = _by_group(sorted(examples, key=_sort_key))
-    shared_R = _shared_prefixes(rows, share)
-    parts = _fill(rows, shared_R, budget)
+    tokens_R = [1 if whole_rows else row.tokens for row in rows]
+    shared_R = _shared_prefixes(rows, share and not whole_rows)
+    parts = _fill(rows, tokens_R, shared_R, budget)
     # Rows longer than the budget may take the mean above it.
-    even = min(budget, (sum(row.tokens for row in rows) - sum(shared_R)) // len(parts))
+    even = min(budget, (sum(tokens_R) - sum(shared_R)) // len(parts))
     for step in range(8):
         smaller = even + (budget - even) * step // 8
-        candidate = _fill(rows, shared_R, smaller)
+        candidate = _fill(rows, tokens_R, shared_R, smaller)
         if len(candidate) == len(parts):
             return candidate
     return parts
 
 
-def _fill(rows: Sequence[Example], shared_R: Sequence[int], budget: int) -> list[list[Example]]:
+def _fill(
+    rows: Sequence[Example], tokens_R: Sequence[int], shared_R: Sequence[int], budget: int
+) -> list[list[Example]]:
     parts: list[list[Example]] = []
     used = 0
     for unit in _units(rows):
         # Behind the micro-batch before it, the first row of a unit shares its beginning; alone, not.
-        further = sum(rows[at].tokens - shared_R[at] for at in unit[1:])
-        added = rows[unit[0]].tokens - shared_R[unit[0]] + further
+        further = sum(tokens_R[at] - shared_R[at] for at in unit[1:])
+        added = tokens_R[unit[0]] - shared_R[unit[0]] + further
         if not parts or used + added > budget:
             parts.append([])
-            used, added = 0, rows[unit[0]].tokens + further
+            used, added = 0, tokens_R[unit[0]] + further
         parts[-1] += [rows[at] for at in unit]
         used += added
     return parts

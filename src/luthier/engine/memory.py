@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.errors import DoesNotFit, RefusedInput
 from luthier.models.catalog import CATALOG
-from luthier.models.heads import Head, is_image_to_text, reads_media
+from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsExtraWeights
 from luthier.recipe import Recipe
@@ -91,8 +91,8 @@ def estimate_memory(
 
 
 def activation_bytes(model: Any, bytes_per_number: int) -> int:
-    """Bytes that one image, with the text that is written of it, leaves in the network between forward
-    and backward.
+    """Bytes that one image, with the text that is written of it or stands beside it, leaves in the
+    network between forward and backward.
 
     They are counted on the ``meta`` device, where tensors have sizes and no numbers. What is computed
     on the way is held as well, of the largest layer twice.
@@ -110,9 +110,10 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
         return tensor
 
     inputs = {"pixel_values": torch.empty(2, *input_shape(model.config), device="meta")}
-    if is_image_to_text(model.config):
+    if is_image_to_text(model.config) or is_dual_encoder(model.config):
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
-        inputs["decoder_input_ids"] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
+        name = "input_ids" if is_dual_encoder(model.config) else "decoder_input_ids"
+        inputs[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(**inputs)
     return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number

@@ -75,6 +75,28 @@ def nearest(
     return np.concatenate(places), np.concatenate(scores)
 
 
+def pair_ranks(
+    queries: ArrayLike, items: ArrayLike, query_keys: Sequence[str], item_keys: Sequence[str]
+) -> NDArray[np.int64]:
+    """The place of the nearest item that belongs to each different query, ``[U]`` from 1.
+
+    Pairs ``[P]`` say what belongs together: a query may stand in several with other items, as an image
+    with all its captions (Karpathy and Fei-Fei 2015), and an item with several queries.
+    """
+    (_, first_U, query_P), (_, place_N, item_P) = (
+        np.unique(np.array(keys, dtype=object), return_index=True, return_inverse=True)
+        for keys in (query_keys, item_keys)
+    )
+    belongs_UN = np.zeros((len(first_U), len(place_N)), dtype=bool)
+    belongs_UN[query_P, item_P] = True
+    ranks = [np.empty(0, np.int64)]
+    for part, scores_CN in _blocks(np.asarray(queries)[first_U], np.asarray(items)[place_N]):
+        own_CN = belongs_UN[part]
+        best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
+        ranks.append(1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1))
+    return np.concatenate(ranks)
+
+
 @dataclass(frozen=True)
 class ClassRetrieval:
     """How well rows find others of their class; rows that are alone in theirs are not looked up."""

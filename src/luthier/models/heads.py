@@ -137,11 +137,20 @@ def is_image_to_text(config: Any) -> bool:
     return getattr(config, "model_type", "") in _IMAGE_TO_TEXT
 
 
+_DUAL_ENCODERS = frozenset({"clip"})
+"""An encoder of images beside one of texts, whose embeddings lie in one space."""
+
+
+def is_dual_encoder(config: Any) -> bool:
+    """Whether networks of this configuration embed images and texts, by an encoder for each."""
+    return getattr(config, "model_type", "") in _DUAL_ENCODERS
+
+
 def reads_media(config: Any) -> bool:
-    """Whether networks of this configuration read images or sounds, and no tokens but their own."""
+    """Whether networks of this configuration read images or sounds, alone or beside texts."""
     import transformers
 
-    if is_image_to_text(config):
+    if is_image_to_text(config) or is_dual_encoder(config):
         return True
     others: tuple[Task, ...] = ("embedding", "image_to_text")
     named = [name for task, names in _OF_MEDIA.items() if task not in others for name in names]
@@ -190,6 +199,8 @@ def head_in(config: Any) -> Head:
 
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
+    if is_dual_encoder(config):
+        return _CLASSES[task] if task == "embedding" else ""
     if reads_media(config):
         return next((n for n in _OF_MEDIA.get(task, ()) if _has(config, n, task)), "")
     name = _CLASSES[task]
@@ -325,6 +336,8 @@ def width_of(model: Any) -> int:
 
     if is_image_to_text(model.config):
         return int(model.config.decoder.hidden_size)
+    if is_dual_encoder(model.config):
+        return int(model.config.projection_dim)
     if not reads_media(model.config):
         return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
@@ -374,6 +387,11 @@ def decoder_start(model: Any) -> int:
 def filling_id(model: Any) -> int:
     """The token that rows of a rectangle are filled up with; masked, so any will do."""
     return int(getattr(model.config, "pad_token_id", None) or 0)
+
+
+def logit_scale(model: Any) -> nn.Parameter | None:
+    """Logarithm of what a dual encoder learned to multiply cosines by; ``None`` of other networks."""
+    return model.logit_scale if is_dual_encoder(model.config) else None
 
 
 def row_pooling(model: Any, both_ways: bool) -> Literal["first", "last", "mean"]:

@@ -35,9 +35,12 @@ def replace_modules(
 def layer_names(model: nn.Module) -> list[str]:
     """Names of the repeated blocks of a network from bottom to top (``model.layers.0`` …).
 
-    Of an encoder-decoder those of the encoder come first.
+    Of an encoder-decoder those of the encoder come first. Encoders that stand side by side are one
+    network of all their layers: those of equal height follow each other.
     """
     from torch import nn
+
+    from luthier.models.heads import is_dual_encoder
 
     lists = [
         (name, module)
@@ -53,19 +56,39 @@ def layer_names(model: nn.Module) -> list[str]:
         raise RecipeError("this network has no stack of layers to choose from")
     _, largest = max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     stacks = [(name, stack) for name, stack in outer if type(stack[0]) is type(largest[0])]
-    return [f"{name}.{index}" for name, stack in stacks for index in range(len(stack))]
+    found = [
+        # Each encoder is first at every other height, so that every second layer is not all of one.
+        (index / len(stack), side if index % 2 else -side, f"{name}.{index}")
+        for side, (name, stack) in enumerate(stacks)
+        for index in range(len(stack))
+    ]
+    return [
+        name
+        for *_, name in (
+            sorted(found) if is_dual_encoder(getattr(model, "config", None)) else found
+        )
+    ]
 
 
 def layer_positions(names: Iterable[str], layers: Sequence[str]) -> dict[str, int]:
     """For each weight the number of its layer, from 1; 0 below all ``layers``, and one more above.
 
     ``names`` are all weights of the network in its own order, which is that of the forward pass. What
-    stands between two stacks (the last norm of an encoder) counts as the layer before it.
+    stands between two stacks (the last norm of an encoder) counts as the layer before it; below the
+    stacks of encoders that stand side by side there is another bottom each time.
     """
     number = {layer: index + 1 for index, layer in enumerate(layers)}
     stacks = {layer.rpartition(".")[0] for layer in layers}
-    last, found = 0, dict[str, int]()
+    owners = [layer.partition(".")[0] for layer in layers]
+    beside = owners != sorted(owners, key=owners.index)
+    last, owner, found = 0, "", dict[str, int]()
     for name in names:
+        part = name.partition(".")[0]
+        if beside and part not in owners:
+            found[name] = len(layers) + 1 if owner else 0
+            continue
+        if beside and part != owner:
+            last, owner = 0, part
         inside = next((stack for stack in stacks if name.startswith(f"{stack}.")), None)
         if inside is None:
             found[name] = last + (last == len(layers))

@@ -1,5 +1,5 @@
 """How the nodes of a token tree are laid out for a network: flat, padded, for an encoder-decoder, or
-as images, which may have a decoder behind them.
+as images, which may have a decoder behind them or an encoder of texts beside them.
 
 The flat layout is the fast one and the default: one sequence of nodes, the tree in the attention. It
 needs a network whose attention can be replaced. Others (relative positions inside the attention,
@@ -56,6 +56,8 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
     """The layout ``model`` can take; its attention is replaced where it is the flat one."""
     if heads.is_image_to_text(model.config):
         return ImageEncoderDecoder(model)
+    if heads.is_dual_encoder(model.config):
+        return DualEncoder(model)
     if heads.reads_media(model.config):
         return MediaLayout()
     if heads.decoder_of(model) is not None:
@@ -291,6 +293,74 @@ class MediaLayout:
         state_NH = state_RH.new_zeros(len(batch.ids_N), state_RH.shape[1])
         nodes = torch.from_numpy(batch.tree.leaf_R).to(state_RH.device)
         return state_NH.index_copy(0, nodes, state_RH)
+
+
+@dataclass(frozen=True)
+class ImagesAndTexts:
+    """Rows of a tree, each an image or a text."""
+
+    image_I: Tensor
+    """Numbers of the rows that are images."""
+    text_T: Tensor
+    """Numbers of those that are texts."""
+    pixels: Tensor
+    """The images, ``[I, C, H, W]``."""
+    ids_TS: Tensor
+    """The texts, filled up at their end."""
+    mask_TS: Tensor
+    """1 where there is a token."""
+    node_M: Tensor
+    """Each token of each row, one row after the other."""
+    row_M: Tensor
+    """The row of each."""
+
+
+class DualEncoder:
+    """Rows are images or texts, each kind for an encoder of its own (CLIP, Radford et al. 2021).
+
+    Both embed into one space. All nodes of a row have its embedding, so it is the same however a row
+    is read.
+    """
+
+    flat: ClassVar[bool] = False
+
+    def __init__(self, model: Any) -> None:
+        self.fill = heads.filling_id(model)
+
+    def plan(
+        self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
+    ) -> ImagesAndTexts:
+        """The images, decoded now, and the texts as a rectangle."""
+        rows = tree.examples
+        images = [number for number, row in enumerate(rows) if row.media is not None]
+        texts = [number for number, row in enumerate(rows) if row.media is None]
+        ids_TS = np.full((len(texts), max((len(rows[n]) for n in texts), default=0)), self.fill)
+        mask_TS = np.zeros_like(ids_TS)
+        for place, number in enumerate(texts):
+            ids_TS[place, : len(rows[number])] = rows[number].ids_T
+            mask_TS[place, : len(rows[number])] = 1
+        row_M = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        put = [
+            torch.from_numpy(np.asarray(array, dtype=np.int64)).to(device)
+            for array in (images, texts, ids_TS, mask_TS, tree.node_M, row_M)
+        ]
+        pixels = read_arrays(tree, device, dtype) if images else torch.empty(0, device=device)
+        return ImagesAndTexts(put[0], put[1], pixels, *put[2:])
+
+    def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
+        """Embeddings ``[N, H]``, not yet of length 1; 0 for nodes that only fill the tree up."""
+        plan: ImagesAndTexts = batch.plan
+        parts, rows = list[Tensor](), list[Tensor]()
+        if len(plan.image_I):
+            parts.append(backbone.get_image_features(pixel_values=plan.pixels).pooler_output)
+            rows.append(plan.image_I)
+        if len(plan.text_T):
+            texts = backbone.get_text_features(input_ids=plan.ids_TS, attention_mask=plan.mask_TS)
+            parts.append(texts.pooler_output)
+            rows.append(plan.text_T)
+        embedded_RH = torch.cat(parts)[torch.cat(rows).argsort()]
+        state_NH = embedded_RH.new_zeros(len(batch.ids_N), embedded_RH.shape[1])
+        return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
 
 
 def read_arrays(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from luthier.models.heads import (
     auto_class,
     decoder_of,
     head_weights,
+    is_dual_encoder,
     is_image_to_text,
     mark,
     mark_new,
@@ -177,14 +178,16 @@ def _head_names(model: nn.Module) -> set[str]:
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Put a model of transformers on its layout, and check that it gives the same numbers."""
     if reads_media(model.config):
-        writes = is_image_to_text(model.config)
+        writes, dual = is_image_to_text(model.config), is_dual_encoder(model.config)
         # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network = Network(model, device, dtype, both_ways=not writes)
+        network = Network(model, device, dtype, both_ways=not writes and not dual)
         freeze_statistics(model)
         model.eval()
         if writes:
             _check_image_to_text(network)
+        elif dual:
+            _check_dual_encoder(network)
         elif task_of(model) == "sequence_classification":
             _check_classifier(network)
         return network
@@ -223,6 +226,26 @@ def _check_image_to_text(network: Network) -> None:
     _compare(network, network.logits(hidden_RTH).float(), own)
 
 
+@torch.no_grad()
+def _check_dual_encoder(network: Network) -> None:
+    """Compare embeddings of random images and texts with those of the network's own forward."""
+    model: Any = network.model
+    end = model.config.text_config.eos_token_id
+    ids_RT = torch.tensor([[3, 4, 5, end], [5, 3, end, end]], device=network.device)
+    pixels = _random_images(network)
+    own = model(pixel_values=pixels, input_ids=ids_RT)
+    rows = [
+        Example(ids[: 4 - n].cpu().numpy(), np.zeros(4 - n, np.float32), n)
+        for n, ids in enumerate(ids_RT)
+    ]
+    states = network.row_states(network.batch(build_tree(rows, share=False)), "last")
+    _compare(
+        network, torch.nn.functional.normalize(states.float(), dim=-1), own.text_embeds.float()
+    )
+    images = model.get_image_features(pixel_values=pixels).pooler_output.float()
+    _compare(network, torch.nn.functional.normalize(images, dim=-1), own.image_embeds.float())
+
+
 def _random_images(network: Network) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *input_shape(network.model.config), generator=generator)
@@ -245,6 +268,8 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
 
 def input_shape(config: Any) -> tuple[int, int, int]:
     """``[C, H, W]`` of what networks of this configuration are made to read."""
+    if is_dual_encoder(config):
+        config = config.vision_config
     config = config.encoder if is_image_to_text(config) else config
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size

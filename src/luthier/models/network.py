@@ -39,15 +39,16 @@ SIZE_STEP = 32
 def context_length(config: Mapping[str, Any]) -> int:
     """Longest input in tokens that the configuration names; an image or a sound is one token.
 
-    Beside an encoder of images it is the longest text of the decoder.
+    Beside an encoder of images it is the longest text of the decoder, or of the encoder of texts.
 
     Raises:
         RecipeError: where it names none.
     """
     if config.get("model_type") in _RELATIVE:
         return RELATIVE_CONTEXT
-    if isinstance(config.get("decoder"), Mapping):
-        return context_length(config["decoder"])
+    for inside in ("decoder", "text_config"):
+        if isinstance(config.get(inside), Mapping):
+            return context_length(config[inside])
     for key in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(config.get(key), int):
             # RoBERTa's family starts counting behind its padding index.
@@ -231,6 +232,11 @@ class Network:
         return heads.before_vocabulary(self.model, hidden_SH)
 
     @property
+    def logit_scale(self) -> nn.Parameter | None:
+        """Logarithm of what cosines of embeddings are multiplied by, where the network learned it."""
+        return heads.logit_scale(self.model)
+
+    @property
     def head_bias_V(self) -> Tensor | None:
         """Bias of the output head, ``[V]``, where it has one."""
         bias: Tensor | None = self.model.get_output_embeddings().bias
@@ -282,9 +288,10 @@ class Network:
 
         Each is made when it is asked for: one of images holds their pixels.
         """
-        if heads.reads_media(self.model.config):
+        media = heads.reads_media(self.model.config)
+        if media:
             budget = min(budget, MOST_IMAGES)
-        parts = split_to_budget(examples, budget, self.shares)
+        parts = split_to_budget(examples, budget, self.shares, whole_rows=media)
         return (self.batch(self._tree(part)) for part in parts)
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

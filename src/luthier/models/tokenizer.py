@@ -32,7 +32,7 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
 
     Tokens added to a tokenizer and used by no row are let be; many published models have some.
     """
-    inside = config.get("decoder")
+    inside = config.get("decoder") or config.get("text_config")
     size = (inside if isinstance(inside, dict) else config).get("vocab_size")
     known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
     if isinstance(size, int) and known > size:

@@ -11,13 +11,16 @@ two sides, and what a side is to be near to follows from the rows:
                         arXiv:2002.05709)
     those with a label  the other view, and all views of its class (supervised contrastive learning,
                         Khosla et al. 2020, arXiv:2004.11362, its ``L_out``)
+    images with texts   the text of an image, among those of the batch, and the other way round (CLIP,
+                        Radford et al. 2021, arXiv:2103.00020)
 
-Views are drawn by ``data.augmentation``. A batch larger than memory is computed in micro-batches:
-embeddings first without gradient, then the gradient of each embedding, then each micro-batch again
-with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the loss is that of
-the whole batch. Left out: hard negatives; texts with labels, whose two sides are the same without
-dropout, so that held-out rows would measure nothing; and the layers that SimCSE and SimCLR put behind
-the network for training alone (docs/log/media.md).
+Views are drawn by ``data.augmentation``. CLIP learns its temperature: cosines are multiplied by a
+weight of the network, at most 100 (its section 2.5). A batch larger than memory is computed in
+micro-batches: embeddings first without gradient, then the gradient of each embedding, then each
+micro-batch again with that gradient (gradient caching, Gao et al. 2021, arXiv:2101.06983), so that the
+loss is that of the whole batch. Left out: hard negatives; texts with labels, whose two sides are the
+same without dropout, so that held-out rows would measure nothing; and the layers that SimCSE and SimCLR
+put behind the network for training alone (docs/log/media.md).
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.shapes import Labelled, MediaRow, RawText, TextPair
+from luthier.data.shapes import CaptionedImage, Labelled, MediaRow, RawText, TextPair, of_shape
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, TrainingDefaults
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
 TEXT_TEMPERATURE, MEDIA_TEMPERATURE = 0.05, 0.1
 """Of SimCSE, and of SimCLR and supervised contrastive learning on ImageNet."""
 
+LARGEST_LOGIT_SCALE = math.log(100)
+"""Of CLIP: larger scales made its training unstable."""
+
 MOST_COMPARED = 1_000
 """Rows whose sides are all compared, to draw the threshold."""
 
@@ -58,6 +64,8 @@ class _Cached:
 
     gradient_RH: Tensor
     """Gradient of the loss by the embeddings."""
+    scale_gradient: Tensor | None
+    """This micro-batch's part of that by the network's own scale, where it learns one."""
     loss: float
     """The part of the loss that is counted with this micro-batch."""
     metrics: dict[str, float]
@@ -71,7 +79,7 @@ class Contrastive(Objective):
 
     method: Literal["contrastive"] = "contrastive"
     temperature: float | None = Field(default=None, gt=0, le=1000)
-    """Cosines are divided by it; less presses harder on the nearest. 0.05, of images and sounds 0.1."""
+    """Cosines are divided by it; 0.05, of images and sounds 0.1; a CLIP learns its own."""
     symmetric: bool = True
     """Look for the partner of a text in both directions."""
     pooling: Literal["auto", "mean", "first", "last"] = "auto"
@@ -85,10 +93,10 @@ class Contrastive(Objective):
     task: ClassVar[Task] = "embedding"
     shapes: ClassVar[frozenset[str]] = frozenset({"history", "pair", "text"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"audio", "image", "labelled_audio", "labelled_image"}
+        {"audio", "captioned_image", "image", "labelled_audio", "labelled_image"}
     )
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"history", "label", "labelled_audio", "labelled_image", "pair"}
+        {"captioned_image", "history", "label", "labelled_audio", "labelled_image", "pair"}
     )
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True
@@ -108,7 +116,13 @@ class Contrastive(Objective):
                 f"all rows have the label {labelled[0].label!r}, so all are to be near each other.",
                 "Add rows of at least one other class, or leave the labels out.",
             )
-        if self.temperature is not None or chat.media is None:
+        captions = of_shape(CaptionedImage, rows)
+        if captions and (not chat.has_tokenizer or chat.start_id is not None):
+            raise RecipeError(
+                "images with captions are learned by contrast with an encoder of images beside one of "
+                "texts. Name a CLIP by folder or hub id, such as `base=openai/clip-vit-base-patch32`"
+            )
+        if self.temperature is not None or chat.media is None or captions:
             return self
         return self.model_copy(update={"temperature": MEDIA_TEMPERATURE})
 
@@ -116,15 +130,16 @@ class Contrastive(Objective):
         """The anchor; ``target`` holds the ids of its partner, ``given`` a row that has a class."""
         example = chat.encode_input(row, index)
         partner = example
-        if isinstance(row, TextPair):
-            partner = chat.encode_input(RawText(row.file, row.line, row.positive), index)
+        if isinstance(row, TextPair | CaptionedImage):
+            text = row.caption if isinstance(row, CaptionedImage) else row.positive
+            partner = chat.encode_input(RawText(row.file, row.line, text), index)
         if isinstance(row, Labelled) and not isinstance(row.label, str):
             raise RowRefused(
                 "label.mixed",
                 "the row has an array of labels, and one label says what it is near to.",
                 "Write one label.",
             )
-        has_class = isinstance(row, Labelled | MediaRow)
+        has_class = isinstance(row, Labelled | MediaRow) and not isinstance(row, CaptionedImage)
         return replace(example, target=partner.ids_T, given=row if has_class else None)
 
     def truncate(self, example: Example, context: int) -> Example:
@@ -142,10 +157,11 @@ class Contrastive(Objective):
         nothing = np.zeros(len(ids_T), dtype=np.float32)
         anchor = replace(example, row=2 * example.row, target=empty)
         other = replace(anchor, ids_T=ids_T, weight_T=nothing, row=anchor.row + 1, word_T=None)
-        return [anchor, other]
+        # Without a class the partner of an image is a text.
+        return [anchor, other if example.given is not None else replace(other, media=None)]
 
     def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
-        """Both sides of each row; an image or a sound is seen in two views.
+        """Both sides of each row; an image or a sound without a caption is seen in two views.
 
         Where ``data.augmentation`` is off, those of :meth:`Augmentation.views` are drawn; where nothing
         is learned always the same ones, so that measurements can be compared.
@@ -168,8 +184,10 @@ class Contrastive(Objective):
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
             order = [example for batch in batches for example in batch.tree.examples]
-            whole = self._summed(all_RH, order)
-            (gradient_RH,) = torch.autograd.grad(whole.total, all_RH)
+            whole = self._summed(network, all_RH, order)
+            scale = self._learned_scale(network)
+            learned = [scale] if scale is not None and scale.requires_grad else []
+            gradient_RH, *by_scale = torch.autograd.grad(whole.total, [all_RH, *learned])
         found = []
         split = gradient_RH.split([len(part) for part in parts])
         for batch, gradient, state in zip(batches, split, states, strict=True):
@@ -177,7 +195,8 @@ class Contrastive(Objective):
             total = float(whole.total.detach()) * share
             metrics = {name: value * share for name, value in whole.metrics.items()}
             right = float(np.sum(whole.ratios["accuracy"][0])) * share
-            cached = _Cached(gradient, total, {**metrics, "accuracy": right}, state)
+            part = by_scale[0] * share if by_scale else None
+            cached = _Cached(gradient, part, total, {**metrics, "accuracy": right}, state)
             found.append(replace(batch, extra=cached))
         return found
 
@@ -186,11 +205,13 @@ class Contrastive(Objective):
         cached = batch.extra
         if cached is None:
             embeddings_RH = self.embed(network, batch)
-            return self._summed(embeddings_RH, batch.tree.examples)
+            return self._summed(network, embeddings_RH, batch.tree.examples)
         with _random_numbers(network, cached.random):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
-        # The value is the loss, the gradient that of the embeddings.
+        if cached.scale_gradient is not None:
+            product = product + network.logit_scale * cached.scale_gradient
+        # The value is the loss, the gradient that of the embeddings and the scale.
         value = product + (cached.loss - product.detach())
         return Loss(value, cached.metrics)
 
@@ -203,7 +224,23 @@ class Contrastive(Objective):
             pooling = "mean" if network.both_ways else "last"
         return normalize(network.row_states(batch, pooling).float(), dim=-1)
 
-    def _summed(self, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
+    def _learned_scale(self, network: Network) -> Tensor | None:
+        """The weight that is the logarithm of what cosines are multiplied by, if there is one."""
+        return network.logit_scale if self.temperature is None else None
+
+    def _scale(self, network: Network) -> Tensor | float:
+        """What cosines are multiplied by."""
+        learned = self._learned_scale(network)
+        if learned is None:
+            return 1 / (self.temperature or TEXT_TEMPERATURE)
+        log_scale = learned.float()
+        limited = log_scale + (log_scale.clamp(max=LARGEST_LOGIT_SCALE) - log_scale).detach()
+        if limited.requires_grad and float(log_scale.detach()) >= LARGEST_LOGIT_SCALE:
+            # At the limit it can fall and not rise; a clamp alone would hold it there for good.
+            limited.register_hook(lambda gradient: gradient.clamp(min=0))
+        return limited.exp()
+
+    def _summed(self, network: Network, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
         """Summed loss over the rows, and how many anchors are nearest to what they belong to.
 
         Pairs of one anchor, or of one partner, are not told from each other: what the file calls right
@@ -216,38 +253,25 @@ class Contrastive(Objective):
         count = len(anchors)
         order = [place[row] for row in (*anchors, *(row + 1 for row in anchors))]
         side_VH, in_order = embeddings_RH[order], [sides[index] for index in order]
+        scale = self._scale(network)
         if any(side.given is not None for side in sides):
             class_V = _numbers([_class_of(side) for side in in_order])
             alike_VV = torch.from_numpy(class_V[:, None] == class_V)
             others_VV = ~torch.eye(2 * count, dtype=torch.bool)
-            each_V, right_V = self._info_nce(side_VH, side_VH, alike_VV & others_VV, others_VV)
+            each_V, right_V = _info_nce(scale, side_VH, side_VH, alike_VV & others_VV, others_VV)
             each_P, right_P = each_V.view(2, -1).mean(0), right_V[:count]
             allowed_PK = others_VV[:count]
         else:
             own_PP = torch.eye(count, dtype=torch.bool)
             allowed_PK = own_PP | _are_apart(in_order[:count], in_order[count:])
             anchor_PH, partner_PH = side_VH.split(count)
-            each_P, right_P = self._info_nce(anchor_PH, partner_PH, own_PP, allowed_PK)
+            each_P, right_P = _info_nce(scale, anchor_PH, partner_PH, own_PP, allowed_PK)
             if self.symmetric:
-                back_P, _ = self._info_nce(partner_PH, anchor_PH, own_PP, allowed_PK)
+                back_P, _ = _info_nce(scale, partner_PH, anchor_PH, own_PP, allowed_PK.t())
                 each_P = (each_P + back_P) / 2
         chance = float(allowed_PK.sum(1).log().sum())
         ratios = {"accuracy": (right_P.tolist(), [1] * count)}
         return Loss.of_rows(each_P, {"chance_loss": chance}, ratios)
-
-    def _info_nce(
-        self, query_QH: Tensor, key_KH: Tensor, positive_QK: Tensor, allowed_QK: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of each query ``[Q]``, and whether the nearest key is a positive one ``[Q]``.
-
-        That is ``-log softmax`` over the keys that are ``allowed``, averaged over the positive ones.
-        """
-        positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
-        scores_QK = query_QH @ key_KH.t() / (self.temperature or TEXT_TEMPERATURE)
-        scores_QK = scores_QK.masked_fill(~allowed_QK, float("-inf"))
-        logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
-        nearest_Q1 = scores_QK.argmax(-1, keepdim=True)
-        return -logp_QK.sum(-1) / positive_QK.sum(-1), positive_QK.gather(1, nearest_Q1)[:, 0]
 
     @property
     def rows_for_threshold(self) -> int:
@@ -291,12 +315,27 @@ class Contrastive(Objective):
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
 
 
+def _info_nce(
+    scale: Tensor | float, query_QH: Tensor, key_KH: Tensor, positive_QK: Tensor, allowed_QK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of each query ``[Q]``, and whether the nearest key is a positive one ``[Q]``.
+
+    That is ``-log softmax`` over the keys that are ``allowed``, averaged over the positive ones.
+    """
+    positive_QK, allowed_QK = (each.to(query_QH.device) for each in (positive_QK, allowed_QK))
+    scores_QK = query_QH @ key_KH.t() * scale
+    scores_QK = scores_QK.masked_fill(~allowed_QK, float("-inf"))
+    logp_QK = scores_QK.log_softmax(-1).masked_fill(~positive_QK, 0.0)
+    nearest_Q1 = scores_QK.argmax(-1, keepdim=True)
+    return -logp_QK.sum(-1) / positive_QK.sum(-1), positive_QK.gather(1, nearest_Q1)[:, 0]
+
+
 def _view(side: Example, training: bool) -> Example:
-    """An image or a sound as it is seen from one of its sides; a text as it is."""
+    """An image or a sound as it is seen from one of its sides; a text and its image as they are."""
     import torch
 
     media = side.media
-    if media is None:
+    if media is None or side.given is None:
         return side
     changes = media.augmentation or Augmentation.views(media.media.kind)
     drawn = media.seed

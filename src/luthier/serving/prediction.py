@@ -105,13 +105,14 @@ class Predictor:
         return answers
 
     def _sides(self, row: Row) -> list[Row]:
-        """What is read of a row: of two texts both, where the model says how alike they are."""
-        if self.objective.task == "embedding" and isinstance(row, TextPair):
+        """What is read of a row: of a text or an image beside a text both, where the model says how
+        alike they are."""
+        if self.objective.task == "embedding" and isinstance(row, TextPair | CaptionedImage):
             return row.sides()
         return [row]
 
     def _answer_of(self, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The answer to a row; of two texts their cosine, and whether they are similar."""
+        """The answer to a row; of two sides their cosine, and whether they are similar."""
         if len(sides) == 1:
             return sides[0]
         one, other = (side["embedding"] for side in sides)
@@ -154,8 +155,10 @@ class Predictor:
 
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
+        reads = self.objective.task != "image_to_text"  # that has one side to find out the other
         examples = [
-            [self._encode(side, index) for side in row.sides()] for index, row in enumerate(rows)
+            [self._encode(side, index) for side in (row.sides() if reads else [row])]
+            for index, row in enumerate(rows)
         ]
         measured = fit_rows(rows, examples, self.context, long_rows, self.objective.truncate)
         rows = measured.rows
@@ -188,7 +191,10 @@ class Predictor:
             return ScoredRows(found_scores, measured, first, [remark], errors)
         if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
             return self._class_retrieval(labelled, measured, first)
-        if captioned := of_shape(CaptionedImage, rows):
+        captioned = of_shape(CaptionedImage, rows)
+        if captioned and self.objective.task == "embedding":
+            return self._caption_retrieval(captioned, measured, first, second)
+        if captioned:
             written = [(a["text"], row.caption) for a, row in zip(first, captioned, strict=True)]
             errors = {"cer": character_errors(written).error, "wer": word_errors(written).error}
             worst = transcription_remarks(captioned, first)
@@ -231,6 +237,27 @@ class Predictor:
             remark += f"; {len(rows) - count:,} rows have a label of their own and are only found"
         errors = {"recall_at_1": recall_at_1(found.rank_R).error}
         return ScoredRows(found.scores, measured, answers, [remark], errors)
+
+    @staticmethod
+    def _caption_retrieval(
+        rows: Sequence[CaptionedImage],
+        measured: FittingRows,
+        images: list[dict[str, Any]],
+        texts: list[dict[str, Any]],
+    ) -> ScoredRows:
+        """How often an image finds a text of its own, and a text an image of its own."""
+        from luthier.evaluation.retrieval import pair_ranks, recall_at_1, retrieval_scores
+
+        keys = [row.media.digest() for row in rows], [row.caption for row in rows]
+        sides = [[answer["embedding"] for answer in side] for side in (images, texts)]
+        scores, errors = dict[str, float](), dict[str, float]()
+        for name, (asked, other) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
+            ranks = pair_ranks(sides[asked], sides[other], keys[asked], keys[other])
+            scores |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
+            errors[f"{name}_recall_at_1"] = recall_at_1(ranks).error
+        counts = [len({*each}) for each in keys]
+        remark = f"each of {counts[0]:,} images is looked up among {counts[1]:,} texts, and back"
+        return ScoredRows(scores, measured, images, [remark], errors)
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]

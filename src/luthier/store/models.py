@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
-from luthier.files import luthier_home
+from luthier.files import luthier_home, read_json
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
 from luthier.plugins import Component, PluginTable
@@ -222,6 +222,7 @@ BASE_OBJECTIVES = {
     "masked_lm": "contrastive",
     "image_encoder": "contrastive",
     "audio_encoder": "contrastive",
+    "image_text_encoder": "contrastive",
     "autoencoding": "vae",
     "adversarial": "gan",
     "denoising": "diffusion",
@@ -236,9 +237,18 @@ def objective_of(model: StoredModel) -> Objective:
 
     fields = model.manifest.objective
     if fields is None:
-        kind = model.manifest.kind or ""
+        kind = model.manifest.kind or _KINDS.get(_network_type(model.folder), "")
         return OBJECTIVES[BASE_OBJECTIVES.get(kind, "causal_lm")].model_validate({})
     return _method(OBJECTIVES, fields, model).model_validate(fields)
+
+
+_KINDS = {"clip": "image_text_encoder"}
+"""Kind of networks that are made for one thing, by ``model_type``, where no record says it."""
+
+
+def _network_type(folder: Path) -> str:
+    path = folder / "config.json"
+    return str(read_json(path).get("model_type", "")) if path.is_file() else ""
 
 
 def _method(

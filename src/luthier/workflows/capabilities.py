@@ -22,7 +22,7 @@ from luthier.errors import RefusedInput
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head, is_image_to_text, reads_media
+from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media
 from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import catalogue_config, input_shape, read_config
 from luthier.models.manifest import MANIFEST
@@ -149,10 +149,11 @@ def family_table(family: str) -> list[Capability]:
 
 def format_of(config: Any) -> ChatFormat:
     """The format of a network, with a tokenizer of which only what objectives ask for is there."""
-    if is_image_to_text(config):
+    if is_image_to_text(config) or is_dual_encoder(config):
         words = SimpleNamespace(mask_token_id=None, get_vocab=dict)
         _, height, width = input_shape(config)
-        return ChatFormat(words, "plain", (1,), 0, ImageProcessor(height, width))
+        start_id = 0 if is_image_to_text(config) else None
+        return ChatFormat(words, "plain", (1,), start_id, ImageProcessor(height, width))
     if reads_media(config):
         channels, height, width = input_shape(config)
         if channels == 3:
