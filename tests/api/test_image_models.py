@@ -273,6 +273,12 @@ def test_the_same_seed_gives_the_same_images_through_every_face(server: Server) 
             assert np.array_equal(pixels_of(text or ""), pixels)
 
 
+@pytest.mark.parametrize("body", [{"count": True}, {"steps": "9"}, {"guidance_scale": True}])
+def test_numbers_are_numbers(server: Server, body: dict[str, Any]) -> None:
+    status, error = server.post("gan/images", body)
+    assert status == 400 and next(iter(body)) in str(error)
+
+
 def test_images_are_counted_and_come_of_each_class_in_turn(server: Server) -> None:
     _, written = server.tokens("gan")
     status, found = server.post("gan/images", {"count": 4})

@@ -79,6 +79,7 @@ def test_json_has_the_trials_best_first_and_the_model(whole: tuple[Path, dict[st
     assert manifest(home)["metrics"]["validation_loss"] == complete[0]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_makes_the_same_trials(
     whole: tuple[Path, dict[str, Any]], rows: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:

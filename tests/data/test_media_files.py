@@ -163,6 +163,12 @@ def test_an_archive_that_can_mean_two_things_is_refused(
     assert rules_of(pack(tmp_path / "a.zip", *names)) == {rule}
 
 
+def test_an_archive_of_nothing_is_said_to_hold_nothing(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w"):
+        pass
+    assert rules_of(tmp_path / "a.zip") == {"file.empty"}
+
+
 def test_a_damaged_archive_is_refused(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.zip", "cat/1.png")
     path.write_bytes(path.read_bytes()[:-30])

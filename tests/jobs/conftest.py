@@ -130,7 +130,7 @@ class Queue:
         with self.database.read() as session:
             return session.query(Job).filter_by(id=job_id).one()
 
-    def until(self, job_id: str, wanted: Callable[[Job], Any], seconds: float = 60) -> Job:
+    def until(self, job_id: str, wanted: Callable[[Job], Any], seconds: float = 300) -> Job:
         """Wait for something to be true of a job; one that fails meanwhile is an error."""
         deadline = time.monotonic() + seconds
         while True:
@@ -146,7 +146,7 @@ class Queue:
                 raise AssertionError(f"{job.state}, {job.failure}, {job.details}\n{text}")
             time.sleep(0.02)
 
-    def ended(self, job_id: str, seconds: float = 60) -> Job:
+    def ended(self, job_id: str, seconds: float = 300) -> Job:
         """Wait until a job has ended and its files are tidy."""
         done = ("Completed", "Failed", "Stopped")
         return self.until(

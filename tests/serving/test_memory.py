@@ -26,6 +26,7 @@ print((used[-1] - used[199]) >> 20)
 """
 
 
+@pytest.mark.slow
 def test_new_sizes_take_no_further_memory() -> None:
     kept = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
     # 10 to 50 MB were seen, and 270 without the limit. Beside other tests a process has at times taken

@@ -119,3 +119,10 @@ def test_an_index_belongs_to_one_model_with_its_weights(
 def test_models_without_embeddings_are_refused(tiny_model_folder: Path) -> None:
     with pytest.raises(RecipeError, match="gives no embeddings"):
         luthier.load(str(tiny_model_folder)).nearest("a", ["b"])
+
+
+def test_a_classifier_names_the_base_model_that_embeds(luthier_home: Path, folder: Path) -> None:
+    fields: dict[str, Any] = {"training__max_steps": 1, "data__validation_share": 0}
+    model_id = luthier.tune(folder, base="small-cnn", name="labels", **fields).model_id
+    with pytest.raises(RecipeError, match=r"gives no embeddings; name the base .* from, small-cnn"):
+        luthier.load(model_id).nearest(str(folder / "left" / "0.png"), folder)

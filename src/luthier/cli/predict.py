@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
+    from luthier.serving.prediction import Predictor
     from luthier.types import Row
 
 SHOWN = 5
@@ -27,12 +29,14 @@ def predict(
     model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
     text: Annotated[
         str | None,
-        typer.Argument(help="What to label: a text, or the path of an image or a sound."),
+        typer.Argument(help="What to read: a text, or the path of an image or a sound."),
     ] = None,
     input_: Annotated[
         str | None,
         typer.Option(
-            "--input", help="Rows with a text each, in any form; of .txt each line is one."
+            "--input",
+            help="Many: a file of rows in any form (of .txt each line is one), a folder or archive of "
+            "images or sounds, a CSV of times and values.",
         ),
     ] = None,
     output: Annotated[
@@ -45,7 +49,7 @@ def predict(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Label, rate or tag one text, or a file of rows, which keep all their fields."""
+    """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
     from luthier.data.rows import PREDICTED, input_row, load_inputs
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
@@ -58,6 +62,10 @@ def predict(
         raise RecipeError(f"--{'map' if output is None else 'output'} goes with --input")
     if text is not None and not text.strip():
         raise RecipeError("the text is empty")
+    if text is not None and _holds_rows(text):
+        raise RecipeError(
+            f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
+        )
     check_output(output)
     rows: list[tuple[Record, Row]]
     if input_ is None:
@@ -86,17 +94,37 @@ def predict(
         report: dict[str, Any] = {"model": model, "rows": len(rows), "seconds": seconds}
         print_json(report | ({"output": str(output)} if output else {"answers": answers}))
     elif text is not None:
-        print_text(_render(text, answers[0]), end="")
+        print_text(_render(text, answers[0], _threshold(predictor)), end="")
     elif output is None:
         sys.stdout.write(printable_json(lines))
     else:
         print_written(len(rows), "rows", output)
         verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
         if verdicts:
-            print_text(f"{sum(verdicts):,} of them are anomalous")
+            above = f" (a score above {_threshold(predictor):.3f})"
+            print_text(f"{sum(verdicts):,} of them are anomalous{above}")
 
 
-def _render(text: str, answer: dict[str, Any]) -> str:
+def _holds_rows(text: str) -> bool:
+    """Whether ``text`` is the path of something that holds more than one row."""
+    from luthier.data.media_files import is_media
+
+    try:
+        path = Path(text)
+        return path.is_dir() or (path.is_file() and not is_media(path.name))
+    except (OSError, ValueError):  # a text longer than a name can be, or with a NUL
+        return False
+
+
+def _threshold(predictor: Predictor) -> float | None:
+    """The score above which the model's answers say yes."""
+    from luthier.objectives.capabilities import SupportsThreshold
+
+    objective = predictor.objective
+    return objective.threshold if isinstance(objective, SupportsThreshold) else None
+
+
+def _render(text: str, answer: dict[str, Any], threshold: float | None) -> str:
     """One answer for a person: the likeliest labels, the rating, or tagged words."""
     if "tags" in answer:
         words = zip(text.split(), answer["tags"], strict=True)
@@ -111,6 +139,9 @@ def _render(text: str, answer: dict[str, Any]) -> str:
         return f"{answer['rating']:.3f}\n"
     if "score" in answer:
         verdicts = {name: answer[name] for name in ("anomalous", "similar") if name in answer}
-        said = [name if value else f"not {name}" for name, value in verdicts.items()]
+        said = [
+            f"{name if value else f'not {name}'} ({'above' if value else 'not above'} {threshold:.3f})"
+            for name, value in verdicts.items()
+        ]
         return "  ".join([f"{answer['score']:.3f}", *said]) + "\n"
     return "".join(f"{p:6.1%}  {name}\n" for name, p in answer["scores"].items())

@@ -78,6 +78,8 @@ class LiveReporter(Reporter):
         """The newest measurement on validation rows, of the training that goes on."""
         self._unprinted = ""
         """The same as a line, where no line says it yet."""
+        self._says_how = False
+        """Whether it was said how settings are overridden."""
 
     def __enter__(self) -> LiveReporter:
         return self
@@ -103,7 +105,9 @@ class LiveReporter(Reporter):
             (name, f"{value:g}" if isinstance(value, float) else str(value), reason)
             for name, value, reason in defaults
         ]
-        self._print("Chosen for this run (override with --set NAME=VALUE):")
+        if not self._says_how:
+            self._print("Chosen for this run (override with --set NAME=VALUE):")
+        self._says_how = True
         if not self.draws:
             for name, shown, reason in rows:
                 self._print(f"  {name}={shown}  {reason}")

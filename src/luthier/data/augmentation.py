@@ -81,6 +81,8 @@ class Augmentation(BaseModel):
         """What changes no class of most data sets, for rows that say nothing of it."""
         if kind == "image":
             return Augmentation(crop=0.3, colour=0.2)
+        if kind == "window":
+            return Augmentation()  # what is changed in a window may be what is anomalous
         return Augmentation(shift=0.1, speed=0.15, noise=0.05)
 
     @staticmethod

@@ -38,7 +38,9 @@ _SUPPORTED = (
     f"and plain text ({', '.join(PLAIN_TEXT)}), in UTF-8, also packed with gzip (.gz) or zstd (.zst); "
     "images and sounds as a folder or .zip of their files, or arrays (.npz)"
 )
-_GZIP, _ZSTD, _PARQUET, _ZIP = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"PK\x03\x04"
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+"""How archives begin: with their first member, or with the end of a list of none."""
 # Every entry is impossible at the start of UTF-8 text, so a match alone is proof.
 _MAGIC = (
     (_GZIP, "data packed twice"),

@@ -160,12 +160,12 @@ def with_reading_defaults(
         if processor is not None and changes and not recipe.adaptation.head_only:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
-            amounts = usual.model_dump(exclude_defaults=True).items()
-            words = ", ".join(f"{name}={amount:g}" for name, amount in amounts)
             reason = f"each {processor.kind} is seen a little differently each time"
             if contrasts:
                 reason = f"two views of each {processor.kind} are learned to be the same"
-            choices.append(("data.augmentation", words, reason))
+            amounts = usual.model_dump(exclude_defaults=True).items()
+            if words := ", ".join(f"{name}={amount:g}" for name, amount in amounts):
+                choices.append(("data.augmentation", words, reason))
         data = recipe.data.model_copy(update={"augmentation": usual})
         recipe = recipe.model_copy(update={"data": data})
     if choices:

@@ -246,8 +246,10 @@ class Trainer:
         done = objective.with_threshold(network, examples, self._reading_budget)
         if done is objective:
             return job
+        reason = f"set by what the model says of {len(examples):,} rows"
+        self.reporter.settings([("objective.threshold", done.threshold, reason)])
         if count < wanted or again:
-            why = f"{count:,} are held out, and {wanted:,} would do"
+            why = f"{count:,} are held out, and {wanted:,} would do (`data.validation_share`)"
             if again:
                 why = "the training on all rows learned from the held-out ones, too"
             self.reporter.note(

@@ -94,8 +94,9 @@ def _head(report: Report, console: Console) -> None:
     if objective := report.summaries.get("learning", {}).get("objective"):
         facts.add_row("learns", "", f"{objective} on {report.base}")
     console.print(facts)
-    for name, why in report.left_out.items():
-        console.print(Text(f"  not checked: {name} ({why})", "dim"), soft_wrap=True)
+    for why in dict.fromkeys(report.left_out.values()):
+        names = [name for name, reason in report.left_out.items() if reason == why]
+        console.print(Text(f"  not checked: {', '.join(names)} ({why})", "dim"), soft_wrap=True)
 
 
 def _rules(report: Report, console: Console) -> None:
@@ -119,10 +120,12 @@ def _about(rule: Rule, report: Report) -> Text:
     """A rule in a few lines: what, the first places, the fix."""
     places = report.findings.examples[rule.id]
     text = Text.assemble((rule.id, "bold"), f"  {printable(rule.about)}")
+    said = rule.about
     for each in places[:PLACES]:
         text.append(f"\n{printable(short_place(each.place))}", "cyan")
-        if each.message and each.message != rule.about:
-            text.append(f"  {printable(each.message)}")
+        if each.message and each.message != said:
+            said = each.message
+            text.append(f"  {printable(said)}")
         if each.excerpt:
             begins = each.excerpt if len(each.excerpt) <= 60 else f"{each.excerpt[:59]}…"
             text.append(f"  {printable(begins)}", "dim")
@@ -140,8 +143,8 @@ def _about(rule: Rule, report: Report) -> Text:
 
 def _lengths(report: Report, console: Console) -> None:
     splits = learning_splits(report)
-    if not splits or ("media" in report.summaries and report.summaries["media"]["splits"]):
-        return  # an image is one token, whatever its size
+    if all(found["lengths"]["max"] <= 1 for found in splits.values()):
+        return  # an image, a sound or a window is one token, whatever its size
     summary = report.summaries["learning"]
     _heading(f"Tokens of a row; the model reads {summary['context']:,} at most", console)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -208,7 +211,10 @@ def _counts(counts: Mapping[str, Any], console: Console, indent: int, name: str)
 
 
 def _samples(report: Report, console: Console, rows: int) -> None:
-    splits = {split: found["shown"][:rows] for split, found in learning_splits(report).items()}
+    splits = {
+        split: [row for row in found["shown"] if len(row["tokens"]) > 1 or row["taught"]][:rows]
+        for split, found in learning_splits(report).items()
+    }  # all that can be shown of an image, of which nothing is written, is that it is one
     if not rows or not any(splits.values()):
         return
     coloured = console.color_system is not None and not console.no_color

@@ -260,7 +260,7 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     elif (root := root_of(submission.base)) is not None:
         # What is made for one thing alone, as an autoencoder is, learns that.
         own = BASE_OBJECTIVES.get(root.kind)
-        if own is not None and not OBJECTIVES[own].chosen_by_shape:
+        if own is not None and OBJECTIVES[own].task == root.kind:
             objective = {"method": own, **objective}
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:

@@ -67,10 +67,11 @@ class VAE(Objective):
     """Score above which a row is anomalous; from held-out rows after training when not given."""
 
     task: ClassVar[Task] = "autoencoding"
-    shapes: ClassVar[frozenset[str]] = frozenset({"image", "window"})
-    further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
+    shapes: ClassVar[frozenset[str]] = frozenset({"window"})
+    further_shapes: ClassVar[frozenset[str]] = frozenset(
+        {"captioned_image", "image", "labelled_image"}
+    )
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
-    chosen_by_shape: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3,
         max_epochs=20,

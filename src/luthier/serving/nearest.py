@@ -23,6 +23,7 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, write_bytes
 
 if TYPE_CHECKING:
+    from luthier.objectives import Objective
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
     from luthier.types import Row
@@ -55,6 +56,22 @@ class NearestRows:
     """Contents of the collection that had to be embedded; the others were known."""
 
 
+def check_embeds(stored: StoredModel, objective: Objective) -> None:
+    """Refuse a model without embeddings.
+
+    Raises:
+        RecipeError: naming the base model it was made from, where that one has them.
+    """
+    from luthier.store.models import find, objective_of
+
+    if objective.task == "embedding":
+        return
+    base = stored.root
+    embeds = base != stored.id and objective_of(find(base)).task == "embedding"
+    named = f"the base model it was made from, {base}" if embeds else "a model that does"
+    raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
+
+
 def find_nearest(
     predictor: Predictor,
     stored: StoredModel,
@@ -82,8 +99,7 @@ def find_nearest(
     """
     from luthier.evaluation.retrieval import nearest
 
-    if predictor.objective.task != "embedding":
-        raise RecipeError(f"{stored.id} gives no embeddings; name a model that does")
+    check_embeds(stored, predictor.objective)
     if not rows or not queries:
         raise RecipeError("there is nothing to look up, or nothing to look among")
     if len(rows) > MOST_ROWS:

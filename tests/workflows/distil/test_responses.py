@@ -332,6 +332,7 @@ def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_after_kill_9_nothing_is_asked_twice(
     prompts: Path, endpoint: Any, tiny_model_folder: Path, luthier_home: Path
 ) -> None:

@@ -7,7 +7,7 @@ import binascii
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from luthier.api.http.messages import Fault, Request, Response, inference_faults
 from luthier.api.native.operations import (
@@ -47,7 +47,7 @@ class PredictionRequest(Input):
 
     inputs: tuple[PredictionInput, ...] = Field(min_length=1)
     """Each is answered by itself; at most ``inputs`` of the server's limits."""
-    top: int | None = Field(default=None, ge=1)
+    top: StrictInt | None = Field(default=None, ge=1)
     """Leave so many classes in ``scores``, the likeliest first."""
 
 
@@ -64,15 +64,15 @@ class PredictionsView(View):
 class SampleRequest(Input):
     """Which images are to be made."""
 
-    count: int = Field(default=1, ge=1)
+    count: StrictInt = Field(default=1, ge=1)
     """At most ``inputs`` of the server's limits."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: StrictInt | None = Field(default=None, ge=0, lt=2**63)
     """The same one gives the same images; drawn, and told, when not given."""
     label: str = Field(default="", max_length=1024)
     """Name of a class, or what the images show; as many of each class in turn when not given."""
-    steps: int | None = Field(default=None, ge=1, le=10_000)
+    steps: StrictInt | None = Field(default=None, ge=1, le=10_000)
     """From noise to image, of a diffusion model; as it was stored when not given."""
-    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    guidance_scale: StrictFloat | StrictInt | None = Field(default=None, ge=0, le=100)
     """How much such a model makes of what is asked for."""
 
 

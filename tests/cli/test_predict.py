@@ -1,0 +1,61 @@
+"""What one command makes of a series of values, and what another says of it then."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import Answer
+
+ROWS = 240
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    """A value that swings each day, an hour apart."""
+    noise = np.random.default_rng(0).normal(0, 0.1, ROWS)
+    lines = [
+        f"2026-01-{1 + hour // 24:02} {hour % 24:02}:00:00,{math.sin(hour / 24 * math.tau) + each}"
+        for hour, each in enumerate(noise)
+    ]
+    path = tmp_path / "load.csv"
+    path.write_text("\n".join(["timestamp,value", *lines, ""]))
+    return path
+
+
+def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Path) -> None:
+    answer = Answer("inspect", str(series))
+    assert answer.code == 0 and "vae on small-window-vae" in answer.out
+    assert answer.out.count("not checked: ") == 1
+    assert "Tokens of a row" not in answer.out and "What the model sees" not in answer.out
+    answer = Answer(
+        "tune", str(series), "--name", "load", "--set", "training.epochs=1",
+        "--set", "training.max_steps=4",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert answer.err.count("Chosen for this run") == 1
+    assert "data.augmentation" not in answer.err
+    assert re.search(
+        r"objective.threshold=[-\d.]+ +set by what the model says of \d+ rows", answer.err
+    )
+    assert "luthier predict small-window-vae:load --input series.csv" in answer.out
+
+    refused = Answer("predict", "small-window-vae:load", str(series))
+    assert refused.code == 2 and f"give it as --input {series}" in refused.err
+    scored = Answer(
+        "predict", "small-window-vae:load", "--input", str(series), "--output",
+        str(tmp_path / "scores.jsonl"),
+    )  # fmt: skip
+    assert scored.code == 0, scored.err
+    assert re.search(
+        r"\d+ of them are anomalous \(a score above [-\d.]+\)", scored.out + scored.err
+    )
+
+
+def test_a_folder_is_no_text(luthier_home: Path, tmp_path: Path) -> None:
+    answer = Answer("predict", "any:model", str(tmp_path))
+    assert answer.code == 2 and "--input" in answer.err
+    assert "there is no custom model" in Answer("predict", "any:model", "x" * 5_000).err
