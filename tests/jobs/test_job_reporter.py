@@ -30,3 +30,11 @@ def test_a_reward_is_called_a_reward() -> None:
     ((message, data),) = events(held)
     assert message == "Step 2/10: validation reward 0.2000"
     assert data["valid_loss"] == -0.2 and data["reward"] == 0.2
+
+
+def test_settings_of_each_stage_stay() -> None:
+    reporter = JobReporter(Job(id="j", details={}), str)
+    reporter.settings([("training.epochs", 3, "few rows"), ("precision", "float32", "the CPU")])
+    reporter.settings([("objective.threshold", 1.5, "set by 40 rows")])
+    chosen = {"training.epochs": 3, "precision": "float32", "objective.threshold": 1.5}
+    assert reporter.take().details["chosen"] == chosen

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Unpack
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from luthier.engine.metrics import SCORES, Reporter
 from luthier.setting_names import without_commands
 from luthier.store.database import now
-from luthier.store.jobs import Job, JobEvent
+from luthier.store.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
 
 PARTS = ("validation", "data_processing", "training")
 """What the work on a job is divided into, as Bedrock shows it."""
@@ -32,7 +32,7 @@ class Pending:
     """What is not in the database yet."""
 
     events: list[JobEvent] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: JobDetails = field(default_factory=JobDetails)
 
     def __bool__(self) -> bool:
         return bool(self.events or self.details)
@@ -44,7 +44,7 @@ class JobReporter(Reporter):
     def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
         """``rename`` puts the names that the owner knows into a text."""
         self.job_id, self.rename = job.id, rename
-        self.details: dict[str, Any] = dict(job.details)
+        self.details = job.details.copy()
         self._pending = Pending()
         self._lock = threading.Lock()
         self._messages: set[str] = set()
@@ -81,14 +81,11 @@ class JobReporter(Reporter):
 
     def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
         """Settings that were left open are part of what the job shows; its data are fine."""
-        self._detail(chosen={name: _plain(value) for name, value, _ in defaults})
+        chosen = {name: _plain(value) for name, value, _ in defaults}
+        self._detail(chosen={**self.details.get("chosen", {}), **chosen})
         self.part("validation", "Completed")
         self.part("data_processing", "Completed")
         self.part("training", "InProgress")
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """How far something is that is no training: a teacher's answers."""
-        self._detail(counted={"done": done, "total": total, "what": what})
 
     def metrics(self, line: Mapping[str, Any], steps: int) -> None:
         """A line of the metrics becomes an event; the progress of the job is that of its last step."""
@@ -118,9 +115,10 @@ class JobReporter(Reporter):
         """A part of the work begins, or is over: ``status`` in Bedrock's words."""
         moment = now().isoformat()
         parts = dict(self.details.get("parts", {}))
-        before = parts.get(name, {"created": moment})
-        if before.get("status") != "Completed":
-            parts[name] = {**before, "status": status, "modified": moment}
+        before = parts.get(name)
+        if before is None or before["status"] != "Completed":
+            created = moment if before is None else before["created"]
+            parts[name] = JobPart(status=status, created=created, modified=moment)
             self._detail(parts=parts)
 
     def catch_up(self, lines: Sequence[Mapping[str, Any]], steps: int) -> None:
@@ -145,13 +143,13 @@ class JobReporter(Reporter):
         if self._began is None or step <= self._began[1]:
             self._began = (time.monotonic(), step)
         started, first = self._began
-        progress = {"step": step, "steps": steps, "loss": _plain(line["loss"])}
+        progress = JobProgress(step=step, steps=steps, loss=_plain(line["loss"]))
         if step > first:
             left = (time.monotonic() - started) / (step - first) * (steps - step)
             progress["estimated_finish"] = (now() + timedelta(seconds=left)).isoformat()
         self._detail(progress=progress)
 
-    def _detail(self, **values: Any) -> None:
+    def _detail(self, **values: Unpack[JobDetails]) -> None:
         with self._lock:
             self.details |= values
             self._pending.details |= values

@@ -166,7 +166,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
         base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
         metrics = MetricsFile(Run(base.root, run_name(job.id)).folder / METRICS)
         if "progress" in reporter.details:
-            reporter.catch_up(metrics.read(), int(reporter.details["progress"]["steps"]))
+            reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
         with asking_for(job.account, run_name(job.id)):
             result = kind.run(recipe, reporter)
         reporter.catch_up(metrics.read(), int(result["steps"]))

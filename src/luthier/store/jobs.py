@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NotRequired, TypedDict, Unpack
 
 from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, func, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Base, QuotingText, now
+from luthier.store.database import Base, Plain, QuotingText, now
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
 from luthier.store.usage import Usage, add_usage
@@ -46,6 +46,41 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 
 MOST_CRASHES = 25
 """So many workers may die one after the other without a step between them."""
+
+
+class JobPart(TypedDict):
+    """How far one part of the work is."""
+
+    status: str
+    """In Bedrock's words."""
+    created: str
+    modified: str
+    """Moments in ISO 8601."""
+
+
+class JobProgress(TypedDict):
+    """Where the training stands."""
+
+    step: int
+    steps: int
+    loss: float | str | None
+    """Of that step; a text where it is no finite number."""
+    estimated_finish: NotRequired[str]
+    """A moment in ISO 8601; from the second step of a worker on."""
+
+
+class JobDetails(TypedDict, total=False):
+    """What is known of a job beside its state, as its worker writes it."""
+
+    sources: list[str]
+    """Addresses of the training files, in their order."""
+    chosen: dict[str, Any]
+    """Settings that the request left open, by their names."""
+    parts: dict[str, JobPart]
+    """``validation``, ``data_processing`` and ``training``."""
+    progress: JobProgress
+    crashed_at: int
+    """The step of the last crash."""
 
 
 class Job(QueuedWork, Base):
@@ -87,9 +122,7 @@ class Job(QueuedWork, Base):
     """Why it failed: names file, line and rule where it was the data."""
     result: Mapped[dict[str, Any] | None]
     """What the run gave back: losses, steps, tokens, the model's id in the store."""
-    details: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """``chosen``: settings by name; ``parts``: state and times of each part of the work; ``progress``:
-    step, steps, loss, seconds of a step; ``crashed_at``: the step of the last crash."""
+    details: Mapped[JobDetails] = mapped_column(Plain, default=dict)
     attempts: Mapped[int] = mapped_column(default=0)
     """Workers that were started for it."""
     cores: Mapped[int] = mapped_column(default=1)
@@ -152,8 +185,8 @@ class Job(QueuedWork, Base):
         if self.state != RUNNING:
             self.give_back(session, why)
             return f"it is {self.state}"
-        step = int(self.details.get("progress", {}).get("step", 0))
-        self.crashes = 1 if step > int(self.details.get("crashed_at", -1)) else self.crashes + 1
+        step = self.details["progress"]["step"] if "progress" in self.details else 0
+        self.crashes = 1 if step > self.details.get("crashed_at", -1) else self.crashes + 1
         self.details = {**self.details, "crashed_at": step}
         session.flush()
         if self.crashes < MOST_CRASHES:
@@ -291,7 +324,7 @@ def renew(
     *,
     worked: float | None = None,
     worker: Mapping[str, Any] | None = None,
-    **details: Any,
+    **details: Unpack[JobDetails],
 ) -> Job:
     """Hear from the worker: the lease is longer, ``details`` are noted. The job, for its state.
 

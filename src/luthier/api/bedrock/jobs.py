@@ -342,7 +342,7 @@ def _model_arn(request: ControlRequest, model: CustomModel | None) -> str | None
 
 def _details(job: Job) -> dict[str, Any]:
     """How far each part of the work is; a part of an ended job cannot be in progress."""
-    parts: Mapping[str, Any] = job.details.get("parts", {})
+    parts = job.details.get("parts", {})
     found: dict[str, Any] = {}
     for name, part in _PARTS.items():
         details = parts.get(part)

@@ -338,7 +338,7 @@ def _error(job: Job) -> dict[str, Any] | None:
 
 def _estimated_finish(job: Job) -> int | None:
     """Unix time; ``None`` while nothing is known."""
-    moment = (job.details.get("progress") or {}).get("estimated_finish")
+    moment = job.details["progress"].get("estimated_finish") if "progress" in job.details else None
     if job.state != jobs.RUNNING or not moment:
         return None
     return seconds(datetime.fromisoformat(moment))
