@@ -25,7 +25,7 @@ from luthier.errors import RowRefused, UnknownModel
 from luthier.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from luthier.data.augmentation import Augmentation
+    from luthier.data.augmentation import Augmentation, Mixture
     from luthier.data.media import Media, MediaKind, Pixels
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
@@ -352,6 +352,8 @@ class MediaInput:
     augmentation: Augmentation | None = None
     seed: tuple[int, ...] = ()
     """Of the random changes."""
+    mixture: Mixture | None = None
+    """Another image that is seen with it."""
 
     def array(self) -> NDArray[np.float32]:
         """``[C, H, W]``.
@@ -359,7 +361,8 @@ class MediaInput:
         Raises:
             RowRefused: where the file cannot be read any more.
         """
-        return self.processor.array(self.media, self.augmentation, self.seed)
+        array = self.processor.array(self.media, self.augmentation, self.seed)
+        return array if self.mixture is None else self.mixture.over(array)
 
 
 def check_kind(media: Media, processor: Processor | None, index: int) -> Processor:

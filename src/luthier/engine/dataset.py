@@ -29,7 +29,12 @@ from luthier.gate.row_keys import group_related
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.capabilities import SupportsPacking, SupportsPrediction, longest_completion
+from luthier.objectives.capabilities import (
+    SupportsMixedRows,
+    SupportsPacking,
+    SupportsPrediction,
+    longest_completion,
+)
 from luthier.recipe import DataSpec
 from luthier.types import Example, Row
 
@@ -275,6 +280,11 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
         raise RecipeError(
             f"data.augmentation changes the words of a row, and {objective.method} learns the words "
             f"themselves. It goes with {', '.join(able)}; leave it out here"
+        )
+    if augmentation.mixes and not isinstance(objective, SupportsMixedRows):
+        raise RecipeError(
+            "data.augmentation.mixup_alpha and cutmix_alpha mix labels with images, and objective "
+            f"{objective.method} learns no labels that way. They go with classification; leave them out"
         )
     if kind == "text" and not chat.tokenizer.is_fast:
         raise RecipeError(

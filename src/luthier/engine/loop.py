@@ -45,6 +45,7 @@ from luthier.models.network import Network, TreeBatch
 from luthier.models.save import adapter_buffers
 from luthier.objectives.base import Means, Objective
 from luthier.objectives.capabilities import (
+    SupportsMixedRows,
     SupportsRollouts,
     SupportsSchedule,
     SupportsStepReport,
@@ -239,10 +240,14 @@ class Loop:
         chosen = [self.examples[index] for index in self.order.batch(step)]
         if not self.augmentation:
             return chosen
-        return [
+        rows = [
             self.augmentation.changed(example, np.random.default_rng([seed, step, place]))
             for place, example in enumerate(chosen)
         ]
+        if self.augmentation.mixes and isinstance(self.objective, SupportsMixedRows):
+            random = np.random.default_rng([seed, step, len(rows)])  # of no row
+            rows = self.augmentation.mixed(rows, self.objective.mix_targets, random)
+        return rows
 
     def _backward(
         self, objective: Objective, batches: Sequence[TreeBatch]

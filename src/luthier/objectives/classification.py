@@ -22,7 +22,7 @@ from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, FloatArray, Loss, Row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,12 +155,23 @@ class Classification(Objective):
             return np.array([labels.index(names[0])])
         return np.array([float(label in names) for label in labels], dtype=np.float32)
 
+    def mix_targets(self, example: Example, other: Example, share: float) -> FloatArray:
+        """The share of each class, ``[C]``."""
+        own, more = (
+            target if self.multi_label else np.eye(len(self.labels or ()))[target[0]]
+            for target in (np.asarray(each.target) for each in (example, other))
+        )
+        return np.asarray(share * own + (1 - share) * more, dtype=np.float32)
+
     def truncate(self, example: Example, context: int) -> Example:
         """Keep the start and the closing token, and the weight."""
         return cut_text(example, context)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed cross-entropy; with several labels a row, its mean over the classes."""
+        """Summed cross-entropy; with several labels a row, its mean over the classes.
+
+        Of mixed rows it is that with the shares of their classes.
+        """
         import torch
         from torch.nn import functional as F
 
@@ -170,10 +181,14 @@ class Classification(Objective):
             each_RC = F.binary_cross_entropy_with_logits(scores_RC, target, reduction="none")
             right_R = ((scores_RC > 0) == (target > 0.5)).all(-1)
             return Loss(each_RC.mean(-1).sum(), ratios=_accuracy(right_R))
+        # A class is [R, 1] whole numbers, shares of classes are [R, C].
+        wanted, class_R = target[:, 0], target[:, 0]
+        if target.is_floating_point():
+            wanted, class_R = target, target.argmax(-1)
         total = F.cross_entropy(
-            scores_RC, target[:, 0], reduction="sum", label_smoothing=self.label_smoothing
+            scores_RC, wanted, reduction="sum", label_smoothing=self.label_smoothing
         )
-        right_R = scores_RC.argmax(-1) == target[:, 0]
+        right_R = scores_RC.argmax(-1) == class_R
         return Loss(total, ratios=_accuracy(right_R))
 
     def start_head(self, network: Network, examples: Sequence[Example], budget: int) -> str:
