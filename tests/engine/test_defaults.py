@@ -36,6 +36,7 @@ def test_how_much_is_held_out(rows: int, share: float) -> None:
         ("classification", 541, 60, None),
         ("classification", 347, 0, None),
         ("contrastive", 347, 38, None),
+        ("image_to_text", 347, 38, None),
         ("sft", 347, 38, None),
         ("grpo", 347, 38, None),
     ],

@@ -10,7 +10,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.engine.metrics import MetricsFile, best_measurement, draw_curves, is_hollow, smooth
+from luthier.engine.metrics import (
+    MetricsFile,
+    best_measurement,
+    cost_of,
+    deciding_measure,
+    draw_curves,
+    is_hollow,
+    measured_of,
+    smooth,
+)
 
 
 def line(step: int, loss: float, event: str = "train") -> dict[str, Any]:
@@ -141,6 +150,22 @@ def test_of_scores_that_chance_tells_apart_the_later_weights_are_kept(
     ]
     assert best_measurement(lines, "accuracy") is lines[kept]
     assert best_measurement(lines, "loss") is lines[3]
+
+
+def test_an_error_rate_is_to_be_low() -> None:
+    rates, losses = (1.0, 1.2, 0.30, 0.08, 0.07, 0.09), (5.0, 4.0, 2.0, 1.0, 1.1, 0.9)
+    lines = [
+        {"loss": loss, "cer": rate, "cer_error": 0.004}
+        for rate, loss in zip(rates, losses, strict=True)
+    ]
+    assert best_measurement(lines, "cer") is lines[4]
+    # Nothing is right in the first two, so the loss decides between them.
+    assert best_measurement(lines[:2], "cer") is lines[1]
+    assert deciding_measure(lines[:2], "cer") == "loss"
+    assert deciding_measure(lines, "cer") == "cer"
+    for name, value in (("cer", 0.07), ("loss", 5.0), ("reward", 3.0), ("accuracy", 0.9)):
+        line = {name: value, "loss": -value if name == "reward" else value}
+        assert measured_of(cost_of(line, name), name) == pytest.approx(value)
 
 
 def test_a_loss_that_says_nothing_is_not_kept() -> None:

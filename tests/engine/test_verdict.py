@@ -74,6 +74,29 @@ def test_a_score_decides_where_it_is_what_is_measured() -> None:
     assert (worse.outcome, worse.kept_step) == ("overfitted", 20)  # of equal ones the lower loss
 
 
+@pytest.mark.parametrize(
+    ("rates", "losses", "outcome", "kept_step"),
+    [
+        # Texts are read: the loss rises, and the letters still get better.
+        ((1.0, 0.5, 0.2, 0.1, 0.05), (3.0, 0.5, 0.4, 0.5, 0.6), "still_improving", 40),
+        ((1.0, 0.1, 0.1, 0.3, 0.5), (3.0, 0.5, 0.4, 0.3, 0.2), "overfitted", 20),
+        # Nothing is read yet: more letters than there should be are no worse than none.
+        ((1.0, 1.0, 1.3, 1.0, 1.0), (3.0, 2.5, 2.4, 2.3, 2.2), "still_improving", 40),
+        ((1.0, 1.0, 1.0, 1.0, 1.0), (3.0, 3.1, 3.3, 3.5, 3.6), "worse", 0),
+    ],
+)
+def test_an_error_rate_decides_once_something_is_right(
+    rates: Sequence[float], losses: Sequence[float], outcome: Outcome, kept_step: int
+) -> None:
+    train = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+    pairs = enumerate(zip(rates, losses, strict=True))
+    lines = [held(10 * n, loss, cer=rate) for n, (rate, loss) in pairs]
+    found = judge_run([*train, *lines], "cer", Training(epochs=3), 40)
+    assert (found.outcome, found.kept_step) == (outcome, kept_step)
+    kept = "validation character error rate" if min(rates) < 1 else "validation loss"
+    assert kept in found.text
+
+
 def test_a_run_that_got_worse_says_plainly_what_is_stored() -> None:
     text = judged((2.0, 2.2, 2.6)).text
     assert text.startswith("worse than before training: ") and "2.6000 at the end" in text

@@ -19,7 +19,6 @@ from luthier.evaluation.retrieval import (
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
-    threshold_scores,
 )
 
 AXES = [[1.0, 0.0], [0.0, 1.0]]
@@ -154,13 +153,3 @@ def test_images_with_several_captions_find_any_of_theirs() -> None:
     assert pair_ranks(moved, apart, keys, captions).tolist() == [2, 1]
     equal = [[1.0, 0.0]] * 4
     assert pair_ranks(equal, equal, keys, captions).tolist() == [2, 2]
-
-
-def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:
-    partners = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]
-    anchors = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
-    found = threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7)
-    # Own: 1, 0.6, 1. Others: b-x 1, c-y 0.8, and four of 0.6 or less.
-    assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
-    same = threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7)
-    assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}

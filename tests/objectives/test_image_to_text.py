@@ -128,6 +128,8 @@ def test_held_out_rows_are_measured_in_characters_and_words(
     assert found["cer"] == pytest.approx((2 + 6) / characters)  # no: two; là and " chữ."
     assert found["wer"] == pytest.approx((1 + 2) / words)
     assert found["loss"] > 0
+    assert found["cer_error"] > 0
+    assert sum(found["rows"]["cer"]["parts"]) == 2 + 6
 
 
 def test_an_image_alone_is_read_from_the_first_token_on(chat: ChatFormat) -> None:

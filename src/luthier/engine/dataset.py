@@ -16,7 +16,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
-from luthier.data.shapes import MediaRow, TextPair, describe_shapes, of_shape
+from luthier.data.shapes import MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
@@ -133,9 +133,10 @@ def prepare(
         "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
     }
     learned = [(own[e.row], e) for own, es in zip((rows, *further), sets, strict=True) for e in es]
-    answers = isinstance(objective, SupportsPrediction)
-    if objective.task == "embedding" and not of_shape(TextPair, rows):
-        answers = False  # baselines name labels, and embeddings do not
+    able = objective.compared_shapes
+    answers = isinstance(objective, SupportsPrediction) and (
+        able is None or {row.shape for row in rows} <= able
+    )
     compared = (
         ComparedRows.of(learned if answers else (), seed),
         ComparedRows.of([(held[e.row], e) for e in validation], seed, MOST_ROWS // 5),

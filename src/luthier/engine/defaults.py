@@ -9,7 +9,7 @@ from typing import Any
 from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.memory import MemoryEstimate
-from luthier.engine.metrics import SCORES
+from luthier.engine.metrics import ERROR_RATES, SCORES
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
@@ -123,7 +123,11 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         every = max(1, round(steps / 8))
         fill("evaluate_every", every, f"about eight measurements in {steps} steps")
     rows = facts.rows + facts.held_out
-    if facts.held_out and rows <= MOST_REFIT_ROWS and objective.measure in SCORES:
+    if (
+        facts.held_out
+        and rows <= MOST_REFIT_ROWS
+        and objective.measure in SCORES.keys() - ERROR_RATES
+    ):
         reason = f"{rows} rows are few: once it is known how long, all of them are learned from"
         fill("refit", True, reason)
     return recipe.model_copy(update={"training": training}), choices

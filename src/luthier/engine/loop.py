@@ -35,6 +35,7 @@ from luthier.engine.metrics import (
     Reporter,
     best_measurement,
     cost_of,
+    deciding_measure,
     without_rows,
 )
 from luthier.engine.optimizers import MasterAdamW, schedule_factor
@@ -273,8 +274,9 @@ class Loop:
     def _evaluate(self) -> None:
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
-        progress, measure = self.progress, self.objective.measure
+        progress = self.progress
         progress.validation_loss = found["loss"]
+        measure = deciding_measure([*self.measured, found], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
         self.measured.append(found)
         better = best_measurement(self.measured, measure) is found

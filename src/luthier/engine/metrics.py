@@ -22,6 +22,8 @@ SCORES: Mapping[str, str] = {
     "cer": "character error rate",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
+ERROR_RATES = frozenset({"cer"})
+"""Those of them that are to be low. At 1 or above nothing is right yet, however much of it there is."""
 HOLLOW = 0.95
 """Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
@@ -32,9 +34,26 @@ _REWARDS: Mapping[str, str] = {
 
 
 def cost_of(measured: Mapping[str, Any], measure: str) -> float:
-    """What of a measurement is to be low: the loss (minus the reward), or 1 less a score."""
-    cost: float = measured["loss"] if measure in ("loss", "reward") else 1 - measured[measure]
+    """What is to be low of a measurement: loss (or minus the reward), an error rate, 1 less a score."""
+    cost: float
+    if measure in ERROR_RATES:
+        cost = min(1.0, measured[measure])
+        return cost
+    cost = measured["loss"] if measure in ("loss", "reward") else 1 - measured[measure]
     return cost
+
+
+def measured_of(cost: float, measure: str) -> float:
+    """What was measured, of its :func:`cost_of`."""
+    if measure in ERROR_RATES or measure == "loss":
+        return cost
+    return -cost if measure == "reward" else 1 - cost
+
+
+def deciding_measure(lines: Sequence[Mapping[str, Any]], measure: str) -> str:
+    """What tells the measurements of a run apart: the loss, where all of an error rate is wrong yet."""
+    unread = measure in ERROR_RATES and all(cost_of(line, measure) == 1 for line in lines)
+    return "loss" if unread else measure
 
 
 def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mapping[str, Any]:
@@ -49,6 +68,7 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     def order(line: Mapping[str, Any]) -> tuple[float, float]:
         return cost_of(line, measure), line["loss"]
 
+    measure = deciding_measure(lines, measure)
     best = chosen = lines[0]
     for line in lines[1:]:
         if measure == "loss" and is_hollow(line, lines[0]):

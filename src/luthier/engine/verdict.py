@@ -18,6 +18,7 @@ from luthier.engine.metrics import (
     best_measurement,
     chance_between,
     cost_of,
+    deciding_measure,
     is_hollow,
     metrics_beside,
 )
@@ -162,6 +163,7 @@ def judge_run(
             {},
             {},
         )
+    measure = deciding_measure(held, measure)
     start = _REGRESSION if fitted_head else _UNTRAINED
     course = _Course(train, held, measure, start, rows, last_step > steps_per_pass)
     outcome = course.outcome()

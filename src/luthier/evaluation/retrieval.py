@@ -44,11 +44,11 @@ def partner_ranks(
     partner_UH = all_PH[places]
     if others is not None and len(np.asarray(others)):
         partner_UH = np.concatenate([partner_UH, np.asarray(others)])
-    blocks = _blocks(anchor_PH, partner_UH)
-    return np.concatenate([_ranks(scores_CU, own_P[part]) for part, scores_CU in blocks])
+    scored = blocks(anchor_PH, partner_UH)
+    return np.concatenate([_ranks(scores_CU, own_P[part]) for part, scores_CU in scored])
 
 
-def _blocks(query_QH: NDArray[Any], item_NH: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
+def blocks(query_QH: NDArray[Any], item_NH: NDArray[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
     """Some queries at a time, and their scores ``[C, N]`` with all items."""
     size = max(1, MOST_SCORES // max(1, len(item_NH)))
     for start in range(0, len(query_QH), size):
@@ -66,7 +66,7 @@ def nearest(
     query_QH, item_NH = np.asarray(queries, np.float32), np.asarray(items, np.float32)
     count = min(count, len(item_NH))
     places, scores = [np.empty((0, count), np.int64)], [np.empty((0, count), np.float32)]
-    for _, scores_CN in _blocks(query_QH, item_NH):
+    for _, scores_CN in blocks(query_QH, item_NH):
         near_CK = np.sort(np.argpartition(-scores_CN, count - 1, axis=1)[:, :count], axis=1)
         score_CK = np.take_along_axis(scores_CN, near_CK, axis=1)
         order_CK = np.argsort(-score_CK, axis=1, kind="stable")
@@ -90,7 +90,7 @@ def pair_ranks(
     belongs_UN = np.zeros((len(first_U), len(place_N)), dtype=bool)
     belongs_UN[query_P, item_P] = True
     ranks = [np.empty(0, np.int64)]
-    for part, scores_CN in _blocks(np.asarray(queries)[first_U], np.asarray(items)[place_N]):
+    for part, scores_CN in blocks(np.asarray(queries)[first_U], np.asarray(items)[place_N]):
         own_CN = belongs_UN[part]
         best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
         ranks.append(1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1))
@@ -114,7 +114,7 @@ class ClassRetrieval:
         others_R = np.bincount(class_R)[class_R] - 1
         asked_Q = np.flatnonzero(others_R)
         ranks, gains = [np.empty(0, np.int64)], [np.empty(0)]
-        for part, scores_CR in _blocks(row_RH[asked_Q], row_RH):
+        for part, scores_CR in blocks(row_RH[asked_Q], row_RH):
             own_C = asked_Q[part]
             alike_CR = class_R[own_C][:, None] == class_R
             itself = (np.arange(len(own_C)), own_C)
@@ -226,36 +226,6 @@ def item_ranks(
                 for text in distinct
             ]
     return _ranks(scores_PU, own_P)
-
-
-def threshold_scores(
-    anchors: ArrayLike,
-    partners: ArrayLike,
-    anchor_texts: Sequence[str],
-    partner_texts: Sequence[str],
-    threshold: float,
-) -> dict[str, float]:
-    """The share of pairs whose cosine is above ``threshold``, and that of all other pairs of the rows.
-
-    Others have neither text in common with a row of their own.
-    """
-    anchor_PH, partner_PH = np.asarray(anchors), np.asarray(partners)
-    numbers = [
-        np.unique(np.array(texts, dtype=object), return_inverse=True)[1]
-        for texts in (anchor_texts, partner_texts)
-    ]
-    alarms = others = 0
-    for part, scores_CP in _blocks(anchor_PH, partner_PH):
-        apart_CP = (numbers[0][part][:, None] != numbers[0]) & (
-            numbers[1][part][:, None] != numbers[1]
-        )
-        alarms += int(((scores_CP > threshold) & apart_CP).sum())
-        others += int(apart_CP.sum())
-    own_P = (anchor_PH * partner_PH).sum(1)
-    return {
-        "similar": float((own_P > threshold).mean()),
-        "false_alarms": alarms / max(1, others),
-    }
 
 
 def recall_at_1(ranks: ArrayLike) -> RowScores:

@@ -93,6 +93,8 @@ class Objective(BaseModel):
         {"messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
     """Row shapes that its models are measured on."""
+    compared_shapes: ClassVar[frozenset[str] | None] = None
+    """Row shapes of which simple baselines give the same answers; all that they know if ``None``."""
     same_each_epoch: ClassVar[bool] = True
     """Whether the network sees the same tokens of a row in every epoch."""
     contrasts_rows: ClassVar[bool] = False

@@ -37,10 +37,11 @@ from pydantic import Field
 from luthier.data.augmentation import Augmentation
 from luthier.data.shapes import CaptionedImage, Labelled, MediaRow, RawText, TextPair, of_shape
 from luthier.errors import RecipeError, RowRefused
+from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import cut_text
-from luthier.types import Example, IntArray, Loss, Row
+from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +99,7 @@ class Contrastive(Objective):
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "history", "label", "labelled_audio", "labelled_image", "pair"}
     )
+    compared_shapes: ClassVar[frozenset[str] | None] = frozenset({"history", "pair"})
     contrasts_rows: ClassVar[bool] = True
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(scratch_steps=1_000, scratch_epochs=100)
@@ -255,7 +257,7 @@ class Contrastive(Objective):
         side_VH, in_order = embeddings_RH[order], [sides[index] for index in order]
         scale = self._scale(network)
         if any(side.given is not None for side in sides):
-            class_V = _numbers([_class_of(side) for side in in_order])
+            class_V = number_keys([_class_of(side) for side in in_order])
             alike_VV = torch.from_numpy(class_V[:, None] == class_V)
             others_VV = ~torch.eye(2 * count, dtype=torch.bool)
             each_V, right_V = _info_nce(scale, side_VH, side_VH, alike_VV & others_VV, others_VV)
@@ -263,7 +265,9 @@ class Contrastive(Objective):
             allowed_PK = others_VV[:count]
         else:
             own_PP = torch.eye(count, dtype=torch.bool)
-            allowed_PK = own_PP | _are_apart(in_order[:count], in_order[count:])
+            text_V = number_keys([side.ids_T.tobytes() for side in in_order])
+            apart_PP = torch.from_numpy(are_apart(text_V[:count], text_V[count:]))
+            allowed_PK = own_PP | apart_PP
             anchor_PH, partner_PH = side_VH.split(count)
             each_P, right_P = _info_nce(scale, anchor_PH, partner_PH, own_PP, allowed_PK)
             if self.symmetric:
@@ -295,14 +299,12 @@ class Contrastive(Objective):
             embedded = self.embed(network, batch).cpu()
             for side, embedding_H in zip(batch.tree.examples, embedded, strict=True):
                 found[side.row] = embedding_H
-        anchors, partners = sides[::2], sides[1::2]
-        scores_PP = torch.stack(found[::2]) @ torch.stack(found[1::2]).t()
-        apart_PP = _are_apart(anchors, partners) & ~torch.eye(len(rows), dtype=torch.bool)
-        others = scores_PP[apart_PP].numpy()
+        scores_PP = (torch.stack(found[::2]) @ torch.stack(found[1::2]).t()).numpy()
+        text_V = number_keys([side.ids_T.tobytes() for side in sides])
+        others = scores_PP[are_apart(text_V[::2], text_V[1::2])]
         if not len(others):
             return self
-        threshold = float(np.quantile(others, 1 - self.false_alarms, method="higher"))
-        return self.model_copy(update={"threshold": threshold})
+        return self.model_copy(update={"threshold": draw_threshold(others, self.false_alarms)})
 
     def describe(self, example: Example) -> str:
         """How long the partner is; its text is in the file."""
@@ -344,27 +346,10 @@ def _view(side: Example, training: bool) -> Example:
     return replace(side, media=replace(media, augmentation=changes, seed=(*drawn, side.row % 2)))
 
 
-def _are_apart(anchors: Sequence[Example], partners: Sequence[Example]) -> Tensor:
-    """Which pairs ``[P, P]`` have neither the anchor nor the partner in common."""
-    import torch
-
-    apart_PP = torch.ones(len(anchors), len(anchors), dtype=torch.bool)
-    for half in (anchors, partners):
-        text_P = _numbers([side.ids_T.tobytes() for side in half])
-        apart_PP &= torch.from_numpy(text_P[:, None] != text_P)
-    return apart_PP
-
-
 def _class_of(side: Example) -> str | bytes:
     """What sides of a batch are alike by: a label, or the image, sound or text itself."""
     row = side.given
     return str(row.label) if isinstance(row, Labelled) else side.ids_T.tobytes()
-
-
-def _numbers(keys: Sequence[str | bytes]) -> IntArray:
-    """A number for each of ``keys``, the same where they are equal."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def _cuda(network: Network) -> list[Any]:

@@ -28,7 +28,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.files import read_json
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import MOST_ROW_SCORES, Objective, TrainingDefaults
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ImageToText(Objective):
     task: ClassVar[Task] = "image_to_text"
     shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image"})
+    measure: ClassVar[str] = "cer"
     allows_augmentation: ClassVar[bool] = True
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3, max_epochs=20, bases={"image": "small-ocr"}
@@ -161,7 +162,7 @@ class ImageToText(Objective):
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
-        """The loss, and the error rates of characters (``cer``) and words (``wer``)."""
+        """The loss, and the error rates of characters (``cer``, which decides) and words (``wer``)."""
         found = super().validation_metrics(network, examples, budget)
         written, wanted = list[str](), list[str]()
         for batch in network.batches(examples, budget):
@@ -169,7 +170,11 @@ class ImageToText(Objective):
             wanted += [_chat(network).decode(row.ids_T[1:].tolist()) for row in batch.tree.examples]
         pairs = [*zip(written, wanted, strict=True)]
         scores = {"cer": character_errors(pairs), "wer": word_errors(pairs)}
-        return found | {name: each.value for name, each in scores.items()}
+        found |= {name: each.value for name, each in scores.items()}
+        found["cer_error"] = scores["cer"].error
+        if len(examples) <= MOST_ROW_SCORES:
+            found["rows"] = {"cer": scores["cer"].plain()}
+        return found
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: the text, and how probable the network finds it.

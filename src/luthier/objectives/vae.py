@@ -27,6 +27,7 @@ from pydantic import Field
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import BareWindow
+from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.types import Example, Loss, Row
@@ -164,8 +165,7 @@ class VAE(Objective):
             return self
         batches = network.batches(examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
-        found = float(np.quantile(scores, 1 - self.false_alarms, method="higher"))
-        return self.model_copy(update={"threshold": found})
+        return self.model_copy(update={"threshold": draw_threshold(scores, self.false_alarms)})
 
     def _scores(self, network: Network, batch: TreeBatch) -> Tensor:
         """Minus the bound ``[R]`` at the means of the latents; of the last value its error alone."""

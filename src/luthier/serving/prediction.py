@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from luthier.data.shapes import (
     CaptionedImage,
@@ -138,20 +138,6 @@ class Predictor:
             DataError: for rows of another kind than the answers, and with ``error`` for long rows.
         """
         from luthier.evaluation.evaluate import check_shapes
-        from luthier.evaluation.labels import label_remarks, row_scores, scores
-        from luthier.evaluation.preferences import ranking_errors, ranking_scores
-        from luthier.evaluation.retrieval import (
-            partner_ranks,
-            recall_at_1,
-            retrieval_scores,
-            threshold_scores,
-        )
-        from luthier.evaluation.transcription import (
-            character_errors,
-            transcription_remarks,
-            transcription_scores,
-            word_errors,
-        )
 
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
@@ -167,45 +153,53 @@ class Predictor:
         numbered = [replace(text, row=index) for index, text in enumerate(flat)]
         found = self._read(numbered, lambda finished: done(finished // count))
         first, second = found[::count], found[count - 1 :: count]
-        if rows and isinstance(rows[0], JudgedAnswers):
-            pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
-            lines = [
-                {"line": row.line, "chosen": c, "rejected": r}
-                for row, (c, r) in zip(rows, pairs, strict=True)
-            ]
-            ranked = ranking_scores(pairs, "reward")
-            return ScoredRows(ranked, measured, lines, errors=ranking_errors(ranked, len(pairs)))
-        if texts := of_shape(TextPair, rows):
-            anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
-            known = {row.positive for row in texts}
-            others = self._embed_items(texts, known)
-            ranks = partner_ranks(anchors, partners, [row.positive for row in texts], others)
-            pool = len(known) + len(others)
-            what = "next item" if isinstance(rows[0], History) else "partner"
-            remark = f"each {what} is looked for among the {pool:,} different ones of the rows"
-            errors = {"recall_at_1": recall_at_1(ranks).error}
-            found_scores = retrieval_scores(ranks)
-            if self._threshold is not None:
-                sides = [row.text for row in texts], [row.positive for row in texts]
-                found_scores |= threshold_scores(anchors, partners, *sides, self._threshold)
-            return ScoredRows(found_scores, measured, first, [remark], errors)
-        if self.objective.task == "embedding" and (labelled := of_shape(Labelled, rows)):
-            return self._class_retrieval(labelled, measured, first)
-        captioned = of_shape(CaptionedImage, rows)
-        if captioned and self.objective.task == "embedding":
-            return self._caption_retrieval(captioned, measured, first, second)
-        if captioned:
-            written = [(a["text"], row.caption) for a, row in zip(first, captioned, strict=True)]
-            errors = {"cer": character_errors(written).error, "wer": word_errors(written).error}
-            worst = transcription_remarks(captioned, first)
-            return ScoredRows(transcription_scores(written), measured, first, worst, errors)
-        for row, answer in zip(rows, first, strict=True):
-            if isinstance(row, TaggedWords):
-                # Words behind the cut were not read, so nothing was found in them.
-                answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
-        measures = scores(rows, first)
-        errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
-        return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
+        scored = (
+            (JudgedAnswers, "reward", self._score_rewards),
+            (TextPair, "embedding", self._score_partners),
+            (Labelled, "embedding", self._score_classes),
+            (CaptionedImage, "embedding", self._score_captions),
+            (CaptionedImage, "text", self._score_texts),
+        )
+        for shape, answer, score in scored:
+            if rows and of_shape(shape, rows) and answer in first[0]:
+                return score(measured, first, second)
+        return self._score_labels(measured, first)
+
+    def _score_rewards(
+        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
+    ) -> ScoredRows:
+        """How often the better of two answers has the higher reward."""
+        from luthier.evaluation.preferences import ranking_errors, ranking_scores
+
+        pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
+        lines = [
+            {"line": row.line, "chosen": c, "rejected": r}
+            for row, (c, r) in zip(measured.rows, pairs, strict=True)
+        ]
+        ranked = ranking_scores(pairs, "reward")
+        return ScoredRows(ranked, measured, lines, errors=ranking_errors(ranked, len(pairs)))
+
+    def _score_partners(
+        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
+    ) -> ScoredRows:
+        """How often a text, or a history of items, finds its own partner."""
+        from luthier.evaluation.retrieval import partner_ranks, recall_at_1, retrieval_scores
+        from luthier.evaluation.thresholds import threshold_scores
+
+        texts = cast("Sequence[TextPair]", measured.rows)
+        anchors, partners = ([a["embedding"] for a in side] for side in (first, second))
+        known = {row.positive for row in texts}
+        others = self._embed_items(texts, known)
+        ranks = partner_ranks(anchors, partners, [row.positive for row in texts], others)
+        pool = len(known) + len(others)
+        what = "next item" if isinstance(texts[0], History) else "partner"
+        remark = f"each {what} is looked for among the {pool:,} different ones of the rows"
+        found = retrieval_scores(ranks)
+        if self._threshold is not None:
+            sides = [row.text for row in texts], [row.positive for row in texts]
+            found |= threshold_scores(anchors, partners, *sides, self._threshold)
+        errors = {"recall_at_1": recall_at_1(ranks).error}
+        return ScoredRows(found, measured, first, [remark], errors)
 
     def _embed_items(self, rows: Sequence[TextPair], known: set[str]) -> list[list[float]]:
         """Embeddings of the items of histories that are in none of the rows the next one."""
@@ -214,9 +208,8 @@ class Predictor:
         bare = [RawText(rows[0].file, 0, item) for item in items]
         return [answer["embedding"] for answer in self.answers(bare)]
 
-    @staticmethod
-    def _class_retrieval(
-        rows: Sequence[Labelled], measured: FittingRows, answers: list[dict[str, Any]]
+    def _score_classes(
+        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
     ) -> ScoredRows:
         """How often a row with a label finds others with the same one.
 
@@ -225,7 +218,8 @@ class Predictor:
         """
         from luthier.evaluation.retrieval import ClassRetrieval, recall_at_1
 
-        found = ClassRetrieval.of([a["embedding"] for a in answers], [str(r.label) for r in rows])
+        rows = cast("Sequence[Labelled]", measured.rows)
+        found = ClassRetrieval.of([a["embedding"] for a in first], [str(r.label) for r in rows])
         count = len(found.rank_R)
         if not count:
             fix = "Give rows of which some have the same label."
@@ -236,20 +230,47 @@ class Predictor:
         if count < len(rows):
             remark += f"; {len(rows) - count:,} rows have a label of their own and are only found"
         errors = {"recall_at_1": recall_at_1(found.rank_R).error}
-        return ScoredRows(found.scores, measured, answers, [remark], errors)
+        return ScoredRows(found.scores, measured, first, [remark], errors)
 
-    @staticmethod
-    def _caption_retrieval(
-        rows: Sequence[CaptionedImage],
-        measured: FittingRows,
-        images: list[dict[str, Any]],
-        texts: list[dict[str, Any]],
+    def _score_texts(
+        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
+    ) -> ScoredRows:
+        """How much of the texts of images is wrong."""
+        from luthier.evaluation.transcription import (
+            character_errors,
+            transcription_remarks,
+            transcription_scores,
+            word_errors,
+        )
+
+        rows = cast("Sequence[CaptionedImage]", measured.rows)
+        written = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]
+        errors = {"cer": character_errors(written).error, "wer": word_errors(written).error}
+        worst = transcription_remarks(rows, first)
+        return ScoredRows(transcription_scores(written), measured, first, worst, errors)
+
+    def _score_labels(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
+        """How many labels, ratings or tags are right."""
+        from luthier.evaluation.labels import label_remarks, row_scores, scores
+
+        rows = measured.rows
+        for row, answer in zip(rows, first, strict=True):
+            if isinstance(row, TaggedWords):
+                # Words behind the cut were not read, so nothing was found in them.
+                answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
+        measures = scores(rows, first)
+        errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
+        return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
+
+    def _score_captions(
+        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
     ) -> ScoredRows:
         """How often an image finds a text of its own, and a text an image of its own."""
         from luthier.evaluation.retrieval import pair_ranks, recall_at_1, retrieval_scores
 
+        rows = cast("Sequence[CaptionedImage]", measured.rows)
         keys = [row.media.digest() for row in rows], [row.caption for row in rows]
-        sides = [[answer["embedding"] for answer in side] for side in (images, texts)]
+        sides = [[answer["embedding"] for answer in side] for side in (first, second)]
         scores, errors = dict[str, float](), dict[str, float]()
         for name, (asked, other) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
             ranks = pair_ranks(sides[asked], sides[other], keys[asked], keys[other])
@@ -257,7 +278,7 @@ class Predictor:
             errors[f"{name}_recall_at_1"] = recall_at_1(ranks).error
         counts = [len({*each}) for each in keys]
         remark = f"each of {counts[0]:,} images is looked up among {counts[1]:,} texts, and back"
-        return ScoredRows(scores, measured, images, [remark], errors)
+        return ScoredRows(scores, measured, first, [remark], errors)
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]

@@ -19,7 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.engine.metrics import SCORES, MetricsFile, Reporter, best_measurement, cost_of
+from luthier.engine.metrics import (
+    SCORES,
+    MetricsFile,
+    Reporter,
+    best_measurement,
+    cost_of,
+    measured_of,
+)
 from luthier.engine.runs import METRICS
 from luthier.engine.train import rehearse
 from luthier.errors import Diverged, Interrupted, LuthierError, RefusedInput
@@ -49,7 +56,7 @@ class Trial:
     """Place in the search, from 1."""
     settings: dict[str, Any]
     value: float | None
-    """What is to be low: the validation loss, or 1 less the score that is measured; of the weights that
+    """What is to be low, as :func:`~luthier.engine.metrics.cost_of` has it; of the weights that
     a run would keep, or the last one where it was pruned."""
     state: Literal["complete", "pruned", "failed"]
     reason: str = ""
@@ -62,7 +69,7 @@ class Trial:
         """What was measured, for people."""
         if self.value is None:
             return ""
-        shown = {"loss": self.value, "reward": -self.value}.get(self.measure, 1 - self.value)
+        shown = measured_of(self.value, self.measure)
         return f"{SCORES.get(self.measure, self.measure)} {shown:.4f}"
 
 

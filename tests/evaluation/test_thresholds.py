@@ -1,0 +1,33 @@
+"""Borders from a budget of false alarms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys, threshold_scores
+
+
+@pytest.mark.parametrize(("share", "above"), [(0.0, 0), (0.01, 0), (0.05, 0), (0.2, 3), (0.99, 18)])
+def test_no_more_scores_are_above_than_the_budget_has(share: float, above: int) -> None:
+    scores = np.random.default_rng(0).permutation(20) / 7
+    found = draw_threshold(scores, share)
+    assert found in scores
+    assert (scores > found).sum() == above <= share * 20
+
+
+def test_pairs_with_a_text_in_common_belong_together() -> None:
+    anchors, partners = number_keys(["a", "b", "a"]), number_keys([b"x", "y", "y"])
+    apart = are_apart(anchors, partners)
+    assert apart.tolist() == [[False, True, False], [True, False, False], [False, False, False]]
+    assert (are_apart(anchors, partners, slice(1, 3)) == apart[1:3]).all()
+
+
+def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:
+    partners = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]
+    anchors = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    found = threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7)
+    # Own: 1, 0.6, 1. Others: b-x 1, c-y 0.8, and four of 0.6 or less.
+    assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
+    same = threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7)
+    assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}
