@@ -89,7 +89,8 @@ def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, 
     ]
     answers = [each["predicted"] for each in model.predict(asked)]
     scores = np.array([each["score"] for each in answers])
-    return scores, float(scores[[each["anomalous"] for each in answers]].min()), seconds
+    above = scores[[each["anomalous"] for each in answers]]
+    return scores, float(above.min(initial=np.inf)), seconds
 
 
 def measure(series: Series, scores: Scores, threshold: float) -> tuple[int, float, list[int]]:

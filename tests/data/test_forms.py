@@ -396,4 +396,4 @@ def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> N
         ((found, row),) = load_inputs(tmp_path if key == "file_name" else tmp_path / name)
         (tmp_path / name).unlink()
         assert found == record and isinstance(row, BareImage)
-        assert row.media.path == tmp_path / "1.png"
+        assert row.media.path == str(tmp_path / "1.png")

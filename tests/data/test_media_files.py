@@ -258,7 +258,7 @@ def test_tables_hold_bytes_as_hugging_face_writes_them(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "rows.parquet")
     found = [row.media for row in rows if isinstance(row, LabelledImage)]
     assert [int(each.pixels()[0, 0, 0]) for each in found] == [1, 2, 1]
-    assert found[0].name == "one.png" and found[2].path == tmp_path / "4.png"
+    assert found[0].name == "one.png" and found[2].path == str(tmp_path / "4.png")
     pq.write_table(pa.table({"audio": [b"RIFF"], "label": ["a"]}), tmp_path / "sounds.parquet")
     assert [type(row) for row in rows_of(tmp_path / "sounds.parquet")] == [LabelledAudio]
 

@@ -161,6 +161,10 @@ def test_pre_training_goes_on_as_the_custom_model_began(
         ({"settings": {"name": "x"}}, "cannot set name"),
         ({"settings": {"data": {"policy": "/etc/passwd"}}}, r"cannot set data\.policy"),
         ({"settings": {"data": {"train": "/etc/passwd"}}}, r"cannot set data\.train"),
+        (
+            {"settings": {"objective": {"method": "gan", "feature_model": "theirs"}}},
+            r"cannot set objective\.feature_model",
+        ),
         ({"settings": {"teacher": {"url": "http://x"}}}, r"cannot set teacher\.url"),
         ({"settings": {"training": {"epochs": -1}}}, "epochs"),
         ({"settings": {"training": {"epoch": 1}}}, "epoch"),

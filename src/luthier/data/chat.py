@@ -56,6 +56,10 @@ TemplateSettings = Annotated[
     Field(max_length=16),
 ]
 """``chat_template_kwargs`` of recipes and requests."""
+ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
+"""What all rows of one token share: of a million, an array for each would take 230 MB."""
+ONE_T.flags.writeable = NO_TARGET.flags.writeable = False
+
 TEMPLATE_PARAMETERS = frozenset(
     (
         "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -160,13 +164,13 @@ class ChatFormat:
         if isinstance(row, MediaRow):
             media = self.media_input(row, index)
             ids_T = np.array([int(row.media.digest()[:15], 16)])
-            return Example(ids_T, np.ones(1, np.float32), index, target=np.zeros(0), media=media)
+            return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
         ids_T, word_T = self.encode_words(row.plain_text())
         if not len(ids_T):
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         weight_T = np.zeros(len(ids_T), dtype=np.float32)
         weight_T[-1] = 1.0
-        return Example(ids_T, weight_T, index, target=np.zeros(0), word_T=word_T)
+        return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
 
     def media_input(self, row: MediaRow, index: int) -> MediaInput:
         """The image or sound of a row, as the network reads it.

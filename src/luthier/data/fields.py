@@ -268,7 +268,7 @@ class FieldChecker:
         if value.startswith("s3://"):
             copy = folder / object_name(value)
             if copy.is_file():
-                return Media(kind, value, copy)
+                return Media(kind, value, str(copy))
             fix = "Jobs of the service fetch it; here, download it and write its path."
             self.report("media.missing", f"{quote(value)} was not fetched.", fix)
             return None
@@ -286,7 +286,7 @@ class FieldChecker:
             fix = f"Paths are as seen from {folder}; mend the path, or remove the row."
             self.report("media.missing", f"there is no file {quote(value)}.", fix)
             return None
-        return Media(kind, value, path)
+        return Media(kind, value, str(path))
 
     def _window(self, value: object) -> Media | None:
         """Values of a time series in their order, the last one last."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import struct
 import wave
@@ -64,8 +65,8 @@ class Media:
     kind: MediaKind
     name: str
     """As people find it: a path, ``archive.zip/member``, ``digits.npz[17]``."""
-    path: Path | None = None
-    """The file, or the zip archive that has it."""
+    path: str | None = None
+    """The file, or the zip archive that has it: as text, since there may be a million of them."""
     member: str = ""
     """Its name in a zip archive."""
     data: bytes | None = field(default=None, repr=False)
@@ -89,11 +90,11 @@ class Media:
         assert self.path is not None
         try:
             if self.member:
-                known = self.path.stat()
+                known = os.stat(self.path)
                 return self._unpack(_archive(self.path, known.st_mtime_ns, known.st_size))
-            if self.path.stat().st_size > MOST_MEDIA_BYTES:
-                raise _too_large(self.path.stat().st_size)
-            return self.path.read_bytes()
+            if (size := os.stat(self.path).st_size) > MOST_MEDIA_BYTES:
+                raise _too_large(size)
+            return Path(self.path).read_bytes()
         except (
             OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError
         ) as error:  # fmt: skip
@@ -116,20 +117,20 @@ class Media:
         # Asked for by each check of the data, and again to encode the row.
         found = _digests().get(version)
         if found is None:
-            found = hashlib.sha256(self.read()).hexdigest()
+            found = hashlib.sha256(self.read()).digest()
             if len(_digests()) < MOST_DIGESTS:
                 _digests()[version] = found
-        return found
+        return found.hex()
 
     def version(self) -> tuple[str, str, int, int] | None:
         """What tells one content of its file from another without reading it; ``None`` without one."""
         if self.path is None:
             return None
         try:
-            state = self.path.stat()
+            state = os.stat(self.path)
         except OSError as error:
             raise _refusal("unreadable", f"it cannot be read: {_reason(error)}.") from error
-        return str(self.path), self.member, state.st_mtime_ns, state.st_size
+        return self.path, self.member, state.st_mtime_ns, state.st_size
 
     def pixels(self) -> Pixels:
         """The image ``[H, W, 3]`` in RGB, upright, on white where it is transparent.
@@ -315,12 +316,12 @@ def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _digests() -> dict[tuple[str, str, int, int], str]:
+def _digests() -> dict[tuple[str, str, int, int], bytes]:
     return {}
 
 
 @lru_cache(maxsize=4)
-def _archive(path: Path, modified: int, size: int) -> zipfile.ZipFile:
+def _archive(path: str, modified: int, size: int) -> zipfile.ZipFile:
     """An open archive, as it was last written: its directory is read once for all members."""
     return zipfile.ZipFile(path)
 

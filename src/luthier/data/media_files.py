@@ -21,6 +21,7 @@ import numpy as np
 
 from luthier.data.media import AUDIO_ENDINGS, IMAGE_ENDINGS, MEDIA_ENDINGS, Media, MediaKind
 from luthier.data.parsing import Record, Unreadable, quote
+from luthier.files import names_below
 
 MOST_MEMBERS = 2_000_000
 """Files of one folder or archive."""
@@ -72,26 +73,22 @@ def is_hidden(parts: Iterable[str]) -> bool:
 
 def holds_media(folder: Path) -> bool:
     """Whether there is an image or a sound below ``folder``."""
-    return any(is_media(path.name) for path in folder.rglob("*"))
+    return any(map(is_media, names_below(folder)))
 
 
-def media_below(folder: Path) -> list[Path]:
-    """All images and sounds below ``folder``, hidden ones left out, in the order of their names."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if is_media(path.name) and not is_hidden(path.relative_to(folder).parts) and path.is_file()
-    ]
+def media_below(folder: Path) -> list[str]:
+    """Names of all images and sounds below ``folder``, hidden ones left out, in their order."""
+    names = filter(is_media, names_below(folder))
+    return [name for name in names if not is_hidden(name.split("/"))]
 
 
 def read_folder(folder: Path) -> Iterator[tuple[int, Record]]:
     """A record for each file of a folder of images or sounds."""
-    paths = media_below(folder)
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    kind = _kind_of(names)
-    labelled = _has_labels(names)
-    for number, (name, path) in enumerate(zip(names, paths, strict=True), 1):
-        yield number, _record(Media(kind, f"{folder.name}/{name}", path), name, labelled)
+    names = media_below(folder)
+    kind, labelled = _kind_of(names), _has_labels(names)
+    for number, name in enumerate(names, 1):
+        media = Media(kind, f"{folder.name}/{name}", f"{folder}/{name}")
+        yield number, _record(media, name, labelled)
 
 
 def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
@@ -115,8 +112,10 @@ def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
     if labelled and all(SPLIT_NAME.fullmatch(name) for name in classes):
         message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
         raise Unreadable("media.folder", message, "Pack each into an archive of its own.")
+    archive_path = str(path)
     for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
-        yield number, _record(Media(kind, f"{path.name}/{name}", path, name), below, labelled)
+        media = Media(kind, f"{path.name}/{name}", archive_path, name)
+        yield number, _record(media, below, labelled)
 
 
 def _is_member(name: str) -> bool:

@@ -370,8 +370,8 @@ def input_row(given: str, file: str, line: int = 1) -> Row:
     except OSError:  # a text longer than a name can be
         return RawText(file, line, given)
     if path.name.lower().endswith(IMAGE_ENDINGS):
-        return BareImage(file, line, Media("image", given, path))
-    return BareAudio(file, line, Media("audio", given, path))
+        return BareImage(file, line, Media("image", given, str(path)))
+    return BareAudio(file, line, Media("audio", given, str(path)))
 
 
 class InputChecker(Checker):

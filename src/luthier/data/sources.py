@@ -17,9 +17,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
-from luthier.data.media_files import SPLIT_NAME, is_media
+from luthier.data.media_files import SPLIT_NAME, is_hidden, is_media
 from luthier.errors import DataError, Problem
-from luthier.files import sha256_of
+from luthier.files import names_below, sha256_of
 
 Source = str | Path
 
@@ -109,25 +109,25 @@ def _local(address: str) -> str:
 
 
 def _folder(folder: Path) -> list[Path]:
-    below = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    hidden = (".", "_")
-    found = [
-        path for path in below
-        if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
-    ]  # fmt: skip
-    named = [(path.relative_to(folder).as_posix(), path) for path in found]
-    media = [name for name, _ in named if is_media(name)]
-    others = [(name, path) for name, path in named if not is_media(name)]
-    others = [(name, path) for name, path in others if not _BESIDE.fullmatch(path.name)]
+    media, classes = 0, set[str]()
+    others: list[tuple[str, Path]] = []
+    for name in names_below(folder):
+        if is_hidden(name.split("/")):
+            continue
+        if is_media(name):
+            media += 1
+            classes.update(name.split("/")[:-1][:1])
+        elif not _BESIDE.fullmatch((path := folder / name).name):
+            others.append((name, path))
     rows = any(is_data(name) and not _is_text(name) for name, _ in others)
     if not media or rows:
         return [path for _, path in meant(others, str(folder))]
     if others:
         beside = _join_names(name for name, _ in others)
-        message = f"Beside {len(media):,} images or sounds it holds {beside}."
+        message = f"Beside {media:,} images or sounds it holds {beside}."
         fix = "Move the others, or give a table of rows that name the files."
         raise source_refusal(str(folder), "file.directory", message, fix)
-    _check_classes(folder, {Path(name).parts[0] for name in media if "/" in name})
+    _check_classes(folder, classes)
     return [folder]
 
 

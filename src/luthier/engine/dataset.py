@@ -177,7 +177,7 @@ def _hash_named_media(spec: DataSpec, rows: Iterable[Row]) -> dict[str, str]:
         for row in rows
         if isinstance(row, MediaRow)
         and row.media.path is not None
-        and not any(row.media.path.is_relative_to(path) for path in files)
+        and not any(Path(row.media.path).is_relative_to(path) for path in files)
     }
     if not named:
         return {}

@@ -389,8 +389,8 @@ def bind_models(objective: Objective | None, say: Callable[[str], None]) -> Obje
         assert isinstance(objective, SupportsOtherModels)
         found = store.find(each, say)
         learned = store.objective_of(found)
-        config = read_config(found.network_folder, learned.head())
-        objective = objective.bind_model(name, learned, int(config.hidden_size))
+        width = width_of(sketch(found.network_folder, learned.head()))
+        objective = objective.bind_model(name, learned, width)
     return objective
 
 

@@ -24,6 +24,8 @@ SCORES: Mapping[str, str] = {
 """Metrics of objectives that people read beside the loss, and what they are called."""
 ERROR_RATES = frozenset({"cer"})
 """Those of them that are to be low. At 1 or above nothing is right yet, however much of it there is."""
+DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
+"""Metrics of which less is better that people read beside the loss, and what they are called."""
 HOLLOW = 0.95
 """Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
@@ -122,7 +124,8 @@ def without_rows(line: Mapping[str, Any]) -> dict[str, Any]:
 def metrics_beside(measure: str) -> dict[str, str]:
     """What people read beside ``measure``, and what it is called."""
     loss = {"loss": "loss"} if measure in SCORES else {}
-    return loss | {name: text for name, text in SCORES.items() if name != measure}
+    scores = {name: text for name, text in SCORES.items() if name != measure}
+    return loss | scores | dict(DISTANCES)
 
 
 class Reporter:
@@ -187,7 +190,8 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], folder: Path, title: str) ->
     reward, length and divergence of the completions: a reward that rises while texts grow, or leave
     the reference far behind, may be a grader's mistake.
     """
-    scores = {name: label for name, label in SCORES.items() if any(name in line for line in lines)}
+    beside = {**SCORES, **DISTANCES}.items()
+    scores = {name: label for name, label in beside if any(name in line for line in lines)}
     _draw_picture(lines, folder / "loss", title, {"loss": "loss", **scores})
     names = ["loss"]
     if any("reward" in line for line in lines):

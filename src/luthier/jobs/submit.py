@@ -43,7 +43,9 @@ SETTABLE_DATA = (
 )  # fmt: skip
 """Fields of a recipe that a request may set; the others name files, models or other machines."""
 _TEACHER = ("batch_size",)
-_NAMING = ("grader", "graders", "teacher", "judge", "reward", "model", "url")
+_NAMING = (
+    "grader", "graders", "teacher", "judge", "reward", "model", "feature_model", "url",
+)  # fmt: skip
 """Fields that name a model, an address or what grades."""
 _GRADER_PARTS = {"mix": "parts", "multi": "graders"}
 """Graders made of others, and the field that holds them by name."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -239,7 +239,13 @@ class Objective(BaseModel):
         """The loss on ``examples`` without dropout or a gradient, averaged over their weight."""
         return self._means(network, examples, budget).values()["loss"]
 
-    def _means(self, network: Network, examples: Sequence[Example], budget: int) -> Means:
+    def _means(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        on_batch: Callable[[TreeBatch], None] = lambda batch: None,
+    ) -> Means:
         import torch
 
         network.model.eval()
@@ -249,6 +255,7 @@ class Objective(BaseModel):
             for part in parts:
                 for batch in self.annotate(network, part, budget):
                     means.add(self.loss(network, batch), batch.weight)
+                    on_batch(batch)
         return means
 
     def validation_metrics(
@@ -259,7 +266,17 @@ class Objective(BaseModel):
         The best by :attr:`measure` are kept. Where the loss tells its rows apart, the standard error
         is given, too, and under ``rows`` what each of at most :data:`MOST_ROW_SCORES` rows adds.
         """
-        means = self._means(network, examples, budget)
+        return self._metrics(network, examples, budget)
+
+    def _metrics(
+        self,
+        network: Network,
+        examples: Sequence[Example],
+        budget: int,
+        on_batch: Callable[[TreeBatch], None] = lambda batch: None,
+    ) -> dict[str, Any]:
+        """:meth:`validation_metrics` of the loss; ``on_batch`` sees each micro-batch behind it."""
+        means = self._means(network, examples, budget, on_batch)
         found: dict[str, Any] = means.values()
         scores = means.row_scores()
         if self.measure in scores:

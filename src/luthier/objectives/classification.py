@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
-from luthier.types import Example, FloatArray, Loss, Row
+from luthier.types import Example, FloatArray, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,7 +153,7 @@ class Classification(Objective):
                 "Add training rows of that class, or remove the row.",
             )
         if not self.multi_label:
-            return np.array([labels.index(names[0])])
+            return class_of(labels.index(names[0]))
         return np.array([float(label in names) for label in labels], dtype=np.float32)
 
     def mix_targets(self, example: Example, other: Example, share: float) -> FloatArray:
@@ -247,6 +248,14 @@ class Classification(Objective):
         if self.multi_label:
             return {"label": [name for name, p in scores.items() if p > 0.5], "scores": scores}
         return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+
+
+@cache
+def class_of(place: int) -> IntArray:
+    """A class as the target ``[1]`` of a row; one array for all rows of it."""
+    target = np.array([place])
+    target.flags.writeable = False
+    return target
 
 
 def _accuracy(right_R: Tensor) -> dict[str, tuple[ArrayLike, ArrayLike]]:

@@ -32,9 +32,10 @@ from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import CaptionedImage
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import TrainingDefaults
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
+from luthier.objectives.generative import Generative
 from luthier.objectives.noise_schedule import (
     BetaSchedule,
     LossWeighting,
@@ -65,7 +66,7 @@ class Mixture:
     """What each row shows; zeros where the network is not to know."""
 
 
-class Diffusion(Objective):
+class Diffusion(Generative):
     """How images look, learned by telling noise from them: new images come from noise step by step."""
 
     method: Literal["diffusion"] = "diffusion"
@@ -267,6 +268,12 @@ class Diffusion(Objective):
             drawn = draw() if self.eta else None
             mixture = schedule.step_back(image, mixture, time, before, self.eta, drawn)
         return mixture
+
+    def shown(self, example: Example) -> str:
+        """The class of a row, or the words of its caption that are known."""
+        if self.labels or example.target is None or not self.words:
+            return super().shown(example)
+        return " ".join(self.words[place] for place in example.target)
 
     def _target(self, text: str) -> IntArray:
         """The places of what is asked for: a class, or the words of a prompt."""

@@ -36,8 +36,9 @@ from pydantic import Field
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import TrainingDefaults
 from luthier.objectives.conditions import class_target, classes_of
+from luthier.objectives.generative import MOST_COMPARED, Generative
 from luthier.objectives.vae import fixed_noise
 from luthier.types import Example, Loss, Row
 
@@ -51,8 +52,6 @@ PENALTY = 10.0
 """Weight of the gradient penalty (the paper's lambda)."""
 DIRECTIONS = 256
 """Along which the pixels of images are compared."""
-MOST_COMPARED = 1_000
-"""Held-out rows that made images are compared with."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Game:
     """Means of the turns, for people."""
 
 
-class GAN(Objective):
+class GAN(Generative):
     """How images look, learned by a generator from a discriminator that learns to tell them apart."""
 
     method: Literal["gan"] = "gan"
@@ -284,6 +283,7 @@ class GAN(Objective):
             "loss": sliced_distance(real_RD, made_RD),
             "diversity": _spread(made_RD, class_R) / spread if spread else 0.0,
             **self.step_metrics(batches),
+            **self.distance_metrics(network, examples),
         }
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:

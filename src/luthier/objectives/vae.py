@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -29,7 +29,8 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes import BareWindow
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import TrainingDefaults
+from luthier.objectives.generative import Generative
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -48,9 +49,11 @@ class Noise:
 
     latent_RZ: Tensor
     """Standard normal."""
+    means: list[Tensor] = field(default_factory=list)
+    """The means ``[R, Z]`` of the latents, once :meth:`VAE.loss` has read the rows."""
 
 
-class VAE(Objective):
+class VAE(Generative):
     """How images look: an autoencoder to sample from, and to find odd images by."""
 
     method: Literal["vae"] = "vae"
@@ -130,6 +133,7 @@ class VAE(Objective):
         """Summed minus evidence lower bound, of one draw a row."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
         noise: Noise = batch.extra
+        noise.means.append(mean_RZ.detach())
         latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * noise.latent_RZ
         copy_R = self._copy_error(network, batch, latent_RZ)
         kl_R = divergence(mean_RZ, log_variance_RZ)
@@ -148,11 +152,13 @@ class VAE(Objective):
         """The loss and its parts, and how many latents are in use."""
         import torch
 
-        found = super().validation_metrics(network, examples, budget)
-        means = [network.model.encode(b.plan)[0].float() for b in network.batches(examples, budget)]
+        means: list[Tensor] = []
+        found = self._metrics(
+            network, examples, budget, lambda batch: means.extend(batch.extra.means)
+        )
         if len(examples) > 1:
             found["active_units"] = int((torch.cat(means).var(0) > ACTIVE).sum())
-        return found
+        return found | self.distance_metrics(network, examples)
 
     @property
     def rows_for_threshold(self) -> int:

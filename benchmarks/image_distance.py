@@ -1,0 +1,56 @@
+"""The Fréchet distance of two sets of images in the features of a classifier; of one, of its halves.
+
+    python benchmarks/image_distance.py small-cnn:judge DATA/mnist10k/test.npz [MADE] [--size 32]
+
+What it is between two halves of real images is as near as made ones can come with so many. All images
+are brought to ``size`` x ``size`` first, as those are that a network of that size makes. Sets are cut
+to the length of the shorter one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from luthier.data.processors import ImageProcessor
+from luthier.data.rows import load_inputs
+from luthier.data.shapes import MediaRow
+from luthier.engine.machine import choose_machine
+from luthier.evaluation.frechet import frechet_distance
+from luthier.models.load import as_network
+from luthier.objectives.generative import features_of
+from luthier.store.models import chat_format, find, load
+
+AT_ONCE = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("classifier")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--size", type=int, default=32)
+    options = parser.parse_args()
+    machine, stored = choose_machine("float32", 1), find(options.classifier)
+    network = as_network(load(stored, machine.dtype, machine.device), machine.device, machine.dtype)
+    network.chat = chat_format(stored)
+    network.model.eval()
+    processor = ImageProcessor(options.size, options.size)
+    sets: list[Any] = []
+    for source in options.images:
+        rows = [row for _, row in load_inputs(source)]
+        order = np.random.default_rng(0).permutation(len(rows)).tolist()
+        media = [row.media for row in (rows[place] for place in order) if isinstance(row, MediaRow)]
+        pixels = [processor.resized(each) for each in media]
+        parts = [pixels[start : start + AT_ONCE] for start in range(0, len(pixels), AT_ONCE)]
+        sets.append(np.concatenate([features_of(network, part) for part in parts]))
+    if len(sets) == 1:
+        sets = np.array_split(sets[0], 2)
+    count = min(map(len, sets))
+    distance = frechet_distance(sets[0][:count], sets[1][:count])
+    print(f"{distance:.1f} between {count:,} images of each")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Nearest images by their pixels alone: what embeddings of images have to be better than.
+
+    python benchmarks/pixel_neighbours.py DATA/sign_digits/test.npz [--size 32]
+
+Each image is brought to ``size`` x ``size`` pixels; two are as near as the cosine of their values, 0
+to 1. The scores are those of ``luthier evaluate`` on a model of embeddings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from luthier.data.media import Media
+from luthier.data.processors import ImageProcessor
+from luthier.evaluation.retrieval import ClassRetrieval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--size", type=int, default=32)
+    options = parser.parse_args()
+    processor = ImageProcessor(options.size, options.size)
+    with np.load(options.data) as arrays:
+        media = [Media("image", "row", array=image) for image in arrays["images"]]
+        labels = [str(label) for label in arrays["labels"]]
+    pixels = np.stack([processor.resized(each).ravel() / 255 for each in media])
+    pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
+    for name, score in ClassRetrieval.of(pixels, labels).scores.items():
+        print(f"{name} {score:.1%}")
+
+
+if __name__ == "__main__":
+    main()

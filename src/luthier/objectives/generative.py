@@ -1,0 +1,124 @@
+"""What objectives have in common whose models make images: how far made images are from real ones.
+
+Losses of such objectives say little of that. Where a classifier of such images is named, each
+measurement makes as many images as there are held-out rows, of the same classes or captions and from
+the same noise each time, and compares both in what the classifier's head reads
+(:func:`~luthier.evaluation.frechet.frechet_distance`). Both are seen as files of the network's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from luthier.data.media import Media
+from luthier.data.processors import ImageProcessor
+from luthier.errors import RecipeError
+from luthier.evaluation.frechet import frechet_distance
+from luthier.objectives.base import Objective
+from luthier.objectives.capabilities import DenoisingSettings, SupportsDenoising, SupportsSampling
+from luthier.types import Example
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from luthier.data.chat import ChatFormat
+    from luthier.data.media import Pixels
+    from luthier.models.network import Network
+
+MOST_COMPARED = 1_000
+"""Held-out rows that made images are compared with."""
+AT_ONCE = 32
+"""Images that are made, and read, at once."""
+STEPS = 20
+"""From noise to an image that is compared, where it takes several."""
+
+
+class Generative(Objective):
+    """Base of the objectives whose models make images."""
+
+    feature_model: str | None = None
+    """Classifier of images, in whose features the Fréchet distance of made images is measured."""
+
+    @property
+    def other_models(self) -> Mapping[str, str]:
+        """The classifier, where one is named."""
+        return {"features": self.feature_model} if self.feature_model else {}
+
+    def bind_model(self, name: str, learned: Objective, width: int) -> Self:
+        """It must be a classifier."""
+        if learned.task != "sequence_classification":
+            raise RecipeError(
+                f"objective.feature_model is a classifier of images, and {self.feature_model} was "
+                f"trained for {learned.method}"
+            )
+        return self
+
+    def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
+        """It must read images, and so must the network."""
+        for media in (other.media, chat.media):
+            if not isinstance(media, ImageProcessor):
+                reads = f"{media.kind}s" if media is not None else "texts"
+                raise RecipeError(
+                    "objective.feature_model compares images, and one of both networks reads "
+                    f"{reads}; leave it out"
+                )
+
+    def validation_metrics(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> dict[str, Any]:
+        """What the loss measures, and the distance where a classifier is named."""
+        found = super().validation_metrics(network, examples, budget)
+        return found | self.distance_metrics(network, examples)
+
+    def distance_metrics(self, network: Network, examples: Sequence[Example]) -> dict[str, float]:
+        """Of made images from those of ``examples``; nothing where no classifier is named."""
+        import torch
+
+        classifier = network.others.get("features")
+        examples = examples[:MOST_COMPARED]
+        if classifier is None or len(examples) < 2:
+            return {}
+        assert isinstance(self, SupportsSampling)
+        assert network.chat is not None and isinstance(network.chat.media, ImageProcessor)
+        maker, to_pixels = self, network.chat.media.to_pixels
+        if isinstance(maker, SupportsDenoising):
+            maker = maker.with_sampling(DenoisingSettings(steps=STEPS))
+        generator = torch.Generator().manual_seed(0)
+        real_RD: list[NDArray[np.float32]] = []
+        made_RD: list[NDArray[np.float32]] = []
+        with torch.no_grad():
+            for start in range(0, len(examples), AT_ONCE):
+                part = examples[start : start + AT_ONCE]
+                real = [each.media.array() for each in part if each.media is not None]
+                made = maker.sample(network, [self.shown(each) for each in part], generator)
+                real_RD.append(features_of(classifier, map(to_pixels, real)))
+                made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
+        distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
+        return {"frechet_distance": distance}
+
+    def shown(self, example: Example) -> str:
+        """The class of a row, as :meth:`sample` is asked for it; an empty text without one."""
+        assert isinstance(self, SupportsSampling)
+        if not self.sample_labels or example.target is None:
+            return ""
+        return self.sample_labels[int(example.target[0])]
+
+
+def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.float32]:
+    """What the head of ``classifier`` reads of each image ``[H, W, 3]``: ``[R, D]``."""
+    import torch
+
+    from luthier.models.layouts import read_states
+
+    assert classifier.chat is not None and isinstance(classifier.chat.media, ImageProcessor)
+    read = classifier.chat.media.array
+    arrays = np.stack([read(Media("image", "compared", array=image)) for image in images])
+    pixels = torch.from_numpy(arrays).to(classifier.device, classifier.dtype)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        states_RD = read_states(classifier.model.base_model, pixels)
+    found: NDArray[np.float32] = states_RD.float().cpu().numpy()
+    return found
