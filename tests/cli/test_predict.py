@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Answer
+from PIL import Image
 
 ROWS = 240
 
@@ -28,6 +29,8 @@ def series(tmp_path: Path) -> Path:
 
 def test_a_series_needs_no_option(luthier_home: Path, tmp_path: Path, series: Path) -> None:
     answer = Answer("inspect", str(series))
+    named = Answer("inspect", str(series), "--base", "small-window-vae")
+    assert named.out == answer.out
     assert answer.code == 0 and "vae on small-window-vae" in answer.out
     assert answer.out.count("not checked: ") == 1
     assert "Tokens of a row" not in answer.out and "What the model sees" not in answer.out
@@ -59,3 +62,24 @@ def test_a_folder_is_no_text(luthier_home: Path, tmp_path: Path) -> None:
     answer = Answer("predict", "any:model", str(tmp_path))
     assert answer.code == 2 and "--input" in answer.err
     assert "there is no custom model" in Answer("predict", "any:model", "x" * 5_000).err
+
+
+@pytest.mark.parametrize(
+    ("base", "method"), [("small-vae", "vae"), ("small-dcgan", "gan"), ("small-unet", "diffusion")]
+)
+def test_what_is_made_for_one_thing_learns_that(
+    luthier_home: Path, tmp_path: Path, base: str, method: str
+) -> None:
+    for number in range(4):
+        pixels = np.full((9, 9, 3), 40 * number, np.uint8)
+        path = tmp_path / "pictures" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    answer = Answer("inspect", str(path.parent), "--base", base)
+    assert f"{method} on {base}" in answer.out, answer.err
+    tuned = Answer(
+        "tune", str(path.parent), "--base", base, "--name", "x", "--set", "training.max_steps=1",
+        "--set", "data.image_size=16",
+    )  # fmt: skip
+    assert f"objective={method}  {base} is made for that" in tuned.err
+    assert tuned.code == 2 and "made for images of 3 x 32 x 32" in tuned.err

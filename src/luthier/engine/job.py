@@ -35,7 +35,7 @@ from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import as_network, check_folder, input_shape, read_config, sketch
 from luthier.models.network import Network, context_length
 from luthier.models.tokenizer import check_vocabulary
-from luthier.objectives import Objective
+from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.capabilities import (
     SupportsModelCheck,
     SupportsOtherModels,
@@ -148,6 +148,10 @@ def with_reading_defaults(
     features are computed once, and where texts are read off them, of which a part would be cut away.
     """
     choices: list[defaults.Choice] = []
+    own = store.sole_objective(base.manifest.kind)
+    if recipe.objective is None and own is not None:
+        choices.append(("objective", own, f"{base.id} is made for that"))
+        recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})
     if base.manifest.is_random and "adaptation" not in recipe.model_fields_set:
         full = ADAPTATIONS["full"].model_validate({})
         reason = "all weights of this base are random numbers, so all of them learn"

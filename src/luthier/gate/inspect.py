@@ -173,7 +173,10 @@ def load_context(
     wanted = parse_objective(objective)
     from luthier.store import models as store
 
-    chat, room = load_format(store.find(base, on_stage), apart)
+    stored = store.find(base, on_stage)
+    chat, room = load_format(stored, apart)
+    if wanted is None and (own := store.sole_objective(stored.manifest.kind)) is not None:
+        wanted = OBJECTIVES[own].model_validate({})
     if wanted is not None:
         check_base(wanted, chat)
     return CheckContext(chat, wanted, room, shown)

@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
 from luthier.limits import AccountQuotas
-from luthier.objectives import OBJECTIVES
 from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
@@ -24,7 +23,7 @@ from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, Cu
 from luthier.store.database import lock_by_name, new_id, now
 from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
-from luthier.store.models import BASE_OBJECTIVES
+from luthier.store.models import sole_objective
 from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:
@@ -260,9 +259,8 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
     elif (root := root_of(submission.base)) is not None:
-        # What is made for one thing alone, as an autoencoder is, learns that.
-        own = BASE_OBJECTIVES.get(root.kind)
-        if own is not None and OBJECTIVES[own].task == root.kind:
+        own = sole_objective(root.kind)
+        if own is not None:
             objective = {"method": own, **objective}
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
 from luthier.models.bottom import new_activations
@@ -373,8 +374,15 @@ def read_arrays(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
-    """What the head of a classifier reads of images ``[R, C, H, W]``: ``[R, H]``."""
-    output = backbone(pixel_values=pixels)
+    """What the head of a classifier reads of images ``[R, C, H, W]``: ``[R, H]``.
+
+    Raises:
+        RecipeError: for a network with positions, and images of another size than they are for.
+    """
+    try:
+        output = backbone(pixel_values=pixels)
+    except ValueError as error:
+        raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)

@@ -231,6 +231,14 @@ BASE_OBJECTIVES = {
 """What base models of a kind are made for, where they do not write."""
 
 
+def sole_objective(kind: str | None) -> str | None:
+    """The method that networks of a kind are made for and nothing else learns; ``None`` for others."""
+    from luthier.objectives import OBJECTIVES
+
+    method = BASE_OBJECTIVES.get(kind or "")
+    return method if method is not None and OBJECTIVES[method].task == kind else None
+
+
 def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
     from luthier.objectives import OBJECTIVES
