@@ -61,6 +61,7 @@ def layer_names(model: nn.Module) -> list[str]:
         (index / len(stack), side if index % 2 else -side, f"{name}.{index}")
         for side, (name, stack) in enumerate(stacks)
         for index in range(len(stack))
+        if next(stack[index].parameters(), None) is not None
     ]
     return [
         name

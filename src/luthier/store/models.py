@@ -12,11 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
-from luthier.files import luthier_home, read_json
+from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, read_json, sha256_of
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
 from luthier.plugins import Component, PluginTable
@@ -93,6 +94,8 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
     if re.fullmatch(r"[\w.-]+", model_id) and (base_folder(model_id) / MANIFEST).is_file():
         return StoredModel(model_id, base_folder(model_id), Manifest.read(base_folder(model_id)))
     path = Path(model_id).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        return _from_file(path.absolute())
     if model_id and path.is_dir():
         whole = path.absolute()
         return StoredModel(str(whole), whole, Manifest(id=str(whole)))
@@ -106,6 +109,31 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         f"there is no model {model_id!r}. {suggest_models(model_id)} A local Hugging Face directory "
         "or a hub id (organisation/name) works too."
     )
+
+
+def _from_file(path: Path) -> StoredModel:
+    """The base model that a file with the weights of a known network is; made at the first call."""
+    digest = sha256_of(path)
+    name = f"{short_name(path.stem)}-{digest[:8]}"
+    folder = base_folder(name)
+    if not (folder / MANIFEST).is_file():
+        from luthier.models.nets.vgg import write_folder
+
+        need_disk(folder, path.stat().st_size, f"copying {path}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder.parent / f".{name}.lock", wait=True):
+            if not (folder / MANIFEST).is_file():
+                with new_folder(folder) as fresh:
+                    write_folder(path, fresh)
+                    Manifest(
+                        id=name,
+                        kind="image_encoder",
+                        source=f"file:{path}",
+                        source_sha256=digest,
+                        created=datetime.now(UTC).isoformat(timespec="seconds"),
+                        files=hashes_of(fresh, skip=(MANIFEST,)),
+                    ).write(fresh)
+    return StoredModel(name, folder, Manifest.read(folder))
 
 
 NEAREST = 3

@@ -18,6 +18,7 @@ NETS = {
     "dcgan": "luthier.models.nets.dcgan",
     "unet": "luthier.models.nets.unet",
     "vae": "luthier.models.nets.vae",
+    "vgg": "luthier.models.nets.vgg",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
 }
