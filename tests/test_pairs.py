@@ -152,7 +152,8 @@ def rows_of(objective: Objective, folder: Path) -> list[Row]:
     further = objective.mixed_shapes - objective.shapes
     able = objective.shapes | objective.further_shapes
     images = folder.name in IMAGES.values() and "image" in able
-    first = "image" if images else min(objective.shapes)
+    known = objective.shapes & ROWS.keys() or able & ROWS.keys()
+    first = "image" if images else min(known)
     first = "captioned_image" if folder.name == BESIDE_TEXTS else first
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
