@@ -13,10 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from luthier.data import processors
 from luthier.data.augmentation import Augmentation
 from luthier.data.media import Media
 from luthier.data.processors import (
+    PREPROCESSOR_CONFIG,
     AudioProcessor,
     ImageProcessor,
     Processor,
@@ -103,7 +103,7 @@ def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int,
         ImageProcessor(32, 24, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "lanczos"),
         ImageProcessor(224, 224, shortest_edge=256),
         ImageProcessor(32, 320, (0.5,) * 3, (0.5,) * 3, pad=True),
-        AudioProcessor(8000, 2.5, 40, 20.0, 5.0),
+        AudioProcessor(8000, 2.5, 40, 20.0, 5.0, 60.0),
     ],
 )
 def test_a_processor_is_read_as_it_was_saved(processor: Processor, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_sounds_are_read_as_the_formulas_say() -> None:
 def test_sounds_are_read_as_transformers_reads_them() -> None:
     from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
-    processor = AudioProcessor(16_000, 0.5, 64)
+    processor = AudioProcessor(16_000, 0.5, 64, top_db=80)
     media = sound(SAMPLES, 16_000)
     filters = mel_filter_bank(257, 64, 0.0, 8000, 16_000, norm="slaney", mel_scale="slaney")
     log = spectrogram(
@@ -245,15 +245,22 @@ def test_how_loud_a_sound_is_does_not_matter_and_silence_can_be_read() -> None:
     assert np.isfinite(silent).all() and np.abs(silent).max() < 1e-6
 
 
-def test_what_is_filled_in_is_at_most_80_decibels_below_the_peak(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Else empty parts would be nearly all the contrast of a short sound."""
-    media = sound(SAMPLES[:4000], 8000)
-    with_floor = AudioProcessor(8000, 1.0).array(media)[0]
-    monkeypatch.setattr(processors, "RANGE", 1e-30)
-    without = AudioProcessor(8000, 1.0).array(media)[0]
-    assert with_floor[:, 40:60].std() > 1.2 * without[:, 40:60].std()
+def test_what_is_far_below_the_peak_is_cut_off() -> None:
+    """Else empty parts would be nearly all the contrast of a short sound, and noise the rest."""
+    soft = np.where(np.arange(8000) < 4000, np.float32(1e-3), np.float32(1))  # 60 dB
+    noise = np.random.default_rng(0).standard_normal(8000).astype(np.float32) / 10
+    media = sound(noise * soft, 8000)
+    for top_db, is_flat in ((80.0, False), (50.0, True)):
+        values = AudioProcessor(8000, 1.0, top_db=top_db).array(media)[0]
+        assert bool(np.ptp(values[:, 10:30]) == 0) is is_flat
+        assert values[:, 10:30].max() < values[:, 60:90].min()
+
+
+def test_a_stored_form_without_a_range_keeps_that_of_its_time(tmp_path: Path) -> None:
+    fields = AudioProcessor(8000).fields()
+    del fields["top_db"]
+    write_json(tmp_path / PREPROCESSOR_CONFIG, fields)
+    assert read_processor(tmp_path) == AudioProcessor(8000, top_db=80.0)
 
 
 def test_the_middle_of_a_long_sound_is_read_and_a_short_one_is_filled_up() -> None:

@@ -105,6 +105,18 @@ def test_what_is_measured_ends_no_run_where_it_says_little(method: str, patience
     assert asked.training.patience == 5
 
 
+@pytest.mark.parametrize(
+    ("rows", "from_scratch", "epochs"),
+    [(720, False, 7.0), (720, True, 16.0), (90, True, 31.0), (8000, True, 3.0)],
+)
+def test_random_weights_take_more_passes_over_few_rows(
+    rows: int, from_scratch: bool, epochs: float
+) -> None:
+    recipe = Recipe.parse({"data": {"train": "t"}, "objective": {"method": "classification"}})
+    chosen, _ = choose(recipe, DataFacts(rows, 1, 80, 128, from_scratch=from_scratch))
+    assert chosen.training.epochs == epochs
+
+
 def test_each_adaptation_has_its_own_rate() -> None:
     rates = {}
     for name in ("lora", "full", "freeze"):

@@ -177,10 +177,6 @@ def _resized(processor: ImageProcessor, media: Media) -> Pixels:
     return found
 
 
-RANGE = 1e-8
-"""Least power of a spectrogram beside its greatest: 80 dB, as Whisper has it (Radford et al. 2022)."""
-
-
 @dataclass(frozen=True)
 class AudioProcessor:
     """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
@@ -191,9 +187,12 @@ class AudioProcessor:
     sampling_rate: int = 16_000
     max_seconds: float = 1.0
     """A longer sound is cut, its middle is read; a shorter one is filled up with silence."""
-    num_mel_bins: int = 64
+    num_mel_bins: int = 32
+    """Few: narrow bins show the single harmonics of a voice, and so who speaks (docs/log/media.md)."""
     window_ms: float = 25.0
     hop_ms: float = 10.0
+    top_db: float = 50.0
+    """How far below its greatest power a spectrogram ends; what is softer is noise of the recording."""
     kind: MediaKind = "audio"
 
     @property
@@ -241,7 +240,8 @@ class AudioProcessor:
         mel = _mel_filters(size, self.num_mel_bins, self.sampling_rate).T @ power.T
         # Silence that was filled in, and pitches that a sound of a lower rate cannot have, are far
         # below the noise of any recording: without a floor they would be all the contrast.
-        log = np.log(np.maximum(mel, max(float(mel.max()) * RANGE, 1e-10)))
+        least = float(mel.max()) * 10 ** (-self.top_db / 10)
+        log = np.log(np.maximum(mel, max(least, 1e-10)))
         return np.asarray((log - log.mean()) / (log.std() + 1e-5), dtype=np.float32)
 
     def fields(self) -> dict[str, Any]:
@@ -253,6 +253,7 @@ class AudioProcessor:
             "num_mel_bins": self.num_mel_bins,
             "window_ms": self.window_ms,
             "hop_ms": self.hop_ms,
+            "top_db": self.top_db,
         }
 
 
@@ -331,7 +332,10 @@ def read_processor(folder: Path) -> Processor | None:
         return ImageProcessor.of(fields)
     if fields.get("feature_extractor_type") == "LogMelSpectrogram":
         names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms")
-        return AudioProcessor(**{name: fields[name] for name in names})
+        return AudioProcessor(
+            **{name: fields[name] for name in names},
+            top_db=fields.get("top_db", 80.0),  # of models that were stored before it was a setting
+        )
     if fields.get("feature_extractor_type") == "TimeSeriesWindow":
         return WindowProcessor(fields["length"])
     kind = fields.get("feature_extractor_type", "of no kind that it names")

@@ -62,7 +62,8 @@ ADVICE_LINES = 200
 
 
 ROWS_FOR_PERFECT = 30
-"""Held-out rows from which on all right, again and again, ends a run: there is nothing to gain."""
+"""Held-out rows from which on all right, again and again, ends a run: there is nothing to gain. Where
+rows are changed at random there is: to be right on rows unlike those held out (docs/log/media.md)."""
 
 
 @dataclass
@@ -330,6 +331,7 @@ class Loop:
         last = self.measured[-patience:]
         perfect = len(last) == patience and not any(cost_of(line, measure) for line in last)
         enough = len(self.validation) >= ROWS_FOR_PERFECT and measure in SCORES
+        enough = enough and not self.augmentation
         return self.progress.worse >= patience or (perfect and enough)
 
     def _use_best(self) -> None:

@@ -63,7 +63,9 @@ class Classification(Objective):
     evaluation_shapes: ClassVar[frozenset[str]] = shapes
     measure: ClassVar[str] = "accuracy"
     allows_augmentation: ClassVar[bool] = True
-    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(min_epochs=3, max_epochs=20)
+    defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        min_epochs=3, max_epochs=20, scratch_steps=700, scratch_epochs=40
+    )
 
     @property
     def min_steps(self) -> int:
