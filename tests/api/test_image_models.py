@@ -134,7 +134,10 @@ def server(
         "gan": ("small.npz", str(family_folder("dcgan")), {"method": "gan"}),
         "unet": ("small.npz", str(family_folder("unet")), {"method": "diffusion"}),
         "cnn": ("large.npz", "small-cnn", {"method": "classification"}),
+        "series": ("series.csv", "small-window-vae", {"method": "vae"}),
     }
+    values = [f"2026-01-01 {n // 60:02}:{n % 60:02}:00,{n % 7}" for n in range(120)]
+    (home / "series.csv").write_text("\n".join(["timestamp,value", *values, ""]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         training = {"max_steps": 2, "batch_size": 4, "precision": "float32", "threads": 1}
@@ -277,6 +280,22 @@ def test_the_same_seed_gives_the_same_images_through_every_face(server: Server) 
 def test_numbers_are_numbers(server: Server, body: dict[str, Any]) -> None:
     status, error = server.post("gan/images", body)
     assert status == 400 and next(iter(body)) in str(error)
+
+
+def test_a_value_of_a_series_is_judged(server: Server) -> None:
+    windows = [[float(n % 7) for n in range(60)], [1, 2, 3, 90.5]]
+    expected = load(server.stored["series"]).predict([{"window": each} for each in windows])
+    status, body = server.post("series/predictions", {"inputs": [{"window": w} for w in windows]})
+    assert status == 200 and [*body["answers"][0]] == ["score", "anomalous"]
+    for answer, known in zip(body["answers"], expected, strict=True):
+        assert answer["score"] == pytest.approx(known["predicted"]["score"], rel=1e-4)
+    for wrong in ([], ["1"], [True], [1e200], [0.0] * 600, "1, 2"):
+        status, error = server.post("series/predictions", {"inputs": [{"window": wrong}]})
+        assert status == 400 and "inputs.0.window" in str(error), wrong
+    status, error = server.post("cnn/predictions", {"inputs": [{"window": [1, 2]}]})
+    assert status == 400 and "and no window" in str(error)
+    status, error = server.post("series/images", {"count": 1})
+    assert status == 400 and "makes no images" in str(error)
 
 
 def test_images_are_counted_and_come_of_each_class_in_turn(server: Server) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from luthier.cancellation import KillHandle, cancellable
 from luthier.data.chat import NoTokenizer
 from luthier.data.media import Media
-from luthier.data.shapes import BareAudio, BareImage, RawText
+from luthier.data.shapes import BARE_MEDIA, RawText
 from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
 from luthier.objectives.capabilities import (
@@ -49,7 +49,7 @@ THIS_MODEL = "This model"
 """What refusals call it, as clients do not know its id in the store."""
 
 ModelInput = str | Media
-"""A text, an image or a sound that a model is to read."""
+"""A text, an image, a sound or a window of a time series that a model is to read."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class SerialModel:
         if not isinstance(objective, SupportsPrediction) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored, serving_format(stored))
-        generator = None
-        if makes:
+        generator, media = None, predictor.chat.media
+        if makes and media is not None and media.kind == "image":
             generator = ImageGenerator(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
@@ -311,9 +311,8 @@ class SerialModel:
             return RawText("", line, given)
         if self._chat.media is None or self._chat.media.kind != given.kind:
             raise InferenceRefused(f"This model {self.purpose}, and no {given.kind}.", "input")
-        if given.kind == "image":
-            return BareImage("", line, replace(given, most=self._limits.image_pixels))
-        return BareAudio("", line, replace(given, most=self._limits.sound_samples))
+        most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
+        return BARE_MEDIA[given.kind]("", line, replace(given, most=most.get(given.kind)))
 
     def _in_parts(
         self, rows: Sequence[Row], answer: Callable[[Sequence[Row]], list[Any]], work: Work

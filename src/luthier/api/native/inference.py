@@ -1,12 +1,13 @@
-"""Asking models of the native face: what they say of texts, images and sounds, and images they make."""
+"""Asking models of the native face: what they say of what they read, and images they make."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from luthier.api.http.messages import Fault, Request, Response, inference_faults
@@ -17,28 +18,35 @@ from luthier.api.native.operations import (
     View,
     content_kind,
 )
-from luthier.data.media import Media, MediaKind
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
 from luthier.serving.inference import ImageRequest
 from luthier.serving.pool import ModelPool
 from luthier.store.custom_models import CustomModel
 from luthier.store.foundation import FoundationModel
 
 PNG = "image/png"
+WindowValue = Annotated[
+    float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_VALUE, le=LARGEST_VALUE)
+]
 
 
 class PredictionInput(Input):
-    """A text, an image or a sound."""
+    """A text, an image, a sound or the latest values of a time series."""
 
     text: str | None = Field(default=None, min_length=1)
     image: str | None = Field(default=None, min_length=1)
     """A file (PNG, JPEG, WebP, …) in base64, also as a ``data:`` address."""
     audio: str | None = Field(default=None, min_length=1)
     """A file (WAV, FLAC, Ogg) in base64."""
+    window: tuple[WindowValue, ...] | None = Field(
+        default=None, min_length=1, max_length=LONGEST_WINDOW
+    )
+    """Values of a time series in their order, the one that is judged last."""
 
     @model_validator(mode="after")
     def _one(self) -> PredictionInput:
-        if [self.text, self.image, self.audio].count(None) != 2:
-            raise ValueError("an input is one of text, image and audio")
+        if [self.text, self.image, self.audio, self.window].count(None) != 3:
+            raise ValueError("an input is one of text, image, audio and window")
         return self
 
 
@@ -125,7 +133,8 @@ def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
     return [
         NativeOperation(
             "predict", "POST", f"{one}/predictions", models.predict,
-            "What a model that reads says of texts, images or sounds.", PredictionsView,
+            "What a model that reads says of texts, images, sounds or values of a time series.",
+            PredictionsView,
             body=PredictionRequest, upload=_uploaded_input, uploads=("image", "audio"), long=True,
         ),
         NativeOperation(
@@ -154,6 +163,9 @@ class _Inference:
                 inputs.append(_media(each.image, "image", f"inputs.{index}.image"))
             elif each.audio is not None:
                 inputs.append(_media(each.audio, "audio", f"inputs.{index}.audio"))
+            elif each.window is not None:
+                values = np.array(each.window, np.float64)
+                inputs.append(Media("window", f"inputs.{index}.window", array=values))
             else:
                 inputs.append(each.text or "")
         with inference_faults():
