@@ -1,11 +1,12 @@
 """How long steps wait for images: a folder of JPEG or PNG files, changed at random in training.
 
-    python benchmarks/image_loading.py DATA/sign_digits/train.npz [--rows 192] [--epochs 3]
+    python benchmarks/image_loading.py DATA/sign_digits/train.npz [--rows 96] [--pixels 640]
 
-The photographs are written as files of 100 x 100 pixels, as they are, and of 640 x 480. Each step reads
-its images (decoding, resizing, changing at random, scaling) in threads and then computes; what is
-measured is the share of its time that it waits for them. In the first epoch every file is decoded;
-later ones find what was resized in memory, as long as it has room there. One thread computes.
+The photographs are files of 100 x 100 pixels, as they are, and of 640 x 480. To read an image
+is to decode, resize, change and scale it. While a step computes, threads read the images
+of the next one; what is measured is the share of a step that waits for them, with that and without
+(``now``). In the first epoch every file is decoded; later ones find what was resized in memory, as long
+as it has room there. One thread computes, so that the threads that read have the other cores.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class Waiting(Reporter):
         self.waited = 0.0
         self.steps: list[tuple[float, float]] = []
 
-    def read(self, *given: Any) -> Any:
-        """What the layout calls in the place of its own function."""
+    def measured(self, reader: layouts.MediaReader, *given: Any) -> Any:
+        """What a layout calls in the place of its own method."""
         started = time.perf_counter()
-        found = READ(*given)
+        found = ARRAYS(reader, *given)
         self.waited += time.perf_counter() - started
         return found
 
@@ -57,7 +58,7 @@ class Waiting(Reporter):
         self.waited = 0.0
 
 
-READ = layouts.read_arrays
+ARRAYS, READ_AHEAD = layouts.MediaReader.arrays, layouts.MediaReader.read_ahead
 
 
 def write(source: Path, folder: Path, rows: int, size: tuple[int, int] | None, ending: str) -> None:
@@ -71,11 +72,34 @@ def write(source: Path, folder: Path, rows: int, size: tuple[int, int] | None, e
             image.save(place / f"{number}.{ending}", quality=90)
 
 
+def tune(folder: Path, way: str, epochs: int, fields: Mapping[str, Any]) -> Waiting:
+    """Train on ``folder``, reading ``ahead`` or ``now``."""
+    waiting = Waiting()
+    processors._cache().clear()
+    layouts.MediaReader.arrays = lambda *given: waiting.measured(*given)  # type: ignore[method-assign]
+    if way == "now":
+        layouts.MediaReader.read_ahead = lambda *given: None  # type: ignore[method-assign]
+    luthier.tune(
+        folder,
+        name=f"bench-{time.time_ns()}",
+        reporter=waiting,
+        data__validation_share=0,
+        training__epochs=epochs,
+        training__batch_size=BATCH,
+        training__threads=1,
+        training__baseline_seconds=0,
+        **fields,
+    )
+    layouts.MediaReader.read_ahead = READ_AHEAD  # type: ignore[method-assign]
+    return waiting
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--rows", type=int, default=192)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--pixels", type=int, nargs="+", choices=(100, 640), default=[100, 640])
     options = parser.parse_args()
     out = []
     steps = options.rows // BATCH
@@ -83,36 +107,26 @@ def main() -> None:
         (Path(scratch) / "models").mkdir()
         (Path(scratch) / "models" / "base").symlink_to(luthier_home() / "models" / "base")
         os.environ["LUTHIER_HOME"] = scratch
-        for size in (None, (640, 480)):
+        for pixels in options.pixels:
+            size = (640, 480) if pixels == 640 else None
             for ending in ("jpg", "png"):
-                folder = Path(scratch) / f"{ending}-{size}"
+                folder = Path(scratch) / f"{ending}-{pixels}"
                 write(options.data, folder, options.rows, size, ending)
                 for name, fields in CASES:
-                    waiting = Waiting()
-                    processors._cache().clear()
-                    layouts.read_arrays = waiting.read
-                    luthier.tune(
-                        folder,
-                        name=f"bench-{time.time_ns()}",
-                        reporter=waiting,
-                        data__validation_share=0,
-                        training__epochs=options.epochs,
-                        training__batch_size=BATCH,
-                        training__threads=1,
-                        training__baseline_seconds=0,
-                        **fields,
-                    )
-                    cells = [f"{'100 x 100' if size is None else '640 x 480'} {ending}", name]
-                    for part in (waiting.steps[:steps], waiting.steps[steps:]):
-                        waits = sum(wait for _, wait in part)
-                        cells.append(f"{1e3 * waits / len(part) / BATCH:.2f}")
-                        cells.append(f"{statistics.median(whole for whole, _ in part) * 1e3:.0f}")
-                        cells.append(f"{waits / sum(whole for whole, _ in part):.1%}")
-                    out.append(cells)
-                    print(cells, flush=True)
-    header = ["files", "network"]
+                    for way in ("now", "ahead"):
+                        waiting = tune(folder, way, options.epochs, fields)
+                        cells = [f"{pixels}, {ending}", name, way]
+                        for part in (waiting.steps[:steps], waiting.steps[steps:]):
+                            waits = [wait for _, wait in part]
+                            whole = [seconds for seconds, _ in part]
+                            cells.append(f"{1e3 * statistics.median(waits):.0f}")
+                            cells.append(f"{1e3 * statistics.median(whole):.0f}")
+                            cells.append(f"{sum(waits) / sum(whole):.1%}")
+                        out.append(cells)
+                        print(cells, flush=True)
+    header = ["files", "network", "read"]
     for part in ("epoch 1", "later"):
-        header += [f"{part}: waited, ms an image", "step, ms", "share of the steps"]
+        header += [f"{part}: waits, ms a step", "step, ms", "share of the steps"]
     print(table(header, out))
 
 

@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw
 
 import luthier
 from luthier.data.augmentation import Augmentation
-from luthier.data.processors import ImageProcessor, save_processor
+from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
 from luthier.errors import RecipeError, RefusedInput
+from luthier.models.layouts import MediaReader
 from luthier.models.load import as_network, load_model
 from luthier.models.nets import small_cnn as net
 from luthier.models.tokenizer import load_chat_format
@@ -269,3 +270,46 @@ def test_mixed_images_train_a_classifier_and_no_other(pictures: Path, base: Path
     assert found.steps >= 3
     with pytest.raises(RecipeError, match="contrastive learns no labels that way"):
         luthier.tune(pictures / "learn", name="no", objective="contrastive", **fields)
+
+
+def test_images_of_the_next_step_are_read_while_one_computes_and_change_no_bit(
+    pictures: Path, base: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[MediaInput] = []
+    in_step: list[int] = []
+    array, arrays = MediaInput.array, MediaReader.arrays
+
+    def counted(media: MediaInput) -> Any:
+        read.append(media)
+        return array(media)
+
+    def noted(reader: MediaReader, *given: Any) -> Any:
+        in_step.append(len(reader._ahead))
+        return arrays(reader, *given)
+
+    monkeypatch.setattr(MediaInput, "array", counted)
+    monkeypatch.setattr(MediaReader, "arrays", noted)
+
+    def weights(name: str) -> bytes:
+        result = luthier.tune(
+            pictures / "learn",
+            base=str(base),
+            name=name,
+            adaptation="full",
+            data__validation_share=0,
+            training__max_steps=7,
+            training__batch_size=8,
+            training__precision="float32",
+            training__baseline_seconds=0,
+        )
+        return (store.find(result.model_id).folder / "model.safetensors").read_bytes()
+
+    ahead = weights("ahead")
+    steps = 7 * 8
+    assert in_step[:7] == [0] + 6 * [8]
+    assert len({media.seed for media in read} - {()}) == steps == len(read[:steps])
+    assert len([media for media in read if media.seed]) == steps  # each once, none for nothing
+    monkeypatch.setattr(MediaReader, "read_ahead", lambda *given: None)
+    in_step.clear()
+    assert weights("now") == ahead
+    assert not any(in_step)

@@ -116,6 +116,8 @@ class Loop:
         if self.objective.uses_reference:
             self.network.remember_start()
         self.progress = TrainingProgress()
+        self._upcoming: list[Example] | None = None
+        """Rows of the step to come, where they are read while one computes."""
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
@@ -193,7 +195,7 @@ class Loop:
 
     def _step(self) -> None:
         self.network.model.train()
-        chosen = self._rows()
+        chosen = self._upcoming or self._rows(self.progress.step)
         started = time.monotonic()
         rate = self.rate * schedule_factor(
             self.training.schedule,
@@ -207,6 +209,11 @@ class Loop:
             objective = objective.at(self.progress.step / self.steps)
         with torch.no_grad():
             batches = objective.annotate(self.network, chosen, self.budget)
+        self._upcoming = None
+        if self.progress.step + 1 < self.until and not objective.contrasts_rows:
+            # Rows that are contrasted are seen in views of their own, which are drawn in the step.
+            self._upcoming = self._rows(self.progress.step + 1)
+            self.network.layout.read_ahead(self._upcoming)
         for turn in objective.turns(batches):
             loss, further = self._backward(objective, turn)
             norm = self.optimizer.step(rate)
@@ -236,9 +243,9 @@ class Loop:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
 
-    def _rows(self) -> list[Example]:
-        """The rows of the step to come, changed as asked for: a function of seed and step alone."""
-        step, seed = self.progress.step, self.training.seed
+    def _rows(self, step: int) -> list[Example]:
+        """The rows of a step from 0 on, changed as asked for: a function of seed and step alone."""
+        seed = self.training.seed
         chosen = [self.examples[index] for index in self.order.batch(step)]
         if not self.augmentation:
             return chosen

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -28,6 +28,9 @@ from luthier.models.bottom import new_activations
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from luthier.data.processors import MediaInput
     from luthier.data.tree import TokenTree
     from luthier.models.network import Network, TreeBatch
     from luthier.types import Example, IntArray
@@ -51,6 +54,9 @@ class Layout(Protocol):
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin to read the images of rows that a plan will soon be made of; of texts, nothing."""
 
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
@@ -77,6 +83,9 @@ class Flat:
     first_position: int
     both_ways: bool
     flat: ClassVar[bool] = True
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Nothing: texts are in memory."""
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -134,6 +143,9 @@ class Padded:
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Nothing: texts are in memory."""
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -214,12 +226,21 @@ class EncoderDecoder(Padded):
 class ImageEncoderDecoder(EncoderDecoder):
     """The tree holds what the decoder writes; rows carry the image that the encoder reads."""
 
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.reader = MediaReader()
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin to decode the images."""
+        self.reader.read_ahead(examples)
+
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
     ) -> Rectangle:
         """Where the nodes go, and the images, decoded now."""
         sides = Padded.plan(self, tree, device, dtype)
-        return Rectangle(sides.slot_M, sides.mask_RT, read_arrays(tree, device, dtype), None)
+        pixels = self.reader.arrays(tree, device, dtype)
+        return Rectangle(sides.slot_M, sides.mask_RT, pixels, None)
 
     def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
         """States ``[R, S, H]`` of the images, of the width that the decoder reads."""
@@ -245,6 +266,31 @@ IMAGES_HELD = 8 * MOST_IMAGES
 """Images whose pixels are in memory at once: 150 MB where they are 224 x 224."""
 
 
+class MediaReader:
+    """Decodes the images and sounds of rows in threads, those of the next step while one computes."""
+
+    def __init__(self) -> None:
+        self._ahead: dict[int, tuple[MediaInput, Future[NDArray[np.float32]]]] = {}
+        """By identity: equal rows may be changed otherwise."""
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin with ``examples``; what was begun before and never asked for is let go."""
+        media = [each.media for each in examples[:IMAGES_HELD] if each.media is not None]
+        self._ahead = {id(each): (each, _threads().submit(each.array)) for each in media}
+
+    def arrays(self, tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The images or sounds of the rows of ``tree``: ``[R, C, H, W]``."""
+        media = [each.media for each in tree.examples if each.media is not None]
+        # Pillow lets go of Python's lock while it decodes.
+        begun = [self._ahead.pop(id(each), None) for each in media]
+        reading = [
+            _threads().submit(each.array) if ahead is None else ahead[1]
+            for each, ahead in zip(media, begun, strict=True)
+        ]
+        pixels = torch.from_numpy(np.stack([each.result() for each in reading]))
+        return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
 class MediaLayout:
     """Each image or sound of the tree, one node, as an array; its state is what the head reads.
 
@@ -257,6 +303,12 @@ class MediaLayout:
     def __init__(self) -> None:
         self._states_NH: Tensor | None = None
         self._places: dict[int, int] = {}
+        self.reader = MediaReader()
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin to decode, where states are not known."""
+        if self._states_NH is None:
+            self.reader.read_ahead(examples)
 
     @torch.no_grad()
     def compute_ahead(
@@ -285,7 +337,7 @@ class MediaLayout:
         places = [self._places.get(int(each.ids_T[0]), -1) for each in tree.examples]
         if self._states_NH is not None and min(places) >= 0:
             return self._states_NH[torch.tensor(places)].to(device)
-        return read_arrays(tree, device, dtype)
+        return self.reader.arrays(tree, device, dtype)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """One forward pass; states ``[N, H]`` of the images, 0 for nodes that only fill the tree up."""
@@ -327,6 +379,11 @@ class DualEncoder:
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
+        self.reader = MediaReader()
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin to decode the images."""
+        self.reader.read_ahead(examples)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -345,7 +402,9 @@ class DualEncoder:
             torch.from_numpy(np.asarray(array, dtype=np.int64)).to(device)
             for array in (images, texts, ids_TS, mask_TS, tree.node_M, row_M)
         ]
-        pixels = read_arrays(tree, device, dtype) if images else torch.empty(0, device=device)
+        pixels = torch.empty(0, device=device)
+        if images:
+            pixels = self.reader.arrays(tree, device, dtype)
         return ImagesAndTexts(put[0], put[1], pixels, *put[2:])
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
@@ -362,15 +421,6 @@ class DualEncoder:
         embedded_RH = torch.cat(parts)[torch.cat(rows).argsort()]
         state_NH = embedded_RH.new_zeros(len(batch.ids_N), embedded_RH.shape[1])
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
-
-
-def read_arrays(tree: TokenTree, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The images or sounds of the rows of ``tree``, decoded: ``[R, C, H, W]``."""
-    media = [each.media for each in tree.examples if each.media is not None]
-    # Pillow lets go of Python's lock while it decodes.
-    arrays = [*_threads().map(lambda each: each.array(), media)]
-    pixels = torch.from_numpy(np.stack(arrays))
-    return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
