@@ -129,7 +129,7 @@ def test_a_folder_without_a_processor_reads_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+        {"feature_extractor_type": "WhisperFeatureExtractor"},
         VIT | {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}},
         VIT | {"size": {"longest_edge": 32}},
     ],

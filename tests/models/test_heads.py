@@ -66,7 +66,7 @@ def padded_loss(model: Any, name: str, examples: list[Example]) -> torch.Tensor:
     for example in examples:
         ids = torch.from_numpy(example.ids_T)[None]
         logits = model(input_ids=ids).logits
-        target = torch.from_numpy(np.asarray(example.target))
+        target = torch.from_numpy(np.array(example.target))
         if name == "classification":
             total = total - logits[0].log_softmax(-1)[target[0]]
         elif name == "several":

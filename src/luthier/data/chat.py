@@ -23,6 +23,7 @@ from pydantic import Field, PlainValidator
 from luthier.data.parsing import quote
 from luthier.data.processors import (
     AudioProcessor,
+    FeatureExtractor,
     ImageProcessor,
     MediaInput,
     Processor,
@@ -200,6 +201,14 @@ class ChatFormat:
             raise RecipeError(
                 "data.sampling_rate and data.max_seconds are for a base model that reads sounds; leave "
                 "them out"
+            )
+        if isinstance(self.media, FeatureExtractor) and (
+            sampling_rate or not self.media.length_is_free
+        ):
+            raise RecipeError(
+                "this base model was made for sounds of one sampling rate"
+                + ("" if self.media.length_is_free else " and length")
+                + "; leave data.sampling_rate and data.max_seconds out"
             )
         rate = sampling_rate or self.media.sampling_rate
         seconds = max_seconds or self.media.max_seconds

@@ -3,8 +3,8 @@
 Images follow transformers' image processors: resized (and its middle cut out, where the file says so),
 brought to a range of 0 to 1, and normalized for each colour. Sounds become the logarithm of a mel
 spectrogram, an image of one channel whose height is pitch and whose width is time, of a fixed number of
-seconds. Time series become windows of their latest values. The same object reads training rows and
-requests, and is stored with the custom model.
+seconds, or what a feature extractor of transformers makes of them. Time series become windows of their
+latest values. The same object reads training rows and requests, and is stored with the custom model.
 
 Random changes for training are drawn from a generator of their own for each row and step, so that a run
 that goes on draws what it would have drawn.
@@ -257,6 +257,103 @@ class AudioProcessor:
         }
 
 
+@dataclass(frozen=True)
+class FeatureExtractor(AudioProcessor):
+    """A sound as transformers' own code reads it for AST (a spectrogram) or Wav2Vec2 (its samples).
+
+    ``[1, frames, num_mel_bins]`` or ``[1, 1, samples]``. As there, a longer sound is read at its start.
+    Without the package torchaudio, AST's spectrogram is transformers' own in numpy.
+    """
+
+    published: tuple[tuple[str, Any], ...] = ()
+    """Contents of the published ``preprocessor_config.json``."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what the network reads."""
+        if self._makes_spectrogram:
+            return (1, int(dict(self.published)["max_length"]), self.num_mel_bins)
+        return (1, 1, self._samples)
+
+    @property
+    def _makes_spectrogram(self) -> bool:
+        return ("feature_extractor_type", "ASTFeatureExtractor") in self.published
+
+    @property
+    def length_is_free(self) -> bool:
+        """Whether the network reads sounds of any length: AST has positions."""
+        return not self._makes_spectrogram
+
+    @property
+    def _samples(self) -> int:
+        return int(self.max_seconds * self.sampling_rate)
+
+    def array(
+        self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
+    ) -> NDArray[np.float32]:
+        """What the network reads; random with ``augmentation``."""
+        samples, rate = media.samples()
+        samples = resample(samples, rate, self.sampling_rate)[: self._samples]
+        random, count = np.random.default_rng(seed), len(samples)
+        if augmentation is not None:
+            samples = augmentation.change_sound(samples, count, random)
+            spare = max(0, len(samples) - count) // 2
+            samples = samples[spare : spare + count]
+        extractor = _extractor(self.published)
+        if not self._makes_spectrogram:
+            values = extractor(
+                samples,
+                sampling_rate=self.sampling_rate,
+                padding="max_length",
+                max_length=self._samples,
+                truncation=True,
+                return_tensors="np",
+            )["input_values"]
+            return np.asarray(values, dtype=np.float32)[None]
+        samples = np.pad(samples, (0, max(0, SHORTEST_FRAME - len(samples))))
+        values = extractor(samples, sampling_rate=self.sampling_rate, return_tensors="np")
+        spectrogram = np.asarray(values["input_values"][0], dtype=np.float32)
+        if augmentation is not None:
+            spectrogram = augmentation.mask_spectrogram(spectrogram.T, random).T
+        return np.ascontiguousarray(spectrogram[None])
+
+    def fields(self) -> dict[str, Any]:
+        """Contents of ``preprocessor_config.json``: those published, and how long a sound may be."""
+        return {**dict(self.published), "max_seconds": self.max_seconds}
+
+    @staticmethod
+    def of(fields: Mapping[str, Any]) -> FeatureExtractor:
+        """From the contents of a published ``preprocessor_config.json``."""
+        rate = int(fields.get("sampling_rate", 16_000))
+        seconds = float(fields.get("max_seconds", 1.0))
+        published = {name: value for name, value in fields.items() if name != "max_seconds"}
+        bins = int(published.setdefault("num_mel_bins", 128))
+        if fields["feature_extractor_type"] == "ASTFeatureExtractor":
+            frames = int(published.setdefault("max_length", 1024))
+            if not 1 <= frames <= MOST_FRAMES or not 1 <= bins <= SHORTEST_FRAME:
+                raise UnknownModel(f"a spectrogram of {frames} x {bins} cannot be read here")
+            seconds = (SHORTEST_FRAME + AST_HOP * (frames - 1)) / rate
+        else:
+            del published["num_mel_bins"]
+        kept = {n: v for n, v in published.items() if isinstance(v, str | int | float)}
+        return FeatureExtractor(rate, seconds, bins, published=tuple(sorted(kept.items())))
+
+
+SHORTEST_FRAME, AST_HOP = 400, 160
+"""Samples in a frame of AST's spectrogram, and from one to the next."""
+MOST_FRAMES = 100_000
+FEATURE_EXTRACTORS = ("ASTFeatureExtractor", "Wav2Vec2FeatureExtractor")
+"""Of transformers, that are read as they are."""
+
+
+@lru_cache(maxsize=4)
+def _extractor(published: tuple[tuple[str, Any], ...]) -> Any:
+    import transformers
+
+    fields = dict(published)
+    return getattr(transformers, fields.pop("feature_extractor_type"))(**fields)
+
+
 @lru_cache(maxsize=8)
 def _mel_filters(size: int, bins: int, rate: int) -> NDArray[np.float64]:
     from transformers.audio_utils import mel_filter_bank
@@ -330,6 +427,8 @@ def read_processor(folder: Path) -> Processor | None:
     fields = read_json(path)
     if "image_processor_type" in fields or "image_mean" in fields:
         return ImageProcessor.of(fields)
+    if fields.get("feature_extractor_type") in FEATURE_EXTRACTORS:
+        return FeatureExtractor.of(fields)
     if fields.get("feature_extractor_type") == "LogMelSpectrogram":
         names = ("sampling_rate", "max_seconds", "num_mel_bins", "window_ms", "hop_ms")
         return AudioProcessor(

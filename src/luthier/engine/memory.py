@@ -99,6 +99,7 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
     """
     import torch
 
+    from luthier.models.layouts import media_inputs
     from luthier.models.load import input_shape
     from luthier.models.network import context_length
 
@@ -109,7 +110,7 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
             sizes.append(tensor.numel())
         return tensor
 
-    inputs = {"pixel_values": torch.empty(2, *input_shape(model.config), device="meta")}
+    inputs = media_inputs(model, torch.empty(2, *input_shape(model.config), device="meta"))
     if is_image_to_text(model.config) or is_dual_encoder(model.config):
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
         name = "input_ids" if is_dual_encoder(model.config) else "decoder_input_ids"

@@ -120,7 +120,10 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
 
 
 _OF_MEDIA: dict[Task, tuple[str, ...]] = {
-    "sequence_classification": ("AutoModelForImageClassification",),
+    "sequence_classification": (
+        "AutoModelForImageClassification",
+        "AutoModelForAudioClassification",
+    ),
     "embedding": ("AutoModel",),
     "autoencoding": ("AutoModelForImageToImage",),
     "adversarial": ("AutoModelForPreTraining",),
@@ -146,17 +149,25 @@ def is_dual_encoder(config: Any) -> bool:
     return getattr(config, "model_type", "") in _DUAL_ENCODERS
 
 
+SOUND_FAMILIES = frozenset({"audio-spectrogram-transformer", "wav2vec2"})
+"""Families of transformers that read sounds, as ``input_values``."""
+
+
+def reads_sound(config: Any) -> bool:
+    """Whether networks of this configuration are of :data:`SOUND_FAMILIES`."""
+    return getattr(config, "model_type", "") in SOUND_FAMILIES
+
+
 def reads_media(config: Any) -> bool:
     """Whether networks of this configuration read images or sounds, alone or beside texts."""
     import transformers
 
-    if is_image_to_text(config) or is_dual_encoder(config):
+    if is_image_to_text(config) or is_dual_encoder(config) or reads_sound(config):
         return True
     others: tuple[Task, ...] = ("embedding", "image_to_text")
     named = [name for task, names in _OF_MEDIA.items() if task not in others for name in names]
     return not hasattr(config, "vocab_size") and any(
-        type(config) in getattr(transformers, name)._model_mapping
-        for name in (*named, "AutoModelForAudioClassification")
+        type(config) in getattr(transformers, name)._model_mapping for name in named
     )
 
 
@@ -340,6 +351,8 @@ def width_of(model: Any) -> int:
         return int(model.config.projection_dim)
     if not reads_media(model.config):
         return int(model.config.hidden_size)
+    if reads_sound(model.config):
+        return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
     if hasattr(model.config, "embedding_size"):
@@ -424,6 +437,8 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     from torch import nn
 
     if reads_media(model.config):
+        if hasattr(model, "projector"):  # Wav2Vec2: of a mean it gives the mean of its own
+            chosen_RH = model.projector(chosen_RH)
         dropout = getattr(model, "dropout", None)
         of_media: Tensor = model.classifier(dropout(chosen_RH) if dropout else chosen_RH)
         return of_media

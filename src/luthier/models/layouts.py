@@ -423,19 +423,33 @@ class DualEncoder:
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
 
 
+def media_inputs(model: Any, arrays: Tensor) -> dict[str, Tensor]:
+    """Arrays ``[R, C, H, W]`` by the name and in the shape in which ``model`` takes them.
+
+    Sounds are ``[R, frames, bins]`` or ``[R, samples]``.
+    """
+    if not heads.reads_sound(model.config):
+        return {"pixel_values": arrays}
+    values = arrays.flatten(0, 1)
+    return {"input_values": values[:, 0] if values.shape[1] == 1 else values}
+
+
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
-    """What the head of a classifier reads of images ``[R, C, H, W]``: ``[R, H]``.
+    """What the head of a classifier reads of images or sounds ``[R, C, H, W]``: ``[R, H]``.
 
     Raises:
         RecipeError: for a network with positions, and images of another size than they are for.
     """
     try:
-        output = backbone(pixel_values=pixels)
+        output = backbone(**media_inputs(backbone, pixels))
     except ValueError as error:
         raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)
+    if heads.reads_sound(backbone.config):  # Wav2Vec2 is read by the mean
+        mean_RH: Tensor = output.last_hidden_state.mean(1)
+        return mean_RH
     # Vision transformers are read at their first token, convolutions by the mean of their maps.
     first_RH: Tensor = output.last_hidden_state[:, 0]
     return first_RH

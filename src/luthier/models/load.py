@@ -28,14 +28,17 @@ from luthier.models.heads import (
     mark,
     mark_new,
     reads_media,
+    reads_sound,
     row_scores,
     start_bias,
     task_of,
 )
-from luthier.models.layouts import Rectangle, read_states
+from luthier.models.layouts import Rectangle, media_inputs, read_states
 from luthier.models.network import Network, TreeBatch
 from luthier.types import Example
 
+SECOND = 16_000
+"""Samples of a sound where nothing says how many are read."""
 SMALL_SCORE = 0.25
 """Scores of classes below it, in nats, are compared as if they were as large, in bfloat16."""
 
@@ -82,6 +85,9 @@ def _for_head(config: Any, head: Head) -> Any:
         nets.register(mean_pooling_bert.Config.model_type)
         fields = config.to_dict()
         config = mean_pooling_bert.Config(**{k: v for k, v in fields.items() if k != "model_type"})
+    if hasattr(config, "apply_spec_augment"):
+        # Wav2Vec2 would draw masks from numpy's own stream, which no checkpoint holds.
+        config.apply_spec_augment = False
     for key, value in head.settings().items():
         setattr(config, key, value)
     return config
@@ -204,7 +210,7 @@ def _check_classifier(network: Network) -> None:
     """Compare what the head says of random images with the network's own forward."""
     model: Any = network.model
     pixels = _random_images(network)
-    own = model(pixel_values=pixels).logits.float()
+    own = model(**media_inputs(model, pixels)).logits.float()
     _compare(network, row_scores(model, read_states(model.base_model, pixels)).float(), own)
 
 
@@ -268,6 +274,10 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
 
 def input_shape(config: Any) -> tuple[int, int, int]:
     """``[C, H, W]`` of what networks of this configuration are made to read."""
+    if config.model_type == "audio-spectrogram-transformer":
+        return (1, int(config.max_length), int(config.num_mel_bins))
+    if reads_sound(config):
+        return (1, *(getattr(config, "image_size", None) or (1, SECOND)))
     if is_dual_encoder(config):
         config = config.vision_config
     config = config.encoder if is_image_to_text(config) else config

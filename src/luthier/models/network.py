@@ -44,6 +44,8 @@ def context_length(config: Mapping[str, Any]) -> int:
     Raises:
         RecipeError: where it names none.
     """
+    if config.get("model_type") in heads.SOUND_FAMILIES:
+        return 1
     if config.get("model_type") in _RELATIVE:
         return RELATIVE_CONTEXT
     for inside in ("decoder", "text_config"):

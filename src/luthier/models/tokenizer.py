@@ -49,7 +49,9 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
     processor = read_processor(folder)
-    if processor is not None and not _has_tokenizer(folder):
+    # Beside networks of sounds lies the tokenizer of what they once transcribed.
+    reads_alone = processor is not None and processor.kind == "audio"
+    if processor is not None and (reads_alone or not _has_tokenizer(folder)):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
     path = folder / "generation_config.json"

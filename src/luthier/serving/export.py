@@ -15,6 +15,7 @@ from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
+from luthier.models.layouts import media_inputs
 from luthier.models.manifest import MANIFEST
 from luthier.models.save import ADAPTER, save_format, save_network
 from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of
@@ -121,7 +122,7 @@ def _onnx_inputs(model: Any, chat: ChatFormat, rows: int) -> dict[str, Tensor]:
     """Random images, or random tokens of two lengths, ``rows`` of them."""
     generator = torch.Generator().manual_seed(rows)
     if chat.media is not None:
-        return {"pixel_values": torch.randn(rows, *chat.media.shape, generator=generator)}
+        return media_inputs(model, torch.randn(rows, *chat.media.shape, generator=generator))
     tokens = 8 * rows
     ids_RT = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
     mask_RT = torch.ones_like(ids_RT)
@@ -146,7 +147,7 @@ def _trace(model: Any, inputs: dict[str, Tensor], file: Path, name: str) -> None
     import logging
     import warnings
 
-    axes = {0: "batch"} if "pixel_values" in inputs else {0: "batch", 1: "tokens"}
+    axes = {0: "batch", 1: "tokens"} if "input_ids" in inputs else {0: "batch"}
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     try:

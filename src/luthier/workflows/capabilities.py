@@ -22,7 +22,7 @@ from luthier.errors import RefusedInput
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media
+from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media, reads_sound
 from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import catalogue_config, input_shape, read_config
 from luthier.models.manifest import MANIFEST
@@ -158,7 +158,8 @@ def format_of(config: Any) -> ChatFormat:
         channels, height, width = input_shape(config)
         if channels == 3:
             return ChatFormat.reading(ImageProcessor(height, width))
-        return ChatFormat.reading(AudioProcessor() if height > 1 else WindowProcessor(width))
+        sounds = height > 1 or reads_sound(config)
+        return ChatFormat.reading(AudioProcessor() if sounds else WindowProcessor(width))
     beside = getattr(config, "is_encoder_decoder", False)
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
     if config.model_type == "elmo":
