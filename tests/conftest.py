@@ -135,7 +135,7 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr", "clip")
+IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr", "clip", "stable_diffusion")
 TROCR = {
     "model_type": "vision-encoder-decoder",
     "encoder": {
@@ -174,6 +174,9 @@ def make_image_family(name: str, folder: Path) -> None:
     from luthier.data.processors import ImageProcessor, save_processor
     from luthier.models.build import build_media
 
+    if name == "stable_diffusion":
+        make_pipeline().save_pretrained(folder)
+        return
     if name == "trocr":
         build_media(TROCR, "image_to_text", 0, folder)
         save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3), folder)
@@ -227,6 +230,78 @@ def make_clip_tokenizer() -> Any:
         single=f"{names[0]} $A {names[1]}", special_tokens=marks
     )
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> Callable[..., Any]:
+    """``tiny_pipeline(**noise)`` makes a StableDiffusionPipeline of random weights for 16 x 16."""
+    return make_pipeline
+
+
+def make_pipeline(**noise: Any) -> Any:
+    """One whose text encoder reads letters, 48 at most; ``noise`` are settings of its scheduler."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel as UNet
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), *special]
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = CLIPTokenizer(vocab=ids, merges=[], model_max_length=48, pad_token=special[1])
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(ids),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=48,
+            initializer_range=0.3,
+            bos_token_id=ids[special[0]],
+            eos_token_id=ids[special[1]],
+            pad_token_id=ids[special[1]],
+        )
+    )
+    unet = UNet(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = DDIMScheduler(
+        **{
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+            "steps_offset": 1,
+            **noise,
+        }
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def make_wordpiece() -> Any:

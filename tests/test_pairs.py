@@ -41,6 +41,7 @@ from luthier.errors import RecipeError
 from luthier.models.load import as_network, load_model, sketch
 from luthier.models.manifest import Manifest
 from luthier.models.network import Network
+from luthier.models.pipelines import is_pipeline
 from luthier.models.save import save_adapter, save_format, save_network, stored_bytes
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES, Objective
@@ -155,6 +156,7 @@ def rows_of(objective: Objective, folder: Path) -> list[Row]:
     known = objective.shapes & ROWS.keys() or able & ROWS.keys()
     first = "image" if images else min(known)
     first = "captioned_image" if folder.name == BESIDE_TEXTS else first
+    first = "captioned_image" if folder.name == PIPELINE else first
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
@@ -168,10 +170,13 @@ IMAGES = {
 """Family of each objective that learns from images; the other networks read tokens."""
 BESIDE_TEXTS = "clip"
 """Reads images and texts, each with an encoder of its own."""
+PIPELINE = "stable_diffusion"
+"""A network of several parts, of which one learns."""
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
     *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
     *(("contrastive", name, BESIDE_TEXTS) for name in ADAPTATIONS),
+    *(("diffusion", name, PIPELINE) for name in ADAPTATIONS),
 ]
 REFUSED = {
     **{
@@ -230,11 +235,11 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         **{
             (a, f): "works among the tokens of a text"
             for a in ("adapters", "prompt", "prefix")
-            for f in (*IMAGES.values(), BESIDE_TEXTS)
+            for f in (*IMAGES.values(), BESIDE_TEXTS, PIPELINE)
         },
         **{
             ("feature_extraction", f): "has none. Use lora"
-            for f in (*IMAGES.values(), BESIDE_TEXTS)
+            for f in (*IMAGES.values(), BESIDE_TEXTS, PIPELINE)
         },
         **{(a, "small_cnn"): "no linear layers to adapt" for a in ("qlora", "sparse")},
         ("feature_extraction", "trocr"): "output head.* tied",
@@ -297,7 +302,7 @@ def save(model: Any, adaptation: Adaptation, chat: Any, base: Path, folder: Path
 
 def reload(adaptation: Adaptation, objective: Objective, base: Path, folder: Path) -> Network:
     """As serving does: the base with the adapter merged in, or the whole network."""
-    whole = (folder / "config.json").is_file()
+    whole = (folder / "config.json").is_file() or is_pipeline(folder)
     recipe = {"adaptation": adaptation.model_dump(), "objective": objective.model_dump()}
     parent = None if whole else store.StoredModel("base", base, Manifest(id="base"))
     manifest = Manifest(id="base:custom", recipe=recipe)
@@ -395,8 +400,8 @@ def test_a_triple_trains_what_it_marks_and_comes_back_from_disk(
     if isinstance(objective, SupportsExtraWeights):
         objective.remove_weights(model)
     save(model, adaptation, chat, folder, tmp_path / "custom")
-    stored = load_file(next((tmp_path / "custom").glob("*.safetensors")))
-    assert sum(tensor.nbytes for tensor in stored.values()) == promised
+    stored = [load_file(path) for path in (tmp_path / "custom").rglob("*.safetensors")]
+    assert sum(tensor.nbytes for part in stored for tensor in part.values()) == promised
     again = reload(adaptation, objective, folder, tmp_path / "custom")
     join_others(again, objective, folder, examples, tmp_path / "kept")
     assert loss_of(again) == pytest.approx(trained, rel=1e-5)

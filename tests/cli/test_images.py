@@ -19,6 +19,9 @@ from luthier.errors import RecipeError
         ("full/1.png", "there is no custom model"),
         ("full/notes.txt", "is a file; name a new folder, or a picture that ends with .png"),
         ("samples.JPG", "images are written as PNG: name"),
+        ("samples.gif", "samples.png, or a folder without an ending such as .gif"),
+        ("samples.mp4", "samples.png, or a folder without an ending such as .mp4"),
+        ("run-1.2", "there is no custom model"),
         ("empty", "there is no custom model"),
         ("new/folder", "there is no custom model"),
     ],
@@ -31,6 +34,12 @@ def test_samples_go_to_a_picture_or_a_new_folder(
     (tmp_path / "full" / "notes.txt").write_text("mine")
     answer = Answer("sample", "small-vae:none", "--output", str(tmp_path / output))
     assert answer.code == 2 and message in answer.err
+
+
+def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
+    copies = str(tmp_path / "copies.gif")
+    answer = Answer("reconstruct", "small-vae:none", "--input", "x", "--output", copies)
+    assert answer.code == 2 and "images are written as PNG: name" in answer.err
 
 
 def test_a_file_that_may_not_be_written_is_refused(

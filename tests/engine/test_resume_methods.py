@@ -61,6 +61,7 @@ CASES = {
     "views of images": ("small_cnn", "contrastive", "full", {}),
     "a scale that is learned": ("clip", "contrastive", "full", {}),
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
+    "latents and captions": ("stable_diffusion", "diffusion", "lora", {"condition_dropout": 0.3}),
     "letters of columns": ("trocr", "image_to_text", "full", {"ctc_weight": 0.5}),
     "a value head": ("gpt2", "ppo", "full", {"num_mini_batches": 2}),
 }

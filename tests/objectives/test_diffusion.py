@@ -92,11 +92,11 @@ def test_a_share_of_the_rows_is_not_told_in_training(prepared: Prepare) -> None:
     network.model.train()
     torch.manual_seed(0)
     seen = torch.cat(
-        [objective.annotate(network, examples, 100)[0].extra.condition_RL for _ in range(50)]
+        [objective.annotate(network, examples, 100)[0].extra.condition for _ in range(50)]
     )
     assert float((seen.sum(1) == 0).float().mean()) == pytest.approx(0.4, abs=0.1)
     network.model.eval()
-    told = objective.annotate(network, examples, 100)[0].extra.condition_RL
+    told = objective.annotate(network, examples, 100)[0].extra.condition
     assert torch.equal(told.sum(1), torch.ones(6))
 
 
@@ -105,7 +105,7 @@ def test_the_words_of_captions_are_known_and_others_are_not(prepared: Prepare) -
     assert objective.words == ("a", "and", "asleep", "cat", "dog", "dogs", "red", "two")
     assert objective.reads_prompts and objective.sample_labels == ()
     network.model.eval()
-    told = objective.annotate(network, examples[:1], 100)[0].extra.condition_RL
+    told = objective.annotate(network, examples[:1], 100)[0].extra.condition
     wanted = torch.zeros(8)
     wanted[[0, 3, 6]] = 3**-0.5
     torch.testing.assert_close(told[0], wanted)
@@ -124,7 +124,7 @@ def test_rows_without_labels_are_learned_from_as_they_are(
     assert network.model.conditions is None
     network.model.train()
     (batch,) = objective.annotate(network, examples, 100)
-    assert batch.extra.condition_RL is None
+    assert batch.extra.condition is None
     assert float(objective.loss(network, batch).total.detach()) > 0
     made = objective.sample(network, ["", ""], torch.Generator().manual_seed(0))
     assert made.shape == (2, 3, 9, 7)
@@ -154,7 +154,8 @@ def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare)
     unconditional = network.model(noisy, time_R).prediction
     for scale in (0.0, 1.0, 3.0):
         asked = objective.with_sampling(DenoisingSettings(guidance_scale=scale))
-        found = asked._guided(network, noisy, time_R, torch.eye(3))
+        guidance = asked._guidance(network, NAMES)
+        found = asked._guided(network, noisy, time_R, guidance)
         torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
 
 

@@ -14,6 +14,7 @@ from luthier.objectives.noise_schedule import (
     LossWeighting,
     NoiseSchedule,
     PredictionType,
+    TimestepSpacing,
     alphas_cumprod,
 )
 
@@ -132,3 +133,19 @@ def test_the_numbers_are_those_of_diffusers(name: BetaSchedule, prediction: Pred
                 told, time, mixture, eta=eta, variance_noise=drawn, use_clipped_model_output=True
             ).prev_sample
             np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("count", [1, 4, 7, 50])
+def test_the_steps_back_are_those_of_diffusers(spacing: TimestepSpacing, count: int) -> None:
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(num_train_timesteps=100, timestep_spacing=spacing, steps_offset=1)
+    theirs.set_timesteps(count)
+    ours = NoiseSchedule(theirs.alphas_cumprod, "epsilon", spacing, 1)
+    assert ours.times(count) == theirs.timesteps.tolist()
+
+
+def test_all_steps_of_leading_spacing_stay_within_those_that_were_trained() -> None:
+    schedule = NoiseSchedule(alphas_cumprod("linear", 10), "epsilon", "leading", 1)
+    assert schedule.times(10) == [9, 9, 8, 7, 6, 5, 4, 3, 2, 1]

@@ -169,6 +169,44 @@ def test_what_a_prompt_says_is_made(
         served.sample(ImageRequest(label="zebra"), 0, Work(), lambda count: None)
 
 
+def test_an_adapter_on_a_pipeline_makes_in_diffusers_what_it_makes_here(
+    images: Path, family_folder: Callable[[str], Path], luthier_home: Path, tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from luthier.serving.export import export
+
+    base = family_folder("stable_diffusion")
+    generator = trained(base, images, "diffusion")
+    few = DenoisingSettings(steps=3)
+    made = generator.sample(3, 1, prompt="0", settings=few)
+    again = ImageGenerator.open(find("stable_diffusion:one")).sample(1, 1, prompt="0", settings=few)
+    assert np.array_equal(made[0].pixels, again[0].pixels)
+    before = ImageGenerator.open(find(str(base))).sample(1, 1, prompt="0", settings=few)
+    assert not np.array_equal(made[0].pixels, before[0].pixels)
+
+    noise = torch.randn(2, 4, 8, 8)
+    objective = generator.objective.with_sampling(few)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        found = objective.denoise(generator.network, noise, ["0", "1"], lambda: noise)
+    adapter = export(find("stable_diffusion:one"), tmp_path / "adapter", merged=False)
+    whole = export(find("stable_diffusion:one"), tmp_path / "whole", merged=True)
+    assert [path.name for path in adapter.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    for folder in (base, whole):
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        if folder == base:
+            pipe.load_lora_weights(adapter)
+        theirs = pipe(
+            ["0", "1"], latents=noise.clone(), num_inference_steps=3, guidance_scale=7.5,
+            height=16, width=16, output_type="pt",
+        ).images  # fmt: skip
+        ours = (found / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
 def test_a_model_of_texts_makes_no_images(tiny_model_folder: Path) -> None:
     with pytest.raises(RecipeError, match="was not trained to make images"):
         ImageGenerator.open(find(str(tiny_model_folder)))

@@ -68,9 +68,10 @@ class Adaptation(BaseModel):
     def attach(self, model: nn.Module) -> None:
         """Add what is added, and mark what trains by ``requires_grad``.
 
-        A head that belongs to the task trains whatever the adaptation.
+        A head that belongs to the task trains whatever the adaptation, and what only prepares what the
+        network reads does not.
         """
-        from luthier.models.heads import head_weights, reads_media
+        from luthier.models.heads import frozen_parts, head_weights, is_inside, reads_media
 
         if not self.takes_media and reads_media(model.config):
             raise RecipeError(
@@ -78,10 +79,12 @@ class Adaptation(BaseModel):
                 "sounds. Use full, lora, freeze, bitfit or feature_extraction"
             )
         self.adapt(model)
-        new = head_weights(model)
+        new, frozen = head_weights(model), frozen_parts(model)
         for name, weight in model.named_parameters():
             if name in new:
                 weight.requires_grad_(True)
+            elif is_inside(name, frozen):
+                weight.requires_grad_(False)
 
     def adapt(self, model: nn.Module) -> None:
         """What :meth:`attach` does to the network below the head."""

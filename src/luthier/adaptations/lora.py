@@ -41,8 +41,8 @@ class LoRA(Adaptation):
     """Train magnitudes and directions apart; slower, often better at small ranks."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the added branch that is dropped in training."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    """Linear layers to adapt: ``all-linear``, or ends of their names such as ``q_proj``."""
+    targets: str | tuple[str, ...] | None = None
+    """Layers: all-linear or ends of their names (q_proj); all, of pipelines attention if not given."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Numbers of the blocks to adapt, 0 the lowest; all if not given. What is below is read once."""
 
@@ -99,7 +99,9 @@ class LoRA(Adaptation):
             use_dora=self.dora,
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]
             layers_to_transform=list(self.layers_to_transform or ()) or None,
-            target_modules=sorted(ends if self.targets == ALL_LINEAR else _ends(self.targets)),
+            target_modules=sorted(
+                ends if self.targets in (None, ALL_LINEAR) else _ends(self.targets)
+            ),
             task_type=peft_task(model),
             modules_to_save=head_modules(model) or None,
             base_model_name_or_path=base,
@@ -114,5 +116,5 @@ class LoRA(Adaptation):
         return float(f"{rate:.1e}"), reason
 
 
-def _ends(targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else targets
+def _ends(targets: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else targets or ()

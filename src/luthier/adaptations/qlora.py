@@ -48,7 +48,7 @@ class QLoRA(Adaptation):
     """Scale by ``alpha / sqrt(rank)``, which suits ranks above 32."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the added branch that is dropped in training."""
-    targets: str | tuple[str, ...] = ALL_LINEAR
+    targets: str | tuple[str, ...] | None = None
     """Linear layers that get a branch: ``all-linear``, or ends of their names. All are quantized."""
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
-from luthier.models.heads import head_modules
+from luthier.models.heads import frozen_parts, head_modules, is_inside, usual_targets
 from luthier.models.layers import layer_names
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ ALL_LINEAR = "all-linear"
 
 def linear_targets(
     model: nn.Module,
-    targets: str | tuple[str, ...],
+    targets: str | tuple[str, ...] | None,
     blocks: Collection[int] | None = None,
     convolutions: bool = False,
 ) -> list[str]:
@@ -27,7 +27,8 @@ def linear_targets(
     pixel.
 
     ``all-linear`` means every linear layer but the output head, as in PEFT. Otherwise each entry
-    is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``).
+    is the last part of a module's name (``q_proj``) or a dotted end of it (``mlp.up_proj``). Where none
+    are named (``None``), it is those that the network's family is known by, or else all.
     ``blocks`` are the numbers of the blocks that are meant, 0 the lowest; all when not given. As in
     PEFT, those of encoder and decoder have the same numbers.
 
@@ -38,7 +39,7 @@ def linear_targets(
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    of_task = tuple(head_modules(model))
+    others = (*head_modules(model), *frozen_parts(model))
 
     def is_linear(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
@@ -48,10 +49,10 @@ def linear_targets(
     names = [
         name
         for name, module in model.named_modules()
-        if is_linear(module)
-        and module is not head
-        and not any(name == own or name.startswith(f"{own}.") for own in of_task)
+        if is_linear(module) and module is not head and not is_inside(name, others)
     ]
+    if targets is None:
+        targets = usual_targets(model) or ALL_LINEAR
     if targets == ALL_LINEAR:
         found = names
     else:

@@ -80,12 +80,16 @@ def sample(
 
 def _check_samples(output: Path) -> None:
     """Refuse a picture or folder that cannot be written, before images are made for it."""
-    from luthier.data.media import IMAGE_ENDINGS
-
     ending = output.suffix.lower()
-    if ending in IMAGE_ENDINGS and ending != ".png":
-        raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
-    if ending == ".png" or not output.exists():
+    if ending == ".png":
+        check_output(output)
+    elif not output.exists():
+        # What follows the last dot of a folder's name is a number, as in `run-1.2`.
+        if ending[1:].isalnum() and not ending[1:2].isdigit():
+            raise RecipeError(
+                f"images are written as PNG: name {output.with_suffix('.png')}, or a folder without "
+                f"an ending such as {ending}"
+            )
         check_output(output)
     elif not output.is_dir():
         raise RecipeError(
@@ -129,6 +133,8 @@ def reconstruct(
     from luthier.serving.images import ImageGenerator
     from luthier.store.models import find
 
+    if output.suffix.lower() != ".png":
+        raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
     check_output(output)
     with data_errors("nothing was read"):
         if Path(input_).is_file() and Path(input_).suffix.lower() in (".png", ".jpg", ".jpeg"):

@@ -325,9 +325,10 @@ def export_model(
     onnx: Annotated[bool, typer.Option("--onnx", help="A classifier for ONNX Runtime.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write a model as a Hugging Face directory, an adapter as PEFT's, or a classifier as ONNX."""
+    """Write a model for Hugging Face or diffusers, an adapter for PEFT, or a classifier as ONNX."""
     from luthier.models.load import read_config
     from luthier.models.nets import NETS
+    from luthier.models.pipelines import is_pipeline
     from luthier.serving.export import export, export_onnx
     from luthier.store.models import find, objective_of
 
@@ -343,13 +344,19 @@ def export_model(
             )
         return
     target = export(stored, folder, merged)
+    of_diffusers = is_pipeline(stored.network_folder)
     network = read_config(stored.network_folder, objective_of(stored).head()).model_type
     if json_:
         files = sorted(path.name for path in target.iterdir())
         report = {"id": model, "folder": str(target), "network": network, "files": files}
-        print_json(report | {"own_network": network in NETS})
+        print_json(report | {"own_network": network in NETS and not of_diffusers})
         return
     print_text(f"{model} was written to {target}")
+    if of_diffusers:
+        whole = is_pipeline(target)
+        call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
+        print_text(f"diffusers loads it: {call}({str(folder)!r})")
+        return
     if network not in NETS:
         return
     if (target / "adapter_config.json").exists():

@@ -79,7 +79,7 @@ def plain_folder(folder: Path) -> Iterator[Path]:
 
     Maps of its files stay valid after the block, as long as their tensors live.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     sealed = [path for path in files if path.suffix == ".safetensors" and is_sealed(path)]
     if not sealed:
         yield folder
@@ -87,10 +87,12 @@ def plain_folder(folder: Path) -> Iterator[Path]:
     need_disk(memory(), sum(path.stat().st_size for path in sealed), "opening an encrypted model")
     with new_plain_folder() as copy:
         for path in files:
+            target = copy / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if path in sealed:
-                copy_plain(path, copy / path.name)
+                copy_plain(path, target)
             else:
-                (copy / path.name).symlink_to(path)
+                target.symlink_to(path)
         yield copy
 
 

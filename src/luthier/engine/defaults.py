@@ -91,6 +91,8 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     if facts.from_scratch:
         rate, reason, apart = SCRATCH_RATE, "all weights start from random numbers", False
     factor = objective.defaults.learning_rate_multiplier
+    if not facts.from_scratch:
+        factor *= objective.defaults.pretrained_rate_multiplier
     if factor != 1:
         reason += f"; {objective.method} takes {factor:g} of it"
     if starts_head:

@@ -290,11 +290,11 @@ def resolve_job(
     bound = data.objective.bind_base(base.network_folder, learned)
     data = replace(data, objective=bound)
     config = read_config(base.network_folder, data.objective.head())
+    if chat.media is not None and chat.media.shape != input_shape(config):
+        # What a row takes in memory is counted at the size that is read.
+        config.image_size = chat.media.shape[1:]
     drawn = sketch_training(config, data.objective, recipe.adaptation, size)
     model = drawn.model
-    if chat.media is not None and chat.media.shape != input_shape(model.config):
-        # What a row takes in memory is counted at the size that is read.
-        model.config.image_size = chat.media.shape[1:]  # type: ignore[union-attr]
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)

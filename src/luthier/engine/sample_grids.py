@@ -47,7 +47,8 @@ class SampleGrids:
         ):
             return None
         if isinstance(objective, SupportsDenoising):
-            objective = objective.with_sampling(DenoisingSettings(steps=STEPS))
+            steps = min(STEPS, objective.most_steps)
+            objective = objective.with_sampling(DenoisingSettings(steps=steps))
         return SampleGrids(run_folder / GRIDS, network, objective, chat.media)
 
     @torch.no_grad()

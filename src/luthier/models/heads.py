@@ -268,6 +268,23 @@ def peft_task(model: nn.Module) -> str:
     return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _PEFT[task]
 
 
+def frozen_parts(model: nn.Module) -> tuple[str, ...]:
+    """Modules that prepare what the network reads, and stay as they are whatever the adaptation."""
+    names: tuple[str, ...] = getattr(model, "frozen_parts", ())
+    return names
+
+
+def usual_targets(model: nn.Module) -> tuple[str, ...]:
+    """Ends of names of the linear layers that LoRA adapts in this family; none where that is all."""
+    names: tuple[str, ...] = getattr(model, "usual_targets", ())
+    return names
+
+
+def is_inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether the module or weight ``name`` is one of ``modules`` or in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 INNER_HEADS = ("pooler", "mix")
 """Modules inside a network that belong to some tasks' heads, and that it lacks for the others."""
 
@@ -283,7 +300,12 @@ def head_modules(model: nn.Module) -> list[str]:
     if task_of(model) in ("causal_lm", "embedding", "autoencoding", "image_to_text"):
         return []
     prefix = getattr(model, "base_model_prefix", "")
-    heads = [n for n, child in model.named_children() if n != prefix and _own(child, model)]
+    frozen = frozen_parts(model)
+    heads = [
+        name
+        for name, child in model.named_children()
+        if name != prefix and name not in frozen and _own(child, model)
+    ]
     pooler = getattr(model.base_model, "pooler", None)
     if task_of(model) == "sequence_classification" and isinstance(pooler, nn.Module):
         heads.append(f"{prefix}.pooler")

@@ -35,6 +35,7 @@ from luthier.models.heads import (
 )
 from luthier.models.layouts import Rectangle, media_inputs, read_states
 from luthier.models.network import Network, TreeBatch
+from luthier.models.pipelines import is_pipeline, read_pipeline
 from luthier.types import Example
 
 SECOND = 16_000
@@ -44,7 +45,12 @@ SMALL_SCORE = 0.25
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The model's ``config.json``; refuses folders without one or without safetensors."""
+    """The model's ``config.json``; refuses folders without one or without safetensors.
+
+    Of a pipeline of diffusers the same of its parts.
+    """
+    if is_pipeline(folder):
+        return read_pipeline(folder)
     if not (folder / "config.json").is_file():
         raise UnknownModel(f"{folder} has no config.json, so it is not a Hugging Face model folder")
     if not list(folder.glob("*.safetensors")):
@@ -60,11 +66,14 @@ def read_config(folder: Path, head: Head) -> Any:
     """transformers' configuration of the network in ``folder``, set up for ``head``."""
     from transformers import AutoConfig
 
-    nets.register(check_folder(folder).get("model_type"))
+    fields = check_folder(folder)
+    nets.register(fields.get("model_type"))
     try:
+        if is_pipeline(folder):
+            return _for_head(AutoConfig.for_model(**fields), head)
         config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        kind = check_folder(folder).get("model_type", "of unknown type")
+        kind = fields.get("model_type", "of unknown type")
         raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
     return _for_head(config, head)
 

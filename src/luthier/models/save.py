@@ -17,6 +17,7 @@ from luthier.encryption.tensors import load_tensors, save_tensors
 from luthier.errors import CorruptFile
 from luthier.files import write_bytes
 from luthier.models.heads import INNER_HEADS, head_weights, mark_new, task_of
+from luthier.models.pipelines import tokenizer_folder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,8 +122,10 @@ def _fits(weight: Tensor, saved: Tensor | None) -> bool:
 
 
 def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
-    """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens."""
-    save_format(chat, folder)
+    """Write a Hugging Face directory: weights, configuration, tokenizer, stop tokens.
+
+    A network that diffusers has is written as diffusers does, each part in a folder of its own.
+    """
     stops = list(chat.stop_ids)
     if stops and task_of(model) in ("causal_lm", "image_to_text"):
         model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
@@ -133,17 +136,21 @@ def save_network(model: Any, chat: ChatFormat, folder: Path) -> None:
         model.config.pad_token_id = stops[0]
     if keys_for(folder) is None:
         model.save_pretrained(folder)
-        return
-    with new_plain_folder() as plain:
-        model.save_pretrained(plain)
-        save_plain(plain, folder)
+    else:
+        with new_plain_folder() as plain:
+            model.save_pretrained(plain)
+            save_plain(plain, folder)
+    save_format(chat, folder)
 
 
 def save_plain(plain: Path, folder: Path) -> None:
-    """Copy the files right in ``plain`` into ``folder``, weights encrypted where the store is."""
-    for path in plain.iterdir():
-        copy = seal if path.suffix == ".safetensors" else shutil.copyfile
-        copy(path, folder / path.name)
+    """Copy the files below ``plain`` into ``folder``, weights encrypted where the store is."""
+    for path in plain.rglob("*"):
+        if path.is_file():
+            target = folder / path.relative_to(plain)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = seal if path.suffix == ".safetensors" else shutil.copyfile
+            copy(path, target)
 
 
 def save_format(chat: ChatFormat, folder: Path) -> None:
@@ -156,6 +163,6 @@ def save_format(chat: ChatFormat, folder: Path) -> None:
     if chat.template == "plain":
         chat.tokenizer.chat_template = None
     try:
-        chat.tokenizer.save_pretrained(folder)
+        chat.tokenizer.save_pretrained(tokenizer_folder(folder))
     finally:
         chat.tokenizer.chat_template = template

@@ -10,11 +10,19 @@ from luthier.data.processors import read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.pipelines import (
+    is_pipeline,
+    pipeline_processor,
+    read_pipeline,
+    tokenizer_folder,
+)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
+
+    folder = tokenizer_folder(folder)
 
     if (folder / "config.json").is_file():  # transformers looks up the network's type there
         nets.register(read_json(folder / "config.json").get("model_type", ""))
@@ -51,9 +59,13 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     processor = read_processor(folder)
     # Beside networks of sounds lies the tokenizer of what they once transcribed.
     reads_alone = processor is not None and processor.kind == "audio"
-    if processor is not None and (reads_alone or not _has_tokenizer(folder)):
+    if is_pipeline(folder):
+        processor = processor or pipeline_processor(folder)
+    elif processor is not None and (reads_alone or not _has_tokenizer(folder)):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
+    if is_pipeline(folder):  # files of older pipelines do not say how long a text may be
+        tokenizer.model_max_length = read_pipeline(folder)["max_position_embeddings"]
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]

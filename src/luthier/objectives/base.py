@@ -51,6 +51,8 @@ class TrainingDefaults:
 
     learning_rate_multiplier: float = 1.0
     """Share of the adaptation's learning rate."""
+    pretrained_rate_multiplier: float = 1.0
+    """A further share where not all weights start from random numbers."""
     batch_rows: int | None = None
     """Rows in a step, where the rows themselves say nothing."""
     batch_reason: str = ""

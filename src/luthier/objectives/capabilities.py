@@ -294,8 +294,17 @@ class DenoisingSettings:
 class SupportsDenoising(SupportsSampling, Protocol):
     """Its models make new images from noise, step by step."""
 
+    @property
+    def most_steps(self) -> int:
+        """Steps from noise to image that there are."""
+        ...
+
     def with_sampling(self, settings: DenoisingSettings) -> Self:
-        """This objective with what is asked for in the place of what it was stored with."""
+        """This objective with what is asked for in the place of what it was stored with.
+
+        Raises:
+            RecipeError: for what it cannot do, more than :attr:`most_steps` among it.
+        """
 
 
 @runtime_checkable

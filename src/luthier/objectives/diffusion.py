@@ -14,25 +14,31 @@ but for a share of the rows of each step. So it knows images of a class and imag
 the class apart can be made more of (classifier-free guidance, Ho and Salimans 2022,
 arXiv:2207.12598). ``guidance_scale`` is that of Imagen and diffusers: 1 plus the paper's ``w``.
 
+What is mixed with noise, and how captions are read, the network says
+(:class:`~luthier.models.denoiser.Denoiser`). A pipeline of diffusers works on latents of images (latent
+diffusion, Rombach et al. 2022, arXiv:2112.10752) and reads whole texts; of it the noise is that which
+it was trained with, and so are the steps of the way back.
+
 Left out: the moving average of weights, whose place in a short run has the learning rate that falls to
-0; learned variances; the order of the words of a caption.
+0; learned variances; without a text encoder the order of the words of a caption; offset noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from luthier.data.processors import ImageProcessor
-from luthier.data.shapes import CaptionedImage
-from luthier.errors import RecipeError
+from luthier.data.shapes import CaptionedImage, LabelledImage
+from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import TrainingDefaults
+from luthier.models.pipelines import is_pipeline, read_noise
+from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
 from luthier.objectives.generative import Generative
@@ -41,16 +47,20 @@ from luthier.objectives.noise_schedule import (
     LossWeighting,
     NoiseSchedule,
     PredictionType,
+    TimestepSpacing,
     alphas_cumprod,
 )
 from luthier.objectives.vae import fixed_noise
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.denoiser import Denoiser, Shape
     from luthier.models.network import Network, TreeBatch
 
 
@@ -58,12 +68,23 @@ if TYPE_CHECKING:
 class Mixture:
     """What a micro-batch draws."""
 
+    latents: Tensor
+    """Of the images, ``[R, C, H, W]``."""
     noise: Tensor
-    """Standard normal, ``[R, C, H, W]``."""
+    """Standard normal, of that shape."""
     time_R: Tensor
     """How many steps of noise, less one."""
-    condition_RL: Tensor | None
-    """What each row shows; zeros where the network is not to know."""
+    condition: Tensor | None
+    """What each row shows, ``[R, …]``, or that the network is not to know."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What new images are to show."""
+
+    condition: Tensor | None
+    nothing: Tensor | None
+    """The same where nothing is asked for, which they are moved away from."""
 
 
 class Diffusion(Generative):
@@ -74,24 +95,36 @@ class Diffusion(Generative):
     """What the network predicts from a noisy image: the image, its noise (epsilon), or v of both."""
     beta_schedule: BetaSchedule = "squaredcos_cap_v2"
     """How noise grows: squaredcos_cap_v2 (cosine) for small images; linear is the first paper's."""
+    beta_start: float = Field(default=1e-4, gt=0, lt=1)
+    """Variance that the first step adds; squaredcos_cap_v2 has no use for it."""
+    beta_end: float = Field(default=0.02, gt=0, lt=1)
+    """Variance that the last step adds; squaredcos_cap_v2 has no use for it."""
     num_train_timesteps: int = Field(default=1000, ge=2, le=10_000)
     """Steps from an image to noise."""
-    loss_weighting: LossWeighting = "snr_plus_one"
-    """What the error of an image counts: its signal-to-noise ratio, that and 1, or all the same."""
+    loss_weighting: LossWeighting | None = None
+    """What an error counts, by signal-to-noise ratio; snr_plus_one, of pipelines none if not given."""
     snr_gamma: float = Field(default=5.0, gt=0, le=1e6)
     """Bound of these weights."""
     condition_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the rows of a step whose class the network is not given, for the guidance."""
+    """Share of the rows of a step whose class or caption is withheld, for the guidance."""
     num_inference_steps: int = Field(default=50, ge=1, le=10_000)
     """Steps from noise to a new image, where none are asked for."""
-    guidance_scale: float = Field(default=2.0, ge=0, le=1e3)
-    """How much is made of the class: 1 is as the rows are, more is clearer and less varied."""
-    eta: float = Field(default=1.0, ge=0, le=1)
-    """Share of new noise in each step to a new image: 0 is DDIM, 1 with all steps DDPM."""
+    guidance_scale: float | None = Field(default=None, ge=0, le=1e3)
+    """How much is made of what is asked for, 1 as in the rows; 2, of pipelines 7.5 when not given."""
+    eta: float | None = Field(default=None, ge=0, le=1)
+    """Share of new noise in each step: 0 is DDIM, 1 DDPM; 1, of pipelines 0 when not given."""
+    timestep_spacing: TimestepSpacing = "trailing"
+    """Which steps the way back takes: from the end of noise (trailing), or as the base's files say."""
+    steps_offset: int = Field(default=0, ge=0, le=1)
+    """How many steps later they are with leading spacing."""
+    set_alpha_to_one: bool = True
+    """Whether the way back ends at the image, or at what is left of it after the first step."""
     labels: tuple[str, ...] | None = None
     """The classes in the order of the network; from the training rows when not given."""
     words: tuple[str, ...] | None = None
     """The words of captions it knows, in that order; from the training rows when not given."""
+    reads_texts: bool = False
+    """Whether the base model has a text encoder, which reads captions whole; as it has one."""
 
     task: ClassVar[Task] = "denoising"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
@@ -100,18 +133,20 @@ class Diffusion(Generative):
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        pretrained_rate_multiplier=0.15,
         batch_rows=32,
         batch_reason="the noise that diffusion draws is averaged over more rows",
         patience=0,
         min_epochs=10,
         max_epochs=100,
+        scratch_steps=4_000,
         bases={"image": "small-unet"},
     )
 
     @property
     def min_steps(self) -> int:
-        """All weights start from random numbers, and each step says little."""
-        return 4_000
+        """Each step says little, of one amount of noise for each row."""
+        return 1_000
 
     @property
     def sample_labels(self) -> tuple[str, ...]:
@@ -121,8 +156,16 @@ class Diffusion(Generative):
     @property
     def schedule(self) -> NoiseSchedule:
         """How images become noise."""
-        left_T = _alphas_cumprod(self.beta_schedule, self.num_train_timesteps)
-        return NoiseSchedule(left_T, self.prediction_type)
+        left_T = _alphas_cumprod(
+            self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end
+        )
+        return NoiseSchedule(
+            left_T,
+            self.prediction_type,
+            self.timestep_spacing,
+            self.steps_offset,
+            self.set_alpha_to_one,
+        )
 
     def head(self) -> Head:
         """What can be asked for."""
@@ -136,11 +179,11 @@ class Diffusion(Generative):
     @property
     def reads_prompts(self) -> bool:
         """Whether it learned from captions."""
-        return bool(self.words) and not self.labels
+        return self.reads_texts or (bool(self.words) and not self.labels)
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse a text of which no word is known."""
-        if not len(words_target(prompt, self.words or ())):
+        if not self.reads_texts and not len(words_target(prompt, self.words or ())):
             raise RecipeError(
                 f"no caption of the training rows has a word of {prompt[:64]!r}, so it says nothing to "
                 "the model",
@@ -156,21 +199,72 @@ class Diffusion(Generative):
                 "image_mean and image_std to 0.5 in its preprocessor_config.json"
             )
 
+    def bind_base(self, folder: Path, learned: Objective | None) -> Self:
+        """This objective with the noise that the base model was trained with.
+
+        Raises:
+            RecipeError: where another is asked for than a pipeline knows.
+        """
+        if not is_pipeline(folder):
+            return self
+        noise = read_noise(folder)
+        for name, value in noise.items():
+            # A recipe that was stored names all fields.
+            if getattr(self, name) not in (value, type(self).model_fields[name].default):
+                raise RecipeError(
+                    f"the base model was trained with {name}={value}, and reads no other noise; "
+                    f"leave objective.{name} out",
+                    f"objective.{name}",
+                )
+        try:
+            return self.model_validate(self.model_dump() | noise | {"reads_texts": True})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            raise RecipeError(
+                f"the scheduler of {folder} has {name}={noise.get(name)}, which is not known here: "
+                f"{first['msg']}"
+            ) from error
+
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
-        """See which classes there are, or else which words; none where a row has no label."""
+        """See which classes there are, or else which words; none where a row has no label.
+
+        Where the base model reads texts, labels are texts, too.
+        """
+        if chat is not None and chat.has_tokenizer:
+            return self.model_copy(update={"labels": (), "words": (), "reads_texts": True})
         labels = classes_of(rows, "diffusion") if self.labels is None else self.labels
         words = words_of(rows) if self.words is None else self.words
         return self.model_copy(update={"labels": labels, "words": () if labels else words})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The image, and its class or the words of its caption where such are known."""
+        """The image, and its class or the words or tokens of its caption where such are known."""
         example = chat.encode_input(row, index)
+        if self.reads_texts:
+            return replace(example, target=_tokens(_caption(row), chat))
         if self.labels:
             return replace(example, target=class_target(row, self.labels))
         if self.words:
-            caption = row.caption if isinstance(row, CaptionedImage) else ""
-            return replace(example, target=words_target(caption, self.words))
+            return replace(example, target=words_target(_caption(row), self.words))
         return example
+
+    def length_problem(self, example: Example, context: int) -> RowRefused | None:
+        """Why a caption has no room in the text encoder, which reads ``context`` tokens."""
+        if not self.reads_texts or len(_target_of(example)) <= context:
+            return None
+        tokens = len(_target_of(example))
+        return RowRefused(
+            "row.too_long",
+            f"the caption has {tokens} tokens, and the text encoder of the base model reads {context}.",
+            "Shorten the caption, or choose `data.long_rows=drop` or `data.long_rows=truncate`.",
+        )
+
+    def truncate(self, example: Example, context: int) -> Example:
+        """``example`` with the end of its caption cut off; the token that ends a text stays."""
+        ids_T = _target_of(example)
+        if not self.reads_texts or len(ids_T) <= context:
+            return example
+        return replace(example, target=np.append(ids_T[: context - 1], ids_T[-1]))
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -178,23 +272,32 @@ class Diffusion(Generative):
         """Noise and step of each row: new in training, and else of the image alone."""
         import torch
 
+        denoiser: Denoiser = network.model
         found = []
         for batch in super().annotate(network, examples, budget):
-            rows, size = batch.tree.examples, batch.plan.shape[1:]
-            condition_RL = self._conditions([each.target for each in rows])
+            rows = batch.tree.examples
+            latents = denoiser.encode_images(batch.plan)
+            size = latents.shape[1:]
+            targets = [_target_of(each) for each in rows]
             if network.model.training:
-                noise = torch.randn(batch.plan.shape)
+                noise = torch.randn(latents.shape)
                 time_R = torch.randint(self.num_train_timesteps, (len(rows),))
-                if condition_RL is not None:
-                    condition_RL *= torch.rand(len(rows), 1) >= self.condition_dropout
+                if self._is_conditional:
+                    nothing = self._nothing(network)
+                    shown_R = torch.rand(len(rows)) >= self.condition_dropout
+                    targets = [
+                        target if shown else nothing
+                        for target, shown in zip(targets, shown_R.tolist(), strict=True)
+                    ]
             else:
                 flat = [fixed_noise(each, size.numel()) for each in rows]
                 noise = torch.from_numpy(np.stack(flat)).unflatten(-1, size)
                 time_R = torch.tensor([self._fixed_time(each) for each in rows])
             drawn = Mixture(
+                latents.float(),
                 noise.to(network.device),
                 time_R.to(network.device),
-                None if condition_RL is None else condition_RL.to(network.device),
+                denoiser.encode_conditions(targets) if self._is_conditional else None,
             )
             found.append(replace(batch, extra=drawn))
         return found
@@ -204,29 +307,35 @@ class Diffusion(Generative):
         random = np.random.default_rng([int(example.ids_T[0]), 1])
         return int(random.integers(self.num_train_timesteps))
 
-    def _conditions(self, targets: Sequence[Any]) -> Tensor | None:
-        """Classes or words as the network reads them, ``[R, L]``: rows of length 1, or 0 for none."""
-        import torch
+    @property
+    def _is_conditional(self) -> bool:
+        """Whether the network is told what an image shows."""
+        return self.reads_texts or bool(self._known)
 
-        if not self._known:
-            return None
-        condition_RL = torch.zeros(len(targets), len(self._known))
-        for row, target in enumerate(targets):
-            condition_RL[row, torch.from_numpy(target)] = 1
-        return torch.nn.functional.normalize(condition_RL)
+    def _nothing(self, network: Network) -> IntArray:
+        """What stands for an image of which nothing is said."""
+        if not self.reads_texts:
+            return np.zeros(0, dtype=np.int64)
+        return _tokens("", _chat(network))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed over the rows: the mean squared error of the prediction for each."""
         drawn: Mixture = batch.extra
-        images, schedule = batch.plan.float(), self.schedule
-        noisy = schedule.add_noise(images, drawn.noise, drawn.time_R)
-        predicted = network.model(
-            noisy.to(network.dtype), drawn.time_R, drawn.condition_RL
-        ).prediction.float()
-        target = schedule.target(images, drawn.noise, drawn.time_R)
+        denoiser: Denoiser = network.model
+        schedule = self.schedule
+        noisy = schedule.add_noise(drawn.latents, drawn.noise, drawn.time_R)
+        predicted = denoiser.denoise(noisy.to(network.dtype), drawn.time_R, drawn.condition).float()
+        target = schedule.target(drawn.latents, drawn.noise, drawn.time_R)
         error_R = (predicted - target).square().flatten(1).mean(1)
-        weight_R = schedule.weights(drawn.time_R, self.loss_weighting, self.snr_gamma)
+        usual: LossWeighting = "none" if self.reads_texts else "snr_plus_one"
+        weighting = self.loss_weighting or usual
+        weight_R = schedule.weights(drawn.time_R, weighting, self.snr_gamma)
         return Loss.of_rows(error_R * weight_R, {})
+
+    @property
+    def most_steps(self) -> int:
+        """Those that it was trained with."""
+        return self.num_train_timesteps
 
     def with_sampling(self, settings: DenoisingSettings) -> Self:
         """This objective with what is asked for in the place of its own ``settings``."""
@@ -236,6 +345,12 @@ class Diffusion(Generative):
             "eta": settings.eta,
         }
         given = {name: value for name, value in asked.items() if value is not None}
+        if settings.steps is not None and settings.steps > self.most_steps:
+            raise RecipeError(
+                f"steps: the model knows {self.most_steps:,} steps from noise to an image, and "
+                f"{settings.steps:,} are more",
+                "steps",
+            )
         try:
             return self.model_validate(self.model_dump() | given)
         except ValidationError as error:
@@ -250,53 +365,139 @@ class Diffusion(Generative):
         seeds = [int(torch.randint(most, (1,), generator=generator)) for _ in labels]
         # A generator for each: what is drawn for a row else depends on how many there are.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        size = network.model.config.shape
+        denoiser: Denoiser = network.model
+        size = denoiser.latent_shape(_image_shape(network))
 
         def draw() -> Tensor:
             drawn = torch.stack([torch.randn(size, generator=each) for each in generators])
             return drawn.to(network.device)
 
-        condition_RL = self._conditions([self._target(text) for text in labels])
-        if condition_RL is not None:
-            condition_RL = condition_RL.to(network.device)
-        schedule, mixture = self.schedule, draw()
+        return self.denoise(network, draw(), labels, draw)
+
+    def denoise(
+        self,
+        network: Network,
+        mixture: Tensor,
+        labels: Sequence[str],
+        draw: Callable[[], Tensor],
+    ) -> Tensor:
+        """Images ``[R, C, H, W]`` of noise ``mixture``; ``draw`` gives new noise where ``eta`` asks.
+
+        ``labels`` are classes or prompts, one for each.
+        """
+        import torch
+
+        denoiser: Denoiser = network.model
+        guidance = self._guidance(network, labels)
+        schedule, eta = self.schedule, self._eta
         times = schedule.times(min(self.num_inference_steps, self.num_train_timesteps))
         for time, before in zip(times, [*times[1:], -1], strict=True):
             time_R = torch.full((len(mixture),), time, device=network.device)
-            predicted = self._guided(network, mixture, time_R, condition_RL)
-            image = schedule.image(mixture, predicted, time_R).clamp(-1, 1)
-            drawn = draw() if self.eta else None
-            mixture = schedule.step_back(image, mixture, time, before, self.eta, drawn)
-        return mixture
+            predicted = self._guided(network, mixture, time_R, guidance)
+            latents = schedule.image(mixture, predicted, time_R)
+            if denoiser.latent_bound is not None:
+                latents = latents.clamp(-denoiser.latent_bound, denoiser.latent_bound)
+            drawn = draw() if eta else None
+            mixture = schedule.step_back(latents, mixture, time, before, eta, drawn)
+        return denoiser.decode_latents(mixture.to(network.dtype))
 
-    def shown(self, example: Example) -> str:
-        """The class of a row, or the words of its caption that are known."""
+    def shown(self, example: Example, chat: ChatFormat) -> str:
+        """The class of a row, its caption, or the words of that which are known."""
+        if self.reads_texts:
+            ids_T = _target_of(example)
+            text: str = chat.tokenizer.decode(ids_T, skip_special_tokens=True)
+            return text
         if self.labels or example.target is None or not self.words:
-            return super().shown(example)
+            return super().shown(example, chat)
         return " ".join(self.words[place] for place in example.target)
 
-    def _target(self, text: str) -> IntArray:
-        """The places of what is asked for: a class, or the words of a prompt."""
+    @property
+    def _eta(self) -> float:
+        """Share of new noise: a pipeline is used without, as DDIM is."""
+        return self.eta if self.eta is not None else float(not self.reads_texts)
+
+    @property
+    def _scale(self) -> float:
+        """How far images are moved away from those of nothing."""
+        usual = 7.5 if self.reads_texts else 2.0
+        return self.guidance_scale if self.guidance_scale is not None else usual
+
+    def _guidance(self, network: Network, labels: Sequence[str]) -> Guidance:
+        """What the network is told for ``labels``, and for none of them."""
+        denoiser: Denoiser = network.model
+        if not self._is_conditional:
+            return Guidance(None, None)
+        condition = denoiser.encode_conditions([self._target(text, network) for text in labels])
+        if self._scale == 1:
+            return Guidance(condition, None)
+        nothing = [self._nothing(network)] * len(labels)
+        return Guidance(condition, denoiser.encode_conditions(nothing))
+
+    def _target(self, text: str, network: Network) -> IntArray:
+        """The places of what is asked for, a class or the words of a prompt, or the prompt's tokens."""
+        if self.reads_texts:
+            chat = _chat(network)
+            ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
+            if len(ids_T) > most:
+                raise RecipeError(
+                    f"the prompt has {len(ids_T)} tokens, and the text encoder reads {most}",
+                    "prompt",
+                )
+            return ids_T
         if self.labels:
             return np.array([self.labels.index(text)])
         return words_target(text, self.words or ())
 
     def _guided(
-        self, network: Network, mixture: Tensor, time_R: Tensor, condition_RL: Tensor | None
+        self, network: Network, mixture: Tensor, time_R: Tensor, guidance: Guidance
     ) -> Tensor:
         """Prediction for mixtures, moved away from that without the classes or words."""
         import torch
 
+        denoiser: Denoiser = network.model
         noisy = mixture.to(network.dtype)
-        if condition_RL is None or self.guidance_scale == 1:
-            alone: Tensor = network.model(noisy, time_R, condition_RL).prediction
-            return alone.float()
-        both = torch.cat([condition_RL, torch.zeros_like(condition_RL)])
-        predicted = network.model(torch.cat([noisy, noisy]), time_R.repeat(2), both).prediction
+        if guidance.condition is None or guidance.nothing is None:
+            return denoiser.denoise(noisy, time_R, guidance.condition).float()
+        both = torch.cat([guidance.condition, guidance.nothing])
+        predicted = denoiser.denoise(torch.cat([noisy, noisy]), time_R.repeat(2), both)
         conditional, unconditional = predicted.float().chunk(2)
-        return torch.lerp(unconditional, conditional, self.guidance_scale)
+        return torch.lerp(unconditional, conditional, self._scale)
+
+
+def _caption(row: Row) -> str:
+    """What a row says that its image shows."""
+    if isinstance(row, CaptionedImage):
+        return row.caption
+    if isinstance(row, LabelledImage):
+        return row.label if isinstance(row.label, str) else ", ".join(row.label)
+    return ""
+
+
+def _tokens(text: str, chat: ChatFormat) -> IntArray:
+    """``[T]``: the tokens of a text between those that begin and end it, filled up to the longest."""
+    found = chat.tokenizer(text, padding="max_length", truncation=False).input_ids
+    return np.array(found, dtype=np.int64)
+
+
+def _target_of(example: Example) -> IntArray:
+    """What the example says that its image shows."""
+    return np.asarray(example.target, dtype=np.int64)
+
+
+def _chat(network: Network) -> ChatFormat:
+    """How texts become tokens, and of which size images are."""
+    assert network.chat is not None
+    return network.chat
+
+
+def _image_shape(network: Network) -> Shape:
+    """Of the images that the network reads and makes."""
+    from luthier.models.load import input_shape
+
+    reads = network.chat.media if network.chat is not None else None
+    return reads.shape if reads is not None else input_shape(network.model.config)
 
 
 @cache
-def _alphas_cumprod(schedule: BetaSchedule, steps: int) -> Tensor:
-    return alphas_cumprod(schedule, steps)
+def _alphas_cumprod(schedule: BetaSchedule, steps: int, start: float, end: float) -> Tensor:
+    return alphas_cumprod(schedule, steps, start, end)

@@ -85,7 +85,8 @@ class Generative(Objective):
         assert network.chat is not None and isinstance(network.chat.media, ImageProcessor)
         maker, to_pixels = self, network.chat.media.to_pixels
         if isinstance(maker, SupportsDenoising):
-            maker = maker.with_sampling(DenoisingSettings(steps=STEPS))
+            steps = min(STEPS, maker.most_steps)
+            maker = maker.with_sampling(DenoisingSettings(steps=steps))
         generator = torch.Generator().manual_seed(0)
         real_RD: list[NDArray[np.float32]] = []
         made_RD: list[NDArray[np.float32]] = []
@@ -93,13 +94,15 @@ class Generative(Objective):
             for start in range(0, len(examples), AT_ONCE):
                 part = examples[start : start + AT_ONCE]
                 real = [each.media.array() for each in part if each.media is not None]
-                made = maker.sample(network, [self.shown(each) for each in part], generator)
+                made = maker.sample(
+                    network, [self.shown(each, network.chat) for each in part], generator
+                )
                 real_RD.append(features_of(classifier, map(to_pixels, real)))
                 made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
         distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
         return {"frechet_distance": distance}
 
-    def shown(self, example: Example) -> str:
+    def shown(self, example: Example, chat: ChatFormat) -> str:
         """The class of a row, as :meth:`sample` is asked for it; an empty text without one."""
         assert isinstance(self, SupportsSampling)
         if not self.sample_labels or example.target is None:

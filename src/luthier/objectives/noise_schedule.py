@@ -7,8 +7,10 @@ Salimans and Ho 2022, arXiv:2202.00512); each gives ``x`` and ``e``. The way bac
 there were, as DDIM does (Song et al. 2021, arXiv:2010.02502): with ``eta`` 0 it draws nothing, and with
 ``eta`` 1 and all ``T`` steps it is DDPM's.
 
-Numbers are those of diffusers' ``DDPMScheduler``, and of its ``DDIMScheduler`` with trailing spacing
-(Lin et al. 2024, arXiv:2305.08891): the way back starts where there is least of the image.
+Numbers are those of diffusers' ``DDPMScheduler``, and of its ``DDIMScheduler``. With trailing spacing
+(Lin et al. 2024, arXiv:2305.08891) the way back starts where there is least of the image; the first
+pipelines of diffusers have leading spacing, moved by one step. With ``linspace`` each step ends
+where the next begins; diffusers' ``DDIMScheduler`` goes back a fixed way from each and so misses them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 PredictionType = Literal["sample", "epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 LossWeighting = Literal["snr_plus_one", "snr", "none"]
+TimestepSpacing = Literal["trailing", "leading", "linspace"]
 LARGEST_BETA = 0.999
 """Of the cosine schedule, whose last step would else leave nothing (Nichol and Dhariwal 2021)."""
 
@@ -54,6 +57,12 @@ class NoiseSchedule:
 
     alphas_cumprod_T: Tensor
     prediction_type: PredictionType = "epsilon"
+    timestep_spacing: TimestepSpacing = "trailing"
+    """Which steps the way back takes."""
+    steps_offset: int = 0
+    """How many later they are, with leading spacing."""
+    set_alpha_to_one: bool = True
+    """Whether the way back ends at the image; else at what is left of it after the first step."""
 
     @property
     def steps(self) -> int:
@@ -113,7 +122,13 @@ class NoiseSchedule:
 
     def times(self, count: int) -> list[int]:
         """``count`` steps of ``T`` on the way back, the last one first."""
-        return [round(self.steps * (count - each) / count) - 1 for each in range(count)]
+        back = range(count - 1, -1, -1)
+        if self.timestep_spacing == "leading":
+            apart, last = self.steps // count, self.steps - 1
+            return [min(each * apart + self.steps_offset, last) for each in back]
+        if self.timestep_spacing == "linspace":
+            return [round((self.steps - 1) * each / max(1, count - 1)) for each in back]
+        return [round(self.steps * (each + 1) / count) - 1 for each in back]
 
     def step_back(
         self,
@@ -124,13 +139,14 @@ class NoiseSchedule:
         eta: float = 0.0,
         drawn: Tensor | None = None,
     ) -> Tensor:
-        """The mixtures after step ``before`` from those after ``time``; the images where it is -1.
+        """The mixtures after step ``before`` from those after ``time``; the last ones where it is -1.
 
         ``image`` is what the network takes the images to be, ``drawn`` new noise where ``eta`` is above
         0 (equation 12 of DDIM).
         """
         left = float(self.alphas_cumprod_T[time])
-        then = float(self.alphas_cumprod_T[before]) if before >= 0 else 1.0
+        end = 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod_T[0])
+        then = float(self.alphas_cumprod_T[before]) if before >= 0 else end
         noise = (mixture - left**0.5 * image) / (1 - left) ** 0.5
         variance = (1 - then) / (1 - left) * (1 - left / then) * eta**2
         found: Tensor = then**0.5 * image + max(0.0, 1 - then - variance) ** 0.5 * noise

@@ -322,7 +322,7 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     from luthier.store import models as store
 
     machine = choose_machine()
-    size = folder_size(stored.network_folder, "*.safetensors")
+    size = folder_size(stored.network_folder, "**/*.safetensors")
     dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
     model = store.load(stored, dtype, machine.device)
     model.eval()

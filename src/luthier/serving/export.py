@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.adaptations.lora import LoRA
+from luthier.adaptations.qlora import QLoRA
 from luthier.data.chat import ChatFormat
-from luthier.encryption.files import copy_plain
+from luthier.encryption.files import copy_plain, open_folder
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
 from luthier.models.layouts import media_inputs
 from luthier.models.manifest import MANIFEST
-from luthier.models.save import ADAPTER, save_format, save_network
+from luthier.models.pipelines import is_pipeline
+from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of
 
 
@@ -26,7 +29,8 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
 
     With ``merged``, or for a model that is no adapter, this is a Hugging Face directory whose
     weights are bit for bit those that luthier serves. Without it, an adapter is written in PEFT's
-    format, to be put on the base model named in ``adapter_config.json``.
+    format, to be put on the base model named in ``adapter_config.json``; one on a pipeline of diffusers
+    in the form that ``pipe.load_lora_weights`` reads.
     """
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
@@ -48,11 +52,38 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
             machine = choose_machine()
             model = load(stored, machine.dtype, machine.device)
             save_network(model, chat_format(stored), fresh)
+        elif is_pipeline(stored.network_folder):
+            _write_diffusers_lora(stored, fresh)
         else:
             for name in ("adapter_config.json", ADAPTER):
                 copy_plain(stored.folder / name, fresh / name)
             save_format(chat_format(stored), fresh)
     return target
+
+
+DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
+"""File of an adapter that diffusers looks for in a folder."""
+
+
+def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
+    """Write an adapter on a pipeline as diffusers reads it.
+
+    The scale of the update goes into its second matrix: diffusers takes 1 where a file names none, and
+    not all versions read the same name for it.
+    """
+    adaptation = adaptation_of(stored)
+    lora = adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
+    if not isinstance(lora, LoRA):
+        raise RecipeError(
+            f"{adaptation.method} is no adapter that diffusers has; export the whole pipeline with "
+            "--merged"
+        )
+    prefix = lora.stored_name("")
+    tensors = {
+        name.removeprefix(prefix): tensor * lora.scale if ".lora_B." in name else tensor
+        for name, tensor in read_adapter(stored.folder).items()
+    }
+    save_file(tensors, folder / DIFFUSERS_LORA, metadata={"format": "pt"})
 
 
 def _new_target(target: Path) -> Path:
@@ -188,6 +219,6 @@ def _copy(source: Path, target: Path) -> None:
     """All files of a whole network but luthier's own."""
     for path in source.iterdir():
         if path.is_dir():
-            shutil.copytree(path, target / path.name)
+            open_folder(path, target / path.name)
         elif path.name != MANIFEST and path.stem != "loss":
             copy_plain(path, target / path.name)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from luthier.types import Row
 
 AT_ONCE = 32
-"""Images that are made at once."""
+"""Images that are made at once, where they are small."""
+PIXELS_AT_ONCE = 1 << 20
+"""Pixels of all that are made at once: four images of 512 x 512."""
 MOST_SAMPLES = 100_000
 """Of one request; they are held in memory."""
 LABELS_SHOWN = 20
@@ -66,6 +68,7 @@ class ImageGenerator:
             raise RecipeError(f"{name} reads no images, so it makes none")
         self.network, self.objective, self.chat, self.name = network, objective, chat, name
         self.processor = chat.media
+        network.chat = chat
         network.model.eval()
 
     @staticmethod
@@ -140,8 +143,10 @@ class ImageGenerator:
         wanted = [classes[index % len(classes)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
         made: list[SampledImage] = []
-        for start in range(0, count, AT_ONCE):
-            part = wanted[start : start + AT_ONCE]
+        pixels = self.processor.height * self.processor.width
+        at_once = max(1, min(AT_ONCE, PIXELS_AT_ONCE // pixels))
+        for start in range(0, count, at_once):
+            part = wanted[start : start + at_once]
             with turn(), torch.inference_mode():
                 images = self._pixels(objective.sample(self.network, part, generator))
             made += [

@@ -350,7 +350,7 @@ def _serial(entry: _Entry) -> SerialModel:
 
 def _weights(stored: StoredModel) -> int:
     """Bytes that a model takes in memory without what its sequences keep."""
-    files = list(stored.network_folder.glob("*.safetensors"))
+    files = list(stored.network_folder.rglob("*.safetensors"))
     if not files:
         raise UnknownModel(f"{stored.id} has no weights")
     return int(_LOADED_TWICE * sum(path.stat().st_size for path in files))

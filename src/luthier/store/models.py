@@ -20,6 +20,7 @@ from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, read_json, sha256_of
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
+from luthier.models.pipelines import MODEL_TYPE, is_pipeline
 from luthier.plugins import Component, PluginTable
 
 if TYPE_CHECKING:
@@ -274,15 +275,19 @@ def objective_of(model: StoredModel) -> Objective:
     fields = model.manifest.objective
     if fields is None:
         kind = model.manifest.kind or _KINDS.get(_network_type(model.folder), "")
-        return OBJECTIVES[BASE_OBJECTIVES.get(kind, "causal_lm")].model_validate({})
+        objective = OBJECTIVES[BASE_OBJECTIVES.get(kind, "causal_lm")].model_validate({})
+        # A pipeline says itself how it makes images.
+        return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 
-_KINDS = {"clip": "image_text_encoder"}
+_KINDS = {"clip": "image_text_encoder", MODEL_TYPE: "denoising"}
 """Kind of networks that are made for one thing, by ``model_type``, where no record says it."""
 
 
 def _network_type(folder: Path) -> str:
+    if is_pipeline(folder):
+        return MODEL_TYPE
     path = folder / "config.json"
     return str(read_json(path).get("model_type", "")) if path.is_file() else ""
 

@@ -19,6 +19,7 @@ NETS = {
     "unet": "luthier.models.nets.unet",
     "vae": "luthier.models.nets.vae",
     "vgg": "luthier.models.nets.vgg",
+    "stable_diffusion": "luthier.models.nets.stable_diffusion",
     "transfo_xl": "luthier.models.nets.transfo_xl",
     "mean_pooling_bert": "luthier.models.nets.mean_pooling_bert",
 }

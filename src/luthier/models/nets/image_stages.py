@@ -68,19 +68,24 @@ class NoTokens:
         return None
 
 
-class GroupNorm(nn.GroupNorm):
-    """A norm over groups of :data:`GROUP` channels, or over all where there are fewer."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(max(1, channels // GROUP), channels)
+class ChannelsLastGroupNorm(nn.GroupNorm):
+    """A group norm that can learn behind frozen layers where channels come last in memory."""
 
     def forward(self, states: Tensor) -> Tensor:
         """``[R, C, H, W]``, normalized."""
-        if states.requires_grad or not torch.is_grad_enabled():
+        learns = self.weight.requires_grad or self.bias.requires_grad
+        if states.requires_grad or not torch.is_grad_enabled() or not learns:
             return super().forward(states)
         # Behind frozen layers, torch 2.13 crashes on channels that come last.
         normal = F.group_norm(states, self.num_groups, None, None, self.eps)
         return normal * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class GroupNorm(ChannelsLastGroupNorm):
+    """A norm over groups of :data:`GROUP` channels, or over all where there are fewer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(max(1, channels // GROUP), channels)
 
 
 class Up(nn.Module):

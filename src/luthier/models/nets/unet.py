@@ -14,9 +14,10 @@ and dropout are left out, as the innermost maps of a small image are seen whole 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
+
+if TYPE_CHECKING:
+    from luthier.models.denoiser import Shape
+    from luthier.types import IntArray
 
 PATCH = 2
 """Sides of the squares of pixels that the first stage reads as one."""
@@ -200,9 +205,13 @@ class UNetModel(UNetPreTrainedModel):
 
 
 class UNetForImageGeneration(UNetPreTrainedModel):
-    """The network with an embedding of each of ``num_labels`` classes or words."""
+    """The network with an embedding of each of ``num_labels`` classes or words.
+
+    A :class:`~luthier.models.denoiser.Denoiser` whose latents are the images, of pixels from -1 to 1.
+    """
 
     luthier_task = "denoising"
+    latent_bound = 1.0
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -211,6 +220,33 @@ class UNetForImageGeneration(UNetPreTrainedModel):
         if config.num_labels:
             self.conditions = nn.Embedding(config.num_labels, config.embedding_size)
         self.post_init()
+
+    def latent_shape(self, image: Shape) -> Shape:
+        """That of the images it was made for."""
+        shape: Shape = self.config.shape
+        return shape
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The images."""
+        return images
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The same."""
+        return latents
+
+    def encode_conditions(self, targets: Sequence[IntArray]) -> Tensor | None:
+        """Classes or words by their places: rows ``[R, L]`` of length 1, or 0 where none is said."""
+        if self.conditions is None:
+            return None
+        condition_RL = torch.zeros(len(targets), self.conditions.num_embeddings)
+        for row, target in enumerate(targets):
+            condition_RL[row, torch.from_numpy(target)] = 1
+        return F.normalize(condition_RL).to(self.device)
+
+    def denoise(self, mixture: Tensor, time_R: Tensor, condition: Tensor | None) -> Tensor:
+        """What it predicts from noisy images."""
+        predicted: Tensor = self(mixture, time_R, condition).prediction
+        return predicted
 
     def forward(
         self,

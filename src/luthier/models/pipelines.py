@@ -1,0 +1,132 @@
+"""Folders of diffusers: a pipeline whose parts lie in folders of their own (``model_index.json``).
+
+Known is Stable Diffusion 1 and 2 (Rombach et al. 2022, arXiv:2112.10752): a U-Net that tells noise from
+latents, an autoencoder between images and latents, and a text encoder with its tokenizer. A folder is
+read as diffusers wrote it, by :func:`read_pipeline` into the fields of one configuration. What else may
+lie in it (a safety checker, weights in one file) is left where it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.data.processors import ImageProcessor
+from luthier.errors import CorruptFile, UnknownModel
+from luthier.files import read_json
+
+MODEL_INDEX = "model_index.json"
+PIPELINE = "StableDiffusionPipeline"
+MODEL_TYPE = "stable_diffusion"
+"""Of the network here that a pipeline is read into."""
+TOKENIZER = "tokenizer"
+PARTS = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    TOKENIZER: ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+"""Classes that each part may have."""
+NETWORKS = ("unet", "vae", "text_encoder")
+"""Parts that have weights."""
+_LATENT_SIZE = 64
+"""Sides of the latents where the U-Net names none."""
+_UNREAD_NOISE = ("trained_betas", "rescale_betas_zero_snr")
+"""Settings of a schedule of noise that are not known here."""
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether ``folder`` is one of a pipeline."""
+    return (folder / MODEL_INDEX).is_file()
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the files of the tokenizer of the model in ``folder`` lie."""
+    return folder / TOKENIZER if is_pipeline(folder) else folder
+
+
+def read_pipeline(folder: Path) -> dict[str, Any]:
+    """Fields of :class:`~luthier.models.nets.stable_diffusion.StableDiffusionConfig`.
+
+    Raises:
+        UnknownModel: for another pipeline, or one with parts that are not known or pickled.
+        CorruptFile: for a file that cannot be read.
+    """
+    index = _read_fields(folder / MODEL_INDEX)
+    if index.get("_class_name") != PIPELINE:
+        raise UnknownModel(
+            f"{folder} is a {index.get('_class_name', 'pipeline without a name')}, and of pipelines of "
+            f"diffusers {PIPELINE} (Stable Diffusion 1 and 2) can be tuned here"
+        )
+    for part, known in PARTS.items():
+        found = (index.get(part) or [None, None])[1]
+        if found not in known:
+            raise UnknownModel(
+                f"the {part} of the pipeline in {folder} is of class {found}, and {known[0]} is known "
+                "here"
+            )
+    unet, vae, text_encoder = (_read_part(folder / part) for part in NETWORKS)
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+        raise UnknownModel(
+            f"the unet in {folder} reads {unet.get('in_channels')} channels, and latents have "
+            f"{vae.get('latent_channels')}: one that reads more beside them (for inpainting) is not "
+            "known here"
+        )
+    scheduler = _read_fields(folder / "scheduler" / "scheduler_config.json")
+    if unread := [name for name in _UNREAD_NOISE if scheduler.get(name)]:
+        raise UnknownModel(f"the scheduler in {folder} has {unread[0]}, which is not known here")
+    size = unet.get("sample_size") or _LATENT_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    return {
+        "model_type": MODEL_TYPE,
+        "image_size": [height * factor, width * factor],
+        "max_position_embeddings": text_encoder.get("max_position_embeddings", 77),
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "scheduler": scheduler,
+    }
+
+
+def read_noise(folder: Path) -> dict[str, Any]:
+    """What the pipeline in ``folder`` says of its noise, by the names of fields of ``Diffusion``.
+
+    As diffusers' own pipeline does, whatever the file says, it moves the steps of the way back by one.
+    """
+    scheduler = read_pipeline(folder)["scheduler"]
+    usual = {  # of diffusers' schedulers, where a file leaves one out
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "set_alpha_to_one": True,
+    }
+    return {name: scheduler.get(name, value) for name, value in usual.items()} | {"steps_offset": 1}
+
+
+def pipeline_processor(folder: Path) -> ImageProcessor:
+    """How images are read that the pipeline in ``folder`` makes: pixels from -1 to 1."""
+    height, width = read_pipeline(folder)["image_size"]
+    return ImageProcessor(height, width, (0.5,) * 3, (0.5,) * 3, "lanczos")
+
+
+def _read_part(folder: Path) -> dict[str, Any]:
+    """The configuration of a network of the pipeline; refuses one without safetensors."""
+    if not list(folder.glob("*.safetensors")):
+        raise UnknownModel(
+            f"{folder} has no .safetensors file. Pickled weights (.bin) can run code and are never "
+            "loaded; write the pipeline anew with save_pretrained(..., safe_serialization=True)"
+        )
+    return _read_fields(folder / "config.json")
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UnknownModel(f"{path} is missing, so {path.parent} is not whole")
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise CorruptFile(f"{path} is no configuration")
+    return fields
