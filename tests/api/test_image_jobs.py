@@ -100,3 +100,21 @@ def test_an_archive_becomes_a_model_that_makes_images_through_openai(server: Ser
         assert made.data and made.size == "32x32"
         file = io.BytesIO(base64.b64decode(made.data[1].b64_json or ""))
         assert Image.open(file).size == (32, 32)
+
+
+def test_a_series_becomes_a_model_that_judges_its_values(server: Served) -> None:
+    lines = [f"2026-01-01 {n // 60:02}:{n % 60:02}:00,{n % 9}" for n in range(300)]
+    body = "\n".join(["timestamp,value", *lines, ""]).encode()
+    server.client("s3").put_object(Bucket="data", Key="load.csv", Body=body)
+    bedrock = server.client("bedrock")
+    arn = bedrock.create_model_customization_job(
+        roleArn=ROLE, baseModelIdentifier="luthier.small-window-vae", jobName="series",
+        customModelName="series", trainingDataConfig={"s3Uri": "s3://data/load.csv"},
+        outputDataConfig={"s3Uri": "s3://data/out/"}, hyperParameters={"epochCount": "2"},
+    )["jobArn"]  # fmt: skip
+    asked = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
+    until(lambda: asked()["status"] != "InProgress")
+    assert asked()["status"] == "Completed", asked().get("failureMessage")
+    inputs = [{"window": [float(n % 9) for n in range(48)]}]
+    status, answer = server.ask("POST", "/api/v1/models/series/predictions", {"inputs": inputs})
+    assert status == 200 and {*answer["answers"][0]} == {"score", "anomalous"}, answer

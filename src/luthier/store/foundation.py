@@ -21,6 +21,7 @@ _PROVIDERS = {
     "small-cnn": ("luthier", "luthier", "small-cnn"),
     "small-audio-cnn": ("luthier", "luthier", "small-audio-cnn"),
     "small-vae": ("luthier", "luthier", "small-vae"),
+    "small-window-vae": ("luthier", "luthier", "small-window-vae"),
     "small-dcgan": ("luthier", "luthier", "small-dcgan"),
     "small-unet": ("luthier", "luthier", "small-unet"),
     "small-ocr": ("luthier", "luthier", "small-ocr"),
@@ -42,6 +43,8 @@ class FoundationModel:
     """Its task, or what it encodes: :data:`luthier.models.catalog.EntryKind`."""
     created: datetime | None = None
     """When it was made here; ``None`` for one of the catalogue."""
+    reads_windows: bool = False
+    """Whether it reads time series, which Bedrock has no word for."""
 
     @property
     def writes(self) -> bool:
@@ -50,7 +53,9 @@ class FoundationModel:
 
     @property
     def modalities(self) -> tuple[str, str]:
-        """What goes in and what comes out, as Bedrock calls it."""
+        """What goes in and what comes out, as Bedrock calls it; empty where it has no word."""
+        if self.reads_windows:
+            return "", ""
         return _MODALITIES.get(self.kind, ("TEXT", "EMBEDDING"))
 
 
@@ -103,12 +108,17 @@ def writes(model: FoundationModel | CustomModel) -> bool:
 
 
 def _catalog_models() -> list[FoundationModel]:
-    return [
-        FoundationModel(f"{prefix}.{base}", base, provider, name, CATALOG[base].kind)
-        for base, (prefix, provider, name) in _PROVIDERS.items()
-        if isinstance(CATALOG[base].source, PackageSource | RandomSource)
-        or (base_folder(base) / MANIFEST).is_file()
-    ]
+    found = []
+    for base, (prefix, provider, name) in _PROVIDERS.items():
+        kind, source = CATALOG[base].kind, CATALOG[base].source
+        fetchable = isinstance(source, PackageSource | RandomSource)
+        windows = isinstance(source, RandomSource) and source.processor.kind == "window"
+        if fetchable or (base_folder(base) / MANIFEST).is_file():
+            model_id = f"{prefix}.{base}"
+            found.append(
+                FoundationModel(model_id, base, provider, name, kind, reads_windows=windows)
+            )
+    return found
 
 
 def _pretrained_here() -> list[FoundationModel]:

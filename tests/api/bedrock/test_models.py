@@ -26,12 +26,13 @@ ENCODERS = [
     ENCODER, "google.efficientnet-lite0", "luthier.small-cnn", "luthier.small-audio-cnn"
 ]  # fmt: skip
 IMAGES = ["luthier.small-vae", "luthier.small-dcgan", "luthier.small-unet"]
-OCR = "luthier.small-ocr"
+OCR, SERIES = "luthier.small-ocr", "luthier.small-window-vae"
 
 
 def test_foundation_models(bedrock: Any, bob: Any) -> None:
     found = {m["modelId"]: m for m in bedrock.list_foundation_models()["modelSummaries"]}
-    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR}
+    assert found.keys() == {BASE, *ENCODERS, *IMAGES, OCR, SERIES}
+    assert found[SERIES]["inputModalities"] == found[SERIES]["outputModalities"] == []
     assert (found[OCR]["inputModalities"], found[OCR]["outputModalities"]) == (["IMAGE"], ["TEXT"])
     assert found[BASE]["outputModalities"] == ["TEXT"] and found[BASE]["responseStreamingSupported"]
     assert found[ENCODER]["outputModalities"] == ["EMBEDDING"]
