@@ -524,9 +524,10 @@ def test_work_that_takes_too_long_is_ended() -> None:
 def test_others_get_their_turn_while_many_images_are_made(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from luthier.objectives import generative
     from luthier.serving import images
 
-    monkeypatch.setattr(images, "AT_ONCE", 1)
+    monkeypatch.setattr(generative, "AT_ONCE", 1)
     monkeypatch.setattr(images.ImageGenerator, "_pixels", _slowly(images.ImageGenerator._pixels))
     pool, done = server.service.pool, []
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from luthier.data.chat import ChatFormat
+from luthier.data.media import Media
 from luthier.data.pictures import GAP
 from luthier.data.processors import ImageProcessor
+from luthier.data.shapes import CaptionedImage
 from luthier.engine.runs import GRIDS
 from luthier.engine.sample_grids import IMAGES, SampleGrids
 from luthier.engine.train import train
@@ -20,6 +23,7 @@ from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GAN, SFT, VAE, Diffusion
 from luthier.recipe import Recipe
+from luthier.types import Row
 
 HEIGHT, WIDTH = 9, 7
 
@@ -74,9 +78,29 @@ def test_a_picture_moves_no_draw_of_the_training(
 
 
 def test_models_that_make_no_images_leave_none(tmp_path: Path) -> None:
-    from luthier.data.chat import ChatFormat
-
     chat = ChatFormat.reading(ImageProcessor(HEIGHT, WIDTH))
     network: Any = None
     assert SampleGrids.of(SFT(), network, chat, tmp_path) is None
     assert all(SampleGrids.of(each, network, chat, tmp_path) for each in (VAE(), GAN()))
+
+
+def test_a_picture_shows_captions_of_rows_and_fewer_images_where_they_are_large(
+    tmp_path: Path,
+) -> None:
+    captions = ("a red disc", "a blue disc", "a red square")
+    media = Media("image", "i", array=np.zeros((4, 4, 3), np.uint8))
+    rows: list[Row] = [CaptionedImage("f", n, media, text) for n, text in enumerate(captions)]
+    network: Any = None
+    for side, images in ((32, IMAGES), (256, 16), (512, 4), (2048, 1)):
+        chat = ChatFormat.reading(ImageProcessor(side, side))
+        objective = Diffusion().fit(rows, chat)
+        examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+        grids = SampleGrids.of(objective, network, chat, tmp_path, examples)
+        assert grids is not None and len(grids.labels) == images
+        wanted = [objective.label_of(each, chat) for each in examples]
+        assert [*grids.labels] == [wanted[index % 3] for index in range(images)]
+        assert len(set(wanted)) == 3
+        ten = Diffusion(labels=tuple("abcdefghij"))
+        grids = SampleGrids.of(ten, network, chat, tmp_path, examples)
+        assert grids is not None and len(grids.labels) <= images
+        assert [*grids.labels] == [*ten.sample_labels[:images]] * max(1, images // 10)

@@ -95,7 +95,11 @@ def test_a_caption_is_asked_for_by_the_words_that_are_known(
     ]
     objective = Diffusion().fit(rows, chat)
     examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
-    assert [objective.shown(each, chat) for each in examples] == ["a red disc", "a red", "a disc"]
+    assert [objective.label_of(each, chat) for each in examples] == [
+        "a red disc",
+        "a red",
+        "a disc",
+    ]
 
 
 def test_only_a_classifier_of_images_has_such_features(

@@ -185,7 +185,7 @@ def test_what_an_image_shows_is_said_by_caption_or_label(prepared: Callable[...,
     np.testing.assert_array_equal(caption, label)
     np.testing.assert_array_equal(none, one.objective._nothing(one.network))
     assert len(none) == len(caption) == 48
-    asked = [one.objective.shown(each, one.chat) for each in one.examples]
+    asked = [one.objective.label_of(each, one.chat) for each in one.examples]
     assert asked == [*CAPTIONS]
 
 

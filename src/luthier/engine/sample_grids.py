@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from luthier.objectives.capabilities import (
     SupportsDenoising,
     SupportsSampling,
 )
+from luthier.objectives.generative import STEPS, Generative, images_at_once
+from luthier.types import Example
 
 IMAGES = 30
-"""In a picture; of classes as many each."""
+"""In a picture, or as many as are made at once where they are large; of classes as many each."""
 MOST_CLASSES = 10
 """That a picture shows."""
-STEPS = 20
-"""From noise to an image, where it takes several: a few are enough to see how it goes."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,18 @@ class SampleGrids:
     network: Network
     objective: SupportsSampling
     processor: ImageProcessor
+    labels: Sequence[str]
+    """What each image is asked to show: classes in turn, captions of rows, or anything."""
 
     @staticmethod
     def of(
-        objective: Objective, network: Network, chat: ChatFormat, run_folder: Path
+        objective: Objective,
+        network: Network,
+        chat: ChatFormat,
+        run_folder: Path,
+        examples: Sequence[Example] = (),
     ) -> SampleGrids | None:
-        """``None`` for models that make no images."""
+        """``None`` for models that make no images; captions are those of ``examples``, in turn."""
         if not isinstance(objective, SupportsSampling) or not isinstance(
             chat.media, ImageProcessor
         ):
@@ -49,17 +56,25 @@ class SampleGrids:
         if isinstance(objective, SupportsDenoising):
             steps = min(STEPS, objective.most_steps)
             objective = objective.with_sampling(DenoisingSettings(steps=steps))
-        return SampleGrids(run_folder / GRIDS, network, objective, chat.media)
+        count = min(IMAGES, images_at_once(chat.media))
+        labels = [*objective.sample_labels[: min(MOST_CLASSES, count)]]
+        if labels:
+            labels *= count // len(labels)
+        elif isinstance(objective, Generative) and examples:
+            own = [objective.label_of(each, chat) for each in examples[:count]]
+            labels = [own[index % len(own)] for index in range(count)]
+        return SampleGrids(
+            run_folder / GRIDS, network, objective, chat.media, labels or [""] * count
+        )
 
     @torch.no_grad()
     def draw(self, step: int) -> None:
         """Write the picture of ``step``; nothing is drawn from torch's global generator."""
-        classes = self.objective.sample_labels[:MOST_CLASSES]
-        labels = [*classes] * (IMAGES // len(classes)) if classes else [""] * IMAGES
         self.network.model.eval()
         generator = torch.Generator().manual_seed(0)
-        images = self.objective.sample(self.network, labels, generator).float().cpu().numpy()
+        images = self.objective.sample(self.network, self.labels, generator).float().cpu().numpy()
         pixels = [self.processor.to_pixels(each) for each in images]
         self.folder.mkdir(exist_ok=True)
         with new_data_file(self.folder / f"{step:06}.png") as file:
-            file.write(encode_png(grid(pixels, len(classes) or None)))
+            columns = len(set(self.labels)) if self.objective.sample_labels else None
+            file.write(encode_png(grid(pixels, columns)))

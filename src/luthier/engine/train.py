@@ -488,7 +488,8 @@ class Trainer:
 
     def _loop(self, network: Network, checkpoints: Checkpoints) -> Loop:
         objective, folder = self.job.data.objective, self.run_folder.folder
-        grids = SampleGrids.of(objective, network, self.job.chat, folder)
+        rows = self.job.data.validation or self.job.data.train
+        grids = SampleGrids.of(objective, network, self.job.chat, folder, rows)
         return Loop(
             network=network,
             objective=self.job.data.objective,

@@ -65,8 +65,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """What a micro-batch draws."""
+class NoisyImages:
+    """What is drawn for a micro-batch."""
 
     latents: Tensor
     """Of the images, ``[R, C, H, W]``."""
@@ -293,7 +293,7 @@ class Diffusion(Generative):
                 flat = [fixed_noise(each, size.numel()) for each in rows]
                 noise = torch.from_numpy(np.stack(flat)).unflatten(-1, size)
                 time_R = torch.tensor([self._fixed_time(each) for each in rows])
-            drawn = Mixture(
+            drawn = NoisyImages(
                 latents.float(),
                 noise.to(network.device),
                 time_R.to(network.device),
@@ -320,7 +320,7 @@ class Diffusion(Generative):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed over the rows: the mean squared error of the prediction for each."""
-        drawn: Mixture = batch.extra
+        drawn: NoisyImages = batch.extra
         denoiser: Denoiser = network.model
         schedule = self.schedule
         noisy = schedule.add_noise(drawn.latents, drawn.noise, drawn.time_R)
@@ -401,14 +401,14 @@ class Diffusion(Generative):
             mixture = schedule.step_back(latents, mixture, time, before, eta, drawn)
         return denoiser.decode_latents(mixture.to(network.dtype))
 
-    def shown(self, example: Example, chat: ChatFormat) -> str:
+    def label_of(self, example: Example, chat: ChatFormat) -> str:
         """The class of a row, its caption, or the words of that which are known."""
         if self.reads_texts:
             ids_T = _target_of(example)
             text: str = chat.tokenizer.decode(ids_T, skip_special_tokens=True)
             return text
         if self.labels or example.target is None or not self.words:
-            return super().shown(example, chat)
+            return super().label_of(example, chat)
         return " ".join(self.words[place] for place in example.target)
 
     @property

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 MOST_COMPARED = 1_000
 """Held-out rows that made images are compared with."""
 AT_ONCE = 32
-"""Images that are made, and read, at once."""
+"""Images that are made, and read, at once, where they are small."""
+PIXELS_AT_ONCE = 1 << 20
+"""Pixels of all that are made at once: four images of 512 x 512."""
 STEPS = 20
-"""From noise to an image that is compared, where it takes several."""
+"""From noise to an image that is compared, or drawn as training goes: a few are enough to see."""
 
 
 class Generative(Objective):
@@ -88,26 +90,32 @@ class Generative(Objective):
             steps = min(STEPS, maker.most_steps)
             maker = maker.with_sampling(DenoisingSettings(steps=steps))
         generator = torch.Generator().manual_seed(0)
+        at_once = images_at_once(network.chat.media)
         real_RD: list[NDArray[np.float32]] = []
         made_RD: list[NDArray[np.float32]] = []
         with torch.no_grad():
-            for start in range(0, len(examples), AT_ONCE):
-                part = examples[start : start + AT_ONCE]
+            for start in range(0, len(examples), at_once):
+                part = examples[start : start + at_once]
                 real = [each.media.array() for each in part if each.media is not None]
                 made = maker.sample(
-                    network, [self.shown(each, network.chat) for each in part], generator
+                    network, [self.label_of(each, network.chat) for each in part], generator
                 )
                 real_RD.append(features_of(classifier, map(to_pixels, real)))
                 made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
         distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
         return {"frechet_distance": distance}
 
-    def shown(self, example: Example, chat: ChatFormat) -> str:
-        """The class of a row, as :meth:`sample` is asked for it; an empty text without one."""
+    def label_of(self, example: Example, chat: ChatFormat) -> str:
+        """What :meth:`sample` is asked for to show what a row shows: its class, or an empty text."""
         assert isinstance(self, SupportsSampling)
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
+
+
+def images_at_once(processor: ImageProcessor) -> int:
+    """How many images of the size of ``processor`` are made at once."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (processor.height * processor.width)))
 
 
 def features_of(classifier: Network, images: Iterable[Pixels]) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from luthier.objectives.capabilities import (
     SupportsReconstruction,
     SupportsSampling,
 )
+from luthier.objectives.generative import images_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.types import Row
 
-AT_ONCE = 32
-"""Images that are made at once, where they are small."""
-PIXELS_AT_ONCE = 1 << 20
-"""Pixels of all that are made at once: four images of 512 x 512."""
 MOST_SAMPLES = 100_000
 """Of one request; they are held in memory."""
 LABELS_SHOWN = 20
@@ -143,8 +140,7 @@ class ImageGenerator:
         wanted = [classes[index % len(classes)] for index in range(count)]
         generator = torch.Generator().manual_seed(seed)
         made: list[SampledImage] = []
-        pixels = self.processor.height * self.processor.width
-        at_once = max(1, min(AT_ONCE, PIXELS_AT_ONCE // pixels))
+        at_once = images_at_once(self.processor)
         for start in range(0, count, at_once):
             part = wanted[start : start + at_once]
             with turn(), torch.inference_mode():
@@ -170,7 +166,7 @@ class ImageGenerator:
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
         found: dict[int, Reconstruction] = {}
         with torch.inference_mode():
-            for batch in self.network.batches(examples, AT_ONCE):
+            for batch in self.network.batches(examples, images_at_once(self.processor)):
                 copies = self._pixels(objective.reconstruct(self.network, batch))
                 originals = self._pixels(batch.plan)
                 for example, original, copy in zip(
