@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,25 @@ def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
     assert f"there is no {'custom ' if ':' in asked else ''}model {asked!r}. " in message
     assert ("Did you mean" in message) == bool(meant)
     assert f"Did you mean {meant}" in message or not meant
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "method"),
+    [
+        ("vae", "autoencoding", "vae"),
+        ("dcgan", "adversarial", "gan"),
+        ("unet", "denoising", "diffusion"),
+        ("stable_diffusion", "denoising", "diffusion"),
+        ("clip", "image_text_encoder", None),
+        ("small_cnn", None, None),
+    ],
+)
+def test_a_folder_without_a_record_is_known_by_its_network(
+    family: str, kind: str | None, method: str | None, family_folder: Callable[[str], Path]
+) -> None:
+    folder = find(str(family_folder(family)))
+    assert folder.manifest.kind is None
+    assert store.kind_of(folder) == kind
+    assert store.sole_objective(kind) == method
+    if method is not None:
+        assert store.objective_of(folder).method == method

@@ -148,7 +148,7 @@ def with_reading_defaults(
     features are computed once, and where texts are read off them, of which a part would be cut away.
     """
     choices: list[defaults.Choice] = []
-    own = store.sole_objective(base.manifest.kind)
+    own = store.sole_objective(store.kind_of(base))
     if recipe.objective is None and own is not None:
         choices.append(("objective", own, f"{base.id} is made for that"))
         recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})

@@ -175,7 +175,7 @@ def load_context(
 
     stored = store.find(base, on_stage)
     chat, room = load_format(stored, apart)
-    if wanted is None and (own := store.sole_objective(stored.manifest.kind)) is not None:
+    if wanted is None and (own := store.sole_objective(store.kind_of(stored))) is not None:
         wanted = OBJECTIVES[own].model_validate({})
     if wanted is not None:
         check_base(wanted, chat)

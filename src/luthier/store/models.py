@@ -274,14 +274,25 @@ def objective_of(model: StoredModel) -> Objective:
 
     fields = model.manifest.objective
     if fields is None:
-        kind = model.manifest.kind or _KINDS.get(_network_type(model.folder), "")
-        objective = OBJECTIVES[BASE_OBJECTIVES.get(kind, "causal_lm")].model_validate({})
+        method = BASE_OBJECTIVES.get(kind_of(model) or "", "causal_lm")
+        objective = OBJECTIVES[method].model_validate({})
         # A pipeline says itself how it makes images.
         return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 
-_KINDS = {"clip": "image_text_encoder", MODEL_TYPE: "denoising"}
+def kind_of(model: StoredModel) -> str | None:
+    """What its network is made for, as its record says, or else by the network; ``None`` if unknown."""
+    return model.manifest.kind or _KINDS.get(_network_type(model.folder))
+
+
+_KINDS = {
+    "clip": "image_text_encoder",
+    "dcgan": "adversarial",
+    "unet": "denoising",
+    "vae": "autoencoding",
+    MODEL_TYPE: "denoising",
+}
 """Kind of networks that are made for one thing, by ``model_type``, where no record says it."""
 
 
