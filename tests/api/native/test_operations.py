@@ -22,6 +22,7 @@ class Page(Input):
 class Thing(Input):
     name: str = Field(min_length=1)
     size: int | None = None
+    parts: tuple[int, ...] = Field(default=(0,), min_length=1)
 
 
 class ThingView(View):
@@ -141,3 +142,18 @@ def test_what_no_database_keeps_is_refused(text: str) -> None:
 def test_a_backslash_before_u0000_is_text() -> None:
     answer = answered("POST", "/api/v1/a/things", b'{"name": "\\\\u0000"}')
     assert json.loads(answer.body)["name"] == "a:\\u0000"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"name": "x", "parts": ["x"] * 100_000}, "parts.0: Input should be a valid integer"),
+        (dict.fromkeys(map(str, range(100_000)), 1), "the body: an object has 100,000 keys"),
+        ({"name": "x", "parts": []}, "parts: Tuple should have at least 1 item"),
+    ],
+)
+def test_what_is_wrong_a_hundred_thousand_times_is_said_once(body: object, text: str) -> None:
+    with pytest.raises(Fault) as refused:
+        answered("POST", "/api/v1/a/things", body)
+    said = refused.value.message
+    assert said.startswith(text) and len(said) < 200 and ";" not in said

@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
 
-from pydantic import BaseModel, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 from sqlalchemy.exc import OperationalError
 
 from luthier.errors import (
@@ -378,12 +378,26 @@ def _stop_at_first(schema: Any) -> None:
             _stop_at_first(part)
 
 
+MOST_KEYS = 1_000
+"""Of an object whose fields are known."""
+
+
 class CheckedBody(BaseModel):
-    """A model whose lists and objects are refused at their first wrong item.
+    """A model whose lists and objects are refused at their first wrong item, or for too many keys.
 
     Else pydantic collects an error of about a kilobyte for every item, in each alternative: a body of
     25 MB can hold ten million of them.
     """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_KEYS:
+            raise PydanticCustomError(
+                "too_many_keys",
+                f"an object has {len(given):,} keys, and at most {MOST_KEYS:,} are read",
+            )
+        return given
 
     @classmethod
     def __get_pydantic_core_schema__(
