@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from luthier.errors import UnknownModel
-from luthier.models.load import check_folder
+from luthier.errors import CorruptFile, UnknownModel
+from luthier.models.load import check_folder, sketch
 from luthier.models.pipelines import read_noise, read_pipeline
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.diffusion import Diffusion
 
 
 @pytest.fixture
@@ -63,7 +64,14 @@ def test_the_noise_is_that_of_the_scheduler(folder: Path) -> None:
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "XLPipeline, and of"),
         ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "vae .* is of class VQModel"),
         ("model_index.json", {"text_encoder": None}, "text_encoder .* is of class None"),
+        ("model_index.json", {"vae": ["diffusers"]}, "vae .* is of class None"),
+        ("model_index.json", {"vae": 5}, "vae .* is of class None"),
         ("unet/config.json", {"in_channels": 9}, "reads 9 channels, and latents have 4"),
+        (
+            "unet/config.json",
+            {"class_embed_type": "timestep"},
+            "has class_embed_type, which is not",
+        ),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "has trained_betas"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero"),
     ],
@@ -74,6 +82,38 @@ def test_other_pipelines_are_refused(
     change(folder / name, **fields)
     with pytest.raises(UnknownModel, match=refusal):
         check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "refusal"),
+    [
+        ("unet", {"sample_size": 10**9}, "sample_size=1000000000, .* of at most 8,192 pixels"),
+        ("unet", {"sample_size": -8}, "sample_size=-8, not a number"),
+        ("unet", {"sample_size": "8"}, "sample_size=8, not a number"),
+        ("unet", {"sample_size": [8]}, r"sample_size=\[8\], not a number, or two"),
+        ("vae", {"block_out_channels": 5}, "block_out_channels=5, not a list"),
+        ("vae", {"block_out_channels": [8] * 60}, "not a list of at most 10 numbers"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor=0, not a number above 0"),
+        ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan, not a number above 0"),
+    ],
+)
+def test_sizes_that_no_pipeline_has_are_refused(
+    folder: Path, name: str, fields: dict[str, Any], refusal: str
+) -> None:
+    change(folder / name / "config.json", **fields)
+    with pytest.raises(CorruptFile, match=refusal):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("unet", {"norm_num_groups": 0}), ("text_encoder", {"vocab_size": "190"})]
+)
+def test_parts_that_cannot_be_built_are_refused(
+    folder: Path, name: str, fields: dict[str, Any]
+) -> None:
+    change(folder / name / "config.json", **fields)
+    with pytest.raises(UnknownModel, match="no pipeline can be built"):
+        sketch(folder, Diffusion().head())
 
 
 def test_pickled_weights_are_refused_by_the_part_that_has_them(folder: Path) -> None:

@@ -8,6 +8,7 @@ lie in it (a safety checker, weights in one file) is left where it is.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ NETWORKS = ("unet", "vae", "text_encoder")
 """Parts that have weights."""
 _LATENT_SIZE = 64
 """Sides of the latents where the U-Net names none."""
+_LARGEST_SIDE = 8192
+"""Pixels: twice what any such pipeline makes."""
+_MOST_STAGES = 10
+"""Of an autoencoder, each of which halves the sides; published ones have four."""
+_FURTHER_INPUTS = (
+    "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"
+)  # fmt: skip
+"""Settings of a U-Net that reads more than latents, a time and a text."""
 _UNREAD_NOISE = ("trained_betas", "rescale_betas_zero_snr")
 """Settings of a schedule of noise that are not known here."""
 
@@ -59,7 +68,8 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
             f"diffusers {PIPELINE} (Stable Diffusion 1 and 2) can be tuned here"
         )
     for part, known in PARTS.items():
-        found = (index.get(part) or [None, None])[1]
+        named = index.get(part)
+        found = named[1] if isinstance(named, list) and len(named) == 2 else None
         if found not in known:
             raise UnknownModel(
                 f"the {part} of the pipeline in {folder} is of class {found}, and {known[0]} is known "
@@ -72,21 +82,46 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
             f"{vae.get('latent_channels')}: one that reads more beside them (for inpainting) is not "
             "known here"
         )
+    if odd := [name for name in ("in_channels", "out_channels") if vae.get(name, 3) != 3]:
+        raise UnknownModel(f"the vae in {folder} has {odd[0]}={vae[odd[0]]}, and images have 3")
+    if further := [name for name in _FURTHER_INPUTS if unet.get(name) is not None]:
+        raise UnknownModel(f"the unet in {folder} has {further[0]}, which is not known here")
     scheduler = _read_fields(folder / "scheduler" / "scheduler_config.json")
     if unread := [name for name in _UNREAD_NOISE if scheduler.get(name)]:
         raise UnknownModel(f"the scheduler in {folder} has {unread[0]}, which is not known here")
-    size = unet.get("sample_size") or _LATENT_SIZE
-    height, width = (size, size) if isinstance(size, int) else size
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    scale = vae.get("scaling_factor", 1)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise CorruptFile(f"the vae in {folder} has scaling_factor={scale}, not a number above 0")
     return {
         "model_type": MODEL_TYPE,
-        "image_size": [height * factor, width * factor],
+        "image_size": _image_size(folder, unet, vae),
         "max_position_embeddings": text_encoder.get("max_position_embeddings", 77),
         "unet": unet,
         "vae": vae,
         "text_encoder": text_encoder,
         "scheduler": scheduler,
     }
+
+
+def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list[int]:
+    """Height and width in pixels of the images that the pipeline makes."""
+    stages = vae.get("block_out_channels", [0])
+    if not isinstance(stages, list) or not 0 < len(stages) <= _MOST_STAGES:
+        raise CorruptFile(
+            f"the vae in {folder} has block_out_channels={str(stages)[:80]}, not a list of at most "
+            f"{_MOST_STAGES} numbers"
+        )
+    size = unet.get("sample_size") or _LATENT_SIZE
+    sides = size if isinstance(size, list) else [size, size]
+    factor = 2 ** (len(stages) - 1)
+    if len(sides) != 2 or not all(
+        isinstance(side, int) and 0 < side * factor <= _LARGEST_SIDE for side in sides
+    ):
+        raise CorruptFile(
+            f"the unet in {folder} has sample_size={str(size)[:80]}, not a number, or two, for images "
+            f"of at most {_LARGEST_SIDE:,} pixels a side"
+        )
+    return [side * factor for side in sides]
 
 
 def read_noise(folder: Path) -> dict[str, Any]:

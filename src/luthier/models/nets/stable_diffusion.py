@@ -234,13 +234,14 @@ def part_classes() -> dict[str, Any]:
 
 def _draw_parts(config: Any) -> list[nn.Module]:
     """The parts with random weights, or none on the ``meta`` device."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig
 
     unet, vae, text_encoder = part_classes().values()
-    text = CLIPTextConfig(**config.text_encoder)
     try:
-        return [unet.from_config(config.unet), vae.from_config(config.vae), text_encoder(text)]
-    except (ValueError, TypeError) as error:
+        text = text_encoder(CLIPTextConfig(**config.text_encoder))
+        return [unet.from_config(config.unet), vae.from_config(config.vae), text]
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise UnknownModel(f"no pipeline can be built from this configuration: {error}") from error
 
 
