@@ -187,12 +187,11 @@ class AudioProcessor:
     sampling_rate: int = 16_000
     max_seconds: float = 1.0
     """A longer sound is cut, its middle is read; a shorter one is filled up with silence."""
-    num_mel_bins: int = 32
-    """Few: narrow bins show the single harmonics of a voice, and so who speaks (docs/log/media.md)."""
+    num_mel_bins: int = 64
     window_ms: float = 25.0
     hop_ms: float = 10.0
-    top_db: float = 50.0
-    """How far below its greatest power a spectrogram ends; what is softer is noise of the recording."""
+    top_db: float = 80.0
+    """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
     kind: MediaKind = "audio"
 
     @property

@@ -405,7 +405,7 @@ _ENTRIES = (
         {
             "model_type": "small_cnn",
             "num_channels": 1,
-            "image_size": [32, 101],
+            "image_size": [64, 101],
             "stem_stride": 2,
             "hidden_sizes": [16, 32, 64, 128],
         },
