@@ -49,7 +49,7 @@ class QLoRA(Adaptation):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the inputs of the added branch that is dropped in training."""
     targets: str | tuple[str, ...] | None = None
-    """Linear layers that get a branch: ``all-linear``, or ends of their names. All are quantized."""
+    """Layers with a branch: all-linear or ends of names; as of LoRA if not given. All are quantized."""
 
     @property
     def lora(self) -> LoRA:

@@ -371,9 +371,7 @@ def width_of(model: Any) -> int:
         return int(model.config.decoder.hidden_size)
     if is_dual_encoder(model.config):
         return int(model.config.projection_dim)
-    if not reads_media(model.config):
-        return int(model.config.hidden_size)
-    if reads_sound(model.config):
+    if not reads_media(model.config) or reads_sound(model.config):
         return int(model.config.hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
