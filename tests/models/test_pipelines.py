@@ -123,6 +123,17 @@ def test_pickled_weights_are_refused_by_the_part_that_has_them(folder: Path) -> 
         check_folder(folder)
 
 
+@pytest.mark.parametrize("shards", [{"a": "x.bin"}, {"a": "x.safetensors", "b": ["y"]}, None, []])
+def test_an_index_of_pickled_weights_is_refused(folder: Path, shards: Any) -> None:
+    index = folder / "text_encoder" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(UnknownModel, match=r"index\.json names .*, which is no \.safetensors file"):
+        check_folder(folder)
+    alone = shutil.copytree(index.parent, folder.parent / "alone")
+    with pytest.raises(UnknownModel, match="never loaded"):
+        check_folder(alone)
+
+
 def test_a_part_that_is_missing_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(UnknownModel, match=r"scheduler_config\.json is missing"):

@@ -35,6 +35,7 @@ from luthier.models.heads import (
 )
 from luthier.models.layouts import Rectangle, media_inputs, read_states
 from luthier.models.network import Network, TreeBatch
+from luthier.models.outside import check_shards
 from luthier.models.pipelines import is_pipeline, read_pipeline
 from luthier.types import Example
 
@@ -59,6 +60,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
             "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
         )
     config: dict[str, Any] = read_json(folder / "config.json")
+    check_shards(folder)
     return config
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import CorruptFile, ModelRefused
+from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -154,6 +154,26 @@ def check_texts(folder: Path) -> dict[str, Any]:
         )  # fmt: skip
     _check_layers(config)
     return config
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse an index of weights that names another file than one of safetensors.
+
+    Whatever it was told of safetensors, transformers unpickles each other file that an index names.
+
+    Raises:
+        UnknownModel: for such an index.
+        CorruptFile: for one that cannot be read.
+    """
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        fields = read_json(path)
+        shards = fields.get("weight_map") if isinstance(fields, dict) else None
+        named = [*shards.values()] if isinstance(shards, dict) else [None]
+        if odd := [each for each in named if not str(each).endswith(".safetensors")]:
+            raise UnknownModel(
+                f"{path} names {odd[0]}, which is no .safetensors file. Pickled weights (.bin) can run "
+                "code and are never loaded"
+            )
 
 
 def _check_layers(config: dict[str, Any]) -> None:

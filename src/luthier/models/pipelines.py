@@ -15,6 +15,7 @@ from typing import Any
 from luthier.data.processors import ImageProcessor
 from luthier.errors import CorruptFile, UnknownModel
 from luthier.files import read_json
+from luthier.models.outside import check_shards
 
 MODEL_INDEX = "model_index.json"
 PIPELINE = "StableDiffusionPipeline"
@@ -155,6 +156,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
             f"{folder} has no .safetensors file. Pickled weights (.bin) can run code and are never "
             "loaded; write the pipeline anew with save_pretrained(..., safe_serialization=True)"
         )
+    check_shards(folder)
     return _read_fields(folder / "config.json")
 
 
