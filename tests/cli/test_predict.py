@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,18 @@ def test_what_is_made_for_one_thing_learns_that(
     )  # fmt: skip
     assert f"objective={method}  {base} is made for that" in tuned.err
     assert tuned.code == 2 and "made for images of 3 x 32 x 32" in tuned.err
+
+
+def test_a_clip_is_shown_what_it_reads(
+    luthier_home: Path, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = []
+    for number in range(4):
+        Image.fromarray(np.full((16, 16, 3), 40 * number, np.uint8)).save(
+            tmp_path / f"{number}.png"
+        )
+        rows.append(json.dumps({"image": f"{number}.png", "caption": f"grey {number}"}))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(rows))
+    answer = Answer("inspect", str(data), "--base", str(family_folder("clip")))
+    assert "contrastive on" in answer.out and "<image>" in answer.out, answer.err

@@ -465,8 +465,9 @@ class ChatFormat:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
-        if self.media is not None and not self.has_tokenizer:
-            return [f"<{self.media.kind}>"] * len(ids)
+        media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
+        if self.media is not None and (media or not self.has_tokenizer):
+            return [f"<{self.media.kind}>"] * len(ids)  # its id is that of its content
         names: list[str] = self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # By its kind: a byte-level vocabulary may hold a token "##" too.

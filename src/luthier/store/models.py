@@ -258,14 +258,13 @@ BASE_OBJECTIVES = {
     "image_to_text": "image_to_text",
 }
 """What base models of a kind are made for, where they do not write."""
+CLASSIFYING = frozenset({"encoder", "masked_lm", "image_encoder", "audio_encoder"})
+"""Kinds of them that learn labels, too: their rows say what is learned."""
 
 
 def sole_objective(kind: str | None) -> str | None:
-    """The method that networks of a kind are made for and nothing else learns; ``None`` for others."""
-    from luthier.objectives import OBJECTIVES
-
-    method = BASE_OBJECTIVES.get(kind or "")
-    return method if method is not None and OBJECTIVES[method].task == kind else None
+    """The method that networks of a kind are made for, where they learn by no other; else ``None``."""
+    return None if kind is None or kind in CLASSIFYING else BASE_OBJECTIVES.get(kind)
 
 
 def objective_of(model: StoredModel) -> Objective:
