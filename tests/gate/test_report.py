@@ -324,6 +324,14 @@ def test_the_command_names_each_fix_once_and_held_out_rows_where_they_are_needed
     }  # fmt: skip
 
 
+def test_no_line_of_a_time_series_is_proposed_to_be_dropped() -> None:
+    found = Findings()
+    found.add(Finding(all_rules()["window.value"], Place("a.csv", 51), "x"))
+    report = Report({"train": ["a.csv"]}, {"train": 397}, found)
+    assert cleaning_command(report) == ""
+    assert [command for _, command in next_steps(report)] == [""]
+
+
 def test_nothing_is_dropped_where_no_row_would_be_left() -> None:
     found, rule = Findings(), all_rules()["field.missing"]
     found.add(Finding(rule, Place("a.jsonl", 1), "x"))

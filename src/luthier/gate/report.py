@@ -248,7 +248,11 @@ _DROPPED = (
 """Rules whose rows nothing but a person mends; without them nothing is wrong."""
 
 FIXES: Mapping[str, tuple[str, str]] = {
-    **{rule.id: ("--drop", "unreadable") for rule in READING_RULES.values() if not rule.whole},
+    **{
+        rule.id: ("--drop", "unreadable")
+        for rule in READING_RULES.values()
+        if not rule.whole and not rule.id.startswith("window.")  # a series without a line has a gap
+    },
     **{f"encoding.{name}": ("--normalize", "") for name in ("control", "invisible", "not_nfc")},
     **{f"{group}.{kind}": ("--redact", kind) for group in ("privacy", "secret") for kind in KINDS},
     **{f"leakage.{name}": ("--drop", "leakage.*") for name in ("exact", "input", "near", "many")},
