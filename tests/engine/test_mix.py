@@ -140,7 +140,7 @@ def test_augmentation_is_refused_where_words_are_learned(
     tmp_path: Path, tiny_model_folder: Path
 ) -> None:
     rows = write(tmp_path / "p.jsonl", [{"prompt": "say yes", "completion": "yes"}] * 4)
-    with pytest.raises(RefusedInput, match=r"sft learns the words themselves.*classification"):
+    with pytest.raises(RefusedInput, match=r"sft learns them as they are.*classification"):
         luthier.tune(
             rows,
             base=str(tiny_model_folder),

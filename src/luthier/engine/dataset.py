@@ -279,8 +279,8 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
     if not objective.allows_augmentation:
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
         raise RecipeError(
-            f"data.augmentation changes the words of a row, and {objective.method} learns the words "
-            f"themselves. It goes with {', '.join(able)}; leave it out here"
+            f"data.augmentation changes rows at random; {objective.method} learns them as they are. "
+            f"It goes with {', '.join(able)}; leave it out here"
         )
     if augmentation.mixes and not isinstance(objective, SupportsMixedRows):
         raise RecipeError(

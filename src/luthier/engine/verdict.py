@@ -185,7 +185,7 @@ def judge_run(
         if informed:
             advice = (
                 f"To answer every row alike is no worse, yet {informed} tells the rows apart: it is "
-                "the base model that does not know their language or their words. "
+                "the base model that does not know what they hold, such as their language. "
             )
             advice += other_base or "Try one that does: `--base ID`."
             advice += " With this base, the baseline is the better choice"
