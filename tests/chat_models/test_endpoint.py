@@ -150,7 +150,7 @@ def test_failures_in_a_row_end_the_run_and_keep_the_answers(endpoint: Any) -> No
             questions, SamplingSpec(), lambda i, _: heard.append(i), lambda _: None
         )
     assert heard == [0]
-    assert endpoint.asked.total() <= 8
+    assert endpoint.asked.total() <= 14  # of 21; those under way when the fifth failed are answered
 
 
 def test_a_refused_key_is_named_and_not_shown(endpoint: Any, key: str) -> None:
