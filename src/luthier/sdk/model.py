@@ -266,12 +266,11 @@ class Model:
             columns: what rows call our keys, such as ``{"text": "question"}``.
         """
         from luthier.data.rows import input_row, load_inputs
-        from luthier.serving.nearest import check_embeds, find_nearest
+        from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
         if not isinstance(self.opened, Predictor):
             raise RecipeError(f"{self.stored.id} gives no embeddings; name a model that does")
-        check_embeds(self.stored, self.opened.objective)
         if isinstance(among, str | Path):
             rows = [row for _, row in load_inputs(among, columns)]
         else:

@@ -56,22 +56,6 @@ class NearestRows:
     """Contents of the collection that had to be embedded; the others were known."""
 
 
-def check_embeds(stored: StoredModel, objective: Objective) -> None:
-    """Refuse a model without embeddings.
-
-    Raises:
-        RecipeError: naming the base model it was made from, where that one has them.
-    """
-    from luthier.store.models import find, objective_of
-
-    if objective.task == "embedding":
-        return
-    base = stored.root
-    embeds = base != stored.id and objective_of(find(base)).task == "embedding"
-    named = f"the base model it was made from, {base}" if embeds else "a model that does"
-    raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
-
-
 def find_nearest(
     predictor: Predictor,
     stored: StoredModel,
@@ -99,7 +83,7 @@ def find_nearest(
     """
     from luthier.evaluation.retrieval import nearest
 
-    check_embeds(stored, predictor.objective)
+    _check_embeds(stored, predictor.objective)
     if not rows or not queries:
         raise RecipeError("there is nothing to look up, or nothing to look among")
     if len(rows) > MOST_ROWS:
@@ -220,3 +204,19 @@ def _embed(
 ) -> NDArray[np.float32]:
     answers = predictor.answers(rows, on_progress)
     return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
+
+
+def _check_embeds(stored: StoredModel, objective: Objective) -> None:
+    """Refuse a model without embeddings.
+
+    Raises:
+        RecipeError: naming the base model it was made from, where that one has them.
+    """
+    from luthier.store.models import find, objective_of
+
+    if objective.task == "embedding":
+        return
+    base = stored.root
+    embeds = base != stored.id and objective_of(find(base)).task == "embedding"
+    named = f"the base model it was made from, {base}" if embeds else "a model that does"
+    raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
