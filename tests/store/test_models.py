@@ -320,7 +320,7 @@ def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
         ("dcgan", "adversarial", "gan"),
         ("unet", "denoising", "diffusion"),
         ("stable_diffusion", "denoising", "diffusion"),
-        ("clip", "image_text_encoder", None),
+        ("clip", "image_text_encoder", "contrastive"),
         ("small_cnn", None, None),
     ],
 )
