@@ -20,7 +20,7 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product() -> None:
     start = base.weight.detach().clone()
     layer = LoRALinear(base, rank=2, scale=0.5, dropout=0.0)
     nn.init.normal_(layer.lora_B.weight)
-    merged = layer.merged(Rounding())
+    merged = layer.merge(Rounding())
     expected = start + 0.5 * layer.lora_B.weight @ layer.lora_A.weight
     torch.testing.assert_close(merged.weight, expected, rtol=1e-6, atol=1e-7)
 
@@ -32,8 +32,8 @@ def test_a_merge_in_bfloat16_is_unbiased_and_always_the_same() -> None:
     nn.init.constant_(layer.lora_B.weight, 0.01)
     start = layer.base_layer.weight.detach().float().clone()
     update = layer.lora_B.weight[0, 0].item() * layer.lora_A.weight[0, 0].item()
-    first = copy.deepcopy(layer).merged(Rounding()).weight
-    again = copy.deepcopy(layer).merged(Rounding()).weight
+    first = copy.deepcopy(layer).merge(Rounding()).weight
+    again = copy.deepcopy(layer).merge(Rounding()).weight
     assert first.dtype == torch.bfloat16 and torch.equal(first, again)
     assert (first.float() - start).mean().item() == pytest.approx(update, rel=0.02)
 

@@ -170,12 +170,12 @@ def test_a_merged_layer_is_the_dequantized_weight_plus_the_update() -> None:
     layer = made(torch.float32)
     a, b = branch(layer)
     expected = layer.base_layer.weight_OI + 0.7 * b @ a
-    merged = layer.merged(Rounding())
+    merged = layer.merge(Rounding())
     assert type(merged) is nn.Linear and merged.bias is layer.base_layer.bias
     torch.testing.assert_close(merged.weight, expected, rtol=1e-6, atol=1e-7)
     layer = made(torch.bfloat16)
     nn.init.zeros_(layer.lora_B.weight)
-    assert torch.equal(layer.merged(Rounding()).weight, layer.base_layer.weight_OI)
+    assert torch.equal(layer.merge(Rounding()).weight, layer.base_layer.weight_OI)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -209,7 +209,7 @@ def test_a_baseline_that_beats_the_constant_ones_shows_that_rows_tell_their_answ
         words = Baseline("naive Bayes", right / 30, {}, 0.0)
         made = Comparison("accuracy", 30, 270, [constant, words])
         scores = RowScores.of([0] * (30 - right) + [1] * right)
-        return FittedBaselines(made, [answers, scores]).informed
+        return FittedBaselines(made, [answers, scores]).best_informative
 
     assert informed(8) is None
     best = informed(23)
@@ -217,7 +217,7 @@ def test_a_baseline_that_beats_the_constant_ones_shows_that_rows_tell_their_answ
     ratings = [replace(constant, score=2.0), Baseline("ridge", 0.5, {}, 0.0)]
     errors = [RowScores.of([2.0] * 30, is_share=False), RowScores.of([0.5] * 30, is_share=False)]
     rated = FittedBaselines(Comparison("mean_absolute_error", 30, 270, ratings), errors)
-    assert rated.informed == ratings[1]
+    assert rated.best_informative == ratings[1]
 
 
 def test_held_out_rows_of_one_label_say_nothing() -> None:

@@ -148,19 +148,19 @@ def test_sizes_that_give_other_bits_are_not_used(
 ) -> None:
     made = network(family_folder("llama"))
     assert FlatBackend(made, 1024, exact=True).sizes[-1] == SIZES[-1]
-    honest = FlatBackend._probed
+    honest = FlatBackend._probe_logits
 
     def but_small(self: Any, ids: Any) -> Any:
         found = honest(self, ids)
         return found if len(ids) > 8 else found + 1e-3
 
-    monkeypatch.setattr(FlatBackend, "_probed", but_small)
+    monkeypatch.setattr(FlatBackend, "_probe_logits", but_small)
     assert FlatBackend(made, 1024, exact=True).sizes == (16, 32, 64)
 
     def by_neighbours(self: Any, ids: Any) -> Any:
         return honest(self, ids) + ids.sum()
 
-    monkeypatch.setattr(FlatBackend, "_probed", by_neighbours)
+    monkeypatch.setattr(FlatBackend, "_probe_logits", by_neighbours)
     alone = FlatBackend(made, 1024, exact=True)
     assert alone.sizes == (1,)
     assert written(alone, PROMPTS[:2], 4) == written(

@@ -31,7 +31,7 @@ def settled(decoder: Decoder) -> bool:
     """Whether it comes to rest, with nothing kept, within a second."""
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        if decoder.idle and decoder.memory.taken == decoder._answers.total() == 0:
+        if decoder.idle and decoder.memory.reserved_bytes == decoder._answers.total() == 0:
             return not any(bank.spans for bank in decoder._backend._banks._banks.values())  # type: ignore[attr-defined]
         time.sleep(0.01)
     return False

@@ -296,15 +296,17 @@ def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[st
         folders[0], GenerationRequest("x", max_tokens=300, temperature=1, logit_bias=bias)
     )
     next(first)
-    pool.memory.total = pool.memory.taken + 100
+    pool.memory.total = pool.memory.reserved_bytes + 100
     second = pool.submit(
         folders[1], GenerationRequest("x", max_tokens=4, temperature=0, logit_bias=bias)
     )
     assert second.whole()[0].tokens == 4
     until = time.monotonic() + 1
-    while pool.memory.taken and time.monotonic() < until:  # given back behind the last piece
+    while (
+        pool.memory.reserved_bytes and time.monotonic() < until
+    ):  # given back behind the last piece
         time.sleep(0.01)
-    assert pool.memory.taken == 0
+    assert pool.memory.reserved_bytes == 0
     assert first.whole()[0].tokens == 300
 
 

@@ -30,7 +30,7 @@ def test_a_client_alone_never_pauses() -> None:
     for _ in range(100):
         assert scheduler.runnable(["one"]) == {"one"}
         scheduler.charge("one", CHUNK)
-    assert not scheduler.shared
+    assert not scheduler.has_several_clients
 
 
 def test_who_comes_goes_first_and_then_has_half() -> None:
@@ -38,7 +38,7 @@ def test_who_comes_goes_first_and_then_has_half() -> None:
     scheduler.enter("long")
     scheduler.charge("long", 100)
     scheduler.enter("short")
-    assert scheduler.shared
+    assert scheduler.has_several_clients
     at_first = 0.0
     while "long" not in scheduler.runnable(["long", "short"]):
         scheduler.charge("short", STEP)

@@ -192,10 +192,10 @@ def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
     matcher = constraints.calls([WEATHER], marked=True)
     written = '<tool_call>\n{"name": "weather", "arguments": {"city": 3}}\n</tool_call>'
     for token in tokenizer.encode(written, add_special_tokens=False):
-        assert matcher.allowed(len(tokenizer))[token]
+        assert matcher.allowed_mask(len(tokenizer))[token]
         matcher.take(token)
     assert matcher.finished
     again = constraints.calls([WEATHER], marked=True)
-    first = again.copy().allowed(len(tokenizer))
+    first = again.copy().allowed_mask(len(tokenizer))
     assert first.sum() >= 1
     assert not first[tokenizer.encode("x")[0]]

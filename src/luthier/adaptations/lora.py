@@ -77,7 +77,7 @@ class LoRA(Adaptation):
 
         rounding = Rounding()
         names = modules_of(model, (LoRALinear, LoRAConv2d))
-        replace_modules(model, names, lambda layer: layer.merged(rounding))
+        replace_modules(model, names, lambda layer: layer.merge(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The configuration PEFT itself writes for this adapter."""

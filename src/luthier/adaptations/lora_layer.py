@@ -135,7 +135,7 @@ class LoRALinear(nn.Module):
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias
 
-    def merged(self, rounding: Rounding) -> nn.Module:
+    def merge(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
         with torch.no_grad():
             merged_OI = rounding(self._merged_OI(), self.weight_OI.dtype)
@@ -187,7 +187,7 @@ class LoRAConv2d(nn.Module):
         y: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
         return y
 
-    def merged(self, rounding: Rounding) -> nn.Module:
+    def merge(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
         with torch.no_grad():
             a, b = self.lora_A.weight.float(), self.lora_B.weight.float()[:, :, 0, 0]

@@ -182,7 +182,7 @@ class QLoRALinear(LoRALinear):
         """The frozen weight as ``[out, in]``, dequantized anew at each use."""
         return self.base_layer.weight_OI
 
-    def merged(self, rounding: Rounding) -> nn.Module:
+    def merge(self, rounding: Rounding) -> nn.Module:
         """A plain layer with the dequantized weight and the branch in one."""
         with torch.no_grad():
             return self.base_layer.plain(rounding(self._merged_OI(), self.base_layer.dtype))

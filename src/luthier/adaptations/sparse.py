@@ -88,7 +88,7 @@ class Sparse(Adaptation):
         """Put the trained weights in their places and take the wrappers away."""
         from luthier.adaptations.sparse_layer import SparseLinear
 
-        replace_modules(model, modules_of(model, SparseLinear), SparseLinear.merged)
+        replace_modules(model, modules_of(model, SparseLinear), SparseLinear.merge)
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """Places and values are stored; PEFT has no such method, so the file is luthier's own."""

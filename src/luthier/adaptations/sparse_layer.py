@@ -61,7 +61,7 @@ class SparseLinear(nn.Module):
             y = y + self.base_layer.bias
         return y.view(*x.shape[:-1], -1)
 
-    def merged(self) -> nn.Module:
+    def merge(self) -> nn.Module:
         """The base layer with the values in their places."""
         self.base_layer.weight.data = self.weight()
         base: nn.Module = self.base_layer

@@ -261,7 +261,7 @@ class Service:
             "memory_bytes": {
                 "resident": float(resident_bytes()),
                 "models": float(self.pool.weight_bytes()),
-                "keys_and_values": float(self.pool.memory.taken),
+                "keys_and_values": float(self.pool.memory.reserved_bytes),
                 "keys_and_values_limit": float(self.pool.memory.total),
             },
         }

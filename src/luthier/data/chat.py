@@ -315,7 +315,7 @@ class ChatFormat:
     ) -> str:
         """The text that :meth:`encode_prompt` makes tokens of."""
         if self.start_id is not None or self.template == "plain":
-            return _joined(in_words(messages, tools))
+            return _plain_prompt(in_words(messages, tools))
         return self._render(messages, tools, reply=True, kwargs=self._read_kwargs(kwargs or {}))
 
     def prompt_tokens(self, text: str) -> IntArray:
@@ -638,7 +638,7 @@ def _check_single(messages: Sequence[Message]) -> None:
         )
 
 
-def _joined(messages: Sequence[Message]) -> str:
+def _plain_prompt(messages: Sequence[Message]) -> str:
     if len(messages) != 1:
         raise RecipeError(
             "this model was trained on plain text and has no chat template: it takes one prompt, "

@@ -101,7 +101,7 @@ class Job:
         """Steps of the whole run, a refit among them, as far as they are known."""
         return self.steps_before + (self.until or self.steps) + self.refit_steps
 
-    def sampled(self, train: Sequence[int], validation: Sequence[int]) -> Job:
+    def with_sample(self, train: Sequence[int], validation: Sequence[int]) -> Job:
         """This job, to be tried on some rows only: the training rows ``train``, in this order."""
         training = self.recipe.training.model_copy(update={"shuffle": False})
         recipe = self.recipe.model_copy(update={"training": training})

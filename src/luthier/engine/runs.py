@@ -161,13 +161,13 @@ class Run:
         if not (self.folder / _REQUEST).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def trained(self) -> bool:
+    def has_metrics(self) -> bool:
         """Whether it measured or trained anything yet."""
         return (self.folder / METRICS).exists()
 
     def drop_if_untrained(self) -> None:
         """Forget a run that was refused before it measured or trained anything."""
-        if not self.trained():
+        if not self.has_metrics():
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

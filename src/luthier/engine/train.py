@@ -165,7 +165,7 @@ class Trainer:
 
     def run(self, resume: bool) -> Result:
         """Everything after the last check."""
-        resumed = self.run_folder.trained()
+        resumed = self.run_folder.has_metrics()
         network, progress, lines = self.learn(resume, compare=True)
         if self.baselines is not None:
             held, budget = self.job.data.compared[1], self._reading_budget
@@ -204,7 +204,7 @@ class Trainer:
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
         report = self.job.data.report
         language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
-        informed = self.baselines.informed if self.baselines is not None else None
+        informed = self.baselines.best_informative if self.baselines is not None else None
         verdict = judge_run(
             lines,
             objective.measure,
@@ -272,7 +272,7 @@ class Trainer:
             f"Training once more, on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
         )
         run = Run(job.base.root, self.run_folder.name, rehearsal=self.run_folder.folder / REFIT)
-        resume = run.trained()
+        resume = run.has_metrics()
         run.begin(job.request(), resume=True)
         trainer = Trainer(job, run, self.reporter, self.clock)
         network, progress, lines = trainer.learn(resume)

@@ -190,7 +190,7 @@ def judge_run(
             advice += other_base or "Try one that does: `--base ID`."
             advice += " With this base, the baseline is the better choice"
     kept_for = "stored" if refit is None else "the best"
-    text = f"{headline.format(step=kept)}: {course.described(early, last_step, kept_for)}"
+    text = f"{headline.format(step=kept)}: {course.describe(early, last_step, kept_for)}"
     few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
     if 0 < rows < few:
         held_out = "One held-out row gives" if rows == 1 else f"{rows} held-out rows give"
@@ -244,10 +244,10 @@ class _Course:
                 return "still_improving"
         return "learned"
 
-    def described(self, early: bool, last_step: int, kept_for: str) -> str:
+    def describe(self, early: bool, last_step: int, kept_for: str) -> str:
         """The numbers in words, and which weights are ``kept_for`` what."""
         measure = SCORES.get(self.measure, self.measure)
-        text = f"validation {measure} {self._shown(self.first)} {self.start.measured}"
+        text = f"validation {measure} {self._scores(self.first)} {self.start.measured}"
         kept = self.kept["step"]
         if kept == 0:
             hollow = self.measure == "loss" and is_hollow(self.last, self.first)
@@ -258,10 +258,10 @@ class _Course:
             elif hollow:
                 why += "fewer rows are right"
             return (
-                f"{text} and never better in {last_step} steps, {self._shown(self.last)} at the end"
+                f"{text} and never better in {last_step} steps, {self._scores(self.last)} at the end"
                 f"{why}. {self.start.stored}"
             )
-        text += f", {self._shown(self.kept)} at step {kept}"
+        text += f", {self._scores(self.kept)} at step {kept}"
         best = min(self.held, key=self._cost)
         if self.measure in SCORES and self._cost(best) < self._cost(self.kept):
             text += (
@@ -277,8 +277,8 @@ class _Course:
             share = lost / abs(self._cost(self.kept))
             worse += f"; of so few rows the difference of {share:.1%} is chance"
         return (
-            f"{text}, whose weights are {kept_for}; {self._shown(self.last)} at step {last_step}, {end}"
-            f"{worse}"
+            f"{text}, whose weights are {kept_for}; {self._scores(self.last)} at step {last_step}, "
+            f"{end}{worse}"
         )
 
     def advice(self, outcome: Outcome, training: Training) -> str:
@@ -372,7 +372,7 @@ class _Course:
         first = statistics.fmean(losses[: min(part, 3)])
         return statistics.fmean(losses[-part:]) > first + RISEN * abs(first)
 
-    def _shown(self, line: Mapping[str, Any]) -> str:
+    def _scores(self, line: Mapping[str, Any]) -> str:
         beside = metrics_beside(self.measure)
         texts = [f"{text} {line[name]:.3f}" for name, text in beside.items() if name in line]
         value = f"{line[self.measure]:.4f}"

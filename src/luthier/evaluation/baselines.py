@@ -137,7 +137,7 @@ class FittedBaselines:
     """Of each baseline."""
 
     @property
-    def informed(self) -> Baseline | None:
+    def best_informative(self) -> Baseline | None:
         """The best that is better than all that answer every row alike, beyond chance.
 
         Where there is one, the rows tell their answers.

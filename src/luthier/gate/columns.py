@@ -35,11 +35,6 @@ class Column:
         self._parts.append(np.ascontiguousarray(values, self.dtype))
         self.length += len(values)
 
-    @property
-    def held(self) -> int:
-        """Bytes in memory."""
-        return sum(part.nbytes for part in self._parts)
-
     def spill(self) -> None:
         """Move all to the file, which has no name and is gone with the column or the process."""
         if self._file is None:

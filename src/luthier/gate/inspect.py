@@ -109,7 +109,7 @@ class InspectionRequest:
         return {split: source for split, source in named.items() if source is not None}
 
     @property
-    def decided(self) -> GatePolicy:
+    def resolved_policy(self) -> GatePolicy:
         """The policy, with what was said beside it."""
         file = read_policy(self.policy) if self.policy else GatePolicy()
         return file.and_then(parse_policy(self.severity, self.skip))
@@ -131,7 +131,7 @@ def inspect(
             base model cannot learn.
         UnknownModel, DownloadError: for another base model that is not here.
     """
-    decided = request.decided
+    decided = request.resolved_policy
     known, missing, base = CheckContext(shown=request.shown), "", request.base
     if base == AUTO:
         base = default_base(request.data, request.columns, parse_objective(request.objective))[0]

@@ -199,7 +199,7 @@ class Deletions:
     ) -> None:
         if not (items or traces.jobs or traces.objects):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
-        reading = [job for job in traces.unfinished if job in _affected_jobs(traces, deletion)]
+        reading = [job for job in traces.open_jobs if job in _affected_jobs(traces, deletion)]
         if reading:
             names = ", ".join(job.name for job in reading)
             raise WrongState(f"jobs that have not ended read these data: {names}. Stop them first")

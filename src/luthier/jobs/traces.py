@@ -56,7 +56,7 @@ class Traces:
     """Addresses that are not kept here: files of the machine, other S3 endpoints."""
 
     @property
-    def unfinished(self) -> list[Job]:
+    def open_jobs(self) -> list[Job]:
         """Jobs that still read the data."""
         return [job for job in (*self.jobs, *self.further) if job.state not in ENDED]
 

@@ -57,7 +57,7 @@ def draw(weight_RV: Tensor, uniform_R: Tensor) -> Tensor:
 class TokenMask(Protocol):
     """What a grammar lets be written next."""
 
-    def allowed(self, size: int) -> Tensor:
+    def allowed_mask(self, size: int) -> Tensor:
         """Whether each of ``size`` tokens may follow, ``[V]``."""
         ...
 
@@ -136,7 +136,9 @@ class TokenSampler:
             times = torch.tensor([float(self._written[i]) for i in written], device=at.device)
             logits_V[at] -= sampling.frequency_penalty * times + sampling.presence_penalty
         if self.mask is not None:
-            logits_V.masked_fill_(~self.mask.allowed(len(logits_V)).to(logits_V.device), -torch.inf)
+            logits_V.masked_fill_(
+                ~self.mask.allowed_mask(len(logits_V)).to(logits_V.device), -torch.inf
+            )
         return logits_V
 
     def _draw(self, logits_V: Tensor) -> int:

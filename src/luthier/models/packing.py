@@ -31,7 +31,7 @@ class PackedWeight:
         self._branch: tuple[Tensor, Tensor] | None = None
 
     @cached_property
-    def _packed(self) -> Tensor:
+    def _packed_weight(self) -> Tensor:
         return _reorder(self._layer.weight)
 
     def product(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class PackedWeight:
         layer = self._layer
         if x.numel() > MOST_ROWS * x.shape[-1]:
             return nn.functional.linear(x, layer.weight, layer.bias)
-        return _product(x, self._packed, layer.bias)
+        return _product(x, self._packed_weight, layer.bias)
 
     def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
         """``x W^T + scale x A^T B^T``, rounded once.
@@ -75,7 +75,7 @@ def packed_weight(layer: Any) -> PackedWeight | None:
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed_linears(model: nn.Module) -> Iterator[None]:
     """Pack the linear layers of a network in bfloat16 on a CPU; other networks stay as they are.
 
     Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it.

@@ -37,7 +37,7 @@ from luthier.models.kv_cache import (
     room_for,
 )
 from luthier.models.layouts import Flat
-from luthier.models.packing import packed, packed_weight
+from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
 from luthier.types import Example
 
@@ -104,7 +104,7 @@ class FlatBackend:
         self._first = self._layout.first_position
         self._before = prefix_tokens(network.model)
         self._open = ExitStack()
-        self._open.enter_context(packed(network.model))
+        self._open.enter_context(packed_linears(network.model))
         self._banks = Banks()
         config = network.model.config
         key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -251,20 +251,22 @@ class FlatBackend:
         """
         size = int(self.network.model.config.vocab_size)
         ids = np.random.default_rng(0).integers(size // 2, size, SIZES[-1])
-        whole = self._probed(ids)
-        moved = self._probed(np.roll(ids, PROBES) + np.where(np.arange(len(ids)) < PROBES, -1, 0))
+        whole = self._probe_logits(ids)
+        moved = self._probe_logits(
+            np.roll(ids, PROBES) + np.where(np.arange(len(ids)) < PROBES, -1, 0)
+        )
         if not torch.equal(moved[PROBES : 2 * PROBES], whole[:PROBES]):
             return (1,)
         sizes = [SIZES[-1]]
         # From the largest down: a small one that agrees by luck below one that does not is left out.
         for count in reversed(SIZES[:-1]):
-            parts = [self._probed(ids[at : at + count]) for at in range(0, PROBES, count)]
+            parts = [self._probe_logits(ids[at : at + count]) for at in range(0, PROBES, count)]
             if not torch.equal(torch.cat(parts)[:PROBES], whole[:PROBES]):
                 break
             sizes.insert(0, count)
         return tuple(sizes)
 
-    def _probed(self, ids: IntArray) -> Tensor:
+    def _probe_logits(self, ids: IntArray) -> Tensor:
         """Logits behind sequences of the same token twice."""
         banks = Banks()
         spans = [banks.keep(Bank(room_for(1)).add(), 1) for _ in ids]

@@ -60,7 +60,7 @@ class Matcher:
         """Whether nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
 
-    def allowed(self, vocabulary: int) -> Tensor:
+    def allowed_mask(self, vocabulary: int) -> Tensor:
         """Which tokens may come next, booleans ``[V]``."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check()

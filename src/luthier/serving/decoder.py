@@ -536,7 +536,7 @@ class Decoder:
         read: int = unread - job.state.unread
         if logits_V is None:
             device = self._backend.network.device
-            if self._scheduler.shared and device.type != "cpu":
+            if self._scheduler.has_several_clients and device.type != "cpu":
                 torch.accelerator.synchronize(device)  # else the next client to wait for it pays
             return read
         state, job.state = job.state, None

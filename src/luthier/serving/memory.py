@@ -133,7 +133,7 @@ class CacheBudget:
         self._lock = threading.Lock()
 
     @property
-    def taken(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes that are reserved."""
         with self._lock:
             return self._held.total()

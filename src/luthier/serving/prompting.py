@@ -97,7 +97,7 @@ class Prompting:
     ) -> list[int]:
         """Places of the questions that fit into the context with what is ``given`` to each."""
         room = self.context - ROOM
-        encoded = (self._encode(*each) for each in self._asked(questions, given))
+        encoded = (self._encode(*each) for each in self._prompt_answer_pairs(questions, given))
         return [place for place, example in enumerate(encoded) if len(example) <= room]
 
     def measure(
@@ -113,7 +113,7 @@ class Prompting:
         """
         from luthier.objectives.logprobs import mean_nll
 
-        pairs = self._asked(questions, given)
+        pairs = self._prompt_answer_pairs(questions, given)
         examples = [self._encode(*pair, index) for index, pair in enumerate(pairs)]
         began = time.perf_counter()
         loss = mean_nll(self.network, examples, BUDGET)
@@ -127,7 +127,7 @@ class Prompting:
             seconds = (time.perf_counter() - began) / len(examples)
         return Prompted(name, loss, exact, read / len(examples), seconds)
 
-    def _asked(
+    def _prompt_answer_pairs(
         self, questions: Sequence[Question], given: Sequence[Sequence[Question | str]]
     ) -> list[tuple[tuple[Message, ...], str]]:
         """What stands before each answer, and the answer."""

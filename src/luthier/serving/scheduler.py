@@ -84,7 +84,7 @@ class FairScheduler:
             self._changed.notify_all()
 
     @property
-    def shared(self) -> bool:
+    def has_several_clients(self) -> bool:
         """Whether requests of more than one client are at work."""
         return len(self._at_work) > 1
 

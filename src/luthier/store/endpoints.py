@@ -74,7 +74,7 @@ class Endpoint(Base):
         self.failure, self.modified = failure, now()
 
 
-def unfinished(session: Session) -> list[str]:
+def unfinished_ids(session: Session) -> list[str]:
     """Ids of those that wait for a model, of all accounts: a server that starts goes on with them."""
     waits = or_(Endpoint.status == CREATING, Endpoint.update_status == UPDATING)
     return list(session.scalars(select(Endpoint.id).where(waits).order_by(Endpoint.seq)))

@@ -106,9 +106,9 @@ def test_a_client_that_hangs_up_ends_the_work(
     with closing(socket.create_connection((name, int(port)))) as client:
         client.sendall(head.encode() + body)
         until(lambda: model._answers.total() == N, 20)
-        assert service.pool.memory.taken > 0
+        assert service.pool.memory.reserved_bytes > 0
     assert until(lambda: model.idle, 5) < 2
-    assert (model._answers.total(), service.pool.memory.taken) == (0, 0)
+    assert (model._answers.total(), service.pool.memory.reserved_bytes) == (0, 0)
     assert service.pool._entries["tiny"].uses == 0
     # Whoever stays is answered.
     assert post(host, key, LONG["chat"][0], warm)[0] == 200

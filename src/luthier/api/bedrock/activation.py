@@ -13,7 +13,7 @@ from luthier.errors import DoesNotFit
 from luthier.files import verify
 from luthier.store import models
 from luthier.store.database import Database
-from luthier.store.endpoints import Endpoint, unfinished
+from luthier.store.endpoints import Endpoint, unfinished_ids
 
 Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
@@ -51,7 +51,7 @@ class Activation:
     def resume(self) -> None:
         """Go on with what a server that was killed left behind."""
         with self.database.read() as session:
-            waiting = unfinished(session)
+            waiting = unfinished_ids(session)
         for endpoint_id in waiting:
             self.submit(endpoint_id)
 

@@ -43,7 +43,7 @@ def native_object(request: Request) -> dict[str, Any]:
     try:
         return json_object(request)
     except Fault as fault:
-        raise malformed(fault.message) from fault
+        raise malformed_input(fault.message) from fault
 
 
 def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
@@ -52,10 +52,10 @@ def parsed_native(kind: type[T], given: Mapping[str, Any]) -> T:
         return kind.model_validate(given)
     except ValidationError as error:
         wrong = [_describe_error(dict(each)) for each in error.errors(include_url=False)]
-    raise malformed(", ".join(wrong))
+    raise malformed_input(", ".join(wrong))
 
 
-def malformed(text: str) -> Fault:
+def malformed_input(text: str) -> Fault:
     """What is wrong with a body in a model's own form, in the words AWS has for those."""
     return Fault(
         "Validation",

@@ -33,7 +33,7 @@ class HyperParameter:
     """Filled in where it is not given; ``None``: chosen later, by the data and the model."""
 
     @property
-    def accepted(self) -> str:
+    def allowed_values(self) -> str:
         """What it takes, in words."""
         if self.kind is bool:
             return "true or false"
@@ -189,9 +189,9 @@ def merge_fields(*layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 def _refusal(name: str, text: str, known: HyperParameter | None) -> str:
     shown = text if len(text) <= 100 else f"{text[:100]}..."
     wrong = (
-        f"the value '{shown}' of the hyper-parameter {name} has to be {known.accepted}"
+        f"the value '{shown}' of the hyper-parameter {name} has to be {known.allowed_values}"
         if known
         else f"there is no hyper-parameter {name[:100]}"
     )
-    accepted = "; ".join(f"{each.name}: {each.accepted}" for each in HYPERPARAMETERS.values())
+    accepted = "; ".join(f"{each.name}: {each.allowed_values}" for each in HYPERPARAMETERS.values())
     return f"The hyper-parameters are not valid: {wrong}. Accepted are {accepted}."

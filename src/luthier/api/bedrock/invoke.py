@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from luthier.api.bedrock.bodies import NativeBody, malformed, parsed_native
+from luthier.api.bedrock.bodies import NativeBody, malformed_input, parsed_native
 from luthier.api.bedrock.converse import (
     STOP_REASONS,
     TEMPERATURE,
@@ -142,7 +142,7 @@ class MessagesForm:
     def __init__(self, given: Mapping[str, Any]) -> None:
         """Check ``given``; :class:`Fault` for what is wrong in it."""
         if given.get("schemaVersion") != "messages-v1":
-            raise malformed("#/schemaVersion: it is messages-v1")
+            raise malformed_input("#/schemaVersion: it is messages-v1")
         self._config = parsed_native(MessagesConfig, given.get("inferenceConfig") or {})
         conversation = {name: given.get(name) for name in ("messages", "system", "toolConfig")}
         self._members = body_members(operation_models()["Converse"], conversation)
@@ -225,7 +225,7 @@ class ImageBody(NativeBody):
     def of(given: Mapping[str, Any]) -> ImageBody:
         """``given``, checked; :class:`Fault` for what is wrong in it, or cannot be done here."""
         if given.get("taskType") != "TEXT_IMAGE":
-            raise malformed(
+            raise malformed_input(
                 "#/taskType: images are made by TEXT_IMAGE, and none are changed by this server"
             )
         params, config = given.get("textToImageParams"), given.get("imageGenerationConfig")
@@ -233,14 +233,14 @@ class ImageBody(NativeBody):
                   **(config if isinstance(config, dict) else {})}  # fmt: skip
         for name, text in _WITHOUT.items():
             if name in wanted and wanted[name] not in (None, "", "standard"):
-                raise malformed(text)
+                raise malformed_input(text)
         return parsed_native(ImageBody, given)
 
     def request(self) -> ImageRequest:
         """For the engine."""
         config = self.imageGenerationConfig
         if (config.height is None) != (config.width is None):
-            raise malformed("#/imageGenerationConfig: height and width go together")
+            raise malformed_input("#/imageGenerationConfig: height and width go together")
         size = None
         if config.height is not None and config.width is not None:
             size = config.height, config.width
@@ -261,7 +261,7 @@ class ImageBody(NativeBody):
         if place is None:
             return Fault("Validation", str(refused), parameter=refused.parameter)
         text = str(refused)
-        return malformed(f"#/{place}: {text[:1].lower()}{text[1:]}")
+        return malformed_input(f"#/{place}: {text[:1].lower()}{text[1:]}")
 
 
 _IMAGE_MEMBERS = {
@@ -293,8 +293,8 @@ def form_of(
         try:
             return chat(model_id, body)
         except Fault as fault:
-            raise malformed(fault.message) from fault
-    raise malformed("required key [prompt], [messages], [inputText] or [taskType] not found")
+            raise malformed_input(fault.message) from fault
+    raise malformed_input("required key [prompt], [messages], [inputText] or [taskType] not found")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from luthier.api.bedrock import converse, invoke
-from luthier.api.bedrock.bodies import json_object, malformed, native_object
+from luthier.api.bedrock.bodies import json_object, malformed_input, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import (
     ChatForm,
@@ -178,7 +178,7 @@ class _Runtime:
         vector = list(found.vector)
         if form.dimensions is not None:
             if form.dimensions > len(vector):
-                raise malformed(
+                raise malformed_input(
                     f"#/dimensions: {form.dimensions} is more than the model's {len(vector)}"
                 )
             vector = vector[: form.dimensions]

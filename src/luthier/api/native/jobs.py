@@ -115,7 +115,7 @@ def operations(context: Context) -> list[NativeOperation]:
     acts = {"stop": queue.stop, "pause": queue.pause, "resume": queue.resume}
     changes = [
         NativeOperation(
-            f"{name}Job", "POST", f"{one}/{name}", jobs.changed(name, act),
+            f"{name}Job", "POST", f"{one}/{name}", jobs.transition_handler(name, act),
             f"{name.capitalize()} a job; one that has ended is a conflict.", JobView,
         )
         for name, act in acts.items()
@@ -195,7 +195,7 @@ class _Jobs:
     def get(self, request: Request) -> JobView:
         return _view(self._job(request, "GetJob"))
 
-    def changed(self, name: str, act: Any) -> Any:
+    def transition_handler(self, name: str, act: Any) -> Any:
         """The handler that does ``act`` to a job."""
 
         def run(request: Request) -> JobView:

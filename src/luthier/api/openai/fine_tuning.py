@@ -147,7 +147,7 @@ class CreateJob(Body):
         return self.method.type if self.method else "supervised"
 
     @property
-    def chosen(self) -> Hyperparameters:
+    def method_hyperparameters(self) -> Hyperparameters:
         """The hyperparameters of the method."""
         arm = getattr(self.method, self.kind) if self.method else None
         if arm is not None:
@@ -198,7 +198,7 @@ def setting_name(field: str, value: str | None) -> str | None:
 
 def without_effect(parameters: CreateJob) -> list[str]:
     """What was asked and changes nothing, for the events of the job."""
-    chosen, found = parameters.chosen, []
+    chosen, found = parameters.method_hyperparameters, []
     if isinstance(chosen, ReinforcementHyperparameters):
         if chosen.reasoning_effort != "default":
             effort = chosen.reasoning_effort
@@ -218,7 +218,7 @@ def settings_of(parameters: CreateJob, seed: int, writes: bool) -> dict[str, Any
 
     ``writes`` says whether the model writes text; for an encoder its rows say what is learned.
     """
-    chosen = parameters.chosen
+    chosen = parameters.method_hyperparameters
     training: dict[str, Any] = {"seed": seed}
     objective: dict[str, Any] = {}
     if chosen.n_epochs != "auto":

@@ -124,13 +124,13 @@ def parse(body: bytes, root: str) -> Node:
         parser.Parse(body, True)
     # A coding that is not known, or of several bytes a character, is no error of the parser.
     except (expat.ExpatError, LookupError, ValueError):
-        raise malformed() from None
+        raise malformed_xml() from None
     if reader.root is None or reader.root.name != root:
-        raise malformed()
+        raise malformed_xml()
     return reader.root
 
 
-def malformed() -> Fault:
+def malformed_xml() -> Fault:
     """The refusal of a document."""
     text = (
         "The XML you provided was not well-formed or did not validate against our published schema"
@@ -153,7 +153,7 @@ class _Reader:
         self.open.append(node)
         self.count += 1
         if len(self.open) > _DEPTH or self.count > _ELEMENTS:
-            raise malformed()
+            raise malformed_xml()
 
     def end(self, name: str) -> None:
         self.open.pop()
@@ -162,7 +162,7 @@ class _Reader:
         self.open[-1].text += data
 
     def refuse(self, *declared: object) -> None:
-        raise malformed()
+        raise malformed_xml()
 
 
 def refusal(fault: Fault, request_id: str) -> Response:

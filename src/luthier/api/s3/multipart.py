@@ -209,13 +209,13 @@ def _number(request: S3Request) -> int:
 def _parse_parts(body: bytes) -> list[CompletedPart]:
     parts = documents.parse(body, "CompleteMultipartUpload").all("Part")
     if not 1 <= len(parts) <= MOST_PARTS:
-        raise documents.malformed()
+        raise documents.malformed_xml()
     chosen = []
     for part in parts:
         values = {child.name: child.text.strip() for child in part.children}
         number, etag = values.get("PartNumber", ""), values.get("ETag", "").strip('"')
         if not re.fullmatch(r"[0-9]{1,9}", number) or not etag:
-            raise documents.malformed()
+            raise documents.malformed_xml()
         chosen.append(CompletedPart(int(number), etag, from_elements(values)))
     return chosen
 

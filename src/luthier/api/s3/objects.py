@@ -170,7 +170,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     named = tree.all("Object")
     keys = [each.value("Key") or "" for each in named]
     if not keys or len(keys) > MOST_DELETED or not all(keys):
-        raise documents.malformed()
+        raise documents.malformed_xml()
     if any(each.value("VersionId") for each in named):
         raise Fault("NotImplemented", "Objects have no versions here.")
     stores.objects.bucket(request.account, request.bucket)

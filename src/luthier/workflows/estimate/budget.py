@@ -120,7 +120,7 @@ def plan(found: Estimate, seconds: float) -> BudgetPlan:
     with the steps.
     """
     upper = found.seconds.high / found.seconds.value
-    fixed = found.fixed * upper
+    fixed = found.fixed_seconds * upper
     per_step = max(1e-9, (found.seconds.high - fixed) / found.steps)
     # A hair of tolerance: the time that is needed is enough.
     steps = min(found.steps, int((seconds - fixed) / per_step + 1e-6)) if seconds > fixed else 0

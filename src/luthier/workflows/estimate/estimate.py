@@ -155,7 +155,7 @@ class Estimate:
         return asdict(self)
 
     @property
-    def fixed(self) -> float:
+    def fixed_seconds(self) -> float:
         """Seconds that a run of one step would take as well."""
         changing = ("steps", "validation", "checkpoints", "ahead")
         value = sum(part.value for name, part in self.parts.items() if name not in changing)

@@ -225,7 +225,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=estimates_folder()))
     try:
         run = Run(base.root, "estimate", rehearsal=folder)
-        trainer = Trainer(job.sampled(rows, _validation_sample(job)), run, reporter, clock)
+        trainer = Trainer(job.with_sample(rows, _validation_sample(job)), run, reporter, clock)
         network, loop = trainer.start(resume=False)
         shares = network.shares
         trial = _try(trainer, network, loop, len(batches))
