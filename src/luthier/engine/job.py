@@ -63,7 +63,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """A recipe with nothing left to decide, and what it works on."""
 
     recipe: Recipe
@@ -101,14 +101,14 @@ class Job:
         """Steps of the whole run, a refit among them, as far as they are known."""
         return self.steps_before + (self.until or self.steps) + self.refit_steps
 
-    def with_sample(self, train: Sequence[int], validation: Sequence[int]) -> Job:
+    def with_sample(self, train: Sequence[int], validation: Sequence[int]) -> TrainingJob:
         """This job, to be tried on some rows only: the training rows ``train``, in this order."""
         training = self.recipe.training.model_copy(update={"shuffle": False})
         recipe = self.recipe.model_copy(update={"training": training})
         sample = Sample(tuple(train), tuple(validation), len(self.data.train))
         return replace(self, recipe=recipe, sample=sample)
 
-    def with_rows(self, train: Sequence[Example]) -> Job:
+    def with_rows(self, train: Sequence[Example]) -> TrainingJob:
         """This job with what the objective made of its training rows, or of those it is tried on."""
         data = replace(self.data, train=train)
         if self.sample is not None:
@@ -184,7 +184,7 @@ def prepare_job(
     reporter: Reporter,
     began_with: int | None = None,
     refit: bool = False,
-) -> Job:
+) -> TrainingJob:
     """The job of ``recipe``: the data checked against the model, then the rest.
 
     ``began_with`` is the token budget of the run that is resumed. With ``refit`` nothing is held out
@@ -237,7 +237,7 @@ def prepare_job(
     return replace(job, origin=origin)
 
 
-def prepare_refit(job: Job, kept_step: int, steps_before: int) -> Job:
+def prepare_refit(job: TrainingJob, kept_step: int, steps_before: int) -> TrainingJob:
     """The job of training once more, on the rows that ``job`` held out, too.
 
     It has the settings of ``job`` and its schedule in passes, and ends after as many passes as
@@ -278,7 +278,7 @@ def resolve_job(
     machine: Machine,
     reporter: Reporter,
     began_with: int | None,
-) -> Job:
+) -> TrainingJob:
     """Decide what is left open, and check everything else before the weights are touched.
 
     ``began_with`` is the token budget of the run that is resumed.
@@ -362,7 +362,7 @@ def resolve_job(
     refit_steps = 0
     if recipe.training.refit:
         refit_steps = defaults.steps_of(recipe, data.main + len(data.validation), data.mixed)
-    return Job(
+    return TrainingJob(
         recipe,
         asked,
         base,
@@ -433,7 +433,7 @@ def _first_batches(recipe: Recipe, data: Dataset, count: int = 4) -> list[list[E
 
 
 @torch.no_grad()
-def add_reference_logps(job: Job, network: Network, reporter: Reporter) -> Job:
+def add_reference_logps(job: TrainingJob, network: Network, reporter: Reporter) -> TrainingJob:
     """``job`` with what the reference model says of the rows that are read more than once.
 
     Training rows that come once are asked about in their step, with no delay before the first.

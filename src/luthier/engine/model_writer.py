@@ -14,7 +14,7 @@ import torch
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS
 from luthier.engine.checkpoints import TrainingProgress, fingerprint
-from luthier.engine.job import Job
+from luthier.engine.job import TrainingJob
 from luthier.engine.machine import peak_memory, return_freed_memory
 from luthier.engine.metrics import draw_curves
 from luthier.engine.runs import Result, Run
@@ -45,7 +45,7 @@ PARITY_ROWS = 16
 class ModelWriter:
     """A job that has been trained, on its way into the store."""
 
-    job: Job
+    job: TrainingJob
     run: Run
     progress: TrainingProgress
     lines: list[dict[str, Any]]

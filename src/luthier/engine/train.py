@@ -15,7 +15,7 @@ from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import fit_baselines, measure_tuned
 from luthier.engine.job import (
-    Job,
+    TrainingJob,
     add_reference_logps,
     load_frozen,
     prepare_job,
@@ -148,7 +148,9 @@ def rehearse(
 class Trainer:
     """Loads, trains, stores and verifies one job."""
 
-    def __init__(self, job: Job, run: Run, reporter: Reporter, clock: Clock | None = None) -> None:
+    def __init__(
+        self, job: TrainingJob, run: Run, reporter: Reporter, clock: Clock | None = None
+    ) -> None:
         self.job, self.run_folder, self.reporter = job, run, reporter
         self.recipe, self.machine = job.recipe, job.machine
         self.clock = clock or Clock()
@@ -189,7 +191,7 @@ class Trainer:
         network: Network,
         progress: TrainingProgress,
         lines: list[dict[str, Any]],
-        learned: Job | None = None,
+        learned: TrainingJob | None = None,
     ) -> Result:
         """Write what was trained, and compare what comes back from disk.
 
@@ -233,7 +235,7 @@ class Trainer:
             return writer.write(network)
 
     @torch.no_grad()
-    def _with_threshold(self, job: Job, network: Network) -> Job:
+    def _with_threshold(self, job: TrainingJob, network: Network) -> TrainingJob:
         """``job`` with the border that the objective draws by what the trained network says."""
         objective = job.data.objective
         if not isinstance(objective, SupportsThreshold):
@@ -260,7 +262,7 @@ class Trainer:
         origin = {**job.origin, "recipe": recipe.plain()}
         return replace(job, recipe=recipe, data=replace(job.data, objective=done), origin=origin)
 
-    def _refit(self, measured: TrainingProgress) -> tuple[Network, Job, TrainingProgress]:
+    def _refit(self, measured: TrainingProgress) -> tuple[Network, TrainingJob, TrainingProgress]:
         """Train from the base once more, on all rows, for as many passes as the kept weights had.
 
         Its folder has checkpoints of its own, so that a run that is killed in it goes on there. What

@@ -25,7 +25,7 @@ from luthier.data.read import check_file
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
-from luthier.engine.job import Job, resolve_job
+from luthier.engine.job import TrainingJob, resolve_job
 from luthier.engine.machine import Machine, choose_machine, keep_freed_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import START, TOKENS, BaseRun, Result
@@ -97,7 +97,7 @@ def _request(recipe: PretrainRecipe) -> dict[str, Any]:
     return {"recipe": recipe.plain(), "data": hashes, "luthier": __version__}
 
 
-def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Reporter) -> Job:
+def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Reporter) -> TrainingJob:
     """Make or find everything that is trained with, and decide what is left open."""
     found = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, found)

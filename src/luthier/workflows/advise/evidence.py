@@ -33,7 +33,7 @@ from luthier.serving.prompting import (
 from luthier.types import Row
 
 if TYPE_CHECKING:
-    from luthier.engine.job import Job
+    from luthier.engine.job import TrainingJob
     from luthier.engine.loop import Loop
     from luthier.engine.metrics import Reporter
     from luthier.models.network import Network
@@ -177,7 +177,7 @@ class _Answers:
     def __init__(
         self,
         network: Network,
-        job: Job,
+        job: TrainingJob,
         train: Sequence[Row],
         held: Sequence[Row],
         documents: Sequence[str],
@@ -242,7 +242,7 @@ class _Labels:
     """A model that reads labels; before it is trained its head says nothing."""
 
     def __init__(
-        self, network: Network, job: Job, train: Sequence[Row], held: Sequence[Row]
+        self, network: Network, job: TrainingJob, train: Sequence[Row], held: Sequence[Row]
     ) -> None:
         self.network, self.job, self.train, self.held = network, job, train, held
         self.left_out: list[str] = []
@@ -295,7 +295,7 @@ class _Labels:
         return TechniqueResult("fine-tuning", name, *values, self._tokens, seconds)
 
 
-def _context(job: Job) -> int:
+def _context(job: TrainingJob) -> int:
     """Tokens that a question may have with its answer."""
     from luthier.store.models import room_of
 

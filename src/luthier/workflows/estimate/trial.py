@@ -20,7 +20,7 @@ import numpy as np
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.actuals import Clock, estimates_folder, request_key
-from luthier.engine.job import Job, prepare_job, with_base
+from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
     choose_machine,
@@ -69,7 +69,7 @@ class Workload:
     """Of all training and validation rows, each once."""
 
 
-def order_of(job: Job) -> RowOrder:
+def order_of(job: TrainingJob) -> RowOrder:
     """The order in which a run takes its rows."""
     training, data = job.recipe.training, job.data
     return RowOrder(
@@ -77,7 +77,7 @@ def order_of(job: Job) -> RowOrder:
     )
 
 
-def workload_of(job: Job) -> Workload:
+def workload_of(job: TrainingJob) -> Workload:
     """Count the tokens of ``job``, none of whose rows have been touched yet."""
     order, rows = order_of(job), job.data.train
     tokens_R = np.array([_tokens(job, [row]) for row in rows])
@@ -91,13 +91,13 @@ def workload_of(job: Job) -> Workload:
     return Workload(job.steps, tokens, learned, held, held + int(tokens_R.sum()))
 
 
-def spread_steps(job: Job) -> list[int]:
+def spread_steps(job: TrainingJob) -> list[int]:
     """Numbers of steps, spread evenly over the run."""
     count = min(job.steps, LOOKED_AT)
     return sorted({int(place * job.steps / count) for place in range(count)})
 
 
-def representative(job: Job, count: int) -> list[list[int]]:
+def representative(job: TrainingJob, count: int) -> list[list[int]]:
     """Rows of ``count`` whole batches of the run's first pass that stand for all.
 
     They lie at quantiles of the tokens, evenly apart, the largest of all among them: it decides the
@@ -117,7 +117,7 @@ def representative(job: Job, count: int) -> list[list[int]]:
     return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]
 
 
-def step_of(job: Job, rows: Sequence[Example], shares: bool) -> StepSize:
+def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize:
     """What a step on ``rows`` computes; ``shares`` tells whether prefixes are computed once."""
     budget = job.recipe.training.micro_batch_tokens or 1
     seen = _largest(job, rows)
@@ -129,17 +129,17 @@ def step_of(job: Job, rows: Sequence[Example], shares: bool) -> StepSize:
     return StepSize(sum(sizes), max(sizes, default=0), rounded)
 
 
-def _largest(job: Job, rows: Sequence[Example]) -> list[Example]:
+def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:
     """All that the rows may become in a step."""
     objective = job.data.objective
     return with_completions(objective, objective.augment(rows) or rows)
 
 
-def _tokens(job: Job, rows: Sequence[Example]) -> int:
+def _tokens(job: TrainingJob, rows: Sequence[Example]) -> int:
     return sum(row.tokens for row in _largest(job, rows)) if rows else 0
 
 
-def _learned_tokens(job: Job, row: Example) -> int:
+def _learned_tokens(job: TrainingJob, row: Example) -> int:
     return sum(int(np.count_nonzero(view.weight_T)) for view in job.data.objective.sequences(row))
 
 
@@ -191,7 +191,7 @@ class TrialRun:
 class Measurement:
     """A job, what it is to compute, and what a trial of it told."""
 
-    job: Job
+    job: TrainingJob
     key: str
     """Of the request; see :func:`luthier.engine.actuals.request_key`."""
     machine: str
@@ -247,7 +247,7 @@ def measure(recipe: Recipe, reporter: Reporter) -> Measurement:
     )
 
 
-def _validation_sample(job: Job) -> list[int]:
+def _validation_sample(job: TrainingJob) -> list[int]:
     """Validation rows to measure on, evenly spread."""
     there = len(job.data.validation)
     count = min(there, HELD_ROWS)
