@@ -115,6 +115,19 @@ def test_a_series_becomes_a_model_that_judges_its_values(server: Served) -> None
     asked = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
     until(lambda: asked()["status"] != "InProgress")
     assert asked()["status"] == "Completed", asked().get("failureMessage")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
+    with client:
+        uploaded = client.files.create(file=("load.csv", body), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model="small-window-vae", training_file=uploaded.id,
+            method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        )  # fmt: skip
+        until(lambda: client.fine_tuning.jobs.retrieve(job.id).finished_at)
+        ended = client.fine_tuning.jobs.retrieve(job.id)
+        assert ended.status == "succeeded" and ended.fine_tuned_model, ended.error
     inputs = [{"window": [float(n % 9) for n in range(48)]}]
-    status, answer = server.ask("POST", "/api/v1/models/series/predictions", {"inputs": inputs})
-    assert status == 200 and {*answer["answers"][0]} == {"score", "anomalous"}, answer
+    for model in ("series", ended.fine_tuned_model):
+        status, answer = server.ask(
+            "POST", f"/api/v1/models/{model}/predictions", {"inputs": inputs}
+        )
+        assert status == 200 and {*answer["answers"][0]} == {"score", "anomalous"}, answer

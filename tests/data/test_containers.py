@@ -58,6 +58,8 @@ def read(path: Path) -> tuple[list[tuple[int, dict[str, object]]], list[Problem]
         ("a.txt", b"{braces} and words\n", "text"),
         ("a.txt", b"[1] a footnote\n", "text"),
         ("a.csv", b"text,label\na,b\n", "csv"),
+        ("file-1", b"text,label\na,b\n", "csv"),
+        ("file-1", b"timestamp,value\n1,2.5\n", "csv"),
         ("a.csv", b'{"text": 1}\n', "csv"),
         ("a.tsv", b"text\tlabel\na\tb\n", "tsv"),
         ("a.dat", b"prompt;completion\na;b\n", "csv"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,19 @@ def test_archives_and_arrays_whatever_they_are_called(bucket: Bucket) -> None:
     ):
         bucket.put(f"{number}/{key}", body.getvalue())
         assert labels(_fresh(bucket).fetch(f"s3://data/{number}/{key}", "openai")) == EXPECTED
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_tables_that_clients_of_openai_upload_are_read_as_tables(
+    bucket: Bucket, pack: Callable[[bytes], bytes]
+) -> None:
+    series = b"timestamp,value\n2026-11-23,1.5\n2026-11-24,-2\n"
+    bucket.put("file-1", pack(series))
+    rows = load_rows(bucket.fetch("s3://data/file-1", "openai", "small-window-vae").source)
+    assert [row.media.values()[-1] for row in rows] == [1.5, -2]  # type: ignore
+    address = f"data:image/png;base64,{base64.b64encode(png(10)).decode()}"
+    bucket.put("file-2", pack(f'image,label\n"{address}",cat\n'.encode()))
+    assert labels(_fresh(bucket).fetch("s3://data/file-2", "openai")) == EXPECTED[:1]
 
 
 def _fresh(bucket: Bucket) -> Bucket:
@@ -224,8 +239,11 @@ def test_a_base_of_texts_takes_json_lines_alone(
     bucket: Bucket, tiny_model_folder: Path, luthier_home: Path
 ) -> None:
     bucket.put("rows.csv", b"prompt,completion\na,b\n")
-    with pytest.raises(DataError, match="JSON Lines are wanted"):
-        bucket.fetch("s3://data/rows.csv", base=str(tiny_model_folder))
+    bucket.put("file-1", b"prompt,completion\na,b\n")  # as it is uploaded to OpenAI's face
+    for key in ("rows.csv", "file-1"):
+        with pytest.raises(DataError, match="is csv, and JSON Lines are wanted"):
+            bucket.fetch(f"s3://data/{key}", base=str(tiny_model_folder))
+        _fresh(bucket)
 
 
 @pytest.mark.parametrize(

@@ -63,19 +63,15 @@ def find_job(
 
 
 def find_model(
-    session: Session,
-    arns: Arns,
-    account: str,
-    identifier: str,
-    *,
-    by: Sequence[Name] = (CustomModel.name,),
-    lock: bool = False,
+    session: Session, arns: Arns, account: str, identifier: str, *, lock: bool = False
 ) -> CustomModel | None:
-    """A custom model by ARN, or by what stands in one of the columns of ``by``, the first one first.
+    """A custom model by ARN, id, ``ft:`` id or name: by any of them on each face.
 
     One of a job that has not ended is not there yet.
     """
-    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, by, lock)
+    # A model may be called as another one's id: ids come first.
+    columns = (CustomModel.id, CustomModel.openai_id, CustomModel.name)
+    found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
     return found if found and found.status != RESERVED else None
 
 

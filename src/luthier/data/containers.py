@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import stat
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import BinaryIO, Literal
 from luthier.data.forms import KEYS
 from luthier.data.media_files import holds_media
 from luthier.data.parsing import Unreadable, quote
+from luthier.data.time_series import is_series_header
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "text", "folder", "zip", "npz"]
 Packing = Literal["", "gzip", "zstd"]
@@ -93,8 +95,9 @@ def container_of(path: Path) -> Container:
                 raise damage_refusal(error) from None
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
-    if head.startswith(_ZIP) and path.suffix.lower() in (".npz", ".zip") and not packing:
-        return Container("npz" if path.suffix.lower() == ".npz" else "zip")
+    if head.startswith(_ZIP) and path.suffix.lower() in ("", ".npz", ".zip") and not packing:
+        arrays = path.suffix.lower() == ".npz" or (not path.suffix and _holds_arrays(path))
+        return Container("npz" if arrays else "zip")
     refuse_binary(head)
     name = path.name.lower()
     for ending in PACKED if packing else ():
@@ -106,6 +109,14 @@ def container_of(path: Path) -> Container:
     if kind is None:
         raise _unknown(path.suffix.lower())
     return Container(kind, packing, _delimiter(text, kind) if kind in ("csv", "tsv") else ",")
+
+
+def _holds_arrays(path: Path) -> bool:
+    """Whether an archive is an ``.npz`` file: uploaded files have no ending that says so."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(name.endswith(".npy") for name in archive.namelist())
 
 
 def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:
@@ -232,8 +243,9 @@ def _is_table(text: str) -> bool:
     """Whether text of unknown kind has a header that names known columns, and rows as long."""
     delimiter = _delimiter(text, "csv")
     rows = [row for line in text.split("\n")[:3] if (row := _cells(line, delimiter))]
-    header = {name.strip().lower() for name in rows[0]} if rows else set()
-    return len(header) > 1 and len(rows) > 1 and bool(header & KEYS)
+    if len(rows) < 2 or len(rows[0]) < 2:
+        return False
+    return is_series_header(rows[0]) or any(name.strip().lower() in KEYS for name in rows[0])
 
 
 def _delimiter(text: str, kind: FileFormat) -> str:

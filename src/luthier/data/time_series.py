@@ -8,7 +8,7 @@ them it reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 import numpy as np
@@ -34,18 +34,19 @@ def read_series(
     first = next(records, None)
     if first is None:
         return iter(())
-    if not _has_columns(first[1]):
+    if not is_series_header([*first[1]]):
         return chain([first], records)
     lines = [first, *islice(records, FIRST_LINES - 1)]
     whole = chain(lines, records)
     return _read_windows(whole, file, problems) if _has_numbers(lines) else whole
 
 
-def _has_columns(record: Record) -> bool:
-    if len(record) != 2:
+def is_series_header(columns: Sequence[str]) -> bool:
+    """Whether a table with these columns may be a time series."""
+    if len(columns) != 2:
         return False
-    time, name = record
-    return time.lower() in TIME_COLUMNS and name.lower() not in KEYS
+    time, name = (column.strip().lower() for column in columns)
+    return time in TIME_COLUMNS and name not in KEYS
 
 
 def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:

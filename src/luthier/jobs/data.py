@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import posixpath
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -157,12 +156,10 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
         names = []
         for number, path in enumerate(locations.fetch(job.account, uri, incoming), 1):
             # Names are ours: a folder of data passes over files with some names.
-            name = f"{part}/{count:02d}/{number:05d}{path.suffix or '.jsonl'}"
-            if path.is_dir():
-                name = f"{part}/{count:02d}/{number:05d}"
-            elif media:
+            name = f"{part}/{count:02d}/{number:05d}"
+            if not path.is_dir():
                 # What rows name lies beside them: files of several folders do not mix.
-                name = f"{part}/{count:02d}/{number:05d}/rows{_ending(path)}"
+                name += f"/rows{_ending(path)}" if media else _ending(path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
             whole, prefix = (folder / name).is_dir(), uri.endswith("/")
@@ -186,11 +183,14 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
 
 
 def _ending(path: Path) -> str:
-    """Ending of a file's name: an archive without one, as uploaded files have none, is known by it."""
-    if path.suffix or not zipfile.is_zipfile(path):
-        return path.suffix or ".jsonl"
-    with zipfile.ZipFile(path) as archive:
-        return ".npz" if all(name.endswith(".npy") for name in archive.namelist()) else ".zip"
+    """Ending of a file's name; of one without, as uploaded files have none, by what is in it."""
+    if path.suffix:
+        return path.suffix
+    try:
+        kind = container_of(path).kind
+    except Unreadable:
+        return ".jsonl"  # what is wrong is said when the rows are read
+    return ".jsonl" if kind == "json" else f".{kind}"
 
 
 def fetch_references(

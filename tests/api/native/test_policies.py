@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import update
@@ -14,6 +15,7 @@ from sqlalchemy import update
 from luthier.api.http.messages import Caller, Fault, Request, RequestHead
 from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
+from luthier.api.openai.models import Catalogue
 from luthier.api.policies import authorize
 from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
@@ -106,6 +108,26 @@ def test_a_right_to_one_job_is_enough_for_it(context: Context, arn: str) -> None
         ask(context, caller(one), "POST", "/api/v1/jobs/mine/stop")
     with pytest.raises(Fault, match="not authorized"):
         ask(context, caller(one), "GET", "/api/v1/models/all-minilm-l6-v2")
+
+
+def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) -> None:
+    openai_id = "ft:smollm2:org-1::x1"
+    with context.database.write() as session:
+        model = session.query(CustomModel).one()
+        model.status, model.openai_id = ACTIVE, openai_id
+        arn, own_id = model.arn(context.arns), model.id
+    deny = {"Effect": "Deny", "Action": "luthier:*", "Resource": arn}
+    catalogue = Catalogue(context.database, context.arns)
+    for name in ("model", own_id, openai_id, arn):
+        path = f"/api/v1/models/{quote(name, safe='')}"
+        assert json.loads(ask(context, caller(EVERYTHING), "GET", path).body)["id"] == own_id
+        found = catalogue.find(ACCOUNT, name)
+        assert isinstance(found, CustomModel) and found.id == own_id
+        for method, end in (("GET", ""), ("GET", "/certificate"), ("POST", "/predictions")):
+            body = {"inputs": [{"text": "a"}]} if method == "POST" else None
+            with pytest.raises(Fault) as refused:
+                ask(context, caller(EVERYTHING, deny), method, path + end, body)
+            assert refused.value.code == "AccessDenied", (name, end)
 
 
 def test_an_id_comes_before_a_name(context: Context, arn: str) -> None:

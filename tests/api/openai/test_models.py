@@ -64,17 +64,18 @@ def test_models_of_bedrocks_face_answer_without_a_deployment(
         assert made.model == model
         return str(made.choices[0].message.content)
 
-    for name in ("mine", arn, "tiny", shadowed, "ft:tiny:org::1", "made-here"):
+    by_id = arn.rpartition("/")[2]
+    for name in ("mine", arn, by_id, "tiny", shadowed, "ft:tiny:org::1", "made-here"):
         assert says(name) == says("tiny")
         assert client.models.retrieve(name).id == name
     elsewhere = arn.replace("us-east-1", "us-west-2")
     base = arn.replace(f"{IMPORTED}/", "luthier.tiny/")
-    for name in ("coming", "theirs", elsewhere, base, arn.rpartition("/")[2]):
+    for name in ("coming", "theirs", elsewhere, base):
         with pytest.raises(openai.NotFoundError):
             says(name)
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(name)
-    for name in ("mine", arn):
+    for name in ("mine", arn, by_id):
         with pytest.raises(openai.NotFoundError):
             says(name, other)
         with pytest.raises(openai.NotFoundError):

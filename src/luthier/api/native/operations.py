@@ -340,10 +340,8 @@ class Context:
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False
     ) -> CustomModel:
-        """The account's custom model of this name, id or ARN."""
-        # One model may be called as another one's id: ids come first.
-        columns = (CustomModel.id, CustomModel.name)
-        model = find_model(session, self.arns, account, identifier, by=columns)
+        """The account's custom model of this name, id, ``ft:`` id or ARN."""
+        model = find_model(session, self.arns, account, identifier)
         if model is None or (active and model.status != ACTIVE):
             raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
         return model

@@ -57,13 +57,12 @@ class Catalogue:
             raise
 
     def find(self, account: str, name: str) -> FoundationModel | CustomModel | None:
-        """The base model of this alias, id or ARN; or the account's own by ``ft:`` id, name or ARN."""
+        """The base model of this alias, id or ARN; or the account's own by any of its names."""
         base = find_foundation(self.arns, name)
         if base is not None:
             return base
-        columns = (CustomModel.openai_id, CustomModel.name)
         with self.database.read() as session:
-            found = find_model(session, self.arns, account, name, by=columns)
+            found = find_model(session, self.arns, account, name)
         return found if found is not None and found.status == ACTIVE else None
 
     def base(self, account: str, name: str) -> FoundationModel | CustomModel:
