@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from luthier.cli.app import app
+from luthier.data.media import PLURAL
 from luthier.recipe import Recipe
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
@@ -71,6 +72,22 @@ def test_without_a_trial_nothing_is_trained(labelled: Path, tiny_model_folder: P
     evidence = found["facts"]["evidence"]
     assert evidence["trial_steps"] == 0
     assert "fine-tuning" not in [each["technique"] for each in evidence["tried"]]
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "window"])
+def test_of_what_is_no_text_it_names_the_commands_that_say_more(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / {"image": "photos", "audio": "sounds", "window": "series.csv"}[kind]
+    if kind == "window":
+        path.write_text("timestamp,value\n1,2.5\n2,2.6\n")
+    else:
+        (path / "a").mkdir(parents=True)
+        (path / "a" / f"1.{'png' if kind == 'image' else 'wav'}").write_bytes(b"never opened")
+    found = CliRunner().invoke(app, ["advise", str(path)])
+    assert found.exit_code == 2 and "\n" not in found.output.strip()
+    what = {"image": "images with labels", "audio": "sounds with labels"}
+    for words in (what.get(kind, PLURAL["window"]), f"luthier estimate {path}"):
+        assert words in found.output
+    assert not list((tmp_path / "models").glob("*")), "a base was fetched"
 
 
 def test_refused_data_is_advice_and_no_row_is_an_error(

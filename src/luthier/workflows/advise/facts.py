@@ -6,11 +6,13 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.shapes import Labelled
+from luthier.data.rows import RowReader
+from luthier.data.shapes import Labelled, MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, RecipeError, RefusedInput
 from luthier.objectives.capabilities import SupportsPrediction
@@ -138,6 +140,7 @@ def collect(
     from luthier.objectives.by_shape import objective_for
     from luthier.store import models as store
 
+    _check_texts(recipe)
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     chat = store.chat_format(base).with_template_kwargs(recipe.data.chat_template_kwargs or {})
@@ -180,6 +183,19 @@ def collect(
     )
 
 
+def _check_texts(recipe: Recipe) -> None:
+    """Refuse rows of images, sounds and time series, which no prompt or search competes for."""
+    source, first = recipe.data.train, None
+    with suppress(RefusedInput):  # what is wrong with the rows is said when all are read
+        first = next(iter(RowReader(source, recipe.data.columns)), None)
+    if isinstance(first, MediaRow):
+        raise RecipeError(
+            f"advice compares tuning with prompts and search, which are for texts, and {source} holds "
+            f"{first.words}. `luthier inspect {source}` says what can be learned from them, and "
+            f"`luthier estimate {source}` what that takes"
+        )
+
+
 def _inspect(recipe: Recipe, reporter: Reporter) -> Report:
     from luthier.gate import inspect as gate
 
@@ -210,8 +226,6 @@ def _cautions(report: Report) -> list[str]:
 
 def _rows(recipe: Recipe, refused: Sequence[str]) -> list[Row]:
     """The rows that can be read at all."""
-    from luthier.data.rows import RowReader
-
     try:
         rows = list(RowReader(recipe.data.train, recipe.data.columns))
     except DataError:
