@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +13,15 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Route
-from luthier.api.native.operations import Input, NativeFace, NativeOperation, View, document
+from luthier.api.native.inference import PredictionRequest, SampleRequest
+from luthier.api.native.operations import (
+    Input,
+    NativeFace,
+    NativeOperation,
+    View,
+    _parse,
+    document,
+)
 
 
 class Page(Input):
@@ -102,6 +111,41 @@ def test_what_is_wrong_is_named(body: Any, parameter: str | None) -> None:
     assert json.loads(answer.body)["error"].get("parameter") == parameter  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({}, "name is required"),
+        ({"name": 1}, "name must be a text"),
+        ({"name": ""}, "name must have 1 or more characters"),
+        ({"name": "a", "sise": 1}, "sise is not known here"),
+        ({"name": "a", "size": 1.5}, "size must be a whole number"),
+        ({"name": "a", "parts": 1}, "parts must be an array"),
+        ([], "the body must be an object"),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(body: Any, text: str) -> None:
+    with pytest.raises(Fault) as refused:
+        answered("POST", "/api/v1/a/things", body)
+    assert refused.value.message == text
+
+
+def test_no_word_of_pydantics_is_left_in_what_requests_are_told() -> None:
+    fields = [
+        (
+            "images",
+            {"count": "x", "seed": -1, "steps": 0, "guidance_scale": 500, "label": "x" * 2000},
+        ),
+        ("predictions", {"inputs": [{"window": []}], "top": 0}),
+        ("predictions", {"inputs": [{"window": [1] * 1000}, {"text": None}]}),
+        ("predictions", {"inputs": [{"window": ["x"]}]}),
+    ]
+    kinds = {"images": SampleRequest, "predictions": PredictionRequest}
+    for kind, body in fields:
+        with pytest.raises(Fault) as refused:
+            _parse(kinds[kind], body)
+        assert not re.search("should|Input|Tuple|Value error|valid", refused.value.message)
+
+
 def test_the_query_is_checked_too() -> None:
     assert json.loads(answered("GET", "/api/v1/a/things", limit="7").body) == {"limit": 7}  # type: ignore[arg-type]
     for query in ({"limit": "0"}, {"limit": "x"}, {"other": "1"}):
@@ -147,9 +191,9 @@ def test_a_backslash_before_u0000_is_text() -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"name": "x", "parts": ["x"] * 100_000}, "parts.0: Input should be a valid integer"),
+        ({"name": "x", "parts": ["x"] * 100_000}, "parts.0 must be a whole number"),
         (dict.fromkeys(map(str, range(100_000)), 1), "the body: an object has 100,000 keys"),
-        ({"name": "x", "parts": []}, "parts: Tuple should have at least 1 item"),
+        ({"name": "x", "parts": []}, "parts must have 1 or more items, and has 0"),
     ],
 )
 def test_what_is_wrong_a_hundred_thousand_times_is_said_once(body: object, text: str) -> None:

@@ -18,7 +18,7 @@ from luthier.api.native.operations import (
     View,
     content_kind,
 )
-from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.serving.inference import ImageRequest
 from luthier.serving.pool import ModelPool
 from luthier.store.custom_models import CustomModel
@@ -250,7 +250,7 @@ def _media(text: str, kind: MediaKind, parameter: str) -> Media:
         if not head.startswith(f"data:{kind}/"):
             raise Fault(
                 "Validation",
-                f"{parameter}: the data: address says to be {head[5:64]}, and no {kind}.",
+                f"{parameter}: the data: address says to be {head[5:64]}, and no {SINGULAR[kind]}.",
                 parameter=parameter,
             )
     try:

@@ -16,7 +16,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import models_json_schema
 from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import CheckedBody, Fault, Request, RequestHead, Response
+from luthier.api.http.messages import (
+    CheckedBody,
+    Fault,
+    Request,
+    RequestHead,
+    Response,
+    describe_error,
+)
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.identifiers import find_foundation, find_model
 from luthier.api.policies import refuse_denied
@@ -199,13 +206,13 @@ def _parse(kind: type[BaseModel], value: Any) -> Any:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
+        found = error.errors(include_url=False)
         # A list is given up at its first wrong item, and then counts as too short, too.
         above = {each["loc"][:end] for each in found for end in range(len(each["loc"]))}
         first = [each for each in found if each["type"] != "too_short" or each["loc"] not in above]
         places = [".".join(map(str, each["loc"])) for each in first]
         text = "; ".join(
-            f"{place or 'the body'}: {each['msg']}"
+            f"{place or 'the body'}{describe_error(each)}"
             for place, each in zip(places, first, strict=True)
         )
         raise Fault("Validation", text, parameter=places[0] or None) from error
