@@ -15,7 +15,7 @@ from pathlib import Path
 from luthier.data.containers import Container, container_of
 from luthier.data.fields import RENAMES, FieldChecker, list_keys, read_words, rename_fix
 from luthier.data.forms import Form, forms_of, source_keys
-from luthier.data.media import IMAGE_ENDINGS, Media
+from luthier.data.media import IMAGE_ENDINGS, PLURAL, Media, MediaKind
 from luthier.data.media_files import is_media
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.data.read import read_records
@@ -52,6 +52,8 @@ _ALL_SHAPES = ", ".join(
 )
 _BESIDE_TEXT = ("label", "rating", "tags")
 """What makes another shape of a text: misspelt, it would be left out without a word."""
+_LABEL_NAMES = ("label", "labels", "class", "category", "species", "target", "tag", "y")
+"""What people call the column with the class of an image or a sound."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
@@ -298,6 +300,9 @@ class Checker(FieldChecker):
         """Report keys that make no shape, with what to rename."""
         has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
         message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
+        if media_fix := _media_columns_fix(record):
+            self.report("row.unknown_shape", f"The row is of no known shape: {has}.", media_fix)
+            return
         fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
         fix = fix or rename_fix(record, ("text",))
         fix = fix or "Rename the keys to those of one of these shapes."
@@ -306,6 +311,22 @@ class Checker(FieldChecker):
             "to classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
         )
         self.report("row.unknown_shape", message, fix)
+
+
+def _media_columns_fix(record: Record) -> str:
+    """Which columns to read as an image or a sound, and as what is said of it; empty without paths."""
+    texts = {key: value for key, value in record.items() if isinstance(value, str)}
+    place = next((key for key, value in texts.items() if is_media(value)), None)
+    if place is None:
+        return ""
+    kind: MediaKind = "image" if texts[place].lower().endswith(IMAGE_ENDINGS) else "audio"
+    others = [key for key in texts if key != place]
+    named = [key for key in others if key.strip().lower() in _LABEL_NAMES]
+    label = (named or others)[0] if named or len(others) == 1 else "COLUMN"
+    beside = f" and `data.columns.label={label}`, its class" if others else ""
+    return (
+        f"{quote(place)} holds paths of {PLURAL[kind]}: say `data.columns.{kind}={place}`{beside}."
+    )
 
 
 class PromptChecker(Checker):

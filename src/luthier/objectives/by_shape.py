@@ -33,7 +33,8 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
                 for name, kind in OBJECTIVES.items()
                 if row.shape in kind.shapes | kind.further_shapes
             ]
-            choices = [*(f"`objective.method={name}`" for name in named), "give each a label"]
+            choices = [f"`objective.method={name}`" for name in named]
+            choices.append("give each a label, as with `data.columns.label=COLUMN`")
             fix = f"Say what is to be learned: {', or '.join(choices)}."
         raise DataError([Problem(row.file, row.line, "row.objective", message, fix)])
     kinds.sort(key=lambda kind: tasks.index(kind.task) if kind.task in tasks else 0)
