@@ -70,7 +70,7 @@ def z_scores(series: Series) -> Scores:
 
 
 def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, float]:
-    """Scores of the model, its own threshold, and the seconds of training."""
+    """Scores of the model, the largest that it takes for ordinary, and the seconds of training."""
     path = folder / f"{series.name}.csv"
     rows = zip(series.times[: series.learned], series.values.tolist(), strict=False)
     path.write_text("timestamp,value\n" + "".join(f"{t},{value!r}\n" for t, value in rows))
@@ -89,8 +89,8 @@ def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, 
     ]
     answers = [each["predicted"] for each in model.predict(asked)]
     scores = np.array([each["score"] for each in answers])
-    above = scores[[each["anomalous"] for each in answers]]
-    return scores, float(above.min(initial=np.inf)), seconds
+    ordinary = scores[[not each["anomalous"] for each in answers]]
+    return scores, float(ordinary.max(initial=-np.inf)), seconds
 
 
 def measure(series: Series, scores: Scores, threshold: float) -> tuple[int, float, list[int]]:
