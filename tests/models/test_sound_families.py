@@ -155,8 +155,9 @@ def test_a_rate_that_a_network_was_not_made_for_is_refused(tmp_path: Path) -> No
     for family in FAMILIES:
         make(family, tmp_path / family)
         chat = load_chat_format(tmp_path / family)
-        with pytest.raises(RecipeError, match="made for sounds of one sampling rate"):
+        with pytest.raises(RecipeError, match=f"made for sounds of {RATE:,} samples a") as refused:
             chat.with_sounds(4_000, None)
+        assert "max_seconds" not in str(refused.value)  # which is not what was asked for
     longer = chat.with_sounds(None, 2.0).media
     assert longer is not None and longer.shape == (1, 1, 2 * RATE)
     with pytest.raises(RecipeError, match="and length; leave"):

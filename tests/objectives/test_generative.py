@@ -106,7 +106,7 @@ def test_only_a_classifier_of_images_has_such_features(
     family_folder: Callable[[str], Path],
 ) -> None:
     objective = GAN(feature_model="other")
-    with pytest.raises(RecipeError, match="classifier of images, and other was trained for sft"):
+    with pytest.raises(RecipeError, match="classifier of images, and other has no classes; tune"):
         objective.bind_model("features", SFT(), 8)
     assert objective.bind_model("features", Classification(), 8) is objective
     images, texts = (load_chat_format(family_folder(name)) for name in ("dcgan", "bert"))

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 import luthier
+from luthier.cli.tune import print_result
 from luthier.data.media import Media
 from luthier.data.shapes import CaptionedImage
 from luthier.errors import RecipeError
@@ -146,6 +147,7 @@ def test_texts_find_images_and_images_find_texts(
     adaptation: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     family_folder: Callable[[str], Path],
 ) -> None:
     train = write_pictures(tmp_path / "photos", 32)
@@ -157,6 +159,11 @@ def test_texts_find_images_and_images_find_texts(
         adaptation=adaptation, training__max_steps=50, training__batch_size=8,
         training__learning_rate=5e-3, training__precision="float32", data__validation_share=0,
     )  # fmt: skip
+    print_result(tuned)
+    said = capsys.readouterr().out
+    assert "50 steps, 400 images in" in said  # eight a step, whatever their captions have of tokens
+    for query in ("photo.png", '"some text"'):
+        assert f"luthier nearest {tuned.model_id} DATA {query}\n" in said
     found = luthier.evaluate(tuned.model_id, test)
     assert found.scores["text_to_image_recall_at_1"] > 0.7 > before["text_to_image_recall_at_1"]
     assert found.scores["image_to_text_recall_at_1"] > 0.7 > before["image_to_text_recall_at_1"]

@@ -75,8 +75,8 @@ class Adaptation(BaseModel):
 
         if not self.takes_media and reads_media(model.config):
             raise RecipeError(
-                f"{self.method} works among the tokens of a text, and this network reads images or "
-                "sounds. Use full, lora, freeze, bitfit or feature_extraction"
+                f"{self.method} works among the tokens of a text, and this network reads images, "
+                "sounds or time series. Use full, lora, freeze, bitfit or feature_extraction"
             )
         self.adapt(model)
         new, frozen = head_weights(model), frozen_parts(model)

@@ -94,10 +94,11 @@ def tune(
 
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
+    from luthier.data.media import PLURAL
     from luthier.data.processors import read_processor
     from luthier.engine.runs import GRIDS
     from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
-    from luthier.store.models import find, objective_of
+    from luthier.store.models import chat_format, find, objective_of
 
     stored = find(result.model_id)
     objective, media = objective_of(stored), read_processor(stored.folder)
@@ -110,9 +111,9 @@ def print_result(result: Result) -> None:
     out = new_console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
+    read = f"{result.rows_seen:,} {PLURAL[reads]}" if media else f"{result.tokens:,} tokens"
     out.print(
-        f"  {steps}, {result.tokens:,} {'tokens' if reads == 'text' else f'{reads}s'} in "
-        f"{result.seconds:.0f} s; "
+        f"  {steps}, {read} in {result.seconds:.0f} s; "
         f"loss {result.train_loss:.4f}{f', validation {held}' if held else ''}; "
         f"peak memory {result.peak_memory_bytes / 1e9:.2f} GB"
     )
@@ -136,6 +137,8 @@ def print_result(result: Result) -> None:
         use = f"predict {result.model_id} {asked}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {asked}"
+            if media and chat_format(stored).has_tokenizer:
+                use += f'\n              luthier nearest {result.model_id} DATA "some text"'
     elif isinstance(objective, SupportsSampling):
         use = f"sample {result.model_id} --output samples.png"
     elif objective.task != "causal_lm":

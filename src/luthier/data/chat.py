@@ -202,14 +202,17 @@ class ChatFormat:
                 "data.sampling_rate and data.max_seconds are for a base model that reads sounds; leave "
                 "them out"
             )
-        if isinstance(self.media, FeatureExtractor) and (
-            sampling_rate or not self.media.length_is_free
-        ):
-            raise RecipeError(
-                "this base model was made for sounds of one sampling rate"
-                + ("" if self.media.length_is_free else " and length")
-                + "; leave data.sampling_rate and data.max_seconds out"
-            )
+        if isinstance(self.media, FeatureExtractor):
+            if max_seconds and not self.media.length_is_free:
+                raise RecipeError(
+                    "this base model was made for sounds of one sampling rate and length; leave "
+                    "data.sampling_rate and data.max_seconds out"
+                )
+            if sampling_rate:
+                raise RecipeError(
+                    f"this base model was made for sounds of {self.media.sampling_rate:,} samples a "
+                    "second, to which others are brought; leave data.sampling_rate out"
+                )
         rate = sampling_rate or self.media.sampling_rate
         seconds = max_seconds or self.media.max_seconds
         media = replace(self.media, sampling_rate=rate, max_seconds=seconds)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, Media, MediaKind
+from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
@@ -258,7 +258,8 @@ class FieldChecker:
             return Media(kind, name, data=value)
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             key = quote(self.names.get(kind) or kind)
-            fix = f"Write the path of the {kind}, as seen from the folder of this file, in {key}."
+            what = SINGULAR[kind]
+            fix = f"Write the path of the {what}, as seen from the folder of this file, in {key}."
             message = f"{key} must be a path, but is {json_kind(value)}."
             self.report("media.type", message, fix)
             return None

@@ -16,6 +16,7 @@ import struct
 import wave
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,13 @@ from luthier.errors import RowRefused
 
 MediaKind = Literal["image", "audio", "window"]
 """A ``window`` is the latest values of a time series."""
+SINGULAR: Mapping[str, str] = {
+    "image": "image", "audio": "sound", "window": "window of a time series", "text": "text",
+}  # fmt: skip
+"""What people call each kind of input."""
+PLURAL: Mapping[str, str] = {
+    "image": "images", "audio": "sounds", "window": "windows of a time series", "text": "texts",
+}  # fmt: skip
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg")

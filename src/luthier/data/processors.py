@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from luthier.data.media import PLURAL, SINGULAR
 from luthier.errors import RowRefused, UnknownModel
 from luthier.files import read_json, write_json
 
@@ -470,11 +471,11 @@ class MediaInput:
 def check_kind(media: Media, processor: Processor | None, index: int) -> Processor:
     """The processor, where it reads such rows."""
     if processor is None or processor.kind != media.kind:
-        reads = "texts" if processor is None else f"{processor.kind}s"
-        article = "a" if media.kind == "window" else "an"
+        reads = PLURAL["text" if processor is None else processor.kind]
+        article = "an" if media.kind == "image" else "a"
         raise RowRefused(
             "media.base",
-            f"this base reads {reads}, and row {index + 1} is {article} {media.kind}.",
+            f"this base reads {reads}, and row {index + 1} is {article} {SINGULAR[media.kind]}.",
             "Name a base that reads such rows; `luthier models list` shows what each reads.",
         )
     return processor

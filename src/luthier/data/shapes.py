@@ -32,7 +32,7 @@ from luthier.data.fields import (
     read_tagged,
     read_turns,
 )
-from luthier.data.media import Media, MediaKind
+from luthier.data.media import PLURAL, Media, MediaKind
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
@@ -360,7 +360,7 @@ class BareImage(BareMedia):
     shape: ClassVar[str] = "image"
     reads: ClassVar[InputKind] = "image"
     title: ClassVar[str] = '{"image"}'
-    words: ClassVar[str] = "images"
+    words: ClassVar[str] = PLURAL["image"]
     keys: ClassVar[tuple[str, ...]] = ("image",)
     source_keys: ClassVar[frozenset[str]] = frozenset(("image",))
 
@@ -377,7 +377,7 @@ class BareAudio(BareMedia):
     shape: ClassVar[str] = "audio"
     reads: ClassVar[InputKind] = "audio"
     title: ClassVar[str] = '{"audio"}'
-    words: ClassVar[str] = "sounds"
+    words: ClassVar[str] = PLURAL["audio"]
     keys: ClassVar[tuple[str, ...]] = ("audio",)
     source_keys: ClassVar[frozenset[str]] = frozenset(("audio",))
 
@@ -394,7 +394,7 @@ class BareWindow(BareMedia):
     shape: ClassVar[str] = "window"
     reads: ClassVar[InputKind] = "window"
     title: ClassVar[str] = '{"window"}'
-    words: ClassVar[str] = "windows of a time series"
+    words: ClassVar[str] = PLURAL["window"]
     keys: ClassVar[tuple[str, ...]] = ("window",)
     source_keys: ClassVar[frozenset[str]] = frozenset(("window",))
 

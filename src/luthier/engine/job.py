@@ -13,6 +13,7 @@ from luthier.adaptations import ADAPTATIONS
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
+from luthier.data.media import PLURAL, SINGULAR
 from luthier.engine import defaults
 from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
@@ -164,9 +165,9 @@ def with_reading_defaults(
         if processor is not None and changes and not recipe.adaptation.head_only:
             contrasts = recipe.objective is not None and recipe.objective.contrasts_rows
             usual = (Augmentation.views if contrasts else Augmentation.usual)(processor.kind)
-            reason = f"each {processor.kind} is seen a little differently each time"
+            reason = f"each {SINGULAR[processor.kind]} is seen a little differently each time"
             if contrasts:
-                reason = f"two views of each {processor.kind} are learned to be the same"
+                reason = f"two views of each {SINGULAR[processor.kind]} are learned to be the same"
             amounts = usual.model_dump(exclude_defaults=True).items()
             if words := ", ".join(f"{name}={amount:g}" for name, amount in amounts):
                 choices.append(("data.augmentation", words, reason))
@@ -337,7 +338,7 @@ def resolve_job(
         if chat.media is not None:
             budget, reason = (
                 min(budget, MOST_IMAGES),
-                f"{chat.media.kind}s at once; more is no faster",
+                f"{PLURAL[chat.media.kind]} at once; more is no faster",
             )
         if began_with is not None:
             budget, reason = began_with, "as when the run began"

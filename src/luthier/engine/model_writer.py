@@ -138,6 +138,7 @@ class ModelWriter:
             trained_weights=self.trained,
             weights=self.weights,
             saved_bytes=folder_size(stored, "**/*.safetensors"),
+            rows_seen=progress.rows,
             verdict=self.verdict,
             comparison=self.comparison,
             refit=self.refit,

@@ -63,6 +63,8 @@ class Result:
     """How many there are in all."""
     saved_bytes: int
     """Size of the custom model's weights on disk."""
+    rows_seen: int = 0
+    """Rows trained on, each as often as it was; results of older runs have none."""
     verdict: RunVerdict | None = None
     """Whether it learned; results of older runs have none."""
     comparison: Comparison | None = None

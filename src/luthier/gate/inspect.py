@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat
-from luthier.data.media import MediaKind
+from luthier.data.media import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.sources import Source, files_of
@@ -73,7 +73,7 @@ def default_base(
             if own and row.shape in kind.shapes and kind.chosen_by_shape:
                 return own, f"the rows are {describe_shapes([row.shape])}, which it learns from"
         known = MEDIA_BASES[row.media.kind]
-        return known, f"the rows are {row.media.kind}s, which it reads"
+        return known, f"the rows are {PLURAL[row.media.kind]}, which it reads"
     what = row and SHAPES[row.shape].reader_text
     return (
         (READER, f"the rows are texts with {what}, which an encoder reads best") if what else plain

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from luthier.data.media import PLURAL
 from luthier.data.shapes import SHAPES
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
@@ -335,10 +336,11 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
     shapes = objective.shapes | objective.further_shapes
     known = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
     if known and reads not in known:
-        learned = " and ".join(f"{kind}s" for kind in sorted(known))
+        learned = " and ".join(PLURAL[kind] for kind in sorted(known))
         raise RecipeError(
-            f"this base model reads {reads}s, and the objective learns from {learned}. Choose another "
-            f"objective than {objective.method}, or a base that reads such rows (`luthier models list`)"
+            f"this base model reads {PLURAL[reads]}, and the objective learns from {learned}. Choose "
+            f"another objective than {objective.method}, or a base that reads such rows "
+            "(`luthier models list`)"
         )
     objective.check(chat)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from luthier.data.media import Media
+from luthier.data.media import PLURAL, Media
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.evaluation.frechet import frechet_distance
@@ -53,8 +53,8 @@ class Generative(Objective):
         """It must be a classifier."""
         if learned.task != "sequence_classification":
             raise RecipeError(
-                f"objective.feature_model is a classifier of images, and {self.feature_model} was "
-                f"trained for {learned.method}"
+                f"objective.feature_model is a classifier of images, and {self.feature_model} has no "
+                "classes; tune it on images with labels, and name the model that comes of it"
             )
         return self
 
@@ -62,7 +62,7 @@ class Generative(Objective):
         """It must read images, and so must the network."""
         for media in (other.media, chat.media):
             if not isinstance(media, ImageProcessor):
-                reads = f"{media.kind}s" if media is not None else "texts"
+                reads = PLURAL["text" if media is None else media.kind]
                 raise RecipeError(
                     "objective.feature_model compares images, and one of both networks reads "
                     f"{reads}; leave it out"

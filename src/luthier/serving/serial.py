@@ -20,7 +20,7 @@ import numpy as np
 
 from luthier.cancellation import KillHandle, cancellable
 from luthier.data.chat import NoTokenizer
-from luthier.data.media import Media
+from luthier.data.media import PLURAL, Media
 from luthier.data.shapes import BARE_MEDIA, RawText
 from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
@@ -174,7 +174,7 @@ class SerialModel:
         does = []
         if self._predictor is not None:
             kind = self._chat.media.kind if self._chat.media else "text"
-            does.append(f"reads {kind}s")
+            does.append(f"reads {PLURAL[kind]}")
         if isinstance(self._generator and self._generator.objective, SupportsSampling):
             does.append("makes images")
         return " and ".join(does)
@@ -310,7 +310,9 @@ class SerialModel:
         if isinstance(given, str):
             return RawText("", line, given)
         if self._chat.media is None or self._chat.media.kind != given.kind:
-            raise InferenceRefused(f"This model {self.purpose}, and no {given.kind}.", "input")
+            raise InferenceRefused(
+                f"This model {self.purpose}, and no {PLURAL[given.kind]}.", "input"
+            )
         most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
         return BARE_MEDIA[given.kind]("", line, replace(given, most=most.get(given.kind)))
 
