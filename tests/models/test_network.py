@@ -12,10 +12,10 @@ import torch
 from transformers import PretrainedConfig
 
 from luthier.adaptations import ADAPTATIONS
-from luthier.errors import RecipeError
 from luthier.models.heads import CAUSAL_LM, Head
 from luthier.models.load import as_network, check_folder, load_model
-from luthier.models.network import Network, context_length
+from luthier.models.modalities import context_length
+from luthier.models.network import Network
 from luthier.objectives.logprobs import mean_nll, token_logps
 from luthier.types import Example
 
@@ -35,13 +35,6 @@ def ready(folder: Path, adaptation: str) -> Network:
     model: Any = load_model(folder, torch.float32, CPU)
     ADAPTATIONS[adaptation]().attach(model)
     return as_network(model, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions", "n_ctx"])
-def test_context_length(key: str) -> None:
-    assert context_length({key: 77}) == 77
-    with pytest.raises(RecipeError, match="context length"):
-        context_length({key: None})
 
 
 def test_a_network_in_memory_has_the_context_of_its_files(

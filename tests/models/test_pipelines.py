@@ -12,7 +12,7 @@ import pytest
 
 from luthier.errors import CorruptFile, UnknownModel
 from luthier.models.load import check_folder, sketch
-from luthier.models.pipelines import read_noise, read_pipeline
+from luthier.models.pipelines import noise_settings, read_pipeline
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.diffusion import Diffusion
 
@@ -46,7 +46,7 @@ def test_images_and_texts_are_read_as_the_pipeline_makes_and_reads_them(folder: 
 def test_the_noise_is_that_of_the_scheduler(folder: Path) -> None:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     change(scheduler, prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=0)
-    assert read_noise(folder) == {
+    assert noise_settings(read_pipeline(folder)) == {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,

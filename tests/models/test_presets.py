@@ -15,7 +15,7 @@ from luthier.models import nets
 from luthier.models.build import build, read_configuration
 from luthier.models.heads import Head
 from luthier.models.load import sketch_of
-from luthier.models.network import context_length
+from luthier.models.modalities import context_length
 from luthier.models.presets import SHAPES, configuration
 
 SMALL: dict[str, Any] = {

@@ -8,9 +8,10 @@ import pytest
 
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG, HubSource
+from luthier.models.kinds import KINDS, sole_objective
 from luthier.models.manifest import MANIFEST
 from luthier.store.foundation import foundation_model, foundation_models
-from luthier.store.models import BASE_OBJECTIVES, base_folder, find, objective_of, sole_objective
+from luthier.store.models import base_folder, find, objective_of
 
 ALIAS = "smollm2-135m-instruct"
 ID = f"huggingfacetb.{ALIAS}"
@@ -64,9 +65,9 @@ def test_a_masked_language_model_made_here_writes_nothing(luthier_home: Path) ->
 
 
 def test_rows_decide_where_a_network_may_learn_several_things() -> None:
-    assert {kind: sole_objective(kind) for kind in BASE_OBJECTIVES} == {
-        **dict.fromkeys(("encoder", "masked_lm", "image_encoder", "audio_encoder")),
+    assert {kind: sole_objective(kind) for kind in KINDS} == {
+        **dict.fromkeys(("causal_lm", "encoder", "masked_lm", "image_encoder", "audio_encoder")),
         "image_text_encoder": "contrastive", "autoencoding": "vae", "adversarial": "gan",
         "denoising": "diffusion", "image_to_text": "image_to_text",
     }  # fmt: skip
-    assert sole_objective("causal_lm") is None and sole_objective(None) is None
+    assert sole_objective("sequence_classification") is None and sole_objective(None) is None

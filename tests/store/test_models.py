@@ -17,6 +17,7 @@ import torch
 from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG
+from luthier.models.kinds import sole_objective
 from luthier.models.load import check_folder
 from luthier.models.manifest import MANIFEST
 from luthier.store import models as store
@@ -329,7 +330,7 @@ def test_a_folder_without_a_record_is_known_by_its_network(
 ) -> None:
     folder = find(str(family_folder(family)))
     assert folder.manifest.kind is None
-    assert store.kind_of(folder) == kind
-    assert store.sole_objective(kind) == method
+    assert folder.kind == kind
+    assert sole_objective(kind) == method
     if method is not None:
         assert store.objective_of(folder).method == method

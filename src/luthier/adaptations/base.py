@@ -71,9 +71,10 @@ class Adaptation(BaseModel):
         A head that belongs to the task trains whatever the adaptation, and what only prepares what the
         network reads does not.
         """
-        from luthier.models.heads import frozen_parts, head_weights, is_inside, reads_media
+        from luthier.models.heads import frozen_parts, head_weights, is_inside
+        from luthier.models.modalities import media_config
 
-        if not self.takes_media and reads_media(model.config):
+        if not self.takes_media and media_config(model.config) is not None:
             raise RecipeError(
                 f"{self.method} works among the tokens of a text, and this network reads images, "
                 "sounds or time series. Use full, lora, freeze, bitfit or feature_extraction"

@@ -31,10 +31,12 @@ from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, width_of
+from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES
-from luthier.models.load import as_network, check_folder, input_shape, read_config, sketch
-from luthier.models.network import Network, context_length
+from luthier.models.load import as_network, check_folder, read_config, sketch
+from luthier.models.modalities import context_length, input_shape
+from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.capabilities import (
@@ -149,7 +151,7 @@ def with_reading_defaults(
     features are computed once, and where texts are read off them, of which a part would be cut away.
     """
     choices: list[defaults.Choice] = []
-    own = store.sole_objective(store.kind_of(base))
+    own = sole_objective(base.kind)
     if recipe.objective is None and own is not None:
         choices.append(("objective", own, f"{base.id} is made for that"))
         recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})

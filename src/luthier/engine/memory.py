@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.errors import DoesNotFit, RefusedInput
 from luthier.models.catalog import CATALOG
-from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media
+from luthier.models.heads import Head
+from luthier.models.modalities import (
+    context_length,
+    input_shape,
+    media_config,
+    media_inputs,
+    text_config,
+)
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsExtraWeights
 from luthier.recipe import Recipe
@@ -77,7 +84,7 @@ def estimate_memory(
     optimizer = trained * (16 + 2 * bytes_per_number)
     weights = weight_bytes(model, bytes_per_number)
     least = PROCESS + max(plain, weights + calibration if calibration else 0)
-    if reads_media(config):
+    if media_config(config) is not None:
         return MemoryEstimate(
             PROCESS + weights + optimizer, activation_bytes(model, bytes_per_number), least
         )
@@ -99,10 +106,6 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
     """
     import torch
 
-    from luthier.models.layouts import media_inputs
-    from luthier.models.load import input_shape
-    from luthier.models.network import context_length
-
     sizes: list[int] = []
 
     def pack(tensor: Any) -> Any:
@@ -111,9 +114,9 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
         return tensor
 
     inputs = media_inputs(model, torch.empty(2, *input_shape(model.config), device="meta"))
-    if is_image_to_text(model.config) or is_dual_encoder(model.config):
+    if text_config(model.config) is not None:
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
-        name = "input_ids" if is_dual_encoder(model.config) else "decoder_input_ids"
+        name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
         inputs[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(**inputs)
@@ -230,7 +233,7 @@ def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Ite
     for entry in CATALOG.values():
         config = catalogue_config(entry, request.objective.head())
         change = f"`base={entry.id}`"
-        if reads_media(config) or reads_media(request.config):
+        if media_config(config) is not None or media_config(request.config) is not None:
             continue  # they have no such sizes to compare
         if config.hidden_size < request.config.hidden_size:
             yield from _try_change(change, request, config, request.adaptation, available)

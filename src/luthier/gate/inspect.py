@@ -23,6 +23,7 @@ from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import LARGE, ScanProgress, inspect_rows, inspect_sources
+from luthier.models.kinds import sole_objective
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
@@ -175,7 +176,7 @@ def load_context(
 
     stored = store.find(base, on_stage)
     chat, room = load_format(stored, apart)
-    if wanted is None and (own := store.sole_objective(store.kind_of(stored))) is not None:
+    if wanted is None and (own := sole_objective(stored.kind)) is not None:
         wanted = OBJECTIVES[own].model_validate({})
     if wanted is not None:
         check_base(wanted, chat)

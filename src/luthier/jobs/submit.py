@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from luthier.errors import NameInUse, QuotaExceeded, RecipeError
 from luthier.jobs.folders import run_name
 from luthier.limits import AccountQuotas
+from luthier.models.kinds import sole_objective
 from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
@@ -23,7 +24,6 @@ from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, Cu
 from luthier.store.database import lock_by_name, new_id, now
 from luthier.store.foundation import FoundationModel, root_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
-from luthier.store.models import sole_objective
 from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 from luthier.data.processors import (
     AudioProcessor,
@@ -157,28 +157,14 @@ class HubSource:
         return {**self.provenance, "revision": commit}
 
 
-EntryKind = Literal[
-    "causal_lm",
-    "masked_lm",
-    "encoder",
-    "image_encoder",
-    "audio_encoder",
-    "autoencoding",
-    "adversarial",
-    "denoising",
-    "image_to_text",
-]
-"""The task of a base model's head, or what it encodes: an ``encoder`` texts."""
-
-
 @dataclass(frozen=True)
 class CatalogEntry:
     """One base model that can be fetched by name."""
 
     id: str
     source: ModelSource
-    kind: EntryKind
-    """The task of its head, or what it encodes: an ``encoder`` texts."""
+    kind: str
+    """One of :data:`luthier.models.kinds.KINDS`."""
     languages: tuple[str, ...]
     """ISO 639-1 codes of what it was trained on."""
     parameters: int
@@ -283,7 +269,7 @@ _SMALL_IMAGES = ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3)
 
 def _random_entry(
     id_: str,
-    kind: EntryKind,
+    kind: str,
     parameters: int,
     about: str,
     config: Mapping[str, Any],

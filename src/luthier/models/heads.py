@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.errors import RecipeError
 from luthier.files import read_json
+from luthier.models.modalities import (
+    input_shape,
+    is_dual_encoder,
+    media_config,
+    reads_sound,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -131,44 +138,6 @@ _OF_MEDIA: dict[Task, tuple[str, ...]] = {
     "image_to_text": (_CLASSES["image_to_text"],),
 }
 """The same for networks that read images, or sounds as pictures of their pitch over time."""
-_IMAGE_TO_TEXT = frozenset({"vision-encoder-decoder"})
-"""An encoder of images beside a decoder of tokens; other families mix both in one sequence."""
-
-
-def is_image_to_text(config: Any) -> bool:
-    """Whether networks of this configuration write texts behind an encoder of images."""
-    return getattr(config, "model_type", "") in _IMAGE_TO_TEXT
-
-
-_DUAL_ENCODERS = frozenset({"clip"})
-"""An encoder of images beside one of texts, whose embeddings lie in one space."""
-
-
-def is_dual_encoder(config: Any) -> bool:
-    """Whether networks of this configuration embed images and texts, by an encoder for each."""
-    return getattr(config, "model_type", "") in _DUAL_ENCODERS
-
-
-SOUND_FAMILIES = frozenset({"audio-spectrogram-transformer", "wav2vec2"})
-"""Families of transformers that read sounds, as ``input_values``."""
-
-
-def reads_sound(config: Any) -> bool:
-    """Whether networks of this configuration are of :data:`SOUND_FAMILIES`."""
-    return getattr(config, "model_type", "") in SOUND_FAMILIES
-
-
-def reads_media(config: Any) -> bool:
-    """Whether networks of this configuration read images or sounds, alone or beside texts."""
-    import transformers
-
-    if is_image_to_text(config) or is_dual_encoder(config) or reads_sound(config):
-        return True
-    others: tuple[Task, ...] = ("embedding", "image_to_text")
-    named = [name for task, names in _OF_MEDIA.items() if task not in others for name in names]
-    return not hasattr(config, "vocab_size") and any(
-        type(config) in getattr(transformers, name)._model_mapping for name in named
-    )
 
 
 def auto_class(config: Any, task: Task) -> Any:
@@ -212,7 +181,7 @@ def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
     if is_dual_encoder(config):
         return _CLASSES[task] if task == "embedding" else ""
-    if reads_media(config):
+    if media_config(config) is not None:
         return next((n for n in _OF_MEDIA.get(task, ()) if _has(config, n, task)), "")
     name = _CLASSES[task]
     if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
@@ -367,12 +336,11 @@ def width_of(model: Any) -> int:
     """Numbers in a hidden state, ``H``; of an image, in what its classifier or decoder reads."""
     from torch import nn
 
-    if is_image_to_text(model.config):
-        return int(model.config.decoder.hidden_size)
     if is_dual_encoder(model.config):
         return int(model.config.projection_dim)
-    if not reads_media(model.config) or reads_sound(model.config):
-        return int(model.config.hidden_size)
+    text = text_config(model.config)
+    if text is not None or reads_sound(model.config):
+        return int((text or model.config).hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
     if hasattr(model.config, "embedding_size"):
@@ -388,7 +356,6 @@ def _embedding_width(model: Any) -> int:
     import torch
 
     from luthier.models.layouts import read_states
-    from luthier.models.load import input_shape
 
     weight = next(model.parameters())
     pixels = torch.zeros(1, *input_shape(model.config), device=weight.device, dtype=weight.dtype)
@@ -398,17 +365,11 @@ def _embedding_width(model: Any) -> int:
 
 def decoder_of(model: Any) -> nn.Module | None:
     """The decoder of an encoder-decoder, without its output head; ``None`` for other networks."""
-    decoder: nn.Module | None
-    if is_image_to_text(model.config):
-        decoder = model.decoder.base_model
-        return decoder
-    if reads_media(model.config):
-        return None
     backbone = model.base_model
-    if getattr(backbone, "encoder", None) is None:
+    if text_config(model.config) is None or getattr(backbone, "encoder", None) is None:
         return None
-    decoder = getattr(backbone, "decoder", None)
-    return decoder
+    decoder: Any = getattr(backbone, "decoder", None)
+    return None if decoder is None else decoder.base_model
 
 
 def decoder_start(model: Any) -> int:
@@ -446,7 +407,7 @@ def gradient_reach(model: Any) -> int | None:
 
 def prompt_ids(model: Any) -> tuple[int, ...]:
     """Ids of the soft prompt that stands before every row; none without one."""
-    if reads_media(model.config):
+    if media_config(model.config) is not None:
         return ()
     ids: tuple[int, ...] = getattr(model.get_input_embeddings(), "prompt_ids", ())
     return ids
@@ -456,7 +417,7 @@ def row_scores(model: Any, chosen_RH: Tensor) -> Tensor:
     """Scores ``[R, C]`` from the hidden state that stands for each row."""
     from torch import nn
 
-    if reads_media(model.config):
+    if media_config(model.config) is not None:
         if hasattr(model, "projector"):  # Wav2Vec2: of a mean it gives the mean of its own
             chosen_RH = model.projector(chosen_RH)
         dropout = getattr(model, "dropout", None)
@@ -498,7 +459,7 @@ def before_vocabulary(model: Any, hidden_SH: Tensor) -> Tensor:
     """
     from torch.nn.functional import gelu
 
-    if is_image_to_text(model.config):
+    if media_config(model.config) is not None:  # a decoder beside it writes
         model = model.decoder
     if task_of(model) == "bidirectional_lm":
         hidden_SH = hidden_SH.unflatten(-1, (2, -1))

@@ -40,7 +40,7 @@ def layer_names(model: nn.Module) -> list[str]:
     """
     from torch import nn
 
-    from luthier.models.heads import is_dual_encoder
+    from luthier.models.modalities import is_dual_encoder
 
     lists = [
         (name, module)

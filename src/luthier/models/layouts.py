@@ -13,8 +13,8 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +24,13 @@ from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
 from luthier.models.bottom import new_activations
+from luthier.models.modalities import (
+    is_dual_encoder,
+    media_config,
+    media_inputs,
+    reads_sound,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,13 +43,23 @@ if TYPE_CHECKING:
     from luthier.types import Example, IntArray
 
 
-class Layout(Protocol):
+class Layout:
     """Brings the nodes of a tree through a network."""
 
-    @property
-    def flat(self) -> bool:
-        """Whether nodes run as one sequence: layers can be computed ahead, prefixes be shared."""
-        ...
+    flat: ClassVar[bool] = False
+    """Whether nodes run as one sequence: layers can be computed ahead, prefixes be shared."""
+    reads_media: ClassVar[bool] = False
+    """Whether rows are images or sounds, or have one beside them."""
+
+    @cached_property
+    def reader(self) -> MediaReader:
+        """Decodes them."""
+        return MediaReader()
+
+    def read_ahead(self, examples: Sequence[Example]) -> None:
+        """Begin to read the images of rows that a plan will soon be made of; of texts, nothing."""
+        if self.reads_media:
+            self.reader.read_ahead(examples)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -51,22 +68,19 @@ class Layout(Protocol):
 
         ``before`` is the length of a prefix of keys and values, which only the flat layout can have.
         """
+        raise NotImplementedError
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
-
-    def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin to read the images of rows that a plan will soon be made of; of texts, nothing."""
+        raise NotImplementedError
 
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
     """The layout ``model`` can take; its attention is replaced where it is the flat one."""
-    if heads.is_image_to_text(model.config):
-        return ImageEncoderDecoder(model)
-    if heads.is_dual_encoder(model.config):
-        return DualEncoder(model)
-    if heads.reads_media(model.config):
-        return MediaLayout()
+    if media_config(model.config) is not None:
+        if text_config(model.config) is None:
+            return MediaLayout()
+        return (DualEncoder if is_dual_encoder(model.config) else ImageEncoderDecoder)(model)
     if heads.decoder_of(model) is not None:
         return EncoderDecoder(model)
     if not model._supports_attention_backend:
@@ -77,15 +91,12 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
 
 
 @dataclass(frozen=True)
-class Flat:
+class Flat(Layout):
     """All nodes in one sequence; the attention knows which sees which."""
 
     first_position: int
     both_ways: bool
     flat: ClassVar[bool] = True
-
-    def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Nothing: texts are in memory."""
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -136,16 +147,11 @@ class Rectangle:
         return torch.nn.functional.pad(real_MH, (0, 0, 0, count - len(real_MH)))
 
 
-class Padded:
+class Padded(Layout):
     """Each row of the tree as a row of the rectangle, filled up at its end."""
-
-    flat: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
-
-    def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Nothing: texts are in memory."""
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -226,13 +232,7 @@ class EncoderDecoder(Padded):
 class ImageEncoderDecoder(EncoderDecoder):
     """The tree holds what the decoder writes; rows carry the image that the encoder reads."""
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.reader = MediaReader()
-
-    def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin to decode the images."""
-        self.reader.read_ahead(examples)
+    reads_media: ClassVar[bool] = True
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -291,24 +291,23 @@ class MediaReader:
         return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
-class MediaLayout:
+class MediaLayout(Layout):
     """Each image or sound of the tree, one node, as an array; its state is what the head reads.
 
     Where nothing below the head trains and rows are never changed, states are computed once for all
     rows (:meth:`compute_ahead`): then none is decoded again.
     """
 
-    flat: ClassVar[bool] = False
+    reads_media: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._states_NH: Tensor | None = None
         self._places: dict[int, int] = {}
-        self.reader = MediaReader()
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
         """Begin to decode, where states are not known."""
         if self._states_NH is None:
-            self.reader.read_ahead(examples)
+            super().read_ahead(examples)
 
     @torch.no_grad()
     def compute_ahead(
@@ -368,22 +367,17 @@ class ImagesAndTexts:
     """The row of each."""
 
 
-class DualEncoder:
+class DualEncoder(Layout):
     """Rows are images or texts, each kind for an encoder of its own (CLIP, Radford et al. 2021).
 
     Both embed into one space. All nodes of a row have its embedding, so it is the same however a row
     is read.
     """
 
-    flat: ClassVar[bool] = False
+    reads_media: ClassVar[bool] = True
 
     def __init__(self, model: Any) -> None:
         self.fill = heads.filling_id(model)
-        self.reader = MediaReader()
-
-    def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin to decode the images."""
-        self.reader.read_ahead(examples)
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
@@ -423,17 +417,6 @@ class DualEncoder:
         return state_NH.index_copy(0, plan.node_M, embedded_RH[plan.row_M])
 
 
-def media_inputs(model: Any, arrays: Tensor) -> dict[str, Tensor]:
-    """Arrays ``[R, C, H, W]`` by the name and in the shape in which ``model`` takes them.
-
-    Sounds are ``[R, frames, bins]`` or ``[R, samples]``.
-    """
-    if not heads.reads_sound(model.config):
-        return {"pixel_values": arrays}
-    values = arrays.flatten(0, 1)
-    return {"input_values": values[:, 0] if values.shape[1] == 1 else values}
-
-
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
     """What the head of a classifier reads of images or sounds ``[R, C, H, W]``: ``[R, H]``.
 
@@ -447,7 +430,7 @@ def read_states(backbone: Any, pixels: Tensor) -> Tensor:
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)
-    if heads.reads_sound(backbone.config):  # Wav2Vec2 is read by the mean
+    if reads_sound(backbone.config):  # Wav2Vec2 is read by the mean
         mean_RH: Tensor = output.last_hidden_state.mean(1)
         return mean_RH
     # Vision transformers are read at their first token, convolutions by the mean of their maps.

@@ -23,24 +23,24 @@ from luthier.models.heads import (
     auto_class,
     decoder_of,
     head_weights,
-    is_dual_encoder,
-    is_image_to_text,
     mark,
     mark_new,
-    reads_media,
-    reads_sound,
     row_scores,
     start_bias,
     task_of,
 )
-from luthier.models.layouts import Rectangle, media_inputs, read_states
+from luthier.models.layouts import (
+    DualEncoder,
+    ImageEncoderDecoder,
+    Rectangle,
+    read_states,
+)
+from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
 from luthier.models.outside import check_shards
 from luthier.models.pipelines import is_pipeline, read_pipeline
 from luthier.types import Example
 
-SECOND = 16_000
-"""Samples of a sound where nothing says how many are read."""
 SMALL_SCORE = 0.25
 """Scores of classes below it, in nats, are compared as if they were as large, in bfloat16."""
 
@@ -145,8 +145,8 @@ def load_model(
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    kind = check_folder(folder).get("model_type", "of unknown type")
     config = read_config(folder, head)
+    kind = config.model_type
     logging.disable_progress_bar()
     quiet = logging.get_verbosity()
     try:
@@ -194,16 +194,15 @@ def _head_names(model: nn.Module) -> set[str]:
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Put a model of transformers on its layout, and check that it gives the same numbers."""
-    if reads_media(model.config):
-        writes, dual = is_image_to_text(model.config), is_dual_encoder(model.config)
+    if media_config(model.config) is not None:
         # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        network = Network(model, device, dtype, both_ways=not writes and not dual)
+        network = Network(model, device, dtype, both_ways=text_config(model.config) is None)
         freeze_statistics(model)
         model.eval()
-        if writes:
+        if isinstance(network.layout, ImageEncoderDecoder):
             _check_image_to_text(network)
-        elif dual:
+        elif isinstance(network.layout, DualEncoder):
             _check_dual_encoder(network)
         elif task_of(model) == "sequence_classification":
             _check_classifier(network)
@@ -281,20 +280,6 @@ def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
             f"networks of type {network.model.config.model_type} cannot be trained here yet: what "
             f"their head reads is not known (relative error {error:.2g})"
         )
-
-
-def input_shape(config: Any) -> tuple[int, int, int]:
-    """``[C, H, W]`` of what networks of this configuration are made to read."""
-    if config.model_type == "audio-spectrogram-transformer":
-        return (1, int(config.max_length), int(config.num_mel_bins))
-    if reads_sound(config):
-        return (1, *(getattr(config, "image_size", None) or (1, SECOND)))
-    if is_dual_encoder(config):
-        config = config.vision_config
-    config = config.encoder if is_image_to_text(config) else config
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(getattr(config, "num_channels", 3)), int(height), int(width)
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):

@@ -7,7 +7,7 @@ or a ``[B, T, V]`` tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,45 +22,15 @@ from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
 from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, Layout, layout_of
+from luthier.models.modalities import context_length
 from luthier.models.prefix import prefix_tokens
 from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
-_RELATIVE = frozenset({"t5", "mt5", "umt5", "longt5", "xlnet"})
-RELATIVE_CONTEXT = 4096
-"""Longest row for networks of relative positions, which have no limit but memory."""
-_OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 SIZE_STEP = 32
 """Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
-
-
-def context_length(config: Mapping[str, Any]) -> int:
-    """Longest input in tokens that the configuration names; an image or a sound is one token.
-
-    Beside an encoder of images it is the longest text of the decoder, or of the encoder of texts.
-
-    Raises:
-        RecipeError: where it names none.
-    """
-    if config.get("model_type") in heads.SOUND_FAMILIES:
-        return 1
-    if config.get("model_type") in _RELATIVE:
-        return RELATIVE_CONTEXT
-    for inside in ("decoder", "text_config"):
-        if isinstance(config.get(inside), Mapping):
-            return context_length(config[inside])
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int):
-            # RoBERTa's family starts counting behind its padding index.
-            skipped = (
-                config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
-            )
-            return int(config[key]) - skipped
-    if "vocab_size" not in config and "image_size" in config:
-        return 1
-    raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 
 @dataclass(frozen=True)
@@ -290,7 +260,7 @@ class Network:
 
         Each is made when it is asked for: one of images holds their pixels.
         """
-        media = heads.reads_media(self.model.config)
+        media = self.layout.reads_media
         if media:
             budget = min(budget, MOST_IMAGES)
         parts = split_to_budget(examples, budget, self.shares, whole_rows=media)
@@ -298,7 +268,7 @@ class Network:
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         """``examples`` in parts of which all batches may be held at once; of texts that is all."""
-        size = IMAGES_HELD if heads.reads_media(self.model.config) else max(1, len(examples))
+        size = IMAGES_HELD if self.layout.reads_media else max(1, len(examples))
         return (examples[start : start + size] for start in range(0, len(examples), size))
 
     def _tree(self, rows: Sequence[Example]) -> TokenTree:

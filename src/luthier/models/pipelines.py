@@ -125,12 +125,11 @@ def _image_size(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> list
     return [side * factor for side in sides]
 
 
-def read_noise(folder: Path) -> dict[str, Any]:
-    """What the pipeline in ``folder`` says of its noise, by the names of fields of ``Diffusion``.
+def noise_settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the ``fields`` of a pipeline say of its noise, by the names of fields of ``Diffusion``.
 
     As diffusers' own pipeline does, whatever the file says, it moves the steps of the way back by one.
     """
-    scheduler = read_pipeline(folder)["scheduler"]
     usual = {  # of diffusers' schedulers, where a file leaves one out
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
@@ -140,12 +139,14 @@ def read_noise(folder: Path) -> dict[str, Any]:
         "timestep_spacing": "leading",
         "set_alpha_to_one": True,
     }
-    return {name: scheduler.get(name, value) for name, value in usual.items()} | {"steps_offset": 1}
+    return {name: fields["scheduler"].get(name, value) for name, value in usual.items()} | {
+        "steps_offset": 1
+    }
 
 
-def pipeline_processor(folder: Path) -> ImageProcessor:
-    """How images are read that the pipeline in ``folder`` makes: pixels from -1 to 1."""
-    height, width = read_pipeline(folder)["image_size"]
+def pipeline_processor(fields: dict[str, Any]) -> ImageProcessor:
+    """How images are read that a pipeline of these ``fields`` makes: pixels from -1 to 1."""
+    height, width = fields["image_size"]
     return ImageProcessor(height, width, (0.5,) * 3, (0.5,) * 3, "lanczos")
 
 

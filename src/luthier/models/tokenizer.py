@@ -10,6 +10,7 @@ from luthier.data.processors import read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.modalities import text_fields
 from luthier.models.pipelines import (
     is_pipeline,
     pipeline_processor,
@@ -40,8 +41,7 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
 
     Tokens added to a tokenizer and used by no row are let be; many published models have some.
     """
-    inside = config.get("decoder") or config.get("text_config")
-    size = (inside if isinstance(inside, dict) else config).get("vocab_size")
+    size = text_fields(config).get("vocab_size")
     known = max([chat.tokenizer.vocab_size, *(stop + 1 for stop in chat.stop_ids)])
     if isinstance(size, int) and known > size:
         raise RecipeError(
@@ -59,13 +59,14 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     processor = read_processor(folder)
     # Beside networks of sounds lies the tokenizer of what they once transcribed.
     reads_alone = processor is not None and processor.kind == "audio"
-    if is_pipeline(folder):
-        processor = processor or pipeline_processor(folder)
+    pipeline = read_pipeline(folder) if is_pipeline(folder) else None
+    if pipeline is not None:
+        processor = processor or pipeline_processor(pipeline)
     elif processor is not None and (reads_alone or not _has_tokenizer(folder)):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
-    if is_pipeline(folder):  # files of older pipelines do not say how long a text may be
-        tokenizer.model_max_length = read_pipeline(folder)["max_position_embeddings"]
+    if pipeline is not None:  # files of older pipelines do not say how long a text may be
+        tokenizer.model_max_length = pipeline["max_position_embeddings"]
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
@@ -82,8 +83,7 @@ def _start_id(folder: Path) -> int | None:
     config = read_json(path) if path.is_file() else {}
     if not config.get("is_encoder_decoder"):
         return None
-    inside = config.get("decoder")
-    for fields in (config, inside if isinstance(inside, dict) else {}):
+    for fields in (config, text_fields(config)):
         for name in ("decoder_start_token_id", "pad_token_id"):
             if isinstance(start := fields.get(name), int):
                 return start

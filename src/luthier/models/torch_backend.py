@@ -37,6 +37,7 @@ from luthier.models.kv_cache import (
     room_for,
 )
 from luthier.models.layouts import Flat
+from luthier.models.modalities import text_config
 from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
 from luthier.types import Example
@@ -329,7 +330,7 @@ class ForwardBackend:
         self._encoded_RSH = encoded_RSH
         model = network.model
         self._beside = heads.decoder_of(model) is not None
-        config = model.config.decoder if heads.is_image_to_text(model.config) else model.config
+        config = text_config(model.config)
         layers = int(getattr(config, "num_hidden_layers", 1))
         width = torch.empty(0, dtype=network.dtype).element_size()
         self._bytes = 2 * layers * int(config.hidden_size) * width * (2 if self._beside else 1)

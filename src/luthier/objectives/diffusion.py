@@ -37,7 +37,8 @@ from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
-from luthier.models.pipelines import is_pipeline, read_noise
+from luthier.models.modalities import input_shape
+from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
@@ -207,7 +208,7 @@ class Diffusion(Generative):
         """
         if not is_pipeline(folder):
             return self
-        noise = read_noise(folder)
+        noise = noise_settings(read_pipeline(folder))
         for name, value in noise.items():
             # A recipe that was stored names all fields.
             if getattr(self, name) not in (value, type(self).model_fields[name].default):
@@ -492,8 +493,6 @@ def _chat(network: Network) -> ChatFormat:
 
 def _image_shape(network: Network) -> Shape:
     """Of the images that the network reads and makes."""
-    from luthier.models.load import input_shape
-
     reads = network.chat.media if network.chat is not None else None
     return reads.shape if reads is not None else input_shape(network.model.config)
 

@@ -91,7 +91,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.network import context_length
+    from luthier.models.modalities import context_length
     from luthier.models.tokenizer import check_vocabulary
 
     config = check_texts(folder)

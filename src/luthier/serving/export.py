@@ -17,8 +17,8 @@ from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
-from luthier.models.layouts import media_inputs
 from luthier.models.manifest import MANIFEST
+from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
+from luthier.models.kinds import KINDS
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.arns import Arn
 from luthier.store.custom_models import CustomModel
@@ -40,7 +41,7 @@ class FoundationModel:
     provider: str
     name: str
     kind: str
-    """Its task, or what it encodes: :data:`luthier.models.catalog.EntryKind`."""
+    """One of :data:`luthier.models.kinds.KINDS`."""
     created: datetime | None = None
     """When it was made here; ``None`` for one of the catalogue."""
     reads_windows: bool = False
@@ -56,20 +57,7 @@ class FoundationModel:
         """What goes in and what comes out, as Bedrock calls it; empty where it has no word."""
         if self.reads_windows:
             return "", ""
-        return _MODALITIES.get(self.kind, ("TEXT", "EMBEDDING"))
-
-
-_MODALITIES = {
-    "causal_lm": ("TEXT", "TEXT"),
-    "image_encoder": ("IMAGE", "EMBEDDING"),
-    "audio_encoder": ("", "EMBEDDING"),
-    "autoencoding": ("IMAGE", "IMAGE"),
-    "adversarial": ("TEXT", "IMAGE"),
-    "denoising": ("TEXT", "IMAGE"),
-    "image_to_text": ("IMAGE", "TEXT"),
-}
-"""By kind; others read texts and give embeddings. What makes images takes the name of a class, and
-Bedrock has no word for what reads sounds."""
+        return KINDS.get(self.kind, KINDS["encoder"]).modalities
 
 
 def foundation_models() -> list[FoundationModel]:

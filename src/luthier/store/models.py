@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
-from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, read_json, sha256_of
+from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
 from luthier.models.catalog import CATALOG, download_from_hub, pull
+from luthier.models.kinds import KINDS, kind_of_network
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
-from luthier.models.pipelines import MODEL_TYPE, is_pipeline
+from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class StoredModel:
     def tokenizer_from(self) -> str | None:
         """Id of the model from outside that its tokenizer and template come from, if they do."""
         return self.manifest.tokenizer_from
+
+    @property
+    def kind(self) -> str | None:
+        """What it is made for, as its record says, or else by its network; ``None`` if unknown."""
+        return self.manifest.kind or kind_of_network(self.folder)
 
     @property
     def root(self) -> str:
@@ -227,7 +233,7 @@ def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
     With an ``adaptation``, which is still to be trained, less what that takes, too.
     """
     from luthier.models.load import check_folder
-    from luthier.models.network import context_length
+    from luthier.models.modalities import context_length
 
     more = adaptation.added_tokens if adaptation is not None else 0
     return context_length(check_folder(model.network_folder)) - added_tokens(model) - more
@@ -246,60 +252,17 @@ def adaptation_of(model: StoredModel) -> Any:
     return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
-BASE_OBJECTIVES = {
-    "encoder": "contrastive",
-    "masked_lm": "contrastive",
-    "image_encoder": "contrastive",
-    "audio_encoder": "contrastive",
-    "image_text_encoder": "contrastive",
-    "autoencoding": "vae",
-    "adversarial": "gan",
-    "denoising": "diffusion",
-    "image_to_text": "image_to_text",
-}
-"""What base models of a kind are made for, where they do not write."""
-CLASSIFYING = frozenset({"encoder", "masked_lm", "image_encoder", "audio_encoder"})
-"""Kinds of them that learn labels, too: their rows say what is learned."""
-
-
-def sole_objective(kind: str | None) -> str | None:
-    """The method that networks of a kind are made for, where they learn by no other; else ``None``."""
-    return None if kind is None or kind in CLASSIFYING else BASE_OBJECTIVES.get(kind)
-
-
 def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
     from luthier.objectives import OBJECTIVES
 
     fields = model.manifest.objective
     if fields is None:
-        method = BASE_OBJECTIVES.get(kind_of(model) or "", "causal_lm")
-        objective = OBJECTIVES[method].model_validate({})
+        kind = KINDS.get(model.kind or "causal_lm", KINDS["causal_lm"])
+        objective = OBJECTIVES[kind.objective].model_validate({})
         # A pipeline says itself how it makes images.
         return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
     return _method(OBJECTIVES, fields, model).model_validate(fields)
-
-
-def kind_of(model: StoredModel) -> str | None:
-    """What its network is made for, as its record says, or else by the network; ``None`` if unknown."""
-    return model.manifest.kind or _KINDS.get(_network_type(model.folder))
-
-
-_KINDS = {
-    "clip": "image_text_encoder",
-    "dcgan": "adversarial",
-    "unet": "denoising",
-    "vae": "autoencoding",
-    MODEL_TYPE: "denoising",
-}
-"""Kind of networks that are made for one thing, by ``model_type``, where no record says it."""
-
-
-def _network_type(folder: Path) -> str:
-    if is_pipeline(folder):
-        return MODEL_TYPE
-    path = folder / "config.json"
-    return str(read_json(path).get("model_type", "")) if path.is_file() else ""
 
 
 def _method(

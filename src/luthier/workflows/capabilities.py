@@ -22,10 +22,11 @@ from luthier.errors import RefusedInput
 from luthier.models import nets
 from luthier.models.catalog import CATALOG
 from luthier.models.characters import character_tokenizer
-from luthier.models.heads import Head, is_dual_encoder, is_image_to_text, reads_media, reads_sound
+from luthier.models.heads import Head
 from luthier.models.layouts import MOST_IMAGES
-from luthier.models.load import catalogue_config, input_shape, read_config
+from luthier.models.load import catalogue_config, read_config
 from luthier.models.manifest import MANIFEST
+from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.store.models import base_folder, chat_format, find
@@ -129,7 +130,7 @@ def _capability(
     try:
         network = config(head)
         memory = sketch_training(network, objective, adaptation, size, head).memory
-        tokens = MOST_IMAGES if reads_media(network) else SMALLEST_BUDGET
+        tokens = MOST_IMAGES if media_config(network) is not None else SMALLEST_BUDGET
     except RefusedInput as error:
         return Capability(objective.method, adaptation.method, str(error))
     return Capability(objective.method, adaptation.method, "", memory.peak(tokens))
@@ -149,18 +150,17 @@ def family_table(family: str) -> list[Capability]:
 
 def format_of(config: Any) -> ChatFormat:
     """The format of a network, with a tokenizer of which only what objectives ask for is there."""
-    if is_image_to_text(config) or is_dual_encoder(config):
-        words = SimpleNamespace(mask_token_id=None, get_vocab=dict)
-        _, height, width = input_shape(config)
-        start_id = 0 if is_image_to_text(config) else None
-        return ChatFormat(words, "plain", (1,), start_id, ImageProcessor(height, width))
-    if reads_media(config):
+    beside = config.is_encoder_decoder
+    if media_config(config) is not None:
         channels, height, width = input_shape(config)
+        if text_config(config) is not None:
+            words = SimpleNamespace(mask_token_id=None, get_vocab=dict)
+            processor = ImageProcessor(height, width)
+            return ChatFormat(words, "plain", (1,), 0 if beside else None, processor)
         if channels == 3:
             return ChatFormat.reading(ImageProcessor(height, width))
         sounds = height > 1 or reads_sound(config)
         return ChatFormat.reading(AudioProcessor() if sounds else WindowProcessor(width))
-    beside = getattr(config, "is_encoder_decoder", False)
     vocabulary = {"<extra_id_0>": 0, "<extra_id_1>": 1} if beside else {}
     if config.model_type == "elmo":
         vocabulary = character_tokenizer().get_vocab()

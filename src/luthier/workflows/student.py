@@ -18,7 +18,7 @@ from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_
 from luthier.models.heads import Head, head_in
 from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
 from luthier.models.manifest import Manifest
-from luthier.models.network import context_length
+from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary

@@ -12,10 +12,10 @@ from luthier.data.processors import ImageProcessor, read_processor
 from luthier.errors import RecipeError
 from luthier.models.catalog import CATALOG, pull
 from luthier.models.characters import LETTERS, letter_tokenizer
-from luthier.models.heads import Head, head_in, is_image_to_text, reads_media, width_of
+from luthier.models.heads import Head, head_in, width_of
 from luthier.models.load import load_model, read_config
+from luthier.models.modalities import context_length, is_dual_encoder, media_config, text_config
 from luthier.models.nets.line_encoder import LineEncoderConfig, LineEncoderModel
-from luthier.models.network import context_length
 
 
 def encoder(**fields: object) -> LineEncoderModel:
@@ -53,7 +53,8 @@ def test_the_base_of_the_catalogue_loads_as_a_class_of_transformers(tmp_path: Pa
     assert sum(weight.numel() for weight in model.parameters()) == entry.parameters
     assert isinstance(model.encoder, LineEncoderModel)
     config = read_config(tmp_path, Head("image_to_text"))
-    assert is_image_to_text(config) and reads_media(config)
+    assert media_config(config) is config.encoder and text_config(config) is config.decoder
+    assert not is_dual_encoder(config)
     assert head_in(config) == Head("image_to_text")
     assert context_length(config.to_dict()) == entry.context
     reads = read_processor(tmp_path)

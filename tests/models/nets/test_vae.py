@@ -16,9 +16,9 @@ from luthier.models.heads import (
     head_in,
     head_modules,
     mark,
-    reads_media,
     width_of,
 )
+from luthier.models.modalities import media_config
 from luthier.models.nets.vae import VAEConfig, VAEModel
 
 SHAPES = [
@@ -55,7 +55,7 @@ def test_transformers_loads_what_was_saved(tmp_path: Path) -> None:
 def test_it_is_an_autoencoder_and_nothing_else() -> None:
     nets.register("vae")
     config = VAEConfig(image_size=8, hidden_sizes=(8, 8), latent_size=4)
-    assert reads_media(config)
+    assert media_config(config) is config
     model = auto_class(config, "autoencoding").from_config(config)
     mark(model, "autoencoding")
     assert head_modules(model) == [] and width_of(model) == 4

@@ -1,0 +1,54 @@
+"""Kinds of base models: what each is made for, by the name that records and the catalogue give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from luthier.files import read_json
+from luthier.models.pipelines import MODEL_TYPE, is_pipeline
+
+
+@dataclass(frozen=True)
+class BaseKind:
+    """What base models of one kind are made for."""
+
+    objective: str
+    """Method by which one answers that was never trained here."""
+    modalities: tuple[str, str]
+    """What goes in and what comes out, as Bedrock calls it. What makes images takes the name of a
+    class, and of what reads sounds there is no word."""
+    rows_decide: bool = False
+    """Whether it can learn by other methods, too, so that its rows say by which."""
+    families: tuple[str, ...] = ()
+    """Networks, by ``model_type``, that are of it where no record says so."""
+
+
+KINDS = {
+    "causal_lm": BaseKind("causal_lm", ("TEXT", "TEXT"), rows_decide=True),
+    "masked_lm": BaseKind("contrastive", ("TEXT", "EMBEDDING"), rows_decide=True),
+    "encoder": BaseKind("contrastive", ("TEXT", "EMBEDDING"), rows_decide=True),
+    "image_encoder": BaseKind("contrastive", ("IMAGE", "EMBEDDING"), rows_decide=True),
+    "audio_encoder": BaseKind("contrastive", ("", "EMBEDDING"), rows_decide=True),
+    "image_text_encoder": BaseKind("contrastive", ("TEXT", "EMBEDDING"), families=("clip",)),
+    "autoencoding": BaseKind("vae", ("IMAGE", "IMAGE"), families=("vae",)),
+    "adversarial": BaseKind("gan", ("TEXT", "IMAGE"), families=("dcgan",)),
+    "denoising": BaseKind("diffusion", ("TEXT", "IMAGE"), families=("unet", MODEL_TYPE)),
+    "image_to_text": BaseKind("image_to_text", ("IMAGE", "TEXT")),
+}
+"""By the task of the head of a base model, or by what it encodes: an ``encoder`` texts."""
+
+
+def sole_objective(kind: str | None) -> str | None:
+    """The method that networks of a kind are made for, where they learn by no other; else ``None``."""
+    known = KINDS.get(kind or "")
+    return None if known is None or known.rows_decide else known.objective
+
+
+def kind_of_network(folder: Path) -> str | None:
+    """The kind of the network in ``folder`` where that is made for one thing; else ``None``."""
+    config = folder / "config.json"
+    family = MODEL_TYPE if is_pipeline(folder) else None
+    if family is None and config.is_file():
+        family = read_json(config).get("model_type")
+    return next((name for name, kind in KINDS.items() if family in kind.families), None)
