@@ -218,7 +218,6 @@ class GAN(Generative):
         from torch.nn import functional as F
 
         model = network.model
-        model.config.check_images(batch.plan)
         with torch.no_grad():
             images = model.generate(game.latent_TRZ[0], game.class_R)
         class_2R = None if game.class_R is None else torch.cat([game.class_R] * 2)

@@ -17,28 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import ImageSizes, NoTokens, enlarging_stages
+from luthier.models.nets.image_stages import ImageConfig, NoTokens, enlarging_stages
 
 
-class DCGANConfig(ImageSizes, PreTrainedConfig):
-    """What it makes, the channels of each stage from the image inwards, and the numbers of noise."""
+class DCGANConfig(ImageConfig):
+    """Beside its stages: how many numbers of noise an image is made of."""
 
     model_type = "dcgan"
 
-    def __init__(
-        self,
-        num_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        hidden_sizes: tuple[int, ...] = (32, 64, 128),
-        latent_size: int = 64,
-        **kwargs: Any,
-    ) -> None:
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
+    def __init__(self, latent_size: int = 64, **kwargs: Any) -> None:
         self.latent_size = latent_size
         super().__init__(**kwargs)
 
@@ -236,6 +226,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
         """What the discriminator says of images ``[R, C, H, W]``, and of as many generated ones."""
+        self.config.check_images(pixel_values)
         latent_RZ = pixel_values.new_zeros(len(pixel_values), self.config.latent_size)
         images = torch.cat([pixel_values, self.generate(latent_RZ)])
         return DCGANOutput(self.discriminate(images), None)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from luthier.errors import RecipeError
 
@@ -20,12 +21,20 @@ GROUP = 16
 """Channels that are normalized together, where there are so many."""
 
 
-class ImageSizes:
-    """Of a configuration: what its image measures, and its maps."""
+class ImageConfig(PreTrainedConfig):
+    """What such a network reads or makes, and the channels of each stage from the image inwards."""
 
-    num_channels: int
-    image_size: int | tuple[int, int]
-    hidden_sizes: list[int]
+    def __init__(
+        self,
+        num_channels: int = 3,
+        image_size: int | tuple[int, int] = 32,
+        hidden_sizes: tuple[int, ...] = (32, 64, 128),
+        **kwargs: Any,
+    ) -> None:
+        self.num_channels = num_channels
+        self.image_size = image_size
+        self.hidden_sizes = list(hidden_sizes)
+        super().__init__(**kwargs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,7 +113,9 @@ class Up(nn.Module):
         return self.activation(self.norm(self.conv(F.interpolate(states, self.size))))
 
 
-def enlarging_stages(config: ImageSizes, activation: Callable[[Tensor], Tensor]) -> list[nn.Module]:
+def enlarging_stages(
+    config: ImageConfig, activation: Callable[[Tensor], Tensor]
+) -> list[nn.Module]:
     """The stages from the innermost maps to those of the size of the image."""
     sizes = config.hidden_sizes
     ends = zip(sizes[::-1], [*sizes[-2::-1], sizes[0]], config.sides[-2::-1], strict=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig, NoTokens
 from luthier.models.nets.small_cnn import BasicBlock
 
 COLUMN = 4
@@ -26,14 +26,13 @@ ROW = 8
 """Pixels of height that become one row of the last maps, all of which a state holds."""
 
 
-class LineEncoderConfig(ImageSizes, PreTrainedConfig):
+class LineEncoderConfig(ImageConfig):
     """What it reads, the channels of its stages, and the transformer over the columns."""
 
     model_type = "line_encoder"
 
     def __init__(
         self,
-        num_channels: int = 3,
         image_size: int | tuple[int, int] = (32, 320),
         hidden_sizes: tuple[int, ...] = (16, 32, 64),
         hidden_size: int = 128,
@@ -42,14 +41,11 @@ class LineEncoderConfig(ImageSizes, PreTrainedConfig):
         dropout_rate: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.dropout_rate = dropout_rate
-        super().__init__(**kwargs)
+        super().__init__(image_size=image_size, hidden_sizes=hidden_sizes, **kwargs)
 
 
 class EncoderLayer(nn.Module):

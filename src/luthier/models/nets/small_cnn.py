@@ -13,37 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
 
-from luthier.models.nets.image_stages import GroupNorm
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig
 
 
-class SmallCNNConfig(PreTrainedConfig):
+class SmallCNNConfig(ImageConfig):
     """Channels of each stage, and what it reads."""
 
     model_type = "small_cnn"
 
     def __init__(
         self,
-        num_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
         hidden_sizes: tuple[int, ...] = (32, 64, 128, 256),
         depth: int = 1,
         stem_stride: int = 1,
         dropout_rate: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
         self.depth = depth
         self.stem_stride = stem_stride
         self.dropout_rate = dropout_rate
-        super().__init__(**kwargs)
+        super().__init__(hidden_sizes=hidden_sizes, **kwargs)
 
 
 class BasicBlock(nn.Module):

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageSizes, NoTokens
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig, NoTokens
 
 if TYPE_CHECKING:
-    from luthier.models.denoiser import Shape
+    from luthier.models.modalities import Shape
     from luthier.types import IntArray
 
 PATCH = 2
@@ -37,22 +37,12 @@ SLOWEST = 10_000.0
 """Ratio of the fastest to the slowest sine of a time step."""
 
 
-class UNetConfig(ImageSizes, PreTrainedConfig):
-    """What it reads, the channels of each stage from the image inwards, and the blocks of a stage."""
+class UNetConfig(ImageConfig):
+    """Beside its stages: how many blocks each has."""
 
     model_type = "unet"
 
-    def __init__(
-        self,
-        num_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        hidden_sizes: tuple[int, ...] = (32, 64, 128),
-        blocks: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
+    def __init__(self, blocks: int = 1, **kwargs: Any) -> None:
         self.blocks = blocks
         super().__init__(**kwargs)
 

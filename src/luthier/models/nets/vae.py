@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from luthier.models.nets.image_stages import (
     GroupNorm,
-    ImageSizes,
+    ImageConfig,
     NoTokens,
     enlarging_stages,
 )
@@ -29,23 +29,17 @@ LARGEST_LOG_VARIANCE = 15.0
 """Either way: a variance of e^15 or e^-15 says all there is to say, and e^90 is not finite."""
 
 
-class VAEConfig(ImageSizes, PreTrainedConfig):
-    """What it reads, the channels (or widths) of each stage, and how many numbers an image becomes."""
+class VAEConfig(ImageConfig):
+    """Beside its stages, which may be ``dense``: how many numbers an image becomes."""
 
     model_type = "vae"
 
     def __init__(
         self,
-        num_channels: int = 3,
-        image_size: int | tuple[int, int] = 32,
-        hidden_sizes: tuple[int, ...] = (32, 64, 128),
         latent_size: int = 32,
         dense: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.num_channels = num_channels
-        self.image_size = image_size
-        self.hidden_sizes = list(hidden_sizes)
         self.latent_size = latent_size
         self.dense = dense
         super().__init__(**kwargs)
