@@ -348,13 +348,16 @@ class Loss:
     ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] = field(default_factory=dict)
     """A part and a whole for each row, whose sums are divided: F1 is no mean over rows. ``loss`` is the
     loss of each row, where that is one number: its mean is known less well than one over tokens."""
+    states: Any = None
+    """What it computed of each row, ``[R, …]`` without a gradient, for metrics of all rows."""
 
     @staticmethod
     def of_rows(
         each_R: Any,
         metrics: Mapping[str, float],
         ratios: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+        states: Any = None,
     ) -> Loss:
         """The sum of the losses ``[R]`` of single rows."""
         own = {"loss": (each_R.tolist(), [1] * len(each_R))}
-        return Loss(each_R.sum(), metrics, own | dict(ratios or {}))
+        return Loss(each_R.sum(), metrics, own | dict(ratios or {}), states)

@@ -80,7 +80,7 @@ def test_noise_is_new_in_training_and_else_of_the_image(
 
     def noise(rows: list[Example], budget: int = 100) -> torch.Tensor:
         batches = objective.annotate(network, rows, budget)
-        drawn = torch.cat([batch.extra.latent_RZ for batch in batches])
+        drawn = torch.cat([batch.extra for batch in batches])
         return drawn[np.argsort([each.row for batch in batches for each in batch.tree.examples])]
 
     network.model.eval()

@@ -247,7 +247,7 @@ class Objective(BaseModel):
         network: Network,
         examples: Sequence[Example],
         budget: int,
-        on_batch: Callable[[TreeBatch], None] = lambda batch: None,
+        on_loss: Callable[[Loss], None] = lambda loss: None,
     ) -> Means:
         import torch
 
@@ -257,8 +257,9 @@ class Objective(BaseModel):
         with torch.no_grad():
             for part in parts:
                 for batch in self.annotate(network, part, budget):
-                    means.add(self.loss(network, batch), batch.weight)
-                    on_batch(batch)
+                    loss = self.loss(network, batch)
+                    means.add(loss, batch.weight)
+                    on_loss(loss)
         return means
 
     def validation_metrics(
@@ -276,10 +277,10 @@ class Objective(BaseModel):
         network: Network,
         examples: Sequence[Example],
         budget: int,
-        on_batch: Callable[[TreeBatch], None] = lambda batch: None,
+        on_loss: Callable[[Loss], None] = lambda loss: None,
     ) -> dict[str, Any]:
-        """:meth:`validation_metrics` of the loss; ``on_batch`` sees each micro-batch behind it."""
-        means = self._means(network, examples, budget, on_batch)
+        """:meth:`validation_metrics` of the loss; ``on_loss`` sees that of each micro-batch."""
+        means = self._means(network, examples, budget, on_loss)
         found: dict[str, Any] = means.values()
         scores = means.row_scores()
         if self.measure in scores:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -41,16 +41,6 @@ if TYPE_CHECKING:
 
 ACTIVE = 0.01
 """Variance of a latent's mean over the rows from which on it is in use (Burda et al. 2016)."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What a micro-batch draws."""
-
-    latent_RZ: Tensor
-    """Standard normal."""
-    means: list[Tensor] = field(default_factory=list)
-    """The means ``[R, Z]`` of the latents, once :meth:`VAE.loss` has read the rows."""
 
 
 class VAE(Generative):
@@ -121,7 +111,7 @@ class VAE(Generative):
                 drawn = torch.from_numpy(np.stack([fixed_noise(row, size) for row in rows]))
             noises.append(drawn.to(network.device))
         return [
-            replace(batch, extra=Noise(noise)) for batch, noise in zip(batches, noises, strict=True)
+            replace(batch, extra=noise_RZ) for batch, noise_RZ in zip(batches, noises, strict=True)
         ]
 
     def at(self, done: float) -> Self:
@@ -132,13 +122,12 @@ class VAE(Generative):
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed minus evidence lower bound, of one draw a row."""
         mean_RZ, log_variance_RZ = (each.float() for each in network.model.encode(batch.plan))
-        noise: Noise = batch.extra
-        noise.means.append(mean_RZ.detach())
-        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * noise.latent_RZ
+        noise_RZ: Tensor = batch.extra
+        latent_RZ = mean_RZ + (0.5 * log_variance_RZ).exp() * noise_RZ
         copy_R = self._copy_error(network, batch, latent_RZ)
         kl_R = divergence(mean_RZ, log_variance_RZ)
         metrics = {"reconstruction": float(copy_R.detach().sum()), "kl": float(kl_R.detach().sum())}
-        return Loss.of_rows(copy_R + self.beta * kl_R, metrics)
+        return Loss.of_rows(copy_R + self.beta * kl_R, metrics, states=mean_RZ.detach())
 
     def _copy_error(self, network: Network, batch: TreeBatch, latent_RZ: Tensor) -> Tensor:
         """Nats ``[R]`` that the copies are off by."""
@@ -153,9 +142,7 @@ class VAE(Generative):
         import torch
 
         means: list[Tensor] = []
-        found = self._metrics(
-            network, examples, budget, lambda batch: means.extend(batch.extra.means)
-        )
+        found = self._metrics(network, examples, budget, lambda loss: means.append(loss.states))
         if len(examples) > 1:
             found["active_units"] = int((torch.cat(means).var(0) > ACTIVE).sum())
         return found | self.distance_metrics(network, examples)
