@@ -152,8 +152,8 @@ class Predictor:
         flat = [text for texts in measured.examples for text in texts]
         numbered = [replace(text, row=index) for index, text in enumerate(flat)]
         found = self._read(numbered, lambda finished: done(finished // count))
-        first, second = found[::count], found[count - 1 :: count]
-        scored = (
+        sides = [found[side::count] for side in range(count)]
+        scored: tuple[tuple[type[Row], str, Callable[..., ScoredRows]], ...] = (
             (JudgedAnswers, "reward", self._score_rewards),
             (TextPair, "embedding", self._score_partners),
             (Labelled, "embedding", self._score_classes),
@@ -161,9 +161,9 @@ class Predictor:
             (CaptionedImage, "text", self._score_texts),
         )
         for shape, answer, score in scored:
-            if rows and of_shape(shape, rows) and answer in first[0]:
-                return score(measured, first, second)
-        return self._score_labels(measured, first)
+            if rows and of_shape(shape, rows) and answer in sides[0][0]:
+                return score(measured, *sides)
+        return self._score_labels(measured, *sides)
 
     def _score_rewards(
         self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
@@ -208,9 +208,7 @@ class Predictor:
         bare = [RawText(rows[0].file, 0, item) for item in items]
         return [answer["embedding"] for answer in self.answers(bare)]
 
-    def _score_classes(
-        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
-    ) -> ScoredRows:
+    def _score_classes(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
         """How often a row with a label finds others with the same one.
 
         Raises:
@@ -232,9 +230,7 @@ class Predictor:
         errors = {"recall_at_1": recall_at_1(found.rank_R).error}
         return ScoredRows(found.scores, measured, first, [remark], errors)
 
-    def _score_texts(
-        self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
-    ) -> ScoredRows:
+    def _score_texts(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
         """How much of the texts of images is wrong."""
         from luthier.evaluation.transcription import (
             character_errors,
