@@ -236,6 +236,44 @@ def check_weights(folder: Path) -> int:
     return total
 
 
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a safetensors file, by its header alone.
+
+    Raises:
+        CorruptFile: for a file that is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def check_lone_weights(path: Path) -> None:
+    """Refuse a file of weights that is no base model by itself, and say what it is instead.
+
+    Raises:
+        UnknownModel: for weights that are not named as those of a VGG of torchvision.
+        CorruptFile: for a file that is no safetensors.
+    """
+    names = sorted(read_shapes(path))
+    if {"features.0.weight", "classifier.6.weight"} <= {*names}:
+        return
+    what = f"{len(names):,} tensors ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
+    cure = "name a folder with its config.json"
+    if any("lora_" in name or ".lora." in name for name in names):
+        what = f"an adapter ({names[0]})"
+        cure = "merge it into its model (merge_and_unload), save that and name its folder"
+    elif (path.parent / CONFIG).is_file():
+        what, cure = "the weights of a model in a folder", f"name the folder: {path.parent}"
+    raise UnknownModel(
+        f"{path} holds {what}. A VGG of torchvision (features.0.weight, classifier.6.weight) is all "
+        f"that is known by its weights alone; {cure}"
+    )
+
+
 def _object(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = read_json(folder / name)

@@ -21,6 +21,7 @@ from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, 
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.kinds import KINDS, kind_of_network
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
+from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 
@@ -120,6 +121,7 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
 
 def _from_file(path: Path) -> StoredModel:
     """The base model that a file with the weights of a known network is; made at the first call."""
+    check_lone_weights(path)
     digest = sha256_of(path)
     name = f"{short_name(path.stem)}-{digest[:8]}"
     folder = base_folder(name)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import luthier
-from luthier.errors import UnknownModel
+from luthier.errors import CorruptFile, UnknownModel
 from luthier.models.heads import Head
 from luthier.models.layers import layer_names
 from luthier.models.load import load_model
@@ -94,9 +94,31 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     save_file(state, file)
     with pytest.raises(UnknownModel, match=r"no VGG with 11 layers: classifier\.bias differ"):
         find(str(file))
-    save_file({"a": torch.zeros(2)}, file)
-    with pytest.raises(UnknownModel, match="known by its weights alone"):
+    save_file({"features.0.weight": torch.zeros(2), "classifier.6.weight": torch.zeros(2)}, file)
+    with pytest.raises(UnknownModel, match="has 3 layers, and is no VGG, which has 11, 13, 16, 19"):
         find(str(file))
+
+
+def test_what_is_no_vgg_is_said_before_it_is_copied(tmp_path: Path, luthier_home: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for names, what in (
+        ("abcd", r"holds 4 tensors \(a, b, c, …\)\. .* name a folder with its config\.json"),
+        (
+            ["q.lora_A.weight"],
+            r"holds an adapter \(q\.lora_A\.weight\)\. .* merge it into its model",
+        ),
+    ):
+        save_file({name: torch.zeros(2) for name in names}, file)
+        with pytest.raises(UnknownModel, match=what):
+            find(str(file))
+    save_file({"a": torch.zeros(2)}, file)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UnknownModel, match=f"a model in a folder.* name the folder: {tmp_path}"):
+        find(str(file))
+    file.write_bytes(b"no weights")
+    with pytest.raises(CorruptFile, match="cannot be read as safetensors"):
+        find(str(file))
+    assert not (luthier_home / "models").exists()
     with pytest.raises(ValueError, match="11, 13, 16, 19 layers, and not 12"):
         vgg.Config(12)
 

@@ -27,8 +27,9 @@ from transformers.modeling_outputs import (
 )
 
 from luthier.data.processors import ImageProcessor, save_processor
-from luthier.errors import CorruptFile, UnknownModel
+from luthier.errors import UnknownModel
 from luthier.files import write_json
+from luthier.models.outside import read_shapes
 
 DEPTHS = {
     11: (1, 1, 2, 2, 2),
@@ -167,24 +168,17 @@ def write_folder(file: Path, folder: Path) -> None:
         UnknownModel: where the weights are not those of a VGG.
         CorruptFile: where the file cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 
-    try:
-        with safe_open(str(file), framework="np") as tensors:
-            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CorruptFile(f"{file} cannot be read as safetensors: {error}") from error
+    shapes = read_shapes(file)
     numbers = sorted(int(name.split(".")[1]) for name in shapes if _FEATURE.fullmatch(name))
     layers = [shapes[f"features.{number}.weight"] for number in numbers]
     convolutions = [shape for shape in layers if len(shape) == 4]
     depth = len(convolutions) + 3
     wanted = ("classifier.0.weight", "classifier.3.weight", "classifier.6.weight")
     if depth not in DEPTHS or any(len(shapes.get(name, ())) != 2 for name in wanted):
-        raise UnknownModel(
-            f"{file} holds no network that is known by its weights alone: a VGG of torchvision has "
-            "features.0.weight and classifier.6.weight. Name a folder with its config.json"
-        )
+        known = ", ".join(map(str, DEPTHS))
+        raise UnknownModel(f"{file} has {depth} layers, and is no VGG, which has {known}")
     ends, sizes = 0, list[int]()
     for count in DEPTHS[depth]:
         ends += count
