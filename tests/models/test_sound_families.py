@@ -21,14 +21,17 @@ from transformers import (
 )
 
 import luthier
+from luthier.adaptations.full import Full
 from luthier.data.augmentation import Augmentation
 from luthier.data.media import Media, decode_audio
 from luthier.data.processors import FeatureExtractor, read_processor
+from luthier.engine.memory import sketch_training
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
-from luthier.models.load import as_network, load_model
+from luthier.models.load import as_network, load_model, read_config
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import Classification
 from luthier.serving.export import export
 from luthier.store.models import find
 
@@ -162,3 +165,16 @@ def test_a_rate_that_a_network_was_not_made_for_is_refused(tmp_path: Path) -> No
     assert longer is not None and longer.shape == (1, 1, 2 * RATE)
     with pytest.raises(RecipeError, match="and length; leave"):
         load_chat_format(tmp_path / "ast").with_sounds(None, 2.0)
+
+
+def test_memory_is_counted_for_sounds_as_long_as_they_are_read(tmp_path: Path) -> None:
+    make("wav2vec2", tmp_path)
+    objective = Classification(labels=("a", "b"))
+    config = read_config(tmp_path, objective.head())
+    counted = {
+        samples: sketch_training(config, objective, Full(), 4, reads=(1, 1, samples)).memory
+        for samples in (8_000, 16_000, 32_000)
+    }
+    assert sketch_training(config, objective, Full(), 4).memory == counted[16_000]
+    short, _, long = (each.per_token for each in counted.values())
+    assert long > 3.5 * short  # attention grows faster than the sound

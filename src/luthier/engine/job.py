@@ -35,7 +35,7 @@ from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import as_network, check_folder, read_config, sketch
-from luthier.models.modalities import context_length, input_shape
+from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
@@ -293,10 +293,8 @@ def resolve_job(
     bound = data.objective.bind_base(base.network_folder, learned)
     data = replace(data, objective=bound)
     config = read_config(base.network_folder, data.objective.head())
-    if chat.media is not None and chat.media.shape != input_shape(config):
-        # What a row takes in memory is counted at the size that is read.
-        config.image_size = chat.media.shape[1:]
-    drawn = sketch_training(config, data.objective, recipe.adaptation, size)
+    reads = chat.media.shape if chat.media is not None else None
+    drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
     model = drawn.model
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
@@ -349,7 +347,7 @@ def resolve_job(
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
     needed = MemoryRequest(
-        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest
+        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads
     )
     check_memory(needed, estimate, available)
     need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")

@@ -20,7 +20,7 @@ from luthier.models.modalities import (
     context_length,
     input_shape,
     media_config,
-    media_inputs,
+    run_media,
     text_config,
 )
 from luthier.objectives import Objective
@@ -29,6 +29,8 @@ from luthier.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from luthier.models.modalities import Shape
 
 PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
@@ -71,12 +73,17 @@ def trained_numbers(model: Any) -> int:
 
 
 def estimate_memory(
-    model: Any, bytes_per_number: int, plain: int = 0, calibration: int = 0
+    model: Any,
+    bytes_per_number: int,
+    plain: int = 0,
+    calibration: int = 0,
+    reads: Shape | None = None,
 ) -> MemoryEstimate:
     """Estimate for a network whose trained weights are marked (it may live on the meta device).
 
     ``plain`` is what :func:`weight_bytes` gave for it before anything was attached, ``calibration``
-    what the adaptation takes beside the network before the optimizer is made.
+    what the adaptation takes beside the network before the optimizer is made, ``reads`` the shape of an
+    image or sound as it is read.
     """
     trained = trained_numbers(model)
     config = model.config
@@ -85,9 +92,8 @@ def estimate_memory(
     weights = weight_bytes(model, bytes_per_number)
     least = PROCESS + max(plain, weights + calibration if calibration else 0)
     if media_config(config) is not None:
-        return MemoryEstimate(
-            PROCESS + weights + optimizer, activation_bytes(model, bytes_per_number), least
-        )
+        activations = activation_bytes(model, bytes_per_number, reads)
+        return MemoryEstimate(PROCESS + weights + optimizer, activations, least)
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -97,10 +103,11 @@ def estimate_memory(
     return MemoryEstimate(PROCESS + weights + optimizer + logits, activations, least)
 
 
-def activation_bytes(model: Any, bytes_per_number: int) -> int:
+def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = None) -> int:
     """Bytes that one image, with the text that is written of it or stands beside it, leaves in the
     network between forward and backward.
 
+    ``reads`` is the shape of an image or sound; the one that the network is made for when not given.
     They are counted on the ``meta`` device, where tensors have sizes and no numbers. What is computed
     on the way is held as well, of the largest layer twice.
     """
@@ -113,13 +120,14 @@ def activation_bytes(model: Any, bytes_per_number: int) -> int:
             sizes.append(tensor.numel())
         return tensor
 
-    inputs = media_inputs(model, torch.empty(2, *input_shape(model.config), device="meta"))
+    arrays = torch.empty(2, *(reads or input_shape(model.config)), device="meta")
+    texts = dict[str, torch.Tensor]()
     if text_config(model.config) is not None:
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
         name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-        inputs[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
+        texts[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train()(**inputs)
+        run_media(model.train(), arrays, **texts)
     return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number
 
 
@@ -141,12 +149,17 @@ class TrainingSketch:
 
 
 def sketch_training(
-    config: Any, objective: Objective, adaptation: Adaptation, size: int, head: Head | None = None
+    config: Any,
+    objective: Objective,
+    adaptation: Adaptation,
+    size: int,
+    head: Head | None = None,
+    reads: Shape | None = None,
 ) -> TrainingSketch:
     """The network of ``config`` with the head of ``objective`` and ``adaptation`` attached.
 
     ``size`` is the bytes of a number in the working type. ``head`` stands in where the objective has
-    seen no rows yet.
+    seen no rows yet. ``reads`` is the shape of an image or sound, where that is not the network's own.
 
     Raises:
         RefusedInput: where network, objective and adaptation do not go together.
@@ -163,7 +176,7 @@ def sketch_training(
         if isinstance(objective, SupportsExtraWeights):
             objective.add_weights(model)
     objective.check_network(model)
-    memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model))
+    memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
     start = trained_numbers(model) * size if objective.uses_reference else 0
     return TrainingSketch(model, memory.beside(start))
 
@@ -184,6 +197,8 @@ class MemoryRequest:
     """Distinct tokens in a micro-batch."""
     longest: int
     """Tokens of the longest row: no micro-batch can be smaller."""
+    reads: Shape | None = None
+    """Shape of an image or sound as it is read."""
 
 
 def check_memory(request: MemoryRequest, memory: MemoryEstimate, available: int) -> None:
@@ -244,7 +259,9 @@ def _try_change(
 ) -> Iterator[str]:
     """The change, where the job fits with it."""
     try:
-        memory = sketch_training(config, request.objective, adaptation, request.size).memory
+        memory = sketch_training(
+            config, request.objective, adaptation, request.size, reads=request.reads
+        ).memory
     except RefusedInput:
         return
     memory = memory.beside(request.beside)

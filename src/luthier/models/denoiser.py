@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from luthier.models.modalities import Shape
     from luthier.types import IntArray
-
-Shape = tuple[int, int, int]
-"""Channels, height, width."""
 
 
 class Denoiser(Protocol):

@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.attention import NAME, Attends, AttentionPlan, plan_attention, register
 from luthier.models.bottom import new_activations
 from luthier.models.modalities import (
     is_dual_encoder,
     media_config,
-    media_inputs,
     reads_sound,
+    run_media,
     text_config,
 )
 
@@ -418,15 +417,8 @@ class DualEncoder(Layout):
 
 
 def read_states(backbone: Any, pixels: Tensor) -> Tensor:
-    """What the head of a classifier reads of images or sounds ``[R, C, H, W]``: ``[R, H]``.
-
-    Raises:
-        RecipeError: for a network with positions, and images of another size than they are for.
-    """
-    try:
-        output = backbone(**media_inputs(backbone, pixels))
-    except ValueError as error:
-        raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
+    """What the head of a classifier reads of images or sounds ``[R, C, H, W]``: ``[R, H]``."""
+    output = run_media(backbone, pixels)
     pooled: Tensor | None = getattr(output, "pooler_output", None)
     if pooled is not None:
         return pooled.flatten(1)

@@ -37,7 +37,10 @@ RELATIVE_CONTEXT = 4096
 """Longest row for networks of relative positions, which have no limit but memory."""
 _OFFSET = frozenset({"roberta", "xlm-roberta", "camembert"})
 _SECOND = 16_000
-"""Samples of a sound where nothing says how many are read."""
+"""Samples of a sound, of which such networks read any number."""
+
+Shape = tuple[int, int, int]
+"""Channels, height and width of an image; of sounds 1, frames and bins, or 1, 1 and samples."""
 
 
 def media_config(config: Any) -> Any:
@@ -78,13 +81,13 @@ def reads_sound(config: Any) -> bool:
     return config.model_type in _SOUND_FAMILIES
 
 
-def input_shape(config: Any) -> tuple[int, int, int]:
+def input_shape(config: Any) -> Shape:
     """``[C, H, W]`` of the images or sounds that networks of this configuration are made to read."""
     config = media_config(config)
     if config.model_type == "audio-spectrogram-transformer":
         return (1, int(config.max_length), int(config.num_mel_bins))
     if reads_sound(config):
-        return (1, *(getattr(config, "image_size", None) or (1, _SECOND)))
+        return (1, 1, _SECOND)
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return int(getattr(config, "num_channels", 3)), int(height), int(width)
@@ -99,6 +102,18 @@ def media_inputs(model: Any, arrays: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": arrays}
     values = arrays.flatten(0, 1)
     return {"input_values": values[:, 0] if values.shape[1] == 1 else values}
+
+
+def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
+    """What ``model`` makes of arrays ``[R, C, H, W]``, with the texts that are read beside them.
+
+    Raises:
+        RecipeError: for a network with positions, and images of another size than they are for.
+    """
+    try:
+        return model(**media_inputs(model, arrays), **texts)
+    except ValueError as error:
+        raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
 
 
 def context_length(config: Mapping[str, Any]) -> int:

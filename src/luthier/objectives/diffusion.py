@@ -37,7 +37,7 @@ from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
-from luthier.models.modalities import input_shape
+from luthier.models.modalities import Shape, input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.capabilities import DenoisingSettings
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.denoiser import Denoiser, Shape
+    from luthier.models.denoiser import Denoiser
     from luthier.models.network import Network, TreeBatch
 
 

@@ -24,7 +24,7 @@ from luthier.models.nets.unet import UNetOutput
 from luthier.models.pipelines import MODEL_INDEX, MODEL_TYPE, PIPELINE
 
 if TYPE_CHECKING:
-    from luthier.models.denoiser import Shape
+    from luthier.models.modalities import Shape
     from luthier.types import IntArray
 
 PIXELS_AT_ONCE = 1 << 20
