@@ -24,7 +24,7 @@ from luthier.data.processors import (
     resample,
     save_processor,
 )
-from luthier.errors import UnknownModel
+from luthier.errors import CorruptFile, UnknownModel
 from luthier.files import write_json
 
 VIT = {
@@ -294,3 +294,47 @@ def test_random_changes_are_a_function_of_the_seed() -> None:
         one, same, other = (processor.array(media, augmentation, (seed,)) for seed in (1, 1, 2))
         assert (one == same).all() and (one != other).any() and (one != plain).any()
         assert (processor.array(media) == plain).all()  # what is held in memory is not changed
+
+
+AST = {
+    "feature_extractor_type": "ASTFeatureExtractor",
+    "max_length": 40,
+    "num_mel_bins": 16,
+    "sampling_rate": 8000,
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "refusal"),
+    [
+        (VIT, {"size": {"height": 10**6, "width": 24}}, "height=1000000: .* less than or equal to"),
+        (VIT, {"size": {"height": 32, "width": -3}}, "width=-3: .* greater than or equal to 1"),
+        (VIT, {"size": "224"}, "cannot be read"),
+        (VIT, {"size": {"height": 32, "width": None}}, "width=None"),
+        (VIT, {"image_mean": 3}, "cannot be read"),
+        (VIT, {"image_std": [0.5, 0, 0.5]}, r"std\.1=0: .* greater than 0"),
+        (VIT, {"image_mean": [0.5, float("nan"), 0.5]}, r"mean\.1=nan"),
+        (AST, {"max_length": 10**9}, "spectrogram of 1000000000 x 16"),
+        (AST, {"max_length": "many"}, "cannot be read"),
+        (AST, {"sampling_rate": 0}, "cannot be read"),
+        (AST, {"mean": "zz"}, "cannot be read"),
+        (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0: .* greater than 0"),
+        (AudioProcessor().fields(), {"max_seconds": 1e9}, "max_seconds=1000000000"),
+        ({"feature_extractor_type": "TimeSeriesWindow"}, {"length": 10**9}, "length=1000000000"),
+        ({"feature_extractor_type": "TimeSeriesWindow"}, {}, "cannot be read: 'length'"),
+        ([], {}, "cannot be read|of no kind"),
+    ],
+)
+def test_sizes_that_nothing_has_are_refused(
+    form: Any, changes: dict[str, Any], refusal: str, tmp_path: Path
+) -> None:
+    fields = {**form, **changes} if isinstance(form, dict) else form
+    write_json(tmp_path / PREPROCESSOR_CONFIG, fields)
+    with pytest.raises((CorruptFile, UnknownModel), match=refusal):
+        read_processor(tmp_path)
+
+
+def test_numbers_that_are_written_as_text_are_read(tmp_path: Path) -> None:
+    write_json(tmp_path / PREPROCESSOR_CONFIG, {**AST, "max_length": "40", "num_mel_bins": "16"})
+    found = read_processor(tmp_path)
+    assert found is not None and found.array(sound(SAMPLES, 8000)).shape == (1, 40, 16)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.errors import CorruptFile, DownloadError, RecipeError, UnknownModel
+from luthier.errors import CorruptFile, DownloadError, ModelRefused, RecipeError, UnknownModel
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG
 from luthier.models.kinds import sole_objective
@@ -261,7 +261,7 @@ def test_broken_weights_are_an_error_and_not_a_crash(
     shutil.copytree(tiny_model_folder, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises((UnknownModel, CorruptFile), match="broken"):
+    with pytest.raises(ModelRefused, match=r"broken/model\.safetensors.*no whole safetensors file"):
         load(find(str(folder)), torch.float32, torch.device("cpu"))
 
 

@@ -12,22 +12,24 @@ that goes on draws what it would have drawn.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
-from luthier.data.media import PLURAL, SINGULAR
-from luthier.errors import RowRefused, UnknownModel
+from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, PLURAL, SINGULAR, MediaKind
+from luthier.errors import CorruptFile, RowRefused, UnknownModel
 from luthier.files import read_json, write_json
 
 if TYPE_CHECKING:
     from luthier.data.augmentation import Augmentation, Mixture
-    from luthier.data.media import Media, MediaKind, Pixels
+    from luthier.data.media import Media, Pixels
 
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
@@ -38,18 +40,25 @@ _CROPPED_BELOW = 384
 PADDED = "PaddedImageProcessor"
 """A form of luthier's own: none of transformers' processors fills up lines at their end."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What a file says is checked here: it comes with a model from anywhere.
+Side = Annotated[int, Field(ge=1, le=8192)]
+"""Pixels."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=1000)]
+SamplingRate = Annotated[int, Field(ge=100, le=1_000_000)]
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
     """Pixels ``[H, W, 3]`` of any size to ``[3, height, width]``."""
 
-    height: int
-    width: int
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    height: Side
+    width: Side
+    mean: Annotated[tuple[Finite, ...], Field(min_length=3, max_length=3)] = IMAGENET_MEAN
+    std: Annotated[tuple[Positive, ...], Field(min_length=3, max_length=3)] = IMAGENET_STD
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    shortest_edge: int = 0
+    shortest_edge: Annotated[int, Field(ge=0, le=8192)] = 0
     """Size the shorter side is brought to before the middle is cut out; 0 to resize the whole."""
     pad: bool = False
     """Keep the proportions, and fill the right and the bottom with white: lines differ in length."""
@@ -63,7 +72,7 @@ class ImageProcessor:
     def with_size(self, size: int) -> ImageProcessor:
         """The same for square images of another size."""
         edge = round(self.shortest_edge * size / max(1, self.height)) if self.shortest_edge else 0
-        return replace(self, height=size, width=size, shortest_edge=edge)
+        return dataclasses.replace(self, height=size, width=size, shortest_edge=edge)
 
     def resized(self, media: Media) -> Pixels:
         """The image ``[height, width, 3]``, its colours as they are."""
@@ -148,7 +157,15 @@ class ImageProcessor:
         std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
         resample: Any = names.get(fields.get("resample", 2), "bilinear")
         pad = kind == PADDED
-        return ImageProcessor(whole["height"], whole["width"], mean, std, resample, edge, pad)
+        return ImageProcessor(
+            height=whole["height"],
+            width=whole["width"],
+            mean=mean,
+            std=std,
+            resample=resample,
+            shortest_edge=edge,
+            pad=pad,
+        )
 
 
 def _sides(size: Any) -> dict[str, int]:
@@ -185,13 +202,13 @@ class AudioProcessor:
     Each spectrogram is shifted and scaled to mean 0 and deviation 1, so loudness does not matter.
     """
 
-    sampling_rate: int = 16_000
-    max_seconds: float = 1.0
+    sampling_rate: SamplingRate = 16_000
+    max_seconds: Annotated[float, Field(gt=0, le=MOST_SECONDS)] = 1.0
     """A longer sound is cut, its middle is read; a shorter one is filled up with silence."""
-    num_mel_bins: int = 64
-    window_ms: float = 25.0
-    hop_ms: float = 10.0
-    top_db: float = 80.0
+    num_mel_bins: Annotated[int, Field(ge=1, le=1024)] = 64
+    window_ms: Milliseconds = 25.0
+    hop_ms: Milliseconds = 10.0
+    top_db: Positive = 80.0
     """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
     kind: MediaKind = "audio"
 
@@ -207,7 +224,7 @@ class AudioProcessor:
 
     @property
     def _hop(self) -> int:
-        return round(self.sampling_rate * self.hop_ms / 1000)
+        return max(1, round(self.sampling_rate * self.hop_ms / 1000))
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
@@ -328,6 +345,9 @@ class FeatureExtractor(AudioProcessor):
         seconds = float(fields.get("max_seconds", 1.0))
         published = {name: value for name, value in fields.items() if name != "max_seconds"}
         bins = int(published.setdefault("num_mel_bins", 128))
+        for name, kind in _NUMBERS_READ.items():
+            if name in published:
+                published[name] = kind(published[name])
         if fields["feature_extractor_type"] == "ASTFeatureExtractor":
             frames = int(published.setdefault("max_length", 1024))
             if not 1 <= frames <= MOST_FRAMES or not 1 <= bins <= SHORTEST_FRAME:
@@ -336,9 +356,16 @@ class FeatureExtractor(AudioProcessor):
         else:
             del published["num_mel_bins"]
         kept = {n: v for n, v in published.items() if isinstance(v, str | int | float)}
-        return FeatureExtractor(rate, seconds, bins, published=tuple(sorted(kept.items())))
+        return FeatureExtractor(
+            sampling_rate=rate,
+            max_seconds=seconds,
+            num_mel_bins=bins,
+            published=tuple(sorted(kept.items())),
+        )
 
 
+_NUMBERS_READ = {"max_length": int, "num_mel_bins": int, "mean": float, "std": float}
+"""Settings that transformers' extractors compute with."""
 SHORTEST_FRAME, AST_HOP = 400, 160
 """Samples in a frame of AST's spectrogram, and from one to the next."""
 MOST_FRAMES = 100_000
@@ -386,7 +413,7 @@ class WindowProcessor:
     series may drift. Where these hardly vary, a tenth of the deviation of all known values is added.
     """
 
-    length: int = 48
+    length: Annotated[int, Field(ge=2, le=LONGEST_WINDOW)] = 48
     kind: MediaKind = "window"
 
     @property
@@ -420,11 +447,23 @@ def read_processor(folder: Path) -> Processor | None:
 
     Raises:
         UnknownModel: for a form that is not known here.
+        CorruptFile: for sizes that nothing has.
     """
     path = folder / PREPROCESSOR_CONFIG
     if not path.is_file():
         return None
     fields = read_json(path)
+    try:
+        return _parse_processor(path, fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
+        raise CorruptFile(f"{path}: {name}={value}: {first['msg']}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+
+
+def _parse_processor(path: Path, fields: Any) -> Processor:
     if "image_processor_type" in fields or "image_mean" in fields:
         return ImageProcessor.of(fields)
     if fields.get("feature_extractor_type") in FEATURE_EXTRACTORS:
@@ -436,7 +475,7 @@ def read_processor(folder: Path) -> Processor | None:
             top_db=fields.get("top_db", 80.0),  # of models that were stored before it was a setting
         )
     if fields.get("feature_extractor_type") == "TimeSeriesWindow":
-        return WindowProcessor(fields["length"])
+        return WindowProcessor(length=fields["length"])
     kind = fields.get("feature_extractor_type", "of no kind that it names")
     raise UnknownModel(f"{path} is a preprocessor {kind}, which is not known here")
 
@@ -446,7 +485,7 @@ def save_processor(processor: Processor, folder: Path) -> None:
     write_json(folder / PREPROCESSOR_CONFIG, processor.fields())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MediaInput:
     """An image or a sound on its way into a network."""
 

@@ -6,7 +6,7 @@ An encrypted file is made and opened in memory, so that once, for a moment, its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def number_types(path: Path) -> set[str]:
-    """Types of the tensors of a file as its header names them, such as ``BF16``; the rest is not read.
+def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
+    """Type, such as ``BF16``, and shape of each tensor of a file; only its header is read.
 
     Raises:
         SafetensorError, CorruptFile: for a file that is none.
@@ -55,8 +55,10 @@ def number_types(path: Path) -> set[str]:
     ring = keyring() if is_sealed(path) else None
     if ring is None:
         with safe_open(path, framework="pt") as file:
-            return {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     with SealedReader(path, ring) as reader:
         size = int.from_bytes(b"".join(reader.pieces(0, 8)), "little")
         header = json.loads(b"".join(reader.pieces(8, size)))
-    return {each["dtype"] for name, each in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    return {name: (each["dtype"], each["shape"]) for name, each in header.items()}

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.adaptations import ADAPTATIONS, Adaptation
-from luthier.errors import DoesNotFit, RefusedInput
+from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
+from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CATALOG
 from luthier.models.heads import Head
 from luthier.models.modalities import (
@@ -126,7 +127,10 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
         name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
         texts[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        refuse_configuration(UnknownModel, DOES_NOT_RUN.format(model.config.model_type)),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         run_media(model.train(), arrays, **texts)
     return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from luthier.errors import ModelRefused
+from luthier.errors import ModelRefused, RefusedInput
 from luthier.models.outside import CONFIG
 
 MOST_MODULES = 50_000
@@ -25,26 +25,48 @@ MOST_SECONDS = 20
 MOST_MEMORY = 256 << 20
 """Bytes beside what the process has; networks of 13,000 modules take 40 MB."""
 
+DOES_NOT_RUN = "the network of type {} does not run as its config.json describes it"
+
 
 @contextmanager
-def drawing_bounds() -> Iterator[None]:
+def drawing_bounds(memory: bool = True) -> Iterator[None]:
     """Bounds on modules, time and memory for a block that draws a network without its numbers.
 
     What the block imports counts, too: import the libraries before. Time is bounded in the main thread
-    alone, which hears signals.
+    alone, which hears signals. That of ``memory`` is of the whole process, whatever its threads do.
 
     Raises:
         ModelRefused: where the block goes beyond one of them.
     """
     with ExitStack() as bounds:
         bounds.enter_context(_modules())
-        bounds.enter_context(_memory())
+        if memory:
+            bounds.enter_context(_memory())
         if threading.current_thread() is threading.main_thread():
             bounds.enter_context(_seconds())
         try:
             yield
         except MemoryError as error:
             raise _too_much(f"more than {MOST_MEMORY >> 20:,} MiB of memory") from error
+
+
+@contextmanager
+def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[None]:
+    """Turn what libraries raise on configurations that describe no network into ``refusal``.
+
+    They check little of a configuration and end where they first compute with what is wrong, so the
+    errors are of every kind.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
+        RuntimeError, StrictDataclassError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise refusal(f"{message}: {reason[:400]}") from error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.bounds import refuse_configuration
 from luthier.models.characters import character_tokenizer, letter_tokenizer, token_ids
 
 if TYPE_CHECKING:
@@ -68,28 +69,19 @@ def build_media(fields: dict[str, Any], task: Task, seed: int, folder: Path) -> 
 
 def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.utils import logging
 
     from luthier.models.heads import auto_class
 
-    nets.register(fields["model_type"])
-    try:
+    kind = fields["model_type"]
+
+    nets.register(kind)
+    with refuse_configuration(
+        RecipeError, f"no network of type {kind} can be built from this configuration"
+    ):
         config: Any = AutoConfig.for_model(**fields)
-        kind = auto_class(config, task)
         torch.manual_seed(seed)
-        model = kind.from_config(config, dtype=torch.float32)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        ZeroDivisionError,
-        StrictDataclassError,
-    ) as error:
-        raise RecipeError(
-            f"no network of type {fields['model_type']} can be built from this configuration: {error}"
-        ) from error
+        model = auto_class(config, task).from_config(config, dtype=torch.float32)
     logging.disable_progress_bar()
     return model

@@ -155,10 +155,19 @@ def auto_class(config: Any, task: Task) -> Any:
 
 
 def head_in(config: Any) -> Head:
-    """The head that a stored network has: that of the class which its configuration names.
+    """The head that a stored network has, by :func:`task_in`."""
+    task = task_in(config)
+    if task not in ("sequence_classification", "token_classification"):
+        return Head(task)
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return Head(task, labels, config.problem_type or Head(task).problem)
+
+
+def task_in(config: Any) -> Task:
+    """What the head of a stored network is for: that of the class which its configuration names.
 
     Where it names another (``GPT2Model``, ``BertForPreTraining``), the first of a causal language
-    model, a masked one and none that the family has.
+    model, a masked one, none and any other that the family has.
     """
     import transformers
 
@@ -170,11 +179,7 @@ def head_in(config: Any) -> Head:
     }
     named_so = [task for task, kind in classes.items() if getattr(kind, "__name__", "") == named]
     plain: tuple[Task, ...] = ("causal_lm", "masked_lm", "embedding")
-    task = [*named_so, *(task for task in plain if task in able), plain[-1]][0]
-    if task not in ("sequence_classification", "token_classification"):
-        return Head(task)
-    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    return Head(task, labels, config.problem_type or Head(task).problem)
+    return [*named_so, *(task for task in plain if task in able), *able, plain[-1]][0]
 
 
 def _class_name(config: Any, task: Task) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +13,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from luthier.data.media import MOST_PIXELS
 from luthier.data.tree import build_tree
 from luthier.encryption.memory import plain_folder
-from luthier.encryption.tensors import number_types
-from luthier.errors import CorruptFile, RecipeError, UnknownModel
+from luthier.encryption.tensors import tensor_headers
+from luthier.errors import CorruptFile, ModelRefused, RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.bounds import DOES_NOT_RUN, drawing_bounds, refuse_configuration
 from luthier.models.catalog import CatalogEntry
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
+    Task,
     auto_class,
     decoder_of,
     head_weights,
@@ -27,6 +34,7 @@ from luthier.models.heads import (
     mark_new,
     row_scores,
     start_bias,
+    task_in,
     task_of,
 )
 from luthier.models.layouts import (
@@ -37,8 +45,8 @@ from luthier.models.layouts import (
 )
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
-from luthier.models.outside import check_shards
-from luthier.models.pipelines import is_pipeline, read_pipeline
+from luthier.models.outside import check_layers, check_shards, check_sizes, check_weights
+from luthier.models.pipelines import NETWORKS, is_pipeline, read_pipeline
 from luthier.types import Example
 
 SMALL_SCORE = 0.25
@@ -49,7 +57,22 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """The model's ``config.json``; refuses folders without one or without safetensors.
 
     Of a pipeline of diffusers the same of its parts.
+
+    Raises:
+        UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
+            the one whose weights lie in the folder. Nothing was built then.
     """
+    fields = _read_fields(folder)
+    try:
+        described_network(folder)
+    except ModelRefused as refused:  # whose file is named as seen from the folder
+        why = refused.problem
+        place = str(folder / why.file)
+        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
+    return fields
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
     if is_pipeline(folder):
         return read_pipeline(folder)
     if not (folder / "config.json").is_file():
@@ -59,25 +82,100 @@ def check_folder(folder: Path) -> dict[str, Any]:
             f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
             "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
         )
-    config: dict[str, Any] = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CorruptFile(f"{folder / 'config.json'} is no configuration")
     check_shards(folder)
     return config
 
 
-def read_config(folder: Path, head: Head) -> Any:
-    """transformers' configuration of the network in ``folder``, set up for ``head``."""
+@dataclass(frozen=True)
+class DescribedNetwork:
+    """What a configuration describes, drawn without numbers."""
+
+    task: Task
+    """What the head of the class that it names is for."""
+    numbers: int
+    """Numbers of its weights; of an encoder of texts or a classifier without the head."""
+
+
+def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
+    """What ``config.json`` in ``folder`` describes. It is drawn once, as long as no file changes.
+
+    ``memory`` is that of :func:`drawing_bounds`; where no other thread runs when not given.
+
+    Raises:
+        UnknownModel: for one that describes no network.
+        ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
+    """
+    parts = [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
+    files = [path for part in parts for path in (part / "config.json", *_weights(part))]
+    versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
+    if memory is None:
+        memory = threading.active_count() == 1
+    return _draw_described(folder, versions, memory)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+_HEADS_LEFT_OUT: tuple[Task, ...] = (
+    "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
+)  # fmt: skip
+"""Heads that depend on what is learned, or that few folders of the family hold."""
+
+
+@lru_cache(maxsize=64)
+def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
+    fields = _read_fields(folder)
+    check_layers(fields)
+    _import_libraries(folder)
+    kind = fields.get("model_type", "of unknown type")
+    with (
+        drawing_bounds(memory),
+        refuse_configuration(UnknownModel, f"the network in {folder} ({kind}) cannot be loaded"),
+    ):
+        config = _configuration(folder, fields)
+        task = task_in(config)
+        bare: Task = "embedding" if task in _HEADS_LEFT_OUT else task
+        network = _sketch(_for_head(config, Head(bare)), Head(bare))
+        shape = input_shape(config) if media_config(config) is not None else (1,)
+        if min(shape) < 1 or prod(shape) > MOST_PIXELS:
+            raise ValueError(f"what it reads has the shape {shape}")
+        if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
+            raise ValueError(f"{empty[0]} has no numbers")
+    numbers = sum(weight.numel() for weight in network.parameters())
+    if not fields.get("quantization_config"):  # its files hold several numbers in one
+        parts = [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
+        tables = sum(table.nbytes for table in network.buffers())
+        check_sizes(numbers, tables, sum(map(check_weights, parts)))
+    return DescribedNetwork(task, numbers)
+
+
+def _import_libraries(folder: Path) -> None:
+    """Have what a network of any family imports, which is not to count as its own."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    if is_pipeline(folder):
+        from luthier.models.nets.stable_diffusion import part_classes
+
+        part_classes()
+
+
+def _configuration(folder: Path, fields: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    fields = check_folder(folder)
     nets.register(fields.get("model_type"))
-    try:
-        if is_pipeline(folder):
-            return _for_head(AutoConfig.for_model(**fields), head)
-        config: Any = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        kind = fields.get("model_type", "of unknown type")
-        raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
-    return _for_head(config, head)
+    if is_pipeline(folder):
+        return AutoConfig.for_model(**fields)
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def read_config(folder: Path, head: Head) -> Any:
+    """transformers' configuration of the network in ``folder``, set up for ``head``."""
+    return _for_head(_configuration(folder, check_folder(folder)), head)
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
@@ -108,9 +206,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The precision of the weights in ``folder``, the widest where there are several."""
     from safetensors import SafetensorError
 
-    path = sorted(folder.glob("*.safetensors"))[0]
+    path = _weights(folder)[0]
     try:
-        kinds = number_types(path)
+        kinds = {kind for kind, _ in tensor_headers(path).values()}
     except (OSError, SafetensorError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
@@ -127,6 +225,11 @@ def sketch(folder: Path, head: Head) -> nn.Module:
 
 def sketch_of(config: Any, head: Head) -> nn.Module:
     """The same from a configuration of transformers."""
+    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
+        return _sketch(config, head)
+
+
+def _sketch(config: Any, head: Head) -> nn.Module:
     kind = auto_class(config, head.task)
     with torch.device("meta"):
         model: nn.Module = kind.from_config(config, trust_remote_code=False)
@@ -149,9 +252,10 @@ def load_model(
     kind = config.model_type
     logging.disable_progress_bar()
     quiet = logging.get_verbosity()
+    message = f"the network in {folder} ({kind}) cannot be loaded"
     try:
         logging.set_verbosity_error()  # transformers reports a new head as a defect
-        with plain_folder(folder) as plain:
+        with plain_folder(folder) as plain, refuse_configuration(UnknownModel, message):
             found: Any = auto_class(config, head.task).from_pretrained(
                 str(plain),
                 config=config,
@@ -162,8 +266,6 @@ def load_model(
                 ignore_mismatched_sizes=True,
             )
         model, loaded = found
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UnknownModel(f"the network in {folder} ({kind}) cannot be loaded: {error}") from error
     except SafetensorError as error:
         raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
     finally:
@@ -179,10 +281,26 @@ def load_model(
             f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing or "
             f"of another shape, {', '.join(missing[:3])} among them"
         )
+    _check_finite(model, folder)
     start_bias(model, head.bias, absent)
     mark_new(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, folder: Path) -> None:
+    """Refuse weights that hold nan or inf, by name: what is learned from them would be nan, too."""
+    statistics = (each for each in model.named_buffers() if "running_" in each[0])
+    for name, tensor in (*model.named_parameters(), *statistics):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # One pass, and nan is the least and the greatest: a tenth of the time of isfinite().
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            raise CorruptFile(
+                f"{name} in {folder} holds numbers that are not finite (nan or inf): the file is "
+                "damaged, or what wrote it diverged. Take weights from before that"
+            )
 
 
 def _head_names(model: nn.Module) -> set[str]:
@@ -194,6 +312,12 @@ def _head_names(model: nn.Module) -> set[str]:
 
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Put a model of transformers on its layout, and check that it gives the same numbers."""
+    kind = model.config.model_type  # type: ignore[union-attr]
+    with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
+        return _checked_network(model, device, dtype)
+
+
+def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     if media_config(model.config) is not None:
         # Convolutions read their channels side by side a quarter faster, as this was measured on a CPU.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -7,12 +7,14 @@ nobody should believe that it was looked at. Code (``.py``) and everything else 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.encryption.tensors import tensor_headers
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
 
@@ -26,6 +28,13 @@ MOST_CONFIG = 10_000_000
 """Bytes of one other file that holds no weights: they are read as JSON, whole."""
 MOST_LAYERS = 1000
 """Layers that a configuration may ask for: they are built before the weights are looked at."""
+MOST_TABLES = 1 << 28
+"""Bytes of tables that a network may make beside its weights, such as angles of positions."""
+_SLACK = 10_000_000
+"""Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
+_LAYERS = frozenset(("num_hidden_layers", "num_layers", "n_layers", "n_layer"))
+"""Names of what a network has at least one of: one without any would load, and learn little."""
+_OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
         CONFIG, ADAPTER_CONFIG, INDEX, "generation_config.json", "tokenizer.json",
@@ -152,7 +161,7 @@ def check_texts(folder: Path) -> dict[str, Any]:
             CONFIG, "model.quantized", "The weights are quantized (quantization_config).",
             "Save the model dequantized, in bfloat16 or float16.",
         )  # fmt: skip
-    _check_layers(config)
+    check_layers(config)
     return config
 
 
@@ -176,8 +185,12 @@ def check_shards(folder: Path) -> None:
             )
 
 
-def _check_layers(config: dict[str, Any]) -> None:
-    """Refuse too many layers, of whatever part of the network: each family has names of its own."""
+def check_layers(config: dict[str, Any]) -> None:
+    """Refuse too many layers, of whatever part of the network, or none: families name them otherwise.
+
+    Raises:
+        ModelRefused: for such a configuration.
+    """
     inside: list[tuple[str, Any]] = [("", config)]
     while inside:
         where, value = inside.pop()
@@ -185,11 +198,13 @@ def _check_layers(config: dict[str, Any]) -> None:
             inside += [(f"{where}.{key}".lstrip("."), each) for key, each in value.items()]
         elif isinstance(value, list):
             inside += [(where, each) for each in value]
-        elif "layer" in where.rpartition(".")[2] and isinstance(value, int) and value > MOST_LAYERS:
-            raise ModelRefused(
-                CONFIG, "model.layers", f"{where[:200]} is {value:,}, and {MOST_LAYERS:,} are taken.",
-                "Take the config.json that belongs to the weights.",
-            )  # fmt: skip
+            continue
+        name = where.rpartition(".")[2]
+        if not isinstance(value, int) or "layer" not in name:
+            continue
+        if value > MOST_LAYERS or (value < 1 and name in _LAYERS):
+            text = f"{where[:200]} is {value:,}, and {MOST_LAYERS:,} are taken."
+            raise ModelRefused(CONFIG, "model.layers", text, _OWN_CONFIG)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -214,25 +229,24 @@ def check_weights(folder: Path) -> int:
     Raises:
         ModelRefused: for files that are none, and for types that are no weights.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    if (kind := part.get_dtype()) not in _NUMBERS:
-                        raise ModelRefused(
-                            path.name, "model.quantized", f"{name} has the type {kind}.",
-                            "Save the model dequantized, in bfloat16, float16 or float32.",
-                        )  # fmt: skip
-                    total += _product(part.get_shape())
-        except (OSError, SafetensorError) as error:
+            headers = tensor_headers(path)
+        except (OSError, CorruptFile, SafetensorError) as error:
             raise ModelRefused(
                 path.name, "model.weights", f"It is no whole safetensors file: {error}.",
                 "Copy it again, and compare its size and SHA-256 with the original's.",
             ) from error  # fmt: skip
+        for name, (kind, shape) in headers.items():
+            if kind not in _NUMBERS:
+                raise ModelRefused(
+                    path.name, "model.quantized", f"{name} has the type {kind}.",
+                    "Save the model dequantized, in bfloat16, float16 or float32.",
+                )  # fmt: skip
+            total += math.prod(shape)
     return total
 
 
@@ -289,6 +303,30 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def check_sizes(numbers: int, tables: int, stored: int) -> None:
+    """Refuse a configuration that describes a larger network than the one whose weights are stored.
+
+    ``numbers`` are those of its weights, ``tables`` the bytes of what it makes beside them, ``stored``
+    the numbers in the files.
+
+    Raises:
+        ModelRefused: for such a configuration.
+    """
+    if numbers > stored + _SLACK:
+        raise ModelRefused(
+            CONFIG, "model.weights",
+            f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
+            "Take the config.json that belongs to the weights, and all of their shards.",
+        )  # fmt: skip
+    if tables > MOST_TABLES:
+        raise ModelRefused(
+            CONFIG, "model.weights",
+            f"Beside its weights the network makes {tables:,} bytes of tables, and {MOST_TABLES:,} are "
+            "taken.",
+            "Take the config.json that belongs to the weights, or say fewer positions in it.",
+        )  # fmt: skip
+
+
 def adapter_fields(folder: Path) -> dict[str, Any]:
     """``adapter_config.json`` as it was written; raises :class:`ModelRefused` for what is none."""
     return _object(folder, ADAPTER_CONFIG)
@@ -297,10 +335,3 @@ def adapter_fields(folder: Path) -> dict[str, Any]:
 def _is_file_of(folder: Path, name: Any) -> bool:
     # Names with a folder in them would be looked for elsewhere.
     return isinstance(name, str) and "/" not in name and (folder / name).is_file()
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

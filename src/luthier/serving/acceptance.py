@@ -43,10 +43,6 @@ if TYPE_CHECKING:
 
 ANSWER = 8
 """Tokens that a model has to write."""
-_SLACK = 10_000_000
-"""Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
-MOST_BESIDE = 1 << 28
-"""Bytes of tables that a network may make for itself, such as angles of positions."""
 _SAME = 1e-3
 """Relative error between PEFT and our adapter in float32."""
 _GIB = 1 << 30
@@ -91,72 +87,32 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     Raises:
         ModelRefused: where it cannot be taken.
     """
+    from luthier.models.load import described_network
     from luthier.models.modalities import context_length
     from luthier.models.tokenizer import check_vocabulary
 
     config = check_texts(folder)
-    stored = check_weights(folder)
+    check_weights(folder)
     with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
-        kind, numbers, beside = draw(folder)
+        network = described_network(folder, memory=True)
+        if network.task not in ("causal_lm", "masked_lm", "embedding"):
+            raise ModelRefused(
+                CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
+                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
+            )  # fmt: skip
         context = context_length(config)
-    if numbers > stored + _SLACK:
-        raise ModelRefused(
-            CONFIG, "model.weights",
-            f"It describes a network of {numbers:,} numbers, and the .safetensors hold {stored:,}.",
-            "Take the config.json that belongs to the weights, and all of their shards.",
-        )  # fmt: skip
-    if beside > MOST_BESIDE:
-        raise ModelRefused(
-            CONFIG, "model.weights",
-            f"Beside its weights the network makes {beside:,} bytes of tables, and {MOST_BESIDE:,} are "
-            "taken.",
-            "Take the config.json that belongs to the weights, or say fewer positions in it.",
-        )  # fmt: skip
     with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
         check_vocabulary(chat, config, "the model")
     manifest = Manifest(
         id=model_id,
-        kind=kind,
+        kind="causal_lm" if network.task == "causal_lm" else "encoder",
         saved="network",
-        parameters=numbers,
+        parameters=network.numbers,
         context=context,
         tokenizer_from=model_id,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
-
-
-def draw(folder: Path) -> tuple[str, int, int]:
-    """Kind of the network in ``folder``, its numbers, and the bytes of tables it makes beside them.
-
-    Only its configuration is read; what drawing it may take is bounded.
-
-    Raises:
-        ModelRefused: for a task that is not taken, and where drawing it takes too much.
-    """
-    from luthier.models.bounds import drawing_bounds
-    from luthier.models.heads import Head, head_in
-    from luthier.models.load import read_config, sketch_of
-
-    _import_libraries()
-    with drawing_bounds():
-        known = read_config(folder, Head("embedding"))
-        task = head_in(known).task
-        if task not in ("causal_lm", "masked_lm", "embedding"):
-            raise ModelRefused(
-                CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
-                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
-            )  # fmt: skip
-        network = sketch_of(known, Head("causal_lm" if task == "causal_lm" else "embedding"))
-        numbers = sum(weight.numel() for weight in network.parameters())
-        beside = sum(table.nbytes for table in network.buffers())
-    return "causal_lm" if task == "causal_lm" else "encoder", numbers, beside
-
-
-def _import_libraries() -> None:
-    """Have what a network of any family imports, which is not to count as its own."""
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
 
 def accept_adapter(

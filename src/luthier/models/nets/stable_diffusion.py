@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from luthier.errors import RecipeError, UnknownModel
+from luthier.errors import RecipeError
 from luthier.models.nets.image_stages import ChannelsLastGroupNorm, NoTokens
 from luthier.models.nets.unet import UNetOutput
 from luthier.models.pipelines import MODEL_INDEX, MODEL_TYPE, PIPELINE
@@ -234,15 +234,11 @@ def part_classes() -> dict[str, Any]:
 
 def _draw_parts(config: Any) -> list[nn.Module]:
     """The parts with random weights, or none on the ``meta`` device."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig
 
     unet, vae, text_encoder = part_classes().values()
-    try:
-        text = text_encoder(CLIPTextConfig(**config.text_encoder))
-        return [unet.from_config(config.unet), vae.from_config(config.vae), text]
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
-        raise UnknownModel(f"no pipeline can be built from this configuration: {error}") from error
+    text = text_encoder(CLIPTextConfig(**config.text_encoder))
+    return [unet.from_config(config.unet), vae.from_config(config.vae), text]
 
 
 Config = StableDiffusionConfig
