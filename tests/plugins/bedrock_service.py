@@ -128,7 +128,13 @@ class Service:
             claimed = session.get(Job, job.seq)
             assert claimed is not None
             queue.move(session, claimed, queue.RUNNING, "started", lease="token", lease_ends=None)
-        record = {"stored_id": f"smollm2:job-{job.id}", "train_loss": 1.5, "validation_losses": []}
+        record = {
+            "stored_id": f"smollm2:job-{job.id}",
+            "steps": 10,
+            "tokens": 100,
+            "train_loss": 1.5,
+            "validation_losses": [],
+        }
         with self.database.write() as session:
             queue.complete(session, job.id, "token", {**record, **result})
         with self.database.read() as session:

@@ -254,8 +254,8 @@ class Deletions:
                     mark(found.stored_id)
         for job in reversed((*traces.jobs, *traces.further)):
             if job.result is not None:
-                removal.remove_files(str(job.result["stored_id"]))
-                self.forget_model(str(job.result["stored_id"]))
+                removal.remove_files(job.result["stored_id"])
+                self.forget_model(job.result["stored_id"])
 
     def _delete_texts(self, jobs: Sequence[Job]) -> None:
         """Replace what was said of the jobs in passing: messages and errors quote rows."""
@@ -311,7 +311,7 @@ def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
         for path in files_of(job):
             yield _file("job", path)
         if deletion.models == "delete" and job.result is not None:
-            for name in model_files(str(job.result["stored_id"])):
+            for name in model_files(job.result["stored_id"]):
                 yield _file("model", luthier_home() / name)
     runs = {run_name(job.id) for job in _affected_jobs(traces, deletion)}
     for path, size, digest in lines_of_runs(deletion.account, runs):

@@ -13,7 +13,7 @@ from luthier.encryption.memory import working
 from luthier.files import luthier_home
 from luthier.jobs.data import JobData
 from luthier.jobs.folders import run_name
-from luthier.store.jobs import Job
+from luthier.store.jobs import Job, JobResult
 from luthier.store.models import StoredModel
 
 _TRAINING = "training_artifacts"
@@ -25,19 +25,20 @@ def files(
     job: Job,
     model: StoredModel,
     lines: Sequence[Mapping[str, Any]],
-    result: Mapping[str, Any],
+    rows: int,
+    result: JobResult,
     data: JobData,
 ) -> Iterator[tuple[str, bytes]]:
     """Names below the job's address, and what they hold.
 
-    ``lines`` are the metrics of the run; ``result`` has ``validation_losses``, one for each validator.
+    ``lines`` are the metrics of the run, which trained on ``rows`` rows.
     """
     top = f"model-customization-job-{job.id}"
     # Raw text is packed: a pass goes over fewer examples than there are rows.
     learned = model.manifest.data
-    epoch = _Epochs(model, learned.examples if learned else int(result["rows"]))
+    epoch = _Epochs(model, learned.examples if learned else rows)
     yield f"{top}/{_TRAINING}/step_wise_training_metrics.csv", training_csv(lines, epoch)
-    losses = result.get("validation_losses", [])
+    losses = result["validation_losses"]
     if losses:
         yield f"{top}/{_VALIDATION}/validation/validation_metrics.csv", validation_csv(lines, epoch)
     for number, loss in enumerate(losses if len(losses) > 1 else (), 1):

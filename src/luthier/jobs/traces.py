@@ -220,14 +220,14 @@ def _meet(one: str, other: str) -> bool:
 def _further(jobs: Sequence[Job], everything: Sequence[Job]) -> list[Job]:
     """Jobs that learned from a model of ``jobs``, or of one of them."""
     known = {job.id for job in jobs}
-    stored = {str(job.result["stored_id"]) for job in jobs if job.result}
+    stored = {job.result["stored_id"] for job in jobs if job.result}
     found: list[Job] = []
     # In the order they were made: none learns from a later one.
     for job in everything:
         if job.id not in known and stored & set(_models_in(job.recipe)):
             known.add(job.id)
             found.append(job)
-            stored |= {str(job.result["stored_id"])} if job.result else set()
+            stored |= {job.result["stored_id"]} if job.result else set()
     return found
 
 

@@ -41,7 +41,7 @@ from luthier.recipe import DataSpec, parse
 from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
-from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job
+from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult
 from luthier.store.models import StoredModel, find
 from luthier.workflows.distil.journal import asking_for
 from luthier.workflows.pipeline import KINDS
@@ -157,7 +157,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             self.ending = True
             return self._end_failed(row, heartbeat, error)
 
-    def _train(self, job: Job, reporter: JobReporter) -> dict[str, Any]:
+    def _train(self, job: Job, reporter: JobReporter) -> JobResult:
         """Everything up to the last transaction; the result of the job."""
         reporter.part("validation", "InProgress")
         self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
@@ -168,33 +168,38 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if "progress" in reporter.details:
             reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
         with asking_for(job.account, run_name(job.id)):
-            result = kind.run(recipe, reporter)
-        reporter.catch_up(metrics.read(), int(result["steps"]))
-        if verdict := result["verdict"]:
+            run = kind.run(recipe, reporter)
+        reporter.catch_up(metrics.read(), int(run["steps"]))
+        if verdict := run["verdict"]:
             reporter.note(f"{verdict['text']}. {verdict['advice']}".strip())
-        if (comparison := result.get("comparison")) and comparison["verdict"]:
+        if (comparison := run.get("comparison")) and comparison["verdict"]:
             reporter.note(comparison["verdict"])
         reporter.part("training", "Completed")
-        model = find(result["model_id"])
+        model = find(run["model_id"])
         verify(model.folder, model.manifest.files)
         self._model_bytes = folder_size(model.folder)
         with self.database.read() as session:
             quotas = quotas_of(session, job.account, self.quotas)
             # Before its outputs are written: of a job that fails there is nothing.
             storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
-        result["stored_id"] = model.id
-        result["validation_losses"] = _validation_losses(
-            model, job, data, result["validation_loss"]
+        result = JobResult(
+            stored_id=model.id,
+            steps=run["steps"],
+            tokens=run["tokens"],
+            train_loss=run["train_loss"],
+            validation_losses=_validation_losses(model, job, data, run["validation_loss"]),
         )
         if job.output is not None:
             address = job.output
-            for name, content in outputs.files(job, model, metrics.read(), result, data):
+            for name, content in outputs.files(
+                job, model, metrics.read(), run["rows"], result, data
+            ):
 
                 def write(name: str = name, content: bytes = content) -> None:
                     self._outputs.append(self.locations.write(job.account, address, name, content))
 
                 self.retry(write)
-        return {key: value for key, value in result.items() if not key.endswith("_dir")}
+        return result
 
     def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":

@@ -69,6 +69,20 @@ class JobProgress(TypedDict):
     """A moment in ISO 8601; from the second step of a worker on."""
 
 
+class JobResult(TypedDict):
+    """What came of a completed job; the model's own record tells the rest."""
+
+    stored_id: str
+    """Id under which the store opens the custom model."""
+    steps: int
+    tokens: int
+    """Trained on, over all epochs."""
+    train_loss: float
+    """Of the last step."""
+    validation_losses: list[float]
+    """One for each validator, in their order."""
+
+
 class JobDetails(TypedDict, total=False):
     """What is known of a job beside its state, as its worker writes it."""
 
@@ -120,7 +134,7 @@ class Job(QueuedWork, Base):
     state: Mapped[str] = mapped_column(default=QUEUED, index=True)
     failure: Mapped[str | None] = mapped_column(QuotingText)
     """Why it failed: names file, line and rule where it was the data."""
-    result: Mapped[dict[str, Any] | None]
+    result: Mapped[JobResult | None] = mapped_column(Plain)
     """What the run gave back: losses, steps, tokens, the model's id in the store."""
     details: Mapped[JobDetails] = mapped_column(Plain, default=dict)
     attempts: Mapped[int] = mapped_column(default=0)
@@ -350,14 +364,14 @@ def complete(
     session: Session,
     job_id: str,
     lease: str,
-    result: Mapping[str, Any],
+    result: JobResult,
     stored_bytes: int = 0,
     defaults: AccountQuotas | None = None,
 ) -> Job:
     """End a job whose model is stored and verified: in one transaction the model is there, too.
 
-    ``result["stored_id"]`` is the id under which the store opens it; it takes ``stored_bytes`` of the
-    account's quota, which is that of ``defaults`` where it has none of its own.
+    It takes ``stored_bytes`` of the account's quota, which is that of ``defaults`` where it has none
+    of its own.
 
     Raises:
         QuotaExceeded: where the account has no room for it.
@@ -365,7 +379,7 @@ def complete(
         WrongState: where it was stopped or paused meanwhile.
     """
     job = hold(session, Job, job_id, lease)
-    move(session, job, COMPLETED, "The job is completed.", holder=lease, result=dict(result))
+    move(session, job, COMPLETED, "The job is completed.", holder=lease, result=result)
     made = update(CustomModel).where(CustomModel.job_id == job_id, CustomModel.status == RESERVED)
     stored = {"status": ACTIVE, "stored_id": result["stored_id"], "created": job.ended}
     session.execute(made.values(**stored, stored_bytes=stored_bytes))

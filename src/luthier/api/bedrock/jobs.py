@@ -295,9 +295,9 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
 
 def customization_details(job: Job) -> dict[str, Any]:
     """What a job and its model both tell: how it was made, and what came of it."""
-    asked, result = job.request, job.result or {}
+    asked, result = job.request, job.result
     source = next(iter(job.details.get("sources", ())), None)
-    losses = result.get("validation_losses", ())
+    losses = result["validation_losses"] if result else ()
     return {
         "customizationType": job.customization_type,
         "hyperParameters": asked.get("hyperParameters"),
@@ -305,9 +305,7 @@ def customization_details(job: Job) -> dict[str, Any]:
         "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
         "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),
         "customizationConfig": asked.get("customizationConfig"),
-        "trainingMetrics": {"trainingLoss": result["train_loss"]}
-        if "train_loss" in result
-        else None,
+        "trainingMetrics": {"trainingLoss": result["train_loss"]} if result else None,
         "validationMetrics": [{"validationLoss": loss} for loss in losses] if losses else None,
     }
 

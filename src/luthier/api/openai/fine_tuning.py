@@ -272,7 +272,7 @@ def job_object(
         "training_file": sent.get("training_file"),
         "validation_file": sent.get("validation_file"),
         "result_files": list(results),
-        "trained_tokens": (job.result or {}).get("tokens"),
+        "trained_tokens": job.result["tokens"] if job.result else None,
         "seed": sent.get("seed"),
         "metadata": sent.get("metadata") or {},
         "integrations": [],
