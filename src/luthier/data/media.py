@@ -83,6 +83,8 @@ class Media:
     """Its pixels ``[H, W]`` or ``[H, W, 3]``, or values ``[T]``, where they are in memory."""
     most: int | None = None
     """Pixels or samples that it may have; else :data:`MOST_PIXELS` or :data:`MOST_SAMPLES`."""
+    time: float | None = field(default=None, compare=False)
+    """Of the last value of a window, in seconds, or as a number where the series counts otherwise."""
 
     def __str__(self) -> str:
         return self.name

@@ -8,7 +8,9 @@ them it reads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from itertools import chain, islice
 
 import numpy as np
@@ -68,6 +70,20 @@ def _number(value: object) -> float | None:
     return number if abs(number) <= LARGEST_VALUE else None
 
 
+def _seconds(time: object) -> float | None:
+    """A time in ISO 8601, or any number; ``None`` for others, whose days and months may be confused."""
+    text = str(time).strip()
+    number = _number(text)
+    if number is not None and not re.fullmatch(r"(19|20)\d{6}", text):  # but a date: 20261123
+        return number
+    try:
+        moment = datetime.fromisoformat(text)
+        # The zone of this machine, whose clocks are set twice a year, has no part in it.
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return number
+
+
 def _read_windows(
     records: Iterable[tuple[int, Record]], file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
@@ -92,5 +108,5 @@ def _read_windows(
     series_T = np.array(values, np.float64)
     for index, (line, record) in enumerate(zip(lines, read, strict=True)):
         latest = series_T[max(0, index + 1 - LONGEST_WINDOW) : index + 1]
-        name = f"{file}:{line}"
-        yield line, {**record, "window": Media("window", name, array=latest)}
+        name, time = f"{file}:{line}", _seconds(next(iter(record.values())))
+        yield line, {**record, "window": Media("window", name, array=latest, time=time)}

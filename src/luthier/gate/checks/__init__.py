@@ -19,6 +19,7 @@ from luthier.gate.checks.lengths import Lengths
 from luthier.gate.checks.markers import Markers
 from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
+from luthier.gate.checks.time_series import TimeSeries
 from luthier.gate.rules import READING_RULES, Rule
 
 _KINDS: tuple[type[Check], ...] = (
@@ -34,6 +35,7 @@ _KINDS: tuple[type[Check], ...] = (
     BaseLanguage,
     Privacy,
     MediaFiles,
+    TimeSeries,
 )
 CHECKS: Mapping[str, type[Check]] = {kind.name: kind for kind in _KINDS}
 """Checks by name. Their modules import heavy libraries only where they use them."""
