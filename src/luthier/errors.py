@@ -49,9 +49,10 @@ class RefusedInput(LuthierError):
 class RowRefused(RefusedInput):
     """One row cannot be used: rule, message and fix. Where file and line are known, a `Problem`."""
 
-    def __init__(self, rule: str, message: str, fix: str) -> None:
+    def __init__(self, rule: str, message: str, fix: str, place: str = "") -> None:
+        """``place`` says in words which row it is, where that is known when it is refused."""
         super().__init__(f"[{rule}] {message} Fix: {fix}")
-        self.rule, self.message, self.fix = rule, message, fix
+        self.rule, self.message, self.fix, self.place = rule, message, fix, place
 
     def at(self, file: str, line: int) -> Problem:
         """The same as a problem of a file; line 0 is the file as a whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from killed_runs import OFTEN, Forker
 from PIL import Image, ImageDraw
 
 import luthier
+from luthier.data import processors
 from luthier.data.augmentation import Augmentation
 from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
-from luthier.errors import RecipeError, RefusedInput
+from luthier.errors import CorruptFile, RecipeError, RefusedInput
+from luthier.models import layouts
 from luthier.models.layouts import MediaReader
 from luthier.models.load import as_network, load_model
 from luthier.models.nets import small_cnn as net
@@ -313,3 +316,68 @@ def test_images_of_the_next_step_are_read_while_one_computes_and_change_no_bit(
     in_step.clear()
     assert weights("now") == ahead
     assert not any(in_step)
+
+
+def test_an_image_that_is_gone_in_training_is_named_with_its_row_and_the_run_goes_on_with_it(
+    pictures: Path, base: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.engine.loop import Loop
+
+    learn = pictures / "learn"
+    (file, *_), step = sorted(learn.rglob("*.png")), Loop._step
+    content, waiting = file.read_bytes(), list[bool]()
+
+    def lose(loop: Loop) -> None:
+        if loop.progress.step == 2:
+            loop.checkpoint()
+            processors._cache.cache_clear()
+            file.unlink()
+        waiting.append(bool(loop.network.layout.reader._ahead))
+        step(loop)
+
+    def tune(resume: bool) -> Any:
+        return luthier.tune(
+            learn, base=str(base), name="gone", adaptation="full", data__validation_share=0,
+            training__max_steps=12, training__batch_size=8, training__baseline_seconds=0,
+            resume=resume,
+        )  # fmt: skip
+
+    monkeypatch.setattr(Loop, "_step", lose)
+    readers = list[Any]()
+    init = MediaReader.__init__
+    monkeypatch.setattr(
+        MediaReader, "__init__", lambda reader: (readers.append(reader), init(reader))[1]
+    )
+    named = rf"row 1 of .*learn \(learn/{KINDS[0]}/.*resume the run"
+    with pytest.raises(CorruptFile, match=named) as lost:
+        tune(False)
+    assert lost.value.exit_code == 1
+    assert any(waiting) and not any(reader._ahead for reader in readers)  # nothing holds up the end
+    file.write_bytes(content)
+    monkeypatch.setattr(Loop, "_step", step)
+    assert tune(True).steps == 12
+
+
+def test_what_waits_to_be_read_is_not_read_when_it_is_no_longer_wanted(
+    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun, go = list[Any](), threading.Event(), threading.Event()
+
+    def slow(media: MediaInput) -> Any:
+        read.append(media)
+        begun.set()
+        go.wait(10)
+        return np.zeros((3, 8, 8), np.float32)
+
+    monkeypatch.setattr(MediaInput, "array", slow)
+    rows = [
+        load_chat_format(base).encode_input(row, index)
+        for index, row in enumerate(load_rows(pictures / "learn"))
+    ]
+    reader = MediaReader()
+    reader.read_ahead(rows)
+    assert begun.wait(10)
+    reader.read_ahead(())
+    go.set()
+    layouts._threads().submit(lambda: None).result(10)
+    assert len(read) <= 8 < len(rows)

@@ -179,7 +179,8 @@ class ChatFormat:
         Raises:
             RowRefused: where it reads no such rows.
         """
-        return MediaInput(row.media, check_kind(row.media, self.media, index))
+        processor = check_kind(row.media, self.media, index)
+        return MediaInput(row.media, processor, file=row.file, line=row.line)
 
     def with_image_size(self, size: int) -> ChatFormat:
         """The same for images of another size.

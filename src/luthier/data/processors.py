@@ -496,6 +496,9 @@ class MediaInput:
     """Of the random changes."""
     mixture: Mixture | None = None
     """Another image that is seen with it."""
+    file: str = ""
+    """Of its row."""
+    line: int = 0
 
     def array(self) -> NDArray[np.float32]:
         """``[C, H, W]``.
@@ -503,7 +506,11 @@ class MediaInput:
         Raises:
             RowRefused: where the file cannot be read any more.
         """
-        array = self.processor.array(self.media, self.augmentation, self.seed)
+        try:
+            array = self.processor.array(self.media, self.augmentation, self.seed)
+        except RowRefused as bad:
+            place = f"row {self.line} of {self.file} ({self.media.name})"
+            raise RowRefused(bad.rule, bad.message, bad.fix, place) from bad
         return array if self.mixture is None else self.mixture.over(array)
 
 

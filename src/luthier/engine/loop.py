@@ -150,6 +150,12 @@ class Loop:
 
     def run(self) -> TrainingProgress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
+        try:
+            return self._run()
+        finally:
+            self.network.layout.read_ahead(())  # else the process would end after all that waits
+
+    def _run(self) -> TrainingProgress:
         if self.progress.step == 0:
             self.evaluate()
         with _stop_on_signal() as stopped:

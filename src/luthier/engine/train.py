@@ -44,7 +44,7 @@ from luthier.engine.runs import (
 )
 from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.verdict import Refit, judge_run
-from luthier.errors import RecipeError, RefusedInput
+from luthier.errors import CorruptFile, RecipeError, RefusedInput, RowRefused
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
@@ -112,6 +112,12 @@ def train(
             return done
         try:
             return Trainer(job, run, reporter, clock).run(resume)
+        except RowRefused as bad:  # the gate has read every row
+            raise CorruptFile(
+                f"{bad.place or 'a row'} was read before and cannot be any more: {bad.message} Put its "
+                "file back as it was and resume the run, which goes on after its last checkpoint; or "
+                "remove the row, and begin anew"
+            ) from bad
         except RefusedInput:
             run.drop_if_untrained()
             raise

@@ -273,7 +273,9 @@ class MediaReader:
         """By identity: equal rows may be changed otherwise."""
 
     def read_ahead(self, examples: Sequence[Example]) -> None:
-        """Begin with ``examples``; what was begun before and never asked for is let go."""
+        """Begin with ``examples``; what waits from before and was never asked for is not read."""
+        for _, waiting in self._ahead.values():
+            waiting.cancel()
         media = [each.media for each in examples[:IMAGES_HELD] if each.media is not None]
         self._ahead = {id(each): (each, _threads().submit(each.array)) for each in media}
 
@@ -286,7 +288,11 @@ class MediaReader:
             _threads().submit(each.array) if ahead is None else ahead[1]
             for each, ahead in zip(media, begun, strict=True)
         ]
-        pixels = torch.from_numpy(np.stack([each.result() for each in reading]))
+        try:
+            pixels = torch.from_numpy(np.stack([each.result() for each in reading]))
+        finally:
+            for each in reading:  # where one cannot be read, the others need not be
+                each.cancel()
         return pixels.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
