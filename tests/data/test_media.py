@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import struct
@@ -190,6 +191,19 @@ def test_equal_bytes_are_one_image_wherever_they_lie(tmp_path: Path) -> None:
     flat = np.zeros((4, 6), np.uint8)
     one, other = Media("image", "4", array=flat), Media("image", "5", array=flat.reshape(6, 4))
     assert one.digest() != other.digest()
+
+
+def test_a_file_is_hashed_again_when_it_was_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, reads = tmp_path / "a.png", list[str]()
+    read = Media.read
+    monkeypatch.setattr(Media, "read", lambda media: (reads.append(media.name), read(media))[1])
+    for number in range(2):
+        path.write_bytes(bytes(number + 1))
+        wanted = hashlib.sha256(bytes(number + 1)).hexdigest()
+        assert [Media("image", name, str(path)).digest() for name in "ab"] == [wanted] * 2
+    assert reads == ["a", "a"]
 
 
 def test_an_archive_that_was_written_again_is_opened_again(tmp_path: Path) -> None:

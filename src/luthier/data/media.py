@@ -47,8 +47,8 @@ MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Of one encoded image or sound."""
-MOST_DIGESTS = 500_000
-"""Hashes that are remembered."""
+MOST_DIGESTS = 1_000_000
+"""Hashes of files that are remembered, in some 150 bytes each."""
 MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
@@ -125,12 +125,15 @@ class Media:
         if (version := self.version()) is None:
             return hashlib.sha256(self.read()).hexdigest()
         # Asked for by each check of the data, and again to encode the row.
-        found = _digests().get(version)
-        if found is None:
-            found = hashlib.sha256(self.read()).digest()
-            if len(_digests()) < MOST_DIGESTS:
-                _digests()[version] = found
-        return found.hex()
+        path, member, modified, size = version
+        key = (path, member) if member else path  # no tuple for each of a million files
+        state = f"{modified} {size} ".encode()
+        known = _digests().get(key, b"")
+        if not known.startswith(state):
+            known = state + hashlib.sha256(self.read()).digest()
+            if len(_digests()) < MOST_DIGESTS or key in _digests():
+                _digests()[key] = known
+        return known[len(state) :].hex()
 
     def version(self) -> tuple[str, str, int, int] | None:
         """What tells one content of its file from another without reading it; ``None`` without one."""
@@ -326,7 +329,8 @@ def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _digests() -> dict[tuple[str, str, int, int], bytes]:
+def _digests() -> dict[str | tuple[str, str], bytes]:
+    """Time and size of a file and the SHA-256 it had then, by its path."""
     return {}
 
 

@@ -10,6 +10,7 @@ are gone after their batch: a check keeps numbers, not texts, so that a file may
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -157,7 +158,7 @@ class Places:
         return where
 
     def _at(self, number: int) -> tuple[int, int]:
-        batch = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        batch = bisect_right(self._firsts, number) - 1
         return batch, number - self._firsts[batch]
 
     def place(self, number: int) -> Place:
