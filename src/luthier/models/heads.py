@@ -37,47 +37,51 @@ Task = Literal[
     "denoising",
     "image_to_text",
 ]
-_CLASSES: dict[Task, str] = {
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "bidirectional_lm": "AutoModelForPreTraining",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "embedding": "AutoModel",
-    "autoencoding": "AutoModelForImageToImage",
-    "adversarial": "AutoModelForPreTraining",
-    "denoising": "AutoModelForImageToImage",
-    "image_to_text": "AutoModelForImageTextToText",
-}
-_WORDS: dict[Task, str] = {
-    "causal_lm": "a causal language model",
-    "masked_lm": "a masked language model",
-    "bidirectional_lm": "a bidirectional language model",
-    "sequence_classification": "a classifier",
-    "token_classification": "a classifier of tokens",
-    "embedding": "an encoder",
-    "autoencoding": "an autoencoder of images",
-    "adversarial": "a generator of images with its discriminator",
-    "denoising": "a denoiser of images",
-    "image_to_text": "a writer of the text of images",
+
+
+@dataclass(frozen=True)
+class _TaskClasses:
+    """How transformers and PEFT know a task."""
+
+    words: str
+    """What a network is that can do it."""
+    text: str = ""
+    """Automatic class of transformers for networks that read texts; empty where none of them can."""
+    media: tuple[str, ...] = ()
+    """The same for networks that read images, or sounds as pictures of their pitch over time."""
+    peft: str = "FEATURE_EXTRACTION"
+    """PEFT's name."""
+
+
+_TO_IMAGE = ("AutoModelForImageToImage",)
+_TASKS: dict[Task, _TaskClasses] = {
+    "causal_lm": _TaskClasses("a causal language model", "AutoModelForCausalLM", peft="CAUSAL_LM"),
+    "masked_lm": _TaskClasses("a masked language model", "AutoModelForMaskedLM"),
+    "bidirectional_lm": _TaskClasses("a bidirectional language model", "AutoModelForPreTraining"),
+    "sequence_classification": _TaskClasses(
+        "a classifier",
+        "AutoModelForSequenceClassification",
+        ("AutoModelForImageClassification", "AutoModelForAudioClassification"),
+        "SEQ_CLS",
+    ),
+    "token_classification": _TaskClasses(
+        "a classifier of tokens", "AutoModelForTokenClassification", peft="TOKEN_CLS"
+    ),
+    "embedding": _TaskClasses("an encoder", "AutoModel", ("AutoModel",)),
+    "autoencoding": _TaskClasses("an autoencoder of images", media=_TO_IMAGE),
+    "adversarial": _TaskClasses(
+        "a generator of images with its discriminator", media=("AutoModelForPreTraining",)
+    ),
+    "denoising": _TaskClasses("a denoiser of images", media=_TO_IMAGE),
+    "image_to_text": _TaskClasses(
+        "a writer of the text of images", "", ("AutoModelForImageTextToText",), "SEQ_2_SEQ_LM"
+    ),
 }
 _PERMUTED = frozenset({"xlnet"})
 """Trained to predict tokens in any order, which is another objective than the next token."""
 _FROM_BOTH_SIDES = frozenset({"elmo"})
 """Pre-trained by predicting words from either side; other families are by something else."""
 _SEQ2SEQ = "AutoModelForSeq2SeqLM"
-_PEFT: dict[Task, str] = {
-    "causal_lm": "CAUSAL_LM",
-    "masked_lm": "FEATURE_EXTRACTION",
-    "bidirectional_lm": "FEATURE_EXTRACTION",
-    "sequence_classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "embedding": "FEATURE_EXTRACTION",
-    "autoencoding": "FEATURE_EXTRACTION",
-    "adversarial": "FEATURE_EXTRACTION",
-    "denoising": "FEATURE_EXTRACTION",
-    "image_to_text": "SEQ_2_SEQ_LM",
-}
 
 
 @dataclass(frozen=True)
@@ -126,29 +130,15 @@ def declared_pooling(folder: Path) -> Literal["mean"] | None:
     return "mean" if alone == {"pooling_mode_mean_tokens"} else None
 
 
-_OF_MEDIA: dict[Task, tuple[str, ...]] = {
-    "sequence_classification": (
-        "AutoModelForImageClassification",
-        "AutoModelForAudioClassification",
-    ),
-    "embedding": ("AutoModel",),
-    "autoencoding": ("AutoModelForImageToImage",),
-    "adversarial": ("AutoModelForPreTraining",),
-    "denoising": ("AutoModelForImageToImage",),
-    "image_to_text": (_CLASSES["image_to_text"],),
-}
-"""The same for networks that read images, or sounds as pictures of their pitch over time."""
-
-
 def auto_class(config: Any, task: Task) -> Any:
     """transformers' automatic class for ``task``; refuses families that have no such head."""
     import transformers
 
     name = _class_name(config, task)
     if not name:
-        able = [_WORDS[other] for other in _CLASSES if other != task and _class_name(config, other)]
+        able = [each.words for other, each in _TASKS.items() if _class_name(config, other)]
         raise RecipeError(
-            f"a network of type {config.model_type} cannot be {_WORDS[task]}; it can be "
+            f"a network of type {config.model_type} cannot be {_TASKS[task].words}; it can be "
             f"{', '.join(able) or 'none of what can be tuned here'}."
         )
     return getattr(transformers, name)
@@ -172,7 +162,7 @@ def task_in(config: Any) -> Task:
     import transformers
 
     named = next(iter(getattr(config, "architectures", None) or ()), "")
-    able: dict[Task, str] = {task: name for task in _CLASSES if (name := _class_name(config, task))}
+    able: dict[Task, str] = {task: name for task in _TASKS if (name := _class_name(config, task))}
     classes: dict[Task, Any] = {
         task: getattr(transformers, name)._model_mapping[type(config)]
         for task, name in able.items()
@@ -184,21 +174,18 @@ def task_in(config: Any) -> Task:
 
 def _class_name(config: Any, task: Task) -> str:
     """transformers' automatic class for the task on this family; empty where there is none."""
-    if is_dual_encoder(config):
-        return _CLASSES[task] if task == "embedding" else ""
     if media_config(config) is not None:
-        return next((n for n in _OF_MEDIA.get(task, ()) if _has(config, n, task)), "")
-    name = _CLASSES[task]
-    if task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES:
-        return ""
-    if task in ("adversarial", "image_to_text"):  # of networks that read media
+        named = () if is_dual_encoder(config) and task != "embedding" else _TASKS[task].media
+        return next((name for name in named if _has(config, name, task)), "")
+    name = _TASKS[task].text
+    if not name or (task == "bidirectional_lm" and config.model_type not in _FROM_BOTH_SIDES):
         return ""
     if _has(config, _SEQ2SEQ):
         # The encoder alone reads a text; the decoder is for writing.
         name = {"causal_lm": _SEQ2SEQ, "embedding": "AutoModelForTextEncoding"}.get(task, name)
         return name if _has(config, name) else ""
     # transformers would take these for language models; they see what they are to predict.
-    ahead = config.model_type in _PERMUTED or _has(config, _CLASSES["masked_lm"])
+    ahead = config.model_type in _PERMUTED or _has(config, _TASKS["masked_lm"].text)
     if task == "causal_lm" and ahead and not getattr(config, "is_decoder", False):
         return ""
     return name if _has(config, name) else ""
@@ -239,7 +226,7 @@ def task_of(model: nn.Module) -> Task:
 def peft_task(model: nn.Module) -> str:
     """PEFT's name of the task of ``model``."""
     task = task_of(model)
-    return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _PEFT[task]
+    return "SEQ_2_SEQ_LM" if task == "causal_lm" and decoder_of(model) else _TASKS[task].peft
 
 
 def frozen_parts(model: nn.Module) -> tuple[str, ...]:
