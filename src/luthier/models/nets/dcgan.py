@@ -152,9 +152,8 @@ class DCGANPreTrainedModel(NoTokens, PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, 0.0, 1.0)
-        elif isinstance(module, nn.GroupNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
         if isinstance(module, DCGANForPreTraining) and module.known:
             # The one is added to noise of deviation 1, the other multiplied as a weight is.
             init.normal_(module.class_features.weight, 0.0, 0.05)

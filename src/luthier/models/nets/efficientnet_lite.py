@@ -117,10 +117,8 @@ class EfficientNetLitePreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, 0.0, self.config.initializer_range)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-            module.reset_running_stats()
+        else:
+            super()._init_weights(module)
 
 
 class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):

@@ -116,9 +116,8 @@ class LineEncoderModel(NoTokens, PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, 0.0, 0.02)
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """``[R, C, H, W]`` to one state for each column, ``[R, S, H']``."""

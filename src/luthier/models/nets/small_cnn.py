@@ -78,9 +78,8 @@ class SmallCNNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, 0.0, 0.01)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.GroupNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
 
 class SmallCNNModel(SmallCNNPreTrainedModel):

@@ -123,9 +123,8 @@ class VAEModel(NoTokens, PreTrainedModel):
             init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.GroupNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""
