@@ -42,7 +42,7 @@ def main() -> None:
         rows = [row for _, row in load_inputs(source)]
         order = np.random.default_rng(0).permutation(len(rows)).tolist()
         media = [row.media for row in (rows[place] for place in order) if isinstance(row, MediaRow)]
-        pixels = [processor.resized(each) for each in media]
+        pixels = [processor.resize(each) for each in media]
         parts = [pixels[start : start + AT_ONCE] for start in range(0, len(pixels), AT_ONCE)]
         sets.append(np.concatenate([features_of(network, part) for part in parts]))
     if len(sets) == 1:

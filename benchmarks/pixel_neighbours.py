@@ -27,7 +27,7 @@ def main() -> None:
     with np.load(options.data) as arrays:
         media = [Media("image", "row", array=image) for image in arrays["images"]]
         labels = [str(label) for label in arrays["labels"]]
-    pixels = np.stack([processor.resized(each).ravel() / 255 for each in media])
+    pixels = np.stack([processor.resize(each).ravel() / 255 for each in media])
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
     for name, score in ClassRetrieval.of(pixels, labels).scores.items():
         print(f"{name} {score:.1%}")

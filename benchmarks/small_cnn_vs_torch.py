@@ -83,7 +83,7 @@ class Changed(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __init__(self, processor: ImageProcessor, images: Images, targets: list[int]) -> None:
         media = (Media("image", "row", array=image) for image in images)
-        self.resized = [processor.resized(each) for each in media]
+        self.resized = [processor.resize(each) for each in media]
         self.targets, self.augmentation = targets, Augmentation.usual("image")
         self.mean = np.array(processor.mean, np.float32)
         self.std = np.array(processor.std, np.float32)

@@ -24,7 +24,7 @@ def example() -> Example:
 
 
 def changed(delete: float, swap: float, seed: int) -> Example:
-    return Augmentation(delete=delete, swap=swap).changed(example(), np.random.default_rng(seed))
+    return Augmentation(delete=delete, swap=swap).change(example(), np.random.default_rng(seed))
 
 
 def words(made: Example) -> list[tuple[int, ...]]:
@@ -86,9 +86,9 @@ def test_off_unless_asked_for() -> None:
 def test_a_row_without_words_cannot_be_changed() -> None:
     plain = Example(np.arange(3), np.zeros(3, dtype=np.float32), 0)
     with pytest.raises(ValueError, match="words"):
-        Augmentation(delete=0.1).changed(plain, np.random.default_rng(0))
+        Augmentation(delete=0.1).change(plain, np.random.default_rng(0))
     framed = Example(np.arange(2), np.zeros(2, np.float32), 0, word_T=np.array([-1, -1]))
-    assert Augmentation(delete=0.9).changed(framed, np.random.default_rng(0)) is framed
+    assert Augmentation(delete=0.9).change(framed, np.random.default_rng(0)) is framed
 
 
 # Images and sounds.
@@ -204,8 +204,8 @@ def test_only_what_the_network_sees_is_changed() -> None:
     media = MediaInput(Media("image", "x", array=PIXELS), ImageProcessor(16, 16))
     row = Example(np.array([5]), np.ones(1, np.float32), 3, target=np.array([2]), media=media)
     settings = Augmentation(crop=0.5)
-    made, again = (settings.changed(row, np.random.default_rng(4)) for _ in range(2))
-    other = settings.changed(row, np.random.default_rng(5))
+    made, again = (settings.change(row, np.random.default_rng(4)) for _ in range(2))
+    other = settings.change(row, np.random.default_rng(5))
     assert made.target is not None and made.target.tolist() == [2]
     assert (made.ids_T.tolist(), made.row, made.weight) == ([5], 3, 1.0)
     assert made.media is not None and again.media is not None and other.media is not None
@@ -255,7 +255,7 @@ def test_mixup_lays_one_image_over_another_by_the_share_of_its_label() -> None:
     rows, found = pictures(), set[float]()
     for seed in range(30):
         random = np.random.default_rng(seed)
-        mixed = Augmentation(mixup_alpha=0.4).mixed(rows, shares, random)
+        mixed = Augmentation(mixup_alpha=0.4).mix(rows, shares, random)
         for row, made in zip(rows, mixed, strict=True):
             assert made.target is not None and made.target.sum() == pytest.approx(1)
             # Of images of one value the mean of the labels is that of the values.
@@ -271,7 +271,7 @@ def test_cutmix_puts_a_part_of_one_image_into_another_by_its_area() -> None:
     for seed in range(60):
         random = np.random.default_rng(seed)
         for row, made in zip(
-            rows, Augmentation(cutmix_alpha=1.0).mixed(rows, shares, random), strict=True
+            rows, Augmentation(cutmix_alpha=1.0).mix(rows, shares, random), strict=True
         ):
             pixels, own = seen(made)[0], seen(row)[0, 0, 0]
             values = np.unique(pixels)
@@ -292,7 +292,7 @@ def test_both_ways_to_mix_share_the_rows() -> None:
     mixed = [
         made.media.mixture
         for seed in range(50)
-        for made in both.mixed(rows, shares, np.random.default_rng(seed))
+        for made in both.mix(rows, shares, np.random.default_rng(seed))
         if made.media
     ]
     cut = np.mean([each is not None and each.box is not None for each in mixed])

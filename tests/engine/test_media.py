@@ -242,7 +242,7 @@ def test_the_loss_of_mixed_images_is_that_of_both_by_their_shares(
     model = load_model(base, torch.float32, torch.device("cpu"), objective.head())
     network = as_network(model, torch.device("cpu"), torch.float32)
     changes = Augmentation(mixup_alpha=1.0, cutmix_alpha=1.0)
-    mixed = changes.mixed(examples, objective.mix_targets, np.random.default_rng(3))
+    mixed = changes.mix(examples, objective.mix_targets, np.random.default_rng(3))
     (batch,) = objective.annotate(network, mixed, 1_000)
     found = float(objective.loss(network, batch).total.detach())
     labels, total = objective.labels or (), 0.0

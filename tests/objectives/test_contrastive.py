@@ -175,7 +175,7 @@ def test_views_are_drawn_in_training_and_else_always_the_same(
     torch.manual_seed(0)
     assert np.array_equal(drawn, seen(examples, True))
     # What `data.augmentation` drew for the step is what both views are drawn with.
-    mirrored = Augmentation(flip=1.0).changed(examples[0], np.random.default_rng(0))
+    mirrored = Augmentation(flip=1.0).change(examples[0], np.random.default_rng(0))
     both, plain = seen([mirrored], True), examples[0].media
     assert plain is not None
     assert all(np.allclose(view, plain.array()[:, :, ::-1]) for view in both)

@@ -155,7 +155,7 @@ def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare)
     for scale in (0.0, 1.0, 3.0):
         asked = objective.with_sampling(DenoisingSettings(guidance_scale=scale))
         guidance = asked._guidance(network, NAMES)
-        found = asked._guided(network, noisy, time_R, guidance)
+        found = asked._predict(network, noisy, time_R, guidance)
         torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
 
 

@@ -72,7 +72,7 @@ def test_each_maker_measures_the_distance_of_what_it_makes(
     with torch.no_grad():
         parts = [maker.sample(network, part, generator) for part in (labels[:32], labels[32:])]
         made = [chat.media.to_pixels(each) for each in torch.cat(parts).float().numpy()]
-        real = [chat.media.resized(each) for each in media]
+        real = [chat.media.resize(each) for each in media]
         expected = frechet_distance(features_of(judge, real), features_of(judge, made))
     assert measured["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     assert expected > 0

@@ -111,5 +111,5 @@ def _write_sheet(rows: Sequence[Row], processor: ImageProcessor, output: Path) -
     from luthier.data.shapes import MediaRow
     from luthier.files import write_bytes
 
-    images = [processor.resized(row.media) for row in rows if isinstance(row, MediaRow)]
+    images = [processor.resize(row.media) for row in rows if isinstance(row, MediaRow)]
     write_bytes(output, encode_png(grid(images)))

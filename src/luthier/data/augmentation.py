@@ -128,7 +128,7 @@ class Augmentation(BaseModel):
             return Augmentation(crop=0.7, colour=0.4)
         return Augmentation(shift=0.2, speed=0.15, noise=0.2, masks=1)
 
-    def changed(self, example: Example, random: np.random.Generator) -> Example:
+    def change(self, example: Example, random: np.random.Generator) -> Example:
         """``example`` as the network is to see it this time, what it teaches unchanged.
 
         Special tokens, whose word is -1, stay where they are. The weight of a row that stands at its
@@ -142,7 +142,7 @@ class Augmentation(BaseModel):
             return replace(example, media=replace(example.media, augmentation=self, seed=seed))
         return self._change_words(example, random)
 
-    def mixed(
+    def mix(
         self,
         examples: Sequence[Example],
         mix_targets: Callable[[Example, Example, float], NDArray[np.floating]],
@@ -290,7 +290,7 @@ def _randaugment(image: Any, strength: float, random: np.random.Generator) -> An
     signed = strength * (1 if random.random() < 0.5 else -1)
     grey = (128, 128, 128)
 
-    def moved(*matrix: float) -> Any:
+    def transform(*matrix: float) -> Any:
         return image.transform(
             image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey
         )
@@ -306,9 +306,9 @@ def _randaugment(image: Any, strength: float, random: np.random.Generator) -> An
         lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * signed),
         lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * signed),
         lambda: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * signed),
-        lambda: moved(1, 0.3 * signed, 0, 0, 1, 0),
-        lambda: moved(1, 0, 0, 0.3 * signed, 1, 0),
-        lambda: moved(1, 0, 0.45 * signed * width, 0, 1, 0),
-        lambda: moved(1, 0, 0, 0, 1, 0.45 * signed * height),
+        lambda: transform(1, 0.3 * signed, 0, 0, 1, 0),
+        lambda: transform(1, 0, 0, 0.3 * signed, 1, 0),
+        lambda: transform(1, 0, 0.45 * signed * width, 0, 1, 0),
+        lambda: transform(1, 0, 0, 0, 1, 0.45 * signed * height),
     )
     return operations[int(random.integers(len(operations)))]()

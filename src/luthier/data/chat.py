@@ -511,7 +511,7 @@ class ChatFormat:
     def close(self) -> None:
         """Let go of what reads for it; nothing, where the tokenizer is in this process."""
 
-    def decoded(self, ids_T: IntArray) -> IntArray:
+    def decoder_ids(self, ids_T: IntArray) -> IntArray:
         """What the decoder is to write, behind the token it starts with and up to its last."""
         start_id, end_id = self.start_id, self.end_id
         assert start_id is not None
@@ -519,7 +519,7 @@ class ChatFormat:
 
     def _encode_sides(self, messages: Sequence[Message]) -> Encoded:
         _check_single(messages)
-        ids_T = self.decoded(self.tokens(messages[1].content, first=False))
+        ids_T = self.decoder_ids(self.tokens(messages[1].content, first=False))
         return Encoded(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
 
     def _encode_plain(self, messages: Sequence[Message]) -> Encoded:

@@ -74,7 +74,7 @@ class ImageProcessor:
         edge = round(self.shortest_edge * size / max(1, self.height)) if self.shortest_edge else 0
         return dataclasses.replace(self, height=size, width=size, shortest_edge=edge)
 
-    def resized(self, media: Media) -> Pixels:
+    def resize(self, media: Media) -> Pixels:
         """The image ``[height, width, 3]``, its colours as they are."""
         from PIL import Image
 
@@ -98,7 +98,7 @@ class ImageProcessor:
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads, ``[3, height, width]``; changed at random with ``augmentation``."""
-        pixels = _resized(self, media)
+        pixels = _resize_cached(self, media)
         if augmentation is not None:
             pixels = augmentation.change_image(pixels, np.random.default_rng(seed))
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
@@ -181,15 +181,15 @@ MOST_CACHED = 256 * 1024 * 1024
 """Bytes of resized images that are held: decoding and resizing take longer than a small network."""
 
 
-def _resized(processor: ImageProcessor, media: Media) -> Pixels:
-    """:meth:`ImageProcessor.resized`, from memory where it was done before and there is room."""
+def _resize_cached(processor: ImageProcessor, media: Media) -> Pixels:
+    """:meth:`ImageProcessor.resize`, from memory where it was done before and there is room."""
     version = media.version()
     if version is None:  # its pixels are in memory anyhow
-        return processor.resized(media)
+        return processor.resize(media)
     key = (processor, version)
     found = _cache().get(key)
     if found is None:
-        found = processor.resized(media)
+        found = processor.resize(media)
         if (len(_cache()) + 1) * found.nbytes <= MOST_CACHED:
             _cache()[key] = found
     return found

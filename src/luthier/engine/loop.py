@@ -256,12 +256,12 @@ class Loop:
         if not self.augmentation:
             return chosen
         rows = [
-            self.augmentation.changed(example, np.random.default_rng([seed, step, place]))
+            self.augmentation.change(example, np.random.default_rng([seed, step, place]))
             for place, example in enumerate(chosen)
         ]
         if self.augmentation.mixes and isinstance(self.objective, SupportsMixedRows):
             random = np.random.default_rng([seed, step, len(rows)])  # of no row
-            rows = self.augmentation.mixed(rows, self.objective.mix_targets, random)
+            rows = self.augmentation.mix(rows, self.objective.mix_targets, random)
         return rows
 
     def _backward(

@@ -186,7 +186,7 @@ class Contrastive(Objective):
         with torch.enable_grad():
             all_RH = torch.cat(parts).detach().requires_grad_()
             order = [example for batch in batches for example in batch.tree.examples]
-            whole = self._summed(network, all_RH, order)
+            whole = self._sum_loss(network, all_RH, order)
             scale = self._learned_scale(network)
             learned = [scale] if scale is not None and scale.requires_grad else []
             gradient_RH, *by_scale = torch.autograd.grad(whole.total, [all_RH, *learned])
@@ -207,7 +207,7 @@ class Contrastive(Objective):
         cached = batch.extra
         if cached is None:
             embeddings_RH = self.embed(network, batch)
-            return self._summed(network, embeddings_RH, batch.tree.examples)
+            return self._sum_loss(network, embeddings_RH, batch.tree.examples)
         with _random_numbers(network, cached.random):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
@@ -242,7 +242,7 @@ class Contrastive(Objective):
             limited.register_hook(lambda gradient: gradient.clamp(min=0))
         return limited.exp()
 
-    def _summed(self, network: Network, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
+    def _sum_loss(self, network: Network, embeddings_RH: Tensor, sides: Sequence[Example]) -> Loss:
         """Summed loss over the rows, and how many anchors are nearest to what they belong to.
 
         Pairs of one anchor, or of one partner, are not told from each other: what the file calls right

@@ -37,7 +37,7 @@ from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import CaptionedImage, LabelledImage
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
-from luthier.models.modalities import Shape, input_shape
+from luthier.models.modalities import input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.capabilities import DenoisingSettings
@@ -170,10 +170,10 @@ class Diffusion(Generative):
 
     def head(self) -> Head:
         """What can be asked for."""
-        return Head(self.task, self._known)
+        return Head(self.task, self._names)
 
     @property
-    def _known(self) -> tuple[str, ...]:
+    def _names(self) -> tuple[str, ...]:
         """Classes, or else words."""
         return self.labels or self.words or ()
 
@@ -311,7 +311,7 @@ class Diffusion(Generative):
     @property
     def _is_conditional(self) -> bool:
         """Whether the network is told what an image shows."""
-        return self.reads_texts or bool(self._known)
+        return self.reads_texts or bool(self._names)
 
     def _nothing(self, network: Network) -> IntArray:
         """What stands for an image of which nothing is said."""
@@ -367,7 +367,9 @@ class Diffusion(Generative):
         # A generator for each: what is drawn for a row else depends on how many there are.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         denoiser: Denoiser = network.model
-        size = denoiser.latent_shape(_image_shape(network))
+        reads = network.chat.media if network.chat is not None else None
+        image = reads.shape if reads is not None else input_shape(network.model.config)
+        size = denoiser.latent_shape(image)
 
         def draw() -> Tensor:
             drawn = torch.stack([torch.randn(size, generator=each) for each in generators])
@@ -394,7 +396,7 @@ class Diffusion(Generative):
         times = schedule.times(min(self.num_inference_steps, self.num_train_timesteps))
         for time, before in zip(times, [*times[1:], -1], strict=True):
             time_R = torch.full((len(mixture),), time, device=network.device)
-            predicted = self._guided(network, mixture, time_R, guidance)
+            predicted = self._predict(network, mixture, time_R, guidance)
             latents = schedule.image(mixture, predicted, time_R)
             if denoiser.latent_bound is not None:
                 latents = latents.clamp(-denoiser.latent_bound, denoiser.latent_bound)
@@ -449,7 +451,7 @@ class Diffusion(Generative):
             return np.array([self.labels.index(text)])
         return words_target(text, self.words or ())
 
-    def _guided(
+    def _predict(
         self, network: Network, mixture: Tensor, time_R: Tensor, guidance: Guidance
     ) -> Tensor:
         """Prediction for mixtures, moved away from that without the classes or words."""
@@ -489,12 +491,6 @@ def _chat(network: Network) -> ChatFormat:
     """How texts become tokens, and of which size images are."""
     assert network.chat is not None
     return network.chat
-
-
-def _image_shape(network: Network) -> Shape:
-    """Of the images that the network reads and makes."""
-    reads = network.chat.media if network.chat is not None else None
-    return reads.shape if reads is not None else input_shape(network.model.config)
 
 
 @cache

@@ -120,7 +120,7 @@ class ImageToText(Objective):
         media = chat.media_input(row, index)
         ids_T = np.array([chat.start_id], dtype=np.int64)
         if isinstance(row, CaptionedImage):
-            ids_T = chat.decoded(chat.tokens(row.caption, first=False))
+            ids_T = chat.decoder_ids(chat.tokens(row.caption, first=False))
         weight_T = (np.arange(len(ids_T)) > 0).astype(np.float32)
         return Example(ids_T, weight_T, index, media=media)
 
