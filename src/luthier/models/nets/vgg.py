@@ -174,9 +174,12 @@ def write_folder(file: Path, folder: Path) -> None:
     convolutions = [shape for shape in layers if len(shape) == 4]
     depth = len(convolutions) + 3
     wanted = ("classifier.0.weight", "classifier.3.weight", "classifier.6.weight")
-    if depth not in DEPTHS or any(len(shapes.get(name, ())) != 2 for name in wanted):
-        known = ", ".join(map(str, DEPTHS))
-        raise UnknownModel(f"{file} has {depth} layers, and is no VGG, which has {known}")
+    linear = sum(len(shapes.get(name, ())) == 2 for name in wanted)
+    if depth not in DEPTHS or linear < len(wanted):
+        raise UnknownModel(
+            f"{file} is no VGG: that has {', '.join(str(each - 3) for each in DEPTHS)} convolutions "
+            f"and three linear layers, and this has {len(convolutions)} and {linear}"
+        )
     ends, sizes = 0, list[int]()
     for count in DEPTHS[depth]:
         ends += count
