@@ -52,7 +52,7 @@ def test_the_loss_is_minus_the_bound(network: Network, examples: list[Example]) 
     pixels = torch.from_numpy(np.stack([each.media.array() for each in examples if each.media]))
     mean, log_variance = network.model.encode(pixels)
     posterior = Normal(mean, log_variance.exp().sqrt())
-    noise = torch.stack([torch.from_numpy(fixed_noise(each, mean.shape[1])) for each in examples])
+    noise = fixed_noise(examples, mean.shape[1])
     copies = network.model.decode(posterior.loc + posterior.scale * noise)
     # The likelihood of a perfect copy is the constant that the loss leaves out.
     likelihood = Normal(copies, 0.7).log_prob(pixels) - Normal(pixels, 0.7).log_prob(pixels)

@@ -190,14 +190,7 @@ class EncoderDecoder(Padded):
             np.concatenate([prompt, e.ids_T if e.source_T is None else e.source_T])
             for e in tree.examples
         ]
-        longest = max(map(len, sources))
-        source_RS = np.full((len(sides.mask_RT), longest), self.fill, dtype=np.int64)
-        mask_RS = np.zeros_like(source_RS)
-        for row, source in enumerate(sources):
-            source_RS[row, : len(source)] = source
-            mask_RS[row, : len(source)] = 1
-        read = torch.from_numpy(source_RS).to(device)
-        return Rectangle(sides.slot_M, sides.mask_RT, read, torch.from_numpy(mask_RS).to(device))
+        return Rectangle(sides.slot_M, sides.mask_RT, *_fill_up(sources, self.fill, device))
 
     def encode(self, backbone: Any, plan: Rectangle) -> Tensor:
         """States ``[R, S, H]`` of what the encoder reads."""
@@ -391,20 +384,16 @@ class DualEncoder(Layout):
         rows = tree.examples
         images = [number for number, row in enumerate(rows) if row.media is not None]
         texts = [number for number, row in enumerate(rows) if row.media is None]
-        ids_TS = np.full((len(texts), max((len(rows[n]) for n in texts), default=0)), self.fill)
-        mask_TS = np.zeros_like(ids_TS)
-        for place, number in enumerate(texts):
-            ids_TS[place, : len(rows[number])] = rows[number].ids_T
-            mask_TS[place, : len(rows[number])] = 1
+        ids_TS, mask_TS = _fill_up([rows[number].ids_T for number in texts], self.fill, device)
         row_M = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         put = [
             torch.from_numpy(np.asarray(array, dtype=np.int64)).to(device)
-            for array in (images, texts, ids_TS, mask_TS, tree.node_M, row_M)
+            for array in (images, texts, tree.node_M, row_M)
         ]
         pixels = torch.empty(0, device=device)
         if images:
             pixels = self.reader.arrays(tree, device, dtype)
-        return ImagesAndTexts(put[0], put[1], pixels, *put[2:])
+        return ImagesAndTexts(put[0], put[1], pixels, ids_TS, mask_TS, *put[2:])
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:
         """Embeddings ``[N, H]``, not yet of length 1; 0 for nodes that only fill the tree up."""
@@ -434,6 +423,15 @@ def read_states(backbone: Any, pixels: Tensor) -> Tensor:
     # Vision transformers are read at their first token, convolutions by the mean of their maps.
     first_RH: Tensor = output.last_hidden_state[:, 0]
     return first_RH
+
+
+def _fill_up(texts: Sequence[IntArray], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``texts`` as rows ``[R, S]`` that are filled up at their end, and 1 where there is a token."""
+    ids_RS = np.full((len(texts), max(map(len, texts), default=0)), fill, dtype=np.int64)
+    mask_RS = np.zeros_like(ids_RS)
+    for row, ids_S in enumerate(texts):
+        ids_RS[row, : len(ids_S)], mask_RS[row, : len(ids_S)] = ids_S, 1
+    return torch.from_numpy(ids_RS).to(device), torch.from_numpy(mask_RS).to(device)
 
 
 def _rectangle(tree: TokenTree) -> tuple[IntArray, IntArray]:

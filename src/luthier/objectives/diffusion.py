@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
@@ -157,7 +156,7 @@ class Diffusion(Generative):
     @property
     def schedule(self) -> NoiseSchedule:
         """How images become noise."""
-        left_T = _alphas_cumprod(
+        left_T = alphas_cumprod(
             self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end
         )
         return NoiseSchedule(
@@ -291,8 +290,7 @@ class Diffusion(Generative):
                         for target, shown in zip(targets, shown_R.tolist(), strict=True)
                     ]
             else:
-                flat = [fixed_noise(each, size.numel()) for each in rows]
-                noise = torch.from_numpy(np.stack(flat)).unflatten(-1, size)
+                noise = fixed_noise(rows, size.numel()).unflatten(-1, size)
                 time_R = torch.tensor([self._fixed_time(each) for each in rows])
             drawn = NoisyImages(
                 latents.float(),
@@ -491,8 +489,3 @@ def _chat(network: Network) -> ChatFormat:
     """How texts become tokens, and of which size images are."""
     assert network.chat is not None
     return network.chat
-
-
-@cache
-def _alphas_cumprod(schedule: BetaSchedule, steps: int, start: float, end: float) -> Tensor:
-    return alphas_cumprod(schedule, steps, start, end)

@@ -162,8 +162,7 @@ class GAN(Generative):
                 latent_TRZ = torch.randn(turns, len(rows), size)
                 between_TR = torch.rand(turns, len(rows))
             else:
-                fixed = torch.from_numpy(np.stack([fixed_noise(row, size) for row in rows]))
-                latent_TRZ = fixed.expand(turns, -1, -1)
+                latent_TRZ = fixed_noise(rows, size).expand(turns, -1, -1)
                 between_TR = torch.full((turns, len(rows)), 0.5)
             class_R = None
             if self.labels:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ LARGEST_BETA = 0.999
 """Of the cosine schedule, whose last step would else leave nothing (Nichol and Dhariwal 2021)."""
 
 
+@cache
 def alphas_cumprod(
     schedule: BetaSchedule, steps: int, start: float = 1e-4, end: float = 0.02
 ) -> Tensor:

@@ -100,19 +100,13 @@ class VAE(Generative):
         """The noise of each row: new in training, and else of the image alone."""
         import torch
 
-        batches = super().annotate(network, examples, budget)
-        size = int(network.model.config.latent_size)
-        noises: list[Tensor] = []
-        for batch in batches:
+        size, found = int(network.model.config.latent_size), []
+        for batch in super().annotate(network, examples, budget):
             rows = batch.tree.examples
-            if network.model.training:
-                drawn = torch.randn(len(rows), size)
-            else:
-                drawn = torch.from_numpy(np.stack([fixed_noise(row, size) for row in rows]))
-            noises.append(drawn.to(network.device))
-        return [
-            replace(batch, extra=noise_RZ) for batch, noise_RZ in zip(batches, noises, strict=True)
-        ]
+            new = network.model.training
+            noise_RZ = torch.randn(len(rows), size) if new else fixed_noise(rows, size)
+            found.append(replace(batch, extra=noise_RZ.to(network.device)))
+        return found
 
     def at(self, done: float) -> Self:
         """The objective after ``done`` of the run: with less weight of the divergence at first."""
@@ -213,7 +207,9 @@ def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:
     return 0.5 * each_RZ.sum(-1)
 
 
-def fixed_noise(example: Example, size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Noise ``[size]`` of an image, the same whenever and beside whatever it is read."""
-    random = np.random.default_rng(int(example.ids_T[0]))
-    return random.standard_normal(size, dtype=np.float32)
+def fixed_noise(examples: Sequence[Example], size: int) -> Tensor:
+    """Noise ``[R, size]`` of images, for each the same whenever and beside whatever it is read."""
+    import torch
+
+    drawn = [np.random.default_rng(int(each.ids_T[0])) for each in examples]
+    return torch.from_numpy(np.stack([each.standard_normal(size, np.float32) for each in drawn]))

@@ -72,9 +72,7 @@ class NoTokens:
         """None."""
         return None
 
-    def get_output_embeddings(self) -> Any:
-        """None."""
-        return None
+    get_output_embeddings = get_input_embeddings
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):
