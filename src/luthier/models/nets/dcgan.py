@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import ImageConfig, NoTokens, enlarging_stages
+from luthier.models.nets.image_stages import ImageConfig, ImagePreTrainedModel, enlarging_stages
 
 
 class DCGANConfig(ImageConfig):
@@ -133,27 +133,22 @@ class DCGANDiscriminator(nn.Module):
         return states.sum((-2, -1))
 
 
-class DCGANPreTrainedModel(NoTokens, PreTrainedModel):
+class DCGANPreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = DCGANConfig
     base_model_prefix = "dcgan"
-    main_input_name = "pixel_values"
+    embedding_std = 1.0
+
+    def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """Small, and at random the vector that a spectral norm is estimated by."""
+        if isinstance(layer, SpectralConv2d | SpectralLinear):
+            init.normal_(layer.u, 0.0, 1.0)
+        init.normal_(layer.weight, 0.0, 0.05)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, SpectralConv2d | SpectralLinear):
-            init.normal_(module.u, 0.0, 1.0)
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            init.normal_(module.weight, 0.0, 0.05)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, 0.0, 1.0)
-        else:
-            super()._init_weights(module)
+        super()._init_weights(module)
         if isinstance(module, DCGANForPreTraining) and module.known:
             # The one is added to noise of deviation 1, the other multiplied as a weight is.
             init.normal_(module.class_features.weight, 0.0, 0.05)

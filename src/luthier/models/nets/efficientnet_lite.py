@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
+
+from luthier.models.nets.image_stages import ImagePreTrainedModel
 
 _STAGES = (  # expansion, channels, blocks, stride, kernel (Tan and Le 2019, table 1)
     (1, 16, 1, 1, 3),
@@ -101,24 +102,11 @@ class InvertedResidual(nn.Module):
         return narrow + states if self.residual else narrow
 
 
-class EfficientNetLitePreTrainedModel(PreTrainedModel):
+class EfficientNetLitePreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"
-    main_input_name = "pixel_values"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out")
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, 0.0, self.config.initializer_range)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
 
 
 class EfficientNetLiteModel(EfficientNetLitePreTrainedModel):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from luthier.errors import RecipeError
 
@@ -65,14 +66,36 @@ class ImageConfig(PreTrainedConfig):
             )
 
 
-class NoTokens:
-    """Of a network: it has no embeddings, as it neither reads nor writes tokens."""
+class ImagePreTrainedModel(PreTrainedModel):
+    """A network without embeddings of tokens. How its weights start: biases and norms as anywhere."""
+
+    main_input_name = "pixel_values"
+    embedding_std = 0.02
+    """Of embeddings of classes or positions."""
 
     def get_input_embeddings(self) -> Any:
-        """None."""
+        """None: it neither reads nor writes tokens."""
         return None
 
     get_output_embeddings = get_input_embeddings
+
+    def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """Draw the weight of a layer: unless a network does otherwise, as He et al. 2015 and in VGG."""
+        if isinstance(layer, nn.Conv2d):
+            init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            init.normal_(layer.weight, 0.0, getattr(self.config, "initializer_range", 0.01))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            self.draw_weight(module)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, 0.0, self.embedding_std)
+        else:
+            super()._init_weights(module)
 
 
 class ChannelsLastGroupNorm(nn.GroupNorm):

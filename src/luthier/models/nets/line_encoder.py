@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig, NoTokens
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
 from luthier.models.nets.small_cnn import BasicBlock
 
 COLUMN = 4
@@ -73,12 +72,11 @@ class EncoderLayer(nn.Module):
         return after
 
 
-class LineEncoderModel(NoTokens, PreTrainedModel):
+class LineEncoderModel(ImagePreTrainedModel):
     """Images ``[R, C, H, W]`` to states ``[R, W / 4, H']``."""
 
     config_class = LineEncoderConfig
     base_model_prefix = "line_encoder"
-    main_input_name = "pixel_values"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -105,19 +103,12 @@ class LineEncoderModel(NoTokens, PreTrainedModel):
         self.last_norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, 0.0, 0.02)
+    def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """Linear layers as transformers' own."""
+        if isinstance(layer, nn.Linear):
+            init.xavier_uniform_(layer.weight)
         else:
-            super()._init_weights(module)
+            super().draw_weight(layer)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """``[R, C, H, W]`` to one state for each column, ``[R, S, H']``."""

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
 
 
 class SmallCNNConfig(ImageConfig):
@@ -62,24 +60,11 @@ class BasicBlock(nn.Module):
         return F.relu(inside + beside)
 
 
-class SmallCNNPreTrainedModel(PreTrainedModel):
+class SmallCNNPreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = SmallCNNConfig
     base_model_prefix = "small_cnn"
-    main_input_name = "pixel_values"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, 0.0, 0.01)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
 
 
 class SmallCNNModel(SmallCNNPreTrainedModel):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from luthier.errors import RecipeError
-from luthier.models.nets.image_stages import ChannelsLastGroupNorm, NoTokens
+from luthier.models.nets.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
 from luthier.models.nets.unet import UNetOutput
 from luthier.models.pipelines import MODEL_INDEX, MODEL_TYPE, PIPELINE
 
@@ -60,12 +60,11 @@ class StableDiffusionConfig(PreTrainedConfig):
         return int(self.unet.get("block_out_channels", [1280])[-1])
 
 
-class StableDiffusionPreTrainedModel(NoTokens, PreTrainedModel):
+class StableDiffusionPreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = StableDiffusionConfig
     base_model_prefix = "unet"
-    main_input_name = "pixel_values"
 
 
 class StableDiffusion(StableDiffusionPreTrainedModel):

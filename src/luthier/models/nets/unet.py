@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig, NoTokens
+from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
 
 if TYPE_CHECKING:
     from luthier.models.modalities import Shape
@@ -110,28 +110,19 @@ class ModulatedStage(nn.Module):
         return states
 
 
-class UNetPreTrainedModel(NoTokens, PreTrainedModel):
+class UNetPreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = UNetConfig
     base_model_prefix = "unet"
-    main_input_name = "pixel_values"
+    embedding_std = 1.0
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if isinstance(module, LastConv2d):
-                init.normal_(module.weight, 0.0, 0.02)
-            else:
-                init.kaiming_normal_(module.weight, nonlinearity="linear")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, 0.0, 1.0)
+    def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """Near 0 what ends a block, and so that numbers keep their size the others."""
+        if isinstance(layer, LastConv2d):
+            init.normal_(layer.weight, 0.0, 0.02)
         else:
-            super()._init_weights(module)
+            init.kaiming_normal_(layer.weight, nonlinearity="linear")
 
 
 class UNetModel(UNetPreTrainedModel):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from luthier.models.nets.image_stages import (
     GroupNorm,
     ImageConfig,
-    NoTokens,
+    ImagePreTrainedModel,
     enlarging_stages,
 )
 
@@ -82,13 +82,12 @@ class Dense(nn.Module):
         return F.silu(self.linear(states))
 
 
-class VAEModel(NoTokens, PreTrainedModel):
+class VAEModel(ImagePreTrainedModel):
     """Encoder and decoder."""
 
     luthier_task = "autoencoding"
     config_class = VAEConfig
     base_model_prefix = "vae"
-    main_input_name = "pixel_values"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -115,16 +114,9 @@ class VAEModel(NoTokens, PreTrainedModel):
         self.to_pixels = last
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+    def draw_weight(self, layer: nn.Conv2d | nn.Linear) -> None:
+        """As He et al. 2015 do before a rectifier."""
+        init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance ``[R, Z]`` of what images ``[R, C, H, W]`` stand for."""

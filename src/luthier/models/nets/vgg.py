@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import (
@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
 from luthier.data.processors import ImageProcessor, save_processor
 from luthier.errors import UnknownModel
 from luthier.files import write_json
+from luthier.models.nets.image_stages import ImagePreTrainedModel
 from luthier.models.outside import read_shapes
 
 DEPTHS = {
@@ -75,26 +76,11 @@ class VGGConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class VGGPreTrainedModel(PreTrainedModel):
+class VGGPreTrainedModel(ImagePreTrainedModel):
     """What both models share."""
 
     config_class = VGGConfig
     base_model_prefix = "vgg"
-    main_input_name = "pixel_values"
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        from transformers import initialization as init
-
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, 0.0, 0.01)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
 
 
 class VGGModel(VGGPreTrainedModel):
