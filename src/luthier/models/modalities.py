@@ -45,17 +45,17 @@ Shape = tuple[int, int, int]
 
 def media_config(config: Any) -> Any:
     """The configuration of what reads images or sounds in a network; ``None`` where nothing does."""
+    kind = config.model_type
+    if kind in _PARTS:
+        return getattr(config, _PARTS[kind][0])
+    if kind in _SOUND_FAMILIES:
+        return config
+    if hasattr(config, "vocab_size"):
+        return None
     import transformers
 
-    if config.model_type in _PARTS:
-        return getattr(config, _PARTS[config.model_type][0])
-    alone = reads_sound(config) or (
-        not hasattr(config, "vocab_size")
-        and any(
-            type(config) in getattr(transformers, name)._model_mapping for name in _MEDIA_CLASSES
-        )
-    )
-    return config if alone else None
+    known = (getattr(transformers, name)._model_mapping for name in _MEDIA_CLASSES)
+    return config if any(type(config) in each for each in known) else None
 
 
 def text_config(config: Any) -> Any:

@@ -20,10 +20,14 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import ImageConfig, ImagePreTrainedModel, enlarging_stages
+from luthier.models.nets.image_stages import (
+    ImagePreTrainedConfig,
+    ImagePreTrainedModel,
+    enlarging_stages,
+)
 
 
-class DCGANConfig(ImageConfig):
+class DCGANConfig(ImagePreTrainedConfig):
     """Beside its stages: how many numbers of noise an image is made of."""
 
     model_type = "dcgan"

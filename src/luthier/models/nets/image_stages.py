@@ -22,7 +22,7 @@ GROUP = 16
 """Channels that are normalized together, where there are so many."""
 
 
-class ImageConfig(PreTrainedConfig):
+class ImagePreTrainedConfig(PreTrainedConfig):
     """What such a network reads or makes, and the channels of each stage from the image inwards."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Up(nn.Module):
 
 
 def enlarging_stages(
-    config: ImageConfig, activation: Callable[[Tensor], Tensor]
+    config: ImagePreTrainedConfig, activation: Callable[[Tensor], Tensor]
 ) -> list[nn.Module]:
     """The stages from the innermost maps to those of the size of the image."""
     sizes = config.hidden_sizes

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
+from luthier.models.nets.image_stages import GroupNorm, ImagePreTrainedConfig, ImagePreTrainedModel
 from luthier.models.nets.small_cnn import BasicBlock
 
 COLUMN = 4
@@ -25,7 +25,7 @@ ROW = 8
 """Pixels of height that become one row of the last maps, all of which a state holds."""
 
 
-class LineEncoderConfig(ImageConfig):
+class LineEncoderConfig(ImagePreTrainedConfig):
     """What it reads, the channels of its stages, and the transformer over the columns."""
 
     model_type = "line_encoder"

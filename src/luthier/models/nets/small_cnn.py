@@ -17,10 +17,10 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
 )
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
+from luthier.models.nets.image_stages import GroupNorm, ImagePreTrainedConfig, ImagePreTrainedModel
 
 
-class SmallCNNConfig(ImageConfig):
+class SmallCNNConfig(ImagePreTrainedConfig):
     """Channels of each stage, and what it reads."""
 
     model_type = "small_cnn"

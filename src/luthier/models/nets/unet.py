@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
-from luthier.models.nets.image_stages import GroupNorm, ImageConfig, ImagePreTrainedModel
+from luthier.models.nets.image_stages import GroupNorm, ImagePreTrainedConfig, ImagePreTrainedModel
 
 if TYPE_CHECKING:
     from luthier.models.modalities import Shape
@@ -37,7 +37,7 @@ SLOWEST = 10_000.0
 """Ratio of the fastest to the slowest sine of a time step."""
 
 
-class UNetConfig(ImageConfig):
+class UNetConfig(ImagePreTrainedConfig):
     """Beside its stages: how many blocks each has."""
 
     model_type = "unet"

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from luthier.models.nets.image_stages import (
     GroupNorm,
-    ImageConfig,
+    ImagePreTrainedConfig,
     ImagePreTrainedModel,
     enlarging_stages,
 )
@@ -29,7 +29,7 @@ LARGEST_LOG_VARIANCE = 15.0
 """Either way: a variance of e^15 or e^-15 says all there is to say, and e^90 is not finite."""
 
 
-class VAEConfig(ImageConfig):
+class VAEConfig(ImagePreTrainedConfig):
     """Beside its stages, which may be ``dense``: how many numbers an image becomes."""
 
     model_type = "vae"
