@@ -260,6 +260,7 @@ def test_verify_names_the_file_that_is_missing_or_changed(tmp_path: Path) -> Non
         (errno.EROFS, LuthierError, 1, "cannot be written"),
         (errno.ENOTDIR, LuthierError, 1, "cannot be written"),
         (errno.EISDIR, LuthierError, 1, "cannot be written"),
+        (errno.EFBIG, LuthierError, 1, "cannot be written"),
     ],
 )
 def test_disk_errors_say_what_happened(

@@ -28,7 +28,9 @@ TEMPORARY = ".tmp-"
 _REPLACED = ".tmp-replaced"
 """Name, in a temporary folder, of a folder that another one is about to replace."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EFBIG
+)  # fmt: skip
 
 
 def luthier_home() -> Path:

@@ -381,3 +381,19 @@ def test_what_waits_to_be_read_is_not_read_when_it_is_no_longer_wanted(
     go.set()
     layouts._threads().submit(lambda: None).result(10)
     assert len(read) <= 8 < len(rows)
+
+
+def test_a_run_on_two_views_that_was_killed_goes_on_to_the_same_bits(
+    forker: Forker, pictures: Path, base: Path, tmp_path: Path
+) -> None:
+    """Views are drawn in the step, and not with the rows."""
+    steps = ("--set", "training.max_steps=16", "--set", "training.evaluate_every=8")
+    learn = command(pictures, base, "--objective", "contrastive", *steps)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for home in (whole, killed):
+        home.mkdir()
+    assert forker.start(whole, learn).result()["steps"] == 16
+    assert forker.start(killed, learn, DIE_AT_12).wait() == -signal.SIGKILL
+    forker.start(killed, [*learn, "--resume"]).result()
+    assert losses_of(killed) == losses_of(whole)
+    assert weights_of(killed) == weights_of(whole) != {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -227,3 +228,29 @@ def test_lora_is_on_attention_and_nothing_else_moves(prepared: Callable[..., Pre
     assert ends == {"to_q", "to_k", "to_v", "to_out.0"}
     for name, weight in one.network.model.named_parameters():
         assert (weight.grad is not None and bool(weight.grad.any())) == (name in trained), name
+
+
+def test_a_caption_that_was_cut_inside_a_word_can_be_read_again(
+    family_folder: Callable[[str], Path],
+) -> None:
+    chat = load_chat_format(family_folder("stable_diffusion"))
+    merged = dataclasses.replace(chat, tokenizer=CutWords(chat.tokenizer))
+    ids_T = np.array(merged.tokenizer("a" * 60).input_ids)
+    row = CaptionedImage("f", 1, image(1), "a" * 60)
+    example = dataclasses.replace(chat.encode_input(row, 0), target=ids_T[:48])
+    objective = Diffusion().fit(ROWS, chat)
+    text = objective.label_of(example, merged)
+    assert text == "a" * 46 and len(merged.tokenizer(text).input_ids) == 48
+
+
+class CutWords:
+    """A tokenizer that reads the end of a word as one token more."""
+
+    def __init__(self, own: Any) -> None:
+        self.own, self.model_max_length = own, own.model_max_length
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        return self.own(text, **settings)
+
+    def decode(self, ids_T: Any, **settings: Any) -> str:
+        return str(self.own.decode(ids_T, **settings)) + "a"

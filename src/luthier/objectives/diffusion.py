@@ -405,9 +405,7 @@ class Diffusion(Generative):
     def label_of(self, example: Example, chat: ChatFormat) -> str:
         """The class of a row, its caption, or the words of that which are known."""
         if self.reads_texts:
-            ids_T = _target_of(example)
-            text: str = chat.tokenizer.decode(ids_T, skip_special_tokens=True)
-            return text
+            return _text_that_fits(_target_of(example), chat)
         if self.labels or example.target is None or not self.words:
             return super().label_of(example, chat)
         return " ".join(self.words[place] for place in example.target)
@@ -478,6 +476,17 @@ def _tokens(text: str, chat: ChatFormat) -> IntArray:
     """``[T]``: the tokens of a text between those that begin and end it, filled up to the longest."""
     found = chat.tokenizer(text, padding="max_length", truncation=False).input_ids
     return np.array(found, dtype=np.int64)
+
+
+def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
+    """The text of tokens, cut until it has no more than the longest one when it is read again.
+
+    What ends inside a word, as truncated captions do, may be read in more tokens than it was.
+    """
+    text = str(chat.tokenizer.decode(ids_T, skip_special_tokens=True))
+    while len(_tokens(text, chat)) > chat.tokenizer.model_max_length:
+        text = text[:-1]
+    return text
 
 
 def _target_of(example: Example) -> IntArray:

@@ -179,3 +179,14 @@ def test_every_rule_is_met_here() -> None:
     source = Path(__file__).read_text()
     for rule in MediaFiles.rules:
         assert f'"{rule.id}"' in source, rule.id
+
+
+def test_a_file_is_read_once_for_all_that_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(noise(1)))
+    reads, read = list[Media](), Media.read
+    monkeypatch.setattr(Media, "read", lambda media: reads.append(media) or read(media))
+    check(LabelledImage("t", 1, Media("image", "a.png", str(path)), "a"))
+    assert len([each for each in reads if each.data is None]) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -181,6 +181,8 @@ class MediaFiles(Check):
     def _measure_image(self, row: MediaRow, media: Media) -> MeasuredMedia:
         from PIL import Image
 
+        if media.array is None:
+            media = replace(media, data=media.read())  # once for its pixels and its metadata
         pixels = media.pixels()
         height, width = pixels.shape[:2]
         found: list[tuple[str, str]] = []
