@@ -123,6 +123,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
             if name in IMAGE_FAMILIES:
                 make_image_family(name, made[name])
                 return made[name]
+            if name in SOUND_FAMILIES:
+                make_sound_family(name, made[name])
+                return made[name]
             tokenizer = TOKENIZERS.get(name, make_tokenizer)()
             make_family(name, tokenizer).save_pretrained(made[name])
             tokenizer.save_pretrained(made[name])
@@ -135,7 +138,8 @@ ENCODERS = ("bert", "roberta", "albert")
 FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "elmo")
 
 
-IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "trocr", "clip", "stable_diffusion")
+IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "vgg", "trocr", "clip", "stable_diffusion")
+SOUND_FAMILIES = ("ast", "wav2vec2")
 TROCR = {
     "model_type": "vision-encoder-decoder",
     "encoder": {
@@ -170,7 +174,8 @@ TROCR = {
 
 
 def make_image_family(name: str, folder: Path) -> None:
-    """A tiny network for images of 9 x 7 (TrOCR's and CLIP's: 16 x 16), and how it reads them."""
+    """A tiny network for images of 9 x 7 (TrOCR's and CLIP's: 16 x 16, VGG's: 32 x 32), and how it
+    reads them."""
     from luthier.data.processors import ImageProcessor, save_processor
     from luthier.models.build import build_media
 
@@ -187,6 +192,14 @@ def make_image_family(name: str, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         save_processor(ImageProcessor(16, 16, (0.5,) * 3, (0.5,) * 3, shortest_edge=16), folder)
         return
+    if name == "vgg":
+        sizes = {"image_size": 32, "hidden_sizes": (8,) * 5, "intermediate_size": 12}
+        build_media(
+            {"model_type": name, "num_layers": 11, "batch_norm": True, **sizes},
+            "embedding", 0, folder,
+        )  # fmt: skip
+        save_processor(ImageProcessor(32, 32, (0.5,) * 3, (0.5,) * 3), folder)
+        return
     fields: dict[str, Any] = {"image_size": (9, 7), "hidden_sizes": (8, 16)}
     if name == "small_cnn":  # its norms are over groups of 16
         fields["hidden_sizes"] = (16, 32)
@@ -196,6 +209,33 @@ def make_image_family(name: str, folder: Path) -> None:
         {"model_type": name, **fields}, "autoencoding" if name == "vae" else "embedding", 0, folder
     )
     save_processor(ImageProcessor(9, 7, (0.5,) * 3, (0.5,) * 3), folder)
+
+
+def make_sound_family(name: str, folder: Path) -> None:
+    """A tiny classifier of transformers with the feature extractor that is published with such."""
+    import transformers
+
+    rate, reads = 8_000, {"max_length": 40, "num_mel_bins": 16}
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 2}
+    sizes |= {"hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    if name == "ast":
+        steps: dict[str, Any] = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+        config: Any = transformers.ASTConfig(**sizes, **steps, **reads)
+        model: Any = transformers.ASTForAudioClassification(config)
+        extractor: Any = transformers.ASTFeatureExtractor(sampling_rate=rate, **reads)
+    else:
+        layers: dict[str, Any] = {
+            "conv_dim": (16, 16, 16),
+            "conv_kernel": (10, 8, 4),
+            "conv_stride": (5, 4, 4),
+        }
+        sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+        config = transformers.Wav2Vec2Config(**sizes, **layers, classifier_proj_size=12)
+        model = transformers.Wav2Vec2ForSequenceClassification(config)
+        extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=rate)
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
 
 
 def make_clip(tokenizer: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import math
 import re
+import wave
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,10 +21,13 @@ from safetensors.torch import load_file
 from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.media import Media
 from luthier.data.shapes import (
+    SHAPES,
     BareImage,
     CaptionedImage,
     Conversation,
     History,
+    LabelledAudio,
+    LabelledImage,
     LabelledText,
     Preference,
     PromptCompletion,
@@ -131,6 +136,26 @@ ROWS["captioned_image"] = [
     for row, word in zip(ROWS["image"], WORDS, strict=True)
     if isinstance(row, BareImage)
 ]
+ROWS["labelled_image"] = [
+    LabelledImage(row.file, row.line, row.media, f"class {row.line % 2}")
+    for row in ROWS["image"]
+    if isinstance(row, BareImage)
+]
+
+
+def tone(number: int) -> bytes:
+    """A WAV file of a tenth of a second."""
+    stream, times = io.BytesIO(), np.arange(800) / 8_000
+    with wave.open(stream, "wb") as file:
+        file.setparams((1, 2, 8_000, 0, "NONE", ""))
+        file.writeframes((9_000 * np.sin(1_500 * (number + 1) * times)).astype("<i2").tobytes())
+    return stream.getvalue()
+
+
+ROWS["labelled_audio"] = [
+    LabelledAudio("f", n, Media("audio", f"s[{n}]", data=tone(n)), f"class {n % 2}")
+    for n in range(4)
+]
 DISTILLED = ("logit_distillation", "on_policy_distillation")
 ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
@@ -153,10 +178,9 @@ def rows_of(objective: Objective, folder: Path) -> list[Row]:
     further = objective.mixed_shapes - objective.shapes
     able = objective.shapes | objective.further_shapes
     images = folder.name in IMAGES.values() and "image" in able
-    known = objective.shapes & ROWS.keys() or able & ROWS.keys()
-    first = "image" if images else min(known)
-    first = "captioned_image" if folder.name == BESIDE_TEXTS else first
-    first = "captioned_image" if folder.name == PIPELINE else first
+    of_texts = {shape for shape in ROWS if SHAPES[shape].reads == "text"}
+    known = objective.shapes & of_texts or able & ROWS.keys()
+    first = MEDIA_ROWS.get(folder.name, "image" if images else min(known))
     return [row for shape in [first, *sorted(further)] for row in ROWS[shape]]
 
 
@@ -172,11 +196,21 @@ BESIDE_TEXTS = "clip"
 """Reads images and texts, each with an encoder of its own."""
 PIPELINE = "stable_diffusion"
 """A network of several parts, of which one learns."""
+MEDIA_ROWS = {
+    BESIDE_TEXTS: "captioned_image",
+    PIPELINE: "captioned_image",
+    "vgg": "labelled_image",
+    "ast": "labelled_audio",
+    "wav2vec2": "labelled_audio",
+}
+"""Rows of further networks that read images or sounds."""
+CLASSIFIERS = ("vgg", "ast", "wav2vec2")
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
     *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
     *(("contrastive", name, BESIDE_TEXTS) for name in ADAPTATIONS),
     *(("diffusion", name, PIPELINE) for name in ADAPTATIONS),
+    *itertools.product(("classification", "contrastive"), ADAPTATIONS, CLASSIFIERS),
 ]
 REFUSED = {
     **{
@@ -205,7 +239,8 @@ def timed(triple: tuple[str, str, str]) -> Any:
     Which family that is goes on from pair to pair, so that each has its share.
     """
     method, name, family = triple
-    able = [each for each in FAMILIES if not refused(method, name, each)]
+    of = CLASSIFIERS if family in CLASSIFIERS else FAMILIES
+    able = [each for each in of if not refused(method, name, each)]
     turn = [*OBJECTIVES].index(method) + [*ADAPTATIONS].index(name)
     slow = family in able and family != able[turn % len(able)]
     return pytest.param(*triple, marks=[pytest.mark.slow] if slow else [])
@@ -235,7 +270,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         **{
             (a, f): "works among the tokens of a text"
             for a in ("adapters", "prompt", "prefix")
-            for f in (*IMAGES.values(), BESIDE_TEXTS, PIPELINE)
+            for f in (*IMAGES.values(), *MEDIA_ROWS)
         },
         **{
             ("feature_extraction", f): "has none. Use lora"
@@ -258,7 +293,7 @@ def refusals_of_both() -> dict[tuple[str, str, str], str]:
     none = {
         (o, "feature_extraction", f): "has none. Use lora"
         for o in ("contrastive", "embedding_distillation")
-        for f in FAMILIES
+        for f in (*FAMILIES, *CLASSIFIERS)
     }
     return tied | none
 

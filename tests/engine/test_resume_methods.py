@@ -8,6 +8,7 @@ broken.
 from __future__ import annotations
 
 import json
+import wave
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ CASES = {
     "noise of images": ("vae", "vae", "full", {"kl_warmup": 0.8}),
     "two players": ("dcgan", "gan", "full", {}),
     "views of images": ("small_cnn", "contrastive", "full", {}),
+    "norms and dropout of VGG": ("vgg", "classification", "full", {}),
+    "features of images": ("vgg", "classification", "feature_extraction", {}),
+    "masks of spectrograms": ("ast", "classification", "lora", {}),
+    "layers that are left out": ("wav2vec2", "classification", "full", {}),
+    "features of sounds": ("wav2vec2", "classification", "feature_extraction", {}),
     "a scale that is learned": ("clip", "contrastive", "full", {}),
     "noise of every step": ("unet", "diffusion", "full", {"condition_dropout": 0.3}),
     "latents and captions": ("stable_diffusion", "diffusion", "lora", {"condition_dropout": 0.3}),
@@ -91,7 +97,9 @@ class BreakingReporter(Reporter):
             raise Broken
 
 
-def rows_for(objective: str, path: Path) -> Path:
+def rows_for(objective: str, path: Path, family: str = "") -> Path:
+    if family in ("ast", "wav2vec2"):
+        return write_sounds(path.with_suffix(""))
     rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
     if objective in ("classification", "semi_supervised"):
         rows = [{"text": text, "label": str(n % 2)} for n, text in enumerate(TEXTS)]
@@ -104,7 +112,7 @@ def rows_for(objective: str, path: Path) -> Path:
         ]
     if objective in ("sft", "logit_distillation", "on_policy_distillation", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
-    if objective in ("vae", "gan", "diffusion", "contrastive"):
+    if objective in ("vae", "gan", "diffusion", "contrastive") or family == "vgg":
         images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), 9, 7), dtype=np.uint8)
         np.savez(path.with_suffix(".npz"), images=images, labels=np.arange(len(TEXTS)) % 2)
         return path.with_suffix(".npz")
@@ -120,12 +128,22 @@ def rows_for(objective: str, path: Path) -> Path:
     return path
 
 
+def write_sounds(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    for n in range(len(TEXTS)):
+        (folder / str(n % 2)).mkdir(parents=True, exist_ok=True)
+        with wave.open(str(folder / str(n % 2) / f"{n}.wav"), "wb") as file:
+            file.setparams((1, 2, 8_000, 0, "NONE", ""))
+            file.writeframes(random.integers(-9_000, 9_000, 4_000).astype("<i2").tobytes())
+    return folder
+
+
 OFTEN = {
     "masks are drawn anew", "dropout above a frozen bottom", "a packed base", "labels that spread",
     "further rows and changed words", "a teacher's likeliest tokens", "answers of the student",
     "pairs and a reference", "completions that are drawn", "a value head", "noise of images",
     "two players", "noise of every step", "views of images", "letters of columns",
-    "a scale that is learned",
+    "a scale that is learned", "norms and dropout of VGG", "layers that are left out",
 }  # fmt: skip
 """Those with a state of their own; the others differ from one of them in what is trained."""
 assert set(CASES) >= OFTEN
@@ -144,7 +162,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
     family, objective, adaptation, fields = CASES[case]
     if "teacher" in fields:
         fields = {**fields, "teacher": str(family_folder(fields["teacher"]))}
-    data = rows_for(objective, tmp_path / "rows.jsonl")
+    data = rows_for(objective, tmp_path / "rows.jsonl", family)
     further = {"magnitudes": {"dora": True}, "weights that matter": {"mask": "fisher"}}.get(
         case, {}
     )
@@ -159,6 +177,8 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
             "mix": [{"train": other, "weight": 0.7}],
             "augmentation": {"delete": 0.2, "swap": 0.2},
         }
+    if family == "vgg" and adaptation == "full":
+        more = {"augmentation": {"mixup_alpha": 0.4}}
     if objective == "semi_supervised":
         more = {"mix": [{"train": rows_for("", tmp_path / "texts.jsonl"), "weight": 2}]}
     monkeypatch.setattr(Checkpoints, "due", lambda self, step: step % 3 == 0)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    ASTConfig,
-    ASTFeatureExtractor,
-    ASTForAudioClassification,
-    AutoFeatureExtractor,
-    AutoModelForAudioClassification,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForSequenceClassification,
-)
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 import luthier
 from luthier.adaptations.full import Full
@@ -40,29 +33,7 @@ FAMILIES = ("ast", "wav2vec2")
 RATE = 8_000
 
 
-def make(family: str, folder: Path) -> Any:
-    """A tiny network of random weights, with the feature extractor that is published with such."""
-    sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2, "num_labels": 2}
-    sizes |= {"hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.2}
-    torch.manual_seed(0)
-    if family == "ast":
-        steps: dict[str, Any] = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8}
-        reads: dict[str, Any] = {"max_length": 40, "num_mel_bins": 16}
-        model: Any = ASTForAudioClassification(ASTConfig(**sizes, **steps, **reads))
-        extractor: Any = ASTFeatureExtractor(sampling_rate=RATE, **reads)
-    else:
-        layers: dict[str, Any] = {
-            "conv_dim": (16, 16, 16),
-            "conv_kernel": (10, 8, 4),
-            "conv_stride": (5, 4, 4),
-        }
-        sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-        config = Wav2Vec2Config(**sizes, **layers, classifier_proj_size=12)
-        model = Wav2Vec2ForSequenceClassification(config)
-        extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
-    model.save_pretrained(folder)
-    extractor.save_pretrained(folder)
-    return model.eval()
+FamilyFolder = Callable[[str], Path]
 
 
 def write_sound(path: Path, pitch: float, count: int, seed: int = 0) -> Path:
@@ -88,19 +59,20 @@ def own_inputs(family: str, folder: Path, file: Path) -> Any:
 @pytest.mark.parametrize("count", [3_000, 8_000, 12_000])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_and_said_of_a_sound_is_what_transformers_does(
-    family: str, count: int, tmp_path: Path
+    family: str, count: int, tmp_path: Path, family_folder: FamilyFolder
 ) -> None:
-    own = make(family, tmp_path / "base")
+    base = family_folder(family)
+    own: Any = AutoModelForAudioClassification.from_pretrained(base).eval()
     file = write_sound(tmp_path / "a.wav", 440, count)
-    processor = read_processor(tmp_path / "base")
+    processor = read_processor(base)
     assert isinstance(processor, FeatureExtractor)
     found = processor.array(Media("audio", "a", str(file)))
-    inputs = own_inputs(family, tmp_path / "base", file)
+    inputs = own_inputs(family, base, file)
     wanted = inputs["input_values"][0].numpy()
     assert found.shape == processor.shape
     assert np.array_equal(found.reshape(wanted.shape), wanted)
     head = Head("sequence_classification", ("a", "b"))
-    model = load_model(tmp_path / "base", torch.float32, CPU, head)
+    model = load_model(base, torch.float32, CPU, head)
     network = as_network(model, CPU, torch.float32)
     with torch.no_grad():
         states = read_states(network.model.base_model, torch.from_numpy(found)[None])
@@ -108,12 +80,13 @@ def test_what_is_read_and_said_of_a_sound_is_what_transformers_does(
         assert torch.allclose(scores, own(**inputs).logits, atol=1e-5)
 
 
-def test_changes_are_drawn_by_seed_and_keep_the_shape(tmp_path: Path) -> None:
+def test_changes_are_drawn_by_seed_and_keep_the_shape(
+    tmp_path: Path, family_folder: FamilyFolder
+) -> None:
     file = write_sound(tmp_path / "a.wav", 440, 6_000)
     changes = Augmentation(shift=0.2, speed=0.2, noise=0.2, masks=2)
     for family in FAMILIES:
-        make(family, tmp_path / family)
-        processor = read_processor(tmp_path / family)
+        processor = read_processor(family_folder(family))
         assert isinstance(processor, FeatureExtractor)
         sound = Media("audio", "a", str(file))
         one, other, again = (processor.array(sound, changes, (n,)) for n in (1, 2, 1))
@@ -125,8 +98,10 @@ def test_changes_are_drawn_by_seed_and_keep_the_shape(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adaptation", ["lora", "freeze", "feature_extraction"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_tones_are_told_apart(family: str, adaptation: str, tmp_path: Path) -> None:
-    make(family, tmp_path / "base")
+def test_two_tones_are_told_apart(
+    family: str, adaptation: str, tmp_path: Path, family_folder: FamilyFolder
+) -> None:
+    shutil.copytree(family_folder(family), tmp_path / "base")
     (tmp_path / "base" / "vocab.json").write_text("{}")  # of what it once transcribed
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
     assert not load_chat_format(tmp_path / "base").has_tokenizer
@@ -154,23 +129,23 @@ def test_two_tones_are_told_apart(family: str, adaptation: str, tmp_path: Path) 
     )
 
 
-def test_a_rate_that_a_network_was_not_made_for_is_refused(tmp_path: Path) -> None:
+def test_a_rate_that_a_network_was_not_made_for_is_refused(family_folder: FamilyFolder) -> None:
     for family in FAMILIES:
-        make(family, tmp_path / family)
-        chat = load_chat_format(tmp_path / family)
+        chat = load_chat_format(family_folder(family))
         with pytest.raises(RecipeError, match=f"made for sounds of {RATE:,} samples a") as refused:
             chat.with_sounds(4_000, None)
         assert "max_seconds" not in str(refused.value)  # which is not what was asked for
     longer = chat.with_sounds(None, 2.0).media
     assert longer is not None and longer.shape == (1, 1, 2 * RATE)
     with pytest.raises(RecipeError, match="and length; leave"):
-        load_chat_format(tmp_path / "ast").with_sounds(None, 2.0)
+        load_chat_format(family_folder("ast")).with_sounds(None, 2.0)
 
 
-def test_memory_is_counted_for_sounds_as_long_as_they_are_read(tmp_path: Path) -> None:
-    make("wav2vec2", tmp_path)
+def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
+    family_folder: FamilyFolder,
+) -> None:
     objective = Classification(labels=("a", "b"))
-    config = read_config(tmp_path, objective.head())
+    config = read_config(family_folder("wav2vec2"), objective.head())
     counted = {
         samples: sketch_training(config, objective, Full(), 4, reads=(1, 1, samples)).memory
         for samples in (8_000, 16_000, 32_000)
