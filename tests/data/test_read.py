@@ -179,6 +179,13 @@ def test_permission_denied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert problem.message == "The file could not be read: Permission denied."
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.WAV"])
+def test_a_single_image_or_sound_is_no_data_set(folder: Path, name: str) -> None:
+    _, problems = read_bytes(folder, b"RIFF or else", name)
+    problem = only(problems, folder / name, 0, "file.unknown_format")
+    assert "single image or sound" in problem.message and "folder" in problem.fix
+
+
 @pytest.mark.parametrize(("name", "ending"), [("a.bin", '".bin"'), ("a", "no ending")])
 @pytest.mark.parametrize("data", [b"just words", b"", b"12", b"a,b\n1,2\n"])
 def test_unknown_format(folder: Path, name: str, ending: str, data: bytes) -> None:

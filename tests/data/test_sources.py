@@ -67,8 +67,8 @@ def test_a_pattern_is_what_it_matches_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "rule", "said", "fix"),
     [
-        ([], "file.directory", "no data file", ".jsonl"),
         (["a.bin", "b.doc"], "file.directory", "only a.bin, b.doc", ".jsonl"),
+        ([], "file.directory", "no data file", "folder with images or sounds"),
         (["a.bin", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.bin", "table"),
         (["a.txt", "b.png"], "file.directory", "Beside 1 images or sounds it holds a.txt", "table"),
         (["README.md", "_x.jsonl"], "file.directory", "no data file", ".parquet"),

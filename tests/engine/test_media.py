@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from luthier.data import processors
 from luthier.data.augmentation import Augmentation
 from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
-from luthier.errors import CorruptFile, RecipeError, RefusedInput
+from luthier.errors import CorruptFile, DataError, RecipeError, RefusedInput
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
 from luthier.models.load import as_network, load_model
@@ -44,6 +45,19 @@ def stop(self):
 Loop._step = stop
 """
 )
+
+
+@pytest.mark.parametrize("kind", ["text", "window"])
+def test_a_base_of_images_says_so_before_anything_else_is_said_of_other_rows(
+    kind: str, tmp_path: Path, luthier_home: Path, family_folder: Callable[[str], Path]
+) -> None:
+    data = tmp_path / {"text": "note.txt", "window": "series.csv"}[kind]
+    data.write_text("just words" if kind == "text" else "timestamp,value\n1,2\n2,3\n3,2\n")
+    what = {"text": "texts", "window": "windows of a time series"}[kind]
+    with pytest.raises(DataError) as refused:
+        luthier.tune(data, base=str(family_folder("small_cnn")))
+    (problem,) = refused.value.problems
+    assert problem.message == f"this base reads images, and the rows are {what}."
 
 
 def picture(kind: str, seed: int) -> Image.Image:

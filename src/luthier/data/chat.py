@@ -163,7 +163,7 @@ class ChatFormat:
         ``index`` becomes ``Example.row``.
         """
         if isinstance(row, MediaRow):
-            media = self.media_input(row, index)
+            media = self.media_input(row)
             ids_T = np.array([int(row.media.digest()[:15], 16)])
             return Example(ids_T, ONE_T, index, target=NO_TARGET, media=media)
         ids_T, word_T = self.encode_words(row.plain_text())
@@ -173,13 +173,13 @@ class ChatFormat:
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=NO_TARGET, word_T=word_T)
 
-    def media_input(self, row: MediaRow, index: int) -> MediaInput:
+    def media_input(self, row: MediaRow) -> MediaInput:
         """The image or sound of a row, as the network reads it.
 
         Raises:
             RowRefused: where it reads no such rows.
         """
-        processor = check_kind(row.media, self.media, index)
+        processor = check_kind(row.media, self.media)
         return MediaInput(row.media, processor, file=row.file, line=row.line)
 
     def with_image_size(self, size: int) -> ChatFormat:

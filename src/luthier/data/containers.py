@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
-from luthier.data.media_files import holds_media
+from luthier.data.media_files import holds_media, is_media
 from luthier.data.parsing import Unreadable, quote
 from luthier.data.time_series import is_series_header
 
@@ -83,6 +83,10 @@ def container_of(path: Path) -> Container:
     if path.is_dir() and holds_media(path):
         return Container("folder")
     _refuse_irregular(path)
+    if is_media(path.name):
+        message = "This is a single image or sound, and no data set."
+        fix = "Name the folder that it lies in; of folders in it, the name of each is a label."
+        raise Unreadable("file.unknown_format", message, fix)
     packing: Packing = ""
     with path.open("rb") as raw:
         head = raw.read(_HEAD_BYTES)

@@ -514,14 +514,15 @@ class MediaInput:
         return array if self.mixture is None else self.mixture.over(array)
 
 
-def check_kind(media: Media, processor: Processor | None, index: int) -> Processor:
+def check_kind(media: Media, processor: Processor | None) -> Processor:
     """The processor, where it reads such rows."""
     if processor is None or processor.kind != media.kind:
         reads = PLURAL["text" if processor is None else processor.kind]
         article = "an" if media.kind == "image" else "a"
+        wanted = PLURAL[media.kind]
         raise RowRefused(
             "media.base",
-            f"this base reads {reads}, and row {index + 1} is {article} {SINGULAR[media.kind]}.",
-            "Name a base that reads such rows; `luthier models list` shows what each reads.",
+            f"this base reads {reads}, and the row is {article} {SINGULAR[media.kind]}.",
+            f"Name a base that reads {wanted}; `luthier models list` shows what each reads.",
         )
     return processor

@@ -151,7 +151,10 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
     if not data:
         others = _join_names(name for name, _ in files)
         message = f"There is no data file in it{f', only {others}' if files else ''}."
-        fix = f"Name a file, or a folder with files that end with {', '.join(DATA_ENDINGS)}."
+        fix = (
+            "Name a file, or a folder with images or sounds, or with files that end with "
+            f"{', '.join(DATA_ENDINGS)}."
+        )
         raise source_refusal(where, "file.directory", message, fix)
     if len(data) < len(files):
         others = _join_names(name for name, _ in files if not is_data(name))

@@ -15,11 +15,12 @@ import numpy as np
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import Mixed, total_tokens
+from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
-from luthier.data.shapes import MediaRow, describe_shapes
+from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
-from luthier.errors import DataError, RecipeError, RowRefused
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
 from luthier.gate.encode import RowEncoder, check_shapes
@@ -103,6 +104,7 @@ def prepare(
         )
     check_base(objective, chat)
     check_shapes(rows, held, [*chain(*further)], objective, chat)
+    _check_reads(rows[0], chat)
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
@@ -267,6 +269,21 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
         )
         for each, sizes in zip(spec.mix, mixed, strict=True)
     ]
+
+
+def _check_reads(row: Row, chat: ChatFormat) -> None:
+    """Refuse rows that the base cannot read, before anything is said of what is to be learned."""
+    reads = SHAPES[row.shape].reads
+    able: set[str] = {chat.media.kind} if chat.media else {"text"}
+    if chat.has_tokenizer and chat.start_id is None:
+        able.add("text")  # a CLIP reads both
+    if reads not in able:
+        base = " and ".join(PLURAL[kind] for kind in sorted(able))
+        message = f"this base reads {base}, and the rows are {PLURAL[reads]}."
+        fix = (
+            f"Name a base that reads {PLURAL[reads]}; `luthier models list` shows what each reads."
+        )
+        raise DataError([Problem(row.file, row.line, "media.base", message, fix)])
 
 
 def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:

@@ -117,7 +117,7 @@ class ImageToText(Objective):
         """The image, and the tokens of its text; of an image alone, what the decoder starts from."""
         if not isinstance(row, MediaRow):
             raise RowRefused("media.base", "this base reads images.", "Give the row an image.")
-        media = chat.media_input(row, index)
+        media = chat.media_input(row)
         ids_T = np.array([chat.start_id], dtype=np.int64)
         if isinstance(row, CaptionedImage):
             ids_T = chat.decoder_ids(chat.tokens(row.caption, first=False))
