@@ -27,7 +27,7 @@ from typing import Any
 
 from children import run
 from luthier.evaluation.baselines import MOST_ROWS, Baseline, Comparison, render
-from luthier.evaluation.labels import standard_error
+from luthier.evaluation.significance import standard_error
 
 Rows = list[dict[str, Any]]
 ENCODER, DECODER = "all-minilm-l6-v2", "smollm2-135m-instruct"

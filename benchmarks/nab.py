@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import luthier
-from luthier.data.media import LONGEST_HISTORY
+from luthier.data.media import LONGEST_WINDOW
 
 Scores = NDArray[np.float64]
 PROBATION = 0.15
@@ -84,9 +84,7 @@ def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, 
     seconds = time.monotonic() - started
     model = luthier.load(result.model_id)
     values = series.values.tolist()
-    asked = [
-        {"window": values[max(0, n + 1 - LONGEST_HISTORY) : n + 1]} for n in range(len(values))
-    ]
+    asked = [{"window": values[max(0, n + 1 - LONGEST_WINDOW) : n + 1]} for n in range(len(values))]
     answers = [each["predicted"] for each in model.predict(asked)]
     scores = np.array([each["score"] for each in answers])
     ordinary = scores[[not each["anomalous"] for each in answers]]
