@@ -18,8 +18,9 @@ from luthier.adaptations.lora import LoRA
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.shapes import BareImage, CaptionedImage, LabelledImage
+from luthier.engine.memory import estimate_memory, preparation_bytes
 from luthier.errors import RecipeError
-from luthier.models.load import as_network, load_model
+from luthier.models.load import as_network, load_model, sketch
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.capabilities import DenoisingSettings
@@ -254,3 +255,17 @@ class CutWords:
 
     def decode(self, ids_T: Any, **settings: Any) -> str:
         return str(self.own.decode(ids_T, **settings)) + "a"
+
+
+@pytest.mark.parametrize(("side", "at_once"), [(16, 32), (512, 4), (2048, 1)])
+def test_memory_is_counted_for_the_largest_map_of_the_autoencoder(
+    side: int, at_once: int, family_folder: Callable[[str], Path]
+) -> None:
+    """The last stage of its decoder enlarges maps before it has fewer channels."""
+    model = sketch(family_folder("stable_diffusion"), Diffusion().head())
+    channels = 16
+    found = preparation_bytes(model, 2, (3, side, side))
+    assert found == 4 * channels * side * side * at_once * 2
+    fixed = [estimate_memory(model, 2, reads=(3, each, each)).fixed for each in (16, side)]
+    assert fixed[1] - fixed[0] == found - preparation_bytes(model, 2, (3, 16, 16))
+    assert preparation_bytes(sketch(family_folder("unet"), Diffusion().head()), 2) == 0

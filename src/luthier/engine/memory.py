@@ -16,7 +16,7 @@ from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CATALOG
-from luthier.models.heads import Head
+from luthier.models.heads import Head, frozen_parts
 from luthier.models.modalities import (
     context_length,
     input_shape,
@@ -37,6 +37,9 @@ PROCESS = 480_000_000
 """Resident bytes of Python with PyTorch and transformers loaded."""
 LONGEST_WRITTEN = 128
 """Tokens of the text of an image that memory is counted for: some lines."""
+MAPS_HELD = 4
+"""Maps of the size of the largest that an autoencoder holds at once, as measured with that of Stable
+Diffusion (docs/log/media.md)."""
 SHOWN = 3
 """Ways out that are named."""
 
@@ -94,7 +97,8 @@ def estimate_memory(
     least = PROCESS + max(plain, weights + calibration if calibration else 0)
     if media_config(config) is not None:
         activations = activation_bytes(model, bytes_per_number, reads)
-        return MemoryEstimate(PROCESS + weights + optimizer, activations, least)
+        held = PROCESS + weights + optimizer + preparation_bytes(model, bytes_per_number, reads)
+        return MemoryEstimate(held, activations, least)
     hidden = int(config.hidden_size)
     layers = int(config.num_hidden_layers) + int(getattr(config, "num_decoder_layers", None) or 0)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
@@ -133,6 +137,40 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
     ):
         run_media(model.train(), arrays, **texts)
     return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number
+
+
+def preparation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = None) -> int:
+    """Bytes that frozen parts hold at most while they make latents of images, and images of latents.
+
+    They keep nothing for a gradient and work on so many pixels at once, whatever the micro-batch: what
+    counts is their largest map. 0 for a network without such parts.
+    """
+    parts = frozen_parts(model)
+    if not parts:
+        return 0
+    import torch
+
+    from luthier.models.layouts import MOST_IMAGES
+    from luthier.models.nets.stable_diffusion import PIXELS_AT_ONCE
+
+    shape = reads or input_shape(model.config)
+    largest = 0
+
+    def measure(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, torch.Tensor):
+            largest = max(largest, output.numel())
+
+    inside = (each for name in parts for each in model.get_submodule(name).modules())
+    hooks = [each.register_forward_hook(measure) for each in inside]
+    try:
+        with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(model.config.model_type)):
+            model.decode_latents(model.encode_images(torch.empty(1, *shape, device="meta")))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    at_once = max(1, min(MOST_IMAGES, PIXELS_AT_ONCE // (shape[1] * shape[2])))
+    return MAPS_HELD * largest * at_once * bytes_per_number
 
 
 def disk_needed(model: Any, bytes_per_number: int, adaptation: Adaptation) -> int:
