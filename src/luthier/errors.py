@@ -51,7 +51,7 @@ class RowRefused(RefusedInput):
 
     def __init__(self, rule: str, message: str, fix: str, place: str = "") -> None:
         """``place`` says in words which row it is, where that is known when it is refused."""
-        super().__init__(f"[{rule}] {message} Fix: {fix}")
+        super().__init__(f"{place}{': ' if place else ''}[{rule}] {message} Fix: {fix}")
         self.rule, self.message, self.fix, self.place = rule, message, fix, place
 
     def at(self, file: str, line: int) -> Problem:

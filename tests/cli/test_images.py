@@ -36,6 +36,14 @@ def test_samples_go_to_a_picture_or_a_new_folder(
     assert answer.code == 2 and message in answer.err
 
 
+def test_a_file_that_is_no_image_is_named(luthier_home: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "b.png").write_bytes(b"just words")
+    answer = Answer("reconstruct", "small-vae", "--input", str(tmp_path / "photos"),
+                    "--output", str(tmp_path / "copy.png"))  # fmt: skip
+    assert answer.code == 2 and "photos/b.png" in answer.err and "Traceback" not in answer.err
+
+
 def test_copies_go_to_a_picture(luthier_home: Path, tmp_path: Path) -> None:
     copies = str(tmp_path / "copies.gif")
     answer = Answer("reconstruct", "small-vae:none", "--input", "x", "--output", copies)
