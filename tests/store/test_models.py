@@ -322,6 +322,7 @@ def test_what_an_unknown_id_may_mean(asked: str, meant: str) -> None:
         ("unet", "denoising", "diffusion"),
         ("stable_diffusion", "denoising", "diffusion"),
         ("clip", "image_text_encoder", "contrastive"),
+        ("trocr", "image_to_text", "image_to_text"),
         ("small_cnn", None, None),
     ],
 )

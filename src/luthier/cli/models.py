@@ -32,6 +32,7 @@ models_app = CommandGroup("Base models and custom models.")
 def list_models(json_: Json = False) -> None:
     """List base models and custom models."""
     from luthier.cli.tune import validation_result
+    from luthier.data.media import PLURAL
     from luthier.models.catalog import CATALOG
     from luthier.models.manifest import MANIFEST
     from luthier.store.models import base_folder, custom_models, pretrained_models
@@ -44,6 +45,7 @@ def list_models(json_: Json = False) -> None:
             "context": entry.context,
             "licence": entry.licence,
             "languages": list(entry.languages),
+            "media": entry.media,
             "source": entry.source.provenance["source"],
             "here": (base_folder(entry.id) / MANIFEST).is_file(),
             "about": entry.about,
@@ -60,10 +62,11 @@ def list_models(json_: Json = False) -> None:
         if "damaged" in base:
             table.add_row(str(base["id"]), "", "", "", "", "[red]damaged[/red]")
             continue
-        size = f"{base['parameters'] / 1e6:.0f} M"
+        millions = base["parameters"] / 1e6
+        size = f"{millions:.0f} M" if millions >= 10 else f"{millions:.2g} M"
         known = base.get("languages", [])
         reads = ", ".join(known) if len(known) < 4 else f"{len(known)} languages"
-        media = {"image_encoder": "images", "audio_encoder": "sounds"}.get(str(base["kind"]))
+        media = PLURAL.get(base.get("media") or "")
         context = "" if media else str(base["context"])
         here = "yes" if base["here"] else f"no, {base['source'].partition(':')[0]}"
         cells = (size, context, media or reads, str(base["licence"]), here)

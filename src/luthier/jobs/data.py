@@ -118,7 +118,7 @@ def fetch_data(job: Job, folders: JobFolders, locations: JobLocations) -> JobDat
 def base_reads_media(base: str) -> bool:
     """Whether the rows of a base model are images or sounds; no base is fetched to know."""
     if base in CATALOG:
-        return CATALOG[base].reads_media
+        return CATALOG[base].media is not None
     return (find(base).network_folder / PREPROCESSOR_CONFIG).is_file()
 
 

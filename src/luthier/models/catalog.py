@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
+from luthier.data.media import MediaKind
 from luthier.data.processors import (
     AudioProcessor,
     ImageProcessor,
@@ -177,11 +178,8 @@ class CatalogEntry:
     about: str
     config: Mapping[str, Any]
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
-
-    @property
-    def reads_media(self) -> bool:
-        """Whether it reads images, sounds or time series, behind an encoder or without one."""
-        return "image_size" in self.config.get("encoder", self.config)
+    media: MediaKind | None = None
+    """What it reads in place of texts; a decoder behind it may write some."""
 
     def manifest(
         self,
@@ -290,6 +288,7 @@ def _random_entry(
         disk_bytes=20_000_000,
         about=about,
         config=config,
+        media=processor.kind,
     )
 
 
@@ -375,6 +374,7 @@ _ENTRIES = (
         disk_bytes=100_000_000,
         about="EfficientNet-Lite0 (Google, 2020), trained on ImageNet; reads images of 224 x 224",
         config={"model_type": "efficientnet_lite", "image_size": 224, "hidden_size": 1280},
+        media="image",
     ),
     _random_entry(
         "small-cnn",

@@ -34,7 +34,9 @@ KINDS = {
     "autoencoding": BaseKind("vae", ("IMAGE", "IMAGE"), families=("vae",)),
     "adversarial": BaseKind("gan", ("TEXT", "IMAGE"), families=("dcgan",)),
     "denoising": BaseKind("diffusion", ("TEXT", "IMAGE"), families=("unet", MODEL_TYPE)),
-    "image_to_text": BaseKind("image_to_text", ("IMAGE", "TEXT")),
+    "image_to_text": BaseKind(
+        "image_to_text", ("IMAGE", "TEXT"), families=("vision-encoder-decoder",)
+    ),
 }
 """By the task of the head of a base model, or by what it encodes: an ``encoder`` texts."""
 
