@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Answer
+from PIL import Image
 
 from luthier.cli.console import check_output
 from luthier.errors import RecipeError
@@ -56,3 +57,13 @@ def test_a_file_that_may_not_be_written_is_refused(
     monkeypatch.setattr(os, "access", lambda path, right: Path(path) != tmp_path)
     with pytest.raises(RecipeError, match="cannot be written: you have no right to"):
         check_output(tmp_path / "samples.png")
+
+
+@pytest.mark.parametrize("ending", ["bmp", "webp"])
+def test_a_single_image_of_any_form_is_given_back(
+    luthier_home: Path, tmp_path: Path, ending: str
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / f"one.{ending}")
+    image, copies = str(tmp_path / f"one.{ending}"), str(tmp_path / "copies.png")
+    answer = Answer("reconstruct", "small-vae:none", "--input", image, "--output", copies)
+    assert answer.code == 2 and "there is no custom model" in answer.err

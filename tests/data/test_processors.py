@@ -320,6 +320,12 @@ AST = {
         (AST, {"mean": "zz"}, "cannot be read"),
         (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0: .* greater than 0"),
         (AudioProcessor().fields(), {"max_seconds": 1e9}, "max_seconds=1000000000"),
+        (
+            AudioProcessor().fields(),
+            {"max_seconds": 600, "sampling_rate": 10**6},
+            "as 1,500,025,000",
+        ),
+        (AudioProcessor().fields(), {"max_seconds": 600, "hop_ms": 0.01}, "as 3,840,000,400"),
         ({"feature_extractor_type": "TimeSeriesWindow"}, {"length": 10**9}, "length=1000000000"),
         ({"feature_extractor_type": "TimeSeriesWindow"}, {}, "cannot be read: 'length'"),
         ([], {}, "cannot be read|of no kind"),

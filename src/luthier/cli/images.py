@@ -126,6 +126,7 @@ def reconstruct(
     json_: Json = False,
 ) -> None:
     """Show images beside what a model gives back of them, or the way from one to the next."""
+    from luthier.data.media_files import is_media
     from luthier.data.pictures import encode_png, grid
     from luthier.data.rows import input_row, load_inputs
     from luthier.files import write_bytes
@@ -137,7 +138,7 @@ def reconstruct(
         raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
     check_output(output)
     with data_errors("nothing was read"):
-        if Path(input_).is_file() and Path(input_).suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if is_media(input_) and Path(input_).is_file():
             rows = [input_row(input_, "the command line")]
         else:
             rows = [row for _, row in load_inputs(input_, parse_columns(columns or ()))][:count]

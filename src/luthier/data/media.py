@@ -115,7 +115,7 @@ class Media:
         if size > MOST_MEDIA_BYTES:
             raise _too_large(size)
         with archive.open(self.member) as stream:
-            return stream.read(MOST_MEDIA_BYTES + 1)[: MOST_MEDIA_BYTES + 1]
+            return stream.read(MOST_MEDIA_BYTES)  # it may hold more than its directory says
 
     def digest(self) -> str:
         """SHA-256 of its bytes: equal files are one image, whatever they are called."""

@@ -120,7 +120,7 @@ def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
 
 def _is_member(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return is_media(name) and not any(part.startswith((".", "_", "/")) for part in parts)
+    return is_media(name) and parts[0] != "/" and not is_hidden(parts)
 
 
 def _without_common_folders(names: list[str]) -> list[str]:

@@ -195,6 +195,10 @@ def _resize_cached(processor: ImageProcessor, media: Media) -> Pixels:
     return found
 
 
+MOST_NUMBERS = 1 << 28
+"""Of the samples, or of all frames, of a sound as it is read: a gigabyte."""
+
+
 @dataclass(frozen=True)
 class AudioProcessor:
     """A sound to the logarithm of its mel spectrogram, ``[1, num_mel_bins, frames]``.
@@ -212,6 +216,15 @@ class AudioProcessor:
     """How far below its greatest power a spectrogram ends, as in Whisper (Radford et al. 2022)."""
     kind: MediaKind = "audio"
 
+    def __post_init__(self) -> None:
+        samples = self.max_seconds * self.sampling_rate
+        numbers = max(samples, self.frames * max(self._window, self.num_mel_bins))
+        if numbers > MOST_NUMBERS:
+            raise UnknownModel(
+                f"a sound would be read as {numbers:,.0f} numbers, and {MOST_NUMBERS:,} are the most: "
+                "read fewer seconds of it, or fewer frames a second"
+            )
+
     @property
     def frames(self) -> int:
         """Width of the spectrogram."""
@@ -225,6 +238,10 @@ class AudioProcessor:
     @property
     def _hop(self) -> int:
         return max(1, round(self.sampling_rate * self.hop_ms / 1000))
+
+    @property
+    def _window(self) -> int:
+        return round(self.sampling_rate * self.window_ms / 1000)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
@@ -247,7 +264,7 @@ class AudioProcessor:
 
     def _spectrogram(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """``[num_mel_bins, frames]`` of mean 0 and deviation 1."""
-        window = round(self.sampling_rate * self.window_ms / 1000)
+        window = self._window
         size = 1 << (window - 1).bit_length()
         padded = np.pad(samples.astype(np.float32), size // 2, mode="reflect")
         frames = np.lib.stride_tricks.sliding_window_view(padded, size)[:: self._hop][: self.frames]
