@@ -18,7 +18,8 @@ from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.vae import VAE, divergence, fixed_noise
+from luthier.objectives.generative import fixed_noise
+from luthier.objectives.vae import VAE, divergence
 from luthier.types import Example
 
 CPU = torch.device("cpu")

@@ -272,7 +272,7 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
 
 
 def _check_reads(row: Row, chat: ChatFormat) -> None:
-    """Refuse rows that the base cannot read, before anything is said of what is to be learned."""
+    """Refuse rows that the base cannot read once, where else each of them would be refused."""
     reads = SHAPES[row.shape].reads
     able: set[str] = {chat.media.kind} if chat.media else {"text"}
     if chat.has_tokenizer and chat.start_id is None:

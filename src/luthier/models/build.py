@@ -75,7 +75,6 @@ def _draw(fields: dict[str, Any], task: Task, seed: int) -> Any:
     from luthier.models.heads import auto_class
 
     kind = fields["model_type"]
-
     nets.register(kind)
     with refuse_configuration(
         RecipeError, f"no network of type {kind} can be built from this configuration"

@@ -327,6 +327,12 @@ class Means:
         return {name: RowScores.concatenate(each) for name, each in self._ratios.items()}
 
 
+def chat_of(network: Network) -> ChatFormat:
+    """How texts become tokens of ``network``, and images or sounds what it reads."""
+    assert network.chat is not None
+    return network.chat
+
+
 def check_base(objective: Objective, chat: ChatFormat) -> None:
     """Refuse a base model that cannot learn ``objective``, as far as its format tells.
 

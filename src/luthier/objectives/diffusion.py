@@ -38,10 +38,10 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import Objective, TrainingDefaults, chat_of
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
-from luthier.objectives.generative import Generative
+from luthier.objectives.generative import Generative, fixed_noise
 from luthier.objectives.noise_schedule import (
     BetaSchedule,
     LossWeighting,
@@ -50,7 +50,6 @@ from luthier.objectives.noise_schedule import (
     TimestepSpacing,
     alphas_cumprod,
 )
-from luthier.objectives.vae import fixed_noise
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -315,7 +314,7 @@ class Diffusion(Generative):
         """What stands for an image of which nothing is said."""
         if not self.reads_texts:
             return np.zeros(0, dtype=np.int64)
-        return _tokens("", _chat(network))
+        return _tokens("", chat_of(network))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed over the rows: the mean squared error of the prediction for each."""
@@ -435,7 +434,7 @@ class Diffusion(Generative):
     def _target(self, text: str, network: Network) -> IntArray:
         """The places of what is asked for, a class or the words of a prompt, or the prompt's tokens."""
         if self.reads_texts:
-            chat = _chat(network)
+            chat = chat_of(network)
             ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
             if len(ids_T) > most:
                 raise RecipeError(
@@ -492,9 +491,3 @@ def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
 def _target_of(example: Example) -> IntArray:
     """What the example says that its image shows."""
     return np.asarray(example.target, dtype=np.int64)
-
-
-def _chat(network: Network) -> ChatFormat:
-    """How texts become tokens, and of which size images are."""
-    assert network.chat is not None
-    return network.chat

@@ -38,8 +38,7 @@ from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import TrainingDefaults
 from luthier.objectives.conditions import class_target, classes_of
-from luthier.objectives.generative import MOST_COMPARED, Generative
-from luthier.objectives.vae import fixed_noise
+from luthier.objectives.generative import MOST_COMPARED, Generative, fixed_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

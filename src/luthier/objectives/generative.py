@@ -1,4 +1,5 @@
-"""What objectives have in common whose models make images: how far made images are from real ones.
+"""What objectives have in common whose models make images: the noise that held-out rows are measured
+with, and how far made images are from real ones.
 
 Losses of such objectives say little of that. Where a classifier of such images is named, each
 measurement makes as many images as there are held-out rows, of the same classes or captions and from
@@ -17,12 +18,13 @@ from luthier.data.media import PLURAL, Media
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.evaluation.frechet import frechet_distance
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.capabilities import DenoisingSettings, SupportsDenoising, SupportsSampling
 from luthier.types import Example
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from luthier.data.chat import ChatFormat
     from luthier.data.media import Pixels
@@ -84,22 +86,22 @@ class Generative(Objective):
         if classifier is None or len(examples) < 2:
             return {}
         assert isinstance(self, SupportsSampling)
-        assert network.chat is not None and isinstance(network.chat.media, ImageProcessor)
-        maker, to_pixels = self, network.chat.media.to_pixels
+        chat = chat_of(network)
+        assert isinstance(chat.media, ImageProcessor)
+        maker, to_pixels = self, chat.media.to_pixels
         if isinstance(maker, SupportsDenoising):
             steps = min(STEPS, maker.most_steps)
             maker = maker.with_sampling(DenoisingSettings(steps=steps))
         generator = torch.Generator().manual_seed(0)
-        at_once = images_at_once(network.chat.media)
+        at_once = images_at_once(chat.media)
         real_RD: list[NDArray[np.float32]] = []
         made_RD: list[NDArray[np.float32]] = []
         with torch.no_grad():
             for start in range(0, len(examples), at_once):
                 part = examples[start : start + at_once]
                 real = [each.media.array() for each in part if each.media is not None]
-                made = maker.sample(
-                    network, [self.label_of(each, network.chat) for each in part], generator
-                )
+                labels = [self.label_of(each, chat) for each in part]
+                made = maker.sample(network, labels, generator)
                 real_RD.append(features_of(classifier, map(to_pixels, real)))
                 made_RD.append(features_of(classifier, map(to_pixels, made.float().cpu().numpy())))
         distance = frechet_distance(np.concatenate(real_RD), np.concatenate(made_RD))
@@ -111,6 +113,14 @@ class Generative(Objective):
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
+
+
+def fixed_noise(examples: Sequence[Example], size: int) -> Tensor:
+    """Noise ``[R, size]`` of images, for each the same whenever and beside whatever it is read."""
+    import torch
+
+    drawn = [np.random.default_rng(int(each.ids_T[0])) for each in examples]
+    return torch.from_numpy(np.stack([each.standard_normal(size, np.float32) for each in drawn]))
 
 
 def images_at_once(processor: ImageProcessor) -> int:

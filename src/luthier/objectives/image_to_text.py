@@ -28,7 +28,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.files import read_json
 from luthier.models.heads import Task
-from luthier.objectives.base import MOST_ROW_SCORES, Objective, TrainingDefaults
+from luthier.objectives.base import MOST_ROW_SCORES, Objective, TrainingDefaults, chat_of
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -167,7 +167,9 @@ class ImageToText(Objective):
         written, wanted = list[str](), list[str]()
         for batch in network.batches(examples, budget):
             written += [answer["text"] for answer in self.predict(network, batch)]
-            wanted += [_chat(network).decode(row.ids_T[1:].tolist()) for row in batch.tree.examples]
+            wanted += [
+                chat_of(network).decode(row.ids_T[1:].tolist()) for row in batch.tree.examples
+            ]
         pairs = [*zip(written, wanted, strict=True)]
         scores = {"cer": character_errors(pairs), "wer": word_errors(pairs)}
         found |= {name: each.value for name, each in scores.items()}
@@ -185,7 +187,7 @@ class ImageToText(Objective):
         from luthier.models.decoding import sample
         from luthier.models.sampling import Sampling
 
-        chat = _chat(network)
+        chat = chat_of(network)
         layout: Any = network.layout
         longest = min(self.max_tokens or network.context, network.context - 1)
         encoded_RSH = layout.encode(network.model, batch.plan)
@@ -204,9 +206,3 @@ class ImageToText(Objective):
             if not completion.stopped:
                 answers[-1]["cut"] = True
         return answers
-
-
-def _chat(network: Network) -> ChatFormat:
-    """How the network's texts become tokens."""
-    assert network.chat is not None
-    return network.chat

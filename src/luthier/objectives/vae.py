@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field
 
 from luthier.data.chat import ChatFormat
@@ -30,7 +29,7 @@ from luthier.data.shapes import BareWindow
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.objectives.base import TrainingDefaults
-from luthier.objectives.generative import Generative
+from luthier.objectives.generative import Generative, fixed_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -205,11 +204,3 @@ def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:
     """``KL(N(mean, variance) || N(0, 1))`` of each row, ``[R]`` in nats (the paper's appendix B)."""
     each_RZ = mean_RZ.square() + log_variance_RZ.exp() - 1 - log_variance_RZ
     return 0.5 * each_RZ.sum(-1)
-
-
-def fixed_noise(examples: Sequence[Example], size: int) -> Tensor:
-    """Noise ``[R, size]`` of images, for each the same whenever and beside whatever it is read."""
-    import torch
-
-    drawn = [np.random.default_rng(int(each.ids_T[0])) for each in examples]
-    return torch.from_numpy(np.stack([each.standard_normal(size, np.float32) for each in drawn]))
