@@ -81,7 +81,10 @@ class ImageGenerator:
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsSampling):
-            raise RecipeError(f"{stored.id} was not trained to make images")
+            raise RecipeError(
+                f"{stored.id} was not trained to make images; train one with "
+                "`objective.method=vae`, `gan` or `diffusion`"
+            )
         machine = choose_machine()
         network = as_network(
             load(stored, machine.dtype, machine.device), machine.device, machine.dtype

@@ -59,7 +59,7 @@ class Predictor:
             samples = isinstance(objective, SupportsSampling)
             makes, command = ("makes images", "sample") if samples else ("writes text", "generate")
             raise RecipeError(
-                f"{stored.id} {makes}, it was not trained to give labels. Use luthier {command}."
+                f"{stored.id} {makes}: it gives no labels and no embeddings. Use luthier {command}."
             )
         machine = choose_machine()
         model = load(stored, machine.dtype, machine.device)
