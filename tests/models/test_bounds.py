@@ -9,11 +9,12 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 from torch import nn
 
-from luthier.errors import ModelRefused
+from luthier.errors import ModelRefused, UnknownModel
 from luthier.models import bounds
-from luthier.models.bounds import drawing_bounds
+from luthier.models.bounds import drawing_bounds, refuse_configuration
 
 
 def test_modules_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +73,11 @@ def _compute(seconds: float) -> None:
     until = time.process_time() + seconds
     while time.process_time() < until:
         pass
+
+
+def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
+    refused = pytest.raises(UnknownModel, match="no network: no such size")
+    with refused, refuse_configuration(UnknownModel, "no network"):
+        raise RuntimeError("no such size")
+    with pytest.raises(torch.OutOfMemoryError), refuse_configuration(UnknownModel, "no network"):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -57,10 +57,13 @@ def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
     They check little of a configuration and end where they first compute with what is wrong, so the
     errors are of every kind.
     """
+    import torch
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # of a GPU, whatever the configuration says
     except (
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, StrictDataclassError, TypeError, ValueError,

@@ -108,12 +108,16 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
         UnknownModel: for one that describes no network.
         ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
     """
-    parts = [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
-    files = [path for part in parts for path in (part / "config.json", *_weights(part))]
+    files = [path for part in _parts(folder) for path in (part / "config.json", *_weights(part))]
     versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
     if memory is None:
         memory = threading.active_count() == 1
     return _draw_described(folder, versions, memory)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Folders with weights: a pipeline has one for each of its networks."""
+    return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -147,9 +151,8 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
             raise ValueError(f"{empty[0]} has no numbers")
     numbers = sum(weight.numel() for weight in network.parameters())
     if not fields.get("quantization_config"):  # its files hold several numbers in one
-        parts = [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
         tables = sum(table.nbytes for table in network.buffers())
-        check_sizes(numbers, tables, sum(map(check_weights, parts)))
+        check_sizes(numbers, tables, sum(map(check_weights, _parts(folder))))
     return DescribedNetwork(task, numbers)
 
 
