@@ -471,16 +471,20 @@ def read_processor(folder: Path) -> Processor | None:
         return None
     fields = read_json(path)
     try:
-        return _parse_processor(path, fields)
+        return _parse_processor(fields)
     except ValidationError as error:
         first = error.errors()[0]
         name, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
         raise CorruptFile(f"{path}: {name}={value}: {first['msg']}") from error
+    except UnknownModel as error:
+        raise UnknownModel(f"{path}: {error}") from error
+    except KeyError as error:
+        raise CorruptFile(f"{path} does not say {error}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
 
 
-def _parse_processor(path: Path, fields: Any) -> Processor:
+def _parse_processor(fields: Any) -> Processor:
     if "image_processor_type" in fields or "image_mean" in fields:
         return ImageProcessor.of(fields)
     if fields.get("feature_extractor_type") in FEATURE_EXTRACTORS:
@@ -494,7 +498,7 @@ def _parse_processor(path: Path, fields: Any) -> Processor:
     if fields.get("feature_extractor_type") == "TimeSeriesWindow":
         return WindowProcessor(length=fields["length"])
     kind = fields.get("feature_extractor_type", "of no kind that it names")
-    raise UnknownModel(f"{path} is a preprocessor {kind}, which is not known here")
+    raise UnknownModel(f"a preprocessor {kind} is not known here")
 
 
 def save_processor(processor: Processor, folder: Path) -> None:
