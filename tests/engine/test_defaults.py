@@ -106,15 +106,22 @@ def test_what_is_measured_ends_no_run_where_it_says_little(method: str, patience
 
 
 @pytest.mark.parametrize(
-    ("rows", "from_scratch", "epochs"),
-    [(720, False, 7.0), (720, True, 16.0), (90, True, 31.0), (8000, True, 3.0)],
+    ("rows", "from_scratch", "batch", "epochs"),
+    [
+        (720, False, 16, 7.0),
+        (720, True, 16, 16.0),
+        (90, False, 4, 14.0),
+        (90, True, 16, 40.0),
+        (9, True, 9, 40.0),
+        (8000, True, 16, 3.0),
+    ],
 )
-def test_random_weights_take_more_passes_over_few_rows(
-    rows: int, from_scratch: bool, epochs: float
+def test_random_weights_take_more_passes_and_no_small_batches_over_few_rows(
+    rows: int, from_scratch: bool, batch: int, epochs: float
 ) -> None:
     recipe = Recipe.parse({"data": {"train": "t"}, "objective": {"method": "classification"}})
     chosen, _ = choose(recipe, DataFacts(rows, 1, 80, 128, from_scratch=from_scratch))
-    assert chosen.training.epochs == epochs
+    assert (chosen.training.batch_size, chosen.training.epochs) == (batch, epochs)
 
 
 def test_each_adaptation_has_its_own_rate() -> None:

@@ -21,6 +21,8 @@ LONGEST_REPEATED = 3000
 """Steps in all, up to which rows are read as often as the objective asks for at least."""
 FITTED_HEAD_RATE = 0.3
 """Share of the rate where a head starts from logistic regression or training (docs/log/defaults.md)."""
+USUAL_BATCH = 16
+"""Rows in a step of many rows, or where all weights are random numbers (docs/log/media.md)."""
 SCRATCH_RATE = 2e-3
 """Learning rate of a small network that starts from random numbers (docs/log/media.md)."""
 MOST_REFIT_ROWS = 600
@@ -80,7 +82,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     if objective.defaults.batch_rows:
         size = min(objective.defaults.batch_rows, max(1, facts.rows))
         fill("batch_size", *_with_mixed(size, objective.defaults.batch_reason, facts))
-    fill("batch_size", *_with_mixed(*_batch_size(facts.rows), facts))
+    fill("batch_size", *_with_mixed(*_batch_size(facts), facts))
     if training.max_steps is None:
         batch = max(1, round((training.batch_size or 1) / facts.drawn))
         fill("epochs", *_epochs(objective, facts.rows, batch, facts.from_scratch))
@@ -170,9 +172,13 @@ def steps_of(recipe: Recipe, rows: int, mixed: tuple[Mixed, ...] = ()) -> int:
     return min(steps, training.max_steps or steps)
 
 
-def _batch_size(rows: int) -> tuple[int, str]:
-    if rows >= 320:
-        return 16, "the usual batch for tuning; 20 steps or more in each epoch"
+def _batch_size(facts: DataFacts) -> tuple[int, str]:
+    rows = facts.rows
+    if rows >= USUAL_BATCH * 20:
+        return USUAL_BATCH, "the usual batch for tuning; 20 steps or more in each epoch"
+    if facts.from_scratch:
+        size = max(1, min(USUAL_BATCH, rows))
+        return size, "all weights start from random numbers; smaller steps taught them nothing"
     size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
     return size, f"{rows} rows: small enough for about 20 steps in each epoch"
 
