@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from luthier.data.media import Media
+from luthier.data.media_files import MOST_MEMBERS
 from luthier.data.rows import input_row, read_rows
 from luthier.data.shapes import (
     BareAudio,
@@ -219,6 +220,54 @@ def test_an_array_that_claims_more_than_it_has_is_refused(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("images.npy", stream.getvalue() + bytes(100))
     assert rules_of(tmp_path / "a.npz") == {"file.damaged"}
+
+
+def _stored(**members: bytes) -> bytearray:
+    """An archive as ``numpy.savez`` writes it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return bytearray(stream.getvalue())
+
+
+def _npy(array: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a.npz", "upload"])
+@pytest.mark.parametrize(
+    ("local", "central", "value"),
+    [(None, 0, 0x58), (None, 6, 99), (8, 10, 99), (6, 8, 1)],
+    ids=["directory", "version", "method", "encrypted"],
+)
+def test_an_archive_of_arrays_that_cannot_be_opened_is_damaged(
+    local: int | None, central: int, value: int, name: str, tmp_path: Path
+) -> None:
+    content = _stored(images=_npy(GOOD))
+    if local is not None:
+        content[local] = value
+    content[content.index(b"PK\x01\x02") + central] = value
+    (tmp_path / name).write_bytes(content)
+    assert rules_of(tmp_path / name) == {"file.damaged"}
+
+
+@pytest.mark.parametrize("name", ["a.npz", "upload"])
+@pytest.mark.parametrize("array", ["images", "labels"])
+def test_members_that_are_no_arrays_are_refused(array: str, name: str, tmp_path: Path) -> None:
+    members = {"images": _npy(GOOD), "labels": _npy(np.arange(2))} | {array: b"no array"}
+    (tmp_path / name).write_bytes(_stored(**members))
+    assert rules_of(tmp_path / name) == {"media.npz"}
+
+
+@pytest.mark.parametrize("shape", [(10**8, 0, 4), (10**8, 4, 0), (MOST_MEMBERS + 1, 1, 1)])
+def test_a_file_of_few_bytes_makes_no_million_images(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros(shape, np.uint8))
+    assert rules_of(tmp_path / "a.npz") == {"media.npz"}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from luthier.errors import ModelRefused
-from luthier.models.outside import INDEX, check_texts, check_tokenizer, check_weights, choose
+from luthier.models.outside import (
+    INDEX,
+    check_layers,
+    check_texts,
+    check_tokenizer,
+    check_weights,
+    choose,
+)
 
 WHOLE = [("config.json", 10), ("model.safetensors", 100), ("tokenizer.json", 10)]
 
@@ -81,6 +88,13 @@ def test_too_many_layers_are_refused_at_any_depth(tmp_path: Path, config: Any) -
         check_texts(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config).replace("1001", "1000"))
     check_texts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["depth", "blocks"])
+def test_too_many_layers_of_a_stage_are_refused(name: str) -> None:
+    check_layers({name: 1000, "decoder": {"max_depth": 5000}})
+    with pytest.raises(ModelRefused, match=f"{name} is 1,001, and 1,000 are taken"):
+        check_layers({"encoder": {name: 1001}})
 
 
 def test_weights_of_few_bits_are_refused(tmp_path: Path) -> None:

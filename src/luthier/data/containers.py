@@ -117,10 +117,11 @@ def container_of(path: Path) -> Container:
 
 def _holds_arrays(path: Path) -> bool:
     """Whether an archive is an ``.npz`` file: uploaded files have no ending that says so."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(name.endswith(".npy") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, RuntimeError, ValueError):
+        return False  # what is wrong is said when the archive is read
 
 
 def unpack(raw: BinaryIO, packing: Packing) -> BinaryIO:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
 import re
 import struct
@@ -106,7 +107,7 @@ class Media:
                 raise _too_large(size)
             return Path(self.path).read_bytes()
         except (
-            OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError
+            OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, KeyError, RuntimeError
         ) as error:  # fmt: skip
             raise _refusal("unreadable", f"it cannot be read: {_reason(error)}.") from error
 

@@ -10,6 +10,7 @@ in the order of the names.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import re
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ from luthier.data.parsing import Record, Unreadable, quote
 from luthier.files import names_below
 
 MOST_MEMBERS = 2_000_000
-"""Files of one folder or archive."""
+"""Files of one folder or archive, and images of one ``.npz`` file."""
 MOST_ARRAY_BYTES = 4_000_000_000
 """Of one array of an ``.npz`` file, unpacked."""
 SPLIT_NAME = re.compile(
@@ -169,9 +170,13 @@ def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
                 if member.file_size > MOST_ARRAY_BYTES:
                     message = f"Its array {member.filename} has {member.file_size:,} bytes."
                     raise Unreadable("media.npz", message, "Split the file.")
-            images = arrays["images"]
-            labels = arrays["labels"] if "labels" in names else None
-    except (ValueError, OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            # numpy gives a member that is no array as bytes.
+            images = np.asarray(arrays["images"])
+            labels = np.asarray(arrays["labels"]) if "labels" in names else None
+    except (
+        ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error,
+        lzma.LZMAError,
+    ) as error:  # fmt: skip
         message = f"The file holds no plain arrays: {str(error).rstrip('.')}."
         raise Unreadable(
             "file.damaged", message, "Save it with numpy.savez, without objects."
@@ -179,6 +184,10 @@ def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
     if images.ndim not in (3, 4) or images.dtype != np.uint8 or images.shape[3:] not in _COLOURS:
         message = f"`images` is {images.dtype} of shape {images.shape}."
         raise Unreadable("media.npz", message, "It must be uint8, [N, H, W] or [N, H, W, 3].")
+    if 0 in images.shape[1:] or len(images) > MOST_MEMBERS:
+        message = f"`images` has the shape {images.shape}."
+        fix = f"Save at most {MOST_MEMBERS:,} images that have pixels; split a larger file."
+        raise Unreadable("media.npz", message, fix)
     if labels is not None and labels.shape != images.shape[:1]:
         message = f"`labels` has the shape {labels.shape} beside {len(images)} images."
         raise Unreadable("media.npz", message, "Give one label for each image.")

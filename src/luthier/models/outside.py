@@ -34,6 +34,8 @@ _SLACK = 10_000_000
 """Numbers that a network may have beside the stored ones: a pooler that embeddings do not look at."""
 _LAYERS = frozenset(("num_hidden_layers", "num_layers", "n_layers", "n_layer"))
 """Names of what a network has at least one of: one without any would load, and learn little."""
+_LAYERS_OF_STAGES = frozenset(("blocks", "depth"))
+"""What networks of ours have at each size of maps."""
 _OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
@@ -200,7 +202,7 @@ def check_layers(config: dict[str, Any]) -> None:
             inside += [(where, each) for each in value]
             continue
         name = where.rpartition(".")[2]
-        if not isinstance(value, int) or "layer" not in name:
+        if not isinstance(value, int) or ("layer" not in name and name not in _LAYERS_OF_STAGES):
             continue
         if value > MOST_LAYERS or (value < 1 and name in _LAYERS):
             text = f"{where[:200]} is {value:,}, and {MOST_LAYERS:,} are taken."
