@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import luthier
 from luthier.engine.metrics import Reporter
@@ -142,6 +144,15 @@ def test_a_tuned_teacher_is_merged_and_keeps_its_head(
         whole.model_id, teacher.model_id
     ))  # fmt: skip
     assert ours == pytest.approx(teachers, abs=2e-2)
+
+
+def test_a_student_of_a_classifier_from_outside_is_known_to_read(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(family_folder("bert"), tmp_path / "outside")
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    made = store.find(make_student(str(folder), "small", StudentShape(layers=2)).model_id)
+    assert made.kind == "encoder" and store.objective_of(made).task == "embedding"
 
 
 def test_a_masked_language_model_keeps_its_head_from_student_to_student(

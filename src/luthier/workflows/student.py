@@ -171,11 +171,10 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
 
 def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
     teacher, planned = draft.teacher, draft.planned
-    encoder = draft.head.task in ("masked_lm", "embedding")
     learned = teacher.manifest.objective
     return Manifest(
         id=run.model_id,
-        kind=teacher.manifest.kind or ("encoder" if encoder else draft.head.task),
+        kind=teacher.kind or ("causal_lm" if draft.head.task == "causal_lm" else "encoder"),
         saved="network",
         parent=teacher.id,
         root=teacher.root,
