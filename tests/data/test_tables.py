@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from luthier.errors import DataError, Problem
 from luthier.types import Message
 
 pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 Records = list[tuple[int, dict[str, object]]]
 
@@ -233,3 +235,23 @@ def test_numbers_that_are_none_are_refused_in_parquet_too(tmp_path: Path) -> Non
     with pytest.raises(DataError) as caught:
         load_rows(path)
     assert [p.rule for p in caught.value.problems] == ["rating.type"]
+
+
+def test_parquet_of_one_long_text_in_every_row_is_refused_before_it_fills_the_memory(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array(np.zeros(20_000, np.int32)), pyarrow.array(["x" * 100_000])
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    assert path.stat().st_size < 20_000
+    found, problems = read(path)
+    assert [p.rule for p in problems] == ["file.too_large"] and len(found) < 3_000
+    assert "take more than 268,435,456 letters" in problems[0].message
+
+
+def test_parquet_of_too_many_columns_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({f"c{n}": ["x"] for n in range(2_001)}), path)
+    assert [p.rule for p in read(path)[1]] == ["file.too_large"]

@@ -380,6 +380,7 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
 WHOLE_FILE = {
     *("file.missing", "file.directory", "file.unreadable", "file.unknown_format"),
     *("file.damaged", "file.extra"),  # test_containers.py
+    "file.too_large",  # test_tables.py
     *("file.no_match", "file.remote"),  # test_sources.py
     *("table.header", "table.cells", "table.invalid"),  # test_tables.py
     "column.missing",  # test_forms.py

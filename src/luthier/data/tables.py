@@ -10,6 +10,7 @@ value, as a table cannot leave it out; a null of Parquet in these columns is non
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -27,6 +28,10 @@ OPTIONAL_COLUMNS = frozenset(("id", "expected", "system"))
 NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,300})(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?")
 _LONGEST_NAME = 200
 _BATCH_ROWS = 512
+_MOST_COLUMNS = 2_000
+_MOST_TIMES, _ALWAYS_BYTES = 1_000, 2**28
+"""A Parquet file may unpack to so many times its size, as gzip may; to so much in any case. A text that
+stands in each of a million rows costs it nothing."""
 
 
 def read_table(
@@ -168,12 +173,28 @@ def read_parquet(
         raise needs("pyarrow", "parquet", "Parquet") from None
     number = 0
     try:
+        most = max(_ALWAYS_BYTES, _MOST_TIMES * stream.seek(0, os.SEEK_END))
         table = pyarrow.parquet.ParquetFile(stream)
+        if table.metadata.num_columns > _MOST_COLUMNS:
+            text = (
+                f"The table has {table.metadata.num_columns:,} columns; {_MOST_COLUMNS:,} are read."
+            )
+            raise Unreadable("file.too_large", text, "Write those that hold your rows.")
+        unpacked = 0
         for batch in table.iter_batches(batch_size=_BATCH_ROWS):
             for record in _rows(batch, number, file, problems):
                 number += 1
-                if record is not None:
-                    yield number, _present(record)
+                if record is None:
+                    continue
+                unpacked += sum(len(value) for value in record.values() if isinstance(value, str))
+                if unpacked > most:
+                    raise Unreadable(
+                        "file.too_large",
+                        f"The texts of the file take more than {most:,} letters, {_MOST_TIMES:,} times "
+                        "its size.",
+                        "Write the rows as JSON Lines, or without what repeats in each of them.",
+                    )
+                yield number, _present(record)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).split("\n", 1)[0].rstrip(".")
         raise Unreadable(
@@ -187,11 +208,13 @@ def read_parquet(
 
 def _rows(batch: Any, before: int, file: str, problems: list[Problem]) -> Iterator[Record | None]:
     """Rows of a batch as Python values, ``None`` for one whose text is no UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass  # found below, row by row
+    # A text that the file holds once becomes one for each row that has it.
+    if batch.nbytes * batch.num_rows < _ALWAYS_BYTES:
+        try:
+            yield from batch.to_pylist()
+            return
+        except UnicodeDecodeError:
+            pass  # found below, row by row
     for place in range(batch.num_rows):
         try:
             yield batch.slice(place, 1).to_pylist()[0]
