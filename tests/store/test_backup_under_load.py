@@ -216,9 +216,8 @@ def states(served: Served) -> dict[str, str]:
     return {job["name"]: job["state"] for job in served.ask("GET", "/api/v1/jobs")[1]["jobs"]}
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(2, id="twice"), pytest.param(20, id="20-times", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [pytest.param(2, id="twice"), pytest.param(20, id="20-times")])
 def test_backups_are_whole_while_others_write(
     served: Served, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
