@@ -178,7 +178,10 @@ def _batch_size(facts: DataFacts) -> tuple[int, str]:
         return USUAL_BATCH, "the usual batch for tuning; 20 steps or more in each epoch"
     if facts.from_scratch:
         size = max(1, min(USUAL_BATCH, rows))
-        return size, "all weights start from random numbers, which learned nothing in steps of 4 rows"
+        return (
+            size,
+            "all weights start from random numbers, which learned nothing in steps of 4 rows",
+        )
     size = max(1, 1 << max(0, (rows // 20).bit_length() - 1))
     return size, f"{rows} rows: small enough for about 20 steps in each epoch"
 
