@@ -142,6 +142,15 @@ def test_where_the_start_is_kept_nothing_is_trained_once_more(
     assert manifest_of(result)["data"]["held_out"]
 
 
+def test_a_run_that_learned_nothing_is_not_trained_once_more(recipe: Callable[..., Recipe]) -> None:
+    notes = Notes()
+    result = train(recipe("x", learning_rate=1e-6, baseline_seconds=5), reporter=notes)
+    assert result.verdict is not None and not result.verdict.learned
+    assert result.refit is None and result.steps == STEPS
+    assert any(note.startswith("nothing is trained once more") for note in notes.notes)
+    assert "labelled" not in result.verdict.advice
+
+
 def test_it_ends_after_as_many_passes_as_led_to_the_kept_weights(
     recipe: Callable[..., Recipe],
 ) -> None:

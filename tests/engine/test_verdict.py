@@ -189,16 +189,20 @@ def test_advice_follows_from_both_losses(
     assert words in judged(losses, train).advice
 
 
-def scored(right: Sequence[Sequence[int]], **fields: Any) -> RunVerdict:
+def scored(
+    right: Sequence[Sequence[int]], train: Sequence[float] = (), **fields: Any
+) -> RunVerdict:
     """The verdict on a run that got these rows right, first before training."""
-    lines = [{"event": "train", "step": n, "loss": 1 / n} for n in range(1, 41)]
+    losses = train or [1 / n for n in range(1, 41)]
+    lines = [{"event": "train", "step": n, "loss": loss} for n, loss in enumerate(losses, 1)]
     every = 40 // (len(right) - 1)
     for n, each in enumerate(right):
         share = sum(each) / len(each)
         error = (share * (1 - share) / len(each)) ** 0.5
         rows: Any = {"accuracy": {"parts": each}}
         lines.append(held(every * n, 1 - share, accuracy=share, accuracy_error=error, rows=rows))
-    return judge_run(lines, "accuracy", Training(learning_rate=1e-3), 40, len(right[0]), **fields)
+    training = Training(learning_rate=1e-3, epochs=3, batch_size=4, refit=True)
+    return judge_run(lines, "accuracy", training, 40, len(right[0]), **fields)
 
 
 def test_scores_of_the_same_rows_are_told_apart_by_those_that_changed() -> None:
@@ -221,6 +225,36 @@ def test_what_is_all_right_before_training_needs_no_more_rows() -> None:
 def test_labels_that_the_rows_do_not_tell_are_said_to_be_so() -> None:
     found = scored([[1, 0] * 20, [1, 0] * 20], fitted_head=True, uninformative=True)
     assert "check what they are labelled with" in found.advice
+
+
+def test_labels_are_not_blamed_where_training_rows_were_not_learned() -> None:
+    right = [[1, 0] * 20, [1, 0] * 20]
+    flat = scored(right, FLAT, uninformative=True, informed="logistic regression on pixels")
+    assert "labelled" not in flat.advice and "base model" not in flat.advice
+    assert flat.advice == (
+        "The training loss hardly moved, from 2.000 to 2.000, so the rows were not learned, and "
+        "nothing can be said of their labels: try more steps, `training.epochs=12`, "
+        "`training.learning_rate=4.0e-03` (it was 1.0e-03), `training.batch_size=16`, as steps of few "
+        "rows are noisy, or let `luthier search` find what learns"
+    )
+    risen = scored(right, [2.0] * 20 + [9.0] * 20, uninformative=True)
+    assert "the rate is too high: try `training.learning_rate=2.5e-04`" in risen.advice
+    assert "labelled" in scored(right, uninformative=True).advice
+
+
+def test_only_a_run_that_learned_is_worth_a_refit() -> None:
+    up, same = [[1, 0] * 20, [1] * 40], [[1, 0] * 20, [1, 0] * 20]
+    assert scored(up).learned
+    assert not scored(up, uninformative=True).learned
+    failed = scored(same, FLAT)
+    assert not failed.learned
+    assert "Nothing was learned that a second training on all rows would add to" in failed.text
+    # Eight rows do not show what was learned of others, and forty do.
+    little = [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert scored([each * 2 for each in little]).learned
+    assert not scored([each * 2 for each in little], FLAT).learned
+    assert scored([[1] * 18 + [0] * 22, [1] * 19 + [0] * 21], fitted_head=True).learned
+    assert not scored([[1] * 18 + [0] * 22, [1] * 19 + [0] * 21]).learned
 
 
 def test_rows_that_a_baseline_tells_apart_are_not_blamed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ from luthier.engine.runs import (
     automatic_name,
 )
 from luthier.engine.sample_grids import SampleGrids
-from luthier.engine.verdict import Refit, judge_run
+from luthier.engine.verdict import Refit, RunVerdict, judge_run
 from luthier.errors import CorruptFile, RecipeError, RefusedInput, RowRefused
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
@@ -181,9 +181,11 @@ class Trainer:
             with self.clock.part("baselines"):
                 self.comparison = measure_tuned(network, objective, held, self.baselines, budget)
         learned = None
-        if self.job.refit_steps and progress.best_step:
+        if self.job.refit_steps and self._judge(lines).learned:
             network.close()
             network, learned, progress = self._refit(progress)
+        elif self.job.refit_steps and progress.best_step:
+            self.reporter.note("nothing is trained once more on all rows: nothing was learned")
         elif self.job.refit_steps:
             self.reporter.note("nothing is trained once more: the weights are those from before")
         result = self.store(network, progress, lines, learned)
@@ -205,27 +207,12 @@ class Trainer:
         """
         self.reporter.stage("Storing and verifying the model")
         final = self._with_threshold(learned or self.job, network)
-        counts, objective = self.job.data.counts, self.job.data.objective
+        counts = self.job.data.counts
         refit = None
         if learned is not None:
             held_out = counts["validation_rows"]
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
-        report = self.job.data.report
-        language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
-        informed = self.baselines.best_informative if self.baselines is not None else None
-        verdict = judge_run(
-            lines,
-            objective.measure,
-            self.recipe.training,
-            self.job.steps,
-            len(self.job.data.validation),
-            self.job.rows / (self.recipe.training.batch_size or 1),
-            self.fitted_head,
-            uninformative=self.comparison is not None and self.comparison.uninformative,
-            informed=informed.name if informed is not None else "",
-            other_base=language[0].closest_fix if language else "",
-            refit=refit,
-        )
+        verdict = self._judge(lines, refit)
         writer = ModelWriter(
             final,
             self.run_folder,
@@ -239,6 +226,25 @@ class Trainer:
         )
         with self.clock.part("store"):
             return writer.write(network)
+
+    def _judge(self, lines: Sequence[Mapping[str, Any]], refit: Refit | None = None) -> RunVerdict:
+        """What the measured training came to; ``refit`` is the one after it, if it was done."""
+        report = self.job.data.report
+        language = report.findings.examples.get(UNTRAINED.id) if report is not None else None
+        informed = self.baselines.best_informative if self.baselines is not None else None
+        return judge_run(
+            lines,
+            self.job.data.objective.measure,
+            self.recipe.training,
+            self.job.steps,
+            len(self.job.data.validation),
+            self.job.rows / (self.recipe.training.batch_size or 1),
+            self.fitted_head,
+            uninformative=self.comparison is not None and self.comparison.uninformative,
+            informed=informed.name if informed is not None else "",
+            other_base=language[0].closest_fix if language else "",
+            refit=refit,
+        )
 
     @torch.no_grad()
     def _with_threshold(self, job: TrainingJob, network: Network) -> TrainingJob:

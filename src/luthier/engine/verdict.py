@@ -44,6 +44,11 @@ LAST_PART = 0.6
 rate that falls to 0 makes the very end flat, whether there is more to learn or not."""
 RISEN = 0.1
 """Share of a loss by which it must end above its beginning to have risen."""
+LEARNED = 0.1
+"""Share of the first training losses that must be gone before rows that are not told apart put blame on
+their labels: a new head that only learns how often each label comes gains less."""
+SMALL_BATCH = 16
+"""Rows of a step below which a larger one is worth a try where nothing was learned."""
 FEW_ROWS, FEW_LOSSES = 30, 10
 """Held-out rows below which a score of them is rough; a loss is a mean over many tokens."""
 _HEADLINES: Mapping[Outcome, str] = {
@@ -114,6 +119,9 @@ class RunVerdict:
     """The same of the weights of that step."""
     last: dict[str, float]
     """The same after the last step."""
+    learned: bool = True
+    """Whether it is better than the weights it began with, and than to answer every row alike; where it
+    is not, nothing is refitted. Results of older runs do not say it."""
 
 
 def judge_run(
@@ -162,6 +170,7 @@ def judge_run(
             {},
             {},
             {},
+            learned=last_step > 0,
         )
     measure = deciding_measure(held, measure)
     start = _REGRESSION if fitted_head else _UNTRAINED
@@ -182,7 +191,9 @@ def judge_run(
             "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
             "check what they are labelled with"
         )
-        if informed:
+        if not fitted_head and not course.training_learned():
+            advice = course.advice_to_learn(training)
+        elif informed:
             advice = (
                 f"To answer every row alike is no worse, yet {informed} tells the rows apart: it is "
                 "the base model that does not know what they hold, such as their language. "
@@ -197,12 +208,18 @@ def judge_run(
         text += f". {held_out} only a rough measurement"
         more = "Give more rows to measure on: `data.validation=FILE`"
         advice = f"{more}. {advice}" if advice else more
+    gained = fitted_head or outcome not in ("hardly_learned", "worse")
+    # So few rows would not show it.
+    gained = gained or (0 < rows < FEW_ROWS and course.training_learned())
+    learned = kept > 0 and gained and not uninformative
     if refit is not None:
         text += f". {refit.text}"
     elif fitted_head and kept == 0 and training.refit:
         text += ". It did not learn from the held-out rows: only a head that trained on is refitted"
-    found = [_values(line, measure) for line in (course.first, course.kept, course.last)]
-    return RunVerdict(outcome, text, advice, kept, early, *found)
+    elif training.refit and not learned:
+        text += ". Nothing was learned that a second training on all rows would add to"
+    first, best, last = (_values(x, measure) for x in (course.first, course.kept, course.last))
+    return RunVerdict(outcome, text, advice, kept, early, first, best, last, learned)
 
 
 class _Course:
@@ -319,6 +336,36 @@ class _Course:
             f"{higher}, or let `luthier search` find one"
         )
 
+    def training_learned(self) -> bool:
+        """Whether the training loss clearly fell over the run."""
+        first, last = _ends(self.train)
+        return first - last > LEARNED * abs(first)
+
+    def advice_to_learn(self, training: Training) -> str:
+        """What to change where the training rows themselves were not learned."""
+        first, last = _ends(self.train)
+        rate = training.learning_rate or 0.0
+        moved = f"The training loss hardly moved, from {first:.3f} to {last:.3f}"
+        if self._risen(self.train):
+            lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
+            moved = f"The training loss rose from {first:.3f} to {last:.3f}"
+            return (
+                f"{moved}, so the rate is too high: try {lower}, or let `luthier search` find one"
+            )
+        longer = f"`training.epochs={4 * (training.epochs or 1):g}`"
+        if training.max_steps is not None or not training.epochs:
+            longer = f"`training.max_steps={4 * self.train[-1]['step']}`"
+        tries = [
+            f"more steps, {longer}",
+            f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})",
+        ]
+        if training.batch_size is not None and training.batch_size < SMALL_BATCH:
+            tries.append(f"`training.batch_size={SMALL_BATCH}`, as steps of few rows are noisy")
+        return (
+            f"{moved}, so the rows were not learned, and nothing can be said of their labels: try "
+            f"{', '.join(tries)}, or let `luthier search` find what learns"
+        )
+
     def _reward_advice(self, outcome: Outcome, lower: str) -> str:
         look = "Read what it wrote with `luthier samples`"
         if outcome == "hardly_learned":
@@ -367,10 +414,8 @@ class _Course:
 
     def _risen(self, lines: Sequence[Mapping[str, Any]]) -> bool:
         """Whether a loss ended above where it began, whatever it was in between."""
-        losses = [line["loss"] for line in lines]
-        part = max(1, len(losses) // 4)
-        first = statistics.fmean(losses[: min(part, 3)])
-        return statistics.fmean(losses[-part:]) > first + RISEN * abs(first)
+        first, last = _ends(lines)
+        return last > first + RISEN * abs(first)
 
     def _scores(self, line: Mapping[str, Any]) -> str:
         beside = metrics_beside(self.measure)
@@ -379,6 +424,13 @@ class _Course:
         if error := line.get(f"{self.measure}_error", 0.0):
             value += f" ± {error:.3f}"
         return f"{value} ({', '.join(texts)})" if texts else value
+
+
+def _ends(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """The mean loss of the first three lines, or fewer of few, and that of the last quarter."""
+    losses = [line["loss"] for line in lines]
+    part = max(1, len(losses) // 4)
+    return statistics.fmean(losses[: min(part, 3)]), statistics.fmean(losses[-part:])
 
 
 def _values(line: Mapping[str, Any], measure: str) -> dict[str, float]:
