@@ -87,7 +87,7 @@ def vae_scores(series: Series, folder: Path, seed: int) -> tuple[Scores, float, 
     asked = [{"window": values[max(0, n + 1 - LONGEST_WINDOW) : n + 1]} for n in range(len(values))]
     answers = [each["predicted"] for each in model.predict(asked)]
     scores = np.array([each["score"] for each in answers])
-    ordinary = scores[[not each["anomalous"] for each in answers]]
+    ordinary = scores[[each["anomalous"] is False for each in answers]]
     return scores, float(ordinary.max(initial=-np.inf)), seconds
 
 

@@ -288,7 +288,10 @@ def test_a_value_of_a_series_is_judged(server: Server) -> None:
     status, body = server.post("series/predictions", {"inputs": [{"window": w} for w in windows]})
     assert status == 200 and [*body["answers"][0]] == ["score", "anomalous"]
     for answer, known in zip(body["answers"], expected, strict=True):
+        assert answer["anomalous"] == known["predicted"]["anomalous"]
         assert answer["score"] == pytest.approx(known["predicted"]["score"], rel=1e-4)
+    assert body["answers"][0]["anomalous"] in (True, False)
+    assert body["answers"][1]["anomalous"] is None  # of 4 values of 48
     for wrong in ([], ["1"], [True], [1e200], [0.0] * 600, "1, 2"):
         status, error = server.post("series/predictions", {"inputs": [{"window": wrong}]})
         assert status == 400 and "inputs.0.window" in str(error), wrong

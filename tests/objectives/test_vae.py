@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.shapes import BareImage, BareWindow, LabelledImage
 from luthier.models.layouts import MediaLayout
@@ -108,8 +109,8 @@ def test_labels_are_passed_over() -> None:
     assert row.shape in VAE.further_shapes
 
 
-@torch.no_grad()
-def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
+def window_network(tmp_path: Path) -> tuple[Network, ChatFormat]:
+    """A network of windows of six values."""
     from luthier.data.processors import WindowProcessor, save_processor
     from luthier.models.build import build_media
 
@@ -118,7 +119,12 @@ def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
     save_processor(WindowProcessor(6), tmp_path)
     chat = load_chat_format(tmp_path)
     model = load_model(tmp_path, torch.float32, CPU, VAE().head())
-    network = as_network(model.eval(), CPU, torch.float32)
+    return as_network(model.eval(), CPU, torch.float32), chat
+
+
+@torch.no_grad()
+def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
+    network, chat = window_network(tmp_path)
     values = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
     rows = [
         BareWindow("f", n, Media("window", f"w[{n}]", array=each)) for n, each in enumerate(values)
@@ -134,6 +140,23 @@ def test_of_a_time_series_the_last_value_is_scored(tmp_path: Path) -> None:
     wanted = (copies - batch.plan)[:, 0, 0, -1].square() / (2 * 0.5**2)
     scores = [each["score"] for each in objective.predict(network, batch)]
     assert scores == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_windows_of_too_few_values_are_not_judged(tmp_path: Path) -> None:
+    network, chat = window_network(tmp_path)
+    series = np.random.default_rng(0).normal(size=20)
+    series[3] = 1e6  # its window is not whole
+    windows = [Media("window", f"w[{n}]", array=series[: n + 1]) for n in range(len(series))]
+    rows = [BareWindow("f", n, each) for n, each in enumerate(windows)]
+    objective = VAE(false_alarms=0.0).fit(rows, chat)
+    examples = [objective.encode(row, n, chat) for n, row in enumerate(rows)]
+    fitted = objective.with_threshold(network, examples, 100)
+    (batch,) = network.batches(examples, 100)
+    answers: list[Any] = fitted.predict(network, batch)
+    of_row = {example.row: each for example, each in zip(batch.tree.examples, answers, strict=True)}
+    assert [of_row[n]["anomalous"] for n in range(20)] == [None] * 5 + [False] * 15
+    assert fitted.threshold == max(of_row[n]["score"] for n in range(5, 20))
 
 
 @torch.no_grad()

@@ -101,8 +101,11 @@ def predict(
         print_written(len(rows), "rows", output)
         verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
         if verdicts:
-            above = f" (a score above {_threshold(predictor):.3f})"
-            print_text(f"{sum(verdicts):,} of them are anomalous{above}")
+            text = f"{verdicts.count(True):,} of them are anomalous"
+            text += f" (a score above {_threshold(predictor):.3f})"
+            if short := verdicts.count(None):
+                text += f"; {short:,} have too few values before them to be judged"
+            print_text(text)
 
 
 def _holds_rows(text: str) -> bool:

@@ -451,6 +451,10 @@ class WindowProcessor:
         scaled = ((window - window[:-1].mean()) / scale).clip(-LARGEST_DEVIATION, LARGEST_DEVIATION)
         return np.asarray(scaled[None, None], dtype=np.float32)
 
+    def fills(self, media: Media) -> bool:
+        """Whether there are so many values."""
+        return len(media.values()) >= self.length
+
     def fields(self) -> dict[str, Any]:
         """Contents of ``preprocessor_config.json``: a form of luthier's own."""
         return {"feature_extractor_type": "TimeSeriesWindow", "length": self.length}
@@ -520,6 +524,12 @@ class MediaInput:
     file: str = ""
     """Of its row."""
     line: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it fills what the network reads: the first windows of a series are mirrored to."""
+        processor = self.processor
+        return not isinstance(processor, WindowProcessor) or processor.fills(self.media)
 
     def array(self) -> NDArray[np.float32]:
         """``[C, H, W]``.

@@ -10,7 +10,8 @@ that mean one thing each, at the price of the copy (Higgins et al. 2017); it gro
 part of a run, as else the latents may stay unused (Bowman et al. 2016, arXiv:1511.06349, section 3.1).
 What is unlike the training images is copied badly and lies far from where they do: minus the bound at
 the mean is the anomaly score. Its threshold is the smallest that at most ``false_alarms`` of the
-held-out rows are above, fixed when training is over.
+held-out rows are above, fixed when training is over. Windows of a time series that have too few values
+are not judged.
 
 Left out: the Bernoulli likelihood, which is for pixels of 0 and 1.
 """
@@ -149,7 +150,8 @@ class VAE(Generative):
         """This objective with the score that at most :attr:`false_alarms` of ``examples`` are above."""
         if self.threshold is not None:
             return self
-        batches = network.batches(examples, budget)
+        whole = [example for example in examples if _is_whole(example)]
+        batches = network.batches(whole or examples, budget)
         scores = [score for batch in batches for score in self._scores(network, batch).tolist()]
         return self.model_copy(update={"threshold": draw_threshold(scores, self.false_alarms)})
 
@@ -164,11 +166,18 @@ class VAE(Generative):
         return self._copy_error(network, batch, mean_RZ) + divergence(mean_RZ, log_variance_RZ)
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: how odd it is, and whether that is too much."""
+        """For each row in the order of the tree: how odd it is, and whether that is too much.
+
+        A window of too few values is not judged: ``anomalous`` is ``None``.
+        """
         scores = self._scores(network, batch).tolist()
-        if self.threshold is None:  # a base model that was never trained
+        threshold = self.threshold
+        if threshold is None:  # a base model that was never trained
             return [{"score": score} for score in scores]
-        return [{"score": score, "anomalous": score > self.threshold} for score in scores]
+        return [
+            {"score": score, "anomalous": score > threshold if _is_whole(example) else None}
+            for score, example in zip(scores, batch.tree.examples, strict=True)
+        ]
 
     @property
     def sample_labels(self) -> tuple[str, ...]:
@@ -198,6 +207,10 @@ class VAE(Generative):
         share_S1 = torch.linspace(0, 1, steps, device=mean_2Z.device, dtype=mean_2Z.dtype)[:, None]
         images: Tensor = network.model.decode(torch.lerp(mean_2Z[:1], mean_2Z[1:], share_S1))
         return images
+
+
+def _is_whole(example: Example) -> bool:
+    return example.media is None or example.media.is_whole
 
 
 def divergence(mean_RZ: Tensor, log_variance_RZ: Tensor) -> Tensor:

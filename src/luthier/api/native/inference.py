@@ -41,7 +41,8 @@ class PredictionInput(Input):
     window: tuple[WindowValue, ...] | None = Field(
         default=None, min_length=1, max_length=LONGEST_WINDOW
     )
-    """Values of a time series in their order, the one that is judged last."""
+    """Values of a time series in their order, the one that is judged last. Of fewer than the model
+    reads the score alone is told, and ``anomalous`` is null."""
 
     @model_validator(mode="after")
     def _one(self) -> PredictionInput:
