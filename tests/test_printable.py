@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from luthier.printable import format_duration, one_line, printable, printable_json
+from luthier.printable import (
+    finite_or_none,
+    format_duration,
+    one_line,
+    printable,
+    printable_json,
+)
+from luthier.store.text import dump_storable
 
 HOSTILE = "key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\r\u2066\U000e0041"
 VISIBLE = r"key\x1b[2J\x1b]0;title\x07\x9b31m\u202ekcab\x00\x7f\x0d\u2066" + r"\U000e0041"
@@ -33,3 +40,14 @@ def test_forms() -> None:
 def test_durations_are_written_for_people() -> None:
     times = (45, 300, 3000, 11100)
     assert [format_duration(s) for s in times] == ["45 s", "5.0 min", "50 min", "3 h 05 min"]
+
+
+def test_numbers_that_json_has_no_word_for_are_null() -> None:
+    nan, inf = float("nan"), float("inf")
+    found = finite_or_none(
+        {"loss": nan, "all": [1, -inf, (2.5, {"x": inf})], "text": "nan", "n": True}
+    )
+    assert found == {"loss": None, "all": [1, None, [2.5, {"x": None}]], "text": "nan", "n": True}
+    assert dump_storable({"result": {"validation_losses": [nan, 1.5], "name": "a\0"}}) == (
+        '{"result": {"validation_losses": [null, 1.5], "name": "a\\ufffd"}}'
+    )

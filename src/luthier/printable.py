@@ -8,8 +8,10 @@ a report shows. How long something takes is written here, too.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
+from typing import Any
 
 _KEPT = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, and the joiners of emoji and scripts."""
@@ -35,6 +37,17 @@ def printable_json(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if _harmless(char) else _in_json(char) for char in text)
+
+
+def finite_or_none(value: Any) -> Any:
+    """A JSON value with ``None`` for each number that is not finite, which JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, list | tuple):
+        return [finite_or_none(each) for each in value]
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
+    return value
 
 
 def format_duration(seconds: float) -> str:

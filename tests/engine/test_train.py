@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -24,6 +25,7 @@ from luthier.engine import train
 from luthier.engine.runs import Result
 from luthier.errors import Diverged, RecipeError, UnknownModel
 from luthier.files import verify
+from luthier.objectives import Objective
 from luthier.recipe import Recipe
 from luthier.store.models import chat_format, find
 
@@ -157,6 +159,30 @@ def test_a_loss_that_is_no_number_ends_the_run(
     with pytest.raises(Diverged, match="Lower the learning rate") as caught:
         train.train(recipe(training, adaptation="full"))
     assert caught.value.exit_code == 1
+    assert not [name for name in files_in(luthier_home) if name.startswith("models")]
+
+
+@pytest.mark.parametrize(
+    ("measured", "words"), [(1, "even before the first step"), (2, "after step 2. Low")]
+)
+def test_validation_rows_that_are_measured_to_no_number_end_the_run(
+    recipe: Callable[..., Recipe],
+    luthier_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: int,
+    words: str,
+) -> None:
+    losses = [*[2.0] * (measured - 1), math.nan]
+    monkeypatch.setattr(
+        Objective,
+        "validation_metrics",
+        lambda *arguments: {"loss": losses.pop(0), "margin": math.inf},
+    )
+    rows = [{"prompt": f"say {n}", "completion": "yes"} for n in range(4)]
+    held = write_rows(luthier_home.parent / "held.jsonl", rows)
+    data = {"train": str(recipe().data.train), "validation": str(held)}
+    with pytest.raises(Diverged, match=words):
+        train.train(recipe({"max_steps": 2, "evaluate_every": 2}, data=data))
     assert not [name for name in files_in(luthier_home) if name.startswith("models")]
 
 

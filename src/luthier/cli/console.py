@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
-from luthier.printable import one_line, printable, printable_json
+from luthier.printable import finite_or_none, one_line, printable, printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,8 +56,9 @@ class CommandGroup(typer.Typer):
 
 
 def print_json(value: Any) -> None:
-    """The one object a command prints with ``--json``."""
-    sys.stdout.write(printable_json(json.dumps(value, ensure_ascii=False)) + "\n")
+    """The one object a command prints with ``--json``; a number that is not finite is null."""
+    text = json.dumps(finite_or_none(value), ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(printable_json(text) + "\n")
     sys.stdout.flush()
 
 

@@ -289,6 +289,8 @@ class Loop:
         self.network.model.eval()
         found = self.objective.validation_metrics(self.network, self.validation, self.budget)
         progress = self.progress
+        if not all(math.isfinite(found[name]) for name in {"loss", self.objective.measure}):
+            raise Diverged(self._no_number())
         progress.validation_loss = found["loss"]
         measure = deciding_measure([*self.measured, found], self.objective.measure)
         before = min((cost_of(line, measure) for line in self.measured), default=math.inf)
@@ -302,6 +304,20 @@ class Loop:
         progress.worse = 0 if gained else progress.worse + 1
         self.record("validation", **found, best=progress.best_loss, best_step=progress.best_step)
 
+    def _no_number(self) -> str:
+        """What to do where validation rows are measured to no finite number."""
+        step = self.progress.step
+        if step == 0:
+            return (
+                "what is measured on the validation rows is no finite number even before the first "
+                "step: look for targets that are out of all proportion among them, or compute with "
+                "more digits by `training.precision=float32`"
+            )
+        return (
+            f"what is measured on the validation rows is no finite number after step {step}. Lower the "
+            f"learning rate (it was {self.rate:g} at its highest)."
+        )
+
     def _advise(self) -> None:
         """Tell people what the objective makes of the course so far, where that is something new."""
         if self.progress.step % ADVICE_EVERY or not isinstance(self.objective, SupportsRollouts):
@@ -314,7 +330,9 @@ class Loop:
 
     def record(self, event: str, **values: Any) -> None:
         """Add a line to the metrics and tell the reporter."""
-        line = {"event": event, "step": self._run_step, **values}
+        # JSON has no word for a number that is not finite, such as a mean of no rows.
+        known = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        line = {"event": event, "step": self._run_step, **known}
         if self.objective.measure in line:
             line["measure"] = self.objective.measure
         line["memory_bytes"] = peak_memory()

@@ -6,7 +6,6 @@ numbers. The reporter knows what was written before, and leaves it out.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import SCORES, Reporter
+from luthier.printable import finite_or_none
 from luthier.setting_names import without_commands
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobDetails, JobEvent, JobPart, JobProgress
@@ -167,7 +167,6 @@ def copy_event(event: JobEvent) -> JobEvent:
 
 
 def _plain(value: Any) -> Any:
-    """A number or text ready for JSON, which has no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    """A number or text ready for JSON."""
+    known = isinstance(value, (bool, int, float, str, type(None)))
+    return finite_or_none(value) if known else str(value)

@@ -42,6 +42,8 @@ def files(
     if losses:
         yield f"{top}/{_VALIDATION}/validation/validation_metrics.csv", validation_csv(lines, epoch)
     for number, loss in enumerate(losses if len(losses) > 1 else (), 1):
+        if loss is None:
+            continue
         last = {"event": "validation", "step": result["steps"], "loss": loss}
         name = f"{top}/{_VALIDATION}/validation-{number}/validation_metrics.csv"
         yield name, validation_csv([last], epoch)

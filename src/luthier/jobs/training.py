@@ -37,6 +37,7 @@ from luthier.jobs.folders import JobFolders, run_name, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
 from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
+from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
@@ -278,7 +279,7 @@ def recipe_fields(job: Job, data: JobData) -> dict[str, Any]:
 
 def _validation_losses(
     model: StoredModel, job: Job, data: JobData, together: float | None
-) -> list[float]:
+) -> list[float | None]:
     """One for each validator, in their order; ``together`` is what the run measured on all of them."""
     if len(data.validators) < 2:
         return [together] if data.validators and together is not None else []
@@ -301,4 +302,4 @@ def _validation_losses(
         rows = DataSpec.model_validate({**fields, "train": data.validator(number)})
         examples = prepare(rows, objective, chat, models.room_of(model), 0).train
         losses.append(objective.validation_metrics(network, examples, VALIDATION_TOKENS)["loss"])
-    return losses
+    return [finite_or_none(loss) for loss in losses]

@@ -237,7 +237,11 @@ class Perplexity:
     def plain(self) -> dict[str, Any]:
         """All of it, with what compares models of different tokenizers: bits for each character."""
         bits = self.loss * self.tokens / math.log(2) / max(1, self.characters)
-        scores = {"perplexity": math.exp(self.loss), "loss": self.loss, "bits_per_character": bits}
+        scores = {
+            "perplexity": math.exp(min(self.loss, 700.0)),
+            "loss": self.loss,
+            "bits_per_character": bits,
+        }
         return {"scores": scores, "tokens": self.tokens}
 
 

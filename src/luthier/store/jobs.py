@@ -63,8 +63,8 @@ class JobProgress(TypedDict):
 
     step: int
     steps: int
-    loss: float | str | None
-    """Of that step; a text where it is no finite number."""
+    loss: float | None
+    """Of that step."""
     estimated_finish: NotRequired[str]
     """A moment in ISO 8601; from the second step of a worker on."""
 
@@ -79,8 +79,8 @@ class JobResult(TypedDict):
     """Trained on, over all epochs."""
     train_loss: float
     """Of the last step."""
-    validation_losses: list[float]
-    """One for each validator, in their order."""
+    validation_losses: list[float | None]
+    """One for each validator, in their order; null where it is no finite number."""
 
 
 class JobDetails(TypedDict, total=False):

@@ -1,4 +1,6 @@
-"""Text as both databases keep it: PostgreSQL has no U+0000, and neither has halves of surrogate pairs.
+"""Text and JSON as both databases keep them.
+
+PostgreSQL has no U+0000, no halves of surrogate pairs, and in JSON no numbers that are not finite.
 
 What clients send is refused where it comes in (``luthier.api.http.messages``); what the service itself
 writes down, such as a message that quotes a row, is made storable.
@@ -9,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 from typing import Any
+
+from luthier.printable import finite_or_none
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
@@ -29,8 +33,11 @@ def storable(text: str) -> str:
 
 
 def dump_storable(value: Any) -> str:
-    """``value`` as JSON that both databases take."""
-    text = json.dumps(value)
+    """``value`` as JSON that both databases take: what is no finite number is null."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        return dump_storable(finite_or_none(value))
     # Nearly no value needs the second look, and pairs that are whole pass it unchanged.
     return json.dumps(storable_value(value)) if _ESCAPED.search(text) else text
 
