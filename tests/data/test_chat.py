@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, Encoded, TemplateSettings
+from luthier.data.media import PLURAL
+from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
-from luthier.errors import RecipeError
+from luthier.data.shapes import InputKind
+from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message
 
 PROPERTY = settings(max_examples=80, deadline=None, database=None)
@@ -357,3 +360,24 @@ def test_a_tokenizer_that_panics_is_an_error_like_others(tokenizer: Any) -> None
         chat.encode_text(text)
     with pytest.raises(RecipeError, match="cannot take this text"):
         chat.encode_whole(text)
+
+
+@pytest.mark.parametrize("wanted", ["text", "image", "audio", "window"])
+def test_rows_that_a_base_does_not_read_are_refused_in_one_wording(
+    wanted: InputKind, tokenizer: Any
+) -> None:
+    images, sounds = ImageProcessor(8, 8, (0.5,) * 3, (0.5,) * 3), AudioProcessor()
+    for chat, reads in (
+        (ChatFormat.of(tokenizer), ("text",)),
+        (ChatFormat.of(tokenizer, media=images), ("image", "text")),
+        (ChatFormat.of(tokenizer, start_id=1, media=images), ("image",)),
+        (ChatFormat.reading(sounds), ("audio",)),
+    ):
+        assert chat.reads == reads[0]
+        if wanted in reads:
+            chat.check_reads(wanted)
+            continue
+        words = f"{' and '.join(PLURAL[each] for each in reads)}, and the rows are {PLURAL[wanted]}"
+        with pytest.raises(RowRefused, match=f"this base reads {words}") as refused:
+            chat.check_reads(wanted)
+        assert refused.value.rule == "media.base"

@@ -212,8 +212,8 @@ def test_features_that_are_computed_once_train_the_same_head(
     ("data", "words"),
     [
         ({"sampling_rate": 8000}, "reads sounds"),
-        ({"augmentation": {"masks": 1}}, "audio"),
-        ({"augmentation": {"swap": 0.1}}, "text"),
+        ({"augmentation": {"masks": 1}}, "settings for sounds"),
+        ({"augmentation": {"swap": 0.1}}, "settings for texts"),
     ],
 )
 def test_settings_of_other_rows_are_refused(

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from types import FunctionType
 
 import pytest
 import torch
@@ -81,3 +83,19 @@ def test_a_full_gpu_is_no_fault_of_a_configuration() -> None:
         raise RuntimeError("no such size")
     with pytest.raises(torch.OutOfMemoryError), refuse_configuration(UnknownModel, "no network"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["transformers.models.odd", "luthier.models.nets.odd"])
+def test_what_interprets_a_configuration_is_refused_for_its_errors(place: str) -> None:
+    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+        _function_of(place)()
+
+
+def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
+    with pytest.raises(TypeError), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.load")()
+
+
+def _function_of(module: str) -> Callable[[], object]:
+    """One of that module that raises a TypeError."""
+    return FunctionType((lambda: len(5)).__code__, {"__name__": module, "len": len})  # type: ignore[arg-type]

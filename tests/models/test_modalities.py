@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, ViTConfig, ViTModel
 
 from luthier.errors import RecipeError
 from luthier.models.modalities import (
@@ -11,6 +12,7 @@ from luthier.models.modalities import (
     is_dual_encoder,
     media_config,
     reads_sound,
+    run_media,
     text_config,
 )
 
@@ -43,3 +45,17 @@ def test_context_length(key: str) -> None:
     )
     with pytest.raises(RecipeError, match="context length"):
         context_length({key: None})
+
+
+def test_the_image_size_is_named_only_where_it_is_another_than_the_networks() -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_attention_heads": 1}
+    vit = ViTModel(ViTConfig(num_hidden_layers=1, intermediate_size=8, **sizes))
+    with pytest.raises(RecipeError, match=r"Leave data\.image_size out"):
+        run_media(vit, torch.zeros(1, 3, 24, 24))
+
+    def fail(**_: object) -> None:
+        raise ValueError("something else")
+
+    vit.forward = fail
+    with pytest.raises(ValueError, match="something else"):
+        run_media(vit, torch.zeros(1, 3, 16, 16))

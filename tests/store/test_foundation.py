@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from luthier.errors import UnknownModel
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.kinds import KINDS, sole_objective
@@ -71,3 +73,12 @@ def test_rows_decide_where_a_network_may_learn_several_things() -> None:
         "denoising": "diffusion", "image_to_text": "image_to_text",
     }  # fmt: skip
     assert sole_objective("sequence_classification") is None and sole_objective(None) is None
+
+
+def test_a_kind_that_is_not_known_is_refused_and_not_offered(luthier_home: Path) -> None:
+    write_json(base_folder("odd") / MANIFEST, {"id": "odd", "kind": "oracle"})
+    assert foundation_model("odd") is None
+    with pytest.raises(UnknownModel, match="no kind of base models called 'oracle'"):
+        objective_of(find("odd"))
+    with pytest.raises(UnknownModel, match="'oracle'"):
+        replace(CATALOG[ALIAS], kind="oracle")

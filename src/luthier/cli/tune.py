@@ -95,14 +95,12 @@ def tune(
 def print_result(result: Result) -> None:
     """What a finished run came to, and what to type next."""
     from luthier.data.media import PLURAL
-    from luthier.data.processors import read_processor
     from luthier.engine.runs import GRIDS
     from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
     from luthier.store.models import chat_format, find, objective_of
 
     stored = find(result.model_id)
-    objective, media = objective_of(stored), read_processor(stored.folder)
-    reads = media.kind if media else "text"
+    objective, chat = objective_of(stored), chat_format(stored)
     # The picture of the loss has the scores, too; that of rewards is one of its own.
     curve = "reward" if objective.measure == "reward" else "loss"
     held = ""
@@ -111,7 +109,9 @@ def print_result(result: Result) -> None:
     out = new_console(highlight=False, soft_wrap=True)
     out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
-    read = f"{result.rows_seen:,} {PLURAL[reads]}" if media else f"{result.tokens:,} tokens"
+    read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
+    if chat.reads == "text":
+        read = f"{result.tokens:,} tokens"
     out.print(
         f"  {steps}, {read} in {result.seconds:.0f} s; "
         f"loss {result.train_loss:.4f}{f', validation {held}' if held else ''}; "
@@ -133,11 +133,11 @@ def print_result(result: Result) -> None:
             "image": "photo.png",
             "audio": "sound.wav",
             "window": "--input series.csv --output scores.jsonl",
-        }.get(reads, '"some text"')
+        }.get(chat.reads, '"some text"')
         use = f"predict {result.model_id} {asked}"
         if objective.task == "embedding":
             use = f"nearest {result.model_id} DATA {asked}"
-            if media and chat_format(stored).has_tokenizer:
+            if chat.reads != "text" and chat.has_tokenizer:
                 use += f'\n              luthier nearest {result.model_id} DATA "some text"'
     elif isinstance(objective, SupportsSampling):
         use = f"sample {result.model_id} --output samples.png"

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
+from luthier.data.media import PLURAL
 from luthier.data.parsing import quote
 from luthier.data.processors import (
     AudioProcessor,
@@ -27,9 +28,8 @@ from luthier.data.processors import (
     ImageProcessor,
     MediaInput,
     Processor,
-    check_kind,
 )
-from luthier.data.shapes import MediaRow
+from luthier.data.shapes import InputKind, MediaRow
 from luthier.data.tools import (
     describe_tool,
     in_words,
@@ -157,6 +157,28 @@ class ChatFormat:
         """Whether there is a tokenizer; of networks that read media, those that write have one."""
         return not isinstance(self.tokenizer, NoTokenizer)
 
+    @property
+    def reads(self) -> InputKind:
+        """What the network is made to read."""
+        return "text" if self.media is None else self.media.kind
+
+    def check_reads(self, kind: InputKind) -> None:
+        """Refuse rows of a kind that the network does not read.
+
+        Raises:
+            RowRefused: saying what it reads.
+        """
+        able = [self.reads]
+        if self.has_tokenizer and self.start_id is None and self.media is not None:
+            able.append("text")  # a CLIP reads both
+        if kind not in able:
+            base = " and ".join(PLURAL[each] for each in able)
+            raise RowRefused(
+                "media.base",
+                f"this base reads {base}, and the rows are {PLURAL[kind]}.",
+                f"Name a base that reads {PLURAL[kind]}; `luthier models list` shows what each reads.",
+            )
+
     def encode_input(self, row: Row, index: int) -> Example:
         """What the network reads of a row as a whole, of weight 1 in all: its text, image or sound.
 
@@ -179,8 +201,9 @@ class ChatFormat:
         Raises:
             RowRefused: where it reads no such rows.
         """
-        processor = check_kind(row.media, self.media)
-        return MediaInput(row.media, processor, file=row.file, line=row.line)
+        self.check_reads(row.media.kind)
+        assert self.media is not None
+        return MediaInput(row.media, self.media, file=row.file, line=row.line)
 
     def with_image_size(self, size: int) -> ChatFormat:
         """The same for images of another size.

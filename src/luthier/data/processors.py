@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, PLURAL, SINGULAR, MediaKind
+from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, MediaKind
 from luthier.errors import CorruptFile, RowRefused, UnknownModel
 from luthier.files import read_json, write_json
 
@@ -543,17 +543,3 @@ class MediaInput:
             place = f"row {self.line} of {self.file} ({self.media.name})"
             raise RowRefused(bad.rule, bad.message, bad.fix, place) from bad
         return array if self.mixture is None else self.mixture.over(array)
-
-
-def check_kind(media: Media, processor: Processor | None) -> Processor:
-    """The processor, where it reads such rows."""
-    if processor is None or processor.kind != media.kind:
-        reads = PLURAL["text" if processor is None else processor.kind]
-        article = "an" if media.kind == "image" else "a"
-        wanted = PLURAL[media.kind]
-        raise RowRefused(
-            "media.base",
-            f"this base reads {reads}, and the row is {article} {SINGULAR[media.kind]}.",
-            f"Name a base that reads {wanted}; `luthier models list` shows what each reads.",
-        )
-    return processor

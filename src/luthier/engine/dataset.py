@@ -20,7 +20,7 @@ from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, rea
 from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
-from luthier.errors import DataError, Problem, RecipeError, RowRefused
+from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
 from luthier.files import sha256_of
 from luthier.gate.encode import RowEncoder, check_shapes
@@ -104,7 +104,10 @@ def prepare(
         )
     check_base(objective, chat)
     check_shapes(rows, held, [*chain(*further)], objective, chat)
-    _check_reads(rows[0], chat)
+    try:
+        chat.check_reads(SHAPES[rows[0].shape].reads)  # once, where else each row would be refused
+    except RowRefused as bad:
+        raise DataError([bad.at(rows[0].file, rows[0].line)]) from bad
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
@@ -271,27 +274,11 @@ def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
     ]
 
 
-def _check_reads(row: Row, chat: ChatFormat) -> None:
-    """Refuse rows that the base cannot read once, where else each of them would be refused."""
-    reads = SHAPES[row.shape].reads
-    able: set[str] = {chat.media.kind} if chat.media else {"text"}
-    if chat.has_tokenizer and chat.start_id is None:
-        able.add("text")  # a CLIP reads both
-    if reads not in able:
-        base = " and ".join(PLURAL[kind] for kind in sorted(able))
-        message = f"this base reads {base}, and the rows are {PLURAL[reads]}."
-        fix = (
-            f"Name a base that reads {PLURAL[reads]}; `luthier models list` shows what each reads."
-        )
-        raise DataError([Problem(row.file, row.line, "media.base", message, fix)])
-
-
 def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: ChatFormat) -> None:
-    kind = chat.media.kind if chat.media else "text"
-    if other := sorted(augmentation.kinds - {kind}):
+    if other := sorted(augmentation.kinds - {chat.reads}):
         raise RecipeError(
-            f"data.augmentation has settings for {' and '.join(other)}, and this base model reads "
-            f"{kind}. Leave them out"
+            f"data.augmentation has settings for {' and '.join(PLURAL[kind] for kind in other)}, and "
+            f"this base model reads {PLURAL[chat.reads]}. Leave them out"
         )
     if not objective.allows_augmentation:
         able = [name for name, kind in OBJECTIVES.items() if kind.allows_augmentation]
@@ -304,7 +291,7 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
             "data.augmentation.mixup_alpha and cutmix_alpha mix labels with images, and objective "
             f"{objective.method} learns no labels that way. They go with classification; leave them out"
         )
-    if kind == "text" and not chat.tokenizer.is_fast:
+    if chat.reads == "text" and not chat.tokenizer.is_fast:
         raise RecipeError(
             "data.augmentation moves whole words, and this model's tokenizer does not say which tokens "
             "make a word. Leave it out here"

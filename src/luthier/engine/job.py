@@ -338,7 +338,7 @@ def resolve_job(
         if chat.media is not None:
             budget, reason = (
                 min(budget, MOST_IMAGES),
-                f"{PLURAL[chat.media.kind]} at once; more is no faster",
+                f"{PLURAL[chat.reads]} at once; more is no faster",
             )
         if began_with is not None:
             budget, reason = began_with, "as when the run began"

@@ -55,7 +55,8 @@ def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
     """Turn what libraries raise on configurations that describe no network into ``refusal``.
 
     They check little of a configuration and end where they first compute with what is wrong, so the
-    errors are of every kind.
+    errors are of every kind. An error of programming that starts in code of luthier which does not
+    interpret configurations is no fault of one, and stays as it is.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -68,8 +69,24 @@ def refuse_configuration(refusal: type[RefusedInput], message: str) -> Iterator[
         ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
         RuntimeError, StrictDataclassError, TypeError, ValueError,
     ) as error:  # fmt: skip
+        if isinstance(error, _PROGRAMMING) and _starts_in_own_code(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise refusal(f"{message}: {reason[:400]}") from error
+
+
+_PROGRAMMING = (AssertionError, AttributeError, LookupError, TypeError)
+_INTERPRET = ("luthier.models.nets", "luthier.models.modalities", "luthier.models.heads")
+"""Modules of luthier in which a wrong value of a configuration can show first."""
+
+
+def _starts_in_own_code(error: BaseException) -> bool:
+    """Whether code of luthier raised ``error`` that does not interpret configurations."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = str(frame.tb_frame.f_globals.get("__name__")) if frame is not None else ""
+    return module.startswith("luthier.") and not module.startswith(_INTERPRET)
 
 
 @contextmanager

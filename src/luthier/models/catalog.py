@@ -38,6 +38,7 @@ from luthier.files import (
     sweep,
 )
 from luthier.models.heads import Task
+from luthier.models.kinds import base_kind
 from luthier.models.manifest import MANIFEST, RANDOM, Manifest
 from luthier.plugins import PluginTable
 
@@ -180,6 +181,10 @@ class CatalogEntry:
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
     media: MediaKind | None = None
     """What it reads in place of texts; a decoder behind it may write some."""
+
+    def __post_init__(self) -> None:
+        """Refuse an entry of a kind that there is not, by :class:`UnknownModel`."""
+        base_kind(self.kind)
 
     def manifest(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from luthier.errors import UnknownModel
 from luthier.files import read_json
 from luthier.models.pipelines import MODEL_TYPE, is_pipeline
 
@@ -41,8 +42,26 @@ KINDS = {
 """By the task of the head of a base model, or by what it encodes: an ``encoder`` texts."""
 
 
+def base_kind(name: str | None) -> BaseKind:
+    """The kind called ``name``; without one, as in the folders of other tools, a model that writes.
+
+    Raises:
+        UnknownModel: for a name that is no kind.
+    """
+    if name is None:
+        return KINDS["causal_lm"]
+    if name not in KINDS:
+        raise UnknownModel(
+            f"there is no kind of base models called {name!r}; there are {', '.join(KINDS)}"
+        )
+    return KINDS[name]
+
+
 def sole_objective(kind: str | None) -> str | None:
-    """The method that networks of a kind are made for, where they learn by no other; else ``None``."""
+    """The method that networks of a kind are made for, where they learn by no other; else ``None``.
+
+    The kind of a custom model is the task it was trained for, from which it can go on to others.
+    """
     known = KINDS.get(kind or "")
     return None if known is None or known.rows_decide else known.objective
 

@@ -108,11 +108,13 @@ def run_media(model: Any, arrays: Tensor, **texts: Tensor) -> Any:
     """What ``model`` makes of arrays ``[R, C, H, W]``, with the texts that are read beside them.
 
     Raises:
-        RecipeError: for a network with positions, and images of another size than they are for.
+        RecipeError: for images of another size than the network is made for, where it reads no other.
     """
     try:
         return model(**media_inputs(model, arrays), **texts)
     except ValueError as error:
+        if reads_sound(model.config) or tuple(arrays.shape[1:]) == input_shape(model.config):
+            raise
         raise RecipeError(f"{str(error).rstrip('.')}. Leave data.image_size out") from error
 
 

@@ -339,14 +339,13 @@ def check_base(objective: Objective, chat: ChatFormat) -> None:
     Raises:
         RecipeError: with the reason, and what to use.
     """
-    reads = chat.media.kind if chat.media else "text"
     shapes = objective.shapes | objective.further_shapes
     known = {SHAPES[shape].reads for shape in shapes if shape in SHAPES}
-    if known and reads not in known:
+    if known and chat.reads not in known:
         learned = " and ".join(PLURAL[kind] for kind in sorted(known))
         raise RecipeError(
-            f"this base model reads {PLURAL[reads]}, and the objective learns from {learned}. Choose "
-            f"another objective than {objective.method}, or a base that reads such rows "
+            f"this base model reads {PLURAL[chat.reads]}, and the objective learns from {learned}. "
+            f"Choose another objective than {objective.method}, or a base that reads such rows "
             "(`luthier models list`)"
         )
     objective.check(chat)

@@ -62,12 +62,11 @@ class Generative(Objective):
 
     def check_model(self, name: str, other: ChatFormat, chat: ChatFormat) -> None:
         """It must read images, and so must the network."""
-        for media in (other.media, chat.media):
-            if not isinstance(media, ImageProcessor):
-                reads = PLURAL["text" if media is None else media.kind]
+        for each in (other, chat):
+            if each.reads != "image":
                 raise RecipeError(
                     "objective.feature_model compares images, and one of both networks reads "
-                    f"{reads}; leave it out"
+                    f"{PLURAL[each.reads]}; leave it out"
                 )
 
     def validation_metrics(

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.data.shapes import CaptionedImage, MediaRow
-from luthier.errors import RecipeError, RowRefused
+from luthier.data.shapes import SHAPES, CaptionedImage, MediaRow
+from luthier.errors import RecipeError
 from luthier.evaluation.transcription import character_errors, word_errors
 from luthier.files import read_json
 from luthier.models.heads import Task
@@ -115,8 +115,8 @@ class ImageToText(Objective):
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The image, and the tokens of its text; of an image alone, what the decoder starts from."""
-        if not isinstance(row, MediaRow):
-            raise RowRefused("media.base", "this base reads images.", "Give the row an image.")
+        chat.check_reads(SHAPES[row.shape].reads)
+        assert isinstance(row, MediaRow)
         media = chat.media_input(row)
         ids_T = np.array([chat.start_id], dtype=np.int64)
         if isinstance(row, CaptionedImage):

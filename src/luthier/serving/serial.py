@@ -151,8 +151,8 @@ class SerialModel:
         if not isinstance(objective, SupportsPrediction) and makes:
             return SerialModel(None, ImageGenerator.open(stored, THIS_MODEL), limits, scheduler)
         predictor = Predictor.open(stored, serving_format(stored))
-        generator, media = None, predictor.chat.media
-        if makes and media is not None and media.kind == "image":
+        generator = None
+        if makes and predictor.chat.reads == "image":
             generator = ImageGenerator(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
@@ -173,8 +173,7 @@ class SerialModel:
         """What it does, behind "This model"."""
         does = []
         if self._predictor is not None:
-            kind = self._chat.media.kind if self._chat.media else "text"
-            does.append(f"reads {PLURAL[kind]}")
+            does.append(f"reads {PLURAL[self._chat.reads]}")
         if isinstance(self._generator and self._generator.objective, SupportsSampling):
             does.append("makes images")
         return " and ".join(does)
@@ -309,7 +308,7 @@ class SerialModel:
     def _row(self, given: ModelInput, line: int) -> Row:
         if isinstance(given, str):
             return RawText("", line, given)
-        if self._chat.media is None or self._chat.media.kind != given.kind:
+        if given.kind != self._chat.reads:
             raise InferenceRefused(
                 f"This model {self.purpose}, and no {PLURAL[given.kind]}.", "input"
             )

@@ -57,7 +57,7 @@ class FoundationModel:
         """What goes in and what comes out, as Bedrock calls it; empty where it has no word."""
         if self.reads_windows:
             return "", ""
-        return KINDS.get(self.kind, KINDS["encoder"]).modalities
+        return KINDS[self.kind].modalities
 
 
 def foundation_models() -> list[FoundationModel]:
@@ -110,7 +110,9 @@ def _catalog_models() -> list[FoundationModel]:
 
 
 def _pretrained_here() -> list[FoundationModel]:
-    return [_made_here(model.id, model.manifest) for model in pretrained_models()]
+    # A record that another version of luthier wrote may name a kind that this one cannot use.
+    known = [each for each in pretrained_models() if (each.manifest.kind or "causal_lm") in KINDS]
+    return [_made_here(each.id, each.manifest) for each in known]
 
 
 def _made_here(base: str, manifest: Manifest) -> FoundationModel:

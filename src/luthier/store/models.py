@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
 from luthier.models.catalog import CATALOG, download_from_hub, pull
-from luthier.models.kinds import KINDS, kind_of_network
+from luthier.models.kinds import base_kind, kind_of_network
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat
 from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
@@ -260,8 +260,7 @@ def objective_of(model: StoredModel) -> Objective:
 
     fields = model.manifest.objective
     if fields is None:
-        kind = KINDS.get(model.kind or "causal_lm", KINDS["causal_lm"])
-        objective = OBJECTIVES[kind.objective].model_validate({})
+        objective = OBJECTIVES[base_kind(model.kind).objective].model_validate({})
         # A pipeline says itself how it makes images.
         return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
     return _method(OBJECTIVES, fields, model).model_validate(fields)
