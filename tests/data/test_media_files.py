@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from luthier.data import media_files
 from luthier.data.media import Media
 from luthier.data.media_files import MOST_MEMBERS
 from luthier.data.rows import input_row, read_rows
@@ -146,6 +147,21 @@ def test_a_folder_that_holds_all_others_of_an_archive_is_no_label(tmp_path: Path
     assert sorted(map(str, labels_of(path).values())) == ["cat", "dog"]
     one = pack(tmp_path / "b.zip", "cat/1.png", "cat/2.png")
     assert set(labels_of(one).values()) == {"cat"}
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.npz", "without"])
+def test_members_are_counted_before_an_object_is_made_of_each(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pack(tmp_path / name, *(f"cat/{number}.png" for number in range(6)))
+    made, make = list[str](), zipfile.ZipInfo
+    monkeypatch.setattr(zipfile, "ZipInfo", lambda name: (made.append(name), make(name))[1])
+    monkeypatch.setattr(media_files, "MOST_MEMBERS", 5)
+    with pytest.raises(DataError) as refused:
+        read_rows(path)
+    (problem,) = refused.value.problems
+    assert problem.rule == "file.damaged" and "at most 5 are read" in problem.message
+    assert not made
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from luthier.data.processors import (
     AudioProcessor,
     ImageProcessor,
     Processor,
+    ResizedImages,
     read_processor,
     resample,
     save_processor,
@@ -161,6 +162,32 @@ def test_a_file_that_was_written_again_is_read_again(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), (level,) * 3).save(path)
         os.utime(path, ns=(number, number))
         assert processor.array(Media("image", "a", path)).max() == level / 255
+
+
+def test_resized_images_of_the_size_in_use_stay_and_those_of_another_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [Media("image", str(n), str(tmp_path / f"{n}.png")) for n in range(4)]
+    for media in images:
+        Image.new("RGB", (4, 4)).save(str(media.path))
+    small, large = (ImageProcessor(size, size) for size in (4, 8))
+    resized, kept = list[tuple[int, str]](), ResizedImages(3 * 4 * 4 * 3)
+    resize = ImageProcessor.resize
+    monkeypatch.setattr(
+        ImageProcessor,
+        "resize",
+        lambda self, media: (resized.append((self.height, media.name)), resize(self, media))[1],
+    )
+    for _ in range(2):
+        for media in images:
+            kept.resize(small, media)
+    # Three of them fit; the fourth is resized each time, and takes nobody's place.
+    assert resized == [(4, "0"), (4, "1"), (4, "2"), (4, "3"), (4, "3")]
+    assert kept.bytes == 3 * 4 * 4 * 3
+    resized.clear()
+    for processor in (large, large, small):
+        assert kept.resize(processor, images[0]).shape == (processor.height, processor.height, 3)
+    assert resized == [(8, "0"), (8, "0"), (4, "0")] and kept.bytes == 4 * 4 * 3
 
 
 SAMPLES = np.random.default_rng(1).standard_normal(8000).astype(np.float32) * 0.1

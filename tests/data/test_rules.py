@@ -11,12 +11,12 @@ from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
 from luthier.data import (
+    chat,
     containers,
     documents,
     fields,
     media_files,
     parsing,
-    processors,
     read,
     rows,
     s3,
@@ -54,6 +54,7 @@ def test_paths_that_cannot_be_read_are_data_errors(folder: Path) -> None:
 def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
     used = set()
     modules = (
+        chat,
         read,
         rows,
         containers,
@@ -61,7 +62,6 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         fields,
         media_files,
         parsing,
-        processors,
         s3,
         shapes,
         sources,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data import parsing
+from luthier.data import parsing, tables
 from luthier.data.read import read_records
 from luthier.data.rows import load_rows
 from luthier.data.rules import RULES
@@ -249,6 +249,37 @@ def test_parquet_of_one_long_text_in_every_row_is_refused_before_it_fills_the_me
     found, problems = read(path)
     assert [p.rule for p in problems] == ["file.too_large"] and len(found) < 3_000
     assert "take more than 268,435,456 letters" in problems[0].message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["x" * 50_000] * 300, "texts of the file"),
+        ([[{"role": "user", "content": "x" * 50_000}]] * 300, "texts of the file"),
+        ([["x" * 5_000] * 10] * 300, "texts of the file"),
+        ([[0] * 200_000], "lists of the file have 200,000 values"),
+        ([[[None]] * 200_000], "lists of the file have 200,000 values"),
+    ],
+)
+def test_parquet_of_little_that_repeats_is_refused_before_it_fills_the_memory(
+    values: list[Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"messages": values}), path)
+    assert path.stat().st_size < 6_000
+    monkeypatch.setattr(tables, "_ALWAYS_BYTES", most := 6_000_000)
+    before, allocated, problems = pyarrow.total_allocated_bytes(), list[int](), list[Problem]()
+    for _ in read_records(path, problems):
+        allocated.append(pyarrow.total_allocated_bytes() - before)
+    assert [p.rule for p in problems] == ["file.too_large"] and words in problems[0].message
+    assert max(allocated, default=0) < 1.2 * most
+
+
+def test_parquet_of_lists_that_are_as_long_as_they_look_is_read(tmp_path: Path) -> None:
+    tokens = [[str(number * each) for each in range(2_000)] for number in range(300)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"tokens": tokens}), path)
+    assert [record["tokens"] for _, record in read(path)[0]] == tokens
 
 
 def test_parquet_of_too_many_columns_is_refused(tmp_path: Path) -> None:

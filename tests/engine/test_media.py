@@ -344,7 +344,7 @@ def test_an_image_that_is_gone_in_training_is_named_with_its_row_and_the_run_goe
     def lose(loop: Loop) -> None:
         if loop.progress.step == 2:
             loop.checkpoint()
-            processors._cache.cache_clear()
+            processors.RESIZED.clear()
             file.unlink()
         waiting.append(bool(loop.network.layout.reader._ahead))
         step(loop)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from luthier.data.forms import KEYS
-from luthier.data.media_files import holds_media, is_media
+from luthier.data.media_files import ArchiveFile, holds_media, is_media
 from luthier.data.parsing import Unreadable, quote
 from luthier.data.time_series import is_series_header
 
@@ -118,7 +118,7 @@ def container_of(path: Path) -> Container:
 def _holds_arrays(path: Path) -> bool:
     """Whether an archive is an ``.npz`` file: uploaded files have no ending that says so."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
             return all(name.endswith(".npy") for name in archive.namelist())
     except (zipfile.BadZipFile, RuntimeError, ValueError):
         return False  # what is wrong is said when the archive is read

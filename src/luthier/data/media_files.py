@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,6 +33,10 @@ SPLIT_NAME = re.compile(
 )
 """Names of files and folders that say what their rows are for."""
 _COLOURS = ((), (1,), (3,))
+_ENTRY = b"PK\1\2"
+"""What each entry of an archive's directory begins with."""
+_MOST_READ = 256 * MOST_MEMBERS
+"""Bytes of an archive that are read at once: its directory, or a part of a member."""
 
 OBJECTS = "objects"
 """Folder beside rows with copies of what they name by ``s3://`` addresses."""
@@ -92,14 +96,36 @@ def read_folder(folder: Path) -> Iterator[tuple[int, Record]]:
         yield number, _record(media, name, labelled)
 
 
+class ArchiveFile:
+    """The file of an archive, of whose directory no object is made where it has too many members.
+
+    zipfile reads the directory whole, and believes no count of its members: an object for each of 20
+    million that fit into a gigabyte would take 15.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes.
+
+        Raises:
+            Unreadable: where they are a directory of more than :data:`MOST_MEMBERS`, or too many.
+        """
+        data = self._raw.read(_MOST_READ + 1 if size < 0 else min(size, _MOST_READ + 1))
+        if len(data) > _MOST_READ or data.count(_ENTRY) > MOST_MEMBERS:
+            message = f"The archive has too many members; at most {MOST_MEMBERS:,} are read."
+            raise Unreadable("file.damaged", message, "Split the archive.")
+        return data
+
+
 def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
     """A record for each file of an archive of images or sounds."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if len(archive.infolist()) > MOST_MEMBERS:
-                count = len(archive.infolist())
-                message = f"The archive has {count:,} members; at most {MOST_MEMBERS:,} are read."
-                raise Unreadable("file.damaged", message, "Split it.")
+        with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
             names = sorted({name for name in archive.namelist() if _is_member(name)})
     except (zipfile.BadZipFile, OSError, RuntimeError, ValueError) as error:
         message = f"The archive cannot be read: {str(error).rstrip('.')}."
@@ -159,7 +185,7 @@ def _record(media: Media, name: str, labelled: bool) -> Record:
 def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
     """A record for each image of an ``.npz`` file."""
     try:
-        with np.load(stream, allow_pickle=False) as arrays:
+        with np.load(ArchiveFile(stream), allow_pickle=False) as arrays:
             names = set(arrays.files)
             if "images" not in names:
                 message = (

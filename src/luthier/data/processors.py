@@ -13,9 +13,11 @@ that goes on draws what it would have drawn.
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -98,7 +100,7 @@ class ImageProcessor:
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()
     ) -> NDArray[np.float32]:
         """What the network reads, ``[3, height, width]``; changed at random with ``augmentation``."""
-        pixels = _resize_cached(self, media)
+        pixels = RESIZED.resize(self, media)
         if augmentation is not None:
             pixels = augmentation.change_image(pixels, np.random.default_rng(seed))
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
@@ -172,27 +174,56 @@ def _sides(size: Any) -> dict[str, int]:
     return {"height": size, "width": size} if isinstance(size, int) else dict(size)
 
 
-@lru_cache(maxsize=1)
-def _cache() -> dict[Any, Pixels]:
-    return {}
-
-
 MOST_CACHED = 256 * 1024 * 1024
 """Bytes of resized images that are held: decoding and resizing take longer than a small network."""
 
 
-def _resize_cached(processor: ImageProcessor, media: Media) -> Pixels:
-    """:meth:`ImageProcessor.resize`, from memory where it was done before and there is room."""
-    version = media.version()
-    if version is None:  # its pixels are in memory anyhow
-        return processor.resize(media)
-    key = (processor, version)
-    found = _cache().get(key)
-    if found is None:
-        found = processor.resize(media)
-        if (len(_cache()) + 1) * found.nbytes <= MOST_CACHED:
-            _cache()[key] = found
-    return found
+class ResizedImages:
+    """What :meth:`ImageProcessor.resize` gave, in ``most`` bytes.
+
+    Room is made by dropping what the processor made that was not asked for longest. The images of one
+    processor stay once they are there: rows come in turn, and of more than fit the least recently used
+    would be the next one, each time.
+    """
+
+    def __init__(self, most: int = MOST_CACHED) -> None:
+        self.most, self.bytes = most, 0
+        self._images: OrderedDict[ImageProcessor, dict[Any, Pixels]] = OrderedDict()
+        self._lock = Lock()
+
+    def resize(self, processor: ImageProcessor, media: Media) -> Pixels:
+        """The image as the processor resizes it, from memory where it was done before."""
+        version = media.version()
+        if version is None:  # its pixels are in memory anyhow
+            return processor.resize(media)
+        with self._lock:
+            own = self._images.setdefault(processor, {})
+            self._images.move_to_end(processor)
+            found = own.get(version)
+        if found is None:
+            found = processor.resize(media)
+            with self._lock:
+                self._add(processor, version, found)
+        return found
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._images.clear()
+            self.bytes = 0
+
+    def _add(self, processor: ImageProcessor, version: Any, pixels: Pixels) -> None:
+        while self.bytes + pixels.nbytes > self.most and len(self._images) > 1:
+            _, dropped = self._images.popitem(last=False)
+            self.bytes -= sum(each.nbytes for each in dropped.values())
+        own = self._images.setdefault(processor, {})
+        if version not in own and self.bytes + pixels.nbytes <= self.most:
+            own[version] = pixels
+            self.bytes += pixels.nbytes
+
+
+RESIZED = ResizedImages()
+"""Of this process."""
 
 
 MOST_NUMBERS = 1 << 28

@@ -31,7 +31,9 @@ _BATCH_ROWS = 512
 _MOST_COLUMNS = 2_000
 _MOST_TIMES, _ALWAYS_BYTES = 1_000, 2**28
 """A Parquet file may unpack to so many times its size, as gzip may; to so much in any case. A text that
-stands in each of a million rows costs it nothing."""
+stands in each of a million rows costs it nothing, nor does a list of a million zeros."""
+_VALUE_BYTES = 40
+"""Of a value in a list, as Python holds it: a number and the place that names it."""
 
 
 def read_table(
@@ -181,19 +183,14 @@ def read_parquet(
             )
             raise Unreadable("file.too_large", text, "Write those that hold your rows.")
         unpacked = 0
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS):
+        for batch in table.iter_batches(batch_size=_batch_rows(table, most)):
             for record in _rows(batch, number, file, problems):
                 number += 1
                 if record is None:
                     continue
-                unpacked += sum(len(value) for value in record.values() if isinstance(value, str))
+                unpacked += _text_length(record)
                 if unpacked > most:
-                    raise Unreadable(
-                        "file.too_large",
-                        f"The texts of the file take more than {most:,} letters, {_MOST_TIMES:,} times "
-                        "its size.",
-                        "Write the rows as JSON Lines, or without what repeats in each of them.",
-                    )
+                    raise _unpacks(f"The texts of the file take more than {most:,} letters")
                 yield number, _present(record)
     except (pyarrow.ArrowException, OSError) as error:
         said = str(error).split("\n", 1)[0].rstrip(".")
@@ -204,6 +201,49 @@ def read_parquet(
         ) from None
     if not number:
         raise Unreadable("file.empty", "The file holds no rows.", "Name another file.")
+
+
+def _batch_rows(table: Any, most: int) -> int:
+    """Rows that are read at once: so many that they take at most ``most`` bytes, as far as can be told.
+
+    A value has at most the length of all that its column holds, so that this is known before a text
+    that repeats is written out for each row.
+
+    Raises:
+        Unreadable: for lists with so many values that they take more.
+    """
+    values, longest = 0, 1
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        length = 0
+        for column in range(group.num_columns):
+            chunk, kind = group.column(column), table.schema.column(column)
+            values += chunk.num_values if kind.max_repetition_level else 0
+            if kind.physical_type == "BYTE_ARRAY":
+                in_each = -(-chunk.num_values // max(1, group.num_rows))
+                length += in_each * chunk.total_uncompressed_size
+        longest = max(longest, length)
+    if values * _VALUE_BYTES > most:
+        raise _unpacks(
+            f"The lists of the file have {values:,} values, which take more than {most:,} bytes"
+        )
+    return max(1, min(_BATCH_ROWS, most // longest))
+
+
+def _text_length(value: object) -> int:
+    """Letters of all texts in a value, however deep."""
+    if isinstance(value, str):
+        return len(value)
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_text_length, inside))
+
+
+def _unpacks(what: str) -> Unreadable:
+    return Unreadable(
+        "file.too_large",
+        f"{what}, {_MOST_TIMES:,} times its size.",
+        "Write the rows as JSON Lines, or without what repeats in each of them.",
+    )
 
 
 def _rows(batch: Any, before: int, file: str, problems: list[Problem]) -> Iterator[Record | None]:

@@ -108,6 +108,9 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
         UnknownModel: for one that describes no network.
         ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
     """
+    # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
+    # owner, whose own memory the bounds protect: what others give to a server is copied first, to
+    # where they cannot write.
     files = [path for part in _parts(folder) for path in (part / "config.json", *_weights(part))]
     versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
     if memory is None:
