@@ -67,7 +67,9 @@ def main() -> None:
                 print(f"step {event['step']:3}: held-out reward {event['reward']:.3f}")
         for model in (sft.model_id, grpo.model_id):
             found = luthier.evaluate(model, held, graders=["exact"], max_tokens=6)
-            print(f"{model}: {found.scores['exact']:.1%} of {found.rows} greedy answers are right")
+            print(
+                f"{model}: {found.scores['exact']:.1%} of {len(found.rows)} greedy answers are right"
+            )
 
 
 if __name__ == "__main__":

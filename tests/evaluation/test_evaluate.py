@@ -85,7 +85,7 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
 def test_scores_are_means_and_every_answer_is_kept() -> None:
     rows = [PAIR, CHAT, PromptCompletion("f", 3, prompt="x", completion="A\nB")]
     result = grade(rows, ["That.", "3", "A\nC"], {"exact": Exact(), "first_line": FirstLine()})
-    assert result.rows == 3
+    assert result.rows == rows
     assert result.scores == {"exact": pytest.approx(1 / 3), "first_line": pytest.approx(2 / 3)}
     assert [answer.scores["exact"] for answer in result.answers] == [1.0, 0.0, 0.0]
     assert [answer.prompt for answer in result.answers] == ["What?", "Two?", "x"]
@@ -95,7 +95,14 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
         "exact": pytest.approx(standard_error(1 / 3, 3)),
         "first_line": pytest.approx(standard_error(2 / 3, 3)),
     }
-    assert result.plain() == {"rows": 3, "scores": result.scores, "errors": result.errors}
+    assert result.plain() == {
+        "rows": 3,
+        "scores": result.scores,
+        "errors": result.errors,
+        "intervals": result.intervals,
+    }
+    low, high = result.intervals["exact"]
+    assert 0 < low < 1 / 3 < high < 1
     json.dumps(result.plain())
 
 
@@ -151,7 +158,7 @@ def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) ->
     assert [answer.reply for answer in result.answers] == replies
     by_id = luthier.evaluate(str(tiny_model_folder), data, max_tokens=8)
     assert by_id.scores == {"exact": result.scores["exact"]}
-    assert len(load_rows(data)) == result.rows
+    assert load_rows(data) == result.rows
 
 
 def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from luthier.evaluation.retrieval import (
     popularity_ranks,
     retrieval_scores,
 )
+from luthier.evaluation.significance import values
 
 AXES = [[1.0, 0.0], [0.0, 1.0]]
 
@@ -27,7 +28,7 @@ AXES = [[1.0, 0.0], [0.0, 1.0]]
 def test_ranks_and_scores_by_hand() -> None:
     assert partner_ranks(AXES, AXES, ["a", "b"]).tolist() == [1, 1]
     assert partner_ranks(AXES, AXES[::-1], ["a", "b"]).tolist() == [2, 2]
-    found = retrieval_scores([1, 2, 20, 1])
+    found = values(retrieval_scores([1, 2, 20, 1]))
     assert found == {
         "recall_at_1": 0.5,
         "recall_at_5": 0.75,
@@ -72,8 +73,9 @@ def test_rows_find_others_of_their_class_as_counted_by_hand(
     assert found.ndcg_R[0] == pytest.approx((discount[1] + discount[3]) / sum(discount[:2]))
     # To 10 degrees: 0 (a), 25 (a), 45 (b): place 3 of the only one.
     assert found.ndcg_R[1] == pytest.approx(discount[2])
-    assert found.scores["recall_at_1"] == 0 and found.scores["recall_at_5"] == 1
-    assert found.scores["ndcg_at_10"] == pytest.approx(found.ndcg_R.mean())
+    scores = values(found.scores)
+    assert scores["recall_at_1"] == 0 and scores["recall_at_5"] == 1
+    assert scores["ndcg_at_10"] == pytest.approx(found.ndcg_R.mean())
     monkeypatch.setattr(retrieval, "MOST_SCORES", 6)
     assert ClassRetrieval.of(rows, list("ababac")).rank_R.tolist() == found.rank_R.tolist()
     same = ClassRetrieval.of(np.ones((4, 1)), list("aabb"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from luthier.evaluation.labels import tag_scores
-from luthier.evaluation.significance import RowScores, confidence_interval, differ, standard_error
+from luthier.evaluation.significance import RowScores, Statistic, differ, standard_error
 
 
 def accuracy(right: int, wrong: int) -> RowScores:
@@ -24,9 +26,9 @@ def test_a_perfect_score_on_few_rows_is_no_certainty() -> None:
 
 def test_the_interval_of_a_share_stays_between_none_and_all() -> None:
     error = standard_error(1.0, 16)
-    assert confidence_interval(1.0, 16) == (pytest.approx(0.9 - 2 * error), 1.0)
-    assert confidence_interval(0.0, 16) == (0.0, pytest.approx(0.1 + 2 * error))
-    low, high = confidence_interval(0.8, 3000)
+    assert accuracy(16, 0).interval == (pytest.approx(0.9 - 2 * error), 1.0)
+    assert accuracy(0, 16).interval == (0.0, pytest.approx(0.1 + 2 * error))
+    low, high = accuracy(2400, 600).interval
     assert low < 0.8 < high and high - low == pytest.approx(4 * (0.16 / 3000) ** 0.5, rel=0.01)
 
 
@@ -89,3 +91,24 @@ def test_pieces_are_one_score() -> None:
     pieces = [RowScores.of([1, 0], [2, 1]), RowScores.of([3], [4])]
     assert RowScores.concatenate(pieces).value == pytest.approx(4 / 7)
     assert RowScores.of([0], [0]).value == 0.0
+
+
+def test_the_bootstrap_finds_the_error_that_is_known_of_a_mean() -> None:
+    right_R = np.random.default_rng(0).random(400) < 0.8
+    drawn = Statistic.of(lambda row_K: float(right_R[row_K].mean()), 400)
+    known = RowScores.of(right_R)
+    assert drawn.value == pytest.approx(known.value) and len(drawn) == 400
+    assert drawn.error == pytest.approx(known.error, rel=0.1)
+    assert drawn.error == Statistic.of(drawn.measure, 400).error  # the same each time
+    part = np.arange(50)
+    assert drawn.take(part).value == known.take(part).value == right_R[:50].mean()
+    assert drawn.take(part).error > 2 * drawn.error
+
+
+def test_resamples_without_a_score_are_left_out_of_the_error() -> None:
+    values_R = np.array([0.0, 1.0, 2.0])
+    spread = Statistic.of(
+        lambda row_K: float(np.ptp(values_R[row_K])) or math.nan, 3, is_share=False
+    )
+    assert spread.value == 2 and 0 < spread.error < 1
+    assert math.isnan(Statistic.of(lambda _: math.nan, 3).error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from luthier.evaluation.significance import values
 from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys, threshold_scores
 
 
@@ -26,8 +27,8 @@ def test_pairs_with_a_text_in_common_belong_together() -> None:
 def test_pairs_above_a_threshold_and_others_are_counted_apart() -> None:
     partners = [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]
     anchors = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
-    found = threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7)
+    found = values(threshold_scores(anchors, partners, ["a", "b", "c"], ["x", "y", "z"], 0.7))
     # Own: 1, 0.6, 1. Others: b-x 1, c-y 0.8, and four of 0.6 or less.
     assert found == {"similar": pytest.approx(2 / 3), "false_alarms": pytest.approx(2 / 6)}
-    same = threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7)
+    same = values(threshold_scores(anchors, partners, ["a", "a", "c"], ["x", "y", "y"], 0.7))
     assert same == {"similar": pytest.approx(2 / 3), "false_alarms": 0.0}

@@ -6,6 +6,7 @@ import pytest
 
 from luthier.data.media import Media
 from luthier.data.shapes import CaptionedImage
+from luthier.evaluation.significance import values
 from luthier.evaluation.transcription import (
     character_errors,
     transcription_remarks,
@@ -29,7 +30,7 @@ PAIRS = [("Đây la", "Đây là"), ("", "ab"), ("x y z", "x z"), ("same", "same
 def test_errors_are_summed_before_they_are_divided() -> None:
     characters = sum(edits(*pair) for pair in PAIRS) / sum(len(wanted) for _, wanted in PAIRS)
     words = sum(edits(one.split(), other.split()) for one, other in PAIRS)
-    scores = transcription_scores(PAIRS)
+    scores = values(transcription_scores(PAIRS))
     assert scores["cer"] == pytest.approx(characters)
     assert scores["wer"] == pytest.approx(words / sum(len(other.split()) for _, other in PAIRS))
     assert scores["exact"] == 1 / 5

@@ -16,7 +16,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.errors import DataError, RecipeError
 from luthier.evaluation.preferences import Likelihood, pair_scores, thumb_scores
-from luthier.evaluation.significance import standard_error
+from luthier.evaluation.significance import standard_error, values
 from luthier.graders import Answer, Judge
 from luthier.types import Message, Row
 
@@ -103,7 +103,9 @@ def test_a_reward_model_rewards_what_was_chosen(
     assert out.exit_code == 0, out.output
     found = json.loads(out.stdout)
     assert found["scores"]["reward_accuracy"] == 1.0 and found["rows"] == len(PAIRS)
-    assert found["errors"] == {"reward_accuracy": pytest.approx(standard_error(1.0, len(PAIRS)))}
+    assert found["errors"]["reward_accuracy"] == pytest.approx(standard_error(1.0, len(PAIRS)))
+    low, high = found["intervals"]["reward_margin"]
+    assert low < found["scores"]["reward_margin"] < high
     model = luthier.load(result.model_id)
     yes, no = model.rewards(["the fox"] * 2, ["yes", "no"])
     assert yes > no
@@ -159,12 +161,12 @@ def test_scores_by_hand() -> None:
         (answer(-2, 2, -1), answer(-9, 3, -7)),
         (answer(-5, 5, -5), answer(-5, 5, -5)),
     ]
-    found = pair_scores(pairs)
+    found = values(pair_scores(pairs))
     assert found["logp_accuracy"] == pytest.approx(1 / 3)
     assert found["logp_per_token_accuracy"] == pytest.approx(2 / 3)
     assert found["reward_accuracy"] == pytest.approx(2 / 3)
     assert found["reward_margin"] == pytest.approx((2 + 1 + 0) / 3)
-    found = thumb_scores([side for pair in pairs for side in pair], [True, False] * 3)
+    found = values(thumb_scores([side for pair in pairs for side in pair], [True, False] * 3))
     # Rewards of the good are 2, -1, 0; of the bad 0, -2, 0.
     assert found["reward_auc"] == pytest.approx((3 + 1 + 2) / 9)
     assert found["reward_up"] == pytest.approx(1 / 3)

@@ -255,13 +255,38 @@ def test_rows_of_another_kind_are_not_evaluated(
     for kind, rows in KINDS.items():
         data = write(tmp_path / f"{kind}.jsonl", rows)
         if kind == learned:
-            assert luthier.evaluate(model, data).rows == len(rows)
+            assert len(luthier.evaluate(model, data).rows) == len(rows)
             continue
         with pytest.raises(DataError, match="nothing was evaluated") as refused:
             luthier.evaluate(model, data)
         problems = refused.value.problems
         assert [problem.line for problem in problems] == [*range(1, len(rows) + 1)]
         assert {problem.rule for problem in problems} == {"row.objective"}
+
+
+def test_an_evaluation_is_told_by_slices_and_as_a_page(
+    tuned: Callable[..., tuple[str, Path]], tmp_path: Path
+) -> None:
+    model_id, _ = tuned(LABELLED)
+    sources = [{**row, "source": "web" if n % 3 else "mail"} for n, row in enumerate(LABELLED)]
+    data, page = write(tmp_path / "held.jsonl", sources), tmp_path / "page.html"
+    asked = ["evaluate", model_id, data, "--slice", "label", "--slice", "source", "--html", page]
+    found = command(*asked, "--json")
+    assert {"accuracy", "macro_f1", "expected_calibration_error"} <= found["intervals"].keys()
+    assert [(each["by"], each["rows"]) for each in found["slices"]] == [
+        ("label", 18), ("label", 18), ("source", 24), ("source", 12),
+    ]  # fmt: skip
+    right = sum(each["rows"] * each["scores"]["accuracy"] for each in found["slices"][:2])
+    assert right / 36 == pytest.approx(found["scores"]["accuracy"])
+    assert found["labels"].keys() == {"side 0", "side 1"}
+    assert sum(each["rows"] for each in found["mistakes"]) == round(36 - right)
+    assert sum(each["rows"] for each in found["calibration"]) == 36
+    assert "By source" in page.read_text() and "Confusion matrix" in page.read_text()
+    text = command(*asked)
+    assert "by source:" in text and "web " in text and str(page) in text
+    # What cannot be sliced is refused before anything is answered.
+    for by in ("nothing", "rating"):
+        assert "no row has" in command("evaluate", model_id, data, "--slice", by, code=2)
 
 
 def test_a_model_that_writes_is_not_evaluated_on_labels(

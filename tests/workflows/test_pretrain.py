@@ -373,9 +373,12 @@ def test_its_loss_on_text_is_told_by_evaluate(
     made(fields({"max_steps": 20}, data={"train": [str(text)], "validation": [str(text)]}))
     found = perplexity(find("mine"), load_rows(text))
     expected = read_json(find("mine").folder / "luthier.json")["metrics"]["validation_loss"]
-    assert found.loss == pytest.approx(expected, rel=0.02)
-    assert found.plain()["scores"]["perplexity"] == pytest.approx(math.exp(found.loss))
+    loss = found.scores["loss"]
+    assert loss == pytest.approx(expected, rel=0.02)
+    assert found.scores["perplexity"] == pytest.approx(math.exp(loss))
     characters = len(text.read_text())
-    assert found.plain()["scores"]["bits_per_character"] == pytest.approx(
-        found.loss / math.log(2) * found.tokens / characters
+    assert found.scores["bits_per_character"] == pytest.approx(
+        loss / math.log(2) * found.tokens / characters
     )
+    low, high = found.intervals["perplexity"]
+    assert low < found.scores["perplexity"] < high

@@ -14,6 +14,7 @@ from luthier.cli.options import Columns, Json, LongRows
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader
 
 
@@ -47,6 +48,18 @@ def evaluate(
             help="Replies of a conversation to ask for: the last, each that calls tools, or all."
         ),
     ] = "last",
+    slice_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slice",
+            metavar="<label|length|language|COLUMN>",
+            help="Scores of parts of the rows, too; again for more.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write slices, labels, certainty and the worst rows as one HTML page."),
+    ] = None,
     columns: Columns = None,
     long_rows: LongRows = "error",
     json_: Json = False,
@@ -59,6 +72,7 @@ def evaluate(
 
     graders = _parse_graders(grader or ["exact"], set_ or ())
     check_output(output)
+    check_output(html)
     with show_progress(0, "evaluate") as done:
         found = run(
             model,
@@ -70,6 +84,7 @@ def evaluate(
             long_rows or "error",
             turns=turns,
             columns=parse_columns(columns or ()),
+            slices=slice_ or (),
             on_progress=done,
         )
     if output is not None:
@@ -77,30 +92,57 @@ def evaluate(
 
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found.records]
         write_bytes(output, "".join(lines).encode())
+    if html is not None:
+        from luthier.evaluation.report_page import page
+        from luthier.files import write_bytes
+
+        write_bytes(html, page(found, model, data).encode())
+        note(f"report: {html}")
     if text := long_rows_summary(found):
         note(text)
     if json_:
         print_json({"model": model, **found.plain(), "seconds": found.seconds})
         return
-    spent = f" of {found.rows} rows ({found.seconds:.0f} s)" if found.answers else ""
+    spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.answers else ""
     for name, score in found.scores.items():
         style = ".2%" if found.answers and graders[name].bounded else ".4f"
         error = f" ± {found.errors[name]:{style}}" if name in found.errors else ""
         print_text(f"{name}: {score:{style}}{error}{spent}")
     if found.errors:
-        print_text("± is one standard error")
+        name, (low, high) = next(iter(found.intervals.items()))
+        print_text(
+            f"± is one standard error; with 95 % confidence {name} is between {low:.3g} and {high:.3g}"
+        )
     for remark in found.remarks:
         print_text(remark)
+    _print_slices(found)
     if found.tokens:
-        print_text(f"{found.tokens:,} tokens of {found.rows} texts in {found.seconds:.0f} s")
+        print_text(f"{found.tokens:,} tokens of {len(found.rows)} texts in {found.seconds:.0f} s")
     elif not found.answers:
-        print_text(f"{found.rows:,} rows of {data} in {found.seconds:.0f} s")
+        print_text(f"{len(found.rows):,} rows of {data} in {found.seconds:.0f} s")
     for problem in found.problems[:5]:
         print_text(f"scored 0: {problem}")
     if found.problems:
         print_text(f"{len(found.problems)} replies could not be graded and score 0")
     if output is not None:
         print_written(len(found.records), "answers", output)
+
+
+def _print_slices(found: Evaluation) -> None:
+    """A line a slice: its first score, and whether it is unlike that of the other rows."""
+    width = max((len(each.value) for each in found.slices), default=0)
+    by = ""
+    for each in found.slices:
+        if each.by != by:
+            by = each.by
+            print_text(f"by {by}:")
+        name, score = next(iter(each.scores.items()))
+        low, high = each.interval
+        apart = "  unlike the others, by more than chance" if each.stands_out else ""
+        print_text(
+            f"  {each.value:<{min(width, 40)}}  {each.rows:>6,} rows  {name} {score:.3f} "
+            f"({low:.3f} to {high:.3f}){apart}"
+        )
 
 
 def _parse_graders(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:

@@ -21,7 +21,7 @@ from luthier.evaluation.baselines import (
     compare,
 )
 from luthier.evaluation.labels import row_scores
-from luthier.evaluation.retrieval import partner_ranks, recall_at_1
+from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
 from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
 from luthier.objectives.capabilities import SupportsPrediction
@@ -151,5 +151,5 @@ def measure_tuned(
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive for row in pairs]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
-        return baselines.beside(recall_at_1(ranks))
+        return baselines.beside(retrieval_scores(ranks)["recall_at_1"])
     return baselines.beside(row_scores(held.rows, answers))

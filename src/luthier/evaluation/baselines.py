@@ -21,17 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.shapes import History, Labelled, RatedText, TaggedWords, TextPair, of_shape
-from luthier.evaluation.labels import row_scores, scores
+from luthier.evaluation.labels import scores
 from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, fit_ridge
 from luthier.evaluation.retrieval import (
     bm25_ranks,
     item_ranks,
     partner_ranks,
     popularity_ranks,
-    recall_at_1,
     retrieval_scores,
 )
-from luthier.evaluation.significance import CHANCE, RowScores
+from luthier.evaluation.significance import CHANCE, RowScores, Score, values
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -207,17 +206,19 @@ class _Method:
         """Fitted, with what it scores; said of fewer rows where not all were read."""
         began = time.monotonic()
         answers = self.answers(states)
-        if isinstance(answers, np.ndarray):
-            found, each = retrieval_scores(answers), recall_at_1(answers)
-        else:
-            found, each = scores(held, answers), row_scores(held, answers)
+        found: Mapping[str, Score] = (
+            retrieval_scores(answers) if isinstance(answers, np.ndarray) else scores(held, answers)
+        )
         seconds, name = time.monotonic() - began, self.name
         if self.reads_states and states is not None:
             seconds += states.seconds
             if 0 < states.rows < len(train):
                 name += f" ({states.rows:,} of {len(train):,} rows)"
-        score = next(iter(found.values()))
-        return Baseline(name, score, found, round(seconds, 3), self.constant), each
+        compared = next(iter(found.values()))
+        assert isinstance(compared, RowScores)
+        return Baseline(
+            name, compared.value, values(found), round(seconds, 3), self.constant
+        ), compared
 
 
 def is_comparable(row: Row, example: Example) -> bool:

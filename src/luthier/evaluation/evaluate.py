@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import Conversation, describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
-from luthier.evaluation.significance import RowScores
+from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
+from luthier.evaluation.significance import Interval, RowScores, Score, values
 from luthier.graders import Answer, Grader, OnError, ToolCalls, check_rows, grade_answers
 from luthier.types import Message, Row
 
@@ -32,11 +35,13 @@ class Graded:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean scores over rows, and every answer."""
+    """Scores of rows, with how sure they are, and every answer."""
 
-    scores: dict[str, float]
-    rows: int
-    answers: list[Graded]
+    row_scores: Mapping[str, Score]
+    """The first is the one that models are compared by."""
+    rows: list[Row]
+    """Those that were measured, in the order of :attr:`records`."""
+    answers: list[Graded] = field(default_factory=list)
     """Replies with their grades; of models that read, and of raw text, there are none."""
     problems: list[Problem] = field(default_factory=list)
     """Why answers have score 0 that a grader could not grade, where that was asked for."""
@@ -53,18 +58,66 @@ class Evaluation:
     """Of raw text: tokens that were predicted."""
     seconds: float = 0.0
     """That answering and grading took."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """Standard errors, of the scores that are a mean over rows."""
+    slices: list[Slice] = field(default_factory=list)
+    """Parts of the rows, where they were asked for."""
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """By the names of the graders or measures."""
+        return values(self.row_scores)
+
+    @cached_property
+    def errors(self) -> dict[str, float]:
+        """Standard errors of the scores, where there is more than one row."""
+        known = {name: each.error for name, each in self.row_scores.items() if len(each) > 1}
+        return {name: error for name, error in known.items() if math.isfinite(error)}
+
+    @cached_property
+    def intervals(self) -> dict[str, Interval]:
+        """Where the scores lie with 95 % confidence, of those with an error."""
+        return {name: self.row_scores[name].interval for name in self.errors}
+
+    @cached_property
+    def label_counts(self) -> LabelCounts | None:
+        """The confusion matrix, of rows with one label each."""
+        return LabelCounts.of(self.rows, self.records) if self.records else None
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Where labels were answered with probabilities."""
+        return Calibration.of(self.rows, self.records) if self.records else None
+
+    def worst(self, count: int) -> list[int]:
+        """Numbers of the rows that are answered worst by the first score, what is sure and wrong first.
+
+        Empty where no score says it of single rows.
+        """
+        first = next(iter(self.row_scores.values()), None)
+        if not isinstance(first, RowScores) or len(first) != len(self.records):
+            return []
+        certain_R = None if self.calibration is None else self.calibration.confidence_R
+        return [int(number) for number in worst_rows(first, certain_R)[:count]]
 
     def plain(self) -> dict[str, Any]:
-        """Scores and count, without the answers; how many were not graded, left out or cut, if any."""
+        """Scores, counts and slices, without the answers; what there is none of is left out."""
         counts = {
             "ungraded": len(self.problems), "dropped": self.dropped, "truncated": self.truncated,
             "tokens": self.tokens,
         }  # fmt: skip
-        found: dict[str, Any] = {"rows": self.rows, "scores": self.scores}
-        found |= {"errors": self.errors} if self.errors else {}
+        found: dict[str, Any] = {"rows": len(self.rows), "scores": self.scores}
+        if self.errors:
+            found |= {"errors": self.errors, "intervals": self.intervals}
         found |= {name: count for name, count in counts.items() if count}
+        if self.label_counts is not None:
+            found["labels"] = self.label_counts.scores()
+            found["mistakes"] = [
+                {"label": truth, "answer": answer, "rows": rows}
+                for truth, answer, rows in self.label_counts.mistakes()
+            ]
+        if self.calibration is not None:
+            found["calibration"] = self.calibration.bins()
+        if self.slices:
+            found["slices"] = [each.plain() for each in self.slices]
         return found | ({"remarks": self.remarks} if self.remarks else {})
 
 
@@ -191,15 +244,12 @@ def grade(
         )
         for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True))
     ]
-    count = max(1, len(graded))
-    scores = {name: sum(a.scores[name] for a in graded) / count for name in graders}
     problems = [problem for grades in found.values() for problem in grades.problems]
-    errors = {
-        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.bounded).error
+    scores = {
+        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.bounded)
         for name, grader in graders.items()
-        if len(graded) > 1
     }
-    return Evaluation(scores, len(graded), graded, problems, errors=errors)
+    return Evaluation(scores, list(rows), graded, problems)
 
 
 def _answers(

@@ -7,22 +7,28 @@ scikit-learn's and seqeval's, without their 0.5 s of imports.
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from luthier.data.shapes import Labelled, RatedText, TaggedWords, of_shape
 from luthier.errors import DataError, Problem
-from luthier.evaluation.significance import RowScores, confidence_interval
+from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.types import Row
 
 SHOWN = 5
 """Labels, or pairs of labels that were mistaken, that a remark names."""
 
 
-def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors."""
+def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
+    """Scores of ``answers`` to ``rows`` that hold the truth, each from 0 to 1 but for errors.
+
+    The first is the one that models are compared by.
+    """
     if not rows:
         return {}
     missing = [row for row in rows if not row.annotated]
@@ -40,23 +46,17 @@ def scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> dict[st
     if rated := of_shape(RatedText, rows):
         return _ratings([(r.rating, a["rating"]) for r, a in zip(rated, answers, strict=True)])
     if tagged := of_shape(TaggedWords, rows):
-        return _entities(
-            [(row.tags or (), a["tags"]) for row, a in zip(tagged, answers, strict=True)]
-        )
+        return _entities([(r.tags or (), a["tags"]) for r, a in zip(tagged, answers, strict=True)])
     return _labels(
         [(frozenset(row.classes()), _set(a["label"])) for row, a in zip(rows, answers, strict=True)]
     )
 
 
 def row_scores(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> RowScores:
-    """Row by row, the score that :func:`scores` names first."""
-    if rated := of_shape(RatedText, rows):
-        errors = [abs(r.rating - a["rating"]) for r, a in zip(rated, answers, strict=True)]
-        return RowScores.of(errors, is_share=False)
-    if tagged := of_shape(TaggedWords, rows):
-        return tag_scores((a["tags"], r.tags or ()) for r, a in zip(tagged, answers, strict=True))
-    both = zip(rows, answers, strict=True)
-    return RowScores.of([frozenset(row.classes()) == _set(a["label"]) for row, a in both])
+    """The score that :func:`scores` names first."""
+    found = next(iter(scores(rows, answers).values()))
+    assert isinstance(found, RowScores)
+    return found
 
 
 def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScores:
@@ -79,9 +79,7 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     ]
     if not pairs or len(pairs) < len(rows):
         return []
-    right = sum(truth == answer for truth, answer in pairs) / len(pairs)
-    low, high = confidence_interval(right, len(pairs))
-    remarks = [f"with 95 % confidence the accuracy is between {low:.1%} and {high:.1%}"]
+    remarks = []
     wanted = Counter(truth for truth, _ in pairs)
     unknown = [name for name in wanted if name not in answers[0].get("scores", wanted)]
     if unknown:
@@ -106,46 +104,71 @@ def _set(label: str | Iterable[str]) -> frozenset[str]:
     return frozenset([label] if isinstance(label, str) else label)
 
 
-def _labels(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> dict[str, float]:
+def _labels(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> dict[str, Score]:
     """Accuracy (all labels of a row right) and F1, over classes alike and over all labels alike."""
-    right, given, wanted = Counter[str](), Counter[str](), Counter[str]()
-    for truth, answer in pairs:
-        wanted.update(truth)
-        given.update(answer)
-        right.update(truth & answer)
-    classes = wanted.keys() | given.keys()
-    each = [_f1(right[name], given[name], wanted[name]) for name in classes]
+    sizes = [(len(truth & answer), (len(truth) + len(answer)) / 2) for truth, answer in pairs]
+    right, mean_size = zip(*sizes, strict=True)
     return {
-        "accuracy": sum(truth == answer for truth, answer in pairs) / len(pairs),
-        "macro_f1": statistics.fmean(each) if each else 1.0,
-        "micro_f1": _f1(right.total(), given.total(), wanted.total()),
+        "accuracy": RowScores.of([truth == answer for truth, answer in pairs]),
+        "macro_f1": _macro_f1(pairs),
+        "micro_f1": RowScores.of(right, mean_size),
     }
 
 
-def _ratings(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+def _macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Statistic:
+    """The mean of the F1 of each class that rows have or answers give."""
+    names = sorted({name for truth, answer in pairs for name in truth | answer})
+    places = {name: place for place, name in enumerate(names)}
+    # A row may have several classes, so each class of a row is an entry, and a row a weight of its own.
+    kinds = ([t & a for t, a in pairs], [t for t, _ in pairs], [a for _, a in pairs])
+    entries = [
+        (
+            np.repeat(np.arange(len(sets)), [len(each) for each in sets]),
+            np.array([places[name] for each in sets for name in each], dtype=np.int64),
+        )
+        for sets in kinds
+    ]
+
+    def measure(row_K: NDArray[np.int64]) -> float:
+        times_R = np.bincount(row_K, minlength=len(pairs))
+        right_C, wanted_C, given_C = (
+            np.bincount(class_E, times_R[row_E], minlength=len(names)) for row_E, class_E in entries
+        )
+        seen_C = wanted_C + given_C > 0
+        if not seen_C.any():
+            return 1.0
+        return float((2 * right_C[seen_C] / (wanted_C + given_C)[seen_C]).mean())
+
+    return Statistic.of(measure, len(pairs))
+
+
+def _ratings(pairs: Sequence[tuple[float, float]]) -> dict[str, Score]:
     """Mean absolute error, and Pearson's correlation where both sides vary."""
-    found = {"mean_absolute_error": statistics.fmean(abs(a - b) for a, b in pairs)}
-    truth, answer = zip(*pairs, strict=True)
-    if min(truth) < max(truth) and min(answer) < max(answer):
-        found["pearson"] = statistics.correlation(truth, answer)
-    return found
+    truth_R, answer_R = np.array(pairs, dtype=np.float64).T
+
+    def correlation(row_K: NDArray[np.int64]) -> float:
+        one_K, other_K = truth_R[row_K], answer_R[row_K]
+        if one_K.min() == one_K.max() or other_K.min() == other_K.max():
+            return math.nan
+        return float(np.corrcoef(one_K, other_K)[0, 1])
+
+    found: dict[str, Score] = {
+        "mean_absolute_error": RowScores.of(abs(truth_R - answer_R), is_share=False)
+    }
+    pearson = Statistic.of(correlation, len(pairs), is_share=False)
+    return found if math.isnan(pearson.value) else found | {"pearson": pearson}
 
 
-def _entities(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float]:
+def _entities(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> dict[str, Score]:
     """Precision, recall and F1 over all entities, and the share of words with the right tag."""
-    right = given = wanted = same = words = 0
-    for truth, answer in pairs:
-        expected, found = entities(truth), entities(answer)
-        right += len(expected & found)
-        given += len(found)
-        wanted += len(expected)
-        same += sum(a == b for a, b in zip(truth, answer, strict=True))
-        words += len(truth)
+    each = [(entities(answer), entities(truth)) for truth, answer in pairs]
+    right = [len(given & wanted) for given, wanted in each]
+    same = [sum(a == b for a, b in zip(truth, answer, strict=True)) for truth, answer in pairs]
     return {
-        "entity_f1": _f1(right, given, wanted),
-        "entity_precision": right / given if given else 0.0,
-        "entity_recall": right / wanted if wanted else 0.0,
-        "word_accuracy": same / words,
+        "entity_f1": tag_scores((answer, truth) for truth, answer in pairs),
+        "entity_precision": RowScores.of(right, [len(given) for given, _ in each]),
+        "entity_recall": RowScores.of(right, [len(wanted) for _, wanted in each]),
+        "word_accuracy": RowScores.of(same, [len(truth) for truth, _ in pairs]),
     }
 
 
@@ -161,8 +184,3 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
         if edge != "O" and not kind:
             kind, start = name, index
     return found
-
-
-def _f1(right: int, given: int, wanted: int) -> float:
-    """Harmonic mean of precision and recall; 0 where nothing was wanted and nothing given."""
-    return 2 * right / (given + wanted) if given + wanted else 0.0

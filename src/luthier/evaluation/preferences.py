@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from luthier.evaluation.significance import standard_error
+import numpy as np
+from numpy.typing import NDArray
+
+from luthier.evaluation.significance import RowScores, Score, Statistic
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,16 @@ class Likelihood:
         return {"logp": self.logp, "tokens": self.tokens, **more}
 
 
-def ranking_scores(pairs: Iterable[tuple[float, float]], name: str) -> dict[str, float]:
+def ranking_scores(pairs: Iterable[tuple[float, float]], name: str) -> dict[str, RowScores]:
     """Share of pairs in which the first has more, and the mean difference. Ties are lost."""
     margins = [chosen - rejected for chosen, rejected in pairs]
     return {
-        f"{name}_accuracy": sum(margin > 0 for margin in margins) / len(margins),
-        f"{name}_margin": statistics.fmean(margins),
+        f"{name}_accuracy": RowScores.of([margin > 0 for margin in margins]),
+        f"{name}_margin": RowScores.of(margins, is_share=False),
     }
 
 
-def pair_scores(pairs: Sequence[tuple[Likelihood, Likelihood]]) -> dict[str, float]:
+def pair_scores(pairs: Sequence[tuple[Likelihood, Likelihood]]) -> dict[str, RowScores]:
     """Win rates of (chosen, rejected): by log-probability, per token, and by the implicit reward."""
     found = ranking_scores([(c.logp, r.logp) for c, r in pairs], "logp")
     found |= ranking_scores([(c.per_token, r.per_token) for c, r in pairs], "logp_per_token")
@@ -54,13 +56,7 @@ def pair_scores(pairs: Sequence[tuple[Likelihood, Likelihood]]) -> dict[str, flo
     return found
 
 
-def ranking_errors(scores: Mapping[str, float], pairs: int) -> dict[str, float]:
-    """Standard errors of the accuracies among ``scores`` of so many pairs."""
-    shares = {name: score for name, score in scores.items() if name.endswith("_accuracy")}
-    return {name: standard_error(share, pairs) for name, share in shares.items()}
-
-
-def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> dict[str, float]:
+def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> dict[str, Score]:
     """How well single answers are ranked: the share of all (up, down) pairs the right way round.
 
     That is the area under the ROC curve; equal ones count one half.
@@ -74,11 +70,27 @@ def thumb_scores(answers: Sequence[Likelihood], desirable: Sequence[bool]) -> di
 
 def _thumb_scores(
     values: Sequence[float], desirable: Sequence[bool], name: str
-) -> dict[str, float]:
-    up = [value for value, wanted in zip(values, desirable, strict=True) if wanted]
-    down = [value for value, wanted in zip(values, desirable, strict=True) if not wanted]
-    found = {f"{name}_{side}": statistics.fmean(v) for side, v in (("up", up), ("down", down)) if v}
-    if up and down:
-        wins = sum((one > other) + (one == other) / 2 for one in up for other in down)
-        found[f"{name}_auc"] = wins / (len(up) * len(down))
+) -> dict[str, Score]:
+    value_R, up_R = np.array(values, dtype=np.float64), np.array(desirable, dtype=bool)
+    found: dict[str, Score] = {
+        f"{name}_{side}": RowScores.of(np.where(wanted_R, value_R, 0.0), wanted_R, is_share=False)
+        for side, wanted_R in (("up", up_R), ("down", ~up_R))
+        if wanted_R.any()
+    }
+    if len(found) == 2:
+        found[f"{name}_auc"] = Statistic.of(
+            lambda row_K: _auc(value_R[row_K], up_R[row_K]), len(up_R)
+        )
     return found
+
+
+def _auc(value_K: NDArray[np.float64], up_K: NDArray[np.bool_]) -> float:
+    """The area under the ROC curve from ranks (Mann and Whitney 1947); nan where one side is empty."""
+    up, down = np.count_nonzero(up_K), np.count_nonzero(~up_K)
+    if not up or not down:
+        return float("nan")
+    sorted_K = np.sort(value_K)
+    # The mean of the first and the last place of equal values, so that ties count one half.
+    ends = [np.searchsorted(sorted_K, value_K[up_K], side) for side in ("left", "right")]
+    rank_sum = float((ends[0] + ends[1] + 1).sum()) / 2
+    return (rank_sum - up * (up + 1) / 2) / (up * down)

@@ -125,7 +125,7 @@ class ClassRetrieval:
         return ClassRetrieval(np.concatenate(ranks), np.concatenate(gains))
 
     @property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> dict[str, RowScores]:
         """Recall at 1, 5 and 10, the mean reciprocal rank of the first, and nDCG at 10."""
         return retrieval_scores(self.rank_R, self.ndcg_R)
 
@@ -228,13 +228,8 @@ def item_ranks(
     return _ranks(scores_PU, own_P)
 
 
-def recall_at_1(ranks: ArrayLike) -> RowScores:
-    """Whether the own partner of each is the first, row by row."""
-    return RowScores.of(np.asarray(ranks) <= 1)
-
-
-def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, float]:
-    """Recall at 1, 5 and 10, the mean reciprocal rank, and nDCG at 10.
+def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:
+    """Recall at 1, 5 and 10, the mean reciprocal rank, and nDCG at 10; recall at 1 comes first.
 
     ``ndcg`` is that of each row; of rows with one partner it follows from the ranks.
     """
@@ -242,9 +237,9 @@ def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[st
     if ndcg is None:
         ndcg = (ranks_P <= CUT) / np.log2(ranks_P + 1)
     return {
-        **{f"recall_at_{k}": float((ranks_P <= k).mean()) for k in (1, 5, 10)},
-        "mean_reciprocal_rank": float((1.0 / ranks_P).mean()),
-        f"ndcg_at_{CUT}": float(np.asarray(ndcg).mean()),
+        **{f"recall_at_{k}": RowScores.of(ranks_P <= k) for k in (1, 5, 10)},
+        "mean_reciprocal_rank": RowScores.of(1.0 / ranks_P),
+        f"ndcg_at_{CUT}": RowScores.of(ndcg),
     }
 
 

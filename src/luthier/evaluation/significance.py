@@ -7,8 +7,9 @@ is known better than either score: its error comes from the rows on which they d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 
 CHANCE = 2.0
 """Standard errors by which scores must differ to say anything: 95 % of what chance does is less."""
+RESAMPLES = 400
+"""Of the rows, of which the error of a :class:`Statistic` is known to 4 %."""
+MOST_DRAWN = 40_000_000
+"""Rows that are drawn for one error at most; 50 resamples are always taken."""
+
+Interval = tuple[float, float]
+"""Between which a score lies with 95 % confidence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,18 @@ class RowScores:
         whole = float(self.wholes_R.sum())
         return float(self.parts_R.sum()) / whole if whole else 0.0
 
+    def __len__(self) -> int:
+        return len(self.parts_R)
+
+    def take(self, row_K: NDArray[np.int64]) -> RowScores:
+        """Of some of the rows, by their numbers."""
+        return RowScores(self.parts_R[row_K], self.wholes_R[row_K], self.is_share)
+
+    @property
+    def interval(self) -> Interval:
+        """Where the score lies with 95 % confidence; of a share around one of four further rows."""
+        return _interval(self._with((1, 1, 0, 0)).value, self.error, self.is_share)
+
     @property
     def error(self) -> float:
         """Standard error of the score.
@@ -96,6 +116,71 @@ class RowScores:
         return influence_R
 
 
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """A score that is no ratio of sums over rows: macro-F1, a correlation, the area under a curve.
+
+    Its error is that of the bootstrap (Efron 1979): how far scores of as many rows spread that are
+    drawn from these with repetition. Twice it to both sides holds the truth less often than
+    95 % where there are few rows of a class (docs/log/evaluation.md).
+    """
+
+    measure: Callable[[NDArray[np.int64]], float]
+    """The score of rows by their numbers ``[K]``, which may repeat; nan where it has none."""
+    row_R: NDArray[np.int64]
+    """The rows that are scored."""
+    is_share: bool = True
+    """Whether the score goes from 0 to 1."""
+
+    @staticmethod
+    def of(
+        measure: Callable[[NDArray[np.int64]], float], rows: int, is_share: bool = True
+    ) -> Statistic:
+        """Of all rows, so many."""
+        return Statistic(measure, np.arange(rows), is_share)
+
+    def __len__(self) -> int:
+        return len(self.row_R)
+
+    def take(self, row_K: NDArray[np.int64]) -> Statistic:
+        """Of some of the rows, by their places among these."""
+        return Statistic(self.measure, self.row_R[row_K], self.is_share)
+
+    @cached_property
+    def value(self) -> float:
+        """The score."""
+        return self.measure(self.row_R)
+
+    @cached_property
+    def error(self) -> float:
+        """Standard error of the score; the same for the same rows."""
+        rows = len(self.row_R)
+        count = max(50, min(RESAMPLES, MOST_DRAWN // max(1, rows)))
+        draw = np.random.default_rng(0)
+        drawn = [self.measure(self.row_R[draw.integers(rows, size=rows)]) for _ in range(count)]
+        known = [score for score in drawn if not math.isnan(score)]
+        return float(np.std(known)) if known else math.nan
+
+    @property
+    def interval(self) -> Interval:
+        """Where the score lies with 95 % confidence."""
+        return _interval(self.value, self.error, self.is_share)
+
+
+Score = RowScores | Statistic
+"""A score of rows that knows its error, and itself of a part of the rows."""
+
+
+def values(scores: Mapping[str, Score]) -> dict[str, float]:
+    """The bare numbers."""
+    return {name: score.value for name, score in scores.items()}
+
+
+def _interval(middle: float, error: float, is_share: bool) -> Interval:
+    low, high = middle - CHANCE * error, middle + CHANCE * error
+    return (max(0.0, low), min(1.0, high)) if is_share else (low, high)
+
+
 def _error(influence_R: NDArray[np.float64]) -> float:
     return math.sqrt(float((influence_R**2).sum())) / len(influence_R)
 
@@ -104,12 +189,6 @@ def standard_error(share: float, rows: int) -> float:
     """Standard error of a share of ``rows`` that are answered right, as :attr:`RowScores.error`."""
     share = (share * rows + 2) / (rows + 4)
     return math.sqrt(share * (1 - share) / (rows + 4))
-
-
-def confidence_interval(share: float, rows: int) -> tuple[float, float]:
-    """Where a share lies with 95 % confidence (Agresti and Coull 1998)."""
-    middle, error = (share * rows + 2) / (rows + 4), standard_error(share, rows)
-    return max(0.0, middle - CHANCE * error), min(1.0, middle + CHANCE * error)
 
 
 def differ(share: float, other: float, rows: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luthier.evaluation.retrieval import blocks
+from luthier.evaluation.significance import RowScores
 
 
 def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
@@ -44,20 +45,20 @@ def threshold_scores(
     anchor_texts: Sequence[str],
     partner_texts: Sequence[str],
     threshold: float,
-) -> dict[str, float]:
+) -> dict[str, RowScores]:
     """The share of pairs whose cosine is above ``threshold``, and that of all other pairs of the rows.
 
     Others have neither text in common with a row of their own.
     """
     anchor_PH, partner_PH = np.asarray(anchors), np.asarray(partners)
     anchor_P, partner_P = number_keys(anchor_texts), number_keys(partner_texts)
-    alarms = others = 0
+    alarms, others = [np.empty(0)], [np.empty(0)]
     for part, scores_CP in blocks(anchor_PH, partner_PH):
         apart_CP = are_apart(anchor_P, partner_P, part)
-        alarms += int(((scores_CP > threshold) & apart_CP).sum())
-        others += int(apart_CP.sum())
+        alarms.append(((scores_CP > threshold) & apart_CP).sum(1))
+        others.append(apart_CP.sum(1))
     own_P = (anchor_PH * partner_PH).sum(1)
     return {
-        "similar": float((own_P > threshold).mean()),
-        "false_alarms": alarms / max(1, others),
+        "similar": RowScores.of(own_P > threshold),
+        "false_alarms": RowScores.of(np.concatenate(alarms), np.concatenate(others)),
     }

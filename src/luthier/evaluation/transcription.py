@@ -30,11 +30,10 @@ def word_errors(pairs: Iterable[Pair]) -> RowScores:
     return _error_rate([(written.split(), wanted.split()) for written, wanted in pairs])
 
 
-def transcription_scores(pairs: Sequence[Pair]) -> dict[str, float]:
+def transcription_scores(pairs: Sequence[Pair]) -> dict[str, RowScores]:
     """``cer``, ``wer``, and ``exact``, the share of texts without any error."""
-    exact = sum(written == wanted for written, wanted in pairs) / max(1, len(pairs))
-    rates = {"cer": character_errors(pairs).value, "wer": word_errors(pairs).value}
-    return {**rates, "exact": exact}
+    exact = RowScores.of([written == wanted for written, wanted in pairs])
+    return {"cer": character_errors(pairs), "wer": word_errors(pairs), "exact": exact}
 
 
 def transcription_remarks(

@@ -1,20 +1,14 @@
-"""The report as one HTML page: no script, nothing fetched, everything from the data escaped.
+"""The report as one HTML page.
 
 What is shown is chosen here; how it is written stands in ``templates/report.html``.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from luthier import __version__
 from luthier.gate.histogram import density
@@ -33,7 +27,7 @@ from luthier.gate.report import (
     worst_rows,
 )
 from luthier.gate.rules import SEVERITIES, Place, Rule
-from luthier.printable import printable
+from luthier.pages import Table, render_page
 from luthier.setting_names import option, with_setting_names
 
 PLACES = 25
@@ -48,58 +42,19 @@ ROWS = 25
 """Rows of a table of a summary."""
 VERDICTS = {"passed": "Passed", "warnings": "Passed, with warnings", "refused": "Refused"}
 
-Cell = tuple[Any, str]
-"""A value, and how it is drawn: text, code, place, number, bar or name (the heading of its row)."""
 SummaryPart = tuple[str, Any]
 """A part of a summary: its kind and what the template draws."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells under their headings."""
-
-    caption: str
-    columns: Sequence[tuple[str, str]]
-    """Headings, and how the cells below are drawn."""
-    rows: Sequence[Sequence[Cell]]
-    further: int = 0
-    """Rows that are left out."""
-
-    @classmethod
-    def of(
-        cls,
-        caption: str,
-        columns: Mapping[str, str],
-        rows: Sequence[Sequence[Any]],
-        further: int = 0,
-    ) -> Table:
-        """A table of plain values, drawn as their columns say."""
-        kinds = columns.values()
-        drawn = [list(zip(row, kinds, strict=True)) for row in rows]
-        return cls(caption, list(columns.items()), drawn, further)
-
-
 def page(report: Report) -> str:
     """The whole page."""
-    environment = Environment(
-        loader=PackageLoader("luthier.gate"),
-        autoescape=True,
-        finalize=_printable,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"short": short_place, "number": "{:,}".format}
-    assert environment.loader is not None
-    style = environment.loader.get_source(environment, "report.css")[0]
     tokens = learning_splits(report)
     count, found = severities(report), report.findings
-    return environment.get_template("report.html").render(
+    return render_page(
+        "luthier.gate",
+        "report.html",
         report=report,
         version=__version__,
-        style=Markup(style),  # noqa: S704 - our own file
-        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         name=", ".join(Path(file).name for file in report.files.get("train", ())) or "data",
         verdict=VERDICTS[report.verdict],
         verdict_line=verdict_line(report),
@@ -123,13 +78,6 @@ def page(report: Report) -> str:
         ],
         checks=", ".join(report.summaries) or "reading only",
     )  # fmt: skip
-
-
-def _printable(value: Any) -> Any:
-    """What the template writes of a value, before it is escaped; markup is of templates only."""
-    if isinstance(value, Markup):
-        return value
-    return "" if value is None else printable(str(value))
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str, str]]:

@@ -327,6 +327,7 @@ def evaluate(
     *,
     turns: TurnChoice = "last",
     columns: Mapping[str, str] | None = None,
+    slices: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies.
@@ -349,10 +350,11 @@ def evaluate(
         turns: of the assistant that are asked for: the ``last`` of each conversation, each that
             ``calls`` tools, or ``all``.
         columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
+        slices: what else scores are given by: ``label``, ``length``, ``language``, or a column.
         on_progress: hears how many rows are done, and of how many.
 
     Returns:
-        Mean scores by the graders' names, and every answer.
+        Scores by the graders' names, how sure they are, and every answer.
 
     Raises:
         RefusedInput: before anything is written, for rows or graders that cannot work.
@@ -360,10 +362,17 @@ def evaluate(
     """
     from luthier.data.rows import load_rows
     from luthier.data.shapes import JudgedAnswers, RawText, of_shape
-    from luthier.evaluation.evaluate import Evaluation, check, check_shapes, choose_turns
+    from luthier.evaluation.breakdown import slice_scores
+    from luthier.evaluation.evaluate import check, check_shapes, choose_turns
     from luthier.graders import parse_graders
     from luthier.objectives.capabilities import SupportsPrediction
-    from luthier.serving.evaluation import measure, open_graders, perplexity, preference_scores
+    from luthier.serving.evaluation import (
+        measure,
+        open_graders,
+        perplexity,
+        preference_scores,
+        slice_keys,
+    )
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
 
@@ -373,6 +382,8 @@ def evaluate(
     stored = model.stored if isinstance(model, Model) else find(model)
     objective = objective_of(stored)
     check_shapes(rows, objective)
+    for by in slices:  # before anything is answered
+        slice_keys(rows, by)
 
     def done(count: int) -> None:
         on_progress(count, total)
@@ -382,20 +393,17 @@ def evaluate(
         predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
         assert isinstance(predictor, Predictor)
         started = time.monotonic()
-        predicted = predictor.scores(rows, done, long_rows)
-        records = predicted.answers
+        found = predictor.scores(rows, done, long_rows)
         if not of_shape(JudgedAnswers, rows):
             records = [
                 {**row_input(row), "expected": _expected_answer(row), **answer}
-                for row, answer in zip(predicted.measured.rows, records, strict=True)
+                for row, answer in zip(found.rows, found.records, strict=True)
             ]
-        found = replace(predicted.evaluation(), records=records)
+            found = replace(found, records=records)
     elif of_shape(JudgedAnswers, rows):
-        ranked = preference_scores(stored, rows, done, long_rows)
-        found = replace(ranked.evaluation(), records=ranked.answers)
+        found = preference_scores(stored, rows, done, long_rows)
     elif of_shape(RawText, rows):
-        measured = perplexity(stored, rows).plain()
-        found = Evaluation(measured["scores"], total, [], tokens=measured["tokens"])
+        found = perplexity(stored, rows)
     else:
         check(rows, chosen)
         writer = model if isinstance(model, Model) else load(model)
@@ -405,7 +413,14 @@ def evaluate(
         fields = ("prompt", "reply", "expected", "scores")
         records = [{name: getattr(each, name) for name in fields} for each in found.answers]
         found = replace(found, records=records)
-    return replace(found, seconds=time.monotonic() - started)
+    seconds = time.monotonic() - started
+    if not slices:
+        return replace(found, seconds=seconds)
+    whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
+    if not whole:
+        raise RecipeError(f"{stored.id} is not scored row by row on such rows: leave slices away")
+    parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
+    return replace(found, seconds=seconds, slices=[each for part in parts for each in part])
 
 
 def row_input(row: Row) -> dict[str, Any]:

@@ -13,21 +13,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from luthier.data.read import read_records
 from luthier.data.shapes import ThumbedReply, of_shape
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.breakdown import length_keys
 from luthier.evaluation.evaluate import Evaluation, grade, questions
 from luthier.evaluation.preferences import (
     Likelihood,
     pair_scores,
-    ranking_errors,
     thumb_scores,
 )
+from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.files import folder_size
+from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
 from luthier.types import Example, Row
 
@@ -56,28 +60,16 @@ class FittingRows:
     truncated: int = 0
     """Rows cut to the context."""
 
-
-@dataclass(frozen=True)
-class ScoredRows:
-    """How good what a model says of rows is, by what the rows say."""
-
-    scores: dict[str, float]
-    measured: FittingRows
-    """The rows that were read, and how many were not or not whole."""
-    answers: list[dict[str, Any]]
-    """What the model says of each of them."""
-    remarks: list[str] = field(default_factory=list)
-    """What the scores do not say."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """Standard errors, of the scores that are a mean over rows."""
-
-    def evaluation(self) -> Evaluation:
-        """The scores and the counts."""
-        rows = self.measured
-        count, dropped, truncated = len(rows.rows), rows.dropped, rows.truncated
+    def evaluation(
+        self,
+        scores: Mapping[str, Score],
+        records: Sequence[Mapping[str, Any]],
+        remarks: Sequence[str] = (),
+    ) -> Evaluation:
+        """``scores`` of what a model says of the rows, and that itself."""
         return Evaluation(
-            self.scores, count, [], dropped=dropped, truncated=truncated, remarks=self.remarks,
-            errors=self.errors,
+            scores, self.rows, remarks=[*remarks], records=[dict(each) for each in records],
+            dropped=self.dropped, truncated=self.truncated,
         )  # fmt: skip
 
 
@@ -134,10 +126,47 @@ def refuse_long_rows(problems: Sequence[Problem], left: int, dropped: int) -> No
 def long_rows_summary(found: Evaluation) -> str:
     """What became of rows longer than the context, for people; empty where there were none."""
     if found.dropped:
-        count = found.rows + found.dropped
+        count = len(found.rows) + found.dropped
         return f"{found.dropped} of {count} rows are longer than the context and were left out"
     cut = found.truncated
-    return f"{cut} of {found.rows} rows were cut to the context" if cut else ""
+    return f"{cut} of {len(found.rows)} rows were cut to the context" if cut else ""
+
+
+def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
+    """What each row counts as ``by`` its label, length, language, or a column of its file.
+
+    Lengths are the characters of what is given, in thirds; languages those that are certain. Columns
+    are read from the files once more, as rows hold only what a model reads or learns.
+
+    Raises:
+        RecipeError: where no row has such a column, or none has a label.
+    """
+    if by == "label":
+        keys = [", ".join(row.classes()) for row in rows]
+    elif by == "length":
+        return length_keys(
+            [sum(len(each) for each in row.inputs()) or len(row.plain_text()) for row in rows]
+        )
+    elif by == "language":
+        return [
+            detect_language(" ".join(row.inputs()) or row.plain_text()) or "unknown" for row in rows
+        ]
+    else:
+        columns = {file: _column(Path(file), by) for file in dict.fromkeys(r.file for r in rows)}
+        keys = [columns[row.file].get(row.line, "") for row in rows]
+    if not any(keys):
+        what = "a label" if by == "label" else f"a column {by!r} with texts or numbers"
+        raise RecipeError(
+            f"no row has {what} to slice by; slices are by label, length, language or a column"
+        )
+    return [key or "none" for key in keys]
+
+
+def _column(file: Path, name: str) -> dict[int, str]:
+    """What the lines of a file hold in a column, where that is a text, a number or a truth value."""
+    records = read_records(file, [])
+    found = {line: record.get(name) for line, record in records}
+    return {line: str(each) for line, each in found.items() if isinstance(each, str | int | float)}
 
 
 def open_graders(
@@ -224,31 +253,12 @@ def measure(
     return replace(graded, dropped=dropped)
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts raw text."""
+def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
+    """How well a causal language model predicts raw text, packed as in training (or by 512 tokens).
 
-    loss: float
-    """Nats a token, the first of each sequence left out."""
-    tokens: int
-    """Tokens predicted."""
-    characters: int
-
-    def plain(self) -> dict[str, Any]:
-        """All of it, with what compares models of different tokenizers: bits for each character."""
-        bits = self.loss * self.tokens / math.log(2) / max(1, self.characters)
-        scores = {
-            "perplexity": math.exp(min(self.loss, 700.0)),
-            "loss": self.loss,
-            "bits_per_character": bits,
-        }
-        return {"scores": scores, "tokens": self.tokens}
-
-
-def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
-    """Loss of a causal language model on raw text, packed as it was trained (512 tokens elsewhere)."""
-    from luthier.engine.machine import choose_machine
-    from luthier.models.load import as_network
+    ``loss`` is in nats a token, the first of each sequence left out; ``bits_per_character`` compares
+    models of different tokenizers. Errors are those of a mean over sequences.
+    """
     from luthier.objectives import CausalLM
     from luthier.store import models as store
 
@@ -257,18 +267,22 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Perplexity:
     if trained.task != "causal_lm":
         raise RecipeError(f"{stored.id} is no causal language model, so raw text has no perplexity")
     chat = store.chat_format(stored)
-    context = store.room_of(stored)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
-    sequences = objective.pack(encoded, context)
-    machine = choose_machine()
-    model = store.load(stored, machine.dtype, machine.device)
-    network = as_network(model, machine.device, machine.dtype)
-    groups: list[list[Example]] = [sequences[i : i + 64] for i in range(0, len(sequences), 64)]
-    weights = [sum(example.weight for example in group) for group in groups]
-    losses = [objective.mean_loss(network, group, BUDGET) for group in groups]
-    total = math.fsum(loss * weight for loss, weight in zip(losses, weights, strict=True))
-    characters = sum(len(row.plain_text()) for row in rows)
-    return Perplexity(total / sum(weights), int(sum(weights)), characters)
+    sequences = objective.pack(encoded, store.room_of(stored))
+    weight_S = np.array([sequence.weight for sequence in sequences])
+    loss = RowScores.of(-np.array(_logps(stored, sequences)), weight_S, is_share=False)
+    tokens = float(weight_S.sum())
+    bits = tokens / math.log(2) / max(1, sum(len(row.plain_text()) for row in rows))
+
+    def of_loss(change: Callable[[float], float]) -> Statistic:
+        return Statistic.of(lambda row_K: change(loss.take(row_K).value), len(loss), is_share=False)
+
+    scores: dict[str, Score] = {
+        "perplexity": of_loss(lambda nats: math.exp(min(nats, 700.0))),
+        "loss": loss,
+    }
+    scores["bits_per_character"] = of_loss(lambda nats: nats * bits)
+    return Evaluation(scores, list(rows), tokens=int(tokens))
 
 
 def preference_scores(
@@ -276,7 +290,7 @@ def preference_scores(
     rows: Sequence[Row],
     done: Callable[[int], None] = lambda count: None,
     long_rows: LongRows = "error",
-) -> ScoredRows:
+) -> Evaluation:
     """Scores of ``stored`` on pairs, ratings or thumbs, and what it says of each row.
 
     Raises:
@@ -306,14 +320,13 @@ def preference_scores(
     if thumbed := of_shape(ThumbedReply, rows):
         scores = thumb_scores(answers, [row.desirable for row in thumbed])
         lines = [{"line": r.line, **a.plain()} for r, a in zip(rows, answers, strict=True)]
-        return ScoredRows(scores, measured, lines)
+        return measured.evaluation(scores, lines)
     pairs = list(zip(answers[::2], answers[1::2], strict=True))
     lines = [
         {"line": row.line, "chosen": chosen.plain(), "rejected": rejected.plain()}
         for row, (chosen, rejected) in zip(rows, pairs, strict=True)
     ]
-    scores = pair_scores(pairs)
-    return ScoredRows(scores, measured, lines, errors=ranking_errors(scores, len(pairs)))
+    return measured.evaluation(pair_scores(pairs), lines)
 
 
 def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:

@@ -18,8 +18,11 @@ from luthier.data.shapes import (
     of_shape,
 )
 from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.breakdown import Calibration
+from luthier.evaluation.evaluate import Evaluation, check_shapes
+from luthier.evaluation.significance import RowScores
 from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling, SupportsThreshold
-from luthier.serving.evaluation import FittingRows, LongRows, ScoredRows, fit_rows
+from luthier.serving.evaluation import FittingRows, LongRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -131,14 +134,12 @@ class Predictor:
         rows: Sequence[Row],
         done: Callable[[int], None] = lambda count: None,
         long_rows: LongRows = "error",
-    ) -> ScoredRows:
+    ) -> Evaluation:
         """Answers to ``rows``, and how good they are by what the rows say.
 
         Raises:
             DataError: for rows of another kind than the answers, and with ``error`` for long rows.
         """
-        from luthier.evaluation.evaluate import check_shapes
-
         check_shapes(rows, self.objective)
         rows = self.objective.regroup(rows)
         reads = self.objective.task != "image_to_text"  # that has one side to find out the other
@@ -153,7 +154,7 @@ class Predictor:
         numbered = [replace(text, row=index) for index, text in enumerate(flat)]
         found = self._read(numbered, lambda finished: done(finished // count))
         sides = [found[side::count] for side in range(count)]
-        scored: tuple[tuple[type[Row], str, Callable[..., ScoredRows]], ...] = (
+        scored: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
             (JudgedAnswers, "reward", self._score_rewards),
             (TextPair, "embedding", self._score_partners),
             (Labelled, "embedding", self._score_classes),
@@ -167,23 +168,22 @@ class Predictor:
 
     def _score_rewards(
         self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
-    ) -> ScoredRows:
+    ) -> Evaluation:
         """How often the better of two answers has the higher reward."""
-        from luthier.evaluation.preferences import ranking_errors, ranking_scores
+        from luthier.evaluation.preferences import ranking_scores
 
         pairs = [(c["reward"], r["reward"]) for c, r in zip(first, second, strict=True)]
         lines = [
             {"line": row.line, "chosen": c, "rejected": r}
             for row, (c, r) in zip(measured.rows, pairs, strict=True)
         ]
-        ranked = ranking_scores(pairs, "reward")
-        return ScoredRows(ranked, measured, lines, errors=ranking_errors(ranked, len(pairs)))
+        return measured.evaluation(ranking_scores(pairs, "reward"), lines)
 
     def _score_partners(
         self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
-    ) -> ScoredRows:
+    ) -> Evaluation:
         """How often a text, or a history of items, finds its own partner."""
-        from luthier.evaluation.retrieval import partner_ranks, recall_at_1, retrieval_scores
+        from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
         from luthier.evaluation.thresholds import threshold_scores
 
         texts = cast("Sequence[TextPair]", measured.rows)
@@ -198,8 +198,7 @@ class Predictor:
         if self._threshold is not None:
             sides = [row.text for row in texts], [row.positive for row in texts]
             found |= threshold_scores(anchors, partners, *sides, self._threshold)
-        errors = {"recall_at_1": recall_at_1(ranks).error}
-        return ScoredRows(found, measured, first, [remark], errors)
+        return measured.evaluation(found, first, [remark])
 
     def _embed_items(self, rows: Sequence[TextPair], known: set[str]) -> list[list[float]]:
         """Embeddings of the items of histories that are in none of the rows the next one."""
@@ -208,13 +207,13 @@ class Predictor:
         bare = [RawText(rows[0].file, 0, item) for item in items]
         return [answer["embedding"] for answer in self.answers(bare)]
 
-    def _score_classes(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
+    def _score_classes(self, measured: FittingRows, first: list[dict[str, Any]]) -> Evaluation:
         """How often a row with a label finds others with the same one.
 
         Raises:
             DataError: where there are no two rows of one label.
         """
-        from luthier.evaluation.retrieval import ClassRetrieval, recall_at_1
+        from luthier.evaluation.retrieval import ClassRetrieval
 
         rows = cast("Sequence[Labelled]", measured.rows)
         found = ClassRetrieval.of([a["embedding"] for a in first], [str(r.label) for r in rows])
@@ -227,54 +226,47 @@ class Predictor:
         remark = f"each row is looked up among the {len(rows) - 1:,} others, by their labels"
         if count < len(rows):
             remark += f"; {len(rows) - count:,} rows have a label of their own and are only found"
-        errors = {"recall_at_1": recall_at_1(found.rank_R).error}
-        return ScoredRows(found.scores, measured, first, [remark], errors)
+        return measured.evaluation(found.scores, first, [remark])
 
-    def _score_texts(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
+    def _score_texts(self, measured: FittingRows, first: list[dict[str, Any]]) -> Evaluation:
         """How much of the texts of images is wrong."""
-        from luthier.evaluation.transcription import (
-            character_errors,
-            transcription_remarks,
-            transcription_scores,
-            word_errors,
-        )
+        from luthier.evaluation.transcription import transcription_remarks, transcription_scores
 
         rows = cast("Sequence[CaptionedImage]", measured.rows)
         written = [(a["text"], row.caption) for a, row in zip(first, rows, strict=True)]
-        errors = {"cer": character_errors(written).error, "wer": word_errors(written).error}
         worst = transcription_remarks(rows, first)
-        return ScoredRows(transcription_scores(written), measured, first, worst, errors)
+        return measured.evaluation(transcription_scores(written), first, worst)
 
-    def _score_labels(self, measured: FittingRows, first: list[dict[str, Any]]) -> ScoredRows:
+    def _score_labels(self, measured: FittingRows, first: list[dict[str, Any]]) -> Evaluation:
         """How many labels, ratings or tags are right."""
-        from luthier.evaluation.labels import label_remarks, row_scores, scores
+        from luthier.evaluation.labels import label_remarks, scores
 
         rows = measured.rows
         for row, answer in zip(rows, first, strict=True):
             if isinstance(row, TaggedWords):
                 # Words behind the cut were not read, so nothing was found in them.
                 answer["tags"] += ["O"] * (len(row.tokens) - len(answer["tags"]))
-        measures = scores(rows, first)
-        errors = {name: row_scores(rows, first).error for name in list(measures)[:1]}
-        return ScoredRows(measures, measured, first, label_remarks(rows, first), errors)
+        found = scores(rows, first)
+        if calibration := Calibration.of(rows, first):
+            found["expected_calibration_error"] = calibration.score()
+        return measured.evaluation(found, first, label_remarks(rows, first))
 
     def _score_captions(
         self, measured: FittingRows, first: list[dict[str, Any]], second: list[dict[str, Any]]
-    ) -> ScoredRows:
+    ) -> Evaluation:
         """How often an image finds a text of its own, and a text an image of its own."""
-        from luthier.evaluation.retrieval import pair_ranks, recall_at_1, retrieval_scores
+        from luthier.evaluation.retrieval import pair_ranks, retrieval_scores
 
         rows = cast("Sequence[CaptionedImage]", measured.rows)
         keys = [row.media.digest() for row in rows], [row.caption for row in rows]
         sides = [[answer["embedding"] for answer in side] for side in (first, second)]
-        scores, errors = dict[str, float](), dict[str, float]()
+        scores = dict[str, RowScores]()
         for name, (asked, other) in {"image_to_text": (0, 1), "text_to_image": (1, 0)}.items():
             ranks = pair_ranks(sides[asked], sides[other], keys[asked], keys[other])
             scores |= {f"{name}_{key}": value for key, value in retrieval_scores(ranks).items()}
-            errors[f"{name}_recall_at_1"] = recall_at_1(ranks).error
         counts = [len({*each}) for each in keys]
         remark = f"each of {counts[0]:,} images is looked up among {counts[1]:,} texts, and back"
-        return ScoredRows(scores, measured, first, [remark], errors)
+        return measured.evaluation(scores, first, [remark])
 
     def _read(
         self, examples: Sequence[Example], done: Callable[[int], None]

@@ -1,0 +1,200 @@
+"""What a score is made of: slices of the rows, labels, certainty, and the rows answered worst."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from luthier.data.shapes import Labelled
+from luthier.evaluation.significance import Interval, RowScores, Score, Statistic, values
+from luthier.types import Row
+
+MOST_SLICES = 30
+"""Slices of one kind; the smallest of more are one together."""
+CONFIDENCE_BINS = 15
+"""Of equal width, as in Guo et al. 2017."""
+OTHERS = "all others"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the rows, and how they score."""
+
+    by: str
+    """What the rows have in common: ``label``, ``length``, ``language`` or a column."""
+    value: str
+    rows: int
+    scores: dict[str, float]
+    interval: Interval
+    """Of the first score."""
+    stands_out: bool
+    """Whether the first score differs from that of the other rows by more than chance, looking at so
+    many slices (Bonferroni's correction)."""
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "by": self.by, "value": self.value, "rows": self.rows, "scores": self.scores,
+            "interval": list(self.interval), "stands_out": self.stands_out,
+        }  # fmt: skip
+
+
+def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> list[Slice]:
+    """The scores of all rows that have a key in common, the largest slice first.
+
+    Args:
+        scores: of the same rows; the first is the one that slices are compared by.
+        by: what the keys say of the rows.
+        keys: one for each row.
+    """
+    counts = Counter(keys)
+    largest = [name for name, _ in counts.most_common(MOST_SLICES)]
+    if len(counts) > MOST_SLICES:
+        largest = [*largest[:-1], OTHERS]
+    names = np.array([key if key in {*largest} else OTHERS for key in keys], dtype=object)
+    first = next(iter(scores.values()))
+    # Of two sides, as each slice may be better or worse than the rest.
+    border = NormalDist().inv_cdf(1 - 0.025 / max(1, len(largest)))
+    found = []
+    for name in largest:
+        own, rest = (
+            (each, first.take(each))
+            for each in (np.flatnonzero(names == name), np.flatnonzero(names != name))
+        )
+        apart = abs(own[1].value - rest[1].value)
+        stands_out = bool(
+            min(len(own[0]), len(rest[0])) > 1
+            and apart > border * np.hypot(own[1].error, rest[1].error)
+        )
+        own_scores = {each: score.take(own[0]) for each, score in scores.items()}
+        found.append(Slice(by, name, len(own[0]), values(own_scores), own[1].interval, stands_out))
+    return found
+
+
+def length_keys(lengths: ArrayLike) -> list[str]:
+    """Which third of the rows each is in by its length: the shortest, the middle, the longest."""
+    length_R = np.asarray(lengths)
+    low, high = np.quantile(length_R, [1 / 3, 2 / 3], method="lower")
+    names = [f"at most {low:,}", f"{low + 1:,} to {high:,}", f"above {high:,}"]
+    part_R = (length_R > low).astype(int) + (length_R > high)
+    return [names[part] for part in part_R]
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """How often each label was answered where another, or itself, was right: a confusion matrix."""
+
+    labels: list[str]
+    """Those of the rows and of the answers, the most frequent of the rows first."""
+    count_TA: NDArray[np.int64]
+    """Rows by the label that is right and the label that was answered."""
+
+    @staticmethod
+    def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
+        """Of rows with one label each; ``None`` for others."""
+        pairs = [
+            (row.label, answer["label"])
+            for row, answer in zip(rows, answers, strict=True)
+            if isinstance(row, Labelled) and isinstance(row.label, str) and "label" in answer
+        ]
+        if not pairs or len(pairs) < len(rows):
+            return None
+        wanted = Counter(truth for truth, _ in pairs)
+        further = {answer for _, answer in pairs} - wanted.keys()
+        labels = [*(name for name, _ in wanted.most_common()), *sorted(further)]
+        places = {name: place for place, name in enumerate(labels)}
+        count_TA: NDArray[np.int64] = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        for truth, answer in pairs:
+            count_TA[places[truth], places[answer]] += 1
+        return LabelCounts(labels, count_TA)
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Rows, precision, recall and F1 of each label; precision is left out where none was given."""
+        wanted_L, given_L = self.count_TA.sum(1), self.count_TA.sum(0)
+        right_L = self.count_TA.diagonal()
+        found = {}
+        for place, name in enumerate(self.labels):
+            right, given, wanted = (int(each[place]) for each in (right_L, given_L, wanted_L))
+            scores: dict[str, float] = {"rows": wanted, "f1": 2 * right / (given + wanted)}
+            scores |= {"recall": right / wanted} if wanted else {}
+            found[name] = scores | ({"precision": right / given} if given else {})
+        return found
+
+    def mistakes(self) -> list[tuple[str, str, int]]:
+        """What was right, what was answered in its place, and how often; the most frequent first."""
+        found = [
+            (self.labels[truth], self.labels[answer], int(self.count_TA[truth, answer]))
+            for truth, answer in np.argwhere(self.count_TA)
+            if truth != answer
+        ]
+        return sorted(found, key=lambda each: -each[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How often a model is right where it says how sure it is (Guo et al. 2017)."""
+
+    confidence_R: NDArray[np.float64]
+    """Probability of the label that was answered."""
+    right_R: NDArray[np.bool_]
+
+    @staticmethod
+    def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> Calibration | None:
+        """Of rows with one label each, where answers give their labels a probability."""
+        both = [
+            (float(answer["scores"][answer["label"]]), row.label == answer["label"])
+            for row, answer in zip(rows, answers, strict=True)
+            if isinstance(row, Labelled)
+            and isinstance(row.label, str)
+            and answer.get("label") in answer.get("scores", ())
+        ]
+        if not both or len(both) < len(rows):
+            return None
+        confidences, right = zip(*both, strict=True)
+        return Calibration(np.array(confidences), np.array(right))
+
+    def bins(self) -> list[dict[str, float]]:
+        """Rows, mean confidence and accuracy of each bin that has rows, from the least sure."""
+        bin_R = np.minimum((self.confidence_R * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+        return [
+            {
+                "rows": int(np.count_nonzero(own_R)),
+                "confidence": float(self.confidence_R[own_R].mean()),
+                "accuracy": float(self.right_R[own_R].mean()),
+            }
+            for own_R in (bin_R == place for place in np.unique(bin_R))
+        ]
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: how far both are apart, averaged over the rows."""
+        gaps = (each["rows"] * abs(each["confidence"] - each["accuracy"]) for each in self.bins())
+        return sum(gaps) / len(self.right_R)
+
+    def score(self) -> Statistic:
+        """The error as a score of the rows."""
+        return Statistic.of(
+            lambda row_K: Calibration(self.confidence_R[row_K], self.right_R[row_K]).error,
+            len(self.right_R),
+        )
+
+
+def worst_rows(score: RowScores, certainty_R: ArrayLike | None = None) -> NDArray[np.int64]:
+    """Numbers of the rows with the lowest score, of an error those with the highest.
+
+    Rows that score the same are in the order of ``certainty_R``, what is wrong and sure first, and
+    then in their own. Rows that are not wrong are left out.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each_R = score.parts_R / score.wholes_R
+    best = 1.0 if score.is_share else 0.0
+    cost_R = np.nan_to_num(best - each_R if score.is_share else each_R)
+    certain_R = np.zeros(len(cost_R)) if certainty_R is None else np.asarray(certainty_R)
+    order_R = np.lexsort((-certain_R, -cost_R))
+    return order_R[cost_R[order_R] > 0]

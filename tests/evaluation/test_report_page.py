@@ -1,0 +1,59 @@
+"""The page of an evaluation: all is there, and nothing from the data acts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from luthier.data.shapes import LabelledText, RatedText
+from luthier.evaluation.breakdown import Calibration, slice_scores
+from luthier.evaluation.evaluate import Evaluation
+from luthier.evaluation.labels import scores
+from luthier.evaluation.report_page import MOST_CELLS, page
+
+EVIL = '<script>alert("x")</script>'
+
+
+def evaluated(labels: list[str]) -> Evaluation:
+    rows = [LabelledText("d/f.jsonl", n, text=f"t{n} {EVIL}", label=labels[n % len(labels)])
+            for n in range(1, 101)]  # fmt: skip
+    answers = [
+        {"label": row.label if n % 5 else labels[0], "scores": dict.fromkeys(labels, 0.7)}
+        for n, row in enumerate(rows)
+    ]
+    records = [
+        {"text": r.text, "expected": r.label, **a} for r, a in zip(rows, answers, strict=True)
+    ]
+    calibration = Calibration.of(rows, answers)
+    assert calibration is not None
+    found = scores(rows, answers) | {"expected_calibration_error": calibration.score()}
+    parts = slice_scores(found, "label", [str(row.label) for row in rows])
+    return Evaluation(found, [*rows], records=records, remarks=[EVIL], slices=parts)
+
+
+def test_all_is_there_and_escaped() -> None:
+    found = evaluated(["yes", EVIL, "maybe"])
+    html = page(found, f"base:{EVIL}", "f.jsonl")
+    assert EVIL not in html and "&lt;script&gt;" in html
+    assert not re.search(r"<script|\son\w+=|\sstyle=|https?://", html)
+    for heading in ("Scores", "By label", "Labels", "Most frequent mistakes", "How sure", "worst"):
+        assert heading in html
+    assert html.count('class="bar"') > 5 and "f.jsonl:" in html and "d/f.jsonl:" in html
+    accuracy = found.scores["accuracy"]
+    assert f"{accuracy:.4f}" in html and html.rstrip().endswith("</html>")
+
+
+def test_many_labels_have_no_matrix_but_their_mistakes() -> None:
+    html = page(evaluated([f"label{n}" for n in range(MOST_CELLS + 1)]), "m", "d")
+    assert "Confusion matrix" not in html and "Most frequent mistakes" in html
+
+
+def test_what_there_is_none_of_is_left_out() -> None:
+    rows = [RatedText("f", n, text="x", rating=float(n + n // 2)) for n in range(3)]
+    answers = [{"rating": 1.0}] * 3
+    found = Evaluation(scores(rows, answers), [*rows], records=answers)
+    html = page(replace(found, dropped=2), "m", "d")
+    assert "2 left out" in html and "mean absolute error" in html
+    for absent in ("Slices", "Confusion matrix", "How sure"):
+        assert absent not in html
+    assert re.findall(r"f:\d", html) == ["f:2", "f:2", "f:0", "f:0"]  # a tooltip and a cell each
