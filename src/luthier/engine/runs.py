@@ -15,10 +15,20 @@ from luthier.data.containers import Container, container_of
 from luthier.data.sources import Source, stem_of
 from luthier.encryption.files import new_data_file
 from luthier.encryption.memory import remove, working
+from luthier.engine.dataset import NAMED_MEDIA
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import RunConflict
 from luthier.evaluation.baselines import Comparison
-from luthier.files import copy_lines, disk_errors, lock, luthier_home, read_json, sweep, write_json
+from luthier.files import (
+    copy_lines,
+    disk_errors,
+    lock,
+    luthier_home,
+    names_below,
+    read_json,
+    sweep,
+    write_json,
+)
 from luthier.models.manifest import MANIFEST
 from luthier.recipe import NAME_PATTERN
 from luthier.store.models import base_folder, custom_folder, short_name
@@ -94,7 +104,8 @@ class Run:
             self.check_free()
             write_json(self.folder / _REQUEST, dict(request))
             return None
-        same_request(read_json(self.folder / _REQUEST), request, self.model_id)
+        asked = self.folder / _REQUEST
+        same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
         if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
             return TypeAdapter(Result).validate_python(read_json(self.folder / _RESULT))
         return None
@@ -215,16 +226,44 @@ def automatic_name(base: str, data: Source, resume: bool, parent: Path | None = 
         number += 1
 
 
-def same_request(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """Raise :class:`RunConflict` where ``now`` asks for something else than ``before`` did."""
+def same_request(
+    before: Mapping[str, Any], now: Mapping[str, Any], what: str, asked_at: float | None = None
+) -> None:
+    """Raise :class:`RunConflict` where ``now`` asks for something else than ``before`` did.
+
+    ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before`` was
+    asked for: files that are newer are named where the data is no longer the same.
+    """
     old, new = dict(_flat(before)), dict(_flat(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    sources = [key for key in changed if key.startswith("data.") and key in old and key in new]
+    if changed and sources == changed:
+        names = [key.removeprefix("data.") for key in sources]
+        newer = [] if asked_at is None else _newer_files([*now["data"]], asked_at)
+        shown = ", ".join(newer[:3]) + (f" and {len(newer) - 3:,} more" if len(newer) > 3 else "")
+        raise RunConflict(
+            f"{what} cannot be resumed, because its data changed after it began: {', '.join(names)}"
+            + (f" (newer than the run: {shown})" if newer else "")
+            + ". Put back what it was and repeat the command; or begin anew, under another name, to "
+            "learn from the data as it is now."
+        )
     if changed:
         shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
         raise RunConflict(
             f"{what} cannot be resumed, because something else is asked for now: {shown}. "
             "Repeat the first command exactly, or choose another --name."
         )
+
+
+def _newer_files(sources: Sequence[str], moment: float) -> list[str]:
+    """Files of ``sources``, and of the folders that these lie in where rows name files, after ``moment``."""
+    paths = [Path(source) for source in sources]
+    folders = [path for path in paths if path.is_dir()]
+    if NAMED_MEDIA in sources:
+        folders += {path.parent for path in paths if path.is_file()}
+    files = {path for path in paths if path.is_file()}
+    files |= {folder / name for folder in folders for name in names_below(folder)}
+    return sorted(str(path) for path in files if path.stat().st_mtime > moment)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
