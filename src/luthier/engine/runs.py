@@ -231,8 +231,8 @@ def same_request(
 ) -> None:
     """Raise :class:`RunConflict` where ``now`` asks for something else than ``before`` did.
 
-    ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before`` was
-    asked for: files that are newer are named where the data is no longer the same.
+    ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before``
+    was asked for: files that are newer are named where the data is no longer the same.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -256,7 +256,7 @@ def same_request(
 
 
 def _newer_files(sources: Sequence[str], moment: float) -> list[str]:
-    """Files of ``sources``, and of the folders that these lie in where rows name files, after ``moment``."""
+    """Files of ``sources`` that are newer than ``moment``; where rows name files, also those beside."""
     paths = [Path(source) for source in sources]
     folders = [path for path in paths if path.is_dir()]
     if NAMED_MEDIA in sources:
