@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from shutil import make_archive
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import luthier
 from luthier.gate import scan
@@ -57,6 +60,33 @@ def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", refuse)
     assert inspect(InspectionRequest(str(rows), base=None), processes=2).rows == {"train": 601}
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "npz"])
+def test_images_come_in_small_batches_that_show_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 12, 12, 3), dtype=np.uint8)
+    source = tmp_path / ("photos" if form == "folder" else f"photos.{form}")
+    if form == "npz":
+        np.savez(source, images=pixels, labels=np.arange(80) % 2)
+    for n in range(0 if form == "npz" else 80):
+        path = tmp_path / f"photos/{'ab'[n % 2]}/{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[n]).save(path)
+    if form == "zip":
+        make_archive(str(tmp_path / "photos"), "zip", tmp_path / "photos")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", refuse)
+    monkeypatch.setattr(scan, "LARGE", 0)  # the bound of texts
+    seen: list[scan.ScanProgress] = []
+    inspect(InspectionRequest(str(source), base=None), progress=seen.append, processes=2)
+    assert [at.rows for at in seen] == [32, 64, 80, 80]
+    shares = [at.done_bytes / at.total_bytes for at in seen]
+    assert shares[0] == pytest.approx(33 / 80, abs=0.02) and shares == sorted(shares)
 
 
 @pytest.mark.parametrize("name", CHECKS)

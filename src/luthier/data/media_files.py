@@ -14,7 +14,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -87,12 +87,19 @@ def media_below(folder: Path) -> list[str]:
     return [name for name in names if not is_hidden(name.split("/"))]
 
 
-def read_folder(folder: Path) -> Iterator[tuple[int, Record]]:
+OnRecord = Callable[[int, int], None]
+"""Given the number of each record before it comes, and how many there are."""
+
+
+def read_folder(
+    folder: Path, on_record: OnRecord = lambda number, count: None
+) -> Iterator[tuple[int, Record]]:
     """A record for each file of a folder of images or sounds."""
     names = media_below(folder)
     kind, labelled = _kind_of(names), _has_labels(names)
     for number, name in enumerate(names, 1):
         media = Media(kind, f"{folder.name}/{name}", f"{folder}/{name}")
+        on_record(number, len(names))
         yield number, _record(media, name, labelled)
 
 
@@ -122,7 +129,9 @@ class ArchiveFile:
         return data
 
 
-def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
+def read_zip(
+    path: Path, on_record: OnRecord = lambda number, count: None
+) -> Iterator[tuple[int, Record]]:
     """A record for each file of an archive of images or sounds."""
     try:
         with path.open("rb") as raw, zipfile.ZipFile(ArchiveFile(raw)) as archive:
@@ -142,6 +151,7 @@ def read_zip(path: Path) -> Iterator[tuple[int, Record]]:
     archive_path = str(path)
     for number, (name, below) in enumerate(zip(names, inside, strict=True), 1):
         media = Media(kind, f"{path.name}/{name}", archive_path, name)
+        on_record(number, len(names))
         yield number, _record(media, below, labelled)
 
 
@@ -182,7 +192,9 @@ def _record(media: Media, name: str, labelled: bool) -> Record:
     return record | ({"label": PurePosixPath(name).parts[0]} if labelled else {})
 
 
-def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
+def read_npz(
+    stream: BinaryIO, file: str, on_record: OnRecord = lambda number, count: None
+) -> Iterator[tuple[int, Record]]:
     """A record for each image of an ``.npz`` file."""
     try:
         with np.load(ArchiveFile(stream), allow_pickle=False) as arrays:
@@ -225,4 +237,5 @@ def read_npz(stream: BinaryIO, file: str) -> Iterator[tuple[int, Record]]:
         record: Record = {"image": Media("image", f"{stem}[{index}]", array=image)}
         if labels is not None:
             record["label"] = str(labels[index])
+        on_record(index + 1, len(images))
         yield index + 1, record

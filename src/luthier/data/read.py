@@ -31,6 +31,7 @@ from luthier.data.parsing import Record, Unreadable, decode, parse_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.data.time_series import read_series
 from luthier.errors import Problem
+from luthier.files import folder_size
 
 _CHUNK_BYTES = 64 * 1024
 _TOLD_EVERY = 256
@@ -74,8 +75,8 @@ def read_records(
     file = str(path)
     try:
         container = container or container_of(path)
-        if container.kind in ("folder", "zip"):
-            yield from read_folder(path) if container.kind == "folder" else read_zip(path)
+        if container.kind in ("folder", "zip", "npz"):
+            yield from _read_media(path, container, on_progress)
             return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole, chunk)
@@ -91,6 +92,30 @@ def read_records(
         problems.append(damage_refusal(error).at(file, 0))
     except OSError as error:
         problems.append(_read_failure(error).at(file, 0))
+
+
+def _read_media(
+    path: Path, container: Container, on_progress: Callable[[int], None] | None
+) -> Iterator[tuple[int, Record]]:
+    """The records of what holds images or sounds, whose files are taken to be of one size."""
+    size = 0 if on_progress is None else source_size(path)
+
+    def on_record(number: int, count: int) -> None:
+        if on_progress is not None:
+            on_progress(size * number // count)
+
+    if container.kind == "folder":
+        yield from read_folder(path, on_record)
+    elif container.kind == "zip":
+        yield from read_zip(path, on_record)
+    else:
+        with path.open("rb") as raw:
+            yield from read_npz(raw, str(path), on_record)
+
+
+def source_size(path: Path) -> int:
+    """Bytes of a file, or of all below a folder; 0 of what is not there."""
+    return folder_size(path) if path.is_dir() else path.stat().st_size if path.is_file() else 0
 
 
 def chunks_of(path: Path, size: int = 1 << 26) -> Iterator[Chunk]:
@@ -121,8 +146,6 @@ def _records(
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw, file, problems)
-    if container.kind == "npz":
-        return read_npz(raw, file)
     if chunk is not None:
         raw.seek(chunk.start)
         return _read_lines(raw, file, problems, chunk)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 
 from luthier.data.containers import Container, container_of
@@ -18,7 +19,7 @@ from luthier.data.forms import Form, forms_of, source_keys
 from luthier.data.media import IMAGE_ENDINGS, PLURAL, Media, MediaKind
 from luthier.data.media_files import is_media
 from luthier.data.parsing import Record, Unreadable, quote
-from luthier.data.read import read_records
+from luthier.data.read import read_records, source_size
 from luthier.data.shapes import (
     BARE_MEDIA,
     SHAPES,
@@ -495,11 +496,15 @@ class RowReader:
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
         self.on_progress = on_progress
-        self.size = sum(path.stat().st_size for path in self.files if path.is_file())
         self.done = 0
         self.rows = 0
         self._containers: list[str] = []
         self._unread: dict[str, None] = {}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of all files; of a folder of images, of what is below it."""
+        return sum(map(source_size, self.files))
 
     @property
     def recognized(self) -> Recognized:

@@ -15,14 +15,14 @@ from luthier.data.chat import ChatFormat
 from luthier.data.media import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
-from luthier.data.sources import Source, files_of
+from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
 from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
-from luthier.gate.scan import LARGE, ScanProgress, inspect_rows, inspect_sources
+from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
 from luthier.models.kinds import sole_objective
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
@@ -138,7 +138,11 @@ def inspect(
         base = default_base(request.data, request.columns, parse_objective(request.objective))[0]
     if base is not None:
         try:
-            apart = processes > 1 and is_large(request.sources.values())
+            readers = []
+            for source in request.sources.values() if processes > 1 else ():
+                with suppress(DataError, OSError):  # what names nothing is said when it is read
+                    readers.append(RowReader(source))
+            apart = is_large(readers)
             known = load_context(base, request.objective, request.shown, on_stage, apart)
         except DownloadError as error:
             if request.base not in (AUTO, DEFAULT_BASE):
@@ -181,15 +185,6 @@ def load_context(
     if wanted is not None:
         check_base(wanted, chat)
     return CheckContext(chat, wanted, room, shown)
-
-
-def is_large(sources: Iterable[Source]) -> bool:
-    """Whether other processes pay for their start; what names nothing is said when it is read."""
-    size = 0
-    for source in sources:
-        with suppress(DataError, OSError):
-            size += sum(path.stat().st_size for path in files_of(source))
-    return size > LARGE
 
 
 def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]:

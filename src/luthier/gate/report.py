@@ -215,6 +215,8 @@ def _training(report: Report) -> tuple[str, str]:
         words += ["--base", report.base]
     if objective := report.summaries.get("learning", {}).get("objective"):
         words += ["--objective", str(objective)]
+    if rate := report.summaries.get("media", {}).get("highest_rate"):
+        words += ["--set", f"data.sampling_rate={rate}"]
     typed = shlex.join(words)
     found = report.findings
     errors = {rule.id for rule in found.rules() if found.severity(rule) == "error"}

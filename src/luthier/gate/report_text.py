@@ -143,8 +143,8 @@ def _about(rule: Rule, report: Report) -> Text:
 
 def _lengths(report: Report, console: Console) -> None:
     splits = learning_splits(report)
-    if all(found["lengths"]["max"] <= 1 for found in splits.values()):
-        return  # an image, a sound or a window is one token, whatever its size
+    if not _has_tokens(report):
+        return
     summary = report.summaries["learning"]
     _heading(f"Tokens of a row; the model reads {summary['context']:,} at most", console)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -157,6 +157,11 @@ def _lengths(report: Report, console: Console) -> None:
         bars = Text(sparkline(lengths.get("bars", ())), "blue")
         table.add_row(split, *numbers, f"{found['tokens']:,}", learned_share(found), bars)
     console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _has_tokens(report: Report) -> bool:
+    """Whether rows have tokens to show: an image, a sound or a window is one, whatever it holds."""
+    return any(found["lengths"]["max"] > 1 for found in learning_splits(report).values())
 
 
 def _summary(value: Any, console: Console, indent: int, title: str = "") -> None:
@@ -214,8 +219,8 @@ def _samples(report: Report, console: Console, rows: int) -> None:
     splits = {
         split: [row for row in found["shown"] if len(row["tokens"]) > 1 or row["taught"]][:rows]
         for split, found in learning_splits(report).items()
-    }  # all that can be shown of an image, of which nothing is written, is that it is one
-    if not rows or not any(splits.values()):
+    }
+    if not rows or not any(splits.values()) or not _has_tokens(report):
         return
     coloured = console.color_system is not None and not console.no_color
     marked = "is green" if coloured else "stands in [[ ]]"

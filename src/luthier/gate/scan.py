@@ -22,8 +22,9 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from luthier.data.containers import PACKED
+from luthier.data.read import source_size
 from luthier.data.rows import Checker, Columns, RowReader
-from luthier.data.shapes import describe_shapes
+from luthier.data.shapes import MediaRow, describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Check, Places, RowBatch, Split
@@ -36,8 +37,11 @@ ROWS = 1024
 """Rows of a batch at most."""
 CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
-LARGE = 8_000_000
-"""Bytes of sources beyond which other processes pay for their start of some seconds."""
+LARGE, LARGE_MEDIA = 8_000_000, 200_000_000
+"""Bytes of sources, and of those that hold nothing but images or sounds, beyond which other processes
+pay for their start of some seconds: 14 MB of images are looked at in two."""
+MEDIA_ROWS = 32
+"""Images or sounds of a batch at most: to decode them takes the time."""
 KEY = 16
 """Bytes of a text's key and quotes, about."""
 IDS = 1_000_000
@@ -88,7 +92,7 @@ def inspect_sources(
         except DataError as error:
             refused += error.problems
     total = sum(reader.size for reader in readers.values())
-    processes = processes if total > LARGE else 1
+    processes = processes if is_large(readers.values()) else 1
     done = 0
     size = sum(unpacked_size(path) for reader in readers.values() for path in reader.files)
     with Gate(checks, Findings(overrides or {}), processes, size) as gate:
@@ -107,6 +111,18 @@ def inspect_sources(
     again = (RowReader(sources[split], columns, StreamChecker, whole=False) for split in readers)
     quote_rows(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
+
+
+def is_large(readers: Iterable[RowReader]) -> bool:
+    """Whether other processes pay for their start."""
+    media = text = 0
+    for reader in readers:
+        whole = all(path.is_dir() or path.suffix.lower() in _OF_MEDIA for path in reader.files)
+        media, text = (media + reader.size, text) if whole else (media, text + reader.size)
+    return text > LARGE or media > LARGE_MEDIA
+
+
+_OF_MEDIA = (".zip", ".npz")
 
 
 class StreamChecker(Checker):
@@ -220,7 +236,7 @@ class Gate:
 
 def unpacked_size(path: Path) -> int:
     """Bytes of a file as rows, about: packed text has a quarter of them."""
-    size = path.stat().st_size if path.is_file() else 0
+    size = source_size(path)
     return size * 4 if path.suffix in (*PACKED, ".parquet") else size
 
 
@@ -238,11 +254,12 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
     held: list[Row] = []
     size = 0
     for row in rows:
-        if held and (row.file != held[0].file or len(held) == ROWS or size > CHARACTERS):
+        if held and (row.file != held[0].file or len(held) == ROWS or size >= CHARACTERS):
             yield RowBatch(split, held[0].file, held)
             held, size = [], 0
         held.append(row)
         size += sum(len(text.content) for text in row.texts())
+        size += CHARACTERS // MEDIA_ROWS * isinstance(row, MediaRow)
     if held:
         yield RowBatch(split, held[0].file, held)
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
-from luthier.data.processors import AudioProcessor, ImageProcessor
+from luthier.data.processors import AudioProcessor, FeatureExtractor, ImageProcessor
 from luthier.data.shapes import LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.media import MediaFiles
-from luthier.gate.report import Report
+from luthier.gate.report import Report, next_steps
 from luthier.gate.scan import inspect_rows
 from luthier.types import Row
 
@@ -158,6 +158,20 @@ def test_what_is_odd_about_a_sound(
 ) -> None:
     report = check(sound(samples, rate), reads=AudioProcessor())
     assert list(report.findings.counts) == [rule] and words in messages(report)[rule][0]
+
+
+def test_the_command_to_train_reads_sounds_at_their_rate() -> None:
+    """A network of random weights reads half of nothing otherwise, which the notes alone said."""
+    slow = check(sound(TONE, 8_000), sound(TONE[:9000], 11_025), reads=AudioProcessor())
+    assert slow.summaries["media"]["highest_rate"] == 11_025
+    assert next_steps(slow)[-1][1].endswith(" --set data.sampling_rate=11025")
+    some = check(sound(TONE, 8_000), sound(TONE), reads=AudioProcessor())
+    assert "sampling_rate" not in next_steps(some)[-1][1]
+    made_for_one = object.__new__(FeatureExtractor)
+    object.__setattr__(made_for_one, "sampling_rate", 16_000)
+    object.__setattr__(made_for_one, "max_seconds", 1.0)
+    found = check(sound(TONE[:8000], 8_000), reads=made_for_one)
+    assert "highest_rate" not in found.summaries["media"] and not found.findings.counts
 
 
 def test_rows_of_texts_are_passed_over() -> None:

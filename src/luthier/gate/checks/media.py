@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.media import Media, gps_of
-from luthier.data.processors import AudioProcessor, Processor
+from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
 from luthier.data.shapes import MediaRow
 from luthier.errors import RowRefused
 from luthier.gate.check import BatchLines, Check, CheckContext, RowBatch
@@ -131,6 +131,8 @@ class MeasuredMedia:
     hash: bytes = b""
     """Difference hash and thumbnail of an image."""
     labels: tuple[str, ...] = ()
+    rate: int = 0
+    """Samples a second of a sound."""
 
 
 @dataclass
@@ -156,6 +158,8 @@ class MediaFiles(Check):
     def __init__(self, processor: Processor | None = None) -> None:
         self.processor = processor
         self.sizes: dict[str, Counter[str]] = {}
+        self.highest_rate = 0
+        """Samples a second of a sound, the most there are."""
         self.seen: dict[tuple[int, bytes], deque[_Seen]] = {}
         self.compared = 0
 
@@ -217,10 +221,10 @@ class MediaFiles(Check):
         if isinstance(reads, AudioProcessor) and seconds > reads.max_seconds * 1.05:
             text = f"{media.name} lasts {seconds:.1f} s; {reads.max_seconds:g} s are read."
             found.append((CUT.id, text))
-        if isinstance(reads, AudioProcessor) and rate < reads.sampling_rate:
-            text = f"{media.name} has {rate:,} samples a second; {reads.sampling_rate:,} are read."
+        if rate < self._free_rate:
+            text = f"{media.name} has {rate:,} samples a second; {self._free_rate:,} are read."
             found.append((RATE.id, text))
-        return MeasuredMedia(None, tuple(found), f"{rate:,} Hz")
+        return MeasuredMedia(None, tuple(found), f"{rate:,} Hz", rate=rate)
 
     def take(
         self, where: BatchLines, measured: list[MeasuredMedia | None], findings: Findings
@@ -238,6 +242,7 @@ class MediaFiles(Check):
             for rule, message in each.found:
                 findings.add(Finding(rules[rule], place, message))
             self.sizes.setdefault(where.split, Counter())[each.size] += 1
+            self.highest_rate = max(self.highest_rate, each.rate)
             if each.hash and self.compared < MOST_COMPARED:
                 self.compared += 1
                 self._compare(each, place, where.split, findings)
@@ -264,10 +269,19 @@ class MediaFiles(Check):
             self.seen.setdefault(band, deque(maxlen=MOST_CANDIDATES)).append(seen)
 
     def summary(self) -> Mapping[str, Any]:
-        """How large images are, or how sounds are sampled."""
-        return {
-            "splits": {
-                split: {"sizes": {"counts": dict(counts.most_common(10))}}
-                for split, counts in self.sizes.items()
-            }
+        """How large images are, or how sounds are sampled; ``highest_rate`` is one to read them at."""
+        splits = {
+            split: {"sizes": {"counts": dict(counts.most_common(10))}}
+            for split, counts in self.sizes.items()
         }
+        if 0 < self.highest_rate < self._free_rate:
+            return {"splits": splits, "highest_rate": self.highest_rate}
+        return {"splits": splits}
+
+    @property
+    def _free_rate(self) -> int:
+        """Samples a second that are read; 0 of a network that was made for one rate, and of none."""
+        reads = self.processor
+        if isinstance(reads, FeatureExtractor) or not isinstance(reads, AudioProcessor):
+            return 0
+        return reads.sampling_rate
