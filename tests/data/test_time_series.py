@@ -78,6 +78,39 @@ def test_a_value_that_is_missing_is_named(tmp_path: Path, bad: str) -> None:
     assert (problem.rule, problem.line) == ("window.value", 3) and "noon" in problem.message
 
 
+@pytest.mark.parametrize("value", ["1_000", "١٢", "0x1F", "1 000"])
+def test_a_value_that_only_python_reads_is_no_number(tmp_path: Path, value: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1", f"2,{value}", "3,3"]))
+    assert [(each.rule, each.line) for each in caught.value.problems] == [("window.value", 3)]
+
+
+def test_a_series_of_values_with_underscores_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["1,1_000", "2,2_000"]))
+    assert [each.rule for each in caught.value.problems] == ["window.value"] * 2
+
+
+@pytest.mark.parametrize(
+    "time", ["nan", "-inf", "", "NA", "2020-02-30", "2020-13-01 00:00", "20200230", "1_000",
+             "2020-02-03T25:00:00", "2020-02-03 10:60"],
+)  # fmt: skip
+def test_a_time_that_no_calendar_has_is_named(tmp_path: Path, time: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2", "2020-02-05,3"]))
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.line) == ("window.time", 3)
+    assert repr(time)[1:-1] in problem.message
+
+
+@pytest.mark.parametrize(
+    "time", ["2020-02-29", "20200229", "2020-02-03T04:05:06.789+01:00", "2020-02-03 04:05 UTC",
+             "03.02.2020", "noon", "17", "-1.5e3", "1580688000000"],
+)  # fmt: skip
+def test_other_times_are_read_or_passed_over(tmp_path: Path, time: str) -> None:
+    assert len(load_rows(write(tmp_path, ["2020-02-03,1", f"{time},2"]))) == 2
+
+
 def test_a_series_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.data.time_series.MOST_VALUES", 2)
     with pytest.raises(DataError) as caught:

@@ -27,6 +27,11 @@ FIRST_LINES = 1_000
 """Among them is a value, where a sensor starts late."""
 MISSING = ("", "nan", "na", "n/a", "null", "none", "-")
 """What tables have for a value that was not measured."""
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+"""As programs write numbers: Python alone reads ``1_000``, and digits of all scripts."""
+_DAY = re.compile(r"(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d))?)?", re.ASCII)
+_SHORT_DAY = re.compile(r"((?:19|20)\d\d)(\d\d)(\d\d)", re.ASCII)
+"""``2026-11-23`` with or without a time of day, and ``20261123``, which is no number."""
 
 
 def read_series(
@@ -63,18 +68,30 @@ def _has_numbers(lines: Iterable[tuple[int, Record]]) -> bool:
 
 
 def _number(value: object) -> float | None:
-    try:
-        number = float(str(value))
-    except ValueError:
+    if not _NUMBER.fullmatch(str(value)):
         return None
+    number = float(str(value))
     return number if abs(number) <= LARGEST_VALUE else None
+
+
+def _is_no_time(time: object) -> bool:
+    """Whether a time is missing, or one that no calendar has; texts of other forms may be times."""
+    text = str(time).strip()
+    if text.lower() in MISSING or text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        return True
+    found = _DAY.match(text) or _SHORT_DAY.fullmatch(text)
+    try:
+        datetime(*(int(each) for each in found.groups() if each)) if found else None  # type: ignore[arg-type]
+    except ValueError:
+        return True
+    return "_" in text and bool(re.fullmatch(r"[\d_.]+", text))
 
 
 def _seconds(time: object) -> float | None:
     """A time in ISO 8601, or any number; ``None`` for others, whose days and months may be confused."""
     text = str(time).strip()
     number = _number(text)
-    if number is not None and not re.fullmatch(r"(19|20)\d{6}", text):  # but a date: 20261123
+    if number is not None and not _SHORT_DAY.fullmatch(text):
         return number
     try:
         moment = datetime.fromisoformat(text)
@@ -97,6 +114,10 @@ def _read_windows(
             )
             fix = "Fill in what was measured, or an estimate of it: a series has no gaps."
             problems.append(Problem(file, line, "window.value", message, fix))
+        elif _is_no_time(time):
+            message = f"The time is {quote(str(time))}, which is missing or on no calendar."
+            fix = "Write the time of the value, as in 2026-11-23 14:05, or remove the line."
+            problems.append(Problem(file, line, "window.time", message, fix))
         elif len(values) >= MOST_VALUES:
             message = f"The series has more than {MOST_VALUES:,} values."
             problems.append(Problem(file, line, "window.long", message, "Split the file."))
