@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from luthier.data.media import Media
 from luthier.data.pictures import GAP
 from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import CaptionedImage
-from luthier.engine.runs import GRIDS
+from luthier.engine.runs import GRIDS, METRICS
 from luthier.engine.sample_grids import IMAGES, SampleGrids
 from luthier.engine.train import train
 from luthier.models.load import as_network, load_model
@@ -58,6 +59,9 @@ def test_each_measurement_leaves_a_picture(
     size = (rows * (HEIGHT + GAP) + GAP, columns * (WIDTH + GAP) + GAP, 3)
     assert {each.shape for each in pictures} == {size}
     assert not np.array_equal(pictures[0], pictures[-1])
+    if method == "gan":  # each player has turns of its own
+        line = json.loads((Path(result.run_dir) / METRICS).read_text().split("\n")[0])
+        assert {"generator_loss", "discriminator_loss", "discriminator_accuracy"} <= line.keys()
 
 
 def test_a_picture_moves_no_draw_of_the_training(

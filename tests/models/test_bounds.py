@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import FunctionType
 
@@ -26,6 +27,12 @@ def test_modules_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelRefused, match="more than 100 modules"), drawing_bounds():
         nn.ModuleList(nn.Identity() for _ in range(101))
     nn.ModuleList(nn.Identity() for _ in range(101))
+
+
+def test_modules_of_another_thread_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MOST_MODULES", 10)
+    with drawing_bounds(memory=False), ThreadPoolExecutor(1) as other:
+        other.submit(lambda: nn.ModuleList(nn.Identity() for _ in range(100))).result()
 
 
 LARGE = """

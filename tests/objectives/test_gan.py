@@ -101,6 +101,17 @@ def test_the_losses_are_those_of_the_paper(prepared: Callable[..., Any]) -> None
         assert float(found.detach()) == pytest.approx(float(wanted.sum().detach()), rel=1e-5)
 
 
+def test_each_turn_reports_its_own_player(prepared: Callable[..., Any]) -> None:
+    objective, network, examples = prepared(loss_type="non_saturating")
+    first, second = (
+        objective.loss(network, turn) for turn in turns_of(objective, network, examples)
+    )
+    assert first.metrics.keys() == {"discriminator_loss", "discriminator_accuracy"}
+    assert first.metrics["discriminator_loss"] == float(first.total.detach())
+    assert 0 <= first.metrics["discriminator_accuracy"] <= len(examples)
+    assert dict(second.metrics) == {"generator_loss": float(second.total.detach())}
+
+
 def test_the_penalty_is_on_the_gradient_between_real_and_made(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="wgan_gp", discriminator_steps=1)
     turn, last = turns_of(objective, network, examples)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from luthier.serving.images import SampledImage
 
 Model = Annotated[str, typer.Argument(help="Model that makes images, such as one of a vae.")]
-Picture = Annotated[Path, typer.Option(help="PNG file with all images side by side.")]
 
 
 def sample(
@@ -116,7 +115,7 @@ def reconstruct(
     input_: Annotated[
         str, typer.Option("--input", help="Images: a folder, archive, .npz, or one file.")
     ],
-    output: Picture,
+    output: Annotated[Path, typer.Option(help="PNG file with all images side by side.")],
     count: Annotated[int, typer.Option(min=1, help="Of the first so many images.")] = 32,
     between: Annotated[
         int | None,

@@ -220,8 +220,11 @@ class Loop:
             # Rows that are contrasted are seen in views of their own, which are drawn in the step.
             self._upcoming = self._rows(self.progress.step + 1)
             self.network.layout.read_ahead(self._upcoming)
+        metrics: dict[str, float] = {}
         for turn in objective.turns(batches):
+            # Of turns that measure the same the last one counts, as it does for the loss.
             loss, further = self._backward(objective, turn)
+            metrics |= further
             norm = self.optimizer.step(rate)
         seconds = time.monotonic() - started
         tokens = sum(row.tokens for batch in batches for row in batch.tree.examples)
@@ -241,7 +244,7 @@ class Loop:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             **({"rows_per_second": len(chosen) / seconds} if chosen[0].media else {}),
-            **further,
+            **metrics,
             **(report.step_metrics(batches) if report else {}),
         )
         if report and self.samples is not None:

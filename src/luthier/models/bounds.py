@@ -32,8 +32,9 @@ DOES_NOT_RUN = "the network of type {} does not run as its config.json describes
 def drawing_bounds(memory: bool = True) -> Iterator[None]:
     """Bounds on modules, time and memory for a block that draws a network without its numbers.
 
-    What the block imports counts, too: import the libraries before. Time is bounded in the main thread
-    alone, which hears signals. That of ``memory`` is of the whole process, whatever its threads do.
+    What the block imports counts, too: import the libraries before. Modules are those of this thread;
+    time is bounded in the main thread alone, which hears signals. The bound on ``memory`` is one of the
+    whole process, whatever its threads do.
 
     Raises:
         ModelRefused: where the block goes beyond one of them.
@@ -93,11 +94,12 @@ def _starts_in_own_code(error: BaseException) -> bool:
 def _modules() -> Iterator[None]:
     from torch.nn.modules.module import register_module_module_registration_hook
 
-    count = 0
+    count, own = 0, threading.get_ident()
 
     def count_module(*_: Any) -> None:
         nonlocal count
-        count += 1
+        # torch has one list of hooks for all threads.
+        count += threading.get_ident() == own
         if count > MOST_MODULES:
             raise _too_much(f"more than {MOST_MODULES:,} modules")
 

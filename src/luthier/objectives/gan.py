@@ -24,10 +24,9 @@ for all noise.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -36,7 +35,7 @@ from pydantic import Field
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import TrainingDefaults
+from luthier.objectives.base import Means, TrainingDefaults
 from luthier.objectives.conditions import class_target, classes_of
 from luthier.objectives.generative import MOST_COMPARED, Generative, fixed_noise
 from luthier.types import Example, Loss, Row
@@ -65,8 +64,6 @@ class Game:
     """Where between real and made images the gradient is looked at, in each turn."""
     player: Literal["discriminator", "generator", "both"] = "both"
     """Whose turn it is; ``both`` to measure, without a gradient."""
-    noted: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Means of the turns, for people."""
 
 
 class GAN(Generative):
@@ -190,16 +187,20 @@ class GAN(Generative):
             ]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed loss of the player whose turn it is; it alone gets a gradient."""
+        """Summed loss of the player whose turn it is; it alone gets a gradient.
+
+        Metrics are the loss of each player, and how often a real image has the higher score.
+        """
         game: Game = batch.extra
         if game.player == "generator":
-            return Loss(self._generator_loss(network, game))
-        total = self._discriminator_loss(network, batch, game)
-        if game.player == "both":
-            total = total + self._generator_loss(network, game)
-        return Loss(total)
+            return self._generator_loss(network, game)
+        found = self._discriminator_loss(network, batch, game)
+        if game.player == "discriminator":
+            return found
+        other = self._generator_loss(network, game)
+        return Loss(found.total + other.total, {**found.metrics, **other.metrics})
 
-    def _generator_loss(self, network: Network, game: Game) -> Tensor:
+    def _generator_loss(self, network: Network, game: Game) -> Loss:
         from torch.nn import functional as F
 
         model = network.model
@@ -207,11 +208,10 @@ class GAN(Generative):
             images = model.generate(game.latent_TRZ[-1], game.class_R)
             made_R = model.discriminate(images, game.class_R, self._spectral).float()
         each_R = -made_R if self.loss_type == "wgan_gp" else F.softplus(-made_R)
-        game.noted["generator_loss"].append(float(each_R.detach().mean()))
         total: Tensor = each_R.sum()
-        return total
+        return Loss(total, {"generator_loss": float(total.detach())})
 
-    def _discriminator_loss(self, network: Network, batch: TreeBatch, game: Game) -> Tensor:
+    def _discriminator_loss(self, network: Network, batch: TreeBatch, game: Game) -> Loss:
         import torch
         from torch.nn import functional as F
 
@@ -222,17 +222,19 @@ class GAN(Generative):
         # One pass for both, so that the estimate of the spectral norms is the same.
         both_2R = model.discriminate(torch.cat([batch.plan, images]), class_2R, self._spectral)
         real_R, made_R = both_2R.float().chunk(2)
-        right = (real_R > made_R).float().mean()  # the score of wgan_gp has no zero
-        game.noted["discriminator_accuracy"].append(float(right))
+        right = (real_R > made_R).sum()  # the score of wgan_gp has no zero
         if self.loss_type == "wgan_gp":
             each_R = made_R - real_R
             if game.player == "discriminator":
                 each_R = each_R + PENALTY * self._penalty(network, batch, game, images)
         else:
             each_R = F.softplus(-real_R) + F.softplus(made_R)
-        game.noted["discriminator_loss"].append(float(each_R.detach().mean()))
         total: Tensor = each_R.sum()
-        return total
+        found = {
+            "discriminator_loss": float(total.detach()),
+            "discriminator_accuracy": float(right),
+        }
+        return Loss(total, found)
 
     def _penalty(self, network: Network, batch: TreeBatch, game: Game, images: Tensor) -> Tensor:
         """How far the gradient ``[R]`` between real and made images is from the length 1, squared."""
@@ -245,18 +247,6 @@ class GAN(Generative):
         penalty_R: Tensor = (slope.float().flatten(1).norm(dim=1) - 1).square()
         return penalty_R
 
-    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """Means over the turns: both losses, and how often a real image has the higher score."""
-        noted: defaultdict[str, list[float]] = defaultdict(list)
-        for batch in batches:
-            for name, values in batch.extra.noted.items():
-                noted[name] += values
-        return {name: float(np.mean(values)) for name, values in noted.items()}
-
-    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """None: images are looked at when training is over."""
-        return []
-
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> dict[str, Any]:
@@ -266,10 +256,11 @@ class GAN(Generative):
         network.model.eval()
         batches = self.annotate(network, examples[:MOST_COMPARED], budget)
         real, made, classes = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        means = Means()
         with torch.no_grad():
             for batch in batches:
                 game: Game = batch.extra
-                self.loss(network, batch)  # which notes how the players do
+                means.add(self.loss(network, batch), batch.weight)
                 real.append(batch.plan.float().flatten(1))
                 images = network.model.generate(game.latent_TRZ[0], game.class_R)
                 made.append(images.float().flatten(1))
@@ -278,9 +269,9 @@ class GAN(Generative):
         real_RD, made_RD, class_R = torch.cat(real), torch.cat(made), torch.cat(classes)
         spread = _spread(real_RD, class_R)
         return {
+            **means.values(),
             "loss": sliced_distance(real_RD, made_RD),
             "diversity": _spread(made_RD, class_R) / spread if spread else 0.0,
-            **self.step_metrics(batches),
             **self.distance_metrics(network, examples),
         }
 

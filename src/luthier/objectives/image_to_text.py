@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CTC_LAYER = "columns_to_letters"
 """Name of the layer that only training has."""
 CTC_WEIGHT = 0.5
-LONGER = 1.25
+LENGTH_MARGIN = 1.25
 """How much longer than the longest training text a written one may be."""
 
 
@@ -85,7 +85,7 @@ class ImageToText(Objective):
             return self
         texts = [row.caption for row in rows if isinstance(row, CaptionedImage)]
         longest = max(len(chat.tokens(text, first=False)) for text in texts)
-        return self.model_copy(update={"max_tokens": int(LONGER * longest) + 1})
+        return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """This objective with the weight of CTC that goes with the encoder."""

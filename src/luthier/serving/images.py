@@ -165,7 +165,7 @@ class ImageGenerator:
         """
         import torch
 
-        objective = self._reconstructs()
+        objective = self._reconstructor()
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
         found: dict[int, Reconstruction] = {}
         with torch.inference_mode():
@@ -189,7 +189,7 @@ class ImageGenerator:
         """
         import torch
 
-        objective = self._reconstructs()
+        objective = self._reconstructor()
         if len(rows) < 2 or steps < 2:
             raise RecipeError("a way needs two images and two steps at least")
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
@@ -202,7 +202,7 @@ class ImageGenerator:
                 ways.append(way if batch.tree.examples[0].row == pair[0].row else way[::-1])
         return ways
 
-    def _reconstructs(self) -> SupportsReconstruction:
+    def _reconstructor(self) -> SupportsReconstruction:
         if not isinstance(self.objective, SupportsReconstruction):
             raise RecipeError(
                 f"{self.name} makes images of nothing but noise, and cannot give one back. Train a "

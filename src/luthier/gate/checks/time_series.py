@@ -54,13 +54,13 @@ GAP = Rule(
 )
 LEAST_VALUES = 100
 """Lines of a series, of which some are held out, that anything can be learned from."""
-USUAL = 0.9
+USUAL_QUANTILE = 0.9
 """Share of steps that are as long as the usual one, or shorter: five of seven days are working days."""
-EARLIEST = 1e8
+LEAST_CLOCK_TIME = 1e8
 """Seconds of a time in 1973; lower numbers are counts of something."""
-MOST_NAMED = 10_000
+MOST_FINDINGS = 10_000
 """Lines of a file that break a rule, of which each is counted."""
-LONGER = 1.5
+GAP_RATIO = 1.5
 """Times the usual step from which on one is a gap."""
 
 
@@ -110,17 +110,17 @@ class TimeSeries(Check):
             findings.add(Finding(REVERSED, Place(file, 0), message))
             return
         forward = known[known > 0]
-        usual = float(np.quantile(forward, USUAL, method="lower")) if len(forward) else 0.0
-        say = _duration if np.nanmax(all_times) > EARLIEST else "{:.4g}".format
+        usual = float(np.quantile(forward, USUAL_QUANTILE, method="lower")) if len(forward) else 0.0
+        say = _duration if np.nanmax(all_times) > LEAST_CLOCK_TIME else "{:.4g}".format
         found = (
             (ORDER, steps < 0, "It is {} earlier than the line before."),
             (DUPLICATE, steps == 0, "It has the time of the line before."),
-            (GAP, steps > LONGER * usual, "It is {} later than the line before; {} are usual."),
+            (GAP, steps > GAP_RATIO * usual, "It is {} later than the line before; {} are usual."),
         )
         ends = np.cumsum([len(times) for _, times in batches])
         for rule, wrong, text in found:
             rows = np.flatnonzero(wrong) + 1
-            for row in rows[:MOST_NAMED].tolist():
+            for row in rows[:MOST_FINDINGS].tolist():
                 batch = int(np.searchsorted(ends, row, side="right"))
                 where, times = batches[batch]
                 message = text.format(say(abs(steps[row - 1])), say(usual))
