@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.api.http.messages import CheckedBody, Fault, Request
+from luthier.api.http.validation import custom_message, expected_type, type_of
 
 
 class NativeBody(CheckedBody):
@@ -95,4 +96,10 @@ def _describe_constraint(error: Mapping[str, Any]) -> str:
             return f"Member must satisfy regular expression pattern: {context['pattern']}"
         case "literal_error":
             return f"Member must satisfy enum value set: [{context['expected']}]"
-    return str(error["msg"])
+    if (expected := expected_type(error)) is not None:
+        return f"expected type: {_name(expected)}, found: {_name(type_of(error['input']))}"
+    return custom_message(error)
+
+
+def _name(json_type: str) -> str:
+    return f"JSON{json_type.title()}" if json_type in ("array", "object") else json_type.title()

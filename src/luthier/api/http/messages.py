@@ -407,36 +407,3 @@ class CheckedBody(BaseModel):
         schema = handler(source)
         _stop_at_first(schema)
         return schema
-
-
-_RULES = {
-    "missing": "is required",
-    "extra_forbidden": "is not known here",
-    **dict.fromkeys(("string_type", "string_unicode"), "must be a text"),
-    **dict.fromkeys(
-        ("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "must be a whole number"
-    ),
-    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "must be a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
-    **dict.fromkeys(("list_type", "tuple_type"), "must be an array"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "must be an object"),
-    "none_required": "must be null",
-    "literal_error": "must be {expected}",
-    "too_short": "must have {min_length} or more items, and has {actual_length}",
-    "too_long": "must have at most {max_length} items, and has {actual_length}",
-    "string_too_short": "must have {min_length} or more characters",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_pattern_mismatch": "must match the pattern {pattern}",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be {le} or less",
-}
-"""What pydantic's errors are about, by their type, behind the name of a field."""
-
-
-def describe_error(error: Mapping[str, Any]) -> str:
-    """What is wrong with a field in plain words, to be read behind its name."""
-    if (rule := _RULES.get(error["type"])) is not None:
-        return " " + rule.format(**error.get("ctx", {}))
-    return f": {error['msg'].removeprefix('Value error, ')}"

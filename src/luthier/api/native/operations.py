@@ -22,9 +22,9 @@ from luthier.api.http.messages import (
     Request,
     RequestHead,
     Response,
-    describe_error,
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
+from luthier.api.http.validation import describe_error
 from luthier.api.identifiers import find_foundation, find_model
 from luthier.api.policies import refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA

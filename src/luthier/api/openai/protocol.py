@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.http.messages import Caller, CheckedBody, Fault, Request, Response
 from luthier.api.http.routing import Authorize
+from luthier.api.http.validation import expected_type
+from luthier.api.openai.validation import describe_error
 from luthier.api.policies import refuse_denied
 from luthier.store.arns import Arns
 
@@ -134,25 +136,26 @@ def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> P
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = _first_error(error)
-        where = _format_location([part for part in (under, *first["loc"]) if part != ""])
-        if first["type"] == "missing":
-            text = f"Missing required parameter: '{where}'."
-            raise invalid(text, where, "missing_required_parameter") from error
-        message = first["msg"].removeprefix("Value error, ")
-        text = f"Invalid value for '{where}': {message[:1].lower()}{message[1:]}."
-        raise invalid(text, where or None, "invalid_value") from error
+        errors = _errors_of_one_member(error)
+        where = _format_location([part for part in (under, *errors[0]["loc"]) if part != ""])
+        text, code = describe_error(errors, where)
+        raise invalid(text, where or None, code) from error
 
 
-def _first_error(error: ValidationError) -> Any:
-    """The first error; of a member with alternatives, the one about its value and not its type."""
+def _errors_of_one_member(error: ValidationError) -> list[Any]:
+    """All errors about the first member that is wrong.
+
+    Of one with alternatives it is the error about its value and not its type, else the innermost.
+    """
     found = error.errors(include_url=False)
     same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
-    value = [each for each in same if each["type"] not in _ABOUT_TYPES]
-    return (value or same)[0]
-
-
-_ABOUT_TYPES = {"literal_error", "string_type", "int_type", "list_type", "model_type", "dict_type"}
+    value = [
+        each for each in same if expected_type(each) is None and each["type"] != "literal_error"
+    ]
+    places = [_format_location(each["loc"]) for each in same]
+    place = _format_location(value[0]["loc"]) if value else max(places, key=len)
+    own = [each for each, at in zip(same, places, strict=True) if at == place]
+    return value[:1] + [each for each in own if each not in value[:1]]
 
 
 def _format_location(location: Sequence[str | int]) -> str:

@@ -1,0 +1,68 @@
+"""What is wrong with a JSON body, from pydantic's errors: the one place that knows their types.
+
+Each face says it in the words of its clients; those of :func:`describe_error` are plain English.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TYPES = {
+    **dict.fromkeys(("string_type", "string_unicode"), "string"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "integer"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "boolean"),
+    **dict.fromkeys(("list_type", "tuple_type"), "array"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "object"),
+    "none_required": "null",
+}
+"""JSON types, by the types of pydantic's errors about a value of another one."""
+_WORDS = {
+    "string": "a text", "integer": "a whole number", "number": "a number", "boolean": "true or false",
+    "array": "an array", "object": "an object", "null": "null",
+}  # fmt: skip
+_RULES = {
+    "missing": "is required",
+    "extra_forbidden": "is not known here",
+    "literal_error": "must be {expected}",
+    "too_short": "must have {min_length} or more items, and has {actual_length}",
+    "too_long": "must have at most {max_length} items, and has {actual_length}",
+    "string_too_short": "must have {min_length} or more characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+}
+
+
+def expected_type(error: Mapping[str, Any]) -> str | None:
+    """The JSON type that a value has to be of, where it is of another; else ``None``."""
+    return _TYPES.get(error["type"])
+
+
+def type_of(value: Any) -> str:
+    """The JSON type of a value."""
+    for name, kind in (
+        ("null", type(None)), ("boolean", bool), ("integer", int), ("number", float), ("string", str),
+        ("array", list),
+    ):  # fmt: skip
+        if isinstance(value, kind):
+            return name
+    return "object"
+
+
+def custom_message(error: Mapping[str, Any]) -> str:
+    """What a check of ours says, or pydantic where no table here knows its error."""
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def describe_error(error: Mapping[str, Any]) -> str:
+    """What is wrong with a field in plain words, to be read behind its name."""
+    if (expected := expected_type(error)) is not None:
+        return f" must be {_WORDS[expected]}"
+    if (rule := _RULES.get(error["type"])) is not None:
+        return " " + rule.format(**error.get("ctx", {}))
+    return f": {custom_message(error)}"
