@@ -514,13 +514,13 @@ def test_who_may_not_invoke_a_model_has_none_work(server: Server) -> None:
 
 def test_work_that_takes_too_long_is_ended() -> None:
     work = Work(0.05)
-    with work.timed():
+    with work.count_time():
         work.check()
         time.sleep(0.06)
         with pytest.raises(Exception, match="has worked on this request") as ended:
             work.check()
     assert getattr(ended.value, "code", "") == "ModelTimeout"
-    with pytest.raises(Exception, match="has worked"), work.timed():
+    with pytest.raises(Exception, match="has worked"), work.count_time():
         raise AssertionError("its time was used up before")
 
 

@@ -308,4 +308,4 @@ def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "Hello there", "sentiment": "good"}) + "\n")
     reader = RowReader(path)
-    assert len(list(reader)) == 1 and reader.recognized.unread == ("sentiment",)
+    assert len(list(reader)) == 1 and reader.recognition.unread == ("sentiment",)

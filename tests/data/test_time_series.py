@@ -42,7 +42,7 @@ def test_a_row_is_a_value_with_those_before_it(tmp_path: Path, header: str) -> N
 
 def test_both_columns_are_read(tmp_path: Path) -> None:
     reader = RowReader(write(tmp_path, times([1.5, -2])))
-    assert len(list(reader)) == 2 and reader.recognized.unread == ()
+    assert len(list(reader)) == 2 and reader.recognition.unread == ()
 
 
 def test_a_history_has_an_end(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def test_names_stand_for_rules() -> None:
     plan = CleaningPlan.of(
         {"drop": ["unreadable", "leakage.*", "duplicate.near"], "dedupe": "near"}
     )
-    assert plan.refused == {name for name, rule in READING_RULES.items() if not rule.whole}
-    assert plan.dropped == (
+    assert plan.refused_rules == {name for name, rule in READING_RULES.items() if not rule.whole}
+    assert plan.dropped_rules == (
         "leakage.exact", "leakage.input", "leakage.near", "duplicate.near", "duplicate.exact"
     )  # fmt: skip
     assert plan.leaks and plan.edits == ()

@@ -23,7 +23,7 @@ class Length(Grader):
     needs_expected = False
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         return False
 
     def score(self, answer: Answer) -> float:
@@ -37,14 +37,14 @@ def test_the_weighted_mean() -> None:
     assert mix.parts["result"] == Number()
     replies = [answer("#### 42"), answer("42"), answer("#### 41"), answer("none")]
     assert grade_answers(mix, replies).scores == [1.0, 0.75, 0.25, 0.0]
-    assert mix.bounded
+    assert mix.is_share
     assert Mix.model_validate({"parts": {"a": "number", "b": FORM}}).grade(replies)[1] == 0.5
 
 
 def test_weights_as_given_and_penalties() -> None:
     fields = {"parts": {"result": Number(), "length": Length()}, "weights": {"length": -0.01}}
     mix = Mix.model_validate({**fields, "normalize": False})
-    assert not mix.bounded
+    assert not mix.is_share
     assert grade_answers(mix, [answer("42")]).scores == [pytest.approx(1 - 0.02)]
     assert grade_answers(Mix.model_validate(fields), [answer("42")]).scores[0] == pytest.approx(
         0.98 / 1.01

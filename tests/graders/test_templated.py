@@ -203,7 +203,7 @@ def test_a_model_that_scores() -> None:
         {"role": "user", "content": "{{item.answer}} or {{sample.output_text}}?"},
     )
     grader = ScoreModel.model_validate({"model": "judge", "input": turns, "range": [0, 5]})
-    assert not grader.bounded
+    assert not grader.is_share
     assert grader.models == grader.writers == {"judge"}
     with pytest.raises(RecipeError, match="not open"):
         one(grader, "Rome")

@@ -85,7 +85,7 @@ def test_every_row_gets_the_log_probabilities_of_its_own_tokens(
     seen = set()
     for batch in network.batches(examples, budget):
         logp_M = token_logps(network, batch).detach()
-        row_M = batch.learned[0]
+        row_M = batch.learned_edges[0]
         for place, example in enumerate(batch.tree.examples):
             mine = logp_M[row_M == place]
             torch.testing.assert_close(mine, alone[example.row], rtol=1e-5, atol=1e-5)

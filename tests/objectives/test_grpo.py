@@ -220,7 +220,7 @@ def ours(tensors: dict[str, Tensor], case: dict[str, Any]) -> tuple[float, Tenso
     )
     row_M = torch.arange(6).repeat_interleave(sizes)
     tree = SimpleNamespace(examples=[SimpleNamespace(row=n) for n in range(6)])
-    batch: Any = SimpleNamespace(extra=policy, learned=(row_M, row_M), tree=tree)
+    batch: Any = SimpleNamespace(extra=policy, learned_edges=(row_M, row_M), tree=tree)
     logp = tensors["logp"].clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "token_logps", lambda *a, **k: logp[mask])

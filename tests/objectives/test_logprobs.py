@@ -186,7 +186,7 @@ def test_each_token_has_its_log_probability_and_gradient(
     order = torch.randperm(len(edges))
     row_M = torch.randint(3, (len(edges),)).sort().values
     batch = batch_of(edges, fill=5)
-    batch.learned = (row_M, order)
+    batch.learned_edges = (row_M, order)
     batch.tree = SimpleNamespace(examples=range(3))
     logp_M = token_logps(mine, batch, temperature)  # type: ignore[arg-type]
     factor_R = torch.tensor([0.3, -2.0, 1.1])

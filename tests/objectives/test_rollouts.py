@@ -267,8 +267,8 @@ def test_rewards_without_bounds_are_never_refused() -> None:
     import numpy as np
 
     scores = np.array([[-3.0, -2.0], [-1.0, -1.0]], dtype=np.float32)
-    assert precheck(scores, bounded=True).refused
-    verdict = precheck(scores, bounded=False)
+    assert precheck(scores, is_share=True).refused
+    verdict = precheck(scores, is_share=False)
     assert not verdict.refused and "for 1 of the prompts the rewards differ" in verdict.text
 
 

@@ -194,7 +194,7 @@ def test_the_grammar_of_a_marked_call(tokenizer: Any) -> None:
     for token in tokenizer.encode(written, add_special_tokens=False):
         assert matcher.allowed_mask(len(tokenizer))[token]
         matcher.take(token)
-    assert matcher.finished
+    assert matcher.is_finished
     again = constraints.calls([WEATHER], marked=True)
     first = again.copy().allowed_mask(len(tokenizer))
     assert first.sum() >= 1

@@ -168,7 +168,7 @@ def test_the_first_trial_of_a_classifier_is_its_default_run(
     [trial] = found.trials
     assert trial.measure == "accuracy"
     assert trial.value == 1 - alone.verdict.kept["accuracy"]
-    assert trial.measured == f"accuracy {alone.verdict.kept['accuracy']:.4f}"
+    assert trial.measurement == f"accuracy {alone.verdict.kept['accuracy']:.4f}"
     lines = [MetricsFile(Path(each.run_dir) / METRICS).read() for each in (alone, found.result)]
     first, again = ([line["loss"] for line in each if "loss" in line] for each in lines)
     assert first == again

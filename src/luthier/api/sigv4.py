@@ -111,7 +111,7 @@ class Claim:
         return f"{self.day}/{self.region}/{self.service}/{TERMINATOR}"
 
     @property
-    def presigned(self) -> bool:
+    def is_presigned(self) -> bool:
         """Whether it stands in the query."""
         return self.expires is not None
 
@@ -222,7 +222,7 @@ def canonical_request(head: RequestHead, claim: Claim, payload: str) -> bytes:
     parts = (
         head.method.encode("latin-1"),
         canonical_path(head.path, claim.service),
-        canonical_query(head.query, claim.presigned),
+        canonical_query(head.query, claim.is_presigned),
         b"".join(
             name.encode() + b":" + _join_values(head, name) + b"\n" for name in claim.signed_headers
         ),
@@ -374,7 +374,7 @@ def _check_time(claim: Claim, service: SignedService, moment: datetime) -> None:
             f"service says {moment.strftime(_MOMENT)}. Set the clock that is wrong."
         )
         raise Fault("InvalidSignature", text)
-    if claim.presigned and moment > claim.at:
+    if claim.is_presigned and moment > claim.at:
         raise Fault("AccessDenied", "Request has expired")
     text = "The difference between the request time and the current time is too large."
     raise Fault("RequestTimeTooSkewed", text)
@@ -387,7 +387,7 @@ def _check_headers(head: RequestHead, claim: Claim, service: SignedService) -> N
         if (name in _ONCE or name.startswith("x-amz")) and names.count(name) > 1:
             raise _incomplete(f"The header {name} was sent more than once.")
     needed = {"host"} | {name for name in names if name.startswith("x-amz-")}
-    if not claim.presigned and "x-amz-date" not in needed:
+    if not claim.is_presigned and "x-amz-date" not in needed:
         needed.add("date")
     if not service.objects:
         needed.discard("x-amz-content-sha256")
@@ -408,11 +408,11 @@ def _payload(head: RequestHead, body: bytes | None, claim: Claim, service: Signe
         if payload is not None and payload != digest:
             raise Fault(service.refusal, "X-Amz-Content-SHA256 is not the hash of the body.")
         return digest
-    if payload is None and claim.presigned:
+    if payload is None and claim.is_presigned:
         return UNSIGNED
     if payload is None:
         raise _incomplete("Missing required header for this request: x-amz-content-sha256")
-    if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.presigned):
+    if payload in (UNSIGNED, STREAMED_UNSIGNED) and not (head.tls or claim.is_presigned):
         raise Fault(service.refusal, f"{payload} is taken over TLS only.")
     if payload not in (UNSIGNED, STREAMED_UNSIGNED, *STREAMED) and not _HEX.fullmatch(payload):
         raise _incomplete("x-amz-content-sha256 is no SHA-256 in hexadecimal, and no known word.")

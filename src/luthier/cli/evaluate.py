@@ -105,7 +105,7 @@ def evaluate(
         return
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.answers else ""
     for name, score in found.scores.items():
-        style = ".2%" if found.answers and graders[name].bounded else ".4f"
+        style = ".2%" if found.answers and graders[name].is_share else ".4f"
         error = f" ± {found.errors[name]:{style}}" if name in found.errors else ""
         print_text(f"{name}: {score:{style}}{error}{spent}")
     if found.errors:

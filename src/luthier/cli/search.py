@@ -114,7 +114,7 @@ def _print(found: SearchResult) -> None:
         if trial.state == "complete":
             state = ""
         style = "bold green" if place == 0 else None
-        table.add_row(str(trial.number), trial.measured, *settings, state, style=style)
+        table.add_row(str(trial.number), trial.measurement, *settings, state, style=style)
     out = new_console(highlight=False)
     print_table(table)
     print_result(found.result)

@@ -105,7 +105,7 @@ def convert(
     except RowRefused as bad:  # of rows that were gathered
         raise DataError([bad.at(str(source), 0)]) from bad
     return Conversion(
-        reader.recognized, reader.rows, form, kind, tuple(work.kept), tuple(work.left_out)
+        reader.recognition, reader.rows, form, kind, tuple(work.kept), tuple(work.left_out)
     )
 
 

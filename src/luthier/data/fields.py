@@ -264,7 +264,7 @@ class FieldChecker:
             self.report("media.type", message, fix)
             return None
         if value.startswith("data:"):
-            return self._embedded(value, kind, name)
+            return self._decode_data_address(value, kind, name)
         folder = Path(self.file).parent.resolve()
         if value.startswith("s3://"):
             copy = folder / object_name(value)
@@ -301,7 +301,7 @@ class FieldChecker:
         self.report("media.type", message, "Write the values in their order, the latest last.")
         return None
 
-    def _embedded(self, value: str, kind: MediaKind, name: str) -> Media | None:
+    def _decode_data_address(self, value: str, kind: MediaKind, name: str) -> Media | None:
         """What a ``data:`` address holds (RFC 2397), in base64."""
         head, comma, body = value.partition(",")
         try:

@@ -98,7 +98,7 @@ class Checker(FieldChecker):
         self.line_of_id = {}
 
     @property
-    def recognized(self) -> str | None:
+    def form_name(self) -> str | None:
         """What the rows are, for people; ``None`` before the first one."""
         if self.form is not None:
             return self.form.name
@@ -469,7 +469,7 @@ class Recognized:
 class RowReader:
     """Rows of a source, one after the other, never all in memory.
 
-    What was found (``recognized``) and how far reading is (``done`` of ``size`` bytes) can be asked at
+    What was found (``recognition``) and how far reading is (``done`` of ``size`` bytes) can be asked at
     any time. Problems are in ``problems``, complete when the iterator is exhausted.
 
     Args:
@@ -507,9 +507,9 @@ class RowReader:
         return sum(map(source_size, self.files))
 
     @property
-    def recognized(self) -> Recognized:
+    def recognition(self) -> Recognized:
         """What the rows that were read so far are."""
-        form = self.checker.recognized or ("raw text" if self.rows else "nothing")
+        form = self.checker.form_name or ("raw text" if self.rows else "nothing")
         containers, unread = tuple(self._containers), tuple(self._unread)
         return Recognized(containers, form, self.rows, len(self.files), unread)
 
@@ -588,7 +588,7 @@ def read_rows(
     rows = list(reader)
     if reader.problems:
         raise DataError(reader.problems)
-    return rows, reader.recognized
+    return rows, reader.recognition
 
 
 def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool]]:

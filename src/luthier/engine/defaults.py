@@ -52,7 +52,7 @@ class DataFacts:
     """Validation rows that were taken from the training rows."""
 
     @property
-    def drawn(self) -> float:
+    def mix_factor(self) -> float:
         """Rows of all sets for each row of the main one."""
         return 1 + sum(each.drawn for each in self.mixed) / self.rows
 
@@ -84,7 +84,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
         fill("batch_size", *_with_mixed(size, objective.defaults.batch_reason, facts))
     fill("batch_size", *_with_mixed(*_batch_size(facts), facts))
     if training.max_steps is None:
-        batch = max(1, round((training.batch_size or 1) / facts.drawn))
+        batch = max(1, round((training.batch_size or 1) / facts.mix_factor))
         fill("epochs", *_epochs(objective, facts.rows, batch, facts.from_scratch))
     # A rate that was given is meant for all weights.
     starts_head = isinstance(objective, SupportsHeadStart) and objective.starts_head
@@ -190,7 +190,9 @@ def _with_mixed(size: int, reason: str, facts: DataFacts) -> tuple[int, str]:
     """``size`` rows of the main set, and the share of the further sets that comes with them."""
     if not facts.mixed:
         return size, reason
-    return round(size * facts.drawn), f"{reason}; {size} of the main file, the others beside them"
+    return round(
+        size * facts.mix_factor
+    ), f"{reason}; {size} of the main file, the others beside them"
 
 
 def _epochs(objective: Objective, rows: int, batch: int, from_scratch: bool) -> tuple[float, str]:

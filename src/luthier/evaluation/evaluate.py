@@ -246,7 +246,7 @@ def grade(
     ]
     problems = [problem for grades in found.values() for problem in grades.problems]
     scores = {
-        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.bounded)
+        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.is_share)
         for name, grader in graders.items()
     }
     return Evaluation(scores, list(rows), graded, problems)

@@ -123,7 +123,7 @@ def clean(
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
     selection = Selection(())
-    if plan.dropped or plan.balance:
+    if plan.dropped_rules or plan.balance:
         splits = {split: _rows_reader(each) for split, each in held.items()}
         selector = Selector(plan, context.known, work.rows, splits)
         selection = selector.select()
@@ -157,7 +157,7 @@ class _Cleaning:
     ) -> None:
         self.source, self.columns, self.context = source, columns, context
         self.on_progress = on_progress
-        self.left_out = context.plan.refused
+        self.left_out = context.plan.refused_rules
         self.rules = all_rules()
 
     def rows(self) -> Iterator[Row]:
@@ -217,7 +217,7 @@ class _Cleaning:
             summary.rows_out += len(stay)
         _refuse(problems)
         self._check_end(number, selection, summary, book)
-        summary.form = str(done.reader.recognized.form)
+        summary.form = str(done.reader.recognition.form)
         summary.rows_in, summary.kept = book.rows, book.kept
         summary.changed, summary.dropped = dict(book.changes), dict(book.drops)
         summary.edits = {edit.name: dict(edit.counts) for edit in done.edits if edit.counts}

@@ -76,7 +76,7 @@ class CleaningPlan(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.edits or self.dropped or self.refused or self.balance):
+        if not (self.edits or self.dropped_rules or self.refused_rules or self.balance):
             raise ValueError(
                 "nothing is asked for; choose from --normalize, --redact, --split-long, --truncate, "
                 "--drop, --dedupe and --balance"
@@ -99,7 +99,7 @@ class CleaningPlan(StrictModel):
         _, left_out = checks_for(CheckContext())
         for name in left_out:
             for rule in CHECKS[name].rules:
-                if rule.id in self.dropped:
+                if rule.id in self.dropped_rules:
                     raise ValueError(f"drop: {rule.id} is found with a model only; give --base ID")
 
     @property
@@ -110,12 +110,12 @@ class CleaningPlan(StrictModel):
         return tuple(name for name, wanted in asked.items() if wanted)
 
     @property
-    def refused(self) -> frozenset[str]:
+    def refused_rules(self) -> frozenset[str]:
         """Rules of reading whose rows are left out."""
         return frozenset(rule for rule in self._rules() if rule in READING_RULES)
 
     @property
-    def dropped(self) -> tuple[str, ...]:
+    def dropped_rules(self) -> tuple[str, ...]:
         """Rules of the gate whose rows are dropped, copies included; a row goes by the first."""
         named = [rule for rule in self._rules() if rule not in READING_RULES]
         return tuple(dict.fromkeys([*named, *_COPIES[self.dedupe]]))
@@ -123,7 +123,7 @@ class CleaningPlan(StrictModel):
     @property
     def leaks(self) -> bool:
         """Whether held-out rows are needed."""
-        return any(rule.startswith(LEAKAGE) for rule in self.dropped)
+        return any(rule.startswith(LEAKAGE) for rule in self.dropped_rules)
 
     def _rules(self) -> list[str]:
         return list(dict.fromkeys(rule for name in self.drop for rule in _droppable(name)))

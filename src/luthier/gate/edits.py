@@ -304,7 +304,7 @@ class Truncate(Edit):
         """For the model; rows that cannot be cut are left where they will be dropped."""
         side = context.plan.truncate
         assert side is not None
-        strict = TOO_LONG.id not in context.plan.dropped
+        strict = TOO_LONG.id not in context.plan.dropped_rules
         return cls(side, _judge(context), strict)
 
     def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:

@@ -185,7 +185,7 @@ class Gate:
             yield
         self.add_problems(problems)
         self.drain()
-        found = reader.recognized
+        found = reader.recognition
         if found.form != "nothing":  # also where every row is refused
             unread = f"; nothing is read from {', '.join(found.unread)}" if found.unread else ""
             self.forms[split] = f"{'; '.join(found.containers)}, {found.form}{unread}"

@@ -86,7 +86,7 @@ class Selector:
         held: HeldOutRows,
     ) -> None:
         self.plan, self.known, self.rows, self.held = plan, known, rows, held
-        self.selection = Selection(plan.dropped)
+        self.selection = Selection(plan.dropped_rules)
         self.passes = 0
 
     def select(self) -> Selection:
@@ -98,7 +98,7 @@ class Selector:
     def _round(self) -> bool:
         """One pass; whether anything was dropped."""
         self.passes += 1
-        wanted = self.plan.dropped
+        wanted = self.plan.dropped_rules
         blamed = {rule: BlamedRows() for rule in wanted}
         gate = Gate(self._checks(), Findings(blamed=blamed))
         alive, classes = array("I"), _ClassSizes(self.plan)
@@ -128,7 +128,7 @@ class Selector:
                 yield row
 
     def _checks(self) -> list[Check]:
-        wanted = set(self.plan.dropped)
+        wanted = set(self.plan.dropped_rules)
         skip = [n for n, kind in CHECKS.items() if not wanted & {r.id for r in kind.rules}]
         return checks_for(replace(self.known, only=frozenset(wanted)), skip)[0]
 

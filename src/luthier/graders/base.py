@@ -119,7 +119,7 @@ class Grader(BaseModel):
     """
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """Whether scores are from 0 to 1; those of a reward model are not."""
         return True
 
@@ -129,7 +129,7 @@ class Grader(BaseModel):
         return False
 
     @property
-    def limited(self) -> bool:
+    def has_time_limit(self) -> bool:
         """Whether the time limit of whoever grades holds; what waits for an endpoint has its own."""
         return self.watched
 

@@ -56,7 +56,7 @@ class Multi(Grader):
         return self
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """A formula may give any number."""
         return False
 

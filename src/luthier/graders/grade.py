@@ -56,7 +56,7 @@ def grade_answers(
     A Python thread cannot be killed: a grader that hangs is left behind, and goes on using a core until
     it ends by itself or the process does.
     """
-    if not grader.limited:
+    if not grader.has_time_limit:
         scores, troubles = attempt(grader, answers)
     else:
         groups = (
@@ -122,7 +122,7 @@ def _fault(grader: Grader, score: object) -> Trouble | None:
     if not isinstance(score, (int, float)) or not math.isfinite(score):
         text = f"grader `{grader.method}` gave {score!r}, which is no finite number."
         return Trouble("grader.not_finite", text, "Mend the grader; 0 is the score of a bad reply.")
-    if grader.bounded and not 0 <= score <= 1:
+    if grader.is_share and not 0 <= score <= 1:
         text = f"grader `{grader.method}` gave {score!r}, which is not from 0 to 1."
         return Trouble("grader.range", text, "Scale the score, or say that it is not `bounded`.")
     return None

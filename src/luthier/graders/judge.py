@@ -81,7 +81,7 @@ class Judge(ModelSpec, Grader):
         return True
 
     @property
-    def limited(self) -> bool:
+    def has_time_limit(self) -> bool:
         """Only what Python gives: an endpoint has a limit of its own, a local model its tokens."""
         return not self.model
 

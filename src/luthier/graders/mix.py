@@ -40,11 +40,11 @@ class Mix(Grader):
         return self
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """From 0 to 1 when normalized, all parts are, and none is a penalty."""
         return (
             self.normalize
-            and all(part.bounded for part in self.parts.values())
+            and all(part.is_share for part in self.parts.values())
             and all(self._weight(name) >= 0 for name in self.parts)
         )
 
@@ -97,7 +97,7 @@ class Mix(Grader):
             totals = [total + weight * score for total, score in zip(totals, scores, strict=True)]
         size = sum(abs(self._weight(name)) for name in self.parts) if self.normalize else 1.0
         totals = [total / size for total in totals]
-        if self.bounded:  # weights such as 0.1, 0.2 may sum to a little more than their sum
+        if self.is_share:  # weights such as 0.1, 0.2 may sum to a little more than their sum
             totals = [total if math.isnan(total) else min(1.0, total) for total in totals]
         if troubles:
             raise Ungraded(totals, troubles)

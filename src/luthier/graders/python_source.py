@@ -81,7 +81,7 @@ class SandboxedFunction(Grader):
     needs_expected = False
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """The function may give any number."""
         return False
 

@@ -32,7 +32,7 @@ class Reward(Grader):
     watched = False
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """Rewards have no bounds."""
         return False
 

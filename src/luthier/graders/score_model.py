@@ -60,7 +60,7 @@ class ScoreModel(ModelSpec, Grader):
         return self
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """Whether its range is."""
         return self.range[0] >= 0 and self.range[1] <= 1
 
@@ -70,7 +70,7 @@ class ScoreModel(ModelSpec, Grader):
         return True
 
     @property
-    def limited(self) -> bool:
+    def has_time_limit(self) -> bool:
         """A local model is limited by its tokens."""
         return False
 

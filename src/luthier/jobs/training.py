@@ -71,7 +71,7 @@ class JobHeartbeat(Heartbeat):
         self._asked = 0.0
 
     @property
-    def worked(self) -> float:
+    def seconds_worked(self) -> float:
         """Seconds of work on the job, those of earlier workers included."""
         return self.before + time.monotonic() - self.started
 
@@ -82,7 +82,11 @@ class JobHeartbeat(Heartbeat):
             if pending or time.monotonic() - self._renewed > RENEWAL:
                 with self.database.write() as session:
                     job: Job | None = jobs.renew(
-                        session, self.job_id, self.lease, worked=self.worked, **pending.details
+                        session,
+                        self.job_id,
+                        self.lease,
+                        worked=self.seconds_worked,
+                        **pending.details,
                     )
                     session.add_all(pending.events)
                 self._renewed = time.monotonic()
@@ -103,7 +107,7 @@ class JobHeartbeat(Heartbeat):
         wanted = {STOPPING: "stop", PAUSED: "pause"}.get(job.state)
         if wanted is None and job.state != RUNNING:
             wanted = "pause"  # resumed already, while this worker was still letting go
-        if wanted is None and self.limit is not None and self.worked > self.limit:
+        if wanted is None and self.limit is not None and self.seconds_worked > self.limit:
             wanted = "time"
         if wanted is None:
             return
@@ -233,7 +237,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
 
         def write(session: Session) -> Job:
             ended = jobs.renew(
-                session, self.row_id, self.lease, worked=heartbeat.worked, **pending.details
+                session, self.row_id, self.lease, worked=heartbeat.seconds_worked, **pending.details
             )
             session.add_all(copy_event(event) for event in pending.events)
             session.flush()

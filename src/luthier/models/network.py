@@ -77,24 +77,24 @@ class TreeBatch:
         source_S = np.pad(source_S, (0, -len(source_S) % SIZE_STEP))
         child_E = tree.edge_child_E[order]
 
-        def put(array: np.ndarray[Any, Any]) -> Tensor:
+        def to_tensor(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         return TreeBatch(
             tree=tree,
-            ids_N=put(tree.ids_N),
-            depth_N=put(tree.depth_N),
+            ids_N=to_tensor(tree.ids_N),
+            depth_N=to_tensor(tree.depth_N),
             plan=layout.plan(tree, device, dtype, before),
-            source_S=put(source_S),
-            edge_source_E=put(edge_source_E),
-            target_E=put(tree.ids_N[child_E]),
-            weight_E=put(tree.edge_weight_E[order]),
+            source_S=to_tensor(source_S),
+            edge_source_E=to_tensor(edge_source_E),
+            target_E=to_tensor(tree.ids_N[child_E]),
+            weight_E=to_tensor(tree.edge_weight_E[order]),
             weight=tree.weight,
             child_E=child_E,
         )
 
     @cached_property
-    def learned(self) -> tuple[Tensor, Tensor]:
+    def learned_edges(self) -> tuple[Tensor, Tensor]:
         """For every token with a weight, one row after the other: its row and its edge, ``[M]`` each.
 
         Rows are counted in the order of the tree. Rows that share a token share its edge.

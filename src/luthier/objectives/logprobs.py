@@ -235,8 +235,8 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of every learned token, ``[M]`` in float32, one row after the other.
 
-    Tokens are those with a weight, in the order of ``batch.learned``; weights do not enter. Logits are
-    divided by ``temperature`` first. ``hidden_NH`` are the network's states, where they are known.
+    Tokens are those with a weight, in the order of ``batch.learned_edges``; weights do not enter.
+    Logits are divided by ``temperature`` first. ``hidden_NH`` are the network's states, where known.
     """
     hidden_NH = network.hidden(batch) if hidden_NH is None else hidden_NH
     hidden_SH = network.before_vocabulary(hidden_NH[batch.source_S])
@@ -248,12 +248,12 @@ def token_logps(
         batch.target_E,
         temperature,
     )
-    return logp_E[batch.learned[1]]
+    return logp_E[batch.learned_edges[1]]
 
 
 def row_sums(batch: TreeBatch, value_M: Tensor) -> Tensor:
     """Sums ``[R]`` over the learned tokens of each row, rows in the order of the tree."""
-    row_M = batch.learned[0]
+    row_M = batch.learned_edges[0]
     return value_M.new_zeros(len(batch.tree.examples)).index_add(0, row_M, value_M)
 
 

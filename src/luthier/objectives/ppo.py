@@ -217,7 +217,7 @@ def whiten(value_M: Tensor, shift: bool = True) -> Tensor:
 def _values(network: Network, batch: TreeBatch, hidden_NH: Tensor) -> Tensor:
     """The value ``[M]`` of the state that each learned token is predicted from."""
     value_S: Tensor = getattr(network.model, HEAD)(hidden_NH[batch.source_S].float())[:, 0]
-    return value_S[batch.edge_source_E][batch.learned[1]]
+    return value_S[batch.edge_source_E][batch.learned_edges[1]]
 
 
 def _filled_in(tensor: Tensor | None) -> Tensor:

@@ -39,17 +39,17 @@ def sample_evenly(examples: Sequence[Example], count: int = PROMPTS) -> list[Exa
     return list(examples[::every][:count])
 
 
-def precheck(score_PG: FloatArray, bounded: bool) -> Verdict:
-    """Judge the scores of some completions; ``bounded`` ones are from 0 to 1."""
+def precheck(score_PG: FloatArray, is_share: bool) -> Verdict:
+    """Judge the scores of some completions; ``is_share`` ones are from 0 to 1."""
     mean, what = float(score_PG.mean()), f"{score_PG.size} completions of {len(score_PG)} prompts"
-    if bounded and score_PG.max() <= 0:
+    if is_share and score_PG.max() <= 0:
         return Verdict(
             f"none of {what} earns a reward, so there is nothing to reinforce. Tune the model on good "
             "replies first (objective sft), use an easier grader (a mix that rewards the form too), "
             "or allow more tokens (objective.max_completion_tokens).",
             refused=True,
         )
-    if bounded and mean >= ENOUGH:
+    if is_share and mean >= ENOUGH:
         return Verdict(
             f"{what} have a mean reward of {mean:.2f} before any training: there is next to nothing "
             "left to gain. Use the model as it is, or harder prompts.",

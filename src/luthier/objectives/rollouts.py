@@ -368,7 +368,7 @@ class Reinforcement(Objective):
             note(f"warning: {warning}")
         chosen = rollout_checks.sample_evenly(examples)
         rollouts = self.roll_out(network, chosen, self._tries, fixed_generator())
-        verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.bounded)
+        verdict = rollout_checks.precheck(rollouts.score_PG, self.grader.is_share)
         if verdict.refused and not self.force:
             raise RecipeError(verdict.text + " To train all the same, set `objective.force=true`")
         note(verdict.text)

@@ -48,7 +48,7 @@ def whole_distribution(
     (seen,) = teacher.batches(batch.tree.examples, sys.maxsize)
     states_SH = teacher.before_vocabulary(teacher.hidden(seen)[seen.source_S])
     place_S = torch.zeros_like(batch.source_S)
-    place_S[batch.edge_source_E[batch.learned[1]]] = seen.edge_source_E[seen.learned[1]]
+    place_S[batch.edge_source_E[batch.learned_edges[1]]] = seen.edge_source_E[seen.learned_edges[1]]
     states_SH = states_SH[place_S]
     shared = min(len(network.head_VH), len(teacher.head_VH))
 
@@ -118,7 +118,7 @@ class TopK:
             for chunk_CH in states_SH.split(CHUNK):
                 logits_CV = scores(chunk_CH, teacher.head_VH, teacher.head_bias_V, temperature)
                 parts.append(likeliest(logits_CV[:, :vocabulary].log_softmax(-1), self.k))
-            source_M = batch.edge_source_E[batch.learned[1]]
+            source_M = batch.edge_source_E[batch.learned_edges[1]]
             slot_M = self._slots(batch)
             ids_MK[slot_M] = torch.cat([ids for ids, _ in parts])[source_M].cpu().numpy()
             logp_MB[slot_M] = torch.cat([logp for _, logp in parts])[source_M].cpu().numpy()
@@ -130,7 +130,7 @@ class TopK:
         """What was kept, at the positions of ``batch``."""
         ids_MK, logp_MB = self._open("r")
         slot_M, device = self._slots(batch), batch.source_S.device
-        source_M = batch.edge_source_E[batch.learned[1]]
+        source_M = batch.edge_source_E[batch.learned_edges[1]]
         positions = len(batch.source_S)
         # Positions that only fill up the batch have no weight, so that any numbers do there.
         ids_SK = torch.zeros(positions, self.k, dtype=torch.int64, device=device)

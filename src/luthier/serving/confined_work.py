@@ -113,9 +113,9 @@ class ConfinedGrader(Grader):
     needs_expected = False
 
     @property
-    def bounded(self) -> bool:
+    def is_share(self) -> bool:
         """As the grader."""
-        return self.grader.bounded
+        return self.grader.is_share
 
     @property
     def prefers_batches(self) -> bool:

@@ -56,7 +56,7 @@ class Matcher:
         return Matcher(self._matcher.deep_copy())
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
 

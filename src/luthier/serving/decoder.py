@@ -144,7 +144,7 @@ class RunningAnswer:
         self.count += 1
         if self._text.stop is not None:
             return self._end("stop_sequence")
-        if matcher is not None and matcher.finished:
+        if matcher is not None and matcher.is_finished:
             return self._end("stop")
         if self.count == self.job.request.max_tokens:
             return self._end("length")

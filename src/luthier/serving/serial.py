@@ -78,12 +78,12 @@ class Work:
         cancellable(KillHandle(self._gone.set))
 
     @property
-    def cancelled(self) -> bool:
+    def is_cancelled(self) -> bool:
         """Whether nobody waits for it any more."""
         return self._gone.is_set()
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
+    def count_time(self) -> Iterator[None]:
         """Count the time of the block, unless all is used up.
 
         Raises:
@@ -98,7 +98,7 @@ class Work:
 
     def check(self) -> None:
         """End it within a turn where it has taken too long, or nobody waits for it."""
-        if self.cancelled:
+        if self.is_cancelled:
             raise Cancelled
         if self._used + time.monotonic() - self._began > self._seconds:
             raise InferenceFailed(
@@ -335,9 +335,9 @@ class SerialModel:
         gone = InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
         try:
             with (
-                self._scheduler.work(current_client(), self, lambda: work.cancelled),
+                self._scheduler.work(current_client(), self, lambda: work.is_cancelled),
                 self._lock,
-                work.timed(),
+                work.count_time(),
             ):
                 if self._closed:
                     raise gone

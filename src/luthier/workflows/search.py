@@ -199,7 +199,7 @@ class _Search:
         recipe = with_settings(self.recipe, best.settings)
         file = self._write_recipe(recipe, best)
         self.reporter.note(
-            f"best is trial {best.number}: {best.measured} with {describe_trial(best)}"
+            f"best is trial {best.number}: {best.measurement} with {describe_trial(best)}"
         )
         result = train(recipe, resume=True, reporter=self.reporter)
         return SearchResult(str(recipe.name), str(self.folder), trials, str(file), result)
@@ -297,7 +297,7 @@ class _Search:
         folder = trial_folder(self.folder, trial.number)
         Run(self.base.root, folder.name, rehearsal=folder).drop_working_files()
         done = trial_of(trial.number, ended_trials(study)[trial.number - 1])
-        value = "" if done.value is None else f", validation {done.measured}"
+        value = "" if done.value is None else f", validation {done.measurement}"
         self.reporter.note(f"trial {done.number} of {self.count} {done.state}{value}")
 
     def _write_recipe(self, recipe: Recipe, best: Trial) -> Path:
@@ -305,7 +305,7 @@ class _Search:
         fields = portable(recipe.model_copy(update={"base": self.base.id}))
         head = (
             f"# Found by `luthier search`: trial {best.number} of {self.count}, validation "
-            f"{best.measured}.\n\n"
+            f"{best.measurement}.\n\n"
         )
         path = self.folder / "best.toml"
         write_bytes(path, (head + to_toml(fields)).encode())

@@ -65,7 +65,7 @@ class Trial:
     """What is measured: ``loss``, ``reward`` or a score."""
 
     @property
-    def measured(self) -> str:
+    def measurement(self) -> str:
         """What was measured, for people."""
         if self.value is None:
             return ""

@@ -42,7 +42,7 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
             "invalid_value",
         )
     if kind == "literal_error" or expected_type(error):
-        expected = list(dict.fromkeys(filter(None, map(_expected, errors))))
+        expected = list(dict.fromkeys(filter(None, map(_describe_type, errors))))
         one = ", ".join(expected[:-1]) + " or " * (len(expected) > 1) + expected[-1]
         return (
             f"Invalid type for {member}: expected {'one of ' * (len(expected) > 1)}{one}, but got "
@@ -77,7 +77,7 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
     return f"Invalid value for {member}: {message[:1].lower()}{message[1:]}.", "invalid_value"
 
 
-def _expected(error: Mapping[str, Any]) -> str:
+def _describe_type(error: Mapping[str, Any]) -> str:
     """What a value of another type could have been; empty for an error that is not about types."""
     if error["type"] == "literal_error":
         return str(error["ctx"]["expected"])
