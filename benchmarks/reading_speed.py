@@ -3,8 +3,8 @@
     python benchmarks/reading_speed.py [FOLDER] [--large GB]
 
 FOLDER holds JSON Lines files at any depth (data sets of your own). Parsers that are not installed are
-left out. Of one process, rates are by its processor time, which other work on the machine disturbs
-little. ``--large`` writes a file of so many gigabytes and reads it in a process of its own.
+left out. Rates are by processor time, which other work on the machine disturbs little. ``--large``
+writes a file of so many gigabytes and reads it in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from luthier.data import parsing
-from luthier.data.read import Chunk, chunks_of, read_records
-from luthier.data.rows import Checker, RowReader
+from luthier.data.rows import RowReader
 
 BYTES = 20_000_000
 
@@ -37,29 +36,14 @@ def parsers() -> Iterator[tuple[str, Callable[[bytes], object]]]:
     yield "luthier, parse_line", lambda line: parsing.parse_line(line, 2)
 
 
-def rate(run: Callable[[], object], size: int, clock: Callable[[], float], times: int = 3) -> float:
-    """The best of several runs, in MB/s."""
+def rate(run: Callable[[], object], size: int, times: int = 3) -> float:
+    """The best of several runs, in MB a second of the process."""
     best = 0.0
     for _ in range(times):
-        started = clock()
+        started = time.process_time()
         run()
-        best = max(best, size / 1e6 / (clock() - started))
+        best = max(best, size / 1e6 / (time.process_time() - started))
     return best
-
-
-def check_part(job: tuple[Path, Chunk]) -> int:
-    """Read and check one part of a file; its rows."""
-    path, chunk = job
-    problems: list[object] = []
-    checker = Checker(str(path), problems)  # type: ignore[arg-type]
-    found = read_records(path, problems, chunk=chunk)  # type: ignore[arg-type]
-    return sum(checker.row(line, record) is not None for line, record in found)
-
-
-def in_two(path: Path) -> int:
-    size = max(1 << 20, path.stat().st_size // 4 + 1)
-    with multiprocessing.Pool(2) as pool:
-        return sum(pool.imap(check_part, [(path, chunk) for chunk in chunks_of(path, size)]))
 
 
 def measure(source: Path, name: str, folder: Path) -> None:
@@ -69,19 +53,16 @@ def measure(source: Path, name: str, folder: Path) -> None:
     path.write_bytes(b"\n".join(lines) + b"\n")
     size = path.stat().st_size
     print(f"{name}: {len(lines):,} lines of {size / len(lines):,.0f} bytes")
-    cpu = time.process_time
     for parser, parse in parsers():
 
         def run(parse: Callable[[bytes], object] = parse) -> None:
             for line in lines:
                 parse(line)
 
-        print(f"  {rate(run, size, cpu):7,.0f} MB/s  {parser}")
+        print(f"  {rate(run, size):7,.0f} MB/s  {parser}")
     # As loading is called by everyone, but without holding the rows.
-    found = rate(lambda: sum(1 for _ in RowReader(path)), size, cpu)
-    print(f"  {found:7,.0f} MB/s  read and checked, one process")
-    found = rate(lambda: in_two(path), size, time.perf_counter)
-    print(f"  {found:7,.0f} MB/s  read and checked, two processes (by the wall clock)")
+    found = rate(lambda: sum(1 for _ in RowReader(path)), size)
+    print(f"  {found:7,.0f} MB/s  read and checked")
 
 
 def large(gigabytes: float, folder: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import struct
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from luthier.data import parsing
 from luthier.data.parsing import Unreadable, parse_line
-from luthier.data.read import Chunk, chunks_of, read_records
+from luthier.data.read import read_records
 from luthier.errors import Problem
 
 PROPERTY = settings(max_examples=600, deadline=None, database=None)
@@ -76,48 +77,18 @@ def test_numbers_keep_every_bit(bits: int) -> None:
         assert parse_line(raw, 2) == {"a": number}
 
 
-# --- parts of a file, side by side -----------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, database=None)
-@given(
-    st.lists(
-        st.sampled_from(
-            [b'{"a":1}', b"", b"bad", b'{"b":"x\\ny\xe2\x80\xa8"}', b'{"c":"%s"}' % (b"z" * 70_000)]
-        ),
-        min_size=1,
-        max_size=12,
-    ),
-    st.sampled_from([b"\n", b"\r\n"]),
-    st.booleans(),
-    st.integers(1, 200_000),
-)  # fmt: skip
-def test_parts_give_together_what_the_file_gives(
-    tmp_path_factory, lines: list[bytes], end: bytes, ended: bool, size: int  # type: ignore[no-untyped-def]
-) -> None:  # fmt: skip
-    path: Path = tmp_path_factory.getbasetemp() / "parts.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + end.join(lines) + end * ended)
-    whole: list[Problem] = []
-    records = list(read_records(path, whole))
-    chunks = list(chunks_of(path, size))
-    assert [c.stop for c in chunks[:-1]] == [c.start for c in chunks[1:]]
-    assert (chunks[0].start, chunks[-1].stop) == (0, path.stat().st_size)
-    found: list[Problem] = []
-    parts = [each for chunk in chunks for each in read_records(path, found, chunk=chunk)]
-    assert parts == records
-    assert found == [problem for problem in whole if problem.rule != "file.empty"]
-
-
-def test_a_long_line_in_a_part_is_counted(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_long_line_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parsing, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
     path.write_bytes(b'{"a":1}\n' + b"x" * 300_000 + b'\n{"a":2}\n{"a":3}\n')
-    chunks = list(chunks_of(path, 10))
-    assert chunks[0] == Chunk(0, 300_009, 1) or chunks[0].start == 0
     problems: list[Problem] = []
-    found = [each for chunk in chunks for each in read_records(path, problems, chunk=chunk)]
+    found = list(read_records(path, problems))
     assert found == [(1, {"a": 1}), (3, {"a": 2}), (4, {"a": 3})]
     assert [(p.line, p.rule) for p in problems] == [(2, "line.too_long")]
+    assert "300,000 bytes" in problems[0].message
 
 
 def test_how_far_reading_is_can_be_followed(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,18 +33,7 @@ from luthier.errors import Problem
 from luthier.files import folder_size
 
 _CHUNK_BYTES = 64 * 1024
-_TOLD_EVERY = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A part of a JSON Lines file that begins after a line end, or at the beginning."""
-
-    start: int
-    stop: int
-    """First byte behind it."""
-    first_line: int
-    """Number of its first line in the file."""
+_PROGRESS_EVERY = 256
 
 
 def read_records(
@@ -54,7 +42,6 @@ def read_records(
     whole: bool = True,
     *,
     container: Container | None = None,
-    chunk: Chunk | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Record]]:
     """Yield ``(line, record)`` for each readable record; append to ``problems`` for the others.
@@ -69,7 +56,6 @@ def read_records(
         problems: what is wrong is appended here.
         whole: read plain text as one record.
         container: what the file is made of, where it is known.
-        chunk: only this part of a JSON Lines file (:func:`chunks_of`).
         on_progress: now and then given how many bytes of the file have been read.
     """
     file = str(path)
@@ -79,10 +65,10 @@ def read_records(
             yield from _read_media(path, container, on_progress)
             return
         with path.open("rb") as raw:
-            records = _records(raw, container, file, problems, whole, chunk)
+            records = _records(raw, container, file, problems, whole)
             for count, record in enumerate(records):
                 yield record
-                if on_progress is not None and count % _TOLD_EVERY == 0:
+                if on_progress is not None and count % _PROGRESS_EVERY == 0:
                     on_progress(raw.tell())
             if on_progress is not None:
                 on_progress(raw.seek(0, 2))
@@ -118,37 +104,15 @@ def source_size(path: Path) -> int:
     return folder_size(path) if path.is_dir() else path.stat().st_size if path.is_file() else 0
 
 
-def chunks_of(path: Path, size: int = 1 << 26) -> Iterator[Chunk]:
-    """Parts of a JSON Lines file of about ``size`` bytes, for workers that read side by side.
-
-    One pass over the bytes counts the lines, at the speed of the disk. A file of another kind, or
-    a packed one, has no such parts: it must be read as one.
-    """
-    start = line = 0
-    with path.open("rb") as stream:
-        while data := stream.read(min(size, 1 << 20)):
-            lines = data.count(b"\n")
-            while stream.tell() - start < size and (data := stream.read(1 << 20) or b""):
-                lines += data.count(b"\n")
-            while not data.endswith(b"\n") and (data := stream.readline(_CHUNK_BYTES)):
-                lines += data.count(b"\n")
-            yield Chunk(start, stream.tell(), line + 1)
-            start, line = stream.tell(), line + lines
-
-
 def _records(
     raw: BinaryIO,
     container: Container,
     file: str,
     problems: list[Problem],
     whole: bool,
-    chunk: Chunk | None,
 ) -> Iterator[tuple[int, Record]]:
     if container.kind == "parquet":
         return read_parquet(raw, file, problems)
-    if chunk is not None:
-        raw.seek(chunk.start)
-        return _read_lines(raw, file, problems, chunk)
     stream = unpack(raw, container.packing)
     if container.kind == "json":
         return read_document(stream, file, problems)
@@ -237,18 +201,14 @@ def last_cut(text: str) -> int:
 
 
 def _read_lines(
-    stream: BinaryIO, file: str, problems: list[Problem], chunk: Chunk | None = None
+    stream: BinaryIO, file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
-    number, left = (chunk.first_line - 1, chunk.stop - chunk.start) if chunk else (0, -1)
-    blank, longest = chunk is None, parsing.MAX_LINE_BYTES
-    while left and (raw := stream.readline(longest + 1)):
+    number, blank, longest = 0, True, parsing.MAX_LINE_BYTES
+    while raw := stream.readline(longest + 1):
         number += 1
-        left -= len(raw) if chunk else 0
         try:
             if len(raw) > longest and not raw.endswith(b"\n"):
-                skipped, size = _skip_line(stream)
-                left -= skipped if chunk else 0
-                raise _too_long(len(raw) + size)
+                raise _too_long(len(raw) + _skip_line(stream))
             record = parse_line(raw, number)
         except Unreadable as bad:
             problems.append(bad.at(file, number))
@@ -261,14 +221,14 @@ def _read_lines(
         raise _empty("holds only blank lines" if number else "is empty")
 
 
-def _skip_line(stream: BinaryIO) -> tuple[int, int]:
-    """Read past the next line end in small pieces; return how many bytes came, and were before it."""
+def _skip_line(stream: BinaryIO) -> int:
+    """Read past the next line end in small pieces; return how many bytes came before it."""
     skipped = 0
     while piece := stream.readline(_CHUNK_BYTES):
         skipped += len(piece)
         if piece.endswith(b"\n"):
-            return skipped, skipped - 1
-    return skipped, skipped
+            return skipped - 1
+    return skipped
 
 
 def _too_long(size: int) -> Unreadable:
