@@ -11,7 +11,6 @@ from rule_examples import EXAMPLES, WHOLE_FILE
 from written_rows import problems_of, write
 
 from luthier.data import (
-    chat,
     containers,
     documents,
     fields,
@@ -54,7 +53,6 @@ def test_paths_that_cannot_be_read_are_data_errors(folder: Path) -> None:
 def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
     used = set()
     modules = (
-        chat,
         read,
         rows,
         containers,
@@ -75,7 +73,8 @@ def test_every_rule_is_listed_used_and_shown_by_an_example() -> None:
         for node in tree.body:
             texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
             used |= {t for t in texts if isinstance(t, str) and re.fullmatch(r"[a-z]+\.\w+", t)}
-    gathered = {"grader.no_reference", "thumb.one_kind"}  # of graders and objectives
+    # Of graders, objectives, and the formats that bases read.
+    gathered = {"grader.no_reference", "thumb.one_kind", "media.base"}
     assert used == {*RULES, *PREFERENCE_RULES, *PROMPT_RULES} - gathered
     assert {rule for rule, *_ in EXAMPLES} | WHOLE_FILE == set(RULES)
     assert all(text.endswith(".") and "\n" not in text for text in RULES.values())
