@@ -79,7 +79,7 @@ class NamedFunction(Body):
     name: str
 
 
-class TextFormat(Body):
+class OutputFormat(Body):
     """The form of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -92,7 +92,7 @@ class TextFormat(Body):
 class TextOptions(Body):
     """How the text is written."""
 
-    format: TextFormat | None = None
+    format: OutputFormat | None = None
 
 
 class ResponseRequest(Body):
