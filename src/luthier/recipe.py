@@ -73,6 +73,8 @@ class DataSpec(StrictModel):
     """Share of the training rows to hold out when no validation file is given; 0 for none."""
     test_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the training rows to keep out for a later test; the run folder says which."""
+    group_column: str | None = Field(default=None, min_length=1)
+    """Column whose rows of one value are all learned from or all held out, such as a speaker."""
     long_rows: Literal["error", "drop", "truncate"] = "error"
     """What to do with rows longer than the model's context."""
     columns: dict[str, str] | None = None
@@ -99,6 +101,15 @@ class DataSpec(StrictModel):
         """Every file that is read, those of ``s3://`` fetched."""
         given = (self.train, self.validation, *(m.train for m in self.mix))
         return [path for source in given if source for path in files_of(source)]
+
+    @model_validator(mode="after")
+    def _groups_are_split(self) -> Self:
+        if self.group_column and self.validation and not self.test_share:
+            raise ValueError(
+                "group_column says how the training rows are split, and with validation nothing of "
+                "them is held out; leave one of the two out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_file_once(self) -> Self:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
 
 import luthier
 from luthier.data.rows import load_rows
-from luthier.engine.dataset import prepare
+from luthier.engine.dataset import check_sources, prepare
+from luthier.errors import DataError, RecipeError
 from luthier.files import read_json
-from luthier.recipe import Recipe
+from luthier.objectives import Classification
+from luthier.recipe import DataSpec, Recipe
 from luthier.store.models import chat_format, find
 
 LONG = "where is the parcel that I ordered at the end of last week, please tell me"
@@ -44,6 +53,78 @@ def test_a_test_share_is_neither_learned_from_nor_measured_on(
     assert [row.prompt for row in kept] == [load_rows(data)[line - 1].prompt for line in test]
     for part in (validation, test):
         assert len(set(part) & {1, 2, 3}) in (0, 3)
+
+
+def recorded(folder: Path, speakers: int, form: str) -> Path:
+    """Eight rows of each speaker, of two labels: texts, or images that a table names."""
+    records = []
+    for n in range(8 * speakers):
+        record = {"label": "ab"[n % 2], "speaker": str(n // 8)}
+        if form == "text":
+            records.append({"text": f"{n:x} " * 9, **record})
+            continue
+        pixels = np.random.default_rng(n).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+        records.append({"image": f"{n}.png", **record})
+    path = folder / ("rows.jsonl" if form == "text" else "rows.csv")
+    with path.open("w", newline="") as table:
+        if form == "text":
+            table.writelines(json.dumps(record) + "\n" for record in records)
+        else:
+            writer = csv.DictWriter(table, [*records[0]])
+            writer.writeheader()
+            writer.writerows(records)
+    return path
+
+
+@pytest.mark.parametrize("form", ["text", "table"])
+def test_rows_of_one_group_are_on_one_side(
+    tmp_path: Path, form: str, family_folder: Callable[[str], Path]
+) -> None:
+    """A network that has seen every person is measured on persons."""
+    data = recorded(tmp_path, 6, form)
+    chat = chat_format(find(str(family_folder("llama" if form == "text" else "small_cnn"))))
+
+    def held(seed: int, **fields: Any) -> dict[str, list[int]]:
+        spec = DataSpec(train=str(data), **fields)
+        dataset = prepare(spec, Classification(), chat, 1024, seed)
+        assert dataset.recognized is not None
+        assert ("speaker" in dataset.recognized.unread) is ("group_column" not in fields)
+        return {split: lines[str(data)] for split, lines in dataset.held_out.items()}
+
+    first = 1 if form == "text" else 2
+    for seed in range(4):
+        apart = held(seed, group_column="speaker", validation_share=0.1, test_share=0.1)
+        parts = {split: {(line - first) // 8 for line in each} for split, each in apart.items()}
+        assert [len(part) for part in parts.values()] == [1, 1], parts
+        assert [len(each) for each in apart.values()] == [8, 8]
+        assert apart == held(seed, group_column="speaker", validation_share=0.1, test_share=0.1)
+    mixed = held(0, validation_share=0.2)["validation"]
+    assert len({(line - first) // 8 for line in mixed}) > 2
+
+
+def test_columns_that_make_no_groups_are_refused(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    data = recorded(tmp_path, 6, "text")
+    chat = chat_format(find(str(family_folder("llama"))))
+
+    def refusal(**fields: Any) -> str:
+        with pytest.raises((DataError, RecipeError)) as caught:
+            prepare(DataSpec(train=str(data), **fields), Classification(), chat, 1024, 0)
+        return str(caught.value)
+
+    missing = refusal(group_column="voice")
+    assert "column.missing" in missing and "keys are" in missing and "rows.jsonl:1" in missing
+    assert "`data.group_column`" in missing
+    with pytest.raises(DataError, match="voice"):  # before torch is there
+        check_sources(DataSpec(train=str(data), group_column="voice"), None)
+    assert "some label would not be learned from" in refusal(group_column="label")
+    lines = [{**json.loads(line), "speaker": "one"} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "has 1 values, too few" in refusal(group_column="speaker")
+    with pytest.raises(ValueError, match="leave one of the two out"):
+        DataSpec(train=str(data), validation="v.jsonl", group_column="speaker")
 
 
 def test_a_test_share_beside_a_validation_file(tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -478,6 +478,7 @@ class RowReader:
         checker: what checks records and makes rows.
         whole: read plain text as one row; otherwise as pieces that follow each other.
         on_progress: now and then given ``done`` and ``size``.
+        group_column: the column, as the file calls it, whose values become ``group_of``.
 
     Raises:
         DataError: where the source names nothing that can be read.
@@ -490,6 +491,7 @@ class RowReader:
         checker: type[Checker] = Checker,
         whole: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
+        group_column: str | None = None,
     ) -> None:
         self.files = files_of(source)
         self.problems: list[Problem] = []
@@ -498,6 +500,9 @@ class RowReader:
         self.on_progress = on_progress
         self.done = 0
         self.rows = 0
+        self.group_column = group_column
+        self.group_of: dict[tuple[str, int], str] = {}
+        """What the column for groups has in each row, by file and line."""
         self._containers: list[str] = []
         self._unread: dict[str, None] = {}
 
@@ -531,15 +536,37 @@ class RowReader:
                 row = _piece(path, record) if pieces else self.checker.row(line, record)
                 if row is not None:
                     self.rows += 1
+                    if self.group_column is not None:
+                        self._add_group(row, record, self.group_column)
                     looked_at = not self.problems and self.rows <= ROWS_CHECKED
                     # Both columns of a time series are read.
                     looked_at &= not isinstance(self.checker.given.get("window"), Media)
                     if row.members is None and (self.checker.columns or looked_at):
                         beside = self.checker.given.keys() - source_keys(row, self.checker.form)
-                        self._unread |= dict.fromkeys(sorted(beside - {"id", "schemaVersion"}))
+                        beside -= {"id", "schemaVersion", self.group_column}
+                        self._unread |= dict.fromkeys(sorted(beside))
                     yield row
             if pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there
+
+    def _add_group(self, row: Row, record: Record, column: str) -> None:
+        value = record.get(column)
+        if value is not None and str(value).strip():
+            self.group_of[row.file, row.line] = str(value)
+            return
+        problem = f"The column {quote(column)} is {'empty' if column in record else 'not there'}"
+        fix = "Name a column that each row has by `data.group_column`, or fill it in."
+        if {*record} <= {"image", "audio", "window", "label"}:
+            fix += " Of files in folders and archives, write a table with their paths."
+        message = f"{problem}; the keys are {list_keys(record)}."
+        self.problems.append(Problem(row.file, row.line, "column.missing", message, fix))
+
+    def read_all(self) -> list[Row]:
+        """All rows; raise ``DataError`` with every problem if there is any."""
+        rows = list(self)
+        if self.problems:
+            raise DataError(self.problems)
+        return rows
 
     def _offset_progress(self, before: int) -> Callable[[int], None]:
         def on_progress(done: int) -> None:
@@ -585,10 +612,7 @@ def read_rows(
 ) -> tuple[list[Row], Recognized]:
     """The same as :func:`load_rows`, and what the source was taken for."""
     reader = RowReader(source, columns, checker, on_progress=on_progress)
-    rows = list(reader)
-    if reader.problems:
-        raise DataError(reader.problems)
-    return rows, reader.recognition
+    return reader.read_all(), reader.recognition
 
 
 def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool]]:

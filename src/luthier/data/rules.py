@@ -27,7 +27,7 @@ RULES: Mapping[str, str] = {
     "table.header": "The first row of a table does not name each column once.",
     "table.cells": "A row of a table has more cells than its header, or fewer.",
     "table.invalid": "A row of a table is no CSV: a quote is not closed, or stands wrong.",
-    "column.missing": "A column that is mapped to another name is not there.",
+    "column.missing": "A column that a setting names is not there, or is empty in a row.",
     "row.unknown_shape": "A row has the keys of none of the shapes and forms.",
     "row.ambiguous": "A row has keys of more than one shape or form.",
     "row.mixed_shapes": "A row has another shape or form than the first row.",

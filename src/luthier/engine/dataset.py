@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -37,7 +37,7 @@ from luthier.objectives.capabilities import (
     longest_completion,
 )
 from luthier.recipe import DataSpec
-from luthier.types import Example, Row
+from luthier.types import Example, IntArray, Row
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,14 @@ def prepare(
     the rows that would be held out to measure on are learned from, those for a test still are not.
     """
     rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
-    rows, recognized = rows_of(spec.train, on_progress=on_progress)
+    reader = RowReader(
+        spec.train,
+        spec.columns,
+        _checker(objective),
+        on_progress=on_progress,
+        group_column=spec.group_column,
+    )
+    rows, recognized = reader.read_all(), reader.recognition
     held = rows_of(spec.validation)[0] if spec.validation else []
     further = [rows_of(each.train)[0] for each in spec.mix]
     choices: list[Choice] = []
@@ -116,7 +123,7 @@ def prepare(
         spec, {name: each for name, each in splits.items() if each}, objective, chat
     )
     rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
-    rows, chosen, tested = _split(spec, rows, seed, choices, refit)
+    rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
     try:
@@ -205,19 +212,27 @@ def check_sources(spec: DataSpec, objective: Objective | None) -> None:
     for source in (spec.train, spec.validation, *(each.train for each in spec.mix)):
         if not source:
             continue
-        reader = RowReader(source, spec.columns, checker, whole=False)
+        group_column = spec.group_column if source == spec.train else None
+        reader = RowReader(source, spec.columns, checker, whole=False, group_column=group_column)
         for _ in islice(reader, FIRST_ROWS):
             pass
         if reader.problems:
-            read_rows(source, columns=spec.columns, checker=checker)
+            RowReader(source, spec.columns, checker, group_column=group_column).read_all()
 
 
 def _split(
-    spec: DataSpec, rows: Sequence[Row], seed: int, choices: list[Choice], refit: bool
+    spec: DataSpec,
+    rows: Sequence[Row],
+    group_of: Mapping[tuple[str, int], str],
+    seed: int,
+    choices: list[Choice],
+    refit: bool,
 ) -> list[list[Row]]:
     """Rows to learn from, to measure on, and to leave for a test; a chosen share joins ``choices``.
 
     Each label has its share of all parts, and rows that ask the same or nearly the same stay together.
+    So do those of one value of ``data.group_column`` (``group_of``), where that is named; a label then
+    has what share comes with its groups.
     ``refit`` puts those to measure on back among those to learn from, in the order of the file.
     """
     share, reason = (0.0, "") if spec.validation else (spec.validation_share, "")
@@ -227,10 +242,49 @@ def _split(
     shares = [share, spec.test_share or 0.0]
     if not any(shares) or len(rows) < 2:
         return [list(rows), [], []]
-    train_N, held_N, test_N = split_rows(strata_of(rows), group_related(rows), shares, seed)
+    if spec.group_column is None:
+        train_N, held_N, test_N = split_rows(strata_of(rows), group_related(rows), shares, seed)
+    else:
+        values = [group_of[row.file, row.line] for row in rows]
+        train_N, held_N, test_N = _split_groups(spec.group_column, values, rows, shares, seed)
+        apart = len({values[row] for part_N in (held_N, test_N) for row in part_N.tolist()})
+        reason = f"{apart} of its {len({*values}):,} values are held out, each with all its rows"
+        choices.append(("data.group_column", spec.group_column, reason))
     if refit:
         train_N, held_N = np.sort(np.concatenate([train_N, held_N])), held_N[:0]
     return [[rows[i] for i in part_N.tolist()] for part_N in (train_N, held_N, test_N)]
+
+
+MOST_DRAWS = 100
+"""Splits of groups that are drawn until each label is learned from."""
+
+
+def _split_groups(
+    column: str, values: Sequence[str], rows: Sequence[Row], shares: Sequence[float], seed: int
+) -> list[IntArray]:
+    """Parts as of :func:`split_rows`, of whole groups, where each label is among those learned from.
+
+    Raises:
+        RecipeError: where no such split is found.
+    """
+    if len({*values}) <= sum(share > 0 for share in shares):
+        raise RecipeError(
+            f"data.group_column={column} has {len({*values})} values, too few to learn from some and "
+            "hold out others. Leave it out, or name a column that tells groups of rows apart"
+        )
+    groups_N, strata = group_related(rows, values), strata_of(rows)
+    for draw in range(MOST_DRAWS):
+        parts = split_rows([""] * len(rows), groups_N, shares, seed + draw * 1_000_003)
+        learned = {strata[row] for row in parts[0].tolist()}
+        if learned == {*strata} and all(
+            len(part_N) for part_N, share in zip(parts[1:], shares, strict=True) if share
+        ):
+            return parts
+    raise RecipeError(
+        f"rows cannot be held out by whole values of data.group_column={column}: some label would not "
+        "be learned from. Give more groups of each label, leave the column out, or give rows to "
+        "measure on as data.validation"
+    )
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:

@@ -160,8 +160,21 @@ class RelatedRows:
         return found_N
 
 
-def group_related(rows: Sequence[Row]) -> IntArray:
-    """``[N]`` groups of rows in memory; see :meth:`RelatedRows.groups`."""
+def group_related(rows: Sequence[Row], values: Sequence[str] | None = None) -> IntArray:
+    """``[N]`` groups of rows in memory; see :meth:`RelatedRows.groups`.
+
+    Rows with one of ``values`` stay together whatever else they are. Related rows of different values
+    do too, unless more than half of all rows would then be one group.
+    """
     kin = RelatedRows()
     kin.add(rows)
-    return kin.groups()
+    related_N = kin.groups()
+    if values is None:
+        return related_N
+    _, first_V, value_N = np.unique(np.array(values), return_index=True, return_inverse=True)
+    named_N: IntArray = first_V[value_N]
+    groups = Groups(len(rows))
+    groups.join(np.arange(len(rows)), named_N)
+    groups.join(np.arange(len(rows)), related_N)
+    largest = np.bincount(groups.roots_N).max(initial=0)
+    return groups.roots_N if largest <= LARGEST * len(rows) else named_N

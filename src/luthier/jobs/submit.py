@@ -38,7 +38,8 @@ BaseModel = FoundationModel | CustomModel
 
 _GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teacher", "method")
 SETTABLE_DATA = (
-    "long_rows", "validation_share", "columns", "augmentation", "severity", "chat_template_kwargs"
+    "long_rows", "validation_share", "group_column", "columns", "augmentation", "severity",
+    "chat_template_kwargs",
 )  # fmt: skip
 """Fields of a recipe that a request may set; the others name files, models or other machines."""
 _TEACHER = ("batch_size",)
