@@ -196,7 +196,18 @@ MEDIA_CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"image": "p/1.png", "text": "t", "label": "a"},
         {"image": "p/1.png", "label": "a"},
     ),
+    (
+        "paths of images or sounds",
+        {"path": "p/1.png", "text": AWKWARD},
+        {"image": "p/1.png", "caption": AWKWARD},
+    ),
+    (
+        "paths of images or sounds",
+        {"path": "1.wav", "label": "a"},
+        {"audio": "1.wav", "label": "a"},
+    ),
     # A name of a file beside a text that is none of it.
+    ('{"text"}', {"path": "book.md", "text": "t"}, {"text": "t"}),
     ('{"text"}', {"file_name": "book.txt", "text": "t"}, {"text": "t"}),
     ('{"text"}', {"file_name": 3, "text": "t"}, {"text": "t"}),
 ]
@@ -212,6 +223,8 @@ def test_form_of_images(
     rows, recognized = read_rows(write(tmp_path, record, {**record, "id": "other"}))
     assert [row.record() for row in rows] == [own, own]
     assert recognized.form == form
+    if form.startswith(("Hugging", "paths")):
+        assert not {"label", "text", "caption"} & {*recognized.unread}
 
 
 @pytest.mark.parametrize(
@@ -390,6 +403,7 @@ def test_a_model_that_reads_images_takes_every_form_of_them(tmp_path: Path) -> N
         ("file_name", "metadata.jsonl"),
         ("image-ref", "a.jsonl"),
         ("image", "b.jsonl"),
+        ("path", "c.jsonl"),
     ):
         record = {key: "1.png", "text": "yes"}
         (tmp_path / name).write_text(json.dumps(record) + "\n")

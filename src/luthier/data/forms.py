@@ -161,16 +161,20 @@ def _image_reference(record: Record) -> Converted:
     return _with_further_keys(record, made), {"image": "image-ref"}
 
 
-def _names_media(record: Record) -> bool:
-    return isinstance(record["file_name"], str) and is_media(record["file_name"])
+def _media_paths(name: str, key: str) -> Form:
+    """Rows with the path of an image or a sound under ``key``, and a caption or a label beside it."""
 
+    def convert(record: Record) -> Converted:
+        path = str(record[key])
+        kind = "image" if path.lower().endswith(IMAGE_ENDINGS) else "audio"
+        beside = {each: record[each] for each in CAPTION_KEYS if each in record}
+        return _with_further_keys(record, {kind: path, **beside}), {kind: key}
 
-def _image_folder(record: Record) -> Converted:
-    """Hugging Face's ImageFolder and AudioFolder: ``metadata.jsonl`` beside the files."""
-    name = str(record["file_name"])
-    kind = "image" if name.lower().endswith(IMAGE_ENDINGS) else "audio"
-    beside = {key: record[key] for key in CAPTION_KEYS if key in record}
-    return _with_further_keys(record, {kind: name, **beside}), {kind: "file_name"}
+    def applies(record: Record) -> bool:
+        return isinstance(record[key], str) and is_media(str(record[key]))
+
+    other, used = frozenset(("image", "audio")), frozenset((*CAPTION_KEYS, "label", "rating"))
+    return Form(name, frozenset((key,)), convert, other, used, applies)
 
 
 def _partners(one: str, other: str) -> Callable[[Record], Converted]:
@@ -233,14 +237,8 @@ FORMS: tuple[Form, ...] = (
     ),
     _form("Bedrock input and output", "input output", _question_answer("input", "output"), _ELSE),
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
-    Form(
-        "Hugging Face image folder",
-        frozenset(("file_name",)),
-        _image_folder,
-        frozenset(("image", "audio")),
-        frozenset(CAPTION_KEYS),
-        _names_media,
-    ),
+    _media_paths("Hugging Face image folder", "file_name"),
+    _media_paths("paths of images or sounds", "path"),
     _form("query and positive", "query positive", _partners("query", "positive")),
     _form("question and positive", "question positive", _partners("question", "positive")),
     _form("sentence pairs", "sentence1 sentence2", _partners("sentence1", "sentence2")),

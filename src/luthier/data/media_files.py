@@ -40,7 +40,7 @@ _MOST_READ = 256 * MOST_MEMBERS
 
 OBJECTS = "objects"
 """Folder beside rows with copies of what they name by ``s3://`` addresses."""
-REFERENCES = ("image", "audio", "image-ref", "file_name")
+REFERENCES = ("image", "audio", "image-ref", "file_name", "path")
 """Keys under which rows name an image or a sound, in our own shapes and in forms of others."""
 
 
@@ -61,6 +61,8 @@ def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[s
         value = record.get(key)
         if isinstance(value, dict):
             value = None if value.get("bytes") else value.get("path")
+        if key == "path" and not is_media(str(value)):
+            continue  # of a text, which is no more than said to come from there
         if isinstance(value, str) and value.strip() and not value.startswith("data:"):
             found.append(value)
     return found
