@@ -14,6 +14,8 @@ import runtime_service as serving
 from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
+from luthier.api.bedrock.bodies import parsed_native
+from luthier.api.bedrock.invoke import PromptBody
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.messages import Fault, Request
 from luthier.api.openai.chat import InvokedChat
@@ -165,6 +167,25 @@ def test_bodies_of_another_face_s_form(runtime_pool: ModelPool, tiny_model_folde
     assert b"".join(stream).count(b"chunk") > 1
     with pytest.raises(Fault, match="Malformed input request: no, please"):
         handlers["InvokeModelWithResponseStream"](call({"messages": "bye"}))
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({}, r"required key \[prompt\] not found"),
+        ({"prompt": 1}, "#/prompt: expected type: String, found: Integer"),
+        ({"prompt": "a", "stop": "b"}, "#/stop: expected type: JSONArray, found: String"),
+        ({"prompt": "a", "top_k": 1.5}, "#/top_k: expected type: Integer, found: Number"),
+        ({"prompt": "a", "top_p": {}}, "#/top_p: expected type: Number, found: JSONObject"),
+        (
+            {"prompt": "a", "seed": 2**63},
+            "#/seed: Member must have value less than 9223372036854775808",
+        ),
+    ],
+)
+def test_values_are_refused_in_the_words_of_aws(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(Fault, match=words):
+        parsed_native(PromptBody, body)
 
 
 def test_a_chat_completion_names_the_model_that_was_invoked(

@@ -80,12 +80,12 @@ def _describe_error(error: Mapping[str, Any]) -> str:
 def _describe_constraint(error: Mapping[str, Any]) -> str:
     context = error.get("ctx", {})
     match error["type"]:
-        case "missing":
-            return "Member must not be null"
         case "greater_than_equal":
             return f"Member must have value greater than or equal to {context['ge']}"
         case "greater_than":
             return f"Member must have value greater than {context['gt']}"
+        case "less_than":
+            return f"Member must have value less than {context['lt']}"
         case "less_than_equal":
             return f"Member must have value less than or equal to {context['le']}"
         case "too_short" | "string_too_short":
