@@ -14,6 +14,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from luthier.errors import RefusedInput
+from luthier.validation import describe_constraint
 
 KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
@@ -222,4 +223,6 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise RefusedInput(f"--limit {name}={first['input']}: {first['msg']}") from error
+        raise RefusedInput(
+            f"--limit {name}={first['input']}: {describe_constraint(first)}"
+        ) from error

@@ -32,6 +32,7 @@ from luthier.data.chat import TemplateSettings
 from luthier.data.sources import absolute, files_of
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.validation import describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
@@ -406,13 +407,11 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     lines = ["the recipe cannot be used:"]
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "recipe"
-        message = item["msg"].removeprefix("Value error, ")
+        message = describe_constraint(item)
         if item["type"] == "extra_forbidden":
             message = _unknown_field(where, kind)
-        elif item["type"] == "missing":
-            message = "is required"
-        else:
-            message = f"{message[0].lower()}{message[1:]} (got {_INPUT.repr(item['input'])})"
+        elif item["type"] != "missing":
+            message += f" (got {_INPUT.repr(item['input'])})"
         lines.append(f"  `{where}`: {message}" if "." in where else f"  {where}: {message}")
     return "\n".join(lines)
 

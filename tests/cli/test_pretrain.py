@@ -80,7 +80,7 @@ def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ([], "name: is required"),
-        (["--name", "x", "--vocabulary", "100"], "greater than or equal to 257"),
+        (["--name", "x", "--vocabulary", "100"], "must be 257 or more"),
         (["--name", "x", "--size", "7b"], "network.size"),
         (["--name", "x", "--family", "rwkv"], "network.family"),
         (["--name", "x", "--config", "c.json", "--size", "tiny"], "--config, or --family and"),

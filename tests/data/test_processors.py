@@ -334,18 +334,18 @@ AST = {
 @pytest.mark.parametrize(
     ("form", "changes", "refusal"),
     [
-        (VIT, {"size": {"height": 10**6, "width": 24}}, "height=1000000: .* less than or equal to"),
-        (VIT, {"size": {"height": 32, "width": -3}}, "width=-3: .* greater than or equal to 1"),
+        (VIT, {"size": {"height": 10**6, "width": 24}}, "height=1000000: must be 8192 or less"),
+        (VIT, {"size": {"height": 32, "width": -3}}, "width=-3: must be 1 or more"),
         (VIT, {"size": "224"}, "cannot be read"),
         (VIT, {"size": {"height": 32, "width": None}}, "width=None"),
         (VIT, {"image_mean": 3}, "cannot be read"),
-        (VIT, {"image_std": [0.5, 0, 0.5]}, r"std\.1=0: .* greater than 0"),
+        (VIT, {"image_std": [0.5, 0, 0.5]}, r"std\.1=0: must be more than 0"),
         (VIT, {"image_mean": [0.5, float("nan"), 0.5]}, r"mean\.1=nan"),
         (AST, {"max_length": 10**9}, "spectrogram of 1000000000 x 16"),
         (AST, {"max_length": "many"}, "cannot be read"),
         (AST, {"sampling_rate": 0}, "cannot be read"),
         (AST, {"mean": "zz"}, "cannot be read"),
-        (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0: .* greater than 0"),
+        (AudioProcessor().fields(), {"hop_ms": 0}, "hop_ms=0: must be more than 0"),
         (AudioProcessor().fields(), {"max_seconds": 1e9}, "max_seconds=1000000000"),
         (
             AudioProcessor().fields(),

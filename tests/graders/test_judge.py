@@ -164,6 +164,6 @@ def test_a_trial_tells_what_is_no_judge() -> None:
 def test_without_a_model_it_is_refused() -> None:
     with pytest.raises(RecipeError, match="needs a model that judges"):
         parse_graders(["judge"])
-    with pytest.raises(RecipeError, match="writer: Input should be callable"):
+    with pytest.raises(RecipeError, match="writer: must be a function"):
         parse_graders([{"method": "judge", "writer": "gpt"}])
     assert "writer" not in Judge(writer=lambda asked: []).model_dump()

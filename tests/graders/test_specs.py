@@ -66,7 +66,7 @@ def test_names_tables_and_objects() -> None:
         ([{"pattern": "a"}], "needs its `method`"),
         (["regex"], r"(?s)grader Regex cannot be used:.*pattern: is required"),
         ([{"method": "exact", "case": 1}], "case: there is no such field"),
-        ([{"method": "number", "tolerance": -1}], "tolerance: Input should be greater"),
+        ([{"method": "number", "tolerance": -1}], "tolerance: must be "),
         ([{"method": "regex", "pattern": "("}], "pattern: '\\(' is no regular expression"),
         ([{"method": "code"}], "set allow_code=true to agree"),
         ([3], "3 is no grader"),

@@ -283,10 +283,10 @@ def test_problems_in_the_text_leave_nothing_behind(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tokenizer": {"vocabulary": 256}}, "greater than or equal to 257"),
+        ({"tokenizer": {"vocabulary": 256}}, "must be 257 or more"),
         ({"name": "all-minilm-l6-v2"}, "catalogue"),
         ({"name": "Not/good"}, "lower-case"),
-        ({"data": {"train": []}}, "at least 1"),
+        ({"data": {"train": []}}, "must have 1 or more items"),
         ({"network": {"config": "x", "size": "tiny"}}, "give --config, or --family and --size"),
         ({"network": {"famly": "palm"}}, "did you mean `network.family`"),
         ({"network": {"size": "7b"}}, "tiny"),

@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 from luthier.data.media import LONGEST_WINDOW, MOST_SECONDS, MediaKind
 from luthier.errors import CorruptFile, RowRefused, UnknownModel
 from luthier.files import read_json, write_json
+from luthier.validation import describe_constraint
 
 if TYPE_CHECKING:
     from luthier.data.augmentation import Augmentation, Mixture
@@ -510,7 +511,7 @@ def read_processor(folder: Path) -> Processor | None:
     except ValidationError as error:
         first = error.errors()[0]
         name, value = ".".join(map(str, first["loc"])), str(first["input"])[:80]
-        raise CorruptFile(f"{path}: {name}={value}: {first['msg']}") from error
+        raise CorruptFile(f"{path}: {name}={value}: {describe_constraint(first)}") from error
     except UnknownModel as error:
         raise UnknownModel(f"{path}: {error}") from error
     except KeyError as error:

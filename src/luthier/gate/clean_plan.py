@@ -18,6 +18,7 @@ from luthier.gate.checks import CHECKS, checks_for, rules_named
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import READING_RULES
 from luthier.recipe import StrictModel
+from luthier.validation import describe_constraint
 
 UNREADABLE = "unreadable"
 """Stands for every rule of reading that a single row can break."""
@@ -68,7 +69,7 @@ class CleaningPlan(StrictModel):
         for item in found:
             # A field of two kinds is named once, without the kind that was tried.
             where = str(item["loc"][0]).replace("_", "-") if item["loc"] else ""
-            what = item["msg"].removeprefix("Value error, ")
+            what = describe_constraint(item)
             if item["type"] == "extra_forbidden":
                 what = f"there is no such field; there are {', '.join(CleaningPlan.model_fields)}"
             lines.append(f"{where}: {what}" if where else what)

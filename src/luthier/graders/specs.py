@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Grader
+from luthier.validation import describe_constraint
 
 Spec = str | Mapping[str, Any] | Grader
 """A method by name, a table with ``method`` and its fields, or the grader itself."""
@@ -101,10 +102,8 @@ def _explain(error: ValidationError, name: str) -> str:
     lines = [f"grader {name or error.title} cannot be used:"]
     for item in error.errors():
         where = ".".join(map(str, item["loc"])) or "fields"
-        text = item["msg"].removeprefix("Value error, ")
+        text = describe_constraint(item)
         if item["type"] == "extra_forbidden":
             text = "there is no such field"
-        elif item["type"] == "missing":
-            text = "is required"
         lines.append(f"  {where}: {text}")
     return "\n".join(lines)

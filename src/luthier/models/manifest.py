@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.errors import CorruptFile
 from luthier.files import read_json, write_json
+from luthier.validation import describe_constraint
 
 MANIFEST = "luthier.json"
 RANDOM = "random:"
@@ -150,5 +151,5 @@ class Manifest(_Record):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the whole"
             raise CorruptFile(
-                f"{folder / MANIFEST} is no record of a model: {where}: {first['msg']}"
+                f"{folder / MANIFEST} is no record of a model: {where}: {describe_constraint(first)}"
             ) from error

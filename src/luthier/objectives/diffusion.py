@@ -51,6 +51,7 @@ from luthier.objectives.noise_schedule import (
     alphas_cumprod,
 )
 from luthier.types import Example, IntArray, Loss, Row
+from luthier.validation import describe_constraint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -222,7 +223,7 @@ class Diffusion(Generative):
             name = str(first["loc"][0])
             raise RecipeError(
                 f"the scheduler of {folder} has {name}={noise.get(name)}, which is not known here: "
-                f"{first['msg']}"
+                f"{describe_constraint(first)}"
             ) from error
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
@@ -353,7 +354,8 @@ class Diffusion(Generative):
             return self.model_validate(self.model_dump() | given)
         except ValidationError as error:
             first = error.errors()[0]
-            raise RecipeError(f"{first['loc'][0]}: {first['msg']}", str(first["loc"][0])) from error
+            name = str(first["loc"][0])
+            raise RecipeError(f"{name} {describe_constraint(first)}", name) from error
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """New images ``[R, C, H, W]`` of classes or prompts, each from noise of its own."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.api.http.messages import CheckedBody, Fault, Request
-from luthier.api.http.validation import custom_message, expected_type, type_of
+from luthier.validation import custom_message, expected_type, type_of
 
 
 class NativeBody(CheckedBody):

@@ -24,7 +24,6 @@ from luthier.api.http.messages import (
     Response,
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
-from luthier.api.http.validation import describe_error
 from luthier.api.identifiers import find_foundation, find_model
 from luthier.api.policies import refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
@@ -34,6 +33,7 @@ from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import FoundationModel
 from luthier.store.locations import Locations
+from luthier.validation import describe_error
 
 STATUS = {
     "Validation": 400, "Serialization": 400, "Conflict": 409, "ServiceQuotaExceeded": 400,

@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from luthier.api.http.messages import Caller, CheckedBody, Fault, Request, Response
 from luthier.api.http.routing import Authorize
-from luthier.api.http.validation import expected_type
 from luthier.api.openai.validation import describe_error
 from luthier.api.policies import refuse_denied
 from luthier.store.arns import Arns
+from luthier.validation import expected_type
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 METADATA_KEYS = 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.api.http.validation import custom_message, expected_type, type_of
+from luthier.validation import custom_message, expected_type, plain_number, type_of
 
 _ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 _LONGEST_QUOTED = 100
@@ -54,7 +54,7 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
         name = "integer" if isinstance(given, int) else "decimal"
         return (
             f"Invalid {member}: {name} {words} value. Expected a value {sign} "
-            f"{_bound(context[bound])}, but got {_quote(given)} instead.",
+            f"{plain_number(context[bound])}, but got {_quote(given)} instead.",
             f"{name}_{code}",
         )
     if kind in _LENGTHS:
@@ -87,10 +87,6 @@ def _describe_type(error: Mapping[str, Any]) -> str:
 
 def _with_article(json_type: str) -> str:
     return json_type if json_type == "null" else f"{_ARTICLES.get(json_type, 'a')} {json_type}"
-
-
-def _bound(value: float) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _quote(value: Any) -> str:

@@ -15,6 +15,7 @@ from luthier.errors import DoesNotFit, RecipeError
 from luthier.files import luthier_home
 from luthier.printable import format_duration
 from luthier.recipe import StrictModel
+from luthier.validation import describe_constraint
 from luthier.workflows.estimate.estimate import Estimate
 
 EXAMPLE = """\
@@ -77,7 +78,7 @@ def read_prices(path: Path | None = None) -> Prices | None:
         raise RecipeError(f"{path} is not a readable price table: {error}") from error
     except ValidationError as error:
         wrong = "; ".join(
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()
+            f"{'.'.join(map(str, e['loc']))}: {describe_constraint(e)}" for e in error.errors()
         )
         raise RecipeError(
             f"{path}: {wrong}. `luthier estimate --prices-example` prints a table that works"

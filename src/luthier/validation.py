@@ -1,6 +1,7 @@
-"""What is wrong with a JSON body, from pydantic's errors: the one place that knows their types.
+"""What is wrong with a value, from pydantic's errors: the one place that knows their types.
 
-Each face says it in the words of its clients; those of :func:`describe_error` are plain English.
+Recipes, files and the native face say it in plain English; the faces of AWS and of OpenAI have forms of
+words of their own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _RULES = {
     "missing": "is required",
     "extra_forbidden": "is not known here",
     "literal_error": "must be {expected}",
+    "callable_type": "must be a function",
     "too_short": "must have {min_length} or more items, and has {actual_length}",
     "too_long": "must have at most {max_length} items, and has {actual_length}",
     "string_too_short": "must have {min_length} or more characters",
@@ -54,15 +56,28 @@ def type_of(value: Any) -> str:
     return "object"
 
 
+def plain_number(value: Any) -> Any:
+    """A bound as people write it: 1 for 1.0; what is no such number as it is."""
+    return f"{value:g}" if isinstance(value, float) else value
+
+
 def custom_message(error: Mapping[str, Any]) -> str:
     """What a check of ours says, or pydantic where no table here knows its error."""
     return str(error["msg"]).removeprefix("Value error, ")
 
 
-def describe_error(error: Mapping[str, Any]) -> str:
-    """What is wrong with a field in plain words, to be read behind its name."""
+def describe_constraint(error: Mapping[str, Any]) -> str:
+    """What a value has to be, in plain words, to be read behind its name."""
     if (expected := expected_type(error)) is not None:
-        return f" must be {_WORDS[expected]}"
+        return f"must be {_WORDS[expected]}"
     if (rule := _RULES.get(error["type"])) is not None:
-        return " " + rule.format(**error.get("ctx", {}))
-    return f": {custom_message(error)}"
+        context = error.get("ctx", {})
+        return rule.format(**{name: plain_number(value) for name, value in context.items()})
+    message = custom_message(error)
+    return f"{message[:1].lower()}{message[1:]}"
+
+
+def describe_error(error: Mapping[str, Any]) -> str:
+    """The same with what joins it to a name: what a check of ours says stands behind a colon."""
+    known = expected_type(error) is not None or error["type"] in _RULES
+    return f" {describe_constraint(error)}" if known else f": {custom_message(error)}"
