@@ -15,12 +15,15 @@ import pytest
 import torch
 from killed_runs import OFTEN, Forker
 from PIL import Image, ImageDraw
+from short_runs import Notes
 
 import luthier
 from luthier.data import processors
 from luthier.data.augmentation import Augmentation
 from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
+from luthier.engine import comparison
+from luthier.engine.comparison import describe_quicker
 from luthier.errors import CorruptFile, DataError, RecipeError, RefusedInput
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
@@ -206,6 +209,30 @@ def test_features_that_are_computed_once_train_the_same_head(
         for each in (cached, plain)
     )
     assert one == other != {}
+
+
+def test_what_would_be_quicker_than_a_long_run_is_named(
+    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert describe_quicker(0.1, 100, 1_600, "images") == (
+        "`adaptation=feature_extraction` would take about 10 s, this run up to about 8.0 min: it reads "
+        "each of the 100 images once and trains the head alone, which is quicker, and usually less "
+        "accurate"
+    )
+    assert not describe_quicker(0.01, 100, 1_600, "images")
+    monkeypatch.setattr(comparison, "LEAST_SAVED", 0.0)
+
+    def notes(name: str, adaptation: str) -> list[str]:
+        reporter = Notes()
+        luthier.tune(
+            pictures / "learn", base=str(base), name=name, adaptation=adaptation, reporter=reporter,
+            training__max_steps=20, training__refit=False, training__precision="float32",
+        )  # fmt: skip
+        return [note for note in reporter.notes if "feature_extraction" in note]
+
+    (line,) = notes("whole", "full")
+    assert "each of the 48 images once" in line
+    assert not notes("head", "feature_extraction")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from luthier.data.media import PLURAL
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
-from luthier.engine.comparison import fit_baselines, measure_tuned
+from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
 from luthier.engine.job import (
     TrainingJob,
     add_reference_logps,
@@ -325,6 +326,8 @@ class Trainer:
         self._prepare_rows(network)
         if compare:
             self._compare(network)
+            if not resume:
+                self._name_quicker()
         checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
@@ -456,6 +459,19 @@ class Trainer:
                 network, self.job.data.objective, train, held, budget, seconds
             )
         return_freed_memory()
+
+    def _name_quicker(self) -> None:
+        """Say how long feature extraction would take, where a base was trained on images or sounds."""
+        job, read = self.job, sum(map(len, self.job.data.compared))
+        random, head_only = job.base.manifest.is_random, self.recipe.adaptation.head_only
+        if self.baselines is None or random or head_only or job.chat.media is None:
+            return
+        rows = job.rows + len(job.data.validation)
+        seen = job.steps * (self.recipe.training.batch_size or 1)
+        # A refit reads all of them again.
+        row_seconds = self.clock.parts["baselines"] / read * (2 if job.refit_steps else 1)
+        if line := describe_quicker(row_seconds, rows, seen, PLURAL[job.chat.media.kind]):
+            self.reporter.note(line)
 
     @property
     def _reading_budget(self) -> int:
