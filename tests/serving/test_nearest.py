@@ -114,6 +114,8 @@ def test_an_index_belongs_to_one_model_with_its_weights(
         models[0].nearest(query, folder, index=index)
     with pytest.raises(RefusedInput, match=r"reads no texts.*path that is not there"):
         models[0].nearest("a text", folder)
+    with pytest.raises(RefusedInput, match=r"media.missing. there is no file .gone.png."):
+        models[0].nearest("gone.png", folder)
 
 
 def test_models_without_embeddings_are_refused(tiny_model_folder: Path) -> None:

@@ -20,6 +20,10 @@ from luthier.models.catalog import CATALOG
 from luthier.models.kinds import sole_objective
 from luthier.models.load import check_folder
 from luthier.models.manifest import MANIFEST
+from luthier.objectives import Objective
+from luthier.serving.generation import Generator
+from luthier.serving.images import ImageGenerator
+from luthier.serving.prediction import Predictor
 from luthier.store import models as store
 from luthier.store.models import custom_folder, custom_models, find, load, short_name
 
@@ -289,6 +293,33 @@ def test_an_unknown_model_names_the_nearest_few(luthier_home: Path) -> None:
     message = str(refused.value)
     assert "Did you mean base:run-17 or " in message and message.count("base:run-") == 3
     assert "`luthier models list` shows all 30" in message
+
+
+def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
+    for name, method in (
+        ("mine-labels", "classification"),
+        ("mine-text", "sft"),
+        ("mine-vae", "vae"),
+    ):
+        folder = luthier_home / "models" / "custom" / "base" / name
+        folder.mkdir(parents=True)
+        recipe = {"objective": {"method": method}}
+        write_json(folder / MANIFEST, {"id": f"base:{name}", "kind": "causal_lm", "recipe": recipe})
+
+    def refusal(asked: str, is_able: Callable[[Objective], bool]) -> str:
+        with pytest.raises(UnknownModel) as refused:
+            find(asked, is_able=is_able)
+        return str(refused.value)
+
+    for asked in ("base:mine-lab", "mine"):
+        named = refusal(asked, Predictor.is_able)
+        assert "base:mine-labels" in named and "base:mine-vae" in named and "text" not in named
+        named = refusal(asked, Generator.is_able)
+        assert "base:mine-text" in named and "labels" not in named and "vae" not in named
+        named = refusal(asked, ImageGenerator.is_able)
+        assert "base:mine-vae" in named and "text" not in named and "labels" not in named
+    assert "smollm2-135m-instruct" not in refusal("smollm2", Predictor.is_able)
+    assert "smollm2-135m-instruct" in refusal("smollm2", Generator.is_able)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def generate(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = Generator.open(find(model))
+        generator = Generator.open(find(model, is_able=Generator.is_able))
     if input_ is None:
         if json_:
             completion = "".join(generator.stream(prompt or "", sampling))
@@ -165,7 +165,7 @@ def chat(
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     with heavy_imports():
-        generator = Generator.open(find(model))
+        generator = Generator.open(find(model, is_able=Generator.is_able))
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. An empty line starts anew, Ctrl-D ends.")
     history: list[Message] = []

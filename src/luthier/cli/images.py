@@ -61,7 +61,7 @@ def sample(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = ImageGenerator.open(find(model))
+        generator = ImageGenerator.open(find(model, is_able=ImageGenerator.is_able))
     settings = DenoisingSettings(steps, guidance_scale, eta)
     started = time.monotonic()
     with show_progress(count, "sample") as done:

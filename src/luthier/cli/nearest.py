@@ -69,7 +69,7 @@ def nearest(
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
-        stored = find(model)
+        stored = find(model, is_able=Predictor.is_able)
         predictor = Predictor.open(stored)
     asked = input_row(query, "the command line")
     started = time.monotonic()

@@ -76,7 +76,7 @@ def predict(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        predictor = Predictor.open(find(model))
+        predictor = Predictor.open(find(model, is_able=Predictor.is_able))
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
     started = time.monotonic()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
 from luthier.data.media import PLURAL
+from luthier.data.media_files import is_media
 from luthier.data.parsing import quote
 from luthier.data.processors import (
     AudioProcessor,
@@ -125,6 +126,12 @@ class NoTokenizer:
         Raises:
             RowRefused: always.
         """
+        if isinstance(text, str) and is_media(text):
+            raise RowRefused(
+                "media.missing",
+                f"there is no file {quote(text)}, and this base reads no texts.",
+                "Check the path for a spelling mistake.",
+            )
         given = f"{quote(text)} is a text" if isinstance(text, str) and text else "this is a text"
         raise RowRefused(
             "media.base",

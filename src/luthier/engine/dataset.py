@@ -248,7 +248,7 @@ def _split(
         values = [group_of[row.file, row.line] for row in rows]
         train_N, held_N, test_N = _split_groups(spec.group_column, values, rows, shares, seed)
         apart = len({values[row] for part_N in (held_N, test_N) for row in part_N.tolist()})
-        reason = f"{apart} of its {len({*values}):,} values are held out, each with all its rows"
+        reason = f"held out: {apart} of its {len({*values}):,} values, each with all its rows"
         choices.append(("data.group_column", spec.group_column, reason))
     if refit:
         train_N, held_N = np.sort(np.concatenate([train_N, held_N])), held_N[:0]

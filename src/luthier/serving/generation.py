@@ -28,6 +28,7 @@ from luthier.types import Message
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
+    from luthier.objectives import Objective
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
@@ -63,13 +64,18 @@ class Generator:
         """Tokens of prompt and reply together; no more than a window of the network's attention."""
 
     @staticmethod
+    def is_able(objective: Objective) -> bool:
+        """Whether models of ``objective`` write text."""
+        return objective.task == "causal_lm"
+
+    @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
         from luthier.engine.machine import choose_machine
         from luthier.models.load import as_network
         from luthier.store.models import chat_format, load, objective_of
 
-        if objective_of(stored).task != "causal_lm":
+        if not Generator.is_able(objective_of(stored)):
             raise RecipeError(
                 f"{stored.id} does not write text: it was trained for "
                 f"{objective_of(stored).method}. Use luthier predict."

@@ -69,6 +69,11 @@ class ImageGenerator:
         network.model.eval()
 
     @staticmethod
+    def is_able(objective: Objective) -> bool:
+        """Whether models of ``objective`` make images."""
+        return isinstance(objective, SupportsSampling)
+
+    @staticmethod
     def open(stored: StoredModel, name: str = "") -> ImageGenerator:
         """Load ``stored`` on the best device of this machine; refusals call it ``name`` or by its id.
 

@@ -51,6 +51,11 @@ class Predictor:
         network.chat = chat
 
     @staticmethod
+    def is_able(objective: Objective) -> bool:
+        """Whether models of ``objective`` answer so."""
+        return isinstance(objective, SupportsPrediction)
+
+    @staticmethod
     def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
         """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
         from luthier.engine.machine import choose_machine

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import CorruptFile, RecipeError, UnknownModel
+from luthier.errors import CorruptFile, LuthierError, RecipeError, UnknownModel
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
 from luthier.models.catalog import CATALOG, download_from_hub, pull
 from luthier.models.kinds import base_kind, kind_of_network
@@ -85,15 +85,20 @@ def short_name(base: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
 
 
-def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> StoredModel:
+def find(
+    model_id: str,
+    say: Callable[[str], None] = lambda text: None,
+    is_able: Callable[[Objective], bool] | None = None,
+) -> StoredModel:
     """Open a model by id, fetching it first where it is a base model that is not here yet.
 
     Looked up in this order: custom model (``base:name``), catalogue, base model made here, local
-    directory, hub id.
+    directory, hub id. Where there is none, those that may be meant are named: of these only what
+    ``is_able`` says can be used, by what they are made for.
     """
     base, colon, name = model_id.partition(":")
     if colon and not Path(model_id).exists():
-        return _find_custom(model_id, base, name)
+        return _find_custom(model_id, base, name, is_able)
     if model_id in CATALOG:
         folder = base_folder(model_id)
         if not (folder / MANIFEST).is_file():
@@ -114,9 +119,38 @@ def find(model_id: str, say: Callable[[str], None] = lambda text: None) -> Store
         say(f"Looking up {model_id} on the hub")
         return StoredModel(model_id, download_from_hub(model_id)[0], Manifest(id=model_id))
     raise UnknownModel(
-        f"there is no model {model_id!r}. {suggest_models(model_id)} A local Hugging Face directory "
-        "or a hub id (organisation/name) works too."
+        f"there is no model {model_id!r}. {suggest_models(model_id, _ids_of_able(is_able))} A local "
+        "Hugging Face directory or a hub id (organisation/name) works too."
     )
+
+
+def _ids_of_able(
+    is_able: Callable[[Objective], bool] | None, custom_only: bool = False
+) -> list[str]:
+    """Ids of all models that ``is_able`` says can be used; of all there are, without one."""
+    known = custom_models()
+    ids = []
+    if not custom_only:
+        ids = [
+            each.id
+            for each in CATALOG.values()
+            if is_able is None or _is_base_able(each.kind, is_able)
+        ]
+        known = [*pretrained_models(), *known]
+    return ids + [each.id for each in known if is_able is None or _is_model_able(each, is_able)]
+
+
+def _is_base_able(kind: str, is_able: Callable[[Objective], bool]) -> bool:
+    from luthier.objectives import OBJECTIVES
+
+    return is_able(OBJECTIVES[base_kind(kind).objective].model_validate({}))
+
+
+def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> bool:
+    try:
+        return is_able(objective_of(model))
+    except (LuthierError, ValueError):  # it is damaged, or of a plugin that is gone
+        return False
 
 
 def _from_file(path: Path) -> StoredModel:
@@ -151,15 +185,13 @@ FEW = 15
 """Ids that are all named."""
 
 
-def suggest_models(model_id: str, known: Sequence[str] | None = None) -> str:
+def suggest_models(model_id: str, known: Sequence[str]) -> str:
     """What may be meant by an id that is not known, all there are where they are few, where to look.
 
-    ``known`` are the ids that could have been given: all models when not given.
+    ``known`` are the ids that could have been given.
     """
     import difflib
 
-    if known is None:
-        known = [*CATALOG, *(model.id for model in (*pretrained_models(), *custom_models()))]
     if not known:
         return "There are none yet."
     asked = model_id.lower().replace("/", ":")
@@ -301,10 +333,12 @@ def text_format(chat: ChatFormat) -> TextFormat:
     return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 
 
-def _find_custom(model_id: str, base: str, name: str) -> StoredModel:
+def _find_custom(
+    model_id: str, base: str, name: str, is_able: Callable[[Objective], bool] | None = None
+) -> StoredModel:
     folder = custom_folder(base, name)
     if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
-        others = [model.id for model in custom_models()]
+        others = _ids_of_able(is_able, custom_only=True)
         raise UnknownModel(
             f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
         )
