@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.data import clean, convert, inspect, split
-    from luthier.sdk.model import Model, evaluate, load
+    from luthier.sdk.model import Model, compare, evaluate, load
     from luthier.sdk.training import advise, distil, estimate, pretrain, student, tune
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "advise",
     "clean",
+    "compare",
     "convert",
     "distil",
     "estimate",
@@ -34,6 +35,7 @@ _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk.model",
     "load": "luthier.sdk.model",
+    "compare": "luthier.sdk.model",
     "evaluate": "luthier.sdk.model",
     "clean": "luthier.sdk.data",
     "convert": "luthier.sdk.data",

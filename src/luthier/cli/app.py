@@ -16,6 +16,7 @@ import typer
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
 from luthier.cli.audit import audit_app
+from luthier.cli.compare import compare
 from luthier.cli.console import CommandGroup
 from luthier.cli.data import clean, convert, inspect, split
 from luthier.cli.demo import demo
@@ -47,7 +48,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
-    tune, pipeline, pretrain, student, split, estimate, advise, search, distil, inspect, clean,
+    tune, pipeline, pretrain, student, split, estimate, advise, compare, search, distil, inspect, clean,
     convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate, serve, demo,
     plugins,
 ):  # fmt: skip

@@ -70,7 +70,7 @@ def evaluate(
     from luthier.sdk.model import evaluate as run
     from luthier.serving.evaluation import long_rows_summary
 
-    graders = _parse_graders(grader or ["exact"], set_ or ())
+    graders = parse_grader_options(grader or ["exact"], set_ or ())
     check_output(output)
     check_output(html)
     with show_progress(0, "evaluate") as done:
@@ -145,7 +145,7 @@ def _print_slices(found: Evaluation) -> None:
         )
 
 
-def _parse_graders(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
+def parse_grader_options(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
     """Graders by name or from TOML files, with fields from ``NAME.FIELD=VALUE``."""
     from luthier.graders import Spec, parse_graders, read_graders
     from luthier.recipe import set_field

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,40 @@ Score = RowScores | Statistic
 def values(scores: Mapping[str, Score]) -> dict[str, float]:
     """The bare numbers."""
     return {name: score.value for name, score in scores.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a score is from a reference's on the same rows."""
+
+    value: float
+    """Less the reference's."""
+    error: float
+    p_value: float
+    """Of a difference that large by chance, to either side."""
+    significant: bool
+    """Whether it is more than chance, all that are compared considered."""
+
+
+def differences(
+    reference: RowScores, others: Mapping[str, RowScores], level: float = 0.05
+) -> dict[str, Difference]:
+    """How others differ from ``reference``, row by row (McNemar 1947, where scores are shares).
+
+    With the correction of Holm 1979: the chance that any of them is called significant where none is
+    stays at ``level``, however many they are.
+    """
+    found = {}
+    for name, scores in others.items():
+        value, error = scores.value - reference.value, scores.difference_error(reference)
+        surprise = abs(value) / error if error else (math.inf if value else 0.0)
+        found[name] = (value, error, 2 * (1 - NormalDist().cdf(surprise)))
+    significant: dict[str, bool] = {}
+    may_be = True
+    for place, name in enumerate(sorted(found, key=lambda name: found[name][2])):
+        may_be = may_be and found[name][2] <= level / (len(found) - place)
+        significant[name] = may_be
+    return {name: Difference(*each, significant[name]) for name, each in found.items()}
 
 
 def _interval(middle: float, error: float, is_share: bool) -> Interval:

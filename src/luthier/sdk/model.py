@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.serving.nearest import Neighbour
     from luthier.types import Message, Row
+    from luthier.workflows.compare import HeadToHead
 
     Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -421,6 +422,73 @@ def evaluate(
         raise RecipeError(f"{stored.id} is not scored row by row on such rows: leave slices away")
     parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
     return replace(found, seconds=seconds, slices=[each for part in parts for each in part])
+
+
+@data_errors("nothing was compared")
+def compare(
+    data: str | Path,
+    tuned: Sequence[str],
+    base: str | None = None,
+    train: str | Path | None = None,
+    documents: Sequence[str | Path] = (),
+    graders: Sequence[Spec] | Mapping[str, Spec] | None = None,
+    max_tokens: int = 64,
+    prices: str | Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> HeadToHead:
+    """Hold tuned models against what needs no training, on the same held-out rows.
+
+    Args:
+        data: rows of prompt and reply, or of text and label, that nothing was learned from.
+        tuned: ids of the models to judge.
+        base: what is asked without training; the base of the first of ``tuned`` when not given.
+        train: where examples come from, and what simple baselines learn; the training rows of the first
+            of ``tuned`` when not given, where they are still there.
+        documents: sources of texts that answers should be true to.
+        graders: of replies, as of :func:`evaluate`; the first decides. ``exact`` when not given.
+        max_tokens: of a reply at most.
+        prices: a price table, as of ``luthier estimate``; the one of the store when not given.
+        note: hears what is done.
+        columns: the file's name for each of our keys.
+        on_progress: hears how many answers there are, and of how many.
+
+    Returns:
+        ``contenders``, the best first, ``behind()`` for the differences, ``verdict()`` and ``plain()``.
+
+    Raises:
+        RefusedInput: where there is nothing to compare, or a tenth of the rows are training rows.
+    """
+    from luthier.data.rows import load_rows
+    from luthier.graders import parse_graders
+    from luthier.store.models import find
+    from luthier.workflows.compare import compare as run
+    from luthier.workflows.estimate.budget import read_prices
+
+    models = [find(each) for each in tuned]
+    if not models:
+        raise RecipeError("name a tuned model")
+    rows = load_rows(data, columns)
+    known = models[0].manifest.recipe or {}
+    learned = known.get("data", {}).get("train")
+    if train is None and isinstance(learned, str) and Path(learned).exists():
+        train = learned
+        note(f"examples come from {learned}, which {models[0].id} was tuned on")
+    texts = [row.plain_text() for source in documents for row in load_rows(str(source))]
+    return run(
+        rows,
+        find(base or models[0].root),
+        models,
+        load_rows(train, columns) if train is not None else (),
+        texts,
+        None if graders is None else parse_graders(graders),
+        max_tokens,
+        read_prices(None if prices is None else Path(prices)),
+        note,
+        on_progress,
+    )
 
 
 def row_input(row: Row) -> dict[str, Any]:

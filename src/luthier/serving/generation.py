@@ -122,6 +122,10 @@ class Generator:
         refusal = self._refusal(self._prompt_ids(prompt), sampling)
         return refusal and f"the prompt {refusal}"
 
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """Tokens that are read for an answer to ``prompt``."""
+        return len(self._prompt_ids(prompt))
+
     def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
         """The reply to one prompt, in pieces as they are decoded.
 

@@ -79,6 +79,8 @@ def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Questi
 def _question(row: Row, labels: Sequence[str]) -> Question:
     if (turns := row.turns()) and turns[-1].role == "assistant":
         return Question(turns[:-1], turns[-1].content)
+    if turns and (expected := row.expected_reply()) is not None:
+        return Question(turns, expected)
     if isinstance(row, LabelledText) and isinstance(row.label, str):
         names = ", ".join(labels)
         ask = f"{row.text}\n\nWhich one of these is it: {names}? Answer with the name alone."
@@ -132,31 +134,9 @@ class Prompting:
     ) -> list[tuple[tuple[Message, ...], str]]:
         """What stands before each answer, and the answer."""
         return [
-            (self._conversation(each, with_), each.answer)
+            (conversation_of(each, with_, self.chat.template), each.answer)
             for each, with_ in zip(questions, given, strict=True)
         ]
-
-    def _conversation(
-        self, question: Question, given: Sequence[Question | str]
-    ) -> tuple[Message, ...]:
-        """The conversation: examples as turns before, passages inside the last question."""
-        turns: list[Message] = []
-        passages = [each for each in given if isinstance(each, str)]
-        shown = [each for each in given if isinstance(each, Question)]
-        if self.chat.template == "plain":
-            # One prompt, no turns: everything is one text.
-            parts = [f"{_text(each.asked)}\n{each.answer}" for each in shown]
-            parts += [*passages, _text(question.asked)]
-            return (Message("user", "\n\n".join(parts)),)
-        system = [turn for turn in question.asked if turn.role == "system"]
-        for each in shown:
-            turns += [turn for turn in each.asked if turn.role != "system"]
-            turns.append(Message("assistant", each.answer))
-        rest = [turn for turn in question.asked if turn.role != "system"]
-        if passages:
-            before = "\n\n".join(["Use this where it helps:", *passages])
-            rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
-        return (*system, *turns, *rest)
 
     def _encode(self, turns: tuple[Message, ...], answer: str, index: int = 0) -> Example:
         encoded = self.chat.encode_reply((*turns, Message("assistant", answer)), len(turns))
@@ -182,6 +162,31 @@ class Prompting:
             for reply, (_, answer) in zip(replies, pairs, strict=True)
         ]
         return sum(same) / len(same)
+
+
+def conversation_of(
+    question: Question, given: Sequence[Question | str], template: str
+) -> tuple[Message, ...]:
+    """What stands before the answer: examples as turns before, passages inside the last question.
+
+    For the ``plain`` template, which has no turns, all is one text.
+    """
+    turns: list[Message] = []
+    passages = [each for each in given if isinstance(each, str)]
+    shown = [each for each in given if isinstance(each, Question)]
+    if template == "plain":
+        parts = [f"{_text(each.asked)}\n{each.answer}" for each in shown]
+        parts += [*passages, _text(question.asked)]
+        return (Message("user", "\n\n".join(parts)),)
+    system = [turn for turn in question.asked if turn.role == "system"]
+    for each in shown:
+        turns += [turn for turn in each.asked if turn.role != "system"]
+        turns.append(Message("assistant", each.answer))
+    rest = [turn for turn in question.asked if turn.role != "system"]
+    if passages:
+        before = "\n\n".join(["Use this where it helps:", *passages])
+        rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
+    return (*system, *turns, *rest)
 
 
 def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]:

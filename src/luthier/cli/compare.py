@@ -1,0 +1,108 @@
+"""``luthier compare``: tuned models beside what needs no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from luthier.cli.console import check_output, new_console, note, print_json, print_text
+from luthier.cli.evaluate import parse_grader_options
+from luthier.cli.options import Columns, Json
+
+if TYPE_CHECKING:
+    from luthier.workflows.compare import HeadToHead
+
+
+def compare(
+    data: Annotated[
+        str,
+        typer.Argument(help="Rows that nothing was learned from: prompts and replies, or labels."),
+    ],
+    tuned: Annotated[list[str], typer.Option(help="A tuned model's id; again for more.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="What is asked without training; by default the tuned model's."),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(help="Rows that examples are taken from; by default those of the tuning."),
+    ] = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts that answers should be true to; again for more."),
+    ] = None,
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(help="A grader's name, or a TOML file of graders; the first decides."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 64,
+    prices: Annotated[
+        Path | None, typer.Option(help="A price table, as `estimate` reads it (TOML).")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    columns: Columns = None,
+    json_: Json = False,
+) -> None:
+    """Say whether tuning was worth it: tuned models beside prompts, examples, documents, baselines."""
+    from luthier.cli.progress import show_progress
+    from luthier.recipe import parse_columns
+    from luthier.sdk.model import compare as run
+
+    check_output(html)
+    graders = parse_grader_options(grader, set_ or ()) if grader else None
+    with show_progress(0, "compare") as done:
+        found = run(
+            data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
+            columns=parse_columns(columns or ()), on_progress=done,
+        )  # fmt: skip
+    if html is not None:
+        from luthier.files import write_bytes
+        from luthier.workflows.compare_page import page
+
+        write_bytes(html, page(found, data).encode())
+        note(f"report: {html}")
+    if json_:
+        print_json({"data": data, **found.plain()})
+    else:
+        show(found)
+
+
+def show(found: HeadToHead) -> None:
+    """A line for each, the best first, and the verdict below."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found.measure.replace('_', ' ')} on {found.rows:,} rows", title_justify="left",
+        box=None, padding=(0, 2, 0, 0),
+    )  # fmt: skip
+    style = ".1%" if found.best.score.is_share else ".3g"
+    table.add_column("", ratio=1)
+    for name in ("score ±", "to the best ±", "tokens", "ms", *(["1,000"] if found.prices else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    behind = found.behind()
+    for each in found.contenders:
+        difference = ""
+        if each.name in behind:
+            apart = behind[each.name]
+            mark = "" if apart.significant else " *"
+            difference = f"{apart.value:+{style}} {apart.error:{style}}{mark}"
+        cells = [
+            f"[bold]{each.name}[/bold]" if each.is_tuned else each.name,
+            f"{each.score.value:{style}} {each.score.error:{style}}", difference,
+            "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+            f"{1000 * each.seconds:,.1f}",
+        ]  # fmt: skip
+        cost = found.cost_per_thousand(each)
+        table.add_row(*cells, *([] if cost is None else [f"{cost:.4f}"]))
+    new_console(highlight=False).print(table)
+    costs = "" if found.prices is None else f"; cost of 1,000 answers in {found.prices.currency}"
+    print_text(f"tokens read and milliseconds for an answer{costs}; * may be chance")
+    for remark in found.remarks:
+        print_text(remark)
+    print_text(found.verdict())

@@ -1,0 +1,485 @@
+"""Was it worth it: tuned models beside what needs no training, on the same held-out rows.
+
+A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
+with passages of documents (:mod:`luthier.serving.prompting`); of rows with labels the simple baselines
+are fitted, too (:mod:`luthier.evaluation.baselines`). Tuned models are asked as they are, and with the
+passages. All answer the same rows, so differences are known row by row: which are more than chance is
+said with Holm's correction for all that are compared. What an answer costs is measured in the same run.
+
+Left out: searched prompts, several samples of an answer, retrieval by embeddings, a reader of documents
+that was tuned with them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from luthier.data.shapes import Conversation, LabelledText, of_shape
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.evaluation.baselines import ComparedRows, FittedBaselines
+from luthier.evaluation.baselines import compare as fit_word_baselines
+from luthier.evaluation.significance import (
+    CHANCE,
+    Difference,
+    Interval,
+    RowScores,
+    differences,
+)
+from luthier.files import folder_size
+from luthier.objectives.capabilities import SupportsPrediction
+from luthier.serving.evaluation import measure, open_graders
+from luthier.serving.prompting import (
+    EXAMPLES,
+    Question,
+    conversation_of,
+    few_shot,
+    looked_up,
+    questions_of,
+    retrieve,
+)
+from luthier.types import Message, Row
+
+if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation
+    from luthier.graders import Grader
+    from luthier.serving.generation import Generator
+    from luthier.store.models import StoredModel
+    from luthier.workflows.estimate.budget import Prices
+
+Technique = Literal["as it is", "prompt", "RAG", "baseline", "tuned", "tuned and RAG"]
+BASELINE_SECONDS = 120.0
+"""For all simple baselines together."""
+MOST_LEAKED = 0.1
+"""Share of the rows that may stand among the training rows."""
+SEED = 0
+_LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer"})
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """One way to answer the rows, measured."""
+
+    name: str
+    technique: Technique
+    score: RowScores
+    """What all are compared by."""
+    scores: dict[str, float]
+    """All measures that go with such rows."""
+    seconds: float
+    """For one answer, in batches, on this machine."""
+    prompt_tokens: float | None = None
+    """Read for one answer, on average; ``None`` where no text is written."""
+    model_bytes: int = 0
+    """Size of the weights that answer, all of the base included."""
+    training_seconds: float = 0.0
+    """What tuning took before the first answer."""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether weights were trained for it."""
+        return self.technique in ("tuned", "tuned and RAG")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadToHead:
+    """Several ways to answer the same rows."""
+
+    measure: str
+    """What is compared: ``accuracy``, or the name of a grader or a measure."""
+    rows: int
+    contenders: list[Contender]
+    """The best first."""
+    remarks: list[str] = field(default_factory=list)
+    """What was left out, and what the rows do not say."""
+    prices: Prices | None = None
+
+    @property
+    def less_is_better(self) -> bool:
+        """Whether the measure is an error."""
+        return self.measure in _LESS_IS_BETTER
+
+    @property
+    def best(self) -> Contender:
+        """The highest score, or the lowest error."""
+        return self.contenders[0]
+
+    def behind(self) -> dict[str, Difference]:
+        """How all others differ from the best."""
+        others = {each.name: each.score for each in self.contenders[1:]}
+        return differences(self.best.score, others)
+
+    def interval(self, contender: Contender) -> Interval:
+        """Where its score lies with 95 % confidence."""
+        return contender.score.interval
+
+    def cost_per_thousand(self, contender: Contender) -> float | None:
+        """Of 1,000 answers, at the prices that were given."""
+        return None if self.prices is None else self.prices.cost(1000 * contender.seconds, 0)
+
+    def break_even(self, tuned: Contender, other: Contender) -> float | None:
+        """Answers after which the time that tuning took is saved; ``None`` where it never is.
+
+        Machine time stands for money here: both run on the same machine.
+        """
+        saved = other.seconds - tuned.seconds
+        return tuned.training_seconds / saved if saved > 0 and tuned.training_seconds else None
+
+    def verdict(self) -> str:
+        """Whether tuning was worth it, in a sentence or two."""
+        tuned = next((each for each in self.contenders if each.is_tuned), None)
+        rival = next((each for each in self.contenders if not each.is_tuned), None)
+        if tuned is None or rival is None:
+            return f"{self.best.name} is the best of them"
+        found = differences(rival.score, {"tuned": tuned.score})["tuned"]
+        gain = -found.value if self.less_is_better else found.value
+        apart = f"{self._text(gain, signed=True)} \N{PLUS-MINUS SIGN} {self._text(found.error)}"
+        own, theirs = self._text(tuned.score.value), self._text(rival.score.value)
+        scores = f"{tuned.name} has {own} against {theirs} of {rival.name} ({apart})"
+        if found.significant and gain > 0:
+            said = f"Tuning was worth it: {scores}."
+        elif found.significant:
+            said = f"Do not use the tuned model: {scores}, which needs no tuning."
+        else:
+            least = self._text(CHANCE * found.error)
+            said = (
+                f"Tuning is not shown to be better: {scores}, which may be chance; {self.rows:,} rows "
+                f"tell differences of {least} and more."
+            )
+        return f"{said} {self._cost_text(tuned, rival)}".strip()
+
+    def _cost_text(self, tuned: Contender, rival: Contender) -> str:
+        """What an answer of both takes, where that is no matter of chance."""
+        if not min(tuned.seconds, rival.seconds) or 0.8 < tuned.seconds / rival.seconds < 1.25:
+            return ""
+        ratio = max(tuned.seconds, rival.seconds) / min(tuned.seconds, rival.seconds)
+        if tuned.seconds > rival.seconds:
+            return f"An answer of {rival.name} takes 1/{ratio:.1f} of the time."
+        paid = self.break_even(tuned, rival)
+        text = f"An answer of {tuned.name} takes 1/{ratio:.1f} of the time"
+        after = "" if paid is None else f": tuning has paid its time after {paid:,.0f} answers"
+        return f"{text}{after}."
+
+    def _text(self, score: float, signed: bool = False) -> str:
+        is_share = self.best.score.is_share
+        sign = "+" if signed else ""
+        return f"{score:{sign}.1%}" if is_share else f"{score:{sign}.3g}"
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        behind = self.behind()
+        contenders = []
+        for each in self.contenders:
+            line: dict[str, Any] = {
+                "name": each.name, "technique": each.technique, "score": each.score.value,
+                "error": each.score.error, "interval": list(each.score.interval), "scores": each.scores,
+                "seconds": each.seconds, "model_bytes": each.model_bytes,
+            }  # fmt: skip
+            if each.prompt_tokens is not None:
+                line["prompt_tokens"] = each.prompt_tokens
+            if each.training_seconds:
+                line["training_seconds"] = each.training_seconds
+            if (cost := self.cost_per_thousand(each)) is not None:
+                line["cost_per_1000"] = cost
+            if each.name in behind:
+                found = behind[each.name]
+                line["behind_best"] = {
+                    "difference": found.value, "error": found.error, "p_value": found.p_value,
+                    "significant": found.significant,
+                }  # fmt: skip
+            contenders.append(line)
+        return {
+            "measure": self.measure, "rows": self.rows, "contenders": contenders,
+            "verdict": self.verdict(), "remarks": self.remarks,
+            **({} if self.prices is None else {"currency": self.prices.currency}),
+        }  # fmt: skip
+
+
+def compare(
+    rows: Sequence[Row],
+    base: StoredModel | None,
+    tuned: Sequence[StoredModel],
+    train: Sequence[Row] = (),
+    documents: Sequence[str] = (),
+    graders: Mapping[str, Grader] | None = None,
+    max_tokens: int = 64,
+    prices: Prices | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> HeadToHead:
+    """Let all answer ``rows``.
+
+    Args:
+        rows: that nothing was learned from.
+        base: what is asked without training; ``None`` compares the tuned models alone.
+        tuned: models to compare with it.
+        train: where examples are taken from, and what baselines learn.
+        documents: texts that answers should be true to.
+        graders: of replies, the first of which decides; of rows with labels replies are compared with
+            them.
+        max_tokens: of a reply at most.
+        prices: of the machine, for what 1,000 answers cost.
+        note: hears what is done.
+        on_progress: hears how many answers there are, and of how many.
+
+    Raises:
+        DataError: where a tenth of ``rows`` stand in ``train``.
+        RecipeError: where there is nothing to compare.
+    """
+    from luthier.graders import Exact
+
+    if not rows:
+        raise RecipeError("there are no rows to compare on")
+    remarks = check_leakage(rows, train)
+    labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
+    readers = [each for each in tuned if not _writes(each)]
+    writers = [each for each in tuned if _writes(each)]
+    asked = writers + [each for each in [base] if each is not None and _writes(each)]
+    ways = _ways(rows, train, documents) if asked else []
+    if graders is None:
+        # A base model that was not tuned writes labels with capitals and stops.
+        graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
+    run = _Comparing(graders, max_tokens, note, on_progress)
+    run.total = len(rows) * (len(readers) + sum(_count(each, base, ways) for each in asked))
+    contenders: list[Contender] = []
+    measure_name = "accuracy"
+    for stored in readers:
+        found, seconds = run.read(stored, rows)
+        measure_name, score = next(iter(found.row_scores.items()))
+        if not isinstance(score, RowScores) or len(found.rows) != len(rows):
+            raise RecipeError(f"{stored.id} is not scored row by row on such rows")
+        contenders.append(_contender(stored, "tuned", score, found.scores, seconds))
+    if train and (base is None or not _writes(base)):
+        contenders += run.baselines(base, rows, train, remarks)
+    for stored in asked:
+        own = [way for way in ways if stored is base or way.technique in ("as it is", "RAG")]
+        contenders += run.write(stored, rows, own, stored is not base, remarks)
+        if not labelled:
+            measure_name = next(iter(run.graders))
+    if len(contenders) < 2:
+        raise RecipeError(
+            "there is nothing to compare: give a base model that writes, training rows for "
+            "baselines, or several tuned models"
+        )
+    sign = 1 if measure_name in _LESS_IS_BETTER else -1
+    contenders.sort(key=lambda each: sign * each.score.value)
+    return HeadToHead(measure_name, len(rows), contenders, remarks, prices)
+
+
+def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
+    """Remarks on rows that stand among the training rows.
+
+    Raises:
+        DataError: with each of them, where they are a tenth.
+    """
+    known = {_key(row) for row in train}
+    leaked = [row for row in rows if _key(row) in known]
+    if len(leaked) >= MOST_LEAKED * len(rows):
+        fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
+        message = "the row asks what a training row asks, so what is measured on it is memory."
+        raise DataError(
+            [Problem(row.file, row.line, "leakage.input", message, fix) for row in leaked],
+            "nothing was compared",
+        )
+    if not leaked:
+        return []
+    return [f"{len(leaked):,} of {len(rows):,} rows ask what training rows ask, which flatters"]
+
+
+def _key(row: Row) -> str:
+    return " ".join((" ".join(row.inputs()) or row.plain_text()).casefold().split())
+
+
+def _writes(stored: StoredModel) -> bool:
+    from luthier.store.models import objective_of
+
+    return not isinstance(objective_of(stored), SupportsPrediction) and (
+        objective_of(stored).task == "causal_lm"
+    )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What is given to each question."""
+
+    name: str
+    technique: Technique
+    questions: Sequence[Question]
+    given: Sequence[Sequence[Question | str]]
+
+
+def _ways(rows: Sequence[Row], train: Sequence[Row], documents: Sequence[str]) -> list[_Way]:
+    both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
+    labels = sorted({row.label for row in both if isinstance(row.label, str)})
+    questions = questions_of(rows, labels)
+    ways = [_Way("", "as it is", questions, [()] * len(rows))]
+    if train:
+        known = questions_of(train, labels)
+        shown = few_shot(known, EXAMPLES, SEED)
+        near = retrieve(questions, known, EXAMPLES)
+        ways.append(_Way(f"with {len(shown)} examples", "prompt", questions, [shown] * len(rows)))
+        ways.append(_Way(f"with the {EXAMPLES} nearest examples", "prompt", questions, near))
+    if documents:
+        passages = looked_up(questions, documents)
+        ways.append(_Way("with passages of the documents", "RAG", questions, passages))
+    return ways
+
+
+def _count(stored: StoredModel, base: StoredModel | None, ways: Sequence[_Way]) -> int:
+    return sum(stored is base or way.technique in ("as it is", "RAG") for way in ways)
+
+
+def _contender(
+    stored: StoredModel, technique: Technique, score: RowScores, scores: Mapping[str, float],
+    seconds: float, name: str = "", prompt_tokens: float | None = None,
+) -> Contender:  # fmt: skip
+    folders = {stored.network_folder, stored.folder}
+    size = sum(folder_size(folder, "**/*.safetensors") for folder in folders)
+    trained = (stored.manifest.metrics or {}).get("seconds", 0.0) if "tuned" in technique else 0.0
+    return Contender(
+        f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,
+        float(trained),
+    )  # fmt: skip
+
+
+class _Comparing:
+    """What stays the same while one contender after the other answers."""
+
+    def __init__(
+        self,
+        graders: Mapping[str, Grader],
+        max_tokens: int,
+        note: Callable[[str], None],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self.graders, self.max_tokens, self.note = graders, max_tokens, note
+        self.on_progress = on_progress
+        self.finished = self.total = 0
+
+    def _done(self, count: int) -> None:
+        self.on_progress(self.finished + count, self.total)
+
+    def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float]:
+        """The labels, ratings or tags of a model that reads, and the seconds of each."""
+        from luthier.serving.prediction import Predictor
+
+        predictor = Predictor.open(stored)
+        began = time.perf_counter()
+        found = predictor.scores(rows, self._done)
+        self.finished += len(rows)
+        return found, (time.perf_counter() - began) / len(rows)
+
+    def write(
+        self,
+        stored: StoredModel,
+        rows: Sequence[Row],
+        ways: Sequence[_Way],
+        is_tuned: bool,
+        remarks: list[str],
+    ) -> list[Contender]:
+        """A model that writes, asked in several ways."""
+        from luthier.models.sampling import Sampling
+        from luthier.serving.generation import Generator
+        from luthier.serving.inference import Chat
+
+        generator = Generator.open(stored)
+        graders = open_graders(self.graders, len(rows) * len(ways), self.note)
+        sampling = Sampling(max_tokens=self.max_tokens)
+        found = []
+        for way in ways:
+            asked = _rows_of(rows, way, generator)
+            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
+            long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
+            if long:
+                name = f"{stored.id} {way.name}".strip()
+                remarks.append(
+                    f"{name} was left out: {long:,} questions do not fit into its context"
+                )
+                self.finished += len(rows)
+                continue
+            tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
+            began = time.perf_counter()
+            graded = measure(generator, asked, graders, self.max_tokens, self._done)
+            seconds = (time.perf_counter() - began) / len(rows)
+            self.finished += len(rows)
+            score = next(iter(graded.row_scores.values()))
+            assert isinstance(score, RowScores)
+            technique = way.technique
+            if is_tuned:
+                technique = "tuned" if way.technique == "as it is" else "tuned and RAG"
+            found.append(
+                _contender(stored, technique, score, graded.scores, seconds, way.name, tokens)
+            )
+        return found
+
+    def baselines(
+        self,
+        base: StoredModel | None,
+        rows: Sequence[Row],
+        train: Sequence[Row],
+        remarks: list[str],
+    ) -> list[Contender]:
+        """What simple methods make of the training rows, some of them by the base model's states."""
+        self.note("Fitting simple baselines")
+        fitted = self._fit_baselines(base, rows, train)
+        if fitted is None:
+            return []
+        compared = fitted.comparison
+        remarks += [f"{name} was left out: there was no time for it" for name in compared.left_out]
+        answers = compared.rows + compared.train_rows
+        return [
+            Contender(each.name, "baseline", score, each.scores, each.seconds / answers)
+            for each, score in zip(compared.baselines, fitted.row_scores, strict=True)
+        ]
+
+    def _fit_baselines(
+        self, base: StoredModel | None, rows: Sequence[Row], train: Sequence[Row]
+    ) -> FittedBaselines | None:
+        if base is None:
+            return fit_word_baselines(train, rows, None, time.monotonic() + BASELINE_SECONDS)
+        from luthier.engine.comparison import fit_baselines
+        from luthier.engine.machine import choose_machine
+        from luthier.models.load import as_network
+        from luthier.objectives import Contrastive
+        from luthier.serving.prediction import BUDGET
+        from luthier.store.models import chat_format, load, room_of
+
+        machine, encoder = choose_machine(), Contrastive()
+        network = as_network(
+            load(base, machine.dtype, machine.device), machine.device, machine.dtype
+        )
+        chat, room = chat_format(base), room_of(base)
+
+        def encoded(some: Sequence[Row], seed: int | None) -> ComparedRows:
+            whole = [encoder.encode(row.bare(), place, chat) for place, row in enumerate(some)]
+            cut = [encoder.truncate(each, room) if len(each) > room else each for each in whole]
+            if seed is None:
+                return ComparedRows(some, cut)
+            return ComparedRows.of([*zip(some, cut, strict=True)], seed)
+
+        both = encoded(train, SEED), encoded(rows, None)
+        return fit_baselines(network, encoder, *both, BUDGET, BASELINE_SECONDS)
+
+
+def _rows_of(rows: Sequence[Row], way: _Way, generator: Generator) -> list[Row]:
+    """The rows as they are asked in one way; what a grader reads of them stays."""
+    if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
+        return list(rows)
+    template = generator.chat.template
+    asked: list[Row] = []
+    for row, question, given in zip(rows, way.questions, way.given, strict=True):
+        turns: tuple[Message, ...] = conversation_of(question, given, template)
+        answer = Message("assistant", question.answer)
+        asked.append(
+            Conversation(
+                row.file,
+                row.line,
+                (*turns, answer),
+                question.answer,
+                members=row.members,
+                tools=row.tools,
+            )
+        )
+    return asked
