@@ -29,7 +29,6 @@ from luthier.evaluation.significance import (
     differences,
 )
 from luthier.files import folder_size
-from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prompting import (
     EXAMPLES,
@@ -293,11 +292,14 @@ def _key(row: Row) -> str:
 
 
 def _writes(stored: StoredModel) -> bool:
+    """Whether a model answers in words; of a folder of other tools its configuration says it."""
+    from luthier.models.heads import Head, task_in
+    from luthier.models.load import read_config
     from luthier.store.models import objective_of
 
-    return not isinstance(objective_of(stored), SupportsPrediction) and (
-        objective_of(stored).task == "causal_lm"
-    )
+    if stored.kind is None and stored.manifest.objective is None:
+        return task_in(read_config(stored.folder, Head("embedding"))) == "causal_lm"
+    return objective_of(stored).task == "causal_lm"
 
 
 @dataclass(frozen=True)
@@ -447,9 +449,8 @@ class _Comparing:
         from luthier.store.models import chat_format, load, room_of
 
         machine, encoder = choose_machine(), Contrastive()
-        network = as_network(
-            load(base, machine.dtype, machine.device), machine.device, machine.dtype
-        )
+        model = load(base, machine.dtype, machine.device, encoder.head())
+        network = as_network(model, machine.device, machine.dtype)
         chat, room = chat_format(base), room_of(base)
 
         def encoded(some: Sequence[Row], seed: int | None) -> ComparedRows:

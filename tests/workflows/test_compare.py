@@ -1,0 +1,189 @@
+"""Tuned models beside what needs no training: who is compared, what chance does, what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.data.shapes import LabelledText, PromptCompletion
+from luthier.errors import DataError
+from luthier.evaluation.significance import RowScores, differences
+from luthier.serving import prompting
+from luthier.store.models import find, room_of
+from luthier.workflows.compare import Contender, HeadToHead, Technique, check_leakage
+from luthier.workflows.compare_page import page
+from luthier.workflows.estimate.budget import Prices
+
+ANIMALS = ("fox", "dog", "cat", "cow", "hen", "pig")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def contender(
+    name: str, technique: Technique, right: int, rows: int = 200, **more: Any
+) -> Contender:
+    score = RowScores.of([1] * right + [0] * (rows - right))
+    return Contender(name, technique, score, {"exact": score.value}, **{"seconds": 0.1, **more})
+
+
+def head_to_head(*contenders: Contender, **more: Any) -> HeadToHead:
+    ordered = sorted(contenders, key=lambda each: -each.score.value)
+    return HeadToHead("exact", len(contenders[0].score), ordered, **more)
+
+
+def test_a_difference_is_significant_after_holm_s_correction() -> None:
+    reference = RowScores.of([1] * 100 + [0] * 100)
+    far, near = RowScores.of([1] * 150 + [0] * 50), RowScores.of([1] * 106 + [0] * 94)
+    found = differences(reference, {"far": far, "near": near})
+    assert found["far"].significant and found["far"].value == pytest.approx(0.25)
+    assert found["near"].p_value == pytest.approx(2 * (1 - 0.9928), abs=0.02)
+    assert found["near"].significant
+    # Beside nine others that differ by nothing, the same difference may be one of ten by chance.
+    many = {f"same {n}": reference for n in range(9)}
+    assert not differences(reference, {"near": near, **many})["near"].significant
+    assert differences(reference, {"same": reference})["same"].p_value == pytest.approx(1)
+
+
+def test_the_same_models_are_told_apart_once_in_twenty_at_most() -> None:
+    draw = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(300):
+        hard_R = draw.random(200)  # rows that are hard are so for all
+        scores = [RowScores.of(draw.normal(hard_R, 0.3) < 0.7) for _ in range(5)]
+        found = differences(scores[0], {str(n): each for n, each in enumerate(scores[1:])})
+        wrong += any(each.significant for each in found.values())
+    assert wrong <= 22  # 15 are 5 %, and 22 are two standard errors more
+
+
+def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
+    base = contender("base", "as it is", 100, seconds=0.2)
+    tuned = contender("tuned", "tuned", 150, training_seconds=300.0)
+    found = head_to_head(base, tuned)
+    assert found.verdict() == (
+        "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
+        "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
+    )
+    few = head_to_head(base, contender("tuned", "tuned", 101, seconds=0.2)).verdict()
+    assert few.startswith("Tuning is not shown to be better: tuned has 50.5%") and "200 rows" in few
+    worse = head_to_head(contender("nearest", "prompt", 190), tuned).verdict()
+    assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
+    slow = head_to_head(contender("words", "baseline", 100, seconds=0.001), tuned).verdict()
+    assert slow.endswith("An answer of words takes 1/100.0 of the time.")
+    alone = head_to_head(tuned, contender("other", "tuned", 10)).verdict()
+    assert alone == "tuned is the best of them"
+    errors = [
+        Contender(name, technique, RowScores.of([error] * 10, is_share=False), {}, 0.1)
+        for name, technique, error in (("tuned", "tuned", 0.5), ("median", "baseline", 2.0))
+    ]
+    rated = HeadToHead("mean_absolute_error", 10, errors)
+    assert rated.verdict().startswith(
+        "Tuning was worth it: tuned has 0.5 against 2 of median (+1.5"
+    )
+
+
+def test_prices_and_the_page() -> None:
+    prices = Prices(per_hour=3.6)
+    found = head_to_head(
+        contender("base <b>", "as it is", 100), contender("tuned", "tuned", 150), prices=prices
+    )
+    plain = found.plain()
+    assert [each["cost_per_1000"] for each in plain["contenders"]] == pytest.approx([0.1, 0.1])
+    assert plain["contenders"][1]["behind_best"]["significant"] is True
+    assert "behind_best" not in plain["contenders"][0] and plain["currency"] == "EUR"
+    html = page(found, "rows.jsonl")
+    assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
+    assert html.count("<circle") == 2 and "EUR for 1,000" in html
+
+
+def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
+    rows = [PromptCompletion("t", n, prompt=f"what is {n}", completion="x") for n in range(1, 21)]
+    train = [PromptCompletion("s", 1, prompt="What is  7", completion="y")]
+    assert check_leakage(rows, train) == ["1 of 20 rows ask what training rows ask, which flatters"]
+    assert check_leakage(rows, []) == []
+    with pytest.raises(DataError, match="nothing was compared") as refused:
+        check_leakage(rows, [*train, rows[1]])
+    assert [problem.line for problem in refused.value.problems] == [2, 7]
+    labels = [LabelledText("t", 1, text="A fox", label="x")]
+    with pytest.raises(DataError):
+        check_leakage(labels, [LabelledText("s", 1, text="a fox", label="y")])
+
+
+def test_a_model_that_writes_beside_prompts_and_documents(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"Say {word}", "completion": word} for word in ANIMALS * 5]
+    data = write(tmp_path / "train.jsonl", rows)
+    held = write(tmp_path / "held.jsonl", [
+        {"prompt": f"Please say {word}", "completion": word} for word in ANIMALS
+    ])  # fmt: skip
+    notes = tmp_path / "notes.txt"
+    notes.write_text("A fox is an animal. A hen is a bird.")
+    tuned = luthier.tune(
+        data, base=str(tiny_model_folder), name="x", training__max_steps=4, data__validation_share=0
+    )
+    found = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
+    assert found.rows == 6 and found.measure == "exact"
+    assert {each.technique for each in found.contenders} == {
+        "as it is", "prompt", "RAG", "tuned", "tuned and RAG",
+    }  # fmt: skip
+    assert len(found.contenders) == 6  # two kinds of examples
+    by_way = {each.technique: each for each in found.contenders}
+    assert (by_way["RAG"].prompt_tokens or 0) > (by_way["as it is"].prompt_tokens or 0)
+    assert by_way["tuned"].training_seconds > 0 == by_way["RAG"].training_seconds
+    # The same rows and graders as `evaluate`, so the same scores.
+    for way, model in (("tuned", tuned.model_id), ("as it is", str(tiny_model_folder))):
+        alone = luthier.evaluate(model, held, max_tokens=4)
+        assert by_way[way].score.value == alone.scores["exact"]
+    # What does not fit into the context is left out with its reason.
+    room = room_of(find(tuned.model_id))
+    monkeypatch.setattr(prompting, "WORDS", room)
+    notes.write_text("a fox " * room)
+    long = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
+    assert "do not fit into its context" in " ".join(long.remarks)
+
+
+def test_a_classifier_beside_baselines_by_the_command_line(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"text": f"the {word} is {'here' if n % 2 else 'not here, no'}", "label": f"side {n % 2}"}
+        for n, word in enumerate(ANIMALS * 6)
+    ]
+    data = write(tmp_path / "train.jsonl", rows)
+    held = write(
+        tmp_path / "held.jsonl", [{**row, "text": f"now {row['text']}"} for row in rows[:12]]
+    )
+    tuned = luthier.tune(
+        data, base=str(family_folder("bert")), name="x", training__max_steps=4,
+        data__validation_share=0, training__refit=False,
+    ).model_id  # fmt: skip
+    asked = ["compare", held, "--tuned", tuned, "--html", str(tmp_path / "page.html")]
+    done = CliRunner().invoke(app, [*asked, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["measure"] == "accuracy" and found["rows"] == 12
+    ways = [each["technique"] for each in found["contenders"]]
+    assert ways.count("tuned") == 1 and ways.count("baseline") >= 4
+    scores = [each["score"] for each in found["contenders"]]
+    assert scores == sorted(scores, reverse=True)
+    assert "naive Bayes" in (tmp_path / "page.html").read_text()
+    text = CliRunner().invoke(app, asked)
+    assert text.exit_code == 0 and found["verdict"].split(".")[0] in " ".join(text.stdout.split())
+    # Rows that were learned from are no comparison.
+    leaked = CliRunner().invoke(app, ["compare", data, "--tuned", tuned])
+    assert leaked.exit_code == 2 and "leakage.input" in leaked.output
+    nothing = CliRunner().invoke(
+        app, ["compare", held, "--tuned", tuned, "--train", str(tmp_path / "no")]
+    )
+    assert nothing.exit_code == 2, nothing.output
