@@ -14,10 +14,12 @@ from types import FunctionType
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from luthier.errors import ModelRefused, UnknownModel
 from luthier.models import bounds
 from luthier.models.bounds import drawing_bounds, refuse_configuration
+from luthier.types import Message
 
 
 def test_modules_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +105,13 @@ def test_an_error_of_our_own_is_no_fault_of_a_configuration() -> None:
         _function_of("luthier.models.load")()
 
 
-def _function_of(module: str) -> Callable[[], object]:
-    """One of that module that raises a TypeError."""
-    return FunctionType((lambda: len(5)).__code__, {"__name__": module, "len": len})  # type: ignore[arg-type]
+def test_what_an_object_lacks_is_the_fault_of_who_made_it() -> None:
+    with pytest.raises(UnknownModel), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.layouts", lambda: ImageClassifierOutput().last_hidden_state)()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError), refuse_configuration(UnknownModel, "no network"):
+        _function_of("luthier.models.layouts", lambda: Message("user", "a").states)()  # type: ignore[attr-defined]
+
+
+def _function_of(module: str, code: Callable[[], object] = lambda: len(5)) -> Callable[[], object]:  # type: ignore[arg-type]
+    """The function as one of that module; it raises a TypeError where none is given."""
+    return FunctionType(code.__code__, {**globals(), "__name__": module})

@@ -82,11 +82,16 @@ _INTERPRET = ("luthier.models.nets", "luthier.models.modalities", "luthier.model
 
 
 def _starts_in_own_code(error: BaseException) -> bool:
-    """Whether code of luthier raised ``error`` that does not interpret configurations."""
+    """Whether code of luthier raised ``error`` that does not interpret configurations.
+
+    What an object lacks is the fault of who made it: outputs of some families have no states to read.
+    """
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     module = str(frame.tb_frame.f_globals.get("__name__")) if frame is not None else ""
+    if isinstance(error, AttributeError):
+        module = type(error.obj).__module__
     return module.startswith("luthier.") and not module.startswith(_INTERPRET)
 
 
