@@ -222,8 +222,16 @@ def test_what_would_be_quicker_than_a_long_run_is_named(
     assert not describe_quicker(0.01, 100, 1_600, "images")
     monkeypatch.setattr(comparison, "LEAST_SAVED", 0.0)
 
+    class Shown(Notes):
+        """Keeps what moved a bar, too."""
+
+        def progress(self, done: int, total: int, what: str) -> None:
+            bars.setdefault(what, []).append(done / total)
+
+    bars: dict[str, list[float]] = {}
+
     def notes(name: str, adaptation: str) -> list[str]:
-        reporter = Notes()
+        reporter = Shown()
         luthier.tune(
             pictures / "learn", base=str(base), name=name, adaptation=adaptation, reporter=reporter,
             training__max_steps=20, training__refit=False, training__precision="float32",
@@ -232,6 +240,10 @@ def test_what_would_be_quicker_than_a_long_run_is_named(
 
     (line,) = notes("whole", "full")
     assert "each of the 48 images once" in line
+    assert {*bars} == {"images looked at", "images read"}
+    for shares in bars.values():  # what takes a minute shows how far it is
+        assert len(shares) > 1 and shares == sorted(shares) and shares[-1] == 1
+    bars.clear()
     assert not notes("head", "feature_extraction")
 
 

@@ -69,6 +69,7 @@ def fit_baselines(
     held: ComparedRows,
     budget: int,
     seconds: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FittedBaselines | None:
     """What the baselines are worth that go with such rows; ``None`` where there are none.
 
@@ -80,12 +81,13 @@ def fit_baselines(
         budget: tokens read at once.
         seconds: after which no further baseline is begun; the states of the network have most of
             them, and where these end only the rows that were read by then are learned from.
+        on_progress: given how many rows of how many were read.
     """
     if not train or not held or not seconds:
         return None
     until = time.monotonic() + seconds
     encoder = objective if isinstance(objective, Contrastive) else Contrastive()
-    states = base_states(network, encoder, train, held, budget, seconds * READING)
+    states = base_states(network, encoder, train, held, budget, seconds * READING, on_progress)
     return compare(train.rows, held.rows, states, until)
 
 
@@ -97,6 +99,7 @@ def base_states(
     held: ComparedRows,
     budget: int,
     seconds: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> States | None:
     """One state for each row, or for each word of rows with tags, that of its first piece.
 
@@ -114,7 +117,15 @@ def base_states(
         counts = [int(np.count_nonzero(each.weight_T)) for each in batch.tree.examples]
         return list(network.hidden(batch)[nodes_K].split(counts))
 
-    read = partial(_states, network, words if isinstance(held.rows[0], TaggedWords) else texts)
+    done = 0
+
+    def on_read(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(min(done, len(train) + len(held)), len(train) + len(held))
+
+    of_batch = words if isinstance(held.rows[0], TaggedWords) else texts
+    read = partial(_states, network, of_batch, on_read)
     if isinstance(held.rows[0], TextPair):
         views = [view for example in held.examples for view in encoder.sequences(example)]
         both = read(views, budget, began + seconds)
@@ -135,6 +146,7 @@ def base_states(
 def _states(
     network: Network,
     read: Callable[[TreeBatch], Sequence[Tensor]],
+    on_read: Callable[[int], None],
     examples: Sequence[Example],
     budget: int,
     until: float,
@@ -150,6 +162,7 @@ def _states(
         for batch in network.batches(chunk, budget):
             for example, state_KH in zip(batch.tree.examples, read(batch), strict=True):
                 states[example.row] = state_KH.float().cpu()
+            on_read(len(batch.tree.examples))
         numbers += sum(each.numel() for each in states)
         found += states
     return found

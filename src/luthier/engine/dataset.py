@@ -86,11 +86,13 @@ def prepare(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
     refit: bool = False,
+    on_row: Callable[[int, int], None] = lambda done, count: None,
 ) -> Dataset:
     """Read, check, split and encode the data of a recipe; :class:`DataError` lists what is wrong.
 
     ``on_progress`` is now and then given how many bytes of how many have been read. With ``refit``
     the rows that would be held out to measure on are learned from, those for a test still are not.
+    ``on_row`` is given how many rows of how many the gate has looked at.
     """
     rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
     reader = RowReader(
@@ -120,7 +122,7 @@ def prepare(
     # As the files are: a held-out part of one file is not yet split from it.
     splits = {"train": [*rows, *chain(*further)], "validation": held}
     report = inspect_job(
-        spec, {name: each for name, each in splits.items() if each}, objective, chat
+        spec, {name: each for name, each in splits.items() if each}, objective, chat, on_row
     )
     rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)

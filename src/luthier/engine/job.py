@@ -211,12 +211,18 @@ def prepare_job(
         )
     objective = bind_models(recipe.objective, reporter.stage)
 
+    reads = chat.media
+
     def on_progress(done: int, size: int) -> None:
-        if size >= LARGE:
+        if size >= LARGE and reads is None:  # images and sounds are not yet read then
             reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
 
+    def on_row(done: int, count: int) -> None:
+        if reads is not None:
+            reporter.progress(done, count, f"{PLURAL[reads.kind]} looked at")
+
     seed = recipe.training.seed
-    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit)
+    data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row)
     reporter.note(f"recognized: {data.recognized}")
     if data.recognized and data.recognized.unread:
         reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")

@@ -454,9 +454,15 @@ class Trainer:
         with self.clock.part("baselines"):
             if train and held and seconds:
                 self.reporter.stage("Fitting simple baselines to compare with")
-            budget = self._reading_budget
+            media = self.job.chat.media
+
+            def on_progress(done: int, total: int) -> None:
+                if media is not None:  # texts are read in no time
+                    self.reporter.progress(done, total, f"{PLURAL[media.kind]} read")
+
+            budget, objective = self._reading_budget, self.job.data.objective
             self.baselines = fit_baselines(
-                network, self.job.data.objective, train, held, budget, seconds
+                network, objective, train, held, budget, seconds, on_progress
             )
         return_freed_memory()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -217,11 +217,14 @@ def _load_format(model: StoredModel) -> tuple[ChatFormat, int]:
 
 def inspect_job(
     spec: DataSpec,
-    splits: Mapping[Split, Iterable[Row]],
+    splits: Mapping[Split, Sequence[Row]],
     objective: Objective,
     chat: ChatFormat | None = None,
+    on_row: Callable[[int, int], None] = lambda done, count: None,
 ) -> Report:
     """The checks of each job over its rows; what encoding finds is left to encoding.
+
+    ``on_row`` is given how many rows of how many were looked at.
 
     Raises:
         RecipeError: for a policy or severity that cannot be.
@@ -229,7 +232,7 @@ def inspect_job(
     file = read_policy(spec.policy) if spec.policy else GatePolicy()
     decided = file.and_then(parse_policy(spec.severity or {}))
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
-    report = inspect_rows(splits, checks, decided.severity)
+    report = inspect_rows(splits, checks, decided.severity, on_row)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}
     return replace(report, left_out=left_out, sources=sources, columns=spec.columns or {})

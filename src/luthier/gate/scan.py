@@ -59,14 +59,19 @@ class ScanProgress:
 
 
 def inspect_rows(
-    splits: Mapping[Split, Iterable[Row]],
+    splits: Mapping[Split, Sequence[Row]],
     checks: Sequence[Check],
     overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+    on_row: Callable[[int, int], None] = lambda done, count: None,
 ) -> Report:
-    """The gate on rows that are in memory already, as in a job."""
+    """The gate on rows that are in memory already, as in a job.
+
+    ``on_row`` is given how many rows of how many were looked at.
+    """
+    count = sum(map(len, splits.values()))
     with Gate(checks, Findings(overrides or {})) as gate:
         for split, rows in splits.items():
-            gate.scan_rows(split, rows)
+            gate.scan_rows(split, rows, lambda: on_row(gate.places.total, count))
         return gate.report({split: sorted(gate.files[split]) for split in splits})
 
 
@@ -163,11 +168,14 @@ class Gate:
         self.files.setdefault(split, set())
         self.rows.setdefault(split, 0)
 
-    def scan_rows(self, split: Split, rows: Iterable[Row]) -> None:
-        """All rows of a split."""
+    def scan_rows(
+        self, split: Split, rows: Iterable[Row], on_batch: Callable[[], None] = lambda: None
+    ) -> None:
+        """All rows of a split; ``on_batch`` is called after each batch."""
         self.start_split(split)
         for batch in batches(split, rows):
             self.submit(batch)
+            on_batch()
         self.drain()
 
     def scan_source(self, split: Split, reader: RowReader) -> Iterator[None]:
