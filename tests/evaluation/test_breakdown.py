@@ -17,6 +17,7 @@ from luthier.evaluation.breakdown import (
     slice_scores,
     worst_rows,
 )
+from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.labels import scores
 from luthier.evaluation.significance import RowScores
 
@@ -114,6 +115,13 @@ def test_the_worst_rows_come_first_and_among_them_those_that_are_sure() -> None:
     assert worst_rows(right).tolist() == [1, 3, 4]
     assert worst_rows(right, [0.9, 0.2, 0.9, 0.8, 0.5]).tolist() == [3, 4, 1]
     errors = RowScores.of([0.5, 3.0, 0.0], is_share=False)
-    assert worst_rows(errors).tolist() == [1, 0]
+    assert worst_rows(errors, less_is_better=True).tolist() == [1, 0]
+    # A reward has no best, so all rows are in its order; rows that are not measured are left out.
+    rewards = RowScores.of([0.5, 3.0, -2.0, 0.0], [1, 1, 1, 0], is_share=False)
+    assert worst_rows(rewards).tolist() == [2, 0, 1]
+    found = Evaluation({"reward": rewards}, [*labelled(["a"] * 4)], records=[{}] * 4)
+    assert found.worst(2) == [2, 0]
+    found = Evaluation({"mean_absolute_error": errors}, [*labelled(["a"] * 3)], records=[{}] * 3)
+    assert found.worst(2) == [1, 0]
     # A row without entities that was given none is not wrong.
     assert worst_rows(RowScores.of([0, 1, 0], [0, 2, 2])).tolist() == [2, 1]

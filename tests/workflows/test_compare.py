@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.data.shapes import LabelledText, PromptCompletion
+from luthier.cli.compare import show
+from luthier.data.shapes import Conversation, LabelledText, PromptCompletion
 from luthier.errors import DataError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.serving import prompting
 from luthier.store.models import find, room_of
+from luthier.types import Message
 from luthier.workflows.compare import Contender, HeadToHead, Technique, check_leakage
 from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
@@ -106,6 +109,14 @@ def test_prices_and_the_page() -> None:
     assert html.count("<circle") == 2 and "EUR for 1,000" in html
 
 
+def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
+    show(head_to_head(contender("a[red]b", "as it is", 100), contender("t[/]", "tuned", 150)))
+    printed = capsys.readouterr().out
+    assert (
+        "a[red]b" in printed.split("tokens read")[0] and "t[/]" in printed.split("tokens read")[0]
+    )
+
+
 def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
     rows = [PromptCompletion("t", n, prompt=f"what is {n}", completion="x") for n in range(1, 21)]
     train = [PromptCompletion("s", 1, prompt="What is  7", completion="y")]
@@ -114,6 +125,14 @@ def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
     with pytest.raises(DataError, match="nothing was compared") as refused:
         check_leakage(rows, [*train, rows[1]])
     assert [problem.line for problem in refused.value.problems] == [2, 7]
+    # As the data gate has it, punctuation and the turns of the system make no other question.
+    asked = PromptCompletion("t", 1, prompt="What is 7?", completion="x")
+    told = Conversation("s", 1, (Message("system", "Be brief."), Message("user", "what is 7"),
+                                 Message("assistant", "y")))  # fmt: skip
+    spoken = replace(told, messages=(Message("system", "Be long."), *told.messages[1:]))
+    for one, other in (([asked], [replace(asked, prompt="what is, 7")]), ([told], [spoken])):
+        with pytest.raises(DataError):
+            check_leakage(one, other)
     labels = [LabelledText("t", 1, text="A fox", label="x")]
     with pytest.raises(DataError):
         check_leakage(labels, [LabelledText("s", 1, text="a fox", label="y")])

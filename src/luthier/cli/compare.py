@@ -76,6 +76,7 @@ def compare(
 def show(found: HeadToHead) -> None:
     """A line for each, the best first, and the verdict below."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title=f"{found.measure.replace('_', ' ')} on {found.rows:,} rows", title_justify="left",
@@ -92,8 +93,8 @@ def show(found: HeadToHead) -> None:
             apart = behind[each.name]
             mark = "" if apart.significant else " *"
             difference = f"{apart.value:+{style}} {apart.error:{style}}{mark}"
-        cells = [
-            f"[bold]{each.name}[/bold]" if each.is_tuned else each.name,
+        cells: list[str | Text] = [
+            Text(each.name, "bold" if each.is_tuned else ""),
             f"{each.score.value:{style}} {each.score.error:{style}}", difference,
             "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
             f"{1000 * each.seconds:,.1f}",

@@ -30,7 +30,7 @@ from luthier.evaluation.retrieval import (
     popularity_ranks,
     retrieval_scores,
 )
-from luthier.evaluation.significance import CHANCE, RowScores, Score, values
+from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores, Score, values
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ SMOOTHING = 0.3
 LARGEST_TABLE = 20_000_000
 """Counts that naive Bayes holds at most; the rarest words are left out."""
 _WORD = re.compile(r"\w+")
-_LESS_IS_BETTER = frozenset({"mean_absolute_error"})
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Comparison:
     def gain(self, baseline: Baseline) -> float:
         """How much better than a baseline the tuned model is; below 0 where it is worse."""
         difference = (self.tuned or 0.0) - baseline.score
-        return -difference if self.measure in _LESS_IS_BETTER else difference
+        return -difference if self.measure in LESS_IS_BETTER else difference
 
     @property
     def best(self) -> Baseline | None:
@@ -141,7 +140,7 @@ class FittedBaselines:
 
         Where there is one, the rows tell their answers.
         """
-        sign = -1 if self.comparison.measure in _LESS_IS_BETTER else 1
+        sign = -1 if self.comparison.measure in LESS_IS_BETTER else 1
         both = [*zip(self.comparison.baselines, self.row_scores, strict=True)]
         constants = [scores for baseline, scores in both if baseline.constant]
         better = [
@@ -166,7 +165,7 @@ class FittedBaselines:
 def render(measure: str, score: float) -> str:
     """A score with the name of what it measures, for people."""
     name = measure.replace("_", " ")
-    return f"{name} {score:.3g}" if measure in _LESS_IS_BETTER else f"{name} {score:.1%}"
+    return f"{name} {score:.3g}" if measure in LESS_IS_BETTER else f"{name} {score:.1%}"
 
 
 @dataclass(frozen=True)

@@ -185,16 +185,18 @@ class Calibration:
         )
 
 
-def worst_rows(score: RowScores, certainty_R: ArrayLike | None = None) -> NDArray[np.int64]:
+def worst_rows(
+    score: RowScores, certainty_R: ArrayLike | None = None, less_is_better: bool = False
+) -> NDArray[np.int64]:
     """Numbers of the rows with the lowest score, of an error those with the highest.
 
     Rows that score the same are in the order of ``certainty_R``, what is wrong and sure first, and
-    then in their own. Rows that are not wrong are left out.
+    then in their own. Rows that are not wrong are left out, and rows without a score.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         each_R = score.parts_R / score.wholes_R
-    best = 1.0 if score.is_share else 0.0
-    cost_R = np.nan_to_num(best - each_R if score.is_share else each_R)
+    cost_R = each_R if less_is_better else -each_R
+    least = 0.0 if less_is_better else -1.0 if score.is_share else -np.inf
     certain_R = np.zeros(len(cost_R)) if certainty_R is None else np.asarray(certainty_R)
     order_R = np.lexsort((-certain_R, -cost_R))
-    return order_R[cost_R[order_R] > 0]
+    return order_R[cost_R[order_R] > least]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.data.shapes import Conversation, describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
-from luthier.evaluation.significance import Interval, RowScores, Score, values
+from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values
 from luthier.graders import Answer, Grader, OnError, ToolCalls, check_rows, grade_answers
 from luthier.types import Message, Row
 
@@ -92,11 +92,13 @@ class Evaluation:
 
         Empty where no score says it of single rows.
         """
-        first = next(iter(self.row_scores.values()), None)
+        name, first = next(iter(self.row_scores.items()), ("", None))
         if not isinstance(first, RowScores) or len(first) != len(self.records):
             return []
         certain_R = None if self.calibration is None else self.calibration.confidence_R
-        return [int(number) for number in worst_rows(first, certain_R)[:count]]
+        return [
+            int(number) for number in worst_rows(first, certain_R, name in LESS_IS_BETTER)[:count]
+        ]
 
     def plain(self) -> dict[str, Any]:
         """Scores, counts and slices, without the answers; what there is none of is left out."""

@@ -200,7 +200,7 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
     return [train[number] for number in [*fresh, *others][:count]]
 
 
-def retrieve(
+def retrieve_examples(
     questions: Sequence[Question], train: Sequence[Question], count: int
 ) -> list[list[Question]]:
     """For each question the ``count`` training questions nearest to it, with their answers."""
@@ -228,7 +228,7 @@ def _cut(document: str) -> Iterator[str]:
         yield " ".join(held)
 
 
-def looked_up(
+def retrieve_passages(
     questions: Sequence[Question], documents: Sequence[str], count: int = PASSAGES
 ) -> list[list[str]]:
     """For each question the ``count`` passages nearest to it."""

@@ -23,21 +23,24 @@ from luthier.evaluation.baselines import ComparedRows, FittedBaselines
 from luthier.evaluation.baselines import compare as fit_word_baselines
 from luthier.evaluation.significance import (
     CHANCE,
+    LESS_IS_BETTER,
     Difference,
-    Interval,
     RowScores,
     differences,
 )
 from luthier.files import folder_size
+from luthier.gate.checks.leakage import TOO_MANY
+from luthier.gate.near_duplicates import normalize
+from luthier.gate.row_keys import question_of
 from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prompting import (
     EXAMPLES,
     Question,
     conversation_of,
     few_shot,
-    looked_up,
     questions_of,
-    retrieve,
+    retrieve_examples,
+    retrieve_passages,
 )
 from luthier.types import Message, Row
 
@@ -51,10 +54,7 @@ if TYPE_CHECKING:
 Technique = Literal["as it is", "prompt", "RAG", "baseline", "tuned", "tuned and RAG"]
 BASELINE_SECONDS = 120.0
 """For all simple baselines together."""
-MOST_LEAKED = 0.1
-"""Share of the rows that may stand among the training rows."""
 SEED = 0
-_LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ class HeadToHead:
     @property
     def less_is_better(self) -> bool:
         """Whether the measure is an error."""
-        return self.measure in _LESS_IS_BETTER
+        return self.measure in LESS_IS_BETTER
 
     @property
     def best(self) -> Contender:
@@ -109,10 +109,6 @@ class HeadToHead:
         """How all others differ from the best."""
         others = {each.name: each.score for each in self.contenders[1:]}
         return differences(self.best.score, others)
-
-    def interval(self, contender: Contender) -> Interval:
-        """Where its score lies with 95 % confidence."""
-        return contender.score.interval
 
     def cost_per_thousand(self, contender: Contender) -> float | None:
         """Of 1,000 answers, at the prices that were given."""
@@ -237,11 +233,14 @@ def compare(
     writers = [each for each in tuned if _writes(each)]
     asked = writers + [each for each in [base] if each is not None and _writes(each)]
     ways = _ways(rows, train, documents) if asked else []
+    # Examples are for the base: what was tuned has learned from them.
+    bare = [way for way in ways if way.technique != "prompt"]
+    ways_of = [(each, ways if each is base else bare) for each in asked]
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
     run = _Comparing(graders, max_tokens, note, on_progress)
-    run.total = len(rows) * (len(readers) + sum(_count(each, base, ways) for each in asked))
+    run.total = len(rows) * (len(readers) + sum(len(own) for _, own in ways_of))
     contenders: list[Contender] = []
     measure_name = "accuracy"
     for stored in readers:
@@ -252,8 +251,7 @@ def compare(
         contenders.append(_contender(stored, "tuned", score, found.scores, seconds))
     if train and (base is None or not _writes(base)):
         contenders += run.baselines(base, rows, train, remarks)
-    for stored in asked:
-        own = [way for way in ways if stored is base or way.technique in ("as it is", "RAG")]
+    for stored, own in ways_of:
         contenders += run.write(stored, rows, own, stored is not base, remarks)
         if not labelled:
             measure_name = next(iter(run.graders))
@@ -262,7 +260,7 @@ def compare(
             "there is nothing to compare: give a base model that writes, training rows for "
             "baselines, or several tuned models"
         )
-    sign = 1 if measure_name in _LESS_IS_BETTER else -1
+    sign = 1 if measure_name in LESS_IS_BETTER else -1
     contenders.sort(key=lambda each: sign * each.score.value)
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices)
 
@@ -273,9 +271,9 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     Raises:
         DataError: with each of them, where they are a tenth.
     """
-    known = {_key(row) for row in train}
-    leaked = [row for row in rows if _key(row) in known]
-    if len(leaked) >= MOST_LEAKED * len(rows):
+    known = {normalize(question_of(row)) for row in train} - {""}
+    leaked = [row for row in rows if normalize(question_of(row)) in known]
+    if leaked and len(leaked) >= TOO_MANY * len(rows):
         fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
         message = "the row asks what a training row asks, so what is measured on it is memory."
         raise DataError(
@@ -285,10 +283,6 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     if not leaked:
         return []
     return [f"{len(leaked):,} of {len(rows):,} rows ask what training rows ask, which flatters"]
-
-
-def _key(row: Row) -> str:
-    return " ".join((" ".join(row.inputs()) or row.plain_text()).casefold().split())
 
 
 def _writes(stored: StoredModel) -> bool:
@@ -320,17 +314,13 @@ def _ways(rows: Sequence[Row], train: Sequence[Row], documents: Sequence[str]) -
     if train:
         known = questions_of(train, labels)
         shown = few_shot(known, EXAMPLES, SEED)
-        near = retrieve(questions, known, EXAMPLES)
+        near = retrieve_examples(questions, known, EXAMPLES)
         ways.append(_Way(f"with {len(shown)} examples", "prompt", questions, [shown] * len(rows)))
         ways.append(_Way(f"with the {EXAMPLES} nearest examples", "prompt", questions, near))
     if documents:
-        passages = looked_up(questions, documents)
+        passages = retrieve_passages(questions, documents)
         ways.append(_Way("with passages of the documents", "RAG", questions, passages))
     return ways
-
-
-def _count(stored: StoredModel, base: StoredModel | None, ways: Sequence[_Way]) -> int:
-    return sum(stored is base or way.technique in ("as it is", "RAG") for way in ways)
 
 
 def _contender(

@@ -26,9 +26,9 @@ from luthier.serving.prompting import (
     Prompting,
     Question,
     few_shot,
-    looked_up,
     questions_of,
-    retrieve,
+    retrieve_examples,
+    retrieve_passages,
 )
 from luthier.types import Row
 
@@ -194,7 +194,7 @@ class _Answers:
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """As it is, with examples, with the nearest ones, with documents."""
         shown = few_shot(self.train, EXAMPLES, SEED)
-        nearest = retrieve(self.held, self.train, EXAMPLES)
+        nearest = retrieve_examples(self.held, self.train, EXAMPLES)
         nothing: list[list[Question]] = [[] for _ in self.held]
         ways: list[tuple[Technique, str, list[list[Question]] | list[list[str]]]] = [
             ("as it is", "asked as it is", nothing),
@@ -202,7 +202,9 @@ class _Answers:
             ("RAG", f"{EXAMPLES} nearest examples", nearest),
         ]
         if self.documents:
-            ways.append(("RAG", "passages of the documents", looked_up(self.held, self.documents)))
+            ways.append(
+                ("RAG", "passages of the documents", retrieve_passages(self.held, self.documents))
+            )
         # All are asked the same rows: a technique that leaves out the long ones would look best.
         rows = self.asking.fitting(self.held, nothing)
         tried = []
