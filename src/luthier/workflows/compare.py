@@ -443,14 +443,14 @@ class _Comparing:
         network = as_network(model, machine.device, machine.dtype)
         chat, room = chat_format(base), room_of(base)
 
-        def encoded(some: Sequence[Row], seed: int | None) -> ComparedRows:
+        def encode_rows(some: Sequence[Row], seed: int | None) -> ComparedRows:
             whole = [encoder.encode(row.bare(), place, chat) for place, row in enumerate(some)]
             cut = [encoder.truncate(each, room) if len(each) > room else each for each in whole]
             if seed is None:
                 return ComparedRows(some, cut)
             return ComparedRows.of([*zip(some, cut, strict=True)], seed)
 
-        both = encoded(train, SEED), encoded(rows, None)
+        both = encode_rows(train, SEED), encode_rows(rows, None)
         return fit_baselines(network, encoder, *both, BUDGET, BASELINE_SECONDS)
 
 
