@@ -24,7 +24,8 @@ from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
 from luthier.engine import comparison
 from luthier.engine.comparison import describe_quicker
-from luthier.errors import CorruptFile, DataError, RecipeError, RefusedInput
+from luthier.engine.loop import Loop
+from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
 from luthier.models.load import as_network, load_model
@@ -185,6 +186,46 @@ def tune(pictures: Path, base: Path, name: str, **training: Any) -> Any:
             }
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_ctrl_c_does_not_wait_for_images_to_be_decoded(
+    pictures: Path, base: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """A step of 16 images of 4000 x 4000 took ten seconds; and the run goes on to the same bits."""
+
+    def train(name: str, resume: bool = False) -> dict[str, bytes]:
+        result = luthier.tune(
+            pictures / "learn", base=str(base), name=name, adaptation="full", resume=resume,
+            data__validation=str(pictures / "test"), training__max_steps=6, training__patience=0,
+            training__precision="float32", training__threads=1, training__baseline_seconds=0,
+        )  # fmt: skip
+        files = Path(result.model_dir).rglob("*.safetensors")
+        return {path.name: path.read_bytes() for path in files}
+
+    whole, arrays = train("whole"), MediaReader.arrays
+    decoded: list[int] = []
+
+    def interrupted(self: MediaReader, tree: Any, *place: Any) -> Any:
+        if Loop.instance.progress.step == steps and Loop.instance._is_reading:
+            signal.raise_signal(signal.SIGINT)
+            decoded.append(steps)
+        return arrays(self, tree, *place)
+
+    run = Loop.run
+
+    def watched(self: Loop) -> Any:
+        Loop.instance = self
+        return run(self)
+
+    monkeypatch.setattr(Loop, "instance", None, raising=False)
+    monkeypatch.setattr(Loop, "run", watched)
+    monkeypatch.setattr(MediaReader, "arrays", interrupted)
+    with pytest.raises(Interrupted, match=f"stopped after step {steps} of 6"):
+        train("broken")
+    assert not decoded
+    monkeypatch.setattr(MediaReader, "arrays", arrays)
+    assert train("broken", resume=True) == whole != {}
 
 
 def test_features_that_are_computed_once_train_the_same_head(

@@ -118,6 +118,8 @@ class Loop:
         self.progress = TrainingProgress()
         self._upcoming: list[Example] | None = None
         """Rows of the step to come, where they are read while one computes."""
+        self._is_reading, self._before_reading = False, dict[str, str]()
+        """Whether rows of a step are read, of which nothing is learned yet; the random state before."""
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
@@ -158,15 +160,21 @@ class Loop:
     def _run(self) -> TrainingProgress:
         if self.progress.step == 0:
             self.evaluate()
-        with _stop_on_signal() as stopped:
+        with _stop_on_signal(lambda: self._is_reading) as stopped:
             while self.progress.step < self.until and not self._patience_spent():
-                self.step()
-                last = self.progress.step == self.until
-                if last or self.progress.step % (self.training.evaluate_every or self.steps) == 0:
-                    self.evaluate()
-                self._advise()
+                try:
+                    self.step()
+                except _ReadingStopped:
+                    restore_random_state(self._before_reading)
+                else:
+                    last = self.progress.step == self.until
+                    every = self.training.evaluate_every or self.steps
+                    if last or self.progress.step % every == 0:
+                        self.evaluate()
+                    self._advise()
                 if stopped():
-                    self.checkpoint()
+                    if self.progress.step:  # a run that has not trained begins anew
+                        self.checkpoint()
                     raise Interrupted(
                         f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
@@ -213,7 +221,7 @@ class Loop:
         objective = self.objective
         if isinstance(objective, SupportsSchedule):
             objective = objective.at(self.progress.step / self.steps)
-        with torch.no_grad():
+        with torch.no_grad(), self._reading(chosen):
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None
         if self.progress.step + 1 < self.until and not objective.contrasts_rows:
@@ -251,6 +259,23 @@ class Loop:
             for record in report.step_samples(batches):
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
+
+    @contextmanager
+    def _reading(self, rows: Sequence[Example]) -> Iterator[None]:
+        """Let Ctrl-C end what is done here at once, as if the step had not begun.
+
+        To decode large images takes most of a step, and changes no weight. What is sampled has its own
+        samples and is not ended.
+        """
+        if rows[0].media is None or isinstance(self.objective, SupportsRollouts):
+            yield
+            return
+        self._before_reading = random_state()
+        self._is_reading = True
+        try:
+            yield
+        finally:
+            self._is_reading = False
 
     def _rows(self, step: int) -> list[Example]:
         """The rows of a step from 0 on, changed as asked for: a function of seed and step alone."""
@@ -412,9 +437,16 @@ def row_gradients(
     return gradients
 
 
+class _ReadingStopped(Exception):
+    """Ctrl-C or SIGTERM while the rows of a step were read."""
+
+
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once."""
+def _stop_on_signal(is_reading: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a flag that is read between steps; a second one stops at once.
+
+    While ``is_reading`` says so, they raise :class:`_ReadingStopped`, too.
+    """
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -422,6 +454,8 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        if is_reading():
+            raise _ReadingStopped
 
     try:
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
