@@ -23,10 +23,10 @@ from luthier.serving.prompting import (
     Prompting,
     Question,
     few_shot,
-    looked_up,
     passages,
     questions_of,
-    retrieve,
+    retrieve_examples,
+    retrieve_passages,
 )
 from luthier.types import Message
 
@@ -68,9 +68,9 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 
 def test_the_nearest_example_stands_last() -> None:
-    ((*_, last),) = retrieve(HELD, TRAIN, 3)
+    ((*_, last),) = retrieve_examples(HELD, TRAIN, 3)
     assert "fox" in last.asked[0].content
-    ((text,),) = looked_up(
+    ((text,),) = retrieve_passages(
         HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
     )
     assert "fox" in text
