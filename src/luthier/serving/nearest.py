@@ -9,7 +9,6 @@ renamed is still known, and whatever was changed is new.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from luthier.data.shapes import MediaRow
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import hashes_of, write_bytes
+from luthier.files import write_bytes
 
 if TYPE_CHECKING:
     from luthier.objectives import Objective
@@ -121,7 +120,9 @@ class EmbeddingIndex:
             RecipeError: where it belongs to another model, or to other weights.
             CorruptFile: where it cannot be read.
         """
-        index = EmbeddingIndex(file, stored.id, fingerprint_of(stored))
+        from luthier.store.models import content_hash
+
+        index = EmbeddingIndex(file, stored.id, content_hash(stored))
         if file is not None and file.exists():
             index._read(file)
         return index
@@ -178,16 +179,6 @@ class EmbeddingIndex:
         tensors: dict[str, NDArray[Any]] = {"sha256": digests_N32, "embeddings": self._known_NH}
         about = {"form": FORM, "model": self.model, "fingerprint": self.fingerprint}
         write_bytes(self.file, save(tensors, about))
-
-
-def fingerprint_of(stored: StoredModel) -> str:
-    """SHA-256 of all files that a model's answers follow from, those of its parents included."""
-    parts: list[Any] = []
-    model: StoredModel | None = stored
-    while model is not None:
-        parts.append(sorted((model.manifest.files or hashes_of(model.folder)).items()))
-        model = model.parent
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _digest(row: Row) -> bytes:

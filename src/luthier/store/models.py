@@ -9,6 +9,8 @@ A custom model's id is ``base:name``. Local directories and hub ids are opened a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,6 +254,13 @@ def load(
     load_adapter(network, adaptation_of(model), model.folder)
     adaptation_of(model).merge(network)
     return network
+
+
+def content_hash(model: StoredModel) -> str:
+    """SHA-256 of all that decides what a model answers: its files, and those below its adapters."""
+    files = model.manifest.files or hashes_of(model.folder)
+    below = content_hash(model.parent) if model.parent else ""
+    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
 def added_tokens(model: StoredModel) -> int:

@@ -23,8 +23,8 @@ from typing import Any
 from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
-from luthier.files import disk_errors, hashes_of, lock, luthier_home, write_bytes
-from luthier.store.models import StoredModel, find
+from luthier.files import disk_errors, lock, luthier_home, write_bytes
+from luthier.store.models import content_hash, find
 from luthier.types import Message
 
 RUN = "run"
@@ -172,13 +172,6 @@ def _read(path: Path) -> dict[str, Reply]:
     return replies
 
 
-def digest_of(stored: StoredModel) -> str:
-    """SHA-256 of all that decides what the model answers: its files, and those below its adapters."""
-    files = stored.manifest.files or hashes_of(stored.folder)
-    below = digest_of(stored.parent) if stored.parent else ""
-    return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
-
-
 def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
     """``write`` with its answers in the journal of the judge, which is asked what is not there."""
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
@@ -212,4 +205,4 @@ def _identity(judge: ModelSpec) -> Mapping[str, Any]:
     identity = {"role": judge.role, "model": judge.model}
     if judge.url is not None:
         return {**identity, "url": judge.url}
-    return {**identity, "sha256": digest_of(find(judge.model))}
+    return {**identity, "sha256": content_hash(find(judge.model))}

@@ -36,7 +36,14 @@ from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
-from luthier.store.models import StoredModel, chat_format, find, room_of, short_name
+from luthier.store.models import (
+    StoredModel,
+    chat_format,
+    content_hash,
+    find,
+    room_of,
+    short_name,
+)
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,
@@ -50,7 +57,6 @@ from luthier.workflows.distil.insights import (
 )
 from luthier.workflows.distil.journal import (
     Journal,
-    digest_of,
     journal_path,
     journal_verdicts,
     key_of,
@@ -361,7 +367,7 @@ class LocalTeacher(ChatModel):
         self.name, self.spec, self.stored = stored.id, spec, stored
         network = sketch(stored.network_folder, objective.head())
         self.weights = sum(weight.numel() for weight in network.parameters())
-        self._digest = digest_of(stored)
+        self._digest = content_hash(stored)
 
     @property
     def identity(self) -> Mapping[str, Any]:
