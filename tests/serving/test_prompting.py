@@ -22,8 +22,8 @@ from luthier.serving import prompting
 from luthier.serving.prompting import (
     Prompting,
     Question,
+    cut_passages,
     few_shot,
-    passages,
     questions_of,
     retrieve_examples,
     retrieve_passages,
@@ -78,10 +78,10 @@ def test_the_nearest_example_stands_last() -> None:
 
 def test_documents_are_cut_at_lines_and_lose_no_word() -> None:
     document = "\n".join(f"line {n} " + "word " * (n % 40) for n in range(60)) + " long" * 500
-    parts = passages([document])
+    parts = cut_passages([document])
     assert " ".join(parts).split() == document.split()
     assert max(len(part.split()) for part in parts) <= prompting.WORDS
-    assert passages([""]) == []
+    assert cut_passages([""]) == []
 
 
 def test_the_loss_is_that_of_the_answer_behind_what_is_given(

@@ -79,7 +79,7 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     )
     few = head_to_head(base, contender("tuned", "tuned", 101, seconds=0.2)).verdict()
     assert few.startswith("Tuning is not shown to be better: tuned has 50.5%") and "200 rows" in few
-    worse = head_to_head(contender("nearest", "prompt", 190), tuned).verdict()
+    worse = head_to_head(contender("nearest", "prompt engineering", 190), tuned).verdict()
     assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
     slow = head_to_head(contender("words", "baseline", 100, seconds=0.001), tuned).verdict()
     assert slow.endswith("An answer of words takes 1/100.0 of the time.")
@@ -154,7 +154,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     found = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
     assert found.rows == 6 and found.measure == "exact"
     assert {each.technique for each in found.contenders} == {
-        "as it is", "prompt", "RAG", "tuned", "tuned and RAG",
+        "as it is", "prompt engineering", "RAG", "tuned", "tuned and RAG",
     }  # fmt: skip
     assert len(found.contenders) == 6  # two kinds of examples
     by_way = {each.technique: each for each in found.contenders}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from luthier.models.network import Network, TreeBatch
 from luthier.objectives import Contrastive, Objective
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.printable import format_duration
-from luthier.types import Example
+from luthier.types import Example, Row
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
 
 LARGEST_STATES = 20_000_000
 """Numbers of all states of the base model that are held."""
@@ -34,8 +37,6 @@ READING = 0.75
 """Share of the time that is for reading the rows."""
 CHUNK = 256
 """Rows that are read between two looks at the clock."""
-
-
 TRAINED = 3.0
 """Times what reading a row takes that learning from it does: forward, and backward twice as long."""
 LEAST_SAVED = 120.0
@@ -60,6 +61,14 @@ def describe_quicker(row_seconds: float, rows: int, rows_seen: int, what: str) -
         f"{format_duration(whole)}: it reads each of the {rows:,} {what} once and trains the "
         "head alone, which is quicker, and usually less accurate"
     )
+
+
+def encode_cut(
+    objective: Objective, rows: Sequence[Row], chat: ChatFormat, room: int
+) -> list[Example]:
+    """The rows as ``objective`` encodes them, each cut to ``room`` tokens."""
+    whole = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    return [objective.truncate(each, room) if len(each) > room else each for each in whole]
 
 
 def fit_baselines(

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -86,6 +86,42 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
         ask = f"{row.text}\n\nWhich one of these is it: {names}? Answer with the name alone."
         return Question((Message("user", ask),), row.label)
     raise RecipeError("these rows ask nothing with one right answer")
+
+
+Technique = Literal["as it is", "prompt engineering", "RAG"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to ask several questions of a model that was not trained for them."""
+
+    technique: Technique
+    name: str
+    given: Sequence[Sequence[Question | str]]
+    """Examples or passages for each question."""
+    shows_training_rows: bool = False
+    """Whether examples are given; a tuned model has learned from these."""
+
+
+def ways_to_ask(
+    questions: Sequence[Question],
+    train: Sequence[Question],
+    documents: Sequence[str],
+    seed: int = 0,
+) -> list[Way]:
+    """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``."""
+    ways = [Way("as it is", "asked as it is", [()] * len(questions))]
+    if train:
+        shown = few_shot(train, EXAMPLES, seed)
+        nearest = retrieve_examples(questions, train, EXAMPLES)
+        ways += [
+            Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True),
+            Way("RAG", f"{EXAMPLES} nearest examples", nearest, True),
+        ]
+    if documents:
+        passages = retrieve_passages(questions, documents)
+        ways.append(Way("RAG", "passages of the documents", passages))
+    return ways
 
 
 class Prompting:
@@ -208,7 +244,7 @@ def retrieve_examples(
     return [[train[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
 
 
-def passages(documents: Sequence[str]) -> list[str]:
+def cut_passages(documents: Sequence[str]) -> list[str]:
     """Documents in passages of some :data:`WORDS` words, cut at the ends of lines where there are."""
     return [passage for document in documents for passage in _cut(document)]
 
@@ -232,7 +268,7 @@ def retrieve_passages(
     questions: Sequence[Question], documents: Sequence[str], count: int = PASSAGES
 ) -> list[list[str]]:
     """For each question the ``count`` passages nearest to it."""
-    parts = passages(documents)
+    parts = cut_passages(documents)
     index = BM25Index(parts)
     return [[parts[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
 

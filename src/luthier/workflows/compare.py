@@ -1,10 +1,11 @@
 """Was it worth it: tuned models beside what needs no training, on the same held-out rows.
 
 A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
-with passages of documents (:mod:`luthier.serving.prompting`); of rows with labels the simple baselines
-are fitted, too (:mod:`luthier.evaluation.baselines`). Tuned models are asked as they are, and with the
-passages. All answer the same rows, so differences are known row by row: which are more than chance is
-said with Holm's correction for all that are compared. What an answer costs is measured in the same run.
+with passages of documents (:mod:`luthier.serving.prompting`); beside one that reads, the simple
+baselines are fitted (:mod:`luthier.evaluation.baselines`). Tuned models are asked as they are, and
+with the passages. All answer the same rows, so differences are known row by row: which are more than
+chance is said with Holm's correction for all that are compared. What an answer costs is measured in
+the same run.
 
 Left out: searched prompts, several samples of an answer, retrieval by embeddings, a reader of documents
 that was tuned with them.
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from luthier.data.shapes import Conversation, LabelledText, of_shape
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
-from luthier.evaluation.baselines import compare as fit_word_baselines
 from luthier.evaluation.significance import (
     CHANCE,
     LESS_IS_BETTER,
@@ -34,15 +34,13 @@ from luthier.gate.near_duplicates import normalize
 from luthier.gate.row_keys import question_of
 from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prompting import (
-    EXAMPLES,
     Question,
+    Way,
     conversation_of,
-    few_shot,
     questions_of,
-    retrieve_examples,
-    retrieve_passages,
+    ways_to_ask,
 )
-from luthier.types import Message, Row
+from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
@@ -51,7 +49,9 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
-Technique = Literal["as it is", "prompt", "RAG", "baseline", "tuned", "tuned and RAG"]
+Technique = Literal[
+    "as it is", "prompt engineering", "RAG", "baseline", "tuned", "tuned and RAG"
+]  # fmt: skip
 BASELINE_SECONDS = 120.0
 """For all simple baselines together."""
 SEED = 0
@@ -194,7 +194,7 @@ class HeadToHead:
 
 def compare(
     rows: Sequence[Row],
-    base: StoredModel | None,
+    base: StoredModel,
     tuned: Sequence[StoredModel],
     train: Sequence[Row] = (),
     documents: Sequence[str] = (),
@@ -208,7 +208,7 @@ def compare(
 
     Args:
         rows: that nothing was learned from.
-        base: what is asked without training; ``None`` compares the tuned models alone.
+        base: what is asked without training.
         tuned: models to compare with it.
         train: where examples are taken from, and what baselines learn.
         documents: texts that answers should be true to.
@@ -231,11 +231,11 @@ def compare(
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
     readers = [each for each in tuned if not _writes(each)]
     writers = [each for each in tuned if _writes(each)]
-    asked = writers + [each for each in [base] if each is not None and _writes(each)]
-    ways = _ways(rows, train, documents) if asked else []
-    # Examples are for the base: what was tuned has learned from them.
-    bare = [way for way in ways if way.technique != "prompt"]
-    ways_of = [(each, ways if each is base else bare) for each in asked]
+    base_writes = _writes(base)
+    asked = [*writers, base] if base_writes else writers
+    questions, ways = _questions_and_ways(rows, train, documents) if asked else ([], [])
+    without_examples = [way for way in ways if not way.shows_training_rows]
+    ways_of = [(each, ways if each is base else without_examples) for each in asked]
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
@@ -249,10 +249,10 @@ def compare(
         if not isinstance(score, RowScores) or len(found.rows) != len(rows):
             raise RecipeError(f"{stored.id} is not scored row by row on such rows")
         contenders.append(_contender(stored, "tuned", score, found.scores, seconds))
-    if train and (base is None or not _writes(base)):
+    if train and not base_writes:
         contenders += run.baselines(base, rows, train, remarks)
     for stored, own in ways_of:
-        contenders += run.write(stored, rows, own, stored is not base, remarks)
+        contenders += run.write(stored, rows, questions, own, stored is not base, remarks)
         if not labelled:
             measure_name = next(iter(run.graders))
     if len(contenders) < 2:
@@ -296,31 +296,13 @@ def _writes(stored: StoredModel) -> bool:
     return objective_of(stored).task == "causal_lm"
 
 
-@dataclass(frozen=True)
-class _Way:
-    """What is given to each question."""
-
-    name: str
-    technique: Technique
-    questions: Sequence[Question]
-    given: Sequence[Sequence[Question | str]]
-
-
-def _ways(rows: Sequence[Row], train: Sequence[Row], documents: Sequence[str]) -> list[_Way]:
+def _questions_and_ways(
+    rows: Sequence[Row], train: Sequence[Row], documents: Sequence[str]
+) -> tuple[list[Question], list[Way]]:
     both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
     labels = sorted({row.label for row in both if isinstance(row.label, str)})
     questions = questions_of(rows, labels)
-    ways = [_Way("", "as it is", questions, [()] * len(rows))]
-    if train:
-        known = questions_of(train, labels)
-        shown = few_shot(known, EXAMPLES, SEED)
-        near = retrieve_examples(questions, known, EXAMPLES)
-        ways.append(_Way(f"with {len(shown)} examples", "prompt", questions, [shown] * len(rows)))
-        ways.append(_Way(f"with the {EXAMPLES} nearest examples", "prompt", questions, near))
-    if documents:
-        passages = retrieve_passages(questions, documents)
-        ways.append(_Way("with passages of the documents", "RAG", questions, passages))
-    return ways
+    return questions, ways_to_ask(questions, questions_of(train, labels), documents)
 
 
 def _contender(
@@ -367,7 +349,8 @@ class _Comparing:
         self,
         stored: StoredModel,
         rows: Sequence[Row],
-        ways: Sequence[_Way],
+        questions: Sequence[Question],
+        ways: Sequence[Way],
         is_tuned: bool,
         remarks: list[str],
     ) -> list[Contender]:
@@ -381,11 +364,12 @@ class _Comparing:
         sampling = Sampling(max_tokens=self.max_tokens)
         found = []
         for way in ways:
-            asked = _rows_of(rows, way, generator)
+            name = f"with {way.name}" if any(way.given) else ""
+            asked = _rows_of(rows, questions, way, generator)
             prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if long:
-                name = f"{stored.id} {way.name}".strip()
+                name = f"{stored.id} {name}".strip()
                 remarks.append(
                     f"{name} was left out: {long:,} questions do not fit into its context"
                 )
@@ -398,17 +382,15 @@ class _Comparing:
             self.finished += len(rows)
             score = next(iter(graded.row_scores.values()))
             assert isinstance(score, RowScores)
-            technique = way.technique
+            technique: Technique = way.technique
             if is_tuned:
                 technique = "tuned" if way.technique == "as it is" else "tuned and RAG"
-            found.append(
-                _contender(stored, technique, score, graded.scores, seconds, way.name, tokens)
-            )
+            found.append(_contender(stored, technique, score, graded.scores, seconds, name, tokens))
         return found
 
     def baselines(
         self,
-        base: StoredModel | None,
+        base: StoredModel,
         rows: Sequence[Row],
         train: Sequence[Row],
         remarks: list[str],
@@ -427,11 +409,9 @@ class _Comparing:
         ]
 
     def _fit_baselines(
-        self, base: StoredModel | None, rows: Sequence[Row], train: Sequence[Row]
+        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
     ) -> FittedBaselines | None:
-        if base is None:
-            return fit_word_baselines(train, rows, None, time.monotonic() + BASELINE_SECONDS)
-        from luthier.engine.comparison import fit_baselines
+        from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import choose_machine
         from luthier.models.load import as_network
         from luthier.objectives import Contrastive
@@ -443,24 +423,25 @@ class _Comparing:
         network = as_network(model, machine.device, machine.dtype)
         chat, room = chat_format(base), room_of(base)
 
-        def encode_rows(some: Sequence[Row], seed: int | None) -> ComparedRows:
-            whole = [encoder.encode(row.bare(), place, chat) for place, row in enumerate(some)]
-            cut = [encoder.truncate(each, room) if len(each) > room else each for each in whole]
-            if seed is None:
-                return ComparedRows(some, cut)
-            return ComparedRows.of([*zip(some, cut, strict=True)], seed)
+        def encode(some: Sequence[Row]) -> list[Example]:
+            return encode_cut(encoder, [row.bare() for row in some], chat, room)
 
-        both = encode_rows(train, SEED), encode_rows(rows, None)
+        both = (
+            ComparedRows.of([*zip(train, encode(train), strict=True)], SEED),
+            ComparedRows(rows, encode(rows)),
+        )
         return fit_baselines(network, encoder, *both, BUDGET, BASELINE_SECONDS)
 
 
-def _rows_of(rows: Sequence[Row], way: _Way, generator: Generator) -> list[Row]:
+def _rows_of(
+    rows: Sequence[Row], questions: Sequence[Question], way: Way, generator: Generator
+) -> list[Row]:
     """The rows as they are asked in one way; what a grader reads of them stays."""
     if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
         return list(rows)
     template = generator.chat.template
     asked: list[Row] = []
-    for row, question, given in zip(rows, way.questions, way.given, strict=True):
+    for row, question, given in zip(rows, questions, way.given, strict=True):
         turns: tuple[Message, ...] = conversation_of(question, given, template)
         answer = Message("assistant", question.answer)
         asked.append(

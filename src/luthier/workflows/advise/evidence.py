@@ -21,14 +21,11 @@ from luthier.errors import LuthierError
 from luthier.files import TEMPORARY
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.prompting import (
-    EXAMPLES,
     Prompted,
     Prompting,
     Question,
-    few_shot,
     questions_of,
-    retrieve_examples,
-    retrieve_passages,
+    ways_to_ask,
 )
 from luthier.types import Row
 
@@ -193,32 +190,21 @@ class _Answers:
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """As it is, with examples, with the nearest ones, with documents."""
-        shown = few_shot(self.train, EXAMPLES, SEED)
-        nearest = retrieve_examples(self.held, self.train, EXAMPLES)
-        nothing: list[list[Question]] = [[] for _ in self.held]
-        ways: list[tuple[Technique, str, list[list[Question]] | list[list[str]]]] = [
-            ("as it is", "asked as it is", nothing),
-            ("prompt engineering", f"{len(shown)} examples", [shown for _ in self.held]),
-            ("RAG", f"{EXAMPLES} nearest examples", nearest),
-        ]
-        if self.documents:
-            ways.append(
-                ("RAG", "passages of the documents", retrieve_passages(self.held, self.documents))
-            )
+        ways = ways_to_ask(self.held, self.train, self.documents)
         # All are asked the same rows: a technique that leaves out the long ones would look best.
-        rows = self.asking.fitting(self.held, nothing)
+        rows = self.asking.fitting(self.held, ways[0].given)
         tried = []
-        for technique, name, given in ways:
-            places = set(self.asking.fitting(self.held, given))
+        for way in ways:
+            places = set(self.asking.fitting(self.held, way.given))
             common = [place for place in rows if place in places]
             if not common or len(common) < LEAST_FITTING * len(rows):
                 self.left_out.append(
-                    f"{name}: only {len(common)} of {len(self.held)} questions fit into the context "
-                    "with them"
+                    f"{way.name}: only {len(common)} of {len(self.held)} questions fit into the "
+                    "context with them"
                 )
             else:
                 rows = common
-                tried.append((technique, name, given))
+                tried.append(way)
         if len(rows) < len(self.held):
             note(
                 f"{len(rows)} of the {len(self.held)} questions are asked, which fit into the context "
@@ -226,9 +212,10 @@ class _Answers:
             )
         self.held = [self.held[place] for place in rows]
         found = []
-        for technique, name, given in tried:
-            prompted = self.asking.measure(name, self.held, [given[place] for place in rows])
-            found.append(_attempt_of(technique, prompted))
+        for way in tried:
+            given = [way.given[place] for place in rows]
+            prompted = self.asking.measure(way.name, self.held, given)
+            found.append(_attempt_of(way.technique, prompted))
             note(_attempt_text(found[-1]))
         return found
 
@@ -251,16 +238,14 @@ class _Labels:
 
     def measure_untrained(self, note: Callable[[str], None]) -> list[TechniqueResult]:
         """The baselines that go with such rows; their seconds are for each row that was read."""
-        from luthier.engine.comparison import fit_baselines
+        from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
         from luthier.serving.prediction import BUDGET
 
         objective, context = self.job.data.objective, _context(self.job)
         # A label that no training row has is a wrong answer here, not a refusal.
         asked = [row.bare() for row in self.held]
-        whole = [objective.encode(row, index, self.job.chat) for index, row in enumerate(asked)]
-        examples = [objective.truncate(e, context) if len(e) > context else e for e in whole]
-        held = ComparedRows(self.held, examples)
+        held = ComparedRows(self.held, encode_cut(objective, asked, self.job.chat, context))
         train = self.job.data.compared[0]
         fitted = fit_baselines(self.network, objective, train, held, BUDGET, BASELINE_SECONDS)
         if fitted is None:
