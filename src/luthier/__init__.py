@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.data import clean, convert, inspect, split
     from luthier.sdk.model import Model, compare, evaluate, load
-    from luthier.sdk.training import advise, distil, estimate, pretrain, student, tune
+    from luthier.sdk.training import advise, distil, estimate, pretrain, soup, student, tune
 
 __all__ = [
     "Model",
@@ -26,6 +26,7 @@ __all__ = [
     "inspect",
     "load",
     "pretrain",
+    "soup",
     "split",
     "student",
     "tune",
@@ -45,6 +46,7 @@ _HOMES = {
     "distil": "luthier.sdk.training",
     "estimate": "luthier.sdk.training",
     "pretrain": "luthier.sdk.training",
+    "soup": "luthier.sdk.training",
     "student": "luthier.sdk.training",
     "tune": "luthier.sdk.training",
 }

@@ -34,6 +34,7 @@ from luthier.cli.pretrain import pretrain
 from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
+from luthier.cli.soup import soup
 from luthier.cli.tune import tune
 from luthier.cli.worker import worker
 
@@ -48,9 +49,9 @@ app.add_typer(models_app, name="models")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
-    tune, pipeline, pretrain, student, split, estimate, advise, compare, search, distil, inspect, clean,
-    convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate, serve, demo,
-    plugins,
+    tune, pipeline, pretrain, student, soup, split, estimate, advise, compare, search, distil, inspect,
+    clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate, serve,
+    demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

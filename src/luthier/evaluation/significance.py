@@ -23,7 +23,7 @@ RESAMPLES = 400
 MOST_DRAWN = 40_000_000
 """Rows that are drawn for one error at most; 50 resamples are always taken."""
 
-LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer"})
+LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer", "perplexity", "loss"})
 """Errors among the scores that models are compared by."""
 
 Interval = tuple[float, float]

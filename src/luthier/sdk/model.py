@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from luthier.serving.generation import Generator
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.serving.nearest import Neighbour
+    from luthier.store.models import StoredModel
     from luthier.types import Message, Row
     from luthier.workflows.compare import HeadToHead
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Model:
     """A model in memory: answers prompts and conversations."""
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str | StoredModel) -> None:
         """Open a base or custom model by id; see :func:`load`."""
         from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling
         from luthier.serving.generation import Generator
@@ -37,7 +38,7 @@ class Model:
         from luthier.serving.prediction import Predictor
         from luthier.store.models import find, objective_of
 
-        self.stored = find(model_id)
+        self.stored = find(model_id) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
         self.reads = isinstance(objective, SupportsPrediction)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""
@@ -318,7 +319,7 @@ def load(model_id: str) -> Model:
 
 @data_errors("nothing was evaluated")
 def evaluate(
-    model: str | Model,
+    model: str | Model | StoredModel,
     data: str | Path,
     graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
     max_tokens: int = 128,
@@ -338,7 +339,7 @@ def evaluate(
     ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted.
 
     Args:
-        model: an id, or a model in memory.
+        model: an id, a model in memory, or one on this machine.
         data: rows of prompt and reply, of judged answers, of raw text, or with what a model that reads
             says.
         graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
@@ -380,7 +381,8 @@ def evaluate(
     chosen = parse_graders(graders)
     rows = choose_turns(load_rows(data, columns), turns)
     total = len(rows)
-    stored = model.stored if isinstance(model, Model) else find(model)
+    stored = model.stored if isinstance(model, Model) else model
+    stored = find(stored) if isinstance(stored, str) else stored
     objective = objective_of(stored)
     check_shapes(rows, objective)
     for by in slices:  # before anything is answered
@@ -407,7 +409,7 @@ def evaluate(
         found = perplexity(stored, rows)
     else:
         check(rows, chosen)
-        writer = model if isinstance(model, Model) else load(model)
+        writer = model if isinstance(model, Model) else Model(stored)
         chosen = open_graders(chosen, total, note)
         started = time.monotonic()
         found = measure(writer.generator, rows, chosen, max_tokens, done, on_error, long_rows)

@@ -295,6 +295,25 @@ def adaptation_of(model: StoredModel) -> Any:
     return _method(ADAPTATIONS, fields, model).model_validate(fields)
 
 
+def check_mergeable(model: StoredModel, need: str) -> None:
+    """Refuse a model of whose lineage an adapter cannot become part of the network's own weights.
+
+    ``need`` says what needs these weights.
+
+    Raises:
+        RecipeError: with the adapter, and what can be taken.
+    """
+    while model.parent is not None:
+        adaptation = adaptation_of(model)
+        if not adaptation.mergeable:
+            raise RecipeError(
+                f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
+                f"network's own weights, and {need}. Use {model.parent.id}, or a model tuned with "
+                "lora or full."
+            )
+        model = model.parent
+
+
 def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
     from luthier.objectives import OBJECTIVES

@@ -113,7 +113,7 @@ def describe_draft(draft: _Draft) -> list[str]:
 
 
 def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
-    _check_mergeable(teacher)
+    store.check_mergeable(teacher, "a student is made of these")
     folder = teacher.network_folder
     chat = store.chat_format(teacher)
     check_vocabulary(chat, check_folder(folder), teacher.id)
@@ -125,19 +125,6 @@ def _draft(teacher: store.StoredModel, shape: StudentShape) -> _Draft:
     smaller = sketch_of(planned.config, head)
     counts = [sum(weight.numel() for weight in model.parameters()) for model in (smaller, whole)]
     return _Draft(teacher, head, planned, stored_dtype(folder), *counts)
-
-
-def _check_mergeable(teacher: store.StoredModel) -> None:
-    model: store.StoredModel | None = teacher
-    while model is not None and model.parent is not None:
-        adaptation = store.adaptation_of(model)
-        if not adaptation.mergeable:
-            raise RecipeError(
-                f"{model.id} was tuned with {adaptation.method}, which cannot be merged into the "
-                f"network's own weights, and a student is made of these. Use {model.parent.id} as "
-                "teacher, or one tuned with lora or full."
-            )
-        model = model.parent
 
 
 def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
