@@ -1,4 +1,4 @@
-"""Write docs/reference.md, and the table of limits in docs/access.md, from the code.
+"""Write docs/reference.md, the table of limits in docs/access.md, and JSON schemas from the code.
 
 With --check, fail when they are not what would be written.
 
@@ -8,6 +8,7 @@ python docs/generate.py [--check]
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ from luthier.pretrain_recipe import (
 )
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
 from luthier.workflows.capabilities import Capability, family_table
+from luthier.workflows.certificate.certificate import certificate_schema
 from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
 from luthier.workflows.distil.recipe import DistilRecipe, InsightSpec, TeacherSpec
 
 TARGET = Path(__file__).parent / "reference.md"
 ACCESS = Path(__file__).parent / "access.md"
+SCHEMA = Path(__file__).parent / "certificate.schema.json"
 LIMITS_BEGIN, LIMITS_END = "<!-- limits: written by make docs -->\n", "<!-- end of limits -->"
 
 
@@ -69,6 +72,7 @@ def main() -> int:
     before, begin, rest = ACCESS.read_text(encoding="utf-8").partition(LIMITS_BEGIN)
     _, end, after = rest.partition(LIMITS_END)
     pages = {TARGET: text, ACCESS: before + begin + _limits() + end + after}
+    pages[SCHEMA] = json.dumps(certificate_schema(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv:
         for path, page in pages.items():
             if not path.is_file() or path.read_text(encoding="utf-8") != page:

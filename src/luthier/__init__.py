@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
+    from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, split
     from luthier.sdk.model import Model, compare, evaluate, load
     from luthier.sdk.training import advise, distil, estimate, pretrain, soup, student, tune
@@ -17,6 +18,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "advise",
+    "certificate",
     "clean",
     "compare",
     "convert",
@@ -30,6 +32,7 @@ __all__ = [
     "split",
     "student",
     "tune",
+    "verify",
 ]
 
 _HOMES = {
@@ -38,6 +41,8 @@ _HOMES = {
     "load": "luthier.sdk.model",
     "compare": "luthier.sdk.model",
     "evaluate": "luthier.sdk.model",
+    "certificate": "luthier.sdk.certificate",
+    "verify": "luthier.sdk.certificate",
     "clean": "luthier.sdk.data",
     "convert": "luthier.sdk.data",
     "inspect": "luthier.sdk.data",

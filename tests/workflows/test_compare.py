@@ -20,6 +20,7 @@ from luthier.errors import DataError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.serving import prompting
 from luthier.store.models import find, room_of
+from luthier.store.reports import reports_of
 from luthier.types import Message
 from luthier.workflows.compare import Contender, HeadToHead, Technique, check_leakage
 from luthier.workflows.compare_page import page
@@ -197,7 +198,10 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     scores = [each["score"] for each in found["contenders"]]
     assert scores == sorted(scores, reverse=True)
     assert "naive Bayes" in (tmp_path / "page.html").read_text()
-    text = CliRunner().invoke(app, asked)
+    text = CliRunner().invoke(app, [*asked, "--attach"])
+    (kept,) = reports_of(find(tuned))
+    assert kept.report.kind == "comparison" and [*kept.report.data] == [held]
+    assert kept.report.result["rows"] == 12
     assert text.exit_code == 0 and found["verdict"].split(".")[0] in " ".join(text.stdout.split())
     # Rows that were learned from are no comparison.
     leaked = CliRunner().invoke(app, ["compare", data, "--tuned", tuned])

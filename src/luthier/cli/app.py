@@ -16,6 +16,7 @@ import typer
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
 from luthier.cli.audit import audit_app
+from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
 from luthier.cli.console import CommandGroup
 from luthier.cli.data import clean, convert, inspect, split
@@ -50,8 +51,8 @@ app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, advise, compare, search, distil, inspect,
-    clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate, serve,
-    demo, plugins,
+    clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
+    certificate, verify, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.console import check_output, new_console, note, print_json, print_text
 from luthier.cli.evaluate import parse_grader_options
-from luthier.cli.options import Columns, Json
+from luthier.cli.options import Attach, Columns, Json
 
 if TYPE_CHECKING:
     from luthier.workflows.compare import HeadToHead
@@ -46,6 +46,7 @@ def compare(
         Path | None, typer.Option(help="A price table, as `estimate` reads it (TOML).")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    attach: Attach = False,
     columns: Columns = None,
     json_: Json = False,
 ) -> None:
@@ -59,7 +60,7 @@ def compare(
     with show_progress(0, "compare") as done:
         found = run(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
-            columns=parse_columns(columns or ()), on_progress=done,
+            columns=parse_columns(columns or ()), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:
         from luthier.files import write_bytes

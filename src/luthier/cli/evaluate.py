@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from luthier.cli.console import check_output, note, print_json, print_text, print_written
-from luthier.cli.options import Columns, Json, LongRows
+from luthier.cli.options import Attach, Columns, Json, LongRows
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Write slices, labels, certainty and the worst rows as one HTML page."),
     ] = None,
+    attach: Attach = False,
     columns: Columns = None,
     long_rows: LongRows = "error",
     json_: Json = False,
@@ -86,6 +87,7 @@ def evaluate(
             columns=parse_columns(columns or ()),
             slices=slice_ or (),
             on_progress=done,
+            attach=attach,
         )
     if output is not None:
         from luthier.files import write_bytes

@@ -171,17 +171,10 @@ def show_model(model: str, json_: Json = False) -> None:
 
 def lineage(model: StoredModel) -> list[str]:
     """Ids of a model and of all that it was made from."""
-    from luthier.store.models import find
+    from luthier.store.models import ancestors
 
-    ids = [model.id]
-    while parent := model.manifest.parent:
-        try:
-            model = find(parent)
-        except Exception:
-            ids.append(f"{parent} (not here)")
-            break
-        ids.append(model.id)
-    return ids
+    above = ancestors(model)
+    return [model.id, *(f"{a} (not here)" if isinstance(a, str) else a.id for a in above)]
 
 
 def _files(model: StoredModel) -> dict[str, dict[str, Any]]:

@@ -63,6 +63,9 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was inte
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]
+Attach = Annotated[
+    bool, typer.Option("--attach", help="Keep the result with the model, for its certificate.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 FIELDS: Mapping[str, str] = {

@@ -181,6 +181,8 @@ class CatalogEntry:
     """What of its ``config.json`` decides the network's shape, to know it before it is fetched."""
     media: MediaKind | None = None
     """What it reads in place of texts; a decoder behind it may write some."""
+    training_tokens: float | None = None
+    """Tokens it was trained on, as its makers say; ``None`` where they do not."""
 
     def __post_init__(self) -> None:
         """Refuse an entry of a kind that there is not, by :class:`UnknownModel`."""
@@ -325,6 +327,7 @@ _ENTRIES = (
         download_bytes=92_871_040,
         disk_bytes=700_000_000,
         about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
+        training_tokens=2e12,  # Ben Allal et al. 2025, arXiv:2502.02737, section 6
         config={
             "model_type": "llama",
             "hidden_size": 576,
@@ -468,6 +471,7 @@ _ENTRIES = (
         download_bytes=727_000_000,
         disk_bytes=800_000_000,
         about="SmolLM2-360M-Instruct (Hugging Face, 2024), English chat",
+        training_tokens=4e12,  # Ben Allal et al. 2025, arXiv:2502.02737, section 6
         config={
             "model_type": "llama",
             "hidden_size": 960,

@@ -15,15 +15,21 @@ from luthier.files import read_json, write_json
 from luthier.validation import describe_constraint
 
 MANIFEST = "luthier.json"
+CERTIFICATE, REPORTS, SIGNATURE = "certificate.json", "reports", "model.sig"
+"""What is made of a model later, beside its record: none of it decides what the model answers."""
+OWN_FILES = frozenset({MANIFEST, CERTIFICATE, REPORTS, SIGNATURE})
+"""Files and folders of a model that are luthier's own, and no part of its network or tokenizer."""
 RANDOM = "random:"
 """How the ``source`` of a base model begins whose weights were drawn."""
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """What is written with a model: fixed fields, none unknown."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class TextFormat(_Record):
+class TextFormat(Record):
     """How a model reads and ends texts, beside the tokenizer in its folder."""
 
     template: Literal["chat", "plain", "none"]
@@ -34,7 +40,7 @@ class TextFormat(_Record):
     """Token that the decoder of an encoder-decoder starts from."""
 
 
-class DataRecord(_Record):
+class DataRecord(Record):
     """The rows that a model was trained and measured on."""
 
     sha256: dict[str, str]
@@ -55,7 +61,7 @@ class DataRecord(_Record):
     """Further files: their path and weight, their rows, and rows in each pass."""
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The record of one model. What does not concern it is ``None``."""
 
     version: Literal[1] = 1

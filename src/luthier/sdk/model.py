@@ -331,6 +331,7 @@ def evaluate(
     columns: Mapping[str, str] | None = None,
     slices: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
 ) -> Evaluation:
     """Let a model answer the prompts of a data file and grade the replies.
 
@@ -354,6 +355,7 @@ def evaluate(
         columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
         slices: what else scores are given by: ``label``, ``length``, ``language``, or a column.
         on_progress: hears how many rows are done, and of how many.
+        attach: keep the result with the model, where its certificate finds it.
 
     Returns:
         Scores by the graders' names, how sure they are, and every answer.
@@ -377,12 +379,15 @@ def evaluate(
     )
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
+    from luthier.store.reports import check_attachable, hashes_of_data, write_report
 
     chosen = parse_graders(graders)
     rows = choose_turns(load_rows(data, columns), turns)
     total = len(rows)
     stored = model.stored if isinstance(model, Model) else model
     stored = find(stored) if isinstance(stored, str) else stored
+    if attach:
+        check_attachable(stored)
     objective = objective_of(stored)
     check_shapes(rows, objective)
     for by in slices:  # before anything is answered
@@ -416,14 +421,18 @@ def evaluate(
         fields = ("prompt", "reply", "expected", "scores")
         records = [{name: getattr(each, name) for name in fields} for each in found.answers]
         found = replace(found, records=records)
-    seconds = time.monotonic() - started
-    if not slices:
-        return replace(found, seconds=seconds)
-    whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
-    if not whole:
-        raise RecipeError(f"{stored.id} is not scored row by row on such rows: leave slices away")
-    parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
-    return replace(found, seconds=seconds, slices=[each for part in parts for each in part])
+    found = replace(found, seconds=time.monotonic() - started)
+    if slices:
+        whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
+        if not whole:
+            raise RecipeError(
+                f"{stored.id} is not scored row by row on such rows: leave slices away"
+            )
+        parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
+        found = replace(found, slices=[each for part in parts for each in part])
+    if attach:
+        write_report(stored, "evaluation", hashes_of_data(data), found.plain())
+    return found
 
 
 @data_errors("nothing was compared")
@@ -440,6 +449,7 @@ def compare(
     *,
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
 ) -> HeadToHead:
     """Hold tuned models against what needs no training, on the same held-out rows.
 
@@ -456,6 +466,7 @@ def compare(
         note: hears what is done.
         columns: the file's name for each of our keys.
         on_progress: hears how many answers there are, and of how many.
+        attach: keep the result with each of ``tuned``, where its certificate finds it.
 
     Returns:
         ``contenders``, the best first, ``behind()`` for the differences, ``verdict()`` and ``plain()``.
@@ -466,12 +477,15 @@ def compare(
     from luthier.data.rows import load_rows
     from luthier.graders import parse_graders
     from luthier.store.models import find
+    from luthier.store.reports import check_attachable, hashes_of_data, write_report
     from luthier.workflows.compare import compare as run
     from luthier.workflows.estimate.budget import read_prices
 
     models = [find(each) for each in tuned]
     if not models:
         raise RecipeError("name a tuned model")
+    for each in models if attach else ():
+        check_attachable(each)
     rows = load_rows(data, columns)
     known = models[0].manifest.recipe or {}
     learned = known.get("data", {}).get("train")
@@ -479,7 +493,7 @@ def compare(
         train = learned
         note(f"examples come from {learned}, which {models[0].id} was tuned on")
     texts = [row.plain_text() for source in documents for row in load_rows(str(source))]
-    return run(
+    found = run(
         rows,
         find(base or models[0].root),
         models,
@@ -491,6 +505,9 @@ def compare(
         note,
         on_progress,
     )
+    for each in models if attach else ():
+        write_report(each, "comparison", hashes_of_data(data), found.plain())
+    return found
 
 
 def row_input(row: Row) -> dict[str, Any]:

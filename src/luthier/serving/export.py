@@ -17,7 +17,7 @@ from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import new_folder
-from luthier.models.manifest import MANIFEST
+from luthier.models.manifest import OWN_FILES
 from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
@@ -218,7 +218,9 @@ def _compare(model: Any, inputs: dict[str, Tensor], file: Path) -> float:
 def _copy(source: Path, target: Path) -> None:
     """All files of a whole network but luthier's own."""
     for path in source.iterdir():
+        if path.name in OWN_FILES or path.stem == "loss":
+            continue
         if path.is_dir():
             open_folder(path, target / path.name)
-        elif path.name != MANIFEST and path.stem != "loss":
+        else:
             copy_plain(path, target / path.name)

@@ -263,6 +263,23 @@ def content_hash(model: StoredModel) -> str:
     return hashlib.sha256(json.dumps([files, below], sort_keys=True).encode()).hexdigest()
 
 
+def ancestors(model: StoredModel) -> list[StoredModel | str]:
+    """What ``model`` was made from, the nearest first; the id alone of one that is not here.
+
+    Nothing is fetched.
+    """
+    found: list[StoredModel | str] = []
+    while parent := model.manifest.parent:
+        try:
+            if parent in CATALOG and not (base_folder(parent) / MANIFEST).is_file():
+                return [*found, parent]
+            model = find(parent)
+        except LuthierError:
+            return [*found, parent]
+        found.append(model)
+    return found
+
+
 def added_tokens(model: StoredModel) -> int:
     """Positions that the adapters of the lineage of ``model`` take of its context, for every row."""
     if model.parent is None:

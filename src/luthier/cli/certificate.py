@@ -1,0 +1,83 @@
+"""``luthier certificate`` and ``luthier verify``: what others can check of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from luthier.cli.console import check_output, note, print_json, print_text
+from luthier.cli.options import Json
+
+
+def certificate(
+    model: Annotated[str, typer.Argument(help="Id of a model that luthier made or imported.")],
+    watts: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Measured power of the machine that trained it; assumed if not given."
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    json_: Json = False,
+) -> None:
+    """Gather all that is known of a model into its certificate, for others to check."""
+    import json
+
+    from luthier.files import write_bytes
+    from luthier.models.manifest import CERTIFICATE
+    from luthier.sdk.certificate import certificate as make
+    from luthier.store.models import find
+    from luthier.workflows.certificate.page import page
+
+    check_output(html)
+    stored = find(model)
+    made = make(stored.id, watts=watts)
+    if html is not None:
+        write_bytes(html, page(made).encode())
+        note(f"page: {html}")
+    if json_:
+        print_json(json.loads(made.text()))
+        return
+    print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
+    print_text(f"content {made.content_sha256}")
+    chain = [each.id for each in made.lineage if each.helped is None]
+    if chain:
+        print_text(f"made from {', from '.join(chain)}")
+    found = made.compute
+    if found.flops is not None:
+        print_text(f"{found.flops:.3g} operations: {found.counted_as}")
+    if found.ratio is not None:
+        side = "above" if found.above_one_third else "below"
+        print_text(f"{found.ratio:.2g} of those that the base model took, {side} one third")
+    elif made.lineage:
+        print_text(f"the base model's operations are {found.base_counted_as}")
+    if found.kilowatt_hours is not None:
+        how = "assumed" if found.watts_assumed else "measured"
+        print_text(f"{found.kilowatt_hours:.3g} kWh, at {how} {found.watts:,.0f} W")
+    for each in made.reports:
+        print_text(f"with {each.report.kind} of {each.report.created[:10]} ({each.file})")
+    for line in made.missing:
+        print_text(f"not known: {line}")
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Model id.")],
+    json_: Json = False,
+) -> None:
+    """Check that the files of a model, its record and its certificate are what they were."""
+    from luthier.sdk.certificate import verify as run
+
+    found = run(model)
+    if json_:
+        print_json(found.plain())
+    else:
+        for line in found.differences:
+            print_text(f"differs: {line}")
+        for line in found.remarks:
+            print_text(line)
+        if found.is_intact:
+            print_text(f"{found.id} is intact: {'; '.join(found.checked) or 'nothing to check'}")
+    if not found.is_intact:
+        raise typer.Exit(1)

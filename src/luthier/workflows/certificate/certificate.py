@@ -1,0 +1,297 @@
+"""The certificate of a model: ``certificate.json`` in its folder, which others can check.
+
+It gathers what is known of a model: its record with recipe, data report and parity, the models below
+it, the curves of its run, what the run was estimated to take and took, operations and energy, and the
+reports that were kept with it. Nothing is measured for it, and what it says is compared with where it
+comes from by :mod:`luthier.workflows.certificate.verify`.
+
+The record of the model and the list of its files are as they were: a certificate is another file beside
+them, which :func:`luthier.store.models.content_hash` does not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from luthier import __version__
+from luthier.engine.actuals import ACTUAL
+from luthier.engine.metrics import MetricsFile
+from luthier.engine.runs import METRICS, BaseRun, Run
+from luthier.errors import CorruptFile, RecipeError
+from luthier.files import read_json, sha256_of, write_bytes
+from luthier.models.manifest import CERTIFICATE, MANIFEST, Manifest, Record
+from luthier.printable import finite_or_none
+from luthier.store.models import StoredModel, ancestors, content_hash
+from luthier.store.reports import Report, reports_of
+from luthier.validation import describe_constraint
+from luthier.workflows.certificate.compute import Compute, measure_compute
+
+MOST_POINTS = 200
+"""Points of a curve; of a longer run, evenly spaced ones."""
+
+
+class Relative(Record):
+    """A model that this one comes from, or that helped in its training."""
+
+    id: str
+    part: str
+    """``parent`` for what it was made from, ``base`` for the model at the bottom, ``teacher``, …"""
+    helped: str | None = None
+    """Id of the model in whose training it helped, where nothing was made from it."""
+    content_sha256: str | None = None
+    """Hash of all that decides its answers; ``None`` where it is not here."""
+    source: str | None = None
+    source_sha256: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+class Forecast(Record):
+    """What a run was estimated to take, with the range that holds it nine times in ten, and took."""
+
+    quantity: Literal["seconds", "peak_memory_bytes", "disk_bytes", "tokens"]
+    actual: float
+    estimate: float | None = None
+    """``None`` where nobody asked for an estimate before the run."""
+    low: float | None = None
+    high: float | None = None
+
+
+class KeptReport(Record):
+    """A report that was kept with the model."""
+
+    file: str
+    """Below the model's folder."""
+    sha256: str
+    report: Report
+
+
+class Certificate(Record):
+    """All that is known of a model, for others to check."""
+
+    version: Literal[1] = 1
+    """Of the certificate's form."""
+    id: str
+    created: str
+    """When the certificate was made; ISO 8601, UTC."""
+    luthier: str
+    """Version that made the certificate."""
+    content_sha256: str
+    """Hash of all that decides what the model answers: its files, and those below its adapters."""
+    record_sha256: str
+    """Of ``luthier.json``."""
+    record: Manifest
+    """The model's record: recipe and seed, data report, hashes of files and data, parity, metrics."""
+    lineage: list[Relative]
+    """What it comes from, the nearest first, then what helped."""
+    curves: dict[str, list[tuple[int, float]]]
+    """Step and loss (or minus the reward) of ``train`` and ``validation``; none if the run is gone."""
+    machine: str | None
+    """That trained it."""
+    forecast: list[Forecast]
+    """What the run took, beside what was estimated."""
+    compute: Compute
+    reports: list[KeptReport]
+    """Evaluations, comparisons and others, oldest first."""
+    missing: list[str] = Field(default_factory=list)
+    """What would belong here and is not known, in sentences."""
+    sha256: str = ""
+    """Of the file without this hash: whether a byte changed, not who changed it."""
+
+    def sealed(self) -> Certificate:
+        """The same with the hash of all the rest."""
+        return self.model_copy(update={"sha256": self.digest()})
+
+    def digest(self) -> str:
+        """Hash of all but the hash itself."""
+        rest = self.model_copy(update={"sha256": ""})
+        return hashlib.sha256(rest.text().encode("utf-8", "replace")).hexdigest()
+
+    def text(self) -> str:
+        """The bytes of its file, as a text: the same for equal certificates."""
+        plain = finite_or_none(self.model_dump(mode="json"))
+        plain["record"] = finite_or_none(self.record.plain())
+        return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+
+
+def certificate_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a certificate, as ``docs/certificate.schema.json`` ships it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "luthier certificate",
+        **{k: v for k, v in Certificate.model_json_schema().items() if k != "title"},
+    }
+
+
+def make_certificate(model: StoredModel, watts: float | None = None) -> Certificate:
+    """Gather what is known of ``model``; ``watts`` is the measured power of the machine in its run.
+
+    Raises:
+        RecipeError: for a model that luthier has no record of.
+        CorruptFile: for a report that is no longer what was written.
+    """
+    manifest = model.manifest
+    if not (model.folder / MANIFEST).is_file() or not manifest.created:
+        raise RecipeError(
+            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
+            "it made or imported"
+        )
+    base, colon, name = model.id.partition(":")
+    run = Run(base, name) if colon else BaseRun(model.id)
+    actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
+    seconds = actual.get("seconds") or (manifest.metrics or {}).get("seconds")
+    machine = actual.get("machine")
+    reports = [KeptReport(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)]
+    curves = _curves(MetricsFile(run.folder / METRICS).read())
+    forecast = _forecast(actual)
+    # Only names of processors say how many cores there are.
+    on_gpu = machine is not None and not machine.endswith("GiB")
+    return Certificate(
+        id=model.id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        luthier=__version__,
+        content_sha256=content_hash(model),
+        record_sha256=sha256_of(model.folder / MANIFEST),
+        record=manifest,
+        lineage=_lineage(model),
+        curves=curves,
+        machine=machine,
+        forecast=forecast,
+        compute=measure_compute(model, seconds, on_gpu, watts),
+        reports=reports,
+        missing=_missing(manifest, forecast, curves, reports),
+    ).sealed()
+
+
+def _lineage(model: StoredModel) -> list[Relative]:
+    found, helpers, child = [], [], model
+    above = ancestors(model)
+    for number, each in enumerate(above):
+        part = "base" if number == len(above) - 1 else "parent"
+        if isinstance(each, str):
+            found.append(Relative(id=each, part=part))
+            continue
+        known = each.manifest
+        found.append(
+            Relative(
+                id=each.id,
+                part=part,
+                content_sha256=content_hash(each),
+                source=known.source,
+                source_sha256=known.source_sha256,
+                revision=known.revision,
+                licence=known.licence,
+            )
+        )
+        child = each
+    for child in (model, *(each for each in above if isinstance(each, StoredModel))):
+        for part, helper in (child.manifest.others or {}).items():
+            helpers.append(Relative(id=helper, part=part, helped=child.id))
+        teacher = (child.manifest.distillation or {}).get("teacher")
+        if isinstance(teacher, dict) and teacher.get("model"):
+            helpers.append(Relative(id=str(teacher["model"]), part="teacher", helped=child.id))
+    return [*found, *helpers]
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    curves = {}
+    for event in ("train", "validation"):
+        points = [
+            (int(line["step"]), float(line["loss"]))
+            for line in lines
+            if line.get("event") == event and math.isfinite(line.get("loss", math.nan))
+        ]
+        stride = -(-len(points) // MOST_POINTS) or 1
+        if points:
+            # The last point is where the run ended, whatever the stride.
+            curves[event] = [*points[:-1:stride], points[-1]]
+    return curves
+
+
+def _forecast(actual: dict[str, Any]) -> list[Forecast]:
+    estimate = actual.get("estimate") or {}
+    named: dict[Literal["seconds", "peak_memory_bytes", "disk_bytes", "tokens"], str] = {
+        "seconds": "seconds", "peak_memory_bytes": "memory", "disk_bytes": "disk", "tokens": "tokens",
+    }  # fmt: skip
+    found = []
+    for quantity, name in named.items():
+        if quantity in actual:
+            known = estimate.get(name) or {}
+            found.append(
+                Forecast(
+                    quantity=quantity, actual=actual[quantity], estimate=known.get("value"),
+                    low=known.get("low"), high=known.get("high"),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _missing(
+    manifest: Manifest,
+    forecast: Sequence[Forecast],
+    curves: dict[str, Any],
+    reports: Sequence[KeptReport],
+) -> list[str]:
+    said = []
+    if manifest.data is None:
+        said.append("The record says nothing of training data.")
+    elif manifest.data_report is None:
+        said.append("The data was not checked by the gate.")
+    if manifest.metrics is not None:
+        if not curves:
+            said.append("The folder of the run is gone, and with it its curves.")
+        elif not any(each.estimate is not None for each in forecast):
+            said.append("Nobody asked for an estimate before the run.")
+    if manifest.parity is None:
+        said.append("The model was not compared with what is stored of it (parity).")
+    kinds = {each.report.kind for each in reports}
+    for kind, what in (("evaluation", "an evaluation"), ("comparison", "a comparison")):
+        if kind not in kinds:
+            said.append(f"No report of {what} was kept with it.")
+    return said
+
+
+def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
+    """Put it into the model's folder, whole or not at all; the place."""
+    path = model.folder / CERTIFICATE
+    write_bytes(path, certificate.text().encode("utf-8", "replace"))
+    return path
+
+
+def parse_certificate(content: bytes, where: object) -> Certificate:
+    """The certificate in the bytes of a file ``where``.
+
+    Raises:
+        CorruptFile: naming the field, where it is none.
+    """
+    try:
+        return Certificate.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise CorruptFile(
+            f"{where} is no certificate: {place}: {describe_constraint(first)}"
+        ) from error
+
+
+def read_certificate(model: StoredModel) -> Certificate:
+    """The one that was made of ``model``.
+
+    Raises:
+        RecipeError: where none was made.
+        CorruptFile: where it is none.
+    """
+    path = model.folder / CERTIFICATE
+    if not path.is_file():
+        raise RecipeError(
+            f"{model.id} has no certificate yet; `luthier certificate {model.id}` makes one"
+        )
+    return parse_certificate(path.read_bytes(), path)

@@ -1,0 +1,113 @@
+"""Whether a model, its record and its certificate are still what they were.
+
+A hash says that bytes are those that were recorded, and nothing of who recorded them: whoever can
+change a file can change its hash. That is what a signature is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.errors import CorruptFile
+from luthier.files import sha256_of
+from luthier.models.manifest import CERTIFICATE, MANIFEST, REPORTS, Manifest
+from luthier.store.models import StoredModel, ancestors, content_hash
+from luthier.workflows.certificate.certificate import Certificate, parse_certificate
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked of a model, and what is not as it was."""
+
+    id: str
+    checked: list[str] = field(default_factory=list)
+    """What was checked, in sentences."""
+    differences: list[str] = field(default_factory=list)
+    """Each file that is not what was recorded, in sentences."""
+    remarks: list[str] = field(default_factory=list)
+    """What could not be checked, in sentences."""
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "id": self.id, "intact": self.is_intact, "checked": self.checked,
+            "differences": self.differences, "remarks": self.remarks,
+        }  # fmt: skip
+
+
+def verify_files(model: StoredModel) -> Verification:
+    """Compute all hashes of ``model`` and of what it was made from once more."""
+    found = Verification(model.id)
+    for each in (model, *ancestors(model)):
+        if isinstance(each, str):
+            found.remarks.append(f"{each}, which it was made from, is not here.")
+            continue
+        if not each.manifest.files:
+            found.remarks.append(f"No hashes were recorded of the files of {each.id}.")
+            continue
+        found.differences.extend(_file_differences(each))
+        found.checked.append(f"{len(each.manifest.files):,} files of {each.id}")
+    path = model.folder / CERTIFICATE
+    if not path.is_file():
+        found.remarks.append(
+            f"{model.id} has no certificate, so nothing says what its record, {MANIFEST}, should hold."
+        )
+        return found
+    content = path.read_bytes()
+    try:
+        certificate = parse_certificate(content, path)
+    except CorruptFile as error:
+        found.differences.append(f"{error}.")
+        return found
+    if (
+        certificate.text().encode("utf-8", "replace") != content
+        or certificate.sha256 != certificate.digest()
+    ):
+        found.differences.append(f"{path} is not what was written (SHA-256 differs).")
+    found.differences.extend(_certificate_differences(model, certificate))
+    found.checked.append(f"the certificate of {certificate.created} and the record {MANIFEST}")
+    known = {each.file for each in certificate.reports}
+    there = {f"{REPORTS}/{each.name}" for each in (model.folder / REPORTS).glob("*.json")}
+    later = sorted(there - known)
+    if later:
+        found.remarks.append(f"Kept since the certificate was made: {', '.join(later)}.")
+    return found
+
+
+def _file_differences(model: StoredModel) -> Iterator[str]:
+    for name, digest in model.manifest.files.items():
+        path = model.folder / name
+        if not path.is_file():
+            yield f"{path} is missing."
+        elif sha256_of(path) != digest:
+            yield f"{path} is not what was recorded (SHA-256 differs)."
+
+
+def _certificate_differences(model: StoredModel, certificate: Certificate) -> Iterator[str]:
+    path = model.folder / CERTIFICATE
+    if certificate.id != model.id:
+        yield f"{path} is of {certificate.id}."
+    if sha256_of(model.folder / MANIFEST) != certificate.record_sha256:
+        yield f"{model.folder / MANIFEST} is not what was certified (SHA-256 differs)."
+    elif Manifest.read(model.folder) != certificate.record:
+        yield f"{path} says something else of the model than its record, {MANIFEST}."
+    certified = {each.id: each.content_sha256 for each in certificate.lineage}
+    for stored in ancestors(model):
+        if isinstance(stored, StoredModel) and certified.get(stored.id) not in (
+            None,
+            content_hash(stored),
+        ):
+            yield f"{stored.id}, which it was made from, is not the model that was certified."
+    for kept in certificate.reports:
+        report = model.folder / kept.file
+        if not report.is_file():
+            yield f"{report} is missing."
+        elif sha256_of(report) != kept.sha256:
+            yield f"{report} is not what was certified (SHA-256 differs)."
