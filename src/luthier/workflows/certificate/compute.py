@@ -51,6 +51,8 @@ def training_flops(manifest: Manifest) -> tuple[float | None, str]:
     measured = manifest.metrics
     if manifest.student and not measured:
         return 0.0, "nothing was trained: the network was cut from its teacher's"
+    if manifest.soup:
+        return None, "unknown: its weights are the mean of other models, whose certificates say it"
     if not measured or not measured.get("tokens"):
         return None, "unknown: the record says nothing of a training"
     if manifest.format is None or manifest.format.template == "none":
