@@ -68,6 +68,8 @@ def make_files(folder: Path) -> None:
     write(
         folder / "texts.jsonl", ({"text": row["text"]} for row in sample("routes-train.jsonl", 200))
     )
+    asked = {"question": "Is the sky blue?", "choices": ["no", "yes"], "answer": 1}
+    write(folder / "choices.jsonl", ({**asked, "task": task} for task in "aabb"))
     chats = sample("train.jsonl", 80)
     pairs = [{"anchor": row["prompt"], "positive": row["completion"]} for row in chats]
     write(folder / "pairs-of-texts.jsonl", pairs[:60])

@@ -38,7 +38,30 @@ def block(text: str) -> list[dict[str, str]]:
     return [{"text": text}]
 
 
+ASKED = {"question": "Why?", "choices": ["no", "yes"], "answer": 1}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "question with choices",
+        {"task": "a", **ASKED},
+        {"prompts": ("Question: Why?\nAnswer:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "question with choices",
+        {"context": "Once.", **ASKED},
+        {"prompts": ("Once.\nQuestion: Why?\nAnswer:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "question with choices",
+        {"relation": "effect", **ASKED},
+        {"prompts": ("Question: Why?\nEffect:",), "choices": ("no", "yes"), "answer": 1},
+    ),
+    (
+        "options with a continuation",
+        {"options": ["so Ann", "so Bo"], "continuation": "won.", "answer": 1},
+        {"prompts": ("so Ann", "so Bo"), "choices": ("won.", "won."), "answer": 1},
+    ),
+    # An answer in words is still learned.
+    ("question and answer", {**ASKED, "answer": "yes"}, {"prompt": "Why?", "completion": "yes"}),
     (
         "Bedrock conversation",
         {
@@ -248,7 +271,9 @@ def test_every_form_is_tried_and_the_table_is_sound() -> None:
     assert {form.name for form in FORMS} <= {name for name, *_ in CASES + MEDIA_CASES}
     for form in FORMS:
         assert form.keys and not form.keys & form.without and not form.used & form.without
-        assert forms_of(dict.fromkeys(form.keys, "x.png")) == [form]
+        record: dict[str, Any] = dict.fromkeys(form.keys, "x.png")
+        choices = {"choices": ["x"], "answer": 0} if "choices" in form.keys else {}
+        assert forms_of(record | choices) == [form]
 
 
 def test_names_of_the_file_are_used_in_messages(tmp_path: Path) -> None:

@@ -177,6 +177,34 @@ def _media_paths(name: str, key: str) -> Form:
     return Form(name, frozenset((key,)), convert, other, used, applies)
 
 
+def _multiple_choice(record: Record) -> Converted:
+    """A question with choices, asked as ARC and BoolQ are (Gao et al. 2021, lm-evaluation-harness).
+
+    Of COPA, where a ``relation`` says what is looked for, that stands in the place of the answer.
+    """
+    relation = record.get("relation")
+    asks = {"cause": "Cause", "effect": "Effect"}.get(str(relation), "Answer")
+    above = [record["context"]] if not _blank(record.get("context")) else []
+    texts = [*above, record["question"]]
+    prompt: object = next((each for each in texts if not isinstance(each, str)), None)
+    if prompt is None and not _blank(record["question"]):
+        prompt = "\n".join([*map(str, above), f"Question: {record['question']}", f"{asks}:"])
+    made = {"prompt": prompt, "choices": record["choices"], "answer": record["answer"]}
+    return _with_further_keys(record, made), {"prompt": "question"}
+
+
+def _has_choices(record: Record) -> bool:
+    return isinstance(record.get("choices"), list) and type(record.get("answer")) is int
+
+
+def _options(record: Record) -> Converted:
+    """WinoGrande, as it is scored: what follows is the same, and the beginnings differ."""
+    options = record["options"]
+    choices = [record["continuation"]] * (len(options) if isinstance(options, list) else 1)
+    made = {"prompt": options, "choices": choices, "answer": record["answer"]}
+    return _with_further_keys(record, made), {"prompt": "options", "choices": "continuation"}
+
+
 def _partners(one: str, other: str) -> Callable[[Record], Converted]:
     """Two texts that belong together."""
 
@@ -215,11 +243,20 @@ FORMS: tuple[Form, ...] = (
         _question_answer("instruction", "response", "context", "input"),
         used="context input system",
     ),
-    _form(
+    Form(
+        "question with choices",
+        frozenset(("question", "choices", "answer")),
+        _multiple_choice,
+        used=frozenset(("context", "relation")),
+        applies=_has_choices,
+    ),
+    _form("options with a continuation", "options continuation answer", _options),
+    Form(
         "question and answer",
-        "question answer",
+        frozenset(("question", "answer")),
         _question_answer("question", "answer"),
-        "context answers",
+        frozenset(("context", "answers")),
+        applies=lambda record: not _has_choices(record),
     ),
     _form(
         "question and response",

@@ -28,6 +28,7 @@ from luthier.data.shapes import (
     CaptionedImage,
     Conversation,
     JudgedAnswers,
+    MultipleChoice,
     Preference,
     PromptCompletion,
     PromptOnly,
@@ -245,6 +246,8 @@ class Checker(FieldChecker):
         found: list[type[Shape]] = [k for k in SHAPES.values() if k.matches(record)]
         if judged := next((kind for kind in found if issubclass(kind, JudgedAnswers)), None):
             found = [judged]  # what people judged is more than what they wrote
+        if MultipleChoice in found:
+            found = [MultipleChoice]  # a prompt alone is less
         if PromptOnly in found:
             found.remove(PromptCompletion if self._only_asks(record) else PromptOnly)
         if any(kind in found for kind in _ASKED):

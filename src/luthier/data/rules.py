@@ -61,6 +61,9 @@ RULES: Mapping[str, str] = {
     "message.weight": "Every turn of the assistant has the weight 0.",
     "history.type": "A history is no array of items, is empty, or has too many.",
     "history.item": "An item of a history is no text of one line.",
+    "choices.type": "The prompt or the choices are no text and no array of texts, or one is blank.",
+    "choices.answer": "The answer is not the place of one of the choices.",
+    "choices.length": "A row has more choices than can be, or neither one prompt nor one for each.",
     "message.tool_calls": "A call has no name or no object of arguments, or names no tool of the row.",
 }
 """Every rule of reading and checking, with what it refuses."""

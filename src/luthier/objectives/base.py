@@ -93,7 +93,7 @@ class Objective(BaseModel):
     mixed_shapes: ClassVar[frozenset[str]] = frozenset()
     """Further row shapes that the sets of ``data.mix`` may have."""
     evaluation_shapes: ClassVar[frozenset[str]] = frozenset(
-        {"messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
+        {"choices", "messages", "preference", "prompt", "prompt_only", "rated", "text", "thumb"}
     )
     """Row shapes that its models are measured on."""
     compared_shapes: ClassVar[frozenset[str] | None] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.chat import ChatFormat
-from luthier.data.shapes import MediaRow, describe_shapes
+from luthier.data.shapes import MediaRow, MultipleChoice, describe_shapes
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
@@ -27,6 +27,11 @@ def objective_for(row: Row, chat: ChatFormat) -> Objective:
             "Add the replies as `completion`, or let a teacher write them with `luthier distil`, or "
             "learn from what replies are worth with `objective.method=grpo`."
         )
+        if isinstance(row, MultipleChoice):
+            fix = (
+                "Such rows measure what a model knows (`luthier evaluate`). To learn from them, write "
+                "each prompt with the right choice as its completion."
+            )
         if isinstance(row, MediaRow):
             named = [
                 name

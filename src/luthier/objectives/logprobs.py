@@ -251,6 +251,22 @@ def token_logps(
     return logp_E[batch.learned_edges[1]]
 
 
+@torch.no_grad()
+def greedy_token_logps(network: Network, batch: TreeBatch) -> tuple[Tensor, Tensor]:
+    """As :func:`token_logps`, and ``[M]`` whether each token is the likeliest; without a gradient."""
+    hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S]).flatten(0, -2)
+    logp_E = torch.empty(len(batch.target_E), device=hidden_SH.device)
+    best_E = torch.empty(len(batch.target_E), device=hidden_SH.device, dtype=torch.bool)
+    for rows, edges in _chunks(len(hidden_SH), batch.edge_source_E, CHUNK):
+        logits_CV = scores(hidden_SH[rows], network.head_VH, network.head_bias_V)
+        lse_C, best_C = torch.logsumexp(logits_CV, -1), logits_CV.argmax(-1)
+        position, target = batch.edge_source_E[edges] - rows.start, batch.target_E[edges]
+        logp_E[edges] = logits_CV[position, target] - lse_C[position]
+        best_E[edges] = best_C[position] == target
+    edge_M = batch.learned_edges[1]
+    return logp_E[edge_M], best_E[edge_M]
+
+
 def row_sums(batch: TreeBatch, value_M: Tensor) -> Tensor:
     """Sums ``[R]`` over the learned tokens of each row, rows in the order of the tree."""
     row_M = batch.learned_edges[0]

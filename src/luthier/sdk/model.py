@@ -337,7 +337,8 @@ def evaluate(
 
     Rows with judged answers (chosen and rejected, ratings, thumbs) are not answered: the scores say how
     often the model ranks the answers as people did. Models that read are compared with the labels,
-    ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted.
+    ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted,
+    of rows with choices how often the right one is the likeliest.
 
     Args:
         model: an id, a model in memory, or one on this machine.
@@ -365,13 +366,14 @@ def evaluate(
         GradingFailed: with ``fail``, naming the row.
     """
     from luthier.data.rows import load_rows
-    from luthier.data.shapes import JudgedAnswers, RawText, of_shape
+    from luthier.data.shapes import JudgedAnswers, MultipleChoice, RawText, of_shape
     from luthier.evaluation.breakdown import slice_scores
     from luthier.evaluation.evaluate import check, check_shapes, choose_turns
     from luthier.graders import parse_graders
     from luthier.objectives.capabilities import SupportsPrediction
     from luthier.serving.evaluation import (
         measure,
+        multiple_choice,
         open_graders,
         perplexity,
         preference_scores,
@@ -412,6 +414,8 @@ def evaluate(
         found = preference_scores(stored, rows, done, long_rows)
     elif of_shape(RawText, rows):
         found = perplexity(stored, rows)
+    elif choices := of_shape(MultipleChoice, rows):
+        found = multiple_choice(stored, choices, done, long_rows)
     else:
         check(rows, chosen)
         writer = model if isinstance(model, Model) else Model(stored)

@@ -1,9 +1,10 @@
 """How good a stored model is on held-out rows, by what the rows say.
 
-Replies are graded, raw text is predicted (perplexity), and judged answers are told apart: beside the
-plain log-probability stands the implicit reward of DPO, the log-probability less that of the model it
-was trained from (Rafailov et al. 2023, section 4), whose accuracy is the held-out win rate. Adapters
-are merged in float32 where memory allows, as rounding merged weights moves small rewards.
+Replies are graded, raw text is predicted (perplexity), choices are compared by how likely they are
+(:mod:`luthier.evaluation.choices`), and judged answers are told apart: beside the plain log-probability
+stands the implicit reward of DPO, the log-probability less that of the model it was trained from
+(Rafailov et al. 2023, section 4), whose accuracy is the held-out win rate. Adapters are merged in
+float32 where memory allows, as rounding merged weights moves small rewards.
 
 Rows longer than the context are refused, left out, or cut; what training does with them is for
 ``data.long_rows``, and the choices have the same names.
@@ -14,15 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from luthier.data.read import read_records
-from luthier.data.shapes import ThumbedReply, of_shape
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.data.shapes import MultipleChoice, ThumbedReply, of_shape
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import length_keys
+from luthier.evaluation.choices import (
+    ChoiceLikelihood,
+    choice_scores,
+    cut_prompt,
+    encode_choices,
+)
 from luthier.evaluation.evaluate import Evaluation, grade, questions
 from luthier.evaluation.preferences import (
     Likelihood,
@@ -36,7 +44,9 @@ from luthier.objectives.base import cut_end
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
     from luthier.graders import Grader, OnError
+    from luthier.models.network import Network
     from luthier.objectives.scoring import Remember
     from luthier.serving.generation import Generator
     from luthier.store.models import StoredModel
@@ -329,13 +339,81 @@ def preference_scores(
     return measured.evaluation(pair_scores(pairs), lines)
 
 
-def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
-    """Log-probability of the learned tokens of each text under ``stored``."""
+def multiple_choice(
+    stored: StoredModel,
+    rows: Sequence[MultipleChoice],
+    done: Callable[[int], None] = lambda count: None,
+    long_rows: LongRows = "error",
+) -> Evaluation:
+    """How often ``stored`` finds the right choice the likeliest, with what it says of each row.
+
+    Prompts are texts that go on, without the chat template, as lm-evaluation-harness gives them. What
+    the choices of a row, or several rows, begin with is computed once. ``truncate`` cuts the beginning
+    of a prompt.
+
+    Raises:
+        DataError: with ``error``, naming every row that is longer than the context.
+    """
+    from luthier.store import models as store
+
+    if store.objective_of(stored).task != "causal_lm":
+        raise RecipeError(f"{stored.id} does not write, so choices have no probability under it")
+    measured = fit_choices(rows, store.chat_format(stored), store.room_of(stored), long_rows)
+    network = open_network(stored)
+    found = choice_likelihoods(network, measured.examples)
+    network.close()
+    done(len(rows))
+    kept = of_shape(MultipleChoice, measured.rows) or ()
+    return measured.evaluation(*choice_scores(kept, found))
+
+
+def fit_choices(
+    rows: Sequence[MultipleChoice], chat: ChatFormat, context: int, long_rows: LongRows
+) -> FittingRows:
+    """``rows`` with their choices as tokens, as :func:`fit_rows`.
+
+    Raises:
+        DataError: naming each row with a choice that gives no tokens.
+    """
+    problems: list[Problem] = []
+    texts: list[list[Example]] = []
+    for row in rows:
+        try:
+            texts.append(encode_choices(row, chat))
+        except RowRefused as bad:
+            problems.append(Problem(row.file, row.line, bad.rule, bad.message, bad.fix))
+    if problems:
+        raise DataError(problems, "nothing was evaluated")
+    return fit_rows(rows, texts, context, long_rows, cut_prompt)
+
+
+def choice_likelihoods(
+    network: Network, choices: Sequence[Sequence[Example]]
+) -> list[list[ChoiceLikelihood]]:
+    """How likely ``network`` finds the choices of each row."""
+    import torch
+
+    from luthier.objectives.logprobs import greedy_token_logps, row_sums
+
+    texts = [replace(text, row=place) for place, text in enumerate(chain(*choices))]
+    found: dict[int, ChoiceLikelihood] = {}
+    with torch.no_grad():
+        for batch in network.batches(texts, BUDGET):
+            logp_M, best_M = greedy_token_logps(network, batch)
+            logp_R = row_sums(batch, logp_M).tolist()
+            missed_R = row_sums(batch, (~best_M).float()).tolist()
+            for row, logp, missed in zip(batch.tree.row_R.tolist(), logp_R, missed_R, strict=True):
+                found[row] = ChoiceLikelihood(logp, not missed)
+    each = iter(range(len(texts)))
+    return [[found[next(each)] for _ in of_row] for of_row in choices]
+
+
+def open_network(stored: StoredModel) -> Network:
+    """``stored`` with its adapters merged, in float32 where memory allows."""
     import torch
 
     from luthier.engine.machine import available_memory, choose_machine
     from luthier.models.load import as_network
-    from luthier.objectives.references import with_reference_logps
     from luthier.store import models as store
 
     machine = choose_machine()
@@ -343,7 +421,16 @@ def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
     model = store.load(stored, dtype, machine.device)
     model.eval()
-    network = as_network(model, machine.device, dtype)
+    return as_network(model, machine.device, dtype)
+
+
+def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
+    """Log-probability of the learned tokens of each text under ``stored``."""
+    import torch
+
+    from luthier.objectives.references import with_reference_logps
+
+    network = open_network(stored)
     with torch.no_grad():
         found = [each.reference for each in with_reference_logps(network, texts, BUDGET)]
     network.close()
