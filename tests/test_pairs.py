@@ -156,7 +156,7 @@ ROWS["labelled_audio"] = [
     LabelledAudio("f", n, Media("audio", f"s[{n}]", data=tone(n)), f"class {n % 2}")
     for n in range(4)
 ]
-DISTILLED = ("logit_distillation", "on_policy_distillation")
+DISTILLED = ("logit_distillation", "on_policy_distillation", "sdft")
 ROWS["prompt_only"] = [PromptOnly("f", n, prompt=text) for n, text in enumerate(TEXTS)]
 WRITTEN = {"max_completion_tokens": 5, "grader": {"method": "regex", "pattern": "[a-l]"}}
 """Of completions that are drawn at random, about half have such a letter."""
@@ -167,6 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gan": {"loss_type": "non_saturating"},  # with spectral norms
     "logit_distillation": {"teacher": "teacher"},
     "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
+    "sdft": {"max_tokens": 6},
     "encoder_distillation": {"teacher": "teacher"},
     "embedding_distillation": {"teacher": "teacher"},
 }

@@ -52,6 +52,7 @@ CASES = {
         "full",
         {"teacher": "gpt2", "max_tokens": 5, "student_share": 0.7},
     ),
+    "answers beside what has read the reply": ("gpt2", "sdft", "lora", {"max_tokens": 5}),
     "pairs and a reference": ("llama", "dpo", "lora", {"beta": 0.5}),
     "pairs above a frozen bottom": ("llama", "dpo", "freeze", {"loss_type": "ipo"}),
     "thumbs and mismatched answers": ("gpt2", "kto", "lora", {}),
@@ -110,7 +111,7 @@ def rows_for(objective: str, path: Path, family: str = "") -> Path:
             {"prompt": text, "completion": "yes", "label": n % 2 == 0}
             for n, text in enumerate(TEXTS)
         ]
-    if objective in ("sft", "logit_distillation", "on_policy_distillation", *WRITES):
+    if objective in ("sft", "sdft", "logit_distillation", "on_policy_distillation", *WRITES):
         rows = [{"prompt": text, "completion": "yes"} for text in TEXTS]
     if objective in ("vae", "gan", "diffusion", "contrastive") or family == "vgg":
         images = np.random.default_rng(0).integers(0, 256, (len(TEXTS), 9, 7), dtype=np.uint8)
@@ -224,5 +225,5 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         assert all(one[name].equal(other[name]) for name in one)
     assert not (run / "activations.bin").exists()
     kept = [path.read_text() for path in run.parent.glob("*/samples.jsonl")]
-    writes = objective in WRITES or objective == "on_policy_distillation"
+    writes = objective in (*WRITES, "on_policy_distillation", "sdft")
     assert len(kept) == (2 if writes else 0) and len(set(kept)) <= 1

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
 
 _OBJECTIVES = (
-    "sft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, regression, "
-    "token_classification, contrastive, dpo, listwise_dpo, kto, orpo, reward_model, grpo, ppo, vae, "
-    "gan, diffusion or image_to_text; chosen by the rows when not given. With a teacher (--set "
-    "objective.teacher=ID): logit_distillation, on_policy_distillation, encoder_distillation or "
+    "sft, sdft, causal_lm, masked_lm, span_corruption, bilm, classification, semi_supervised, "
+    "regression, token_classification, contrastive, dpo, listwise_dpo, kto, orpo, reward_model, grpo, "
+    "ppo, vae, gan, diffusion or image_to_text; chosen by the rows when not given. With a teacher "
+    "(--set objective.teacher=ID): logit_distillation, on_policy_distillation, encoder_distillation or "
     "embedding_distillation."
 )
 _ADAPTATIONS = (

@@ -21,6 +21,7 @@ from luthier.objectives.orpo import ORPO
 from luthier.objectives.ppo import PPO
 from luthier.objectives.regression import Regression
 from luthier.objectives.reward_model import RewardModel
+from luthier.objectives.sdft import SDFT
 from luthier.objectives.semi_supervised import SemiSupervised
 from luthier.objectives.sft import SFT
 from luthier.objectives.span_corruption import SpanCorruption
@@ -44,6 +45,7 @@ OBJECTIVES: PluginTable[type[Objective]] = PluginTable(
         "contrastive": Contrastive,
         "logit_distillation": LogitDistillation,
         "on_policy_distillation": OnPolicyDistillation,
+        "sdft": SDFT,
         "encoder_distillation": EncoderDistillation,
         "embedding_distillation": EmbeddingDistillation,
         "dpo": DPO,
@@ -68,6 +70,7 @@ __all__ = [
     "OBJECTIVES",
     "ORPO",
     "PPO",
+    "SDFT",
     "SFT",
     "VAE",
     "BiLM",

@@ -1,7 +1,7 @@
 """What distillations have in common: a teacher; of language models, also what is measured.
 
-Both read the same tokens, and what is measured is how far the student's distribution over the next
-token is from the teacher's; see :mod:`luthier.objectives.divergence`.
+What is measured is how far the student's distribution over the next token is from the teacher's; see
+:mod:`luthier.objectives.divergence`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Taught(Objective):
         return examples
 
 
-class Distillation(Taught):
-    """A teacher, and how far a student is from it."""
+class TokenDivergence(Objective):
+    """Base of the objectives that draw the distribution over the next token to another."""
 
     divergence: DivergenceName = "forward"
     """KL from teacher to student (Hinton), from student to teacher, or GKD's between both."""
@@ -81,6 +81,24 @@ class Distillation(Taught):
     def _rows(self) -> SFT:
         """Rows become tokens as in supervised fine-tuning."""
         return SFT(template=self.template)
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        return self._rows.format(chat)
+
+    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
+        """Weight 1 on each token of each reply, 0 on the rest."""
+        return self._rows.encode(row, index, chat)
+
+    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """The cross-entropy of the rows, which asks no teacher."""
+        from luthier.objectives.logprobs import mean_nll
+
+        return mean_nll(network, examples, budget)
+
+
+class Distillation(Taught, TokenDivergence):
+    """A teacher, and how far a student is from it."""
 
     def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """The teacher must write text."""
@@ -106,20 +124,6 @@ class Distillation(Taught):
                 f"the teacher was tuned with template={other.template}, and the student is to read "
                 f"rows with template={chat.template}. Use `objective.template={other.template}`."
             )
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        return self._rows.format(chat)
-
-    def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight 1 on each token of each reply, 0 on the rest."""
-        return self._rows.encode(row, index, chat)
-
-    def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
-        """The cross-entropy of the rows, which asks no teacher."""
-        from luthier.objectives.logprobs import mean_nll
-
-        return mean_nll(network, examples, budget)
 
 
 def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:

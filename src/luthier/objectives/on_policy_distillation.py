@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
-from luthier.objectives.distillation import Distillation, DivergenceName
+from luthier.objectives.distillation import Distillation, DivergenceName, TokenDivergence
 from luthier.objectives.rollout_checks import SAMPLES_PER_STEP
 from luthier.objectives.rollouts import sample_record
 from luthier.types import Example, Loss, Row
@@ -47,14 +47,11 @@ class _Written:
     """The answers, as ``samples.jsonl`` keeps them."""
 
 
-class OnPolicyDistillation(Distillation):
-    """The teacher's distribution over the next token, on the student's own answers."""
+class OwnAnswers(TokenDivergence):
+    """Base of the objectives that learn on what the network itself answers in the step."""
 
-    method: Literal["on_policy_distillation"] = "on_policy_distillation"
     divergence: DivergenceName = "reverse"
     """KL from teacher to student, from student to teacher (MiniLLM's), or GKD's between both."""
-    student_share: float = Field(default=1.0, ge=0, le=1)
-    """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
     max_tokens: int = Field(default=128, ge=1, le=10_000_000)
     """Longest answer of the student; shorter where the context ends before."""
     sampling_temperature: float = Field(default=1.0, gt=0, le=1000)
@@ -73,17 +70,12 @@ class OnPolicyDistillation(Distillation):
         """Weight 1 on each token of each reply, 0 on the rest; the row stays with it, to be shown."""
         return replace(super().encode(row, index, chat), given=row)
 
-    def annotate(
-        self, network: Network, examples: Sequence[Example], budget: int
+    def annotate_answered(
+        self, network: Network, rows: Sequence[Example], asked: Sequence[bool], budget: int
     ) -> list[TreeBatch]:
-        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
-        if not network.model.training:
-            return [*network.batches(examples, budget)]
-        import torch
-
-        asked = (torch.rand(len(examples)) < self.student_share).tolist()
+        """Micro-batches of ``rows``, those that are ``asked`` with the student's answers."""
+        rows = list(rows)
         chosen = [place for place, own in enumerate(asked) if own]
-        rows = list(examples)
         written: dict[int, Completion] = {}
         for place, answer in zip(
             chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
@@ -103,28 +95,19 @@ class OnPolicyDistillation(Distillation):
         prompts = [prompt_of(example) for example in examples]
         if not prompts:
             return []
+        room = min(_room(network, side) for example in examples for side in example.sides)
         found = sample(
             network,
             prompts,
             1,
             Sampling(
-                max_tokens=min(self.max_tokens, *(_room(network, example) for example in examples)),
+                max_tokens=min(self.max_tokens, room),
                 temperature=self.sampling_temperature,
             ),
             stop_ids=self.stop_ids or (),
             seeds=random_seeds(len(prompts)),
         )
         return [answers[0] for answers in found]
-
-    def loss(self, network: Network, batch: TreeBatch) -> Loss:
-        """Summed divergence at the tokens of the answers."""
-        from luthier.objectives.divergence import CHUNK
-        from luthier.objectives.logprobs import chunked_loss
-        from luthier.objectives.teacher import whole_distribution
-
-        teacher = network.others["teacher"]
-        distribution = whole_distribution(network, teacher, batch, self.temperature)
-        return Loss(chunked_loss(network, batch, self.distance.compare(batch, distribution), CHUNK))
 
     def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The first answers of the step."""
@@ -143,6 +126,35 @@ class OnPolicyDistillation(Distillation):
         }
 
 
+class OnPolicyDistillation(OwnAnswers, Distillation):
+    """The teacher's distribution over the next token, on the student's own answers."""
+
+    method: Literal["on_policy_distillation"] = "on_policy_distillation"
+    student_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
+    ) -> list[TreeBatch]:
+        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
+        if not network.model.training:
+            return [*network.batches(examples, budget)]
+        import torch
+
+        asked = (torch.rand(len(examples)) < self.student_share).tolist()
+        return self.annotate_answered(network, examples, asked, budget)
+
+    def loss(self, network: Network, batch: TreeBatch) -> Loss:
+        """Summed divergence at the tokens of the answers."""
+        from luthier.objectives.divergence import CHUNK
+        from luthier.objectives.logprobs import chunked_loss
+        from luthier.objectives.teacher import whole_distribution
+
+        teacher = network.others["teacher"]
+        distribution = whole_distribution(network, teacher, batch, self.temperature)
+        return Loss(chunked_loss(network, batch, self.distance.compare(batch, distribution), CHUNK))
+
+
 def _record(row: Row, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
     text = chat.decode(answer.ids_T[: len(answer.ids_T) - answer.stopped].tolist())
     return sample_record(row, text, len(answer.ids_T), answer.stopped)
@@ -159,6 +171,11 @@ def prompt_of(example: Example) -> IntArray:
     if example.source_T is not None:
         return example.source_T
     return example.ids_T[: _reply_start(example)]
+
+
+def answer_of(example: Example) -> IntArray:
+    """The tokens of the last reply of a row."""
+    return example.ids_T[_reply_start(example) :]
 
 
 def with_answer(example: Example, ids_T: IntArray) -> Example:

@@ -38,22 +38,30 @@ _IDS, _LOGP, _DONE = "teacher-ids.bin", "teacher-logp.bin", "teacher.json"
 
 @torch.no_grad()
 def whole_distribution(
-    network: Network, teacher: Network, batch: TreeBatch, temperature: float
+    network: Network,
+    teacher: Network,
+    batch: TreeBatch,
+    temperature: float,
+    rows: Sequence[Example] | None = None,
 ) -> Distribution:
     """The teacher's log-probabilities of all tokens at the positions of ``batch``.
 
     The teacher reads the rows here, one micro-batch at a time: the states of all rows of a measurement
-    would not fit. Tokens that only one of both has embeddings for are left out.
+    would not fit. It reads ``rows`` instead where they are given, which end with the same learned
+    tokens. Tokens that only one of both has embeddings for are left out.
     """
-    (seen,) = teacher.batches(batch.tree.examples, sys.maxsize)
+    (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
     states_SH = teacher.before_vocabulary(teacher.hidden(seen)[seen.source_S])
     place_S = torch.zeros_like(batch.source_S)
     place_S[batch.edge_source_E[batch.learned_edges[1]]] = seen.edge_source_E[seen.learned_edges[1]]
     states_SH = states_SH[place_S]
     shared = min(len(network.head_VH), len(teacher.head_VH))
+    # As they are now: a network that is its own teacher has other weights once this is called.
+    head_VH, bias_V = teacher.head_VH.detach(), teacher.head_bias_V
+    bias_V = bias_V if bias_V is None else bias_V.detach()
 
-    def distribution(rows: slice) -> tuple[None, torch.Tensor]:
-        logits_CV = scores(states_SH[rows], teacher.head_VH, teacher.head_bias_V, temperature)
+    def distribution(chunk: slice) -> tuple[None, torch.Tensor]:
+        logits_CV = scores(states_SH[chunk], head_VH, bias_V, temperature)
         return None, logits_CV[:, :shared].log_softmax(-1)
 
     return distribution
