@@ -20,12 +20,12 @@ from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.serving import prompting
 from luthier.serving.prompting import (
+    NearestExamples,
     Prompting,
     Question,
     cut_passages,
     few_shot,
     questions_of,
-    retrieve_examples,
     retrieve_passages,
 )
 from luthier.types import Message
@@ -68,7 +68,7 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 
 def test_the_nearest_example_stands_last() -> None:
-    ((*_, last),) = retrieve_examples(HELD, TRAIN, 3)
+    *_, last = NearestExamples(TRAIN).of(HELD[0], 3)
     assert "fox" in last.asked[0].content
     ((text,),) = retrieve_passages(
         HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,8 +73,11 @@ def test_the_same_models_are_told_apart_once_in_twenty_at_most() -> None:
 
 def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     base = contender("base", "as it is", 100, seconds=0.2)
-    tuned = contender("tuned", "tuned", 150, training_seconds=300.0)
+    tuned = contender("tuned", "tuned", 150, preparation_seconds=300.0)
     found = head_to_head(base, tuned)
+    expected = head_to_head(base, tuned, answers=6000)
+    assert expected.verdict().endswith("; 6,000 answers return +100% of what it took.")
+    assert expected.return_on_investment(tuned, base, 1500) == pytest.approx(-0.5)
     assert found.verdict() == (
         "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
         "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
@@ -104,6 +108,8 @@ def test_prices_and_the_page() -> None:
     plain = found.plain()
     assert [each["cost_per_1000"] for each in plain["contenders"]] == pytest.approx([0.1, 0.1])
     assert plain["contenders"][1]["behind_best"]["significant"] is True
+    right = [each["cost_per_1000_right"] for each in plain["contenders"]]
+    assert right == pytest.approx([0.1 / 0.75, 0.1 / 0.5])
     assert "behind_best" not in plain["contenders"][0] and plain["currency"] == "EUR"
     html = page(found, "rows.jsonl")
     assert "base &lt;b&gt;" in html and "<b>" not in html and plain["verdict"].split(":")[0] in html
@@ -142,7 +148,7 @@ def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
 def test_a_model_that_writes_beside_prompts_and_documents(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"prompt": f"Say {word}", "completion": word} for word in ANIMALS * 5]
+    rows = [{"prompt": f"Say {word} {n}", "completion": word} for n, word in enumerate(ANIMALS * 5)]
     data = write(tmp_path / "train.jsonl", rows)
     held = write(tmp_path / "held.jsonl", [
         {"prompt": f"Please say {word}", "completion": word} for word in ANIMALS
@@ -152,15 +158,25 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     tuned = luthier.tune(
         data, base=str(tiny_model_folder), name="x", training__max_steps=4, data__validation_share=0
     )
-    found = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
+    found = luthier.compare(
+        held, [tuned.model_id], documents=[notes], max_tokens=4, search_seconds=0.5, answers=100
+    )
     assert found.rows == 6 and found.measure == "exact"
-    assert {each.technique for each in found.contenders} == {
-        "as it is", "prompt engineering", "RAG", "tuned", "tuned and RAG",
+    assert Counter(each.technique for each in found.contenders) == {
+        "as it is": 1, "prompt engineering": 2, "RAG": 2, "baseline": 1, "tuned": 1,
+        "tuned and RAG": 1,
     }  # fmt: skip
-    assert len(found.contenders) == 6  # two kinds of examples
+    # The nearest training row has the right answer, and a prompt was searched for as long as asked.
+    best = found.best
+    assert (best.technique, best.score.value) == ("baseline", 1.0)
+    (searched,) = [each for each in found.contenders if each.prompt is not None]
+    assert searched.name.endswith("with a searched prompt") and searched.preparation_seconds >= 0.5
+    (line,) = [each for each in found.plain()["contenders"] if "prompt" in each]
+    assert set(line["prompt"]) == {"instruction", "examples"}
+    assert any("the prompt was searched for" in remark for remark in found.remarks)
     by_way = {each.technique: each for each in found.contenders}
     assert (by_way["RAG"].prompt_tokens or 0) > (by_way["as it is"].prompt_tokens or 0)
-    assert by_way["tuned"].training_seconds > 0 == by_way["RAG"].training_seconds
+    assert by_way["tuned"].preparation_seconds > 0 == by_way["RAG"].preparation_seconds
     # The same rows and graders as `evaluate`, so the same scores.
     for way, model in (("tuned", tuned.model_id), ("as it is", str(tiny_model_folder))):
         alone = luthier.evaluate(model, held, max_tokens=4)
@@ -169,7 +185,10 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     room = room_of(find(tuned.model_id))
     monkeypatch.setattr(prompting, "WORDS", room)
     notes.write_text("a fox " * room)
-    long = luthier.compare(held, [tuned.model_id], documents=[notes], max_tokens=4)
+    long = luthier.compare(
+        held, [tuned.model_id], documents=[notes], max_tokens=4, search_seconds=0
+    )
+    assert "searched" not in " ".join(long.remarks) and len(long.contenders) == 5
     assert "do not fit into its context" in " ".join(long.remarks)
 
 

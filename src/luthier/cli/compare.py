@@ -45,6 +45,20 @@ def compare(
     prices: Annotated[
         Path | None, typer.Option(help="A price table, as `estimate` reads it (TOML).")
     ] = None,
+    answers: Annotated[
+        int,
+        typer.Option(min=0, help="Answers you expect of it: what they return of what tuning took."),
+    ] = 0,
+    search_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Search a prompt so long; by default as tuning took, at most 600."
+        ),
+    ] = None,
+    reflector: Annotated[
+        str | None,
+        typer.Option(help="Model, or https://host/v1#model, that rewrites prompts in the search."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
     attach: Attach = False,
     columns: Columns = None,
@@ -60,6 +74,7 @@ def compare(
     with show_progress(0, "compare") as done:
         found = run(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
+            answers=answers, search_seconds=search_seconds, reflector=reflector,
             columns=parse_columns(columns or ()), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:

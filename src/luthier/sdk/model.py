@@ -451,6 +451,9 @@ def compare(
     prices: str | Path | None = None,
     note: Callable[[str], None] = lambda text: None,
     *,
+    answers: int = 0,
+    search_seconds: float | None = None,
+    reflector: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     attach: bool = False,
@@ -468,6 +471,11 @@ def compare(
         max_tokens: of a reply at most.
         prices: a price table, as of ``luthier estimate``; the one of the store when not given.
         note: hears what is done.
+        answers: that you expect of the tuned model, for what they return of what tuning took.
+        search_seconds: that a prompt is searched for a base that writes; as long as tuning took, at
+            most ten minutes, when not given; 0 for none.
+        reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
+            with its key in ``OPENAI_API_KEY``; the base itself when not given.
         columns: the file's name for each of our keys.
         on_progress: hears how many answers there are, and of how many.
         attach: keep the result with each of ``tuned``, where its certificate finds it.
@@ -478,6 +486,7 @@ def compare(
     Raises:
         RefusedInput: where there is nothing to compare, or a tenth of the rows are training rows.
     """
+    from luthier.chat_models.base import ModelSpec, address_fields
     from luthier.data.rows import load_rows
     from luthier.graders import parse_graders
     from luthier.store.models import find
@@ -506,6 +515,9 @@ def compare(
         None if graders is None else parse_graders(graders),
         max_tokens,
         read_prices(None if prices is None else Path(prices)),
+        answers,
+        search_seconds,
+        None if reflector is None else ModelSpec(**address_fields(reflector)),
         note,
         on_progress,
     )

@@ -66,6 +66,11 @@ class Question:
     asked: tuple[Message, ...]
     answer: str
 
+    @property
+    def text(self) -> str:
+        """What is asked, without what the system says."""
+        return "\n".join(turn.content for turn in self.asked if turn.role != "system")
+
 
 def questions_of(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Question]:
     """Rows with one right answer as questions; classes are asked for by their names.
@@ -101,6 +106,17 @@ class Way:
     """Examples or passages for each question."""
     shows_training_rows: bool = False
     """Whether examples are given; a tuned model has learned from these."""
+    instruction: str = ""
+    """What the system says, after what it says in the question itself."""
+
+    def plain(self) -> dict[str, Any]:
+        """What all questions have in common, for JSON: the instruction, and examples that stay."""
+        common = self.given[0] if all(each == self.given[0] for each in self.given) else ()
+        examples = [each for each in common if isinstance(each, Question)]
+        return {
+            "instruction": self.instruction,
+            "examples": [{"asked": each.text, "answer": each.answer} for each in examples],
+        }
 
 
 def ways_to_ask(
@@ -113,7 +129,8 @@ def ways_to_ask(
     ways = [Way("as it is", "asked as it is", [()] * len(questions))]
     if train:
         shown = few_shot(train, EXAMPLES, seed)
-        nearest = retrieve_examples(questions, train, EXAMPLES)
+        index = NearestExamples(train)
+        nearest = [index.of(each, EXAMPLES) for each in questions]
         ways += [
             Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True),
             Way("RAG", f"{EXAMPLES} nearest examples", nearest, True),
@@ -201,20 +218,23 @@ class Prompting:
 
 
 def conversation_of(
-    question: Question, given: Sequence[Question | str], template: str
+    question: Question, given: Sequence[Question | str], template: str, instruction: str = ""
 ) -> tuple[Message, ...]:
     """What stands before the answer: examples as turns before, passages inside the last question.
 
-    For the ``plain`` template, which has no turns, all is one text.
+    The ``instruction`` is for the system. For the ``plain`` template, which has no turns, all is one
+    text.
     """
     turns: list[Message] = []
     passages = [each for each in given if isinstance(each, str)]
     shown = [each for each in given if isinstance(each, Question)]
     if template == "plain":
-        parts = [f"{_text(each.asked)}\n{each.answer}" for each in shown]
-        parts += [*passages, _text(question.asked)]
-        return (Message("user", "\n\n".join(parts)),)
+        parts = [*filter(None, [instruction]), *(f"{each.text}\n{each.answer}" for each in shown)]
+        return (Message("user", "\n\n".join([*parts, *passages, question.text])),)
     system = [turn for turn in question.asked if turn.role == "system"]
+    if instruction:
+        said = [turn.content for turn in system]
+        system = [Message("system", "\n\n".join([*said, instruction]))]
     for each in shown:
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
@@ -236,12 +256,16 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
     return [train[number] for number in [*fresh, *others][:count]]
 
 
-def retrieve_examples(
-    questions: Sequence[Question], train: Sequence[Question], count: int
-) -> list[list[Question]]:
-    """For each question the ``count`` training questions nearest to it, with their answers."""
-    index = BM25Index([_text(each.asked) for each in train])
-    return [[train[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
+class NearestExamples:
+    """Training questions by the words that they share with another (BM25)."""
+
+    def __init__(self, train: Sequence[Question]) -> None:
+        self.train = train
+        self._index = BM25Index([each.text for each in train])
+
+    def of(self, question: Question, count: int) -> list[Question]:
+        """The ``count`` nearest with their answers, the nearest last."""
+        return [self.train[place] for place in self._index.nearest(question.text, count)]
 
 
 def cut_passages(documents: Sequence[str]) -> list[str]:
@@ -270,8 +294,4 @@ def retrieve_passages(
     """For each question the ``count`` passages nearest to it."""
     parts = cut_passages(documents)
     index = BM25Index(parts)
-    return [[parts[i] for i in index.nearest(_text(q.asked), count)] for q in questions]
-
-
-def _text(turns: Sequence[Message]) -> str:
-    return "\n".join(turn.content for turn in turns if turn.role != "system")
+    return [[parts[i] for i in index.nearest(q.text, count)] for q in questions]

@@ -2,25 +2,28 @@
 
 A base model that writes is asked as it is, with examples in the prompt, with the nearest examples, and
 with passages of documents (:mod:`luthier.serving.prompting`); beside one that reads, the simple
-baselines are fitted (:mod:`luthier.evaluation.baselines`). Tuned models are asked as they are, and
-with the passages. All answer the same rows, so differences are known row by row: which are more than
-chance is said with Holm's correction for all that are compared. What an answer costs is measured in
-the same run.
+baselines are fitted (:mod:`luthier.evaluation.baselines`), and for both the answer of the nearest
+training row is taken over. For as long as tuning took a prompt is searched for the base
+(:mod:`luthier.workflows.prompt_search`). Tuned models are asked as they are, and with the passages. All
+answer the same rows, so differences are known row by row: which are more than chance is said with
+Holm's correction for all that are compared. What an answer costs is measured in the same run.
 
-Left out: searched prompts, several samples of an answer, retrieval by embeddings, a reader of documents
-that was tuned with them.
+Left out: several samples of an answer, retrieval by embeddings, a reader of documents that was tuned
+with them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import Conversation, LabelledText, of_shape
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
+from luthier.evaluation.evaluate import grade
 from luthier.evaluation.significance import (
     CHANCE,
     LESS_IS_BETTER,
@@ -32,8 +35,10 @@ from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.row_keys import question_of
+from luthier.models.sampling import Sampling
 from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prompting import (
+    NearestExamples,
     Question,
     Way,
     conversation_of,
@@ -41,17 +46,22 @@ from luthier.serving.prompting import (
     ways_to_ask,
 )
 from luthier.types import Example, Message, Row
+from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_prompt
 
 if TYPE_CHECKING:
+    from luthier.chat_models.base import ModelSpec
     from luthier.evaluation.evaluate import Evaluation
     from luthier.graders import Grader
     from luthier.serving.generation import Generator
+    from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
 Technique = Literal[
     "as it is", "prompt engineering", "RAG", "baseline", "tuned", "tuned and RAG"
 ]  # fmt: skip
+MOST_SEARCH_SECONDS = 600.0
+"""That a prompt is searched, where nothing is said and tuning took longer."""
 BASELINE_SECONDS = 120.0
 """For all simple baselines together."""
 SEED = 0
@@ -73,8 +83,10 @@ class Contender:
     """Read for one answer, on average; ``None`` where no text is written."""
     model_bytes: int = 0
     """Size of the weights that answer, all of the base included."""
-    training_seconds: float = 0.0
-    """What tuning took before the first answer."""
+    preparation_seconds: float = 0.0
+    """What tuning, or the search of the prompt, took before the first answer."""
+    prompt: Way | None = None
+    """That was searched."""
 
     @property
     def is_tuned(self) -> bool:
@@ -94,6 +106,8 @@ class HeadToHead:
     remarks: list[str] = field(default_factory=list)
     """What was left out, and what the rows do not say."""
     prices: Prices | None = None
+    answers: int = 0
+    """That are expected of the model, for the return on what tuning took; 0 where nobody knows."""
 
     @property
     def less_is_better(self) -> bool:
@@ -114,13 +128,27 @@ class HeadToHead:
         """Of 1,000 answers, at the prices that were given."""
         return None if self.prices is None else self.prices.cost(1000 * contender.seconds, 0)
 
+    def cost_per_thousand_right(self, contender: Contender) -> float | None:
+        """Of 1,000 right answers, where the score is a share of them."""
+        cost, score = self.cost_per_thousand(contender), contender.score
+        return cost / score.value if cost is not None and score.is_share and score.value else None
+
     def break_even(self, tuned: Contender, other: Contender) -> float | None:
         """Answers after which the time that tuning took is saved; ``None`` where it never is.
 
         Machine time stands for money here: both run on the same machine.
         """
         saved = other.seconds - tuned.seconds
-        return tuned.training_seconds / saved if saved > 0 and tuned.training_seconds else None
+        spent = tuned.preparation_seconds - other.preparation_seconds
+        return spent / saved if saved > 0 and spent > 0 else None
+
+    def return_on_investment(
+        self, tuned: Contender, other: Contender, answers: int
+    ) -> float | None:
+        """What ``answers`` save against ``other``, less what tuning took, over that; 1 doubles it."""
+        spent = tuned.preparation_seconds - other.preparation_seconds
+        saved = answers * (other.seconds - tuned.seconds)
+        return (saved - spent) / spent if spent > 0 else None
 
     def verdict(self) -> str:
         """Whether tuning was worth it, in a sentence or two."""
@@ -154,8 +182,13 @@ class HeadToHead:
             return f"An answer of {rival.name} takes 1/{ratio:.1f} of the time."
         paid = self.break_even(tuned, rival)
         text = f"An answer of {tuned.name} takes 1/{ratio:.1f} of the time"
-        after = "" if paid is None else f": tuning has paid its time after {paid:,.0f} answers"
-        return f"{text}{after}."
+        if paid is None:
+            return f"{text}."
+        text += f": tuning has paid its time after {paid:,.0f} answers"
+        if not self.answers:
+            return f"{text}."
+        returned = self.return_on_investment(tuned, rival, self.answers)
+        return f"{text}; {self.answers:,} answers return {returned:+.0%} of what it took."
 
     def _text(self, score: float, signed: bool = False) -> str:
         is_share = self.best.score.is_share
@@ -174,10 +207,13 @@ class HeadToHead:
             }  # fmt: skip
             if each.prompt_tokens is not None:
                 line["prompt_tokens"] = each.prompt_tokens
-            if each.training_seconds:
-                line["training_seconds"] = each.training_seconds
+            if each.preparation_seconds:
+                line["preparation_seconds"] = each.preparation_seconds
+            if each.prompt is not None:
+                line["prompt"] = each.prompt.plain()
             if (cost := self.cost_per_thousand(each)) is not None:
                 line["cost_per_1000"] = cost
+                line["cost_per_1000_right"] = self.cost_per_thousand_right(each)
             if each.name in behind:
                 found = behind[each.name]
                 line["behind_best"] = {
@@ -201,6 +237,9 @@ def compare(
     graders: Mapping[str, Grader] | None = None,
     max_tokens: int = 64,
     prices: Prices | None = None,
+    answers: int = 0,
+    search_seconds: float | None = None,
+    reflector: ModelSpec | None = None,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -216,6 +255,10 @@ def compare(
             them.
         max_tokens: of a reply at most.
         prices: of the machine, for what 1,000 answers cost.
+        answers: that are expected of the tuned model, for the return on what tuning took.
+        search_seconds: that a prompt is searched for the base; as long as tuning took, at most ten
+            minutes, where not given; 0 for none.
+        reflector: the model that rewrites instructions in this search; the base itself where not given.
         note: hears what is done.
         on_progress: hears how many answers there are, and of how many.
 
@@ -233,14 +276,22 @@ def compare(
     writers = [each for each in tuned if _writes(each)]
     base_writes = _writes(base)
     asked = [*writers, base] if base_writes else writers
-    questions, ways = _questions_and_ways(rows, train, documents) if asked else ([], [])
+    held, known = _questions(rows, train) if asked else ([], [])
+    ways = ways_to_ask(held, known, documents) if asked else []
     without_examples = [way for way in ways if not way.shows_training_rows]
-    ways_of = [(each, ways if each is base else without_examples) for each in asked]
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
     run = _Comparing(graders, max_tokens, note, on_progress)
-    run.total = len(rows) * (len(readers) + sum(len(own) for _, own in ways_of))
+    if search_seconds is None:
+        search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
+    search: Callable[[Generator, Mapping[str, Grader]], SearchedPrompt] | None = None
+    if base_writes and known and search_seconds:
+        search = partial(run.search, train, known, search_seconds, reflector)
+    run.total = len(rows) * (
+        len(readers) + len(writers) * len(without_examples)
+        + base_writes * (len(ways) + (search is not None))
+    )  # fmt: skip
     contenders: list[Contender] = []
     measure_name = "accuracy"
     for stored in readers:
@@ -249,12 +300,16 @@ def compare(
         if not isinstance(score, RowScores) or len(found.rows) != len(rows):
             raise RecipeError(f"{stored.id} is not scored row by row on such rows")
         contenders.append(_contender(stored, "tuned", score, found.scores, seconds))
-    if train and not base_writes:
+    if train and (labelled or not base_writes):
         contenders += run.baselines(base, rows, train, remarks)
-    for stored, own in ways_of:
-        contenders += run.write(stored, rows, questions, own, stored is not base, remarks)
-        if not labelled:
-            measure_name = next(iter(run.graders))
+    for stored in writers:
+        contenders += run.write(stored, rows, held, without_examples, remarks, is_tuned=True)
+    if base_writes:
+        contenders += run.write(base, rows, held, ways, remarks, known=known, search=search)
+    if known and not labelled:
+        contenders.append(run.copy_nearest(rows, held, known))
+    if asked and not labelled:
+        measure_name = next(iter(run.graders))
     if len(contenders) < 2:
         raise RecipeError(
             "there is nothing to compare: give a base model that writes, training rows for "
@@ -262,7 +317,7 @@ def compare(
         )
     sign = 1 if measure_name in LESS_IS_BETTER else -1
     contenders.sort(key=lambda each: sign * each.score.value)
-    return HeadToHead(measure_name, len(rows), contenders, remarks, prices)
+    return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
 
 
 def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
@@ -296,13 +351,15 @@ def _writes(stored: StoredModel) -> bool:
     return objective_of(stored).task == "causal_lm"
 
 
-def _questions_and_ways(
-    rows: Sequence[Row], train: Sequence[Row], documents: Sequence[str]
-) -> tuple[list[Question], list[Way]]:
+def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question], list[Question]]:
+    """Both as questions; classes are asked for by the names of all."""
     both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
     labels = sorted({row.label for row in both if isinstance(row.label, str)})
-    questions = questions_of(rows, labels)
-    return questions, ways_to_ask(questions, questions_of(train, labels), documents)
+    return questions_of(rows, labels), questions_of(train, labels)
+
+
+def _training_seconds(stored: StoredModel) -> float:
+    return float((stored.manifest.metrics or {}).get("seconds", 0.0))
 
 
 def _contender(
@@ -311,10 +368,10 @@ def _contender(
 ) -> Contender:  # fmt: skip
     folders = {stored.network_folder, stored.folder}
     size = sum(folder_size(folder, "**/*.safetensors") for folder in folders)
-    trained = (stored.manifest.metrics or {}).get("seconds", 0.0) if "tuned" in technique else 0.0
+    trained = _training_seconds(stored) if "tuned" in technique else 0.0
     return Contender(
         f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,
-        float(trained),
+        trained,
     )  # fmt: skip
 
 
@@ -351,22 +408,31 @@ class _Comparing:
         rows: Sequence[Row],
         questions: Sequence[Question],
         ways: Sequence[Way],
-        is_tuned: bool,
         remarks: list[str],
+        *,
+        is_tuned: bool = False,
+        known: Sequence[Question] = (),
+        search: Callable[[Generator, Mapping[str, Grader]], SearchedPrompt] | None = None,
     ) -> list[Contender]:
-        """A model that writes, asked in several ways."""
-        from luthier.models.sampling import Sampling
+        """A model that writes, asked in several ways; one more is what ``search`` finds."""
         from luthier.serving.generation import Generator
-        from luthier.serving.inference import Chat
 
         generator = Generator.open(stored)
-        graders = open_graders(self.graders, len(rows) * len(ways), self.note)
-        sampling = Sampling(max_tokens=self.max_tokens)
+        graders = open_graders(self.graders, len(rows) * (len(ways) + 1), self.note)
+        searched: SearchedPrompt | None = None
+        if search is not None:
+            try:
+                searched = search(generator, graders)
+                remarks.append(searched.describe())
+                ways = [*ways, searched.way(questions, known)]
+            except RefusedInput as error:
+                remarks.append(f"no prompt was searched: {error}")
         found = []
         for way in ways:
-            name = f"with {way.name}" if any(way.given) else ""
-            asked = _rows_of(rows, questions, way, generator)
-            prompts = [Chat(tuple(row.prompt_turns()), row.tools) for row in asked]
+            name = "" if way.technique == "as it is" else f"with {way.name}"
+            asked = _rows_of(rows, questions, way, generator.chat.template)
+            prompts = _prompts(asked)
+            sampling = Sampling(max_tokens=self.max_tokens)
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
             if long:
                 name = f"{stored.id} {name}".strip()
@@ -380,13 +446,64 @@ class _Comparing:
             graded = measure(generator, asked, graders, self.max_tokens, self._done)
             seconds = (time.perf_counter() - began) / len(rows)
             self.finished += len(rows)
-            score = next(iter(graded.row_scores.values()))
-            assert isinstance(score, RowScores)
             technique: Technique = way.technique
             if is_tuned:
                 technique = "tuned" if way.technique == "as it is" else "tuned and RAG"
-            found.append(_contender(stored, technique, score, graded.scores, seconds, name, tokens))
+            score = _deciding(graded)
+            contender = _contender(stored, technique, score, graded.scores, seconds, name, tokens)
+            if searched is not None and way is ways[-1]:
+                contender = replace(contender, preparation_seconds=searched.seconds, prompt=way)
+            found.append(contender)
         return found
+
+    def search(
+        self,
+        train: Sequence[Row],
+        known: Sequence[Question],
+        seconds: float,
+        reflector: ModelSpec | None,
+        generator: Generator,
+        graders: Mapping[str, Grader],
+    ) -> SearchedPrompt:
+        """A prompt for the training rows, searched with a model that is in memory."""
+        sampling = Sampling(max_tokens=self.max_tokens)
+
+        def answer(numbers: Sequence[int], way: Way) -> list[tuple[str, float]]:
+            rows = [train[number] for number in numbers]
+            questions = [known[number] for number in numbers]
+            asked = _rows_of(rows, questions, way, generator.chat.template)
+            able = [
+                place for place, prompt in enumerate(_prompts(asked))
+                if generator.refusal(prompt, sampling) is None
+            ]  # fmt: skip
+            found = [("", 0.0)] * len(asked)
+            if able:
+                graded = measure(generator, [asked[n] for n in able], graders, self.max_tokens)
+                scores_K = _deciding(graded).parts_R
+                for place, each, score in zip(able, graded.answers, scores_K, strict=True):
+                    found[place] = each.reply, float(score)
+            return found
+
+        self.note(
+            f"searching a prompt for {seconds:.0f} s, as long as tuning took at most: "
+            "search_seconds says how long, and 0 that none is searched"
+        )
+        return search_prompt(answer, reflection(generator, reflector, self.note), known, seconds)
+
+    def copy_nearest(
+        self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]
+    ) -> Contender:
+        """What the nearest training question has for an answer, word for word."""
+        began = time.perf_counter()
+        index = NearestExamples(known)
+        replies = [index.of(each, 1)[0].answer for each in questions]
+        seconds = (time.perf_counter() - began) / len(rows)
+        graders = open_graders(self.graders, len(rows), self.note)
+        graded = grade(rows, replies, graders)
+        return Contender(
+            "the answer of the nearest training row", "baseline", _deciding(graded), graded.scores,
+            seconds,
+        )  # fmt: skip
 
     def baselines(
         self,
@@ -433,22 +550,33 @@ class _Comparing:
         return fit_baselines(network, encoder, *both, BUDGET, BASELINE_SECONDS)
 
 
+def _deciding(graded: Evaluation) -> RowScores:
+    """The scores by the first grader."""
+    score = next(iter(graded.row_scores.values()))
+    assert isinstance(score, RowScores)
+    return score
+
+
+def _prompts(rows: Sequence[Row]) -> list[Chat]:
+    from luthier.serving.inference import Chat
+
+    return [Chat(tuple(row.prompt_turns()), row.tools) for row in rows]
+
+
 def _rows_of(
-    rows: Sequence[Row], questions: Sequence[Question], way: Way, generator: Generator
+    rows: Sequence[Row], questions: Sequence[Question], way: Way, template: str
 ) -> list[Row]:
     """The rows as they are asked in one way; what a grader reads of them stays."""
     if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
         return list(rows)
-    template = generator.chat.template
     asked: list[Row] = []
     for row, question, given in zip(rows, questions, way.given, strict=True):
-        turns: tuple[Message, ...] = conversation_of(question, given, template)
-        answer = Message("assistant", question.answer)
+        turns = conversation_of(question, given, template, way.instruction)
         asked.append(
             Conversation(
                 row.file,
                 row.line,
-                (*turns, answer),
+                (*turns, Message("assistant", question.answer)),
                 question.answer,
                 members=row.members,
                 tools=row.tools,

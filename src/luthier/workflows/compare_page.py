@@ -58,15 +58,17 @@ def _table(comparison: HeadToHead) -> Table:
     columns = {
         "way": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
         "beyond chance": "text", "tokens read": "number", "ms an answer": "number",
-        "tuning, s": "number", "MB": "number",
+        "before, s": "number", "MB": "number",
     }  # fmt: skip
     prices = comparison.prices
-    columns |= {} if prices is None else {f"{prices.currency} for 1,000": "number"}
+    columns |= {} if prices is None else {
+        f"{prices.currency} for 1,000": "number", "for 1,000 right": "number"
+    }  # fmt: skip
     rows = []
     for each in comparison.contenders:
         low, high = each.score.interval
         apart = behind.get(each.name)
-        cost = comparison.cost_per_thousand(each)
+        cost, right = comparison.cost_per_thousand(each), comparison.cost_per_thousand_right(each)
         rows.append(
             [
                 each.technique, each.name, f"{each.score.value:.3f}", f"{low:.3f} to {high:.3f}",
@@ -74,9 +76,9 @@ def _table(comparison: HeadToHead) -> Table:
                 "" if apart is None else "yes" if apart.significant else "no",
                 "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
                 f"{1000 * each.seconds:,.1f}",
-                f"{each.training_seconds:,.0f}" if each.training_seconds else "",
+                f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
                 f"{each.model_bytes / 1e6:,.0f}" if each.model_bytes else "",
-                *([] if cost is None else [f"{cost:.4f}"]),
+                *([] if cost is None else [f"{cost:.4f}", "" if right is None else f"{right:.4f}"]),
             ]
         )  # fmt: skip
     return Table.of("All that were compared", columns, rows)
