@@ -18,6 +18,7 @@ from luthier.evaluation.retrieval import (
     pair_ranks,
     partner_ranks,
     popularity_ranks,
+    reciprocal_rank_fusion,
     retrieval_scores,
 )
 from luthier.evaluation.significance import values
@@ -125,7 +126,13 @@ def test_words_are_weighed_as_the_formula_says() -> None:
 def test_texts_without_words_share_none() -> None:
     assert bm25_ranks(["?", "boat"], ["a boat", "a cat"]).tolist() == [2, 2]
     assert bm25_ranks(["x", "我"], ["?", "y"]).tolist() == [2, 2]
-    assert BM25Index(["?", "y", "我"]).nearest("a boat", 2) == [1, 0]
+    assert BM25Index(["?", "y", "我"]).nearest("a boat", 2) == [0, 1]
+
+
+def test_orders_are_joined_by_the_places_in_them() -> None:
+    # 1/61 + 1/63 is more than 1/62 + 1/62, and what is in one order only comes last.
+    assert reciprocal_rank_fusion([[0, 1, 2], [2, 1, 0]]) == [0, 2, 1]
+    assert reciprocal_rank_fusion([[5, 1], [1]]) == [1, 5]
 
 
 def test_items_are_ranked_by_fame_and_by_company() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from luthier.data.chat import ChatFormat
@@ -27,6 +28,7 @@ from luthier.serving.prompting import (
     few_shot,
     questions_of,
     retrieve_passages,
+    ways_to_ask,
 )
 from luthier.types import Message
 
@@ -68,12 +70,29 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 
 def test_the_nearest_example_stands_last() -> None:
-    *_, last = NearestExamples(TRAIN).of(HELD[0], 3)
+    ((*_, last),) = NearestExamples(TRAIN).of(HELD, 3)
     assert "fox" in last.asked[0].content
     ((text,),) = retrieve_passages(
         HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
     )
     assert "fox" in text
+
+
+def test_what_is_meant_finds_what_is_said_in_other_words() -> None:
+    documents = ["Cards come by post.\n" * 80, "The vixen leaps over the fence.\n" * 30]
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        animal = [any(word in text for word in ("vixen", "fox", "jump")) for text in texts]
+        return np.array([[each, not each] for each in animal], np.float32)
+
+    asked = [Question((Message("user", "How high does a fox jump?"),), "2 m")]
+    ((*_, found),) = retrieve_passages(asked, documents, 1, embed)
+    assert "vixen" in found
+    names = [way.name for way in ways_to_ask(asked, TRAIN, documents, embed)]
+    assert names[2:] == [
+        "4 nearest examples by words", "4 nearest examples by words and meaning",
+        "passages of the documents by words", "passages of the documents by words and meaning",
+    ]  # fmt: skip
 
 
 def test_documents_are_cut_at_lines_and_lose_no_word() -> None:

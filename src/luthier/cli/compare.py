@@ -59,6 +59,10 @@ def compare(
         str | None,
         typer.Option(help="Model, or https://host/v1#model, that rewrites prompts in the search."),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Model with embeddings, by which examples and passages are found, too."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
     attach: Attach = False,
     columns: Columns = None,
@@ -75,7 +79,7 @@ def compare(
         found = run(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
             answers=answers, search_seconds=search_seconds, reflector=reflector,
-            columns=parse_columns(columns or ()), on_progress=done, attach=attach,
+            encoder=encoder, columns=parse_columns(columns or ()), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:
         from luthier.files import write_bytes

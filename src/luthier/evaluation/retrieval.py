@@ -11,7 +11,7 @@ find nothing. nDCG is that of Järvelin and Kekäläinen 2002 with a gain of 1 f
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,10 @@ MOST_SCORES = 50_000_000
 """Scores that are held at once: 200 MB."""
 CUT = 10
 """Places that nDCG looks at."""
+DEPTH = 100
+"""Places of an order that count where several are joined."""
+RANK_CONSTANT = 60
+"""Added to a place in reciprocal rank fusion, as its authors have it."""
 
 
 def partner_ranks(
@@ -169,15 +173,47 @@ class BM25Index:
         return found
 
     def nearest(self, query: str, count: int) -> list[int]:
-        """Numbers of the ``count`` texts nearest to ``query``, the nearest last.
-
-        In a prompt what stands last is heeded most.
-        """
+        """Numbers of the ``count`` texts nearest to ``query``, the nearest first."""
         most = min(count, self.size)
         if self._index is None:
-            return [*range(most)][::-1]
+            return [*range(most)]
         found, _ = self._index.retrieve(_words([query]), k=most, show_progress=False)
-        return [int(number) for number in found[0]][::-1]
+        return [int(number) for number in found[0]]
+
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Embeddings ``[N, H]`` of texts."""
+
+
+class Retriever:
+    """Texts by the words they share with a query, and with ``embed`` by what both mean, too.
+
+    Both orders are joined by reciprocal rank fusion (Cormack, Clarke and Buettcher 2009).
+    """
+
+    def __init__(self, texts: Sequence[str], embed: Embed | None = None) -> None:
+        self._words, self._embed = BM25Index(texts), embed
+        self._text_NH = None if embed is None else embed(texts)
+
+    def nearest(self, queries: Sequence[str], count: int) -> list[list[int]]:
+        """Numbers of the ``count`` texts nearest to each query, the nearest first."""
+        if self._embed is None or self._text_NH is None:
+            return [self._words.nearest(query, count) for query in queries]
+        by_meaning, _ = nearest(self._embed(queries), self._text_NH, DEPTH)
+        both = zip(queries, by_meaning.tolist(), strict=True)
+        return [
+            reciprocal_rank_fusion([self._words.nearest(query, DEPTH), places])[:count]
+            for query, places in both
+        ]
+
+
+def reciprocal_rank_fusion(orders: Sequence[Sequence[int]]) -> list[int]:
+    """All numbers of several orders, the best first, by the sum of 1 / (60 + rank)."""
+    scores: defaultdict[int, float] = defaultdict(float)
+    for order in orders:
+        for rank, number in enumerate(order, 1):
+            scores[number] += 1 / (RANK_CONSTANT + rank)
+    return sorted(scores, key=lambda number: (-scores[number], number))
 
 
 def _words(texts: Sequence[str], ids: bool = True) -> Any:

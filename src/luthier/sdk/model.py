@@ -454,6 +454,7 @@ def compare(
     answers: int = 0,
     search_seconds: float | None = None,
     reflector: str | None = None,
+    encoder: str | None = None,
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     attach: bool = False,
@@ -476,6 +477,7 @@ def compare(
             most ten minutes, when not given; 0 for none.
         reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
             with its key in ``OPENAI_API_KEY``; the base itself when not given.
+        encoder: id of a model with embeddings, by which examples and passages are found, too.
         columns: the file's name for each of our keys.
         on_progress: hears how many answers there are, and of how many.
         attach: keep the result with each of ``tuned``, where its certificate finds it.
@@ -518,6 +520,7 @@ def compare(
         answers,
         search_seconds,
         None if reflector is None else ModelSpec(**address_fields(reflector)),
+        None if encoder is None else find(encoder),
         note,
         on_progress,
     )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from luthier.data.shapes import (
     CaptionedImage,
     History,
@@ -26,6 +28,8 @@ from luthier.serving.evaluation import FittingRows, LongRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network
     from luthier.objectives import Objective
@@ -111,6 +115,21 @@ class Predictor:
                 if "scores" in answer:
                     answer["scores"] = likeliest(answer["scores"], top)
         return answers
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings ``[N, H]`` of texts, each cut to the context.
+
+        Raises:
+            RecipeError: for a model that gives none.
+        """
+        if self.objective.task != "embedding":
+            raise RecipeError(f"a model of objective {self.objective.method} gives no embeddings")
+        rows = [RawText("text", number, text) for number, text in enumerate(texts, 1)]
+        examples = [self._encode(row, index) for index, row in enumerate(rows)]
+        room = self.context
+        cut = [self.objective.truncate(e, room) if len(e) > room else e for e in examples]
+        found = self._read(cut, lambda finished: None)
+        return np.array([answer["embedding"] for answer in found], dtype=np.float32)
 
     def _sides(self, row: Row) -> list[Row]:
         """What is read of a row: of a text or an image beside a text both, where the model says how

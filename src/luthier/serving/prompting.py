@@ -3,8 +3,9 @@
 These are what fine-tuning has to beat. Examples come as earlier turns of the conversation (Brown et al.
 2020, few-shot), drawn once for all questions, or for each question the nearest by BM25 (Liu et al.
 2022, "What makes good in-context examples for GPT-3?", which uses embeddings; BM25 needs no second
-model). Documents are cut into passages and put before the question (Lewis et al. 2020, without its
-trained retriever). Held-out rows only are measured, and the answers are never searched.
+model, and is joined with one where it is given). Documents are cut into passages and put before the
+question (Lewis et al. 2020, without its trained retriever). Held-out rows only are measured, and the
+answers are never searched.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
-from luthier.evaluation.retrieval import BM25Index
+from luthier.evaluation.retrieval import Embed, Retriever
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -123,21 +124,29 @@ def ways_to_ask(
     questions: Sequence[Question],
     train: Sequence[Question],
     documents: Sequence[str],
+    embed: Embed | None = None,
     seed: int = 0,
 ) -> list[Way]:
-    """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``."""
+    """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``.
+
+    What is nearest is found by words, and once more by words and meaning where there is ``embed``.
+    """
     ways = [Way("as it is", "asked as it is", [()] * len(questions))]
+    searches: dict[str, Embed | None] = {"": None}
+    if embed is not None:
+        searches = {" by words": None, " by words and meaning": embed}
     if train:
         shown = few_shot(train, EXAMPLES, seed)
-        index = NearestExamples(train)
-        nearest = [index.of(each, EXAMPLES) for each in questions]
-        ways += [
-            Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True),
-            Way("RAG", f"{EXAMPLES} nearest examples", nearest, True),
-        ]
+        ways.append(
+            Way("prompt engineering", f"{len(shown)} examples", [shown] * len(questions), True)
+        )
+        for by, search in searches.items():
+            nearest = NearestExamples(train, search).of(questions, EXAMPLES)
+            ways.append(Way("RAG", f"{EXAMPLES} nearest examples{by}", nearest, True))
     if documents:
-        passages = retrieve_passages(questions, documents)
-        ways.append(Way("RAG", "passages of the documents", passages))
+        for by, search in searches.items():
+            passages = retrieve_passages(questions, documents, embed=search)
+            ways.append(Way("RAG", f"passages of the documents{by}", passages))
     return ways
 
 
@@ -257,15 +266,16 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
 
 
 class NearestExamples:
-    """Training questions by the words that they share with another (BM25)."""
+    """Training questions that are nearest to others."""
 
-    def __init__(self, train: Sequence[Question]) -> None:
+    def __init__(self, train: Sequence[Question], embed: Embed | None = None) -> None:
         self.train = train
-        self._index = BM25Index([each.text for each in train])
+        self._retriever = Retriever([each.text for each in train], embed)
 
-    def of(self, question: Question, count: int) -> list[Question]:
-        """The ``count`` nearest with their answers, the nearest last."""
-        return [self.train[place] for place in self._index.nearest(question.text, count)]
+    def of(self, questions: Sequence[Question], count: int) -> list[list[Question]]:
+        """The ``count`` nearest to each with their answers; what stands last is heeded most."""
+        places = self._retriever.nearest([each.text for each in questions], count)
+        return [[self.train[place] for place in reversed(each)] for each in places]
 
 
 def cut_passages(documents: Sequence[str]) -> list[str]:
@@ -289,9 +299,12 @@ def _cut(document: str) -> Iterator[str]:
 
 
 def retrieve_passages(
-    questions: Sequence[Question], documents: Sequence[str], count: int = PASSAGES
+    questions: Sequence[Question],
+    documents: Sequence[str],
+    count: int = PASSAGES,
+    embed: Embed | None = None,
 ) -> list[list[str]]:
-    """For each question the ``count`` passages nearest to it."""
-    parts = cut_passages(documents)
-    index = BM25Index(parts)
-    return [[parts[i] for i in index.nearest(q.text, count)] for q in questions]
+    """For each question the ``count`` passages nearest to it, the nearest last."""
+    passages = cut_passages(documents)
+    places = Retriever(passages, embed).nearest([each.text for each in questions], count)
+    return [[passages[place] for place in reversed(each)] for each in places]

@@ -8,8 +8,7 @@ training row is taken over. For as long as tuning took a prompt is searched for 
 answer the same rows, so differences are known row by row: which are more than chance is said with
 Holm's correction for all that are compared. What an answer costs is measured in the same run.
 
-Left out: several samples of an answer, retrieval by embeddings, a reader of documents that was tuned
-with them.
+Left out: several samples of an answer, a reader of documents that was tuned with them.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from luthier.gate.near_duplicates import normalize
 from luthier.gate.row_keys import question_of
 from luthier.models.sampling import Sampling
 from luthier.serving.evaluation import measure, open_graders
+from luthier.serving.prediction import BUDGET, Predictor
 from luthier.serving.prompting import (
     NearestExamples,
     Question,
@@ -240,6 +240,7 @@ def compare(
     answers: int = 0,
     search_seconds: float | None = None,
     reflector: ModelSpec | None = None,
+    encoder: StoredModel | None = None,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -259,6 +260,7 @@ def compare(
         search_seconds: that a prompt is searched for the base; as long as tuning took, at most ten
             minutes, where not given; 0 for none.
         reflector: the model that rewrites instructions in this search; the base itself where not given.
+        encoder: a model with embeddings, by which examples and passages are found, too.
         note: hears what is done.
         on_progress: hears how many answers there are, and of how many.
 
@@ -277,7 +279,8 @@ def compare(
     base_writes = _writes(base)
     asked = [*writers, base] if base_writes else writers
     held, known = _questions(rows, train) if asked else ([], [])
-    ways = ways_to_ask(held, known, documents) if asked else []
+    embed = None if encoder is None or not asked else Predictor.open(encoder).embed
+    ways = ways_to_ask(held, known, documents, embed) if asked else []
     without_examples = [way for way in ways if not way.shows_training_rows]
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
@@ -394,8 +397,6 @@ class _Comparing:
 
     def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float]:
         """The labels, ratings or tags of a model that reads, and the seconds of each."""
-        from luthier.serving.prediction import Predictor
-
         predictor = Predictor.open(stored)
         began = time.perf_counter()
         found = predictor.scores(rows, self._done)
@@ -495,8 +496,7 @@ class _Comparing:
     ) -> Contender:
         """What the nearest training question has for an answer, word for word."""
         began = time.perf_counter()
-        index = NearestExamples(known)
-        replies = [index.of(each, 1)[0].answer for each in questions]
+        replies = [nearest.answer for (nearest,) in NearestExamples(known).of(questions, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
         graders = open_graders(self.graders, len(rows), self.note)
         graded = grade(rows, replies, graders)
@@ -532,7 +532,6 @@ class _Comparing:
         from luthier.engine.machine import choose_machine
         from luthier.models.load import as_network
         from luthier.objectives import Contrastive
-        from luthier.serving.prediction import BUDGET
         from luthier.store.models import chat_format, load, room_of
 
         machine, encoder = choose_machine(), Contrastive()

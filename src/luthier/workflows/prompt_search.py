@@ -79,8 +79,7 @@ class SearchedPrompt:
         """To ask ``questions`` like this; nearest examples are taken from ``train``."""
         given: Sequence[Sequence[Question | str]] = [self.examples] * len(questions)
         if self.nearest:
-            index = NearestExamples(train)
-            given = [index.of(each, self.nearest) for each in questions]
+            given = NearestExamples(train).of(questions, self.nearest)
         return Way("prompt engineering", "a searched prompt", given, True, self.instruction)
 
     def describe(self) -> str:
@@ -204,14 +203,14 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
     def ask(self, numbers: Sequence[int], candidate: Mapping[str, str]) -> Answers:
         """What the model says with a prompt to training rows; none is shown its own answer."""
         nearest, examples = self.examples_of(candidate)
-        given: list[list[Question]] = []
-        for number in numbers:
-            question = self.questions[number]
-            if nearest:
-                found = self._index.of(question, nearest + 1)
-                given.append([each for each in found if each is not question][-nearest:])
-            else:
-                given.append([self.questions[each] for each in examples if each != number])
+        asked = [self.questions[number] for number in numbers]
+        shown = [[self.questions[each] for each in examples]] * len(asked)
+        if nearest:
+            shown = self._index.of(asked, nearest + 1)
+        given = [
+            [each for each in own if each is not question][-max(nearest, len(examples)) :]
+            for question, own in zip(asked, shown, strict=True)
+        ]
         self.answers += len(numbers)
         instruction = candidate["instruction"]
         return self.answer(
