@@ -125,6 +125,16 @@ SETS = (
 )  # fmt: skip
 
 
+def new_home(folder: Path) -> Path:
+    """A home in ``folder`` with the base models of this one."""
+    from luthier.files import luthier_home
+
+    home = folder / "home"
+    (home / "models").mkdir(parents=True)
+    (home / "models" / "base").symlink_to(luthier_home() / "models" / "base")
+    return home
+
+
 def run_luthier(home: Path, *words: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "luthier", *words, "--json"]
     return run(command, {**os.environ, "LUTHIER_HOME": str(home)}).report
@@ -176,12 +186,8 @@ def run_search(home: Path, case: Case, train: Path, trials: int) -> None:
 
 def table_row(data: Path, case: Case, trials: int) -> str:
     """A row of the table."""
-    from luthier.files import luthier_home
-
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder) / "home"
-        (home / "models").mkdir(parents=True)
-        (home / "models" / "base").symlink_to(luthier_home() / "models" / "base")
+        home = new_home(Path(folder))
         train, test = (
             write_rows(case.form(rows), Path(folder) / f"{part}.jsonl")
             for part, rows in (
