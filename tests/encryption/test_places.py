@@ -14,10 +14,10 @@ from luthier.encryption.keys import Keyring
 from luthier.engine.metrics import MetricsFile
 from luthier.errors import CorruptFile
 from luthier.jobs.folders import JobFolders, SealedLog
+from luthier.serving.journal import Journal
 from luthier.store import batches
 from luthier.store.batches import BatchLine
 from luthier.store.database import Base, Database
-from luthier.workflows.distil.journal import Journal
 
 
 def test_samples_of_a_run_keep_their_places(ring: Keyring, luthier_home: Path) -> None:

@@ -21,6 +21,7 @@ from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders, run_name
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
+from luthier.serving.journal import forget, lines_of_runs
 from luthier.store import removal
 from luthier.store.arns import Arns, object_arn
 from luthier.store.audit import AuditEntry, Event, append
@@ -31,7 +32,6 @@ from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
 from luthier.store.snapshot import remove_orphaned_snapshots
 from luthier.store.uploaded_files import UploadedFiles
-from luthier.workflows.distil.journal import forget, lines_of_runs
 
 Models = Literal["refuse", "keep", "delete"]
 REMOVED = "(removed with the training data)"

@@ -39,12 +39,12 @@ from luthier.jobs.processes import NO_DISK
 from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
+from luthier.serving.journal import asking_for
 from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult
 from luthier.store.models import StoredModel, find
-from luthier.workflows.distil.journal import asking_for
 from luthier.workflows.pipeline import KINDS
 
 BEAT = 1.0

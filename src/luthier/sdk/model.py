@@ -340,6 +340,9 @@ def evaluate(
     ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted,
     of rows with choices how often the right one is the likeliest.
 
+    Replies are on the disk as they come: the same call after a kill asks for the others only. A judge
+    is asked nothing twice.
+
     Args:
         model: an id, a model in memory, or one on this machine.
         data: rows of prompt and reply, of judged answers, of raw text, or with what a model that reads
@@ -379,6 +382,7 @@ def evaluate(
         preference_scores,
         slice_keys,
     )
+    from luthier.serving.journal import evaluation_journal, journal_verdicts
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
     from luthier.store.reports import check_attachable, hashes_of_data, write_report
@@ -419,9 +423,15 @@ def evaluate(
     else:
         check(rows, chosen)
         writer = model if isinstance(model, Model) else Model(stored)
-        chosen = open_graders(chosen, total, note)
+        chosen = open_graders(chosen, total, note, journal_verdicts)
         started = time.monotonic()
-        found = measure(writer.generator, rows, chosen, max_tokens, done, on_error, long_rows)
+        about = {"data": str(Path(data).absolute()), "max_tokens": max_tokens, "turns": turns}
+        with evaluation_journal(stored, about) as journal:
+            if journal is not None and journal.replies:
+                note(f"{len(journal.replies):,} replies are there from a run that was cut")
+            found = measure(
+                writer.generator, rows, chosen, max_tokens, done, on_error, long_rows, journal
+            )
         fields = ("prompt", "reply", "expected", "scores")
         records = [{name: getattr(each, name) for name in fields} for each in found.answers]
         found = replace(found, records=records)

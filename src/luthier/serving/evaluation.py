@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from luthier.chat_models.base import Reply
 from luthier.data.read import read_records
 from luthier.data.shapes import MultipleChoice, ThumbedReply, of_shape
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -41,18 +42,23 @@ from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.files import folder_size
 from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
+from luthier.serving.journal import Journal, key_of
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.graders import Grader, OnError
     from luthier.models.network import Network
+    from luthier.models.sampling import Sampling
     from luthier.objectives.scoring import Remember
     from luthier.serving.generation import Generator
+    from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
 
 BUDGET = 2048
 """Tokens computed at once."""
+AT_ONCE = 32
+"""Replies that are asked for before they are written down; a kill costs so many at most."""
 
 LongRows = Literal["error", "drop", "truncate"]
 """Refuse them all at once, leave them out, or cut them to the context."""
@@ -228,11 +234,13 @@ def measure(
     done: Callable[[int], None] = lambda count: None,
     on_error: OnError = "fail",
     long_rows: LongRows = "error",
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Greedy replies to ``rows``, graded; ``done`` hears how many are finished.
 
-    ``on_error`` says what becomes of replies that a grader cannot grade, and ``long_rows`` of prompts
-    that leave no room for a reply; they are never cut, as their end is what is asked.
+    Replies that ``journal`` has are not asked for again. ``on_error`` says what becomes of replies that
+    a grader cannot grade, and ``long_rows`` of prompts that leave no room for a reply; they are never
+    cut, as their end is what is asked.
 
     Raises:
         DataError: with ``error``, naming every prompt that is too long.
@@ -258,9 +266,34 @@ def measure(
         if refusal is not None and long_rows == "error"
     ]
     refuse_long_rows(problems, len(kept), dropped)
-    replies = generator.replies([asked[index] for index in kept], sampling, done=done)
+    prompts = [asked[index] for index in kept]
+    if journal is None:
+        replies = generator.replies(prompts, sampling, done=done)
+    else:
+        replies = _journaled_replies(generator, prompts, sampling, done, journal)
     graded = grade([rows[index] for index in kept], replies, graders, on_error)
     return replace(graded, dropped=dropped)
+
+
+def _journaled_replies(
+    generator: Generator,
+    prompts: Sequence[Chat],
+    sampling: Sampling,
+    done: Callable[[int], None],
+    journal: Journal,
+) -> list[str]:
+    """What ``journal`` does not have is asked, the longest first, and written down by and by."""
+    keys = [key_of({}, prompt.turns, {"tools": repr(prompt.tools)}) for prompt in prompts]
+    new = {key: n for n, key in enumerate(keys) if key not in journal.replies}
+    order = sorted(new.items(), key=lambda item: -generator.prompt_tokens(prompts[item[1]]))
+    done(len(keys) - len(order))
+    for start in range(0, len(order), AT_ONCE):
+        chosen = order[start : start + AT_ONCE]
+        texts = generator.replies([prompts[place] for _, place in chosen], sampling)
+        done(len(keys) - len(order) + start + len(chosen))
+        for (key, _), text in zip(chosen, texts, strict=True):
+            journal.append(key, Reply(text, "unknown"))
+    return [journal.replies[key].text for key in keys]
 
 
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:

@@ -10,8 +10,8 @@ What a distillation needs to go on after a kill lies in ``distillations/STUDENT/
     insights.jsonl   every prompt: accepted, or rejected by which rule
     train.jsonl      what the student learns from
 
-The teacher's answers lie in its journal (``journal.py``), which all runs share, and the training is an
-ordinary run of `tune`, with its own checkpoints.
+The teacher's answers lie in its journal (:mod:`luthier.serving.journal`), which all runs share, and the
+training is an ordinary run of `tune`, with its own checkpoints.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
+from luthier.serving.journal import (
+    Journal,
+    journal_path,
+    journal_verdicts,
+    key_of,
+)
 from luthier.store.models import (
     StoredModel,
     chat_format,
@@ -54,12 +60,6 @@ from luthier.workflows.distil.insights import (
     reject_prompts,
     repetition_warning,
     summary,
-)
-from luthier.workflows.distil.journal import (
-    Journal,
-    journal_path,
-    journal_verdicts,
-    key_of,
 )
 from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 

@@ -1,10 +1,13 @@
-"""What a teacher has answered, kept for good: a journal that every run with this teacher reads.
+"""What a model has answered, on the disk: nothing is asked twice, and a kill costs no answer.
 
-One file for each teacher, ``teachers/NAME-HASH.jsonl``, one object a line. A line is on the disk before
-the next prompt is asked in its place, so a kill costs no answer, and nothing is asked twice: not after
-a kill, and not by another run that asks the same with the same settings. In a service each account
-has a folder of its own below ``teachers``, and a line names the run that asked first: it goes with the
-data of that run.
+A journal is a file of one object a line. A line is on the disk before the next prompt is asked in its
+place.
+
+Those of teachers and judges, ``teachers/NAME-HASH.jsonl``, are kept for good, and every run that asks
+the same with the same settings reads them. In a service each account has a folder of its own below
+``teachers``, and a line names the run that asked first: it goes with the data of that run.
+
+That of an evaluation, ``evaluations/HASH.jsonl``, lasts until the evaluation has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.encryption.files import open_line, place_of, seal_line
@@ -26,6 +29,9 @@ from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
 from luthier.store.models import content_hash, find
 from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.store.models import StoredModel
 
 RUN = "run"
 """Of a line: the run that asked, where a service did."""
@@ -110,7 +116,7 @@ def forget(account: str, runs: Collection[str]) -> None:
 
 
 class Journal:
-    """The answers of one teacher, by key. Only :meth:`open` makes one: it holds the file's lock."""
+    """The answers of one model, by key. Only :meth:`open` makes one: it holds the file's lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,6 +142,25 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.replies[key] = reply
+
+
+@contextmanager
+def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterator[Journal | None]:
+    """What an evaluation of ``stored`` that was cut has answered; removed when the block ends whole.
+
+    ``about`` tells it from others of the model. ``None`` while another process does the same.
+    """
+    identity = {"role": "evaluated", "sha256": content_hash(stored), **about}
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+    path = luthier_home() / "evaluations" / f"{name}.jsonl"
+    with lock(path.with_suffix(".lock")) as free:
+        if not free:
+            yield None
+            return
+        if not path.exists():
+            write_bytes(path, b"")
+        yield Journal(path)
+        path.unlink()
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -8,8 +8,8 @@ import pytest
 
 from luthier.chat_models.base import Reply
 from luthier.errors import CorruptFile, WrongState
+from luthier.serving.journal import Journal, asking_for, forget, journal_path, key_of
 from luthier.types import Message
-from luthier.workflows.distil.journal import Journal, asking_for, forget, journal_path, key_of
 
 ASKED = (Message("user", "why?"),)
 
