@@ -11,7 +11,7 @@ from luthier.errors import RecipeError
 from luthier.serving.prompting import Question, Way
 from luthier.types import Message
 from luthier.workflows import prompt_search
-from luthier.workflows.prompt_search import MEASURED, search_prompt
+from luthier.workflows.prompt_search import MEASURED, MINIBATCH, search_prompt
 
 KINDS = "animal", "tool", "river", "town"
 
@@ -43,7 +43,7 @@ class Model:
             instructed = bool(self.word) and self.word in way.instruction
             right = instructed or any(text.split()[0] == question.answer for text in texts)
             found.append((question.answer if right else "no", float(right)))
-        if len(numbers) >= MEASURED[0]:
+        if len(numbers) > MINIBATCH or not self.measured:
             self.measured.update(numbers)
         return found
 

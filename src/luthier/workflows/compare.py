@@ -501,7 +501,7 @@ class _Comparing:
         graders = open_graders(self.graders, len(rows), self.note)
         graded = grade(rows, replies, graders)
         return Contender(
-            "the answer of the nearest training row", "baseline", _deciding(graded), graded.scores,
+            "the nearest row by words", "baseline", _deciding(graded), graded.scores,
             seconds,
         )  # fmt: skip
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 MOST_EXAMPLES = 8
 """In a prompt."""
 MINIBATCH = 8
-"""Rows that a new prompt answers before it is measured on all that are kept for it."""
-MEASURED = 16, 128
+"""Rows that a new prompt answers at most before it is measured on all that are kept for it."""
+MEASURED = 8, 128
 """Rows that prompts are measured on, at least and at most."""
 SHARE = 0.06
 """Of the time, for one prompt on these rows."""
@@ -86,7 +86,7 @@ class SearchedPrompt:
         """In a sentence."""
         shown = f"{self.nearest} nearest" if self.nearest else f"{len(self.examples)} fixed"
         return (
-            f"the prompt was searched for {self.seconds:.0f} s, as long as allowed: {self.answers:,} "
+            f"the prompt was searched for {self.seconds:.0f} s: {self.answers:,} "
             f"answers, {self.candidates} prompts, {self.score:.1%} instead of {self.first_score:.1%} "
             f"of {self.measured_rows} training rows; it has {shown} examples and "
             + (f"the instruction {self.instruction!r}" if self.instruction else "no instruction")
@@ -135,7 +135,8 @@ def search_prompt(
     found: GEPAResult[str, int] = optimize(
         seed_candidate=start, trainset=search.reflected, valset=search.measured, adapter=search,
         stop_callbacks=is_over, logger=_Silent(), skip_perfect_score=False, seed=seed,
-        reflection_minibatch_size=min(MINIBATCH, len(search.reflected)), track_best_outputs=False,
+        reflection_minibatch_size=min(MINIBATCH, len(search.reflected), max(1, count // 2)),
+        track_best_outputs=False,
     )  # fmt: skip
     best = found.candidates[found.best_idx]
     nearest, examples = search.examples_of(best)
@@ -182,6 +183,7 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         self.measured, self.shown = order[:held], order[held:]
         self.reflected = self.shown[:REFLECTED]
         self.answers = self.proposals = 0
+        self._known: dict[tuple[int, str, str], tuple[str, float]] = {}
         self._index = NearestExamples([questions[number] for number in self.shown])
 
     def starts(self) -> list[dict[str, str]]:
@@ -201,21 +203,32 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         return 0, [int(word) for word in words]
 
     def ask(self, numbers: Sequence[int], candidate: Mapping[str, str]) -> Answers:
-        """What the model says with a prompt to training rows; none is shown its own answer."""
+        """What the model says with a prompt to training rows; none is shown its own answer.
+
+        It is asked nothing twice.
+        """
+        key = candidate["instruction"], candidate["examples"]
+        new = [number for number in numbers if (number, *key) not in self._known]
+        if new:
+            way = Way(
+                "prompt engineering", "a candidate", self._given(new, candidate), True, key[0]
+            )
+            for number, found in zip(new, self.answer(new, way), strict=True):
+                self._known[number, *key] = found
+            self.answers += len(new)
+        return [self._known[number, *key] for number in numbers]
+
+    def _given(self, numbers: Sequence[int], candidate: Mapping[str, str]) -> list[list[Question]]:
+        """The examples for each row."""
         nearest, examples = self.examples_of(candidate)
         asked = [self.questions[number] for number in numbers]
         shown = [[self.questions[each] for each in examples]] * len(asked)
         if nearest:
             shown = self._index.of(asked, nearest + 1)
-        given = [
+        return [
             [each for each in own if each is not question][-max(nearest, len(examples)) :]
             for question, own in zip(asked, shown, strict=True)
         ]
-        self.answers += len(numbers)
-        instruction = candidate["instruction"]
-        return self.answer(
-            numbers, Way("prompt engineering", "a candidate", given, True, instruction)
-        )
 
     def evaluate(
         self, batch: list[int], candidate: dict[str, str], capture_traces: bool = False
