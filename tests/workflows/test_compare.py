@@ -82,14 +82,19 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
         "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
         "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
     )
-    few = head_to_head(base, contender("tuned", "tuned", 101, seconds=0.2)).verdict()
+    undecided = head_to_head(base, contender("tuned", "tuned", 101, seconds=0.2))
+    assert (found.worth_it, undecided.worth_it) == (True, None)
+    few = undecided.verdict()
     assert few.startswith("Tuning is not shown to be better: tuned has 50.5%") and "200 rows" in few
-    worse = head_to_head(contender("nearest", "prompt engineering", 190), tuned).verdict()
+    ahead = head_to_head(contender("nearest", "prompt engineering", 190), tuned)
+    assert ahead.worth_it is ahead.plain()["worth_it"] is False
+    worse = ahead.verdict()
     assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
     slow = head_to_head(contender("words", "baseline", 100, seconds=0.001), tuned).verdict()
     assert slow.endswith("An answer of words takes 1/100.0 of the time.")
     alone = head_to_head(tuned, contender("other", "tuned", 10)).verdict()
     assert alone == "tuned is the best of them"
+    assert head_to_head(tuned).worth_it is None
     errors = [
         Contender(name, technique, RowScores.of([error] * 10, is_share=False), {}, 0.1)
         for name, technique, error in (("tuned", "tuned", 0.5), ("median", "baseline", 2.0))

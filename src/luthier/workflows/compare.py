@@ -150,23 +150,43 @@ class HeadToHead:
         saved = answers * (other.seconds - tuned.seconds)
         return (saved - spent) / spent if spent > 0 else None
 
-    def verdict(self) -> str:
-        """Whether tuning was worth it, in a sentence or two."""
+    @property
+    def rivals(self) -> tuple[Contender, Contender] | None:
+        """The best that was tuned, and the best that was not; ``None`` where one is missing."""
         tuned = next((each for each in self.contenders if each.is_tuned), None)
         rival = next((each for each in self.contenders if not each.is_tuned), None)
-        if tuned is None or rival is None:
-            return f"{self.best.name} is the best of them"
+        return None if tuned is None or rival is None else (tuned, rival)
+
+    @property
+    def worth_it(self) -> bool | None:
+        """Whether tuning was: no where it is worse, ``None`` where the rows do not decide it."""
+        if self.rivals is None:
+            return None
+        gain = self._gain(*self.rivals)
+        return gain.value > 0 if gain.significant else None
+
+    def _gain(self, tuned: Contender, rival: Contender) -> Difference:
+        """How much better ``tuned`` is."""
         found = differences(rival.score, {"tuned": tuned.score})["tuned"]
-        gain = -found.value if self.less_is_better else found.value
-        apart = f"{self._text(gain, signed=True)} \N{PLUS-MINUS SIGN} {self._text(found.error)}"
+        return replace(found, value=-found.value) if self.less_is_better else found
+
+    def verdict(self) -> str:
+        """Whether tuning was worth it, in a sentence or two."""
+        if self.rivals is None:
+            return f"{self.best.name} is the best of them"
+        tuned, rival = self.rivals
+        gain = self._gain(tuned, rival)
+        apart = (
+            f"{self._text(gain.value, signed=True)} \N{PLUS-MINUS SIGN} {self._text(gain.error)}"
+        )
         own, theirs = self._text(tuned.score.value), self._text(rival.score.value)
         scores = f"{tuned.name} has {own} against {theirs} of {rival.name} ({apart})"
-        if found.significant and gain > 0:
+        if self.worth_it:
             said = f"Tuning was worth it: {scores}."
-        elif found.significant:
+        elif self.worth_it is False:
             said = f"Do not use the tuned model: {scores}, which needs no tuning."
         else:
-            least = self._text(CHANCE * found.error)
+            least = self._text(CHANCE * gain.error)
             said = (
                 f"Tuning is not shown to be better: {scores}, which may be chance; {self.rows:,} rows "
                 f"tell differences of {least} and more."
@@ -223,7 +243,7 @@ class HeadToHead:
             contenders.append(line)
         return {
             "measure": self.measure, "rows": self.rows, "contenders": contenders,
-            "verdict": self.verdict(), "remarks": self.remarks,
+            "worth_it": self.worth_it, "verdict": self.verdict(), "remarks": self.remarks,
             **({} if self.prices is None else {"currency": self.prices.currency}),
         }  # fmt: skip
 
