@@ -43,7 +43,7 @@ def test_each_prompt_is_asked_once_with_key_and_settings(endpoint: Any, key: str
         *prompts,
         sampling=SamplingSpec(max_tokens=9, temperature=0.5, top_p=0.9, seed=3),
     )
-    assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7) for p in prompts}
+    assert outcomes == {p: Reply(f"the answer to {p}", "stop", 7, 1) for p in prompts}
     assert set(endpoint.asked.values()) == {1}
     assert endpoint.keys == {f"Bearer {key}"}
     assert 1 < endpoint.most_at_once <= 4
@@ -79,7 +79,7 @@ def test_what_fails_in_passing_is_repeated(
     endpoint: Any, actions: list[Any], requests: int
 ) -> None:
     endpoint.actions["a"] = actions
-    assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7)}
+    assert ask(endpoint.url, "a") == {"a": Reply("the answer to a", "stop", 7, 1)}
     assert endpoint.asked["a"] == requests
 
 
@@ -92,7 +92,7 @@ def test_a_long_retry_after_is_waited_for(endpoint: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr("luthier.chat_models.endpoint.asyncio.sleep", sleep)
     endpoint.actions["a"] = [(429, {"retry-after": "300"})]
     notes: list[str] = []
-    assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7)
+    assert ask(endpoint.url, "a", notes=notes)["a"] == Reply("the answer to a", "stop", 7, 1)
     assert 300.0 in slept
     assert "the endpoint asks to wait 300 s" in notes
 
@@ -118,7 +118,7 @@ def test_a_prompt_that_never_gets_a_whole_answer_fails_alone(endpoint: Any) -> N
     endpoint.actions["b"] = [(400, {})] * 99
     notes: list[str] = []
     found = ask(endpoint.url, "a", "b", "c", retries=1, notes=notes)
-    assert found["c"] == Reply("the answer to c", "stop", 7)
+    assert found["c"] == Reply("the answer to c", "stop", 7, 1)
     assert isinstance(found["a"], Failure) and found["a"].rule == "teacher.failed"
     assert "broke off" in found["a"].reason
     assert found["b"] == Failure("teacher.refused", "HTTP 400: no …")
@@ -189,9 +189,9 @@ def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
     async def notebook() -> dict[str, Reply | Failure]:
         return ask(endpoint.url, "a")
 
-    assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7)
+    assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7, 1)
 
 
 def test_half_of_a_surrogate_pair_is_mended(endpoint: Any) -> None:
     endpoint.answers["a"] = "smile \ud83d"
-    assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7)
+    assert ask(endpoint.url, "a")["a"] == Reply("smile \ufffd", "stop", 7, 1)

@@ -34,12 +34,13 @@ LONGEST_WAIT = 3600.0
 class EndpointModel(ChatModel):
     """Answers over the network, several questions at once."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, logprobs: bool = False) -> None:
+        """``logprobs`` asks for those of the tokens of each answer, which some endpoints refuse."""
         if importlib.util.find_spec("openai") is None:
             raise RecipeError(
                 f"a {spec.role} at an endpoint needs: pip install 'luthier[endpoint]'"
             )
-        self.spec = spec
+        self.spec, self.logprobs = spec, logprobs
         self.name = f"{spec.model} at {urlsplit(spec.url or '').netloc}"
 
     @property
@@ -55,7 +56,10 @@ class EndpointModel(ChatModel):
         note: Callable[[str], None],
     ) -> None:
         """Ask all questions, the failed ones twice."""
-        _run(_Session(self.spec, self._key, questions, sampling, done, note).all())
+        settings = _settings(self.spec, sampling)
+        if self.logprobs:
+            settings["logprobs"] = True
+        _run(_Session(self.spec, self._key, questions, settings, done, note).all())
 
     @property
     def terms(self) -> str:
@@ -77,12 +81,12 @@ class _Session:
         spec: ModelSpec,
         key: str,
         questions: Sequence[Sequence[Message]],
-        sampling: SamplingSpec,
+        settings: Mapping[str, Any],
         done: Done,
         note: Callable[[str], None],
     ) -> None:
         self.spec, self.key, self.questions = spec, key, questions
-        self.settings = _settings(spec, sampling)
+        self.settings = settings
         self.done, self.note = done, note
         self.failed: dict[int, Failure] = {}
         self.in_a_row = 0
@@ -227,7 +231,10 @@ def _reply(found: Any) -> Reply:
         text, finish = message.refusal, "refusal"
     # Half of a surrogate pair can come out of JSON, and no tokenizer takes it.
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Reply(text, str(finish), usage.completion_tokens if usage else None)
+    scores = getattr(getattr(choices[0], "logprobs", None), "content", None)
+    logprobs = tuple(float(each.logprob) for each in scores) if scores else None
+    written, read = (usage.completion_tokens, usage.prompt_tokens) if usage else (None, None)
+    return Reply(text, str(finish), written, read, logprobs)
 
 
 def _wait_asked_for(error: openai.APIStatusError) -> float | None:

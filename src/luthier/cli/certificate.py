@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.cli.console import check_output, note, print_json, print_text
 from luthier.cli.options import Json
+
+if TYPE_CHECKING:
+    from luthier.workflows.certificate.verify import Verification
 
 
 def certificate(
@@ -64,20 +67,57 @@ def certificate(
 
 def verify(
     model: Annotated[str, typer.Argument(help="Model id.")],
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="Address of an OpenAI-compatible server that is to serve it (…/v1)."),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(help="What the server calls the model, if not by its id.")
+    ] = None,
+    key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the server's key.")
+    ] = "OPENAI_API_KEY",
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Allow http:// to another machine.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows with prompts; by default those that the model was measured on."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=3, max=256, help="Prompts to ask.")] = 16,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=512, help="Tokens of a reply at most.")
+    ] = 32,
     json_: Json = False,
 ) -> None:
-    """Check that the files of a model, its record and its certificate are what they were."""
+    """Check that a model's files and certificate are what they were, and that a server serves it."""
     from luthier.sdk.certificate import verify as run
 
-    found = run(model)
+    found = run(
+        model, endpoint=endpoint, endpoint_model=endpoint_model, key_env=key_env,
+        plain_http=plain_http, data=data, prompts=prompts, max_tokens=max_tokens, note=note,
+    )  # fmt: skip
     if json_:
         print_json(found.plain())
     else:
-        for line in found.differences:
-            print_text(f"differs: {line}")
-        for line in found.remarks:
-            print_text(line)
-        if found.is_intact:
-            print_text(f"{found.id} is intact: {'; '.join(found.checked) or 'nothing to check'}")
-    if not found.is_intact:
+        _show(found)
+    if not found.holds:
         raise typer.Exit(1)
+
+
+def _show(found: Verification) -> None:
+    for line in found.differences:
+        print_text(f"differs: {line}")
+    for line in found.remarks:
+        print_text(line)
+    if found.is_intact:
+        print_text(f"{found.id} is intact: {'; '.join(found.checked) or 'nothing to check'}")
+    if found.endpoint is None:
+        return
+    for reason in found.endpoint.failures:
+        print_text(f"not answered: {reason}")
+    for each in found.endpoint.candidates:
+        error = each["logprob_difference"]
+        more = "" if error is None else f", log-probabilities {error:.3f} apart"
+        print_text(f"  {each['tokens_chosen']:>4.0%} of the tokens chosen by {each['name']}{more}")
+    print_text(found.endpoint.text)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.sdk.model import Model
@@ -32,18 +36,63 @@ def certificate(model: str | Model, *, watts: float | None = None) -> Certificat
     return made
 
 
-def verify(model: str | Model) -> Verification:
-    """Compute all hashes of a model, its record and its certificate once more.
+def verify(
+    model: str | Model,
+    *,
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    key_env: str = "OPENAI_API_KEY",
+    plain_http: bool = False,
+    data: str | Path | None = None,
+    prompts: int = 16,
+    max_tokens: int = 32,
+    note: Callable[[str], None] = lambda text: None,
+) -> Verification:
+    """Compute all hashes of a model, its record and its certificate once more; ask who serves it.
 
     Args:
         model: an id, or a model in memory.
+        endpoint: base address of an OpenAI-compatible server, such as ``https://host/v1``.
+        endpoint_model: what the server calls the model; its id when not given.
+        key_env: environment variable that holds the server's key.
+        plain_http: allow ``http://`` to another machine.
+        data: rows with prompts to ask; those that the model was measured on when not given.
+        prompts: how many are asked, each once, at temperature 0.
+        max_tokens: of a reply at most.
+        note: hears what is done.
 
     Returns:
-        ``is_intact``, and what differs in sentences that name the file.
+        ``is_intact`` and what differs, in sentences that name the file; ``endpoint`` with what the
+        server serves.
+
+    Raises:
+        RecipeError: for a model that does not write, and for a server that refuses the key or has no
+            such model.
+        LuthierError: for a server that does not answer.
     """
+    from dataclasses import replace
+
+    from pydantic import ValidationError
+
+    from luthier.validation import describe_error
+    from luthier.workflows.certificate.endpoint import EndpointSpec, prompts_of, verify_endpoint
     from luthier.workflows.certificate.verify import verify_files
 
-    return verify_files(_stored(model))
+    stored = _stored(model)
+    found = verify_files(stored)
+    if endpoint is None:
+        return found
+    try:
+        spec = EndpointSpec(
+            model=endpoint_model or stored.id, url=endpoint, key_env=key_env, plain_http=plain_http
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"{first['loc'][0] if first['loc'] else 'endpoint'}{describe_error(first)}"
+        ) from error
+    asked = prompts_of(stored, data, prompts)
+    return replace(found, endpoint=verify_endpoint(stored, spec, asked, max_tokens, note))
 
 
 def _stored(model: str | Model) -> StoredModel:

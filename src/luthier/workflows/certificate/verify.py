@@ -7,7 +7,7 @@ change a file can change its hash. That is what a signature is for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from luthier.errors import CorruptFile
@@ -15,6 +15,7 @@ from luthier.files import sha256_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, REPORTS, Manifest
 from luthier.store.models import StoredModel, ancestors, content_hash
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
+from luthier.workflows.certificate.endpoint import EndpointVerification
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,25 @@ class Verification:
     """Each file that is not what was recorded, in sentences."""
     remarks: list[str] = field(default_factory=list)
     """What could not be checked, in sentences."""
+    endpoint: EndpointVerification | None = None
+    """What a server serves under the model's name, where one was asked."""
 
     @property
     def is_intact(self) -> bool:
-        """Whether nothing differs."""
+        """Whether no file differs."""
         return not self.differences
+
+    @property
+    def holds(self) -> bool:
+        """Whether no file differs, and the server that was asked, if any, serves the model."""
+        return self.is_intact and (self.endpoint is None or self.endpoint.is_served)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "id": self.id, "intact": self.is_intact, "checked": self.checked,
             "differences": self.differences, "remarks": self.remarks,
+            **({} if self.endpoint is None else {"endpoint": asdict(self.endpoint)}),
         }  # fmt: skip
 
 

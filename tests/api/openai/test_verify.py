@@ -1,0 +1,161 @@
+"""Whether a server serves a model: luthier's own server serves the right one, and three wrong ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.errors import LuthierError, RecipeError
+from luthier.files import luthier_home, write_json
+from luthier.models.manifest import MANIFEST
+from luthier.serving.export import export
+from luthier.store.models import base_folder, find
+
+WORDS = ("sky", "grass", "coal", "snow", "rose", "sea")
+COLOURS = ("blue", "green", "black", "white", "red", "dark")
+ID = "tiny:colours"
+TEMPLATE = (
+    "{% for message in messages %}<<{{ message['role'] }}>> {{ message['content'] }} <|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<<assistant>> {% endif %}"
+)
+
+
+def write(path: Path, answers: tuple[str, ...]) -> Path:
+    rows = [
+        {"prompt": f"What is the colour of {word}?", "completion": f"It is {answer}."}
+        for word, answer in zip(WORDS, answers, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of ``tiny``, and base models that are what a server may make of the first."""
+    home = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        # A base that answers in words: what random weights write is no text that a tokenizer makes.
+        words = write(home / "words.jsonl", ("nice",) * 6)
+        learn(words, str(tiny_model_folder), "words", "full", 0.005)
+        export(find("tiny-llama:words"), base_folder("tiny"), merged=True)
+        serve("tiny")
+        for name, answers in (("colours", COLOURS), ("others", COLOURS[::-1])):
+            learn(write(home / f"{name}.jsonl", answers), "tiny", name, "lora", 0.02)
+        export(find(ID), base_folder("right"), merged=True)
+        export(find("tiny:others"), base_folder("other-adapter"), merged=True)
+        shutil.copytree(base_folder("tiny"), base_folder("no-effect"))
+        shutil.copytree(base_folder("right"), base_folder("template"))
+        (base_folder("template") / "chat_template.jinja").write_text(TEMPLATE)
+        shutil.copytree(tiny_model_folder, base_folder("stranger"))
+        for name in ("right", "other-adapter", "no-effect", "template", "stranger"):
+            serve(name)
+    return home
+
+
+def learn(rows: Path, base: str, name: str, adaptation: str, rate: float) -> None:
+    luthier.tune(
+        rows, base=base, name=name, data__validation_share=0, adaptation__method=adaptation,
+        training__max_steps=30, batch_size=6, learning_rate=rate, training__schedule="constant",
+        training__threads=1,
+    )  # fmt: skip
+
+
+def serve(name: str) -> None:
+    manifest = {"id": name, "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+    write_json(base_folder(name) / MANIFEST, manifest)
+
+
+@pytest.fixture
+def url(store: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> str:
+    shutil.copytree(store, luthier_home)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-one")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return request.getfixturevalue("service").url
+
+
+def test_what_a_server_serves_is_told_by_name(url: str) -> None:
+    said = {
+        "right": ("served", "The endpoint serves tiny:colours: it would"),
+        "no-effect": ("adapter_without_effect", "serves tiny, as if nothing had been tuned"),
+        "template": ("wrong_template", "The template is another one: the endpoint read"),
+        "other-adapter": (
+            "wrong_adapter",
+            "The adapter is another one: the endpoint serves tiny:oth",
+        ),
+        "stranger": ("something_else", "neither tiny:colours nor anything else that was tried"),
+    }
+    for name, (finding, text) in said.items():
+        found = luthier.verify(ID, endpoint=url, endpoint_model=name, max_tokens=12)
+        assert found.endpoint is not None and found.is_intact
+        assert found.endpoint.finding == finding, (name, found.endpoint)
+        assert text in found.endpoint.text
+        assert found.endpoint.prompts == 6 and not found.endpoint.failures
+        assert found.holds is (name == "right")
+        if name == "right":  # the same decoder: its log-probabilities are those of the server
+            assert found.endpoint.candidates[0]["logprob_difference"] < 1e-4
+
+
+def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", COLOURS)
+    asked = ["verify", ID, "--endpoint", url, "--max-tokens", "12", "--data", str(rows)]
+    right = CliRunner().invoke(app, [*asked, "--endpoint-model", "right"])
+    assert right.exit_code == 0 and "100% of the tokens chosen by tiny:colours" in right.stdout
+    wrong = CliRunner().invoke(app, [*asked, "--endpoint-model", "no-effect", "--json"])
+    assert wrong.exit_code == 1
+    assert json.loads(wrong.stdout)["endpoint"]["finding"] == "adapter_without_effect"
+    for changed, text in (
+        (["--endpoint-model", "nobody"], "has no model 'nobody'"),
+        (
+            ["--endpoint-model", "right", "--key-env", "NO_SUCH_KEY"],
+            "refuses the key of NO_SUCH_KEY",
+        ),
+        (["--endpoint-model", "right", "--endpoint", "http://10.1.2.3/v1"], "not encrypted"),
+        (["--endpoint-model", "right", "--data", str(tmp_path / "no.jsonl")], "no.jsonl"),
+    ):
+        refused = CliRunner().invoke(app, [*asked, *changed])
+        assert refused.exit_code == 2 and text in refused.output, refused.output
+
+
+def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
+    shutil.copytree(base_folder("tiny"), base_folder("twin"))
+    folder = luthier_home() / "models" / "custom" / "tiny"
+    shutil.copytree(folder / "colours", folder / "twin")
+    record = json.loads((folder / "twin" / MANIFEST).read_text())
+    write_json(folder / "twin" / MANIFEST, {**record, "id": "tiny:twin"})
+    found = luthier.verify(ID, endpoint=url, endpoint_model="right", max_tokens=12).endpoint
+    assert found is not None and found.finding == "undecided" and "tiny:twin" in found.text
+
+
+def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
+    store: Path, luthier_home: Path, endpoint: Any
+) -> None:
+    shutil.copytree(store, luthier_home)
+    answers = dict(zip(WORDS, COLOURS, strict=True))
+    endpoint.answer = lambda prompt: f"It is {answers[prompt.split()[-1].rstrip('?')]}."
+    found = luthier.verify(ID, endpoint=endpoint.url).endpoint
+    assert found is not None and found.finding == "served", found
+    assert {each["logprob_difference"] for each in found.candidates} == {None}
+    assert {body["temperature"] for body in endpoint.bodies} == {0.0}
+    endpoint.bodies.clear()
+    endpoint.action = lambda prompt: (400, {})
+    with pytest.raises(LuthierError, match="answered 0 of 6 prompts"):
+        luthier.verify(ID, endpoint=endpoint.url)
+    assert [body.get("logprobs") for body in endpoint.bodies] == [True] * 6 + [None] * 6
+    with pytest.raises(LuthierError, match="cannot be reached"):
+        luthier.verify(ID, endpoint="http://127.0.0.1:9/v1")
+
+
+def test_a_model_that_does_not_write_is_refused(
+    luthier_home: Path, tiny_encoder: str, tmp_path: Path
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", COLOURS)
+    with pytest.raises(RecipeError, match="does not write"):
+        luthier.verify(tiny_encoder, endpoint="http://127.0.0.1:9/v1", data=rows)
