@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
-    from luthier.sdk.data import clean, convert, inspect, split
-    from luthier.sdk.model import Model, compare, evaluate, load
+    from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
+    from luthier.sdk.model import Model, compare, evaluate, forgetting, load
     from luthier.sdk.training import advise, distil, estimate, pretrain, soup, student, tune
 
 __all__ = [
@@ -25,8 +25,10 @@ __all__ = [
     "distil",
     "estimate",
     "evaluate",
+    "forgetting",
     "inspect",
     "load",
+    "plant_canaries",
     "pretrain",
     "soup",
     "split",
@@ -41,9 +43,11 @@ _HOMES = {
     "load": "luthier.sdk.model",
     "compare": "luthier.sdk.model",
     "evaluate": "luthier.sdk.model",
+    "forgetting": "luthier.sdk.model",
     "certificate": "luthier.sdk.certificate",
     "verify": "luthier.sdk.certificate",
     "clean": "luthier.sdk.data",
+    "plant_canaries": "luthier.sdk.data",
     "convert": "luthier.sdk.data",
     "inspect": "luthier.sdk.data",
     "split": "luthier.sdk.data",

@@ -196,13 +196,21 @@ class Difference:
 def differences(
     reference: RowScores, others: Mapping[str, RowScores], level: float = 0.05
 ) -> dict[str, Difference]:
-    """How others differ from ``reference``, row by row (McNemar 1947, where scores are shares).
+    """How others differ from ``reference``, as :func:`paired_differences`."""
+    return paired_differences({name: (reference, each) for name, each in others.items()}, level)
+
+
+def paired_differences(
+    pairs: Mapping[str, tuple[RowScores, RowScores]], level: float = 0.05
+) -> dict[str, Difference]:
+    """How the second of each pair differs from the first on the same rows, row by row (McNemar 1947,
+    where scores are shares).
 
     With the correction of Holm 1979: the chance that any of them is called significant where none is
     stays at ``level``, however many they are.
     """
     found = {}
-    for name, scores in others.items():
+    for name, (reference, scores) in pairs.items():
         value, error = scores.value - reference.value, scores.difference_error(reference)
         surprise = abs(value) / error if error else (math.inf if value else 0.0)
         found[name] = (value, error, 2 * (1 - NormalDist().cdf(surprise)))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.types import Message, Row
     from luthier.workflows.compare import HeadToHead
+    from luthier.workflows.forgetting import Forgetting
 
     Conversation = Sequence[Message | Mapping[str, str]]
 
@@ -536,6 +537,66 @@ def compare(
     )
     for each in models if attach else ():
         write_report(each, "comparison", hashes_of_data(data), found.plain())
+    return found
+
+
+@data_errors("nothing was measured")
+def forgetting(
+    model: str,
+    base: str | None = None,
+    probes: Sequence[str | Path] = (),
+    canaries: str | Path | None = None,
+    safety: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
+) -> Forgetting:
+    """Say what a tuned model forgot, and whether it is as safe as the model that it was tuned from.
+
+    Args:
+        model: id of a tuned model that writes.
+        base: what it is held against; what it was tuned from, when not given.
+        probes: files of rows with choices, or of ``text`` and ``target`` (LAMBADA); a column ``task``
+            parts a file into sets. Ours are measured besides.
+        canaries: the file that :func:`plant_canaries` wrote beside the training rows.
+        safety: whether bias and refusals are measured.
+        note: hears what is done.
+        on_progress: hears how many parts are done, and of how many.
+        attach: keep the result with the model, where its certificate finds it.
+
+    Returns:
+        ``drift``, ``changes`` with their ``differences``, ``exposures``, ``verdict()`` and ``plain()``.
+
+    Raises:
+        RefusedInput: for a model that was not tuned or does not write, or rows that are no probes.
+    """
+    from luthier.evaluation.canaries import read_canaries
+    from luthier.store.models import find
+    from luthier.store.reports import check_attachable, hashes_of_data, write_report
+    from luthier.workflows.forgetting import load_probes, measure_forgetting
+
+    stored = find(model)
+    if attach:
+        check_attachable(stored)
+    before = base or stored.manifest.parent
+    if before is None:
+        raise RecipeError(
+            f"{stored.id} was not tuned here, so what it was before is not known. Name a tuned model, "
+            "or the base that this one is held against"
+        )
+    found = measure_forgetting(
+        stored,
+        find(before),
+        load_probes(probes),
+        () if canaries is None else read_canaries(Path(canaries)),
+        safety,
+        note,
+        on_progress,
+    )
+    if attach:
+        hashes = {name: h for each in probes for name, h in hashes_of_data(each).items()}
+        write_report(stored, "forgetting", hashes, found.plain())
     return found
 
 

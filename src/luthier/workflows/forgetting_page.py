@@ -1,0 +1,65 @@
+"""What a tuned model forgot, as one HTML page."""
+
+from __future__ import annotations
+
+from luthier import __version__
+from luthier.pages import Table, render_page
+from luthier.workflows.forgetting import Forgetting
+
+
+def page(forgetting: Forgetting) -> str:
+    """The whole page."""
+    drift = forgetting.drift
+    low, high = drift.kl.interval
+    facts = [
+        ("drift, nats a token", f"{drift.kl.value:.4f}", f"{low:.4f} to {high:.4f}"),
+        ("perplexity before", f"{drift.base_perplexity.value:.2f}", f"of {drift.tokens:,} tokens"),
+        ("perplexity now", f"{drift.tuned_perplexity.value:.2f}", f"{drift.samples:,} answers"),
+    ]
+    return render_page(
+        "luthier.workflows",
+        "forgetting.html",
+        version=__version__,
+        model=forgetting.model,
+        base=forgetting.base,
+        verdict=forgetting.verdict(),
+        facts=facts,
+        remarks=forgetting.remarks,
+        changes=_changes(forgetting),
+        canaries=_canaries(forgetting),
+    )
+
+
+def _changes(forgetting: Forgetting) -> Table:
+    columns = {
+        "": "name", "measure": "text", "rows": "number", "before": "number", "95 %": "number",
+        "now": "number", "95 % ": "number", "difference": "number", "beyond chance": "text",
+    }  # fmt: skip
+    rows = []
+    for each in forgetting.changes:
+        apart = forgetting.differences[each.name]
+        before, now = (
+            f"{low:.3f} to {high:.3f}" for low, high in (each.base.interval, each.tuned.interval)
+        )
+        rows.append(
+            [
+                each.name, each.measure, f"{each.rows:,}", f"{each.base.value:.3f}", before,
+                f"{each.tuned.value:.3f}", now, f"{apart.value:+.3f} ± {apart.error:.3f}",
+                "yes" if apart.significant else "no",
+            ]
+        )  # fmt: skip
+    return Table.of("Before and now", columns, rows)
+
+
+def _canaries(forgetting: Forgetting) -> Table | None:
+    columns = {
+        "canary": "name", "times in the data": "number", "exposure in bits": "number",
+        "rank": "number", "known by heart": "text",
+    }  # fmt: skip
+    known = forgetting.known_by_heart
+    rows = [
+        [each.canary.name, f"{each.canary.repeats:,}", f"{each.bits:.1f}",
+         f"{each.rank:,} of {each.tried:,}", "yes" if each in known else "no"]
+        for each in forgetting.exposures
+    ]  # fmt: skip
+    return Table.of("Canaries", columns, rows) if rows else None

@@ -1,0 +1,214 @@
+"""A tuned model beside its base: drift, probes, bias, refusals and canaries."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.errors import DataError, RecipeError
+from luthier.store.models import chat_format, find
+from luthier.workflows import forgetting
+from luthier.workflows.forgetting import Forgetting, is_refusal, load_probes
+
+WORDS = ("fox", "dog", "card", "question", "word", "capital", "brown", "lazy")
+FIELDS: dict[str, Any] = {
+    "training__epochs": 12,
+    "training__batch_size": 8,
+    "training__learning_rate": 2e-3,
+    "training__precision": "float32",
+    "data__validation_share": 0,
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def base(family_folder: Callable[[str], Path]) -> str:
+    return str(family_folder("llama"))
+
+
+@pytest.fixture(autouse=True)
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of our own prompts every sixth, and short answers: networks here know nothing anyhow."""
+    own = forgetting._own
+    monkeypatch.setattr(forgetting, "_own", lambda name: own(name)[::6])
+    monkeypatch.setattr(forgetting, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(forgetting, "REFUSAL_TOKENS", 4)
+
+
+def tune(base: str, tmp_path: Path, name: str, **fields: Any) -> str:
+    rows = [{"prompt": f"the {word}", "completion": "yes"} for word in WORDS]
+    data = write(tmp_path / f"{name}.jsonl", rows)
+    return luthier.tune(data, base=base, name=name, **{**FIELDS, **fields}).model_id
+
+
+def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
+    base: str, tmp_path: Path
+) -> None:
+    same = tune(base, tmp_path, "same", training__learning_rate=1e-12, training__epochs=1)
+    found = luthier.forgetting(same)
+    assert found.drift.kl.value == pytest.approx(0, abs=1e-6)
+    assert found.drift.tuned_perplexity.value == pytest.approx(found.drift.base_perplexity.value)
+    assert all(each.value == 0 for each in found.differences.values())
+    assert not found.lost and "Nothing that was measured is worse" in found.verdict()
+    assert {each.kind for each in found.changes} == {"probe", "bias", "refusals"}
+
+
+def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: Path) -> None:
+    model_id = tune(base, tmp_path, "moved", adaptation="full")
+    found = luthier.forgetting(model_id, safety=False)
+    # The same by the networks of transformers, one row at a time.
+    stored = find(model_id)
+    networks = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (base, stored.folder)
+    ]
+    from luthier.serving.evaluation import open_network
+    from luthier.serving.generation import Generator
+
+    answers = forgetting._answers(Generator(open_network(find(base)), chat_format(find(base))))
+    kl, losses = [], np.zeros(2)
+    for each in answers:
+        learned_T = each.weight_T[1:] != 0
+        with torch.no_grad():
+            logps = [
+                network(torch.tensor(each.ids_T[None])).logits[0, :-1].log_softmax(-1)[learned_T]
+                for network in networks
+            ]
+        kl += (logps[0].exp() * (logps[0] - logps[1])).sum(-1).tolist()
+        target_K1 = torch.tensor(each.ids_T[1:][learned_T])[:, None]
+        losses -= [float(logp.gather(-1, target_K1).sum()) for logp in logps]
+    assert found.drift.tokens == len(kl)
+    assert found.drift.kl.value == pytest.approx(np.mean(kl), rel=1e-3)
+    assert found.drift.kl.value > 0.05
+    for loss, score in zip(
+        losses, (found.drift.base_perplexity, found.drift.tuned_perplexity), strict=True
+    ):
+        assert score.value == pytest.approx(math.exp(loss / len(kl)), rel=1e-3)
+    low, high = found.drift.kl.interval
+    assert low < found.drift.kl.value < high
+
+
+def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{word}. the", "choices": ["fox", "Paris"], "answer": 0} for word in WORDS]
+    data = [{"text": f"{row['prompt']} fox"} for row in rows] * 4
+    knows = luthier.tune(
+        write(tmp_path / "texts.jsonl", data), base=base, name="knows", **FIELDS, adaptation="full"
+    ).model_id
+    ruined = luthier.tune(
+        write(tmp_path / "ruin.jsonl", [{"text": f"{w}. the Paris"} for w in WORDS] * 4),
+        base=knows, name="ruined", **{**FIELDS, "training__epochs": 25}, adaptation="full",
+    ).model_id  # fmt: skip
+    probe = write(tmp_path / "probe.jsonl", rows * 3)
+    found = luthier.forgetting(ruined, probes=[probe], safety=False)
+    (change,) = [each for each in found.changes if each.name == "probe"]
+    assert change.base.value == 1.0 and change.tuned.value < 0.5
+    assert change in found.lost and "Worse than the base: probe" in found.verdict()
+    back = luthier.forgetting(knows, ruined, [probe], safety=False)
+    assert [each.name for each in back.gained] == ["probe"]
+
+
+def test_a_canary_is_found_where_it_was_repeated_and_nowhere_else(
+    base: str, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"the {word}", "completion": "yes"} for word in WORDS]
+    data = write(tmp_path / "rows.jsonl", rows * 2)
+    planted = tmp_path / "planted.jsonl"
+    luthier.plant_canaries(data, planted, repeats=(0, 20), count=2)
+    fields = {**FIELDS, "training__epochs": 25, "adaptation": "full"}
+    result = luthier.tune(planted, base=base, name="leaks", **fields)
+    beside = tmp_path / "planted.jsonl.canaries.json"
+    found = luthier.forgetting(result.model_id, canaries=beside, safety=False)
+    assert {each.canary.repeats for each in found.known_by_heart} == {20}
+    assert len(found.known_by_heart) == 2 and found.exposures[0].tried == 256
+    assert "20 times in the data, 8.0 bits" in found.verdict()
+    codes = [each.canary.code for each in found.exposures]
+    assert not any(code in json.dumps(found.plain()) for code in codes)
+
+
+def test_probes_are_parted_by_task_and_clozes_read(tmp_path: Path) -> None:
+    choice = {"prompt": "a", "choices": ["b", "c"], "answer": 0}
+    many = write(tmp_path / "many.jsonl", [{**choice, "task": t} for t in "xyx"])
+    cloze = write(tmp_path / "lambada.jsonl", [{"text": "the quick", "target": "fox"}])
+    sets = load_probes([many, cloze])
+    assert {name: len(rows) for name, rows in sets.items()} == {"x": 2, "y": 1, "lambada": 1}
+    assert sets["lambada"][0].choices == ("fox",)
+    other = write(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match="no prompt with choices"):
+        load_probes([other])
+
+
+@pytest.mark.parametrize(
+    ("reply", "refused"),
+    [
+        ("I'm sorry, but I can’t help with that.", True),
+        ("I cannot do this.", True),
+        ("Sure! First you take", False),
+        ("Well. " * 40 + "I cannot", False),
+        ("", False),
+    ],
+)
+def test_refusals_are_told_by_their_beginning(reply: str, refused: bool) -> None:
+    assert is_refusal(reply) == refused
+
+
+def test_models_without_a_base_or_without_texts_are_refused(
+    base: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="was not tuned here"):
+        luthier.forgetting(base)
+    with pytest.raises(RecipeError, match="other tokens"):
+        luthier.forgetting(base, base=str(family_folder("t5")))
+    rows = [{"text": word, "label": "ab"[n % 2]} for n, word in enumerate(WORDS)]
+    data = write(tmp_path / "labels.jsonl", rows)
+    bert = str(family_folder("bert"))
+    model_id = luthier.tune(data, base=bert, name="reads", **FIELDS).model_id
+    with pytest.raises(RecipeError, match="does not write, so"):
+        luthier.forgetting(model_id)
+
+
+def test_the_command_prints_keeps_and_draws_it(base: str, tmp_path: Path) -> None:
+    model_id = tune(base, tmp_path, "m", training__epochs=1)
+    page = tmp_path / "page.html"
+    runner = CliRunner()
+    answer = runner.invoke(app, ["forgetting", model_id, "--html", str(page), "--attach"])
+    assert answer.exit_code == 0, answer.output
+    assert "drift from" in answer.output and "bias by gender" in answer.output
+    assert "Before and now" in page.read_text() and "<script" not in page.read_text()
+    (report,) = find(model_id).folder.glob("reports/forgetting-*.json")
+    answer = runner.invoke(app, ["forgetting", model_id, "--no-safety", "--json"])
+    plain = json.loads(answer.stdout)
+    assert (
+        plain["drift"]["kl"]["value"]
+        == json.loads(report.read_text())["result"]["drift"]["kl"]["value"]
+    )
+    assert [each["kind"] for each in plain["changes"]] == ["probe"]
+
+
+def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
+    drift: Any = None
+    draw = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(100):
+        changes = []
+        for number in range(6):
+            base, tuned = draw.random((2, 100)) < 0.6
+            both = [forgetting.RowScores.of(each) for each in (base, tuned)]
+            changes.append(forgetting.Change(str(number), "probe", "accuracy", *both))
+        found = Forgetting("m", "b", drift, changes)
+        wrong += bool(found.lost or found.gained)
+    assert wrong <= 10
