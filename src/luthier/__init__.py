@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
-    from luthier.sdk.model import Model, compare, evaluate, forgetting, load
+    from luthier.sdk.model import Model, compare, evaluate, forgetting, judge, load
     from luthier.sdk.training import advise, distil, estimate, pretrain, soup, student, tune
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "evaluate",
     "forgetting",
     "inspect",
+    "judge",
     "load",
     "plant_canaries",
     "pretrain",
@@ -44,6 +45,7 @@ _HOMES = {
     "compare": "luthier.sdk.model",
     "evaluate": "luthier.sdk.model",
     "forgetting": "luthier.sdk.model",
+    "judge": "luthier.sdk.model",
     "certificate": "luthier.sdk.certificate",
     "verify": "luthier.sdk.certificate",
     "clean": "luthier.sdk.data",

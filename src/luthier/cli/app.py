@@ -23,7 +23,7 @@ from luthier.cli.data import clean, convert, inspect, split
 from luthier.cli.demo import demo
 from luthier.cli.distil import distil, student
 from luthier.cli.estimate import estimate
-from luthier.cli.evaluate import evaluate
+from luthier.cli.evaluate import evaluate, judge
 from luthier.cli.forgetting import canaries, forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
@@ -53,7 +53,7 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, advise, compare, search, distil, inspect,
     clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
-    forgetting, canaries, certificate, verify, serve, demo, plugins,
+    judge, forgetting, canaries, certificate, verify, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from luthier.cli.console import check_output, new_console, note, print_json, print_text
-from luthier.cli.evaluate import parse_grader_options
+from luthier.cli.evaluate import parse_grader_options, parse_judge_option
 from luthier.cli.options import Attach, Columns, Json
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def compare(
         str | None,
         typer.Option(help="Model with embeddings, by which examples and passages are found, too."),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Who prefers replies: a model, https://host/v1#model, or a TOML file."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
     attach: Attach = False,
     columns: Columns = None,
@@ -79,6 +83,7 @@ def compare(
         found = run(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
             answers=answers, search_seconds=search_seconds, reflector=reflector,
+            judge=None if judge is None else parse_judge_option(judge),
             encoder=encoder, columns=parse_columns(columns or ()), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:

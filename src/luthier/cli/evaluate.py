@@ -15,7 +15,7 @@ from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
-    from luthier.graders import Grader
+    from luthier.graders import Grader, Spec
 
 
 def evaluate(
@@ -147,9 +147,52 @@ def _print_slices(found: Evaluation) -> None:
         )
 
 
+def judge(
+    data: Annotated[
+        str, typer.Argument(help="Rows of prompt, chosen and rejected, or of ranked replies.")
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(help="A model, https://host/v1#model, or a TOML file with a ruler in it."),
+    ],
+    columns: Columns = None,
+    json_: Json = False,
+) -> None:
+    """Say how far a judge agrees with people on pairs they judged, before its scores are relied on."""
+    from luthier.cli.progress import show_progress
+    from luthier.recipe import parse_columns
+    from luthier.sdk.model import judge as run
+
+    with show_progress(0, "judge") as done:
+        found = run(
+            data, parse_judge_option(judge), note, columns=parse_columns(columns or ()),
+            on_progress=done,
+        )  # fmt: skip
+    if json_:
+        print_json({"data": data, **found.plain()})
+    else:
+        print_text(found.verdict())
+        if found.unread:
+            print_text(f"{found.unread:,} verdicts had no scores and count one half")
+
+
+def parse_judge_option(value: str) -> Spec:
+    """A model that judges, or the grader of a TOML file.
+
+    Raises:
+        RecipeError: for a file with more graders than one.
+    """
+    if not value.endswith(".toml"):
+        return value
+    graders = list(parse_grader_options([value], ()).values())
+    if len(graders) != 1:
+        raise RecipeError(f"{value} has {len(graders)} graders; the judge is one, of method ruler")
+    return graders[0]
+
+
 def parse_grader_options(names: Sequence[str], assignments: Sequence[str]) -> dict[str, Grader]:
     """Graders by name or from TOML files, with fields from ``NAME.FIELD=VALUE``."""
-    from luthier.graders import Spec, parse_graders, read_graders
+    from luthier.graders import parse_graders, read_graders
     from luthier.recipe import set_field
 
     specs: dict[str, Spec] = {}

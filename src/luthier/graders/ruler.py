@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from luthier.chat_models.base import Failure
@@ -83,6 +84,68 @@ class Ruler(Judge):
         parts += [quote_text(f"reply {n}", answer.reply) for n, answer in enumerate(answers, 1)]
         system = SYSTEM.format(rubric=self.rubric.strip())
         return [Message("system", system), Message("user", "\n\n".join(parts))]
+
+
+@dataclass(frozen=True)
+class PairVerdict:
+    """Which of two replies a judge prefers, asked in both orders."""
+
+    shown_first: int
+    """What it says where the first of both stands first: 1 for it, -1 for the other, 0 for neither."""
+    shown_second: int
+    """What it says of the same reply where it stands second."""
+    unread: int = 0
+    """Verdicts without scores among both, which count for neither."""
+
+    @property
+    def win(self) -> float:
+        """1 where the first is preferred in both orders, 0 where the other is, else one half."""
+        if self.shown_first * self.shown_second > 0:
+            return float(self.shown_first > 0)
+        return 0.5
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether the order changed nothing."""
+        return self.shown_first == self.shown_second
+
+
+def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[PairVerdict]:
+    """What ``judge`` prefers of two replies to each row.
+
+    Both orders are asked, and what changes with the order is a tie: judges favour what stands first
+    (Zheng et al. 2023, section 3.4). Equal replies are a tie that nobody is asked for.
+
+    Raises:
+        LuthierError: where the judge does not answer, or gives no scores to half of all pairs.
+    """
+    asked = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
+    orders = [[judge.comparison(pairs[place]) for place in asked]]
+    orders += [[judge.comparison(pairs[place][::-1]) for place in asked]]
+    verdicts = judge.verdicts([*orders[0], *orders[1]])
+    signs: list[int | None] = []
+    unread: list[str] = []
+    for verdict in verdicts:
+        if isinstance(verdict, Failure):
+            raise LuthierError(f"the judge {judge.model} gives no verdict: {verdict.reason}")
+        one, other = parse_scores(verdict, 2)
+        if one is None or other is None:
+            unread.append(verdict)
+            signs.append(None)
+        else:
+            signs.append((one > other) - (one < other))
+    if 2 * len(unread) > len(verdicts):
+        raise LuthierError(
+            f"{len(unread):,} of {len(verdicts):,} verdicts of the judge {judge.model} have no scores, "
+            f"such as {unread[0][-200:]!r}: use a stronger judge"
+        )
+    found = [PairVerdict(0, 0)] * len(pairs)
+    count = len(asked)
+    for n, place in enumerate(asked):
+        both = signs[n], signs[count + n]
+        first, second = (sign or 0 for sign in both)
+        found[place] = PairVerdict(first, -second, both.count(None))
+    return found
 
 
 def parse_scores(verdict: str, count: int) -> list[int | None]:

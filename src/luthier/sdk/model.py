@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from luthier.evaluation.evaluate import Evaluation, TurnChoice
-    from luthier.graders import OnError, Spec
+    from luthier.evaluation.judges import JudgeAgreement
+    from luthier.graders import OnError, Ruler, Spec
     from luthier.serving.evaluation import LongRows
     from luthier.serving.generation import Generator
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from luthier.workflows.forgetting import Forgetting
 
     Conversation = Sequence[Message | Mapping[str, str]]
+
+
+MOST_WAYS = 8
+"""In which rows are answered for a comparison, and a judge is asked about; to say what it will cost."""
 
 
 class Model:
@@ -450,6 +455,55 @@ def evaluate(
     return found
 
 
+@data_errors("nothing was judged")
+def judge(
+    data: str | Path,
+    judge: Spec,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> JudgeAgreement:
+    """Say how far a judge agrees with people, before its scores are relied on.
+
+    Args:
+        data: pairs of which people chose one reply (``prompt``, ``chosen``, ``rejected``), or ranked
+            replies, of which the best and the worst are taken.
+        judge: a :class:`luthier.graders.Ruler`, its fields, or the name of a model: an id, or
+            ``https://host/v1#model``.
+        note: hears what the judge will be asked.
+        columns: the file's name for each of our keys.
+        on_progress: hears how many pairs are judged, and of how many.
+
+    Returns:
+        Agreement, consistency and what the judge is biased for, with a ``verdict()`` in words.
+
+    Raises:
+        RefusedInput: for rows that people have not judged.
+    """
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.judges import check_pairs, measure_agreement
+
+    pairs = check_pairs(load_rows(data, columns))
+    ruler = _open_judge(judge, len(pairs), note)
+    return measure_agreement(ruler, pairs, lambda count: on_progress(count, len(pairs)))
+
+
+def _open_judge(judge: Spec, pairs: int, note: Callable[[str], None]) -> Ruler:
+    """A judge that compares, ready for so many pairs in both orders."""
+    from luthier.graders import Ruler, parse_graders
+    from luthier.serving.evaluation import open_graders
+    from luthier.serving.journal import journal_verdicts
+
+    spec: Spec = {"method": "ruler", "model": judge} if isinstance(judge, str) else judge
+    chosen = parse_graders({"judge": spec})
+    if not isinstance(chosen["judge"], Ruler):
+        raise RecipeError("replies are compared by a grader of method ruler; name that, or a model")
+    ruler = open_graders(chosen, 2 * pairs, note, journal_verdicts)["judge"]
+    assert isinstance(ruler, Ruler)
+    return ruler
+
+
 @data_errors("nothing was compared")
 def compare(
     data: str | Path,
@@ -466,6 +520,7 @@ def compare(
     search_seconds: float | None = None,
     reflector: str | None = None,
     encoder: str | None = None,
+    judge: Spec | None = None,
     columns: Mapping[str, str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     attach: bool = False,
@@ -489,6 +544,8 @@ def compare(
         reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
             with its key in ``OPENAI_API_KEY``; the base itself when not given.
         encoder: id of a model with embeddings, by which examples and passages are found, too.
+        judge: as of :func:`judge`; replies are then compared by how often it prefers them to those of
+            the base as it is.
         columns: the file's name for each of our keys.
         on_progress: hears how many answers there are, and of how many.
         attach: keep the result with each of ``tuned``, where its certificate finds it.
@@ -532,6 +589,7 @@ def compare(
         search_seconds,
         None if reflector is None else ModelSpec(**address_fields(reflector)),
         None if encoder is None else find(encoder),
+        None if judge is None else _open_judge(judge, MOST_WAYS * len(rows), note),
         note,
         on_progress,
     )

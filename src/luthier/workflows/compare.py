@@ -34,6 +34,9 @@ from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.row_keys import question_of
+from luthier.graders import Exact
+from luthier.graders.base import Answer
+from luthier.graders.ruler import judge_pairs
 from luthier.models.sampling import Sampling
 from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prediction import BUDGET, Predictor
@@ -51,7 +54,7 @@ from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_p
 if TYPE_CHECKING:
     from luthier.chat_models.base import ModelSpec
     from luthier.evaluation.evaluate import Evaluation
-    from luthier.graders import Grader
+    from luthier.graders import Grader, Ruler
     from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
@@ -87,6 +90,8 @@ class Contender:
     """What tuning, or the search of the prompt, took before the first answer."""
     prompt: Way | None = None
     """That was searched."""
+    replies: Sequence[str] = ()
+    """To the rows, of what writes."""
 
     @property
     def is_tuned(self) -> bool:
@@ -261,6 +266,7 @@ def compare(
     search_seconds: float | None = None,
     reflector: ModelSpec | None = None,
     encoder: StoredModel | None = None,
+    judge: Ruler | None = None,
     note: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadToHead:
@@ -281,6 +287,7 @@ def compare(
             minutes, where not given; 0 for none.
         reflector: the model that rewrites instructions in this search; the base itself where not given.
         encoder: a model with embeddings, by which examples and passages are found, too.
+        judge: opened; by its preferences replies are compared with those of the base as it is then.
         note: hears what is done.
         on_progress: hears how many answers there are, and of how many.
 
@@ -288,12 +295,13 @@ def compare(
         DataError: where a tenth of ``rows`` stand in ``train``.
         RecipeError: where there is nothing to compare.
     """
-    from luthier.graders import Exact
-
     if not rows:
         raise RecipeError("there are no rows to compare on")
     remarks = check_leakage(rows, train)
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
+    if judge is not None and (labelled or not _writes(base)):
+        raise RecipeError("a judge compares replies with those of the base: it is for rows of prompt "
+                          "and reply, and a base that writes")  # fmt: skip
     readers = [each for each in tuned if not _writes(each)]
     writers = [each for each in tuned if _writes(each)]
     base_writes = _writes(base)
@@ -333,6 +341,8 @@ def compare(
         contenders.append(run.copy_nearest(rows, held, known))
     if asked and not labelled:
         measure_name = next(iter(run.graders))
+    if judge is not None:
+        measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError(
             "there is nothing to compare: give a base model that writes, training rows for "
@@ -341,6 +351,32 @@ def compare(
     sign = 1 if measure_name in LESS_IS_BETTER else -1
     contenders.sort(key=lambda each: sign * each.score.value)
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
+
+
+def _judge(
+    judge: Ruler, rows: Sequence[Row], contenders: Sequence[Contender], remarks: list[str]
+) -> list[Contender]:
+    """How often the replies of each are preferred to those of the base as it is."""
+    reference = next(each for each in contenders if each.technique == "as it is")
+
+    def answers(contender: Contender) -> list[Answer]:
+        return [
+            Answer(tuple(row.prompt_turns()), reply, row.expected_reply(), row)
+            for row, reply in zip(rows, contender.replies, strict=True)
+        ]
+
+    found, same = [], []
+    for each in contenders:
+        pairs = [*zip(answers(each), answers(reference), strict=True)]
+        verdicts = judge_pairs(judge, pairs)
+        score = RowScores.of([verdict.win for verdict in verdicts])
+        found.append(replace(each, score=score, scores={"win_rate": score.value, **each.scores}))
+        same += [verdict.is_consistent for verdict in verdicts]
+    remarks.append(
+        f"the win rate is against {reference.name}, each pair judged in both orders; the order changed "
+        f"{1 - sum(same) / len(same):.0%} of the verdicts, which count one half"
+    )
+    return found
 
 
 def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
@@ -472,6 +508,7 @@ class _Comparing:
                 technique = "tuned" if way.technique == "as it is" else "tuned and RAG"
             score = _deciding(graded)
             contender = _contender(stored, technique, score, graded.scores, seconds, name, tokens)
+            contender = replace(contender, replies=[each.reply for each in graded.answers])
             if searched is not None and way is ways[-1]:
                 contender = replace(contender, preparation_seconds=searched.seconds, prompt=way)
             found.append(contender)
@@ -521,8 +558,8 @@ class _Comparing:
         graders = open_graders(self.graders, len(rows), self.note)
         graded = grade(rows, replies, graders)
         return Contender(
-            "the nearest row by words", "baseline", _deciding(graded), graded.scores,
-            seconds,
+            "the nearest row by words", "baseline", _deciding(graded), graded.scores, seconds,
+            replies=replies,
         )  # fmt: skip
 
     def baselines(
