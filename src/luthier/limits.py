@@ -38,8 +38,8 @@ class AccountQuotas(BaseModel):
     )
 
     stored_bytes: int = Field(default=1 << 40, ge=0)
-    """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, and the
-    weights of custom models."""
+    """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, the
+    weights of custom models, and what runs of evals say of each row."""
     objects: int = Field(default=1_000_000, ge=0)
     """Objects of an account, OpenAI files among them: a start counts so many in a few seconds."""
     files: int = Field(default=100_000, ge=0)
@@ -58,6 +58,8 @@ class AccountQuotas(BaseModel):
     """Models that are being taken from outside for an account: each occupies a machine for a while."""
     batches_in_flight: int = Field(default=1_000, ge=0)
     """Batches of an account that have not ended; their answers wait in the database until then."""
+    evaluations_in_flight: int = Field(default=1_000, ge=0)
+    """Runs of evals and evaluation jobs of an account that have not ended."""
     deployments: int = Field(default=1_000, ge=0)
     """Custom model deployments of an account."""
     provisioned_throughputs: int = Field(default=1_000, ge=0)

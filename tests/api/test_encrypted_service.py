@@ -213,6 +213,21 @@ def test_files_and_batches_are_encrypted(server: Served) -> None:
     assert holding(server.home) == []
 
 
+def test_evals_are_encrypted(server: Served) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEYS[ONE]["api_key"])
+    check: Any = {"type": "string_check", "name": "same", "input": "{{item.a}}", "operation": "eq"}
+    made = client.evals.create(
+        data_source_config={"type": "custom", "item_schema": {"type": "object"}},
+        testing_criteria=[{**check, "reference": CANARY}],
+    )
+    content: Any = {"type": "file_content", "content": [{"item": {"a": CANARY}}]}
+    run = client.evals.runs.create(made.id, data_source={"type": "jsonl", "source": content})
+    until(lambda: client.evals.runs.retrieve(run.id, eval_id=made.id).status == "completed")
+    (row,) = client.evals.runs.output_items.list(run.id, eval_id=made.id)
+    assert row.status == "pass" and row.datasource_item == {"a": CANARY}
+    assert holding(server.home) == []
+
+
 def test_nothing_of_it_stays_in_memory_either(server: Served) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(server.home))

@@ -14,10 +14,12 @@ from luthier.encryption.keys import Keyring
 from luthier.engine.metrics import MetricsFile
 from luthier.errors import CorruptFile
 from luthier.jobs.folders import JobFolders, SealedLog
+from luthier.limits import AccountQuotas
 from luthier.serving.journal import Journal
-from luthier.store import batches
+from luthier.store import batches, evaluations
 from luthier.store.batches import BatchLine
 from luthier.store.database import Base, Database
+from luthier.store.evaluations import EvaluationRow, GradedRow
 
 
 def test_samples_of_a_run_keep_their_places(ring: Keyring, luthier_home: Path) -> None:
@@ -92,3 +94,24 @@ def test_an_answer_of_a_batch_is_that_of_its_line(database: Database) -> None:
         one.result, two.result = two.result, one.result
     with database.read() as session, pytest.raises(CorruptFile, match="was moved"):
         batches.results(session, made.id, False, 0)
+
+
+def test_a_row_of_an_evaluation_is_that_of_its_run(database: Database) -> None:
+    caller, quotas = {"account": "1", "user": "u", "bearer": True}, AccountQuotas()
+    with database.write() as session:
+        made = evaluations.create_eval(session, "1", quotas, "e", {"n": 0}, {})
+        run = evaluations.create_run(
+            session, "1", quotas, caller=caller, face="openai", name="r", request={"n": 9}
+        )
+        for number in (1, 2):
+            graded = GradedRow("pass", {"n": number})
+            evaluations.record(session, run, quotas, number, graded)
+        assert (made.definition, run.request) == ({"n": 0}, {"n": 9})
+        one, two = evaluations.every_row(session, run.id)
+        assert (one.record, two.record) == ({"n": 1}, {"n": 2})
+    with database.write() as session:
+        one, two = session.query(EvaluationRow).order_by(EvaluationRow.number)
+        assert set(one.sealed) == {"sealed", "place"}
+        one.sealed, two.sealed = two.sealed, one.sealed
+        with pytest.raises(CorruptFile, match="was moved"):
+            _ = one.record

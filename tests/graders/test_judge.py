@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -104,7 +105,7 @@ class Opener:
     def scorer(self, model: str) -> Scorer:
         raise AssertionError
 
-    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
+    def writer(self, judge: ModelSpec, sampling: SamplingSpec, schema: Any = None) -> Writer:
         self.opened.append((judge.model, judge.url))
         return lambda asked: [self.verdicts.pop(0) for _ in asked]
 

@@ -33,6 +33,12 @@ NEEDED: dict[str, dict[str, Any]] = {
     "python": {"source": "def grade(sample, item):\n    return 1.0"},
     "lambda": {"source": "def lambda_handler(event, context):\n    return []"},
     "score_model": {"model": "base:judge", "input": [{"role": "user", "content": "?"}]},
+    "label_model": {
+        "model": "base:judge",
+        "input": [{"role": "user", "content": "?"}],
+        "labels": ["good", "bad"],
+        "passing_labels": ["good"],
+    },
     "multi": {"graders": {"a": "exact"}, "calculate_output": "a"},
 }
 

@@ -19,6 +19,7 @@ from luthier.data.shapes import PromptOnly
 from luthier.errors import GradingFailed, RecipeError, RowRefused
 from luthier.graders import (
     Answer,
+    LabelModel,
     Multi,
     PythonSource,
     ScoreModel,
@@ -189,7 +190,7 @@ class Opens:
     def scorer(self, model: str) -> Any:
         raise AssertionError
 
-    def writer(self, judge: Any, sampling: Any) -> Any:
+    def writer(self, judge: Any, sampling: Any, schema: Any = None) -> Any:
         def write(asked: Sequence[Sequence[Message]]) -> list[str | Failure]:
             self.asked = [list(each) for each in asked]
             return self.replies[: len(asked)]
@@ -218,6 +219,22 @@ def test_a_model_that_scores() -> None:
             one(grader.with_models(Opens(bad)), "Rome")
     with pytest.raises(ValidationError, match="range"):
         ScoreModel.model_validate({"model": "judge", "input": turns, "range": [1, 1]})
+
+
+def test_a_model_that_labels() -> None:
+    turns = ({"role": "user", "content": "Is {{sample.output_text}} a city?"},)
+    fields = {"model": "judge", "input": turns, "labels": ["yes", "no", "not sure"]}
+    grader = LabelModel.model_validate({**fields, "passing_labels": ["yes", "not sure"]})
+    assert grader.is_share and grader.answer_schema == {"enum": ["yes", "no", "not sure"]}
+    judge = Opens("Yes.", '"no"', "NOT SURE")
+    opened = grader.with_models(judge)
+    assert grade_answers(opened, [answer("Rome")] * 3).scores == [1.0, 0.0, 1.0]
+    assert judge.asked[0][0].content.endswith("and nothing else: yes, no, not sure.")
+    for bad in ("yes and no", "", Failure("judge.failed", "it is gone")):
+        with pytest.raises(GradingFailed):
+            one(grader.with_models(Opens(bad)), "Rome")
+    with pytest.raises(ValidationError, match="are none"):
+        LabelModel.model_validate({**fields, "passing_labels": ["maybe"]})
 
 
 def test_numbers_in_text() -> None:

@@ -13,6 +13,7 @@ from luthier.graders.formula import Multi
 from luthier.graders.grade import Grades, OnError, check_rows, grade_answers
 from luthier.graders.json_schema import JsonSchema
 from luthier.graders.judge import Judge
+from luthier.graders.label_model import LabelModel
 from luthier.graders.lambda_function import LambdaFunction
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
@@ -49,6 +50,7 @@ GRADERS: PluginTable[type[Grader]] = PluginTable(
         "python": PythonSource,
         "lambda": LambdaFunction,
         "score_model": ScoreModel,
+        "label_model": LabelModel,
         "multi": Multi,
     },
 )
@@ -65,6 +67,7 @@ __all__ = [
     "Grades",
     "JsonSchema",
     "Judge",
+    "LabelModel",
     "LambdaFunction",
     "Mix",
     "Multi",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -83,8 +83,13 @@ class GraderModels(Protocol):
     def scorer(self, model: str) -> Scorer:
         """The reward model of this id."""
 
-    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
-        """The model that writes verdicts. It asks nothing twice."""
+    def writer(
+        self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
+    ) -> Writer:
+        """The model that writes verdicts, of ``schema`` where it can be kept to one.
+
+        It asks nothing twice.
+        """
 
 
 class Ungraded(LuthierError):

@@ -99,9 +99,21 @@ class JsonSchema(Grader):
             value = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return 0.0
+        return float(self.first_error(value) is None)
+
+    def first_error(self, value: Any) -> str | None:
+        """What is wrong with a value ready for JSON; ``None`` where the schema accepts it.
+
+        Raises:
+            TimeoutError: after :data:`TIME_LIMIT_S`.
+        """
         token = _deadline.set(time.monotonic() + TIME_LIMIT_S)
         try:
-            return float(self._validator.is_valid(value))
+            error = next(self._validator.iter_errors(value), None)
+            if error is None:
+                return None
+            where = "".join(f"[{part!r}]" for part in error.absolute_path)
+            return f"{where}: {error.message}" if where else str(error.message)
         except RecursionError:
             raise ValueError("the schema's references go round in a circle") from None
         finally:

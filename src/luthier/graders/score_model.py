@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -32,18 +33,11 @@ class Turn(BaseModel):
     """What is said; may hold places."""
 
 
-class ScoreModel(ModelSpec, Grader):
-    """The last number of what a model answers to ``input``.
+class PromptedModel(ModelSpec, Grader):
+    """Base of graders that ask a model in words of one's own."""
 
-    The messages say what is to be graded and how; a line that asks for a number in ``range`` is put
-    behind them. An answer without a number in that range is an error, never a guess.
-    """
-
-    method: Literal["score_model"] = "score_model"
     input: Annotated[tuple[Turn, ...], Field(min_length=1)]
     """What the model is asked."""
-    range: tuple[Bound, Bound] = (0.0, 1.0)
-    """Lowest and highest score."""
     sampling: SamplingSpec = SamplingSpec()
     """How it chooses its words."""
     writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
@@ -52,17 +46,6 @@ class ScoreModel(ModelSpec, Grader):
     role: ClassVar[str] = "judge"
     set_by: ClassVar[str] = "the judge's "
     needs_expected = False
-
-    @model_validator(mode="after")
-    def _check_range(self) -> Self:
-        if self.range[0] >= self.range[1]:
-            raise ValueError("the range's first number must be below its second")
-        return self
-
-    @property
-    def is_share(self) -> bool:
-        """Whether its range is."""
-        return self.range[0] >= 0 and self.range[1] <= 1
 
     @property
     def prefers_batches(self) -> bool:
@@ -89,9 +72,24 @@ class ScoreModel(ModelSpec, Grader):
         """One."""
         return 1
 
+    @property
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """JSON schema of what it has to say, for models that can be kept to one."""
+        return None
+
+    @property
+    @abstractmethod
+    def closing(self) -> str:
+        """The line that is put behind what the model is asked."""
+
+    @abstractmethod
+    def score_of(self, reply: str) -> float | None:
+        """What the model means; ``None`` where it does not say."""
+
     def with_models(self, models: GraderModels) -> Self:
         """The same with its model opened."""
-        return self.model_copy(update={"writer": models.writer(self, self.sampling)})
+        writer = models.writer(self, self.sampling, self.answer_schema)
+        return self.model_copy(update={"writer": writer})
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """A score for each answer; :class:`Ungraded` where the model gave none."""
@@ -100,10 +98,10 @@ class ScoreModel(ModelSpec, Grader):
         replies = self.writer([self.question(answer) for answer in answers])
         scores, troubles = [], {}
         for index, reply in enumerate(replies):
-            found = None if isinstance(reply, Failure) else number_in(reply, self.range)
+            found = None if isinstance(reply, Failure) else self.score_of(reply)
             if found is None:
                 said = reply.reason if isinstance(reply, Failure) else repr(reply[-200:])
-                text = f"grader `score_model`: there is no score: {said}"
+                text = f"grader `{self.method}`: there is no score: {said}"
                 fix = "Use a stronger model, allow it more tokens, or score such answers 0."
                 troubles[index] = Trouble("grader.verdict", text, fix)
             scores.append(math.nan if found is None else found)
@@ -113,7 +111,7 @@ class ScoreModel(ModelSpec, Grader):
 
     def question(self, answer: Answer) -> list[Message]:
         """What the model reads."""
-        scope, low_high, characters = scope_of(answer), self.range, 0
+        scope, characters = scope_of(answer), 0
         turns = []
         for turn in self.input:
             text = fill_template(turn.content, scope, answer)
@@ -121,12 +119,42 @@ class ScoreModel(ModelSpec, Grader):
             if characters > answer.text_characters:
                 raise too_long("the prompt", characters, answer.text_characters)
             turns.append(Message("system" if turn.role == "developer" else turn.role, text))
-        line = (
-            f"End your answer with one number from {low_high[0]:g} to {low_high[1]:g}: the score."
-        )
         if turns[-1].role == "user":
-            return [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{line}")]
-        return [*turns, Message("user", line)]
+            return [*turns[:-1], Message("user", f"{turns[-1].content}\n\n{self.closing}")]
+        return [*turns, Message("user", self.closing)]
+
+
+class ScoreModel(PromptedModel):
+    """The last number of what a model answers to ``input``.
+
+    The messages say what is to be graded and how; a line that asks for a number in ``range`` is put
+    behind them. An answer without a number in that range is an error, never a guess.
+    """
+
+    method: Literal["score_model"] = "score_model"
+    range: tuple[Bound, Bound] = (0.0, 1.0)
+    """Lowest and highest score."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if self.range[0] >= self.range[1]:
+            raise ValueError("the range's first number must be below its second")
+        return self
+
+    @property
+    def is_share(self) -> bool:
+        """Whether its range is."""
+        return self.range[0] >= 0 and self.range[1] <= 1
+
+    @property
+    def closing(self) -> str:
+        """Asks for a number."""
+        low, high = self.range
+        return f"End your answer with one number from {low:g} to {high:g}: the score."
+
+    def score_of(self, reply: str) -> float | None:
+        """The last number, where it is in range."""
+        return number_in(reply, self.range)
 
 
 def number_in(text: str, span: tuple[float, float]) -> float | None:

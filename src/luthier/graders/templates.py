@@ -29,8 +29,11 @@ Scope = Mapping[str, Any]
 """``item`` and ``sample`` of one answer."""
 
 
-def check_template(template: str) -> str:
-    """``template``, when all its places can be filled; :class:`ValueError` when one cannot."""
+def check_template(template: str, *, sampled: bool = True) -> str:
+    """``template``, when all its places can be filled; :class:`ValueError` when one cannot.
+
+    ``sampled`` says whether there is a reply to name.
+    """
     places = [place.strip() for place in _PLACE.findall(template)]
     if len(places) > PLACES:
         raise ValueError(f"the template has {len(places):,} places, and may have {PLACES}")
@@ -42,6 +45,8 @@ def check_template(template: str) -> str:
                 "{{sample.output_text}} or {{sample.output_json.MEMBER}}"
             )
         first = _PART.match(found[2])
+        if found[1] == "sample" and not sampled:
+            raise ValueError(f"{{{{{place}}}}}: there is no sample before the model is asked")
         if found[1] == "sample" and (first is None or first[1] not in _SAMPLE):
             raise ValueError(f"{{{{{place}}}}}: a sample has {' and '.join(_SAMPLE)}")
     return template
@@ -76,7 +81,7 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
             continue
         place = part.strip()
         if place not in texts:
-            texts[place] = _text(_look_up(place, scope))
+            texts[place] = _text(value_at(place, scope))
         characters += len(texts[place])
         if characters > answer.text_characters:
             break  # a further place may be as long again
@@ -87,7 +92,12 @@ def fill_template(template: str, scope: Scope, answer: Answer) -> str:
     return "".join(texts[part.strip()] if n % 2 else part for n, part in enumerate(parts))
 
 
-def _look_up(place: str, scope: Scope) -> Any:
+def value_at(place: str, scope: Scope) -> Any:
+    """What a place names, such as ``item.messages``.
+
+    Raises:
+        RowRefused: where it is not there.
+    """
     path = _PATH.fullmatch(place)
     assert path is not None  # checked with the grader
     value: Any = scope[path[1]]

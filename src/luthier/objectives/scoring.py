@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from luthier.chat_models.base import (
     CachedWriter,
@@ -55,8 +55,10 @@ class LocalModels:
         check_reward_model(model, self.networks[model])
         return partial(rewards, self.networks[model])
 
-    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
-        """The judge, who is asked nothing twice."""
+    def writer(
+        self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
+    ) -> Writer:
+        """The judge, who is asked nothing twice, and is kept to no ``schema``."""
         if judge.url is None:
             network = self.networks[judge.model]
             write: Writer = partial(write_replies, network, sampling, judge.batch_size)

@@ -55,6 +55,7 @@ class Quota(Base):
     imported_models: Mapped[int | None]
     imports_in_flight: Mapped[int | None]
     batches_in_flight: Mapped[int | None]
+    evaluations_in_flight: Mapped[int | None]
     provisioned_throughputs: Mapped[int | None]
 
 

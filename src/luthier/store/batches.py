@@ -7,17 +7,16 @@ done is not done again, and no line is answered twice in the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ForeignKey, UniqueConstraint, and_, delete, func, or_, select
+from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.encryption.files import open_value, seal_value
 from luthier.store.database import Base, now
 from luthier.store.ids import SMALL, random_id
-from luthier.store.queue import TakesTurns, next_turn
+from luthier.store.queue import BackgroundWork, next_turn
 
 VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
     "validating",
@@ -32,20 +31,16 @@ PAGE = 20
 """Lines that are in memory at once when a file is written: one may have megabytes."""
 
 
-class Batch(TakesTurns, Base):
+class Batch(BackgroundWork, Base):
     """One batch."""
 
     __tablename__ = "batches"
     noun = "batch"
-    lease_time = timedelta(seconds=60)
-    """How long a server may be silent before another one goes on with its batch."""
+    ended = ENDED
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
     """``batch_`` and letters and digits."""
-    caller: Mapped[dict[str, Any]]
-    """Who asked: ``account``, ``user``, whether by a ``bearer`` key, and the ``session`` of temporary
-    credentials. Lines are answered with the rights that the user has when their turn comes."""
     endpoint: Mapped[str]
     """``/v1/chat/completions``, ..."""
     window: Mapped[str]
@@ -53,7 +48,6 @@ class Batch(TakesTurns, Base):
     input_file: Mapped[str]
     output_file: Mapped[str | None]
     error_file: Mapped[str | None]
-    status: Mapped[str] = mapped_column(default=VALIDATING, index=True)
     errors: Mapped[list[Any]] = mapped_column(default=list)
     """What is wrong with the input file: ``code``, ``message``, ``param``, ``line``."""
     user_metadata: Mapped[dict[str, Any]]
@@ -64,8 +58,6 @@ class Batch(TakesTurns, Base):
     """Lines of each kind once it has ended."""
     moments: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Unix time of each status that it had."""
-    created: Mapped[datetime]
-    expires: Mapped[datetime]
 
 
 class BatchLine(Base):
@@ -133,12 +125,6 @@ def list_batches(session: Session, account: str, limit: int, position: int | Non
     return list(session.scalars(found.order_by(Batch.seq.desc()).limit(limit)))
 
 
-def in_flight(session: Session, account: str) -> int:
-    """How many batches of an account have not ended."""
-    counted = select(func.count()).where(Batch.account == account, Batch.status.not_in(ENDED))
-    return session.scalar(counted) or 0
-
-
 def enter(batch: Batch, status: str) -> None:
     """Bring a batch to ``status``, and note when."""
     batch.status = status
@@ -152,32 +138,6 @@ def cancel(batch: Batch) -> bool:
     if batch.status != CANCELLING:
         enter(batch, CANCELLING)
     return True
-
-
-def leased_batches(session: Session) -> list[tuple[str, datetime | None]]:
-    """Ids of the batches that servers work on, each with what its lease says of its end."""
-    query = select(Batch.id, Batch.lease_ends).where(
-        Batch.status.not_in(ENDED), Batch.lease.is_not(None)
-    )
-    return [(batch_id, ends) for batch_id, ends in session.execute(query)]
-
-
-def claim(
-    session: Session, token: str, silent: Iterable[tuple[str, datetime | None]] = ()
-) -> Batch | None:
-    """The next batch that nobody works on, by turns of the accounts, now held by ``token``.
-
-    ``silent`` are those of :func:`held` that are taken from their servers, unless one was heard from
-    since. No end of a lease is compared with a clock: those of two servers may be an hour apart.
-    """
-    lost = [and_(Batch.id == batch_id, Batch.lease_ends == ends) for batch_id, ends in silent]
-    free = or_(Batch.lease.is_(None), *lost)
-    waiting = select(Batch).where(Batch.status.not_in(ENDED), free)
-    first = waiting.order_by(Batch.turn, Batch.seq).limit(1)
-    batch = session.scalar(first.with_for_update(skip_locked=True))
-    if batch is not None:
-        batch.lease, batch.lease_ends = token, now() + batch.lease_time
-    return batch
 
 
 def done_lines(session: Session, batch_id: str) -> set[int]:

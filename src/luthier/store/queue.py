@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, func, select
+from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
@@ -55,6 +55,23 @@ class TakesTurns(Leased):
     account: Mapped[str] = mapped_column(index=True)
     turn: Mapped[int] = mapped_column(default=0)
     """Lower ones are first, of one priority; those of an account have turns one after the other."""
+
+
+class BackgroundWork(TakesTurns):
+    """Columns of work that servers do themselves, in the background, as their models answer for it."""
+
+    lease_time: ClassVar[timedelta] = timedelta(seconds=60)
+    """How long a server may be silent before another one goes on."""
+    ended: ClassVar[tuple[str, ...]]
+    """Values of ``status`` of work that is over."""
+
+    caller: Mapped[dict[str, Any]]
+    """Who asked: ``account``, ``user``, whether by a ``bearer`` key, and the ``session`` of temporary
+    credentials. Models answer with the rights that the user has when their turn comes."""
+    status: Mapped[str] = mapped_column(index=True)
+    created: Mapped[datetime]
+    expires: Mapped[datetime]
+    """When the work is given up, however much of it is done."""
 
 
 class QueuedWork(TakesTurns):
@@ -108,6 +125,7 @@ class QueuedWork(TakesTurns):
 
 Row = TypeVar("Row", bound=Leased)
 Work = TypeVar("Work", bound=QueuedWork)
+Background = TypeVar("Background", bound=BackgroundWork)
 
 
 @dataclass(frozen=True)
@@ -209,6 +227,41 @@ def next_turn(
     last = select(func.max(kind.turn)).where(kind.account == account, *going_on)
     own, others = session.scalar(last), session.scalar(lowest)
     return int(others or 0) if own is None else int(own) + 1
+
+
+def in_flight(session: Session, kind: type[BackgroundWork], account: str) -> int:
+    """How many rows of an account have not ended."""
+    counted = select(func.count()).where(kind.account == account, kind.status.not_in(kind.ended))
+    return session.scalar(counted) or 0
+
+
+def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
+    """Ids of the rows that servers work on, each with what its lease says of its end."""
+    query = select(kind.id, kind.lease_ends).where(
+        kind.status.not_in(kind.ended), kind.lease.is_not(None)
+    )
+    return [(row_id, ends) for row_id, ends in session.execute(query)]
+
+
+def claim_next(
+    session: Session,
+    kind: type[Background],
+    token: str,
+    silent: Iterable[tuple[str, datetime | None]] = (),
+) -> Background | None:
+    """The next row that nobody works on, by turns of the accounts, now held by ``token``.
+
+    ``silent`` are those of :func:`leases` that are taken from their servers, unless one was heard from
+    since. No end of a lease is compared with a clock: those of two servers may be an hour apart.
+    """
+    lost = [and_(kind.id == row_id, kind.lease_ends == ends) for row_id, ends in silent]
+    free = or_(kind.lease.is_(None), *lost)
+    waiting = select(kind).where(kind.status.not_in(kind.ended), free)
+    first = waiting.order_by(kind.turn, kind.seq).limit(1)
+    row: Background | None = session.scalar(first.with_for_update(skip_locked=True))
+    if row is not None:
+        row.lease, row.lease_ends = token, now() + row.lease_time
+    return row
 
 
 def leased_rows(session: Session, kind: type[Row]) -> list[Row]:

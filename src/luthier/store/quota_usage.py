@@ -8,11 +8,13 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from luthier.files import folder_size
-from luthier.store import batches, imports, jobs
+from luthier.store import imports, jobs, queue
 from luthier.store.accounts import Account
+from luthier.store.batches import Batch
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
+from luthier.store.evaluations import Eval, EvaluationRun
 from luthier.store.models import custom_folder
 from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
@@ -30,7 +32,8 @@ def quota_usage(session: Session, account: str) -> dict[str, int]:
         "custom_models": session.scalar(models) or 0,
         "imported_models": imports.count_imported_models(session, account),
         "imports_in_flight": imports.count_imports(session, account),
-        "batches_in_flight": batches.in_flight(session, account),
+        "batches_in_flight": queue.in_flight(session, Batch, account),
+        "evaluations_in_flight": queue.in_flight(session, EvaluationRun, account),
         "deployments": endpoints.get(DEPLOYMENT, 0),
         "provisioned_throughputs": endpoints.get(PROVISIONED, 0),
     }
@@ -64,6 +67,8 @@ def recount(session: Session) -> list[str]:
         ("uploads_in_progress", select(Upload.account, every)),
         ("stored_bytes", select(ObjectPiece.account, pieces)),
         ("stored_bytes", select(CustomModel.account, func.sum(CustomModel.stored_bytes))),
+        ("stored_bytes", select(Eval.account, func.sum(Eval.stored_bytes))),
+        ("stored_bytes", select(EvaluationRun.account, func.sum(EvaluationRun.stored_bytes))),
     ]
     found = {account: dict.fromkeys(COUNTED, 0) for account in rows}
     for name, query in counts:

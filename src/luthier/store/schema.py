@@ -17,6 +17,7 @@ from luthier.store import (
     batches,
     custom_models,
     endpoints,
+    evaluations,
     idempotency,
     imports,
     jobs,
@@ -30,8 +31,8 @@ from luthier.store import (
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, endpoints, idempotency, imports, jobs,
-    objects, principals, storage, tags, uploaded_files, usage,
+    accounts, audit, batches, custom_models, endpoints, evaluations, idempotency,
+    imports, jobs, objects, principals, storage, tags, uploaded_files, usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

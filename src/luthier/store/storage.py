@@ -34,7 +34,7 @@ class Storage(Base):
 
     account: Mapped[str] = mapped_column(primary_key=True)
     stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
-    """Of objects, files, parts of uploads and custom models."""
+    """Of objects, files, parts of uploads, custom models, evals and their runs."""
     objects: Mapped[int] = mapped_column(default=0)
     files: Mapped[int] = mapped_column(default=0)
     buckets: Mapped[int] = mapped_column(default=0)

@@ -26,14 +26,15 @@ ACCOUNT, CHAT, LINES = "000000000000", "/v1/chat/completions", 160
 SERVER = """
 import json, sys, threading, time
 from datetime import timedelta
-from luthier.api.openai import batches
+from luthier.api import background
+from luthier.api.openai.batches import BatchRunner
 from luthier.store import batches
 from luthier.store.database import Database
 from luthier.store.objects import Objects
 from luthier.store.uploaded_files import UploadedFiles
 url, told = json.loads(sys.argv[1])
 batches.Batch.lease_time = timedelta(seconds=2)
-batch_runner.RENEWED, batch_runner.IDLE = 0.3, 0.1
+background.IDLE = 0.1
 database = Database(url)
 files = UploadedFiles(database, Objects(database))
 lock = threading.Lock()
@@ -45,7 +46,9 @@ def answer(caller, body):
     threading.Event().wait(0.5)
     return {}
 
-batch_runner.BatchRunner(database, files, {"/v1/chat/completions": answer}).start()
+runner = BatchRunner(database, files, {"/v1/chat/completions": answer})
+runner.renewal = 0.3
+runner.start()
 threading.Event().wait(1000)
 """
 

@@ -208,7 +208,7 @@ def test_a_killed_server_answers_no_line_twice(client: openai.OpenAI, service: A
 def test_a_held_batch_is_left_alone(client: openai.OpenAI, service: Any) -> None:
     created(client, [line(1)])
     with service.database.write() as session:
-        assert store.claim(session, "another server") is not None
+        assert queue.claim_next(session, store.Batch, "another server") is not None
     assert not service.face.batches.run_once()
 
 
@@ -221,16 +221,17 @@ def test_a_clock_that_jumps_takes_no_batch_away_and_leaves_none(
     clock = [100.0]
     runner.watch = LeaseWatch(60, lambda: clock[0])
     with service.database.write() as session:
-        assert store.claim(session, "another server") is not None
+        assert queue.claim_next(session, store.Batch, "another server") is not None
     before = store.now()
-    monkeypatch.setattr(store, "now", lambda: before + timedelta(hours=hours))
+    for module in (store, queue):
+        monkeypatch.setattr(module, "now", lambda: before + timedelta(hours=hours))
     assert not runner.run_once()
     clock[0] += 59
     with service.database.write() as session:
-        seen = store.leased_batches(session)
+        seen = queue.leases(session, store.Batch)
         assert queue.renew(session, store.Batch, made.id, "another server")
         # What was taken for silent and is heard from in the same moment stays where it is.
-        assert store.claim(session, "a third", seen) is None
+        assert queue.claim_next(session, store.Batch, "a third", seen) is None
     for _ in range(2):
         assert not runner.run_once()
         clock[0] += 30
@@ -248,7 +249,12 @@ def test_who_lost_a_batch_does_not_end_it(
 
     def taken(*given: Any) -> Any:
         with service.database.write() as session:
-            assert store.claim(session, "another server", store.leased_batches(session)) is not None
+            assert (
+                queue.claim_next(
+                    session, store.Batch, "another server", queue.leases(session, store.Batch)
+                )
+                is not None
+            )
         return 1 / 0
 
     monkeypatch.setattr(runner, "_problems", taken)
@@ -431,7 +437,6 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.Batch, "lease_time", timedelta(seconds=0.4))
-    monkeypatch.setattr(batches_module, "RENEWED", 0.05)
     made = created(client, [line(number) for number in range(AT_ONCE + 1)])
     seen: list[Any] = []
     other = BatchRunner(service.database, service.face.files, {})
@@ -458,14 +463,14 @@ def test_a_line_without_end_is_not_read_to_its_end(
     monkeypatch.setattr(batches_module, "LONGEST_LINE", 10_000)
     made = created(client, [line(1), json.dumps({"custom_id": "a" * 1_500_000})])
     seen: list[int] = []
-    honest = batches_module._lines
+    honest = batches_module.numbered_lines
 
-    def lines(pieces: Any) -> Any:
-        for number, text in honest(pieces):
+    def lines(pieces: Any, longest: int) -> Any:
+        for number, text in honest(pieces, longest):
             seen.append(len(text))
             yield number, text
 
-    monkeypatch.setattr(batches_module, "_lines", lines)
+    monkeypatch.setattr(batches_module, "numbered_lines", lines)
     assert service.face.batches.run_once()
     batch = client.batches.retrieve(made.id)
     assert batch.status == "failed" and batch.errors and batch.errors.data

@@ -113,6 +113,7 @@ class _Exchange:
             self.record.address,
             json_values,
             signed,
+            self.head.tls,
         )
 
     def sender(self, signed: Signed | None) -> tuple[str, str]:

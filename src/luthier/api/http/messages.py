@@ -135,6 +135,8 @@ class Request:
     """Values that JSON in the body may have."""
     signed: Signed | None = None
     """What was signed of a body that is read as it comes; ``body`` is empty then."""
+    tls: bool = False
+    """Whether it came encrypted, to this server itself."""
 
     @property
     def account(self) -> str:

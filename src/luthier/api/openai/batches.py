@@ -6,20 +6,18 @@ import json
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from functools import partial
-from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_json
 from luthier.api.http.routing import Operation
+from luthier.api.openai.files import numbered_lines
 from luthier.api.openai.protocol import (
     Access,
     Body,
@@ -34,7 +32,7 @@ from luthier.api.openai.protocol import (
     status_of,
     text_of,
 )
-from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
+from luthier.errors import QuotaExceeded
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import meter
 from luthier.serving.prompts import on_prompt_tokenized
@@ -43,16 +41,14 @@ from luthier.store import batches as store
 from luthier.store import queue, storage
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
-from luthier.store.principals import active_policies
-from luthier.store.queue import LeaseWatch
-from luthier.store.sessions import TemporarySession, session_principal
 from luthier.store.uploaded_files import UploadedFiles
 from luthier.store.usage import CountUsage, Usage
 
 Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
 """Answers a body of an endpoint with the rights of a caller."""
 
-_Answered = Future[tuple[bool, dict[str, Any]]]
+Answered = tuple[bool, dict[str, Any]]
+"""Whether a line failed, and its line of the file."""
 
 AT_ONCE = 8
 """Lines of a batch that are answered side by side."""
@@ -60,12 +56,6 @@ MOST_LINES = 50_000
 LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
-RENEWED = Batch.lease_time.total_seconds() / 3
-"""Seconds after which the lease is renewed where no line is done."""
-IDLE = 2.0
-"""Seconds between two looks for batches of other servers that fell silent."""
-_SWEEP = 600.0
-"""Seconds between two looks for files whose time is over."""
 _log = logging.getLogger("luthier.api")
 MOST = 100
 _MOMENTS = {
@@ -79,8 +69,10 @@ _MOMENTS = {
 }
 
 
-class BatchRunner:
+class BatchRunner(BackgroundRunner[Batch, Answered]):
     """Answers the lines of batches. Start it with the server; several servers may share a database."""
+
+    kind, at_once, working = Batch, AT_ONCE, store.IN_PROGRESS
 
     def __init__(
         self,
@@ -91,87 +83,25 @@ class BatchRunner:
         limits: ServerLimits | None = None,
     ) -> None:
         """``count`` is told what an account used, of which model."""
-        self.count, self.limits = count, limits or ServerLimits()
-        self.database, self.files, self.endpoints = database, files, endpoints
+        super().__init__(database, count)
+        self.limits, self.files, self.endpoints = limits or ServerLimits(), files, endpoints
         # A large line is parsed and tokenized when no other one is, of any batch of this server.
         self._large_line = threading.Lock()
-        self._token = secrets.token_hex(8)
-        self.watch = LeaseWatch(Batch.lease_time.total_seconds())
-        """Tells which servers fell silent."""
-        self._wake, self._closed = threading.Event(), threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        self._thread.start()
+    def sweep(self) -> None:
+        """Remove files whose time is over."""
+        self.files.remove_expired()
 
-    def wake(self) -> None:
-        """Look for work now."""
-        self._wake.set()
-
-    def close(self) -> None:
-        """Stop after the lines in hand; the batch can go on anywhere."""
-        self._closed.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def run_once(self) -> bool:
-        """Work on one batch as far as possible; whether there was one."""
-        batch = self._claim()
-        if batch is None:
-            return False
-        try:
-            self._work(batch)
-        except QuotaExceeded as error:
-            self._fail(batch, [_error("insufficient_quota", str(error), None)])
-        except Fault as fault:
-            self._fail(batch, [_error("server_error", fault.message, None)])
-        except (DoesNotFit, SQLAlchemyError):
-            # A full disk or a database that is away pass: the batch keeps what is answered, and waits.
-            raise
-        except LuthierError as error:
-            self._fail(batch, [_error("invalid_file", str(error), None)])
-        except Exception as error:
-            # Tried again it would fail again, and all batches after it would wait for ever.
-            _log.exception("%s failed", batch.id)
-            text = f"The batch failed: {type(error).__name__}."
-            self._fail(batch, [_error("server_error", text, None)])
-        finally:
-            with suppress(LeaseLost), self.database.write() as session:
-                queue.release(session, Batch, batch.id, self._token)
-        return True
-
-    def _run(self) -> None:
-        swept = -_SWEEP
-        while not self._closed.is_set():
-            try:
-                if time.monotonic() - swept > _SWEEP:
-                    swept = time.monotonic()
-                    self.files.remove_expired()
-                while not self._closed.is_set() and self.run_once():
-                    pass
-            except Exception:
-                # The database may be away, or the disk full; the batch is found again.
-                _log.exception("a batch could not be worked on")
-            self._wake.wait(IDLE)
-            self._wake.clear()
-
-    def _claim(self) -> Batch | None:
-        with self.database.write() as session:
-            held = store.leased_batches(session)
-            silent = [each for each in held if self.watch.silent(*each)]
-            self.watch.forget_others({batch_id for batch_id, _ in held})
-            return store.claim(session, self._token, silent)
-
-    def _work(self, batch: Batch) -> None:
+    def work(self, batch: Batch) -> None:
+        """Look at its lines, answer those that are not answered, and write the files."""
         row = self.files.get(batch.account, batch.input_file)
         if row is None:
             self._fail(batch, [_error("file_not_found", "The input file is gone.", None)])
             return
         if batch.status == store.VALIDATING:
-            total, errors = self._problems(_lines(self.files.read(row)), batch.endpoint)
+            total, errors = self._problems(
+                numbered_lines(self.files.read(row), LONGEST_LINE), batch.endpoint
+            )
             if errors:
                 self._fail(batch, errors)
                 return
@@ -180,9 +110,28 @@ class BatchRunner:
                 if held is not None and held.status == store.VALIDATING:
                     held.total = total
                     store.enter(held, store.IN_PROGRESS)
+        with self.database.read() as session:
+            done = store.done_lines(session, batch.id)
         # Read again, and line by line: files are larger than what should lie in memory.
-        if self._answer_all(batch, _lines(self.files.read(row))):
+        left = (
+            each
+            for each in numbered_lines(self.files.read(row), LONGEST_LINE)
+            if each[0] not in done
+        )
+        if self.work_through(batch, left, partial(self._answer, batch)):
             self._finish(batch)
+
+    def record(self, session: Session, batch: Batch, number: int, answered: Answered) -> None:
+        """Write an answer down by its line."""
+        store.record(session, batch.id, number, *answered)
+
+    def state(self, batch: Batch) -> str:
+        """Its status; expired, once its time is over."""
+        return store.EXPIRED if now() > batch.expires else batch.status
+
+    def fail(self, batch: Batch, code: str, message: str) -> None:
+        """End it with an error that is of no line."""
+        self._fail(batch, [_error(code, message, None)])
 
     def _problems(
         self, lines: Iterable[tuple[int, bytes]], endpoint: str
@@ -220,64 +169,6 @@ class BatchRunner:
             found.append(_error("empty_file", "The input file has no lines.", None))
         return count, found
 
-    def _answer_all(self, batch: Batch, lines: Iterable[tuple[int, bytes]]) -> bool:
-        """Answer what is not answered; whether the batch is through, and not only this server."""
-        with self.database.read() as session:
-            done = store.done_lines(session, batch.id)
-        left = (each for each in lines if each[0] not in done)
-        running: dict[_Answered, int] = {}
-        with ThreadPoolExecutor(AT_ONCE, "batch") as threads:
-            status = self._keep(batch, {})
-            while status is not None:
-                if status == store.IN_PROGRESS and not self._closed.is_set():
-                    for number, line in islice(left, AT_ONCE - len(running)):
-                        running[threads.submit(self._answer, batch, line)] = number
-                if not running:
-                    return not self._closed.is_set()
-                ended, _ = wait(running, RENEWED, FIRST_COMPLETED)
-                status = self._keep(batch, {running.pop(each): each for each in ended})
-        return False
-
-    def _keep(self, batch: Batch, answered: Mapping[int, _Answered]) -> str | None:
-        """Go on holding the batch and write answers down by their lines.
-
-        Gives where the batch stands now; ``None`` where another server works on it.
-        """
-        with self.database.write() as session:
-            # Written only by who still holds the batch: no line is answered twice.
-            try:
-                held = queue.renew(session, Batch, batch.id, self._token)
-            except LeaseLost:
-                return None
-            for number, answer in answered.items():
-                store.record(session, batch.id, number, *answer.result())
-            return store.EXPIRED if now() > held.expires else held.status
-
-    def _caller(self, batch: Batch) -> Caller:
-        """Who asked for a batch, with the rights of this moment."""
-        account, user = batch.caller["account"], batch.caller["user"]
-        fields, temporary = batch.caller.get("session"), None
-        with self.database.read() as session:
-            if fields is None:
-                policies = active_policies(session, account, user)
-            else:
-                # Its credentials may have expired since: the batch was let in before. With the access
-                # key that they were begun with it ends, as every session does.
-                temporary = TemporarySession.model_validate(fields)
-                principal = session_principal(session, temporary)
-                policies = principal.policies if principal else None
-        caller = Caller(account, user, policies or (), batch.caller["bearer"], session=temporary)
-        if policies is None:
-            what = "or the access key of its session is" if temporary else "is"
-            text = (
-                f"User: {caller.arn} {what} disabled or gone; its batches are answered no further."
-            )
-            raise Fault("AccessDenied", text)
-        return caller
-
-    def _count_tokens(self, account: str, model: str, read: int, written: int) -> None:
-        self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
-
     def _answer(self, batch: Batch, line: bytes) -> tuple[bool, dict[str, Any]]:
         with ExitStack() as turn:
             if len(line) > self.limits.large_body_bytes:
@@ -289,10 +180,9 @@ class BatchRunner:
         self, batch: Batch, members: Mapping[str, Any]
     ) -> tuple[bool, dict[str, Any]]:
         try:
-            caller = self._caller(batch)
+            caller = self.caller_of(batch)
             self.count(batch.account, "", Usage(requests=1))
-            count = partial(self._count_tokens, batch.account)
-            with meter(count), working_for(batch.account):
+            with meter(self.meter_of(batch.account)), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, members["body"])
             status = 200
         except Fault as fault:
@@ -313,7 +203,7 @@ class BatchRunner:
         """Write the files, then say so: whoever reads ``completed`` can read them."""
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
-            if held is None or held.lease != self._token:
+            if held is None or not self.holds(held):
                 return
             counts = store.counts(session, held)
             missing = held.total > sum(counts)
@@ -344,7 +234,7 @@ class BatchRunner:
                 files[column] = file_id
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
-            if held is not None and held.lease == self._token:
+            if held is not None and self.holds(held):
                 for column, file_id in files.items():
                     setattr(held, column, file_id)
                 store.end(session, held, end)
@@ -364,27 +254,9 @@ class BatchRunner:
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         with self.database.write() as session:
             held = store.get(session, batch.account, batch.id, lock=True)
-            if held is not None and held.lease == self._token and held.status not in store.ENDED:
+            if held is not None and self.holds(held) and held.status not in store.ENDED:
                 held.errors = errors[:MOST_ERRORS]
                 store.end(session, held, store.FAILED)
-
-
-def _lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else.
-
-    One that is longer than :data:`LONGEST_LINE` is cut off there, and is the last.
-    """
-    rest, number = b"", 0
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            number += 1
-            if line.strip():
-                yield number, line
-        if len(rest) > LONGEST_LINE:
-            break
-    if rest.strip():
-        yield number + 1, rest
 
 
 def _problem(
@@ -458,7 +330,7 @@ class Batches:
             storage.check(session, account, quotas, stored_bytes=1, objects=1, files=1)
             # Its lock keeps others of the account from counting before this batch is there.
             storage.lock(session, account)
-            if store.in_flight(session, account) >= quotas.batches_in_flight:
+            if queue.in_flight(session, Batch, account) >= quotas.batches_in_flight:
                 raise QuotaExceeded(
                     f"The account has {quotas.batches_in_flight:,} batches that have not ended (quota "
                     "batches_in_flight). Wait for some of them, or cancel them.",
@@ -516,20 +388,6 @@ class Batches:
             answer = Response.json(_view(session, batch))
         self.runner.wake()
         return answer
-
-
-def caller_fields(caller: Caller) -> dict[str, Any]:
-    """A caller as it is kept with a batch: without policies, which may be others tomorrow.
-
-    A session's own policy is kept: it binds what was begun in the session, for good.
-    """
-    session = caller.session
-    return {
-        "account": caller.account,
-        "user": caller.user,
-        "bearer": caller.bearer,
-        "session": session.model_dump(mode="json") if session else None,
-    }
 
 
 def _view(session: Session, batch: Batch) -> dict[str, Any]:

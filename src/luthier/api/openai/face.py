@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
+from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Fault, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.openai import protocol
@@ -13,6 +15,9 @@ from luthier.api.openai.batches import Batches, BatchRunner
 from luthier.api.openai.chat import Chats
 from luthier.api.openai.completions import Completions
 from luthier.api.openai.embeddings import Embeddings
+from luthier.api.openai.eval_runs import EvalParts, EvalTask
+from luthier.api.openai.evals import FACE as EVAL
+from luthier.api.openai.evals import Evals
 from luthier.api.openai.files import Files
 from luthier.api.openai.fine_tuning import FineTuning, setting_name
 from luthier.api.openai.generation import Inference
@@ -62,7 +67,7 @@ class OpenAIFace:
         submitted: Callable[[], None] = lambda: None,
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
-        """Put the face together; :meth:`start` begins the work on batches.
+        """Put the face together; :meth:`start` begins the work in the background.
 
         Args:
             database: where everything is kept.
@@ -74,7 +79,7 @@ class OpenAIFace:
             limits: how many jobs an account may have, by the account.
             file_limit: bytes of an uploaded file at most.
             submitted: called after a job was put into the queue.
-            count: told what lines of batches use.
+            count: told what lines of batches and rows of evaluations use.
         """
         arns = Arns(settings.region)
         access = Access(authorize, settings.region)
@@ -103,6 +108,12 @@ class OpenAIFace:
             count,
             settings.limits,
         )
+        parts = EvalParts(
+            self.files, chats.answer, inference.judge, PooledModels(pool), self._grading, limited
+        )
+        self.evaluations = EvaluationRunner(
+            database, {EVAL: partial(EvalTask, parts)}, objects.quotas, count
+        )
         resources: Sequence[Resource] = (
             Files(self.files, access, file_limit),
             FineTuning(database, self.files, inference, arns, limits, submitted),
@@ -114,6 +125,7 @@ class OpenAIFace:
             embeddings,
             Images(inference),
             Batches(database, self.files, access, self.batches),
+            Evals(database, parts, inference, access, self.evaluations, limited),
         )
         operations = (each for resource in resources for each in resource.operations())
         self.router = Router(replace(each, name=f"openai.{each.name}") for each in operations)
@@ -136,10 +148,12 @@ class OpenAIFace:
         return protocol.refusal(fault.in_words_of(setting_name))
 
     def start(self) -> None:
-        """Begin to work on batches, those of an earlier server first."""
+        """Begin to work on batches and evaluations, those of an earlier server first."""
         self.batches.start()
+        self.evaluations.start()
 
     def close(self) -> None:
-        """Stop working on batches, and end the processes of graders."""
+        """Stop working on batches and evaluations, and end the processes of graders."""
         self.batches.close()
+        self.evaluations.close()
         self._grading.close()

@@ -39,9 +39,12 @@ _MEMBERS = {
     "text_similarity": ("input", "reference", "evaluation_metric"),
     "python": ("source",),
     "score_model": ("model", "input", "range"),
+    "label_model": ("model", "input", "labels", "passing_labels"),
     "multi": ("graders", "calculate_output"),
 }
 """Members that mean something here, by type; a name is a label."""
+_ASKING = ("score_model", "label_model")
+"""Types that ask a model."""
 _SAMPLING = {"max_completions_tokens": "max_tokens", "temperature": "temperature"} | {
     "top_p": "top_p",
     "seed": "seed",
@@ -206,7 +209,7 @@ def _fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[str, Any
             name: _fields(part, f"{where}.graders.{name}", judge)
             for name, part in _parts(given.get("graders"), f"{where}.graders").items()
         }
-    if kind == "score_model":
+    if kind in _ASKING:
         fields |= _turns_and_sampling(given, where)
         fields["model"] = judge(str(given.get("model", "")), f"{where}.model")
     return {"method": kind, **fields}
@@ -232,8 +235,10 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Turns and sampling of a model that grades."""
     turns = given.get("input")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise invalid("A score_model grader needs a list of messages.", f"{where}.input")
-    made = [{"role": turn.get("role"), "content": _content(turn.get("content"))} for turn in turns]
+        raise invalid("A grader that asks a model needs a list of messages.", f"{where}.input")
+    made = [
+        {"role": turn.get("role"), "content": text_content(turn.get("content"))} for turn in turns
+    ]
     asked = given.get("sampling_params") or {}
     if not isinstance(asked, Mapping):
         raise invalid("sampling_params must be an object.", f"{where}.sampling_params")
@@ -243,7 +248,7 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"input": made, "sampling": sampling}
 
 
-def _content(given: Any) -> Any:
+def text_content(given: Any) -> Any:
     """Text of a message; blocks of text are joined, anything else is refused with its type."""
     blocks = given if isinstance(given, list) else [given]
     texts = [block.get("text") if isinstance(block, Mapping) else block for block in blocks]
@@ -263,11 +268,14 @@ def _errors(kind: str, trouble: Trouble | None) -> dict[str, Any]:
             "grader.no_member": "invalid_variable_error",
             "grader.formula": "formula_parse_error",
         }
-        kinds = {"python": "python_grader_runtime_error", "score_model": "model_grader_parse_error"}
+        kinds = {
+            "python": "python_grader_runtime_error",
+            **dict.fromkeys(_ASKING, "model_grader_parse_error"),
+        }
         found[name.get(trouble.rule) or kinds.get(kind, "other_error")] = True
         if kind == "python":
             details["python_grader_runtime_error_details"] = trouble.message
-        elif kind == "score_model":
+        elif kind in _ASKING:
             details["model_grader_server_error_details"] = trouble.message
     return {**found, **details}
 
@@ -286,18 +294,26 @@ class PooledModels:
         """Reward models are none of the graders of this API."""
         raise RecipeError("a reward model cannot be asked here")
 
-    def writer(self, judge: ModelSpec, sampling: SamplingSpec) -> Writer:
-        """The model that writes scores."""
+    def writer(
+        self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
+    ) -> Writer:
+        """The model that writes scores, of ``schema`` where there is one."""
 
         def write(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
-            return [self._reply(judge.model, turns, sampling) for turns in conversations]
+            return [self._reply(judge.model, turns, sampling, schema) for turns in conversations]
 
         return CachedWriter(write)
 
-    def _reply(self, model: str, turns: Sequence[Message], sampling: SamplingSpec) -> str | Failure:
-        chat = Chat(tuple(turns))
+    def _reply(
+        self,
+        model: str,
+        turns: Sequence[Message],
+        sampling: SamplingSpec,
+        schema: Mapping[str, Any] | None,
+    ) -> str | Failure:
         request = GenerationRequest(
-            chat,
+            Chat(tuple(turns)),
+            schema=schema,
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

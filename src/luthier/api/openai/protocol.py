@@ -136,18 +136,21 @@ def validate(given: Mapping[str, Any], kind: type[Parsed], under: str = "") -> P
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        errors = _errors_of_one_member(error)
+        errors = _errors_of_one_member(error, given)
         where = _format_location([part for part in (under, *errors[0]["loc"]) if part != ""])
         text, code = describe_error(errors, where)
         raise invalid(text, where or None, code) from error
 
 
-def _errors_of_one_member(error: ValidationError) -> list[Any]:
+def _errors_of_one_member(error: ValidationError, given: Mapping[str, Any]) -> list[Any]:
     """All errors about the first member that is wrong.
 
     Of one with alternatives it is the error about its value and not its type, else the innermost.
     """
-    found = error.errors(include_url=False)
+    found: list[dict[str, Any]] = [
+        {**each, "loc": _without_tags(each["loc"], given)}
+        for each in error.errors(include_url=False)
+    ]
     same = [each for each in found if each["loc"][:1] == found[0]["loc"][:1]]
     value = [
         each for each in same if expected_type(each) is None and each["type"] != "literal_error"
@@ -156,6 +159,22 @@ def _errors_of_one_member(error: ValidationError) -> list[Any]:
     place = _format_location(value[0]["loc"]) if value else max(places, key=len)
     own = [each for each, at in zip(same, places, strict=True) if at == place]
     return value[:1] + [each for each in own if each not in value[:1]]
+
+
+def _without_tags(location: Sequence[str | int], given: Any) -> tuple[str | int, ...]:
+    """``location`` without what pydantic puts behind an object that is chosen by its ``type``."""
+    kept: list[str | int] = []
+    for place, part in enumerate(location):
+        if isinstance(given, Mapping) and given.get("type") == part:
+            further = location[place + 1 : place + 2]
+            if part not in given or (further and further[0] in given):
+                continue
+        kept.append(part)
+        try:
+            given = given[part]
+        except (KeyError, IndexError, TypeError):
+            given = None
+    return tuple(kept)
 
 
 def _format_location(location: Sequence[str | int]) -> str:

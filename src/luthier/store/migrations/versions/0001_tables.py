@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from luthier.store.database import Moment, Plain
+from luthier.store.database import Moment, Plain, QuotingText
 
 revision = "0001"
 down_revision = None
@@ -271,6 +271,72 @@ def upgrade() -> None:
     )
     op.create_index("ix_batch_lines_batch_id", "batch_lines", ["batch_id"])
     op.create_table(
+        "evals",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("sealed", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("updated", Moment(), nullable=False),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    op.create_index("ix_evals_account", "evals", ["account"])
+    op.create_table(
+        "evaluation_runs",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("caller", Plain, nullable=False),
+        sa.Column("face", sa.String(), nullable=False),
+        sa.Column("eval_id", sa.String(), nullable=True),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("sealed", Plain, nullable=False),
+        sa.Column("user_metadata", Plain, nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("error_code", sa.String(), nullable=True),
+        sa.Column("error_message", QuotingText(), nullable=True),
+        sa.Column("total", sa.Integer(), nullable=False),
+        sa.Column("passed", sa.Integer(), nullable=False),
+        sa.Column("failed", sa.Integer(), nullable=False),
+        sa.Column("errored", sa.Integer(), nullable=False),
+        sa.Column("tallies", Plain, nullable=False),
+        sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("expires", Moment(), nullable=False),
+        sa.Column("completed", Moment(), nullable=True),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["eval_id"],
+            ["evals.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    for column in ("account", "eval_id", "status"):
+        op.create_index(f"ix_evaluation_runs_{column}", "evaluation_runs", [column])
+    op.create_table(
+        "evaluation_rows",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("run_id", sa.String(), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("status", sa.String(), nullable=False),
+        sa.Column("sealed", Plain, nullable=False),
+        sa.Column("graded", Moment(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["run_id"],
+            ["evaluation_runs.id"],
+        ),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("run_id", "number"),
+    )
+    op.create_index("ix_evaluation_rows_run_id", "evaluation_rows", ["run_id"])
+    op.create_table(
         "iam_roles",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("account", sa.String(), nullable=False),
@@ -360,6 +426,7 @@ def upgrade() -> None:
         sa.Column("imported_models", sa.Integer(), nullable=True),
         sa.Column("imports_in_flight", sa.Integer(), nullable=True),
         sa.Column("batches_in_flight", sa.Integer(), nullable=True),
+        sa.Column("evaluations_in_flight", sa.Integer(), nullable=True),
         sa.Column("provisioned_throughputs", sa.Integer(), nullable=True),
         sa.ForeignKeyConstraint(
             ["account"],

@@ -1,0 +1,191 @@
+"""Runs of evaluations, whichever face they were asked through: rows asked, graded and written down."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from luthier.api.background import BackgroundRunner, caller_fields
+from luthier.api.http.messages import Caller, Fault
+from luthier.errors import QuotaExceeded
+from luthier.limits import AccountQuotas
+from luthier.serving.inference import meter
+from luthier.serving.scheduler import working_for
+from luthier.store import evaluations as store
+from luthier.store import queue, storage
+from luthier.store.database import Database, now
+from luthier.store.evaluations import EvaluationRun, GradedRow
+from luthier.store.usage import CountUsage, Usage
+
+AT_ONCE = 4
+"""Rows of a run that are asked and graded side by side: each may take a process for its graders."""
+_log = logging.getLogger("luthier.api")
+
+
+class EvaluationTask(ABC):
+    """What one run asks, as the face that took it understands it.
+
+    Made anew each time a server goes on with the run; it may refuse with a :class:`Fault`.
+    """
+
+    model_names: Mapping[str, str] = {}
+    """What the run calls models, by their ids in the store."""
+
+    @abstractmethod
+    def count_rows(self) -> int:
+        """How many rows there are, all of them checked.
+
+        Raises:
+            LuthierError: naming the rows that cannot be evaluated, and why.
+        """
+
+    @abstractmethod
+    def rows(self) -> Iterable[tuple[int, Any]]:
+        """The rows by their numbers, from 1, read once more."""
+
+    @abstractmethod
+    def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
+        """Ask and grade one row, with the rights of ``caller``.
+
+        Raises:
+            Fault: where the model gave no answer.
+        """
+
+    @abstractmethod
+    def errored(self, number: int, row: Any, fault: Fault) -> GradedRow:
+        """What is written down of a row that could not be asked."""
+
+    @abstractmethod
+    def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
+        """Write results elsewhere, before the run is called completed; again after a crash."""
+
+
+class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
+    """Works on runs. Start it with the server; several servers may share a database."""
+
+    kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
+
+    def __init__(
+        self,
+        database: Database,
+        tasks: Mapping[str, Callable[[EvaluationRun, Caller], EvaluationTask]],
+        quotas: Callable[[Session, str], AccountQuotas],
+        count: CountUsage = lambda account, model, used: None,
+    ) -> None:
+        """``tasks`` makes the task of a run by its face, with the rights of who asked for it."""
+        super().__init__(database, count)
+        self.tasks, self.quotas = tasks, quotas
+
+    def create(
+        self,
+        session: Session,
+        caller: Caller,
+        *,
+        face: str,
+        name: str,
+        request: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+        eval_id: str | None = None,
+    ) -> EvaluationRun:
+        """A new run of ``caller``; :meth:`wake` the runner after the transaction.
+
+        Raises:
+            QuotaExceeded: where the account has too many that have not ended, or no room.
+        """
+        account = caller.account
+        quotas = self.quotas(session, account)
+        # Its lock keeps others of the account from counting before this run is there.
+        storage.lock(session, account)
+        if queue.in_flight(session, EvaluationRun, account) >= quotas.evaluations_in_flight:
+            raise QuotaExceeded(
+                f"The account has {quotas.evaluations_in_flight:,} evaluations that have not ended "
+                "(quota evaluations_in_flight). Wait for some of them, or cancel them.",
+                "evaluations_in_flight",
+            )
+        return store.create_run(
+            session,
+            account,
+            quotas,
+            caller=caller_fields(caller),
+            face=face,
+            name=name,
+            request=request,
+            metadata=metadata,
+            eval_id=eval_id,
+        )
+
+    def work(self, run: EvaluationRun) -> None:
+        """Check its rows, grade those that are not graded, and end it."""
+        task = self.tasks[run.face](run, self.caller_of(run))
+        if run.status == store.QUEUED:
+            total = task.count_rows()
+            with self.database.write() as session:
+                held = store.get_run(session, run.account, run.id, lock=True)
+                if held is not None and self.holds(held) and held.status == store.QUEUED:
+                    held.total, held.status = total, store.IN_PROGRESS
+        with self.database.read() as session:
+            done = store.done_rows(session, run.id)
+        left = ((number, (number, row)) for number, row in task.rows() if number not in done)
+        if self.work_through(run, left, partial(self._grade, run, task)):
+            self._finish(run, task)
+
+    def record(self, session: Session, run: EvaluationRun, number: int, graded: GradedRow) -> None:
+        """Write a row down; those of a run that was cancelled meanwhile are dropped."""
+        if run.status == store.IN_PROGRESS:
+            store.record(session, run, self.quotas(session, run.account), number, graded)
+
+    def state(self, run: EvaluationRun) -> str:
+        """Its status; failed, once its time is over."""
+        return store.FAILED if now() > run.expires else run.status
+
+    def fail(self, run: EvaluationRun, code: str, message: str) -> None:
+        """End it; the rows that are graded stay."""
+        self._end(run, store.FAILED, code, message)
+
+    def _grade(self, run: EvaluationRun, task: EvaluationTask, piece: tuple[int, Any]) -> GradedRow:
+        number, row = piece
+        caller = self.caller_of(run)
+        calls: list[tuple[str, int, int]] = []
+
+        def count(model: str, read: int, written: int) -> None:
+            calls.append((task.model_names.get(model, model), read, written))
+            self._count_tokens(run.account, model, read, written)
+
+        self.count(run.account, "", Usage(requests=1))
+        with meter(count), working_for(run.account):
+            try:
+                graded = task.grade(caller, number, row)
+            except Fault as fault:
+                graded = task.errored(number, row, fault)
+            except Exception as error:
+                _log.exception("a row of %s failed", run.id)
+                text = f"The row failed: {type(error).__name__}."
+                graded = task.errored(number, row, Fault("InternalServer", text))
+        return replace(graded, usage=calls)
+
+    def _finish(self, run: EvaluationRun, task: EvaluationTask) -> None:
+        with self.database.read() as session:
+            now_there = store.get_run(session, run.account, run.id)
+            if now_there is None or now_there.status != store.IN_PROGRESS:
+                return
+            if now() > now_there.expires:
+                hours = store.PATIENCE.total_seconds() / 3600
+                text = f"The run took more than {hours:.0f} hours; the rows that are graded stay."
+                self.fail(run, "expired", text)
+                return
+            task.finish(now_there, store.every_row(session, run.id))
+        self._end(run, store.COMPLETED)
+
+    def _end(
+        self, run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
+    ) -> None:
+        with self.database.write() as session:
+            held = store.get_run(session, run.account, run.id, lock=True)
+            if held is not None and self.holds(held) and held.status not in store.ENDED:
+                store.end(held, status, code, message)

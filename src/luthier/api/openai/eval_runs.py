@@ -1,0 +1,472 @@
+"""Runs of ``/evals``: rows of a source, a model's answers to them, and what graders say of each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.api.evaluations import EvaluationTask
+from luthier.api.http.messages import Caller, Fault, parse_json
+from luthier.api.openai.chat import ChatRequest
+from luthier.api.openai.files import numbered_lines
+from luthier.api.openai.generation import Judge
+from luthier.api.openai.graders import graded_once, grader_fields, text_content
+from luthier.api.openai.protocol import Body, error_of, invalid, validate
+from luthier.data.shapes import PromptOnly
+from luthier.errors import RefusedInput, RowRefused
+from luthier.graders import (
+    Answer,
+    Grader,
+    GraderModels,
+    JsonSchema,
+    ScoreModel,
+    Trouble,
+    grader_from,
+)
+from luthier.graders.templates import check_template, fill_template, value_at
+from luthier.limits import ServerLimits
+from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
+from luthier.serving.confined_work import ConfinedWork, confine
+from luthier.store import evaluations as store
+from luthier.store.evaluations import EvaluationRun, GradedRow
+from luthier.store.uploaded_files import UploadedFiles
+
+MOST_ROWS = 50_000
+MOST_ROW_BYTES = 262_144
+"""Of a row: as much as a text that graders compare."""
+MOST_CRITERIA = 32
+MOST_PROBLEMS = 5
+"""What is wrong with more rows is not told."""
+CHECK_SECONDS = 60.0
+"""For comparing all rows of a run with the schema of its eval: 50,000 short ones take ten."""
+TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
+"""How answers are sampled where a run does not say."""
+
+Answers = Callable[[Caller, Mapping[str, Any]], dict[str, Any]]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class ContentRow(Body):
+    """A row that came with the request."""
+
+    item: dict[str, Any]
+    sample: dict[str, Any] | None = None
+
+
+class FileContent(Body):
+    """Rows that came with the request."""
+
+    type: Literal["file_content"]
+    content: Annotated[list[ContentRow], Field(min_length=1, max_length=MOST_ROWS)]
+
+
+class FileId(Body):
+    """Rows of an uploaded file."""
+
+    type: Literal["file_id"]
+    id: Annotated[str, Field(min_length=1)]
+
+
+class Stored(Body):
+    """Answers that OpenAI would have kept."""
+
+    type: Literal["stored_completions", "responses"]
+
+
+class TemplateMessage(Body):
+    """A message with places."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | dict[str, Any] | list[str | dict[str, Any]]
+
+
+class Template(Body):
+    """Messages with places, the same for all rows."""
+
+    type: Literal["template"]
+    template: Annotated[list[TemplateMessage], Field(min_length=1, max_length=100)]
+
+
+class ItemReference(Body):
+    """Messages that each row brings."""
+
+    type: Literal["item_reference"]
+    item_reference: str
+
+
+class SamplingParameters(Body):
+    """How answers are sampled."""
+
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    response_format: dict[str, Any] | None = None
+    """Of completions."""
+    text: dict[str, Any] | None = None
+    """The same of responses, as ``format``."""
+    tools: list[dict[str, Any]] | None = None
+
+
+class DataSource(Body):
+    """Where rows come from, and what a model is asked about them."""
+
+    type: Literal["jsonl", "completions", "responses"]
+    source: Annotated[FileContent | FileId | Stored, Field(discriminator="type")]
+    input_messages: Annotated[Template | ItemReference, Field(discriminator="type")] | None = None
+    model: Annotated[str, Field(min_length=1)] | None = None
+    sampling_params: SamplingParameters | None = None
+
+    @property
+    def sampling(self) -> SamplingParameters:
+        """What was said, or nothing."""
+        return self.sampling_params or SamplingParameters()
+
+    def check(self) -> None:
+        """Refuse what means nothing here, and templates that cannot be filled."""
+        if isinstance(self.source, Stored):
+            text = (
+                "Answers are not kept here: send rows as 'file_content', or as the 'file_id' of an "
+                "upload with one JSON object of 'item' (and 'sample') a line."
+            )
+            raise invalid(text, "data_source.source.type", "unsupported_value")
+        if self.type == "jsonl":
+            return
+        for name in ("model", "input_messages"):
+            if getattr(self, name) is None:
+                text = f"Missing required parameter: 'data_source.{name}'."
+                raise invalid(text, f"data_source.{name}", "missing_required_parameter")
+        for place, template in self._templates():
+            try:
+                check_template(template, sampled=False)
+            except ValueError as error:
+                raise invalid(f"{error}.", place, "invalid_value") from error
+        probe = self.chat_body([{"role": "user", "content": "-"}])
+        validate(probe, ChatRequest, "data_source.sampling_params").check()
+
+    def _templates(self) -> Iterator[tuple[str, str]]:
+        where = "data_source.input_messages"
+        if isinstance(self.input_messages, ItemReference):
+            yield f"{where}.item_reference", "{{" + self.input_messages.item_reference + "}}"
+        elif self.input_messages is not None:
+            for index, message in enumerate(self.input_messages.template):
+                text = text_content(message.content)
+                place = f"{where}.template[{index}].content"
+                if not isinstance(text, str):
+                    raise invalid("Models that are evaluated here read text alone.", place)
+                yield place, text
+
+    def messages(self, row: Answer) -> list[dict[str, Any]]:
+        """What the model is asked about a row.
+
+        Raises:
+            RowRefused: where it lacks what a place names, or the text would be too long.
+            Fault: where it refers to what are no messages.
+        """
+        scope = {"item": row.row.members or {}}
+        if isinstance(self.input_messages, ItemReference):
+            found = value_at(self.input_messages.item_reference, scope)
+            if isinstance(found, str):
+                return [{"role": "user", "content": found}]
+            if not isinstance(found, list):
+                text = f"{self.input_messages.item_reference} is no list of messages."
+                raise invalid(text, "data_source.input_messages")
+            return found
+        assert self.input_messages is not None  # checked with the request
+        return [
+            {
+                "role": each.role,
+                "content": fill_template(text_content(each.content), scope, row),
+            }
+            for each in self.input_messages.template
+        ]
+
+    def chat_body(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The same as a chat completion, whichever of OpenAI's forms it came in."""
+        sampling = self.sampling
+        form, tools = sampling.response_format, sampling.tools
+        if self.type == "responses":
+            form = (sampling.text or {}).get("format")
+            if isinstance(form, dict) and form.get("type") == "json_schema":
+                inner = {name: value for name, value in form.items() if name != "type"}
+                form = {"type": "json_schema", "json_schema": inner}
+            tools = tools and [
+                {
+                    "type": each.get("type"),
+                    "function": {name: value for name, value in each.items() if name != "type"},
+                }
+                for each in tools
+            ]
+        given: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_completion_tokens": sampling.max_completion_tokens or TOKENS,
+            "temperature": TEMPERATURE if sampling.temperature is None else sampling.temperature,
+            "top_p": TOP_P if sampling.top_p is None else sampling.top_p,
+            "seed": SEED if sampling.seed is None else sampling.seed,
+            "response_format": form,
+            "tools": tools,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A grader, and from which score on a row passes."""
+
+    name: str
+    type: str
+    grader: Grader
+    threshold: float
+
+    def opened(self, models: GraderModels, work: ConfinedWork) -> Criterion:
+        """The same with its models opened, and what compares texts in processes of ``work``."""
+        grader = self.grader.with_models(models) if self.grader.models else self.grader
+        return Criterion(self.name, self.type, confine(grader, work), self.threshold)
+
+
+def criteria_of(given: Sequence[Mapping[str, Any]], judge: Judge) -> list[Criterion]:
+    """``testing_criteria`` as they were sent; ``judge`` finds the models that grade.
+
+    Raises:
+        Fault: 400, naming the criterion and what is wrong with it.
+    """
+    found: dict[str, Criterion] = {}
+    for index, each in enumerate(given):
+        where = f"testing_criteria[{index}]"
+        grader: Grader = grader_from(grader_fields(each, where, judge))
+        name = each.get("name")
+        if not isinstance(name, str) or not name or len(name) > 256:
+            text = "A criterion needs a 'name' of 1 to 256 characters."
+            raise invalid(text, f"{where}.name", "missing_required_parameter")
+        if name in found:
+            text = f"Two criteria are called '{name}': results could not be told apart."
+            raise invalid(text, f"{where}.name", "invalid_value")
+        found[name] = Criterion(name, each["type"], grader, _threshold(each, grader, where))
+    return list(found.values())
+
+
+def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
+    """From which score on a row passes: OpenAI names no default, so it is the middle of the range."""
+    threshold = given.get("pass_threshold")
+    if given["type"] in ("string_check", "label_model"):
+        return 1.0
+    if threshold is None and given["type"] == "text_similarity":
+        name = f"{where}.pass_threshold"
+        raise invalid(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
+    if threshold is None:
+        return sum(grader.range) / 2 if isinstance(grader, ScoreModel) else 0.5
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise invalid("A threshold is a number.", f"{where}.pass_threshold", "invalid_type")
+    return float(threshold)
+
+
+@dataclass(frozen=True)
+class EvalParts:
+    """What the tasks of runs stand on."""
+
+    files: UploadedFiles
+    answers: Answers
+    """Answers bodies of chat completions."""
+    judges: Callable[[Caller], Judge]
+    models: GraderModels
+    work: ConfinedWork
+    limits: ServerLimits
+
+
+class EvalTask(EvaluationTask):
+    """The task of a run of an eval."""
+
+    def __init__(self, parts: EvalParts, run: EvaluationRun, caller: Caller) -> None:
+        """Raises :class:`Fault` where a model that grades is gone, or may not be asked any more."""
+        self.parts, self.run = parts, run
+        request = run.request
+        self.source = validate(request["data_source"], DataSource, "data_source")
+        self.schema = JsonSchema(against=request["item_schema"])
+        judge, names = parts.judges(caller), dict[str, str]()
+
+        def find(name: str, where: str) -> str:
+            stored = judge(name, where)
+            names.setdefault(stored, name)
+            return stored
+
+        self.criteria = [
+            each.opened(parts.models, parts.work)
+            for each in criteria_of(request["testing_criteria"], find)
+        ]
+        if self.source.model is not None:
+            # Rows tell by themselves where the model that is evaluated is gone.
+            try:
+                names[judge(self.source.model, "data_source.model")] = self.source.model
+            except Fault as fault:
+                if fault.code == "AccessDenied":
+                    raise
+        self.model_names = names
+
+    def count_rows(self) -> int:
+        """All rows, each compared with the schema of the eval."""
+        count, problems, began = 0, list[str](), time.monotonic()
+        for number, line in self._lines():
+            count += 1
+            if count > MOST_ROWS:
+                raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
+            if time.monotonic() - began > CHECK_SECONDS:
+                raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
+            if problem := self._problem(line):
+                problems.append(f"row {number}: {problem}")
+        if not count:
+            raise RefusedInput("There are no rows to evaluate.")
+        if problems:
+            more = len(problems) - MOST_PROBLEMS
+            rest = f" And {more:,} more." if more > 0 else ""
+            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems[:MOST_PROBLEMS])}{rest}")
+        return count
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Objects of ``item`` and ``sample``."""
+        for number, line in self._lines():
+            yield number, json.loads(line)
+
+    def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
+        """Ask the model, where there is one, and grade what it said."""
+        item = row["item"]
+        answer = self._answer(number, item, "")
+        if self.source.type == "jsonl":
+            sample = _given_sample(row.get("sample") or {})
+        else:
+            try:
+                messages = self.source.messages(answer)
+            except RowRefused as refused:
+                raise invalid(refused.message) from refused
+            body = self.source.chat_body(messages)
+            sample = _sample(body, self.parts.answers(caller, body))
+        text = "".join(each["content"] or "" for each in sample["output"])
+        results = [self._result(each, self._answer(number, item, text)) for each in self.criteria]
+        statuses = {each["name"]: _status(each) for each in results}
+        worst = next(
+            (each for each in (store.ERROR, store.FAIL) if each in statuses.values()), None
+        )
+        record = {"item": item, "results": results, "sample": sample}
+        return GradedRow(worst or store.PASS, record, statuses)
+
+    def errored(self, number: int, row: Any, fault: Fault) -> GradedRow:
+        """What was asked, and why there is no answer."""
+        told = error_of(fault)
+        error = {"code": told["code"] or told["type"], "message": told["message"]}
+        sample = _empty_sample(self.source.model or "") | {"error": error, "finish_reason": "error"}
+        return GradedRow(store.ERROR, {"item": row["item"], "results": [], "sample": sample})
+
+    def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
+        """Nothing: rows are read where they are."""
+
+    def _answer(self, number: int, item: Mapping[str, Any], reply: str) -> Answer:
+        row = PromptOnly("item", number, "", members=item)
+        return Answer((), reply, None, row, self.parts.limits.grading_text_characters)
+
+    def _result(self, criterion: Criterion, answer: Answer) -> dict[str, Any]:
+        try:
+            score, parts, trouble = graded_once(criterion.grader, answer)
+        except (TakesTooMuch, WorkInterrupted) as error:
+            score, parts = 0.0, {}
+            trouble = Trouble("grader.limit", str(error), "Make it lighter.")
+        passed = trouble is None and score >= criterion.threshold
+        found: dict[str, Any] = {
+            "name": criterion.name,
+            "type": criterion.type,
+            "score": score,
+            "passed": passed,
+            "sample": None,
+        }
+        if parts:
+            found["sub_scores"] = parts
+        if trouble is not None:
+            found["error"] = {"code": trouble.rule, "message": trouble.message}
+        return found
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        source = self.source.source
+        if isinstance(source, FileContent):
+            given = self.run.request["data_source"]["source"]["content"]
+            yield from ((n, json.dumps(row).encode()) for n, row in enumerate(given, 1))
+        elif isinstance(source, FileId):
+            row = self.parts.files.get(self.run.account, source.id)
+            if row is None:
+                raise RefusedInput(f"The file {source.id} is gone.")
+            yield from numbered_lines(self.parts.files.read(row), MOST_ROW_BYTES)
+
+    def _problem(self, line: bytes) -> str:
+        """What is wrong with a row; empty where nothing is."""
+        if len(line) > MOST_ROW_BYTES:
+            return f"it has more than {MOST_ROW_BYTES:,} bytes."
+        try:
+            row = parse_json(line, self.parts.limits.json_values)
+        except (Fault, ValueError) as error:
+            return f"it is no JSON that can be read: {error}."
+        if not isinstance(row, dict) or not isinstance(row.get("item"), dict):
+            return "it needs an object 'item'."
+        sample = row.get("sample") or {}
+        if not isinstance(sample, dict) or not isinstance(sample.get("output_text", ""), str):
+            return "'sample' is an object with a text 'output_text'."
+        try:
+            mismatch = self.schema.first_error(row["item"])
+        except (TimeoutError, ValueError) as slow:
+            raise RefusedInput(f"The item_schema cannot be applied: {slow}.") from slow
+        return f"'item' does not match item_schema: {mismatch}." if mismatch else ""
+
+
+def _status(result: Mapping[str, Any]) -> str:
+    if "error" in result:
+        return store.ERROR
+    return store.PASS if result["passed"] else store.FAIL
+
+
+def _empty_sample(model: str) -> dict[str, Any]:
+    """All members of a sample that nobody drew."""
+    return {
+        "input": [],
+        "output": [],
+        "finish_reason": "",
+        "model": model,
+        "usage": {
+            "prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cached_tokens": 0,
+        },
+        "error": None,
+        "temperature": TEMPERATURE,
+        "max_completion_tokens": 0,
+        "top_p": TOP_P,
+        "seed": SEED,
+    }  # fmt: skip
+
+
+def _given_sample(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample that came with the row."""
+    text = given.get("output_text")
+    output = [] if text is None else [{"role": "assistant", "content": text}]
+    return _empty_sample("") | {"output": output}
+
+
+def _sample(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked as a chat completion, and what was answered."""
+    (choice,), usage = answered["choices"], answered["usage"]
+    message = choice["message"]
+    output = {"role": "assistant", "content": message["content"] or ""}
+    if "tool_calls" in message:
+        output["tool_calls"] = message["tool_calls"]
+    return {
+        "input": [
+            {"role": each["role"], "content": text_content(each.get("content")) or ""}
+            for each in asked["messages"]
+        ],
+        "output": [output],
+        "finish_reason": choice["finish_reason"],
+        "model": asked["model"],
+        "usage": {name: usage[name] for name in
+                  ("prompt_tokens", "completion_tokens", "total_tokens")} | {"cached_tokens": 0},
+        "error": None,
+        **{name: asked[name] for name in ("temperature", "max_completion_tokens", "top_p", "seed")},
+    }  # fmt: skip

@@ -1,0 +1,313 @@
+"""Evaluations that clients ask for: what is measured, each run of it, and each row of a run.
+
+An :class:`Eval` of the OpenAI API says how rows are graded; a run grades the rows of one source, and
+the answers of one model to them. An evaluation job of Bedrock is a run that says all of that itself.
+Rows are written down one by one, so that what a killed server had done is not done again. What they
+take of the disk counts as stored bytes of the account.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.encryption.files import open_value, seal_value
+from luthier.limits import AccountQuotas
+from luthier.store import storage
+from luthier.store.database import Base, QuotingText, now
+from luthier.store.ids import SMALL, random_id
+from luthier.store.queue import BackgroundWork, next_turn
+
+QUEUED, IN_PROGRESS = "queued", "in_progress"
+COMPLETED, FAILED, CANCELED = "completed", "failed", "canceled"
+ENDED = (COMPLETED, FAILED, CANCELED)
+PASS, FAIL, ERROR = "pass", "fail", "error"
+"""What became of a row: all criteria hold, some do not, or some could not be looked at."""
+PATIENCE = timedelta(hours=24)
+"""How long a run may take, waiting for its turn included."""
+PAGE = 100
+"""Rows that are in memory at once where all of a run are read."""
+_TEXT = "text"
+
+
+class Eval(Base):
+    """How rows are graded."""
+
+    __tablename__ = "evals"
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``eval_`` and letters and digits."""
+    account: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
+    sealed: Mapped[dict[str, Any]]
+    user_metadata: Mapped[dict[str, Any]]
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    created: Mapped[datetime]
+    updated: Mapped[datetime]
+
+    @property
+    def definition(self) -> Mapping[str, Any]:
+        """``data_source_config`` and ``testing_criteria``, as they were sent."""
+        return _open(self.sealed, self.id)
+
+
+class EvaluationRun(BackgroundWork, Base):
+    """One run."""
+
+    __tablename__ = "evaluation_runs"
+    noun = "evaluation"
+    ended = ENDED
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    """``evalrun_`` and letters and digits."""
+    face: Mapped[str]
+    """Which API it was asked through, and is shown by."""
+    eval_id: Mapped[str | None] = mapped_column(ForeignKey("evals.id"), index=True)
+    name: Mapped[str]
+    sealed: Mapped[dict[str, Any]]
+    user_metadata: Mapped[dict[str, Any]]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None] = mapped_column(QuotingText)
+    total: Mapped[int] = mapped_column(default=0)
+    """Rows, once they are counted."""
+    passed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    errored: Mapped[int] = mapped_column(default=0)
+    tallies: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """``criteria``: rows that passed, failed and could not be graded, by name; ``usage``: calls, tokens
+    read and tokens written, by model."""
+    stored_bytes: Mapped[int] = mapped_column(BigInteger)
+    completed: Mapped[datetime | None]
+    """When it ended."""
+
+    @property
+    def request(self) -> Mapping[str, Any]:
+        """What was asked."""
+        return _open(self.sealed, self.id)
+
+
+class EvaluationRow(Base):
+    """A row of a run that is graded."""
+
+    __tablename__ = "evaluation_rows"
+    __table_args__ = (UniqueConstraint("run_id", "number"),)
+
+    seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("evaluation_runs.id"), index=True)
+    number: Mapped[int]
+    """Of the row in its source, from 1."""
+    status: Mapped[str]
+    sealed: Mapped[dict[str, Any]]
+    graded: Mapped[datetime]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the face shows of it."""
+        return _open(self.sealed, f"{self.run_id}:{self.number}")
+
+
+@dataclass(frozen=True)
+class GradedRow:
+    """What came of one row."""
+
+    status: str
+    record: dict[str, Any]
+    criteria: Mapping[str, str] = field(default_factory=dict)
+    """``pass``, ``fail`` or ``error`` by the name of each criterion."""
+    usage: Sequence[tuple[str, int, int]] = ()
+    """Each call of a model: its name, tokens that it read, and tokens that it wrote."""
+
+
+def create_eval(
+    session: Session,
+    account: str,
+    quotas: AccountQuotas,
+    name: str,
+    definition: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> Eval:
+    """A new one.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+    """
+    eval_id, moment, text = "eval_" + random_id(24, SMALL), now(), json.dumps(definition)
+    row = Eval(
+        id=eval_id,
+        account=account,
+        name=name,
+        sealed=_seal(text, eval_id),
+        user_metadata=dict(metadata),
+        stored_bytes=len(text),
+        created=moment,
+        updated=moment,
+    )
+    session.add(row)
+    session.flush()
+    storage.charge(session, account, quotas, stored_bytes=len(text))
+    return row
+
+
+def create_run(
+    session: Session,
+    account: str,
+    quotas: AccountQuotas,
+    *,
+    caller: dict[str, Any],
+    face: str,
+    name: str,
+    request: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    eval_id: str | None = None,
+) -> EvaluationRun:
+    """A new run, to be worked on. Of one account they are made one after the other.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+    """
+    run_id, moment, text = "evalrun_" + random_id(24, SMALL), now(), json.dumps(request)
+    run = EvaluationRun(
+        id=run_id,
+        account=account,
+        turn=next_turn(session, EvaluationRun, account, EvaluationRun.status.not_in(ENDED)),
+        caller=caller,
+        face=face,
+        eval_id=eval_id,
+        name=name,
+        sealed=_seal(text, run_id),
+        user_metadata=dict(metadata or {}),
+        status=QUEUED,
+        tallies={},
+        stored_bytes=len(text),
+        created=moment,
+        expires=moment + PATIENCE,
+    )
+    session.add(run)
+    session.flush()
+    storage.charge(session, account, quotas, stored_bytes=len(text))
+    return run
+
+
+def get_eval(session: Session, account: str, eval_id: str, *, lock: bool = False) -> Eval | None:
+    """The account's eval."""
+    found = select(Eval).where(Eval.account == account, Eval.id == eval_id)
+    return session.scalar(found.with_for_update() if lock else found)
+
+
+def get_run(
+    session: Session, account: str, run_id: str, *, lock: bool = False
+) -> EvaluationRun | None:
+    """The account's run."""
+    found = select(EvaluationRun).where(
+        EvaluationRun.account == account, EvaluationRun.id == run_id
+    )
+    return session.scalar(found.with_for_update() if lock else found)
+
+
+def done_rows(session: Session, run_id: str) -> set[int]:
+    """Numbers of the rows that are graded."""
+    return set(session.scalars(select(EvaluationRow.number).where(EvaluationRow.run_id == run_id)))
+
+
+def record(
+    session: Session, run: EvaluationRun, quotas: AccountQuotas, number: int, row: GradedRow
+) -> None:
+    """Write down what came of a row, and count it.
+
+    Raises:
+        QuotaExceeded: where the account has no room for it.
+    """
+    text = json.dumps(row.record)
+    session.add(
+        EvaluationRow(
+            run_id=run.id,
+            number=number,
+            status=row.status,
+            sealed=_seal(text, f"{run.id}:{number}"),
+            graded=now(),
+        )
+    )
+    run.passed += row.status == PASS
+    run.failed += row.status == FAIL
+    run.errored += row.status == ERROR
+    criteria = {**run.tallies.get("criteria", {})}
+    for name, status in row.criteria.items():
+        counts = criteria.get(name, (0, 0, 0))
+        criteria[name] = [
+            count + (status == each)
+            for count, each in zip(counts, (PASS, FAIL, ERROR), strict=True)
+        ]
+    usage = {**run.tallies.get("usage", {})}
+    for model, read, written in row.usage:
+        calls = usage.get(model, (0, 0, 0))
+        usage[model] = [calls[0] + 1, calls[1] + read, calls[2] + written]
+    run.tallies = {"criteria": criteria, "usage": usage}
+    run.stored_bytes += len(text)
+    session.flush()
+    storage.charge(session, run.account, quotas, stored_bytes=len(text))
+
+
+def rows_of(
+    session: Session,
+    run_id: str,
+    limit: int,
+    position: int | None = None,
+    *,
+    status: str | None = None,
+    ascending: bool = True,
+) -> list[EvaluationRow]:
+    """``limit`` rows behind the number ``position``, in the order of the source or against it."""
+    query = select(EvaluationRow).where(EvaluationRow.run_id == run_id)
+    if status is not None:
+        query = query.where(EvaluationRow.status == status)
+    number = EvaluationRow.number
+    if position is not None:
+        query = query.where(number > position if ascending else number < position)
+    return list(
+        session.scalars(query.order_by(number.asc() if ascending else number.desc()).limit(limit))
+    )
+
+
+def every_row(session: Session, run_id: str) -> Iterator[EvaluationRow]:
+    """All rows of a run, a page at a time."""
+    position: int | None = None
+    while found := rows_of(session, run_id, PAGE, position):
+        yield from found
+        position = found[-1].number
+        session.expunge_all()
+
+
+def end(
+    run: EvaluationRun, status: str, code: str | None = None, message: str | None = None
+) -> None:
+    """End a run that has not ended."""
+    run.status, run.completed = status, now()
+    run.error_code, run.error_message = code, message
+
+
+def delete_run(session: Session, run: EvaluationRun) -> None:
+    """Forget a run, which was read with a lock, and its rows."""
+    session.execute(delete(EvaluationRow).where(EvaluationRow.run_id == run.id))
+    session.delete(run)
+    session.flush()
+    storage.release(session, run.account, stored_bytes=run.stored_bytes)
+
+
+def _seal(text: str, place: str) -> dict[str, Any]:
+    """What is kept of ``text``, bound to ``place``, so that none can be put in another's."""
+    # As text: what a model writes may hold U+0000, which JSON in PostgreSQL cannot.
+    sealed: dict[str, Any] = seal_value({_TEXT: text}, place)
+    return sealed
+
+
+def _open(sealed: Any, place: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(open_value(sealed, place)[_TEXT])
+    return found
