@@ -101,3 +101,22 @@ def test_a_very_long_reply_takes_little_time(measure: str) -> None:
     score = Similarity.model_validate({"measure": measure}).score(answer(reply, reply[:5_000]))
     assert 0 < score < 1
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected", "score"),
+    [  # sacrebleu 2.6, CHRF().sentence_score
+        ("the cat sat", "the cat sat on the mat", 0.4959348409966008),
+        ("Hello World", "hello world", 0.3753968253968254),
+        ("xin chào các bạn", "chào các bạn nhé", 0.7191822066822069),
+        ("I owe you 12 €", "I owe you 21 €", 0.6271825396825397),
+        ("ab", "abc", 0.6363636363636362),
+        ("same text", "same text", 1.0),
+        ("a", "b", 0.0),
+        ("", "b", 0.0),
+        ("", "", 1.0),
+    ],
+)
+def test_chrf_is_that_of_sacrebleu(reply: str, expected: str, score: float) -> None:
+    found = Similarity(measure="chrf").score(answer(reply, expected))
+    assert found == pytest.approx(score)
