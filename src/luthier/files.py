@@ -101,6 +101,24 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def numbered_lines(pieces: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else.
+
+    One of more than ``longest`` bytes is cut off behind them, and is the last.
+    """
+    rest, number = b"", 0
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            number += 1
+            if line.strip():
+                yield number, line
+        if len(rest) > longest:
+            break
+    if rest.strip():
+        yield number + 1, rest
+
+
 @contextmanager
 def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Fill a temporary file; when the block ends well it becomes ``path``, else it is gone.

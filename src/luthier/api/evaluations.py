@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,6 +66,14 @@ class EvaluationTask(ABC):
     def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
         """Write results elsewhere, before the run is called completed; again after a crash."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what was opened for the run."""
+
+
+MakeTask = Callable[[EvaluationRun, Caller], EvaluationTask]
+"""Makes the task of a run, with the rights of who asked for it."""
+
 
 class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     """Works on runs. Start it with the server; several servers may share a database."""
@@ -74,13 +83,13 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     def __init__(
         self,
         database: Database,
-        tasks: Mapping[str, Callable[[EvaluationRun, Caller], EvaluationTask]],
+        tasks: Mapping[str, MakeTask],
         quotas: Callable[[Session, str], AccountQuotas],
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
-        """``tasks`` makes the task of a run by its face, with the rights of who asked for it."""
+        """``tasks`` by the face that runs were asked through; others may be added before the start."""
         super().__init__(database, count)
-        self.tasks, self.quotas = tasks, quotas
+        self.tasks, self.quotas = dict(tasks), quotas
 
     def create(
         self,
@@ -92,6 +101,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         request: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
         eval_id: str | None = None,
+        run_id: str | None = None,
     ) -> EvaluationRun:
         """A new run of ``caller``; :meth:`wake` the runner after the transaction.
 
@@ -118,11 +128,15 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             request=request,
             metadata=metadata,
             eval_id=eval_id,
+            run_id=run_id,
         )
 
     def work(self, run: EvaluationRun) -> None:
         """Check its rows, grade those that are not graded, and end it."""
-        task = self.tasks[run.face](run, self.caller_of(run))
+        with closing(self.tasks[run.face](run, self.caller_of(run))) as task:
+            self._work(run, task)
+
+    def _work(self, run: EvaluationRun, task: EvaluationTask) -> None:
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:

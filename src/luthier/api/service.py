@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -16,6 +17,8 @@ from luthier.api.audit import AuditTrail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
+from luthier.api.bedrock.evaluation_tasks import JobParts, JobTask
+from luthier.api.bedrock.evaluations import FACE as EVALUATION_JOB
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.application import Application
@@ -28,6 +31,7 @@ from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai import OpenAIFace
 from luthier.api.openai.chat import InvokedChat
+from luthier.api.openai.graders import PooledModels
 from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
@@ -194,9 +198,14 @@ class Service:
             quotas=self._quotas,
             submitted=self.scheduler.wake,
             import_asked=self.scheduler.wake,
+            evaluations=self.openai.evaluations,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
         ids = ModelIds(self.database, self.arns)
+        parts = JobParts(
+            self.locations, self.pool, ids, authorize, PooledModels(self.pool), self.settings.limits
+        )
+        self.openai.evaluations.tasks[EVALUATION_JOB] = partial(JobTask, parts)
         runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
             self.database, self.arns, self.locations, authorize, self._quotas, self.scheduler.wake

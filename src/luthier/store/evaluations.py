@@ -67,7 +67,7 @@ class EvaluationRun(BackgroundWork, Base):
 
     seq: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
-    """``evalrun_`` and letters and digits."""
+    """``evalrun_`` and letters and digits; of a job of Bedrock the end of its ARN."""
     face: Mapped[str]
     """Which API it was asked through, and is shown by."""
     eval_id: Mapped[str | None] = mapped_column(ForeignKey("evals.id"), index=True)
@@ -167,13 +167,15 @@ def create_run(
     request: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
     eval_id: str | None = None,
+    run_id: str | None = None,
 ) -> EvaluationRun:
     """A new run, to be worked on. Of one account they are made one after the other.
 
     Raises:
         QuotaExceeded: where the account has no room for it.
     """
-    run_id, moment, text = "evalrun_" + random_id(24, SMALL), now(), json.dumps(request)
+    run_id = run_id or "evalrun_" + random_id(24, SMALL)
+    moment, text = now(), json.dumps(request)
     run = EvaluationRun(
         id=run_id,
         account=account,

@@ -16,14 +16,17 @@ from luthier.api.bedrock.shapes import ShapeChecker, matches, operation_models
 from luthier.api.http.messages import Fault
 
 
-def texts(shape: Shape | None) -> Iterator[StringShape]:
-    """All shapes of texts below one."""
+def texts(shape: Shape | None, above: tuple[str, ...] = ()) -> Iterator[StringShape]:
+    """All shapes of texts below one; a filter may hold filters."""
+    if shape is not None and shape.name in above:
+        return
     if isinstance(shape, StructureShape):
         for member in shape.members.values():
-            yield from texts(member)
+            yield from texts(member, (*above, shape.name))
     elif shape is not None and shape.type_name in ("list", "map"):
-        yield from texts(shape.member if shape.type_name == "list" else shape.value)
-        yield from texts(None if shape.type_name == "list" else shape.key)
+        inner = (*above, shape.name)
+        yield from texts(shape.member if shape.type_name == "list" else shape.value, inner)
+        yield from texts(None if shape.type_name == "list" else shape.key, inner)
     elif isinstance(shape, StringShape):
         yield shape
 

@@ -23,6 +23,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.shapes import answer_of, members_of
+from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Authorize, Handler
 from luthier.limits import AccountQuotas
@@ -75,6 +76,8 @@ class Control:
     """Told that there is a new job."""
     import_asked: Callable[[], None] = lambda: None
     """Told that a model from outside was asked for."""
+    evaluations: EvaluationRunner | None = None
+    """Works on evaluation jobs; ``None`` where nobody does."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from sqlalchemy.orm import Session
 from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_json
 from luthier.api.http.routing import Operation
-from luthier.api.openai.files import numbered_lines
 from luthier.api.openai.protocol import (
     Access,
     Body,
@@ -33,6 +32,7 @@ from luthier.api.openai.protocol import (
     text_of,
 )
 from luthier.errors import QuotaExceeded
+from luthier.files import numbered_lines
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import meter
 from luthier.serving.prompts import on_prompt_tokenized

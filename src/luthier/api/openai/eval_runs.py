@@ -13,12 +13,12 @@ from pydantic import Field
 from luthier.api.evaluations import EvaluationTask
 from luthier.api.http.messages import Caller, Fault, parse_json
 from luthier.api.openai.chat import ChatRequest
-from luthier.api.openai.files import numbered_lines
 from luthier.api.openai.generation import Judge
 from luthier.api.openai.graders import graded_once, grader_fields, text_content
 from luthier.api.openai.protocol import Body, error_of, invalid, validate
 from luthier.data.shapes import PromptOnly
 from luthier.errors import RefusedInput, RowRefused
+from luthier.files import numbered_lines
 from luthier.graders import (
     Answer,
     Grader,
@@ -363,6 +363,9 @@ class EvalTask(EvaluationTask):
 
     def finish(self, run: EvaluationRun, rows: Iterator[store.EvaluationRow]) -> None:
         """Nothing: rows are read where they are."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
     def _answer(self, number: int, item: Mapping[str, Any], reply: str) -> Answer:
         row = PromptOnly("item", number, "", members=item)

@@ -7,7 +7,7 @@ in memory, and written once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -294,24 +294,6 @@ class Files:
         if row is None:
             raise absent("File object", file_id, "id")
         return row
-
-
-def numbered_lines(pieces: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; they end at ``\\n`` and nowhere else.
-
-    One of more than ``longest`` bytes is cut off behind them, and is the last.
-    """
-    rest, number = b"", 0
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            number += 1
-            if line.strip():
-                yield number, line
-        if len(rest) > longest:
-            break
-    if rest.strip():
-        yield number + 1, rest
 
 
 def file_object(row: UploadedFile) -> dict[str, Any]:

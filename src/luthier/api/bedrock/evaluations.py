@@ -1,0 +1,312 @@
+"""Evaluation jobs: create, get, list, stop, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from luthier.api.bedrock.control import (
+    ControlRequest,
+    Operate,
+    Order,
+    contains,
+    created_within,
+    list_answer,
+    not_found,
+    page,
+    tags_of,
+)
+from luthier.api.bedrock.evaluation_tasks import (
+    ACCURACIES,
+    ACCURACY,
+    ROBUSTNESS,
+    TOXICITY,
+    converse_members,
+)
+from luthier.api.evaluations import EvaluationRunner
+from luthier.api.http.messages import Fault
+from luthier.api.identifiers import EVALUATION, find_evaluation, invocable, invoked_arn
+from luthier.graders.rubrics import BEDROCK_METRICS
+from luthier.store import evaluations as store
+from luthier.store import storage, tags
+from luthier.store.database import new_id
+from luthier.store.evaluations import EvaluationRun
+
+FACE = "bedrock"
+_AUTOMATED = (ACCURACY, ROBUSTNESS)
+_STATUS = {
+    store.QUEUED: "InProgress",
+    store.IN_PROGRESS: "InProgress",
+    store.COMPLETED: "Completed",
+    store.FAILED: "Failed",
+    store.CANCELED: "Stopped",
+}
+_SHOWN = (
+    "jobDescription",
+    "roleArn",
+    "customerEncryptionKeyId",
+    "applicationType",
+    "evaluationConfig",
+    "inferenceConfig",
+    "outputDataConfig",
+)
+"""Members that are told again."""
+_ORDER = Order(EvaluationRun.created, EvaluationRun.seq)
+_LONGEST = 2048
+
+
+def create_job(request: ControlRequest) -> dict[str, Any]:
+    """Put a job into the queue; the same token gives the same job."""
+    request.allow(request.arns.of(request.account, EVALUATION, "*"))
+    answer = request.earlier_answer()
+    if answer is not None:
+        return answer
+    runner = _runner(request)
+    job_tags = tags_of(request.get("jobTags"))
+    automated = _automated(request)
+    _check_model(request, request["inferenceConfig"]["models"])
+    judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
+    for judge in judges:
+        _check_invocable(request, judge["modelIdentifier"])
+    for config in automated["datasetMetricConfigs"]:
+        _check_set(config, bool(judges))
+        location = config["dataset"]["datasetLocation"]["s3Uri"]
+        request.control.locations.check(request.account, location)
+    output = request["outputDataConfig"]["s3Uri"]
+    request.control.locations.check_writable(request.account, output)
+    members = {name: request[name] for name in _SHOWN if name in request.members}
+
+    def make(session: Session) -> dict[str, Any]:
+        storage.lock(session, request.account)  # of two jobs of one name the second sees the first
+        name = request["jobName"]
+        taken = select(EvaluationRun.seq).where(*_mine(request), EvaluationRun.name == name)
+        if session.scalar(taken) is not None:
+            raise Fault("Conflict", "The provided job name is currently in use.")
+        job = runner.create(
+            session,
+            request.request.caller,
+            face=FACE,
+            name=name,
+            request=members,
+            run_id=new_id(),
+        )
+        arn = _arn(request, job)
+        tags.put(session, arn, job_tags)
+        return {"jobArn": arn}
+
+    answer = request.once(make)
+    runner.wake()
+    return answer
+
+
+def _automated(request: ControlRequest) -> Mapping[str, Any]:
+    """The configuration of what is computed here; all else is refused in words."""
+    config, inference = request["evaluationConfig"], request["inferenceConfig"]
+    if "human" in config:
+        raise _invalid("evaluationConfig", "There are no people here who could evaluate.")
+    if "ragConfigs" in inference or request.get("applicationType") == "RagEvaluation":
+        text = "There are no knowledge bases here: evaluate answers that come with the rows."
+        raise _invalid("inferenceConfig", text)
+    automated: Mapping[str, Any] = config["automated"]
+    if "customMetricConfig" in automated:
+        text = "customMetricConfig is not supported by this server; use the metrics of a judge."
+        raise _invalid("customMetricConfig", text)
+    return automated
+
+
+def _check_model(request: ControlRequest, models: list[Mapping[str, Any]]) -> None:
+    if len(models) != 1:
+        text = "A job evaluates one model: make one for each, on the same data sets."
+        raise _invalid("inferenceConfig", text)
+    model = models[0].get("bedrockModel")
+    if model is not None:
+        converse_members(model.get("inferenceParams"))
+        _check_invocable(request, model["modelIdentifier"])
+        return
+    configs = request["evaluationConfig"]["automated"]["datasetMetricConfigs"]
+    if any(ROBUSTNESS in config["metricNames"] for config in configs):
+        text = f"{ROBUSTNESS} asks a model again: it needs bedrockModel in inferenceConfig."
+        raise _invalid("metricNames", text)
+
+
+def _check_invocable(request: ControlRequest, identifier: str) -> None:
+    arn = invoked_arn(request.arns, identifier)
+    request.control.authorize(request.request.caller, "bedrock:InvokeModel", arn)
+    with request.control.database.read() as session:
+        invocable(session, request.arns, request.account, identifier)
+
+
+def _check_set(config: Mapping[str, Any], judged: bool) -> None:
+    """Refuse data sets and metrics that are not had here, with what there is."""
+    data, task_type = config["dataset"], config["taskType"]
+    if "datasetLocation" not in data:
+        text = (
+            f"The data set {data['name']} is AWS's own and not here: name rows of yours by "
+            "datasetLocation."
+        )
+        raise _invalid("dataset", text)
+    names = config["metricNames"]
+    if len(set(names)) != len(names):
+        raise _invalid("metricNames", "A metric is named twice.")
+    known = tuple(BEDROCK_METRICS) if judged else _AUTOMATED
+    for name in names:
+        if name == TOXICITY:
+            text = (
+                f"{TOXICITY} needs a classifier of toxic language, which is not here; a judge grades "
+                "Builtin.Harmfulness."
+            )
+            raise _invalid("metricNames", text)
+        if name not in known:
+            who = "with evaluatorModelConfig" if judged else "without evaluatorModelConfig"
+            text = f"There is no metric {name} {who}; there are {', '.join(known)}."
+            raise _invalid("metricNames", text)
+    generated = judged or (names == [ROBUSTNESS] and task_type == "Generation")
+    if not generated and task_type not in ACCURACIES:
+        reason = "is a BERTScore" if task_type == "Summarization" else "is not defined"
+        text = (
+            f"Accuracy of the task type {task_type} {reason}, and not computed here; there are "
+            f"{', '.join(ACCURACIES)}, and the metrics of a judge."
+        )
+        raise _invalid("taskType", text)
+
+
+def get_job(request: ControlRequest) -> dict[str, Any]:
+    """One job by its ARN."""
+    with request.control.database.read() as session:
+        job = _asked(request, session, request["jobIdentifier"])
+        members = job.request
+        return {
+            "jobArn": _arn(request, job),
+            "jobName": job.name,
+            "status": _STATUS[job.status],
+            "jobType": "Automated",
+            "creationTime": job.created,
+            "lastModifiedTime": job.completed or job.created,
+            "failureMessages": [job.error_message[:_LONGEST]] if job.error_message else None,
+            **members,
+            "applicationType": "ModelEvaluation",
+        }
+
+
+def list_jobs(request: ControlRequest) -> dict[str, Any]:
+    """Jobs of the account by creation."""
+    request.allow("*")
+    query = select(EvaluationRun).where(
+        *_mine(request),
+        *contains(EvaluationRun.name, request.get("nameContains")),
+        *created_within(
+            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
+        ),
+    )
+    if request.get("applicationTypeEquals") == "RagEvaluation":
+        query = query.where(EvaluationRun.seq < 0)
+    if status := request.get("statusEquals"):
+        states = [state for state, shown in _STATUS.items() if shown == status]
+        query = query.where(EvaluationRun.status.in_(states))
+    with request.control.database.read() as session:
+        rows, token = page(request, session, query, _ORDER)
+        summaries = [_summary(request, job) for job in rows]
+    return list_answer("jobSummaries", summaries, token)
+
+
+def stop_job(request: ControlRequest) -> dict[str, Any]:
+    """Stop a job: nothing more happens to one that is stopped."""
+    with request.control.database.write() as session:
+        job = _asked(request, session, request["jobIdentifier"], lock=True)
+        if job.status in (store.COMPLETED, store.FAILED):
+            raise Fault("Conflict", f"The job {job.name} is {_STATUS[job.status]}.")
+        if job.status != store.CANCELED:
+            store.end(job, store.CANCELED)
+    _runner(request).wake()
+    return {}
+
+
+def delete_jobs(request: ControlRequest) -> dict[str, Any]:
+    """Forget jobs that have ended; their results stay in the bucket."""
+    errors, deleted = [], []
+    for identifier in request["jobIdentifiers"]:
+        request.allow(identifier)
+    with request.control.database.write() as session:
+        for identifier in dict.fromkeys(request["jobIdentifiers"]):
+            job = find_evaluation(session, request.arns, request.account, identifier, lock=True)
+            if job is None:
+                text = f"Could not find evaluation job {identifier}."
+                errors.append(_error(identifier, "ResourceNotFoundException", text))
+            elif job.status not in store.ENDED:
+                text = f"The job {job.name} is {_STATUS[job.status]}: stop it first."
+                errors.append(_error(identifier, "ConflictException", text))
+            else:
+                store.delete_run(session, job)
+                tags.drop(session, identifier)
+                deleted.append({"jobIdentifier": identifier, "jobStatus": "Deleting"})
+    return {"errors": errors, "evaluationJobs": deleted}
+
+
+def _error(identifier: str, code: str, message: str) -> dict[str, Any]:
+    return {"jobIdentifier": identifier, "code": code, "message": message}
+
+
+def _asked(
+    request: ControlRequest, session: Session, identifier: str, *, lock: bool = False
+) -> EvaluationRun:
+    request.allow(identifier)
+    found = find_evaluation(session, request.arns, request.account, identifier, lock=lock)
+    if found is None:
+        raise not_found("evaluation job", identifier)
+    return found
+
+
+def _summary(request: ControlRequest, job: EvaluationRun) -> dict[str, Any]:
+    members = job.request
+    automated = members["evaluationConfig"]["automated"]
+    (model,) = members["inferenceConfig"]["models"]
+    judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
+    if "bedrockModel" in model:
+        models = {"bedrockModelIdentifiers": [model["bedrockModel"]["modelIdentifier"]]}
+    else:
+        source = model["precomputedInferenceSource"]["inferenceSourceIdentifier"]
+        models = {"precomputedInferenceSourceIdentifiers": [source]}
+    types = dict.fromkeys(each["taskType"] for each in automated["datasetMetricConfigs"])
+    return {
+        "jobArn": _arn(request, job),
+        "jobName": job.name,
+        "status": _STATUS[job.status],
+        "creationTime": job.created,
+        "jobType": "Automated",
+        "evaluationTaskTypes": list(types),
+        "modelIdentifiers": models.get("bedrockModelIdentifiers"),
+        "evaluatorModelIdentifiers": [each["modelIdentifier"] for each in judges] or None,
+        "inferenceConfigSummary": {"modelConfigSummary": models},
+        "applicationType": "ModelEvaluation",
+    }
+
+
+def _mine(request: ControlRequest) -> tuple[Any, ...]:
+    return EvaluationRun.account == request.account, EvaluationRun.face == FACE
+
+
+def _arn(request: ControlRequest, job: EvaluationRun) -> str:
+    return request.arns.of(job.account, EVALUATION, job.id)
+
+
+def _runner(request: ControlRequest) -> EvaluationRunner:
+    runner = request.control.evaluations
+    if runner is None:
+        raise Fault("Validation", f"{request.operation.name} is not supported by this server.")
+    return runner
+
+
+def _invalid(parameter: str, text: str) -> Fault:
+    return Fault("Validation", text, parameter=parameter)
+
+
+OPERATIONS: dict[str, Operate] = {
+    "CreateEvaluationJob": create_job,
+    "GetEvaluationJob": get_job,
+    "ListEvaluationJobs": list_jobs,
+    "StopEvaluationJob": stop_job,
+    "BatchDeleteEvaluationJob": delete_jobs,
+}
