@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import luthier
 from luthier.cli.app import app
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, write_json
-from luthier.models.manifest import MANIFEST, Manifest
+from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.store.models import StoredModel, content_hash, find
 from luthier.store.reports import reports_of, write_report
 from luthier.workflows.certificate.certificate import (
@@ -237,3 +239,160 @@ def test_commands(home: Path) -> None:
     assert (
         not (home / "out" / "certificate.json").exists() and not (home / "out" / "reports").exists()
     )
+
+
+def lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_model_card_is_read_by_the_hub_s_own_library(home: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    made = luthier.certificate(ID)
+    card = ModelCard(made.view("model-card"))
+    scores = {each.metric_type: each for each in card.data.eval_results}
+    kept = next(each.report for each in made.reports if each.report.kind == "evaluation")
+    assert {name: each.metric_value for name, each in scores.items()} == kept.result["scores"]
+    assert scores["exact"].dataset_name == "test.jsonl"
+    assert card.data.base_model == "tiny" and card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation"
+    assert made.content_sha256 in card.text and "rows.jsonl" in card.text
+
+
+def test_a_bill_of_materials_follows_the_schema_of_cyclonedx(home: Path) -> None:
+    pytest.importorskip("cyclonedx", reason="cyclonedx-python-lib is not installed")
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    made = luthier.certificate(ID)
+    text = made.view("cyclonedx")
+    validator = JsonStrictValidator(SchemaVersion.V1_7)
+    assert validator.validate_str(text) is None
+    assert validator.validate_str(text.replace('"machine-learning-model"', '"ml"')) is not None
+    component = json.loads(text)["metadata"]["component"]
+    assert component["pedigree"]["ancestors"][0]["name"] == "tiny"
+    metric = component["modelCard"]["quantitativeAnalysis"]["performanceMetrics"][0]
+    assert metric["type"] == "exact" and metric["confidenceInterval"]["lowerBound"]
+    names = {each["name"] for each in json.loads(text)["components"]}
+    assert {"adapter_model.safetensors", "luthier.json", "rows.jsonl"} <= names
+
+
+def test_statements_are_those_of_in_toto(home: Path) -> None:
+    pytest.importorskip("in_toto_attestation", reason="in-toto-attestation is not installed")
+    from google.protobuf.json_format import ParseDict
+    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
+    from in_toto_attestation.predicates.test_result.v0 import test_result_pb2
+    from in_toto_attestation.v1.statement import Statement
+    from in_toto_attestation.v1.statement_pb2 import Statement as Message
+
+    made = luthier.certificate(ID)
+    provenance, results = lines(made.view("in-toto"))
+    for each in (provenance, results):
+        Statement.copy_from_pb(ParseDict(each, Message())).validate()
+    built = ParseDict(provenance["predicate"], provenance_pb2.Provenance())
+    assert {each.name for each in built.build_definition.resolved_dependencies} >= {"tiny"}
+    assert built.run_details.builder.version["luthier"] == luthier.__version__
+    assert built.run_details.metadata.finished_on.seconds > 0
+    found = ParseDict(results["predicate"], test_result_pb2.TestResult())
+    assert found.result in ("PASSED", "WARNED") and "parity" in found.passed_tests
+    digests = {each["name"]: each["digest"]["sha256"] for each in results["subject"]}
+    assert digests == {**made.record.files, "luthier.json": made.record_sha256}
+
+
+@pytest.mark.filterwarnings("ignore:ConjunctiveGraph is deprecated:DeprecationWarning")
+def test_the_data_is_described_as_croissant(home: Path) -> None:
+    croissant = pytest.importorskip("mlcroissant", reason="mlcroissant is not installed")
+    made = luthier.certificate(ID)
+    plain = json.loads(made.view("croissant"))
+    issues = croissant.Dataset(jsonld=plain).metadata.ctx.issues
+    assert not issues.errors
+    assert made.record.data is not None
+    assert {e["@id"]: e["sha256"] for e in plain["distribution"]} == made.record.data.sha256
+    plain["distribution"][0].pop("sha256")
+    with pytest.raises(Exception, match="sha256"):
+        croissant.Dataset(jsonld=plain)
+    base = luthier.certificate("tiny")
+    with pytest.raises(RecipeError, match="nothing of training data"):
+        base.view("croissant")
+
+
+def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return private, public
+
+
+def test_a_signature_holds_until_a_file_changes(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("model_signing", reason="model-signing is not installed")
+    private, public = key_pair(tmp_path, "ours")
+    other, others = key_pair(tmp_path, "theirs")
+    luthier.certificate(ID, sign=private)
+    assert luthier.verify(ID, public_key=public).is_intact
+    assert "checked with a public key" in luthier.verify(ID).remarks[0]
+    # The package's own command reads it without luthier.
+    command = [sys.executable, "-m", "model_signing", "verify", "key", "--signature"]
+    command += [str(folder(home) / "model.sig"), "--public_key", str(public), str(folder(home))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Whoever changes a file can change its hash, and the certificate, but not the signature.
+    flip(folder(home) / "adapter_model.safetensors")
+    record = read_json(folder(home) / MANIFEST)
+    found = hashes_of(folder(home), skip=tuple(OWN_FILES))
+    record["files"] = {n: digest for n, digest in found.items() if not n.startswith("reports/")}
+    write_json(folder(home) / MANIFEST, record)
+    signature = (folder(home) / "model.sig").read_bytes()
+    luthier.certificate(ID)
+    assert not (folder(home) / "model.sig").exists()  # it no longer holds
+    (folder(home) / "model.sig").write_bytes(signature)
+    assert luthier.verify(ID).is_intact
+    said = luthier.verify(ID, public_key=public).differences
+    assert {Path(each.split()[0]).name for each in said} == {
+        "adapter_model.safetensors", "luthier.json", "certificate.json",
+    }  # fmt: skip
+    assert all("is not what was signed" in each for each in said)
+    luthier.certificate(ID, sign=private)
+    (folder(home) / "chat_template.jinja.extra").write_text("x")
+    said = luthier.verify(ID, public_key=public).differences
+    assert any("was added since it was signed" in each for each in said)
+    (folder(home) / "chat_template.jinja.extra").unlink()
+    (difference,) = luthier.verify(ID, public_key=others).differences
+    assert "was not made with the private half" in difference
+    before = (folder(home) / "certificate.json").read_bytes()
+    for key, text in ((public, "no private key"), (tmp_path / "none", "there is no key")):
+        with pytest.raises(RecipeError, match=text):
+            luthier.certificate(ID, sign=key)
+    assert (folder(home) / "certificate.json").read_bytes() == before
+    with pytest.raises(RecipeError, match="no public key"):
+        luthier.verify(ID, public_key=other)
+    change(folder(home) / "model.sig", b'"payload"', b'"paylode"')
+    assert not luthier.verify(ID, public_key=public).is_intact
+    (folder(home) / "model.sig").unlink()
+    assert "is not signed" in luthier.verify(ID, public_key=public).differences[0]
+
+
+def test_forms_by_the_command_line(home: Path) -> None:
+    before = (folder(home) / "certificate.json").read_bytes()
+    done = CliRunner().invoke(app, ["certificate", ID, "--format", "model-card"])
+    assert done.exit_code == 0 and done.stdout.startswith("---\n")
+    target = home / "bom.json"
+    asked = ["certificate", ID, "--format", "cyclonedx", "--output", str(target)]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    assert json.loads(target.read_text())["specVersion"] == "1.7"
+    assert (folder(home) / "certificate.json").read_bytes() == before  # forms make none anew
+    refused = CliRunner().invoke(app, ["certificate", ID, "--output", str(target)])
+    assert refused.exit_code == 2 and "--format" in refused.output

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from luthier.cli.console import check_output, note, print_json, print_text
 from luthier.cli.options import Json
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.workflows.certificate.verify import Verification
@@ -22,21 +23,47 @@ def certificate(
             min=0, help="Measured power of the machine that trained it; assumed if not given."
         ),
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option(help="Private key (PEM, elliptic) to sign the model with.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    format_: Annotated[
+        Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"] | None,
+        typer.Option("--format", help="Print the certificate that there is in this form."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write that to a file instead of printing it.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Gather all that is known of a model into its certificate, for others to check."""
     import json
 
     from luthier.files import write_bytes
-    from luthier.models.manifest import CERTIFICATE
+    from luthier.models.manifest import CERTIFICATE, SIGNATURE
     from luthier.sdk.certificate import certificate as make
     from luthier.store.models import find
+    from luthier.workflows.certificate.certificate import read_certificate
     from luthier.workflows.certificate.page import page
 
     check_output(html)
+    check_output(output)
     stored = find(model)
-    made = make(stored.id, watts=watts)
+    if output is not None and format_ is None:
+        raise RecipeError("--output takes the form that --format names; the page is --html")
+    if format_ is not None and sign is not None:
+        raise RecipeError("--sign makes the certificate anew; ask for its forms afterwards")
+    if format_ is not None:
+        if not (stored.folder / CERTIFICATE).is_file():
+            make(stored.id, watts=watts)
+        text = read_certificate(stored).view(format_)
+        if output is None:
+            print_text(text, end="")
+        else:
+            write_bytes(output, text.encode())
+            note(f"{format_}: {output}")
+        return
+    made = make(stored.id, watts=watts, sign=sign)
     if html is not None:
         write_bytes(html, page(made).encode())
         note(f"page: {html}")
@@ -45,6 +72,8 @@ def certificate(
         return
     print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
     print_text(f"content {made.content_sha256}")
+    if sign is not None:
+        print_text(f"signed: {stored.folder / SIGNATURE}")
     chain = [each.id for each in made.lineage if each.helped is None]
     if chain:
         print_text(f"made from {', from '.join(chain)}")
@@ -67,6 +96,9 @@ def certificate(
 
 def verify(
     model: Annotated[str, typer.Argument(help="Model id.")],
+    public_key: Annotated[
+        Path | None, typer.Option(help="Public key (PEM) to check the signature with.")
+    ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(help="Address of an OpenAI-compatible server that is to serve it (…/v1)."),
@@ -94,7 +126,7 @@ def verify(
     from luthier.sdk.certificate import verify as run
 
     found = run(
-        model, endpoint=endpoint, endpoint_model=endpoint_model, key_env=key_env,
+        model, public_key=public_key, endpoint=endpoint, endpoint_model=endpoint_model, key_env=key_env,
         plain_http=plain_http, data=data, prompts=prompts, max_tokens=max_tokens, note=note,
     )  # fmt: skip
     if json_:

@@ -15,30 +15,38 @@ if TYPE_CHECKING:
     from luthier.workflows.certificate.verify import Verification
 
 
-def certificate(model: str | Model, *, watts: float | None = None) -> Certificate:
+def certificate(
+    model: str | Model, *, watts: float | None = None, sign: str | Path | None = None
+) -> Certificate:
     """Make the certificate of a model anew and keep it as ``certificate.json`` in the model's folder.
 
     Args:
         model: an id, or a model in memory.
         watts: measured power of the machine that trained it, for the energy; assumed when not given.
+        sign: a private key (PEM, elliptic) to sign the model's folder with.
 
     Returns:
-        The certificate; ``text()`` is its JSON.
+        The certificate; ``text()`` is its JSON, ``view("cyclonedx")`` another form of it.
 
     Raises:
-        RecipeError: for a model that luthier has no record of.
+        RecipeError: for a model that luthier has no record of, or a key that cannot sign.
     """
     from luthier.workflows.certificate.certificate import make_certificate, write_certificate
+    from luthier.workflows.certificate.signature import Signer
 
     stored = _stored(model)
+    signer = None if sign is None else Signer(Path(sign))
     made = make_certificate(stored, watts)
     write_certificate(stored, made)
+    if signer is not None:
+        signer.sign(stored)
     return made
 
 
 def verify(
     model: str | Model,
     *,
+    public_key: str | Path | None = None,
     endpoint: str | None = None,
     endpoint_model: str | None = None,
     key_env: str = "OPENAI_API_KEY",
@@ -52,6 +60,7 @@ def verify(
 
     Args:
         model: an id, or a model in memory.
+        public_key: of the pair that signed it, to check the signature, too.
         endpoint: base address of an OpenAI-compatible server, such as ``https://host/v1``.
         endpoint_model: what the server calls the model; its id when not given.
         key_env: environment variable that holds the server's key.
@@ -79,7 +88,7 @@ def verify(
     from luthier.workflows.certificate.verify import verify_files
 
     stored = _stored(model)
-    found = verify_files(stored)
+    found = verify_files(stored, None if public_key is None else Path(public_key))
     if endpoint is None:
         return found
     try:

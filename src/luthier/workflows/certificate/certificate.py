@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -27,12 +27,15 @@ from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, BaseRun, Run
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json, sha256_of, write_bytes
-from luthier.models.manifest import CERTIFICATE, MANIFEST, Manifest, Record
+from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel, ancestors, content_hash
 from luthier.store.reports import Report, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
+
+if TYPE_CHECKING:
+    from luthier.workflows.certificate.formats import Format
 
 MOST_POINTS = 200
 """Points of a curve; of a longer run, evenly spaced ones."""
@@ -120,6 +123,12 @@ class Certificate(Record):
         plain = finite_or_none(self.model_dump(mode="json"))
         plain["record"] = finite_or_none(self.record.plain())
         return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+
+    def view(self, form: Format) -> str:
+        """It in the form of others; see :mod:`luthier.workflows.certificate.formats`."""
+        from luthier.workflows.certificate.formats import render
+
+        return render(self, form)
 
 
 def certificate_schema() -> dict[str, Any]:
@@ -260,8 +269,12 @@ def _missing(
 
 
 def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
-    """Put it into the model's folder, whole or not at all; the place."""
+    """Put it into the model's folder, whole or not at all; the place.
+
+    A signature of an earlier one is removed, as it no longer holds.
+    """
     path = model.folder / CERTIFICATE
+    (model.folder / SIGNATURE).unlink(missing_ok=True)
     write_bytes(path, certificate.text().encode("utf-8", "replace"))
     return path
 

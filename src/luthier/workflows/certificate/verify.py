@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from luthier.errors import CorruptFile
-from luthier.files import sha256_of
-from luthier.models.manifest import CERTIFICATE, MANIFEST, REPORTS, Manifest
+from luthier.files import names_below, sha256_of
+from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
 from luthier.store.models import StoredModel, ancestors, content_hash
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
 from luthier.workflows.certificate.endpoint import EndpointVerification
+from luthier.workflows.certificate.signature import signature_differences
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,17 @@ class Verification:
         }  # fmt: skip
 
 
-def verify_files(model: StoredModel) -> Verification:
-    """Compute all hashes of ``model`` and of what it was made from once more."""
+def verify_files(model: StoredModel, public_key: Path | None = None) -> Verification:
+    """Compute all hashes of ``model`` and of what it was made from once more.
+
+    With a ``public_key`` the signature is checked, too.
+    """
     found = Verification(model.id)
+    if public_key is not None:
+        found.differences.extend(signature_differences(model, public_key))
+        found.checked.append(f"the signature, by {public_key}")
+    elif (model.folder / SIGNATURE).is_file():
+        found.remarks.append(f"{model.id} is signed; its signature is checked with a public key.")
     for each in (model, *ancestors(model)):
         if isinstance(each, str):
             found.remarks.append(f"{each}, which it was made from, is not here.")
@@ -97,6 +107,10 @@ def _file_differences(model: StoredModel) -> Iterator[str]:
             yield f"{path} is missing."
         elif sha256_of(path) != digest:
             yield f"{path} is not what was recorded (SHA-256 differs)."
+    for name in names_below(model.folder):
+        own = name.partition("/")[0]
+        if name not in model.manifest.files and own not in OWN_FILES and own[:1] != ".":
+            yield f"{model.folder / name} was added: the record does not know it."
 
 
 def _certificate_differences(model: StoredModel, certificate: Certificate) -> Iterator[str]:

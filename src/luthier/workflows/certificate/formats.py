@@ -1,0 +1,427 @@
+"""A certificate in the forms of others: views of it, which hold nothing that it does not.
+
+Hugging Face model card with ``model-index``; CycloneDX 1.7 bill of materials of a model; in-toto
+statements 1 with the predicates SLSA provenance 1 and test result 0.1; Croissant 1.1 for the data. The
+tests validate each with the standard's own tools.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any, Literal
+
+from luthier import __version__
+from luthier.models.manifest import MANIFEST
+from luthier.workflows.certificate.certificate import Certificate, KeptReport, Relative
+
+Format = Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"]
+BUILD_TYPE, BUILDER = "urn:luthier:training:v1", "urn:luthier:engine"
+"""What SLSA calls the kind of build, whose parameters are those of a recipe, and who built."""
+_PIPELINES: Mapping[str, str] = {
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+    "token_classification": "token-classification",
+    "embedding": "sentence-similarity",
+}
+"""Hugging Face's name of a task, where the kind of a model says it alone."""
+_APPROACHES: Mapping[str, tuple[str, ...]] = {
+    "supervised": (
+        "sft", "classification", "regression", "token_classification", "dpo", "listwise_dpo", "kto",
+        "orpo", "reward_model", "image_to_text",
+    ),
+    "self-supervised": ("causal_lm", "masked_lm", "span_corruption", "bilm", "contrastive"),
+    "semi-supervised": ("semi_supervised",),
+    "unsupervised": ("vae", "gan", "diffusion"),
+    "reinforcement-learning": ("grpo", "ppo"),
+}  # fmt: skip
+"""CycloneDX's name of an approach, by objective; other objectives have none."""
+
+
+def render(certificate: Certificate, form: Format) -> str:
+    """The text of ``certificate`` in another form; ``json`` is its own."""
+    views: dict[Format, Callable[[Certificate], str]] = {
+        "json": Certificate.text,
+        "model-card": model_card,
+        "cyclonedx": lambda each: _json(cyclonedx(each)),
+        "in-toto": lambda each: "".join(json.dumps(s) + "\n" for s in statements(each)),
+        "croissant": lambda each: _json(croissant(each)),
+    }
+    return views[form](certificate)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _evaluations(certificate: Certificate) -> Iterator[KeptReport]:
+    """The latest evaluation on each data."""
+    latest = {
+        json.dumps(each.report.data): each
+        for each in certificate.reports
+        if each.report.kind == "evaluation"
+    }
+    yield from latest.values()
+
+
+def _data_name(data: Mapping[str, str]) -> str:
+    return ", ".join(PurePath(path).name for path in data) or "data"
+
+
+def _parents(certificate: Certificate) -> list[Relative]:
+    """What it was made from, the nearest first."""
+    return [each for each in certificate.lineage if each.helped is None]
+
+
+def _licence(certificate: Certificate) -> str | None:
+    """Its own, or the base's: nothing that luthier does gives a model another one."""
+    known = (certificate.record.licence, *(each.licence for each in _parents(certificate)))
+    return next((each for each in known if each), None)
+
+
+def _objective(certificate: Certificate) -> str:
+    return str((certificate.record.objective or {}).get("method", ""))
+
+
+def model_card(certificate: Certificate) -> str:
+    """``README.md`` of a model on the Hugging Face hub: metadata with ``model-index``, then text."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    record = certificate.record
+    task = _PIPELINES.get(record.kind or "")
+    results = [
+        EvalResult(
+            task_type=task or record.kind or "other",
+            dataset_type=_data_name(kept.report.data),
+            dataset_name=_data_name(kept.report.data),
+            dataset_revision=next(iter(kept.report.data.values()), None),
+            metric_type=name,
+            metric_value=value,
+        )
+        for kept in _evaluations(certificate)
+        for name, value in (kept.report.result.get("scores") or {}).items()
+    ]
+    parents = _parents(certificate)
+    licence = _licence(certificate)
+    data = ModelCardData(
+        model_name=certificate.id,
+        base_model=_hub_name(parents[0]) if parents else None,
+        license=licence.lower() if licence else None,
+        library_name="peft" if record.saved == "adapter" else "transformers",
+        pipeline_tag=task,
+        tags=["luthier", *([method] if (method := _objective(certificate)) else [])],
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_card_text(certificate)}"
+
+
+def _hub_name(each: Relative) -> str:
+    """The repository of a model of the hub; the id of any other."""
+    kind, _, place = (each.source or "").partition(":")
+    return place if kind == "hub" and place else each.id
+
+
+def _card_text(certificate: Certificate) -> str:
+    record, compute = certificate.record, certificate.compute
+    lines = [f"# {certificate.id}", ""]
+    if parents := _parents(certificate):
+        lines += [f"Made from {', from '.join(each.id for each in parents)}.", ""]
+    if verdict := ((record.metrics or {}).get("verdict") or {}).get("text"):
+        lines += [f"{verdict}.", ""]
+    if record.data is not None:
+        lines += ["## Training data", ""]
+        lines += [f"- {PurePath(p).name}: SHA-256 `{h}`" for p, h in record.data.sha256.items()]
+        lines += [f"- {record.data.rows:,} rows, {record.data.learned_tokens:,} tokens learned", ""]
+    scores = [
+        f"| {_data_name(kept.report.data)} | {name} | {value:.4f} | {_between(kept, name)} |"
+        for kept in _evaluations(certificate)
+        for name, value in (kept.report.result.get("scores") or {}).items()
+    ]
+    if scores:
+        head = ["| data | score | value | with 95 % confidence |", "| --- | --- | --- | --- |"]
+        lines += ["## Evaluation", "", *head, *scores, ""]
+    lines += ["## Training", ""]
+    if compute.flops is not None:
+        lines.append(f"- {compute.flops:.3g} floating-point operations: {compute.counted_as}")
+    if compute.kilowatt_hours is not None:
+        how = "assumed" if compute.watts_assumed else "measured"
+        lines.append(f"- {compute.kilowatt_hours:.3g} kWh, at {how} {compute.watts:,.0f} W")
+    if certificate.machine:
+        lines.append(f"- on {certificate.machine}")
+    lines += [f"- luthier {record.luthier}, torch {record.torch}", ""]
+    if certificate.missing:
+        lines += ["## Not known", "", *(f"- {each}" for each in certificate.missing), ""]
+    lines.append(f"Content SHA-256: `{certificate.content_sha256}`")
+    return "\n".join(lines) + "\n"
+
+
+def _between(kept: KeptReport, name: str) -> str:
+    return " to ".join(
+        f"{each:.3f}" for each in (kept.report.result.get("intervals") or {}).get(name, ())
+    )
+
+
+def cyclonedx(certificate: Certificate) -> dict[str, Any]:
+    """Bill of materials (ECMA-424, CycloneDX 1.7): the model, its files, its data, its ancestors."""
+    record = certificate.record
+    method = _objective(certificate)
+    approach = next((name for name, methods in _APPROACHES.items() if method in methods), None)
+    datasets = [] if record.data is None else [*record.data.sha256.items()]
+    files = [*record.files.items(), (MANIFEST, certificate.record_sha256)]
+    parameters: dict[str, Any] = {"task": record.kind or "encoder"}
+    if approach:
+        parameters["approach"] = {"type": approach}
+    if datasets:
+        parameters["datasets"] = [{"ref": f"data:{path}"} for path, _ in datasets]
+    metrics = [
+        {
+            "type": name,
+            "value": f"{value:.6g}",
+            "slice": _data_name(kept.report.data),
+            **_confidence(kept, name),
+        }
+        for kept in _evaluations(certificate)
+        for name, value in (kept.report.result.get("scores") or {}).items()
+    ]
+    compute = certificate.compute
+    known = {
+        "luthier:training-flops": compute.flops,
+        "luthier:base-flops": compute.base_flops,
+        "luthier:flops-ratio": compute.ratio,
+        "luthier:kilowatt-hours": compute.kilowatt_hours,
+        "luthier:certificate-sha256": certificate.sha256,
+    }
+    component: dict[str, Any] = {
+        "type": "machine-learning-model",
+        "bom-ref": certificate.id,
+        "name": certificate.id,
+        "version": certificate.content_sha256[:16],
+        "modelCard": {
+            "modelParameters": parameters,
+            **({"quantitativeAnalysis": {"performanceMetrics": metrics}} if metrics else {}),
+        },
+        "properties": [
+            {"name": name, "value": f"{value:.6g}" if isinstance(value, float) else value}
+            for name, value in known.items()
+            if value is not None
+        ],
+        **_cyclonedx_licence(_licence(certificate)),
+    }
+    if parents := _parents(certificate):
+        component["pedigree"] = {"ancestors": [_ancestor(each) for each in parents]}
+    serial = uuid.uuid5(uuid.NAMESPACE_OID, certificate.sha256)
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.7",
+        "serialNumber": f"urn:uuid:{serial}",
+        "version": 1,
+        "metadata": {
+            "timestamp": certificate.created,
+            "tools": {
+                "components": [{"type": "application", "name": "luthier", "version": __version__}]
+            },
+            "component": component,
+        },
+        "components": [
+            *(
+                {
+                    "type": "file",
+                    "bom-ref": f"file:{name}",
+                    "name": name,
+                    "hashes": [{"alg": "SHA-256", "content": digest}],
+                }
+                for name, digest in files
+            ),
+            *(
+                {
+                    "type": "data",
+                    "bom-ref": f"data:{path}",
+                    "name": PurePath(path).name,
+                    "hashes": [{"alg": "SHA-256", "content": digest}],
+                    "data": [{"type": "dataset", "name": PurePath(path).name}],
+                }
+                for path, digest in datasets
+            ),
+        ],
+        "dependencies": [
+            {
+                "ref": certificate.id,
+                "dependsOn": [
+                    *(f"file:{name}" for name, _ in files),
+                    *(f"data:{path}" for path, _ in datasets),
+                ],
+            }
+        ],
+    }
+
+
+def _confidence(kept: KeptReport, name: str) -> dict[str, Any]:
+    found = (kept.report.result.get("intervals") or {}).get(name)
+    if not found:
+        return {}
+    low, high = found
+    return {"confidenceInterval": {"lowerBound": f"{low:.6g}", "upperBound": f"{high:.6g}"}}
+
+
+def _cyclonedx_licence(licence: str | None) -> dict[str, Any]:
+    return {"licenses": [{"license": {"name": licence}}]} if licence else {}
+
+
+def _ancestor(each: Relative) -> dict[str, Any]:
+    version = each.content_sha256 or each.revision or each.source_sha256
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": f"ancestor:{each.id}",
+        "name": each.id,
+        **({"version": version[:16]} if version else {}),
+        **_cyclonedx_licence(each.licence),
+    }
+
+
+def statements(certificate: Certificate) -> list[dict[str, Any]]:
+    """How the model was made (SLSA provenance 1), and what its gates said (test result 0.1)."""
+    record = certificate.record
+    files = {**record.files, MANIFEST: certificate.record_sha256}
+    subject = [{"name": name, "digest": {"sha256": digest}} for name, digest in files.items()]
+    return [
+        {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": subject,
+            "predicateType": kind,
+            "predicate": predicate,
+        }
+        for kind, predicate in (
+            ("https://slsa.dev/provenance/v1", _provenance(certificate)),
+            ("https://in-toto.io/attestation/test-result/v0.1", _test_result(certificate)),
+        )
+    ]
+
+
+def _provenance(certificate: Certificate) -> dict[str, Any]:
+    record = certificate.record
+    dependencies: list[dict[str, Any]] = [
+        {
+            "name": each.id,
+            **({"uri": each.source} if each.source else {}),
+            **({"digest": {"sha256": each.content_sha256}} if each.content_sha256 else {}),
+            "annotations": {"part": each.part},
+        }
+        for each in certificate.lineage
+    ]
+    if record.data is not None:
+        dependencies += [
+            {"name": path, "digest": {"sha256": digest}, "annotations": {"part": "data"}}
+            for path, digest in record.data.sha256.items()
+        ]
+    versions = {"luthier": record.luthier, "torch": record.torch, **(record.plugins or {})}
+    return {
+        "buildDefinition": {
+            "buildType": BUILD_TYPE,
+            "externalParameters": {"model": certificate.id, "recipe": record.recipe or {}},
+            "internalParameters": {"machine": certificate.machine, "precision": record.precision},
+            "resolvedDependencies": dependencies,
+        },
+        "runDetails": {
+            "builder": {"id": BUILDER, "version": {k: v for k, v in versions.items() if v}},
+            "metadata": {
+                "invocationId": certificate.id,
+                "finishedOn": record.created.replace("+00:00", "Z"),
+            },
+        },
+    }
+
+
+def _test_result(certificate: Certificate) -> dict[str, Any]:
+    """The checks that the model passed before it was stored."""
+    record = certificate.record
+    passed: list[str] = []
+    warned: list[str] = []
+    failed: list[str] = []
+    if (report := record.data_report) is not None:
+        rules = {each["rule"]: each["severity"] for each in report["rules"]}
+        for check in report["checks"]:
+            own = {level for rule, level in rules.items() if rule.partition(".")[0] == check}
+            place = failed if "error" in own else warned if "warning" in own else passed
+            place.append(f"data.{check}")
+    if record.parity is not None:  # without parity a model is not stored
+        passed.append("parity")
+    for name, checked in (record.checks or {}).items():
+        (passed if checked is not False else failed).append(f"import.{name}")
+    found: dict[str, Any] = {
+        "result": "FAILED" if failed else "WARNED" if warned else "PASSED",
+        "configuration": [
+            {"name": MANIFEST, "digest": {"sha256": certificate.record_sha256}},
+            *({"name": k.file, "digest": {"sha256": k.sha256}} for k in certificate.reports),
+        ],
+    }
+    tests = {"passedTests": passed, "warnedTests": warned, "failedTests": failed}
+    return found | {name: each for name, each in tests.items() if each}
+
+
+_CONTEXT: Mapping[str, Any] = {
+    "@language": "en",
+    "@vocab": "https://schema.org/",
+    **{name: f"cr:{name}" for name in (
+        "arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "extract", "field",
+        "fileProperty", "fileObject", "fileSet", "format", "includes", "isArray", "isLiveDataset",
+        "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex", "repeated",
+        "replace", "samplingRate", "separator", "source", "subField", "transform",
+    )},
+    "conformsTo": "dct:conformsTo",
+    "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "data": {"@id": "cr:data", "@type": "@json"},
+    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
+    "dct": "http://purl.org/dc/terms/",
+    "description": {"@container": "@language"},
+    "examples": {"@id": "cr:examples", "@type": "@json"},
+    "name": {"@container": "@language"},
+    "sc": "https://schema.org/",
+}  # fmt: skip
+_ENCODINGS = {
+    ".jsonl": "application/jsonlines", ".json": "application/json", ".csv": "text/csv",
+    ".tsv": "text/tab-separated-values", ".txt": "text/plain",
+    ".parquet": "application/vnd.apache.parquet", ".zip": "application/zip",
+}  # fmt: skip
+
+
+def croissant(certificate: Certificate) -> dict[str, Any]:
+    """The data that the model was made of: its files and their hashes; columns are not recorded.
+
+    Raises:
+        RecipeError: where no data is known.
+    """
+    from luthier.errors import RecipeError
+
+    record = certificate.record
+    if record.data is None or not record.data.sha256:
+        raise RecipeError(f"the record of {certificate.id} says nothing of training data")
+    files = [
+        {
+            "@type": "cr:FileObject",
+            "@id": path,
+            "name": PurePath(path).name,
+            "contentUrl": path,
+            "encodingFormat": _ENCODINGS.get(PurePath(path).suffix, "application/octet-stream"),
+            "sha256": digest,
+        }
+        for path, digest in record.data.sha256.items()
+    ]
+    rows, held = record.data.rows, record.data.validation_rows
+    gate = record.data_report["verdict"] if record.data_report else "not checked"
+    return {
+        "@context": dict(_CONTEXT),
+        "@type": "sc:Dataset",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
+        "name": f"data of {certificate.id}",
+        "description": f"{rows:,} rows that {certificate.id} was trained on and {held:,} that it was "
+        f"measured on. luthier's data gate: {gate}.",
+        "url": f"urn:luthier:data:{certificate.content_sha256}",
+        "version": "1.0.0",
+        "datePublished": record.created[:10],
+        "isLiveDataset": False,
+        "distribution": files,
+    }

@@ -1,0 +1,127 @@
+"""Signatures of a model's folder by OpenSSF Model Signing (``model-signing``), with keys kept offline.
+
+All files of the folder are signed: weights, record, certificate and reports; those of the base below an
+adapter are named by hash in the certificate. The signature is a Sigstore bundle with an in-toto
+statement, ``model.sig``, which ``model_signing verify key`` reads without luthier. Keys are elliptic
+ones (P-256, P-384, P-521) in PEM; no service is asked.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import RecipeError
+from luthier.files import write_bytes
+from luthier.models.manifest import SIGNATURE
+from luthier.store.models import StoredModel
+
+_LISTED = {
+    "Extra files found in model": "was added since it was signed",
+    "Missing files in model": "was signed and is missing",
+}
+"""How the package begins a list of files, and what we say of each."""
+
+
+class Signer:
+    """A private key that was read and can sign."""
+
+    def __init__(self, key: Path) -> None:
+        """Read the key.
+
+        Raises:
+            RecipeError: where the package is absent, or the key cannot be used.
+        """
+        self._signing, _ = _load()
+        if not key.is_file():
+            raise RecipeError(f"there is no key {key}")
+        try:
+            self._config = self._signing.signing.Config().use_elliptic_key_signer(private_key=key)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RecipeError(
+                f"{key} is no private key that can sign: {_line(error)} A key is made by `openssl "
+                "ecparam -name prime256v1 -genkey -noout -out key.pem`; it has no password"
+            ) from error
+
+    def sign(self, model: StoredModel) -> Path:
+        """Sign the folder of ``model``, certificate included; the place of the signature."""
+        target = model.folder / SIGNATURE
+        hashing = _hashing(self._signing, target)
+        with tempfile.TemporaryDirectory(prefix="luthier-sign-") as scratch:
+            fresh = Path(scratch) / SIGNATURE
+            self._config.set_hashing_config(hashing).sign(model.folder, fresh)
+            write_bytes(target, fresh.read_bytes())
+        return target
+
+
+def signature_differences(model: StoredModel, public_key: Path) -> list[str]:
+    """What is not as it was signed with the private half of ``public_key``, in sentences.
+
+    Raises:
+        RecipeError: where the package is absent, or the key cannot be used.
+    """
+    signing, errors = _load()
+    target = model.folder / SIGNATURE
+    if not public_key.is_file():
+        raise RecipeError(f"there is no key {public_key}")
+    if not target.is_file():
+        return [f"{model.id} is not signed: {target} is missing."]
+    try:
+        config = signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{public_key} is no public key: {_line(error)}") from error
+    try:
+        config.set_hashing_config(_hashing(signing, target)).verify(model.folder, target)
+    except errors as error:
+        found = _mismatches(str(error), model.folder)
+        return found or [
+            f"{target} was not made with the private half of {public_key}, or was changed."
+        ]
+    return []
+
+
+def _load() -> tuple[Any, Any]:
+    """The package, and the errors of a signature that does not fit."""
+    if importlib.util.find_spec("model_signing") is None:
+        raise RecipeError("signatures need: pip install 'luthier[signing]'")
+    import binascii
+
+    import cryptography.exceptions
+    import google.protobuf.json_format
+    import model_signing
+
+    mismatch = (
+        ValueError, KeyError, TypeError, binascii.Error, cryptography.exceptions.InvalidSignature,
+        google.protobuf.json_format.ParseError,
+    )  # fmt: skip
+    return model_signing, mismatch
+
+
+def _hashing(signing: Any, signature: Path) -> Any:
+    """As the package's own command hashes, so that either verifies what the other signed."""
+    config = signing.hashing.Config()
+    return config.set_ignored_paths(paths=[signature], ignore_git_paths=True)
+
+
+def _mismatches(text: str, folder: Path) -> list[str]:
+    """What the package says of files; nothing where it is the signature itself that does not fit."""
+    _, named, listed = text.partition("Signature mismatch: ")
+    if not named:
+        return []
+    found = []
+    for line in ast.literal_eval(listed):
+        if changed := re.match(r"Hash mismatch for '(.+?)': ", line):
+            found.append(f"{folder / changed[1]} is not what was signed.")
+        for words, said in _LISTED.items():
+            if line.startswith(words):
+                names = line.partition("': ")[2].split(", ")
+                found += [f"{folder / name} {said}." for name in names]
+    return found or [f"{folder} is not what was signed."]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
