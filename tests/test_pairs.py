@@ -167,7 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gan": {"loss_type": "non_saturating"},  # with spectral norms
     "logit_distillation": {"teacher": "teacher"},
     "on_policy_distillation": {"teacher": "teacher", "max_tokens": 6},
-    "sdft": {"max_tokens": 6},
+    "sdft": {"max_tokens": 12},
     "encoder_distillation": {"teacher": "teacher"},
     "embedding_distillation": {"teacher": "teacher"},
 }

@@ -26,7 +26,7 @@ COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretr
             "api/http/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
-    "data/convert.py", "data/writers.py", "serving/export.py",
+    "data/convert.py", "data/writers.py", "serving/export.py", "workflows/learning_curve.py",
     "workflows/pretrain.py", "workflows/search.py", "workflows/space.py", "workflows/trials.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
     from luthier.sdk.model import Model, compare, evaluate, forgetting, judge, load
-    from luthier.sdk.training import advise, distil, estimate, pretrain, soup, student, tune
+    from luthier.sdk.training import (
+        advise,
+        distil,
+        estimate,
+        learning_curve,
+        pretrain,
+        soup,
+        student,
+        tune,
+    )
 
 __all__ = [
     "Model",
@@ -28,6 +37,7 @@ __all__ = [
     "forgetting",
     "inspect",
     "judge",
+    "learning_curve",
     "load",
     "plant_canaries",
     "pretrain",
@@ -56,6 +66,7 @@ _HOMES = {
     "advise": "luthier.sdk.training",
     "distil": "luthier.sdk.training",
     "estimate": "luthier.sdk.training",
+    "learning_curve": "luthier.sdk.training",
     "pretrain": "luthier.sdk.training",
     "soup": "luthier.sdk.training",
     "student": "luthier.sdk.training",

@@ -74,6 +74,8 @@ class DataSpec(StrictModel):
     """Share of the training rows to hold out when no validation file is given; 0 for none."""
     test_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of the training rows to keep out for a later test; the run folder says which."""
+    train_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the rows left to learn from that is used, each label with its part; all if not given."""
     group_column: str | None = Field(default=None, min_length=1)
     """Column whose rows of one value are all learned from or all held out, such as a speaker."""
     long_rows: Literal["error", "drop", "truncate"] = "error"

@@ -27,6 +27,7 @@ from luthier.cli.evaluate import evaluate, judge
 from luthier.cli.forgetting import canaries, forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
+from luthier.cli.learning_curve import learning_curve
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest
 from luthier.cli.pipeline import pipeline
@@ -53,7 +54,7 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, advise, compare, search, distil, inspect,
     clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
-    judge, forgetting, canaries, certificate, verify, serve, demo, plugins,
+    judge, forgetting, canaries, learning_curve, certificate, verify, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

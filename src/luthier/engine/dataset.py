@@ -126,6 +126,11 @@ def prepare(
     )
     rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
+    if spec.train_share is not None and spec.train_share < 1:
+        # Drawn by the same seed, the rows of a smaller share are among those of a larger one.
+        left_out = [1 - spec.train_share]
+        part_N, _ = split_rows(strata_of(rows), group_related(rows), left_out, seed)
+        rows = [rows[i] for i in part_N.tolist()]
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
     try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.workflows.advise.recommend import Advice
     from luthier.workflows.distil.responses import Distilled
     from luthier.workflows.estimate.estimate import Estimate
+    from luthier.workflows.learning_curve import LearningCurve
     from luthier.workflows.soup import Method, Soup
     from luthier.workflows.student import Student
 
@@ -241,6 +242,36 @@ def estimate(
     from luthier.workflows.estimate.estimate import estimate as run
 
     return run(recipe_of(data, fields), reporter)
+
+
+def learning_curve(
+    data: str | Path | Recipe,
+    *,
+    shares: Sequence[float] | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> LearningCurve:
+    """Say what more rows would give, by training on growing shares of them; no model is stored.
+
+    Args:
+        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
+        shares: of the rows to learn from, four at least; seven from an eighth to all when not given.
+        resume: go on with an interrupted one of the same name and settings.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe, as of :func:`luthier.tune`.
+
+    Returns:
+        ``points``, ``law``, the power law through them, ``gain`` of twice the rows with its interval,
+        and ``verdict()``.
+
+    Raises:
+        RefusedInput: before any training, for data, settings or shares that cannot work.
+    """
+    from luthier.workflows.learning_curve import SHARES
+    from luthier.workflows.learning_curve import learning_curve as run
+
+    return run(recipe_of(data, fields), SHARES if shares is None else shares, resume, reporter)
 
 
 def advise(

@@ -1,0 +1,188 @@
+"""The learning curve: the law is found again, its interval holds, and real runs make one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.engine.dataset import prepare
+from luthier.errors import RecipeError, RunConflict
+from luthier.evaluation.significance import RowScores
+from luthier.recipe import DataSpec
+from luthier.store.models import chat_format, custom_models, find
+from luthier.workflows import learning_curve as module
+from luthier.workflows.learning_curve import SHARES, CurvePoint, extrapolate, learning_curve
+from luthier.workflows.learning_curve import LearningCurve as Curve
+
+ROWS = 800
+
+
+def points_of(costs: Sequence[float], measure: str = "accuracy") -> list[CurvePoint]:
+    return [
+        CurvePoint(share, round(share * ROWS), measure, cost)
+        for share, cost in zip(SHARES, costs, strict=True)
+    ]
+
+
+def law(share: float, floor: float = 0.05, scale: float = 0.15, exponent: float = 0.5) -> float:
+    return float(floor + scale * share**-exponent)
+
+
+def test_a_law_without_noise_is_found_again() -> None:
+    found, gain = extrapolate(points_of([law(share) for share in SHARES]))
+    assert (found.floor, found.scale) == pytest.approx((0.05, 0.15), abs=1e-3)
+    assert found.exponent == pytest.approx(0.5) and found.rows == ROWS
+    assert gain.value == pytest.approx(law(1) - law(2), rel=0.01)
+    assert gain.value == pytest.approx(found.cost(ROWS) - found.cost(2 * ROWS))
+    assert gain.low == pytest.approx(gain.high, abs=1e-3)
+    assert extrapolate(points_of([0.2] * 7))[1].value == pytest.approx(0, abs=1e-9)
+
+
+def test_the_interval_holds_the_truth_in_nineteen_of_twenty() -> None:
+    draw = np.random.default_rng(1)
+    truth, held, many = law(1) - law(2), 0, 100
+    for _ in range(many):
+        # The same 500 held-out rows for all shares; beside them each run has luck of its own.
+        uniform_R = draw.random(500)
+        points = []
+        for point in points_of([law(share) for share in SHARES]):
+            wrong_R = uniform_R < point.cost + draw.normal(0, 0.005)
+            score = RowScores.of(~wrong_R)
+            points.append(replace(point, cost=1 - score.value, scores=score.plain()))
+        _, gain = extrapolate(points)
+        held += gain.low <= truth <= gain.high
+    assert held / many >= 0.92
+
+
+def test_other_held_out_rows_move_a_score_as_they_move_a_cost() -> None:
+    score = RowScores.of([1] * 90 + [0] * 10)
+    points = [replace(point, scores=score.plain()) for point in points_of([0.1] * 7)]
+    off_BP = module._other_rows(points, np.random.default_rng(0))
+    assert np.allclose(off_BP, off_BP[:, :1])  # all shares alike
+    assert off_BP.std() == pytest.approx(0.03, rel=0.1)
+    alone = [replace(point, error=0.02) for point in points_of([0.1] * 7)]
+    assert module._other_rows(alone, np.random.default_rng(0)).std() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_verdict_in_words() -> None:
+    def verdict(measure: str, *gain: float) -> str:
+        points = points_of([0.2] * 7, measure)
+        fitted = module.PowerLaw(ROWS, 0.0, 0.2, 0.3)
+        return Curve(points, fitted, module.Gain(2.0, *gain), "", "").verdict()
+
+    assert verdict("accuracy", 0.0123, 0.003, 0.02) == (
+        "More rows of the same kind help: twice the rows (1,600) would give about +1.2 points of "
+        "accuracy (0.3 to 2.0), if the curve goes on as it did."
+    )
+    assert "not shown to help: twice the rows (1,600)" in verdict("accuracy", 0.001, 0.0, 0.01)
+    assert "about -0.05 loss (0.01 to 0.09)" in verdict("loss", 0.05, 0.01, 0.09)
+    assert "about -1.0 points of character error rate" in verdict("cer", 0.01, 0.005, 0.02)
+    assert "about +0.5 reward (0.1 to 0.9)" in verdict("reward", 0.5, 0.1, 0.9)
+
+
+LABELS = ("late", "lost", "fees")
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    words = ("late today", "lost it", "a fee")
+    lines = [
+        {"text": f"card {n} {words[n % 3]} {'again' * (n % 4)}", "label": LABELS[n % 3]}
+        for n in range(96)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_share_of_the_rows_holds_a_smaller_one(labelled: Path, family_folder: Any) -> None:
+    chat = chat_format(find(str(family_folder("bert"))))
+
+    def rows_of(share: float | None) -> tuple[Counter[bytes], int]:
+        spec = DataSpec(train=str(labelled), validation_share=0.25, train_share=share)
+        data = prepare(spec, None, chat, 64, seed=0)
+        return Counter(each.ids_T.tobytes() for each in data.train), len(data.validation)
+
+    whole, half, eighth = rows_of(None), rows_of(0.5), rows_of(0.125)
+    assert whole[1] == half[1] == eighth[1] == 24
+    assert [each[0].total() for each in (whole, half, eighth)] == [72, 36, 9]
+    assert eighth[0] <= half[0] <= whole[0]
+
+
+def test_real_runs_make_a_curve_and_store_nothing(
+    labelled: Path, family_folder: Any, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {
+        "base": str(family_folder("bert")), "name": "x", "data__validation_share": 0.25,
+        "training__max_steps": 4, "training__batch_size": 8, "training__precision": "float32",
+        "training__threads": 1, "training__learning_rate": 0.01, "adaptation__method": "full",
+    }  # fmt: skip
+    trained: list[float] = []
+    real = module._train_share
+
+    def once(recipe: Any, share: float, *rest: Any) -> CurvePoint:
+        if len(trained) == 2:
+            trained.append(0.0)
+            raise KeyboardInterrupt
+        trained.append(share)
+        return real(recipe, share, *rest)
+
+    monkeypatch.setattr(module, "_train_share", once)
+    shares = [0.2, 0.4, 0.6, 1.0]
+    with pytest.raises(KeyboardInterrupt):
+        luthier.learning_curve(labelled, shares=shares, **fields)
+    with pytest.raises(RunConflict, match="a learning curve x already"):
+        luthier.learning_curve(labelled, shares=shares, **fields)
+    with pytest.raises(RunConflict, match="something else is asked for now"):
+        luthier.learning_curve(labelled, shares=[0.3, *shares], resume=True, **fields)
+    found = luthier.learning_curve(labelled, shares=shares, resume=True, **fields)
+    assert trained == [0.2, 0.4, 0.0, 0.6, 1.0]
+    assert [point.rows for point in found.points] == [14, 29, 43, 72]
+    assert found.measure == "accuracy" and all(point.error > 0 for point in found.points)
+    assert all(len(RowScores.read(point.scores)) == 24 for point in found.points)
+    assert Path(found.picture).read_bytes().startswith(b"\x89PNG")
+    assert custom_models() == [] and not (luthier_home / "runs").exists()
+    left = sorted(path.name for path in Path(found.folder).iterdir())
+    assert left == [".lock", "curve.png", "points.json", "request.json", "share.json"]
+    assert "twice the rows (144)" in found.plain()["verdict"]
+    # A curve that is done is read again in no time.
+    done = CliRunner().invoke(
+        app,
+        [
+            "learning-curve", str(labelled), "--shares", "0.2,0.4,0.6,1", "--name", "x", "--resume",
+            "--base", fields["base"], "--adaptation", "full",
+            *(
+                part
+                for key, value in fields.items()
+                if "__" in key and key != "adaptation__method"
+                for part in ("--set", f"{key.replace('__', '.')}={value}")
+            ),
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "rows  accuracy" in done.stdout and "twice the rows (144)" in done.stdout
+
+
+def test_shares_and_rows_that_make_no_curve(labelled: Path, family_folder: Any) -> None:
+    base = str(family_folder("bert"))
+    for shares, more, said in (
+        ((0.5, 1.0), {}, "give 4 or more different shares"),
+        ((0.1, 0.2, 0.5, 1.5), {}, "give 4 or more different shares"),
+        ((0.01, 0.2, 0.5, 1.0), {}, "8 training rows in its smallest"),
+        (SHARES, {"data__validation_share": 0}, "needs held-out rows"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            luthier.learning_curve(labelled, base=base, shares=shares, **more)
+    wrong = CliRunner().invoke(app, ["learning-curve", str(labelled), "--shares", "a,b"])
+    assert wrong.exit_code == 2 and "--shares a,b: give shares" in wrong.stderr
+    assert learning_curve is module.learning_curve
