@@ -190,6 +190,19 @@ class Training(StrictModel):
     """CPU threads; all cores when not given."""
 
 
+class ForgettingLimits(StrictModel):
+    """How much a tuned model may forget and still be activated: one outside is stored, and withheld."""
+
+    max_kl: float = Field(default=8.0, gt=0, le=1000)
+    """Largest drift from the base, in nats a token of what the base writes."""
+    max_accuracy_loss: float = Field(default=0.1, ge=0, le=1)
+    """Largest loss of accuracy on a set of probes, where it is more than chance."""
+    probes: tuple[SourceName, ...] = ()
+    """Files of rows with choices that are measured besides ours."""
+    accept: bool = False
+    """Activate the model although it is outside; its record says so."""
+
+
 class Recipe(StrictModel):
     """Everything that decides what a custom model becomes."""
 
@@ -207,6 +220,8 @@ class Recipe(StrictModel):
     """Which weights move."""
     training: Training = Training()
     """How it is trained."""
+    forgetting: ForgettingLimits | None = None
+    """What it may forget and still be activated; not measured when not given."""
 
     @field_validator("name")
     @classmethod
@@ -259,7 +274,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Put ``folder`` before the paths under ``[data]``, in place; returns ``fields``."""
+    """Put ``folder`` before the paths of data and probes, in place; returns ``fields``."""
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
@@ -269,6 +284,9 @@ def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
                 group[key] = _below(folder, value)
             elif isinstance(value, list):
                 group[key] = [_below(folder, str(each)) for each in value]
+    limits = fields.get("forgetting")
+    if isinstance(limits, dict) and isinstance(limits.get("probes"), list):
+        limits["probes"] = [_below(folder, str(each)) for each in limits["probes"]]
     return fields
 
 

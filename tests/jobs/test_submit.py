@@ -166,6 +166,10 @@ def test_pre_training_goes_on_as_the_custom_model_began(
             r"cannot set objective\.feature_model",
         ),
         ({"settings": {"teacher": {"url": "http://x"}}}, r"cannot set teacher\.url"),
+        (
+            {"settings": {"forgetting": {"probes": ["/etc/passwd"]}}},
+            r"cannot set forgetting\.probes",
+        ),
         ({"settings": {"training": {"epochs": -1}}}, "epochs"),
         ({"settings": {"training": {"epoch": 1}}}, "epoch"),
         ({"customization_type": "IMPORTED"}, "IMPORTED"),

@@ -229,6 +229,17 @@ def test_the_model_is_there_with_the_end_of_its_job(database: Database) -> None:
     assert job_of(database, job_id).state == COMPLETED
 
 
+def test_a_model_that_is_withheld_is_there_and_not_active(database: Database) -> None:
+    job_id = add(database, "one")
+    _, lease = claim(database)  # type: ignore[misc]
+    with database.write() as session:
+        jobs.complete(session, job_id, lease, {"stored_id": "tiny:job-x"}, withheld="it drifted")
+    with database.read() as session:
+        model = session.query(CustomModel).one()
+    assert (model.status, model.failure) == ("Failed", "it drifted")
+    assert model.stored_id == "tiny:job-x" and job_of(database, job_id).state == COMPLETED
+
+
 @pytest.mark.parametrize(
     ("state", "released", "failed", "expired"),
     [

@@ -212,3 +212,15 @@ def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
         found = Forgetting("m", "b", drift, changes)
         wrong += bool(found.lost or found.gained)
     assert wrong <= 10
+
+
+def test_a_smaller_gap_is_no_gain_of_a_model_that_lost_what_it_knew() -> None:
+    drift: Any = None
+    known, lost = (forgetting.RowScores.of([share] * 40) for share in (1.0, 0.0))
+    gaps = [
+        forgetting.RowScores.of(np.linspace(low, low + 0.1, 40), is_share=False) for low in (1, 0)
+    ]
+    probe = forgetting.Change("knowledge", "probe", "accuracy", known, lost)
+    bias = forgetting.Change("bias", "bias", "gap in nats", gaps[0], gaps[1])
+    assert Forgetting("m", "b", drift, [bias]).gained == [bias]
+    assert not Forgetting("m", "b", drift, [bias, probe]).gained

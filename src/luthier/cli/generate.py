@@ -55,7 +55,7 @@ def generate(
     from luthier.files import write_bytes
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
     from luthier.types import Message
 
     if (prompt is None) == (input_ is None):
@@ -69,7 +69,7 @@ def generate(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = Generator.open(find(model, is_able=Generator.is_able))
+        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
     if input_ is None:
         if json_:
             completion = "".join(generator.stream(prompt or "", sampling))
@@ -160,12 +160,12 @@ def chat(
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
     from luthier.types import Message
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     with heavy_imports():
-        generator = Generator.open(find(model, is_able=Generator.is_able))
+        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. An empty line starts anew, Ctrl-D ends.")
     history: list[Message] = []

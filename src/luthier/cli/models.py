@@ -316,6 +316,19 @@ def pull_model(model: str, json_: Json = False) -> None:
         print_text(f"{stored.id} is in {stored.folder}")
 
 
+@models_app.command("accept")
+def accept_model(model: str, json_: Json = False) -> None:
+    """Activate a model that is withheld, as it forgot more than it may; its record says so."""
+    with heavy_imports():
+        from luthier.workflows.tuning import accept
+
+    stored = accept(model)
+    if json_:
+        print_json({"id": stored.id, "accepted": stored.manifest.accepted})
+    else:
+        print_text(f"{stored.id} is active, although {stored.manifest.accepted}")
+
+
 @models_app.command("export")
 def export_model(
     model: str,
@@ -329,9 +342,9 @@ def export_model(
     from luthier.models.nets import NETS
     from luthier.models.pipelines import is_pipeline
     from luthier.serving.export import export, export_onnx
-    from luthier.store.models import find, objective_of
+    from luthier.store.models import check_active, find, objective_of
 
-    stored = find(model)
+    stored = check_active(find(model))
     if onnx:
         error = export_onnx(stored, folder)
         if json_:

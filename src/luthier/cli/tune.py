@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,10 +61,22 @@ def tune(
         float | None, typer.Option(min=0, help="Refuse a run that is estimated to cost more.")
     ] = None,
     prices: Prices = None,
+    check_forgetting: Annotated[
+        bool,
+        typer.Option(
+            "--check-forgetting", help="Withhold a model that forgot too much (recipe: forgetting)."
+        ),
+    ] = False,
+    accept: Annotated[
+        Literal["forgetting"] | None,
+        typer.Option(help="Activate the model although it is outside these limits."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Tune a model on your data and store the custom model."""
-    recipe = read_recipe(data, recipe_options(locals()), set_)
+    settings = [*(["forgetting={}"] if check_forgetting else []), *(set_ or ())]
+    settings += [f"{accept}.accept=true"] if accept else []
+    recipe = read_recipe(data, recipe_options(locals()), settings)
     from luthier.engine.dataset import check_sources
 
     check_sources(recipe.data, recipe.objective)
@@ -82,12 +94,14 @@ def tune(
     # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.train import train
+        from luthier.store.models import find
+        from luthier.workflows.tuning import tune as run
 
     with LiveReporter() as reporter:
-        result = train(recipe, resume, reporter)
+        result = run(recipe, resume, reporter)
     if json_:
-        print_json(asdict(result) | estimate)
+        withheld = find(result.model_id).manifest.withheld
+        print_json(asdict(result) | estimate | ({"withheld": withheld} if withheld else {}))
     else:
         print_result(result)
 
@@ -107,7 +121,11 @@ def print_result(result: Result) -> None:
     if result.verdict is not None:
         held = validation_result(objective.measure, result.verdict.kept)
     out = new_console(highlight=False, soft_wrap=True)
-    out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and verified")
+    withheld = stored.manifest.withheld
+    state = "[bold red]withheld[/bold red]" if withheld else "verified"
+    out.print(f"\n[bold green]{result.model_id}[/bold green] is stored and {state}")
+    if withheld:
+        out.print(f"  {withheld}", markup=False)
     steps = "1 step" if result.steps == 1 else f"{result.steps:,} steps"
     read = f"{result.rows_seen:,} {PLURAL[chat.reads]}"
     if chat.reads == "text":
@@ -143,6 +161,8 @@ def print_result(result: Result) -> None:
         use = f"sample {result.model_id} --output samples.png"
     elif objective.task != "causal_lm":
         use = f"tune DATA --base {result.model_id}"
+    if withheld:
+        use = f"models accept {result.model_id}"
     out.print(f"  use it      luthier {use}")
 
 

@@ -224,6 +224,12 @@ def prepare_job(
     seed = recipe.training.seed
     data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row)
     reporter.note(f"recognized: {data.recognized}")
+    if recipe.forgetting is not None and data.objective.task != "causal_lm":
+        raise RecipeError(
+            "`forgetting` limits what a model that writes forgets, and objective "
+            f"{data.objective.method} makes none. What one that reads forgot, `luthier evaluate` says "
+            "on rows of the earlier task"
+        )
     if data.recognized and data.recognized.unread:
         reporter.note(f"columns that nothing is read from: {', '.join(data.recognized.unread)}")
     for count, what in ((data.dropped, "dropped"), (data.truncated, "truncated")):

@@ -25,7 +25,7 @@ from luthier.evaluation.parity import Parity
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
 from luthier.models.load import as_network
-from luthier.models.manifest import DataRecord, Manifest
+from luthier.models.manifest import UNMEASURED, DataRecord, Manifest
 from luthier.models.network import Network
 from luthier.models.save import (
     adapter_tensors,
@@ -111,6 +111,7 @@ class ModelWriter:
             kind=job.data.objective.task,
             saved="network" if adaptation.stores_network else "adapter",
             **job.origin,
+            withheld=None if job.recipe.forgetting is None else UNMEASURED,
             plugins=plugins or None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             luthier=__version__,

@@ -36,7 +36,9 @@ TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION, REINFORCEMENT)
 BaseModel = FoundationModel | CustomModel
 """What a job starts from, and what teaches."""
 
-_GROUPS = ("training", "adaptation", "objective", "sampling", "insights", "teacher", "method")
+_GROUPS = (
+    "training", "adaptation", "objective", "sampling", "insights", "teacher", "method", "forgetting",
+)  # fmt: skip
 SETTABLE_DATA = (
     "long_rows", "validation_share", "group_column", "columns", "augmentation", "severity",
     "chat_template_kwargs",
@@ -286,6 +288,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
         ]
     refused += [f"data.{key}" for key in data if key not in SETTABLE_DATA]
     refused += [f"teacher.{key}" for key in teacher if key not in _TEACHER]
+    refused += [f"forgetting.{key}" for key in given.get("forgetting", {}) if key == "probes"]
     if refused:
         raise RecipeError(f"a customization job cannot set {', '.join(refused)}")
     return dict(given)

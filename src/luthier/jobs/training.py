@@ -126,6 +126,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
     _outputs: list[str]
     """Addresses of what was written for the job's owner."""
     _model_bytes = 0
+    _withheld: str | None = None
+    """Why the model that was made is not to be used."""
     data: JobData | None = None
 
     def remove_ended(self) -> None:
@@ -149,7 +151,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             return self._end(
                 heartbeat,
                 lambda s: jobs.complete(
-                    s, row.id, self.lease, result, self._model_bytes, self.quotas
+                    s, row.id, self.lease, result, self._model_bytes, self.quotas, self._withheld
                 ),
             )
         except (Interrupted, KeyboardInterrupt) as error:
@@ -181,6 +183,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             reporter.note(comparison["verdict"])
         reporter.part("training", "Completed")
         model = find(run["model_id"])
+        self._withheld = model.manifest.withheld
         verify(model.folder, model.manifest.files)
         self._model_bytes = folder_size(model.folder)
         with self.database.read() as session:

@@ -23,6 +23,10 @@ RANDOM = "random:"
 """How the ``source`` of a base model begins whose weights were drawn."""
 
 
+UNMEASURED = "what it forgot was not measured yet, which resuming its run does"
+"""Why a model is withheld that was trained a moment ago."""
+
+
 class Record(BaseModel):
     """What is written with a model: fixed fields, none unknown."""
 
@@ -110,6 +114,10 @@ class Manifest(Record):
     """The loss as trained and as read back from disk."""
     metrics: dict[str, Any] | None = None
     """The result of the run."""
+    withheld: str | None = None
+    """Why it is not to be used: what it forgot, or that this is still to be measured."""
+    accepted: str | None = None
+    """The same of a model that is used although it is outside its limits."""
 
     source: str | None = None
     """Where a model from outside comes from: ``pypi:``, ``hub:``, or an address."""

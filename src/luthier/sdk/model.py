@@ -42,9 +42,9 @@ class Model:
         from luthier.serving.generation import Generator
         from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
-        from luthier.store.models import find, objective_of
+        from luthier.store.models import check_active, find, objective_of
 
-        self.stored = find(model_id) if isinstance(model_id, str) else model_id
+        self.stored = check_active(find(model_id)) if isinstance(model_id, str) else model_id
         objective = objective_of(self.stored)
         self.reads = isinstance(objective, SupportsPrediction)
         """Whether it answers with labels (:meth:`predict`) or writes (:meth:`generate`)."""

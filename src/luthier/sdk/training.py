@@ -51,9 +51,9 @@ def tune(
     Raises:
         RefusedInput: before any training, for data or settings that cannot work.
     """
-    from luthier.engine.train import train
+    from luthier.workflows.tuning import tune as run
 
-    return train(recipe_of(data, fields), resume, reporter)
+    return run(recipe_of(data, fields), resume, reporter)
 
 
 def distil(

@@ -293,7 +293,7 @@ class ModelPool:
         from luthier.store import models as store
 
         try:
-            stored = store.find(model_id)
+            stored = store.check_active(store.find(model_id))
             with self._loading:
                 if store.objective_of(stored).task == "causal_lm":
                     from luthier.serving.decoder import Decoder

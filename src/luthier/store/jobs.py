@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
 
 from luthier.errors import LeaseLost, WrongState
 from luthier.limits import AccountQuotas
-from luthier.store import storage
+from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Base, Plain, QuotingText, now
@@ -367,8 +367,11 @@ def complete(
     result: JobResult,
     stored_bytes: int = 0,
     defaults: AccountQuotas | None = None,
+    withheld: str | None = None,
 ) -> Job:
     """End a job whose model is stored and verified: in one transaction the model is there, too.
+
+    A model that is ``withheld`` has failed for that reason, as it cannot be used; its files are kept.
 
     It takes ``stored_bytes`` of the account's quota, which is that of ``defaults`` where it has none
     of its own.
@@ -381,7 +384,10 @@ def complete(
     job = hold(session, Job, job_id, lease)
     move(session, job, COMPLETED, "The job is completed.", holder=lease, result=result)
     made = update(CustomModel).where(CustomModel.job_id == job_id, CustomModel.status == RESERVED)
-    stored = {"status": ACTIVE, "stored_id": result["stored_id"], "created": job.ended}
+    state = (
+        {"status": custom_models.FAILED, "failure": withheld} if withheld else {"status": ACTIVE}
+    )
+    stored = {**state, "stored_id": result["stored_id"], "created": job.ended}
     session.execute(made.values(**stored, stored_bytes=stored_bytes))
     quotas = quotas_of(session, job.account, defaults or AccountQuotas())
     storage.charge(session, job.account, quotas, stored_bytes=stored_bytes)

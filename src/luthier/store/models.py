@@ -126,6 +126,20 @@ def find(
     )
 
 
+def check_active(model: StoredModel) -> StoredModel:
+    """``model``, which is to be used and not only measured.
+
+    Raises:
+        RecipeError: where it is withheld, as it is outside its limits.
+    """
+    if model.manifest.withheld:
+        raise RecipeError(
+            f"{model.id} is withheld: {model.manifest.withheld}. `luthier evaluate` and `luthier "
+            f"forgetting` measure it all the same; `luthier models accept {model.id}` activates it"
+        )
+    return model
+
+
 def _ids_of_able(
     is_able: Callable[[Objective], bool] | None, custom_only: bool = False
 ) -> list[str]:

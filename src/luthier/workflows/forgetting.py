@@ -140,8 +140,16 @@ class Forgetting:
 
     @property
     def gained(self) -> list[Change]:
-        """What is better than before, by more than chance."""
-        return [each for each in self.changes if self._moved(each) > 0]
+        """What is better than before, by more than chance.
+
+        A model that lost what it knew tells nothing apart, groups neither: that is no gain.
+        """
+        ruined = any(each.kind == "probe" for each in self.lost)
+        return [
+            each
+            for each in self.changes
+            if self._moved(each) > 0 and not (ruined and each.kind == "bias")
+        ]
 
     def _moved(self, change: Change) -> float:
         found = self.differences[change.name]

@@ -262,9 +262,9 @@ def _with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _tune(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
-    from luthier.engine.train import train
+    from luthier.workflows.tuning import tune
 
-    return asdict(train(recipe, True, reporter))
+    return asdict(tune(recipe, True, reporter))
 
 
 def _pretrain(recipe: PretrainRecipe, reporter: Reporter) -> dict[str, Any]:

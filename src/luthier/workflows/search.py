@@ -37,7 +37,6 @@ from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result, Run, automatic_name, same_request
-from luthier.engine.train import train
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.recipe import Recipe, portable, to_toml
@@ -62,6 +61,7 @@ from luthier.workflows.trials import (
     trial_folder,
     trial_of,
 )
+from luthier.workflows.tuning import tune
 
 if TYPE_CHECKING:
     import optuna
@@ -201,7 +201,7 @@ class _Search:
         self.reporter.note(
             f"best is trial {best.number}: {best.measurement} with {describe_trial(best)}"
         )
-        result = train(recipe, resume=True, reporter=self.reporter)
+        result = tune(recipe, resume=True, reporter=self.reporter)
         return SearchResult(str(recipe.name), str(self.folder), trials, str(file), result)
 
     def _request(self) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Tuning, and what is asked of a model before it may be used: that it did not forget too much.
+
+With ``forgetting`` in its recipe a model is stored withheld. It is held beside what it was tuned from
+(:mod:`luthier.workflows.forgetting`, drift and probes alone), the report is kept with it, and only a
+model within the limits is activated. A run that is cut short in between leaves it withheld, and
+measures on when it is resumed.
+
+The limits lie between what was measured of sound and of ruined models (docs/log/evaluation.md). They
+are off where they are not asked for: measuring takes as long as a small tuning itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier.engine.metrics import Reporter
+from luthier.engine.train import train
+from luthier.errors import RecipeError
+from luthier.models.manifest import UNMEASURED
+from luthier.store.models import StoredModel, find
+from luthier.store.reports import hashes_of_data, write_report
+from luthier.workflows.forgetting import Forgetting, load_probes, measure_forgetting
+
+if TYPE_CHECKING:
+    from luthier.engine.runs import Result
+    from luthier.recipe import ForgettingLimits, Recipe
+
+
+def tune(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+    """Carry out ``recipe``; a model that forgot more than it may is stored and withheld.
+
+    Raises:
+        RefusedInput: before any training.
+        Interrupted: on Ctrl-C or SIGTERM; with ``resume`` it goes on.
+    """
+    reporter = reporter or Reporter()
+    limits = recipe.forgetting
+    if limits is not None:
+        load_probes(limits.probes)  # refused before anything is trained
+    result = train(recipe, resume, reporter)
+    if limits is not None:
+        stored = find(result.model_id)
+        if stored.manifest.withheld == UNMEASURED:
+            _activate_within(stored, limits, reporter)
+    return result
+
+
+def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
+    """In what a model is outside ``limits``, in words."""
+    said = []
+    drift = found.drift.kl.value
+    if not drift <= limits.max_kl:
+        said.append(f"it drifted {drift:.2f} nats a token, where {limits.max_kl:g} are allowed")
+    for change in found.lost:
+        loss = -found.differences[change.name].value
+        if change.kind == "probe" and loss > limits.max_accuracy_loss:
+            said.append(
+                f"{change.name} fell from {change.base.value:.1%} to {change.tuned.value:.1%}, where a "
+                f"loss of {limits.max_accuracy_loss:.1%} is allowed"
+            )
+    return said
+
+
+def accept(model_id: str) -> StoredModel:
+    """Activate a model that is withheld; its record says that it was outside its limits.
+
+    Raises:
+        RecipeError: for one that is not withheld.
+    """
+    stored = find(model_id)
+    if not stored.manifest.withheld:
+        raise RecipeError(f"{stored.id} is not withheld, so there is nothing to accept")
+    return _mark(stored, withheld=None, accepted=stored.manifest.withheld)
+
+
+def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Reporter) -> None:
+    """Measure what ``stored`` forgot, keep the report, and activate it within ``limits``."""
+    reporter.stage("Measuring what it forgot")
+    found = measure_forgetting(
+        stored,
+        find(str(stored.manifest.parent)),
+        load_probes(limits.probes),
+        safety=False,
+        on_progress=lambda done, total: reporter.progress(done, total, "parts"),
+    )
+    hashes = {name: h for each in limits.probes for name, h in hashes_of_data(each).items()}
+    write_report(stored, "forgetting", hashes, found.plain())
+    reporter.note(found.verdict())
+    reason = "; ".join(outside(found, limits)) or None
+    if reason and limits.accept:
+        _mark(stored, withheld=None, accepted=reason)
+    else:
+        _mark(stored, withheld=reason)
+
+
+def _mark(stored: StoredModel, **fields: str | None) -> StoredModel:
+    stored.manifest.model_copy(update=fields).write(stored.folder)
+    return find(stored.id)
