@@ -234,3 +234,28 @@ def test_a_classifier_beside_baselines_by_the_command_line(
         app, ["compare", held, "--tuned", tuned, "--train", str(tmp_path / "no")]
     )
     assert nothing.exit_code == 2, nothing.output
+
+
+def test_a_classifier_beside_a_base_that_writes(
+    family_folder: Callable[[str], Path], tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": f"the {word} number {n}", "label": "even" if n % 2 else "odd"}
+        for n, word in enumerate(ANIMALS * 6)
+    ]
+    data = write(tmp_path / "train.jsonl", rows)
+    held = write(
+        tmp_path / "held.jsonl", [{**row, "text": f"now {row['text']}"} for row in rows[:8]]
+    )
+    tuned = luthier.tune(
+        data, base=str(family_folder("bert")), name="x", training__max_steps=2,
+        data__validation_share=0, training__refit=False,
+    ).model_id  # fmt: skip
+    found = luthier.compare(
+        held, [tuned], base=str(tiny_model_folder), max_tokens=3, search_seconds=0.3
+    )
+    ways = Counter(each.technique for each in found.contenders)
+    assert ways.pop("baseline") >= 4  # of words, and of the states of the base that writes
+    assert ways == {"tuned": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
+    assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
+    assert any("searched" in remark for remark in found.remarks)
