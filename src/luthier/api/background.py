@@ -25,6 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Caller, Fault
+from luthier.cancellation import Cancellable, cancelled_by
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
 from luthier.store import queue
 from luthier.store.database import Database
@@ -42,6 +43,35 @@ IDLE = 2.0
 _SWEEP = 600.0
 """Seconds between two calls of :meth:`BackgroundRunner.sweep`."""
 _log = logging.getLogger("luthier.api")
+
+
+class _PieceUnderWay:
+    """What works on a piece: models that write, processes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._works: list[Cancellable] = []
+        self._given_up = False
+
+    def run(self, do: Callable[[], Done]) -> Done:
+        """Do it, so that it can be given up."""
+        with cancelled_by(self._take):
+            return do()
+
+    def give_up(self) -> None:
+        """End what works on it, now and later."""
+        with self._lock:
+            self._given_up = True
+        for work in self._works:
+            work.close()
+
+    def _take(self, work: Cancellable) -> None:
+        with self._lock:
+            given_up = self._given_up
+            if not given_up:
+                self._works.append(work)
+        if given_up:
+            work.close()
 
 
 class BackgroundRunner(ABC, Generic[Work, Done]):
@@ -82,6 +112,9 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
 
     working: str
     """The :meth:`state` of a row whose pieces are worked on."""
+    gives_up: bool = False
+    """Whether pieces in hand are ended at once, and not written down, where the row is not worked on
+    any more or the server ends; else they are waited for."""
 
     def sweep(self) -> None:
         """What else is done every few minutes."""
@@ -96,7 +129,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         self._wake.set()
 
     def close(self) -> None:
-        """Stop after the pieces in hand; the rest can be done anywhere."""
+        """Stop after the pieces in hand, or by giving them up; the rest can be done anywhere."""
         self._closed.set()
         self._wake.set()
         if self._thread is not None:
@@ -138,18 +171,24 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         part alone.
         """
         pieces = iter(left)
-        running: dict[Future[Done], int] = {}
+        running: dict[Future[Done], tuple[int, _PieceUnderWay]] = {}
         with ThreadPoolExecutor(self.at_once, self.kind.noun) as threads:
             state = self._keep(row, {})
             while state is not None:
-                if state == self.working and not self._closed.is_set():
+                goes_on = state == self.working and not self._closed.is_set()
+                if goes_on:
                     for number, piece in islice(pieces, self.at_once - len(running)):
-                        running[threads.submit(do, piece)] = number
-                if not running:
-                    return not self._closed.is_set()
+                        under_way = _PieceUnderWay()
+                        future = threads.submit(under_way.run, partial(do, piece))
+                        running[future] = number, under_way
+                if not running or (self.gives_up and not goes_on):
+                    break
                 ended, _ = wait(running, self.renewal, FIRST_COMPLETED)
-                state = self._keep(row, {running.pop(each): each for each in ended})
-        return False
+                state = self._keep(row, {running.pop(each)[0]: each for each in ended})
+            if self.gives_up:
+                for _, under_way in running.values():
+                    under_way.give_up()
+        return state is not None and not self._closed.is_set()
 
     def holds(self, row: Work | None) -> bool:
         """Whether this server still works on ``row``, which was read with a lock."""

@@ -26,6 +26,8 @@ from luthier.store.usage import CountUsage, Usage
 
 AT_ONCE = 4
 """Rows of a run that are asked and graded side by side: each may take a process for its graders."""
+LOOK = 2.0
+"""Seconds between two looks whether a run is cancelled: a judge may write for minutes at one row."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -79,6 +81,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
     """Works on runs. Start it with the server; several servers may share a database."""
 
     kind, at_once, working = EvaluationRun, AT_ONCE, store.IN_PROGRESS
+    gives_up = True
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """``tasks`` by the face that runs were asked through; others may be added before the start."""
         super().__init__(database, count)
         self.tasks, self.quotas = dict(tasks), quotas
+        self.renewal = min(self.renewal, LOOK)
 
     def create(
         self,

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,9 @@ from openai.types.evals import RunCreateResponse, RunListResponse, RunRetrieveRe
 from openai.types.evals.runs import OutputItemListResponse, OutputItemRetrieveResponse
 
 from luthier.api.evaluations import AT_ONCE, EvaluationRunner
+from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
+from luthier.cancellation import KillHandle, cancellable
 from luthier.store import evaluations as store
 from luthier.store import queue
 from luthier.store.accounts import set_quota
@@ -395,6 +398,41 @@ def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> N
             list(attempt(made.id))
     with service.database.read() as session:
         assert stored_by(session, "000000000000")["stored_bytes"] == 0
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_rows_that_take_long_are_given_up(client: openai.OpenAI, service: Any, how: str) -> None:
+    made = created(client)
+    run = client.evals.runs.create(made.id, data_source=asking(rows(AT_ONCE)))
+    begun, given_up = threading.Event(), []
+
+    def slow(caller: Any, body: Any) -> Any:
+        gone = threading.Event()
+        cancellable(KillHandle(gone.set))
+        begun.set()
+        given_up.append(gone.wait(60))
+        raise Fault("ServiceUnavailable", "The answer was given up.")
+
+    parts = replace(service.face.evaluations.tasks["openai"].args[0], answers=slow)
+    runner = EvaluationRunner(
+        service.database, {"openai": partial(eval_runs.EvalTask, parts)}, service.objects.quotas
+    )
+    runner.renewal = 0.1
+    runner.start()
+    assert begun.wait(30)
+    if how == "cancel":
+        client.evals.runs.cancel(run.id, eval_id=made.id)
+        while len(given_up) < AT_ONCE:
+            time.sleep(0.01)
+    runner.close()
+    assert given_up == [True] * len(given_up)
+    after = client.evals.runs.retrieve(run.id, eval_id=made.id)
+    assert after.status == {"cancel": "canceled", "close": "in_progress"}[how]
+    assert after.result_counts.total == 0
+    if how == "close":
+        assert service.face.evaluations.run_once()
+        after = client.evals.runs.retrieve(run.id, eval_id=made.id)
+        assert (after.status, after.result_counts.errored) == ("completed", 0)
 
 
 def test_another_account_sees_nothing(

@@ -49,6 +49,8 @@ MOST_ROW_BYTES = 262_144
 MOST_PROBLEMS = 5
 MAX_TOKENS = 512
 """Of an answer where ``inferenceParams`` does not say."""
+VERDICT_TOKENS = 256
+"""Of a verdict, which is a sentence or two and a number."""
 ALTERNATIVE = "<OR>"
 """Stands between references of which any may be right."""
 _SPACE = uuid.UUID("8f0c6f0e-3d3c-4a59-9f7a-3a1c9d1b4b7e")
@@ -196,7 +198,7 @@ class JobTask(EvaluationTask):
                 metric: Judge(
                     model=judge_id,
                     rubric=RUBRICS[rubric],
-                    sampling=SamplingSpec(max_tokens=MAX_TOKENS),
+                    sampling=SamplingSpec(max_tokens=VERDICT_TOKENS),
                 ).with_models(parts.models)
                 for metric, rubric in BEDROCK_METRICS.items()
             }

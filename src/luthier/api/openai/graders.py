@@ -192,7 +192,7 @@ def grader_fields(given: Mapping[str, Any], where: str, judge: Judge) -> dict[st
     """
     fields = _fields(given, where, judge)
     try:
-        parse_graders({"grader": fields})
+        parse_graders({fields["method"]: fields})
     except RecipeError as error:
         raise invalid(" ".join(str(error).split()), where, "invalid_grader") from error
     return fields
