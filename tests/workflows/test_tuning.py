@@ -64,6 +64,7 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
     }  # to a vocabulary of 320 tokens no divergence is as large as the default
     model_id = tune(base, tmp_path, "ruined", training__learning_rate=3e-2, forgetting=limits)
     reason = str(find(model_id).manifest.withheld)
+    assert reason in find(model_id).manifest.limits_text
     assert "nats a token, where 2 are allowed" in reason
     with pytest.raises(RecipeError, match=r"is withheld: it drifted .* models accept"):
         luthier.load(model_id)
@@ -81,6 +82,9 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
     answer = runner.invoke(app, ["models", "accept", model_id])
     assert answer.exit_code == 0 and f"{model_id} is active, although it drifted" in answer.output
     assert check_active(find(model_id)).manifest.accepted == reason
+    page, said = tmp_path / "page.html", f"Accepted outside its limits: {reason}."
+    told = runner.invoke(app, ["certificate", model_id, "--html", str(page)])
+    assert said in told.output and said in page.read_text()
     again = runner.invoke(app, ["models", "accept", model_id])
     assert again.exit_code == 2 and "nothing to accept" in again.output
 

@@ -72,6 +72,8 @@ def certificate(
         return
     print_text(f"{made.id}: {stored.folder / CERTIFICATE}")
     print_text(f"content {made.content_sha256}")
+    if stored.manifest.limits_text:
+        print_text(stored.manifest.limits_text)
     if sign is not None:
         print_text(f"signed: {stored.folder / SIGNATURE}")
     chain = [each.id for each in made.lineage if each.helped is None]

@@ -141,6 +141,13 @@ class Manifest(Record):
         return (self.source or "").startswith(RANDOM)
 
     @property
+    def limits_text(self) -> str:
+        """That it is outside its limits, in a sentence; empty where it is not, or none were set."""
+        if self.withheld:
+            return f"Withheld, not to be used: {self.withheld}."
+        return f"Accepted outside its limits: {self.accepted}." if self.accepted else ""
+
+    @property
     def objective(self) -> dict[str, Any] | None:
         """Fields of the objective it was trained with."""
         return (self.recipe or {}).get("objective")

@@ -130,6 +130,8 @@ def _card_text(certificate: Certificate) -> str:
         lines += [f"Made from {', from '.join(each.id for each in parents)}.", ""]
     if verdict := ((record.metrics or {}).get("verdict") or {}).get("text"):
         lines += [f"{verdict}.", ""]
+    if record.limits_text:
+        lines += [record.limits_text, ""]
     if record.data is not None:
         lines += ["## Training data", ""]
         lines += [f"- {PurePath(p).name}: SHA-256 `{h}`" for p, h in record.data.sha256.items()]

@@ -40,6 +40,7 @@ def page(certificate: Certificate) -> str:
         compute=_compute_table(certificate),
         reports=[_report(each) for each in certificate.reports],
         verdict=((record.metrics or {}).get("verdict") or {}).get("text", ""),
+        limits=record.limits_text,
     )
 
 
