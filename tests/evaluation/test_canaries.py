@@ -99,6 +99,7 @@ def test_rows_that_teach_no_writing_and_other_files_are_refused(tmp_path: Path) 
         luthier.plant_canaries(data, tmp_path / "out.jsonl")
     with pytest.raises(RecipeError, match="no file"):
         read_canaries(tmp_path / "none.json")
-    (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(RecipeError, match="holds no canaries"):
-        read_canaries(tmp_path / "other.json")
+    for text in ('{"a": 1}', '{"a": 1}\n{"a": 2}', "[]", '{"canaries": [1]}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(RecipeError, match="holds no canaries"):
+            read_canaries(tmp_path / "other.json")

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from luthier.data.parsing import Record
 from luthier.data.shapes import Conversation, PromptCompletion, RawText, Shape, describe_shapes
-from luthier.errors import RecipeError
+from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json, write_bytes
 from luthier.types import Message, Row
 
@@ -175,7 +175,7 @@ def read_canaries(path: Path) -> list[Canary]:
     try:
         plain = read_json(path)
         found = TypeAdapter(list[Canary]).validate_python(plain["canaries"])
-    except (ValidationError, KeyError, TypeError) as error:
+    except (CorruptFile, ValidationError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} holds no canaries, as `luthier canaries` writes them") from error
     if not 1 <= len(found) <= MOST_CANARIES:
         raise RecipeError(f"{path} holds {len(found)} canaries; 1 to {MOST_CANARIES} are measured")
