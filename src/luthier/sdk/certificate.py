@@ -84,10 +84,17 @@ def verify(
     from pydantic import ValidationError
 
     from luthier.validation import describe_error
-    from luthier.workflows.certificate.endpoint import EndpointSpec, prompts_of, verify_endpoint
+    from luthier.workflows.certificate.endpoint import (
+        EndpointSpec,
+        check_writes,
+        prompts_of,
+        verify_endpoint,
+    )
     from luthier.workflows.certificate.verify import verify_files
 
     stored = _stored(model)
+    if endpoint is not None:
+        check_writes(stored)
     found = verify_files(stored, None if public_key is None else Path(public_key))
     if endpoint is None:
         return found

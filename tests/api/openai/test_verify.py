@@ -122,6 +122,10 @@ def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -
     ):
         refused = CliRunner().invoke(app, [*asked, *changed])
         assert refused.exit_code == 2 and text in refused.output, refused.output
+    with pytest.raises(RecipeError, match="3 to 256 prompts, not 0"):
+        luthier.verify(ID, endpoint=url, prompts=0)
+    with pytest.raises(RecipeError, match="1 to 512 tokens of a reply, not 0"):
+        luthier.verify(ID, endpoint=url, endpoint_model="right", max_tokens=0)
 
 
 def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
@@ -153,9 +157,6 @@ def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
         luthier.verify(ID, endpoint="http://127.0.0.1:9/v1")
 
 
-def test_a_model_that_does_not_write_is_refused(
-    luthier_home: Path, tiny_encoder: str, tmp_path: Path
-) -> None:
-    rows = write(tmp_path / "rows.jsonl", COLOURS)
+def test_a_model_that_does_not_write_is_refused(luthier_home: Path, tiny_encoder: str) -> None:
     with pytest.raises(RecipeError, match="does not write"):
-        luthier.verify(tiny_encoder, endpoint="http://127.0.0.1:9/v1", data=rows)
+        luthier.verify(tiny_encoder, endpoint="http://127.0.0.1:9/v1")

@@ -122,14 +122,29 @@ class EndpointVerification:
         return self.finding == "served"
 
 
+def check_writes(model: StoredModel) -> None:
+    """Refuse a model that gives no replies.
+
+    Raises:
+        RecipeError: always for such a one.
+    """
+    if objective_of(model).task != "causal_lm" or not chat_format(model).has_tokenizer:
+        raise RecipeError(
+            f"{model.id} does not write, and only replies in words tell who wrote them; its files are "
+            "checked without an endpoint"
+        )
+
+
 def prompts_of(model: StoredModel, data: str | Path | None, count: int) -> list[Sequence[Message]]:
     """``count`` prompts, evenly spread: of ``data``, or of the rows that ``model`` was measured on.
 
     Raises:
-        RecipeError: where there are none.
+        RecipeError: where there are none, or ``count`` is out of bounds.
     """
     from luthier.data.rows import load_rows
 
+    if not LEAST_REPLIES <= count <= MOST_PROMPTS:
+        raise RecipeError(f"ask {LEAST_REPLIES} to {MOST_PROMPTS} prompts, not {count}")
     recipe = (model.manifest.recipe or {}).get("data", {})
     held: dict[str, list[int]] = model.manifest.data.held_out if model.manifest.data else {}
     source = data or recipe.get("validation") or recipe.get("train")
@@ -163,18 +178,11 @@ def verify_endpoint(
     """Ask the endpoint all ``prompts`` at temperature 0, and say what wrote the replies.
 
     Raises:
-        RecipeError: for models that do not write, a key that is refused, a model that is not there.
+        RecipeError: for a key that is refused, a model that is not there.
         LuthierError: for an endpoint that does not answer.
     """
-    if objective_of(model).task != "causal_lm" or not chat_format(model).has_tokenizer:
-        raise RecipeError(
-            f"{model.id} does not write, and only replies in words tell who wrote them; its files are "
-            "checked without an endpoint"
-        )
-    if not 1 <= max_tokens <= MOST_TOKENS or len(prompts) > MOST_PROMPTS:
-        raise RecipeError(
-            f"ask at most {MOST_PROMPTS} prompts for at most {MOST_TOKENS} tokens each"
-        )
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise RecipeError(f"ask for 1 to {MOST_TOKENS} tokens of a reply, not {max_tokens}")
     replies, failures = _ask(spec, prompts, max_tokens, note)
     if len(replies) < LEAST_REPLIES:
         raise LuthierError(
