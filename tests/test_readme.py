@@ -232,7 +232,7 @@ def test_the_demo_does_what_it_promises(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_service_does_what_its_page_shows(tmp_path: Path) -> None:
     """``luthier serve``, the variables it prints and the page's Python, pasted as they stand."""
-    aws, compatible = blocks((ROOT / "docs/guide/service.md").read_text(), "python")
+    aws, compatible, *_ = blocks((ROOT / "docs/guide/service.md").read_text(), "python")
     (tmp_path / "my.jsonl").write_text(
         "".join((ROOT / "src/luthier/demo/train.jsonl").read_text().splitlines(keepends=True)[:40])
     )
