@@ -134,8 +134,8 @@ def test_a_canary_is_found_where_it_was_repeated_and_nowhere_else(
     beside = tmp_path / "planted.jsonl.canaries.json"
     found = luthier.forgetting(result.model_id, canaries=beside, safety=False)
     assert {each.canary.repeats for each in found.known_by_heart} == {20}
-    assert len(found.known_by_heart) == 2 and found.exposures[0].tried == 256
-    assert "20 times in the data, 8.0 bits" in found.verdict()
+    assert len(found.known_by_heart) == 2 and found.exposures[0].tried == 401
+    assert "20 times in the data, 8.6 bits" in found.verdict()
     codes = [each.canary.code for each in found.exposures]
     assert not any(code in json.dumps(found.plain()) for code in codes)
 

@@ -27,8 +27,8 @@ from luthier.types import Message, Row
 
 ALTERNATIVES = 255
 """Codes at least that a canary is ranked among: its exposure is at most 8 bits."""
-LEVEL = 0.05
-"""Chance that any code is called known by heart where none is."""
+LEVEL = 0.01
+"""Chance that any code is called known by heart where it is not."""
 DIGITS = 6
 MOST_REPEATS = 10_000
 MOST_CANARIES = 50

@@ -393,7 +393,7 @@ class _Side:
             correct = choice_scores(rows, self._likelihoods(name, rows))[0]["accuracy"]
             assert isinstance(correct, RowScores)
             self.correct[name] = correct
-        tried = max(ALTERNATIVES, math.ceil(2 * len(canaries) / LEVEL))
+        tried = max(ALTERNATIVES, math.ceil(len(canaries) / LEVEL))  # the first of so many tells
         self.exposures = [_exposure(self.network, self.chat, each, tried) for each in canaries]
 
     def read_safety(self, generator: Any) -> None:
