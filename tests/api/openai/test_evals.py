@@ -494,6 +494,8 @@ WRONG_EVALS: list[tuple[dict[str, Any], str]] = [
     ({"testing_criteria": [{**SAME, "reference": "{{items.a}}"}]}, "testing_criteria[0]"),
     ({"testing_criteria": [{**NEAR, "pass_threshold": None}]}, "testing_criteria[0].pass_threshold"),
     ({"testing_criteria": [{**NEAR, "pass_threshold": "x"}]}, "testing_criteria[0].pass_threshold"),
+    ({"testing_criteria": [{**NEAR, "pass_threshold": 10**400}]},
+     "testing_criteria[0].pass_threshold"),
     ({"testing_criteria": [{**LABEL, "model": "gpt-4o"}]}, "testing_criteria[0].model"),
     ({"testing_criteria": [{**LABEL, "passing_labels": ["x"]}]}, "testing_criteria[0]"),
     ({"data_source_config": {"type": "logs"}}, "data_source_config.type"),
@@ -557,6 +559,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
         ('{"item": {"question": 1, "answer": "a"}}', "['question']: 1 is not of type 'string'"),
         ('{"item": {"question": "q", "answer": "a"}, "sample": {"output_text": 3}}', "output_text"),
         ("\n".join(["{"] * 9), "And 4 more"),
+        (json.dumps({"item": {"question": ["q" * 200_000], "answer": "a"}}), "qqq…."),
         (
             json.dumps({"item": {"question": "q" * 300_000, "answer": "a"}}),
             "more than 262,144 bytes",
@@ -566,6 +569,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
         run = done(service, client, made, {**ASK, "source": {"type": "file_id", "id": file.id}})
         assert (run.status, run.error.code) == ("failed", "invalid_file")
         assert said in run.error.message, run.error.message
+        assert len(run.error.message) < 1000  # a row is not repeated whole
         assert run.result_counts.total == 0 and not run.per_model_usage
     monkeypatch.setattr(eval_runs, "MOST_ROWS", 2)
     run = done(service, client, made, content(rows(2, output_text="a")))

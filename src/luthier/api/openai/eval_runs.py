@@ -42,6 +42,8 @@ MOST_ROW_BYTES = 262_144
 MOST_CRITERIA = 32
 MOST_PROBLEMS = 5
 """What is wrong with more rows is not told."""
+MOST_MISMATCH = 300
+"""Characters of what is wrong with a row: a schema's message repeats the whole value."""
 CHECK_SECONDS = 60.0
 """For comparing all rows of a run with the schema of its eval: 50,000 short ones take ten."""
 TOKENS, TEMPERATURE, TOP_P, SEED = 2048, 1.0, 1.0, 42
@@ -263,7 +265,11 @@ def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
         return sum(grader.range) / 2 if isinstance(grader, ScoreModel) else 0.5
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise invalid("A threshold is a number.", f"{where}.pass_threshold", "invalid_type")
-    return float(threshold)
+    try:
+        return float(threshold)
+    except OverflowError:
+        name = f"{where}.pass_threshold"
+        raise invalid("The threshold is too large to hold.", name, "invalid_value") from None
 
 
 @dataclass(frozen=True)
@@ -310,7 +316,7 @@ class EvalTask(EvaluationTask):
 
     def count_rows(self) -> int:
         """All rows, each compared with the schema of the eval."""
-        count, problems, began = 0, list[str](), time.monotonic()
+        count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
         for number, line in self._lines():
             count += 1
             if count > MOST_ROWS:
@@ -318,13 +324,14 @@ class EvalTask(EvaluationTask):
             if time.monotonic() - began > CHECK_SECONDS:
                 raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
             if problem := self._problem(line):
-                problems.append(f"row {number}: {problem}")
+                wrong += 1
+                if wrong <= MOST_PROBLEMS:
+                    problems.append(f"row {number}: {problem}")
         if not count:
             raise RefusedInput("There are no rows to evaluate.")
         if problems:
-            more = len(problems) - MOST_PROBLEMS
-            rest = f" And {more:,} more." if more > 0 else ""
-            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems[:MOST_PROBLEMS])}{rest}")
+            rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
+            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
         return count
 
     def rows(self) -> Iterator[tuple[int, Any]]:
@@ -419,7 +426,10 @@ class EvalTask(EvaluationTask):
             mismatch = self.schema.first_error(row["item"])
         except (TimeoutError, ValueError) as slow:
             raise RefusedInput(f"The item_schema cannot be applied: {slow}.") from slow
-        return f"'item' does not match item_schema: {mismatch}." if mismatch else ""
+        if mismatch is None:
+            return ""
+        short = mismatch if len(mismatch) <= MOST_MISMATCH else f"{mismatch[:MOST_MISMATCH]}…"
+        return f"'item' does not match item_schema: {short}."
 
 
 def _status(result: Mapping[str, Any]) -> str:
