@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import socket
 import threading
 from typing import Any
@@ -190,6 +192,46 @@ def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
         return ask(endpoint.url, "a")
 
     assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7, 1)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        "abc",
+        {"0": 1},
+        [1],
+        [{"message": "hi"}],
+        [{"message": {"content": ["a"]}}],
+        [{"message": {"content": "a", "refusal": {"b": 1}}}],
+        [{"message": {"content": "a"}, "logprobs": {"content": [{"logprob": None}]}}],
+    ],
+)
+def test_json_that_is_no_chat_completion_fails_its_prompt_alone(
+    endpoint: Any, choices: Any
+) -> None:
+    endpoint.actions["a"] = [json.dumps({"choices": choices}).encode()] * 9
+    found = ask(endpoint.url, "a", "b", retries=0)
+    assert found["a"] == Failure(
+        "teacher.failed", "it broke off (the endpoint's answer is no chat completion)"
+    )
+    assert isinstance(found["b"], Reply)
+
+
+def test_log_probabilities_and_counts_are_numbers_or_not_there(endpoint: Any) -> None:
+    message = {"message": {"content": "a"}, "logprobs": {"content": [{"logprob": math.nan}]}}
+    endpoint.actions["a"] = [json.dumps({"choices": [message]}).encode()]
+    assert ask(endpoint.url, "a")["a"] == Reply("a", "unknown")
+    counted = {"choices": [message], "usage": {"prompt_tokens": {}, "completion_tokens": "9"}}
+    endpoint.actions["a"] = [json.dumps(counted).encode()] * 9
+    assert isinstance(ask(endpoint.url, "a", retries=0)["a"], Failure)
+
+
+def test_an_answer_without_end_is_not_held(endpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.chat_models.endpoint.MOST_BYTES", 1000)
+    endpoint.answers["a"] = "a" * 2000
+    found = ask(endpoint.url, "a", "b", retries=0)
+    assert isinstance(found["a"], Failure) and "more than 1,000 bytes" in found["a"].reason
+    assert isinstance(found["b"], Reply)
 
 
 def test_half_of_a_surrogate_pair_is_mended(endpoint: Any) -> None:

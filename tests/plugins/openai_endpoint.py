@@ -70,6 +70,9 @@ class Endpoint:
                 if isinstance(action, float):
                     time.sleep(action)
                     action = "ok"
+                if isinstance(action, bytes):
+                    self.reply(200, action.decode(), {})
+                    return
                 if isinstance(action, tuple):
                     code, headers = action
                     self.reply(code, json.dumps({"error": {"message": f"no {KEY}"}}), headers)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import os
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,19 @@ from urllib.parse import urlsplit
 
 from luthier.chat_models.base import ChatModel, Done, Failure, ModelSpec, Reply, SamplingSpec
 from luthier.errors import LuthierError, RecipeError
+from luthier.limits import MIB
 from luthier.types import Message
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 IN_A_ROW = 5
 """Prompts that may fail one after the other before the run ends."""
 LONGEST_WAIT = 3600.0
 """Seconds of ``Retry-After`` that are waited for."""
+MOST_BYTES = 64 * MIB
+"""Of one answer: it is read whole, and an endpoint may send without end."""
 
 
 class EndpointModel(ChatModel):
@@ -101,6 +106,7 @@ class _Session:
             api_key=self.key or "none",
             max_retries=self.spec.retries,
             timeout=self.spec.timeout,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
         ) as client:
             await self._round(client, range(len(self.questions)))
             if self.failed:
@@ -198,7 +204,7 @@ class _Session:
                 f"{self.spec.url} cannot be reached: {self._error_line(error.__cause__)}. "
                 f"{self.spec.goes_on}"
             )
-        return Failure(rule, f"it broke off ({self._error_line(error)})")
+        return Failure(rule, f"it broke off ({self._error_line(error.__cause__ or error)})")
 
     def _error_line(self, error: BaseException | None) -> str:
         """The error in one line, without the key that some endpoints repeat."""
@@ -220,8 +226,39 @@ def _settings(spec: ModelSpec, sampling: SamplingSpec) -> dict[str, Any]:
     return settings
 
 
+async def _bound(response: httpx2.Response) -> None:
+    """End the answer where it grows beyond what is held of one."""
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for piece in self.stream:
+                size += len(piece)
+                if size > MOST_BYTES:
+                    raise httpx2.ReadError(f"more than {MOST_BYTES:,} bytes came")
+                yield piece
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = Bounded(response.stream)
+
+
 def _reply(found: Any) -> Reply:
     """What came back, once it is certain to be an answer; :class:`ValueError` where it is none."""
+    # The package hands on whatever JSON it was sent, of any types.
+    try:
+        return _read_reply(found)
+    except (AttributeError, KeyError, TypeError, IndexError):
+        raise ValueError("the endpoint's answer is no chat completion") from None
+
+
+def _read_reply(found: Any) -> Reply:
     choices = getattr(found, "choices", None)
     if not choices or choices[0].message is None:
         raise ValueError("the endpoint's answer holds no choices")
@@ -233,7 +270,11 @@ def _reply(found: Any) -> Reply:
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     scores = getattr(getattr(choices[0], "logprobs", None), "content", None)
     logprobs = tuple(float(each.logprob) for each in scores) if scores else None
+    if logprobs and not all(map(math.isfinite, logprobs)):
+        logprobs = None
     written, read = (usage.completion_tokens, usage.prompt_tokens) if usage else (None, None)
+    if not isinstance(written, int | None) or not isinstance(read, int | None):
+        raise TypeError("tokens are no numbers")
     return Reply(text, str(finish), written, read, logprobs)
 
 

@@ -148,6 +148,9 @@ def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
     assert found is not None and found.finding == "served", found
     assert {each["logprob_difference"] for each in found.candidates} == {None}
     assert {body["temperature"] for body in endpoint.bodies} == {0.0}
+    endpoint.answer = lambda prompt: "blue " * 20_000  # of what was asked at most 32 tokens
+    with pytest.raises(LuthierError, match="longer than its context"):
+        luthier.verify(ID, endpoint=endpoint.url)
     endpoint.bodies.clear()
     endpoint.action = lambda prompt: (400, {})
     with pytest.raises(LuthierError, match="answered 0 of 6 prompts"):

@@ -189,6 +189,11 @@ def verify_endpoint(
             f"{spec.url} answered {len(replies)} of {len(prompts)} prompts: {'; '.join(failures[:3])}"
         )
     fits = sorted(_fits(model, prompts, replies, note), key=lambda each: each.rank)
+    if not any(each.finding == "served" for each in fits):
+        raise LuthierError(
+            f"{model.id} could not read the replies of {spec.url}, so nothing says who wrote them: "
+            f"they may be longer than its context, though {max_tokens} tokens were asked for"
+        )
     finding, text = _judge(fits, len(replies))
     if finding == "something_else" and (counts := _other_prompt(model, prompts, replies)):
         finding = "wrong_template"
