@@ -116,6 +116,11 @@ def test_operations_and_energy_are_what_their_formulas_say(home: Path) -> None:
     full = {"tokens": 10, "weights": 7, "trained_weights": 7}
     texts = {"template": "chat", "stop_ids": ()}
     assert training_flops(Manifest(id="a", metrics=full, format=texts))[0] == 6 * 7 * 10
+    for method, samples in (("sft", False), ("grpo", True), ("sdft", True)):
+        fields = {"method": method} | ({"grader": "exact"} if method == "grpo" else {})
+        recipe = {"objective": fields}
+        _, said = training_flops(Manifest(id="a", metrics=full, format=texts, recipe=recipe))
+        assert ("sampling took is not counted" in said) == samples, method
     images = Manifest(id="a", metrics=full, format={"template": "none", "stop_ids": ()})
     assert training_flops(images)[0] is None
 

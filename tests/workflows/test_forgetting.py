@@ -64,7 +64,7 @@ def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
     assert found.drift.kl.value == pytest.approx(0, abs=1e-6)
     assert found.drift.tuned_perplexity.value == pytest.approx(found.drift.base_perplexity.value)
     assert all(each.value == 0 for each in found.differences.values())
-    assert not found.lost and "Nothing that was measured is worse" in found.verdict()
+    assert not found.regressions and "Nothing that was measured is worse" in found.verdict()
     assert {each.kind for each in found.changes} == {"probe", "bias", "refusals"}
 
 
@@ -117,9 +117,9 @@ def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Pa
     found = luthier.forgetting(ruined, probes=[probe], safety=False)
     (change,) = [each for each in found.changes if each.name == "probe"]
     assert change.base.value == 1.0 and change.tuned.value < 0.5
-    assert change in found.lost and "Worse than the base: probe" in found.verdict()
+    assert change in found.regressions and "Worse than the base: probe" in found.verdict()
     back = luthier.forgetting(knows, ruined, [probe], safety=False)
-    assert [each.name for each in back.gained] == ["probe"]
+    assert [each.name for each in back.improvements] == ["probe"]
 
 
 def test_a_canary_is_found_where_it_was_repeated_and_nowhere_else(
@@ -208,9 +208,9 @@ def test_what_a_verdict_says_is_corrected_for_all_that_is_measured() -> None:
         for number in range(6):
             base, tuned = draw.random((2, 100)) < 0.6
             both = [forgetting.RowScores.of(each) for each in (base, tuned)]
-            changes.append(forgetting.Change(str(number), "probe", "accuracy", *both))
+            changes.append(forgetting.MetricChange(str(number), "probe", "accuracy", *both))
         found = Forgetting("m", "b", drift, changes)
-        wrong += bool(found.lost or found.gained)
+        wrong += bool(found.regressions or found.improvements)
     assert wrong <= 10
 
 
@@ -220,7 +220,7 @@ def test_a_smaller_gap_is_no_gain_of_a_model_that_lost_what_it_knew() -> None:
     gaps = [
         forgetting.RowScores.of(np.linspace(low, low + 0.1, 40), is_share=False) for low in (1, 0)
     ]
-    probe = forgetting.Change("knowledge", "probe", "accuracy", known, lost)
-    bias = forgetting.Change("bias", "bias", "gap in nats", gaps[0], gaps[1])
-    assert Forgetting("m", "b", drift, [bias]).gained == [bias]
-    assert not Forgetting("m", "b", drift, [bias, probe]).gained
+    probe = forgetting.MetricChange("knowledge", "probe", "accuracy", known, lost)
+    bias = forgetting.MetricChange("bias", "bias", "gap in nats", gaps[0], gaps[1])
+    assert Forgetting("m", "b", drift, [bias]).improvements == [bias]
+    assert not Forgetting("m", "b", drift, [bias, probe]).improvements

@@ -11,7 +11,7 @@ from luthier.errors import RecipeError
 from luthier.serving.prompting import Question, Way
 from luthier.types import Message
 from luthier.workflows import prompt_search
-from luthier.workflows.prompt_search import MEASURED, MINIBATCH, search_prompt
+from luthier.workflows.prompt_search import MEASURED_ROWS, MINIBATCH, search_prompt
 
 KINDS = "animal", "tool", "river", "town"
 
@@ -60,7 +60,7 @@ def test_examples_that_help_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = search_prompt(model, lambda text, seed: "", TRAIN, 30, most_answers=4000)
     assert found.first_score == 0 < 0.9 < found.score
     assert found.instruction == "" and found.candidates > 2
-    assert found.answers == model.asked <= 4000 + 2 * MEASURED[1]
+    assert found.answers == model.asked <= 4000 + 2 * MEASURED_ROWS[1]
     # What is measured on is never shown as an example.
     assert not model.shown & {TRAIN[number].text for number in model.measured}
     way = found.way([ask("river number 900?", "river")], TRAIN)

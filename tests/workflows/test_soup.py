@@ -18,7 +18,7 @@ from luthier.evaluation.significance import RowScores
 from luthier.files import luthier_home, verify
 from luthier.models.save import read_adapter
 from luthier.store import models as store
-from luthier.workflows.soup import ALPHAS, CurvePoint, Soup, make_soup, suggest
+from luthier.workflows.soup import ALPHAS, AlphaPoint, Soup, make_soup, suggest
 
 CPU = torch.device("cpu")
 PAIRS = [{"prompt": f"Say {n}", "completion": "yes" if n % 2 else "no"} for n in range(12)]
@@ -202,12 +202,12 @@ def test_greedy_takes_in_what_does_not_hurt(tmp_path: Path, tiny_model_folder: P
         luthier.soup([good, ruined], method="greedy")
 
 
-def points(task: list[int], general: list[float] | None = None) -> list[CurvePoint]:
+def points(task: list[int], general: list[float] | None = None) -> list[AlphaPoint]:
     curve = []
     for place, right in enumerate(task):
         score = RowScores.of([1] * right + [0] * (100 - right))
         other = None if general is None else RowScores.of([general[place]] * 9, is_share=False)
-        curve.append(CurvePoint(ALPHAS[place], score, other))
+        curve.append(AlphaPoint(ALPHAS[place], score, other))
     return curve
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, note, print_json, print_text
+from luthier.cli.console import check_output, note, print_json, print_text, write_page
 from luthier.cli.options import Json
 from luthier.errors import RecipeError
 
@@ -65,8 +65,7 @@ def certificate(
         return
     made = make(stored.id, watts=watts, sign=sign)
     if html is not None:
-        write_bytes(html, page(made).encode())
-        note(f"page: {html}")
+        write_page(html, page(made))
     if json_:
         print_json(json.loads(made.text()))
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, new_console, note, print_json, print_text
+from luthier.cli.console import check_output, new_console, note, print_json, print_text, write_page
 from luthier.cli.evaluate import parse_grader_options, parse_judge_option
 from luthier.cli.options import Attach, Columns, Json
 
@@ -87,11 +87,9 @@ def compare(
             encoder=encoder, columns=parse_columns(columns or ()), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:
-        from luthier.files import write_bytes
         from luthier.workflows.compare_page import page
 
-        write_bytes(html, page(found, data).encode())
-        note(f"report: {html}")
+        write_page(html, page(found, data))
     if json_:
         print_json({"data": data, **found.plain()})
     else:

@@ -197,12 +197,20 @@ def print_written(count: int, what: str, target: Path) -> None:
     print_text(f"{count:,} {what} written to {target}")
 
 
+def write_page(target: Path, page: str) -> None:
+    """Write a page of HTML, and say where."""
+    from luthier.files import write_bytes
+
+    write_bytes(target, page.encode())
+    note(f"page: {target}")
+
+
 def check_output(target: Path | None) -> None:
     """Refuse a file that cannot be written before the work is done."""
     if target is None:
         return
     if target.is_dir():
-        raise RecipeError(f"{target} is a folder; --output names a file")
+        raise RecipeError(f"{target} is a folder; name a file")
     parent = next(path for path in target.absolute().parents if path.exists())
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from luthier.cli.console import check_output, note, print_json, print_text, print_written
+from luthier.cli.console import (
+    check_output,
+    note,
+    print_json,
+    print_text,
+    print_written,
+    write_page,
+)
 from luthier.cli.options import Attach, Columns, Json, LongRows
 from luthier.errors import RecipeError
 
@@ -96,10 +103,8 @@ def evaluate(
         write_bytes(output, "".join(lines).encode())
     if html is not None:
         from luthier.evaluation.report_page import page
-        from luthier.files import write_bytes
 
-        write_bytes(html, page(found, model, data).encode())
-        note(f"report: {html}")
+        write_page(html, page(found, model, data))
     if text := long_rows_summary(found):
         note(text)
     if json_:

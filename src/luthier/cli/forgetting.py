@@ -15,6 +15,7 @@ from luthier.cli.console import (
     print_json,
     print_table,
     print_text,
+    write_page,
 )
 from luthier.cli.options import Attach, Columns, Json
 
@@ -51,11 +52,9 @@ def forgetting(
             model, base, probes or (), canaries, safety, note, on_progress=done, attach=attach
         )
     if html is not None:
-        from luthier.files import write_bytes
         from luthier.workflows.forgetting_page import page
 
-        write_bytes(html, page(found).encode())
-        note(f"report: {html}")
+        write_page(html, page(found))
     if json_:
         print_json(found.plain())
     else:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from luthier.data.parsing import Record
 from luthier.data.shapes import Conversation, PromptCompletion, RawText, Shape, describe_shapes
 from luthier.errors import CorruptFile, RecipeError
+from luthier.evaluation.significance import significant_of
 from luthier.files import read_json, write_bytes
 from luthier.types import Message, Row
 
@@ -183,13 +184,9 @@ def read_canaries(path: Path) -> list[Canary]:
 
 
 def known_by_heart(exposures: Sequence[Exposure]) -> list[Exposure]:
-    """Those that are exposed beyond chance, however many were tried (Holm 1979)."""
-    found: list[Exposure] = []
-    for place, each in enumerate(sorted(exposures, key=lambda each: each.p_value)):
-        if each.p_value > LEVEL / (len(exposures) - place):
-            break
-        found.append(each)
-    return found
+    """Those that are exposed beyond chance, however many were tried by Holm's correction."""
+    significant = significant_of([each.p_value for each in exposures], LEVEL)
+    return [each for each, known in zip(exposures, significant, strict=True) if known]
 
 
 def _code(draw: random.Random) -> str:

@@ -5,23 +5,19 @@ What is shown is chosen here; how it is written stands in ``templates/report.htm
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from luthier import __version__
 from luthier.evaluation.breakdown import Calibration, LabelCounts
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.significance import Interval
-from luthier.pages import Table, render_page
+from luthier.pages import Table, interval_text, render_page, shorten
 
 MOST_CELLS = 25
 """Labels of a confusion matrix that is drawn; of more the mistakes are listed alone."""
 MOST_LABELS = 200
 MOST_MISTAKES = 20
 MOST_WORST = 20
-MOST_TEXT = 300
-"""Characters of a text of a row."""
 SIDE = 300
 """Pixels of a side of the reliability diagram."""
 
@@ -53,7 +49,7 @@ def _facts(evaluation: Evaluation) -> Iterator[tuple[str, str, str]]:
     yield "rows", f"{len(evaluation.rows):,}", _left_out(evaluation)
     for name, score in [*evaluation.scores.items()][:3]:
         interval = evaluation.intervals.get(name)
-        yield _words(name), f"{score:.3f}", "" if interval is None else _between(interval)
+        yield _words(name), f"{score:.3f}", "" if interval is None else interval_text(interval)
 
 
 def _left_out(evaluation: Evaluation) -> str:
@@ -66,13 +62,9 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _between(interval: Interval) -> str:
-    return f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
 def _score_table(evaluation: Evaluation) -> Table:
     rows = [
-        [_words(name), f"{score:.4f}", _between(evaluation.intervals[name])
+        [_words(name), f"{score:.4f}", interval_text(evaluation.intervals[name])
          if name in evaluation.intervals else "–"]
         for name, score in evaluation.scores.items()
     ]  # fmt: skip
@@ -93,7 +85,7 @@ def _slice_tables(evaluation: Evaluation) -> Iterator[Table]:
                 by: each.value,
                 "rows": f"{each.rows:,}",
                 _words(first): f"{each.scores[first]:.3f}",
-                "95 %": _between(each.interval),
+                "95 %": interval_text(each.interval),
                 "beside the others": "differs by more than chance" if each.stands_out else "",
                 "": f"{100 * each.scores[first]:.1f}",
             }
@@ -189,14 +181,9 @@ def _worst_table(evaluation: Evaluation) -> Table | None:
         if evaluation.calibration is not None:
             sure = f"{evaluation.calibration.confidence_R[number]:.1%}"
         rows.append(
-            [f"{row.file}:{row.line}", *map(_short, (asked, record.get("expected"), said)), sure]
+            [f"{row.file}:{row.line}", *map(shorten, (asked, record.get("expected"), said)), sure]
         )
     columns = {"place": "place", "asked": "text", "right is": "text", "answered was": "text"}
     columns |= {"sure by": "number"} if evaluation.calibration is not None else {}
     drawn = [row[: len(columns)] for row in rows]
     return Table.of("Rows that are answered worst", columns, drawn) if rows else None
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"

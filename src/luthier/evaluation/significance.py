@@ -192,6 +192,13 @@ class Difference:
     significant: bool
     """Whether it is more than chance, all that are compared considered."""
 
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "difference": self.value, "error": self.error, "p_value": self.p_value,
+            "significant": self.significant,
+        }  # fmt: skip
+
 
 def differences(
     reference: RowScores, others: Mapping[str, RowScores], level: float = 0.05
@@ -214,12 +221,24 @@ def paired_differences(
         value, error = scores.value - reference.value, scores.difference_error(reference)
         surprise = abs(value) / error if error else (math.inf if value else 0.0)
         found[name] = (value, error, 2 * (1 - NormalDist().cdf(surprise)))
-    significant: dict[str, bool] = {}
-    may_be = True
-    for place, name in enumerate(sorted(found, key=lambda name: found[name][2])):
-        may_be = may_be and found[name][2] <= level / (len(found) - place)
-        significant[name] = may_be
-    return {name: Difference(*each, significant[name]) for name, each in found.items()}
+    significant = significant_of([p_value for _, _, p_value in found.values()], level)
+    return {
+        name: Difference(*each, beyond_chance)
+        for (name, each), beyond_chance in zip(found.items(), significant, strict=True)
+    }
+
+
+def significant_of(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Which of several findings are more than chance, all of them considered (Holm 1979).
+
+    The chance that any is called significant where none is stays at ``level``.
+    """
+    significant = [False] * len(p_values)
+    for place, number in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[number] > level / (len(p_values) - place):
+            break
+        significant[number] = True
+    return significant
 
 
 def _interval(middle: float, error: float, is_share: bool) -> Interval:

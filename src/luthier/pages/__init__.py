@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from luthier.printable import printable
+
+MOST_TEXT = 300
+"""Characters of a text from the data."""
 
 Cell = tuple[Any, str]
 """A value, and how it is drawn: text, code, place, number, bar or name (the heading of its row)."""
@@ -43,6 +47,17 @@ class Table:
         kinds = columns.values()
         drawn = [list(zip(row, kinds, strict=True)) for row in rows]
         return cls(caption, list(columns.items()), drawn, further)
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """Both ends of an interval, for a cell."""
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def shorten(value: Any) -> str:
+    """A text from the data, or another value as JSON, cut at :data:`MOST_TEXT` characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
 
 
 def render_page(package: str, template: str, **content: Any) -> str:

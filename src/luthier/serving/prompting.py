@@ -94,14 +94,14 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
     raise RecipeError("these rows ask nothing with one right answer")
 
 
-Technique = Literal["as it is", "prompt engineering", "RAG"]
+PromptTechnique = Literal["as it is", "prompt engineering", "RAG"]
 
 
 @dataclass(frozen=True)
 class Way:
     """One way to ask several questions of a model that was not trained for them."""
 
-    technique: Technique
+    technique: PromptTechnique
     name: str
     given: Sequence[Sequence[Question | str]]
     """Examples or passages for each question."""

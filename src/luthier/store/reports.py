@@ -27,7 +27,7 @@ MOST_REPORTS = 1000
 """Reports of one model."""
 
 
-class Report(BaseModel):
+class ModelReport(BaseModel):
     """One result of judging a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -51,7 +51,7 @@ class StoredReport:
     name: str
     """Of its file, below the model's folder."""
     sha256: str
-    report: Report
+    report: ModelReport
 
 
 def check_attachable(model: StoredModel) -> None:
@@ -79,7 +79,7 @@ def write_report(
         RecipeError: where it has no place for reports; see :func:`check_attachable`.
     """
     check_attachable(model)
-    report = Report(
+    report = ModelReport(
         kind=kind,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         luthier=__version__,
@@ -108,7 +108,7 @@ def reports_of(model: StoredModel) -> list[StoredReport]:
     found = []
     for path in sorted((model.folder / REPORTS).glob("*.json")):
         try:
-            report = Report.model_validate(read_json(path))
+            report = ModelReport.model_validate(read_json(path))
         except ValidationError as error:
             raise CorruptFile(f"{path} is no report of a model") from error
         digest = sha256_of(path)

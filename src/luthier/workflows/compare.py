@@ -42,6 +42,7 @@ from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prediction import BUDGET, Predictor
 from luthier.serving.prompting import (
     NearestExamples,
+    PromptTechnique,
     Question,
     Way,
     conversation_of,
@@ -60,9 +61,7 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
-Technique = Literal[
-    "as it is", "prompt engineering", "RAG", "baseline", "tuned", "tuned and RAG"
-]  # fmt: skip
+Technique = PromptTechnique | Literal["baseline", "tuned", "tuned and RAG"]
 MOST_SEARCH_SECONDS = 600.0
 """That a prompt is searched, where nothing is said and tuning took longer."""
 BASELINE_SECONDS = 120.0
@@ -240,11 +239,7 @@ class HeadToHead:
                 line["cost_per_1000"] = cost
                 line["cost_per_1000_right"] = self.cost_per_thousand_right(each)
             if each.name in behind:
-                found = behind[each.name]
-                line["behind_best"] = {
-                    "difference": found.value, "error": found.error, "p_value": found.p_value,
-                    "significant": found.significant,
-                }  # fmt: skip
+                line["behind_best"] = behind[each.name].plain()
             contenders.append(line)
         return {
             "measure": self.measure, "rows": self.rows, "contenders": contenders,

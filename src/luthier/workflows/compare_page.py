@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from luthier import __version__
-from luthier.pages import Table, render_page
+from luthier.pages import Table, interval_text, render_page
 from luthier.workflows.compare import HeadToHead
 
 WIDTH, NAMES, LINE = 760, 330, 26
@@ -42,7 +42,7 @@ def _draw_chart(comparison: HeadToHead) -> dict[str, Any]:
             "name": each.name if len(each.name) <= 46 else f"{each.name[:45]}…",
             "y": 20 + LINE * place, "low": x(interval[0]), "high": x(interval[1]),
             "x": x(each.score.value), "kind": "bar" if each.is_tuned else "untuned",
-            "title": f"{each.name}: {each.score.value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})",
+            "title": f"{each.name}: {each.score.value:.3f} ({interval_text(interval)})",
         }
         for place, (each, interval) in enumerate(zip(comparison.contenders, intervals, strict=True))
     ]  # fmt: skip
@@ -66,12 +66,12 @@ def _table(comparison: HeadToHead) -> Table:
     }  # fmt: skip
     rows = []
     for each in comparison.contenders:
-        low, high = each.score.interval
         apart = behind.get(each.name)
         cost, right = comparison.cost_per_thousand(each), comparison.cost_per_thousand_right(each)
         rows.append(
             [
-                each.technique, each.name, f"{each.score.value:.3f}", f"{low:.3f} to {high:.3f}",
+                each.technique, each.name, f"{each.score.value:.3f}",
+                interval_text(each.score.interval),
                 "" if apart is None else f"{apart.value:+.3f} ± {apart.error:.3f}",
                 "" if apart is None else "yes" if apart.significant else "no",
                 "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",

@@ -96,7 +96,7 @@ class Drift:
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class MetricChange:
     """One measure of the base and of the tuned model on the same rows."""
 
     name: str
@@ -123,7 +123,7 @@ class Forgetting:
     model: str
     base: str
     drift: Drift
-    changes: list[Change] = field(default_factory=list)
+    changes: list[MetricChange] = field(default_factory=list)
     exposures: list[Exposure] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What was left out, and what the figures do not say."""
@@ -134,24 +134,24 @@ class Forgetting:
         return paired_differences({each.name: (each.base, each.tuned) for each in self.changes})
 
     @property
-    def lost(self) -> list[Change]:
+    def regressions(self) -> list[MetricChange]:
         """What is worse than before, by more than chance."""
-        return [each for each in self.changes if self._moved(each) < 0]
+        return [each for each in self.changes if self._improvement(each) < 0]
 
     @property
-    def gained(self) -> list[Change]:
+    def improvements(self) -> list[MetricChange]:
         """What is better than before, by more than chance.
 
         A model that lost what it knew tells nothing apart, groups neither: that is no gain.
         """
-        ruined = any(each.kind == "probe" for each in self.lost)
+        ruined = any(each.kind == "probe" for each in self.regressions)
         return [
             each
             for each in self.changes
-            if self._moved(each) > 0 and not (ruined and each.kind == "bias")
+            if self._improvement(each) > 0 and not (ruined and each.kind == "bias")
         ]
 
-    def _moved(self, change: Change) -> float:
+    def _improvement(self, change: MetricChange) -> float:
         found = self.differences[change.name]
         return (-found.value if change.less_is_better else found.value) * found.significant
 
@@ -165,10 +165,10 @@ class Forgetting:
         kl = self.drift.kl
         low, high = kl.interval
         said = [f"Drift: {kl.value:.3f} nats a token ({low:.3f} to {high:.3f})."]
-        for title, changes in (("Worse", self.lost), ("Better", self.gained)):
+        for title, changes in (("Worse", self.regressions), ("Better", self.improvements)):
             if changes:
                 said.append(f"{title} than the base: {'; '.join(map(self.describe, changes))}.")
-        if self.changes and not self.lost:
+        if self.changes and not self.regressions:
             said.append("Nothing that was measured is worse than before by more than chance.")
         if self.exposures:
             names = [
@@ -178,7 +178,7 @@ class Forgetting:
             said.append(f"Learned by heart: {', '.join(names) or 'none of the canaries'}.")
         return " ".join(said)
 
-    def describe(self, change: Change) -> str:
+    def describe(self, change: MetricChange) -> str:
         """A change in words."""
         found = self.differences[change.name]
         texts = (_text(change.base), _text(change.tuned))
@@ -194,8 +194,7 @@ class Forgetting:
                 {
                     "name": each.name, "kind": each.kind, "measure": each.measure, "rows": each.rows,
                     "base": _plain(each.base), "tuned": _plain(each.tuned),
-                    "difference": found.value, "error": found.error, "p_value": found.p_value,
-                    "significant": found.significant,
+                    **found.plain(),
                 }
             )  # fmt: skip
         known = {each.canary.name for each in self.known_by_heart}
@@ -497,17 +496,17 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
     )
 
 
-def _changes(base: _Side, tuned: _Side) -> list[Change]:
+def _changes(base: _Side, tuned: _Side) -> list[MetricChange]:
     found = [
-        Change(name, "probe", "accuracy", correct, tuned.correct[name])
+        MetricChange(name, "probe", "accuracy", correct, tuned.correct[name])
         for name, correct in base.correct.items()
     ]
     found += [
-        Change(f"bias by {axis}", "bias", "gap in nats", gap, tuned.gaps[axis])
+        MetricChange(f"bias by {axis}", "bias", "gap in nats", gap, tuned.gaps[axis])
         for axis, gap in base.gaps.items()
     ]
     if len(base.refused):
-        found.append(Change("refusals", "refusals", "refused", base.refused, tuned.refused))
+        found.append(MetricChange("refusals", "refusals", "refused", base.refused, tuned.refused))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier import __version__
-from luthier.pages import Table, render_page
+from luthier.pages import Table, interval_text, render_page
 from luthier.workflows.forgetting import Forgetting
 
 
@@ -38,13 +38,11 @@ def _changes(forgetting: Forgetting) -> Table:
     rows = []
     for each in forgetting.changes:
         apart = forgetting.differences[each.name]
-        before, now = (
-            f"{low:.3f} to {high:.3f}" for low, high in (each.base.interval, each.tuned.interval)
-        )
         rows.append(
             [
-                each.name, each.measure, f"{each.rows:,}", f"{each.base.value:.3f}", before,
-                f"{each.tuned.value:.3f}", now, f"{apart.value:+.3f} ± {apart.error:.3f}",
+                each.name, each.measure, f"{each.rows:,}", f"{each.base.value:.3f}",
+                interval_text(each.base.interval), f"{each.tuned.value:.3f}",
+                interval_text(each.tuned.interval), f"{apart.value:+.3f} ± {apart.error:.3f}",
                 "yes" if apart.significant else "no",
             ]
         )  # fmt: skip

@@ -37,17 +37,18 @@ MOST_EXAMPLES = 8
 """In a prompt."""
 MINIBATCH = 8
 """Rows that a new prompt answers at most before it is measured on all that are kept for it."""
-MEASURED = 8, 128
+MEASURED_ROWS = 8, 128
 """Rows that prompts are measured on, at least and at most."""
-SHARE = 0.06
-"""Of the time, for one prompt on these rows."""
-REFLECTED = 200
-"""Training rows that are read for what goes wrong."""
-LONGEST = 1500
-"""Characters of an instruction."""
-REFLECTION = 400
-"""Tokens of what a model writes as a new instruction."""
+TIME_SHARE = 0.06
+"""Share of the time that measuring one prompt on these rows may take."""
+REFLECTION_ROWS = 200
+"""Training rows, at most, from which minibatches are drawn to see what goes wrong."""
+MOST_CHARACTERS = 1500
+"""Of an instruction."""
+REFLECTION_TOKENS = 400
+"""That a model may write as a new instruction."""
 LEAST_ROWS = 24
+"""Different training rows: fewer tell no prompt from another."""
 NEAREST = "nearest"
 """How a candidate says that each question gets its own examples."""
 
@@ -117,10 +118,12 @@ def search_prompt(
     began = time.monotonic()
     search = _Search(answer, reflect, questions, random.Random(seed))
     # As many rows to measure on as leave time for some fifteen prompts.
-    probe = search.measured[: MEASURED[0]]
+    probe = search.measured[: MEASURED_ROWS[0]]
     search.ask(probe, search.starts()[0])
     each = (time.monotonic() - began) / len(probe)
-    count = min(max(MEASURED[0], int(SHARE * seconds / max(each, 1e-4))), len(search.measured))
+    count = min(
+        max(MEASURED_ROWS[0], int(TIME_SHARE * seconds / max(each, 1e-4))), len(search.measured)
+    )
     search.measured = search.measured[:count]
     scored = [
         (sum(score for _, score in search.ask(search.measured, start)), place, start)
@@ -177,11 +180,11 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
                 f"are {len(order)}"
             )
         draw.shuffle(order)
-        held = max(MEASURED[0], min(MEASURED[1], len(order) // 3))
+        held = max(MEASURED_ROWS[0], min(MEASURED_ROWS[1], len(order) // 3))
         held = min(held, len(order) - MINIBATCH)
         self.answer, self.reflect, self.questions, self.draw = answer, reflect, questions, draw
         self.measured, self.shown = order[:held], order[held:]
-        self.reflected = self.shown[:REFLECTED]
+        self.reflected = self.shown[:REFLECTION_ROWS]
         self.answers = self.proposals = 0
         self._known: dict[tuple[int, str, str], tuple[str, float]] = {}
         self._index = NearestExamples([questions[number] for number in self.shown])
@@ -211,14 +214,20 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         new = [number for number in numbers if (number, *key) not in self._known]
         if new:
             way = Way(
-                "prompt engineering", "a candidate", self._given(new, candidate), True, key[0]
+                "prompt engineering",
+                "a candidate",
+                self._examples_for(new, candidate),
+                True,
+                key[0],
             )
             for number, found in zip(new, self.answer(new, way), strict=True):
                 self._known[number, *key] = found
             self.answers += len(new)
         return [self._known[number, *key] for number in numbers]
 
-    def _given(self, numbers: Sequence[int], candidate: Mapping[str, str]) -> list[list[Question]]:
+    def _examples_for(
+        self, numbers: Sequence[int], candidate: Mapping[str, str]
+    ) -> list[list[Question]]:
         """The examples for each row."""
         nearest, examples = self.examples_of(candidate)
         asked = [self.questions[number] for number in numbers]
@@ -281,7 +290,7 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         reply = self.reflect(text, self.proposals).strip()
         if fenced := re.search(r"```\w*\n(.*?)```", reply, re.DOTALL):
             reply = fenced[1].strip()
-        return reply[:LONGEST] or candidate["instruction"]
+        return reply[:MOST_CHARACTERS] or candidate["instruction"]
 
     def _exchange(self, candidate: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> str:
         nearest, examples = self.examples_of(candidate)
@@ -316,7 +325,7 @@ def reflection(
         note(endpoint.terms)
 
         def ask(text: str, seed: int) -> str:
-            sampling = SamplingSpec(max_tokens=REFLECTION, temperature=1.0, seed=seed)
+            sampling = SamplingSpec(max_tokens=REFLECTION_TOKENS, temperature=1.0, seed=seed)
             (reply,) = writer_of(endpoint, reflector.role, sampling, note)(
                 [[Message("user", text)]]
             )
@@ -328,7 +337,7 @@ def reflection(
     writer = generator if reflector is None else Generator.open(find(reflector.model, note))
 
     def write(text: str, seed: int) -> str:
-        sampling = Sampling(max_tokens=REFLECTION, temperature=1.0, seed=seed)
+        sampling = Sampling(max_tokens=REFLECTION_TOKENS, temperature=1.0, seed=seed)
         # An instruction that this model has no room to read about is left as it is.
         return "" if writer.refusal(text, sampling) else writer.replies([text], sampling)[0]
 

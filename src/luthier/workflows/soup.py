@@ -58,7 +58,7 @@ Measure = Callable[[StoredModel], tuple[str, Score]]
 
 
 @dataclass(frozen=True, eq=False)
-class CurvePoint:
+class AlphaPoint:
     """One model on the way from the base to the tuned ones, measured."""
 
     alpha: float
@@ -84,7 +84,7 @@ class Soup:
     """Those without which ``greedy`` measured more."""
     alpha: float
     """Of the stored model; without one, what is suggested."""
-    curve: list[CurvePoint] = field(default_factory=list)
+    curve: list[AlphaPoint] = field(default_factory=list)
     measure: str = ""
     general_measure: str = ""
     suggested: float | None = None
@@ -252,14 +252,13 @@ class _Averaging:
         """The score of a mean on the held-out rows, of which more is better."""
         assert self.measure is not None
         with self._model(chosen, 1.0) as stored:
-            name, score = self.measure(stored)
-        return -score.value if name in LESS_IS_BETTER else score.value
+            return _gain(*self.measure(stored))
 
     def _with_curve(
         self, soup: Soup, chosen: Sequence[StoredModel], measure: Measure, alpha: float | None
     ) -> Soup:
         """The points of the curve measured, and one of them suggested."""
-        points: list[CurvePoint] = []
+        points: list[AlphaPoint] = []
         alphas = sorted({*ALPHAS, *([] if alpha is None else [alpha])})
         name = general_name = ""
         for place, each in enumerate(alphas):
@@ -269,7 +268,7 @@ class _Averaging:
                 name, score = measure(stored)
                 if self.measure_general is not None:
                     general_name, general = self.measure_general(stored)
-            points.append(CurvePoint(each, score, general))
+            points.append(AlphaPoint(each, score, general))
         suggested, reason = suggest(points, name, general_name)
         return replace(
             soup,
@@ -418,7 +417,7 @@ def _lora_tensors(stored: StoredModel) -> dict[str, Tensor] | None:
 
 
 def suggest(
-    curve: Sequence[CurvePoint], measure: str, general_measure: str = ""
+    curve: Sequence[AlphaPoint], measure: str, general_measure: str = ""
 ) -> tuple[float, str]:
     """The alpha to take, and why.
 

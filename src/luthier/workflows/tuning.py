@@ -51,7 +51,7 @@ def outside(found: Forgetting, limits: ForgettingLimits) -> list[str]:
     drift = found.drift.kl.value
     if not drift <= limits.max_kl:
         said.append(f"it drifted {drift:.2f} nats a token, where {limits.max_kl:g} are allowed")
-    for change in found.lost:
+    for change in found.regressions:
         loss = -found.differences[change.name].value
         if change.kind == "probe" and loss > limits.max_accuracy_loss:
             said.append(

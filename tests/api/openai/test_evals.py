@@ -321,7 +321,7 @@ class Slow(EvaluationTask):
     def __init__(self, run, caller): pass
     def count_rows(self): return 40
     def rows(self): return [(n, n) for n in range(1, 41)]
-    def errored(self, number, row, fault): raise AssertionError
+    def error_row(self, number, row, fault): raise AssertionError
     def finish(self, run, rows): pass
     def close(self): pass
     def grade(self, caller, number, row):

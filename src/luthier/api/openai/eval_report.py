@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,12 @@ from sqlalchemy.orm import Session
 
 from luthier import __version__
 from luthier.evaluation.significance import Difference, RowScores, differences
-from luthier.pages import Table, render_page
+from luthier.pages import Table, render_page, shorten
 from luthier.store import evaluations as store
 from luthier.store.evaluations import EvaluationRow, EvaluationRun
 
 MOST_RUNS = 20
 MOST_ROWS = 50
-MOST_TEXT = 300
-"""Characters of a text of a row."""
 
 
 def report_page(session: Session, run: EvaluationRun) -> str:
@@ -148,7 +145,7 @@ def _failing_table(session: Session, run: EvaluationRun) -> Table | None:
     for row in found[:MOST_ROWS]:
         record = row.record
         said = "".join(each["content"] or "" for each in record["sample"]["output"])
-        rows.append([f"{row.number:,}", _short(record["item"]), _short(said), _why(record)])
+        rows.append([f"{row.number:,}", shorten(record["item"]), shorten(said), _why(record)])
     columns = {"row": "number", "item": "code", "answer": "text", "why": "text"}
     further = max(0, run.failed + run.errored - MOST_ROWS)
     return Table.of("Rows that do not pass", columns, rows, further) if rows else None
@@ -172,8 +169,3 @@ def _usage_table(run: EvaluationRun) -> Table | None:
     ]
     columns = {"model": "name", "calls": "number", "tokens read": "number"}
     return Table.of("Models", columns | {"tokens written": "number"}, rows) if rows else None
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"

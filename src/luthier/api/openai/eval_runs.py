@@ -226,7 +226,7 @@ class Criterion:
     grader: Grader
     threshold: float
 
-    def opened(self, models: GraderModels, work: ConfinedWork) -> Criterion:
+    def open(self, models: GraderModels, work: ConfinedWork) -> Criterion:
         """The same with its models opened, and what compares texts in processes of ``work``."""
         grader = self.grader.with_models(models) if self.grader.models else self.grader
         return Criterion(self.name, self.type, confine(grader, work), self.threshold)
@@ -302,7 +302,7 @@ class EvalTask(EvaluationTask):
             return stored
 
         self.criteria = [
-            each.opened(parts.models, parts.work)
+            each.open(parts.models, parts.work)
             for each in criteria_of(request["testing_criteria"], find)
         ]
         if self.source.model is not None:
@@ -361,7 +361,7 @@ class EvalTask(EvaluationTask):
         record = {"item": item, "results": results, "sample": sample}
         return GradedRow(worst or store.PASS, record, statuses)
 
-    def errored(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
         """What was asked, and why there is no answer."""
         told = error_of(fault)
         error = {"code": told["code"] or told["type"], "message": told["message"]}

@@ -30,7 +30,7 @@ from luthier.files import read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel, ancestors, content_hash
-from luthier.store.reports import Report, reports_of
+from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
 
@@ -74,7 +74,7 @@ class KeptReport(Record):
     file: str
     """Below the model's folder."""
     sha256: str
-    report: Report
+    report: ModelReport
 
 
 class Certificate(Record):
@@ -109,7 +109,7 @@ class Certificate(Record):
     sha256: str = ""
     """Of the file without this hash: whether a byte changed, not who changed it."""
 
-    def sealed(self) -> Certificate:
+    def with_digest(self) -> Certificate:
         """The same with the hash of all the rest."""
         return self.model_copy(update={"sha256": self.digest()})
 
@@ -177,11 +177,11 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         compute=measure_compute(model, seconds, on_gpu, watts),
         reports=reports,
         missing=_missing(manifest, forecast, curves, reports),
-    ).sealed()
+    ).with_digest()
 
 
 def _lineage(model: StoredModel) -> list[Relative]:
-    found, helpers, child = [], [], model
+    found, helpers = [], []
     above = ancestors(model)
     for number, each in enumerate(above):
         part = "base" if number == len(above) - 1 else "parent"
@@ -200,7 +200,6 @@ def _lineage(model: StoredModel) -> list[Relative]:
                 licence=known.licence,
             )
         )
-        child = each
     for child in (model, *(each for each in above if isinstance(each, StoredModel))):
         for part, helper in (child.manifest.others or {}).items():
             helpers.append(Relative(id=helper, part=part, helped=child.id))

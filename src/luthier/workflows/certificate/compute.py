@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from luthier.models.catalog import CATALOG
 from luthier.models.manifest import Manifest, Record
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.capabilities import SupportsRollouts
+from luthier.objectives.on_policy_distillation import OwnAnswers
 from luthier.store.models import StoredModel, ancestors
 
 ASSUMED_WATTS = {"cpu": 100.0, "gpu": 700.0}
@@ -63,8 +66,9 @@ def training_flops(manifest: Manifest) -> tuple[float | None, str]:
         f"(4 × {weights:,} weights + 2 × {trained:,} trained) × {tokens:,} tokens, an upper bound: "
         "shared prefixes count in each row, and frozen layers at each step"
     )
-    objective = (manifest.objective or {}).get("method", "")
-    if manifest.others or objective in ("grpo", "ppo", "on_policy_distillation"):
+    method = OBJECTIVES.get((manifest.objective or {}).get("method", ""))
+    objective = None if method is None else method.model_validate(manifest.objective)
+    if manifest.others or isinstance(objective, SupportsRollouts | OwnAnswers):
         said += "; what other models and sampling took is not counted"
     return (4.0 * weights + 2.0 * trained) * tokens, said
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier import __version__
-from luthier.pages import Table, render_page
+from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.printable import format_duration
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 
@@ -19,7 +19,6 @@ WIDTH, FLOOR, LEFT = 700, 220, 52
 """Pixels of the chart of the losses, of its floor, and left of it."""
 MOST_VALUES = 40
 """Values of a report that are shown."""
-MOST_TEXT = 300
 
 
 def page(certificate: Certificate) -> str:
@@ -149,8 +148,7 @@ def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    return shorten(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
 def _tables(certificate: Certificate) -> Iterator[Table]:
@@ -172,22 +170,22 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
 
 
 def _forecast_row(each: Forecast) -> list[str]:
-    def said(value: float | None) -> str:
+    def amount(value: float | None) -> str:
         if value is None:
             return "–"
         if each.quantity == "seconds":
             return format_duration(value)
         return f"{value / 1e6:,.0f} MB" if each.quantity.endswith("bytes") else f"{value:,.0f}"
 
-    between = "–" if each.low is None else f"{said(each.low)} to {said(each.high)}"
+    between = "–" if each.low is None else f"{amount(each.low)} to {amount(each.high)}"
     name = each.quantity.removesuffix("_bytes").replace("_", " ")
-    return [name, said(each.estimate), between, said(each.actual)]
+    return [name, amount(each.estimate), between, amount(each.actual)]
 
 
 def _compute_table(certificate: Certificate) -> Table:
     found = certificate.compute
 
-    def said(value: float | None) -> str:
+    def amount(value: float | None) -> str:
         return "unknown" if value is None else f"{value:.3g}"
 
     ratio = "unknown" if found.ratio is None else f"{found.ratio:.2g}"
@@ -198,9 +196,9 @@ def _compute_table(certificate: Certificate) -> Table:
     )  # fmt: skip
     duration = "" if found.seconds is None else format_duration(found.seconds)
     rows = [
-        ["operations of this training", said(found.flops), found.counted_as],
-        ["operations since the base model", said(found.lineage_flops), ""],
-        ["operations of the base model", said(found.base_flops), found.base_counted_as],
+        ["operations of this training", amount(found.flops), found.counted_as],
+        ["operations since the base model", amount(found.lineage_flops), ""],
+        ["operations of the base model", amount(found.base_flops), found.base_counted_as],
         ["ratio (EU AI Act: one third)", ratio, third[found.above_one_third]],
         [
             "energy",
@@ -219,8 +217,11 @@ def _report(kept: KeptReport) -> dict[str, Any]:
         "title": report.kind.replace("-", " ").capitalize(),
         "about": f"{report.created[:16].replace('T', ' ')}, luthier {report.luthier}, on "
         + (", ".join(report.data) or "no data file"),
-        "said": [str(result[key]) for key in ("verdict",) if isinstance(result.get(key), str)]
-        + [str(each) for each in result.get("remarks", ()) if isinstance(each, str)],
+        "lines": [
+            each
+            for each in (result.get("verdict"), *result.get("remarks", ()))
+            if isinstance(each, str)
+        ],
         "table": _result_table(result),
     }
 
@@ -238,7 +239,7 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
     if isinstance(contenders := result.get("contenders"), Sequence):
         rows = [
             [each["name"], each["technique"], _short(each["score"]),
-             " to ".join(f"{end:.3f}" for end in each["interval"])]
+             interval_text(each["interval"])]
             for each in contenders
         ]  # fmt: skip
         columns = {"": "name", "way": "text", "score": "number", "95 %": "number"}
