@@ -75,9 +75,8 @@ def certificate(
         print_text(stored.manifest.limits_text)
     if sign is not None:
         print_text(f"signed: {stored.folder / SIGNATURE}")
-    chain = [each.id for each in made.lineage if each.helped is None]
-    if chain:
-        print_text(f"made from {', from '.join(chain)}")
+    if made.parents:
+        print_text(f"made from {', from '.join(each.id for each in made.parents)}")
     found = made.compute
     if found.flops is not None:
         print_text(f"{found.flops:.3g} operations: {found.counted_as}")

@@ -262,8 +262,9 @@ def extrapolate(points: Sequence[CurvePoint], times: float = 2.0) -> tuple[Power
     spread_B = spread * np.sqrt(freedom / draw.chisquare(freedom, RESAMPLES))
     noise_BP = spread_B[:, None] * draw.standard_normal((RESAMPLES, len(points)))
     drawn_BP = fitted_P + noise_BP + _other_rows(points, draw)
-    value = float(_gain(rows_P, floor_B, scale_B, exponent_B, times)[0])
-    low, high = np.quantile(_gain(rows_P, *_fit(rows_P, drawn_BP, bounded), times), (0.025, 0.975))
+    value = float(_gain(scale_B, exponent_B, times)[0])
+    _, scale_D, exponent_D = _fit(rows_P, drawn_BP, bounded)
+    low, high = np.quantile(_gain(scale_D, exponent_D, times), (0.025, 0.975))
     return law, Gain(times, value, min(value, float(low)), max(value, float(high)))
 
 
@@ -300,7 +301,7 @@ def _fit(rows_P: Array, cost_BP: Array, bounded: bool) -> tuple[Array, Array, Ar
     return floor_BC[place_B, best_B], scale_BC[place_B, best_B], EXPONENTS[best_B]
 
 
-def _gain(rows_P: Array, floor_B: Array, scale_B: Array, exponent_B: Array, times: float) -> Array:
+def _gain(scale_B: Array, exponent_B: Array, times: float) -> Array:
     """By how much costs fall from the last point to ``times`` its rows, ``[B]``."""
     gain_B: Array = scale_B * (1 - times**-exponent_B)
     return gain_B

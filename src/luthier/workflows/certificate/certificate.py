@@ -109,6 +109,11 @@ class Certificate(Record):
     sha256: str = ""
     """Of the file without this hash: whether a byte changed, not who changed it."""
 
+    @property
+    def parents(self) -> list[Relative]:
+        """What the model was made from, the nearest first, without what only helped."""
+        return [each for each in self.lineage if each.helped is None]
+
     def with_digest(self) -> Certificate:
         """The same with the hash of all the rest."""
         return self.model_copy(update={"sha256": self.digest()})

@@ -70,14 +70,9 @@ def _data_name(data: Mapping[str, str]) -> str:
     return ", ".join(PurePath(path).name for path in data) or "data"
 
 
-def _parents(certificate: Certificate) -> list[Relative]:
-    """What it was made from, the nearest first."""
-    return [each for each in certificate.lineage if each.helped is None]
-
-
 def _licence(certificate: Certificate) -> str | None:
     """Its own, or the base's: nothing that luthier does gives a model another one."""
-    known = (certificate.record.licence, *(each.licence for each in _parents(certificate)))
+    known = (certificate.record.licence, *(each.licence for each in certificate.parents))
     return next((each for each in known if each), None)
 
 
@@ -103,7 +98,7 @@ def model_card(certificate: Certificate) -> str:
         for kept in _evaluations(certificate)
         for name, value in (kept.report.result.get("scores") or {}).items()
     ]
-    parents = _parents(certificate)
+    parents = certificate.parents
     licence = _licence(certificate)
     data = ModelCardData(
         model_name=certificate.id,
@@ -126,7 +121,7 @@ def _hub_name(each: Relative) -> str:
 def _card_text(certificate: Certificate) -> str:
     record, compute = certificate.record, certificate.compute
     lines = [f"# {certificate.id}", ""]
-    if parents := _parents(certificate):
+    if parents := certificate.parents:
         lines += [f"Made from {', from '.join(each.id for each in parents)}.", ""]
     if verdict := ((record.metrics or {}).get("verdict") or {}).get("text"):
         lines += [f"{verdict}.", ""]
@@ -211,7 +206,7 @@ def cyclonedx(certificate: Certificate) -> dict[str, Any]:
         ],
         **_cyclonedx_licence(_licence(certificate)),
     }
-    if parents := _parents(certificate):
+    if parents := certificate.parents:
         component["pedigree"] = {"ancestors": [_ancestor(each) for each in parents]}
     serial = uuid.uuid5(uuid.NAMESPACE_OID, certificate.sha256)
     return {

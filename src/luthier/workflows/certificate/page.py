@@ -63,7 +63,7 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
 
 def draw_lineage(certificate: Certificate) -> dict[str, Any]:
     """Boxes and arrows: the base at the left, this model at the right, helpers below."""
-    chain = [each for each in reversed(certificate.lineage) if each.helped is None]
+    chain = certificate.parents[::-1]
     columns = {each.id: number for number, each in enumerate(chain)} | {certificate.id: len(chain)}
     boxes = [
         _box(each.id, each.part if each.content_sha256 else f"{each.part}, not here", number, 0)
