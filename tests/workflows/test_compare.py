@@ -105,6 +105,19 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     )
 
 
+def test_the_verdict_says_chance_where_the_table_does() -> None:
+    best = contender("words", "baseline", 106)
+    tuned = contender("tuned", "tuned", 100)
+    assert head_to_head(best, tuned).worth_it is False
+    # Who is best of many rivals is so by chance, too.
+    rivals = [contender(f"same {number}", "baseline", 100) for number in range(4)]
+    found = head_to_head(best, tuned, *rivals)
+    assert not found.behind()["tuned"].significant and found.worth_it is None
+    # 2.58 standard errors of 1.4 %, for one of five
+    assert found.verdict().startswith("Tuning is not shown to be better")
+    assert found.verdict().endswith("200 rows tell differences of 3.6% and more.")
+
+
 def test_prices_and_the_page() -> None:
     prices = Prices(per_hour=3.6)
     found = head_to_head(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from luthier.data.shapes import Conversation, LabelledText, of_shape
@@ -24,7 +25,6 @@ from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
 from luthier.evaluation.evaluate import grade
 from luthier.evaluation.significance import (
-    CHANCE,
     LESS_IS_BETTER,
     Difference,
     RowScores,
@@ -170,9 +170,13 @@ class HeadToHead:
         return gain.value > 0 if gain.significant else None
 
     def _gain(self, tuned: Contender, rival: Contender) -> Difference:
-        """How much better ``tuned`` is."""
-        found = differences(rival.score, {"tuned": tuned.score})["tuned"]
-        return replace(found, value=-found.value) if self.less_is_better else found
+        """How much better ``tuned`` is, as :meth:`behind` has it: one of the two is the best."""
+        behind = self.behind()
+        if tuned is not self.best:
+            found, sign = behind[tuned.name], 1
+        else:
+            found, sign = behind[rival.name], -1
+        return replace(found, value=found.value * (-sign if self.less_is_better else sign))
 
     def verdict(self) -> str:
         """Whether tuning was worth it, in a sentence or two."""
@@ -190,7 +194,8 @@ class HeadToHead:
         elif self.worth_it is False:
             said = f"Do not use the tuned model: {scores}, which needs no tuning."
         else:
-            least = self._text(CHANCE * gain.error)
+            apart_by = NormalDist().inv_cdf(1 - 0.025 / (len(self.contenders) - 1))
+            least = self._text(apart_by * gain.error)
             said = (
                 f"Tuning is not shown to be better: {scores}, which may be chance; {self.rows:,} rows "
                 f"tell differences of {least} and more."
