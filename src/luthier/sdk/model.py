@@ -388,7 +388,7 @@ def evaluate(
         preference_scores,
         slice_keys,
     )
-    from luthier.serving.journal import evaluation_journal, journal_verdicts
+    from luthier.serving.journal import evaluation_journal
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
     from luthier.store.reports import check_attachable, hashes_of_data, write_report
@@ -429,7 +429,7 @@ def evaluate(
     else:
         check(rows, chosen)
         writer = model if isinstance(model, Model) else Model(stored)
-        chosen = open_graders(chosen, total, note, journal_verdicts)
+        chosen = open_graders(chosen, total, note)
         started = time.monotonic()
         about = {"data": str(Path(data).absolute()), "max_tokens": max_tokens, "turns": turns}
         with evaluation_journal(stored, about) as journal:
@@ -493,13 +493,12 @@ def _open_judge(judge: Spec, pairs: int, note: Callable[[str], None]) -> Ruler:
     """A judge that compares, ready for so many pairs in both orders."""
     from luthier.graders import Ruler, parse_graders
     from luthier.serving.evaluation import open_graders
-    from luthier.serving.journal import journal_verdicts
 
     spec: Spec = {"method": "ruler", "model": judge} if isinstance(judge, str) else judge
     chosen = parse_graders({"judge": spec})
     if not isinstance(chosen["judge"], Ruler):
         raise RecipeError("replies are compared by a grader of method ruler; name that, or a model")
-    ruler = open_graders(chosen, 2 * pairs, note, journal_verdicts)["judge"]
+    ruler = open_graders(chosen, 2 * pairs, note)["judge"]
     assert isinstance(ruler, Ruler)
     return ruler
 

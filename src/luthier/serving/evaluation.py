@@ -42,7 +42,7 @@ from luthier.evaluation.significance import RowScores, Score, Statistic
 from luthier.files import folder_size
 from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
-from luthier.serving.journal import Journal, key_of
+from luthier.serving.journal import Journal, journal_verdicts, key_of
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from luthier.graders import Grader, OnError
     from luthier.models.network import Network
     from luthier.models.sampling import Sampling
-    from luthier.objectives.scoring import Remember
     from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
     from luthier.store.models import StoredModel
@@ -189,11 +188,10 @@ def open_graders(
     graders: Mapping[str, Grader],
     answers: int,
     note: Callable[[str], None],
-    remember: Remember | None = None,
 ) -> dict[str, Grader]:
     """``graders`` ready for ``answers`` answers, each model tried and what it will cost told.
 
-    ``remember`` keeps verdicts elsewhere than in memory.
+    A judge is asked nothing twice, by no run: its verdicts are in its journal.
 
     Raises:
         UnknownModel, RecipeError: for a model that is not there or is for something else, a key that
@@ -216,9 +214,8 @@ def open_graders(
         for name in grader.writers:
             check_judge(name, objective_of(stored[name]))
     machine = choose_machine()
-    models = LocalModels({n: load_frozen(s, machine, Reporter()) for n, s in stored.items()}, note)
-    if remember is not None:
-        models = replace(models, remember=remember)
+    networks = {name: load_frozen(each, machine, Reporter()) for name, each in stored.items()}
+    models = LocalModels(networks, note, journal_verdicts)
     ready = {name: grader.with_models(models) for name, grader in graders.items()}
     for name, grader in ready.items():
         if warning := grader.rehearse():

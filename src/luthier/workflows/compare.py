@@ -313,10 +313,12 @@ def compare(
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
-    run = _Comparing(graders, max_tokens, note, on_progress)
+    ways_asked = len(writers) * len(without_examples) + base_writes * (len(ways) + 1) + bool(known)
+    opened = open_graders(graders, len(rows) * ways_asked, note) if asked else {}
+    run = _Comparing(opened, max_tokens, note, on_progress)
     if search_seconds is None:
         search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
-    search: Callable[[Generator, Mapping[str, Grader]], SearchedPrompt] | None = None
+    search: Callable[[Generator], SearchedPrompt] | None = None
     if base_writes and known and search_seconds:
         search = partial(run.search, train, known, search_seconds, reflector)
     run.total = len(rows) * (
@@ -469,17 +471,16 @@ class _Comparing:
         *,
         is_tuned: bool = False,
         known: Sequence[Question] = (),
-        search: Callable[[Generator, Mapping[str, Grader]], SearchedPrompt] | None = None,
+        search: Callable[[Generator], SearchedPrompt] | None = None,
     ) -> list[Contender]:
         """A model that writes, asked in several ways; one more is what ``search`` finds."""
         from luthier.serving.generation import Generator
 
         generator = Generator.open(stored)
-        graders = open_graders(self.graders, len(rows) * (len(ways) + 1), self.note)
         searched: SearchedPrompt | None = None
         if search is not None:
             try:
-                searched = search(generator, graders)
+                searched = search(generator)
                 remarks.append(searched.describe())
                 ways = [*ways, searched.way(questions, known)]
             except RefusedInput as error:
@@ -500,7 +501,7 @@ class _Comparing:
                 continue
             tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
             began = time.perf_counter()
-            graded = measure(generator, asked, graders, self.max_tokens, self._done)
+            graded = measure(generator, asked, self.graders, self.max_tokens, self._done)
             seconds = (time.perf_counter() - began) / len(rows)
             self.finished += len(rows)
             technique: Technique = way.technique
@@ -521,7 +522,6 @@ class _Comparing:
         seconds: float,
         reflector: ModelSpec | None,
         generator: Generator,
-        graders: Mapping[str, Grader],
     ) -> SearchedPrompt:
         """A prompt for the training rows, searched with a model that is in memory."""
         sampling = Sampling(max_tokens=self.max_tokens)
@@ -536,7 +536,7 @@ class _Comparing:
             ]  # fmt: skip
             found = [("", 0.0)] * len(asked)
             if able:
-                graded = measure(generator, [asked[n] for n in able], graders, self.max_tokens)
+                graded = measure(generator, [asked[n] for n in able], self.graders, self.max_tokens)
                 scores_K = _deciding(graded).parts_R
                 for place, each, score in zip(able, graded.answers, scores_K, strict=True):
                     found[place] = each.reply, float(score)
@@ -555,8 +555,7 @@ class _Comparing:
         began = time.perf_counter()
         replies = [nearest.answer for (nearest,) in NearestExamples(known).of(questions, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
-        graders = open_graders(self.graders, len(rows), self.note)
-        graded = grade(rows, replies, graders)
+        graded = grade(rows, replies, self.graders)
         return Contender(
             "the nearest row by words", "baseline", _deciding(graded), graded.scores, seconds,
             replies=replies,

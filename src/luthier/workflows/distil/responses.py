@@ -39,7 +39,6 @@ from luthier.objectives import OBJECTIVES
 from luthier.serving.journal import (
     Journal,
     journal_path,
-    journal_verdicts,
     key_of,
 )
 from luthier.store.models import (
@@ -240,7 +239,7 @@ class _Responses:
 
         grader = self.recipe.insights.grader
         given = {} if grader is None else {grader.method: grader}
-        return open_graders(given, answers, self.reporter.note, journal_verdicts)
+        return open_graders(given, answers, self.reporter.note)
 
     def _overflow(self) -> Callable[[Row, str], str]:
         """Says what of a prompt and its answer the student's context does not hold."""
