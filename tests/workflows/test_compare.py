@@ -240,6 +240,9 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     assert kept.report.kind == "comparison" and [*kept.report.data] == [held]
     assert kept.report.result["rows"] == 12
     assert text.exit_code == 0 and found["verdict"].split(".")[0] in " ".join(text.stdout.split())
+    # A model beside itself is none either.
+    itself = CliRunner().invoke(app, ["compare", held, "--tuned", tuned, "--base", tuned])
+    assert itself.exit_code == 2 and "compared with itself" in itself.output
     # Rows that were learned from are no comparison.
     leaked = CliRunner().invoke(app, ["compare", data, "--tuned", tuned])
     assert leaked.exit_code == 2 and "leakage.input" in leaked.output

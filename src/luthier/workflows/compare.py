@@ -297,6 +297,9 @@ def compare(
     """
     if not rows:
         raise RecipeError("there are no rows to compare on")
+    names = [base.id, *(each.id for each in tuned)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"{twice} would be compared with itself; name each model once")
     remarks = check_leakage(rows, train)
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
     if judge is not None and (labelled or not _writes(base)):
