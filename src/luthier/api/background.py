@@ -40,6 +40,8 @@ Done = TypeVar("Done")
 
 IDLE = 2.0
 """Seconds between two looks for work of other servers that fell silent."""
+SLICE = 15.0
+"""Seconds that a row is worked on while others wait: then it gives way to those of other accounts."""
 _SWEEP = 600.0
 """Seconds between two calls of :meth:`BackgroundRunner.sweep`."""
 _log = logging.getLogger("luthier.api")
@@ -167,27 +169,33 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         left: Iterable[tuple[int, Piece]],
         do: Callable[[Piece], Done],
     ) -> bool:
-        """Do the pieces that are ``left``, by their numbers; whether that is all, and not this server's
-        part alone.
+        """Do the pieces that are ``left``, by their numbers; whether that is all.
+
+        It is not where another server goes on with them, or this one after a turn of other accounts: no
+        row keeps them waiting for longer than a moment, however much is left of it.
         """
-        pieces = iter(left)
+        pieces, began, gives_way = iter(left), time.monotonic(), False
         running: dict[Future[Done], tuple[int, _PieceUnderWay]] = {}
         with ThreadPoolExecutor(self.at_once, self.kind.noun) as threads:
             state = self._keep(row, {})
             while state is not None:
                 goes_on = state == self.working and not self._closed.is_set()
-                if goes_on:
+                if goes_on and not gives_way:
                     for number, piece in islice(pieces, self.at_once - len(running)):
                         under_way = _PieceUnderWay()
                         future = threads.submit(under_way.run, partial(do, piece))
                         running[future] = number, under_way
                 if not running or (self.gives_up and not goes_on):
                     break
+                if not gives_way and time.monotonic() - began >= SLICE:
+                    gives_way = self._give_way(row)
                 ended, _ = wait(running, self.renewal, FIRST_COMPLETED)
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
             if self.gives_up:
                 for _, under_way in running.values():
                     under_way.give_up()
+        if gives_way and next(pieces, None) is not None:
+            return False
         return state is not None and not self._closed.is_set()
 
     def holds(self, row: Work | None) -> bool:
@@ -246,6 +254,12 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             silent = [each for each in held if self.watch.silent(*each)]
             self.watch.forget_others({row_id for row_id, _ in held})
             return queue.claim_next(session, self.kind, self._token, silent)
+
+    def _give_way(self, row: Work) -> bool:
+        """Whether rows of other accounts wait, before which this one does not come again."""
+        with suppress(LeaseLost), self.database.write() as session:
+            return queue.give_way(session, self.kind, row.id, self._token)
+        return False
 
     def _keep(self, row: Work, done: Mapping[int, Future[Done]]) -> str | None:
         """Go on holding the row and write down what is done, by its numbers.
