@@ -81,6 +81,8 @@ def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither
     mute = Ruler(model="m", writer=lambda asked: ["hm"] * len(asked))
     with pytest.raises(LuthierError, match="2 of 2 verdicts of the judge m have no scores"):
         judge_pairs(mute, [answers])
+    with pytest.raises(LuthierError, match="4 of 4 verdicts"):  # of the first two pairs of thirty
+        measure_agreement(mute, check_pairs(PAIRS))
 
 
 def test_rows_that_nobody_judged_are_named() -> None:

@@ -105,8 +105,10 @@ def measure_agreement(
 ) -> JudgeAgreement:
     """Let ``judge`` prefer one reply of each pair, of which people chose the first."""
     verdicts: list[PairVerdict] = []
-    for start in range(0, len(pairs), CHUNK):
-        verdicts += judge_pairs(judge, pairs[start : start + CHUNK])
+    while len(verdicts) < len(pairs):
+        # A judge that gives no scores shows it on the first two.
+        size = CHUNK if verdicts else 2
+        verdicts += judge_pairs(judge, pairs[len(verdicts) :][:size])
         done(len(verdicts))
     longer = [len(chosen.reply) > len(rejected.reply) for chosen, rejected in pairs]
     decided = [n for n, verdict in enumerate(verdicts) if verdict.win != 0.5]

@@ -452,6 +452,7 @@ def evaluate(
         found = replace(found, slices=[each for part in parts for each in part])
     if attach:
         write_report(stored, "evaluation", hashes_of_data(data), found.plain())
+        note(f"kept with {stored.id}, for `luthier certificate {stored.id}`")
     return found
 
 
@@ -594,6 +595,7 @@ def compare(
     )
     for each in models if attach else ():
         write_report(each, "comparison", hashes_of_data(data), found.plain())
+        note(f"kept with {each.id}, for `luthier certificate {each.id}`")
     return found
 
 
@@ -654,6 +656,7 @@ def forgetting(
     if attach:
         hashes = {name: h for each in probes for name, h in hashes_of_data(each).items()}
         write_report(stored, "forgetting", hashes, found.plain())
+        note(f"kept with {stored.id}, for `luthier certificate {stored.id}`")
     return found
 
 

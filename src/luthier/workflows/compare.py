@@ -328,6 +328,11 @@ def compare(
         len(readers) + len(writers) * len(without_examples)
         + base_writes * (len(ways) + (search is not None))
     )  # fmt: skip
+    if len(readers) + len(writers) + base_writes < 2 and not train:
+        raise RecipeError(
+            "there is nothing to compare: give a base model that writes, training rows for "
+            "baselines, or several tuned models"
+        )
     contenders: list[Contender] = []
     measure_name = "accuracy"
     for stored in readers:
@@ -349,10 +354,7 @@ def compare(
     if judge is not None:
         measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
-        raise RecipeError(
-            "there is nothing to compare: give a base model that writes, training rows for "
-            "baselines, or several tuned models"
-        )
+        raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
     sign = 1 if measure_name in LESS_IS_BETTER else -1
     contenders.sort(key=lambda each: sign * each.score.value)
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
