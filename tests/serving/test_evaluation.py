@@ -182,7 +182,7 @@ def test_an_evaluation_that_was_cut_goes_on_and_says_the_same(
     assert said == ["2 replies are there from a run that was cut"]
     assert asked == [2, 0, 2, 2, 1, 2, 1]  # equal prompts are asked once
     assert resumed.records == whole.records and resumed.scores == whole.scores
-    assert not [*(luthier_home() / "evaluations").glob("*.jsonl")]
+    assert not [*(luthier_home() / "evaluations").iterdir()]
 
 
 def test_scores_by_hand() -> None:

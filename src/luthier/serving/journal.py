@@ -160,7 +160,8 @@ def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterato
         if not path.exists():
             write_bytes(path, b"")
         yield Journal(path)
-        path.unlink()
+        for each in (path, path.with_suffix(".lock")):
+            each.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[bytes]:
