@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy.orm import Session
 
 from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault
-from luthier.errors import QuotaExceeded
+from luthier.errors import QuotaExceeded, RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
@@ -24,6 +26,12 @@ from luthier.store.database import Database, now
 from luthier.store.evaluations import EvaluationRun, GradedRow
 from luthier.store.usage import CountUsage, Usage
 
+MOST_ROWS = 50_000
+"""Of a run."""
+MOST_ROW_BYTES = 262_144
+"""Of a row: as much as a text that graders compare."""
+MOST_PROBLEMS = 5
+"""What is wrong with more rows is not told."""
 AT_ONCE = 4
 """Rows of a run that are asked and graded side by side: each may take a process for its graders."""
 LOOK = 2.0
@@ -39,14 +47,41 @@ class EvaluationTask(ABC):
 
     model_names: Mapping[str, str] = {}
     """What the run calls models, by their ids in the store."""
+    noun: ClassVar[str]
+    """What its face calls a run."""
+    no_rows: ClassVar[str]
+    """What is said of a run without rows."""
+    check_seconds: float = math.inf
+    """For the check of all rows."""
 
-    @abstractmethod
     def count_rows(self) -> int:
         """How many rows there are, all of them checked.
 
         Raises:
-            LuthierError: naming the rows that cannot be evaluated, and why.
+            RefusedInput: naming the rows that cannot be evaluated, and why.
         """
+        count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
+        for name, problem in self.problems():
+            count += 1
+            if count > MOST_ROWS:
+                raise RefusedInput(f"A {self.noun} has at most {MOST_ROWS:,} rows.")
+            if time.monotonic() - began > self.check_seconds:
+                seconds = f"{self.check_seconds:.0f} seconds"
+                raise RefusedInput(f"The rows could not be checked in {seconds}.")
+            if problem:
+                wrong += 1
+                if wrong <= MOST_PROBLEMS:
+                    problems.append(f"{name}: {problem}")
+        if not count:
+            raise RefusedInput(self.no_rows)
+        if problems:
+            rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
+            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
+        return count
+
+    @abstractmethod
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """How each row is called, and what is wrong with it; empty where nothing is."""
 
     @abstractmethod
     def rows(self) -> Iterable[tuple[int, Any]]:

@@ -20,6 +20,7 @@ from openai.types import EvalCreateResponse, EvalListResponse, EvalRetrieveRespo
 from openai.types.evals import RunCreateResponse, RunListResponse, RunRetrieveResponse
 from openai.types.evals.runs import OutputItemListResponse, OutputItemRetrieveResponse
 
+from luthier.api import evaluations
 from luthier.api.evaluations import AT_ONCE, EvaluationRunner
 from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
@@ -319,7 +320,7 @@ from luthier.store.evaluations import GradedRow
 
 class Slow(EvaluationTask):
     def __init__(self, run, caller): pass
-    def count_rows(self): return 40
+    def problems(self): return ((f"row {n}", "") for n, _ in self.rows())
     def rows(self): return [(n, n) for n in range(1, 41)]
     def error_row(self, number, row, fault): raise AssertionError
     def finish(self, run, rows): pass
@@ -571,7 +572,7 @@ def test_rows_that_cannot_be_evaluated_fail_the_run_before_anything_is_asked(
         assert said in run.error.message, run.error.message
         assert len(run.error.message) < 1000  # a row is not repeated whole
         assert run.result_counts.total == 0 and not run.per_model_usage
-    monkeypatch.setattr(eval_runs, "MOST_ROWS", 2)
+    monkeypatch.setattr(evaluations, "MOST_ROWS", 2)
     run = done(service, client, made, content(rows(2, output_text="a")))
     assert run.status == "completed"
     file = client.files.create(file=("rows.jsonl", "\n".join([good] * 3).encode()), purpose="evals")

@@ -23,14 +23,13 @@ from pydantic import Field
 from luthier.api.bedrock import converse
 from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.shapes import body_members, operation_models
-from luthier.api.evaluations import EvaluationTask
+from luthier.api.evaluations import MOST_ROW_BYTES, EvaluationTask
 from luthier.api.http.messages import Caller, Fault, inference_faults, parse_json
 from luthier.api.http.routing import Authorize
 from luthier.api.identifiers import ModelIds
 from luthier.chat_models.base import SamplingSpec
 from luthier.data.shapes import PromptOnly
 from luthier.encryption.files import pieces_of
-from luthier.errors import RefusedInput
 from luthier.evaluation.robustness import perturbations, word_error_rate
 from luthier.files import numbered_lines
 from luthier.graders import Answer, Exact, Grader, GraderModels, Judge, StringCheck, TextSimilarity
@@ -44,9 +43,6 @@ from luthier.store.locations import Locations
 from luthier.types import Message
 
 ACCURACY, ROBUSTNESS, TOXICITY = "Builtin.Accuracy", "Builtin.Robustness", "Builtin.Toxicity"
-MOST_ROWS = 50_000
-MOST_ROW_BYTES = 262_144
-MOST_PROBLEMS = 5
 MAX_TOKENS = 512
 """Of an answer where ``inferenceParams`` does not say."""
 VERDICT_TOKENS = 256
@@ -173,6 +169,8 @@ class DataSet:
 class JobTask(EvaluationTask):
     """The task of a job."""
 
+    noun, no_rows = "job", "The data sets have no rows."
+
     def __init__(self, parts: JobParts, run: EvaluationRun, caller: Caller) -> None:
         """Raises :class:`Fault` where a model is gone, or may not be asked any more."""
         self.parts, self.run = parts, run
@@ -204,22 +202,11 @@ class JobTask(EvaluationTask):
             }
         self._files = ExitStack()
 
-    def count_rows(self) -> int:
-        """All rows of all data sets."""
-        count, problems = 0, list[str]()
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Rows of all data sets."""
         for number, (place, line) in self._lines():
-            count = number
-            if count > MOST_ROWS:
-                raise RefusedInput(f"A job has at most {MOST_ROWS:,} rows.")
-            if problem := self._problem(self.sets[place], line):
-                problems.append(f"{self.sets[place].name}, row {number}: {problem}")
-        if not count:
-            raise RefusedInput("The data sets have no rows.")
-        if problems:
-            more = len(problems) - MOST_PROBLEMS
-            rest = f" And {more:,} more." if more > 0 else ""
-            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems[:MOST_PROBLEMS])}{rest}")
-        return count
+            data = self.sets[place]
+            yield f"{data.name}, row {number}", self._problem(data, line)
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """The number of a data set, and a record of it."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.api.evaluations import EvaluationTask
+from luthier.api.evaluations import MOST_ROW_BYTES, MOST_ROWS, EvaluationTask
 from luthier.api.http.messages import Caller, Fault, parse_json
 from luthier.api.openai.chat import ChatRequest
 from luthier.api.openai.generation import Judge
@@ -36,12 +35,7 @@ from luthier.store import evaluations as store
 from luthier.store.evaluations import EvaluationRun, GradedRow
 from luthier.store.uploaded_files import UploadedFiles
 
-MOST_ROWS = 50_000
-MOST_ROW_BYTES = 262_144
-"""Of a row: as much as a text that graders compare."""
 MOST_CRITERIA = 32
-MOST_PROBLEMS = 5
-"""What is wrong with more rows is not told."""
 MOST_MISMATCH = 300
 """Characters of what is wrong with a row: a schema's message repeats the whole value."""
 CHECK_SECONDS = 60.0
@@ -288,6 +282,8 @@ class EvalParts:
 class EvalTask(EvaluationTask):
     """The task of a run of an eval."""
 
+    noun, no_rows, check_seconds = "run", "There are no rows to evaluate.", CHECK_SECONDS
+
     def __init__(self, parts: EvalParts, run: EvaluationRun, caller: Caller) -> None:
         """Raises :class:`Fault` where a model that grades is gone, or may not be asked any more."""
         self.parts, self.run = parts, run
@@ -314,25 +310,9 @@ class EvalTask(EvaluationTask):
                     raise
         self.model_names = names
 
-    def count_rows(self) -> int:
-        """All rows, each compared with the schema of the eval."""
-        count, wrong, problems, began = 0, 0, list[str](), time.monotonic()
-        for number, line in self._lines():
-            count += 1
-            if count > MOST_ROWS:
-                raise RefusedInput(f"A run has at most {MOST_ROWS:,} rows.")
-            if time.monotonic() - began > CHECK_SECONDS:
-                raise RefusedInput(f"The rows could not be checked in {CHECK_SECONDS:.0f} seconds.")
-            if problem := self._problem(line):
-                wrong += 1
-                if wrong <= MOST_PROBLEMS:
-                    problems.append(f"row {number}: {problem}")
-        if not count:
-            raise RefusedInput("There are no rows to evaluate.")
-        if problems:
-            rest = f" And {wrong - MOST_PROBLEMS:,} more." if wrong > MOST_PROBLEMS else ""
-            raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
-        return count
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Each row is compared with the schema of the eval."""
+        return ((f"row {number}", self._problem(line)) for number, line in self._lines())
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """Objects of ``item`` and ``sample``."""
