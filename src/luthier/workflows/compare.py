@@ -316,18 +316,15 @@ def compare(
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
-    ways_asked = len(writers) * len(without_examples) + base_writes * (len(ways) + 1) + bool(known)
-    opened = open_graders(graders, len(rows) * ways_asked, note) if asked else {}
-    run = _Comparing(opened, max_tokens, note, on_progress)
     if search_seconds is None:
         search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
+    searches = bool(base_writes and known and search_seconds)
+    written = len(writers) * len(without_examples) + base_writes * (len(ways) + searches)
+    opened = open_graders(graders, len(rows) * (written + bool(known)), note) if asked else {}
+    run = _Comparing(opened, max_tokens, note, on_progress, len(rows) * (len(readers) + written))
     search: Callable[[Generator], SearchedPrompt] | None = None
-    if base_writes and known and search_seconds:
+    if searches:
         search = partial(run.search, train, known, search_seconds, reflector)
-    run.total = len(rows) * (
-        len(readers) + len(writers) * len(without_examples)
-        + base_writes * (len(ways) + (search is not None))
-    )  # fmt: skip
     if len(readers) + len(writers) + base_writes < 2 and not train:
         raise RecipeError(
             "there is nothing to compare: give a base model that writes, training rows for "
@@ -450,10 +447,12 @@ class _Comparing:
         max_tokens: int,
         note: Callable[[str], None],
         on_progress: Callable[[int, int], None],
+        total: int,
     ) -> None:
+        """``total`` answers are expected of all."""
         self.graders, self.max_tokens, self.note = graders, max_tokens, note
-        self.on_progress = on_progress
-        self.finished = self.total = 0
+        self.on_progress, self.total = on_progress, total
+        self.finished = 0
 
     def _done(self, count: int) -> None:
         self.on_progress(self.finished + count, self.total)
