@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.console import check_output, new_console, note, print_json, print_text, write_page
 from luthier.cli.evaluate import parse_grader_options, parse_judge_option
-from luthier.cli.options import Attach, Columns, Json
+from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, Prices
 
 if TYPE_CHECKING:
     from luthier.workflows.compare import HeadToHead
@@ -33,18 +33,10 @@ def compare(
         list[str] | None,
         typer.Option(help="Texts that answers should be true to; again for more."),
     ] = None,
-    grader: Annotated[
-        list[str] | None,
-        typer.Option(help="A grader's name, or a TOML file of graders; the first decides."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
-    ] = None,
+    grader: Graders = None,
+    set_: GraderSettings = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 64,
-    prices: Annotated[
-        Path | None, typer.Option(help="A price table, as `estimate` reads it (TOML).")
-    ] = None,
+    prices: Prices = None,
     answers: Annotated[
         int,
         typer.Option(min=0, help="Answers you expect of it: what they return of what tuning took."),

@@ -17,7 +17,7 @@ from luthier.cli.console import (
     print_written,
     write_page,
 )
-from luthier.cli.options import Attach, Columns, Json, LongRows
+from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, LongRows
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -31,16 +31,8 @@ def evaluate(
         str,
         typer.Argument(help="Prompts and replies, labelled texts, or raw text; file or folder."),
     ],
-    grader: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A grader's name, such as exact, or a TOML file of graders; again for more."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
-    ] = None,
+    grader: Graders = None,
+    set_: GraderSettings = None,
     on_grader_error: Annotated[
         Literal["fail", "zero"],
         typer.Option(

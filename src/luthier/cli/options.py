@@ -63,6 +63,16 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was inte
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]
+Graders = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A grader's name, such as exact, or a TOML file; again for more. The first decides."
+    ),
+]
+GraderSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
+]
 Attach = Annotated[
     bool, typer.Option("--attach", help="Keep the result with the model, for its certificate.")
 ]

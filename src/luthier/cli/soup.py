@@ -8,7 +8,7 @@ import typer
 
 from luthier.cli.console import heavy_imports, new_table, print_json, print_table, print_text
 from luthier.cli.evaluate import parse_grader_options
-from luthier.cli.options import Json
+from luthier.cli.options import Graders, GraderSettings, Json
 
 if TYPE_CHECKING:
     from luthier.evaluation.significance import Score
@@ -31,14 +31,8 @@ def soup(
         Literal["uniform", "greedy"],
         typer.Option(help="The mean of all, or of those without which held-out rows lose."),
     ] = "uniform",
-    grader: Annotated[
-        list[str] | None,
-        typer.Option(help="A grader's name, or a TOML file of graders; the first decides."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME.FIELD=VALUE", help="A field of a grader, by its name."),
-    ] = None,
+    grader: Graders = None,
+    set_: GraderSettings = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
     name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
     json_: Json = False,
