@@ -391,7 +391,7 @@ def evaluate(
     from luthier.serving.journal import evaluation_journal
     from luthier.serving.prediction import Predictor
     from luthier.store.models import find, objective_of
-    from luthier.store.reports import check_attachable, hashes_of_data, write_report
+    from luthier.store.reports import check_attachable
 
     chosen = parse_graders(graders)
     rows = choose_turns(load_rows(data, columns), turns)
@@ -451,9 +451,24 @@ def evaluate(
         parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
         found = replace(found, slices=[each for part in parts for each in part])
     if attach:
-        write_report(stored, "evaluation", hashes_of_data(data), found.plain())
-        note(f"kept with {stored.id}, for `luthier certificate {stored.id}`")
+        _attach([stored], "evaluation", [data], found, note)
     return found
+
+
+def _attach(
+    models: Sequence[StoredModel],
+    kind: str,
+    data: Sequence[str | Path],
+    found: Evaluation | HeadToHead | Forgetting,
+    note: Callable[[str], None],
+) -> None:
+    """Keep what was measured on ``data`` with each of ``models``, where their certificates find it."""
+    from luthier.store.reports import hashes_of_data, write_report
+
+    hashes, result = hashes_of_data(*data), found.plain()
+    for each in models:
+        write_report(each, kind, hashes, result)
+        note(f"kept with {each.id}, for `luthier certificate {each.id}`")
 
 
 @data_errors("nothing was judged")
@@ -560,7 +575,7 @@ def compare(
     from luthier.data.rows import load_rows
     from luthier.graders import parse_graders
     from luthier.store.models import find
-    from luthier.store.reports import check_attachable, hashes_of_data, write_report
+    from luthier.store.reports import check_attachable
     from luthier.workflows.compare import compare as run
     from luthier.workflows.estimate.budget import read_prices
 
@@ -593,9 +608,8 @@ def compare(
         note,
         on_progress,
     )
-    for each in models if attach else ():
-        write_report(each, "comparison", hashes_of_data(data), found.plain())
-        note(f"kept with {each.id}, for `luthier certificate {each.id}`")
+    if attach:
+        _attach(models, "comparison", [data], found, note)
     return found
 
 
@@ -632,7 +646,7 @@ def forgetting(
     """
     from luthier.evaluation.canaries import read_canaries
     from luthier.store.models import find
-    from luthier.store.reports import check_attachable, hashes_of_data, write_report
+    from luthier.store.reports import check_attachable
     from luthier.workflows.forgetting import load_probes, measure_forgetting
 
     stored = find(model)
@@ -654,9 +668,7 @@ def forgetting(
         on_progress,
     )
     if attach:
-        hashes = {name: h for each in probes for name, h in hashes_of_data(each).items()}
-        write_report(stored, "forgetting", hashes, found.plain())
-        note(f"kept with {stored.id}, for `luthier certificate {stored.id}`")
+        _attach([stored], "forgetting", probes, found, note)
     return found
 
 

@@ -93,10 +93,9 @@ def write_report(
     return path
 
 
-def hashes_of_data(source: str | Path) -> dict[str, str]:
-    """SHA-256 of a data file or folder by its path; nothing for what is not on this machine."""
-    path = Path(source)
-    return {str(source): sha256_of(path)} if path.exists() else {}
+def hashes_of_data(*sources: str | Path) -> dict[str, str]:
+    """SHA-256 of data files and folders by their paths; nothing for what is not on this machine."""
+    return {str(each): sha256_of(Path(each)) for each in sources if Path(each).exists()}
 
 
 def reports_of(model: StoredModel) -> list[StoredReport]:

@@ -83,8 +83,7 @@ def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Re
         safety=False,
         on_progress=lambda done, total: reporter.progress(done, total, "parts"),
     )
-    hashes = {name: h for each in limits.probes for name, h in hashes_of_data(each).items()}
-    write_report(stored, "forgetting", hashes, found.plain())
+    write_report(stored, "forgetting", hashes_of_data(*limits.probes), found.plain())
     reporter.note(found.verdict())
     reason = "; ".join(outside(found, limits)) or None
     if reason and limits.accept:
