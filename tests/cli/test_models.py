@@ -12,9 +12,12 @@ import pytest
 from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
+from luthier.chat_models.base import Reply
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
+from luthier.serving.journal import evaluation_journal
+from luthier.store.models import find
 
 
 def test_list_names_bases_and_custom_models(
@@ -209,6 +212,12 @@ def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
 def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
     child = ["tune", str(data), "--base", MODEL, "--name", "child", "--epochs", "1", "--json"]
     Answer(*child).good()
+    cut = pytest.raises(KeyboardInterrupt)
+    with cut, evaluation_journal(find("tiny-llama:child"), {}) as journal:
+        assert journal is not None
+        journal.append("asked", Reply("blue", "stop"))
+        raise KeyboardInterrupt
+    assert files_in(own_home / "evaluations")
     assert "tiny-llama:child was made from" in Answer("models", "remove", MODEL).refused()
     assert Answer("models", "remove", "tiny-llama:child").good().out == "tiny-llama:child is gone\n"
     assert Answer("models", "remove", MODEL, "--json").good().json() == {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_files import files_in
 from typer.testing import CliRunner
 
 import luthier
@@ -182,7 +183,7 @@ def test_an_evaluation_that_was_cut_goes_on_and_says_the_same(
     assert said == ["2 replies are there from a run that was cut"]
     assert asked == [2, 0, 2, 2, 1, 2, 1]  # equal prompts are asked once
     assert resumed.records == whole.records and resumed.scores == whole.scores
-    assert not [*(luthier_home() / "evaluations").iterdir()]
+    assert files_in(luthier_home() / "evaluations") == []
 
 
 def test_scores_by_hand() -> None:

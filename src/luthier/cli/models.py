@@ -392,6 +392,7 @@ def remove_model(model: str, json_: Json = False) -> None:
     from luthier.store.models import (
         base_folder,
         custom_models,
+        journals_folder,
         pretrained_models,
         short_name,
         suggest_models,
@@ -422,7 +423,7 @@ def remove_model(model: str, json_: Json = False) -> None:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
     parents = [m.manifest.parent for m in custom_models() if m.id == model]
     with run.lock():
-        for folder in folders:
+        for folder in (*folders, journals_folder(model)):
             shutil.rmtree(folder, ignore_errors=True)
     for parent in parents:
         remove_unneeded(parent)

@@ -7,7 +7,8 @@ Those of teachers and judges, ``teachers/NAME-HASH.jsonl``, are kept for good, a
 the same with the same settings reads them. In a service each account has a folder of its own below
 ``teachers``, and a line names the run that asked first: it goes with the data of that run.
 
-That of an evaluation, ``evaluations/HASH.jsonl``, lasts until the evaluation has ended.
+That of an evaluation, ``evaluations/BASE/NAME/HASH.jsonl``, lasts until the evaluation has ended, or
+its model is removed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec, Wr
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
-from luthier.store.models import content_hash, find
+from luthier.store.models import content_hash, find, journals_folder
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -146,22 +147,28 @@ class Journal:
 
 @contextmanager
 def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterator[Journal | None]:
-    """What an evaluation of ``stored`` that was cut has answered; removed when the block ends whole.
+    """What an evaluation of ``stored`` that was cut has answered.
 
-    ``about`` tells it from others of the model. ``None`` while another process does the same.
+    It is removed when the block ends whole, and where nothing was answered. ``about`` tells it from
+    others of the model. ``None`` while another process does the same.
     """
     identity = {"role": "evaluated", "sha256": content_hash(stored), **about}
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    path = luthier_home() / "evaluations" / f"{name}.jsonl"
+    path = journals_folder(stored.id) / f"{name}.jsonl"
     with lock(path.with_suffix(".lock")) as free:
         if not free:
             yield None
             return
         if not path.exists():
             write_bytes(path, b"")
-        yield Journal(path)
-        for each in (path, path.with_suffix(".lock")):
-            each.unlink(missing_ok=True)
+        journal, whole = Journal(path), False
+        try:
+            yield journal
+            whole = True
+        finally:
+            if whole or not journal.replies:
+                for each in (path, path.with_suffix(".lock")):
+                    each.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -81,6 +81,12 @@ def custom_folder(base: str, name: str) -> Path:
     return luthier_home() / "models" / "custom" / short_name(base) / name
 
 
+def journals_folder(model_id: str) -> Path:
+    """Where the journals of evaluations of a model are kept until these have ended."""
+    base, _, name = model_id.partition(":")
+    return luthier_home() / "evaluations" / short_name(base) / name
+
+
 def short_name(base: str) -> str:
     """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
     last = Path(base).name if "/" in base else base

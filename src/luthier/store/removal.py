@@ -22,7 +22,7 @@ from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.jobs import ENDED, Job
-from luthier.store.models import custom_folder, custom_models
+from luthier.store.models import custom_folder, custom_models, journals_folder
 
 _REMOVED = ".removed"
 """File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
@@ -122,7 +122,8 @@ def remove_files(stored_id: str | None) -> None:
     if found is None:
         return
     base, name = found.folder.parent.name, found.folder.name
-    shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
+    for folder in (luthier_home() / "runs" / base / name, journals_folder(found.id)):
+        shutil.rmtree(folder, ignore_errors=True)
     (luthier_home() / "jobs" / f"{name.removeprefix('job-')}.log").unlink(missing_ok=True)
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
