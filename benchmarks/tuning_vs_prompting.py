@@ -29,6 +29,12 @@ from defaults import (
 )
 
 QUESTION = "Answer in a few words."
+GRADERS = """
+[rouge_l]
+method = "text_similarity"
+evaluation_metric = "rouge_l"
+reference = "{{item.expected}}"
+"""
 
 
 def spread(rows: Rows, count: int) -> Rows:
@@ -79,7 +85,7 @@ def compare_answers(
     ]
     documents = write_rows(passages, folder / "documents.jsonl")
     graders = folder / "graders.toml"
-    graders.write_text('[rouge_l]\nmethod = "text_similarity"\nevaluation_metric = "rouge_l"\n')
+    graders.write_text(GRADERS)
     run_luthier(home, "tune", str(train), "--base", DECODER, "--name", "tuned")
     return run_luthier(
         home, "compare", str(test), "--tuned", f"{DECODER}:tuned", "--documents", str(documents),

@@ -22,8 +22,8 @@ from luthier.setting_names import SettingName, in_all, option, with_setting_name
 FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "workflows/advise", "workflows/estimate", "limits.py", "pretrain_recipe.py",
-            "api/http/server.py", "setting_names.py")  # fmt: skip
+COMMANDS = ("cli", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
+            "pretrain_recipe.py", "api/http/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "serving/export.py", "workflows/learning_curve.py",

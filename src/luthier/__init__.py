@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
+    from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, compare, evaluate, forgetting, judge, load
     from luthier.sdk.training import (
         advise,
@@ -35,6 +36,8 @@ __all__ = [
     "estimate",
     "evaluate",
     "forgetting",
+    "import_openai",
+    "import_promptfoo",
     "inspect",
     "judge",
     "learning_curve",
@@ -58,6 +61,8 @@ _HOMES = {
     "judge": "luthier.sdk.model",
     "certificate": "luthier.sdk.certificate",
     "verify": "luthier.sdk.certificate",
+    "import_openai": "luthier.sdk.imports",
+    "import_promptfoo": "luthier.sdk.imports",
     "clean": "luthier.sdk.data",
     "plant_canaries": "luthier.sdk.data",
     "convert": "luthier.sdk.data",

@@ -12,10 +12,27 @@ import luthier
 from luthier.data.rows import load_rows
 from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly, RawText
 from luthier.errors import DataError, GradingFailed, RecipeError, UnknownModel
-from luthier.evaluation.evaluate import check, check_shapes, choose_turns, grade, questions
+from luthier.evaluation.evaluate import (
+    check,
+    check_shapes,
+    choose_turns,
+    grade,
+    load_graded,
+    questions,
+)
 from luthier.evaluation.parity import Parity
 from luthier.evaluation.significance import standard_error
-from luthier.graders import Answer, Exact, FirstLine, Grader, Number, Regex, ToolCalls
+from luthier.graders import (
+    Answer,
+    Exact,
+    FirstLine,
+    Grader,
+    Mix,
+    Number,
+    Regex,
+    StringCheck,
+    ToolCalls,
+)
 from luthier.objectives import OBJECTIVES
 from luthier.types import Message, ToolCall
 
@@ -67,6 +84,29 @@ def test_turns_that_call_are_asked_for() -> None:
 def test_raw_text_has_no_reply() -> None:
     with pytest.raises(DataError, match=r"data\.jsonl:3: \[row\.no_reply\]"):
         questions([PAIR, TEXT])
+
+
+def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None:
+    """And what it names of them is there, whatever they are."""
+    data = tmp_path / "rows.jsonl"
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "name": "Ann"}
+    data.write_text(json.dumps(chat) + "\n")
+    named = StringCheck(reference="{{item.name}}", operation="like")
+    for graders in ([named], [Exact(), Mix(parts={"a": named})]):
+        rows = load_graded(data, None, graders)
+        assert grade(rows, ["Hi Ann"], {"named": named}).scores == {"named": 1.0}
+    for graders in ([Exact()], [named, ToolCalls()]):
+        with pytest.raises(DataError, match=r"message\.last"):
+            load_graded(data, None, graders)
+    with pytest.raises(DataError, match=r"message\.last"):
+        load_graded(data, None, [named], "all")
+    data.write_text('{"prompt": "Hi", "completion": "Ho", "name": "Ann"}\n')
+    (row,) = load_graded(data, None, [named])
+    assert questions([row])[1] == ["Ho"]
+    assert grade([row], ["Ann"], {"named": named, "exact": Exact()}).scores == {
+        "named": 1,
+        "exact": 0,
+    }
 
 
 def test_bare_prompts_are_graded_as_rewards_are() -> None:

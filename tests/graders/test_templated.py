@@ -264,7 +264,14 @@ def test_a_formula_of_graders() -> None:
 @pytest.mark.parametrize(
     ("formula", "value"),
     [("1 + 2 * 3", 7), ("(1 + 2) * 3", 9), ("2 ^ 3 - -1", 9), ("min(a, b, 0.5)", 0.5)]
-    + [("sqrt(abs(-4))", 2), ("floor(1.9) + ceil(1.1)", 3), ("exp(log(2))", 2), ("a / b", 0.5)],
+    + [("sqrt(abs(-4))", 2), ("floor(1.9) + ceil(1.1)", 3), ("exp(log(2))", 2), ("a / b", 0.5)]
+    + [
+        ("a >= 1", 1),
+        ("a > 1", 0),
+        ("2 * a <= b", 1),
+        ("(a < b) + (b < a)", 1),
+        ("1 - (a < b)", 0),
+    ],
 )
 def test_formulas(formula: str, value: float) -> None:
     assert value_of(parse_formula(formula), {"a": 1.0, "b": 2.0}) == pytest.approx(value)
@@ -273,7 +280,18 @@ def test_formulas(formula: str, value: float) -> None:
 @pytest.mark.parametrize(
     "formula",
     ["", "a +", "a.b", "a[0]", "__import__('os')", "f(a)", "lambda: a", "a if a else a", "'a'"]
-    + ["[a]", "a == a", "a and a", "min(*a)", "min(a, key=a)", "a; a", "True", "abs", "max()"],
+    + [
+        "[a]",
+        "a == a",
+        "a < b < a",
+        "a and a",
+        "min(*a)",
+        "min(a, key=a)",
+        "a; a",
+        "True",
+        "abs",
+        "max()",
+    ],
 )
 def test_what_is_no_formula(formula: str) -> None:
     if formula == "abs":  # a name like any other
@@ -281,6 +299,12 @@ def test_what_is_no_formula(formula: str) -> None:
         return
     with pytest.raises(ValueError, match="formula"):
         parse_formula(formula)
+
+
+def test_a_comparison_is_a_share_and_other_formulas_may_not_be() -> None:
+    parts = {"a": StringCheck(reference="x")}
+    assert Multi(graders=parts, calculate_output="2 * a >= 1").is_share
+    assert not Multi(graders=parts, calculate_output="2 * a").is_share
 
 
 def test_a_formula_that_is_too_large_has_no_value() -> None:

@@ -55,6 +55,15 @@ class ModelSpec(BaseModel):
     goes_on: ClassVar[str] = "Try again when it answers"
     """What to do after an outage."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _address(cls, fields: Any) -> Any:
+        """``model`` may be written as ``https://host/v1#model``."""
+        if not isinstance(fields, Mapping) or not isinstance(fields.get("model"), str):
+            return fields
+        others = {name: value for name, value in fields.items() if name != "model"}
+        return {**others, **address_fields(fields["model"])}
+
     @field_validator("url")
     @classmethod
     def _url(cls, url: str | None) -> str | None:
@@ -111,13 +120,6 @@ def address_fields(text: str) -> dict[str, Any]:
         return {"model": text}
     url, _, model = text.partition("#")
     return {"url": url, "model": model} if model else {"url": url}
-
-
-def with_address(fields: Any) -> Any:
-    """``fields`` in which ``model`` may be written as ``https://host/v1#model``."""
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("model"), str):
-        return fields
-    return {**{k: v for k, v in fields.items() if k != "model"}, **address_fields(fields["model"])}
 
 
 def _loopback(host: str) -> bool:

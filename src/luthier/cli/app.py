@@ -27,6 +27,7 @@ from luthier.cli.evaluate import evaluate, judge
 from luthier.cli.forgetting import canaries, forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
+from luthier.cli.imports import import_app
 from luthier.cli.learning_curve import learning_curve
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest
@@ -49,6 +50,7 @@ app = CommandGroup(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_app, name="models")
+app.add_typer(import_app, name="import")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (

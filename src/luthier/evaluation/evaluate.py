@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from luthier.data.rows import load_prompts, load_rows
 from luthier.data.shapes import Conversation, describe_shapes
+from luthier.data.sources import Source
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.evaluation.breakdown import Calibration, LabelCounts, Slice, worst_rows
 from luthier.evaluation.significance import LESS_IS_BETTER, Interval, RowScores, Score, values
@@ -178,6 +180,27 @@ def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | 
                 "nothing was evaluated",
             )
     return asked, expected
+
+
+def load_graded(
+    source: Source,
+    columns: Mapping[str, str] | None,
+    graders: Iterable[Grader],
+    turns: TurnChoice = "last",
+) -> list[Row]:
+    """Rows to be answered and graded.
+
+    Where a grader needs no expected reply, prompts alone will do, and it may name any member of them.
+
+    Raises:
+        DataError: with every problem of the rows.
+        RecipeError: see :func:`choose_turns`.
+    """
+    chosen = list(graders)
+    calls = any(isinstance(each, ToolCalls) for each in chosen)
+    if turns == "last" and not calls and any(each.grades_prompts for each in chosen):
+        return load_prompts(source, columns)
+    return choose_turns(load_rows(source, columns), turns)
 
 
 def choose_turns(rows: Sequence[Row], turns: TurnChoice) -> list[Row]:

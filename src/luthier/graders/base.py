@@ -129,6 +129,11 @@ class Grader(BaseModel):
         return True
 
     @property
+    def grades_prompts(self) -> bool:
+        """Whether rows may be prompts alone, with whatever members it names (``{{item.answer}}``)."""
+        return not self.needs_expected
+
+    @property
     def prefers_batches(self) -> bool:
         """Whether :meth:`grade` gains from many answers at once (an endpoint, a network)."""
         return False

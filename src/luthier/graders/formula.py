@@ -25,6 +25,10 @@ _OPERATORS: Mapping[type, Callable[..., float]] = {
     ast.Pow: math.pow,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
 }
 _FUNCTIONS: Mapping[str, Callable[..., float]] = {
     "min": min, "max": max, "abs": abs, "floor": math.floor, "ceil": math.ceil,
@@ -36,7 +40,8 @@ class Multi(Grader):
     """What ``calculate_output`` gives of the scores of ``graders``, by their names.
 
     The formula knows ``+ - * / ^``, brackets, numbers, the names, and min, max, abs, floor, ceil, exp,
-    sqrt, log. It is read as a tree of these and nothing else; no Python is executed.
+    sqrt, log; and, which OpenAI's does not, comparisons by ``< <= > >=``, which are 1 or 0. It is read
+    as a tree of these and nothing else; no Python is executed.
     """
 
     method: Literal["multi"] = "multi"
@@ -57,8 +62,13 @@ class Multi(Grader):
 
     @property
     def is_share(self) -> bool:
-        """A formula may give any number."""
-        return False
+        """Whether it is a comparison: any other formula may give any number."""
+        return isinstance(parse_formula(self.calculate_output), ast.Compare)
+
+    @property
+    def grades_prompts(self) -> bool:
+        """When one of the graders does."""
+        return self._mix.grades_prompts
 
     @property
     def prefers_batches(self) -> bool:
@@ -155,10 +165,14 @@ def names_in(tree: ast.AST, depth: int = 0) -> set[str]:
         parts = [tree.left, tree.right]
     elif isinstance(tree, ast.UnaryOp) and type(tree.op) in _OPERATORS:
         parts = [tree.operand]
+    elif isinstance(tree, ast.Compare) and [type(op) in _OPERATORS for op in tree.ops] == [True]:
+        parts = [tree.left, *tree.comparators]
     elif isinstance(tree, ast.Call) and _function_name(tree) in _FUNCTIONS and not tree.keywords:
         parts = list(tree.args)
     if not parts:
-        raise ValueError("a formula has numbers, names, + - * / ^, brackets and few functions")
+        raise ValueError(
+            "a formula has numbers, names, + - * / ^, brackets, a comparison and few functions"
+        )
     return set[str]().union(*(names_in(part, depth + 1) for part in parts))
 
 
@@ -172,6 +186,9 @@ def value_of(tree: ast.AST, scores: Mapping[str, float]) -> float:
         return _OPERATORS[type(tree.op)](value_of(tree.left, scores), value_of(tree.right, scores))
     if isinstance(tree, ast.UnaryOp):
         return _OPERATORS[type(tree.op)](value_of(tree.operand, scores))
+    if isinstance(tree, ast.Compare):
+        both = value_of(tree.left, scores), value_of(tree.comparators[0], scores)
+        return float(_OPERATORS[type(tree.ops[0])](*both))
     assert isinstance(tree, ast.Call)
     arguments: list[Any] = [value_of(each, scores) for each in tree.args]
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer, with_address
+from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.types import Message, Row
@@ -61,11 +61,6 @@ class Judge(ModelSpec, Grader):
         "Try again when it answers; a run that began goes on when it is resumed"
     )
     needs_expected = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _address(cls, fields: Any) -> Any:
-        return with_address(fields)
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:

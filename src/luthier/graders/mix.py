@@ -49,6 +49,11 @@ class Mix(Grader):
         )
 
     @property
+    def grades_prompts(self) -> bool:
+        """When one of the parts does."""
+        return any(part.grades_prompts for part in self.parts.values())
+
+    @property
     def prefers_batches(self) -> bool:
         """When one of the parts is."""
         return any(part.prefers_batches for part in self.parts.values())

@@ -374,10 +374,9 @@ def evaluate(
         RefusedInput: before anything is written, for rows or graders that cannot work.
         GradingFailed: with ``fail``, naming the row.
     """
-    from luthier.data.rows import load_rows
     from luthier.data.shapes import JudgedAnswers, MultipleChoice, RawText, of_shape
     from luthier.evaluation.breakdown import slice_scores
-    from luthier.evaluation.evaluate import check, check_shapes, choose_turns
+    from luthier.evaluation.evaluate import check, check_shapes, load_graded
     from luthier.graders import parse_graders
     from luthier.objectives.capabilities import SupportsPrediction
     from luthier.serving.evaluation import (
@@ -394,7 +393,7 @@ def evaluate(
     from luthier.store.reports import check_attachable
 
     chosen = parse_graders(graders)
-    rows = choose_turns(load_rows(data, columns), turns)
+    rows = load_graded(data, columns, chosen.values(), turns)
     total = len(rows)
     stored = model.stored if isinstance(model, Model) else model
     stored = find(stored) if isinstance(stored, str) else stored
@@ -573,6 +572,7 @@ def compare(
     """
     from luthier.chat_models.base import ModelSpec, address_fields
     from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import load_graded
     from luthier.graders import parse_graders
     from luthier.store.models import find
     from luthier.store.reports import check_attachable
@@ -584,7 +584,8 @@ def compare(
         raise RecipeError("name a tuned model")
     for each in models if attach else ():
         check_attachable(each)
-    rows = load_rows(data, columns)
+    chosen = None if graders is None else parse_graders(graders)
+    rows = load_graded(data, columns, (chosen or {}).values())
     known = models[0].manifest.recipe or {}
     learned = known.get("data", {}).get("train")
     if train is None and isinstance(learned, str) and Path(learned).exists():
@@ -597,7 +598,7 @@ def compare(
         models,
         load_rows(train, columns) if train is not None else (),
         texts,
-        None if graders is None else parse_graders(graders),
+        chosen,
         max_tokens,
         read_prices(None if prices is None else Path(prices)),
         answers,

@@ -1,0 +1,368 @@
+"""What an account of OpenAI's keeps as rows, graders and recipes.
+
+OpenAI gives no export of an account; its API lists and gives everything as objects whose ``object``
+says what they are. A folder of such objects is read, however its files are called. Source: OpenAI's API
+reference on files, fine-tuning and evals, of 2026.
+
+- files for fine-tuning become rows as they are, jobs the recipes that learn from them
+- the criteria of an eval become graders, and the rows of its runs rows
+- answers that passed become rows of prompt and reply: what another model can learn from
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.api.http.messages import Fault
+from luthier.api.openai.eval_runs import DataSource, criteria_of
+from luthier.api.openai.fine_tuning import CreateJob, settings_of
+from luthier.api.openai.graders import grader_fields
+from luthier.api.openai.protocol import validate
+from luthier.data.shapes import PromptOnly
+from luthier.errors import RecipeError, RowRefused
+from luthier.graders import Answer
+from luthier.sdk.imports.files import MOST_BYTES, Import, file_name
+
+MOST_OBJECTS = 1_000_000
+_KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
+_LISTS = ("list", "page")
+_OF_OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
+"""Hyperparameters that a job shows as they came to be, for a model that is not here."""
+_PLACE = re.compile(r"\{\{\s*item\b")
+_PYTHON = (
+    '\n\n_grade = grade\n\n\ndef grade(sample, item):\n    return _grade(sample, item["item"])\n'
+)
+
+
+class _Refused(Exception):
+    """Why something is not carried over."""
+
+
+@dataclass
+class _Export:
+    """The objects of a folder, by kind and id, and its other files by name."""
+
+    objects: dict[str, dict[str, Mapping[str, Any]]] = field(
+        default_factory=lambda: {kind: {} for kind in _KINDS}
+    )
+    contents: dict[str, Path] = field(default_factory=dict)
+
+    def content_of(self, file_id: str | None) -> Path | None:
+        """The content of a file, by its id or the name that it was uploaded by."""
+        known = self.objects["file"].get(str(file_id), {})
+        names = (str(file_id), str(known.get("filename") or file_id))
+        return next((self.contents[name] for name in names if name in self.contents), None)
+
+
+def convert(export: Path, result: Import, judge: str | None = None) -> None:
+    """Write what the folder ``export`` holds into ``result``; see :func:`..import_openai`."""
+    if not export.is_dir():
+        raise RecipeError(f"{export} is no folder")
+    found = _read(export, result)
+    if not any(found.objects.values()):
+        raise RecipeError(
+            f"{export} holds no object of OpenAI's: save what the API lists, such as "
+            "client.evals.list(), as .json or .jsonl"
+        )
+    _Conversion(found, result, judge).write()
+
+
+def _read(folder: Path, result: Import) -> _Export:
+    export, count = _Export(), 0
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        export.contents[path.name] = export.contents.setdefault(path.stem, path)
+        if path.suffix not in (".json", ".jsonl"):
+            continue
+        if path.stat().st_size > MOST_BYTES:
+            result.remark(
+                f"{path.name} has more than {MOST_BYTES >> 20} MiB and was taken for rows"
+            )
+            continue
+        for each in _objects(path):
+            export.objects[each["object"]][str(each["id"])] = each
+            if (count := count + 1) > MOST_OBJECTS:
+                raise RecipeError(f"{folder} holds more than {MOST_OBJECTS:,} objects")
+    return export
+
+
+def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Objects of OpenAI's in a file: one, a list or page of them, or one a line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        return
+    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, Mapping) and value.get("object") in _LISTS:
+            value = value.get("data")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping) and each.get("object") in _KINDS and each.get("id"):
+                yield each
+
+
+class _Conversion:
+    def __init__(self, export: _Export, result: Import, judge: str | None) -> None:
+        self.export, self.result, self.judge = export, result, judge
+        self.taken: set[str] = set()
+        self.rows_of: dict[str, str] = {}
+        """Files of rows by OpenAI's ids."""
+
+    def write(self) -> None:
+        objects = self.export.objects
+        for kind, convert_one in (
+            ("file", self._file), ("fine_tuning.job", self._job), ("eval", self._eval),
+        ):  # fmt: skip
+            for number, each in enumerate(objects[kind].values(), 1):
+                where = f"{kind} {each.get('id', number)}"
+                try:
+                    convert_one(each)
+                except _Refused as error:
+                    self.result.skip(where, str(error))
+                except Fault as error:
+                    self.result.skip(where, f"{error}")
+        for run in objects["eval.run"].values():
+            if str(run.get("eval_id")) not in objects["eval"]:
+                self.result.skip(
+                    f"eval.run {run['id']}", f"its eval {run.get('eval_id')} is not there"
+                )
+
+    def _file(self, given: Mapping[str, Any]) -> None:
+        if given.get("purpose") != "fine-tune":
+            return  # of evals: read with their runs
+        file_id, name = str(given["id"]), str(given.get("filename") or given["id"])
+        path = self.export.content_of(file_id)
+        if path is None:
+            raise _Refused(f"its content is not there; save it as {file_id}.jsonl")
+        target = file_name(Path(name).stem, self.taken, ".jsonl")
+        self.rows_of[file_id] = target
+        self.result.copy_rows(target, path, f"rows of {name}")
+
+    def _job(self, given: Mapping[str, Any]) -> None:
+        names = ("model", "training_file", "validation_file", "seed", "hyperparameters", "method")
+        fields = {name: given[name] for name in names if given.get(name) is not None}
+        chosen, dropped = _without_their_choices(fields)
+        parameters = validate(chosen, CreateJob)
+        train = self.rows_of.get(parameters.training_file)
+        if train is None:
+            raise _Refused(f"its rows, {parameters.training_file}, are not there")
+        settings = settings_of(parameters, parameters.seed or 0, writes=True)
+        if parameters.seed is None:
+            del settings["training"]["seed"]
+        objective = dict(settings.get("objective", {}))
+        reinforcement = parameters.method and parameters.method.reinforcement
+        if reinforcement:
+            grader = grader_fields(reinforcement.grader, "method.reinforcement.grader", self._judge)
+            objective = {"method": "grpo", **objective, "grader": grader}
+        data = {"train": str(self.result.folder.absolute() / train)}
+        if parameters.validation_file in self.rows_of:
+            name = self.rows_of[str(parameters.validation_file)]
+            data["validation"] = str(self.result.folder.absolute() / name)
+        tuned = str(given.get("fine_tuned_model") or "")
+        label = tuned.split(":")[3] if tuned.count(":") >= 4 else ""
+        recipe = {"data": data, "objective": objective, **{k: settings[k] for k in ("training",)}}
+        recipe = {group: values for group, values in recipe.items() if values}
+        target = file_name(f"tune {label or given['id']}", self.taken, ".toml")
+        if dropped:
+            self.result.remark(
+                f"{target}: {', '.join(f'{name}={value}' for name, value in dropped.items())} were for "
+                f"{parameters.model}; luthier chooses by the rows and your base model"
+            )
+        self.result.write_toml(
+            target, recipe, f"recipe of the job {given['id']} ({parameters.model})",
+            f"luthier tune {self.result.place(target)}",
+        )  # fmt: skip
+
+    def _judge(self, model: str, where: str) -> str:
+        """What graders of OpenAI's ask here."""
+        return self.judge or f"https://api.openai.com/v1#{model}"
+
+    def _eval(self, given: Mapping[str, Any]) -> None:
+        title = str(given.get("name") or given["id"])
+        tables: dict[str, dict[str, Any]] = {}
+        for index, criterion in enumerate(given.get("testing_criteria") or []):
+            try:
+                tables |= self._table(criterion, index)
+            except Fault as error:
+                self.result.skip(f"eval {title!r}, criterion {index + 1}", str(error))
+        runs = [
+            run
+            for run in self.export.objects["eval.run"].values()
+            if run.get("eval_id") == given["id"]
+        ]
+        graders = None
+        if tables:
+            graders = file_name(f"{title} graders", self.taken, ".toml")
+            self.result.write_toml(
+                graders, tables, f"graders of the eval {title!r}: {', '.join(tables)}"
+            )
+        if not runs:
+            self.result.skip(
+                f"rows of the eval {title!r}", "no run of it is there to take them from"
+            )
+        written: dict[str, str] = {}
+        for run in runs:
+            try:
+                self._run(run, title, graders, written)
+            except (_Refused, Fault, RowRefused) as error:
+                self.result.skip(f"run {run['id']} of {title!r}", str(error))
+
+    def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
+        """The grader of a criterion, which gives 1 where a row passes."""
+        if not isinstance(given, Mapping):
+            return {}
+        (criterion,) = criteria_of([given], self._judge)
+        fields = _nested(grader_fields(given, f"testing_criteria[{index}]", self._judge))
+        name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
+        if given["type"] not in ("string_check", "label_model"):
+            fields = {
+                "method": "multi", "calculate_output": f"score >= {criterion.threshold:g}",
+                "graders": {"score": fields},
+            }  # fmt: skip
+        return {name: fields}
+
+    def _run(
+        self, run: Mapping[str, Any], title: str, graders: str | None, written: dict[str, str]
+    ) -> None:
+        items = [
+            each
+            for each in self.export.objects["eval.run.output_item"].values()
+            if each.get("run_id") == run["id"]
+        ]
+        counts = run.get("result_counts") or {}
+        asked = str(run.get("model") or "answers that were brought along")
+        self.result.results.append(
+            f"{title}, run {run.get('name') or run['id']}: {asked} passed "
+            f"{counts.get('passed', 0):,} of {counts.get('total', 0):,}"
+        )
+        rows = list(self._rows(run, items))
+        if rows:
+            content = json.dumps(rows, sort_keys=True)
+            if content not in written:
+                written[content] = file_name(title, self.taken, ".jsonl")
+                command = f"luthier evaluate MODEL {self.result.place(written[content])}"
+                if graders:
+                    command += f" --grader {self.result.place(graders)}"
+                self.result.write_rows(
+                    written[content], rows, f"of the eval {title!r}", command if graders else None
+                )
+        answers = [
+            row for each in items if each.get("status") == "pass" for row in _answer_rows(each)
+        ]
+        if answers:
+            name = file_name(f"{title} answers {asked}", self.taken, ".jsonl")
+            self.result.write_rows(
+                name,
+                answers,
+                f"with answers of {asked} that passed",
+                f"luthier tune {self.result.place(name)}",
+            )
+        if not rows:
+            raise _Refused("there is neither what it asked nor what was answered")
+
+    def _rows(
+        self, run: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """What the run asked, by its source, or else by its output items."""
+        given = {n: v for n, v in (run.get("data_source") or {}).items() if v is not None}
+        source = validate(given, DataSource, "data_source") if _known_source(given) else None
+        found = [] if source is None else self._items(given["source"])
+        if found and source is not None and source.input_messages is not None:
+            for number, item in enumerate(found, 1):
+                answer = Answer((), "", None, PromptOnly("rows", number, "", members=item))
+                yield _row(source.messages(answer), item)
+            return
+        for each in sorted(items, key=lambda each: int(each.get("datasource_item_id") or 0)):
+            sample = each.get("sample") or {}
+            if sample.get("input"):
+                yield _row(sample["input"], each.get("datasource_item") or {})
+
+    def _items(self, source: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        rows = source.get("content") or []
+        if source.get("type") == "file_id":
+            path = self.export.content_of(source.get("id"))
+            if path is None or path.stat().st_size > MOST_BYTES:
+                return []
+            rows = []
+            for line in path.read_text(encoding="utf-8-sig").splitlines():
+                if line.strip():
+                    try:
+                        rows.append(json.loads(line))
+                    except ValueError as error:
+                        raise _Refused(f"{path.name} is no JSON Lines: {error}") from error
+        return [row["item"] for row in rows if isinstance(row, Mapping) and "item" in row]
+
+
+def _known_source(given: Mapping[str, Any]) -> bool:
+    kind = (given.get("source") or {}).get("type")
+    rows = (given.get("source") or {}).get("content")
+    return kind == "file_id" or (kind == "file_content" and bool(rows))
+
+
+def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a job without what was chosen for a model of OpenAI's, and that."""
+    dropped: dict[str, Any] = {}
+
+    def clean(given: Mapping[str, Any]) -> dict[str, Any]:
+        dropped.update(
+            {n: v for n, v in given.items() if n in _OF_OPENAI and v not in (None, "auto")}
+        )
+        return {n: v for n, v in given.items() if n not in _OF_OPENAI and v is not None}
+
+    chosen = {name: value for name, value in fields.items() if name != "hyperparameters"}
+    clean(fields.get("hyperparameters") or {})
+    method = fields.get("method")
+    if isinstance(method, Mapping) and isinstance(
+        arm := method.get(str(method.get("type"))), Mapping
+    ):
+        kept = {n: v for n, v in arm.items() if v is not None}
+        kept["hyperparameters"] = clean(arm.get("hyperparameters") or {})
+        chosen["method"] = {"type": method["type"], method["type"]: kept}
+    return chosen, dropped
+
+
+def _nested(value: Any) -> Any:
+    """Fields of a grader for rows that hold the item as ``item``, whatever its members are called."""
+    if isinstance(value, str):
+        return _PLACE.sub("{{item.item", value)
+    if isinstance(value, Mapping):
+        found = {name: _nested(each) for name, each in value.items()}
+        if found.get("method") == "python":
+            found["source"] = str(value["source"]).rstrip() + _PYTHON
+        return found
+    return [_nested(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _row(messages: Sequence[Mapping[str, Any]], item: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_asked(messages), "item": dict(item)}
+
+
+def _asked(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    turns = [
+        {
+            "role": "system" if each["role"] == "developer" else each["role"],
+            "content": each["content"],
+        }
+        for each in messages
+        if isinstance(each.get("content"), str) and isinstance(each.get("role"), str)
+    ]
+    if len(turns) != len(messages) or not turns:
+        raise _Refused("its messages hold more than texts")
+    return {"messages": turns}
+
+
+def _answer_rows(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    sample = item.get("sample") or {}
+    replies = [each for each in sample.get("output") or [] if isinstance(each.get("content"), str)]
+    if sample.get("input") and replies:
+        turns = _asked(sample["input"])["messages"]
+        yield {"messages": [*turns, {"role": "assistant", "content": replies[-1]["content"]}]}

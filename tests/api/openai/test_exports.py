@@ -1,0 +1,214 @@
+"""What the client saves of an account, by the guide's own lines, is taken over by ``import openai``."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+import luthier
+from luthier.data.rows import load_prompts, load_rows
+from luthier.errors import RecipeError
+from luthier.evaluation.evaluate import grade
+from luthier.graders import parse_graders, read_graders
+from luthier.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("tiny_base")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"question": {"type": "string"}},
+    "required": ["question"],
+}
+SAME: Any = {
+    "type": "string_check", "name": "same", "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}", "operation": "eq",
+}  # fmt: skip
+NEAR: Any = {
+    "type": "text_similarity", "name": "near", "input": "{{sample.output_text}}",
+    "reference": "{{item.answer}}", "evaluation_metric": "fuzzy_match", "pass_threshold": 0.5,
+}  # fmt: skip
+PYTHON: Any = {
+    "type": "python", "name": "short",
+    "source": "def grade(sample, item):\n"
+    "    return float(len(sample['output_text']) <= len(item['answer']))",
+}  # fmt: skip
+BOTH: Any = {
+    "type": "multi", "name": "both", "graders": {"same": SAME, "short": PYTHON},
+    "calculate_output": "0.5 * same + 0.5 * short", "pass_threshold": 0.9,
+}  # fmt: skip
+ROWS: Any = [{"item": {"question": f"Card {n}?", "answer": f"a{n}"}} for n in range(3)]
+ASK = {
+    "type": "completions", "model": "tiny", "sampling_params": {"max_completion_tokens": 4},
+    "source": {"type": "file_content", "content": ROWS},
+    "input_messages": {"type": "template", "template": [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": {"type": "input_text", "text": "{{item.question}}"}},
+    ]},
+}  # fmt: skip
+GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "migration.md"
+CHAT = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "Red"}]
+JOB: dict[str, Any] = {
+    "id": "ftjob-1", "object": "fine_tuning.job", "model": "gpt-4.1-mini", "status": "succeeded",
+    "fine_tuned_model": "ft:gpt-4.1-mini:acme:colours:abc", "training_file": "file-1",
+    "validation_file": None, "seed": 7,
+    "hyperparameters": {"n_epochs": 3, "batch_size": 1, "learning_rate_multiplier": 1.8},
+}  # fmt: skip
+FILE = {"id": "file-1", "object": "file", "filename": "colours.jsonl", "purpose": "fine-tune"}
+
+
+def exported(folder: Path, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The guide's lines, with a client of this service in place of OpenAI's."""
+    (script,) = re.findall(r"```python\n(import pathlib\n.*?)```", GUIDE.read_text(), re.S)
+    monkeypatch.setattr(openai, "OpenAI", lambda: client)
+    monkeypatch.chdir(folder)
+    exec(script, {})
+    return folder / "export"
+
+
+def saved(folder: Path, *objects: dict[str, Any]) -> Path:
+    folder.mkdir()
+    page = {"object": "list", "data": objects, "has_more": False}
+    (folder / "anything.json").write_text(json.dumps(page))
+    (folder / "file-1.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    return folder
+
+
+def answered(*replies: str) -> Any:
+    given = [
+        {**row, "sample": {"output_text": text}} for row, text in zip(ROWS, replies, strict=True)
+    ]
+    return {"type": "jsonl", "source": {"type": "file_content", "content": given}}
+
+
+def test_an_eval_of_this_service_is_taken_over_whole(
+    client: openai.OpenAI, service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"messages": CHAT}
+    file = client.files.create(file=("mine.jsonl", json.dumps(row).encode()), purpose="fine-tune")
+    made = client.evals.create(
+        name="cards", testing_criteria=[SAME, NEAR, PYTHON, BOTH],
+        data_source_config={"type": "custom", "item_schema": SCHEMA, "include_sample_schema": True},
+    )  # fmt: skip
+
+    def run(source: Any) -> Any:
+        begun = client.evals.runs.create(made.id, data_source=source)
+        assert service.face.evaluations.run_once()
+        return client.evals.runs.retrieve(begun.id, eval_id=made.id)
+
+    replies = ("a0", "x", "something long")
+    run(ASK)
+    theirs = run(answered(*replies))
+    found = luthier.import_openai(exported(tmp_path, client, monkeypatch), tmp_path / "out")
+    assert (found.folder / "mine.jsonl").read_bytes() == client.files.content(file.id).content
+    asked = load_prompts(found.folder / "cards.jsonl")
+    assert [row.turns()[-1].content for row in asked] == ["Card 0?", "Card 1?", "Card 2?"]
+    assert asked[0].turns()[0].role == "system"  # a developer's, there
+    graders = parse_graders(read_graders(found.folder / "cards-graders.toml"))
+    answers = grade(asked, replies, graders).answers
+    passed = {each.testing_criteria: each.passed for each in theirs.per_testing_criteria_results}
+    assert {name: sum(each.scores[name] for each in answers) for name in graders} == passed
+    assert passed == {"same": 1, "near": 1, "short": 2, "both": 1}
+    assert [each.partition(": ")[2] for each in found.results] == [
+        "tiny passed 0 of 3", "answers that were brought along passed 1 of 3"
+    ]  # fmt: skip
+    assert [each.reason for each in found.not_imported] == [
+        "there is neither what it asked nor what was answered"
+    ]
+
+
+def test_answers_that_passed_can_be_learned_from(tmp_path: Path) -> None:
+    item = {
+        "object": "eval.run.output_item",
+        "run_id": "run",
+        "eval_id": "eval",
+        "datasource_item_id": 1,
+    }
+    asked = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Colour?"}]
+    sample = {"input": asked, "output": [{"role": "assistant", "content": "Red"}]}
+    one = {
+        **item,
+        "id": "o1",
+        "status": "pass",
+        "datasource_item": {"answer": "Red"},
+        "sample": sample,
+    }
+    two = {**one, "id": "o2", "status": "fail", "datasource_item_id": 2}
+    run = {"id": "run", "object": "eval.run", "eval_id": "eval", "name": "first", "model": "ft:gpt:x",
+           "data_source": {"type": "completions", "source": {"type": "file_id", "id": "gone"}},
+           "result_counts": {"passed": 1, "total": 2}}  # fmt: skip
+    judged = {"type": "score_model", "name": "kind", "model": "o3", "range": [0, 10],
+              "input": [{"role": "user",
+                         "content": "How kind? {{sample.output_text}} {{ item.answer }}"}]}  # fmt: skip
+    config = {"type": "custom", "schema": {"type": "object"}}
+    made = {"id": "eval", "object": "eval", "name": "Colours", "data_source_config": config,
+            "testing_criteria": [judged, {"type": "odd", "name": "odd"}]}  # fmt: skip
+    export = saved(tmp_path / "export", one, two, run, made)
+    found = luthier.import_openai(export, tmp_path / "out", judge="smollm2-135m-instruct")
+    (row,) = load_rows(found.folder / "colours-answers-ft-gpt-x.jsonl")
+    assert [turn.content for turn in row.turns()] == ["Be brief.", "Colour?", "Red"]
+    assert len(load_prompts(found.folder / "colours.jsonl")) == 2
+    kind: Any = read_graders(found.folder / "colours-graders.toml")["kind"]
+    assert kind["calculate_output"] == "score >= 5"
+    grader = kind["graders"]["score"]
+    assert grader["model"] == "smollm2-135m-instruct"
+    assert "{{item.item.answer }}" in grader["input"][0]["content"]
+    assert found.results == ["Colours, run first: ft:gpt:x passed 1 of 2"]
+    assert [each.where for each in found.not_imported] == ["eval 'Colours', criterion 2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        (None, {"method": "sft"}),
+        ({"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}, {"method": "sft"}),
+        ({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": "auto"}}},
+         {"method": "dpo", "beta": 0.2}),
+        ({"type": "reinforcement", "reinforcement": {"grader": SAME, "hyperparameters": {
+            "compute_multiplier": 1, "reasoning_effort": "medium", "eval_samples": 2}}},
+         {"method": "grpo", "num_generations": 8, "grader": {"method": "string_check",
+          "input": SAME["input"], "reference": SAME["reference"], "operation": "eq"}}),
+    ],
+)  # fmt: skip
+def test_jobs_become_recipes_without_what_fitted_another_model(
+    tmp_path: Path, method: Any, objective: dict[str, Any]
+) -> None:
+    export = saved(tmp_path / "export", FILE, {**JOB, "method": method})
+    found = luthier.import_openai(export, tmp_path / "out")
+    path = found.folder / "tune-colours.toml"
+    written = tomllib.loads(path.read_text())
+    assert written["objective"] == objective
+    assert written["training"] == {"seed": 7}
+    assert written["data"] == {"train": str(found.folder / "colours.jsonl")}
+    recipe = Recipe.model_validate({**written, "base": "tiny"})
+    assert recipe.training.seed == 7
+    assert "n_epochs=3" in found.remarks[0] and "gpt-4.1-mini" in found.remarks[0]
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    lost = {**FILE, "id": "file-2", "filename": "lost.jsonl"}
+    orphan = {"id": "run", "object": "eval.run", "eval_id": "gone"}
+    empty = {"id": "eval", "object": "eval", "name": "None", "testing_criteria": [SAME],
+             "data_source_config": {"type": "custom", "schema": SCHEMA}}  # fmt: skip
+    export = saved(tmp_path / "export", lost, {**JOB, "training_file": "file-2"}, orphan, empty)
+    found = luthier.import_openai(export, tmp_path / "out")
+    assert [each.where for each in found.not_imported] == [
+        "file file-2", "fine_tuning.job ftjob-1", "rows of the eval 'None'", "eval.run run"
+    ]  # fmt: skip
+    assert "save it as file-2.jsonl" in found.not_imported[0].reason
+
+
+def test_folders_without_an_export_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no folder"):
+        luthier.import_openai(tmp_path / "gone", tmp_path / "out")
+    (tmp_path / "odd.json").write_text("[" * 100_000)
+    (tmp_path / "odd.jsonl").write_text('{"object": "eval"}\n{"object": {}, "id": 1}\nnull\n\xff\n')
+    (tmp_path / "away").symlink_to("/etc")
+    with pytest.raises(RecipeError, match="holds no object of OpenAI's"):
+        luthier.import_openai(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

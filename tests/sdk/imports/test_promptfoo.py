@@ -1,0 +1,252 @@
+"""promptfoo's configurations as rows and graders: what passes there passes here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Answer
+
+import luthier
+from luthier.data.rows import load_prompts
+from luthier.errors import RecipeError
+from luthier.evaluation.evaluate import grade
+from luthier.graders import parse_graders, read_graders
+from luthier.types import Row
+
+QUESTION = {"vars": {"question": "Which colour has snow?"}}
+
+
+def configured(folder: Path, **fields: Any) -> Path:
+    path = folder / "promptfooconfig.yaml"
+    path.write_text(json.dumps({"prompts": ["Answer: {{question}}"], **fields}))  # JSON is YAML
+    return path
+
+
+def imported(folder: Path, **fields: Any) -> Any:
+    return luthier.import_promptfoo(configured(folder, **fields), folder / "out", judge="judge")
+
+
+def rows_of(found: Any, name: str) -> list[Row]:
+    return load_prompts(found.folder / name)
+
+
+def scores(found: Any, reply: str, number: str = "") -> dict[str, float]:
+    """What the graders say of ``reply`` to the first row."""
+    (row, *_) = rows_of(found, f"prompt-1{number}.jsonl")
+    graders = parse_graders(read_graders(found.folder / f"graders{number}.toml"))
+    return dict(grade([row], [reply], graders).answers[0].scores)
+
+
+@pytest.mark.parametrize(
+    ("assertion", "passing", "failing"),
+    [
+        ({"type": "equals", "value": "white"}, "white", "White"),
+        ({"type": "equals", "value": 4}, "4", "5"),
+        ({"type": "equals", "value": {"a": 1}}, '{"a": 1}', '{"a": 2}'),
+        ({"type": "contains", "value": "white"}, "is white.", "is White."),
+        ({"type": "icontains", "value": "white"}, "is WHITE.", "is red."),
+        ({"type": "contains", "value": "{{question}}"}, "Which colour has snow? Guess.", "Guess."),
+        ({"type": "not-contains", "value": "white"}, "red", "white"),
+        ({"type": "contains-any", "value": ["red", "white"]}, "white", "blue"),
+        ({"type": "contains-all", "value": "red, white"}, "white and red", "white"),
+        ({"type": "not-icontains-any", "value": ["red", "white"]}, "blue", "WHITE"),
+        ({"type": "starts-with", "value": "It (is)"}, "It (is) white", "Well. It (is) white"),
+        ({"type": "regex", "value": r"\d{3}"}, "a 123", "a 12"),
+        ({"type": "is-json"}, "[1]", "one"),
+        ({"type": "is-json", "value": {"required": ["a"]}}, '{"a": 1}', '{"b": 1}'),
+        ({"type": "is-json", "value": "required: [a]"}, '{"a": 1}', '{"b": 1}'),
+        ({"type": "contains-json"}, 'so: {"a": 1} it is', "so { it is"),
+        ({"type": "levenshtein", "value": "kitten", "threshold": 3}, "sitting", "something"),
+        ({"type": "rouge-n", "value": "the snow is white", "threshold": 0.5}, "snow is white", "no"),
+        ({"type": "python", "value": "len(output) < 5"}, "abc", "abcdef"),
+        (
+            {"type": "python", "value": "asked = context['vars']['question']\nreturn output in asked"},
+            "snow", "ice",
+        ),
+        ({"type": "python", "value": "len(output) / 10", "threshold": 0.5}, "abcde", "abcd"),
+        ({"type": "not-python", "value": "len(output) < 5"}, "abcdef", "abc"),
+        (
+            {"type": "assert-set", "threshold": 0.5, "assert": [
+                {"type": "contains", "value": "red"}, {"type": "contains", "value": "blue"}]},
+            "red", "green",
+        ),
+        (
+            {"type": "assert-set", "assert": [
+                {"type": "contains", "value": "red"}, {"type": "not-contains", "value": "blue"}]},
+            "red", "red and blue",
+        ),
+    ],
+)  # fmt: skip
+def test_assertions_pass_and_fail_as_there(
+    tmp_path: Path, assertion: dict[str, Any], passing: str, failing: str
+) -> None:
+    found = imported(tmp_path, tests=[{**QUESTION, "assert": [assertion]}])
+    assert found.not_imported == []
+    assert list(scores(found, passing).values()) == [1.0]
+    assert list(scores(found, failing).values()) == [0.0]
+
+
+def test_a_test_passes_where_all_its_assertions_do_or_by_its_threshold(tmp_path: Path) -> None:
+    asserts = [
+        {"type": "contains", "value": "white", "weight": 3},
+        {"type": "contains", "value": "snow", "metric": "Subject named"},
+        {"type": "contains", "value": "never", "weight": 0},
+    ]
+    tests = [{**QUESTION, "assert": asserts}, {**QUESTION, "assert": asserts, "threshold": 0.75}]
+    found = imported(tmp_path, tests=tests)
+    white = {"contains": 1.0, "subject_named": 0.0, "contains_2": 0.0}
+    assert scores(found, "white", "-1") == {**white, "pass": 0.0}
+    assert scores(found, "white", "-2") == {**white, "pass": 1.0}
+    assert scores(found, "white snow", "-1")["pass"] == 1.0
+    assert scores(found, "snow", "-2")["pass"] == 0.0
+
+
+def test_rows_have_variables_defaults_tables_and_turns(tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text(
+        '[{"role": "system", "content": "Be {{tone}}."}, {"role": "user", "content": "{{question}}"}]'
+    )
+    (tmp_path / "two.txt").write_text("{{question | upper}}\n---\nNow {{question}}")
+    (tmp_path / "tests.csv").write_text(
+        "question,__expected,__description,__metadata:kind\n"
+        'Snow?,white,cold,a\nSky?,"not-contains: red",,b\n'
+    )
+    found = imported(
+        tmp_path,
+        prompts=["file://chat.json", {"id": "file://two.txt", "label": "two"}],
+        defaultTest={"vars": {"tone": "kind"}},
+        tests=["file://tests.csv", {"vars": {"question": ["A?", "B?"]}}],
+    )
+    records = {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(found.folder.glob("*.jsonl"))
+    }
+    assert records["chat-1.jsonl"] == [
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Snow?"},
+                {"role": "assistant", "content": "white"},
+            ],
+            "vars": {"tone": "kind", "question": "Snow?"}, "assert": ["white"],
+            "description": "cold", "metadata": {"kind": "a"},
+        }
+    ]  # fmt: skip
+    assert [row["prompt"] for row in records["two-1-2.jsonl"]] == ["SKY?"]
+    assert [row["prompt"] for row in records["two-2-3.jsonl"]] == ["Now A?", "Now B?"]
+    assert (found.folder / "graders-2.toml").exists()
+    assert not (found.folder / "graders-3.toml").exists()  # nothing is asserted of those
+    assert {"graders-1.toml", "graders-2.toml"} == {p.name for p in found.folder.glob("*.toml")}
+
+
+def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.csv").write_text("question\nWhich?\n")
+    found = imported(
+        tmp_path / "inside",
+        prompts=[
+            "Answer: {{question}}", "file://made.py", "exec:./prompt.sh", "{{ question | nothing }}",
+        ],
+        providers=["openai:gpt-4o-mini"],
+        tests=[
+            {**QUESTION, "assert": [
+                {"type": "javascript", "value": "output.length"}, {"type": "latency", "threshold": 1},
+                {"type": "regex", "value": "("},
+                {"type": "contains", "value": "a", "transform": "output"},
+                {"type": "never heard of"}, "text", {"type": "contains", "value": "white"},
+            ]},
+            "file://../secret.csv", "file://gone.csv", "file://tests.py", "https://example.org/t.csv",
+            {"vars": {"other": "x"}},
+        ],
+    )  # fmt: skip
+    left = {(each.where, each.reason.partition(":")[0]) for each in found.not_imported}
+    assert {where for where, _ in left} >= {
+        "prompt 2", "prompt 3", "test 1, assertion `javascript`", "test 1, assertion `latency`",
+        "test 1, assertion `regex`", "test 1, assertion `never heard of`", "test 1, assertion `None`",
+        "test 2", "test 3", "test 4", "test 5", "providers (openai:gpt-4o-mini)",
+        "test 1 with 'prompt 4'",
+    }  # fmt: skip
+    reasons = {each.where: each.reason for each in found.not_imported}
+    assert "outside the folder" in reasons["test 2"] and "is not there" in reasons["test 3"]
+    assert list(scores(found, "white", "-1")) == ["contains"]  # the one that is left
+    assert "there is no variable `question`" in found.remarks[0]
+    assert "Which?" not in "".join(p.read_text() for p in found.folder.iterdir())
+    report = (found.folder / "IMPORT.md").read_text()
+    assert all(each.reason in report for each in found.not_imported)
+
+
+def test_rubrics_ask_the_judge_that_is_named_and_none_else(tmp_path: Path) -> None:
+    asserts = [
+        {"type": "llm-rubric", "value": "Speaks of {{question}}"},
+        {"type": "g-eval", "value": "Is kind", "threshold": 0.8},
+    ]
+    tests = [{**QUESTION, "assert": asserts}]
+    found = imported(tmp_path, tests=tests)
+    graders = read_graders(found.folder / "graders.toml")
+    rubric: Any = graders["llm_rubric"]
+    assert (rubric["method"], rubric["model"]) == ("label_model", "judge")
+    assert "{{item.assert[0]}}" in rubric["input"][0]["content"]
+    geval: Any = graders["g_eval"]
+    assert geval["calculate_output"] == "g_eval >= 0.8"
+    (row,) = rows_of(found, "prompt-1.jsonl")
+    assert (
+        row.members is not None and row.members["assert"][0] == "Speaks of Which colour has snow?"
+    )
+    config = configured(tmp_path, tests=tests)
+    alone = luthier.import_promptfoo(config, tmp_path / "alone")
+    assert [each.where for each in alone.not_imported] == [
+        "test 1, assertion `llm-rubric`", "test 1, assertion `g-eval`"
+    ]  # fmt: skip
+    options = {"options": {"provider": "openai:chat:gpt-5-mini"}}
+    config = configured(tmp_path, tests=tests, defaultTest=options)
+    theirs = luthier.import_promptfoo(config, tmp_path / "theirs")
+    (parsed, *_) = parse_graders(read_graders(theirs.folder / "graders.toml")).values()
+    assert (parsed.model, parsed.url) == ("gpt-5-mini", "https://api.openai.com/v1")  # type: ignore[attr-defined]
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{after}: &{after} [{','.join([f'*{before}'] * 10)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no configuration of promptfoo"),
+        ("just text", "no configuration of promptfoo"),
+        ("prompts: [", "cannot be read"),
+        ("prompts: !!python/object/apply:os.system ['true']", "cannot be read"),
+        ("prompts: [x]\ntests: []", "no test can be imported"),
+        ("prompts: ['file://gone.txt']\ntests: [{}]", "no prompt can be imported"),
+        (f"prompts: [x]\n{BOMB}", "more than 2,000,000 values"),
+        ("prompts: [x]\ntests: [{vars: {" + ", ".join(f"v{n}: [1,2,3,4,5,6,7,8,9]" for n in range(6))
+         + "}}]", "more than 100,000 rows"),
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration_is_refused_and_leaves_nothing(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "promptfooconfig.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        luthier.import_promptfoo(path, tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_command_says_where_to_go_on_and_keeps_what_is_there(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    config = configured(
+        tmp_path, tests=[{**QUESTION, "assert": [{"type": "icontains", "value": "a"}]}]
+    )
+    out = tmp_path / "out"
+    said = Answer("import", "promptfoo", str(config), "--output", str(out)).good().out
+    command = said.splitlines()[-1].strip()
+    assert command == f"luthier evaluate MODEL {out}/prompt-1.jsonl --grader {out}/graders.toml"
+    words = command.replace("MODEL", str(tiny_model_folder)).split()[1:]
+    report = Answer(*words, "--max-tokens", "4", "--json").good().json()
+    assert report["rows"] == 1 and set(report["scores"]) == {"icontains"}
+    again = Answer("import", "promptfoo", str(config), "--output", str(out))
+    assert "holds something already" in again.refused()
