@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from luthier.chat_models.base import Reply
+from luthier.chat_models.base import Done, Reply
 from luthier.data.read import read_records
 from luthier.data.shapes import MultipleChoice, ThumbedReply, of_shape
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
@@ -280,17 +280,21 @@ def _journaled_replies(
     journal: Journal,
 ) -> list[str]:
     """What ``journal`` does not have is asked, the longest first, and written down by and by."""
+
+    def ask(places: list[int], answered: Done) -> None:
+        known = len(prompts) - len(places)
+        done(known)
+        places.sort(key=lambda place: -generator.prompt_tokens(prompts[place]))
+        for start in range(0, len(places), AT_ONCE):
+            chosen = places[start : start + AT_ONCE]
+            texts = generator.replies([prompts[place] for place in chosen], sampling)
+            done(known + start + len(chosen))
+            for place, text in zip(chosen, texts, strict=True):
+                answered(place, Reply(text, "unknown"))
+
     keys = [key_of({}, prompt.turns, {"tools": repr(prompt.tools)}) for prompt in prompts]
-    new = {key: n for n, key in enumerate(keys) if key not in journal.replies}
-    order = sorted(new.items(), key=lambda item: -generator.prompt_tokens(prompts[item[1]]))
-    done(len(keys) - len(order))
-    for start in range(0, len(order), AT_ONCE):
-        chosen = order[start : start + AT_ONCE]
-        texts = generator.replies([prompts[place] for _, place in chosen], sampling)
-        done(len(keys) - len(order) + start + len(chosen))
-        for (key, _), text in zip(chosen, texts, strict=True):
-            journal.append(key, Reply(text, "unknown"))
-    return [journal.replies[key].text for key in keys]
+    outcomes = journal.complete(keys, ask)
+    return [each.text for each in outcomes if isinstance(each, Reply)]
 
 
 def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:

@@ -17,14 +17,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec, Writer
+from luthier.chat_models.base import Done, Failure, ModelSpec, Reply, SamplingSpec, Writer
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
@@ -144,6 +144,26 @@ class Journal:
             os.fsync(file.fileno())
         self.replies[key] = reply
 
+    def complete(
+        self, keys: Sequence[str], ask: Callable[[list[int], Done], None]
+    ) -> list[Reply | Failure]:
+        """What came of each of ``keys``, of which only what is missing is asked, equal ones once.
+
+        ``ask`` is given the places of those, and calls ``done`` with the place of each and what came of
+        it: an answer is on the disk then, and a failure is forgotten.
+        """
+        missing = {key: place for place, key in enumerate(keys) if key not in self.replies}
+        failures: dict[str, Failure] = {}
+
+        def done(place: int, outcome: Reply | Failure) -> None:
+            if isinstance(outcome, Reply):
+                self.append(keys[place], outcome)
+            else:
+                failures[keys[place]] = outcome
+
+        ask([*missing.values()], done)
+        return [failures[key] if key in failures else self.replies[key] for key in keys]
+
 
 @contextmanager
 def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterator[Journal | None]:
@@ -210,27 +230,20 @@ def journal_verdicts(write: Writer, judge: ModelSpec, sampling: SamplingSpec) ->
     identity, settings = _identity(judge), sampling.model_dump(mode="json")
     path = journal_path(identity, f"judge-{judge.model}")
 
-    def ask(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
-        keys = [key_of(identity, each, settings) for each in conversations]
-        failed: dict[str, Failure] = {}
-        with Journal.open(path) as journal:
-            new = {
-                key: each
-                for key, each in zip(keys, conversations, strict=True)
-                if key not in journal.replies
-            }
-            missing = list(new)
-            for start in range(0, len(missing), AT_ONCE):
-                chosen = missing[start : start + AT_ONCE]
-                found = write([new[key] for key in chosen])
-                for key, answer in zip(chosen, found, strict=True):
-                    if isinstance(answer, Failure):
-                        failed[key] = answer
-                    else:
-                        journal.append(key, Reply(answer, "unknown"))
-            return [failed[key] if key in failed else journal.replies[key].text for key in keys]
+    def judge_all(conversations: Sequence[Sequence[Message]]) -> list[str | Failure]:
+        def ask(places: list[int], done: Done) -> None:
+            for start in range(0, len(places), AT_ONCE):
+                chosen = places[start : start + AT_ONCE]
+                found = write([conversations[place] for place in chosen])
+                for place, each in zip(chosen, found, strict=True):
+                    done(place, each if isinstance(each, Failure) else Reply(each, "unknown"))
 
-    return ask
+        keys = [key_of(identity, each, settings) for each in conversations]
+        with Journal.open(path) as journal:
+            outcomes = journal.complete(keys, ask)
+        return [each.text if isinstance(each, Reply) else each for each in outcomes]
+
+    return judge_all
 
 
 def _identity(judge: ModelSpec) -> Mapping[str, Any]:

@@ -17,9 +17,9 @@ training is an ordinary run of `tune`, with its own checkpoints.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,36 +188,39 @@ class _Responses:
         """The outcome for each row by its index, asking only what no run has asked before."""
         sampling, reporter = self.recipe.sampling, self.reporter
         skip = reject_prompts(rows, self.recipe.insights)
+        questions = {index: row.turns() for index, row in enumerate(rows) if index not in skip}
         settings = sampling.model_dump(mode="json")
-        keys = {
-            index: key_of(teacher.identity, row.turns(), settings)
-            for index, row in enumerate(rows)
-            if index not in skip
-        }
-        with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
-            known: dict[int, Reply | Failure] = {
-                index: journal.replies[key] for index, key in keys.items() if key in journal.replies
-            }
-            missing = [index for index in keys if index not in known]
+        keys = [key_of(teacher.identity, each, settings) for each in questions.values()]
+
+        def ask(places: list[int], done: Done) -> None:
+            known = len(keys) - len(places)
             if known:
-                reporter.note(f"{len(known):,} of {len(keys):,} answers are in the journal already")
-            if not missing:
-                return known
-
-            def done(place: int, outcome: Reply | Failure) -> None:
-                index = missing[place]
-                if isinstance(outcome, Reply):
-                    journal.append(keys[index], outcome)
-                known[index] = outcome
-                reporter.progress(len(known), len(keys), "answers")
-
+                reporter.note(f"{known:,} of {len(keys):,} answers are in the journal already")
+            if not places:
+                return
             reporter.stage(f"Asking {teacher.name}")
             if teacher.terms:
                 reporter.note(teacher.terms)
-            with _interruptible(known, len(keys)):
-                conversations = [rows[index].turns() for index in missing]
-                teacher.ask(conversations, sampling, done, reporter.note)
-            return known
+            numbers = count(known + 1)
+
+            def answered(number: int, outcome: Reply | Failure) -> None:
+                done(places[number], outcome)
+                reporter.progress(next(numbers), len(keys), "answers")
+
+            conversations = [*questions.values()]
+            missing = [conversations[place] for place in places]
+            teacher.ask(missing, sampling, answered, reporter.note)
+
+        with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
+            try:
+                outcomes = journal.complete(keys, ask)
+            except KeyboardInterrupt:
+                finished = sum(key in journal.replies for key in keys)
+                raise Interrupted(
+                    f"stopped at {finished:,} of {len(keys):,} answers, which are kept; the same "
+                    "command with --resume goes on"
+                ) from None
+        return dict(zip(questions, outcomes, strict=True))
 
     def _judge(self, rows: Sequence[Row], outcomes: dict[int, Reply | Failure]) -> list[Insight]:
         """What becomes of each row, in the order of the file."""
@@ -326,18 +329,6 @@ def _with_reply(row: Row, reply: str) -> PromptCompletion | Conversation:
     if isinstance(row, PromptOnly):
         return PromptCompletion(row.file, row.line, row.prompt, reply)
     return Conversation(row.file, row.line, (*row.turns(), Message("assistant", reply)))
-
-
-@contextmanager
-def _interruptible(known: Mapping[int, Any], total: int) -> Iterator[None]:
-    """Ctrl-C while the teacher is asked loses only what is under way."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped at {len(known):,} of {total:,} answers, which are kept; the same command with "
-            "--resume goes on"
-        ) from None
 
 
 @dataclass(frozen=True)
