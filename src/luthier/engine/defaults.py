@@ -9,7 +9,8 @@ from typing import Any
 from luthier.data.loader import Mixed, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.memory import MemoryEstimate
-from luthier.engine.metrics import ERROR_RATES, SCORES
+from luthier.engine.metrics import SCORES
+from luthier.evaluation.significance import LESS_IS_BETTER
 from luthier.objectives import Objective
 from luthier.objectives.capabilities import SupportsHeadStart
 from luthier.recipe import Recipe
@@ -130,7 +131,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     if (
         facts.held_out
         and rows <= MOST_REFIT_ROWS
-        and objective.measure in SCORES.keys() - ERROR_RATES
+        and objective.measure in SCORES.keys() - LESS_IS_BETTER
     ):
         reason = f"{rows} rows are few: once it is known how long, all of them are learned from"
         fill("refit", True, reason)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.encryption.files import open_line, place_of, seal_line
-from luthier.evaluation.significance import CHANCE, RowScores
+from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores
 from luthier.files import disk_errors, write_bytes
 
 SCORES: Mapping[str, str] = {
@@ -22,8 +22,6 @@ SCORES: Mapping[str, str] = {
     "cer": "character error rate",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
-ERROR_RATES = frozenset({"cer"})
-"""Those of them that are to be low. At 1 or above nothing is right yet, however much of it there is."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Metrics of which less is better that people read beside the loss, and what they are called."""
 HOLLOW = 0.95
@@ -36,25 +34,26 @@ _REWARDS: Mapping[str, str] = {
 
 
 def cost_of(measured: Mapping[str, Any], measure: str) -> float:
-    """What is to be low of a measurement: loss (or minus the reward), an error rate, 1 less a score."""
-    cost: float
-    if measure in ERROR_RATES:
-        cost = min(1.0, measured[measure])
-        return cost
-    cost = measured["loss"] if measure in ("loss", "reward") else 1 - measured[measure]
-    return cost
+    """What is to be low of a measurement: loss (or minus the reward), an error rate, 1 less a score.
+
+    Of an error rate it is 1 at most: nothing is right then, however much there is of it.
+    """
+    if measure in ("loss", "reward"):
+        return float(measured["loss"])
+    value = float(measured[measure])
+    return min(1.0, value) if measure in LESS_IS_BETTER else 1 - value
 
 
 def measured_of(cost: float, measure: str) -> float:
     """What was measured, of its :func:`cost_of`."""
-    if measure in ERROR_RATES or measure == "loss":
+    if measure in LESS_IS_BETTER:
         return cost
     return -cost if measure == "reward" else 1 - cost
 
 
 def deciding_measure(lines: Sequence[Mapping[str, Any]], measure: str) -> str:
     """What tells the measurements of a run apart: the loss, where all of an error rate is wrong yet."""
-    unread = measure in ERROR_RATES and all(cost_of(line, measure) == 1 for line in lines)
+    unread = measure in LESS_IS_BETTER and all(cost_of(line, measure) == 1 for line in lines)
     return "loss" if unread else measure
 
 

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import (
-    ERROR_RATES,
     SCORES,
     MetricsFile,
     Reporter,
@@ -38,7 +37,7 @@ from luthier.engine.metrics import (
 from luthier.engine.runs import METRICS, automatic_name, same_request
 from luthier.engine.train import rehearse
 from luthier.errors import RecipeError, RunConflict
-from luthier.evaluation.significance import RowScores
+from luthier.evaluation.significance import LESS_IS_BETTER, RowScores
 from luthier.files import lock, luthier_home, read_json, write_bytes, write_json
 from luthier.recipe import Recipe
 from luthier.store.models import find
@@ -121,10 +120,9 @@ class LearningCurve:
     def verdict(self) -> str:
         """Whether more rows would help, in a sentence."""
         rows = round(self.gain.times * self.law.rows)
-        is_share = self.measure in SCORES and self.measure != "absolute_error"
-        falls = self.measure == "loss" or self.measure in ERROR_RATES or not is_share
-        sign, scale = ("-" if falls else "+"), (100 if is_share else 1)
-        number = ".1f" if is_share else ".3g"
+        is_share = self.measure in SCORES
+        sign = "-" if self.measure in LESS_IS_BETTER else "+"
+        scale, number = (100, ".1f") if is_share else (1, ".3g")
         value, low, high = (
             f"{scale * each:{number}}" for each in (self.gain.value, self.gain.low, self.gain.high)
         )
@@ -133,8 +131,6 @@ class LearningCurve:
             if is_share
             else SCORES.get(self.measure, self.measure)
         )
-        if self.measure == "reward":
-            sign = "+"
         said = f"twice the rows ({rows:,}) would give about {sign}{value} {what} ({low} to {high})"
         if float(low) <= 0:
             return f"More rows of the same kind are not shown to help: {said}."
@@ -280,8 +276,7 @@ def _other_rows(points: Sequence[CurvePoint], draw: np.random.Generator) -> Arra
         np.stack([getattr(each, name) for each in noted], 1) for name in ("parts_R", "wholes_R")
     )
     off_BP: Array = (times_BR @ parts_RP) / (times_BR @ wholes_RP) - [each.value for each in noted]
-    is_score = points[0].measure not in ("loss", "reward") and points[0].measure not in ERROR_RATES
-    return -off_BP if is_score or points[0].measure == "reward" else off_BP
+    return off_BP if points[0].measure in LESS_IS_BETTER else -off_BP
 
 
 def _fit(rows_P: Array, cost_BP: Array, bounded: bool) -> tuple[Array, Array, Array]:
