@@ -173,6 +173,23 @@ def seal_value(value: Any, place: str | None = None) -> Any:
     return json.loads(seal_line(json.dumps(value), place))
 
 
+def seal_json(text: str, place: str) -> dict[str, Any]:
+    """The JSON of an object as a database keeps it, bound to ``place``: elsewhere it does not open.
+
+    It is kept as text: what a model writes may hold U+0000, which JSON in PostgreSQL cannot.
+    """
+    sealed: dict[str, Any] = seal_value({"text": text}, place)
+    return sealed
+
+
+def open_json(sealed: Any, place: str) -> dict[str, Any]:
+    """The object that :func:`seal_json` was given as JSON."""
+    # Earlier versions kept the lines of batches under another name.
+    (text,) = open_value(sealed, place).values()
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
 def seal_text(text: str) -> str:
     """Words as a database keeps them in an encrypted store; in a plain one as they are."""
     return text if keyring() is None else seal_line(json.dumps(text))

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.encryption.files import open_value, seal_value
+from luthier.encryption.files import open_json, seal_json
 from luthier.store.database import Base, now
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
@@ -26,7 +26,6 @@ VALIDATING, IN_PROGRESS, FINALIZING, COMPLETED = (
 )
 FAILED, EXPIRED, CANCELLING, CANCELLED = "failed", "expired", "cancelling", "cancelled"
 ENDED = (COMPLETED, FAILED, EXPIRED, CANCELLED)
-_LINE = "line"
 PAGE = 20
 """Lines that are in memory at once when a file is written: one may have megabytes."""
 
@@ -72,7 +71,7 @@ class BatchLine(Base):
     """Line of the input file, from 1."""
     failed: Mapped[bool]
     result: Mapped[dict[str, Any]]
-    """``line``: that of the output file as text; encrypted where the store is."""
+    """What :func:`luthier.encryption.files.seal_json` made of the line of the output file."""
 
 
 def create(
@@ -149,9 +148,7 @@ def record(
     session: Session, batch_id: str, number: int, failed: bool, result: dict[str, Any]
 ) -> None:
     """Write an answer down."""
-    # As text: what a model writes may hold U+0000, which JSON in PostgreSQL cannot.
-    line = {_LINE: json.dumps(result)}
-    kept = seal_value(line, _place(batch_id, number, failed))
+    kept = seal_json(json.dumps(result), _place(batch_id, number, failed))
     session.add(BatchLine(batch_id=batch_id, number=number, failed=failed, result=kept))
     session.flush()
 
@@ -164,7 +161,7 @@ def results(
         BatchLine.batch_id == batch_id, BatchLine.failed == failed, BatchLine.number > after
     )
     return [
-        (number, json.loads(open_value(result, _place(batch_id, number, failed))[_LINE]))
+        (number, open_json(result, _place(batch_id, number, failed)))
         for number, result in session.execute(query.order_by(BatchLine.number).limit(PAGE))
     ]
 

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.encryption.files import open_value, seal_value
+from luthier.encryption.files import open_json, seal_json
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.database import Base, QuotingText, now
@@ -33,7 +33,6 @@ PATIENCE = timedelta(hours=24)
 """How long a run may take, waiting for its turn included."""
 PAGE = 100
 """Rows that are in memory at once where all of a run are read."""
-_TEXT = "text"
 
 
 class Eval(Base):
@@ -55,7 +54,7 @@ class Eval(Base):
     @property
     def definition(self) -> Mapping[str, Any]:
         """``data_source_config`` and ``testing_criteria``, as they were sent."""
-        return _open(self.sealed, self.id)
+        return open_json(self.sealed, self.id)
 
 
 class EvaluationRun(BackgroundWork, Base):
@@ -91,7 +90,7 @@ class EvaluationRun(BackgroundWork, Base):
     @property
     def request(self) -> Mapping[str, Any]:
         """What was asked."""
-        return _open(self.sealed, self.id)
+        return open_json(self.sealed, self.id)
 
 
 class EvaluationRow(Base):
@@ -111,7 +110,7 @@ class EvaluationRow(Base):
     @property
     def record(self) -> dict[str, Any]:
         """What the face shows of it."""
-        return _open(self.sealed, f"{self.run_id}:{self.number}")
+        return open_json(self.sealed, f"{self.run_id}:{self.number}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def create_eval(
         id=eval_id,
         account=account,
         name=name,
-        sealed=_seal(text, eval_id),
+        sealed=seal_json(text, eval_id),
         user_metadata=dict(metadata),
         stored_bytes=len(text),
         created=moment,
@@ -184,7 +183,7 @@ def create_run(
         face=face,
         eval_id=eval_id,
         name=name,
-        sealed=_seal(text, run_id),
+        sealed=seal_json(text, run_id),
         user_metadata=dict(metadata or {}),
         status=QUEUED,
         tallies={},
@@ -233,7 +232,7 @@ def record(
             run_id=run.id,
             number=number,
             status=row.status,
-            sealed=_seal(text, f"{run.id}:{number}"),
+            sealed=seal_json(text, f"{run.id}:{number}"),
             graded=now(),
         )
     )
@@ -301,15 +300,3 @@ def delete_run(session: Session, run: EvaluationRun) -> None:
     session.delete(run)
     session.flush()
     storage.release(session, run.account, stored_bytes=run.stored_bytes)
-
-
-def _seal(text: str, place: str) -> dict[str, Any]:
-    """What is kept of ``text``, bound to ``place``, so that none can be put in another's."""
-    # As text: what a model writes may hold U+0000, which JSON in PostgreSQL cannot.
-    sealed: dict[str, Any] = seal_value({_TEXT: text}, place)
-    return sealed
-
-
-def _open(sealed: Any, place: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(open_value(sealed, place)[_TEXT])
-    return found
