@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import socket
 import threading
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from openai_endpoint import Endpoint
 
 from luthier.chat_models.base import Failure, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import LuthierError, RecipeError
+from luthier.limits import MIB
 from luthier.types import Message
 from luthier.workflows.distil.recipe import TeacherSpec
 
@@ -231,6 +239,116 @@ def test_an_answer_without_end_is_not_held(endpoint: Any, monkeypatch: pytest.Mo
     endpoint.answers["a"] = "a" * 2000
     found = ask(endpoint.url, "a", "b", retries=0)
     assert isinstance(found["a"], Failure) and "more than 1,000 bytes" in found["a"].reason
+    assert isinstance(found["b"], Reply)
+
+
+def test_a_byte_now_and_then_does_not_keep_the_client(endpoint: Any) -> None:
+    def trickle(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("content-type", "application/json")
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(200):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+
+    endpoint.actions["a"] = [trickle] * 9
+    began = time.monotonic()
+    found = ask(endpoint.url, "a", "b", timeout=5.0, deadline=0.5)
+    assert time.monotonic() - began < 5
+    assert found["a"] == Failure("teacher.failed", "it was not whole within 0.5 s")
+    assert isinstance(found["b"], Reply)
+
+
+def test_repeats_count_in_the_time_of_an_answer(endpoint: Any) -> None:
+    endpoint.actions["a"] = [(500, {})] * 99
+    began = time.monotonic()
+    found = ask(endpoint.url, "a", retries=1000, deadline=0.7)
+    assert time.monotonic() - began < 5
+    assert found["a"] == Failure("teacher.failed", "it was not whole within 0.7 s")
+
+
+@pytest.mark.parametrize(
+    ("status", "encoding", "pack"),
+    [
+        (200, "gzip", gzip.compress),
+        (200, "gzip, gzip", lambda data: gzip.compress(gzip.compress(data))),
+        (400, "deflate", zlib.compress),
+    ],
+)
+def test_an_answer_that_unpacks_without_end_is_not_held(
+    endpoint: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    encoding: str,
+    pack: Callable[[bytes], bytes],
+) -> None:
+    monkeypatch.setattr("luthier.chat_models.endpoint.MOST_BYTES", 4 * MIB)
+    sent = pack(bytes(64 * MIB))
+
+    def bomb(handler: Any) -> None:
+        handler.send_response(status)
+        handler.send_header("content-type", "application/json")
+        handler.send_header("content-encoding", encoding)
+        handler.send_header("content-length", str(len(sent)))
+        handler.end_headers()
+        with suppress(OSError):
+            handler.wfile.write(sent)
+
+    endpoint.actions["a"] = [bomb] * 9
+    tracemalloc.start()
+    try:
+        found = ask(endpoint.url, "a", "b", retries=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert isinstance(found["a"], Failure) and "more than 4,194,304 bytes" in found["a"].reason
+    assert isinstance(found["b"], Reply)
+    assert peak < 16 * MIB  # the limit, and the pieces that it came in
+
+
+def test_an_answer_that_is_packed_is_read(endpoint: Any) -> None:
+    choice = {"message": {"content": "fine"}, "finish_reason": "stop"}
+    sent = gzip.compress(json.dumps({"choices": [choice]}).encode())
+
+    def packed(handler: Any) -> None:
+        handler.send_response(200)
+        handler.send_header("content-type", "application/json")
+        handler.send_header("content-encoding", "gzip")
+        handler.send_header("content-length", str(len(sent)))
+        handler.end_headers()
+        handler.wfile.write(sent)
+
+    endpoint.actions["a"] = [packed]
+    assert ask(endpoint.url, "a")["a"] == Reply("fine", "stop")
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("target", ["{other}/chat/completions", "file:///etc/passwd", "/v1", ""])
+def test_no_redirect_takes_the_key_or_the_prompts_elsewhere(
+    endpoint: Any, key: str, code: int, target: str
+) -> None:
+    other = Endpoint()
+    thread = threading.Thread(target=other.server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    location = target.format(other=other.url)
+    endpoint.actions["a"] = [(code, {"location": location} if location else {})] * 9
+    try:
+        with pytest.raises(RecipeError, match=f"redirects to .*HTTP {code}") as caught:
+            ask(endpoint.url, "a")
+    finally:
+        other.server.shutdown()
+        other.server.server_close()
+        thread.join()
+    assert not other.asked and not other.keys
+    assert endpoint.asked["a"] == 1
+    assert location in str(caught.value) and key not in str(caught.value)
+
+
+def test_json_nested_without_end_fails_its_prompt_alone(endpoint: Any) -> None:
+    endpoint.actions["a"] = [b"[" * 1_000_000] * 9
+    found = ask(endpoint.url, "a", "b", retries=0)
+    assert isinstance(found["a"], Failure) and "broke off" in found["a"].reason
     assert isinstance(found["b"], Reply)
 
 

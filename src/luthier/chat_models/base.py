@@ -41,6 +41,8 @@ class ModelSpec(BaseModel):
     """Requests under way at once."""
     timeout: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that the endpoint may stay silent."""
+    deadline: float = Field(default=1800.0, gt=0, le=604_800)
+    """Seconds for a whole answer, repeats included; long waits that it asks for come on top."""
     retries: int = Field(default=6, ge=0, le=1000)
     """How often a request that failed in passing is repeated, ever later."""
     limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"

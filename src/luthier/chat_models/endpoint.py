@@ -5,6 +5,9 @@ answer, timeouts, 408, 409, 429 and 5xx, after 0.5 to 8 seconds, or after the ``
 endpoint up to two minutes. Added here: a longer ``Retry-After`` is waited for, an answer whose JSON
 breaks off is asked again, and prompts that failed all the same are tried once more when the others are
 through. What fails in a row ends the run instead, and the answers so far are kept.
+
+The endpoint is not trusted: how long an answer may take in all, and how large it may become unpacked,
+are bounded, and no redirect is followed, which could take the key and the prompts elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import asyncio
 import importlib.util
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -33,7 +36,7 @@ IN_A_ROW = 5
 LONGEST_WAIT = 3600.0
 """Seconds of ``Retry-After`` that are waited for."""
 MOST_BYTES = 64 * MIB
-"""Of one answer: it is read whole, and an endpoint may send without end."""
+"""Of one answer, unpacked: it is read whole, and an endpoint may send without end."""
 
 
 class EndpointModel(ChatModel):
@@ -106,7 +109,7 @@ class _Session:
             api_key=self.key or "none",
             max_retries=self.spec.retries,
             timeout=self.spec.timeout,
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound]}),
+            http_client=_bounded_client(self.spec.concurrency),
         ) as client:
             await self._round(client, range(len(self.questions)))
             if self.failed:
@@ -157,16 +160,24 @@ class _Session:
         import openai
 
         turns: Any = [{"role": turn.role, "content": turn.content} for turn in messages]
+        clock = asyncio.get_running_loop().time
+        end = clock() + self.spec.deadline
         for attempt in count(1):
             try:
-                found = await client.chat.completions.create(messages=turns, **self.settings)
+                # The package's timeout starts anew with each byte.
+                async with asyncio.timeout_at(end):
+                    found = await client.chat.completions.create(messages=turns, **self.settings)
                 return _reply(found)
+            except TimeoutError:
+                reason = f"it was not whole within {self.spec.deadline:g} s"
+                return Failure(f"{self.spec.role}.failed", reason)
             except openai.APIStatusError as error:
                 wait = _wait_asked_for(error)
                 if wait is None or attempt > self.spec.retries:
                     return self._handle_status(error)
                 self.note(f"the endpoint asks to wait {wait:.0f} s")
-            except (openai.APIConnectionError, ValueError) as error:
+                end += wait
+            except (openai.APIConnectionError, ValueError, RecursionError) as error:
                 # The package repeats what breaks on the way, but not what arrived in halves.
                 if isinstance(error, openai.APIConnectionError) or attempt > self.spec.retries:
                     return self._handle_broken(error)
@@ -177,6 +188,13 @@ class _Session:
     def _handle_status(self, error: openai.APIStatusError) -> Failure:
         """An answer that is an error: of this prompt alone, or of all there will be."""
         code, said = error.status_code, self._error_line(error)
+        if code < 400:
+            target = " ".join(error.response.headers.get("location", "nowhere").split())[:300]
+            raise RecipeError(
+                f"{self.spec.url} redirects to {target} (HTTP {code}), and no redirect is followed: "
+                "the key and the prompts go only to the address that was given. If you trust the other "
+                "one, give it instead"
+            )
         if code in (401, 403):
             raise RecipeError(
                 f"{self.spec.url} refuses the key of {self.spec.key_env} (HTTP {code}). Set that "
@@ -226,27 +244,35 @@ def _settings(spec: ModelSpec, sampling: SamplingSpec) -> dict[str, Any]:
     return settings
 
 
-async def _bound(response: httpx2.Response) -> None:
-    """End the answer where it grows beyond what is held of one."""
+def _bounded_client(connections: int) -> httpx2.AsyncClient:
+    """A client that follows nowhere, and ends an answer where it grows beyond what is held of one."""
     import httpx2
 
-    class Bounded(httpx2.AsyncByteStream):
-        def __init__(self, stream: httpx2.AsyncByteStream) -> None:
-            self.stream = stream
+    class BoundedClient(httpx2.AsyncClient):
+        async def send(
+            self, request: httpx2.Request, *, stream: bool = False, **settings: Any
+        ) -> httpx2.Response:
+            response = await super().send(request, stream=True, **settings)
+            pieces, size = [], 0
+            try:
+                # Unpacked a piece at a time: a few bytes of gzip may stand for gigabytes.
+                async for piece in response.aiter_bytes():
+                    size += len(piece)
+                    if size > MOST_BYTES:
+                        raise httpx2.ReadError(f"more than {MOST_BYTES:,} bytes came")
+                    pieces.append(piece)
+            finally:
+                await response.aclose()
+            headers = [
+                (name, value)
+                for name, value in response.headers.multi_items()
+                if name not in ("content-encoding", "content-length", "transfer-encoding")
+            ]
+            return httpx2.Response(
+                response.status_code, headers=headers, content=b"".join(pieces), request=request
+            )
 
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            size = 0
-            async for piece in self.stream:
-                size += len(piece)
-                if size > MOST_BYTES:
-                    raise httpx2.ReadError(f"more than {MOST_BYTES:,} bytes came")
-                yield piece
-
-        async def aclose(self) -> None:
-            await self.stream.aclose()
-
-    assert isinstance(response.stream, httpx2.AsyncByteStream)
-    response.stream = Bounded(response.stream)
+    return BoundedClient(follow_redirects=False, limits=httpx2.Limits(max_connections=connections))
 
 
 def _reply(found: Any) -> Reply:
