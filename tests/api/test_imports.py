@@ -130,8 +130,8 @@ def test_it_is_a_base_like_any_other(server: Served, imported: str, tuned: str) 
     assert shown["source"] == f"s3://{BUCKET}/other" and "base" not in shown
     certificate = server.ask("GET", "/api/v1/models/other/certificate")[1]
     assert certificate["lineage"] == [imported]
-    assert certificate["certificate"]["left_out"] == ["README.md"]
-    assert certificate["certificate"]["checks"]["answered"] is True
+    assert certificate["certificate"]["record"]["left_out"] == ["README.md"]
+    assert certificate["certificate"]["record"]["checks"]["answered"] is True
     # Throughput goes over from one to the other: their base is the same.
     made = bedrock.create_provisioned_model_throughput(
         provisionedModelName="both", modelId=imported, modelUnits=1
@@ -266,7 +266,7 @@ def test_an_adapter_of_peft_stands_on_its_base_model(
     assert found["modelStatus"] == "Active", found
     assert found["baseModelArn"].endswith(f"::foundation-model/{BASE}")
     answer = server.ask("GET", "/api/v1/models/adapter/certificate")[1]
-    assert answer["certificate"]["checks"]["peft_error"] < 1e-3
+    assert answer["certificate"]["record"]["checks"]["peft_error"] < 1e-3
     assert answer["lineage"] == [arn, found["baseModelArn"]]
     deployment = deployed(server, "adapter", arn)
     assert says(server, deployment) != says(server, BASE)

@@ -104,7 +104,9 @@ def test_the_native_face_says_what_the_others_cannot(server: Served, job: dict[s
     assert "metrics" in kinds
     status, body = server.ask("GET", "/api/v1/models/first-model/certificate")
     assert status == 200 and body["lineage"][-1] == job["baseModelArn"]
-    assert body["certificate"]["files"] and body["certificate"]["recipe"]["base"] == "tiny"
+    record = body["certificate"]["record"]
+    assert record["files"] and record["recipe"]["base"] == "tiny"
+    assert body["certificate"]["curves"]["train"] and body["certificate"]["compute"]["flops"]
     listed = server.ask("GET", "/api/v1/jobs?limit=1")[1]
     assert [each["name"] for each in listed["jobs"]] == ["first"]
     assert server.ask("POST", "/api/v1/jobs/first/stop")[0] == 409

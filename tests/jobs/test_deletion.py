@@ -155,7 +155,7 @@ def test_every_copy_of_the_data_goes(
     assert not list(journals.glob("*.jsonl"))
     assert store.keys() == [
         f"out/model-customization-job-{distilled}/training_artifacts/{name}"
-        for name in ("manifest.json", "step_wise_training_metrics.csv")
+        for name in ("certificate.json", "manifest.json", "step_wise_training_metrics.csv")
     ] + ["taught.jsonl"]
     assert UploadedFiles(store.database, store.objects).get(ACCOUNT, file.id) is None
     assert uploads.of_bucket(ACCOUNT, "data") == []

@@ -53,6 +53,7 @@ def certified(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
             "adaptation": {"method": "lora", "rank": 4}, "training": settings,
         }  # fmt: skip
         luthier.tune(luthier.Recipe.parse(plain))
+        assert read_certificate(find(ID)).curves["train"]  # without being asked for
         actual = home / "runs" / "tiny" / "x" / "actual.json"
         estimate = {"seconds": {"value": 3.0, "low": 2.0, "high": 5.0}}
         write_json(actual, {**read_json(actual), "estimate": estimate})
@@ -209,7 +210,24 @@ def test_a_report_is_named_by_its_hash(home: Path) -> None:
     luthier.certificate(ID)
     assert luthier.verify(ID).is_intact
     luthier.evaluate(ID, home / "test.jsonl", max_tokens=1, attach=True)
-    assert "since the certificate was made" in luthier.verify(ID).remarks[0]
+    assert len(read_certificate(find(ID)).reports) == len(reports_of(find(ID)))
+
+
+def test_a_tuned_model_carries_its_certificate_which_grows_until_it_is_signed(home: Path) -> None:
+    path, signature = folder(home) / "certificate.json", folder(home) / "model.sig"
+    luthier.certificate(ID, watts=123)
+    luthier.evaluate(ID, home / "test.jsonl", max_tokens=2, attach=True)
+    made = read_certificate(find(ID))
+    assert made.compute.watts == 123 and not made.compute.watts_assumed
+    assert luthier.verify(ID).remarks == []
+    signature.write_text("{}")
+    signed = path.read_bytes()
+    luthier.evaluate(ID, home / "test.jsonl", max_tokens=2, slices=["length"], attach=True)
+    assert path.read_bytes() == signed and signature.read_text() == "{}"
+    assert "since the certificate was made" in " ".join(luthier.verify(ID).remarks)
+    signature.unlink()
+    path.unlink()
+    assert read_certificate(find(ID)).id == ID  # of a version that made none
 
 
 def test_what_has_no_record_is_refused(home: Path, tiny_model_folder: Path) -> None:

@@ -54,7 +54,7 @@ def certificate(
     if format_ is not None and sign is not None:
         raise RecipeError("--sign makes the certificate anew; ask for its forms afterwards")
     if format_ is not None:
-        if not (stored.folder / CERTIFICATE).is_file():
+        if watts is not None:
             make(stored.id, watts=watts)
         text = read_certificate(stored).view(format_)
         if output is None:

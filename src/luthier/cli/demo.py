@@ -26,9 +26,9 @@ def demo(json_: Json = False) -> None:
     from luthier.cli.progress import LiveReporter
     from luthier.cli.tune import print_result
     from luthier.engine.runs import Run
-    from luthier.engine.train import train
     from luthier.recipe import Recipe
     from luthier.store.models import custom_folder
+    from luthier.workflows.tuning import tune
 
     with as_file(files("luthier") / "demo") as folder:
         number = 1
@@ -50,7 +50,7 @@ def demo(json_: Json = False) -> None:
             }
         )
         with LiveReporter() as reporter:
-            result = train(recipe, Run(BASE, name).folder.exists(), reporter)
+            result = tune(recipe, Run(BASE, name).folder.exists(), reporter)
         if not json_:
             print_result(result)
         scores = {

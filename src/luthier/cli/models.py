@@ -178,14 +178,15 @@ def lineage(model: StoredModel) -> list[str]:
 
 
 def _files(model: StoredModel) -> dict[str, dict[str, Any]]:
-    """Path, size, hash and state of each file."""
+    """Path, size, hash and state of each file but those that say something of the model."""
     from luthier.files import hashes_of
-    from luthier.models.manifest import MANIFEST
+    from luthier.models.manifest import OWN_FILES
 
     if not model.folder.is_dir():
         return {}
     recorded = model.manifest.files
-    found = hashes_of(model.folder, skip=(MANIFEST,))
+    every = hashes_of(model.folder).items()
+    found = {name: value for name, value in every if name.partition("/")[0] not in OWN_FILES}
     return {
         name: {
             "path": str(model.folder / name),

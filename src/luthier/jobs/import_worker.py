@@ -67,6 +67,7 @@ from luthier.store.foundation import foundation_model
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel, find
+from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
 """That one model may take."""
@@ -163,6 +164,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             if plain != fresh:
                 save_plain(plain, fresh)
             self._manifest(fresh, found, chosen, accepted).write(fresh)
+        certify(self.folders.stored_id)
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
         if accepted.parent is not None:

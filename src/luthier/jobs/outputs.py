@@ -13,8 +13,10 @@ from luthier.encryption.memory import working
 from luthier.files import luthier_home
 from luthier.jobs.data import JobData
 from luthier.jobs.folders import run_name
+from luthier.models.manifest import CERTIFICATE
 from luthier.store.jobs import Job, JobResult
 from luthier.store.models import StoredModel
+from luthier.workflows.certificate.certificate import parse_certificate, read_certificate
 
 _TRAINING = "training_artifacts"
 _VALIDATION = "validation_artifacts/post_fine_tuning_validation"
@@ -49,10 +51,13 @@ def files(
         yield name, validation_csv([last], epoch)
     manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
     yield f"{top}/{_TRAINING}/manifest.json", (manifest + "\n").encode()
-    for name, shown in (("train", "synthetic_data"), ("insights", "prompt_insights")):
+    shown = data.show_addresses(read_certificate(model).text()).encode()
+    certificate = parse_certificate(shown, CERTIFICATE).with_digest()
+    yield f"{top}/{_TRAINING}/{CERTIFICATE}", certificate.text().encode()
+    for name, called in (("train", "synthetic_data"), ("insights", "prompt_insights")):
         of_job = f"*/{run_name(job.id)}/{name}.jsonl"
         for path in sorted(working(luthier_home() / "distillations").glob(of_job)):
-            yield f"{top}/{_TRAINING}/{shown}.jsonl", path.read_bytes()
+            yield f"{top}/{_TRAINING}/{called}.jsonl", path.read_bytes()
 
 
 class _Epochs:

@@ -463,10 +463,12 @@ def _attach(
 ) -> None:
     """Keep what was measured on ``data`` with each of ``models``, where their certificates find it."""
     from luthier.store.reports import hashes_of_data, write_report
+    from luthier.workflows.certificate.certificate import certify
 
     hashes, result = hashes_of_data(*data), found.plain()
     for each in models:
         write_report(each, kind, hashes, result)
+        certify(each.id)
         note(f"kept with {each.id}, for `luthier certificate {each.id}`")
 
 

@@ -47,6 +47,7 @@ from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
 from luthier.types import Example
+from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.pretrain_defaults import NetworkFacts, choose, plan, shortage
 
 SURVEY, SETTLED = "survey.json", "settled.json"
@@ -79,7 +80,9 @@ def pretrain(
             reporter.note(f"{done.model_id} was already finished")
             return done
         try:
-            return Trainer(_job(recipe, run, machine, reporter), run, reporter).run(resume)
+            result = Trainer(_job(recipe, run, machine, reporter), run, reporter).run(resume)
+            certify(result.model_id)
+            return result
         except RefusedInput:
             run.drop_if_untrained()
             raise

@@ -41,6 +41,7 @@ from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.recipe import Recipe, portable, to_toml
 from luthier.store.models import StoredModel, find
+from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.space import (
     Dimension,
     default_space,
@@ -117,7 +118,9 @@ def search(
             raise RunConflict(f"another process is working on the search {name} now")
         try:
             work.begin(resume)
-            return work.run()
+            found = work.run()
+            certify(found.result.model_id)
+            return found
         except RefusedInput:
             # Refused before the first trial began: nothing is there that could be resumed.
             if not (work.folder / "trials").exists():

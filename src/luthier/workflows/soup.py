@@ -46,6 +46,7 @@ from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.recipe import NAME_PATTERN
 from luthier.store import models as store
 from luthier.store.models import StoredModel
+from luthier.workflows.certificate.certificate import certify
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Points of the curve."""
@@ -145,7 +146,10 @@ def make_soup(
     with run.lock():
         try:
             run.check_free()
-            return _Averaging(tuned, run, measure, measure_general, reporter).make(alpha, method)
+            made = _Averaging(tuned, run, measure, measure_general, reporter).make(alpha, method)
+            if made.model_id is not None:
+                certify(made.model_id)
+            return made
         finally:
             run.drop_if_empty()
 

@@ -24,6 +24,7 @@ from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
 from luthier.recipe import NAME_PATTERN
 from luthier.store import models as store
+from luthier.workflows.certificate.certificate import certify
 
 CPU = torch.device("cpu")
 
@@ -80,7 +81,9 @@ def make_student(
             draft = _draft(teacher, shape)
             for line in describe_draft(draft):
                 reporter.note(line)
-            return _store(draft, run, reporter.stage)
+            made = _store(draft, run, reporter.stage)
+            certify(made.model_id)
+            return made
         finally:
             run.drop_if_empty()
 

@@ -19,6 +19,7 @@ from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
 from luthier.store.models import StoredModel, find
 from luthier.store.reports import hashes_of_data, write_report
+from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.forgetting import Forgetting, load_probes, measure_forgetting
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def tune(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None)
         stored = find(result.model_id)
         if stored.manifest.withheld == UNMEASURED:
             _activate_within(stored, limits, reporter)
+    certify(result.model_id)
     return result
 
 
@@ -70,7 +72,9 @@ def accept(model_id: str) -> StoredModel:
     stored = find(model_id)
     if not stored.manifest.withheld:
         raise RecipeError(f"{stored.id} is not withheld, so there is nothing to accept")
-    return _mark(stored, withheld=None, accepted=stored.manifest.withheld)
+    accepted = _mark(stored, withheld=None, accepted=stored.manifest.withheld)
+    certify(accepted.id)
+    return accepted
 
 
 def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Reporter) -> None:

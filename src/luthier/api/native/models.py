@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any
 
@@ -43,11 +44,11 @@ class ModelsView(View):
 
 
 class CertificateView(View):
-    """What was recorded when a custom model was made, and what it goes back to."""
+    """The certificate of a custom model, and what it goes back to."""
 
     model: str
     certificate: dict[str, Any]
-    """Recipe, data and their hashes, checks, metrics, files and their SHA-256."""
+    """As ``certificate.json`` holds it: record, lineage, curves, operations, energy, reports."""
     lineage: list[str]
     """ARNs from this model down to the foundation model."""
 
@@ -94,6 +95,7 @@ class _Models:
 
     def certificate(self, request: Request) -> CertificateView:
         from luthier.store.models import find
+        from luthier.workflows.certificate.certificate import read_certificate
 
         lineage: list[str] = []
         with self.context.database.read() as session:
@@ -112,9 +114,8 @@ class _Models:
                     below = self.context.custom(session, request.account, lineage[-1])
                 except Fault:
                     break  # deleted since; its ARN is all that is left of it here
-        return CertificateView(
-            model=lineage[0], certificate=find(stored).manifest.plain(), lineage=lineage
-        )
+        certificate = json.loads(read_certificate(find(stored)).text())
+        return CertificateView(model=lineage[0], certificate=certificate, lineage=lineage)
 
     def _own(self, request: Request, session: Session) -> CustomModel:
         """The account's model, where the caller may; a policy decides on its ARN."""

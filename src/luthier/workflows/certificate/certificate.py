@@ -29,7 +29,7 @@ from luthier.errors import CorruptFile, RecipeError
 from luthier.files import read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record
 from luthier.printable import finite_or_none
-from luthier.store.models import StoredModel, ancestors, content_hash
+from luthier.store.models import StoredModel, ancestors, content_hash, find
 from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
@@ -272,6 +272,20 @@ def _missing(
     return said
 
 
+def certify(model_id: str) -> None:
+    """Make the certificate of a model anew, as its making or its judging has ended.
+
+    One that is signed stays: who signed it makes another one. Power that was measured is taken over.
+    """
+    model = find(model_id)
+    path = model.folder / CERTIFICATE
+    if (model.folder / SIGNATURE).exists():
+        return
+    power = read_certificate(model).compute if path.is_file() else None
+    watts = None if power is None or power.watts_assumed else power.watts
+    write_certificate(model, make_certificate(model, watts))
+
+
 def write_certificate(model: StoredModel, certificate: Certificate) -> Path:
     """Put it into the model's folder, whole or not at all; the place.
 
@@ -300,15 +314,13 @@ def parse_certificate(content: bytes, where: object) -> Certificate:
 
 
 def read_certificate(model: StoredModel) -> Certificate:
-    """The one that was made of ``model``.
+    """The one that was made of ``model``; of a model that an older version made, it is made now.
 
     Raises:
-        RecipeError: where none was made.
         CorruptFile: where it is none.
+        RecipeError: see :func:`make_certificate`.
     """
     path = model.folder / CERTIFICATE
     if not path.is_file():
-        raise RecipeError(
-            f"{model.id} has no certificate yet; `luthier certificate {model.id}` makes one"
-        )
+        write_certificate(model, make_certificate(model))
     return parse_certificate(path.read_bytes(), path)

@@ -16,6 +16,7 @@ from luthier.data.sources import hash_of
 from luthier.engine.metrics import Reporter
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES
+from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.distil.recipe import OBJECTIVE_OF, DistilRecipe
 from luthier.workflows.distil.responses import Distilled, by_responses
 
@@ -40,7 +41,9 @@ def distil(
     if recipe.method not in METHODS:
         raise RecipeError(f"unknown method {recipe.method!r}; there are {', '.join(METHODS)}")
     method = by_responses if recipe.method == "responses" else by_objective
-    return method(recipe, resume, reporter or Reporter())
+    made = method(recipe, resume, reporter or Reporter())
+    certify(made.result.model_id)
+    return made
 
 
 def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:
