@@ -306,10 +306,9 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
     from luthier.objectives import CausalLM
     from luthier.store import models as store
 
+    store.check_writes(stored, "so raw text has no perplexity under it")
     trained = store.objective_of(stored)
     objective = trained if isinstance(trained, CausalLM) else CausalLM()
-    if trained.task != "causal_lm":
-        raise RecipeError(f"{stored.id} is no causal language model, so raw text has no perplexity")
     chat = store.chat_format(stored)
     encoded = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
     sequences = objective.pack(encoded, store.room_of(stored))
@@ -343,8 +342,7 @@ def preference_scores(
     from luthier.objectives import DPO, KTO
     from luthier.store import models as store
 
-    if store.objective_of(stored).task != "causal_lm":
-        raise RecipeError(f"{stored.id} does not write, so answers have no probability under it")
+    store.check_writes(stored, "so answers have no probability under it")
     thumbs = isinstance(rows[0], ThumbedReply)
     objective = KTO() if thumbs else DPO()
     rows = objective.regroup(rows)
@@ -390,8 +388,7 @@ def multiple_choice(
     """
     from luthier.store import models as store
 
-    if store.objective_of(stored).task != "causal_lm":
-        raise RecipeError(f"{stored.id} does not write, so choices have no probability under it")
+    store.check_writes(stored, "so choices have no probability under it")
     measured = fit_choices(rows, store.chat_format(stored), store.room_of(stored), long_rows)
     network = open_network(stored)
     found = choice_likelihoods(network, measured.examples)

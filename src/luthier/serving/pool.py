@@ -126,7 +126,7 @@ class ModelPool:
         """Whether it writes text, and does not read it only."""
         from luthier.store import models as store
 
-        return store.objective_of(store.find(model_id)).task == "causal_lm"
+        return store.writes(store.find(model_id))
 
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
@@ -295,7 +295,7 @@ class ModelPool:
         try:
             stored = store.check_active(store.find(model_id))
             with self._loading:
-                if store.objective_of(stored).task == "causal_lm":
+                if store.writes(stored):
                     from luthier.serving.decoder import Decoder
 
                     entry.model = Decoder.open(

@@ -363,6 +363,26 @@ def objective_of(model: StoredModel) -> Objective:
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 
+def writes(model: StoredModel) -> bool:
+    """Whether it answers with text; of a folder of another tool its configuration says it."""
+    from luthier.models.heads import Head, task_in
+    from luthier.models.load import read_config
+
+    if model.kind is None and model.manifest.objective is None:
+        return task_in(read_config(model.folder, Head("embedding"))) == "causal_lm"
+    return objective_of(model).task == "causal_lm"
+
+
+def check_writes(model: StoredModel, lack: str) -> None:
+    """Refuse a model that only reads: it does not write, ``lack``.
+
+    Raises:
+        RecipeError: always for such a one.
+    """
+    if not writes(model):
+        raise RecipeError(f"{model.id} does not write, {lack}")
+
+
 def _method(
     table: PluginTable[Component], fields: Mapping[str, Any], model: StoredModel
 ) -> Component:

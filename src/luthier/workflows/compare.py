@@ -295,6 +295,8 @@ def compare(
         DataError: where a tenth of ``rows`` stand in ``train``.
         RecipeError: where there is nothing to compare.
     """
+    from luthier.store.models import writes
+
     if not rows:
         raise RecipeError("there are no rows to compare on")
     names = [base.id, *(each.id for each in tuned)]
@@ -302,12 +304,12 @@ def compare(
         raise RecipeError(f"{twice} would be compared with itself; name each model once")
     remarks = check_leakage(rows, train)
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
-    if judge is not None and (labelled or not _writes(base)):
+    base_writes = writes(base)
+    if judge is not None and (labelled or not base_writes):
         raise RecipeError("a judge compares replies with those of the base: it is for rows of prompt "
                           "and reply, and a base that writes")  # fmt: skip
-    readers = [each for each in tuned if not _writes(each)]
-    writers = [each for each in tuned if _writes(each)]
-    base_writes = _writes(base)
+    writers = [each for each in tuned if writes(each)]
+    readers = [each for each in tuned if not writes(each)]
     asked = [*writers, base] if base_writes else writers
     held, known = _questions(rows, train) if asked else ([], [])
     embed = None if encoder is None or not asked else Predictor.open(encoder).embed
@@ -401,17 +403,6 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     if not leaked:
         return []
     return [f"{len(leaked):,} of {len(rows):,} rows ask what training rows ask, which flatters"]
-
-
-def _writes(stored: StoredModel) -> bool:
-    """Whether a model answers in words; of a folder of other tools its configuration says it."""
-    from luthier.models.heads import Head, task_in
-    from luthier.models.load import read_config
-    from luthier.store.models import objective_of
-
-    if stored.kind is None and stored.manifest.objective is None:
-        return task_in(read_config(stored.folder, Head("embedding"))) == "causal_lm"
-    return objective_of(stored).task == "causal_lm"
 
 
 def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question], list[Question]]:

@@ -243,14 +243,14 @@ def measure_forgetting(
         RecipeError: for models that do not write, or with other tokens.
     """
     from luthier.serving.generation import Generator
-    from luthier.store.models import chat_format, objective_of
+    from luthier.store.models import chat_format, check_writes
 
     for each in (tuned, base):
-        if objective_of(each).task != "causal_lm":
-            raise RecipeError(
-                f"{each.id} does not write, so it has no distributions over texts to drift. What a "
-                "model that reads forgot, `luthier evaluate` says on rows of the earlier task"
-            )
+        check_writes(
+            each,
+            "so it has no distributions over texts to drift. What a model that reads forgot, `luthier "
+            "evaluate` says on rows of the earlier task",
+        )
     chats = chat_format(base), chat_format(tuned)
     if chats[0].tokenizer.get_vocab() != chats[1].tokenizer.get_vocab():
         raise RecipeError(

@@ -22,7 +22,7 @@ from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import DataError, LuthierError, Problem, RecipeError
 from luthier.evaluation.significance import RowScores, differences
-from luthier.store.models import StoredModel, chat_format, custom_models, find, load, objective_of
+from luthier.store.models import StoredModel, chat_format, custom_models, find, load, writes
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def check_writes(model: StoredModel) -> None:
     Raises:
         RecipeError: always for such a one.
     """
-    if objective_of(model).task != "causal_lm" or not chat_format(model).has_tokenizer:
+    if not writes(model) or not chat_format(model).has_tokenizer:
         raise RecipeError(
             f"{model.id} does not write, and only replies in words tell who wrote them; its files are "
             "checked without an endpoint"

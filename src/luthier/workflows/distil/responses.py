@@ -346,16 +346,11 @@ class LocalTeacher(ChatModel):
 
     def __init__(self, spec: TeacherSpec, stored: StoredModel) -> None:
         from luthier.models.load import sketch
-        from luthier.store.models import objective_of
+        from luthier.store.models import check_writes, objective_of
 
-        objective = objective_of(stored)
-        if objective.task != "causal_lm":
-            raise RecipeError(
-                f"{stored.id} cannot teach by its answers: it was trained for {objective.method} and "
-                "does not write text"
-            )
+        check_writes(stored, "so it cannot teach by its answers")
         self.name, self.spec, self.stored = stored.id, spec, stored
-        network = sketch(stored.network_folder, objective.head())
+        network = sketch(stored.network_folder, objective_of(stored).head())
         self.weights = sum(weight.numel() for weight in network.parameters())
         self._digest = content_hash(stored)
 
