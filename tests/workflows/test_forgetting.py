@@ -77,10 +77,12 @@ def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: 
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for folder in (base, stored.folder)
     ]
-    from luthier.serving.evaluation import open_network
+    from luthier.engine.machine import open_network
     from luthier.serving.generation import Generator
 
-    answers = forgetting._answers(Generator(open_network(find(base)), chat_format(find(base))))
+    answers = forgetting._answers(
+        Generator(open_network(find(base), precise=True), chat_format(find(base)))
+    )
     kl, losses = [], np.zeros(2)
     for each in answers:
         learned_T = each.weight_T[1:] != 0

@@ -17,6 +17,10 @@ from luthier.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
+    from luthier.models.heads import Head
+    from luthier.models.network import Network
+    from luthier.store.models import StoredModel
+
 Precision = Literal["auto", "bfloat16", "float32"]
 GROUP = Path("/sys/fs/cgroup")
 """What the kernel tells of this process's control group, as a container's (cgroup v2)."""
@@ -57,6 +61,26 @@ def choose_machine(precision: Precision = "auto", threads: int | None = None) ->
     if precision not in ("bfloat16", "float32"):
         raise RecipeError(f"unknown precision {precision!r}; use auto, bfloat16 or float32")
     return Machine(device, getattr(torch, precision), count, f"{name}; precision was asked for")
+
+
+def open_network(stored: StoredModel, head: Head | None = None, precise: bool = False) -> Network:
+    """``stored`` with its adapters merged on the best device, to answer and not to learn.
+
+    ``head`` is what it is opened for: its own task when not given. ``precise`` takes float32 where
+    memory allows, as rounding merged weights moves small rewards.
+    """
+    import torch
+
+    from luthier.files import folder_size
+    from luthier.models.load import as_network
+    from luthier.store.models import load
+
+    machine = choose_machine()
+    size = folder_size(stored.network_folder, "**/*.safetensors") if precise else 0
+    wide = precise and 4 * size < available_memory()
+    dtype = torch.float32 if wide else machine.dtype
+    model = load(stored, dtype, machine.device, head)
+    return as_network(model.eval(), machine.device, dtype)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -233,18 +233,13 @@ class Decoder:
         scheduler: FairScheduler | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine."""
-        from luthier.engine.machine import choose_machine
+        from luthier.engine.machine import open_network
         from luthier.models.backends import backend_of
         from luthier.models.heads import prompt_ids
-        from luthier.models.load import as_network
         from luthier.serving.confined import serving_format
-        from luthier.store.models import load, room_of
+        from luthier.store.models import room_of
 
-        machine = choose_machine()
-        network = as_network(
-            load(stored, machine.dtype, machine.device), machine.device, machine.dtype
-        )
-        network.model.eval()
+        network = open_network(stored)
         soft = np.array(prompt_ids(network.model), dtype=np.int64)
         vocabulary = int(network.model.config.vocab_size)
         # The soft prompt, which stands before each row's prompt, is read by the backend with it.

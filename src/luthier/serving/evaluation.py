@@ -39,7 +39,6 @@ from luthier.evaluation.preferences import (
     thumb_scores,
 )
 from luthier.evaluation.significance import RowScores, Score, Statistic
-from luthier.files import folder_size
 from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
 from luthier.serving.journal import Journal, journal_verdicts, key_of
@@ -386,11 +385,12 @@ def multiple_choice(
     Raises:
         DataError: with ``error``, naming every row that is longer than the context.
     """
+    from luthier.engine.machine import open_network
     from luthier.store import models as store
 
     store.check_writes(stored, "so choices have no probability under it")
     measured = fit_choices(rows, store.chat_format(stored), store.room_of(stored), long_rows)
-    network = open_network(stored)
+    network = open_network(stored, precise=True)
     found = choice_likelihoods(network, measured.examples)
     network.close()
     done(len(rows))
@@ -439,29 +439,14 @@ def choice_likelihoods(
     return [[found[next(each)] for _ in of_row] for of_row in choices]
 
 
-def open_network(stored: StoredModel) -> Network:
-    """``stored`` with its adapters merged, in float32 where memory allows."""
-    import torch
-
-    from luthier.engine.machine import available_memory, choose_machine
-    from luthier.models.load import as_network
-    from luthier.store import models as store
-
-    machine = choose_machine()
-    size = folder_size(stored.network_folder, "**/*.safetensors")
-    dtype = torch.float32 if 4 * size < available_memory() else machine.dtype
-    model = store.load(stored, dtype, machine.device)
-    model.eval()
-    return as_network(model, machine.device, dtype)
-
-
 def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
     """Log-probability of the learned tokens of each text under ``stored``."""
     import torch
 
+    from luthier.engine.machine import open_network
     from luthier.objectives.references import with_reference_logps
 
-    network = open_network(stored)
+    network = open_network(stored, precise=True)
     with torch.no_grad():
         found = [each.reference for each in with_reference_logps(network, texts, BUDGET)]
     network.close()

@@ -71,19 +71,15 @@ class Generator:
     @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
-        from luthier.engine.machine import choose_machine
-        from luthier.models.load import as_network
-        from luthier.store.models import chat_format, load, objective_of
+        from luthier.engine.machine import open_network
+        from luthier.store.models import chat_format, objective_of
 
         if not Generator.is_able(objective_of(stored)):
             raise RecipeError(
                 f"{stored.id} does not write text: it was trained for "
                 f"{objective_of(stored).method}. Use luthier predict."
             )
-        machine = choose_machine()
-        model = load(stored, machine.dtype, machine.device)
-        network = as_network(model, machine.device, machine.dtype)
-        return Generator(network, chat_format(stored))
+        return Generator(open_network(stored), chat_format(stored))
 
     def max_tokens(self, sampling: Sampling) -> int:
         """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""

@@ -80,9 +80,8 @@ class ImageGenerator:
         Raises:
             RecipeError: where it makes no images.
         """
-        from luthier.engine.machine import choose_machine
-        from luthier.models.load import as_network
-        from luthier.store.models import chat_format, load, objective_of
+        from luthier.engine.machine import open_network
+        from luthier.store.models import chat_format, objective_of
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsSampling):
@@ -90,11 +89,8 @@ class ImageGenerator:
                 f"{stored.id} was not trained to make images; train one with "
                 "`objective.method=vae`, `gan` or `diffusion`"
             )
-        machine = choose_machine()
-        network = as_network(
-            load(stored, machine.dtype, machine.device), machine.device, machine.dtype
-        )
-        return ImageGenerator(network, objective, chat_format(stored), name or stored.id)
+        chat = chat_format(stored)
+        return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
 
     def sample(
         self,

@@ -62,9 +62,8 @@ class Predictor:
     @staticmethod
     def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
         """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
-        from luthier.engine.machine import choose_machine
-        from luthier.models.load import as_network
-        from luthier.store.models import chat_format, load, objective_of, room_of
+        from luthier.engine.machine import open_network
+        from luthier.store.models import chat_format, objective_of, room_of
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsPrediction):
@@ -73,10 +72,8 @@ class Predictor:
             raise RecipeError(
                 f"{stored.id} {makes}: it gives no labels and no embeddings. Use luthier {command}."
             )
-        machine = choose_machine()
-        model = load(stored, machine.dtype, machine.device)
-        network = as_network(model, machine.device, machine.dtype)
-        return Predictor(network, objective, chat or chat_format(stored), room_of(stored))
+        own = chat or chat_format(stored)
+        return Predictor(open_network(stored), objective, own, room_of(stored))
 
     def answers(
         self,

@@ -580,14 +580,12 @@ class _Comparing:
         self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
-        from luthier.engine.machine import choose_machine
-        from luthier.models.load import as_network
+        from luthier.engine.machine import open_network
         from luthier.objectives import Contrastive
-        from luthier.store.models import chat_format, load, room_of
+        from luthier.store.models import chat_format, room_of
 
-        machine, encoder = choose_machine(), Contrastive()
-        model = load(base, machine.dtype, machine.device, encoder.head())
-        network = as_network(model, machine.device, machine.dtype)
+        encoder = Contrastive()
+        network = open_network(base, encoder.head())
         chat, room = chat_format(base), room_of(base)
 
         def encode(some: Sequence[Row]) -> list[Example]:

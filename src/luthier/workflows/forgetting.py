@@ -46,7 +46,6 @@ from luthier.serving.evaluation import (
     BUDGET,
     choice_likelihoods,
     fit_choices,
-    open_network,
 )
 from luthier.types import Example, Message
 
@@ -242,6 +241,7 @@ def measure_forgetting(
     Raises:
         RecipeError: for models that do not write, or with other tokens.
     """
+    from luthier.engine.machine import open_network
     from luthier.serving.generation import Generator
     from luthier.store.models import chat_format, check_writes
 
@@ -264,7 +264,7 @@ def measure_forgetting(
     total = 2 * (2 + safety)
     for stored, chat in zip((base, tuned), chats, strict=True):
         note(f"Measuring {stored.id}")
-        network = open_network(stored)
+        network = open_network(stored, precise=True)
         try:
             generator = Generator(network, chat)
             if not sides:

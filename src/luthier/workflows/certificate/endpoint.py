@@ -22,7 +22,7 @@ from luthier.chat_models.base import Failure, ModelSpec, Reply, SamplingSpec
 from luthier.chat_models.endpoint import EndpointModel
 from luthier.errors import DataError, LuthierError, Problem, RecipeError
 from luthier.evaluation.significance import RowScores, differences
-from luthier.store.models import StoredModel, chat_format, custom_models, find, load, writes
+from luthier.store.models import StoredModel, chat_format, custom_models, find, writes
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -245,16 +245,11 @@ def _fits(
     replies: dict[int, Reply],
     note: Callable[[str], None],
 ) -> Iterator[CandidateFit]:
-    from luthier.engine.machine import choose_machine
-    from luthier.models.load import as_network
+    from luthier.engine.machine import open_network
 
-    machine = choose_machine()
     for stored, candidates in _candidates(model, [prompts[n] for n in replies]):
         note(f"Scoring the replies by {stored.id}")
-        network = as_network(
-            load(stored, machine.dtype, machine.device), machine.device, machine.dtype
-        )
-        network.model.eval()
+        network = open_network(stored)
         for each in candidates:
             try:
                 yield _fit(network, each, prompts, replies)
