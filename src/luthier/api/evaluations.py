@@ -139,6 +139,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         name: str,
         request: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
+        application: str | None = None,
         eval_id: str | None = None,
         run_id: str | None = None,
     ) -> EvaluationRun:
@@ -166,6 +167,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             name=name,
             request=request,
             metadata=metadata,
+            application=application,
             eval_id=eval_id,
             run_id=run_id,
         )

@@ -17,8 +17,9 @@ from luthier.api.audit import AuditTrail
 from luthier.api.authentication import Authenticator
 from luthier.api.bedrock.activation import Activation
 from luthier.api.bedrock.control import Control
-from luthier.api.bedrock.evaluation_tasks import JobParts, JobTask
+from luthier.api.bedrock.evaluation_tasks import JobParts
 from luthier.api.bedrock.evaluations import FACE as EVALUATION_JOB
+from luthier.api.bedrock.evaluations import job_task
 from luthier.api.bedrock.face import BedrockFace
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.application import Application
@@ -205,7 +206,7 @@ class Service:
         parts = JobParts(
             self.locations, self.pool, ids, authorize, PooledModels(self.pool), self.settings.limits
         )
-        self.openai.evaluations.tasks[EVALUATION_JOB] = partial(JobTask, parts)
+        self.openai.evaluations.tasks[EVALUATION_JOB] = partial(job_task, parts)
         runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
             self.database, self.arns, self.locations, authorize, self._quotas, self.scheduler.wake

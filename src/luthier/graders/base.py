@@ -43,6 +43,8 @@ class Answer:
     """Where the prompt comes from, for messages."""
     text_characters: int = TEXT_CHARACTERS
     """Characters of each text that is compared, or put together from a template, at most."""
+    passages: Sequence[str] | None = None
+    """Texts that the reply rests on or cites, for a judge whose rubric asks about them."""
 
     def check_length(self, text: str, what: str) -> str:
         """``text``, where it is not too long to be compared.

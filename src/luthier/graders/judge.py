@@ -154,11 +154,16 @@ class Judge(ModelSpec, Grader):
         return [Message("system", system), Message("user", "\n\n".join(parts))]
 
     def context(self, answer: Answer) -> list[str]:
-        """What a reply is graded by: the conversation, and the expected text where it is shown."""
+        """What a reply is graded by: the conversation, the expected text if shown, and passages."""
         turns = "\n\n".join(f"{turn.role}: {turn.content}" for turn in answer.prompt)
         parts = [quote_text("conversation", turns)]
         if self.use_expected and answer.expected is not None:
             parts.append(quote_text("reference", answer.expected))
+        if answer.passages is not None:
+            passages = [
+                quote_text(f"passage {n}", text) for n, text in enumerate(answer.passages, 1)
+            ]
+            parts += passages or ["There are no passages."]
         return parts
 
 

@@ -69,6 +69,8 @@ class EvaluationRun(BackgroundWork, Base):
     """``evalrun_`` and letters and digits; of a job of Bedrock the end of its ARN."""
     face: Mapped[str]
     """Which API it was asked through, and is shown by."""
+    application: Mapped[str | None]
+    """What Bedrock says is evaluated, by which its jobs are listed; none of other faces."""
     eval_id: Mapped[str | None] = mapped_column(ForeignKey("evals.id"), index=True)
     name: Mapped[str]
     sealed: Mapped[dict[str, Any]]
@@ -165,6 +167,7 @@ def create_run(
     name: str,
     request: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
+    application: str | None = None,
     eval_id: str | None = None,
     run_id: str | None = None,
 ) -> EvaluationRun:
@@ -181,6 +184,7 @@ def create_run(
         turn=next_turn(session, EvaluationRun, account, EvaluationRun.status.not_in(ENDED)),
         caller=caller,
         face=face,
+        application=application,
         eval_id=eval_id,
         name=name,
         sealed=seal_json(text, run_id),

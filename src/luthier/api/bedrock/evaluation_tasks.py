@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import uuid
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -138,8 +139,12 @@ class JobParts:
         Raises:
             Fault: AccessDenied, ResourceNotFound, Validation.
         """
-        self.authorize(caller, "bedrock:InvokeModel", self.ids.resource(identifier))
+        self.check_right(caller, identifier)
         return self.ids.stored_id(caller.account, identifier)
+
+    def check_right(self, caller: Caller, identifier: str) -> None:
+        """Refuse who may not ask a model; raises :class:`Fault` AccessDenied."""
+        self.authorize(caller, "bedrock:InvokeModel", self.ids.resource(identifier))
 
 
 @dataclass(frozen=True)
@@ -167,73 +172,65 @@ class DataSet:
 
 
 class JobTask(EvaluationTask):
-    """The task of a job."""
+    """What the tasks of all jobs share: data sets, a judge, and results in the bucket."""
 
     noun, no_rows = "job", "The data sets have no rows."
 
-    def __init__(self, parts: JobParts, run: EvaluationRun, caller: Caller) -> None:
-        """Raises :class:`Fault` where a model is gone, or may not be asked any more."""
+    def __init__(
+        self, parts: JobParts, run: EvaluationRun, caller: Caller, rubrics: Mapping[str, str]
+    ) -> None:
+        """``rubrics`` by the metrics of a judge.
+
+        Raises:
+            Fault: where a model is gone, or may not be asked any more.
+        """
         self.parts, self.run = parts, run
-        members = run.request
-        automated = members["evaluationConfig"]["automated"]
+        automated = run.request["evaluationConfig"]["automated"]
         self.sets = [DataSet.of(each) for each in automated["datasetMetricConfigs"]]
-        (model,) = members["inferenceConfig"]["models"]
         self.model_names: dict[str, str] = {}
-        self.stored_id, self.asked = None, dict[str, Any]()
-        if "bedrockModel" in model:
-            self.identifier = model["bedrockModel"]["modelIdentifier"]
-            self.asked = converse_members(model["bedrockModel"].get("inferenceParams"))
-            self.stored_id = parts.stored_id(caller, self.identifier)
-            self.model_names[self.stored_id] = self.identifier
-        else:
-            self.identifier = model["precomputedInferenceSource"]["inferenceSourceIdentifier"]
+        self._identifiers: list[str] = []
         self.judges, self.judge_name = dict[str, Judge](), ""
         for each in automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ()):
             self.judge_name = each["modelIdentifier"]
-            judge_id = parts.stored_id(caller, self.judge_name)
-            self.model_names.setdefault(judge_id, self.judge_name)
+            judge_id = self._stored_id(caller, self.judge_name)
             self.judges = {
                 metric: Judge(
                     model=judge_id,
                     rubric=RUBRICS[rubric],
                     sampling=SamplingSpec(max_tokens=VERDICT_TOKENS),
                 ).with_models(parts.models)
-                for metric, rubric in BEDROCK_METRICS.items()
+                for metric, rubric in rubrics.items()
             }
         self._files = ExitStack()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        """Rows of all data sets."""
-        for number, (place, line) in self._lines():
-            data = self.sets[place]
-            yield f"{data.name}, row {number}", self._problem(data, line)
+        """Rows of all data sets, by the lines of their files."""
+        for _, place, line_of, line in self._lines():
+            yield line_of, self._line_problem(self.sets[place], line)
 
     def rows(self) -> Iterator[tuple[int, Any]]:
         """The number of a data set, and a record of it."""
-        for number, (place, line) in self._lines():
+        for number, place, _, line in self._lines():
             yield number, (place, json.loads(line))
 
     def grade(self, caller: Caller, number: int, row: Any) -> GradedRow:
-        """Ask the model, where answers do not come with the rows, and measure what it said."""
+        """Measure one row, where the caller may still ask the models."""
+        for identifier in self._identifiers:
+            self.parts.check_right(caller, identifier)
         place, record = row
-        data = self.sets[place]
-        if self.stored_id is None:
-            response = record["modelResponses"][0]["response"]
-        else:
-            response = self._ask(record["prompt"])
-        scores = [self._score(data, metric, record, response) for metric in data.metrics]
-        line = self._line(record, response, scores)
-        statuses = {
-            metric: store.ERROR if score["result"] is None else store.PASS
-            for metric, score in zip(data.metrics, scores, strict=True)
-        }
+        line, scores = self.measure(self.sets[place], record)
+        statuses: dict[str, str] = {}
+        for score in scores:
+            if score["result"] is None:
+                statuses[score["metricName"]] = store.ERROR
+            statuses.setdefault(score["metricName"], store.PASS)
         worst = store.ERROR if store.ERROR in statuses.values() else store.PASS
         return GradedRow(worst, {"set": place, "line": line}, statuses)
 
     def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
         """The record, and why there is no answer to it."""
         place, record = row
-        line = self._line(record, None, [])
+        line = self.unmeasured(record)
         line["error"] = {"errorCode": fault.code, "errorMessage": fault.message}
         return GradedRow(store.ERROR, {"set": place, "line": line})
 
@@ -251,18 +248,156 @@ class JobTask(EvaluationTask):
             for place, (data, path) in enumerate(zip(self.sets, paths, strict=True)):
                 # By a name that follows from the job: written again after a crash, it is one file.
                 name = f"{uuid.uuid5(_SPACE, f'{run.id}/{place}')}_output.jsonl"
-                model = self.identifier.rpartition("/")[2]
-                self.parts.locations.write(
-                    run.account,
-                    output,
-                    f"{run.name}/{run.id}/models/{model}/taskTypes/{data.task_type}/datasets/"
-                    f"{data.name}/{name}",
-                    path,
-                )
+                where = f"{run.name}/{run.id}/{self.folder(data)}/datasets/{data.name}/{name}"
+                self.parts.locations.write(run.account, output, where, path)
 
     def close(self) -> None:
         """Let the copies of the data sets go."""
         self._files.close()
+
+    @abstractmethod
+    def problem(self, data: DataSet, record: Any) -> str:
+        """What is wrong with a row, and what would be right; empty where nothing is."""
+
+    @abstractmethod
+    def measure(
+        self, data: DataSet, record: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
+        """The line of results of a row, and the scores in it.
+
+        Raises:
+            Fault: where a model gave no answer.
+        """
+
+    @abstractmethod
+    def unmeasured(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The line of a row that could not be measured."""
+
+    @abstractmethod
+    def folder(self, data: DataSet) -> str:
+        """Where the results of a data set lie below those of the job."""
+
+    def judge(self, metric: str, answers: Sequence[Answer], none: str = "") -> dict[str, Any]:
+        """The mean of a judge's grades, and its reasons; no result where a verdict has no score.
+
+        ``none`` is said where there are no answers.
+        """
+        judge = self.judges[metric]
+        verdicts = judge.verdicts([judge.question(each) for each in answers]) if answers else ()
+        points, reasons = list[int](), list[str]()
+        for verdict in verdicts:
+            found = parse_verdict(verdict) if isinstance(verdict, str) else None
+            if found is not None:
+                points.append(found)
+            if isinstance(verdict, str) and found is not None:
+                reasons.append(verdict)
+            else:
+                reasons.append(verdict_trouble("judge", verdict).message)
+        result = (fmean(points) - 1) / 9 if points and len(points) == len(verdicts) else None
+        if result is not None and metric in FAULTS:
+            result = 1 - result
+        if len(reasons) > 1:
+            reasons = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+        return self.judged(metric, result, "\n\n".join(reasons) or none)
+
+    def judged(self, metric: str, result: float | None, explanation: str) -> dict[str, Any]:
+        """A score as Bedrock writes those of a judge."""
+        detail = {"modelIdentifier": self.judge_name, "explanation": explanation}
+        return {"metricName": metric, "result": result, "evaluatorDetails": [detail]}
+
+    def _stored_id(self, caller: Caller, identifier: str) -> str:
+        """The model behind an identifier, which rows of the job ask."""
+        stored_id = self.parts.stored_id(caller, identifier)
+        self.model_names[stored_id] = identifier
+        self._identifiers.append(identifier)
+        return stored_id
+
+    @cached_property
+    def _paths(self) -> list[list[Path]]:
+        """Copies of the data sets, for as long as the task is there."""
+        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
+        found = []
+        for place, data in enumerate(self.sets):
+            (folder / str(place)).mkdir()
+            found.append(
+                self.parts.locations.fetch(self.run.account, data.uri, folder / str(place))
+            )
+        return found
+
+    def _lines(self) -> Iterator[tuple[int, int, str, bytes]]:
+        """Lines of all data sets: their numbers from 1 through all of them, places, names and bytes."""
+        number = 0
+        for place, paths in enumerate(self._paths):
+            for path in paths:
+                file = f" ({path.name})" if len(paths) > 1 else ""
+                for row, line in numbered_lines(pieces_of(path), MOST_ROW_BYTES):
+                    number += 1
+                    yield number, place, f"{self.sets[place].name}{file}, row {row}", line
+
+    def _line_problem(self, data: DataSet, line: bytes) -> str:
+        if len(line) > MOST_ROW_BYTES:
+            return f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
+        try:
+            record = parse_json(line, self.parts.limits.json_values)
+        except (Fault, ValueError) as error:
+            return f"it is no JSON that can be read: {str(error).rstrip('.')}."
+        return self.problem(data, record)
+
+
+class ModelJobTask(JobTask):
+    """The task of a job that evaluates a model, or answers that come with the rows."""
+
+    def __init__(self, parts: JobParts, run: EvaluationRun, caller: Caller) -> None:
+        """Raises :class:`Fault` where a model is gone, or may not be asked any more."""
+        super().__init__(parts, run, caller, BEDROCK_METRICS)
+        (model,) = run.request["inferenceConfig"]["models"]
+        self.stored_id, self.asked = None, dict[str, Any]()
+        if "bedrockModel" in model:
+            self.identifier = model["bedrockModel"]["modelIdentifier"]
+            self.asked = converse_members(model["bedrockModel"].get("inferenceParams"))
+            self.stored_id = self._stored_id(caller, self.identifier)
+        else:
+            self.identifier = model["precomputedInferenceSource"]["inferenceSourceIdentifier"]
+
+    def measure(
+        self, data: DataSet, record: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Sequence[Mapping[str, Any]]]:
+        """Ask the model, where answers do not come with the rows, and measure what it said."""
+        if self.stored_id is None:
+            response = record["modelResponses"][0]["response"]
+        else:
+            response = self._ask(record["prompt"])
+        scores = [self._score(data, metric, record, response) for metric in data.metrics]
+        return self._line(record, response, scores), scores
+
+    def unmeasured(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Without a response."""
+        return self._line(record, None, [])
+
+    def folder(self, data: DataSet) -> str:
+        """By the model and the type of the task."""
+        return f"models/{self.identifier.rpartition('/')[2]}/taskTypes/{data.task_type}"
+
+    def problem(self, data: DataSet, record: Any) -> str:
+        """What is wrong with a prompt, its reference, and the response that it brings."""
+        if not isinstance(record, dict) or not _is_text(record.get("prompt")):
+            return "it needs a text 'prompt'."
+        reference = record.get("referenceResponse")
+        if reference is not None and not isinstance(reference, str):
+            return "'referenceResponse' has to be a text."
+        if data.needs_reference and not _is_text(reference):
+            return "it needs a 'referenceResponse', as its metrics compare with it."
+        if self.stored_id is not None:
+            return ""
+        responses = record.get("modelResponses")
+        if not isinstance(responses, list) or len(responses) != 1:
+            return "it needs 'modelResponses' with one response, as no model is asked."
+        (response,) = responses
+        if not isinstance(response, dict) or not isinstance(response.get("response"), str):
+            return "its response has to be a text."
+        if response.get("modelIdentifier") != self.identifier:
+            return f"its modelIdentifier is not the inferenceSourceIdentifier {self.identifier}."
+        return ""
 
     def _line(
         self, record: Mapping[str, Any], response: str | None, scores: Sequence[Mapping[str, Any]]
@@ -288,9 +423,11 @@ class JobTask(EvaluationTask):
     def _score(
         self, data: DataSet, metric: str, record: Mapping[str, Any], response: str
     ) -> dict[str, Any]:
-        if metric in self.judges:
-            return self._judged(metric, record, response)
         reference = record.get("referenceResponse") or ""
+        if metric in self.judges:
+            row = PromptOnly("row", 1, record["prompt"])
+            turns = (Message("user", record["prompt"]),)
+            return self.judge(metric, [Answer(turns, response, reference or None, row)])
         if metric == ACCURACY:
             score = accuracy_of(data.task_type, response, reference)
         else:
@@ -306,71 +443,6 @@ class JobTask(EvaluationTask):
             return fmean(word_error_rate(each, response) for each in answers)
         right = accuracy_of(task_type, response, reference)
         return fmean(abs(right - accuracy_of(task_type, each, reference)) for each in answers)
-
-    def _judged(self, metric: str, record: Mapping[str, Any], response: str) -> dict[str, Any]:
-        judge = self.judges[metric]
-        row = PromptOnly("row", 1, record["prompt"])
-        reference = record.get("referenceResponse") or None
-        turns = (Message("user", record["prompt"]),)
-        question = judge.question(Answer(turns, response, reference, row))
-        (verdict,) = judge.verdicts([question])
-        points = parse_verdict(verdict) if isinstance(verdict, str) else None
-        score = None if points is None else (points - 1) / 9
-        if score is not None and metric in FAULTS:
-            score = 1 - score
-        said = verdict if isinstance(verdict, str) else verdict.reason
-        if score is None:
-            said = verdict_trouble("judge", verdict).message
-        detail = {"modelIdentifier": self.judge_name, "explanation": said}
-        return {"metricName": metric, "result": score, "evaluatorDetails": [detail]}
-
-    @cached_property
-    def _paths(self) -> list[list[Path]]:
-        """Copies of the data sets, for as long as the task is there."""
-        folder = Path(self._files.enter_context(tempfile.TemporaryDirectory()))
-        found = []
-        for place, data in enumerate(self.sets):
-            (folder / str(place)).mkdir()
-            found.append(
-                self.parts.locations.fetch(self.run.account, data.uri, folder / str(place))
-            )
-        return found
-
-    def _lines(self) -> Iterator[tuple[int, tuple[int, bytes]]]:
-        """Lines of all data sets with the number of theirs, numbered from 1 through all of them."""
-        number = 0
-        for place, paths in enumerate(self._paths):
-            for path in paths:
-                for _, line in numbered_lines(pieces_of(path), MOST_ROW_BYTES):
-                    number += 1
-                    yield number, (place, line)
-
-    def _problem(self, data: DataSet, line: bytes) -> str:
-        """What is wrong with a row; empty where nothing is."""
-        if len(line) > MOST_ROW_BYTES:
-            return f"it has more than {MOST_ROW_BYTES:,} bytes."
-        try:
-            record = parse_json(line, self.parts.limits.json_values)
-        except (Fault, ValueError) as error:
-            return f"it is no JSON that can be read: {error}."
-        if not isinstance(record, dict) or not _is_text(record.get("prompt")):
-            return "it needs a text 'prompt'."
-        reference = record.get("referenceResponse")
-        if reference is not None and not isinstance(reference, str):
-            return "'referenceResponse' has to be a text."
-        if data.needs_reference and not _is_text(reference):
-            return "it needs a 'referenceResponse', as its metrics compare with it."
-        if self.stored_id is not None:
-            return ""
-        responses = record.get("modelResponses")
-        if not isinstance(responses, list) or len(responses) != 1:
-            return "it needs 'modelResponses' with one response, as no model is asked."
-        (response,) = responses
-        if not isinstance(response, dict) or not isinstance(response.get("response"), str):
-            return "its response has to be a text."
-        if response.get("modelIdentifier") != self.identifier:
-            return f"its modelIdentifier is not the inferenceSourceIdentifier {self.identifier}."
-        return ""
 
 
 def _is_text(value: Any) -> bool:

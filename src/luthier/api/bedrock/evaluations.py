@@ -24,10 +24,14 @@ from luthier.api.bedrock.evaluation_tasks import (
     ACCURACY,
     ROBUSTNESS,
     TOXICITY,
+    JobParts,
+    JobTask,
+    ModelJobTask,
     converse_members,
 )
+from luthier.api.bedrock.rag_evaluation import RagJobTask, RagSource
 from luthier.api.evaluations import EvaluationRunner
-from luthier.api.http.messages import Fault
+from luthier.api.http.messages import Caller, Fault
 from luthier.api.identifiers import EVALUATION, find_evaluation, invocable, invoked_arn
 from luthier.graders.rubrics import BEDROCK_METRICS
 from luthier.store import evaluations as store
@@ -36,6 +40,7 @@ from luthier.store.database import new_id
 from luthier.store.evaluations import EvaluationRun
 
 FACE = "bedrock"
+MODEL, RAG = "ModelEvaluation", "RagEvaluation"
 _AUTOMATED = (ACCURACY, ROBUSTNESS)
 _STATUS = {
     store.QUEUED: "InProgress",
@@ -58,6 +63,12 @@ _ORDER = Order(EvaluationRun.created, EvaluationRun.seq)
 _LONGEST = 2048
 
 
+def job_task(parts: JobParts, run: EvaluationRun, caller: Caller) -> JobTask:
+    """The task of a job; raises :class:`Fault` where a model is gone, or may not be asked any more."""
+    kind = RagJobTask if run.application == RAG else ModelJobTask
+    return kind(parts, run, caller)
+
+
 def create_job(request: ControlRequest) -> dict[str, Any]:
     """Put a job into the queue; the same token gives the same job."""
     request.allow(request.arns.of(request.account, EVALUATION, "*"))
@@ -66,13 +77,28 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         return answer
     runner = _runner(request)
     job_tags = tags_of(request.get("jobTags"))
-    automated = _automated(request)
-    _check_model(request, request["inferenceConfig"]["models"])
+    automated, application = _automated(request), _application(request)
     judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
+    source = None
+    if application == RAG:
+        source = RagSource.of(request["inferenceConfig"])
+        if not judges:
+            text = "A RAG system is evaluated by a judge: name it in evaluatorModelConfig."
+            raise _invalid("evaluatorModelConfig", text)
+    else:
+        _check_model(request, request["inferenceConfig"]["models"])
     for judge in judges:
         _check_invocable(request, judge["modelIdentifier"])
     for config in automated["datasetMetricConfigs"]:
-        _check_set(config, bool(judges))
+        _check_set(config)
+        if source is not None:
+            kind = "retrieve-and-generate" if source.generates else "retrieve-only"
+            _check_metrics(config, tuple(source.rubrics), f"of {kind} jobs")
+        elif judges:
+            _check_metrics(config, tuple(BEDROCK_METRICS), "with evaluatorModelConfig")
+        else:
+            _check_metrics(config, _AUTOMATED, "without evaluatorModelConfig")
+            _check_task_type(config)
         location = config["dataset"]["datasetLocation"]["s3Uri"]
         request.control.locations.check(request.account, location)
     output = request["outputDataConfig"]["s3Uri"]
@@ -91,6 +117,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
             face=FACE,
             name=name,
             request=members,
+            application=application,
             run_id=new_id(),
         )
         arn = _arn(request, job)
@@ -104,17 +131,23 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
 
 def _automated(request: ControlRequest) -> Mapping[str, Any]:
     """The configuration of what is computed here; all else is refused in words."""
-    config, inference = request["evaluationConfig"], request["inferenceConfig"]
+    config = request["evaluationConfig"]
     if "human" in config:
         raise _invalid("evaluationConfig", "There are no people here who could evaluate.")
-    if "ragConfigs" in inference or request.get("applicationType") == "RagEvaluation":
-        text = "There are no knowledge bases here: evaluate answers that come with the rows."
-        raise _invalid("inferenceConfig", text)
     automated: Mapping[str, Any] = config["automated"]
     if "customMetricConfig" in automated:
         text = "customMetricConfig is not supported by this server; use the metrics of a judge."
         raise _invalid("customMetricConfig", text)
     return automated
+
+
+def _application(request: ControlRequest) -> str:
+    """What is evaluated, as ``inferenceConfig`` has it and ``applicationType`` may say once more."""
+    member = next(iter(request["inferenceConfig"]))
+    found = RAG if member == "ragConfigs" else MODEL
+    if request.get("applicationType", found) != found:
+        raise _invalid("applicationType", f"With {member} in inferenceConfig it is {found}.")
+    return found
 
 
 def _check_model(request: ControlRequest, models: list[Mapping[str, Any]]) -> None:
@@ -139,19 +172,24 @@ def _check_invocable(request: ControlRequest, identifier: str) -> None:
         invocable(session, request.arns, request.account, identifier)
 
 
-def _check_set(config: Mapping[str, Any], judged: bool) -> None:
-    """Refuse data sets and metrics that are not had here, with what there is."""
-    data, task_type = config["dataset"], config["taskType"]
+def _check_set(config: Mapping[str, Any]) -> None:
+    """Refuse data sets that are not had here, with what there is."""
+    data = config["dataset"]
+    if data["name"] in (".", ".."):
+        raise _invalid("dataset", "A data set is a folder of results: it cannot be called so.")
     if "datasetLocation" not in data:
         text = (
             f"The data set {data['name']} is AWS's own and not here: name rows of yours by "
             "datasetLocation."
         )
         raise _invalid("dataset", text)
+
+
+def _check_metrics(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Refuse metrics that are not among the ``known``, which are those ``where`` this job is."""
     names = config["metricNames"]
     if len(set(names)) != len(names):
         raise _invalid("metricNames", "A metric is named twice.")
-    known = tuple(BEDROCK_METRICS) if judged else _AUTOMATED
     for name in names:
         if name == TOXICITY:
             text = (
@@ -160,10 +198,14 @@ def _check_set(config: Mapping[str, Any], judged: bool) -> None:
             )
             raise _invalid("metricNames", text)
         if name not in known:
-            who = "with evaluatorModelConfig" if judged else "without evaluatorModelConfig"
-            text = f"There is no metric {name} {who}; there are {', '.join(known)}."
+            text = f"There is no metric {name} {where}; there are {', '.join(known)}."
             raise _invalid("metricNames", text)
-    generated = judged or (names == [ROBUSTNESS] and task_type == "Generation")
+
+
+def _check_task_type(config: Mapping[str, Any]) -> None:
+    """Refuse types of tasks whose accuracy is not computed here."""
+    task_type = config["taskType"]
+    generated = config["metricNames"] == [ROBUSTNESS] and task_type == "Generation"
     if not generated and task_type not in ACCURACIES:
         reason = "is a BERTScore" if task_type == "Summarization" else "is not defined"
         text = (
@@ -187,7 +229,7 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
             "lastModifiedTime": job.completed or job.created,
             "failureMessages": [job.error_message[:_LONGEST]] if job.error_message else None,
             **members,
-            "applicationType": "ModelEvaluation",
+            "applicationType": job.application,
         }
 
 
@@ -201,8 +243,8 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
             _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
         ),
     )
-    if request.get("applicationTypeEquals") == "RagEvaluation":
-        query = query.where(EvaluationRun.seq < 0)
+    if application := request.get("applicationTypeEquals"):
+        query = query.where(EvaluationRun.application == application)
     if status := request.get("statusEquals"):
         states = [state for state, shown in _STATUS.items() if shown == status]
         query = query.where(EvaluationRun.status.in_(states))
@@ -262,13 +304,10 @@ def _asked(
 def _summary(request: ControlRequest, job: EvaluationRun) -> dict[str, Any]:
     members = job.request
     automated = members["evaluationConfig"]["automated"]
-    (model,) = members["inferenceConfig"]["models"]
     judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
-    if "bedrockModel" in model:
-        models = {"bedrockModelIdentifiers": [model["bedrockModel"]["modelIdentifier"]]}
-    else:
-        source = model["precomputedInferenceSource"]["inferenceSourceIdentifier"]
-        models = {"precomputedInferenceSourceIdentifiers": [source]}
+    inference, models = _inference_summary(members["inferenceConfig"]), None
+    if "modelConfigSummary" in inference:
+        models = inference["modelConfigSummary"].get("bedrockModelIdentifiers")
     types = dict.fromkeys(each["taskType"] for each in automated["datasetMetricConfigs"])
     return {
         "jobArn": _arn(request, job),
@@ -277,11 +316,25 @@ def _summary(request: ControlRequest, job: EvaluationRun) -> dict[str, Any]:
         "creationTime": job.created,
         "jobType": "Automated",
         "evaluationTaskTypes": list(types),
-        "modelIdentifiers": models.get("bedrockModelIdentifiers"),
+        "modelIdentifiers": models,
         "evaluatorModelIdentifiers": [each["modelIdentifier"] for each in judges] or None,
-        "inferenceConfigSummary": {"modelConfigSummary": models},
-        "applicationType": "ModelEvaluation",
+        "inferenceConfigSummary": inference,
+        "applicationType": job.application,
     }
+
+
+def _inference_summary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is evaluated, by its identifiers."""
+    if "ragConfigs" in config:
+        source = RagSource.of(config).identifier
+        return {"ragConfigSummary": {"precomputedRagSourceIdentifiers": [source]}}
+    (model,) = config["models"]
+    if "bedrockModel" in model:
+        models = {"bedrockModelIdentifiers": [model["bedrockModel"]["modelIdentifier"]]}
+    else:
+        source = model["precomputedInferenceSource"]["inferenceSourceIdentifier"]
+        models = {"precomputedInferenceSourceIdentifiers": [source]}
+    return {"modelConfigSummary": models}
 
 
 def _mine(request: ControlRequest) -> tuple[Any, ...]:

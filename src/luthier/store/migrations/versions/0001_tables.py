@@ -293,6 +293,7 @@ def upgrade() -> None:
         sa.Column("turn", sa.Integer(), nullable=False),
         sa.Column("caller", Plain, nullable=False),
         sa.Column("face", sa.String(), nullable=False),
+        sa.Column("application", sa.String(), nullable=True),
         sa.Column("eval_id", sa.String(), nullable=True),
         sa.Column("name", sa.String(), nullable=False),
         sa.Column("sealed", Plain, nullable=False),
