@@ -92,4 +92,4 @@ def test_a_judge_that_is_down() -> None:
 
 def test_it_is_named_in_recipes() -> None:
     grader = parse_graders({"r": {"method": "ruler", "model": "base:mine"}})["r"]
-    assert isinstance(grader, Ruler) and grader.models == {"base:mine"}
+    assert isinstance(grader, Ruler) and set(grader.models) == {"base:mine"}

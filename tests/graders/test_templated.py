@@ -205,7 +205,7 @@ def test_a_model_that_scores() -> None:
     )
     grader = ScoreModel.model_validate({"model": "judge", "input": turns, "range": [0, 5]})
     assert not grader.is_share
-    assert grader.models == grader.writers == {"judge"}
+    assert grader.models == {"judge": "causal_lm"}
     with pytest.raises(RecipeError, match="not open"):
         one(grader, "Rome")
     judge = Opens("I think: 4.5", "5 of 10, so 3")

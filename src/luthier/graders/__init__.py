@@ -8,6 +8,7 @@ from __future__ import annotations
 from luthier.chat_models.base import Writer
 from luthier.graders.base import Answer, Grader, GraderModels, Scorer, Trouble, Ungraded
 from luthier.graders.code import Code
+from luthier.graders.embedding_similarity import EmbeddingSimilarity
 from luthier.graders.exact import Exact, FirstLine
 from luthier.graders.formula import Multi
 from luthier.graders.grade import Grades, OnError, check_rows, grade_answers
@@ -38,6 +39,7 @@ GRADERS: PluginTable[type[Grader]] = PluginTable(
         "number": Number,
         "regex": Regex,
         "similarity": Similarity,
+        "embedding_similarity": EmbeddingSimilarity,
         "json_schema": JsonSchema,
         "tool_calls": ToolCalls,
         "code": Code,
@@ -60,6 +62,7 @@ __all__ = [
     "Answer",
     "AnyGrader",
     "Code",
+    "EmbeddingSimilarity",
     "Exact",
     "FirstLine",
     "Grader",

@@ -17,14 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from luthier.chat_models.base import ModelSpec, SamplingSpec, Writer
 from luthier.errors import LuthierError, RowRefused
 from luthier.limits import TEXT_CHARACTERS
 from luthier.types import Message, Row
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 TOO_LONG = "grader.too_long"
 """Rule of texts that are too long to be graded."""
@@ -77,6 +82,8 @@ class Trouble:
 
 Scorer = Callable[[Sequence[Answer]], list[float]]
 """What a model in memory gives for answers, in their order."""
+Embedder = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Embeddings ``[N, H]`` of length 1 that a model in memory gives for texts."""
 
 
 class GraderModels(Protocol):
@@ -84,6 +91,9 @@ class GraderModels(Protocol):
 
     def scorer(self, model: str) -> Scorer:
         """The reward model of this id."""
+
+    def embedder(self, model: str) -> Embedder:
+        """The encoder of this id."""
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
@@ -146,14 +156,10 @@ class Grader(BaseModel):
         return self.watched
 
     @property
-    def models(self) -> frozenset[str]:
-        """Ids of the models of this machine that it scores with, loaded by whoever grades."""
-        return frozenset()
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """Those of :attr:`models` that write texts."""
-        return frozenset()
+    def models(self) -> Mapping[str, Task]:
+        """What it scores with: ids of models of this machine, which whoever grades loads, and what each
+        must have been trained for."""
+        return {}
 
     @property
     def judgements(self) -> int:

@@ -6,13 +6,16 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.graders.mix import Mix
 from luthier.graders.specs import AnyGrader
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 LONGEST = 1000
 DEEPEST = 200
@@ -76,14 +79,9 @@ class Multi(Grader):
         return self._mix.prefers_batches
 
     @property
-    def models(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, Task]:
         """Those of all graders."""
         return self._mix.models
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """Those of all graders."""
-        return self._mix.writers
 
     @property
     def judgements(self) -> int:

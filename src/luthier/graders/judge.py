@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -14,6 +14,9 @@ from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
 from luthier.errors import LuthierError, RecipeError
 from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.types import Message, Row
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 RUBRIC = (
     "A good reply does what was asked, is correct, and says what the reader needs in as few words as "
@@ -81,14 +84,9 @@ class Judge(ModelSpec, Grader):
         return not self.model
 
     @property
-    def models(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, Task]:
         """The model that judges, where it is one of this machine."""
-        return frozenset({self.model} if self.model and self.url is None else ())
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """The same."""
-        return self.models
+        return {self.model: "causal_lm"} if self.model and self.url is None else {}
 
     @property
     def judgements(self) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.graders.grade import attempt
 from luthier.graders.specs import AnyGrader
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 
 class Mix(Grader):
@@ -59,14 +62,9 @@ class Mix(Grader):
         return any(part.prefers_batches for part in self.parts.values())
 
     @property
-    def models(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, Task]:
         """Those of all parts."""
-        return frozenset[str]().union(*(part.models for part in self.parts.values()))
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """Those of all parts."""
-        return frozenset[str]().union(*(part.writers for part in self.parts.values()))
+        return {name: task for part in self.parts.values() for name, task in part.models.items()}
 
     @property
     def judgements(self) -> int:

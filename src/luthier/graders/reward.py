@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader, GraderModels, Scorer
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 
 class Reward(Grader):
@@ -42,9 +45,9 @@ class Reward(Grader):
         return True
 
     @property
-    def models(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, Task]:
         """The reward model."""
-        return frozenset({self.model})
+        return {self.model: "sequence_classification"}
 
     def with_models(self, models: GraderModels) -> Self:
         """The same with its model in memory."""

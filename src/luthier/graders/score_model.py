@@ -6,7 +6,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -17,6 +17,9 @@ from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
 from luthier.graders.string_check import Template
 from luthier.graders.templates import fill_template, scope_of
 from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.models.heads import Task
 
 Bound = Annotated[float, Field(ge=-1e9, le=1e9)]
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -58,14 +61,9 @@ class PromptedModel(ModelSpec, Grader):
         return False
 
     @property
-    def models(self) -> frozenset[str]:
+    def models(self) -> Mapping[str, Task]:
         """The model that grades, where it is one of this machine."""
-        return frozenset({self.model} if self.url is None else ())
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """The same."""
-        return self.models
+        return {self.model: "causal_lm"} if self.url is None else {}
 
     @property
     def judgements(self) -> int:

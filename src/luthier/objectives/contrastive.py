@@ -317,6 +317,19 @@ class Contrastive(Objective):
         return [{"embedding": row.tolist()} for row in self.embed(network, batch)]
 
 
+def read_embeddings(
+    network: Network, encoder: Contrastive, rows: Sequence[Example], budget: int
+) -> Tensor:
+    """Embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
+    import torch
+
+    placed = [replace(row, row=number) for number, row in enumerate(rows)]
+    found_NH = torch.zeros(len(rows), network.width, device=network.device)
+    for batch in network.batches(placed, budget):
+        found_NH[[row.row for row in batch.tree.examples]] = encoder.embed(network, batch)
+    return found_NH
+
+
 def _info_nce(
     scale: Tensor | float, query_QH: Tensor, key_KH: Tensor, positive_QK: Tensor, allowed_QK: Tensor
 ) -> tuple[Tensor, Tensor]:

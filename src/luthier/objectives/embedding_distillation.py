@@ -16,14 +16,13 @@ free after. Left out: losses over pairs of texts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.objectives.base import Objective
 from luthier.objectives.classification import cut_text
-from luthier.objectives.contrastive import Contrastive
+from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row
 
@@ -86,10 +85,10 @@ class EmbeddingDistillation(Taught):
         teacher, encoder = network.others.pop("teacher"), Contrastive(pooling=self.teacher_pooling)
         unique = list({row.ids_T.tobytes(): row for row in rows}.values())
         place = {row.ids_T.tobytes(): number for number, row in enumerate(unique)}
-        found_NH = _embeddings(teacher, encoder, unique, budget)
+        found_NH = read_embeddings(teacher, encoder, unique, budget)
         if teacher.width > network.width:
             found_NH, share = project(found_NH, network.width)
-            found_NH = turn(found_NH, _embeddings(network, self._encoder, unique, budget))
+            found_NH = turn(found_NH, read_embeddings(network, self._encoder, unique, budget))
             note(
                 f"the teacher's {teacher.width} numbers a text are projected on the student's "
                 f"{network.width}, which keeps {share:.1%} of their squares"
@@ -123,19 +122,6 @@ class EmbeddingDistillation(Taught):
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
         """For each row in the order of the tree: its embedding."""
         return self._encoder.predict(network, batch)
-
-
-def _embeddings(
-    network: Network, encoder: Contrastive, rows: Sequence[Example], budget: int
-) -> Tensor:
-    """Embeddings ``[N, H]`` of length 1 in float32, in the order of ``rows``."""
-    import torch
-
-    placed = [replace(row, row=number) for number, row in enumerate(rows)]
-    found_NH = torch.zeros(len(rows), network.width, device=network.device)
-    for batch in network.batches(placed, budget):
-        found_NH[[row.row for row in batch.tree.examples]] = encoder.embed(network, batch)
-    return found_NH
 
 
 def project(found_NH: Tensor, width: int) -> tuple[Tensor, float]:

@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
 from luthier.objectives.base import Objective, TrainingDefaults, check_writes
-from luthier.objectives.scoring import LocalModels, check_judge, silent
+from luthier.objectives.scoring import LocalModels, check_grader_model, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
 if TYPE_CHECKING:
@@ -218,9 +218,8 @@ class Reinforcement(Objective):
         check_writes(self, chat)
 
     def bind_model(self, name: str, other: Objective, width: int) -> Self:
-        """Refuse a judge that writes no text."""
-        if name in self.grader.writers:
-            check_judge(name, other)
+        """Refuse a model that cannot do what the grader asks of it."""
+        check_grader_model(name, self.grader.models[name], other)
         return self
 
     def describe_cost(self, rows: int, measured: int, calibrated: int) -> str:

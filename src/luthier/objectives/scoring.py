@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from luthier.chat_models.base import (
     CachedWriter,
     Failure,
@@ -15,15 +18,18 @@ from luthier.chat_models.base import (
     Writer,
     writer_of,
 )
-from luthier.data.shapes import Conversation
+from luthier.data.shapes import Conversation, RawText
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
+from luthier.graders.base import Embedder
 from luthier.models.heads import task_of
+from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.reward_model import RewardModel
 from luthier.types import Message
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.models.heads import Task
     from luthier.models.network import Network
     from luthier.objectives.base import Objective
     from luthier.types import IntArray
@@ -54,6 +60,10 @@ class LocalModels:
         """The reward model of this id."""
         check_reward_model(model, self.networks[model])
         return partial(rewards, self.networks[model])
+
+    def embedder(self, model: str) -> Embedder:
+        """The encoder of this id."""
+        return partial(embeddings, self.networks[model])
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None
@@ -120,9 +130,18 @@ def _prompt(chat: ChatFormat, turns: Sequence[Message]) -> IntArray:
     return chat.encode_prompt(turns)
 
 
-def check_judge(name: str, learned: Objective) -> None:
-    """Refuse a model as a judge that was trained for something else than writing text."""
-    if learned.task != "causal_lm":
+def check_grader_model(name: str, task: Task, learned: Objective) -> None:
+    """Refuse a model that was trained for something else than what a grader asks of it."""
+    if task == "embedding" and learned.task != "embedding":
+        raise RecipeError(
+            f"{name} was trained for {learned.method} and gives no embeddings; take an encoder, such "
+            "as all-minilm-l6-v2"
+        )
+    if (pooling := getattr(learned, "pooling", "auto")) != "auto" and task == "embedding":
+        raise RecipeError(
+            f"{name} pools its states by {pooling!r}, and graders read encoders of pooling 'auto' alone"
+        )
+    if task == "causal_lm" and learned.task != "causal_lm":
         raise RecipeError(
             f"{name} cannot judge: it was trained for {learned.method} and does not write text. A "
             "reward model is grader `reward`"
@@ -135,6 +154,23 @@ def check_reward_model(name: str, network: Network) -> None:
         raise RecipeError(
             f"{name} is no reward model; train one with `objective.method=reward_model`"
         )
+
+
+def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
+    """Where an encoder places texts, ``[N, H]`` of length 1; of a long one it reads the beginning."""
+    import torch
+
+    encoder, chat = Contrastive(), network.chat
+    assert chat is not None
+    rows = [RawText("text", number, text) for number, text in enumerate(texts)]
+    examples = [
+        encoder.truncate(encoder.encode(row, place, chat), network.context)
+        for place, row in enumerate(rows)
+    ]
+    network.model.eval()
+    with torch.no_grad():
+        found_NH = read_embeddings(network, encoder, examples, READ_AT_ONCE)
+    return np.asarray(found_NH.cpu().numpy(), dtype=np.float32)
 
 
 def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:

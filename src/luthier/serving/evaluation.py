@@ -205,13 +205,13 @@ def open_graders(
     from luthier.engine.job import load_frozen
     from luthier.engine.machine import choose_machine
     from luthier.engine.metrics import Reporter
-    from luthier.objectives.scoring import LocalModels, check_judge
+    from luthier.objectives.scoring import LocalModels, check_grader_model
     from luthier.store.models import find, objective_of
 
     stored = {name: find(name, note) for each in graders.values() for name in each.models}
     for grader in graders.values():
-        for name in grader.writers:
-            check_judge(name, objective_of(stored[name]))
+        for name, task in grader.models.items():
+            check_grader_model(name, task, objective_of(stored[name]))
     machine = choose_machine()
     networks = {name: load_frozen(each, machine, Reporter()) for name, each in stored.items()}
     models = LocalModels(networks, note, journal_verdicts)

@@ -104,6 +104,15 @@ def test_a_test_passes_where_all_its_assertions_do_or_by_its_threshold(tmp_path:
     assert scores(found, "snow", "-2")["pass"] == 0.0
 
 
+def test_similar_asks_the_encoder(tmp_path: Path) -> None:
+    tests = [{**QUESTION, "assert": [{"type": "similar", "value": "white", "threshold": 0.8}]}]
+    found = imported(tmp_path, tests=tests)
+    similar: Any = read_graders(found.folder / "graders.toml")["similar"]
+    assert similar["calculate_output"] == "similar >= 0.8"
+    assert similar["graders"]["similar"]["method"] == "embedding_similarity"
+    assert "all-minilm-l6-v2" in found.remarks[0]
+
+
 def test_rows_have_variables_defaults_tables_and_turns(tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_text(
         '[{"role": "system", "content": "Be {{tone}}."}, {"role": "user", "content": "{{question}}"}]'

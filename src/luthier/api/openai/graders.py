@@ -25,7 +25,7 @@ from luthier.graders import (
     grader_from,
     parse_graders,
 )
-from luthier.graders.base import TOO_LONG
+from luthier.graders.base import TOO_LONG, Embedder
 from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
@@ -293,6 +293,10 @@ class PooledModels:
     def scorer(self, model: str) -> Scorer:
         """Reward models are none of the graders of this API."""
         raise RecipeError("a reward model cannot be asked here")
+
+    def embedder(self, model: str) -> Embedder:
+        """Nor are encoders."""
+        raise RecipeError("an encoder cannot be asked here")
 
     def writer(
         self, judge: ModelSpec, sampling: SamplingSpec, schema: Mapping[str, Any] | None = None

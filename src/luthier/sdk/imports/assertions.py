@@ -30,8 +30,7 @@ LEFT_OUT = {
     "cost": "`luthier compare --prices` tells what answers cost",
     "perplexity": "`luthier evaluate` measures perplexity on rows of raw text",
     "perplexity-score": "`luthier evaluate` measures perplexity on rows of raw text",
-    "similar": "no grader embeds texts; use `text_similarity`, or an encoder's `luthier evaluate`",
-    "answer-relevance": "no grader embeds texts; use `llm-rubric`",
+    "answer-relevance": "no grader makes up questions; use `llm-rubric`",
     "classifier": "tune a classifier here and evaluate it by itself",
     "moderation": "it asks a service of OpenAI's",
     "select-best": "`luthier compare --judge` compares models",
@@ -225,6 +224,10 @@ class Checks:
                        "reference": self._place(str(value))}
             )  # fmt: skip
             return name, f"{name} >= {number_or(limit, least):g}"
+        if kind == "similar":
+            fields = {"method": "embedding_similarity", "reference": self._place(str(value))}
+            name, _ = self._one(kind, fields)
+            return name, f"{name} >= {number_or(limit, 0.75):g}"
         if kind == "levenshtein":
             self.values.append(str(value))
             source = _LEVENSHTEIN.replace("PLACE", str(len(self.values) - 1))

@@ -71,6 +71,7 @@ class _Configuration:
         self.path, self.result, self.judge = path, result, judge
         self.fields = self._fields()
         self.default = self._default()
+        self.embeds = False
         self.without: dict[str, list[str]] = {}
         """By variable, the tests that lack it."""
 
@@ -324,6 +325,9 @@ class _Configuration:
             asked = fill(prompt.template)
         checks = Checks(fill, self._read, test.judge)
         checks.add_all(test.asserts, test.threshold)
+        self.embeds |= any(
+            each["method"] == "embedding_similarity" for each in checks.graders.values()
+        )
         for what, why in checks.refused:
             self.result.skip(f"{test.where}, {what}", why)
         row: dict[str, Any] = {"prompt": asked} if isinstance(asked, str) else {"messages": asked}
@@ -339,6 +343,11 @@ class _Configuration:
             tests.append(where)
 
     def _note_the_rest(self) -> None:
+        if self.embeds:
+            self.result.remark(
+                "`similar` is the cosine of all-minilm-l6-v2's embeddings: thresholds for another "
+                "encoder may be too high or too low"
+            )
         for name, tests in self.without.items():
             more = f" and {len(tests) - 3:,} more tests" if len(tests) > 3 else ""
             self.result.remark(
@@ -394,7 +403,8 @@ def _of_cell(text: str) -> dict[str, Any]:
     found = _EXPECTED.fullmatch(text)
     known = (*LEFT_OUT, *JUDGED, *SIMILARITIES, "equals", "contains", "icontains", "contains-any",
              "contains-all", "icontains-any", "icontains-all", "regex", "starts-with", "is-json",
-             "contains-json", "levenshtein", "python", "is-refusal", "grade", "fn", "eval")  # fmt: skip
+             "contains-json", "levenshtein", "similar", "python", "is-refusal", "grade", "fn",
+             "eval")  # fmt: skip
     if found is None or found[2] not in known:
         return {"type": "equals", "value": text}
     kind = {"grade": "llm-rubric", "fn": "javascript", "eval": "javascript"}.get(found[2], found[2])
