@@ -38,6 +38,9 @@ _FUNCTIONS: Mapping[str, Callable[..., float]] = {
     "exp": math.exp, "sqrt": math.sqrt, "log": math.log,
 }  # fmt: skip
 
+_ARGUMENTS = {"min": (2, math.inf), "max": (2, math.inf), "log": (1, 2)}
+"""How many a function takes, where that is not one."""
+
 
 class Multi(Grader):
     """What ``calculate_output`` gives of the scores of ``graders``, by their names.
@@ -61,6 +64,7 @@ class Multi(Grader):
             raise ValueError(
                 f"the formula names {sorted(unknown)}; there are {', '.join(self.graders)}"
             )
+        _check_constants(tree)
         return self
 
     @property
@@ -193,6 +197,29 @@ def value_of(tree: ast.AST, scores: Mapping[str, float]) -> float:
         return float(_FUNCTIONS[_function_name(tree)](*arguments))
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_constants(tree: ast.AST) -> None:
+    """Refuse a part without names that has no value, whatever the scores are."""
+    if isinstance(tree, ast.Call):
+        fewest, most = _ARGUMENTS.get(name := _function_name(tree), (1, 1))
+        if not fewest <= len(tree.args) <= most:
+            raise ValueError(f"{name} takes another number of arguments than {len(tree.args)}")
+    if not names_in(tree):
+        try:
+            value = value_of(tree, {})
+        except (ArithmeticError, ValueError) as error:
+            raise ValueError(f"{ast.unparse(tree)} has no value: {error}") from error
+        if not math.isfinite(value):
+            raise ValueError(f"{ast.unparse(tree)} is no finite number")
+        return
+    for part in ast.iter_child_nodes(tree):
+        if isinstance(part, ast.expr):
+            _check_constants(part)
+    if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Div):
+        divisor = math.nan if names_in(tree.right) else value_of(tree.right, {})
+        if divisor == 0:
+            raise ValueError("the formula divides by 0")
 
 
 def _function_name(tree: ast.Call) -> str:

@@ -10,10 +10,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from luthier.errors import RecipeError
 from luthier.graders.base import Answer, Grader, Trouble, Ungraded
 from luthier.graders.sandbox import Limits, check_sandbox, value_of
 from luthier.graders.templates import scope_of
@@ -26,6 +29,16 @@ try:
 except Exception as error:
     result = {"error": f"{type(error).__name__}: {error}"[:500]}
 """
+_START = """
+import json as _json
+try:
+    exec(_json.loads(%r), {"__name__": "grader"})
+    result = ""
+except BaseException as error:
+    result = f"{type(error).__name__}: {error}"[:300]
+"""
+START_S = 2.0
+"""Seconds in which a source is tried before it is used; what takes longer may be right."""
 
 
 def defines(source: str, name: str, arguments: str) -> str:
@@ -72,7 +85,28 @@ def no_end(grader: str, seconds: float) -> Trouble:
 
 
 def _defines_grade(source: str) -> str:
-    return defines(source, "grade", "sample, item")
+    defines(source, "grade", "sample, item")
+    functions = [each for each in ast.parse(source).body if isinstance(each, ast.FunctionDef)]
+    grade = next(each for each in reversed(functions) if each.name == "grade")
+    given = grade.args
+    names = [each.arg for each in (*given.args, *given.kwonlyargs)]
+    needed = [each.arg for each in (*given.posonlyargs, *given.args)]
+    needed = needed[: len(needed) - len(given.defaults)] + [
+        each.arg
+        for each, default in zip(given.kwonlyargs, given.kw_defaults, strict=True)
+        if default is None
+    ]
+    lacks = {"sample", "item"} - set(names) if given.kwarg is None else set()
+    if not grade.decorator_list and (lacks or set(needed) - {"sample", "item"}):
+        raise ValueError("the arguments of grade are called sample and item")
+    return source
+
+
+@lru_cache(maxsize=256)
+def _error_at_start(source: str, limits: Limits) -> str:
+    """What ``source`` raises before ``grade`` is called; empty where it does not, or takes long."""
+    limits = replace(limits, seconds=min(limits.seconds, START_S))
+    return str(value_of("", _START % json.dumps(source), limits) or "")
 
 
 class SandboxedFunction(Grader):
@@ -119,6 +153,15 @@ class PythonSource(SandboxedFunction):
     """Wall-clock time for one answer."""
     memory_mb: int = Field(default=512, ge=64, le=4096)
     """Memory of all its processes together, and address space of each, in MiB."""
+
+    def check(self) -> None:
+        """Refuse machines that cannot isolate the source, and a source that raises when it is read."""
+        super().check()
+        if said := _error_at_start(self.source, self.limits):
+            raise RecipeError(
+                f"grader `{self.method}`: the source raises {said}. It runs with the standard library "
+                "alone"
+            )
 
     @property
     def limits(self) -> Limits:

@@ -94,6 +94,14 @@ class SchemaTrials:
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
+    def check_schema(self, schema: Mapping[str, Any] | bool) -> None:
+        """Refuse a schema to which no model's answers can be kept.
+
+        Raises:
+            InferenceRefused, InferenceFailed: as :meth:`check`.
+        """
+        self.check(_schema_grammar(schema, self.characters))
+
     def check(self, grammar: str) -> None:
         """Refuse a grammar that cannot be enforced, or takes too much to be read.
 
@@ -153,6 +161,7 @@ class Constraints:
     ) -> None:
         """``schemas`` tries grammars before they are read here; needed where strangers send them."""
         self._chat, self._vocabulary, self._schemas = chat, vocabulary, schemas
+        self._characters = schemas.characters if schemas else SCHEMA_CHARACTERS
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
@@ -162,9 +171,7 @@ class Constraints:
         Raises:
             InferenceRefused: where it is no JSON schema, or has what cannot be enforced.
         """
-        return self._matcher(
-            self._grammar({"type": "object"} if isinstance(schema, bool) else schema)
-        )
+        return self._matcher(_schema_grammar(schema, self._characters))
 
     def calls(self, tools: Sequence[Tool], marked: bool) -> Matcher:
         """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
@@ -179,8 +186,8 @@ class Constraints:
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            return self._matcher(self._grammar(schema))
-        body = self._serialize({**schema, "x-guidance": _FORM})
+            return self._matcher(_schema_grammar(schema, self._characters))
+        body = _serialize({**schema, "x-guidance": _FORM}, self._characters)
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         from llguidance import LLMatcher
 
@@ -216,36 +223,6 @@ class Constraints:
             raise InferenceRefused(_refusal(first.get_error()), "schema")
         return Matcher(made)
 
-    def _grammar(self, schema: Mapping[str, Any]) -> str:
-        from llguidance import LLMatcher
-
-        if not isinstance(schema, dict):
-            raise InferenceRefused("A JSON schema is an object.", "schema")
-        check_depth(schema)
-        text = self._serialize(schema)
-        try:
-            grammar: str = LLMatcher.grammar_from_json_schema(text, None, _FORM)
-        except ValueError as error:
-            raise _unreadable(error) from error
-        return grammar
-
-    def _serialize(self, schema: Mapping[str, Any]) -> str:
-        """``schema`` as JSON, where it is not too long."""
-        most = self._schemas.characters if self._schemas else SCHEMA_CHARACTERS
-        pieces, size = [], 0
-        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-        try:
-            # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
-            for piece in encoder.iterencode(dict(schema)):
-                pieces.append(piece)
-                size += len(piece)
-                if size > most:
-                    text = f"The schema has more than {most:,} characters."
-                    raise InferenceRefused(text, "schema")
-            return "".join(pieces).encode().decode()  # halves of surrogate pairs are no text
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _unreadable(error) from error
-
     def _tokens(self) -> Any:
         if self._tokenizer is None:
             try:
@@ -256,6 +233,40 @@ class Constraints:
                     f"Answers of this model cannot be kept to a schema: {error}", "schema"
                 ) from error
         return self._tokenizer
+
+
+def _schema_grammar(schema: Mapping[str, Any] | bool, characters: int) -> str:
+    """The grammar of JSON of ``schema``; of any object where it is ``True``."""
+    from llguidance import LLMatcher
+
+    if isinstance(schema, bool):
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
+        raise InferenceRefused("A JSON schema is an object.", "schema")
+    check_depth(schema)
+    text = _serialize(schema, characters)
+    try:
+        grammar: str = LLMatcher.grammar_from_json_schema(text, None, _FORM)
+    except ValueError as error:
+        raise _unreadable(error) from error
+    return grammar
+
+
+def _serialize(schema: Mapping[str, Any], characters: int) -> str:
+    """``schema`` as JSON, where it has at most so many ``characters``."""
+    pieces, size = [], 0
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+    try:
+        # Piece by piece, so that others run meanwhile, and a long one ends at the limit.
+        for piece in encoder.iterencode(dict(schema)):
+            pieces.append(piece)
+            size += len(piece)
+            if size > characters:
+                text = f"The schema has more than {characters:,} characters."
+                raise InferenceRefused(text, "schema")
+        return "".join(pieces).encode().decode()  # halves of surrogate pairs are no text
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(error) from error
 
 
 def check_depth(schema: Any) -> None:

@@ -6,7 +6,7 @@ import secrets
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,16 @@ class ModelPool:
         with self._borrow(model_id) as entry:
             ids_T = _writer(entry).encode(ids).tolist()
             return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
+
+    def check_schema(self, schema: Mapping[str, Any] | bool) -> None:
+        """Refuse a schema to which no model's answers can be kept, without asking any.
+
+        Raises:
+            InferenceRefused: with the reason.
+            InferenceFailed: where it could not be tried now.
+        """
+        if self._schemas is not None:
+            self._schemas.check_schema(schema)
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -25,6 +25,9 @@ from luthier.api.evaluations import AT_ONCE, EvaluationRunner
 from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
 from luthier.cancellation import KillHandle, cancellable
+from luthier.serving.confined_work import ConfinedWork
+from luthier.serving.constraints import SchemaTrials
+from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import queue
 from luthier.store.accounts import set_quota
@@ -497,6 +500,36 @@ WRONG_EVALS: list[tuple[dict[str, Any], str]] = [
     ({"testing_criteria": [{**NEAR, "pass_threshold": "x"}]}, "testing_criteria[0].pass_threshold"),
     ({"testing_criteria": [{**NEAR, "pass_threshold": 10**400}]},
      "testing_criteria[0].pass_threshold"),
+    ({"testing_criteria": [{**NEAR, "pass_threshold": 1.5}]}, "testing_criteria[0].pass_threshold"),
+    ({"testing_criteria": [SAME, {**SCORE, "pass_threshold": 11}]},
+     "testing_criteria[1].pass_threshold"),
+    ({"testing_criteria": [{**SAME, "reference": "{{sample.output_text.label}}"}]},
+     "testing_criteria[0]"),
+    ({"testing_criteria": [{**SAME, "reference": "{{item.answer.label}}"}]},
+     "testing_criteria[0].reference"),
+    ({"testing_criteria": [{**SCORE, "input": [{"role": "user", "content": "{{item.answer.x}}"}]}]},
+     "testing_criteria[0].input[0].content"),
+    ({"testing_criteria": [{**BOTH, "graders": {"same": {**SAME, "input": "{{item.answer.x}}"}},
+                            "calculate_output": "same"}]},
+     "testing_criteria[0].graders.same.input"),
+    ({"testing_criteria": [{**SAME, "reference": "{{item.b}}"}],
+      "data_source_config": {"type": "custom", "item_schema": {
+          **SCHEMA, "additionalProperties": False}}}, "testing_criteria[0].reference"),
+    ({"testing_criteria": [{**BOTH, "graders": [SAME, SAME], "calculate_output": "same"}]},
+     "testing_criteria[0].graders"),
+    ({"testing_criteria": [{**BOTH, "calculate_output": "same / (1 - 1)"}]}, "testing_criteria[0]"),
+    ({"testing_criteria": [{**BOTH, "calculate_output": "same + log(0)"}]}, "testing_criteria[0]"),
+    ({"testing_criteria": [{**BOTH, "calculate_output": "sqrt(same, near)"}]},
+     "testing_criteria[0]"),
+    ({"testing_criteria": [{**PYTHON, "source": "def grade(answer): return 1"}]},
+     "testing_criteria[0]"),
+    ({"testing_criteria": [{**PYTHON, "source": "import numpy\ndef grade(sample, item): return 1"}]},
+     "testing_criteria[0]"),
+    ({"testing_criteria": [{**SCORE, "sampling_params": {"temperature": 3}}]},
+     "testing_criteria[0].sampling_params"),
+    ({"testing_criteria": [{**LABEL, "model": "tiny-encoder"}]}, "testing_criteria[0].model"),
+    ({"data_source_config": {"type": "custom", "item_schema": {"type": "string"}}},
+     "data_source_config.item_schema.type"),
     ({"testing_criteria": [{**LABEL, "model": "gpt-4o"}]}, "testing_criteria[0].model"),
     ({"testing_criteria": [{**LABEL, "passing_labels": ["x"]}]}, "testing_criteria[0]"),
     ({"data_source_config": {"type": "logs"}}, "data_source_config.type"),
@@ -524,9 +557,32 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
         {"role": "user", "content": {"type": "input_image", "image_url": "x"}}]}),
      "data_source.input_messages.template[0].content"),
     (asking(rows(1), sampling_params={"temperature": 3}), "data_source.sampling_params.temperature"),
+    (asking(rows(1), model="tiny-encoder"), "data_source.model"),
+    (asking(rows(1), input_messages={"type": "template", "template": [
+        {"role": "user", "content": "{{item.question.text}}"}]}),
+     "data_source.input_messages.template[0].content"),
+    *((asking(rows(1), sampling_params={"response_format": {
+        "type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}),
+       "data_source.sampling_params.response_format") for schema in (
+          {"$ref": "https://example.com/other.json"}, {"$ref": "#/$defs/none"},
+          {"type": "string", "pattern": "(a"}, {"type": "none"},
+          {"type": "string", "minLength": 3, "maxLength": 1})),
+    (asking(rows(1), type="responses", sampling_params={"text": {"format": {
+        "type": "json_schema", "name": "a", "schema": {"$ref": "#/$defs/none"}}}}),
+     "data_source.sampling_params.text.format.schema"),
 ]  # fmt: skip
 
 
+@pytest.fixture
+def schema_trials(service: Any) -> Iterator[None]:
+    """Schemas are tried as a server does."""
+    trials = SchemaTrials(ConfinedWork(10, 256 << 20, "the JSON schema"), FairTurns(2, 30))
+    service.pool._schemas = trials
+    yield
+    trials.close()
+
+
+@pytest.mark.usefixtures("tiny_encoder", "schema_trials")
 def test_what_cannot_be_evaluated_is_refused_at_once(client: openai.OpenAI) -> None:
     right: dict[str, Any] = {
         "data_source_config": {"type": "custom", "item_schema": SCHEMA},

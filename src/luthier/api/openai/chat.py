@@ -203,10 +203,12 @@ class ChatRequest(SamplingFields):
             Chat(turns, tools, choice, self.chat_template_kwargs or {}),
             max_tokens=tokens,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            schema=self._schema(),
+            schema=self.answer_schema,
         )
 
-    def _schema(self) -> Mapping[str, Any] | bool | None:
+    @property
+    def answer_schema(self) -> Mapping[str, Any] | bool | None:
+        """What answers have to match; ``True`` for any JSON object."""
         form = self.response_format
         if form is None or form.type == "text":
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -27,7 +28,13 @@ from luthier.graders import (
     Trouble,
     grader_from,
 )
-from luthier.graders.templates import check_template, fill_template, value_at
+from luthier.graders.templates import (
+    check_template,
+    fill_template,
+    names_nothing,
+    places_in,
+    value_at,
+)
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork, confine
@@ -123,8 +130,8 @@ class DataSource(Body):
         """What was said, or nothing."""
         return self.sampling_params or SamplingParameters()
 
-    def check(self) -> None:
-        """Refuse what means nothing here, and templates that cannot be filled."""
+    def check(self, item_schema: Mapping[str, Any]) -> None:
+        """Refuse what means nothing here, and templates that no row of the schema can fill."""
         if isinstance(self.source, Stored):
             text = (
                 "Answers are not kept here: send rows as 'file_content', or as the 'file_id' of an "
@@ -142,8 +149,21 @@ class DataSource(Body):
                 check_template(template, sampled=False)
             except ValueError as error:
                 raise invalid(f"{error}.", place, "invalid_value") from error
+            check_places(template, item_schema, place)
+        self._probe.check()
+
+    def check_schema(self, check: Callable[[Mapping[str, Any] | bool, str], None]) -> None:
+        """Have ``check`` refuse a form of answers that no model can be kept to."""
+        if self.type == "jsonl" or not (schema := self._probe.answer_schema):
+            return
+        form = "text.format.schema" if self.type == "responses" else "response_format"
+        check(schema, f"data_source.sampling_params.{form}")
+
+    @property
+    def _probe(self) -> ChatRequest:
+        """A request as each row makes one."""
         probe = self.chat_body([{"role": "user", "content": "-"}])
-        validate(probe, ChatRequest, "data_source.sampling_params").check()
+        return validate(probe, ChatRequest, "data_source.sampling_params")
 
     def _templates(self) -> Iterator[tuple[str, str]]:
         where = "data_source.input_messages"
@@ -211,6 +231,25 @@ class DataSource(Body):
         return {name: value for name, value in given.items() if value is not None}
 
 
+def check_places(given: Any, item_schema: Any, where: str) -> None:
+    """Refuse templates, in whatever ``given`` holds, that name what no row of the schema can have.
+
+    Raises:
+        Fault: 400, naming ``where`` the template stands.
+    """
+    if isinstance(given, str):
+        for place in places_in(given):
+            if names_nothing(place, {"properties": {"item": item_schema}}):
+                text = f"{{{{{place}}}}} names what no row that matches item_schema can have."
+                raise invalid(text, where, "invalid_value")
+    elif isinstance(given, Mapping):
+        for name, each in given.items():
+            check_places(each, item_schema, f"{where}.{name}")
+    elif isinstance(given, list | tuple):
+        for index, each in enumerate(given):
+            check_places(each, item_schema, f"{where}[{index}]")
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A grader, and from which score on a row passes."""
@@ -226,7 +265,9 @@ class Criterion:
         return Criterion(self.name, self.type, confine(grader, work), self.threshold)
 
 
-def criteria_of(given: Sequence[Mapping[str, Any]], judge: Judge) -> list[Criterion]:
+def criteria_of(
+    given: Sequence[Mapping[str, Any]], judge: Judge, item_schema: Mapping[str, Any]
+) -> list[Criterion]:
     """``testing_criteria`` as they were sent; ``judge`` finds the models that grade.
 
     Raises:
@@ -243,6 +284,8 @@ def criteria_of(given: Sequence[Mapping[str, Any]], judge: Judge) -> list[Criter
         if name in found:
             text = f"Two criteria are called '{name}': results could not be told apart."
             raise invalid(text, f"{where}.name", "invalid_value")
+        for member in ("input", "reference", "graders"):
+            check_places(each.get(member), item_schema, f"{where}.{member}")
         found[name] = Criterion(name, each["type"], grader, _threshold(each, grader, where))
     return list(found.values())
 
@@ -259,11 +302,17 @@ def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
         return sum(grader.range) / 2 if isinstance(grader, ScoreModel) else 0.5
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         raise invalid("A threshold is a number.", f"{where}.pass_threshold", "invalid_type")
+    highest = grader.range[1] if isinstance(grader, ScoreModel) else math.inf
+    if grader.is_share:
+        highest = min(highest, 1.0)
     try:
-        return float(threshold)
+        if math.isfinite(threshold) and threshold <= highest:
+            return float(threshold)
     except OverflowError:
-        name = f"{where}.pass_threshold"
-        raise invalid("The threshold is too large to hold.", name, "invalid_value") from None
+        pass
+    most = f" of at most {highest:g}, the highest score" if highest < math.inf else ""
+    text = f"A threshold is a number{most}: no row could pass."
+    raise invalid(text, f"{where}.pass_threshold", "invalid_value")
 
 
 @dataclass(frozen=True)
@@ -299,7 +348,7 @@ class EvalTask(EvaluationTask):
 
         self.criteria = [
             each.open(parts.models, parts.work)
-            for each in criteria_of(request["testing_criteria"], find)
+            for each in criteria_of(request["testing_criteria"], find, request["item_schema"])
         ]
         if self.source.model is not None:
             # Rows tell by themselves where the model that is evaluated is gone.

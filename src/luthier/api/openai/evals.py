@@ -149,10 +149,14 @@ class Evals:
         except RecipeError as error:
             text = str(error).removeprefix("grader `json_schema`: ")
             raise invalid(text, "data_source_config.item_schema", "invalid_value") from error
-        criteria_of(parameters.testing_criteria, self.inference.judge(request.caller))
+        if config.item_schema.get("type", "object") not in ("object", ["object"]):
+            text = "An item is an object: no row could match this item_schema."
+            raise invalid(text, "data_source_config.item_schema.type", "invalid_value")
+        criteria = parameters.testing_criteria
+        criteria_of(criteria, self.inference.judge(request.caller), config.item_schema)
         definition = {
             "data_source_config": config.model_dump(),
-            "testing_criteria": parameters.testing_criteria,
+            "testing_criteria": criteria,
         }
         account = request.caller.account
         with self.database.write() as session:
@@ -226,20 +230,23 @@ class Evals:
         caller = request.caller
         with self.database.read() as session:
             row = self._find_eval(request, session, "evals.runs.create")
-        source = parameters.data_source
-        source.check()
+        source, definition = parameters.data_source, row.definition
+        source.check(definition["data_source_config"]["item_schema"])
         if isinstance(source.source, FileId):
             found = self.parts.files.get(caller.account, source.source.id)
             if found is None:
                 text = f"No such file: {source.source.id}."
                 raise invalid(text, "data_source.source.id", "file_not_found")
         if source.model is not None and source.type != "jsonl":
-            self.inference.target(caller, "chat.completions.create", source.model)
+            self.inference.check(
+                caller, "chat.completions.create", source.model, "data_source.model"
+            )
+        source.check_schema(self.inference.check_schema)
         given = request.json
         asked = {
             "data_source": given["data_source"],
-            "testing_criteria": row.definition["testing_criteria"],
-            "item_schema": row.definition["data_source_config"]["item_schema"],
+            "testing_criteria": definition["testing_criteria"],
+            "item_schema": definition["data_source_config"]["item_schema"],
         }
         with self.database.write() as session:
             self._find_eval(request, session, "evals.runs.create", lock=True)

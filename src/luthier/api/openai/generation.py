@@ -132,6 +132,27 @@ class Inference:
             raise model_not_found(name)
         return found
 
+    def check(self, caller: Caller, action: str, name: str, where: str) -> None:
+        """Refuse a model that ``caller`` may not have answer, and one that writes no text.
+
+        Raises:
+            Fault: as :meth:`target`; 400, naming the member ``where``.
+        """
+        self._check_writes(self.target(caller, action, name).stored_id, name, where)
+
+    def check_schema(self, schema: Mapping[str, Any] | bool, where: str) -> None:
+        """Refuse a schema to which no model's answers can be kept, without asking any.
+
+        Raises:
+            Fault: 400, naming the member ``where``; 429 or 503 where it could not be tried now.
+        """
+        try:
+            self.pool.check_schema(schema)
+        except InferenceRefused as refused:
+            raise invalid(str(refused), where, "invalid_value") from refused
+        except InferenceFailed as failed:
+            raise Fault(failed.code, str(failed)) from failed
+
     def judge(self, caller: Caller) -> Judge:
         """Finds models that grade, where the caller may have them answer."""
 
@@ -140,9 +161,18 @@ class Inference:
             if found is None:
                 text = f"The model `{name}` does not exist."
                 raise Fault("Validation", text, parameter=where, reason="model_not_found")
+            self._check_writes(found.stored_id, name, where)
             return found.stored_id
 
         return find
+
+    def _check_writes(self, stored_id: str, name: str, where: str) -> None:
+        try:
+            writes = self.pool.writes(stored_id)
+        except UnknownModel as unknown:
+            raise model_not_found(name) from unknown
+        if not writes:
+            raise invalid(f"The model `{name}` writes no text.", where, "invalid_value")
 
     def _resolve(self, caller: Caller, name: str, ask: Callable[[str], None]) -> Invocable | None:
         """What ``name`` means, after ``ask`` let the caller to its ARN; ``None`` for nothing."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+from pydantic import ValidationError
 
 from luthier.api.http.messages import Caller, Fault, Request, Response
 from luthier.api.http.routing import Operation
@@ -30,7 +33,7 @@ from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork, confine
-from luthier.serving.inference import Chat, GenerationRequest
+from luthier.serving.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.serving.pool import ModelPool
 from luthier.types import Message
 
@@ -220,7 +223,12 @@ def _parts(given: Any, where: str) -> dict[str, Mapping[str, Any]]:
     if isinstance(given, Mapping) and isinstance(given.get("type"), str):
         given = [given]
     if isinstance(given, list):
-        given = {str(each.get("name")): each for each in given if isinstance(each, Mapping)}
+        if not all(isinstance(each, Mapping) and each.get("name") for each in given):
+            raise invalid("Graders in a list need names.", where)
+        named = {str(each["name"]): each for each in given}
+        if len(named) < len(given):
+            raise invalid("Two graders of a multi grader have the same name.", where)
+        given = named
     if not isinstance(given, Mapping) or not given:
         raise invalid("A multi grader needs graders by name.", where)
     for name, part in given.items():
@@ -245,6 +253,8 @@ def _turns_and_sampling(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     sampling = {
         ours: asked[theirs] for theirs, ours in _SAMPLING.items() if asked.get(theirs) is not None
     }
+    with suppress(ValidationError):  # what is no sampling at all is refused with the grader
+        _generation_request((), SamplingSpec.model_validate(sampling), None, where)
     return {"input": made, "sampling": sampling}
 
 
@@ -284,6 +294,26 @@ def _finite(score: float) -> float:
     return score if math.isfinite(score) else 0.0
 
 
+def _generation_request(
+    turns: Sequence[Message],
+    sampling: SamplingSpec,
+    schema: Mapping[str, Any] | None,
+    where: str,
+) -> GenerationRequest:
+    """What a model that grades is asked; 400 for what no model of a server takes."""
+    try:
+        return GenerationRequest(
+            Chat(tuple(turns)),
+            schema=schema,
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+    except InferenceRefused as refused:
+        raise invalid(f"{refused}.", f"{where}.sampling_params", "invalid_value") from refused
+
+
 class PooledModels:
     """Opens the models that graders name."""
 
@@ -315,14 +345,7 @@ class PooledModels:
         sampling: SamplingSpec,
         schema: Mapping[str, Any] | None,
     ) -> str | Failure:
-        request = GenerationRequest(
-            Chat(tuple(turns)),
-            schema=schema,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
+        request = _generation_request(turns, sampling, schema, "")
         try:
             return self.pool.submit(model, request).whole()[0].text
         except LuthierError as error:

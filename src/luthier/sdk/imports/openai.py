@@ -220,7 +220,7 @@ class _Conversion:
         """The grader of a criterion, which gives 1 where a row passes."""
         if not isinstance(given, Mapping):
             return {}
-        (criterion,) = criteria_of([given], self._judge)
+        (criterion,) = criteria_of([given], self._judge, {})
         fields = _nested(grader_fields(given, f"testing_criteria[{index}]", self._judge))
         name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
         if given["type"] not in ("string_check", "label_model"):
