@@ -294,6 +294,8 @@ def test_a_bill_of_materials_follows_the_schema_of_cyclonedx(home: Path) -> None
     assert validator.validate_str(text.replace('"machine-learning-model"', '"ml"')) is not None
     component = json.loads(text)["metadata"]["component"]
     assert component["pedigree"]["ancestors"][0]["name"] == "tiny"
+    approach = component["modelCard"]["modelParameters"]["approach"]
+    assert approach == {"type": "supervised"}
     metric = component["modelCard"]["quantitativeAnalysis"]["performanceMetrics"][0]
     assert metric["type"] == "exact" and metric["confidenceInterval"]["lowerBound"]
     names = {each["name"] for each in json.loads(text)["components"]}

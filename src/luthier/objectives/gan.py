@@ -79,6 +79,7 @@ class GAN(Generative):
     labels: tuple[str, ...] | None = None
     """The classes in the order of the network; from the training rows when not given."""
 
+    approach: ClassVar[str] = "unsupervised"
     task: ClassVar[Task] = "adversarial"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})

@@ -36,6 +36,7 @@ class Judged(Objective):
     template: Literal["auto", "chat", "plain"] = "auto"
     """How a row becomes text: the model's chat template, or prompt and answer as they are."""
 
+    approach: ClassVar[str] = "supervised"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
 
     def check(self, chat: ChatFormat) -> None:

@@ -28,6 +28,7 @@ class SFT(Objective):
     """How a row becomes text: the model's chat template, or prompt and completion as they are."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
+    approach: ClassVar[str] = "supervised"
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
     def check(self, chat: ChatFormat) -> None:

@@ -60,6 +60,7 @@ class VAE(Generative):
     threshold: float | None = None
     """Score above which a row is anomalous; from held-out rows after training when not given."""
 
+    approach: ClassVar[str] = "unsupervised"
     task: ClassVar[Task] = "autoencoding"
     shapes: ClassVar[frozenset[str]] = frozenset({"window"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(

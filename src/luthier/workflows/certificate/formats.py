@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from luthier import __version__
 from luthier.models.manifest import MANIFEST
+from luthier.objectives import OBJECTIVES
 from luthier.workflows.certificate.certificate import Certificate, KeptReport, Relative
 
 Format = Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"]
@@ -27,17 +28,6 @@ _PIPELINES: Mapping[str, str] = {
     "embedding": "sentence-similarity",
 }
 """Hugging Face's name of a task, where the kind of a model says it alone."""
-_APPROACHES: Mapping[str, tuple[str, ...]] = {
-    "supervised": (
-        "sft", "classification", "regression", "token_classification", "dpo", "listwise_dpo", "kto",
-        "orpo", "reward_model", "image_to_text",
-    ),
-    "self-supervised": ("causal_lm", "masked_lm", "span_corruption", "bilm", "contrastive"),
-    "semi-supervised": ("semi_supervised",),
-    "unsupervised": ("vae", "gan", "diffusion"),
-    "reinforcement-learning": ("grpo", "ppo"),
-}  # fmt: skip
-"""CycloneDX's name of an approach, by objective; other objectives have none."""
 
 
 def render(certificate: Certificate, form: Format) -> str:
@@ -163,13 +153,12 @@ def _between(kept: KeptReport, name: str) -> str:
 def cyclonedx(certificate: Certificate) -> dict[str, Any]:
     """Bill of materials (ECMA-424, CycloneDX 1.7): the model, its files, its data, its ancestors."""
     record = certificate.record
-    method = _objective(certificate)
-    approach = next((name for name, methods in _APPROACHES.items() if method in methods), None)
+    objective = OBJECTIVES.get(_objective(certificate))
     datasets = [] if record.data is None else [*record.data.sha256.items()]
     files = [*record.files.items(), (MANIFEST, certificate.record_sha256)]
     parameters: dict[str, Any] = {"task": record.kind or "encoder"}
-    if approach:
-        parameters["approach"] = {"type": approach}
+    if objective is not None and objective.approach:
+        parameters["approach"] = {"type": objective.approach}
     if datasets:
         parameters["datasets"] = [{"ref": f"data:{path}"} for path, _ in datasets]
     metrics = [
