@@ -204,7 +204,7 @@ def _draw_picture(
     lines: Sequence[Mapping[str, Any]], path: Path, title: str, shown: Mapping[str, str]
 ) -> None:
     """A panel for each name in ``shown``, with training and validation, and the step that is kept."""
-    figure, panels = _figure(len(shown))
+    figure, panels = new_figure(len(shown))
     held = [line for line in lines if line["event"] == "validation"]
     kept = best_measurement(held, held[0].get("measure", "loss")) if held else None
     for axes, (name, text) in zip(panels, shown.items(), strict=True):
@@ -217,11 +217,11 @@ def _draw_picture(
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="optimizer step")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    _write(figure, path)
+    save_figure(figure, path.with_suffix(".svg"), path.with_suffix(".png"))
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure with panels one below the other, which share their steps."""
+def new_figure(panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of matplotlib with panels one below the other, which share their horizontal axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,13 +267,14 @@ def _draw_validation(
     )
 
 
-def _write(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, *paths: Path) -> None:
+    """Write the figure to each path, as what its ending says, and close it."""
     from matplotlib import pyplot
 
-    for kind in ("svg", "png"):
+    for path in paths:
         picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=130)
-        write_bytes(path.with_suffix(f".{kind}"), picture.getvalue())
+        figure.savefig(picture, format=path.suffix[1:], dpi=130)
+        write_bytes(path, picture.getvalue())
     pyplot.close(figure)
 
 

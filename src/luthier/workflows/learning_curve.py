@@ -14,7 +14,6 @@ Left out: several draws of a share, other laws, and what rows of another kind wo
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,12 +32,14 @@ from luthier.engine.metrics import (
     best_measurement,
     cost_of,
     measured_of,
+    new_figure,
+    save_figure,
 )
 from luthier.engine.runs import METRICS, automatic_name, same_request
 from luthier.engine.train import rehearse
 from luthier.errors import RecipeError, RunConflict
 from luthier.evaluation.significance import LESS_IS_BETTER, RowScores
-from luthier.files import lock, luthier_home, read_json, write_bytes, write_json
+from luthier.files import lock, luthier_home, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -303,13 +304,8 @@ def _gain(scale_B: Array, exponent_B: Array, times: float) -> Array:
 
 
 def _draw(points: Sequence[CurvePoint], law: PowerLaw, gain: Gain, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     measure = points[0].measure
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes,) = new_figure()
     rows = np.geomspace(points[0].rows, gain.times * law.rows, 100)
     fitted = [measured_of(law.cost(each), measure) for each in rows]
     axes.semilogx(rows, fitted, color="#2f5d9b", linewidth=2, label="power law")
@@ -322,9 +318,5 @@ def _draw(points: Sequence[CurvePoint], law: PowerLaw, gain: Gain, path: Path) -
     axes.vlines(gain.times * law.rows, min(ends), max(ends), color="#c8553d", linewidth=3,
                 label="twice the rows")  # fmt: skip
     axes.set(xlabel="training rows", ylabel=SCORES.get(measure, measure))
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    write_bytes(path, picture.getvalue())
-    pyplot.close(figure)
+    save_figure(figure, path)

@@ -8,7 +8,6 @@ there is room to the edge. The smaller of the two is suggested. Weights that tra
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from luthier.engine.job import with_base
-from luthier.engine.metrics import MetricsFile, Reporter, smooth
+from luthier.engine.metrics import MetricsFile, Reporter, new_figure, save_figure, smooth
 from luthier.engine.runs import METRICS, automatic_name
 from luthier.engine.train import rehearse
 from luthier.errors import Diverged, LuthierError, RunConflict
-from luthier.files import lock, luthier_home, write_bytes
+from luthier.files import lock, luthier_home
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -121,19 +120,10 @@ def _read_off(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, f
 
 
 def _draw(rates: Sequence[float], losses: Sequence[float], suggested: float, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes,) = new_figure()
     axes.semilogx(rates, losses, color="#b8c4d6", linewidth=1, label="each step")
     axes.semilogx(rates, smooth(losses), color="#2f5d9b", linewidth=2, label="smoothed")
     axes.axvline(suggested, color="#c8553d", linestyle="--", label=f"suggested {suggested:.1e}")
     axes.set(xlabel="learning rate", ylabel="training loss (nats per learned token)")
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    write_bytes(path, picture.getvalue())
-    pyplot.close(figure)
+    save_figure(figure, path)
