@@ -58,7 +58,7 @@ def certified(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         estimate = {"seconds": {"value": 3.0, "low": 2.0, "high": 5.0}}
         write_json(actual, {**read_json(actual), "estimate": estimate})
         luthier.evaluate(ID, test, max_tokens=4, attach=True)
-        ways = [{"name": ID, "technique": "tuned", "score": 0.5, "interval": [0.4, 0.6]}]
+        ways = [{"name": ID, "technique": "fine-tuning", "score": 0.5, "interval": [0.4, 0.6]}]
         compared = {"contenders": ways, "verdict": "Tuning was <i>worth</i> it."}
         write_report(find(ID), "comparison", {}, compared)
         luthier.certificate(ID)

@@ -20,10 +20,11 @@ from luthier.data.shapes import Conversation, LabelledText, PromptCompletion
 from luthier.errors import DataError
 from luthier.evaluation.significance import RowScores, differences
 from luthier.serving import prompting
+from luthier.serving.prompting import Technique
 from luthier.store.models import find, room_of
 from luthier.store.reports import reports_of
 from luthier.types import Message
-from luthier.workflows.compare import Contender, HeadToHead, Technique, check_leakage
+from luthier.workflows.compare import Contender, HeadToHead, check_leakage
 from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
 
@@ -73,7 +74,7 @@ def test_the_same_models_are_told_apart_once_in_twenty_at_most() -> None:
 
 def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     base = contender("base", "as it is", 100, seconds=0.2)
-    tuned = contender("tuned", "tuned", 150, preparation_seconds=300.0)
+    tuned = contender("tuned", "fine-tuning", 150, preparation_seconds=300.0)
     found = head_to_head(base, tuned)
     expected = head_to_head(base, tuned, answers=6000)
     assert expected.verdict().endswith("; 6,000 answers return +100% of what it took.")
@@ -82,7 +83,7 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
         "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
         "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
     )
-    undecided = head_to_head(base, contender("tuned", "tuned", 101, seconds=0.2))
+    undecided = head_to_head(base, contender("tuned", "fine-tuning", 101, seconds=0.2))
     assert (found.worth_it, undecided.worth_it) == (True, None)
     few = undecided.verdict()
     assert few.startswith("Tuning is not shown to be better: tuned has 50.5%") and "200 rows" in few
@@ -90,14 +91,17 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     assert ahead.worth_it is ahead.plain()["worth_it"] is False
     worse = ahead.verdict()
     assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
-    slow = head_to_head(contender("words", "baseline", 100, seconds=0.001), tuned).verdict()
+    slow = head_to_head(contender("words", "simple baselines", 100, seconds=0.001), tuned).verdict()
     assert slow.endswith("An answer of words takes 1/100.0 of the time.")
-    alone = head_to_head(tuned, contender("other", "tuned", 10)).verdict()
+    alone = head_to_head(tuned, contender("other", "fine-tuning", 10)).verdict()
     assert alone == "tuned is the best of them"
     assert head_to_head(tuned).worth_it is None
     errors = [
         Contender(name, technique, RowScores.of([error] * 10, is_share=False), {}, 0.1)
-        for name, technique, error in (("tuned", "tuned", 0.5), ("median", "baseline", 2.0))
+        for name, technique, error in (
+            ("tuned", "fine-tuning", 0.5),
+            ("median", "simple baselines", 2.0),
+        )
     ]
     rated = HeadToHead("mean_absolute_error", 10, errors)
     assert rated.verdict().startswith(
@@ -106,11 +110,11 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
 
 
 def test_the_verdict_says_chance_where_the_table_does() -> None:
-    best = contender("words", "baseline", 106)
-    tuned = contender("tuned", "tuned", 100)
+    best = contender("words", "simple baselines", 106)
+    tuned = contender("tuned", "fine-tuning", 100)
     assert head_to_head(best, tuned).worth_it is False
     # Who is best of many rivals is so by chance, too.
-    rivals = [contender(f"same {number}", "baseline", 100) for number in range(4)]
+    rivals = [contender(f"same {number}", "simple baselines", 100) for number in range(4)]
     found = head_to_head(best, tuned, *rivals)
     assert not found.behind()["tuned"].significant and found.worth_it is None
     # 2.58 standard errors of 1.4 %, for one of five
@@ -121,7 +125,9 @@ def test_the_verdict_says_chance_where_the_table_does() -> None:
 def test_prices_and_the_page() -> None:
     prices = Prices(per_hour=3.6)
     found = head_to_head(
-        contender("base <b>", "as it is", 100), contender("tuned", "tuned", 150), prices=prices
+        contender("base <b>", "as it is", 100),
+        contender("tuned", "fine-tuning", 150),
+        prices=prices,
     )
     plain = found.plain()
     assert [each["cost_per_1000"] for each in plain["contenders"]] == pytest.approx([0.1, 0.1])
@@ -135,7 +141,7 @@ def test_prices_and_the_page() -> None:
 
 
 def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
-    show(head_to_head(contender("a[red]b", "as it is", 100), contender("t[/]", "tuned", 150)))
+    show(head_to_head(contender("a[red]b", "as it is", 100), contender("t[/]", "fine-tuning", 150)))
     printed = capsys.readouterr().out
     assert (
         "a[red]b" in printed.split("tokens read")[0] and "t[/]" in printed.split("tokens read")[0]
@@ -181,12 +187,12 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     )
     assert found.rows == 6 and found.measure == "exact"
     assert Counter(each.technique for each in found.contenders) == {
-        "as it is": 1, "prompt engineering": 2, "RAG": 2, "baseline": 1, "tuned": 1,
-        "tuned and RAG": 1,
+        "as it is": 1, "prompt engineering": 2, "RAG": 2, "simple baselines": 1, "fine-tuning": 1,
+        "fine-tuning and RAG": 1,
     }  # fmt: skip
     # The nearest training row has the right answer, and a prompt was searched for as long as asked.
     best = found.best
-    assert (best.technique, best.score.value) == ("baseline", 1.0)
+    assert (best.technique, best.score.value) == ("simple baselines", 1.0)
     (searched,) = [each for each in found.contenders if each.prompt is not None]
     assert searched.name.endswith("with a searched prompt") and searched.preparation_seconds >= 0.5
     (line,) = [each for each in found.plain()["contenders"] if "prompt" in each]
@@ -194,9 +200,9 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     assert any("the prompt was searched for" in remark for remark in found.remarks)
     by_way = {each.technique: each for each in found.contenders}
     assert (by_way["RAG"].prompt_tokens or 0) > (by_way["as it is"].prompt_tokens or 0)
-    assert by_way["tuned"].preparation_seconds > 0 == by_way["RAG"].preparation_seconds
+    assert by_way["fine-tuning"].preparation_seconds > 0 == by_way["RAG"].preparation_seconds
     # The same rows and graders as `evaluate`, so the same scores.
-    for way, model in (("tuned", tuned.model_id), ("as it is", str(tiny_model_folder))):
+    for way, model in (("fine-tuning", tuned.model_id), ("as it is", str(tiny_model_folder))):
         alone = luthier.evaluate(model, held, max_tokens=4)
         assert by_way[way].score.value == alone.scores["exact"]
     # What does not fit into the context is left out with its reason.
@@ -231,7 +237,7 @@ def test_a_classifier_beside_baselines_by_the_command_line(
     found = json.loads(done.stdout)
     assert found["measure"] == "accuracy" and found["rows"] == 12
     ways = [each["technique"] for each in found["contenders"]]
-    assert ways.count("tuned") == 1 and ways.count("baseline") >= 4
+    assert ways.count("fine-tuning") == 1 and ways.count("simple baselines") >= 4
     scores = [each["score"] for each in found["contenders"]]
     assert scores == sorted(scores, reverse=True)
     assert "naive Bayes" in (tmp_path / "page.html").read_text()
@@ -271,7 +277,7 @@ def test_a_classifier_beside_a_base_that_writes(
         held, [tuned], base=str(tiny_model_folder), max_tokens=3, search_seconds=0.3
     )
     ways = Counter(each.technique for each in found.contenders)
-    assert ways.pop("baseline") >= 4  # of words, and of the states of the base that writes
-    assert ways == {"tuned": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
+    assert ways.pop("simple baselines") >= 4  # of words, and of the states of the base that writes
+    assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
     assert any("searched" in remark for remark in found.remarks)

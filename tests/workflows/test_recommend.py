@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from luthier.workflows.advise.evidence import Evidence, Technique, TechniqueResult
+from luthier.serving.prompting import Technique
+from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
 from luthier.workflows.advise.recommend import TECHNIQUES, Advice, advise, forgetting, overfitting
 

@@ -95,6 +95,8 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
 
 
 PromptTechnique = Literal["as it is", "prompt engineering", "RAG"]
+Technique = PromptTechnique | Literal["simple baselines", "fine-tuning", "fine-tuning and RAG"]
+"""How rows are answered, as advice and comparisons call it."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import Conversation, LabelledText, of_shape
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
@@ -42,8 +42,8 @@ from luthier.serving.evaluation import measure, open_graders
 from luthier.serving.prediction import BUDGET, Predictor
 from luthier.serving.prompting import (
     NearestExamples,
-    PromptTechnique,
     Question,
+    Technique,
     Way,
     conversation_of,
     questions_of,
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.estimate.budget import Prices
 
-Technique = PromptTechnique | Literal["baseline", "tuned", "tuned and RAG"]
 MOST_SEARCH_SECONDS = 600.0
 """That a prompt is searched, where nothing is said and tuning took longer."""
 BASELINE_SECONDS = 120.0
@@ -95,7 +94,7 @@ class Contender:
     @property
     def is_tuned(self) -> bool:
         """Whether weights were trained for it."""
-        return self.technique in ("tuned", "tuned and RAG")
+        return self.technique.startswith("fine-tuning")
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +338,7 @@ def compare(
         measure_name, score = next(iter(found.row_scores.items()))
         if not isinstance(score, RowScores) or len(found.rows) != len(rows):
             raise RecipeError(f"{stored.id} is not scored row by row on such rows")
-        contenders.append(_contender(stored, "tuned", score, found.scores, seconds))
+        contenders.append(_contender(stored, "fine-tuning", score, found.scores, seconds))
     if train and (labelled or not base_writes):
         contenders += run.baselines(base, rows, train, remarks)
     for stored in writers:
@@ -422,7 +421,7 @@ def _contender(
 ) -> Contender:  # fmt: skip
     folders = {stored.network_folder, stored.folder}
     size = sum(folder_size(folder, "**/*.safetensors") for folder in folders)
-    trained = _training_seconds(stored) if "tuned" in technique else 0.0
+    trained = _training_seconds(stored) if technique.startswith("fine-tuning") else 0.0
     return Contender(
         f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,
         trained,
@@ -501,7 +500,7 @@ class _Comparing:
             self.finished += len(rows)
             technique: Technique = way.technique
             if is_tuned:
-                technique = "tuned" if way.technique == "as it is" else "tuned and RAG"
+                technique = "fine-tuning" if way.technique == "as it is" else "fine-tuning and RAG"
             score = _deciding(graded)
             contender = _contender(stored, technique, score, graded.scores, seconds, name, tokens)
             contender = replace(contender, replies=[each.reply for each in graded.answers])
@@ -552,7 +551,7 @@ class _Comparing:
         seconds = (time.perf_counter() - began) / len(rows)
         graded = grade(rows, replies, self.graders)
         return Contender(
-            "the nearest row by words", "baseline", _deciding(graded), graded.scores, seconds,
+            "the nearest row by words", "simple baselines", _deciding(graded), graded.scores, seconds,
             replies=replies,
         )  # fmt: skip
 
@@ -572,7 +571,7 @@ class _Comparing:
         remarks += [f"{name} was left out: there was no time for it" for name in compared.left_out]
         answers = compared.rows + compared.train_rows
         return [
-            Contender(each.name, "baseline", score, each.scores, each.seconds / answers)
+            Contender(each.name, "simple baselines", score, each.scores, each.seconds / answers)
             for each, score in zip(compared.baselines, fitted.row_scores, strict=True)
         ]
 

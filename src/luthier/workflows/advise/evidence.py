@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import Labelled
 from luthier.errors import LuthierError
@@ -24,6 +24,7 @@ from luthier.serving.prompting import (
     Prompted,
     Prompting,
     Question,
+    Technique,
     questions_of,
     ways_to_ask,
 )
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.recipe import Recipe
 
-Technique = Literal["as it is", "prompt engineering", "RAG", "simple baselines", "fine-tuning"]
 HELD = 40
 """Rows that are asked; the standard error of a share of 50 % among them is 8 points."""
 HELD_LABELS = 400
