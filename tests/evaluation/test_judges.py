@@ -129,10 +129,13 @@ def test_an_endpoint_beside_people_and_as_the_judge_of_a_comparison(
         training__max_steps=1,
         data__validation_share=0,
     ).model_id
+    said: list[str] = []
     found = luthier.compare(
-        held, [tuned], max_tokens=3, search_seconds=0, judge=f"{endpoint.url}#big"
+        held, [tuned], max_tokens=3, search_seconds=0, judge=f"{endpoint.url}#big", note=said.append
     )
     assert found.measure == "win_rate"
+    most = 2 * 3 * len(found.contenders) + 1  # both orders of three replies each, and a trial
+    assert f"the judge will be asked for {most} verdicts at most" in said
     by_name = {each.name: each.score.value for each in found.contenders}
     assert by_name["the nearest row by words"] == 1 and by_name[str(tiny_model_folder)] == 0.5
     assert "judged in both orders" in found.remarks[-1]

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     Conversation = Sequence[Message | Mapping[str, str]]
 
 
-MOST_WAYS = 8
-"""In which rows are answered for a comparison, and a judge is asked about; to say what it will cost."""
-
-
 class Model:
     """A model in memory: answers prompts and conversations."""
 
@@ -500,23 +496,22 @@ def judge(
     """
     from luthier.data.rows import load_rows
     from luthier.evaluation.judges import check_pairs, measure_agreement
+    from luthier.serving.evaluation import open_graders
 
     pairs = check_pairs(load_rows(data, columns))
-    ruler = _open_judge(judge, len(pairs), note)
+    # Each pair is judged in both orders.
+    ruler = open_graders({"judge": _parse_judge(judge)}, 2 * len(pairs), note)["judge"]
     return measure_agreement(ruler, pairs, lambda count: on_progress(count, len(pairs)))
 
 
-def _open_judge(judge: Spec, pairs: int, note: Callable[[str], None]) -> Ruler:
-    """A judge that compares, ready for so many pairs in both orders."""
+def _parse_judge(judge: Spec) -> Ruler:
+    """A judge that compares."""
     from luthier.graders import Ruler, parse_graders
-    from luthier.serving.evaluation import open_graders
 
     spec: Spec = {"method": "ruler", "model": judge} if isinstance(judge, str) else judge
-    chosen = parse_graders({"judge": spec})
-    if not isinstance(chosen["judge"], Ruler):
+    ruler = parse_graders({"judge": spec})["judge"]
+    if not isinstance(ruler, Ruler):
         raise RecipeError("replies are compared by a grader of method ruler; name that, or a model")
-    ruler = open_graders(chosen, 2 * pairs, note)["judge"]
-    assert isinstance(ruler, Ruler)
     return ruler
 
 
@@ -607,7 +602,7 @@ def compare(
         search_seconds,
         None if reflector is None else ModelSpec(**address_fields(reflector)),
         None if encoder is None else find(encoder),
-        None if judge is None else _open_judge(judge, MOST_WAYS * len(rows), note),
+        None if judge is None else _parse_judge(judge),
         note,
         on_progress,
     )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ BUDGET = 2048
 AT_ONCE = 32
 """Replies that are asked for before they are written down; a kill costs so many at most."""
 
+AnyGrader = TypeVar("AnyGrader", bound="Grader")
 LongRows = Literal["error", "drop", "truncate"]
 """Refuse them all at once, leave them out, or cut them to the context."""
 
@@ -184,10 +185,8 @@ def _column(file: Path, name: str) -> dict[int, str]:
 
 
 def open_graders(
-    graders: Mapping[str, Grader],
-    answers: int,
-    note: Callable[[str], None],
-) -> dict[str, Grader]:
+    graders: Mapping[str, AnyGrader], answers: int, note: Callable[[str], None]
+) -> dict[str, AnyGrader]:
     """``graders`` ready for ``answers`` answers, each model tried and what it will cost told.
 
     A judge is asked nothing twice, by no run: its verdicts are in its journal.

@@ -286,7 +286,7 @@ def compare(
             minutes, where not given; 0 for none.
         reflector: the model that rewrites instructions in this search; the base itself where not given.
         encoder: a model with embeddings, by which examples and passages are found, too.
-        judge: opened; by its preferences replies are compared with those of the base as it is then.
+        judge: by its preferences replies are compared with those of the base as it is then.
         note: hears what is done.
         on_progress: hears how many answers there are, and of how many.
 
@@ -321,7 +321,10 @@ def compare(
         search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
     searches = bool(base_writes and known and search_seconds)
     written = len(writers) * len(without_examples) + base_writes * (len(ways) + searches)
-    opened = open_graders(graders, len(rows) * (written + bool(known)), note) if asked else {}
+    replies = len(rows) * (written + bool(known))
+    opened = open_graders(graders, replies, note) if asked else {}
+    if judge is not None:  # in both orders
+        judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     run = _Comparing(opened, max_tokens, note, on_progress, len(rows) * (len(readers) + written))
     search: Callable[[Generator], SearchedPrompt] | None = None
     if searches:
