@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
+    from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
     from luthier.sdk.imports import import_openai, import_promptfoo
-    from luthier.sdk.model import Model, compare, evaluate, forgetting, judge, load
+    from luthier.sdk.model import Model, load
     from luthier.sdk.training import (
         advise,
         distil,
@@ -55,10 +56,10 @@ _HOMES = {
     "Recipe": "luthier.recipe",
     "Model": "luthier.sdk.model",
     "load": "luthier.sdk.model",
-    "compare": "luthier.sdk.model",
-    "evaluate": "luthier.sdk.model",
-    "forgetting": "luthier.sdk.model",
-    "judge": "luthier.sdk.model",
+    "compare": "luthier.sdk.evaluation",
+    "evaluate": "luthier.sdk.evaluation",
+    "forgetting": "luthier.sdk.evaluation",
+    "judge": "luthier.sdk.evaluation",
     "certificate": "luthier.sdk.certificate",
     "verify": "luthier.sdk.certificate",
     "import_openai": "luthier.sdk.imports",

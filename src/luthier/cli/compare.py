@@ -67,7 +67,7 @@ def compare(
     """Say whether tuning was worth it: tuned models beside prompts, examples, documents, baselines."""
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
-    from luthier.sdk.model import compare as run
+    from luthier.sdk.evaluation import compare as run
 
     check_output(html)
     graders = parse_grader_options(grader, set_ or ()) if grader else None

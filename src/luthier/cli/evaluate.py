@@ -67,7 +67,7 @@ def evaluate(
     """Grade a model's replies to held-out rows, or its labels; perplexity where they are raw text."""
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
-    from luthier.sdk.model import evaluate as run
+    from luthier.sdk.evaluation import evaluate as run
     from luthier.serving.evaluation import long_rows_summary
 
     graders = parse_grader_options(grader or ["exact"], set_ or ())
@@ -158,7 +158,7 @@ def judge(
     """Say how far a judge agrees with people on pairs they judged, before its scores are relied on."""
     from luthier.cli.progress import show_progress
     from luthier.recipe import parse_columns
-    from luthier.sdk.model import judge as run
+    from luthier.sdk.evaluation import judge as run
 
     with show_progress(0, "judge") as done:
         found = run(

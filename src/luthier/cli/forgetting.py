@@ -44,7 +44,7 @@ def forgetting(
     from luthier.cli.progress import show_progress
 
     with heavy_imports():
-        from luthier.sdk.model import forgetting as run
+        from luthier.sdk.evaluation import forgetting as run
 
     check_output(html)
     with show_progress(0, "forgetting") as done:

@@ -199,7 +199,7 @@ def soup(
         RefusedInput: for models that do not go together, and rows that do not go with them.
     """
     from luthier.evaluation.significance import RowScores
-    from luthier.sdk.model import evaluate
+    from luthier.sdk.evaluation import evaluate
     from luthier.workflows.soup import make_soup
 
     if general is not None and data is None:

@@ -1,0 +1,404 @@
+"""How good stored models are: ``evaluate``, ``compare``, ``forgetting``, and ``judge`` of judges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError, data_errors
+from luthier.sdk.model import Model
+
+if TYPE_CHECKING:
+    from luthier.evaluation.evaluate import Evaluation, TurnChoice
+    from luthier.evaluation.judges import JudgeAgreement
+    from luthier.graders import OnError, Ruler, Spec
+    from luthier.serving.evaluation import LongRows
+    from luthier.store.models import StoredModel
+    from luthier.types import Row
+    from luthier.workflows.compare import HeadToHead
+    from luthier.workflows.forgetting import Forgetting
+
+
+@data_errors("nothing was evaluated")
+def evaluate(
+    model: str | Model | StoredModel,
+    data: str | Path,
+    graders: Sequence[Spec] | Mapping[str, Spec] = ("exact",),
+    max_tokens: int = 128,
+    on_error: OnError = "fail",
+    note: Callable[[str], None] = lambda text: None,
+    long_rows: LongRows = "error",
+    *,
+    turns: TurnChoice = "last",
+    columns: Mapping[str, str] | None = None,
+    slices: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
+) -> Evaluation:
+    """Let a model answer the prompts of a data file and grade the replies.
+
+    Rows with judged answers (chosen and rejected, ratings, thumbs) are not answered: the scores say how
+    often the model ranks the answers as people did. Models that read are compared with the labels,
+    ratings, tags or partners of the rows. Of raw text the scores say how well each token is predicted,
+    of rows with choices how often the right one is the likeliest.
+
+    Replies are on the disk as they come: the same call after a kill asks for the others only. A judge
+    is asked nothing twice.
+
+    Args:
+        model: an id, a model in memory, or one on this machine.
+        data: rows of prompt and reply, of judged answers, of raw text, or with what a model that reads
+            says.
+        graders: methods by name, tables of ``method`` and fields, or :class:`luthier.graders.Grader`
+            objects; a mapping gives them names of your own.
+        max_tokens: of a reply at most.
+        on_error: what becomes of a reply that a grader cannot grade: ``fail``, or score ``zero``.
+        note: hears what a judge will cost and whether it is one.
+        long_rows: what becomes of rows longer than the context: ``error`` names them all, ``drop``
+            leaves them out, ``truncate`` cuts them; prompts to be answered are never cut.
+        turns: of the assistant that are asked for: the ``last`` of each conversation, each that
+            ``calls`` tools, or ``all``.
+        columns: the file's name for each of our keys, such as ``{"prompt": "question"}``.
+        slices: what else scores are given by: ``label``, ``length``, ``language``, or a column.
+        on_progress: hears how many rows are done, and of how many.
+        attach: keep the result with the model, where its certificate finds it.
+
+    Returns:
+        Scores by the graders' names, how sure they are, and every answer.
+
+    Raises:
+        RefusedInput: before anything is written, for rows or graders that cannot work.
+        GradingFailed: with ``fail``, naming the row.
+    """
+    from luthier.data.shapes import JudgedAnswers, MultipleChoice, RawText, of_shape
+    from luthier.evaluation.breakdown import slice_scores
+    from luthier.evaluation.evaluate import check, check_shapes, load_graded
+    from luthier.graders import parse_graders
+    from luthier.objectives.capabilities import SupportsPrediction
+    from luthier.serving.evaluation import (
+        measure,
+        multiple_choice,
+        open_graders,
+        perplexity,
+        preference_scores,
+        slice_keys,
+    )
+    from luthier.serving.journal import evaluation_journal
+    from luthier.serving.prediction import Predictor
+    from luthier.store.models import find, objective_of
+    from luthier.store.reports import check_attachable
+
+    chosen = parse_graders(graders)
+    rows = load_graded(data, columns, chosen.values(), turns)
+    total = len(rows)
+    stored = model.stored if isinstance(model, Model) else model
+    stored = find(stored) if isinstance(stored, str) else stored
+    if attach:
+        check_attachable(stored)
+    objective = objective_of(stored)
+    check_shapes(rows, objective)
+    for by in slices:  # before anything is answered
+        slice_keys(rows, by)
+
+    def done(count: int) -> None:
+        on_progress(count, total)
+
+    started = time.monotonic()
+    if isinstance(objective, SupportsPrediction):
+        predictor = model.opened if isinstance(model, Model) else Predictor.open(stored)
+        assert isinstance(predictor, Predictor)
+        started = time.monotonic()
+        found = predictor.scores(rows, done, long_rows)
+        if not of_shape(JudgedAnswers, rows):
+            records = [
+                {**_row_input(row), "expected": _expected_answer(row), **answer}
+                for row, answer in zip(found.rows, found.records, strict=True)
+            ]
+            found = replace(found, records=records)
+    elif of_shape(JudgedAnswers, rows):
+        found = preference_scores(stored, rows, done, long_rows)
+    elif of_shape(RawText, rows):
+        found = perplexity(stored, rows)
+    elif choices := of_shape(MultipleChoice, rows):
+        found = multiple_choice(stored, choices, done, long_rows)
+    else:
+        check(rows, chosen)
+        writer = model if isinstance(model, Model) else Model(stored)
+        chosen = open_graders(chosen, total, note)
+        started = time.monotonic()
+        about = {"data": str(Path(data).absolute()), "max_tokens": max_tokens, "turns": turns}
+        with evaluation_journal(stored, about) as journal:
+            if journal is not None and journal.replies:
+                note(f"{len(journal.replies):,} replies are there from a run that was cut")
+            found = measure(
+                writer.generator, rows, chosen, max_tokens, done, on_error, long_rows, journal
+            )
+        fields = ("prompt", "reply", "expected", "scores")
+        records = [{name: getattr(each, name) for name in fields} for each in found.answers]
+        found = replace(found, records=records)
+    found = replace(found, seconds=time.monotonic() - started)
+    if slices:
+        whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
+        if not whole:
+            raise RecipeError(
+                f"{stored.id} is not scored row by row on such rows: leave slices away"
+            )
+        parts = [slice_scores(whole, by, slice_keys(found.rows, by)) for by in slices]
+        found = replace(found, slices=[each for part in parts for each in part])
+    if attach:
+        _attach([stored], "evaluation", [data], found, note)
+    return found
+
+
+def _attach(
+    models: Sequence[StoredModel],
+    kind: str,
+    data: Sequence[str | Path],
+    found: Evaluation | HeadToHead | Forgetting,
+    note: Callable[[str], None],
+) -> None:
+    """Keep what was measured on ``data`` with each of ``models``, where their certificates find it."""
+    from luthier.store.reports import hashes_of_data, write_report
+    from luthier.workflows.certificate.certificate import certify
+
+    hashes, result = hashes_of_data(*data), found.plain()
+    for each in models:
+        write_report(each, kind, hashes, result)
+        certify(each.id)
+        note(f"kept with {each.id}, for `luthier certificate {each.id}`")
+
+
+@data_errors("nothing was judged")
+def judge(
+    data: str | Path,
+    judge: Spec,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> JudgeAgreement:
+    """Say how far a judge agrees with people, before its scores are relied on.
+
+    Args:
+        data: pairs of which people chose one reply (``prompt``, ``chosen``, ``rejected``), or ranked
+            replies, of which the best and the worst are taken.
+        judge: a :class:`luthier.graders.Ruler`, its fields, or the name of a model: an id, or
+            ``https://host/v1#model``.
+        note: hears what the judge will be asked.
+        columns: the file's name for each of our keys.
+        on_progress: hears how many pairs are judged, and of how many.
+
+    Returns:
+        Agreement, consistency and what the judge is biased for, with a ``verdict()`` in words.
+
+    Raises:
+        RefusedInput: for rows that people have not judged.
+    """
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.judges import check_pairs, measure_agreement
+    from luthier.serving.evaluation import open_graders
+
+    pairs = check_pairs(load_rows(data, columns))
+    # Each pair is judged in both orders.
+    ruler = open_graders({"judge": _parse_judge(judge)}, 2 * len(pairs), note)["judge"]
+    return measure_agreement(ruler, pairs, lambda count: on_progress(count, len(pairs)))
+
+
+def _parse_judge(judge: Spec) -> Ruler:
+    """A judge that compares."""
+    from luthier.graders import Ruler, parse_graders
+
+    spec: Spec = {"method": "ruler", "model": judge} if isinstance(judge, str) else judge
+    ruler = parse_graders({"judge": spec})["judge"]
+    if not isinstance(ruler, Ruler):
+        raise RecipeError("replies are compared by a grader of method ruler; name that, or a model")
+    return ruler
+
+
+@data_errors("nothing was compared")
+def compare(
+    data: str | Path,
+    tuned: Sequence[str],
+    base: str | None = None,
+    train: str | Path | None = None,
+    documents: Sequence[str | Path] = (),
+    graders: Sequence[Spec] | Mapping[str, Spec] | None = None,
+    max_tokens: int = 64,
+    prices: str | Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    answers: int = 0,
+    search_seconds: float | None = None,
+    reflector: str | None = None,
+    encoder: str | None = None,
+    judge: Spec | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
+) -> HeadToHead:
+    """Hold tuned models against what needs no training, on the same held-out rows.
+
+    Args:
+        data: rows of prompt and reply, or of text and label, that nothing was learned from.
+        tuned: ids of the models to judge.
+        base: what is asked without training; the base of the first of ``tuned`` when not given.
+        train: where examples come from, and what simple baselines learn; the training rows of the first
+            of ``tuned`` when not given, where they are still there.
+        documents: sources of texts that answers should be true to.
+        graders: of replies, as of :func:`evaluate`; the first decides. ``exact`` when not given.
+        max_tokens: of a reply at most.
+        prices: a price table, as of ``luthier estimate``; the one of the store when not given.
+        note: hears what is done.
+        answers: that you expect of the tuned model, for what they return of what tuning took.
+        search_seconds: that a prompt is searched for a base that writes; as long as tuning took, at
+            most ten minutes, when not given; 0 for none.
+        reflector: id of the model that rewrites instructions in this search, or ``https://host/v1#model``
+            with its key in ``OPENAI_API_KEY``; the base itself when not given.
+        encoder: id of a model with embeddings, by which examples and passages are found, too.
+        judge: as of :func:`judge`; replies are then compared by how often it prefers them to those of
+            the base as it is.
+        columns: the file's name for each of our keys.
+        on_progress: hears how many answers there are, and of how many.
+        attach: keep the result with each of ``tuned``, where its certificate finds it.
+
+    Returns:
+        ``contenders``, the best first, ``behind()`` for the differences, ``verdict()`` and ``plain()``.
+
+    Raises:
+        RefusedInput: where there is nothing to compare, or a tenth of the rows are training rows.
+    """
+    from luthier.chat_models.base import ModelSpec, address_fields
+    from luthier.data.rows import load_rows
+    from luthier.evaluation.evaluate import load_graded
+    from luthier.graders import parse_graders
+    from luthier.store.models import find
+    from luthier.store.reports import check_attachable
+    from luthier.workflows.compare import compare as run
+    from luthier.workflows.estimate.budget import read_prices
+
+    models = [find(each) for each in tuned]
+    if not models:
+        raise RecipeError("name a tuned model")
+    for each in models if attach else ():
+        check_attachable(each)
+    chosen = None if graders is None else parse_graders(graders)
+    rows = load_graded(data, columns, (chosen or {}).values())
+    known = models[0].manifest.recipe or {}
+    learned = known.get("data", {}).get("train")
+    if train is None and isinstance(learned, str) and Path(learned).exists():
+        train = learned
+        note(f"examples come from {learned}, which {models[0].id} was tuned on")
+    texts = [row.plain_text() for source in documents for row in load_rows(str(source))]
+    found = run(
+        rows,
+        find(base or models[0].root),
+        models,
+        load_rows(train, columns) if train is not None else (),
+        texts,
+        chosen,
+        max_tokens,
+        read_prices(None if prices is None else Path(prices)),
+        answers,
+        search_seconds,
+        None if reflector is None else ModelSpec(**address_fields(reflector)),
+        None if encoder is None else find(encoder),
+        None if judge is None else _parse_judge(judge),
+        note,
+        on_progress,
+    )
+    if attach:
+        _attach(models, "comparison", [data], found, note)
+    return found
+
+
+@data_errors("nothing was measured")
+def forgetting(
+    model: str,
+    base: str | None = None,
+    probes: Sequence[str | Path] = (),
+    canaries: str | Path | None = None,
+    safety: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    attach: bool = False,
+) -> Forgetting:
+    """Say what a tuned model forgot, and whether it is as safe as the model that it was tuned from.
+
+    Args:
+        model: id of a tuned model that writes.
+        base: what it is held against; what it was tuned from, when not given.
+        probes: files of rows with choices, or of ``text`` and ``target`` (LAMBADA); a column ``task``
+            parts a file into sets. Ours are measured besides.
+        canaries: the file that :func:`plant_canaries` wrote beside the training rows.
+        safety: whether bias and refusals are measured.
+        note: hears what is done.
+        on_progress: hears how many parts are done, and of how many.
+        attach: keep the result with the model, where its certificate finds it.
+
+    Returns:
+        ``drift``, ``changes`` with their ``differences``, ``exposures``, ``verdict()`` and ``plain()``.
+
+    Raises:
+        RefusedInput: for a model that was not tuned or does not write, or rows that are no probes.
+    """
+    from luthier.evaluation.canaries import read_canaries
+    from luthier.store.models import find
+    from luthier.store.reports import check_attachable
+    from luthier.workflows.forgetting import load_probes, measure_forgetting
+
+    stored = find(model)
+    if attach:
+        check_attachable(stored)
+    before = base or stored.manifest.parent
+    if before is None:
+        raise RecipeError(
+            f"{stored.id} was not tuned here, so what it was before is not known. Name a tuned model, "
+            "or the base that this one is held against"
+        )
+    found = measure_forgetting(
+        stored,
+        find(before),
+        load_probes(probes),
+        () if canaries is None else read_canaries(Path(canaries)),
+        safety,
+        note,
+        on_progress,
+    )
+    if attach:
+        _attach([stored], "forgetting", probes, found, note)
+    return found
+
+
+def _row_input(row: Row) -> dict[str, Any]:
+    """What a row gives a model that reads, ready for JSON."""
+    from luthier.data.shapes import MediaRow, PromptCompletion, TaggedWords
+
+    if isinstance(row, PromptCompletion):
+        return row.record()
+    if isinstance(row, MediaRow):
+        return {row.key(): str(row.media)}
+    if isinstance(row, TaggedWords) and row.tags is not None:
+        return {"tokens": list(row.tokens)}
+    return {"text": row.plain_text()}
+
+
+def _expected_answer(row: Row) -> Any:
+    """What a row says that the model should have answered."""
+    from luthier.data.shapes import CaptionedImage, Labelled, RatedText, TaggedWords, TextPair
+
+    match row:
+        case CaptionedImage():
+            return row.caption
+        case TaggedWords():
+            return list(row.tags or ())
+        case RatedText():
+            return row.rating
+        case Labelled():
+            return row.label
+        case TextPair():
+            return row.positive
+    return None
