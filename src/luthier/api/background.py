@@ -40,6 +40,10 @@ Done = TypeVar("Done")
 
 IDLE = 2.0
 """Seconds between two looks for work of other servers that fell silent."""
+LOOK = 1.0
+"""Seconds between two looks whether a row is still to be worked on: a piece may take minutes."""
+MOMENT = 0.5
+"""Seconds for pieces in hand that are about to end, before they are given up."""
 SLICE = 15.0
 """Seconds that a row is worked on while others wait: then it gives way to those of other accounts."""
 _SWEEP = 600.0
@@ -91,7 +95,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         self._token = secrets.token_hex(8)
         self.watch = LeaseWatch(self.kind.lease_time.total_seconds())
         """Tells which servers fell silent."""
-        self.renewal = self.kind.lease_time.total_seconds() / 3
+        self.renewal = min(self.kind.lease_time.total_seconds() / 3, LOOK)
         """Seconds after which the lease is renewed where no piece is done."""
         self._wake, self._closed = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -115,8 +119,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     working: str
     """The :meth:`state` of a row whose pieces are worked on."""
     gives_up: bool = False
-    """Whether pieces in hand are ended at once, and not written down, where the row is not worked on
-    any more or the server ends; else they are waited for."""
+    """Whether pieces in hand are ended at once, and not written down, where the server ends; else they
+    are waited for. Where the row is not worked on any more they always are."""
 
     def sweep(self) -> None:
         """What else is done every few minutes."""
@@ -185,15 +189,17 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
                         under_way = _PieceUnderWay()
                         future = threads.submit(under_way.run, partial(do, piece))
                         running[future] = number, under_way
-                if not running or (self.gives_up and not goes_on):
+                if not running or state != self.working or (self.gives_up and not goes_on):
                     break
                 if not gives_way and time.monotonic() - began >= SLICE:
                     gives_way = self._give_way(row)
                 ended, _ = wait(running, self.renewal, FIRST_COMPLETED)
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
-            if self.gives_up:
-                for _, under_way in running.values():
-                    under_way.give_up()
+            if running and state is not None:
+                ended, _ = wait(running, MOMENT)
+                state = self._keep(row, {running.pop(each)[0]: each for each in ended})
+            for _, under_way in running.values():
+                under_way.give_up()
         if gives_way and next(pieces, None) is not None:
             return False
         return state is not None and not self._closed.is_set()

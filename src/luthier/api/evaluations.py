@@ -34,8 +34,6 @@ MOST_PROBLEMS = 5
 """What is wrong with more rows is not told."""
 AT_ONCE = 4
 """Rows of a run that are asked and graded side by side: each may take a process for its graders."""
-LOOK = 2.0
-"""Seconds between two looks whether a run is cancelled: a judge may write for minutes at one row."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -128,7 +126,6 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """``tasks`` by the face that runs were asked through; others may be added before the start."""
         super().__init__(database, count)
         self.tasks, self.quotas = dict(tasks), quotas
-        self.renewal = min(self.renewal, LOOK)
 
     def create(
         self,

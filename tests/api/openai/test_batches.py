@@ -13,8 +13,10 @@ import openai
 import pytest
 
 from luthier.api import background
+from luthier.api.http.messages import Fault
 from luthier.api.openai import batches as batches_module
 from luthier.api.openai.batches import AT_ONCE, BatchRunner
+from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import DoesNotFit
 from luthier.limits import ServerLimits
 from luthier.store import batches as store
@@ -287,10 +289,12 @@ def test_who_lost_a_batch_does_not_end_it(
 
 def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, service: Any) -> None:
     made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+    together = threading.Barrier(AT_ONCE)
 
     def answer(caller: Any, body: Any) -> dict[str, Any]:
         if client.batches.retrieve(made.id).status == "in_progress":
             client.batches.cancel(made.id)
+        together.wait(30)
         return {}
 
     assert BatchRunner(service.database, service.face.files, {CHAT: answer}).run_once()
@@ -300,6 +304,34 @@ def test_a_cancelled_batch_keeps_what_was_answered(client: openai.OpenAI, servic
     assert len(lines_of(client, batch.output_file_id)) == AT_ONCE
     with pytest.raises(openai.BadRequestError):
         client.batches.cancel(made.id)
+
+
+def test_lines_in_hand_are_given_up_where_their_batch_is_cancelled(
+    client: openai.OpenAI, service: Any
+) -> None:
+    made = created(client, [line(number) for number in range(2 * AT_ONCE)])
+    begun, given_up = threading.Barrier(AT_ONCE + 1), []
+
+    def answer(caller: Any, body: Any) -> dict[str, Any]:
+        if body["messages"][0]["content"] == "My card 0":
+            return {}
+        gone = threading.Event()
+        cancellable(KillHandle(gone.set))
+        begun.wait(30)
+        given_up.append(gone.wait(60))
+        raise Fault("ServiceUnavailable", "The answer was given up.")
+
+    runner = BatchRunner(service.database, service.face.files, {CHAT: answer})
+    runner.start()
+    begun.wait(30)
+    began = time.monotonic()
+    client.batches.cancel(made.id)
+    batch = ended(client, made.id)
+    assert time.monotonic() - began < 10  # a second and a half, where nothing else is at work
+    runner.close()
+    assert batch.status == "cancelled" and given_up == [True] * AT_ONCE
+    assert [each["custom_id"] for each in lines_of(client, batch.output_file_id)] == ["r0"]
+    assert batch.error_file_id is None  # a line that was not answered is no failure
 
 
 @pytest.mark.parametrize(
@@ -428,11 +460,14 @@ def test_an_expired_batch_killed_at_its_end_stays_expired(
 def expire_after(service: Any, batch_id: str, runner: BatchRunner) -> None:
     """Have the time of a batch be over once its first lines are answered."""
 
+    together = threading.Barrier(AT_ONCE)
+
     def answer(caller: Any, body: Any) -> dict[str, Any]:
         with service.database.write() as session:
             batch = store.get(session, "000000000000", batch_id)
             assert batch is not None
             batch.expires = batch.created
+        together.wait(30)
         return {}
 
     runner.endpoints = {CHAT: answer}
