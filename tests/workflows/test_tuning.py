@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.data.pictures import encode_png
 from luthier.errors import DataError, RecipeError
 from luthier.models.manifest import UNMEASURED
 from luthier.recipe import ForgettingLimits, Recipe, read_toml
@@ -70,10 +72,16 @@ def test_a_ruined_model_is_withheld_and_measured_all_the_same(base: str, tmp_pat
         luthier.load(model_id)
     held = write(tmp_path / "held.jsonl", [{"prompt": "the fox", "completion": "yes"}])
     assert luthier.evaluate(model_id, held, max_tokens=2).rows
+    image = tmp_path / "image.png"
+    image.write_bytes(encode_png(np.zeros((4, 4, 3), dtype=np.uint8)))
     runner = CliRunner()
     for command in (
         ["generate", model_id, "hi"],
         ["models", "export", model_id, str(tmp_path / "x")],
+        ["predict", model_id, "hi"],
+        ["nearest", model_id, str(held), "the fox"],
+        ["sample", model_id, "--output", str(tmp_path / "x.png")],
+        ["reconstruct", model_id, "--input", str(image), "--output", str(tmp_path / "x.png")],
     ):
         answer = runner.invoke(app, command)
         assert answer.exit_code == 2 and "is withheld" in answer.output

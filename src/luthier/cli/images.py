@@ -55,13 +55,13 @@ def sample(
     from luthier.files import write_bytes
     from luthier.objectives.capabilities import DenoisingSettings
     from luthier.serving.images import ImageGenerator
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
 
     _check_samples(output)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = ImageGenerator.open(find(model, is_able=ImageGenerator.is_able))
+        generator = ImageGenerator.open(check_active(find(model, is_able=ImageGenerator.is_able)))
     settings = DenoisingSettings(steps, guidance_scale, eta)
     started = time.monotonic()
     with show_progress(count, "sample") as done:
@@ -131,7 +131,7 @@ def reconstruct(
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.images import ImageGenerator
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
 
     if output.suffix.lower() != ".png":
         raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
@@ -144,7 +144,7 @@ def reconstruct(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = ImageGenerator.open(find(model))
+        generator = ImageGenerator.open(check_active(find(model)))
     report: dict[str, Any] = {"model": model, "images": len(rows), "output": str(output)}
     if between is not None:
         ways = generator.interpolate(rows, between)

@@ -55,7 +55,7 @@ def nearest(
     from luthier.data.processors import ImageProcessor
     from luthier.data.rows import input_row, load_inputs
     from luthier.recipe import parse_columns
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
 
     if not query.strip():
         raise RecipeError("the query is empty")
@@ -69,7 +69,7 @@ def nearest(
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
-        stored = find(model, is_able=Predictor.is_able)
+        stored = check_active(find(model, is_able=Predictor.is_able))
         predictor = Predictor.open(stored)
     asked = input_row(query, "the command line")
     started = time.monotonic()

@@ -54,7 +54,7 @@ def predict(
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
-    from luthier.store.models import find
+    from luthier.store.models import check_active, find
 
     if (text is None) == (input_ is None):
         raise RecipeError("give one text, or --input FILE with many")
@@ -76,7 +76,7 @@ def predict(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        predictor = Predictor.open(find(model, is_able=Predictor.is_able))
+        predictor = Predictor.open(check_active(find(model, is_able=Predictor.is_able)))
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
     started = time.monotonic()
