@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
-from luthier.errors import DataError, RecipeError, RunConflict
+from luthier.errors import DataError, DoesNotFit, RecipeError, RunConflict
 from luthier.evaluation.significance import RowScores
 from luthier.files import luthier_home, verify
 from luthier.models.save import read_adapter
@@ -265,6 +265,23 @@ def test_a_mean_that_is_not_read_back_is_not_stored(
     with pytest.raises(LuthierError, match="nothing was stored"):
         make_soup([tuned], "bad")
     assert not (luthier_home() / "models" / "custom" / "tiny-llama" / "bad").exists()
+
+
+def test_networks_that_do_not_fit_are_refused_before_one_is_read(
+    pairs: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.workflows import soup
+
+    whole = tune(pairs, tiny_model_folder, "x")
+    adapter = tune(pairs, tiny_model_folder, "y", "lora")
+    numbers = sum(weight.numel() for weight in weights(whole).values())
+    monkeypatch.setattr(soup, "available_memory", lambda: 4 * numbers * 3)
+    monkeypatch.setattr(soup._Averaging, "_mean_of", lambda *_: pytest.fail("a network was read"))
+    with pytest.raises(DoesNotFit, match=r"holds 4 networks in float32 .* GB of memory are free"):
+        make_soup([whole, adapter])
+    assert make_soup([adapter], "half", 0.5).saved == "adapter"
+    run = CliRunner().invoke(app, ["soup", whole])
+    assert run.exit_code == 2 and ".." not in run.stderr, run.stderr
 
 
 def test_the_command_shows_the_curve_and_lists_the_model(

@@ -35,12 +35,15 @@ from luthier import __version__
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
 from luthier.encryption.tensors import save_tensors
+from luthier.engine.machine import available_memory
+from luthier.engine.memory import weight_bytes
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run, automatic_name
-from luthier.errors import LuthierError, RecipeError
+from luthier.errors import DoesNotFit, LuthierError, RecipeError
 from luthier.evaluation.significance import LESS_IS_BETTER, RowScores, Score
 from luthier.files import folder_size, hashes_of, need_disk, new_folder
 from luthier.models.heads import Head, new_weights
+from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.recipe import NAME_PATTERN
@@ -48,6 +51,8 @@ from luthier.store import models as store
 from luthier.store.models import StoredModel
 from luthier.workflows.certificate.certificate import certify
 
+COPIES = 4
+"""Networks in float32 that are held at once: base, mean, what lies between, and that read back."""
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Points of the curve."""
 CPU = torch.device("cpu")
@@ -132,7 +137,7 @@ def make_soup(
         reporter: receives what is done.
 
     Raises:
-        RefusedInput: for models that do not go together, a name, an alpha or a disk.
+        RefusedInput: for models that do not go together, a name, an alpha, a memory or a disk.
     """
     reporter = reporter or Reporter()
     tuned = [store.find(model_id, reporter.stage) for model_id in dict.fromkeys(model_ids)]
@@ -207,6 +212,20 @@ class _Averaging:
         self.base = store.find(str(tuned[0].manifest.parent), reporter.stage)
         self.chat = store.chat_format(tuned[0])
         self._mean: tuple[list[StoredModel], dict[str, Tensor]] | None = None
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuse whole networks that would not fit, before one of them is read."""
+        if len(self.tuned) == 1 and _lora_tensors(self.tuned[0]) is not None:
+            return
+        network = sketch(self.base.network_folder, self._head)
+        need = COPIES * weight_bytes(network, torch.float32.itemsize)
+        if need > (free := available_memory()):
+            raise DoesNotFit(
+                f"averaging holds {COPIES} networks in float32 at once: of {self.base.id} these are "
+                f"{need / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free. Free some memory, "
+                "or take one model that was tuned with lora: its adapter alone is scaled"
+            )
 
     def make(self, alpha: float | None, method: Method) -> Soup:
         """Choose, measure and store."""
@@ -312,8 +331,9 @@ class _Averaging:
             save_format(self.chat, folder)
             kept, again = tensors, read_adapter(folder)
         else:
-            network, kept = self._network, self._between(chosen, alpha)
-            network.load_state_dict(kept)
+            network = self._network
+            network.load_state_dict(self._between(chosen, alpha))
+            kept = network.state_dict()
             need_disk(folder, sum(w.nbytes for w in network.parameters()), "storing the model")
             save_network(network, self.chat, folder)
         manifest = Manifest(
@@ -377,11 +397,12 @@ class _Averaging:
                     f"{each.id} has other weights than its base {self.base.id}, so they have no mean"
                 )
             for name, weight in state.items():
-                if weight.is_floating_point():
-                    share = weight / len(chosen)
-                    mean[name] = mean[name] + share if name in mean else share
-                else:
+                if not weight.is_floating_point():
                     mean.setdefault(name, weight)
+                elif name in mean:
+                    mean[name] += weight / len(chosen)
+                else:
+                    mean[name] = weight / len(chosen)
         self._mean = list(chosen), mean
         return mean
 
