@@ -241,12 +241,20 @@ def test_the_text_is_not_held_in_memory(
 def test_everything_left_open_is_chosen_with_a_reason(
     fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.Trainer, "run", lambda self, resume: self)
+    trainers: list[engine.Trainer] = []
+
+    def stop(self: engine.Trainer, resume: bool) -> None:
+        trainers.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Trainer, "run", stop)
     heard = Heard()
     plain = fields(network={"context": 32})
     plain["training"] = {"precision": "float32"}
     plain["data"].pop("validation_share")
-    trainer = made(plain, reporter=heard)
+    with pytest.raises(KeyboardInterrupt):
+        made(plain, reporter=heard)
+    (trainer,) = trainers
     assert all(reason for _, reason in heard.choices.values())
     assert heard.choices["network.size"][0] == "tiny"
     assert heard.choices["tokenizer.vocabulary"][0] == 512

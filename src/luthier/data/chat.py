@@ -352,6 +352,14 @@ class ChatFormat:
             return _plain_prompt(in_words(messages, tools))
         return self._render(messages, tools, reply=True, kwargs=self._read_kwargs(kwargs or {}))
 
+    def reply_opening(self) -> IntArray:
+        """Ids of what stands before every reply, whatever is asked: the last of each prompt."""
+        one_T, other_T = (self.encode_prompt((Message("user", text),)) for text in ("a", "7 b?"))
+        shorter = min(len(one_T), len(other_T))
+        same_T = one_T[len(one_T) - shorter :] == other_T[len(other_T) - shorter :]
+        differing = np.flatnonzero(~same_T)
+        return one_T[len(one_T) - shorter + (differing[-1] + 1 if len(differing) else 0) :]
+
     def prompt_tokens(self, text: str) -> IntArray:
         """Token ids of what :meth:`prompt_text` gave."""
         if self.start_id is not None:

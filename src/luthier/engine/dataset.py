@@ -27,6 +27,7 @@ from luthier.gate.encode import RowEncoder, check_shapes
 from luthier.gate.inspect import inspect_job
 from luthier.gate.report import Report, refusals
 from luthier.gate.row_keys import group_related
+from luthier.models.manifest import LossMask
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.by_shape import objective_for
@@ -56,6 +57,7 @@ class Dataset:
     dropped: int = 0
     truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    mask: LossMask | None = None
     mixed: tuple[Mixed, ...] = ()
     """Further sets, whose examples stand behind those of the main one in ``train``."""
     report: Report | None = None
@@ -177,6 +179,7 @@ def prepare(
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
+        mask=loss_mask(read, chat) if objective.task == "causal_lm" else None,
         mixed=mixed,
         report=report,
         recognized=recognized,
@@ -291,6 +294,27 @@ def _split_groups(
         f"rows cannot be held out by whole values of data.group_column={column}: some label would not "
         "be learned from. Give more groups of each label, leave the column out, or give rows to "
         "measure on as data.validation"
+    )
+
+
+def loss_mask(examples: Sequence[Example], chat: ChatFormat) -> LossMask | None:
+    """Which tokens of ``examples`` are learned; ``None`` where none is its own target."""
+    learned = [e for e in examples if e.target is None and e.media is None and e.weight_T.any()]
+    if not learned:
+        return None
+    digest, opening_K = hashlib.sha256(), chat.reply_opening()
+    stretches = behind = stopped = 0
+    for each in learned:
+        digest.update(each.ids_T.tobytes())
+        digest.update(each.weight_T.tobytes())
+        edge_E = np.flatnonzero(np.diff(each.weight_T != 0, prepend=False, append=False))
+        for start, end in edge_E.reshape(-1, 2).tolist():
+            stretches += 1
+            before_K = each.ids_T[max(0, start - len(opening_K)) : start]
+            behind += np.array_equal(before_K, opening_K)
+            stopped += int(each.ids_T[end - 1]) in chat.stop_ids
+    return LossMask(
+        sha256=digest.hexdigest(), stretches=stretches, behind_opening=behind, with_stop=stopped
     )
 
 

@@ -104,6 +104,7 @@ class ModelWriter:
             truncated=job.data.truncated,
             held_out=job.data.held_out.get("validation", {}),
             mix=job.data.mix_record(job.recipe.data),
+            mask=job.data.mask,
             **job.data.counts,
         )
         return Manifest(

@@ -44,6 +44,19 @@ class TextFormat(Record):
     """Token that the decoder of an encoder-decoder starts from."""
 
 
+class LossMask(Record):
+    """Which tokens the loss counts: it shows that replies are learned whole, and prompts are not."""
+
+    sha256: str
+    """Of the token ids and weights of all training rows, in their order."""
+    stretches: int
+    """Of tokens that are learned, one behind the other: replies, where rows are conversations."""
+    behind_opening: int
+    """Those that begin right behind what the template puts before a reply."""
+    with_stop: int
+    """Those that end with a stop token."""
+
+
 class DataRecord(Record):
     """The rows that a model was trained and measured on."""
 
@@ -61,6 +74,8 @@ class DataRecord(Record):
     """What the rows became: packed texts are fewer."""
     tokens: int
     learned_tokens: int
+    mask: LossMask | None = None
+    """``None`` where tokens are not learned one by one, and in records of older versions."""
     mix: list[dict[str, Any]]
     """Further files: their path and weight, their rows, and rows in each pass."""
 

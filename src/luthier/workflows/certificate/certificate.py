@@ -273,17 +273,18 @@ def _missing(
 
 
 def certify(model_id: str) -> None:
-    """Make the certificate of a model anew, as its making or its judging has ended.
+    """Bring the certificate of a model up to date, as its making or its judging has ended.
 
     One that is signed stays: who signed it makes another one. Power that was measured is taken over.
     """
     model = find(model_id)
-    path = model.folder / CERTIFICATE
     if (model.folder / SIGNATURE).exists():
         return
-    power = read_certificate(model).compute if path.is_file() else None
-    watts = None if power is None or power.watts_assumed else power.watts
-    write_certificate(model, make_certificate(model, watts))
+    there = read_certificate(model)
+    made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
+    same = {"created": there.created, "sha256": there.sha256}
+    if made.model_copy(update=same).text() != there.text():
+        write_certificate(model, made)
 
 
 def write_certificate(model: StoredModel, certificate: Certificate) -> Path:

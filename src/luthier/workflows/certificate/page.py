@@ -57,6 +57,11 @@ def _facts(certificate: Certificate) -> Iterator[tuple[str, str, str]]:
         tokens, learned = record.data.tokens, record.data.learned_tokens
         more = f"{learned:,} of {tokens:,} tokens learned" if tokens else ""
         yield "rows", f"{record.data.rows:,}", more
+        if (mask := record.data.mask) is not None and mask.behind_opening:
+            replies = f"{mask.with_stop:,} end with a stop token"
+            if mask.behind_opening < mask.stretches:
+                replies += f", {mask.stretches - mask.behind_opening:,} are more than replies"
+            yield "replies learned", f"{mask.stretches:,}", replies
     if metrics.get("validation_loss") is not None:
         yield "validation loss", f"{metrics['validation_loss']:.4f}", f"{metrics['steps']:,} steps"
 
