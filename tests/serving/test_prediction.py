@@ -231,7 +231,10 @@ def test_a_terminal_is_shown_the_likeliest_classes(tuned: Callable[..., tuple[st
 
 
 def test_what_reads_does_not_write_and_the_other_way_round(
-    tuned: Callable[..., tuple[str, Path]], tiny_model_folder: Path
+    tuned: Callable[..., tuple[str, Path]],
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     model_id, _ = tuned(LABELLED, adaptation="lora")
     assert "Use luthier predict" in command("generate", model_id, "hello", code=2)
@@ -240,6 +243,12 @@ def test_what_reads_does_not_write_and_the_other_way_round(
         luthier.load(model_id).generate(["x"])
     with pytest.raises(RecipeError, match="use generate"):
         luthier.load(str(tiny_model_folder)).predict(["x"])
+    # Of a folder that another tool wrote the configuration says which of the two it does.
+    foreign = family_folder("bert")
+    assert "Tune it with luthier tune" in command("predict", foreign, "hello", code=2)
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "the fox"}\n')
+    assert "does not write, so raw text" in command("evaluate", foreign, text, code=2)
 
 
 PARTNERS = [{"anchor": f"the {word}", "positive": f"a {word}"} for word in WORDS]

@@ -63,11 +63,16 @@ class Predictor:
     def open(stored: StoredModel, chat: ChatFormat | None = None) -> Predictor:
         """Load ``stored`` on the best device of this machine; ``chat`` stands for its own format."""
         from luthier.engine.machine import open_network
-        from luthier.store.models import chat_format, objective_of, room_of
+        from luthier.store.models import chat_format, objective_of, room_of, writes
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsPrediction):
             samples = isinstance(objective, SupportsSampling)
+            if not samples and not writes(stored):
+                raise RecipeError(
+                    f"{stored.id} reads, and what it answers is not known, as another tool made it. "
+                    "Tune it with luthier tune."
+                )
             makes, command = ("makes images", "sample") if samples else ("writes text", "generate")
             raise RecipeError(
                 f"{stored.id} {makes}: it gives no labels and no embeddings. Use luthier {command}."
