@@ -9,12 +9,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from written_rows import CHAT, PAIR, TEXT, chat, problems_of, row_of, write
 
-from luthier.data.rows import RowReader, load_rows
+from luthier.data.pictures import encode_png
+from luthier.data.rows import RowReader, load_documents, load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes import Conversation, PromptCompletion, RawText
 from luthier.errors import DataError
@@ -309,3 +311,25 @@ def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "Hello there", "sentiment": "good"}) + "\n")
     reader = RowReader(path)
     assert len(list(reader)) == 1 and reader.recognition.unread == ("sentiment",)
+
+
+def test_documents_that_hold_no_text_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("the fox")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load_documents([tmp_path / "good.txt", rows]) == ["the fox", "a", "b"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("the dog")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "empty.md").write_text("")
+    image = tmp_path / "image.png"
+    image.write_bytes(encode_png(np.zeros((4, 4, 3), dtype=np.uint8)))
+    with pytest.raises(DataError) as refused:
+        load_documents([tmp_path / "good.txt", folder, tmp_path / "empty.md", image])
+    said = {Path(each.file).name: each for each in refused.value.problems}
+    assert set(said) == {"binary.txt", "empty.md", "image.png"}
+    for each in said.values():
+        assert "Documents are plain text" in each.fix and "images" not in each.fix
+    with pytest.raises(DataError, match="no file at this path"):
+        load_documents([tmp_path / "none.txt"])

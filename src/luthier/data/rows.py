@@ -7,7 +7,7 @@ whole, with every problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -605,6 +605,42 @@ def load_rows(
 ) -> list[Row]:
     """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
     return read_rows(source, columns, on_progress)[0]
+
+
+DOCUMENT_FIX = (
+    "Documents are plain text (.txt, .md, .text), or rows with text as JSON Lines, JSON, CSV, TSV or "
+    "Parquet. Convert this one, or leave it away."
+)
+
+
+def load_documents(sources: Iterable[Source]) -> list[str]:
+    """Texts of ``sources``, one for each row or plain-text file.
+
+    Raises:
+        DataError: naming every file that holds no text.
+    """
+    texts: list[str] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            found = [(row, row.plain_text()) for row in load_rows(source)]
+        except DataError as error:
+            problems += [
+                replace(each, fix=DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
+                for each in error.problems
+            ]
+            continue
+        texts += [text for _, text in found if text.strip()]
+        for row, text in found:
+            if not text.strip():
+                message = "The document has no text."
+                problems.append(Problem(row.file, row.line, "file.empty", message, DOCUMENT_FIX))
+    if problems:
+        raise DataError(problems)
+    return texts
+
+
+_NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")
 
 
 def read_rows(

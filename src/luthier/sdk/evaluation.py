@@ -271,7 +271,7 @@ def compare(
         RefusedInput: where there is nothing to compare, or a tenth of the rows are training rows.
     """
     from luthier.chat_models.base import ModelSpec, address_fields
-    from luthier.data.rows import load_rows
+    from luthier.data.rows import load_documents, load_rows
     from luthier.evaluation.evaluate import load_graded
     from luthier.graders import parse_graders
     from luthier.store.models import find
@@ -291,7 +291,7 @@ def compare(
     if train is None and isinstance(learned, str) and Path(learned).exists():
         train = learned
         note(f"examples come from {learned}, which {models[0].id} was tuned on")
-    texts = [row.plain_text() for source in documents for row in load_rows(str(source))]
+    texts = load_documents(map(str, documents))
     found = run(
         rows,
         find(base or models[0].root),

@@ -704,6 +704,10 @@ def test_the_report_compares_runs_of_the_same_rows(client: openai.OpenAI, servic
     alone = done(service, client, easy, content(rows(1, output_text="<script>a0</script>")))
     second = done(service, client, made, source)
     assert second.report_url.startswith(str(client.base_url).rstrip("/"))
+    behind = {"X-Forwarded-Proto": "https", "Host": "models.example"}
+    seen = client.evals.runs.retrieve(second.id, eval_id=made.id, extra_headers=behind)
+    path = second.report_url.partition("/v1/")[2]
+    assert seen.report_url == f"https://models.example/v1/{path}"
     page = client.get(second.report_url, cast_to=str)
     assert "Runs of this eval" in page and "+0.0 points (may be chance)" in page
     assert first.result_counts == second.result_counts

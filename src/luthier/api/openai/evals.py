@@ -453,10 +453,14 @@ def run_object(run: EvaluationRun, request: Request, rows: bool = False) -> dict
 
 
 def _report_url(run: EvaluationRun, request: Request) -> str:
-    """Where the page of a run is, at the address that the client used; it takes a key, too."""
+    """Where the page of a run is, at the address that the client used; it takes a key, too.
+
+    What a proxy says of TLS is believed here alone, as only who sent it sees the address.
+    """
     prefix = request.path.partition("/evals")[0]
     host = request.headers.get("host", "localhost")
-    scheme = "https" if request.tls else "http"
+    encrypted = request.tls or request.headers.get("x-forwarded-proto") == "https"
+    scheme = "https" if encrypted else "http"
     return f"{scheme}://{host}{prefix}/evals/{run.eval_id}/runs/{run.id}/report"
 
 

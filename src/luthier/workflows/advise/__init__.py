@@ -38,11 +38,11 @@ def advise(
     Raises:
         RefusedInput: for a recipe or documents that cannot be.
     """
-    from luthier.data.rows import load_rows
+    from luthier.data.rows import load_documents
     from luthier.workflows.advise.facts import collect
     from luthier.workflows.advise.recommend import advise as judge
 
-    texts = [row.plain_text() for source in documents for row in load_rows(source)]
+    texts = load_documents(documents)
     return judge(collect(recipe, texts, wishes, seconds, reporter), command)
 
 
