@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import check_output, new_console, note, print_json, print_text, write_page
+from luthier.cli.console import (
+    check_output,
+    new_table,
+    note,
+    print_json,
+    print_table,
+    print_text,
+    write_page,
+)
 from luthier.cli.evaluate import parse_grader_options, parse_judge_option
 from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, Prices
 
@@ -90,18 +98,12 @@ def compare(
 
 def show(found: HeadToHead) -> None:
     """A line for each, the best first, and the verdict below."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=f"{found.measure.replace('_', ' ')} on {found.rows:,} rows", title_justify="left",
-        box=None, padding=(0, 2, 0, 0),
-    )  # fmt: skip
+    print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
     style = ".1%" if found.best.score.is_share else ".3g"
-    table.add_column("", ratio=1)
-    for name in ("score ±", "to the best ±", "tokens", "ms", *(["1,000"] if found.prices else [])):
-        table.add_column(name, justify="right", no_wrap=True)
-    behind = found.behind()
+    numbers = ("score ±", "to the best ±", "tokens", "ms", *(["1,000"] if found.prices else []))
+    table, behind = new_table("", *numbers, numbers=numbers), found.behind()
     for each in found.contenders:
         difference = ""
         if each.name in behind:
@@ -116,7 +118,7 @@ def show(found: HeadToHead) -> None:
         ]  # fmt: skip
         cost = found.cost_per_thousand(each)
         table.add_row(*cells, *([] if cost is None else [f"{cost:.4f}"]))
-    new_console(highlight=False).print(table)
+    print_table(table)
     costs = "" if found.prices is None else f"; cost of 1,000 answers in {found.prices.currency}"
     print_text(f"tokens read and milliseconds for an answer{costs}; * may be chance")
     for remark in found.remarks:
