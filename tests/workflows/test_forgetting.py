@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import luthier
 from luthier.cli.app import app
+from luthier.cli.forgetting import show
 from luthier.errors import DataError, RecipeError
 from luthier.store.models import chat_format, find
 from luthier.workflows import forgetting
@@ -226,3 +227,16 @@ def test_a_smaller_gap_is_no_gain_of_a_model_that_lost_what_it_knew() -> None:
     bias = forgetting.MetricChange("bias", "bias", "gap in nats", gaps[0], gaps[1])
     assert Forgetting("m", "b", drift, [bias]).improvements == [bias]
     assert not Forgetting("m", "b", drift, [bias, probe]).improvements
+
+
+def test_a_name_in_brackets_is_no_style(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = forgetting.RowScores.of([1.0, 0.0])
+    perplexity = forgetting.Statistic.of(lambda row_K: 2.0, 2, is_share=False)
+    drift = forgetting.Drift(2, 9, scores, perplexity, perplexity)
+    changes = [
+        forgetting.MetricChange(name, "probe", "accuracy", scores, scores)
+        for name in ("a[red]b", "t[/]")
+    ]
+    show(Forgetting("m", "b", drift, changes))
+    printed = capsys.readouterr().out
+    assert "a[red]b" in printed and "t[/]" in printed

@@ -104,7 +104,8 @@ def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
     )
     table = Table("customer", "base model", model_id, show_lines=True, expand=True)
     for before, after in list(zip(base.answers, tuned.answers, strict=True))[:SHOWN]:
-        table.add_row(before.prompt, before.reply, f"[green]{escape(after.reply)}[/green]")
+        replies = escape(before.reply), f"[green]{escape(after.reply)}[/green]"
+        table.add_row(escape(before.prompt), *replies)
     out.print(table)
     table = Table(f"on {base.rows} unseen rows", "base", "tuned", box=None)
     for name, score in base.scores.items():

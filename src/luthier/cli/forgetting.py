@@ -63,6 +63,8 @@ def forgetting(
 
 def show(found: Forgetting) -> None:
     """The drift, a line for each measure and each canary, and the verdict."""
+    from rich.text import Text
+
     drift = found.drift
     low, high = drift.kl.interval
     print_text(
@@ -76,7 +78,7 @@ def show(found: Forgetting) -> None:
         apart = found.differences[each.name]
         style = ".1%" if each.base.is_share else ".3f"
         table.add_row(
-            each.name, each.measure, f"{each.rows:,}", f"{each.base.value:{style}}",
+            Text(each.name), each.measure, f"{each.rows:,}", f"{each.base.value:{style}}",
             f"{each.tuned.value:{style}}",
             f"{apart.value:+{style}} {apart.error:{style}}{'' if apart.significant else ' *'}",
         )  # fmt: skip
@@ -89,7 +91,7 @@ def show(found: Forgetting) -> None:
             known = "yes" if one in found.known_by_heart else "no"
             rank = f"{one.rank:,} of {one.tried:,}"
             table.add_row(
-                one.canary.name, f"{one.canary.repeats:,}", f"{one.bits:.1f}", rank, known
+                Text(one.canary.name), f"{one.canary.repeats:,}", f"{one.bits:.1f}", rank, known
             )
         print_table(table)
     for remark in found.remarks:
