@@ -31,6 +31,7 @@ from luthier.api.identifiers import ModelIds
 from luthier.chat_models.base import SamplingSpec
 from luthier.data.shapes import PromptOnly
 from luthier.encryption.files import pieces_of
+from luthier.errors import LocationRefused
 from luthier.evaluation.robustness import perturbations, word_error_rate
 from luthier.files import numbered_lines
 from luthier.graders import Answer, Exact, Grader, GraderModels, Judge, StringCheck, TextSimilarity
@@ -249,7 +250,11 @@ class JobTask(EvaluationTask):
                 # By a name that follows from the job: written again after a crash, it is one file.
                 name = f"{uuid.uuid5(_SPACE, f'{run.id}/{place}')}_output.jsonl"
                 where = f"{run.name}/{run.id}/{self.folder(data)}/datasets/{data.name}/{name}"
-                self.parts.locations.write(run.account, output, where, path)
+                try:
+                    self.parts.locations.write(run.account, output, where, path)
+                except LocationRefused as refused:
+                    text = f"The rows were graded, but results could not be written: {refused}"
+                    raise LocationRefused(text) from refused
 
     def close(self) -> None:
         """Let the copies of the data sets go."""

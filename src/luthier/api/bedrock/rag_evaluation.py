@@ -19,7 +19,7 @@ from luthier.graders import Answer
 from luthier.graders.rubrics import BEDROCK_RAG_METRICS, BEDROCK_RETRIEVAL_METRICS
 from luthier.store.evaluations import EvaluationRun
 from luthier.types import Message
-from luthier.validation import describe_error
+from luthier.validation import describe_error, expected_type
 
 MOST_TURNS = 5
 """Of a row; of one that shows what was retrieved alone, Bedrock takes a single turn."""
@@ -288,4 +288,6 @@ def _describe(error: Mapping[str, Any]) -> str:
         place += f"[{part}]" if isinstance(part, int) else f".{part}"
     hint = _HINTS.get(".".join(part for part in error["loc"] if isinstance(part, str)))
     text = f"{place.removeprefix('.') or 'it'}{describe_error(error)}"
-    return f"{text}: {hint}" if hint else text
+    return (
+        f"{text}: {hint}" if hint and (error["type"] == "missing" or expected_type(error)) else text
+    )
