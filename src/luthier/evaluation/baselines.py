@@ -30,7 +30,14 @@ from luthier.evaluation.retrieval import (
     popularity_ranks,
     retrieval_scores,
 )
-from luthier.evaluation.significance import CHANCE, LESS_IS_BETTER, RowScores, Score, values
+from luthier.evaluation.significance import (
+    CHANCE,
+    LESS_IS_BETTER,
+    RowScores,
+    Score,
+    as_gain,
+    values,
+)
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -85,8 +92,7 @@ class Comparison:
 
     def gain(self, baseline: Baseline) -> float:
         """How much better than a baseline the tuned model is; below 0 where it is worse."""
-        difference = (self.tuned or 0.0) - baseline.score
-        return -difference if self.measure in LESS_IS_BETTER else difference
+        return as_gain(self.measure, (self.tuned or 0.0) - baseline.score)
 
     @property
     def best(self) -> Baseline | None:
@@ -140,7 +146,7 @@ class FittedBaselines:
 
         Where there is one, the rows tell their answers.
         """
-        sign = -1 if self.comparison.measure in LESS_IS_BETTER else 1
+        gain = partial(as_gain, self.comparison.measure)
         both = [*zip(self.comparison.baselines, self.row_scores, strict=True)]
         constants = [scores for baseline, scores in both if baseline.constant]
         better = [
@@ -148,11 +154,11 @@ class FittedBaselines:
             for baseline, scores in both
             if not baseline.constant
             and all(
-                sign * (scores.value - constant.value) > CHANCE * scores.difference_error(constant)
+                gain(scores.value - constant.value) > CHANCE * scores.difference_error(constant)
                 for constant in constants
             )
         ]
-        return max(better, key=lambda each: sign * each.score, default=None)
+        return max(better, key=lambda each: gain(each.score), default=None)
 
     def beside(self, tuned: RowScores) -> Comparison:
         """The comparison with a model that scores ``tuned`` on the same rows."""

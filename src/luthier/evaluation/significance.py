@@ -23,7 +23,7 @@ RESAMPLES = 400
 MOST_DRAWN = 40_000_000
 """Rows that are drawn for one error at most; 50 resamples are always taken."""
 
-LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer", "perplexity", "loss"})
+LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer", "perplexity", "loss", "gap in nats"})
 """Errors among the scores that models are compared by."""
 
 Interval = tuple[float, float]
@@ -173,6 +173,11 @@ class Statistic:
 
 Score = RowScores | Statistic
 """A score of rows that knows its error, and itself of a part of the rows."""
+
+
+def as_gain(measure: str, value: float) -> float:
+    """A score, or a difference of two, as something to be high: minus it where less is better."""
+    return -value if measure in LESS_IS_BETTER else value
 
 
 def values(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -25,9 +25,9 @@ from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
 from luthier.evaluation.evaluate import grade
 from luthier.evaluation.significance import (
-    LESS_IS_BETTER,
     Difference,
     RowScores,
+    as_gain,
     differences,
 )
 from luthier.files import folder_size
@@ -113,11 +113,6 @@ class HeadToHead:
     """That are expected of the model, for the return on what tuning took; 0 where nobody knows."""
 
     @property
-    def less_is_better(self) -> bool:
-        """Whether the measure is an error."""
-        return self.measure in LESS_IS_BETTER
-
-    @property
     def best(self) -> Contender:
         """The highest score, or the lowest error."""
         return self.contenders[0]
@@ -175,7 +170,7 @@ class HeadToHead:
             found, sign = behind[tuned.name], 1
         else:
             found, sign = behind[rival.name], -1
-        return replace(found, value=found.value * (-sign if self.less_is_better else sign))
+        return replace(found, value=as_gain(self.measure, sign * found.value))
 
     def verdict(self) -> str:
         """Whether tuning was worth it, in a sentence or two."""
@@ -356,8 +351,7 @@ def compare(
         measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
-    sign = 1 if measure_name in LESS_IS_BETTER else -1
-    contenders.sort(key=lambda each: sign * each.score.value)
+    contenders.sort(key=lambda each: -as_gain(measure_name, each.score.value))
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
 
 

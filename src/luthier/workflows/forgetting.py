@@ -40,6 +40,7 @@ from luthier.evaluation.significance import (
     Difference,
     RowScores,
     Statistic,
+    as_gain,
     paired_differences,
 )
 from luthier.serving.evaluation import (
@@ -109,11 +110,6 @@ class MetricChange:
         """Of how many rows."""
         return len(self.base)
 
-    @property
-    def less_is_better(self) -> bool:
-        """Whether the measure is an error."""
-        return self.kind == "bias"
-
 
 @dataclass(frozen=True, eq=False)
 class Forgetting:
@@ -152,7 +148,7 @@ class Forgetting:
 
     def _improvement(self, change: MetricChange) -> float:
         found = self.differences[change.name]
-        return (-found.value if change.less_is_better else found.value) * found.significant
+        return as_gain(change.measure, found.value) * found.significant
 
     @property
     def known_by_heart(self) -> list[Exposure]:
