@@ -102,7 +102,8 @@ def show(found: HeadToHead) -> None:
 
     print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
     style = ".1%" if found.best.score.is_share else ".3g"
-    numbers = ("score ±", "to the best ±", "tokens", "ms", *(["1,000"] if found.prices else []))
+    priced = [] if found.prices is None else ["1,000"]
+    numbers = ("score ±", "to the best ±", "tokens", "ms", "MB", *priced)
     table, behind = new_table("", *numbers, numbers=numbers), found.behind()
     for each in found.contenders:
         difference = ""
@@ -115,12 +116,15 @@ def show(found: HeadToHead) -> None:
             f"{each.score.value:{style}} {each.score.error:{style}}", difference,
             "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
             f"{1000 * each.seconds:,.1f}",
+            f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
         ]  # fmt: skip
         cost = found.cost_per_thousand(each)
         table.add_row(*cells, *([] if cost is None else [f"{cost:.4f}"]))
     print_table(table)
     costs = "" if found.prices is None else f"; cost of 1,000 answers in {found.prices.currency}"
-    print_text(f"tokens read and milliseconds for an answer{costs}; * may be chance")
+    print_text(
+        f"tokens read and milliseconds for an answer, memory at its peak{costs}; * may be chance"
+    )
     for remark in found.remarks:
         print_text(remark)
     print_text(found.verdict())

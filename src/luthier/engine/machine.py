@@ -149,6 +149,15 @@ def peak_memory() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
+def begin_peak_memory() -> int:
+    """Let :func:`peak_memory` begin anew without what was freed before; bytes that are resident now."""
+    import psutil
+
+    return_freed_memory()
+    forget_peak_memory()
+    return int(psutil.Process().memory_info().rss)
+
+
 def total_memory() -> int:
     """Bytes of the machine, or of its control group if that has less."""
     import psutil

@@ -21,6 +21,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import Conversation, LabelledText, of_shape
+from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
 from luthier.evaluation.evaluate import grade
@@ -84,6 +85,8 @@ class Contender:
     """Read for one answer, on average; ``None`` where no text is written."""
     model_bytes: int = 0
     """Size of the weights that answer, all of the base included."""
+    memory_bytes: int = 0
+    """Resident at the peak of its answering, weights included, beyond what was before it was opened."""
     preparation_seconds: float = 0.0
     """What tuning, or the search of the prompt, took before the first answer."""
     prompt: Way | None = None
@@ -227,6 +230,7 @@ class HeadToHead:
                 "name": each.name, "technique": each.technique, "score": each.score.value,
                 "error": each.score.error, "interval": list(each.score.interval), "scores": each.scores,
                 "seconds": each.seconds, "model_bytes": each.model_bytes,
+                "memory_bytes": each.memory_bytes,
             }  # fmt: skip
             if each.prompt_tokens is not None:
                 line["prompt_tokens"] = each.prompt_tokens
@@ -332,11 +336,11 @@ def compare(
     contenders: list[Contender] = []
     measure_name = "accuracy"
     for stored in readers:
-        found, seconds = run.read(stored, rows)
+        found, seconds, memory = run.read(stored, rows)
         measure_name, score = next(iter(found.row_scores.items()))
         if not isinstance(score, RowScores) or len(found.rows) != len(rows):
             raise RecipeError(f"{stored.id} is not scored row by row on such rows")
-        contenders.append(_contender(stored, "fine-tuning", score, found.scores, seconds))
+        contenders.append(_contender(stored, "fine-tuning", score, found.scores, seconds, memory))
     if train and (labelled or not base_writes):
         contenders += run.baselines(base, rows, train, remarks)
     for stored in writers:
@@ -414,14 +418,14 @@ def _training_seconds(stored: StoredModel) -> float:
 
 def _contender(
     stored: StoredModel, technique: Technique, score: RowScores, scores: Mapping[str, float],
-    seconds: float, name: str = "", prompt_tokens: float | None = None,
+    seconds: float, memory: int, name: str = "", prompt_tokens: float | None = None,
 ) -> Contender:  # fmt: skip
     folders = {stored.network_folder, stored.folder}
     size = sum(folder_size(folder, "**/*.safetensors") for folder in folders)
     trained = _training_seconds(stored) if technique.startswith("fine-tuning") else 0.0
     return Contender(
         f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,
-        trained,
+        memory, trained,
     )  # fmt: skip
 
 
@@ -444,13 +448,14 @@ class _Comparing:
     def _done(self, count: int) -> None:
         self.on_progress(self.finished + count, self.total)
 
-    def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float]:
-        """The labels, ratings or tags of a model that reads, and the seconds of each."""
+    def read(self, stored: StoredModel, rows: Sequence[Row]) -> tuple[Evaluation, float, int]:
+        """The labels, ratings or tags of a model that reads, the seconds of each, and the memory."""
+        resting = begin_peak_memory()
         predictor = Predictor.open(stored)
         began = time.perf_counter()
         found = predictor.scores(rows, self._done)
         self.finished += len(rows)
-        return found, (time.perf_counter() - began) / len(rows)
+        return found, (time.perf_counter() - began) / len(rows), peak_memory() - resting
 
     def write(
         self,
@@ -467,6 +472,7 @@ class _Comparing:
         """A model that writes, asked in several ways; one more is what ``search`` finds."""
         from luthier.serving.generation import Generator
 
+        resting = begin_peak_memory()
         generator = Generator.open(stored)
         searched: SearchedPrompt | None = None
         if search is not None:
@@ -491,6 +497,7 @@ class _Comparing:
                 self.finished += len(rows)
                 continue
             tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
+            begin_peak_memory()
             began = time.perf_counter()
             graded = measure(generator, asked, self.graders, self.max_tokens, self._done)
             seconds = (time.perf_counter() - began) / len(rows)
@@ -499,7 +506,10 @@ class _Comparing:
             if is_tuned:
                 technique = "fine-tuning" if way.technique == "as it is" else "fine-tuning and RAG"
             score = _deciding(graded)
-            contender = _contender(stored, technique, score, graded.scores, seconds, name, tokens)
+            memory = peak_memory() - resting
+            contender = _contender(
+                stored, technique, score, graded.scores, seconds, memory, name, tokens
+            )
             contender = replace(contender, replies=[each.reply for each in graded.answers])
             if searched is not None and way is ways[-1]:
                 contender = replace(contender, preparation_seconds=searched.seconds, prompt=way)

@@ -24,7 +24,8 @@ def page(comparison: HeadToHead, data: str) -> str:
         verdict=comparison.verdict(),
         remarks=comparison.remarks,
         chart=_draw_chart(comparison),
-        table=_table(comparison),
+        scores=_scores(comparison),
+        costs=_costs(comparison),
     )
 
 
@@ -53,12 +54,30 @@ def _draw_chart(comparison: HeadToHead) -> dict[str, Any]:
             "ticks": ticks}  # fmt: skip
 
 
-def _table(comparison: HeadToHead) -> Table:
+def _scores(comparison: HeadToHead) -> Table:
     behind = comparison.behind()
     columns = {
         "way": "text", "": "name", "score": "number", "95 %": "number", "to the best": "number",
-        "beyond chance": "text", "tokens read": "number", "ms an answer": "number",
-        "before, s": "number", "MB": "number",
+        "beyond chance": "text",
+    }  # fmt: skip
+    rows = []
+    for each in comparison.contenders:
+        apart = behind.get(each.name)
+        rows.append(
+            [
+                each.technique, each.name, f"{each.score.value:.3f}",
+                interval_text(each.score.interval),
+                "" if apart is None else f"{apart.value:+.3f} ± {apart.error:.3f}",
+                "" if apart is None else "yes" if apart.significant else "no",
+            ]
+        )  # fmt: skip
+    return Table.of("All that were compared", columns, rows)
+
+
+def _costs(comparison: HeadToHead) -> Table:
+    columns = {
+        "": "name", "tokens read": "number", "ms an answer": "number", "memory, MB": "number",
+        "before, s": "number",
     }  # fmt: skip
     prices = comparison.prices
     columns |= {} if prices is None else {
@@ -66,19 +85,14 @@ def _table(comparison: HeadToHead) -> Table:
     }  # fmt: skip
     rows = []
     for each in comparison.contenders:
-        apart = behind.get(each.name)
         cost, right = comparison.cost_per_thousand(each), comparison.cost_per_thousand_right(each)
         rows.append(
             [
-                each.technique, each.name, f"{each.score.value:.3f}",
-                interval_text(each.score.interval),
-                "" if apart is None else f"{apart.value:+.3f} ± {apart.error:.3f}",
-                "" if apart is None else "yes" if apart.significant else "no",
-                "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
+                each.name, "" if each.prompt_tokens is None else f"{each.prompt_tokens:,.0f}",
                 f"{1000 * each.seconds:,.1f}",
+                f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
                 f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
-                f"{each.model_bytes / 1e6:,.0f}" if each.model_bytes else "",
                 *([] if cost is None else [f"{cost:.4f}", "" if right is None else f"{right:.4f}"]),
             ]
         )  # fmt: skip
-    return Table.of("All that were compared", columns, rows)
+    return Table.of("What an answer takes", columns, rows)
