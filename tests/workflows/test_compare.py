@@ -83,6 +83,9 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
         "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
         "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
     )
+    equal = contender("tuned", "fine-tuning", 100)
+    for pair in ((base, equal), (equal, base)):  # the best first, where both are
+        assert "(+0.0% " in head_to_head(*pair).verdict()
     undecided = head_to_head(base, contender("tuned", "fine-tuning", 101, seconds=0.2))
     assert (found.worth_it, undecided.worth_it) == (True, None)
     few = undecided.verdict()

@@ -177,7 +177,7 @@ Score = RowScores | Statistic
 
 def as_gain(measure: str, value: float) -> float:
     """A score, or a difference of two, as something to be high: minus it where less is better."""
-    return -value if measure in LESS_IS_BETTER else value
+    return 0.0 - value if measure in LESS_IS_BETTER else value
 
 
 def values(scores: Mapping[str, Score]) -> dict[str, float]:

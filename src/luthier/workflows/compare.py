@@ -168,12 +168,11 @@ class HeadToHead:
 
     def _gain(self, tuned: Contender, rival: Contender) -> Difference:
         """How much better ``tuned`` is, as :meth:`behind` has it: one of the two is the best."""
-        behind = self.behind()
-        if tuned is not self.best:
-            found, sign = behind[tuned.name], 1
-        else:
-            found, sign = behind[rival.name], -1
-        return replace(found, value=as_gain(self.measure, sign * found.value))
+        leads = tuned is self.best
+        found = self.behind()[rival.name if leads else tuned.name]
+        # Subtracted, as of no difference minus 0 would be left.
+        value = 0.0 - found.value if leads else found.value
+        return replace(found, value=as_gain(self.measure, value))
 
     def verdict(self) -> str:
         """Whether tuning was worth it, in a sentence or two."""
