@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from luthier.evaluation.robustness import perturbations, word_error_rate
 from luthier.files import write_json
 from luthier.graders.rubrics import BEDROCK_METRICS, BEDROCK_RAG_METRICS, FAULTS, RUBRICS
 from luthier.limits import AccountQuotas, ServerLimits
+from luthier.models.manifest import MANIFEST
 from luthier.store import evaluations as store
 from luthier.store import queue
 from luthier.store.database import Database
@@ -30,6 +32,8 @@ from luthier.store.evaluations import EvaluationRun
 from luthier.store.locations import Locations
 from luthier.store.object_files import ObjectFiles
 
+READER = "luthier.tiny-encoder"
+"""A base model that writes nothing."""
 ROLE = "arn:aws:iam::000000000000:role/any"
 LIMITED: list[dict[str, Any]] = [
     {
@@ -46,8 +50,18 @@ LIMITED: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model_folder: Path,
+    family_folder: Callable[[str], Path],
+) -> Iterator[Served]:
     home = home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder)
+    encoder = home / "models" / "base" / "tiny-encoder"
+    shutil.copytree(family_folder("bert"), encoder)
+    write_json(
+        encoder / MANIFEST,
+        {"id": "tiny-encoder", "kind": "encoder", "created": "2026-01-01T00:00:00+00:00"},
+    )
     write_json(home / "bootstrap.json", {"principals": [*KEYS.values(), *LIMITED]})
     made = Served(home)
     made.start()
@@ -266,6 +280,9 @@ def test_what_cannot_be_had_is_said_when_the_job_is_made(server: Served, bedrock
         ({**members("w", fine), "evaluationConfig": human}, "no people here"),
         ({**members("w", fine), "inferenceConfig": {"models": [source, source]}}, "one model"),
         (members("w", data(uri, "Builtin.Accuracy"), judge="nobody.judge"), "nobody.judge"),
+        (members("w", data(uri, "Builtin.Helpfulness"), judge=READER), "tiny-encoder writes no text"),
+        ({**members("w", fine), "inferenceConfig": {"models": [
+            {"bedrockModel": {"modelIdentifier": READER}}]}}, "tiny-encoder writes no text"),
         ({**members("w", data(uri, "Builtin.Robustness")), "inferenceConfig": {"models": [source]}},
          "needs bedrockModel"),
     ):  # fmt: skip

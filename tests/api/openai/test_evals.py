@@ -462,6 +462,16 @@ def test_another_account_sees_nothing(
     ):
         with pytest.raises(openai.NotFoundError):
             attempt()
+    own = done(service, other, theirs, content(rows(1, output_text="a0")))
+    for page_behind in (
+        lambda: other.evals.list(after=made.id),
+        lambda: other.evals.runs.list(theirs.id, after=run.id),
+        lambda: other.evals.runs.output_items.list(own.id, eval_id=theirs.id, after=item.id),
+    ):
+        with pytest.raises(openai.BadRequestError, match="No such"):
+            page_behind()
+    with pytest.raises(openai.NotFoundError):
+        other.evals.runs.output_items.retrieve(item.id, eval_id=theirs.id, run_id=own.id)
     file = client.files.create(file=("rows.jsonl", b'{"item": {}}\n'), purpose="evals")
     source: Any = {"type": "jsonl", "source": {"type": "file_id", "id": file.id}}
     with pytest.raises(openai.BadRequestError, match="No such file"):

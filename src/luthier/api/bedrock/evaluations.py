@@ -38,6 +38,7 @@ from luthier.store import evaluations as store
 from luthier.store import storage, tags
 from luthier.store.database import new_id
 from luthier.store.evaluations import EvaluationRun
+from luthier.store.models import find, writes
 
 FACE = "bedrock"
 MODEL, RAG = "ModelEvaluation", "RagEvaluation"
@@ -169,7 +170,9 @@ def _check_invocable(request: ControlRequest, identifier: str) -> None:
     arn = invoked_arn(request.arns, identifier)
     request.control.authorize(request.request.caller, "bedrock:InvokeModel", arn)
     with request.control.database.read() as session:
-        invocable(session, request.arns, request.account, identifier)
+        found = invocable(session, request.arns, request.account, identifier)
+    if not writes(find(found.stored_id)):
+        raise _invalid("modelIdentifier", f"The model {identifier} writes no text.")
 
 
 def _check_set(config: Mapping[str, Any]) -> None:
