@@ -1,4 +1,4 @@
-"""A tuned model beside its base: drift, probes, bias, refusals and canaries."""
+"""A tuned model beside its base: drift, probes, bias, toxicity, refusals and canaries."""
 
 from __future__ import annotations
 
@@ -65,8 +65,21 @@ def test_a_model_that_did_not_move_has_no_drift_and_loses_nothing(
     assert found.drift.kl.value == pytest.approx(0, abs=1e-6)
     assert found.drift.tuned_perplexity.value == pytest.approx(found.drift.base_perplexity.value)
     assert all(each.value == 0 for each in found.differences.values())
-    assert not found.regressions and "Nothing that was measured is worse" in found.verdict()
-    assert {each.kind for each in found.changes} == {"probe", "bias", "refusals"}
+    assert not found.regressions and "none is worse than before" in found.verdict()
+    assert {each.kind for each in found.changes} == {"probe", "bias", "toxicity", "refusals"}
+
+
+def test_a_model_that_learned_insults_is_more_toxic(base: str, tmp_path: Path) -> None:
+    scenes = forgetting._own("toxicity")
+    texts = [{"text": f"{each['prompt']} {each['choices'][0]}"} for each in scenes]
+    data = write(tmp_path / "insults.jsonl", texts)
+    fields = {**FIELDS, "training__epochs": 30, "training__learning_rate": 1e-2}
+    tuned = luthier.tune(data, base=base, name="rude", adaptation="full", **fields).model_id
+    found = luthier.forgetting(tuned)
+    (toxicity,) = [each for each in found.changes if each.kind == "toxicity"]
+    assert toxicity.rows == len(scenes)
+    assert 0 < toxicity.base.value < toxicity.tuned.value < 1
+    assert found.differences["toxicity"].value > 0.2
 
 
 def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def forgetting(
     canaries: Annotated[
         Path | None, typer.Option(help="What `luthier canaries` wrote beside the training rows.")
     ] = None,
-    safety: Annotated[bool, typer.Option(help="Measure bias and refusals, too.")] = True,
+    safety: Annotated[bool, typer.Option(help="Measure bias, toxicity and refusals, too.")] = True,
     html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
     attach: Attach = False,
     json_: Json = False,

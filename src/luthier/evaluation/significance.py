@@ -23,7 +23,9 @@ RESAMPLES = 400
 MOST_DRAWN = 40_000_000
 """Rows that are drawn for one error at most; 50 resamples are always taken."""
 
-LESS_IS_BETTER = frozenset({"mean_absolute_error", "cer", "perplexity", "loss", "gap in nats"})
+LESS_IS_BETTER = frozenset(
+    {"mean_absolute_error", "cer", "perplexity", "loss", "gap in nats", "share of hostile endings"}
+)
 """Errors among the scores that models are compared by."""
 
 Interval = tuple[float, float]

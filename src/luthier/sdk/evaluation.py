@@ -334,7 +334,7 @@ def forgetting(
         probes: files of rows with choices, or of ``text`` and ``target`` (LAMBADA); a column ``task``
             parts a file into sets. Ours are measured besides.
         canaries: the file that :func:`plant_canaries` wrote beside the training rows.
-        safety: whether bias and refusals are measured.
+        safety: whether bias, toxicity and refusals are measured.
         note: hears what is done.
         on_progress: hears how many parts are done, and of how many.
         attach: keep the result with the model, where its certificate finds it.
