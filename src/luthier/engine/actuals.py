@@ -109,6 +109,7 @@ def record_actual(
         "model_id": result.model_id,
         "key": key,
         "machine": machine_name(machine.device),
+        "device": machine.device.type,
         "seconds": round(clock.seconds, 3),
         "parts": {name: round(seconds, 3) for name, seconds in clock.parts.items()},
         "steps": result.steps,

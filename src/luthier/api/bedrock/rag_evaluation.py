@@ -120,7 +120,7 @@ class Output(RowPart):
         ]
 
 
-class Turn(RowPart):
+class ConversationTurn(RowPart):
     """A request, what would be right, and what came."""
 
     prompt: TextBlocks
@@ -136,7 +136,7 @@ class Turn(RowPart):
 class RagRow(RowPart):
     """A conversation."""
 
-    conversationTurns: Annotated[list[Turn], Field(min_length=1, max_length=MOST_TURNS)]
+    conversationTurns: Annotated[list[ConversationTurn], Field(min_length=1, max_length=MOST_TURNS)]
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,9 @@ class RagJobTask(JobTask):
         """By the number of the RAG source, of which there is one."""
         return "inference_configs/0"
 
-    def _score(self, metric: str, turn: Turn, asked: Sequence[Message]) -> dict[str, Any]:
+    def _score(
+        self, metric: str, turn: ConversationTurn, asked: Sequence[Message]
+    ) -> dict[str, Any]:
         """One metric of one turn; what is counted by passages is their mean."""
         output = turn.output
         passages, reply = output.passages or [], output.text or ""

@@ -166,8 +166,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     reports = [KeptReport(file=r.name, sha256=r.sha256, report=r.report) for r in reports_of(model)]
     curves = _curves(MetricsFile(run.folder / METRICS).read())
     forecast = _forecast(actual)
-    # Only names of processors say how many cores there are.
-    on_gpu = machine is not None and not machine.endswith("GiB")
+    on_gpu = actual.get("device", "cpu") != "cpu"
     return Certificate(
         id=model.id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
