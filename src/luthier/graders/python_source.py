@@ -102,7 +102,7 @@ def _defines_grade(source: str) -> str:
     return source
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _error_at_start(source: str, limits: Limits) -> str:
     """What ``source`` raises before ``grade`` is called; empty where it does not, or takes long."""
     limits = replace(limits, seconds=min(limits.seconds, START_S))
@@ -159,8 +159,8 @@ class PythonSource(SandboxedFunction):
         super().check()
         if said := _error_at_start(self.source, self.limits):
             raise RecipeError(
-                f"grader `{self.method}`: the source raises {said}. It runs with the standard library "
-                "alone"
+                f"grader `{self.method}`: the source raises {said.rstrip('.: ')}. It runs with the "
+                "standard library alone"
             )
 
     @property
