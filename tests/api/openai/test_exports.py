@@ -203,6 +203,38 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "save it as file-2.jsonl" in found.not_imported[0].reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("eval", {"testing_criteria": 5}), ("eval", {"testing_criteria": [5, {"type": []}]}),
+     ("run", {"data_source": []}), ("run", {"data_source": {"source": 5}}),
+     ("run", {"result_counts": 5}), ("file", {"filename": 5}),
+     ("item", {"sample": 5}), ("item", {"datasource_item_id": "x"}), ("item", {"datasource_item": 5}),
+     ("job", {"hyperparameters": 5}), ("job", {"method": {"type": "dpo", "dpo": 5}})],
+)  # fmt: skip
+def test_objects_of_another_form_are_left_out_in_words(
+    tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    objects: dict[str, dict[str, Any]] = {
+        "file": FILE, "job": JOB,
+        "eval": {"id": "e", "object": "eval", "name": "a\u2028b", "testing_criteria": [SAME]},
+        "run": {"id": "r", "object": "eval.run", "eval_id": "e", "model": "m", "data_source": None},
+        "item": {"id": "i", "object": "eval.run.output_item", "run_id": "r", "status": "pass",
+                 "sample": {"input": [{"role": "user", "content": "Hi"}], "output": []}},
+    }  # fmt: skip
+    objects[kind] = {**objects[kind], **changes}
+    folder = tmp_path / "export"
+    folder.mkdir()
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects.values())
+    (folder / "all.jsonl").write_text(lines)
+    (folder / "file-1.json").write_text(json.dumps(FILE))
+    (folder / "file-1.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    found = luthier.import_openai(folder, tmp_path / "out")
+    assert found.files or found.not_imported
+    if kind != "file":
+        (row,) = load_rows(found.folder / "colours.jsonl")
+        assert [turn.content for turn in row.turns()] == ["Which colour?", "Red"]
+
+
 def test_folders_without_an_export_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is no folder"):
         luthier.import_openai(tmp_path / "gone", tmp_path / "out")

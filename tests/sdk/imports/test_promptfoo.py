@@ -55,6 +55,9 @@ def scores(found: Any, reply: str, number: str = "") -> dict[str, float]:
         ({"type": "not-icontains-any", "value": ["red", "white"]}, "blue", "WHITE"),
         ({"type": "starts-with", "value": "It (is)"}, "It (is) white", "Well. It (is) white"),
         ({"type": "regex", "value": r"\d{3}"}, "a 123", "a 12"),
+        ({"type": "regex", "value": r"^\d+$"}, "4", "4\n"),
+        ({"type": "regex", "value": r"^\d+$"}, "4", "\u0664"),
+        ({"type": "bleu", "value": "the snow is white", "threshold": "0.9"}, "the snow is white", "no"),
         ({"type": "is-json"}, "[1]", "one"),
         ({"type": "is-json", "value": {"required": ["a"]}}, '{"a": 1}', '{"b": 1}'),
         ({"type": "is-json", "value": "required: [a]"}, '{"a": 1}', '{"b": 1}'),
@@ -212,6 +215,99 @@ def test_rubrics_ask_the_judge_that_is_named_and_none_else(tmp_path: Path) -> No
     theirs = luthier.import_promptfoo(config, tmp_path / "theirs")
     (parsed, *_) = parse_graders(read_graders(theirs.folder / "graders.toml")).values()
     assert (parsed.model, parsed.url) == ("gpt-5-mini", "https://api.openai.com/v1")  # type: ignore[attr-defined]
+
+
+def test_a_test_of_which_a_part_is_left_out_has_no_result(tmp_path: Path) -> None:
+    asserts = [
+        {"type": "contains", "value": "a"},
+        {"type": "javascript", "value": "x", "weight": 9},
+    ]
+    found = imported(tmp_path, tests=[{**QUESTION, "assert": asserts, "threshold": 0.9}])
+    assert list(scores(found, "a")) == ["contains"]
+    assert "test 1, result of the test" in [each.where for each in found.not_imported]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "passes"), [(0, False), ("0.5", True), ("0.6", False), (None, False)]
+)
+def test_thresholds_may_be_texts_and_none_is_all(
+    tmp_path: Path, threshold: Any, passes: bool
+) -> None:
+    asserts = [{"type": "contains", "value": "a"}, {"type": "contains", "value": "b"}]
+    found = imported(tmp_path, tests=[{**QUESTION, "assert": asserts, "threshold": threshold}])
+    assert scores(found, "a")["pass"] == passes
+
+
+def test_plain_values_are_those_of_yaml_1_2_and_of_javascript(tmp_path: Path) -> None:
+    path = tmp_path / "promptfooconfig.yaml"
+    path.write_text(
+        "prompts: ['{{day}} {{time}} {{yes}} {{is}} {{list}} {{none}} {{greeting}} {{face}}']\n"
+        "tests:\n- vars:\n    day: 2024-01-01\n    time: 12:30\n    yes: no\n    is: true\n"
+        "    list: {a: [1]}\n    none: null\n    greeting: Hi {{time}}\n    face: file://face.json\n"
+    )
+    (tmp_path / "face.json").write_text('"\\ud83d\\ude00"')
+    found = luthier.import_promptfoo(path, tmp_path / "out")
+    (row,) = rows_of(found, "prompt-1.jsonl")
+    asked = row.turns()[-1].content
+    assert asked == '2024-01-01 12:30 no true {"a": [1]}  Hi 12:30 "\U0001f600"'
+
+
+def test_one_bad_row_of_a_table_costs_no_other(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        'question,__expected\na,is-json\nfile://x.pdf,b\nc,"similar(0.9): d"\n'
+    )
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.txt").write_text(f"{name} {{{{question}}}}\n")
+    prompts = ["file://one/p.txt", "file://two/p.txt"]
+    found = imported(tmp_path, prompts=prompts, tests="file://t.csv")
+    assert [each.where for each in found.not_imported] == ["t.csv row 2"]
+    asked = {
+        p.name: rows_of(found, p.name)[0].turns()[-1].content for p in found.folder.glob("*.jsonl")
+    }
+    assert set(asked.values()) == {"one a", "one c", "two a", "two c"}
+    assert "is_json" in read_graders(found.folder / "graders-1.toml")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 9**9 }}", "{{ 'a' * 10000000000 }}", "{% for n in range(99999) %}x{% endfor %}",
+     "{{ ''.__class__ }}", "{{ question | nothing }}", "{% if %}"],
+)  # fmt: skip
+def test_templates_that_would_not_end_are_left_out(tmp_path: Path, template: str) -> None:
+    found = imported(tmp_path, prompts=["{{question}}", template], tests=[QUESTION])
+    texts = {
+        row.turns()[-1].content
+        for p in found.folder.glob("*.jsonl")
+        for row in rows_of(found, p.name)
+    }
+    assert texts == {"Which colour has snow?"}
+    assert "'prompt 2'" in found.not_imported[0].where
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"tests": [{"assert": 5}]}, {"tests": [{"options": [1]}]}, {"scenarios": 5}, {"tests": 5},
+     {"tests": ["file:///etc/*.csv"]}, {"tests": ["file://**x/*.csv"]}, {"prompts": ["file://a\0b.txt"]},
+     {"defaultTest": "file://gone.yaml", "tests": [QUESTION]}, {"tests": [{"vars": {"q": []}}]},
+     {"tests": [{"threshold": "80%"}]}, {"tests": "file://../*.csv"}],
+)  # fmt: skip
+def test_odd_configurations_are_refused_in_words(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        imported(tmp_path, **fields)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_outside_the_folder_becomes_a_schema(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"type": "object"}')
+    (tmp_path / "in").mkdir()
+    asserts = [
+        {"type": "is-json", "value": str(secret)}, {"type": "equals", "value": {"a": None}},
+        {"type": "contains", "value": "white"},
+    ]  # fmt: skip
+    found = imported(tmp_path / "in", tests=[{**QUESTION, "assert": asserts}])
+    assert list(scores(found, "white")) == ["contains"]
 
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(

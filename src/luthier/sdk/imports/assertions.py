@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,8 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.graders import parse_graders
+from luthier.sdk.imports.files import Refused, number_of, parse_yaml
 
-MOST_NODES = 2_000_000
-"""Values of a YAML file with its references followed: short ones can stand for gigabytes."""
 MOST_PARTS = 16
 """Graders of a formula."""
 
@@ -41,6 +39,7 @@ _AGREES = (
     "The reply agrees with the reference in all facts it states, and leaves out none that is "
     "essential."
 )
+_YAML = (".json", ".yaml", ".yml")
 JUDGED = {
     "llm-rubric": "The reply fulfils the rubric.",
     "model-graded-closedqa": "The reply meets the criterion.",
@@ -81,16 +80,15 @@ def grade(sample, item):
 _PYTHON = """
 
 def grade(sample, item):
-    context = {"vars": item.get("vars", {}), "prompt": item.get("prompt", "")}
+    context = {
+        "vars": item.get("vars", {}), "prompt": item.get("prompt", ""), "config": CONFIG,
+        "test": {"vars": item.get("vars", {})},
+    }
     result = FUNCTION(sample["output_text"], context)
     if isinstance(result, dict):
-        result = result.get("score", result.get("pass", result.get("pass_", 0)))
+        result = result.get("pass", result.get("pass_", result.get("score", 0)))
     return float(result)
 """
-
-
-class Refused(Exception):
-    """Why something of the configuration is not carried over."""
 
 
 @dataclass
@@ -118,6 +116,7 @@ class Checks:
             try:
                 if not isinstance(kind, str) or not isinstance(given, Mapping):
                     raise Refused("an assertion is an object with a `type`")
+                weight = number_of(given.get("weight"), 1.0)
                 score, passed, own = self._formulas(given)
                 parse_graders(own)
             except (Refused, RecipeError) as error:
@@ -129,8 +128,12 @@ class Checks:
             first = next(iter(own))
             simple = len(own) == 1 and passed == first
             self.tables[name] = own[first] if simple else _formula(own, passed)
-            self.passed.append((score, passed, number_or(given.get("weight"), 1.0)))
-        if len(self.passed) > 1 or (threshold is not None and self.passed):
+            self.passed.append((score, passed, weight))
+        if self.passed and self.refused:
+            self.refused.append(
+                ("result of the test", "not all of its assertions are carried over")
+            )
+        elif len(self.passed) > 1 or (threshold and self.passed):
             self._add_whole(threshold)
 
     def _add_whole(self, threshold: float | None) -> None:
@@ -138,7 +141,7 @@ class Checks:
         if not counted:
             return
         whole = f"min({', '.join(passed for _, passed, _ in counted)}, 1) >= 1"
-        if threshold is not None:
+        if threshold:
             total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in counted)
             whole = f"({total}) / {sum(weight for *_, weight in counted):g} >= {threshold:g}"
         if len(self.graders) > MOST_PARTS or len(whole) > 1000:
@@ -155,14 +158,14 @@ class Checks:
             inner.add_all(given.get("assert") or [], None)
             if inner.refused:
                 raise Refused("; ".join(f"{what}: {why}" for what, why in inner.refused))
-            threshold, parts = given.get("threshold"), inner.passed
+            threshold, parts = number_of(given.get("threshold"), 0.0), inner.passed
             if not parts:
                 raise Refused("it holds no assertions")
             total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
             score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"
             passed = f"min({', '.join(passed for _, passed, _ in parts)}, 1) >= 1"
-            if threshold is not None:
-                passed = f"{score} >= {number_or(threshold, 0):g}"
+            if threshold:
+                passed = f"{score} >= {threshold:g}"
             own = {name: each for name, each in self.graders.items() if name not in before}
             return score, passed, own
         if given.get("transform") or given.get("contextTransform"):
@@ -188,13 +191,16 @@ class Checks:
         return self.fill(value)
 
     def _positive(self, kind: str, value: Any, given: Mapping[str, Any]) -> tuple[str, str]:
-        if kind in LEFT_OUT or (kind in JUDGED and self.judge is None):
+        judge = self.judge or judge_of(given.get("provider"))
+        if isinstance(value, _Source) and kind != "python":
+            raise Refused("its value is made by a program, which is not run")
+        if kind in LEFT_OUT or (kind in JUDGED and judge is None):
             raise Refused(
                 LEFT_OUT.get(kind) or "no judge is named: import again with a judge to ask"
             )
         limit = given.get("threshold")
         if kind in JUDGED:
-            return self._judged(kind, value, limit)
+            return self._judged(kind, value, limit, str(judge))
         if kind in ("equals", "contains", "icontains"):
             return self._compared(kind, value)
         if kind in ("contains-any", "contains-all", "icontains-any", "icontains-all"):
@@ -208,11 +214,15 @@ class Checks:
             )
             return formula, f"{formula} >= 1"
         if kind in ("regex", "starts-with"):
-            pattern = rf"\A{re.escape(str(value))}" if kind == "starts-with" else str(value)
+            pattern = (
+                rf"\A{re.escape(str(value))}" if kind == "starts-with" else _of_javascript(value)
+            )
             return self._one(kind, {"method": "regex", "pattern": pattern})
         if kind == "is-json":
-            schema = parse_yaml(value, "") if isinstance(value, str) else value
-            return self._one(kind, {"method": "json_schema", "against": schema or {}})
+            schema = parse_yaml(value, "its schema") if isinstance(value, str) else value
+            if not isinstance(schema or {}, Mapping):
+                raise Refused("its schema is no object")
+            return self._one(kind, _schema(schema or {}))
         if kind == "contains-json":
             if value:
                 raise Refused("a schema is checked of whole replies only: use `is-json`")
@@ -223,19 +233,19 @@ class Checks:
                 kind, {"method": "text_similarity", "evaluation_metric": metric,
                        "reference": self._place(str(value))}
             )  # fmt: skip
-            return name, f"{name} >= {number_or(limit, least):g}"
+            return name, f"{name} >= {number_of(limit, least):g}"
         if kind == "similar":
             fields = {"method": "embedding_similarity", "reference": self._place(str(value))}
             name, _ = self._one(kind, fields)
-            return name, f"{name} >= {number_or(limit, 0.75):g}"
+            return name, f"{name} >= {number_of(limit, 0.75):g}"
         if kind == "levenshtein":
             self.values.append(str(value))
             source = _LEVENSHTEIN.replace("PLACE", str(len(self.values) - 1))
             name, _ = self._one(kind, {"method": "python", "source": source})
-            passed = f"{name} <= {number_or(limit, 5):g}"
+            passed = f"{name} <= {number_of(limit, 5):g}"
             return passed, passed
         if kind == "python":
-            return self._python(value, limit)
+            return self._python(value, limit, given.get("config"))
         raise Refused("there is no such grader here")
 
     def _compared(self, kind: str, value: Any) -> tuple[str, str]:
@@ -243,7 +253,7 @@ class Checks:
         if isinstance(value, (Mapping, list)):
             if kind != "equals":
                 raise Refused("it compares with a text")
-            return self._one(kind, {"method": "json_schema", "against": {"const": value}})
+            return self._one(kind, _schema({"const": value}))
         if value is None:
             raise Refused("it has no `value`")
         operation = {"equals": "eq", "contains": "like", "icontains": "ilike"}[kind]
@@ -251,7 +261,7 @@ class Checks:
         fields = {"method": "string_check", "operation": operation, "reference": self._place(text)}
         return self._one(kind, fields)
 
-    def _judged(self, kind: str, value: Any, limit: Any) -> tuple[str, str]:
+    def _judged(self, kind: str, value: Any, limit: Any, judge: str) -> tuple[str, str]:
         if not isinstance(value, str):
             raise Refused("its rubric is no text")
         claim = JUDGED[kind]
@@ -261,7 +271,7 @@ class Checks:
             f"Rubric, criterion or reference:\n{self._place(value)}"
         )
         asked: dict[str, Any] = {
-            "model": self.judge,
+            "model": judge,
             "input": [{"role": "user", "content": question}],
         }
         if limit is None and kind != "g-eval":
@@ -269,9 +279,9 @@ class Checks:
             return self._one(kind, {"method": "label_model", **asked, **labels})
         asked["input"][0]["content"] += "\n\nHow far does the claim hold, from 0 to 1?"
         name, _ = self._one(kind, {"method": "score_model", **asked})
-        return name, f"{name} >= {number_or(limit, 0.7):g}"
+        return name, f"{name} >= {number_of(limit, 0.7):g}"
 
-    def _python(self, value: Any, limit: Any) -> tuple[str, str]:
+    def _python(self, value: Any, limit: Any, config: Any) -> tuple[str, str]:
         source = value if isinstance(value, _Source) else None
         if source is None:
             body = str(value).strip("\n")
@@ -281,9 +291,10 @@ class Checks:
                 ["def get_assert(output, context):", *(f"    {each}" for each in lines)]
             )
             source = _Source(code, "get_assert")
-        code = source.text.rstrip() + "\n" + _PYTHON.replace("FUNCTION", source.function)
+        call = _PYTHON.replace("FUNCTION", source.function).replace("CONFIG", repr(config or {}))
+        code = source.text.rstrip() + "\n" + call
         name, _ = self._one("python", {"method": "python", "source": code})
-        return name, f"{name} >= {limit:g}" if isinstance(limit, (int, float)) else f"{name} > 0"
+        return name, f"{name} > 0" if limit is None else f"{name} >= {number_of(limit, 0.0):g}"
 
     def _one(self, kind: str, fields: dict[str, Any]) -> tuple[str, str]:
         name = self._name(kind, self.graders)
@@ -315,34 +326,24 @@ def _formula(graders: Mapping[str, dict[str, Any]], formula: str) -> dict[str, A
     return {"method": "multi", "calculate_output": formula, "graders": dict(graders)}
 
 
-def number_or(given: Any, default: float) -> float:
-    """``given``, where it is a finite number."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
-        return default
-    return float(given)
+def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    if "null" in re.findall(r'"(?:[^"\\]|\\.)*"|null', json.dumps(schema, default=str)):
+        raise Refused("null cannot stand in a file of graders")
+    return {"method": "json_schema", "against": dict(schema)}
 
 
-def parse_yaml(text: Any, name: str) -> Any:
-    """YAML, of which JSON is a part, without classes and without texts that grow on reading."""
-    import yaml
-
-    if not isinstance(text, str):
-        return text
-    try:
-        found = yaml.safe_load(text)
-        nodes = _nodes(found)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{name or 'a value'} cannot be read: {str(error)[:300]}") from error
-    if nodes > MOST_NODES:
-        raise RecipeError(f"{name} holds more than {MOST_NODES:,} values")
-    return found
+def _of_javascript(pattern: Any) -> str:
+    """A regular expression whose digits are ASCII and whose end is the end, as JavaScript has it."""
+    text = str(pattern)
+    if re.search(r"(?<!\\)(?:\\\\)*\$\Z", text):
+        text = text[:-1] + r"\Z"
+    return f"(?a){text}"
 
 
-def _nodes(value: Any) -> int:
-    """Values within a value, as often as they are named, up to :data:`MOST_NODES`."""
-    count, left = 0, [value]
-    while left and count <= MOST_NODES:
-        each = left.pop()
-        count += 1
-        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-    return count
+def judge_of(provider: Any) -> str | None:
+    """The model of OpenAI that a test or an assertion names for its rubrics."""
+    if isinstance(provider, Mapping):
+        provider = provider.get("text") or provider.get("id")
+        provider = provider.get("id") if isinstance(provider, Mapping) else provider
+    found = re.fullmatch(r"openai:(?:chat:|responses:)?([\w.-]+)", str(provider))
+    return f"https://api.openai.com/v1#{found[1]}" if found else None

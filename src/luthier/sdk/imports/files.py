@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from luthier.errors import RecipeError
 from luthier.files import new_file, write_bytes
 from luthier.recipe import to_toml
 
 MOST_BYTES = 64 * 2**20
 """Of one file that is read whole."""
 REPORT = "IMPORT.md"
+MOST_YAML = 16 * 2**20
+MOST_NODES = 2_000_000
+"""Values of a YAML file with its references followed: short ones can stand for gigabytes."""
+
+
+class Refused(Exception):
+    """Why something is not carried over."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +61,33 @@ class Import:
     not_imported: list[NotImported] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     """What was carried over, but means something else here."""
+    _said: set[tuple[str, str]] = field(default_factory=set)
     results: list[str] = field(default_factory=list)
     """Earlier results, in sentences."""
 
     def skip(self, where: str, reason: str) -> None:
         """Say once what is not carried over."""
-        left = NotImported(where, reason)
-        if left not in self.not_imported:
-            self.not_imported.append(left)
+        if (where, reason) not in self._said:
+            self._said.add((where, reason))
+            self.not_imported.append(NotImported(where, reason))
 
     def remark(self, text: str) -> None:
         """Say something once."""
-        if text not in self.remarks:
+        if ("", text) not in self._said:
+            self._said.add(("", text))
             self.remarks.append(text)
 
     def write_rows(
         self, name: str, rows: Iterable[Mapping[str, Any]], content: str, command: str | None = None
     ) -> None:
         """Write rows, one JSON object a line."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        count = f"{len(lines):,} row{'s' * (len(lines) != 1)}"
-        self._write(name, "".join(lines), f"{count} {content}", command)
+        number = 0
+        with new_file(self.target / name) as made:
+            for row in rows:
+                made.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+                number += 1
+        count = f"{number:,} row{'s' * (number != 1)}"
+        self.files.append(ImportedFile(Path(name), f"{count} {content}", command))
 
     def copy_rows(self, name: str, source: Path, content: str) -> None:
         """Copy a file of rows as it is."""
@@ -151,3 +167,94 @@ def file_name(text: str, taken: set[str], suffix: str) -> str:
         name, number = f"{stem}-{number}{suffix}", number + 1
     taken.add(name)
     return name
+
+
+def read_text(path: Path) -> str:
+    """A file of text.
+
+    Raises:
+        RecipeError: for what is no file, too long, or no text.
+    """
+    try:
+        if not path.is_file():
+            raise RecipeError(f"{path} is no file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB")
+        return content.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """JSON, or YAML 1.2 without classes, dates and texts that grow on reading.
+
+    Raises:
+        RecipeError: for what is neither, and for too much of it.
+    """
+    import yaml
+
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if len(text) > MOST_YAML:
+        raise RecipeError(f"{name} has more than {MOST_YAML >> 20} MiB of YAML; write it as JSON")
+    try:
+        found = yaml.load(text, Loader=_loader())  # noqa: S506 (it makes plain values alone)
+        nodes = _nodes(found)
+        str(found if nodes <= MOST_NODES else "").encode()  # halves of characters are no text
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"{name} cannot be read: {str(error)[:300]}") from error
+    if nodes > MOST_NODES:
+        raise RecipeError(f"{name} holds more than {MOST_NODES:,} values")
+    return found
+
+
+@cache
+def _loader() -> Any:
+    """PyYAML's safe loader with the plain values of YAML 1.2, as JavaScript's has them."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    for kind, pattern, first in (
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+0123456789."),
+        ("merge", r"<<", "<"),
+    ):
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), [*first]
+        )
+    return Loader
+
+
+def _nodes(value: Any) -> int:
+    """Values within a value, as often as they are named, up to :data:`MOST_NODES`."""
+    count, left = 0, [value]
+    while left and count <= MOST_NODES:
+        each = left.pop()
+        count += 1
+        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return count
+
+
+def number_of(given: Any, default: float) -> float:
+    """A number, or a text that is one; ``default`` where there is nothing.
+
+    Raises:
+        Refused: for anything else.
+    """
+    if given is None or given == "":
+        return default
+    try:
+        found = math.nan if isinstance(given, bool) else float(given)
+    except (OverflowError, TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise Refused(f"{str(given)[:40]!r} is no number")
+    return found

@@ -26,21 +26,19 @@ from luthier.api.openai.protocol import validate
 from luthier.data.shapes import PromptOnly
 from luthier.errors import RecipeError, RowRefused
 from luthier.graders import Answer
-from luthier.sdk.imports.files import MOST_BYTES, Import, file_name
+from luthier.sdk.imports.files import MOST_BYTES, Import, Refused, file_name, read_text
 
 MOST_OBJECTS = 1_000_000
 _KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
 _LISTS = ("list", "page")
+_ODD = (AttributeError, KeyError, TypeError, ValueError)
+"""What members of other types than OpenAI's raise."""
 _OF_OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
 """Hyperparameters that a job shows as they came to be, for a model that is not here."""
 _PLACE = re.compile(r"\{\{\s*item\b")
 _PYTHON = (
     '\n\n_grade = grade\n\n\ndef grade(sample, item):\n    return _grade(sample, item["item"])\n'
 )
-
-
-class _Refused(Exception):
-    """Why something is not carried over."""
 
 
 @dataclass
@@ -77,15 +75,15 @@ def _read(folder: Path, result: Import) -> _Export:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
-        export.contents[path.name] = export.contents.setdefault(path.stem, path)
-        if path.suffix not in (".json", ".jsonl"):
+        if path.suffix == ".json" and path.stat().st_size > MOST_BYTES:
+            size = f"it has more than {MOST_BYTES >> 20} MiB; write an object a line"
+            result.skip(path.name, size)
             continue
-        if path.stat().st_size > MOST_BYTES:
-            result.remark(
-                f"{path.name} has more than {MOST_BYTES >> 20} MiB and was taken for rows"
-            )
-            continue
-        for each in _objects(path):
+        found = list(_objects(path)) if path.suffix in (".json", ".jsonl") else []
+        if not found:
+            export.contents[path.name] = path
+            export.contents.setdefault(path.stem, path)
+        for each in found:
             export.objects[each["object"]][str(each["id"])] = each
             if (count := count + 1) > MOST_OBJECTS:
                 raise RecipeError(f"{folder} holds more than {MOST_OBJECTS:,} objects")
@@ -94,11 +92,7 @@ def _read(folder: Path, result: Import) -> _Export:
 
 def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
     """Objects of OpenAI's in a file: one, a list or page of them, or one a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return
-    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+    for part in _lines(path) if path.suffix == ".jsonl" else [path.read_bytes()]:
         try:
             value = json.loads(part)
         except (ValueError, RecursionError):
@@ -106,8 +100,15 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
         if isinstance(value, Mapping) and value.get("object") in _LISTS:
             value = value.get("data")
         for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, Mapping) and each.get("object") in _KINDS and each.get("id"):
+            if isinstance(each, Mapping) and each.get("id") and str(each.get("object")) in _KINDS:
                 yield each
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines, which end at a line feed alone."""
+    with path.open("rb") as file:
+        while line := file.readline(MOST_BYTES):
+            yield line
 
 
 class _Conversion:
@@ -126,10 +127,10 @@ class _Conversion:
                 where = f"{kind} {each.get('id', number)}"
                 try:
                     convert_one(each)
-                except _Refused as error:
+                except (Refused, Fault) as error:
                     self.result.skip(where, str(error))
-                except Fault as error:
-                    self.result.skip(where, f"{error}")
+                except _ODD as error:
+                    self.result.skip(where, f"it is not as OpenAI writes it: {error!r:.200}")
         for run in objects["eval.run"].values():
             if str(run.get("eval_id")) not in objects["eval"]:
                 self.result.skip(
@@ -142,7 +143,7 @@ class _Conversion:
         file_id, name = str(given["id"]), str(given.get("filename") or given["id"])
         path = self.export.content_of(file_id)
         if path is None:
-            raise _Refused(f"its content is not there; save it as {file_id}.jsonl")
+            raise Refused(f"its content is not there; save it as {file_id}.jsonl")
         target = file_name(Path(name).stem, self.taken, ".jsonl")
         self.rows_of[file_id] = target
         self.result.copy_rows(target, path, f"rows of {name}")
@@ -154,7 +155,7 @@ class _Conversion:
         parameters = validate(chosen, CreateJob)
         train = self.rows_of.get(parameters.training_file)
         if train is None:
-            raise _Refused(f"its rows, {parameters.training_file}, are not there")
+            raise Refused(f"its rows, {parameters.training_file}, are not there")
         settings = settings_of(parameters, parameters.seed or 0, writes=True)
         if parameters.seed is None:
             del settings["training"]["seed"]
@@ -191,8 +192,9 @@ class _Conversion:
         tables: dict[str, dict[str, Any]] = {}
         for index, criterion in enumerate(given.get("testing_criteria") or []):
             try:
-                tables |= self._table(criterion, index)
-            except Fault as error:
+                for name, table in self._table(criterion, index).items():
+                    tables[name if name not in tables else f"{name}_{index + 1}"] = table
+            except (Fault, *_ODD) as error:
                 self.result.skip(f"eval {title!r}, criterion {index + 1}", str(error))
         runs = [
             run
@@ -213,8 +215,11 @@ class _Conversion:
         for run in runs:
             try:
                 self._run(run, title, graders, written)
-            except (_Refused, Fault, RowRefused) as error:
+            except (Refused, Fault, RowRefused) as error:
                 self.result.skip(f"run {run['id']} of {title!r}", str(error))
+            except _ODD as error:
+                reason = f"it is not as OpenAI writes it: {error!r:.200}"
+                self.result.skip(f"run {run['id']} of {title!r}", reason)
 
     def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
         """The grader of a criterion, which gives 1 where a row passes."""
@@ -267,7 +272,7 @@ class _Conversion:
                 f"luthier tune {self.result.place(name)}",
             )
         if not rows:
-            raise _Refused("there is neither what it asked nor what was answered")
+            raise Refused("there is neither what it asked nor what was answered")
 
     def _rows(
         self, run: Mapping[str, Any], items: Sequence[Mapping[str, Any]]
@@ -293,12 +298,12 @@ class _Conversion:
             if path is None or path.stat().st_size > MOST_BYTES:
                 return []
             rows = []
-            for line in path.read_text(encoding="utf-8-sig").splitlines():
+            for line in read_text(path).split("\n"):
                 if line.strip():
                     try:
                         rows.append(json.loads(line))
                     except ValueError as error:
-                        raise _Refused(f"{path.name} is no JSON Lines: {error}") from error
+                        raise Refused(f"{path.name} is no JSON Lines: {error}") from error
         return [row["item"] for row in rows if isinstance(row, Mapping) and "item" in row]
 
 
@@ -356,7 +361,7 @@ def _asked(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if isinstance(each.get("content"), str) and isinstance(each.get("role"), str)
     ]
     if len(turns) != len(messages) or not turns:
-        raise _Refused("its messages hold more than texts")
+        raise Refused("its messages hold more than texts")
     return {"messages": turns}
 
 

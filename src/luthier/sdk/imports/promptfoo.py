@@ -6,7 +6,7 @@ row, under ``assert``. Source: promptfoo's configuration reference and its pages
 expected outputs, of 2026.
 
 Left out is what needs promptfoo itself: JavaScript, providers, transforms, red teaming, limits of cost
-and latency, and metrics that need an embedding or a retrieved context. Templates are read by Jinja2 in
+and latency, and metrics that need a retrieved context. Templates are read by Jinja2 in
 its sandbox, which Nunjucks was modelled on.
 """
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,25 @@ from luthier.sdk.imports.assertions import (
     LEFT_OUT,
     SIMILARITIES,
     Checks,
-    Refused,
-    number_or,
-    parse_yaml,
+    judge_of,
 )
-from luthier.sdk.imports.files import MOST_BYTES, Import, file_name
+from luthier.sdk.imports.files import (
+    Import,
+    Refused,
+    file_name,
+    number_of,
+    parse_yaml,
+    read_text,
+)
 
 MOST_ROWS = 100_000
+MOST_STEPS = 100
+"""Of a loop over a range in a template; loops may stand in loops."""
 _CHAT_ROLES = ("system", "user", "assistant")
-_EXPECTED = re.compile(r"\s*(not-)?([a-z][a-z0-9-]*)(?:\(([0-9.eE+-]+)\))?\s*:\s*(.*)", re.DOTALL)
+_EXPECTED = re.compile(
+    r"\s*(not-)?([a-z][a-z0-9-]*)(?:\(([0-9.eE+-]+)\))?\s*(?::\s*(.*))?", re.DOTALL
+)
+_WITHOUT_VALUE = ("is-json", "contains-json", "is-refusal")
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 
 
@@ -63,7 +73,12 @@ class _Test:
 
 def convert(config: Path, result: Import, judge: str | None = None) -> None:
     """Write what ``config`` asks and checks into ``result``; see :func:`..import_promptfoo`."""
-    _Configuration(config, result, judge).write()
+    try:
+        _Configuration(config, result, judge).write()
+    except Refused as error:
+        raise RecipeError(f"{config}: {error}") from error
+    except (AttributeError, KeyError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        raise RecipeError(f"{config} has a part that promptfoo does not write: {error}") from error
 
 
 class _Configuration:
@@ -76,7 +91,11 @@ class _Configuration:
         """By variable, the tests that lack it."""
 
     def write(self) -> None:
-        prompts = list(self._prompts())
+        prompts, labels = list[_Prompt](), Counter[str]()
+        for each in self._prompts():
+            labels[each.label] += 1
+            number = labels[each.label]
+            prompts.append(replace(each, label=f"{each.label} ({number})") if number > 1 else each)
         if not prompts:
             raise RecipeError(f"{self.path}: no prompt can be imported; {self._reasons()}")
         tests = list(self._tests())
@@ -121,7 +140,7 @@ class _Configuration:
             self.result.write_rows(name, rows, f"of the prompt {label!r}", command)
 
     def _fields(self) -> Mapping[str, Any]:
-        found = parse_yaml(self._text(self.path), str(self.path))
+        found = parse_yaml(read_text(self.path), str(self.path))
         if not isinstance(found, Mapping) or not found.keys() & {"prompts", "tests", "scenarios"}:
             raise RecipeError(
                 f"{self.path} is no configuration of promptfoo: it has no prompts and no tests"
@@ -134,14 +153,6 @@ class _Configuration:
             given = parse_yaml(self._read(given.removeprefix("file://")), given)
         return given if isinstance(given, Mapping) else {}
 
-    def _text(self, path: Path) -> str:
-        try:
-            if path.stat().st_size > MOST_BYTES:
-                raise RecipeError(f"{path} has more than {MOST_BYTES >> 20} MiB")
-            return path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path} cannot be read: {error}") from error
-
     def _file(self, name: str) -> Path:
         folder = self.path.parent.resolve()
         path = (folder / name).resolve()
@@ -153,7 +164,7 @@ class _Configuration:
 
     def _read(self, name: str) -> str:
         try:
-            return self._text(self._file(name))
+            return read_text(self._file(name))
         except RecipeError as error:
             raise Refused(str(error)) from error
 
@@ -171,9 +182,10 @@ class _Configuration:
                 self.result.skip(where, str(error))
 
     def _prompt(self, given: str, label: Any, where: str) -> Iterator[_Prompt]:
+        given = given.strip() if given.strip().startswith("file://") else given
         is_path = re.fullmatch(r"[^\s{}]+\.(txt|md|j2|json|ya?ml|csv|tsv)", given) is not None
-        if re.match(r"(exec|langfuse|portkey|helicone)(:|://)", given) or re.search(
-            r"\.(js|cjs|mjs|ts|py|sh|rb)(:\w+)?$", given
+        if re.match(r"(exec|langfuse|portkey|helicone)(:|://)", given) or re.fullmatch(
+            r"[^\s{}]+\.(js|cjs|mjs|ts|py|sh|rb)(:\w+)?", given
         ):
             raise Refused(f"{given}: prompts made by programs or other services are not run")
         if not given.startswith("file://") and not is_path:
@@ -182,10 +194,7 @@ class _Configuration:
         name = given.removeprefix("file://")
         names = [name]
         if re.search(r"[*?\[]", name):
-            found = sorted(self.path.parent.glob(name))
-            names = [str(path.relative_to(self.path.parent)) for path in found]
-            if not names:
-                raise Refused(f"no file is like {name}")
+            names = self._glob(name)
         for each in names:
             title = str(label or Path(each).stem)
             if Path(each).suffix in (".csv", ".tsv"):
@@ -201,6 +210,18 @@ class _Configuration:
             ]
             for number, part in enumerate(parts, 1):
                 yield _Prompt(f"{title} {number}" if len(parts) > 1 else title, part.strip())
+
+    def _glob(self, pattern: str) -> list[str]:
+        """Names of the files in the folder that are like ``pattern``."""
+        folder = self.path.parent
+        try:
+            found = sorted(folder.glob(pattern))
+            names = [str(path.relative_to(folder)) for path in found if ".." not in path.parts]
+        except (NotImplementedError, ValueError, OSError) as error:
+            raise Refused(f"{pattern}: {error}") from error
+        if not names:
+            raise Refused(f"no file in the folder is like {pattern}")
+        return names
 
     def _records(self, name: str) -> list[Mapping[str, Any]]:
         problems: list[Problem] = []
@@ -225,8 +246,11 @@ class _Configuration:
                     self.result.skip(where, "only configs and tests in the file itself are read")
                     continue
                 joined = {
+                    **config,
                     **test,
                     "vars": {**(config.get("vars") or {}), **(test.get("vars") or {})},
+                    "assert": [*(config.get("assert") or []), *(test.get("assert") or [])],
+                    "metadata": {**(config.get("metadata") or {}), **(test.get("metadata") or {})},
                 }
                 yield from self._listed([joined], where)
 
@@ -253,15 +277,18 @@ class _Configuration:
             raise Refused(f"{name}: tests made by programs are not run")
         names = [name]
         if re.search(r"[*?\[]", name):
-            found = sorted(self.path.parent.glob(name))
-            names = [str(path.relative_to(self.path.parent)) for path in found]
+            names = self._glob(name)
         for each in names:
             if Path(each).suffix in _TABLES:
                 for line, record in enumerate(self._records(each), 1):
                     listed = (
                         record if "vars" in record or "assert" in record else _of_columns(record)
                     )
-                    yield self._test(listed, f"{each} row {line}")
+                    place = f"{each} row {line}"
+                    try:
+                        yield self._test(listed, place)
+                    except Refused as error:
+                        self.result.skip(place, str(error))
                 continue
             found_tests = parse_yaml(self._read(each), each)
             yield from self._listed(found_tests, each)
@@ -270,17 +297,22 @@ class _Configuration:
         options = {**(self.default.get("options") or {}), **(given.get("options") or {})}
         for name in ("transform", "postprocess", "transformVars"):
             if options.get(name) or given.get(name):
-                self.result.remark(
-                    f"{where}: `{name}` is JavaScript; replies are graded as they are"
-                )
-        variables = {**self._vars(self.default), **self._vars(given)}
+                self.result.remark(f"`{name}` is JavaScript: replies are graded as they are")
+        for name in ("rubricPrompt", "disableVarExpansion"):
+            if options.get(name):
+                self.result.remark(f"the option `{name}` is not carried over")
+        if given.get("assertScoringFunction"):
+            self.result.remark("`assertScoringFunction` is JavaScript: scores are weighted means")
+        variables = self._resolved({**self._vars(self.default), **self._vars(given)}, where)
+        if empty := [name for name, value in variables.items() if value == []]:
+            raise Refused(f"`{empty[0]}` is an empty list, so there is no row")
         asserts = [*(self.default.get("assert") or []), *(given.get("assert") or [])]
         beside = {name: given[name] for name in ("description", "metadata") if given.get(name)}
         threshold = given.get("threshold", self.default.get("threshold"))
         return _Test(
-            where, variables, asserts, None if threshold is None else number_or(threshold, 0.0),
+            where, variables, asserts, number_of(threshold, 0.0) or None,
             str(options.get("prefix") or ""), str(options.get("suffix") or ""), beside,
-            self.judge or _openai_judge(options.get("provider")),
+            self.judge or judge_of(options.get("provider")),
         )  # fmt: skip
 
     def _vars(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,14 +323,24 @@ class _Configuration:
             raise Refused("`vars` is no object")
         read = {}
         for name, value in found.items():
-            if isinstance(value, str) and value.startswith("file://"):
-                path = value.removeprefix("file://")
+            if isinstance(value, str) and value.strip().startswith("file://"):
+                path = value.strip().removeprefix("file://")
                 if Path(path).suffix not in (".txt", ".md", ".json", ".yaml", ".yml"):
                     raise Refused(f"`{name}`: {value} is no text")
                 text = self._read(path)
-                value = text if Path(path).suffix in (".txt", ".md") else parse_yaml(text, path)
-            read[str(name)] = value
+                is_text = Path(path).suffix in (".txt", ".md")
+                value = text if is_text else json.dumps(parse_yaml(text, path), ensure_ascii=False)
+            # As there, one line end behind a text is none of it.
+            read[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
         return read
+
+    def _resolved(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Variables may name each other."""
+
+        def fill(value: Any) -> Any:
+            return _fill(value, variables, lambda name: self._missing(name, where))
+
+        return {name: fill(value) for name, value in variables.items()}
 
     def _filled(
         self, prompt: _Prompt, test: _Test
@@ -323,6 +365,8 @@ class _Configuration:
             asked: Any = _messages(text) or text
         else:
             asked = fill(prompt.template)
+        if isinstance(asked, str) and not asked.strip():
+            raise Refused("the prompt is empty")
         checks = Checks(fill, self._read, test.judge)
         checks.add_all(test.asserts, test.threshold)
         self.embeds |= any(
@@ -369,15 +413,6 @@ class _Configuration:
         return "; ".join(found) or "there is none in the file"
 
 
-def _openai_judge(provider: Any) -> str | None:
-    """The model of OpenAI that a test names for its rubrics."""
-    if isinstance(provider, Mapping):
-        provider = provider.get("text") or provider.get("id")
-        provider = provider.get("id") if isinstance(provider, Mapping) else provider
-    found = re.fullmatch(r"openai:(?:chat:|responses:)?([\w.-]+)", str(provider))
-    return f"https://api.openai.com/v1#{found[1]}" if found else None
-
-
 def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     """A test from a row of a table, whose columns with two underscores mean something."""
     test: dict[str, Any] = {"vars": {}, "assert": [], "options": {}, "metadata": {}}
@@ -387,8 +422,7 @@ def _of_columns(record: Mapping[str, Any]) -> dict[str, Any]:
         elif re.fullmatch(r"__expected[0-9]*", name) and str(value).strip():
             test["assert"].append(_of_cell(str(value)))
         elif name in ("__description", "__threshold") and str(value).strip():
-            text = str(value)
-            test[name[2:]] = float(text) if name == "__threshold" and _isnumber_or(text) else text
+            test[name[2:]] = str(value)
         elif name in ("__prefix", "__suffix"):
             test["options"][name[2:]] = str(value)
         elif name.startswith("__metadata:"):
@@ -407,16 +441,11 @@ def _of_cell(text: str) -> dict[str, Any]:
              "eval")  # fmt: skip
     if found is None or found[2] not in known:
         return {"type": "equals", "value": text}
+    if found[4] is None and found[2] not in _WITHOUT_VALUE:
+        return {"type": "equals", "value": text}
     kind = {"grade": "llm-rubric", "fn": "javascript", "eval": "javascript"}.get(found[2], found[2])
-    fields: dict[str, Any] = {"type": f"{found[1] or ''}{kind}", "value": found[4]}
-    return fields | ({"threshold": float(found[3])} if found[3] and _isnumber_or(found[3]) else {})
-
-
-def _isnumber_or(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    fields: dict[str, Any] = {"type": f"{found[1] or ''}{kind}", "value": found[4] or None}
+    return fields | ({"threshold": found[3]} if found[3] else {})
 
 
 def _messages(text: str) -> list[Any] | None:
@@ -444,10 +473,39 @@ def _messages(text: str) -> list[Any] | None:
 def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(keep_trailing_newline=True)
-    environment.filters["dump"] = lambda value: json.dumps(value, ensure_ascii=False)
+    class Environment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"**", "*"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """Products of numbers alone, and no powers: short ones stand for gigabytes and hours."""
+            numbers = all(isinstance(each, (int, float)) for each in (left, right))
+            if operator == "**" or not numbers or max(abs(left), abs(right)) > 1e15:
+                raise ValueError(f"{operator} is not computed here")
+            return left * right
+
+    environment = Environment(keep_trailing_newline=True, finalize=_as_javascript)
+    environment.filters["dump"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.filters["load"] = json.loads
+    environment.globals["range"] = _short_range
     return environment
+
+
+def _as_javascript(value: Any) -> Any:
+    """What a template writes of a value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    return "" if value is None else value
+
+
+def _short_range(*bounds: int) -> range:
+    found = range(*bounds)
+    if len(found) > MOST_STEPS:
+        raise ValueError(f"a range has at most {MOST_STEPS} steps here")
+    return found
 
 
 @cache
@@ -476,5 +534,12 @@ def _fill(value: Any, variables: Mapping[str, Any], missing: Callable[[str], Non
         for name in sorted(names - variables.keys()):
             missing(name)
         return template.render(variables)
-    except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise Refused(f"its template cannot be filled: {error}") from error
