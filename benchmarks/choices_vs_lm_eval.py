@@ -17,7 +17,8 @@ import torch
 
 from luthier.data.rows import load_rows
 from luthier.data.shapes import MultipleChoice, of_shape
-from luthier.serving.evaluation import choice_likelihoods, fit_choices, open_network
+from luthier.engine.machine import open_network
+from luthier.serving.evaluation import choice_likelihoods, fit_choices
 from luthier.store.models import chat_format, find, room_of
 
 Pairs = list[tuple[str, str]]
@@ -61,7 +62,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     stored = find(given.model)
-    chat, network = chat_format(stored), open_network(stored)
+    chat, network = chat_format(stored), open_network(stored, precise=True)
     if network.dtype != torch.float32:
         network.model.float()
         network.dtype = torch.float32

@@ -159,7 +159,7 @@ def test_choices_are_for_models_that_write_and_nothing_is_learned_from_them(
     base: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "c.jsonl", made_rows(4))
-    with pytest.raises(RecipeError, match="cannot be a causal language model"):
+    with pytest.raises(RecipeError, match="does not write, so choices have no probability"):
         luthier.evaluate(str(family_folder("bert")), data)
     with pytest.raises(DataError, match="nothing to learn in prompts with choices"):
         luthier.tune(data, base=base, name="m")
