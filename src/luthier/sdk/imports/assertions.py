@@ -39,7 +39,6 @@ _AGREES = (
     "The reply agrees with the reference in all facts it states, and leaves out none that is "
     "essential."
 )
-_YAML = (".json", ".yaml", ".yml")
 JUDGED = {
     "llm-rubric": "The reply fulfils the rubric.",
     "model-graded-closedqa": "The reply meets the criterion.",
@@ -140,10 +139,7 @@ class Checks:
         counted = [each for each in self.passed if each[2] > 0]
         if not counted:
             return
-        whole = f"min({', '.join(passed for _, passed, _ in counted)}, 1) >= 1"
-        if threshold:
-            total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in counted)
-            whole = f"({total}) / {sum(weight for *_, weight in counted):g} >= {threshold:g}"
+        _, whole = _combined(counted, threshold)
         if len(self.graders) > MOST_PARTS or len(whole) > 1000:
             self.refused.append(("the test's result", f"more than {MOST_PARTS} parts"))
             return
@@ -158,14 +154,10 @@ class Checks:
             inner.add_all(given.get("assert") or [], None)
             if inner.refused:
                 raise Refused("; ".join(f"{what}: {why}" for what, why in inner.refused))
-            threshold, parts = number_of(given.get("threshold"), 0.0), inner.passed
-            if not parts:
+            threshold = number_of(given.get("threshold"), 0.0)
+            if not inner.passed:
                 raise Refused("it holds no assertions")
-            total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
-            score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"
-            passed = f"min({', '.join(passed for _, passed, _ in parts)}, 1) >= 1"
-            if threshold:
-                passed = f"{score} >= {threshold:g}"
+            score, passed = _combined(inner.passed, threshold)
             own = {name: each for name, each in self.graders.items() if name not in before}
             return score, passed, own
         if given.get("transform") or given.get("contextTransform"):
@@ -320,6 +312,15 @@ class _Source:
 
     text: str
     function: str
+
+
+def _combined(parts: Sequence[tuple[str, str, float]], threshold: float | None) -> tuple[str, str]:
+    """Formulas of the weighted mean of some assertions, and of whether they pass together."""
+    total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
+    score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"
+    if threshold:
+        return score, f"{score} >= {threshold:g}"
+    return score, f"min({', '.join(passed for _, passed, _ in parts)}, 1) >= 1"
 
 
 def _formula(graders: Mapping[str, dict[str, Any]], formula: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from luthier.recipe import to_toml
 MOST_BYTES = 64 * 2**20
 """Of one file that is read whole."""
 REPORT = "IMPORT.md"
+YAML_ENDINGS = (".json", ".yaml", ".yml")
 MOST_YAML = 16 * 2**20
 MOST_NODES = 2_000_000
 """Values of a YAML file with its references followed: short ones can stand for gigabytes."""

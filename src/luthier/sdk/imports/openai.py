@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,6 @@ from luthier.sdk.imports.files import MOST_BYTES, Import, Refused, file_name, re
 MOST_OBJECTS = 1_000_000
 _KINDS = ("file", "fine_tuning.job", "eval", "eval.run", "eval.run.output_item")
 _LISTS = ("list", "page")
-_ODD = (AttributeError, KeyError, TypeError, ValueError)
-"""What members of other types than OpenAI's raise."""
 _OF_OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
 """Hyperparameters that a job shows as they came to be, for a model that is not here."""
 _PLACE = re.compile(r"\{\{\s*item\b")
@@ -117,6 +117,18 @@ class _Conversion:
         self.taken: set[str] = set()
         self.rows_of: dict[str, str] = {}
         """Files of rows by OpenAI's ids."""
+        self.runs = _by(export.objects["eval.run"].values(), "eval_id")
+        self.items = _by(export.objects["eval.run.output_item"].values(), "run_id")
+
+    @contextmanager
+    def _left_out(self, where: str) -> Iterator[None]:
+        """Write down why what the block converts is not carried over, and go on behind it."""
+        try:
+            yield
+        except (Refused, Fault, RowRefused) as error:
+            self.result.skip(where, str(error))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self.result.skip(where, f"it is not as OpenAI writes it: {error!r:.200}")
 
     def write(self) -> None:
         objects = self.export.objects
@@ -124,13 +136,8 @@ class _Conversion:
             ("file", self._file), ("fine_tuning.job", self._job), ("eval", self._eval),
         ):  # fmt: skip
             for number, each in enumerate(objects[kind].values(), 1):
-                where = f"{kind} {each.get('id', number)}"
-                try:
+                with self._left_out(f"{kind} {each.get('id', number)}"):
                     convert_one(each)
-                except (Refused, Fault) as error:
-                    self.result.skip(where, str(error))
-                except _ODD as error:
-                    self.result.skip(where, f"it is not as OpenAI writes it: {error!r:.200}")
         for run in objects["eval.run"].values():
             if str(run.get("eval_id")) not in objects["eval"]:
                 self.result.skip(
@@ -170,7 +177,7 @@ class _Conversion:
             data["validation"] = str(self.result.folder.absolute() / name)
         tuned = str(given.get("fine_tuned_model") or "")
         label = tuned.split(":")[3] if tuned.count(":") >= 4 else ""
-        recipe = {"data": data, "objective": objective, **{k: settings[k] for k in ("training",)}}
+        recipe = {"data": data, "objective": objective, "training": settings["training"]}
         recipe = {group: values for group, values in recipe.items() if values}
         target = file_name(f"tune {label or given['id']}", self.taken, ".toml")
         if dropped:
@@ -191,16 +198,10 @@ class _Conversion:
         title = str(given.get("name") or given["id"])
         tables: dict[str, dict[str, Any]] = {}
         for index, criterion in enumerate(given.get("testing_criteria") or []):
-            try:
+            with self._left_out(f"eval {title!r}, criterion {index + 1}"):
                 for name, table in self._table(criterion, index).items():
                     tables[name if name not in tables else f"{name}_{index + 1}"] = table
-            except (Fault, *_ODD) as error:
-                self.result.skip(f"eval {title!r}, criterion {index + 1}", str(error))
-        runs = [
-            run
-            for run in self.export.objects["eval.run"].values()
-            if run.get("eval_id") == given["id"]
-        ]
+        runs = self.runs[str(given["id"])]
         graders = None
         if tables:
             graders = file_name(f"{title} graders", self.taken, ".toml")
@@ -213,13 +214,8 @@ class _Conversion:
             )
         written: dict[str, str] = {}
         for run in runs:
-            try:
+            with self._left_out(f"run {run['id']} of {title!r}"):
                 self._run(run, title, graders, written)
-            except (Refused, Fault, RowRefused) as error:
-                self.result.skip(f"run {run['id']} of {title!r}", str(error))
-            except _ODD as error:
-                reason = f"it is not as OpenAI writes it: {error!r:.200}"
-                self.result.skip(f"run {run['id']} of {title!r}", reason)
 
     def _table(self, given: Any, index: int) -> dict[str, dict[str, Any]]:
         """The grader of a criterion, which gives 1 where a row passes."""
@@ -238,11 +234,7 @@ class _Conversion:
     def _run(
         self, run: Mapping[str, Any], title: str, graders: str | None, written: dict[str, str]
     ) -> None:
-        items = [
-            each
-            for each in self.export.objects["eval.run.output_item"].values()
-            if each.get("run_id") == run["id"]
-        ]
+        items = self.items[str(run["id"])]
         counts = run.get("result_counts") or {}
         asked = str(run.get("model") or "answers that were brought along")
         self.result.results.append(
@@ -305,6 +297,14 @@ class _Conversion:
                     except ValueError as error:
                         raise Refused(f"{path.name} is no JSON Lines: {error}") from error
         return [row["item"] for row in rows if isinstance(row, Mapping) and "item" in row]
+
+
+def _by(objects: Iterable[Mapping[str, Any]], name: str) -> Mapping[str, list[Mapping[str, Any]]]:
+    """Objects by what they say under ``name``, in their order."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for each in objects:
+        found[str(each.get(name))].append(each)
+    return found
 
 
 def _known_source(given: Mapping[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from luthier.sdk.imports.assertions import (
     judge_of,
 )
 from luthier.sdk.imports.files import (
+    YAML_ENDINGS,
     Import,
     Refused,
     file_name,
@@ -87,8 +88,8 @@ class _Configuration:
         self.fields = self._fields()
         self.default = self._default()
         self.embeds = False
-        self.without: dict[str, list[str]] = {}
-        """By variable, the tests that lack it."""
+        self.without: dict[str, dict[str, None]] = {}
+        """By variable, the tests that lack it, in their order."""
 
     def write(self) -> None:
         prompts, labels = list[_Prompt](), Counter[str]()
@@ -191,18 +192,14 @@ class _Configuration:
         if not given.startswith("file://") and not is_path:
             yield _Prompt(str(label or where), _messages(given) or given)
             return
-        name = given.removeprefix("file://")
-        names = [name]
-        if re.search(r"[*?\[]", name):
-            names = self._glob(name)
-        for each in names:
+        for each in self._names(given.removeprefix("file://")):
             title = str(label or Path(each).stem)
             if Path(each).suffix in (".csv", ".tsv"):
                 for row in self._records(each):
                     yield _Prompt(str(row.get("label") or title), str(row.get("prompt", "")))
                 continue
             text = self._read(each)
-            if Path(each).suffix in (".json", ".yaml", ".yml"):
+            if Path(each).suffix in YAML_ENDINGS:
                 yield _Prompt(title, _messages(text) or text)
                 continue
             parts = [
@@ -211,8 +208,10 @@ class _Configuration:
             for number, part in enumerate(parts, 1):
                 yield _Prompt(f"{title} {number}" if len(parts) > 1 else title, part.strip())
 
-    def _glob(self, pattern: str) -> list[str]:
-        """Names of the files in the folder that are like ``pattern``."""
+    def _names(self, pattern: str) -> list[str]:
+        """The name of a file, or those in the folder that are like a pattern."""
+        if not re.search(r"[*?\[]", pattern):
+            return [pattern]
         folder = self.path.parent
         try:
             found = sorted(folder.glob(pattern))
@@ -275,10 +274,7 @@ class _Configuration:
             raise Refused(f"{name}: nothing is fetched; save it beside the configuration")
         if re.search(r"\.(py|js|cjs|mjs|ts)(:\w+)?$", name):
             raise Refused(f"{name}: tests made by programs are not run")
-        names = [name]
-        if re.search(r"[*?\[]", name):
-            names = self._glob(name)
-        for each in names:
+        for each in self._names(name):
             if Path(each).suffix in _TABLES:
                 for line, record in enumerate(self._records(each), 1):
                     listed = (
@@ -325,21 +321,18 @@ class _Configuration:
         for name, value in found.items():
             if isinstance(value, str) and value.strip().startswith("file://"):
                 path = value.strip().removeprefix("file://")
-                if Path(path).suffix not in (".txt", ".md", ".json", ".yaml", ".yml"):
+                if Path(path).suffix not in (".txt", ".md", *YAML_ENDINGS):
                     raise Refused(f"`{name}`: {value} is no text")
                 text = self._read(path)
-                is_text = Path(path).suffix in (".txt", ".md")
-                value = text if is_text else json.dumps(parse_yaml(text, path), ensure_ascii=False)
+                is_yaml = Path(path).suffix in YAML_ENDINGS
+                value = json.dumps(parse_yaml(text, path), ensure_ascii=False) if is_yaml else text
             # As there, one line end behind a text is none of it.
             read[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
         return read
 
     def _resolved(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Variables may name each other."""
-
-        def fill(value: Any) -> Any:
-            return _fill(value, variables, lambda name: self._missing(name, where))
-
+        fill = self._filler(variables, where)
         return {name: fill(value) for name, value in variables.items()}
 
     def _filled(
@@ -357,9 +350,7 @@ class _Configuration:
     def _row(
         self, prompt: _Prompt, test: _Test, variables: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        def fill(value: Any) -> Any:
-            return _fill(value, variables, lambda name: self._missing(name, test.where))
-
+        fill = self._filler(variables, test.where)
         if isinstance(prompt.template, str):
             text = f"{test.prefix}{fill(prompt.template)}{test.suffix}"
             asked: Any = _messages(text) or text
@@ -382,9 +373,13 @@ class _Configuration:
         row |= {"vars": dict(variables), "assert": checks.values, **test.beside}
         return {name: value for name, value in row.items() if value not in ({}, [])}, checks.tables
 
-    def _missing(self, name: str, where: str) -> None:
-        if where not in (tests := self.without.setdefault(name, [])):
-            tests.append(where)
+    def _filler(self, variables: Mapping[str, Any], where: str) -> Callable[[Any], Any]:
+        """What puts variables into texts, and writes down which of them are missing."""
+
+        def missing(name: str) -> None:
+            self.without.setdefault(name, {})[where] = None
+
+        return lambda value: _fill(value, variables, missing)
 
     def _note_the_rest(self) -> None:
         if self.embeds:
@@ -393,9 +388,10 @@ class _Configuration:
                 "encoder may be too high or too low"
             )
         for name, tests in self.without.items():
+            first = ", ".join(list(tests)[:3])
             more = f" and {len(tests) - 3:,} more tests" if len(tests) > 3 else ""
             self.result.remark(
-                f"{', '.join(tests[:3])}{more}: there is no variable `{name}`, and its place is empty"
+                f"{first}{more}: there is no variable `{name}`, and its place is empty"
             )
         providers = self.fields.get("providers") or self.fields.get("targets") or []
         names = [
