@@ -298,6 +298,17 @@ def test_odd_configurations_are_refused_in_words(tmp_path: Path, fields: dict[st
     assert not (tmp_path / "out").exists()
 
 
+def test_the_value_of_an_assertion_may_be_a_text_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "v.txt").write_text("Answer: yes\n")  # as YAML it would be an object
+    (tmp_path / "s.yaml").write_text("required: [a]\n")
+    asserts = [
+        {"type": "equals", "value": "file://v.txt"}, {"type": "is-json", "value": "file://s.yaml"},
+    ]  # fmt: skip
+    found = imported(tmp_path, tests=[{**QUESTION, "assert": asserts}])
+    assert scores(found, "Answer: yes")["equals"] == 1 and scores(found, '{"a": 1}')["is_json"] == 1
+    assert scores(found, '{"Answer": true}')["equals"] == 0
+
+
 def test_no_file_outside_the_folder_becomes_a_schema(tmp_path: Path) -> None:
     secret = tmp_path / "secret.json"
     secret.write_text('{"type": "object"}')

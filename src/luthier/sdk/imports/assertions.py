@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.graders import parse_graders
-from luthier.sdk.imports.files import Refused, number_of, parse_yaml
+from luthier.sdk.imports.files import YAML_ENDINGS, Refused, number_of, parse_yaml
 
 MOST_PARTS = 16
 """Graders of a formula."""
@@ -177,9 +177,9 @@ class Checks:
             name = value.removeprefix("file://")
             path, _, function = name.partition(".py:")
             text = self.read(f"{path}.py" if function else name)
-            return (
-                _Source(text, function or "get_assert") if ".py" in name else parse_yaml(text, name)
-            )
+            if ".py" in name:
+                return _Source(text, function or "get_assert")
+            return parse_yaml(text, name) if name.endswith(YAML_ENDINGS) else text.strip()
         return self.fill(value)
 
     def _positive(self, kind: str, value: Any, given: Mapping[str, Any]) -> tuple[str, str]:
