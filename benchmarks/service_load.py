@@ -120,8 +120,8 @@ def main() -> None:
             generate(Path(home), asked.streams)
 
 
-def start(home: Path) -> tuple[subprocess.Popen[str], int]:
-    """A server with two accounts, whose worker never starts: the queue stays as long as it is."""
+def start(home: Path, workers: bool = False) -> tuple[subprocess.Popen[str], int]:
+    """A server with two accounts; without workers the queue stays as long as it is."""
     policy = {
         "Version": "2012-10-17",
         "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}],
@@ -141,8 +141,8 @@ def start(home: Path) -> tuple[subprocess.Popen[str], int]:
     environment = {**os.environ, "LUTHIER_HOME": str(home), "LUTHIER_BOOTSTRAP": str(file)}
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--no-workers"], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=(home / "server.log").open("w"),
+        [*command, *([] if workers else ["--no-workers"])], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=(home / "server.log").open("w"),
     )  # fmt: skip
     assert process.stdout is not None
     line = process.stdout.readline()

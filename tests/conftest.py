@@ -44,6 +44,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are opened in float32 on one processor thread, whatever this machine would choose."""
+    from luthier.engine import machine as machines
+
+    machine = machines.Machine(torch.device("cpu"), torch.float32, 1, "a test")
+    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
+
+
 @pytest.fixture(autouse=True)
 def luthier_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty store that the test cannot leave."""

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+import yaml
 
+import luthier
+from luthier.api.http.application import OPEN_PATHS
 from luthier.cli.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +66,71 @@ def test_the_parts_of_the_compose_file_name_each_other_rightly() -> None:
         "an encrypted store needs more than 64 MB there"
     )
     assert "127.0.0.1:8080" in services[1], "it is published on loopback only"
+
+
+KUBERNETES = DEPLOY / "kubernetes"
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((KUBERNETES / name).read_text()))
+
+
+def test_kustomize_names_all_files_and_the_version_of_the_image() -> None:
+    (found,) = documents("kustomization.yaml")
+    named = {*found["resources"], *(each["path"] for each in found["patches"])}
+    assert named == {path.name for path in KUBERNETES.iterdir()} - {"kustomization.yaml"}
+    assert found["images"] == [{"name": "luthier", "newTag": luthier.__version__}]
+
+
+def test_the_pods_have_no_rights_and_probe_routes_that_there_are() -> None:
+    (patch,) = documents("pod.yaml")
+    pod = patch["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    uid = re.search(r"--uid (\d+)", (DEPLOY / "Dockerfile").read_text())
+    assert uid is not None and pod["securityContext"]["runAsUser"] == int(uid[1])
+    assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    probes = [container[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")]
+    assert probes == ["/healthz", "/readyz"] and set(probes) <= set(OPEN_PATHS)
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    home = re.search(r"LUTHIER_HOME=(\S+)", (DEPLOY / "Dockerfile").read_text())
+    assert home is not None and mounts["store"] == home[1]
+    assert {each["name"] for each in pod["volumes"]} == mounts.keys()
+    secrets = [each for each in container["env"] if "KEY" in each["name"] or "DATA" in each["name"]]
+    assert len(secrets) == 2 and all("secretKeyRef" in each["valueFrom"] for each in secrets)
+
+
+def test_server_and_worker_take_their_options() -> None:
+    serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    known = {option for param in serve.params for option in param.opts}
+    server, service = documents("server.yaml")
+    (worker,) = documents("worker.yaml")
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["--no-workers"] and set(container["args"]) <= known
+    assert "args" not in worker["spec"]["template"]["spec"]["containers"][0]
+    labels = server["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"] == labels == server["spec"]["selector"]["matchLabels"]
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
+def test_kustomize_builds_what_kubernetes_takes() -> None:
+    built = subprocess.run(
+        ["kubectl", "kustomize", KUBERNETES], capture_output=True, text=True, check=True
+    ).stdout
+    found = list(yaml.safe_load_all(built))
+    pods = [each["spec"]["template"]["spec"] for each in found if each["kind"] == "Deployment"]
+    assert len(pods) == 2 and all(
+        pod["containers"][0]["image"] == f"luthier:{luthier.__version__}"
+        and len(pod["containers"]) == 1
+        for pod in pods
+    )
+    assert all(each["metadata"]["namespace"] == "luthier" for each in found)
+    schema = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed"
+    )
+    for document in found:
+        schema.validate(document, "1.35", strict=True)

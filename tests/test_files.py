@@ -318,3 +318,9 @@ def test_sweep_of_one_folder_leaves_its_neighbours_to_others(tmp_path: Path) -> 
         assert other.exists()
         fresh.mkdir()
     assert names(tmp_path) == ["x", "x-1"]
+
+
+def test_a_disk_that_is_full_as_an_array_is_written_is_told_as_full(tmp_path: Path) -> None:
+    """NumPy has no number of the system's error there."""
+    with pytest.raises(DiskFull), disk_errors(tmp_path):
+        raise OSError("Not enough free space to write 56623104 bytes after offset 1785440")

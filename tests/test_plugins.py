@@ -128,7 +128,7 @@ def test_a_backend_from_a_package_decodes(
     finally:
         decoder.close()
     monkeypatch.setenv("LUTHIER_BACKEND", "warp")
-    with pytest.raises(RecipeError, match="LUTHIER_BACKEND is 'warp', and there are torch, recomp"):
+    with pytest.raises(RecipeError, match=r"is 'warp', and there are torch, llama\.cpp, recomp"):
         luthier.load(str(tiny_model_folder))
 
 

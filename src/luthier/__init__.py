@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
+    from luthier.sdk.export import export, quantize
     from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
     from luthier.sdk.training import (
         advise,
         distil,
         estimate,
+        launch,
         learning_curve,
         pretrain,
         soup,
@@ -36,15 +38,18 @@ __all__ = [
     "distil",
     "estimate",
     "evaluate",
+    "export",
     "forgetting",
     "import_openai",
     "import_promptfoo",
     "inspect",
     "judge",
+    "launch",
     "learning_curve",
     "load",
     "plant_canaries",
     "pretrain",
+    "quantize",
     "soup",
     "split",
     "student",
@@ -60,6 +65,8 @@ _HOMES = {
     "evaluate": "luthier.sdk.evaluation",
     "forgetting": "luthier.sdk.evaluation",
     "judge": "luthier.sdk.evaluation",
+    "export": "luthier.sdk.export",
+    "quantize": "luthier.sdk.export",
     "certificate": "luthier.sdk.certificate",
     "verify": "luthier.sdk.certificate",
     "import_openai": "luthier.sdk.imports",
@@ -72,6 +79,7 @@ _HOMES = {
     "advise": "luthier.sdk.training",
     "distil": "luthier.sdk.training",
     "estimate": "luthier.sdk.training",
+    "launch": "luthier.sdk.training",
     "learning_curve": "luthier.sdk.training",
     "pretrain": "luthier.sdk.training",
     "soup": "luthier.sdk.training",

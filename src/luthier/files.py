@@ -180,10 +180,12 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, private: bool = False, replace: bool = True) -> Iterator[Path]:
     """Fill a temporary folder; when the block ends well it becomes ``path``, else it is gone.
 
-    An existing ``path`` is replaced. What is ``private`` only its owner may read, whatever the umask;
+    An existing ``path`` is replaced; without ``replace`` only an empty folder is, and for anything else
+    that is there by then an ``OSError`` is raised (``ENOTEMPTY``, or what :func:`disk_errors` makes of
+    another). What is ``private`` only its owner may read, whatever the umask;
     who else may read the rest follows from the umask.
     """
     with disk_errors(path.parent):
@@ -200,7 +202,7 @@ def new_folder(path: Path, private: bool = False) -> Iterator[Path]:
                 elif private:
                     entry.chmod(0o700)
             _sync_folder(temporary)
-            if path.exists():
+            if replace and path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))
                 os.replace(path, doomed / _REPLACED)
                 try:
@@ -308,7 +310,9 @@ def room(folder: Path) -> int:
 def _system_error(error: Exception) -> int | None:
     """Number of the system's error; safetensors wraps it in a class of its own, as text."""
     if isinstance(error, OSError):
-        return error.errno
+        # NumPy says it in words alone where it writes an array.
+        full = error.errno is None and re.search(r"Not enough free space|requested and", str(error))
+        return errno.ENOSPC if full else error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found and type(error).__name__ == "SafetensorError" else None
 

@@ -23,7 +23,7 @@ TEXT_CHARACTERS = 262_144
 """Of a text that a grader compares: some forty times a long reply. To compare two texts is work that
 grows with the product of their lengths."""
 SCHEMA_CHARACTERS = 200_000
-"""Of a JSON schema that an answer has to meet."""
+"""Of a JSON schema, regular expression or grammar that an answer has to match."""
 
 
 class AccountQuotas(BaseModel):
@@ -100,7 +100,8 @@ class ModelLimits(BaseModel):
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
-    """Part of the same for keys and values of what models read and write."""
+    """Part of the same for keys and values of what models read and write, and for the passes of models
+    that label and embed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -172,17 +173,17 @@ class ServerLimits(AccountQuotas, ModelLimits):
     grading_text_characters: int = Field(default=TEXT_CHARACTERS, ge=1)
     """Of each text that a grader compares, and of a template's text with its places filled."""
     schema_characters: int = Field(default=SCHEMA_CHARACTERS, ge=1)
-    """Of the JSON schema of an answer, or of all schemas of the tools that are to be called, with what
-    stands around them; a longer one is answered 400."""
+    """Of the JSON schema, regular expression or grammar of an answer, or of all schemas of the tools
+    that are to be called, with what stands around them; a longer one is answered 400."""
     schema_seconds: int = Field(default=3, ge=1)
-    """Processor time to read such a schema; one that takes longer is answered 400."""
+    """Processor time to read one of them; what takes longer is answered 400."""
     schema_memory_bytes: int = Field(default=64 * MIB, ge=32 * MIB)
     """Memory for that, beside 50 MB of the process. What is kept to follow it may be 8 MiB."""
     schema_checks_at_once: int = Field(default=2, ge=1)
-    """Schemas that are read for the first time at once, of which one account has half, but one at
+    """Such that are read for the first time at once, of which one account has half, but one at
     least; further ones wait for schema_wait_seconds, and are answered 429 then."""
     schema_wait_seconds: float = Field(default=30, ge=0)
-    """For which a schema waits for its turn to be read for the first time."""
+    """For which one waits for its turn to be read for the first time."""
     sts_body_bytes: int = Field(default=64 * KIB, ge=1024)
     """Body of a request to STS; a longer one is answered 413."""
     session_policy_characters: int = Field(default=2048, ge=64)

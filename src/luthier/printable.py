@@ -3,13 +3,14 @@
 Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
 what stands on the screen or answer in the user's name, and turns of direction, which show other words
 than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
-a report shows. How long something takes is written here, too.
+a report shows. How long something takes, and how a process ended, is written here, too.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import signal
 import unicodedata
 from typing import Any
 
@@ -78,3 +79,10 @@ def _visible(char: str) -> str:
 def _in_json(char: str) -> str:
     units = char.encode("utf-16-be", "surrogatepass").hex()
     return re.sub("(....)", r"\\u\1", units)
+
+
+def format_exit(status: int | None) -> str:
+    """How a process ended, in words; a negative ``status`` is minus the signal that ended it."""
+    if status is not None and status < 0:
+        return f"by signal {-status} ({signal.strsignal(-status)})"
+    return f"with status {status}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -275,18 +275,23 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Put ``folder`` before the paths of data and probes, in place; returns ``fields``."""
+    return map_sources(fields, lambda source: _below(folder, source))
+
+
+def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Change what names data, a policy or probes in the plain values of a recipe, in place."""
     data = fields.get("data")
     mixed = data.get("mix", []) if isinstance(data, dict) else []
     for group in (data, *(mixed if isinstance(mixed, list) else [])):
         for key in ("train", "validation", "policy") if isinstance(group, dict) else ():
             value = group.get(key)
             if isinstance(value, str):
-                group[key] = _below(folder, value)
+                group[key] = change(value)
             elif isinstance(value, list):
-                group[key] = [_below(folder, str(each)) for each in value]
+                group[key] = [change(str(each)) for each in value]
     limits = fields.get("forgetting")
     if isinstance(limits, dict) and isinstance(limits.get("probes"), list):
-        limits["probes"] = [_below(folder, str(each)) for each in limits["probes"]]
+        limits["probes"] = [change(str(each)) for each in limits["probes"]]
     return fields
 
 
@@ -353,12 +358,7 @@ def portable(recipe: Recipe) -> dict[str, Any]:
     """What was set of ``recipe``, for a file that works in any folder: no name, whole paths."""
     fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     fields.pop("name", None)
-    data = fields["data"]
-    for group in (data, *data.get("mix", ())):
-        for key in ("train", "validation", "policy"):
-            if key in group:
-                group[key] = absolute(group[key])
-    return fields
+    return map_sources(fields, absolute)
 
 
 def _toml_lines(fields: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

@@ -178,7 +178,8 @@ def test_answers_see_the_prefix_as_training_does(model: Any, tokenizer: Any) -> 
             ids.append(int(last.argmax()))
         assert reply == text_of(generator.chat, ids[before:])
     bare = Generator(as_network(plain_of(model), CPU, torch.float32), ChatFormat.of(tokenizer))
-    assert bare.prefix == 0 and bare.replies(prompts, sampling) != together
+    assert bare.context == generator.context + prefix_tokens(model)
+    assert bare.replies(prompts, sampling) != together
 
 
 def text_of(chat: Any, ids: list[int]) -> str:

@@ -97,6 +97,9 @@ def test_refusals_are_written_without_waiting(database: Database, trail: AuditTr
         ("luthier:openai.files.delete", False),
         ("luthier:openai.fine_tuning.jobs.cancel", False),
         ("luthier:CreateJob", False),
+        ("luthier:Predict", True),
+        ("luthier:ReconstructImages", True),
+        ("luthier:openai.images.generate", True),
     ],
 )
 def test_what_counts_as_reading(action: str, counted: bool) -> None:

@@ -32,7 +32,7 @@ from luthier.engine.train import train
 from luthier.limits import ServerLimits
 from luthier.recipe import Recipe
 from luthier.sdk.model import load
-from luthier.serving.serial import Work
+from luthier.serving.batcher import Work
 from luthier.store import principals
 from luthier.store.bootstrap import IssuedKeys
 from luthier.store.custom_models import ACTIVE, CustomModel

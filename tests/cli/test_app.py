@@ -64,3 +64,12 @@ def test_a_reader_that_goes_away_is_no_error(home: Path) -> None:
     assert process.wait(60) == 0, err
     assert err == ""
     process.stderr.close()
+
+
+def test_a_command_that_shares_no_work_is_not_started_by_a_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    said = Answer("models", "list").refused()
+    assert "a launcher started 2 processes" in said and "Start this command once" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,26 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     answer = Answer("generate", MODEL, "colour of sky?", "--json").good()
     assert answer.json() == {"model": MODEL, "prompt": "colour of sky?", "completion": "blue"}
     assert Answer("generate", MODEL, "colour of sky?", "--max-tokens", "1").good().out != "blue\n"
+
+
+def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path: Path) -> None:
+    ask = ["generate", MODEL, "colour of sky?"]
+    grammar, schema = tmp_path / "list.lark", tmp_path / "schema.json"
+    grammar.write_text('start: "[" /[a-c]/ ("," /[a-c]/){1} "]"')
+    schema.write_text('{"enum": ["green"]}')
+    assert Answer(*ask, "--regex", "red|green").good().out in ("red\n", "green\n")
+    assert re.fullmatch(r"\[[a-c],[a-c]\]\n", Answer(*ask, "--grammar", str(grammar)).good().out)
+    assert Answer(*ask, "--schema", str(schema)).good().out == '"green"\n'
+    source = jsonl(tmp_path / "in.jsonl", [{"prompt": "colour of sky?"}, {"prompt": "snow?"}])
+    lines = Answer("generate", MODEL, "--input", str(source), "--regex", "no|not").good().out
+    assert [json.loads(line)["completion"] in ("no", "not") for line in lines.splitlines()] == [
+        True,
+        True,
+    ]
+    assert "unclosed group, at character 2: (" in Answer(*ask, "--regex", "a(").refused()
+    both = Answer(*ask, "--regex", "a", "--schema", str(schema)).refused()
+    assert "one of schema, regex and grammar" in both
+    assert "none.lark cannot be read" in Answer(*ask, "--grammar", "none.lark").refused()
 
 
 def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:

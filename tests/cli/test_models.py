@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,30 @@ def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
         "there is no model" in Answer("models", "export", "none", str(tmp_path / "other")).refused()
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_export_as_gguf_says_how_llama_cpp_answers(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--format", "gguf", "--quantization", "q8_0")
+    text = Answer("models", "export", MODEL, str(tmp_path / "out"), *given).good().out
+    file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
+    assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text
+    installed = find_spec("xllamacpp") is not None
+    assert ("the greedy token is the same at" in text) == installed
+    monkeypatch.setattr("luthier.serving.export.has_llama_cpp", lambda: False)
+    text = Answer("models", "export", MODEL, str(tmp_path / "two"), *given).good().out
+    assert "Not compared with llama.cpp, which is not installed" in text
+    report = Answer("models", "export", MODEL, str(tmp_path / "3"), *given, "--json").good().json()
+    assert report["parity"] is None and report["files"] == ["Modelfile", file.name]
+    for more, words in (
+        (("--quantization", "q8_0"), "types of weights are chosen for GGUF files"),
+        (("--format", "gguf", "--quantization", "q3"), "no type 'q3' of weights; take f32, f16"),
+        (("--format", "onnx", "--adapter"), "ONNX files hold whole networks"),
+        (("--format", "onnx"), "is no classifier"),
+    ):
+        assert words in Answer("models", "export", MODEL, str(tmp_path / "no"), *more).refused()
+    assert not (tmp_path / "no").exists()
 
 
 def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:

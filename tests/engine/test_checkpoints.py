@@ -18,8 +18,6 @@ from luthier.engine.checkpoints import (
     Checkpoints,
     TrainingProgress,
     fingerprint,
-    random_state,
-    restore_random_state,
 )
 from luthier.errors import CorruptFile
 
@@ -74,7 +72,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         worse=1,
         validation_loss=1 / 3,
         metrics_lines=5,
-        rng={"cpu": "00ff"},
     )
     kept.write(progress, tensors_of(3))
     found = Checkpoints(tmp_path).latest()
@@ -229,16 +226,6 @@ def test_later_ones_take_at_most_a_fiftieth_of_the_time(
     assert not kept.due(11) and not kept.due(10_000)
     clock.now += 1
     assert kept.due(11)
-
-
-def test_random_numbers_go_on_where_they_were() -> None:
-    torch.manual_seed(3)
-    torch.randn(5)
-    state = json.loads(json.dumps(random_state()))
-    expected = torch.randn(4)
-    torch.manual_seed(99)
-    restore_random_state(state)
-    assert torch.equal(torch.randn(4), expected)
 
 
 def test_a_fingerprint_is_of_names_and_bits() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from luthier.engine import machine
 from luthier.engine.machine import available_memory, total_memory
@@ -35,3 +38,29 @@ def test_a_containers_limit_counts_and_files_it_read_do_not(group: Path) -> None
     (group / "memory.stat").write_text("inactive_file 0\n")
     (group / "memory.current").write_text(f"{GIB // 4 + 4096}\n")
     assert available_memory() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted where Linux lists them")
+def test_a_thread_that_has_computed_keeps_no_workers() -> None:
+    # In a process of its own, where nobody else begins or ends threads.
+    code = """
+import os, torch
+from luthier.engine.machine import release_workers
+threads = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+numbers = torch.randn(600, 600)
+before = threads()
+first = numbers @ numbers + torch.randn(600, 600).exp_().mul_(0)
+working = threads()
+release_workers()
+after = threads()
+assert torch.equal(numbers @ numbers, first)
+print(before, working, after)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, working, after = map(int, done.stdout.split())
+    assert working >= before
+    assert after <= before
+    if not list((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        pytest.skip("torch computes with another OpenMP library than GNU's here")
+    assert working > before

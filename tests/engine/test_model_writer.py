@@ -139,3 +139,8 @@ def test_what_is_stored_must_be_what_was_trained(
     # The run is kept: with the cause mended, it stores without beginning again.
     monkeypatch.setattr(model_writer, last, real)
     assert train.train(spec, resume=True).steps == 6
+    parity = find("tiny-llama:x").manifest.parity
+    assert parity is not None
+    said = parity["next_tokens"]
+    assert said["tokens"] > 10
+    assert said["agreement"] == 1 and said["mean_kl"] == pytest.approx(0, abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from luthier.evaluation.evaluate import (
     load_graded,
     questions,
 )
-from luthier.evaluation.parity import Parity
+from luthier.evaluation.parity import Parity, TokenParity
 from luthier.evaluation.significance import standard_error
 from luthier.graders import (
     Answer,
@@ -244,3 +245,31 @@ def test_the_parity_gate(trained: float, reloaded: float, rounded: bool, good: b
         with pytest.raises(LuthierError, match="not the trained one") as caught:
             gate.check()
         assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("mean_kl", "rounded", "good"),
+    [(1e-6, False, True), (2e-3, False, False), (2e-3, True, True), (0.04, True, False),
+     (float("nan"), True, False)],
+)  # fmt: skip
+def test_the_parity_gate_compares_what_is_written_next(
+    mean_kl: float, rounded: bool, good: bool
+) -> None:
+    from luthier.errors import LuthierError
+
+    gate = Parity(16, 2.0, 2.0, rounded, TokenParity(64, 0.75, mean_kl, 1.0))
+    if good:
+        gate.check()
+    else:
+        with pytest.raises(LuthierError, match=r"nats away.*75\.0% of 64 places"):
+            gate.check()
+
+
+def test_token_parity_is_the_divergence_of_both() -> None:
+    import torch
+
+    one = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
+    other = torch.log(torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]))
+    found = TokenParity.of(one, other)
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+    assert found == TokenParity(2, 0.5, pytest.approx(expected / 2), pytest.approx(expected))

@@ -19,12 +19,12 @@ from luthier.models.decoding import (
     TokenSampler,
     choose_tokens,
     draw,
-    random_seeds,
     sample,
 )
 from luthier.models.heads import Head, decoder_of, decoder_start
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.random_numbers import draw_seeds
 from luthier.models.sampling import Sampling
 from luthier.types import Example
 
@@ -84,7 +84,7 @@ def sampled(
         count,
         Sampling(**{"temperature": 1.0, **settings}),
         stop_ids=stop_ids,
-        seeds=random_seeds(len(prompts), generator),
+        seeds=draw_seeds(len(prompts), generator),
         batch_size=batch_size,
         done=done,
     )

@@ -7,27 +7,30 @@ import torch
 from torch import nn
 
 from luthier.adaptations.lora_layer import DoRALinear, LoRALinear
-from luthier.models.packing import MOST_ROWS, packed_linears, packed_weight
+from luthier.models.packing import packed_linears, packed_weight
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products here"
 )
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)]
 
 
-@needs_bf16
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [None, LoRALinear, DoRALinear])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_products_are_those_of_the_plain_weight(kind: type[LoRALinear] | None, bias: bool) -> None:
+def test_products_are_those_of_the_plain_weight(
+    kind: type[LoRALinear] | None, bias: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    base: nn.Module = nn.Linear(320, 256, bias=bias, dtype=torch.bfloat16)
+    base: nn.Module = nn.Linear(320, 256, bias=bias, dtype=dtype)
     layer = base if kind is None else kind(base, 8, 2.0, 0.0)
     for name, weight in layer.named_parameters():
         if "lora_B" in name:
             weight += 0.1 * torch.randn_like(weight)
     layer.eval()
-    for rows in (1, 3, MOST_ROWS, MOST_ROWS + 1):
-        x = torch.randn(1, rows, 320).bfloat16()
+    for rows in (1, 3, 64, 65):
+        x = torch.randn(1, rows, 320).to(dtype)
         plain = layer(x)
         with packed_linears(layer):
             assert packed_weight(base) is not None
@@ -41,6 +44,6 @@ def test_products_are_those_of_the_plain_weight(kind: type[LoRALinear] | None, b
 
 
 def test_other_types_and_small_weights_stay() -> None:
-    for layer in (nn.Linear(320, 256), nn.Linear(16, 16, dtype=torch.bfloat16)):
+    for layer in (nn.Linear(320, 256, dtype=torch.float64), nn.Linear(16, 16)):
         with packed_linears(layer):
             assert packed_weight(layer) is None

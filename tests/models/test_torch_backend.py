@@ -15,10 +15,10 @@ from luthier.adaptations.prompt import Prompt
 from luthier.models.backends import Backend, backend_of
 from luthier.models.decoding import sample
 from luthier.models.heads import prompt_ids
-from luthier.models.kv_cache import STEP, Bank, room_for
+from luthier.models.kv_cache import CHUNK, STEP, Bank, room_for
 from luthier.models.load import as_network, load_model
 from luthier.models.sampling import Sampling
-from luthier.models.torch_backend import CHUNK, SIZES, FlatBackend, ForwardBackend
+from luthier.models.torch_backend import SIZES, FlatBackend, ForwardBackend
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gpt2", "palm", "t5", "transfo_xl")
@@ -48,7 +48,7 @@ def network(folder: Path, adaptation: Any = None, dtype: torch.dtype = torch.flo
 def begin(backend: Backend, ids: Any) -> tuple[Any, int]:
     state, logits = backend.open(ids), None
     while logits is None:
-        logits = backend.prefill(state)
+        (logits,) = backend.prefill([state])
     return backend.fork(state, 1)[0], int(logits.argmax())
 
 
@@ -138,7 +138,7 @@ def test_a_long_prompt_is_read_in_chunks(family_folder: Callable[[str], Path]) -
     state, counts, logits = backend.open(ids), [], None
     while logits is None:
         counts.append(state.unread)
-        logits = backend.prefill(state)
+        (logits,) = backend.prefill([state])
     assert counts == [2 * CHUNK + 45, CHUNK + 45, 45]
     assert torch.allclose(logits, whole, atol=1e-4)
 
@@ -168,10 +168,101 @@ def test_sizes_that_give_other_bits_are_not_used(
     )
 
 
+def read(backend: Any, ids: Any, start: Any = None) -> tuple[Any, torch.Tensor]:
+    state = backend.open(ids, start)
+    logits = None
+    while logits is None:
+        (logits,) = backend.prefill([state])
+    return state, logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_has_the_same_bits_beside_others_and_behind_an_earlier_one(
+    dtype: torch.dtype, tiny_llama: Callable[..., Any]
+) -> None:
+    with torch.inference_mode(False):
+        model = tiny_llama(hidden_size=128).to(dtype).eval()
+        backend = FlatBackend(as_network(model, CPU, dtype), 1024, exact=True)
+    draws = np.random.default_rng(0)
+    whole = draws.integers(3, 300, 2 * CHUNK + 100)
+    state, expected = read(backend, whole)
+    for count in (40, CHUNK, CHUNK + 77, len(whole) - 1):
+        known = backend.reusable(count)
+        assert known == (count if backend.divisible else count // CHUNK * CHUNK)
+        if known:
+            start = backend.key_values(state, 0, known)
+            assert len(start) == known
+            again, found = read(backend, whole, start)
+            assert torch.equal(found, expected)
+            backend.free(again)
+    beside = [backend.open(draws.integers(3, 300, size)) for size in (5, 33, 64, 90)]
+    own = backend.open(whole)
+    logits = None
+    while logits is None:
+        *_, logits = backend.prefill([*(each for each in beside if each.unread), own])
+    assert torch.equal(logits, expected)
+
+
+def test_chunks_that_give_other_bits_are_read_alone(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(family_folder("llama"))
+    honest = FlatBackend._run_chunks
+
+    def by_rows(self: Any, prompts: Any, adapter: Any) -> Any:
+        hidden, chunks = honest(self, prompts, adapter)
+        return hidden + 1e-3 * len(hidden), chunks
+
+    monkeypatch.setattr(FlatBackend, "_run_chunks", by_rows)
+    backend = FlatBackend(made, 1024, exact=True)
+    assert not backend.divisible
+    assert backend.reusable(CHUNK + 10) == CHUNK
+    calls: list[int] = []
+    monkeypatch.setattr(
+        FlatBackend,
+        "_run_chunks",
+        lambda self, *given: (calls.append(len(given[0])), honest(self, *given))[1],
+    )
+    backend.prefill([backend.open(ids) for ids in PROMPTS[:3]])
+    assert calls == [1, 1, 1]
+
+
+def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network(family_folder("llama"))
+    prompts = [np.tile(np.arange(5, 25), 3), PROMPTS[3]]
+    steps: list[int] = []
+    honest = FlatBackend._step
+
+    def counted(self: Any, states: Any, tokens: Any) -> Any:
+        steps.append(len(states))
+        return honest(self, states, tokens)
+
+    monkeypatch.setattr(FlatBackend, "_step", counted)
+
+    def answers() -> tuple[list[list[int]], list[list[torch.Tensor]], int]:
+        backend = FlatBackend(made, 1024, exact=True)
+        states = [begin(backend, ids)[0] for ids in prompts]
+        steps.clear()
+        # A text that repeats itself now and then, of which some is not what was guessed.
+        texts = [[*range(5, 25), 7, 8, *range(9, 20), 3, 4, 5, 6, 7] * 2, [*range(30, 68)] * 2]
+        logits = [backend.step(states, tokens) for tokens in zip(*texts, strict=True)]
+        return texts, [list(each) for each in logits], len(steps)
+
+    _, guessed, fewer = answers()
+    monkeypatch.setattr("luthier.models.torch_backend.GUESSING", 0)
+    texts, plain, all_steps = answers()
+    assert all_steps == len(texts[0])
+    assert fewer < 0.7 * all_steps
+    for at, (one, other) in enumerate(zip(guessed, plain, strict=True)):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), at
+
+
 def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
     backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
     state = backend.open(PROMPTS[2])
-    backend.prefill(state)
+    backend.prefill([state])
     one, two = backend.fork(state, 2)
     first = backend.step([one, two], [7, 9])
     other, _ = begin(backend, PROMPTS[2])

@@ -17,6 +17,7 @@ from luthier.graders import Regex
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.process_group import ALONE
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import PPO
 from luthier.objectives.ppo import HEAD, advantages, whiten
@@ -97,10 +98,10 @@ def test_advantages_are_the_sums_of_the_paper(gamma: float, lam: float) -> None:
 
 def test_whitening_gives_mean_0_and_deviation_1() -> None:
     given = torch.tensor([1.0, 4.0, -2.0, 0.5])
-    assert float(whiten(given).mean()) == pytest.approx(0, abs=1e-6)
-    assert float(whiten(given).std()) == pytest.approx(1, rel=1e-5)
-    assert float(whiten(given, shift=False).mean()) == pytest.approx(float(given.mean()))
-    assert whiten(torch.tensor([3.0])).tolist() == [3.0]
+    assert float(whiten(given, ALONE).mean()) == pytest.approx(0, abs=1e-6)
+    assert float(whiten(given, ALONE).std()) == pytest.approx(1, rel=1e-5)
+    assert float(whiten(given, ALONE, shift=False).mean()) == pytest.approx(float(given.mean()))
+    assert whiten(torch.tensor([3.0]), ALONE).tolist() == [3.0]
 
 
 CASES: list[dict[str, Any]] = [
@@ -174,7 +175,8 @@ def test_loss_and_gradient_are_those_of_the_formula(
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=3e-5)
     if objective.kl_coef:
         kl = sum(float((one - other).sum()) for one, other in zip(old, start, strict=True))
-        assert objective.step_metrics(batches)["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
+        metrics = objective.step_metrics(network, batches)
+        assert metrics["kl"] == pytest.approx(kl / sum(SIZES), abs=1e-5)
 
 
 def test_steps_are_epochs_times_minibatches(

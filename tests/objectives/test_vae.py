@@ -18,8 +18,9 @@ from luthier.data.shapes import BareImage, BareWindow, LabelledImage
 from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network, load_model
 from luthier.models.network import Network
+from luthier.models.random_numbers import row_generators
 from luthier.models.tokenizer import load_chat_format
-from luthier.objectives.generative import fixed_noise
+from luthier.objectives.generative import draw_noise
 from luthier.objectives.vae import VAE, divergence
 from luthier.types import Example
 
@@ -54,7 +55,7 @@ def test_the_loss_is_minus_the_bound(network: Network, examples: list[Example]) 
     pixels = torch.from_numpy(np.stack([each.media.array() for each in examples if each.media]))
     mean, log_variance = network.model.encode(pixels)
     posterior = Normal(mean, log_variance.exp().sqrt())
-    noise = fixed_noise(examples, mean.shape[1])
+    noise = draw_noise(row_generators(examples, None), mean.shape[1])
     copies = network.model.decode(posterior.loc + posterior.scale * noise)
     # The likelihood of a perfect copy is the constant that the loss leaves out.
     likelihood = Normal(copies, 0.7).log_prob(pixels) - Normal(pixels, 0.7).log_prob(pixels)

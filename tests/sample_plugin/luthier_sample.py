@@ -101,11 +101,11 @@ TINY = CatalogEntry(
 class Recomputing:
     """Keeps no keys and values: every step reads all of each sequence again."""
 
-    rows = 1
+    rows, sequences = 1, 1 << 20
 
     def __init__(self, network, context, exact):
         """``exact`` holds by itself, as every sequence is read alone."""
-        self.network, self.context = network, context
+        self.network, self.context, self.device = network, context, network.device
 
     def bytes_of(self, tokens):
         """Token ids are all that is kept."""
@@ -115,17 +115,18 @@ class Recomputing:
         """A sequence is the list of its tokens."""
         return Tokens([int(i) for i in ids_T], unread=len(ids_T))
 
-    def prefill(self, state):
+    def prefill(self, states):
         """All at once."""
-        state.unread = 0
-        return self.logits(state)
+        for state in states:
+            state.unread = 0
+        return [self.logits(state) for state in states]
 
     def prefill_batch(self, prompts, copies):
         """One after the other."""
         import torch
 
         states = [self.open(ids_T) for ids_T in prompts for _ in range(copies)]
-        return states, torch.stack([self.prefill(state) for state in states])
+        return states, torch.stack(self.prefill(states))
 
     def fork(self, state, copies):
         """Copies of the list."""

@@ -13,6 +13,7 @@ from luthier.engine import machine as machines
 from luthier.engine.machine import Machine
 from luthier.serving.decoder import Decoder
 from luthier.serving.memory import CacheBudget
+from luthier.serving.prefix_cache import PrefixCache
 from luthier.store.models import find
 
 CPU = torch.device("cpu")
@@ -24,6 +25,8 @@ def opened(tiny_model_folder: Path) -> Iterator[Decoder]:
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(CPU, torch.float32, 1, "a test")
         patch.setattr(machines, "choose_machine", lambda *arguments: machine)
-        made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
+        memory = CacheBudget(MEMORY)
+        stored = find(str(tiny_model_folder))
+        made = Decoder.open(stored, memory, prefixes=PrefixCache(memory))
     yield made
     made.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -47,8 +48,12 @@ def answer(reply: str, expected: str, characters: int = 10**7) -> Answer:
 
 
 def workers() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [each for each in children if "work_process" in " ".join(each.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # a child of another test that has ended
+            if "work_process" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize("grader", GRADERS, ids=lambda each: str(each))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from jsonschema import validate
 
 from luthier.cancellation import Cancellable, cancelled_by
 from luthier.data.chat import ChatFormat
+from luthier.models.sampling import Constraint
 from luthier.serving.confined_work import ConfinedWork
-from luthier.serving.constraints import Constraints, SchemaTrials
+from luthier.serving.constraints import SUBJECT, Constraints, GrammarTrials
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import (
     Chat,
@@ -120,8 +122,8 @@ def test_schemas_that_cannot_be_enforced(
 
 
 @pytest.fixture(scope="module")
-def trials() -> Iterator[SchemaTrials]:
-    made = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), FairTurns(2, 30))
+def trials() -> Iterator[GrammarTrials]:
+    made = GrammarTrials(ConfinedWork(2, 256 << 20, SUBJECT), FairTurns(2, 30))
     yield made
     made.close()
 
@@ -134,30 +136,30 @@ def trials() -> Iterator[SchemaTrials]:
     ],
 )
 def test_schemas_that_take_too_much(
-    trials: SchemaTrials, tokenizer: Any, schema: dict[str, Any]
+    trials: GrammarTrials, tokenizer: Any, schema: dict[str, Any]
 ) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
     took = []
     for _ in range(2):
         started = time.monotonic()
-        with pytest.raises(InferenceRefused, match=r"The JSON schema takes more .*simpler"):
-            constraints.schema(schema)
+        with pytest.raises(InferenceRefused, match=r"cannot be enforced: it takes more .*simpler"):
+            constraints.matcher(Constraint("schema", schema))
         took.append(time.monotonic() - started)
     assert took[1] < 0.2  # it is known by now
-    assert not constraints.schema({"type": "string"}).is_finished
+    assert not constraints.matcher(Constraint("schema", {"type": "string"})).is_finished
 
 
 def test_a_schema_that_takes_too_much_memory_to_follow(
-    trials: SchemaTrials, tokenizer: Any
+    trials: GrammarTrials, tokenizer: Any
 ) -> None:
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
     with pytest.raises(InferenceRefused, match=r"takes \d\d MiB of memory; at most 8 MiB are"):
-        constraints.schema({"type": "integer", "multipleOf": 99_991})
-    constraints.schema({"enum": [f"choice {n}" for n in range(2000)]})
+        constraints.matcher(Constraint("schema", {"type": "integer", "multipleOf": 99_991}))
+    constraints.matcher(Constraint("schema", {"enum": [f"choice {n}" for n in range(2000)]}))
 
 
 def test_a_client_that_hangs_up_spoils_no_schema() -> None:
-    trials = SchemaTrials(ConfinedWork(60, 256 << 20, "the JSON schema"), FairTurns(2, 30))
+    trials = GrammarTrials(ConfinedWork(60, 256 << 20, SUBJECT), FairTurns(2, 30))
     schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}
     grammar = json.dumps({"grammars": [{"json_schema": schema}]})
     cancelled: list[Cancellable] = []
@@ -177,19 +179,19 @@ def test_a_client_that_hangs_up_spoils_no_schema() -> None:
 
 def test_a_schema_that_is_known_is_read_in_turns_too(tokenizer: Any) -> None:
     turns = FairTurns(1, 0.1)
-    trials = SchemaTrials(ConfinedWork(20, 256 << 20, "the JSON schema"), turns)
+    trials = GrammarTrials(ConfinedWork(20, 256 << 20, SUBJECT), turns)
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
-    constraints.schema({"type": "string"})
+    constraints.matcher(Constraint("schema", {"type": "string"}))
     with turns.turn(), pytest.raises(InferenceFailed) as failed:
-        constraints.schema({"type": "string"})
+        constraints.matcher(Constraint("schema", {"type": "string"}))
     assert failed.value.code == "Throttling"
-    constraints.schema({"type": "string"})
+    constraints.matcher(Constraint("schema", {"type": "string"}))
     trials.close()
 
 
 def test_too_many_trials_are_told_to_wait() -> None:
     turns = FairTurns(1, 0.1)
-    trials = SchemaTrials(ConfinedWork(2, 256 << 20, "the JSON schema"), turns)
+    trials = GrammarTrials(ConfinedWork(2, 256 << 20, SUBJECT), turns)
     with turns.turn(), pytest.raises(InferenceFailed) as failed:
         trials.check("start: /never tried before/")
     assert failed.value.code == "Throttling"
@@ -246,3 +248,98 @@ def test_words_beside_tools_are_streamed(opened: Decoder) -> None:
         Chat((Message("user", "Hi"),), TOOLS, "none"), max_tokens=20, temperature=0
     )
     assert answer(opened, none).text == answer(opened, asked("Hi", max_tokens=20)).text
+
+
+TEXTS = {
+    "numbers": Constraint("regex", r"\d{3}-\d{4}"),
+    "letters of several bytes": Constraint("regex", "[äöü日本👋]{6}"),
+    "anchors": Constraint("regex", "^(yes|no|maybe so)$"),
+    "slashes and quotes": Constraint("regex", r'a/b"\\[/"]{3}'),
+    "nested": Constraint("grammar", 'start: "(" (start | WORD) ")"\nWORD: /[a-zé]{1,3}/'),
+    "list": Constraint(
+        "grammar", 'start: "ü" item ("," item){2} "!"\nitem: "👋" | "日本" | /[0-9]+/'
+    ),
+}
+PYTHON = {
+    "nested": r"\(+[a-zé]{1,3}\)+",
+    "list": r"ü(👋|日本|[0-9]+)(,(👋|日本|[0-9]+)){2}!",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_match_regular_expressions_and_grammars(opened: Decoder, name: str) -> None:
+    constraint = TEXTS[name]
+    pattern = PYTHON.get(name) or str(constraint.definition)
+    for seed in range(4):
+        request = asked("Hi", temperature=2.0, seed=seed, n=2, max_tokens=300, **constraint.fields)
+        events = [*opened.submit(request)]
+        assert not any("\ufffd" in each.text for each in events if isinstance(each, TokenChunk))
+        for whole in opened.submit(request).whole():
+            if name in ("nested", "list") and whole.reason == "length":
+                continue  # of these some texts have no end
+            assert whole.reason == "stop"
+            assert re.fullmatch(pattern, whole.text), whole.text
+
+
+def test_a_stop_sequence_ends_a_text_before_its_pattern_does(opened: Decoder) -> None:
+    found = answer(opened, asked("Hi", regex="abcd", stop=("c",), max_tokens=20))
+    assert (found.text, found.reason, found.stop) == ("ab", "stop_sequence", "c")
+
+
+def test_a_pattern_is_kept_to_behind_a_prompt_that_is_known(opened: Decoder) -> None:
+    prompt = "one two three four five six seven eight nine ten " * 10
+    texts = [
+        answer(opened, asked(prompt, regex="(one |two ){12}", temperature=0, max_tokens=200)).text
+        for _ in range(2)
+    ]
+    assert texts[0] == texts[1] and re.fullmatch("(one |two ){12}", texts[0])
+
+
+REFUSED = [
+    ("regex", "ab(c", "The regular expression cannot be enforced: "
+     r"unclosed group, at character 3: \(c"),
+    ("regex", "", "is a text, and not empty"),
+    ("regex", "a\ud800", "is no text"),
+    ("regex", r"[^\s\S]", "nothing can match it"),
+    ("regex", r"(x)\1", "backreferences are not supported, at character 4"),
+    ("regex", "a{1000}{1000}", r"it takes \d+ MiB of memory; at most 8 MiB are allowed"),
+    ("regex", "(" * 100_000, "unclosed|nest"),
+    ("regex", "a" * 200_001, "more than 200,000 characters"),
+    ("grammar", 'start: a\nb: "x"',
+     'The grammar cannot be enforced: line 1, column 8: unknown name: "a"'),
+    ("grammar", 'root ::= "a"', "looks like GBNF"),
+    ("grammar", 'start: start "a"', "nothing can match it"),
+    ("grammar", 'foo: "a"', "no start rule"),
+    ("grammar", '{"grammars": [{"json_schema": {}}]}', "line 1, column 1"),
+    ("grammar", "start: " + "(" * 20_000 + '"b"' + ")" * 20_000, "too deeply nested"),
+    ("grammar", "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(8000)) + '\na8000: "x"',
+     "as deep nesting does"),
+    ("grammar", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(40)) + '\nA40: "x"',
+     "too big"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "text", "reason"), REFUSED)
+def test_patterns_and_grammars_that_are_refused(
+    trials: GrammarTrials, tokenizer: Any, kind: Any, text: str, reason: str
+) -> None:
+    constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
+    with pytest.raises(InferenceRefused, match=reason) as refused:
+        constraints.matcher(Constraint(kind, text))
+    assert refused.value.parameter == kind and len(str(refused.value)) < 500
+    assert not constraints.matcher(Constraint("regex", "a+")).is_finished
+
+
+def test_an_ambiguous_grammar_ends_its_own_answer_alone(opened: Decoder) -> None:
+    grammar = 'start: s\ns: s s s | "a" |'
+    began = time.process_time()
+    with pytest.raises(InferenceFailed, match=r"kept to its grammar: .*items"):
+        answer(opened, asked("Hi", grammar=grammar, temperature=0, max_tokens=400,
+                             logit_bias=dict.fromkeys(opened.chat.stop_ids, -100.0)))  # fmt: skip
+    assert time.process_time() - began < 10
+    assert answer(opened, asked("Hi", regex="ok")).text == "ok"
+
+
+def test_an_answer_matches_one_thing() -> None:
+    with pytest.raises(InferenceRefused, match="one of schema, regex and grammar"):
+        asked("Hi", regex="a", schema=True)

@@ -35,6 +35,7 @@ from luthier.serving.inference import (
     TooLong,
 )
 from luthier.serving.memory import CacheBudget
+from luthier.serving.scheduler import WaitingRequests
 from luthier.store.models import chat_format, find, load
 from luthier.types import Message
 
@@ -268,7 +269,8 @@ def test_the_context_ends_an_answer(opened: Decoder) -> None:
 
 
 def test_too_many_are_turned_away(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened, "limits", ModelLimits(waiting_requests=3, answers=1))
+    monkeypatch.setattr(opened, "limits", ModelLimits(answers=1))
+    monkeypatch.setattr(opened, "_waiting", WaitingRequests(3))
     streams: list[Any] = []
     request = asked("Hi", max_tokens=500, logit_bias={1: -100.0})
     with pytest.raises(InferenceFailed, match="Too many of your requests") as refused:
@@ -449,7 +451,7 @@ def test_nobody_has_all_the_memory_or_all_answers(
     next(streams[0])
     assert submit(opened, "two", asked("Hi", n=32)).whole()
     assert opened._answers["one"] == opened.limits.share_of(opened.limits.answers)
-    assert sum(map(len, opened._waiting.values())) == 8
+    assert len([*opened._waiting]) == 8
     for stream in streams:
         stream.close()
     assert settled(opened)
@@ -497,9 +499,7 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
     assert answer(opened, asked("Hi")).tokens == 24
 
 
-def test_a_closed_decoder_says_so(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(CPU, torch.float32, 1, "a test")
-    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
+def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> None:
     made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))
     next(stream)

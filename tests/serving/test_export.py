@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from luthier.cli.models import remove_model
 from luthier.data.media import Media
 from luthier.data.processors import read_processor
 from luthier.data.shapes import BareImage, RawText
-from luthier.engine import machine as machines
-from luthier.engine.machine import Machine
 from luthier.engine.train import train
-from luthier.errors import LuthierError, RecipeError, RunConflict
+from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
+from luthier.models import gguf
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
-from luthier.serving.export import ONNX_FILE, export, export_onnx
+from luthier.serving.export import ONNX_FILE, export, export_gguf, export_onnx
 from luthier.serving.generation import Generator
 from luthier.serving.prediction import Predictor
-from luthier.store.models import StoredModel, added_tokens, chat_format, custom_models, find, load
+from luthier.store.models import (
+    StoredModel,
+    added_tokens,
+    chat_format,
+    content_hash,
+    custom_models,
+    find,
+    load,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = ["say fox", "The quick brown", "What is the capital of France?"]
@@ -70,10 +79,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> I
 
 
 @pytest.fixture(autouse=True)
-def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def store(home: Path, in_float32: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_HOME", str(home))
-    machine = Machine(CPU, torch.float32, 1, "a test")
-    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
 
 
 def greedy(folder: Path, prompt: str, tokens: int = 16) -> list[int]:
@@ -255,6 +262,64 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in full.iterdir()] == ["mine"]
 
 
+def test_a_link_stays_one_and_a_mounted_disk_is_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, link = find("tiny-llama:adapter"), tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    export(stored, link, merged=False)
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "adapter_config.json").is_file()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "disk")
+    with pytest.raises(RunConflict, match="name a folder inside it"):
+        export(stored, tmp_path / "disk", merged=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+def test_what_came_to_be_at_the_target_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.serving import export as module
+
+    honest, target = module.save_format, tmp_path / "out"
+
+    def slow(*given: Any) -> None:
+        honest(*given)
+        target.mkdir()
+        (target / "mine").write_text("x")
+
+    monkeypatch.setattr(module, "save_format", slow)
+    with pytest.raises(RunConflict, match="meanwhile"):
+        export(find("tiny-llama:adapter"), target, merged=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_files_that_are_not_those_of_the_record_are_not_exported(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.serving import export as module
+
+    stored = find("tiny-llama:adapter")
+    file = stored.folder / "adapter_model.safetensors"
+    whole, honest = file.read_bytes(), module.save_format
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])
+
+    def slow(*given: Any) -> None:
+        honest(*given)
+        file.write_bytes(changed)
+
+    monkeypatch.setattr(module, "save_format", slow)
+    if when == "before":
+        file.write_bytes(changed)
+    try:
+        with pytest.raises(CorruptFile, match="is not what was stored"):
+            export(stored, tmp_path / "out", merged=False)
+    finally:
+        file.write_bytes(whole)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier.serving import export as module
 
@@ -357,4 +422,63 @@ def test_onnx_is_for_classifiers_whose_scores_come_out(
     monkeypatch.setattr("luthier.serving.export._compare", lambda *given: float("nan"))
     with pytest.raises(RecipeError, match="answers otherwise"):
         export_onnx(stored, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
+    parity = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", quantization="Q8_0")
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["Modelfile", "tiny-llama-adapter-Q8_0.gguf"]
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./tiny-llama-adapter-Q8_0.gguf"
+    known = GGUFReader(tmp_path / "out" / files[1]).fields
+    assert known["general.name"].contents() == "tiny-llama:adapter"
+    assert known["luthier.model.sha256"].contents() == content_hash(find("tiny-llama:adapter"))
+    if find_spec("xllamacpp") is None:
+        assert parity is None
+        pytest.skip("llama.cpp is not installed")
+    assert parity is not None and parity.agreement > 0.9 and parity.tokens > 20
+
+
+def test_a_lora_adapter_goes_alone_into_gguf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parity = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", merged=False)
+    folder = tmp_path / "out"
+    adapter = "tiny-llama-adapter-F32-LoRA.gguf"
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", adapter]
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert lines[1:3] == ["FROM ./tiny-llama-F16.gguf", f"ADAPTER ./{adapter}"]
+    reader = GGUFReader(folder / adapter)
+    known = {name: each.contents() for name, each in reader.fields.items()}
+    assert (known["general.type"], known["adapter.type"]) == ("adapter", "lora")
+    assert known["adapter.lora.alpha"] == 9.5
+    tensors = {each.name: each.data for each in reader.tensors}
+    saved = load_file(find("tiny-llama:adapter").folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
+    assert np.array_equal(tensors["blk.0.ffn_up.weight.lora_b"], saved[name].numpy())
+    if find_spec("xllamacpp") is None:
+        pytest.skip("llama.cpp is not installed")
+    assert parity is not None and parity.mean_kl < 1e-4
+    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    with pytest.raises(RecipeError, match="answers otherwise"):
+        export_gguf(find("tiny-llama:adapter"), tmp_path / "wrong", merged=False)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_gguf_is_for_models_that_llama_cpp_runs(
+    tmp_path: Path, family_folder: Callable[[str], Path]
+) -> None:
+    for model, words, given in (
+        ("tiny-llama:whole", "is no adapter but a whole network", {"merged": False}),
+        ("tiny-llama:stacked", "is an adapter on the adapter", {"merged": False}),
+        ("tiny-llama:prefix", "alone on a network; export it merged", {"merged": False}),
+        ("tiny-llama:adapter", "written in float32", {"merged": False, "quantization": "q8_0"}),
+        ("tiny-llama:prefix", "prefix, which cannot be merged", {}),
+        ("tiny-llama:whole", "no type 'q3' of weights", {"quantization": "q3"}),
+        (str(family_folder("bert")), "does not write, and GGUF files are of models that", {}),
+        (str(family_folder("palm")), "network of type palm, and GGUF files are written of", {}),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            export_gguf(find(model), tmp_path / "none", **given)
     assert not (tmp_path / "none").exists()

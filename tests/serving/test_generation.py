@@ -170,13 +170,13 @@ class Scripted:
     def open(self, ids_T: Any) -> Any:
         return SimpleNamespace(unread=len(ids_T))
 
-    def prefill(self, state: Any) -> torch.Tensor:
-        self.open_sequences += 1
-        return self._next()[0]
+    def prefill(self, states: Any) -> list[torch.Tensor]:
+        self.open_sequences += len(states)
+        return [self._next()[0] for _ in states]
 
     def prefill_batch(self, prompts: Any, copies: int) -> Any:
         assert len(prompts) == copies == 1
-        return [self.open(prompts[0])], self.prefill(None)[None]
+        return [self.open(prompts[0])], self.prefill([None])[0][None]
 
     def fork(self, state: Any, copies: int) -> list[Any]:
         return [state] * copies
@@ -195,7 +195,7 @@ class ScriptedGenerator(Generator):
     """Runs any backend: all that a generator needs beside it is a format."""
 
     def __init__(self, backend: Scripted, chat: ChatFormat) -> None:
-        self.backend, self.chat, self.context, self.prefix = backend, chat, 512, 0
+        self.backend, self.chat, self.context = backend, chat, 512
         self.prompt_ids = np.zeros(0, dtype=np.int64)
 
 

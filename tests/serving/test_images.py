@@ -21,10 +21,11 @@ from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.recipe import Recipe
+from luthier.serving.batcher import Work
 from luthier.serving.images import ImageGenerator
 from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
 from luthier.serving.prediction import Predictor
-from luthier.serving.serial import SerialModel, Work
+from luthier.serving.serial import SerialModel
 from luthier.store.models import find
 
 

@@ -15,8 +15,6 @@ import pytest
 import torch
 
 from luthier.cancellation import cancelled_by
-from luthier.engine import machine as machines
-from luthier.engine.machine import Machine
 from luthier.errors import UnknownModel
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, TooLong
@@ -26,10 +24,7 @@ from luthier.serving.scheduler import working_for
 REQUEST = GenerationRequest("The quick", max_tokens=4, temperature=0)
 
 
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(torch.device("cpu"), torch.float32, 1, "a test")
-    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
+pytestmark = pytest.mark.usefixtures("in_float32")
 
 
 @pytest.fixture
@@ -102,6 +97,37 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
 
 
+def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it_is_loaded(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs may have taken since what was free when the server was started."""
+    from luthier.serving import pool as pools
+
+    busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0}))
+    size = pool.weight_bytes()
+    monkeypatch.setattr(Decoder, "open", None)  # nothing is loaded
+    monkeypatch.setattr(pools, "available_memory", lambda: size // 2)
+    figures = f"needs {size >> 20} MiB of memory, and {size // 2 >> 20} MiB are free now"
+    with pytest.raises(InferenceFailed, match=figures) as refused:
+        pool.submit(folders[1], REQUEST)
+    assert refused.value.code == "ModelNotReady"
+    next(busy)
+    assert pool.loaded_ids() == [folders[0]]
+    monkeypatch.undo()
+    busy.close()
+
+
+def test_idle_models_go_where_memory_is_short_now(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.serving import pool as pools
+
+    pool.submit(folders[0], REQUEST).whole()
+    monkeypatch.setattr(pools, "available_memory", lambda: 0)
+    assert pool.submit(folders[1], REQUEST).whole()[0].tokens == 4
+    assert pool.loaded_ids() == [folders[1]]
+
+
 def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,10 +176,10 @@ def test_a_model_that_fails_half_loaded_is_closed(
         return opened[-1]
 
     def fail(*given: Any) -> None:
-        raise RuntimeError("no reader")
+        raise RuntimeError("no tokens")
 
     monkeypatch.setattr(Decoder, "open", keep)
-    monkeypatch.setattr("luthier.serving.serial.SerialModel.of", fail)
+    monkeypatch.setattr("luthier.data.chat.ChatFormat.encode_whole", fail)
     with pytest.raises(InferenceFailed, match="cannot be loaded"):
         pool.submit(folders[0], REQUEST)
     assert not opened[0]._thread.is_alive()
@@ -218,15 +244,17 @@ def test_who_hung_up_has_nothing_more_embedded(
     reader = pool._entries[folders[0]].reader
     works: list[Any] = []
     done: list[int] = []
-    honest = reader._predictor.answers
+    honest = reader._predictor.read
 
-    def answers(rows: Any) -> Any:
+    def read(rows: Any, **settings: Any) -> Any:
         done.append(1)
         if len(done) == 3:
             works[0].close()
-        return honest(rows)
+        return honest(rows, **settings)
 
-    monkeypatch.setattr(reader._predictor, "answers", answers)
+    monkeypatch.setattr(reader._predictor, "read", read)
+    monkeypatch.setattr(reader._batcher, "_size", 1)
+    monkeypatch.setattr(reader._batcher, "_most", 1)
     with cancelled_by(works.append), pytest.raises(InferenceFailed, match="unloaded"):
         pool.embed(folders[0], ["Hi"] * 50)
     assert len(done) == 3
@@ -237,26 +265,29 @@ def test_texts_of_one_client_do_not_keep_another_one_waiting(
 ) -> None:
     pool.embed(folders[0], ["Hi"])
     reader = pool._entries[folders[0]].reader
-    order: list[str] = []
-    begun, honest = threading.Event(), reader._predictor.answers
+    order: list[int] = []
+    begun, honest = threading.Event(), reader._predictor.read
+    texts = {"few": "a", "many": "a fox, and another fox"}
 
-    def answers(rows: Any) -> Any:
-        order.append(rows[0].text)
+    def read(rows: Any, **settings: Any) -> Any:
+        order.extend(len(row) for row in rows)
         begun.set()
         time.sleep(0.02)
-        return honest(rows)
+        return honest(rows, **settings)
 
-    monkeypatch.setattr(reader._predictor, "answers", answers)
+    monkeypatch.setattr(reader._predictor, "read", read)
+    monkeypatch.setattr(reader._batcher, "_size", 1)
+    monkeypatch.setattr(reader._batcher, "_most", 1)
 
     def embed(client: str) -> None:
         with working_for(client):
-            pool.embed(folders[0], [client] * (40 if client == "many" else 3))
+            pool.embed(folders[0], [texts[client]] * (40 if client == "many" else 3))
 
     with ThreadPoolExecutor(8) as clients:
         many = [clients.submit(embed, "many") for _ in range(6)]
         assert begun.wait(10)
         clients.submit(embed, "few").result()
-        assert sum(text == "many" for text in order) < 30
+        assert sum(tokens > 5 for tokens in order) < 30
         for done in many:
             done.result()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from luthier.errors import CorruptFile, DownloadError, ModelRefused, RecipeError, UnknownModel
-from luthier.files import write_json
+from luthier.files import hashes_of, write_json
 from luthier.models.catalog import CATALOG
 from luthier.models.kinds import sole_objective
 from luthier.models.load import check_folder
@@ -267,6 +267,29 @@ def test_broken_weights_are_an_error_and_not_a_crash(
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelRefused, match=r"broken/model\.safetensors.*no whole safetensors file"):
         load(find(str(folder)), torch.float32, torch.device("cpu"))
+
+
+def test_a_stored_model_of_which_a_bit_changed_is_not_loaded(tiny_model_folder: Path) -> None:
+    folder = make_custom(BASE, "whole", BASE)
+    shutil.copytree(tiny_model_folder, folder, dirs_exist_ok=True)
+    make_custom(BASE, "whole", BASE, files=hashes_of(folder, skip=(MANIFEST,)))
+    machine = torch.float32, torch.device("cpu")
+    stored = find(f"{BASE}:whole")
+    load(stored, *machine)
+    weights = folder / "model.safetensors"
+    content, before = bytearray(weights.read_bytes()), weights.stat()
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    # As a copy or a restore does that keeps times.
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CorruptFile, match=r"model\.safetensors is not what was stored"):
+        load(stored, *machine)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    load(stored, *machine)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CorruptFile, match=r"tokenizer\.json is missing; restore it"):
+        load(stored, *machine)
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(

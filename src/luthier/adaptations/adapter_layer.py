@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 class Bottleneck(nn.Module):
     """A frozen projection and the residual bottleneck after it; ``[..., in]`` to ``[..., hidden]``."""
+
+    reads_output: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, hidden: int, width: int, activation: str) -> None:
         super().__init__()
@@ -39,3 +42,19 @@ class Bottleneck(nn.Module):
         narrow = self.activation(self.adapter_down(y))
         widened: Tensor = self.adapter_up(narrow)
         return y + widened
+
+    def row_weights(self) -> tuple[Tensor, ...]:
+        """Both matrices, transposed, and biases (see :mod:`luthier.models.row_adapters`)."""
+        down, up = self.adapter_down, self.adapter_up
+        return down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
+
+    @property
+    def row_kind(self) -> Hashable:
+        """Bottlenecks that bend in the same way."""
+        return Bottleneck, type(self.activation)
+
+    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
+        """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
+        down_PHw, down_P1w, up_PwH, up_P1H = weights
+        narrow = self.activation(torch.baddbmm(down_P1w, x_PMI, down_PHw))
+        return torch.baddbmm(up_P1H, narrow, up_PwH)

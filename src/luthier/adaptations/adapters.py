@@ -44,6 +44,11 @@ class Adapters(Adaptation):
 
     mergeable: ClassVar[bool] = False
 
+    @property
+    def shares_base(self) -> bool:
+        """Bottlenecks change each row by itself."""
+        return True
+
     def adapt(self, model: nn.Module) -> None:
         """Wrap the last projection of each sublayer; freeze everything else."""
         from luthier.adaptations.adapter_layer import Bottleneck

@@ -65,6 +65,16 @@ class Adaptation(BaseModel):
         """Tokens that every row grows by, out of the model's context."""
         return 0
 
+    @property
+    def shares_base(self) -> bool:
+        """Whether models of it can share one base network in memory, and be written in one batch.
+
+        Then what it attaches leaves each module of the base as it is, and acts on a row either while
+        its prompt is read (a soft prompt, a prefix) or as a
+        :class:`~luthier.models.row_adapters.RowLayer`.
+        """
+        return False
+
     def attach(self, model: nn.Module) -> None:
         """Add what is added, and mark what trains by ``requires_grad``.
 

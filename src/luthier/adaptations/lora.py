@@ -70,6 +70,11 @@ class LoRA(Adaptation):
         """What the update is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def shares_base(self) -> bool:
+        """Branches change each row by itself; DoRA's lengths change the product, too."""
+        return not self.dora
+
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear

@@ -10,7 +10,8 @@ matrix product, and rounded once. Same cost.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class _LowRankLinear(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank branch. Weight names are PEFT's."""
 
+    reads_output: ClassVar[bool] = False
+
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.base_layer = base
@@ -134,6 +137,20 @@ class LoRALinear(nn.Module):
         z = nn.functional.linear(self.dropout(flat), a) * self.scale
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias
+
+    def row_weights(self) -> tuple[Tensor, ...]:
+        """``A^T [in, r]`` and ``scale B^T [r, out]`` (see :mod:`luthier.models.row_adapters`)."""
+        return self.lora_A.weight.t(), self.lora_B.weight.t() * self.scale
+
+    @property
+    def row_kind(self) -> Hashable:
+        """Branches differ in their weights alone: the scale is in them."""
+        return LoRALinear
+
+    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
+        """The branches of ``P`` layers for ``M`` rows each, ``[P, M, out]``."""
+        a_PIr, b_PrO = weights
+        return torch.bmm(torch.bmm(x_PMI, a_PIr), b_PrO)
 
     def merge(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""

@@ -38,6 +38,11 @@ class Prefix(Adaptation):
         """Positions that the prefix takes of the context."""
         return self.virtual_tokens
 
+    @property
+    def shares_base(self) -> bool:
+        """The keys and values come before those of the prompt."""
+        return True
+
     def adapt(self, model: nn.Module) -> None:
         """Put a prefix of zeros into each layer; freeze everything else."""
         from luthier.models.prefix import add_prefix

@@ -41,6 +41,11 @@ class Prompt(Adaptation):
         """Tokens that each row grows by."""
         return self.virtual_tokens
 
+    @property
+    def shares_base(self) -> bool:
+        """The vectors are read with the prompt, and tokens that are written do not meet them."""
+        return True
+
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
         from luthier.adaptations.prompt_layer import PromptEmbedding

@@ -29,8 +29,8 @@ MOST_WAITING = 20_000
 READ_ONLY = re.compile(
     r"(bedrock|s3):(Get|List|Head|Invoke|Converse|Count|Apply)\w*"
     r"|sts:GetCallerIdentity"
-    r"|luthier:openai\.(chat|completions|embeddings|responses)\..*"
-    r"|luthier:(Get|List|Inspect|Estimate)\w*"
+    r"|luthier:openai\.(chat|completions|embeddings|images|responses)\..*"
+    r"|luthier:(Get|List|Inspect|Estimate|Predict|SampleImages|ReconstructImages)\w*"
     r"|luthier:.*\.(get|list\w*|retrieve|content|run|validate)"
 )
 """Actions that change nothing."""

@@ -44,7 +44,7 @@ from luthier.jobs.deletion import Deletions, remove_orphans
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
-from luthier.serving.constraints import SchemaTrials
+from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
 from luthier.serving.scheduler import FairTurns
@@ -95,12 +95,12 @@ class Service:
         self._later = threading.Timer(UNNAMED_SECONDS + 60, self._sweep)
         self._later.daemon = True
         limits = settings.limits
-        self.schemas = SchemaTrials(
-            ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, "the JSON schema"),
+        self.trials = GrammarTrials(
+            ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT),
             FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
             limits.schema_characters,
         )
-        self.pool = ModelPool(schemas=self.schemas, limits=limits)
+        self.pool = ModelPool(trials=self.trials, limits=limits)
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
@@ -158,7 +158,7 @@ class Service:
         self.trail.close()
         self.meter.close()
         self.pool.close()
-        self.schemas.close()
+        self.trials.close()
         self.memory.close()
         self.database.close()
 

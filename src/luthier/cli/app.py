@@ -28,6 +28,7 @@ from luthier.cli.forgetting import canaries, forgetting
 from luthier.cli.generate import chat, generate
 from luthier.cli.images import reconstruct, sample
 from luthier.cli.imports import import_app
+from luthier.cli.launch import launch
 from luthier.cli.learning_curve import learning_curve
 from luthier.cli.models import models_app
 from luthier.cli.nearest import nearest
@@ -35,6 +36,7 @@ from luthier.cli.pipeline import pipeline
 from luthier.cli.plugins import plugins
 from luthier.cli.predict import predict
 from luthier.cli.pretrain import pretrain
+from luthier.cli.quantize import quantize
 from luthier.cli.samples import samples
 from luthier.cli.search import search
 from luthier.cli.serve import serve
@@ -54,9 +56,9 @@ app.add_typer(import_app, name="import")
 app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
-    tune, pipeline, pretrain, student, soup, split, estimate, advise, compare, search, distil, inspect,
-    clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
-    judge, forgetting, canaries, learning_curve, certificate, verify, serve, demo, plugins,
+    tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
+    inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
+    judge, forgetting, canaries, learning_curve, quantize, certificate, verify, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

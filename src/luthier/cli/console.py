@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
+from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
 
 if TYPE_CHECKING:
@@ -47,12 +48,23 @@ class CommandGroup(typer.Typer):
             @wraps(function)
             def run(**options: Any) -> None:
                 with errors(options.get("json_", False)), extra(self.extra):
+                    check_processes(function.__name__)
                     function(**options)
 
             register(run)
             return function
 
         return add
+
+
+def check_processes(command: str) -> None:
+    """Refuse a command that a launcher has started several times, and that does not share its work."""
+    size = ProcessGroup.of_environment().size
+    if size > 1 and command != "tune":
+        raise RefusedInput(
+            f"a launcher started {size} processes (WORLD_SIZE), and `luthier tune` alone shares work "
+            "among several. Start this command once, without the launcher"
+        )
 
 
 def print_json(value: Any) -> None:

@@ -49,10 +49,19 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    schema: Annotated[
+        Path | None, typer.Option(help="File of a JSON schema that each reply matches.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="Regular expression that the whole of each reply matches.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.files import write_bytes
+    from luthier.files import read_json, write_bytes
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -62,7 +71,15 @@ def generate(
         raise RecipeError("give one prompt, or --input FILE with many")
     if output is not None and input_ is None:
         raise RecipeError("--output goes with --input")
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        schema=None if schema is None else read_json(schema),
+        regex=regex,
+        grammar=None if grammar is None else _read_text(grammar),
+    )
     check_output(output)
     rows = _read_prompts(input_) if input_ else []
     prompts = [prompt for prompt, _ in rows]
@@ -96,6 +113,13 @@ def generate(
         print_json(report | ({"output": str(output)} if output else {"completions": replies}))
     elif output is not None:
         print_written(len(replies), "replies", output)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
 
 
 @data_errors("nothing was answered")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ from luthier.cli.options import Json
 from luthier.errors import CorruptFile, RecipeError
 
 if TYPE_CHECKING:
+    from luthier.sdk.export import Export
     from luthier.store.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
 
@@ -334,53 +335,79 @@ def accept_model(model: str, json_: Json = False) -> None:
 def export_model(
     model: str,
     folder: Path,
-    merged: Annotated[bool, typer.Option("--merged", help="Fold the adapter in.")] = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="A classifier for ONNX Runtime.")] = False,
+    format_: Annotated[
+        Literal["safetensors", "onnx", "gguf"],
+        typer.Option(
+            "--format",
+            help="For transformers, PEFT and diffusers; for ONNX Runtime; for llama.cpp and Ollama.",
+        ),
+    ] = "safetensors",
+    merged: Annotated[
+        bool | None,
+        typer.Option(
+            "--merged/--adapter",
+            help="Fold the adapter in, or write it alone, as safetensors if not given.",
+        ),
+    ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a GGUF file: f32, f16 if not given, bf16, q8_0, q6_k, q5_k_m, q4_k_m or q4_0."
+        ),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a model for Hugging Face or diffusers, an adapter for PEFT, or a classifier as ONNX."""
-    from luthier.models.load import read_config
+    """Write a model for other software, and try it there where that is installed."""
     from luthier.models.nets import NETS
-    from luthier.models.pipelines import is_pipeline
-    from luthier.serving.export import export, export_onnx
-    from luthier.store.models import check_active, find, objective_of
+    from luthier.sdk.export import export
 
-    stored = check_active(find(model))
-    if onnx:
-        error = export_onnx(stored, folder)
-        if json_:
-            print_json({"id": model, "folder": str(folder), "difference": error})
-        else:
-            print_text(
-                f"{model} was written to {folder}. ONNX Runtime gives the same scores, to {error:.1g} "
-                "of the largest"
-            )
-        return
-    target = export(stored, folder, merged)
-    of_diffusers = is_pipeline(stored.network_folder)
-    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
+    written = export(model, folder, format=format_, merged=merged, quantization=quantization)
     if json_:
-        files = sorted(path.name for path in target.iterdir())
-        report = {"id": model, "folder": str(target), "network": network, "files": files}
-        print_json(report | {"own_network": network in NETS and not of_diffusers})
+        print_json(written.plain())
         return
-    print_text(f"{model} was written to {target}")
-    if of_diffusers:
-        whole = is_pipeline(target)
+    print_text(f"{model} was written to {folder}")
+    if written.format == "onnx":
+        print_text(
+            f"ONNX Runtime gives the same scores, to {written.difference:.1g} of the largest"
+        )
+    elif written.format == "gguf":
+        _print_gguf(written, quantization)
+    elif written.of_diffusers:
+        whole = (folder / "model_index.json").is_file()
         call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
         print_text(f"diffusers loads it: {call}({str(folder)!r})")
+    elif written.network not in NETS:
         return
-    if network not in NETS:
-        return
-    if (target / "adapter_config.json").exists():
+    elif "adapter_config.json" in written.files:
         print_text(
-            f"PEFT does not find its network, {network}, from the base: export it with --merged."
+            f"PEFT does not find its network, {written.network}, from the base: export it with "
+            "--merged."
         )
     else:
         print_text(
-            f"Its network, {network}, is one of luthier's: transformers loads it after "
+            f"Its network, {written.network}, is one of luthier's: transformers loads it after "
             "`luthier.models.nets.register()`."
         )
+
+
+def _print_gguf(written: Export, quantization: str | None) -> None:
+    """Its files, how llama.cpp answers, and how Ollama takes it."""
+    from luthier.serving.ollama import FROM_BASE
+
+    for path in sorted(written.folder.glob("*.gguf")):
+        print_text(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
+    if written.parity is None:
+        print_text(
+            "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
+        )
+    else:
+        print_text(f"Compared: {written.parity.summary()}")
+    if quantization and quantization.lower() not in ("f32", "f16", "bf16"):
+        command = f"luthier quantize {written.model} DATA --to {quantization}"
+        print_text(f"What that costs on rows of your own: {command}")
+    if any(name.endswith("-LoRA.gguf") for name in written.files):
+        print_text(FROM_BASE)
+    print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
 
 
 @models_app.command("remove")
@@ -395,6 +422,7 @@ def remove_model(model: str, json_: Json = False) -> None:
         custom_models,
         journals_folder,
         pretrained_models,
+        remove_derived,
         short_name,
         suggest_models,
     )
@@ -422,8 +450,11 @@ def remove_model(model: str, json_: Json = False) -> None:
     children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
-    parents = [m.manifest.parent for m in custom_models() if m.id == model]
+    stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
+    parents = [m.manifest.parent for m in stored if colon]
     with run.lock():
+        for each in stored:
+            remove_derived(each)
         for folder in (*folders, journals_folder(model)):
             shutil.rmtree(folder, ignore_errors=True)
     for parent in parents:

@@ -123,7 +123,7 @@ def serve(
         os.umask(0o077)
         ports = server.Ports(host, port, tls_cert, tls_key, tls_port)
         ports.check()
-        chosen_backend()  # a name that is not there is refused now, not at the first request
+        backend = chosen_backend()  # what is not there is refused now, not at the first request
         # Nothing is less than NaN either, and would let nobody in.
         if requests_per_second is not None and not 0 <= requests_per_second < math.inf:
             raise RefusedInput(
@@ -149,7 +149,7 @@ def serve(
 
         def ready(addresses: list[str]) -> None:
             service.start(work=not no_workers)
-            _print_addresses(addresses, region, service.issued)
+            _print_addresses(addresses, region, service.issued, backend.id)
 
         try:
             server.run(service.application, ports, service.connections, ready)
@@ -185,10 +185,13 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
     return found
 
 
-def _print_addresses(addresses: list[str], region: str, issued: IssuedKeys | None) -> None:
-    """Where it listens, and the first keys, which are told once."""
+def _print_addresses(
+    addresses: list[str], region: str, issued: IssuedKeys | None, backend: str
+) -> None:
+    """Where it listens, what answers where that is not torch, and the first keys, told once."""
     out = new_console(highlight=False, soft_wrap=True)
-    out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}")
+    by = "" if backend == "torch" else f", answers written by {backend}"
+    out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}")
     if issued is None:
         return
     out.print("The first start made a root user. Its keys are shown now and never again:\n")

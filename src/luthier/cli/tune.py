@@ -29,6 +29,8 @@ from luthier.cli.options import (
     read_recipe,
     recipe_options,
 )
+from luthier.errors import LuthierError
+from luthier.models.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -51,6 +53,9 @@ def tune(
     seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
     set_: Settings = None,
     resume: Resume = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
+    ] = 1,
     estimate_: Annotated[
         bool, typer.Option("--estimate", help="First say what it will take, from a few steps.")
     ] = False,
@@ -97,8 +102,14 @@ def tune(
         from luthier.store.models import find
         from luthier.workflows.tuning import tune as run
 
+    if ProcessGroup.of_environment().rank:  # a launcher started several; the first one speaks
+        try:
+            run(recipe, resume, processes=processes)
+        except LuthierError as error:
+            raise typer.Exit(error.exit_code) from error
+        return
     with LiveReporter() as reporter:
-        result = run(recipe, resume, reporter)
+        result = run(recipe, resume, reporter, processes)
     if json_:
         withheld = find(result.model_id).manifest.withheld
         print_json(asdict(result) | estimate | ({"withheld": withheld} if withheld else {}))

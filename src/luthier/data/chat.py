@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -519,7 +519,7 @@ class ChatFormat:
         with panics_refused():
             return [str(self.tokenizer.decode([int(i)])) for i in ids]
 
-    @property
+    @cached_property
     def longest_token(self) -> int:
         """UTF-8 bytes of text that one token stands for at most, by its name.
 

@@ -15,6 +15,7 @@ row (``share=False``): flat, without padding, each row seeing all of itself.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -144,11 +145,17 @@ def pad_tree(tree: TokenTree, multiple: int) -> TokenTree:
 
 
 def split_to_budget(
-    examples: Sequence[Example], budget: int, share: bool = True, whole_rows: bool = False
+    examples: Sequence[Example],
+    budget: int,
+    share: bool = True,
+    whole_rows: bool = False,
+    processes: int = 1,
 ) -> list[list[Example]]:
     """Cut a batch into micro-batches of at most ``budget`` distinct tokens each.
 
     With ``whole_rows`` a row counts as one token, however long its text is: it may stand beside images.
+    Each of so many ``processes`` can have the same number of micro-batches, of about the same size,
+    where there are rows enough.
 
     Rows are sorted first, so neighbours share their prefixes; a row longer than the budget gets a
     micro-batch of its own, and so does a group (``Example.group``), which is never parted. The pieces
@@ -160,6 +167,13 @@ def split_to_budget(
     tokens_R = [1 if whole_rows else row.tokens for row in rows]
     shared_R = _shared_prefixes(rows, share and not whole_rows)
     parts = _fill(rows, tokens_R, shared_R, budget)
+    if processes > 1:
+        wanted = math.ceil(len(parts) / processes) * processes
+        # The smallest size that makes so many: then the last is not much smaller than the others.
+        size = bisect_left(
+            range(budget), True, key=lambda s: len(_fill(rows, tokens_R, shared_R, s)) <= wanted
+        )
+        return _fill(rows, tokens_R, shared_R, size)
     # Rows longer than the budget may take the mean above it.
     even = min(budget, (sum(tokens_R) - sum(shared_R)) // len(parts))
     for step in range(8):

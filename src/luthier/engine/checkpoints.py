@@ -1,7 +1,7 @@
 """Checkpoints: atomic, hashed, read back, and enough of them to survive a corrupt one.
 
-``checkpoints/step-00000010/`` holds ``tensors.safetensors`` (masters, moments, random state, best
-weights so far) and ``state.json`` (progress, and the hash of the tensors). The newest that verifies
+``checkpoints/step-00000010/`` holds ``tensors.safetensors`` (masters, moments, best weights so
+far) and ``state.json`` (progress, and the hash of the tensors). The newest that verifies
 is resumed from; the two newest are kept.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ class TrainingProgress:
     """Lines of the metrics file that belong to this state; later ones are cut on resume."""
     sample_lines: int = 0
     """The same of the file of samples."""
-    rng: dict[str, str] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -121,24 +120,6 @@ class Checkpoints:
             if not (path / name).is_file() or sha256_of(path / name) != expected:
                 raise CorruptFile(f"{path / name} no longer has the bytes that were recorded")
         return progress, load_tensors(path / "tensors.safetensors")
-
-
-def random_state() -> dict[str, str]:
-    """State of the random generators a run draws from, as text."""
-    state = {"cpu": bytes(torch.get_rng_state().tolist()).hex()}
-    if torch.cuda.is_available():
-        state["cuda"] = bytes(torch.cuda.get_rng_state().tolist()).hex()
-    return state
-
-
-def restore_random_state(state: Mapping[str, str]) -> None:
-    """Undo :func:`random_state`."""
-    if "cpu" in state:
-        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["cpu"])), dtype=torch.uint8))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(
-            torch.tensor(list(bytes.fromhex(state["cuda"])), dtype=torch.uint8)
-        )
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -22,12 +22,7 @@ import torch
 from luthier.data.augmentation import Augmentation
 from luthier.data.loader import Mixed, RowOrder
 from luthier.engine.actuals import Clock
-from luthier.engine.checkpoints import (
-    Checkpoints,
-    TrainingProgress,
-    random_state,
-    restore_random_state,
-)
+from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import (
     SCORES,
@@ -43,6 +38,8 @@ from luthier.errors import Diverged, Interrupted
 from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
+from luthier.models.process_group import ALONE, ProcessGroup
+from luthier.models.random_numbers import derive_seed, drawn_from
 from luthier.models.save import adapter_buffers
 from luthier.objectives.base import Means, Objective
 from luthier.objectives.capabilities import (
@@ -95,6 +92,8 @@ class Loop:
     """Steps of the training before, that numbers of steps count on from."""
     all_steps: int = 0
     """Steps of all trainings of the run; 0 where this is the only one."""
+    processes: ProcessGroup = ALONE
+    """Those that share the work of each step. Each has a loop, and takes every decision alike."""
 
     def __post_init__(self) -> None:
         """Set up what is derived: optimizer, row order, progress."""
@@ -118,8 +117,10 @@ class Loop:
         self.progress = TrainingProgress()
         self._upcoming: list[Example] | None = None
         """Rows of the step to come, where they are read while one computes."""
-        self._is_reading, self._before_reading = False, dict[str, str]()
-        """Whether rows of a step are read, of which nothing is learned yet; the random state before."""
+        self._is_reading = False
+        """Whether rows of a step are read, of which nothing is learned yet."""
+        self._buffers = [*adapter_buffers(model).values()]
+        """Statistics of batch norms, which are those of the first process, as in PyTorch's DDP."""
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""
@@ -133,10 +134,9 @@ class Loop:
         for name, kept in adapter_buffers(self.network.model).items():
             kept.copy_(tensors[f"{_BUFFER}{name}"])
         self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
-        restore_random_state(progress.rng)
         self.cut_lines()
-        # What is noted of single rows decides what is kept.
-        lines = self.metrics.read(rows=True)
+        # What is noted of single rows decides what is kept. The first process alone has the file.
+        lines = self.processes.first(self.metrics.read(rows=True))
         self.measured = [line for line in lines if line["event"] == "validation"]
         self.train_lines.extend(line for line in lines if line["event"] == "train")
 
@@ -152,12 +152,18 @@ class Loop:
 
     def run(self) -> TrainingProgress:
         """Train to the end, or until stopped early; the best weights are in the network after."""
+        self.network.group = self.processes
         try:
             return self._run()
         finally:
+            self.network.group = ALONE
             self.network.layout.read_ahead(())  # else the process would end after all that waits
 
     def _run(self) -> TrainingProgress:
+        if self.processes.size > 1:
+            # Another machine may have calibrated to other last digits.
+            self.processes.send_first([*self.optimizer.masters.values()])
+            self.optimizer.publish()
         if self.progress.step == 0:
             self.evaluate()
         with _stop_on_signal(lambda: self._is_reading) as stopped:
@@ -165,14 +171,14 @@ class Loop:
                 try:
                     self.step()
                 except _ReadingStopped:
-                    restore_random_state(self._before_reading)
+                    pass  # as if the step had not begun: what it draws will be drawn anew
                 else:
                     last = self.progress.step == self.until
                     every = self.training.evaluate_every or self.steps
                     if last or self.progress.step % every == 0:
                         self.evaluate()
                     self._advise()
-                if stopped():
+                if self.processes.any(stopped()):
                     if self.progress.step:  # a run that has not trained begins anew
                         self.checkpoint()
                     raise Interrupted(
@@ -221,28 +227,41 @@ class Loop:
         objective = self.objective
         if isinstance(objective, SupportsSchedule):
             objective = objective.at(self.progress.step / self.steps)
-        with torch.no_grad(), self._reading(chosen):
+        # What is drawn in a step follows from seed and step, as its rows do.
+        torch.manual_seed(derive_seed(self.training.seed, self.progress.step))
+        with torch.no_grad(), self._reading(chosen), self.network.split_work():
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None
         if self.progress.step + 1 < self.until and not objective.contrasts_rows:
             # Rows that are contrasted are seen in views of their own, which are drawn in the step.
             self._upcoming = self._rows(self.progress.step + 1)
-            self.network.layout.read_ahead(self._upcoming)
+            if self.processes.size == 1:  # else most would be read for others
+                self.network.layout.read_ahead(self._upcoming)
         metrics: dict[str, float] = {}
-        for turn in objective.turns(batches):
+        turns, number = objective.turns(batches), 0
+        # A process that has no micro-batch takes part in the turns of the others.
+        while self.processes.any((turn := next(turns, None)) is not None):
             # Of turns that measure the same the last one counts, as it does for the loss.
-            loss, further = self._backward(objective, turn)
+            loss, further = self._backward(objective, turn or (), number)
+            number += 1
             metrics |= further
             norm = self.optimizer.step(rate)
+        self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
-        tokens = sum(row.tokens for batch in batches for row in batch.tree.examples)
+        own = sum(row.tokens for batch in batches for row in batch.tree.examples)
+        tokens = int(self.processes.sum(own))
         progress = self.progress
         progress.step += 1
         progress.tokens += tokens
         progress.rows += len(chosen)
         progress.last_loss = loss
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-        report = self.objective if isinstance(self.objective, SupportsStepReport) else None
+        found: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        if isinstance(self.objective, SupportsStepReport):
+            with self.network.split_work():
+                found = self.objective.step_metrics(self.network, batches)
+                samples = self.objective.step_samples(self.network, batches)
         self.record(
             "train",
             loss=loss,
@@ -253,10 +272,10 @@ class Loop:
             tokens_per_second=tokens / seconds,
             **({"rows_per_second": len(chosen) / seconds} if chosen[0].media else {}),
             **metrics,
-            **(report.step_metrics(batches) if report else {}),
+            **found,
         )
-        if report and self.samples is not None:
-            for record in report.step_samples(batches):
+        if self.samples is not None:
+            for record in samples:
                 line = {"step": progress.step, **record}
                 progress.sample_lines = self.samples.append(line)
 
@@ -267,10 +286,10 @@ class Loop:
         To decode large images takes most of a step, and changes no weight. What is sampled has its own
         samples and is not ended.
         """
-        if rows[0].media is None or isinstance(self.objective, SupportsRollouts):
+        alone = self.processes.size == 1  # others would wait for what this process leaves undone
+        if rows[0].media is None or isinstance(self.objective, SupportsRollouts) or not alone:
             yield
             return
-        self._before_reading = random_state()
         self._is_reading = True
         try:
             yield
@@ -293,17 +312,22 @@ class Loop:
         return rows
 
     def _backward(
-        self, objective: Objective, batches: Sequence[TreeBatch]
+        self, objective: Objective, batches: Sequence[TreeBatch], turn: int
     ) -> tuple[float, dict[str, float]]:
-        """Gradients of the mean loss over ``batches``; the mean, and the objective's metrics."""
-        weight = math.fsum(batch.weight for batch in batches)
+        """Gradients of the mean loss over ``batches`` and those of the other processes; the mean, and
+        the objective's metrics."""
+        weight = self.processes.sum(math.fsum(batch.weight for batch in batches))
         means = Means()
         for batch in batches:
-            loss = objective.loss(self.network, batch)
-            (loss.total / weight).backward()
+            # Dropout, too, is the same whichever process computes the micro-batch.
+            seed = derive_seed(self.training.seed, self.progress.step, turn, batch.place)
+            with drawn_from(seed, self.network.device):
+                loss = objective.loss(self.network, batch)
+                (loss.total / weight).backward()
             self.optimizer.collect()
-            means.add(loss, batch.weight)
-        further = means.values()
+            means.add(loss, batch.weight, batch.place)
+        self.optimizer.add_up(self.processes)
+        further = means.of_all(self.processes).values()
         mean = further.pop("loss")
         if not math.isfinite(mean):
             raise Diverged(
@@ -375,7 +399,8 @@ class Loop:
         return self.steps_before + self.progress.step
 
     def _checkpoint(self) -> None:
-        self.progress.rng = random_state()
+        if self.processes.rank:
+            return  # all have the same state
         tensors = self.optimizer.state()
         tensors |= {f"{_BEST}{name}": value for name, value in self.best.items()}
         kept = adapter_buffers(self.network.model)

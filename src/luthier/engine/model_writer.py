@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS
@@ -21,7 +22,7 @@ from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
-from luthier.evaluation.parity import Parity
+from luthier.evaluation.parity import Parity, TokenParity, learned_logps
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
 from luthier.models.load import as_network
@@ -39,6 +40,7 @@ from luthier.store import models as store
 from luthier.types import Example
 
 PARITY_ROWS = 16
+TOKEN_PARITY_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ class ModelWriter:
     def write(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
         run = self.run
-        trained = self._loss(network)
+        trained, logps = self._loss(network), self._logps(network)
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
-            parity = self._parity(fresh, manifest, trained)
+            parity = self._parity(fresh, manifest, trained, logps)
             title = run.model_id
             if self.refit:
                 title += f", measured before the refit on all {self.refit.rows:,} rows"
@@ -150,12 +152,24 @@ class ModelWriter:
         """The rows that parity is measured on, held-out ones first."""
         return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
 
-    def _loss(self, network: Network) -> float:
-        budget = self.job.recipe.training.micro_batch_tokens or 1
-        with torch.no_grad():
-            return self.job.data.objective.parity_loss(network, self._sample(), budget)
+    @property
+    def _budget(self) -> int:
+        return self.job.recipe.training.micro_batch_tokens or 1
 
-    def _parity(self, folder: Path, manifest: Manifest, trained: float) -> Parity:
+    def _loss(self, network: Network) -> float:
+        with torch.no_grad():
+            return self.job.data.objective.parity_loss(network, self._sample(), self._budget)
+
+    def _logps(self, network: Network) -> Tensor | None:
+        """What the network says next in a few of the rows; ``None`` of one that does not write."""
+        if self.job.data.objective.task != "causal_lm":
+            return None
+        logp_PV = learned_logps(network, self._sample()[:TOKEN_PARITY_ROWS], self._budget)
+        return logp_PV if len(logp_PV) else None
+
+    def _parity(
+        self, folder: Path, manifest: Manifest, trained: float, logp_PV: Tensor | None
+    ) -> Parity:
         """Load what was written as serving will, and compare."""
         parent = self.job.base if manifest.saved == "adapter" else None
         if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
@@ -165,7 +179,11 @@ class ModelWriter:
         again = store.load(stored, self.job.machine.dtype, self.job.machine.device, head)
         network = as_network(again, self.job.machine.device, self.job.machine.dtype)
         rounded = parent is not None and self.job.machine.dtype != torch.float32
-        parity = Parity(len(self._sample()), trained, self._loss(network), rounded)
+        reloaded, again_PV = self._loss(network), self._logps(network)
+        tokens = None
+        if logp_PV is not None and again_PV is not None:
+            tokens = TokenParity.of(logp_PV, again_PV)
+        parity = Parity(len(self._sample()), trained, reloaded, rounded, tokens)
         parity.check()
         if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
             raise LuthierError(

@@ -21,6 +21,7 @@ from luthier.models.layers import layer_positions
 from luthier.models.rounding import Rounding
 
 if TYPE_CHECKING:
+    from luthier.models.process_group import ProcessGroup
     from luthier.recipe import Training
 
 
@@ -80,6 +81,15 @@ class MasterAdamW:
                 self._sums[name] = weight.grad.float()
             weight.grad = None
 
+    def add_up(self, processes: ProcessGroup) -> None:
+        """Add the sums of all processes; weights that had no gradient in any of them stay without."""
+        if processes.size == 1:
+            return
+        present = {name for each in processes.gather([*self._sums]) for name in each}
+        for name in present - self._sums.keys():
+            self._sums[name] = torch.zeros_like(self.masters[name])
+        processes.add_up([self._sums[name] for name in self.masters if name in present])
+
     def step(self, learning_rate: float) -> float:
         """Clip, move the masters, copy them to the network; returns the gradient norm."""
         for name, master in self.masters.items():
@@ -100,7 +110,7 @@ class MasterAdamW:
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         self._sums.clear()
-        self._publish()
+        self.publish()
         return float(norm)
 
     def state(self) -> dict[str, Tensor]:
@@ -123,9 +133,10 @@ class MasterAdamW:
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
                     state[key] = torch.empty_like(master).copy_(tensors[f"{key}.{name}"])
-        self._publish()
+        self.publish()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Copy the masters to the weights that the network computes with."""
         rounding = Rounding()
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:

@@ -83,6 +83,11 @@ class Result:
     """The second training, on all rows, where it made the stored weights. Steps, tokens and seconds
     are those of both trainings, what was measured is of the first."""
 
+    @staticmethod
+    def parse(fields: Mapping[str, Any]) -> Result:
+        """From what ``asdict`` gave, as JSON brings it back."""
+        return TypeAdapter(Result).validate_python(fields)
+
 
 class Run:
     """One run in ``runs/<base>/<name>``; a rehearsal has a folder elsewhere, and makes no model."""
@@ -107,7 +112,7 @@ class Run:
         asked = self.folder / _REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
         if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
-            return TypeAdapter(Result).validate_python(read_json(self.folder / _RESULT))
+            return Result.parse(read_json(self.folder / _RESULT))
         return None
 
     def check_free(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from luthier.engine.job import (
 )
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.machine import (
+    Machine,
     available_memory,
     choose_machine,
     keep_freed_memory,
@@ -33,6 +35,7 @@ from luthier.engine.machine import (
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
 from luthier.engine.perplexity import find_unfamiliar_text
+from luthier.engine.processes import started_again
 from luthier.engine.runs import (
     ACTIVATIONS,
     METRICS,
@@ -45,7 +48,7 @@ from luthier.engine.runs import (
 )
 from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
-from luthier.errors import CorruptFile, RecipeError, RefusedInput, RowRefused
+from luthier.errors import CorruptFile, LuthierError, RecipeError, RefusedInput, RowRefused
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
@@ -56,6 +59,7 @@ from luthier.models.layers import layer_names
 from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network
 from luthier.models.network import Network
+from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import (
     stored_bytes,
     trained_weights,
@@ -79,15 +83,38 @@ def train(
 ) -> Result:
     """Carry out ``recipe`` and return what came out; the model is stored and verified.
 
-    ``lineage`` is what the manifest is to say further of where the model comes from.
+    ``lineage`` is what the manifest is to say further of where the model comes from. In each process
+    that a launcher such as torchrun has started it takes a part of the work, and returns the same; the
+    first alone reports and writes.
 
     Raises:
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
-    reporter = reporter or Reporter()
+    group = ProcessGroup.of_environment()
+    resume = resume or started_again()
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    if group.rank:
+        return _train_beside(recipe, machine, group)
+    reporter = reporter or Reporter()
+    try:
+        return _train_first(recipe, resume, reporter, lineage, machine, group)
+    except LuthierError as error:
+        if not group.is_connected:
+            group.agree(error)  # the others wait to hear whether it begins
+        raise
+
+
+def _train_first(
+    recipe: Recipe,
+    resume: bool,
+    reporter: Reporter,
+    lineage: Mapping[str, Any] | None,
+    machine: Machine,
+    group: ProcessGroup,
+) -> Result:
+    """:func:`train` in the process that reports and writes, which mostly is the only one."""
     recipe = with_base(recipe, reporter)
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
@@ -108,11 +135,19 @@ def train(
         except BaseException:
             run.drop_if_empty()
             raise
+        group.agree()
+        budget = job.recipe.training.micro_batch_tokens
+        known = asdict(done) if done is not None else None
+        group.first([str(run.folder), budget, resume, known])
         if done is not None:
             reporter.note(f"{done.model_id} was already finished")
             return done
+        if group.size > 1:
+            reporter.note(f"{group.size} processes share the rows of each step")
         try:
-            return Trainer(job, run, reporter, clock).run(resume)
+            result = Trainer(job, run, reporter, clock, group).run(resume)
+            group.first(asdict(result))
+            return result
         except RowRefused as bad:  # the gate has read every row
             raise CorruptFile(
                 f"{bad.place or 'a row'} was read before and cannot be any more: {bad.message} Put its "
@@ -122,6 +157,28 @@ def train(
         except RefusedInput:
             run.drop_if_untrained()
             raise
+
+
+def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
+    """:func:`train` in a process that takes a part of the work and keeps nothing."""
+    try:
+        recipe = with_base(recipe, Reporter())
+        base = store.find(recipe.base)
+        job = prepare_job(recipe, base, machine, Reporter())
+    except LuthierError as error:
+        group.agree(error)
+        raise
+    group.agree()
+    folder, budget, resume, done = group.first(None)
+    if done is None:
+        training = job.recipe.training.model_copy(update={"micro_batch_tokens": budget})
+        job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
+        with TemporaryDirectory(prefix="luthier-process-") as own:
+            run = Run(base.root, base.root, rehearsal=Path(own))
+            trainer = Trainer(job, run, Reporter(), group=group, first_folder=Path(folder))
+            trainer.take_part(resume)
+        done = group.first(None)
+    return Result.parse(done)
 
 
 def rehearse(
@@ -156,9 +213,17 @@ class Trainer:
     """Loads, trains, stores and verifies one job."""
 
     def __init__(
-        self, job: TrainingJob, run: Run, reporter: Reporter, clock: Clock | None = None
+        self,
+        job: TrainingJob,
+        run: Run,
+        reporter: Reporter,
+        clock: Clock | None = None,
+        group: ProcessGroup = ALONE,
+        first_folder: Path | None = None,
     ) -> None:
+        """``first_folder`` is the run's folder of the first process of ``group``, in another one."""
         self.job, self.run_folder, self.reporter = job, run, reporter
+        self.group, self.first_folder = group, first_folder or run.folder
         self.recipe, self.machine = job.recipe, job.machine
         self.clock = clock or Clock()
         self.calibration_rows = 0
@@ -182,7 +247,7 @@ class Trainer:
             with self.clock.part("baselines"):
                 self.comparison = measure_tuned(network, objective, held, self.baselines, budget)
         learned = None
-        if self.job.refit_steps and self._judge(lines).learned:
+        if self.group.first(bool(self.job.refit_steps and self._judge(lines).learned)):
             network.close()
             network, learned, progress = self._refit(progress)
         elif self.job.refit_steps and progress.best_step:
@@ -192,8 +257,16 @@ class Trainer:
         result = self.store(network, progress, lines, learned)
         disk = folder_size(self.run_folder.folder) + folder_size(self.run_folder.model_folder)
         self.run_folder.finish(result)
-        record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
+        if self.group.size == 1:  # estimates are of one process
+            record_actual(self.run_folder, self.machine, self.clock, result, disk, resumed)
         return result
+
+    def take_part(self, resume: bool) -> None:
+        """What :meth:`run` does in the processes that neither report nor write."""
+        network, progress, _ = self.learn(resume)
+        network.close()
+        if self.group.first(None):
+            self._refit(progress)[0].close()
 
     def store(
         self,
@@ -287,9 +360,10 @@ class Trainer:
             f"Training once more, on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
         )
         run = Run(job.base.root, self.run_folder.name, rehearsal=self.run_folder.folder / REFIT)
-        resume = run.has_metrics()
+        resume = bool(self.group.first(run.has_metrics()))
         run.begin(job.request(), resume=True)
-        trainer = Trainer(job, run, self.reporter, self.clock)
+        first_folder = self.first_folder / REFIT
+        trainer = Trainer(job, run, self.reporter, self.clock, self.group, first_folder)
         network, progress, lines = trainer.learn(resume)
         metrics = MetricsFile(self.run_folder.folder / METRICS)
         for line in lines:
@@ -328,7 +402,7 @@ class Trainer:
             self._compare(network)
             if not resume:
                 self._name_quicker()
-        checkpoints = Checkpoints(self.run_folder.folder / "checkpoints")
+        checkpoints = Checkpoints(self.first_folder / "checkpoints")
         found = checkpoints.latest() if resume else None
         # What is calibrated comes with a checkpoint, but the starting weights do not.
         if found is None or self.job.data.objective.uses_reference:
@@ -544,4 +618,5 @@ class Trainer:
             until=self.job.until,
             steps_before=self.job.steps_before,
             all_steps=self.job.all_steps,
+            processes=self.group,
         )

@@ -1,5 +1,5 @@
-"""Processes of workers: told apart by machine, number and time of birth, as numbers come again; what
-they inherit of the server, and how they ended.
+"""Processes of workers: told apart by machine, number and time of birth, as numbers come again; and
+what they inherit of the server.
 """
 
 from __future__ import annotations
@@ -82,10 +82,3 @@ def worker_environment() -> dict[str, str]:
     limits = {*dict.fromkeys(KERNEL_CACHES, str(KERNELS)).items(), OWN_THREAD}
     kept = os.environ.items() - limits
     return {name: value for name, value in kept if name not in _SECRETS}
-
-
-def how_it_ended(status: int | None) -> str:
-    """An exit status in words."""
-    if status is not None and status < 0:
-        return f"by signal {-status} ({signal.strsignal(-status)})"
-    return f"with status {status}"

@@ -29,6 +29,7 @@ from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.kinds import KINDS, WorkKind
+from luthier.printable import format_exit
 from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.queue import LEASE, LeaseWatch, OverdueWork, QueuedWork
@@ -183,7 +184,7 @@ class Scheduler:
         for row in held:
             lease, worker = str(row.lease), row.worker or {}
             if ended.get(lease) is not None:
-                why = f"its worker ended {processes.how_it_ended(ended[lease])}"
+                why = f"its worker ended {format_exit(ended[lease])}"
             elif worker and processes.is_here(worker) and not processes.is_alive(worker):
                 why = "its worker is gone"
             elif self.watch.silent(lease, row.lease_ends):

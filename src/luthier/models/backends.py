@@ -2,8 +2,9 @@
 
 A :class:`Backend` is all that decoding knows of a network (:mod:`luthier.models.decoding`, and the
 server above it), so that another engine can stand in its place. :data:`BACKENDS` is the table; the
-environment variable ``LUTHIER_BACKEND`` chooses from it, for the server, the commands, evaluation and
-rollouts alike.
+environment variable ``LUTHIER_BACKEND`` chooses from it, for the server, the commands and evaluation
+alike. Where that is one that runs files, a network in memory, whose weights may change with the next
+step, runs by torch: rollouts do.
 """
 
 from __future__ import annotations
@@ -11,18 +12,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from luthier.errors import RecipeError
 from luthier.plugins import PluginTable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
+    from luthier.models.kv_cache import KeyValues
     from luthier.models.network import Network
     from luthier.types import IntArray
 
 SETTING = "LUTHIER_BACKEND"
+LLAMA_CPP, LLAMA_CPP_VERSION = "xllamacpp", "2026.10.11549"
+"""The wheel whose library :mod:`luthier.models.llama_cpp` knows."""
+
+
+def llama_cpp_library() -> Path | None:
+    """The shared library of the wheel, of whatever version; ``None`` where it is not installed."""
+    spec = find_spec(LLAMA_CPP)
+    folder = next(iter((spec and spec.submodule_search_locations) or ()), None)
+    return None if folder is None else next(Path(folder).glob(f"{LLAMA_CPP}.*so"), None)
 
 
 class State(Protocol):
@@ -39,12 +53,20 @@ class Backend(Protocol):
 
     context: int
     """Tokens of prompt and answer together at most."""
-    network: Network
-    """What it runs."""
+
+    @property
+    def device(self) -> device:
+        """Where its logits are."""
+        ...
 
     @property
     def rows(self) -> int:
         """Sequences that step together at most; further ones step after them."""
+        ...
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that may be open at once."""
         ...
 
     def bytes_of(self, tokens: int) -> int:
@@ -55,8 +77,8 @@ class Backend(Protocol):
         """A sequence with nothing read of its prompt yet."""
         ...
 
-    def prefill(self, state: State) -> Tensor | None:
-        """Read the next chunk; with the last one, logits ``[V]`` of the first token to write."""
+    def prefill(self, states: Sequence[State]) -> list[Tensor | None]:
+        """Read on in each prompt; at its end, logits ``[V]`` of the first token to write."""
         ...
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
@@ -79,13 +101,55 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of all sequences; the network stays."""
+        """Let go of all sequences, and of what it opened itself; a network that it was given stays."""
         ...
+
+
+@runtime_checkable
+class ReusesKeyValues(Protocol):
+    """A backend whose prompts can go on behind the keys and values of others that began alike."""
+
+    def reusable(self, tokens: int) -> int:
+        """Behind how many of so many tokens a prompt can go on with the bits that it has alone."""
+        ...
+
+    def open(self, ids_T: IntArray, start: KeyValues | None = None) -> State:
+        """A sequence whose prompt is read from behind ``start`` on."""
+        ...
+
+    def key_values(self, state: State, start: int, end: int) -> KeyValues:
+        """A copy of those of a prompt that was read, for tokens from ``start`` to ``end``."""
+        ...
+
+
+@runtime_checkable
+class AdapterBackend(Backend, Protocol):
+    """A backend whose steps have rows of several adapters on its network."""
+
+    def with_adapter(self, network: Network, context: int) -> Backend:
+        """A backend for ``network``, which is this one's with an adapter (``network.base``).
+
+        Sequences of both are of one kind, and step together. To close it leaves this one open.
+        """
+        ...
+
+
+def read_prompt(backend: Backend, ids_T: IntArray, copies: int) -> tuple[list[State], Tensor]:
+    """Read a prompt alone: ``copies`` sequences behind it, and logits ``[V]`` of their next token."""
+    state, logits_V = backend.open(ids_T), None
+    while logits_V is None:
+        (logits_V,) = backend.prefill([state])
+    return backend.fork(state, copies), logits_V
 
 
 OpenBackend = Callable[["Network", int, bool], Backend]
 """Runs a network in eval mode whose sequences are of so many tokens at most. Where the last is true,
 each sequence has the same bits whatever steps beside it, however slow that may be."""
+
+
+OpenFile = Callable[[Path, int, int], Backend]
+"""Runs a GGUF file of a network, with sequences of so many tokens at most and so many tokens in its
+vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +158,13 @@ class BackendEntry:
 
     id: str
     open: OpenBackend
+    open_file: OpenFile | None = None
+    """For one that runs files; ``open`` is then for what is in memory alone."""
+    check: Callable[[], None] = lambda: None
+    """Raises :class:`RecipeError` where what it needs is not installed; loads nothing."""
+    batches_adapters: bool = False
+    """Whether ``open`` gives an :class:`AdapterBackend` for networks on the flat layout, and takes
+    networks that share the layers of their base."""
 
 
 def _open_torch(network: Network, context: int, exact: bool) -> Backend:
@@ -102,8 +173,33 @@ def _open_torch(network: Network, context: int, exact: bool) -> Backend:
     return torch_backend(network, context, exact)
 
 
+def _check_llama_cpp() -> None:
+    """Refuse a version of the library that is not the known one."""
+    try:
+        found = version(LLAMA_CPP)
+    except PackageNotFoundError:
+        found = ""
+    if found != LLAMA_CPP_VERSION:
+        there = f"{found} is" if found else "it is not"
+        raise RecipeError(
+            f"llama.cpp needs {LLAMA_CPP} {LLAMA_CPP_VERSION}, and {there} installed: "
+            "pip install 'luthier[llama-cpp]'"
+        )
+
+
+def _open_llama_cpp(file: Path, context: int, vocabulary: int) -> Backend:
+    from luthier.models.llama_cpp import LlamaCppBackend
+
+    return LlamaCppBackend(file, context, vocabulary)
+
+
 BACKENDS: PluginTable[BackendEntry] = PluginTable(
-    "backends", BackendEntry, {"torch": BackendEntry("torch", _open_torch)}
+    "backends",
+    BackendEntry,
+    {
+        "torch": BackendEntry("torch", _open_torch, batches_adapters=True),
+        "llama.cpp": BackendEntry("llama.cpp", _open_torch, _open_llama_cpp, _check_llama_cpp),
+    },
 )
 
 
@@ -115,9 +211,8 @@ def chosen_backend() -> BackendEntry:
     """
     name = os.environ.get(SETTING) or "torch"
     if name not in BACKENDS:
-        names = list(BACKENDS)
-        there = "there is only" if len(names) == 1 else "there are"
-        raise RecipeError(f"{SETTING} is {name!r}, and {there} {', '.join(names)}")
+        raise RecipeError(f"{SETTING} is {name!r}, and there are {', '.join(BACKENDS)}")
+    BACKENDS[name].check()
     return BACKENDS[name]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import backend_of
+from luthier.models.backends import backend_of, read_prompt
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
@@ -59,6 +59,15 @@ class TokenMask(Protocol):
 
     def allowed_mask(self, size: int) -> Tensor:
         """Whether each of ``size`` tokens may follow, ``[V]``."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Go on behind ``token``."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but the end may follow."""
         ...
 
 
@@ -193,6 +202,8 @@ class RunningCompletion:
     logps: list[float] = field(default_factory=list)
     stopped: bool = False
     """Whether a stop token ended it, which is the last of its tokens then."""
+    complete: bool = False
+    """Whether its grammar lets nothing follow."""
     done: bool = False
 
 
@@ -211,11 +222,13 @@ class Decoding:
         first: int = 0,
         together: bool = True,
         logps: bool = False,
+        masks: Sequence[TokenMask] | None = None,
     ) -> None:
         """Read the prompts; ``seeds`` has one for each, and ``first`` numbers their first completions.
 
         ``together`` reads them as one, which is faster and rounds in other ways; ``logps`` keeps the
-        log-probability of each token (see :class:`Completion`).
+        log-probability of each token (see :class:`Completion`); ``masks`` are of their grammars,
+        one for each completion.
         """
         self._backend, self._max_tokens = backend, max_tokens
         self._stop_ids, self._logps = frozenset(stop_ids), logps
@@ -224,18 +237,18 @@ class Decoding:
         else:
             states, logits = [], []
             for prompt_T in prompts:
-                state, logits_V = backend.open(prompt_T), None
-                while logits_V is None:
-                    logits_V = backend.prefill(state)
-                states += backend.fork(state, count)
+                own, logits_V = read_prompt(backend, prompt_T, count)
+                states += own
                 logits += [logits_V] * count
             self._logits_RV = torch.stack(logits)
         self.rows = [
             RunningCompletion(
-                TokenSampler(sampling, seed, first + index, prompt_T), states[place * count + index]
+                TokenSampler(sampling, seed, first + index, prompt_T, mask),
+                states[place * count + index],
             )
             for place, (prompt_T, seed) in enumerate(zip(prompts, seeds, strict=True))
             for index in range(count)
+            for mask in [masks[place * count + index] if masks else None]
         ]
         """In the order of the prompts, those of one prompt side by side."""
         self._alive = list(self.rows)
@@ -258,7 +271,10 @@ class Decoding:
         for row, token in zip(rows, tokens, strict=True):
             row.ids.append(token)
             row.stopped = token in self._stop_ids
-            if row.stopped or len(row.ids) == self._max_tokens:
+            if (mask := row.sampler.mask) is not None and not row.stopped:
+                mask.take(token)
+                row.complete = mask.is_finished
+            if row.stopped or row.complete or len(row.ids) == self._max_tokens:
                 self.end(row)
         return rows
 
@@ -288,13 +304,6 @@ class Completion:
     """Whether a stop token ended it, and not the limit of tokens."""
 
 
-def random_seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
-    """``count`` seeds from ``generator``, or from torch's global state, which checkpoints keep."""
-    device = "cpu" if generator is None else generator.device
-    seeds: list[int] = torch.randint(2**62, (count,), generator=generator, device=device).tolist()
-    return seeds
-
-
 @torch.no_grad()
 def sample(
     network: Network,
@@ -315,7 +324,8 @@ def sample(
     mode it found it in. ``seeds`` has one for each prompt; without them all have that of ``sampling``.
     Where an encoder has read the prompts already (images), its states are ``encoded_RSH``, and a prompt
     is the number of its row there.
-    At most ``batch_size`` rows run at once; ``done`` hears how many are finished.
+    At most ``batch_size`` rows run at once; ``done`` hears how many are finished. Where processes share
+    the work, each writes behind a part of the prompts, and all come to know all completions.
 
     Raises:
         RecipeError: where the network writes no text, a prompt is empty or leaves no room in the
@@ -324,9 +334,13 @@ def sample(
     max_tokens = sampling.max_tokens
     if count < 1 or max_tokens is None:
         raise RecipeError("completions and their tokens must be at least 1")
+    if sampling.constraint is not None:
+        raise RecipeError("what is sampled here follows no schema, regex or grammar")
     context = _check(network, prompts, max_tokens)
     if seeds is None:
         seeds = [seed_of(sampling)] * len(prompts)
+    if network.processes.size > 1:
+        return _share_prompts(network, prompts, count, sampling, stop_ids, seeds, batch_size)
     soft = np.array(heads.prompt_ids(network.model), dtype=np.int64)
     found: list[list[Completion]] = [[] for _ in prompts]
     finished = 0
@@ -357,6 +371,38 @@ def sample(
             finished += len(decoding.rows)
             done(finished)
     return found
+
+
+def _share_prompts(
+    network: Network,
+    prompts: Sequence[IntArray],
+    count: int,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    seeds: Sequence[int],
+    batch_size: int,
+) -> list[list[Completion]]:
+    """:func:`sample` by all processes, each with every so many-th prompt."""
+    processes = network.processes
+    own = slice(processes.rank, None, processes.size)
+    with network.whole_work():
+        written = sample(
+            network,
+            prompts[own],
+            count,
+            sampling,
+            stop_ids=stop_ids,
+            seeds=seeds[own],
+            batch_size=batch_size,
+        )
+    plain = [[(c.ids_T.tolist(), c.logp_T.tolist(), c.stopped) for c in row] for row in written]
+    return [
+        [
+            Completion(np.array(ids, dtype=np.int64), np.array(logps, dtype=np.float32), stopped)
+            for ids, logps, stopped in row
+        ]
+        for row in processes.interleave(plain)
+    ]
 
 
 def seed_of(sampling: Sampling) -> int:

@@ -7,7 +7,7 @@ shapes a sequence meets depends on its own length alone, and on no other sequenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 STEP = 64
 """Lengths of banks are multiples of this: few sizes, few kernels."""
-CHUNK_STEP = 32
-"""Tokens of a prompt that run at once are filled up to a multiple of this."""
+CHUNK = 256
+"""A chunk of a prompt ends at a multiple of this at the latest."""
+CHUNK_STEP = 8
+"""Tokens of a prompt that run at once are filled up to a multiple of this, those of all to twice it."""
 
 
 def room_for(tokens: int) -> int:
@@ -29,7 +31,62 @@ def room_for(tokens: int) -> int:
     return room
 
 
+def keys_for(tokens: int) -> int:
+    """How many keys a chunk that ends at ``tokens`` looks at: a multiple of ``STEP`` or ``CHUNK``.
+
+    It is the same for all chunks that end before the same multiple of ``CHUNK``, as kernels sum long
+    products in blocks: so a prompt has the same bits wherever its chunks begin and end. Up to ``CHUNK``
+    the sums are of one block.
+    """
+    step = STEP if tokens <= CHUNK else CHUNK
+    return -(-tokens // step) * step
+
+
 Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Keys and values of some tokens that follow each other, ``[Hk, N, D]`` for each layer."""
+
+    layers: dict[int, Pair]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return int(next(iter(self.layers.values()))[0].shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(part.nbytes for pair in self.layers.values() for part in pair)
+
+    def first(self, count: int) -> KeyValues:
+        """Those of the first ``count`` tokens, which hold all of them."""
+        return self._map(lambda part_HND: part_HND[:, :count])
+
+    def split(self, at: int) -> tuple[KeyValues, KeyValues]:
+        """Those of the first ``at`` tokens and of the others, neither of which holds the other."""
+        return (
+            self._map(lambda part_HND: part_HND[:, :at].clone()),
+            self._map(lambda part_HND: part_HND[:, at:].clone()),
+        )
+
+    def concat(self, others: Sequence[KeyValues]) -> KeyValues:
+        """These and those of ``others`` behind them."""
+        return KeyValues(
+            {
+                layer: (
+                    torch.cat([key, *(other.layers[layer][0] for other in others)], 1),
+                    torch.cat([value, *(other.layers[layer][1] for other in others)], 1),
+                )
+                for layer, (key, value) in self.layers.items()
+            }
+        )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> KeyValues:
+        return KeyValues(
+            {layer: (change(key), change(value)) for layer, (key, value) in self.layers.items()}
+        )
 
 
 @dataclass(eq=False)
@@ -40,6 +97,9 @@ class Span:
     slot: int
     length: int = 0
     """Tokens whose keys and values are there."""
+
+
+StepRow = tuple[Span, int]
 
 
 @dataclass(eq=False)
@@ -122,60 +182,104 @@ class Banks:
         return larger
 
 
-class ChunkAttention:
-    """Attention of the next ``count`` tokens of a prompt to those before them and each other.
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of a prompt: ``count`` of them, filled up to ``size``, from row ``first`` on.
 
-    ``N`` tokens run, of which those beyond ``count`` only fill up; nothing looks at them.
+    ``before`` keys of a prefix stand in front; they come with the first chunk.
     """
 
-    def __init__(self, span: Span, size: int, before: int, device: torch.device) -> None:
-        """``before`` keys of a prefix stand in front; they come with the first chunk."""
-        self.span, self.before = span, before if not span.length else 0
-        self.start = span.length
-        end = self.start + self.before + size
-        self.longest = end
-        self._keys = -(-end // STEP) * STEP
-        query_N = torch.arange(end - size, end, device=device)
-        sees_NK = torch.arange(self._keys, device=device) <= query_N[:, None]
-        self._mask_NK = torch.zeros(sees_NK.shape, device=device)
-        self._mask_NK.masked_fill_(~sees_NK, -torch.inf)
+    span: Span
+    first: int
+    count: int
+    before: int
+    start: int
+
+    @staticmethod
+    def of(span: Span, first: int, unread: int, before: int) -> Chunk:
+        """What is read next of a prompt of which ``unread`` tokens are left."""
+        before = 0 if span.length else before
+        start = span.length + before
+        count = min(unread, CHUNK - start % CHUNK)
+        return Chunk(span, first, count, before, start)
+
+    @property
+    def size(self) -> int:
+        """Rows that it takes."""
+        return -(-self.count // CHUNK_STEP) * CHUNK_STEP
+
+    @property
+    def end(self) -> int:
+        """Tokens before its end."""
+        return self.start + self.count
+
+
+class ChunkAttention:
+    """Attention of the next tokens of prompts, each to those before them and to each other.
+
+    The keys of what only fills up are not kept.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+        self._chunks, self._masks = chunks, []
+        for chunk in chunks:
+            query_N = torch.arange(chunk.start, chunk.start + chunk.size, device=device)
+            sees_NK = torch.arange(keys_for(chunk.end), device=device) <= query_N[:, None]
+            mask_NK = torch.zeros(sees_NK.shape, device=device)
+            self._masks.append(mask_NK.masked_fill_(~sees_NK, -torch.inf))
+        self.longest = max(chunk.end for chunk in chunks)
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Query ``[1, Hq, N, D]``, key and value ``[1, Hk, N, D]`` to ``[1, N, Hq, D]``."""
-        if self.before:
-            key, value = module.key_value_prefix(key, value)
-        all_k, all_v = self.span.bank.of(module.layer_idx, key, value)
-        mine_k, mine_v = all_k[self.span.slot], all_v[self.span.slot]
-        end = self.start + key.shape[2]
-        mine_k[:, self.start : end], mine_v[:, self.start : end] = key[0], value[0]
-        heads, size = len(mine_k), query.shape[2]
-        q_HQD = query[0].reshape(heads, -1, query.shape[-1])
-        scores = torch.bmm(q_HQD, mine_k[:, : self._keys].mT).mul_(scale)
-        scores.view(heads, -1, size, self._keys).add_(self._mask_NK.to(scores.dtype))
-        out = torch.bmm(torch.softmax(scores, -1), mine_v[:, : self._keys])
-        return out.view(-1, size, value.shape[-1]).transpose(0, 1)[None]
+        outs = []
+        for chunk, mask_NK in zip(self._chunks, self._masks, strict=True):
+            rows = slice(chunk.first, chunk.first + chunk.size)
+            real = slice(chunk.first, chunk.first + chunk.count)
+            own_k, own_v = key[:, :, real], value[:, :, real]
+            if chunk.before:
+                own_k, own_v = module.key_value_prefix(own_k, own_v)
+            all_k, all_v = chunk.span.bank.of(module.layer_idx, own_k, own_v)
+            mine_k, mine_v = all_k[chunk.span.slot], all_v[chunk.span.slot]
+            place = slice(chunk.span.length, chunk.end)
+            mine_k[:, place], mine_v[:, place] = own_k[0], own_v[0]
+            heads, keys = len(mine_k), mask_NK.shape[1]
+            q_HQD = query[0, :, rows].reshape(heads, -1, query.shape[-1])
+            scores = torch.bmm(q_HQD, mine_k[:, :keys].mT).mul_(scale)
+            scores.view(heads, -1, chunk.size, keys).add_(mask_NK.to(scores.dtype))
+            out = torch.bmm(torch.softmax(scores, -1), mine_v[:, :keys])
+            outs.append(out.view(-1, chunk.size, value.shape[-1]).transpose(0, 1))
+        fill = query.shape[2] - sum(chunk.size for chunk in self._chunks)
+        outs.append(query.new_zeros(fill, query.shape[1], value.shape[-1]))
+        return torch.cat(outs)[None]
 
 
 class StepAttention:
-    """Attention of one further token of each of several sequences.
+    """Attention of the next tokens of several sequences, one token or more of each.
 
-    ``spans`` are in the order of :func:`in_order`; those that are neighbours in a bank run as one.
-    Between them there may be others, which take no step now. Rows beyond them fill up.
+    A row is a place in a bank and the number of the sequence's tokens in this step that stand before
+    it. ``rows`` are in the order of :func:`in_order`; those that are neighbours in a bank run as one,
+    with the shapes that they have when each takes its steps one by one. Between them there may be
+    others, which take no step now. Rows beyond them fill up.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[StepRow], device: torch.device) -> None:
         self._runs: list[_Run] = []
         first = 0
-        while first < len(spans):
-            bank, end = spans[first].bank, first + 1
-            slot = spans[first].slot - first
-            while end < len(spans) and spans[end].bank is bank and spans[end].slot == slot + end:
+        while first < len(rows):
+            (span, ahead), end = rows[first], first + 1
+            slot = span.slot - first
+            while (
+                end < len(rows)
+                and rows[end][0].bank is span.bank
+                and rows[end][0].slot == slot + end
+                and rows[end][1] == ahead
+            ):
                 end += 1
-            self._runs.append(_Run.of(spans[first:end], first, device))
+            self._runs.append(_Run.of(rows[first:end], first, device))
             first = end
-        self.longest = max(span.length for span in spans) + 1
+        self.longest = max(span.length + ahead for span, ahead in rows) + 1
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
@@ -193,7 +297,7 @@ class StepAttention:
 
 @dataclass(frozen=True)
 class _Run:
-    """Sequences of one bank: ``R`` slots from ``slot`` on."""
+    """Rows of one bank: ``R`` slots from ``slot`` on."""
 
     bank: Bank
     slot: int
@@ -204,13 +308,13 @@ class _Run:
     mask_R1K: Tensor
 
     @staticmethod
-    def of(spans: Sequence[Span], first: int, device: torch.device) -> _Run:
-        bank, slot = spans[0].bank, spans[0].slot
-        length_R = torch.tensor([span.length for span in spans], device=device)
-        slot_R = torch.arange(slot, slot + len(spans), device=device)
+    def of(rows: Sequence[StepRow], first: int, device: torch.device) -> _Run:
+        bank, slot = rows[0][0].bank, rows[0][0].slot
+        length_R = torch.tensor([span.length + ahead for span, ahead in rows], device=device)
+        slot_R = torch.arange(slot, slot + len(rows), device=device)
         sees_RK = torch.arange(bank.room, device=device) <= length_R[:, None]
         mask_RK = torch.zeros(sees_RK.shape, device=device).masked_fill_(~sees_RK, -torch.inf)
-        return _Run(bank, slot, first, len(spans), slot_R, length_R, mask_RK[:, None])
+        return _Run(bank, slot, first, len(rows), slot_R, length_R, mask_RK[:, None])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         all_k, all_v = self.bank.of(layer, key, value)
@@ -228,6 +332,8 @@ class _Run:
         return out.view(self.count, -1, value.shape[-1])
 
 
-def in_order(spans: Sequence[Span]) -> list[int]:
-    """Indices of ``spans`` so that neighbours in a bank are neighbours."""
-    return sorted(range(len(spans)), key=lambda i: (spans[i].bank.room, spans[i].slot))
+def in_order(rows: Sequence[StepRow]) -> list[int]:
+    """Indices of ``rows``: those nobody is ahead of first, and neighbours in a bank as neighbours."""
+    return sorted(
+        range(len(rows)), key=lambda i: (rows[i][1], rows[i][0].bank.room, rows[i][0].slot)
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
@@ -30,6 +32,16 @@ def replace_modules(
     for name in names:
         parent, child = parent_of(model, name)
         setattr(parent, child, make(getattr(parent, child)))
+
+
+def share_layers(model: Any) -> Any:
+    """``model`` again, with the same layers and weights in modules of its own above them.
+
+    A layer can be put in the place of another there, and the first network does not change.
+    """
+    shared = [each for each in model.modules() if next(each.children(), None) is None]
+    shared += [*model.parameters(), *model.buffers(), model.config]
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -69,6 +81,31 @@ def layer_names(model: nn.Module) -> list[str]:
             sorted(found) if is_dual_encoder(getattr(model, "config", None)) else found
         )
     ]
+
+
+@contextmanager
+def first_layer_alone(model: nn.Module) -> Iterator[None]:
+    """The network with the first of its layers only, where all are alike: what one does all do.
+
+    For measurements that only the shapes of the layers decide. Other networks stay whole.
+    """
+    from torch import nn
+
+    names = layer_names(model)
+    stack, *further = {parent_of(model, name)[0] for name in names}
+    shapes = {
+        tuple((each, weight.shape) for each, weight in model.get_submodule(name).named_parameters())
+        for name in names
+    }
+    if further or len(shapes) > 1 or len(stack) != len(names):  # type: ignore[arg-type]
+        yield
+        return
+    holder, place = parent_of(model, names[0].rpartition(".")[0])
+    setattr(holder, place, nn.ModuleList([model.get_submodule(names[0])]))
+    try:
+        yield
+    finally:
+        setattr(holder, place, stack)
 
 
 def layer_positions(names: Iterable[str], layers: Sequence[str]) -> dict[str, int]:

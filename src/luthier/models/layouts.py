@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +30,7 @@ from luthier.models.modalities import (
     run_media,
     text_config,
 )
+from luthier.models.row_attention import LENGTH_STEP, RowAttention, plan_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from luthier.data.tree import TokenTree
     from luthier.models.network import Network, TreeBatch
     from luthier.types import Example, IntArray
+
+
+SIZE_STEP = 32
+"""Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
 
 
 class Layout:
@@ -73,6 +78,16 @@ class Layout:
         """Last hidden states ``[N, H]`` of the nodes of ``batch``."""
         raise NotImplementedError
 
+    @property
+    def side_by_side(self) -> Layout:
+        """The same, with rows kept apart where the layout can do that."""
+        return self
+
+    @property
+    def size_step(self) -> int:
+        """A tree is filled up to a multiple of so many nodes."""
+        return SIZE_STEP
+
 
 def layout_of(model: Any, both_ways: bool) -> Layout:
     """The layout ``model`` can take; its attention is replaced where it is the flat one."""
@@ -82,11 +97,17 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
         return (DualEncoder if is_dual_encoder(model.config) else ImageEncoderDecoder)(model)
     if heads.decoder_of(model) is not None:
         return EncoderDecoder(model)
-    if not model._supports_attention_backend:
+    if not is_flat(model):
         return Padded(model)
     register()
     model.set_attn_implementation(NAME)
     return Flat(heads.first_position(model), both_ways)
+
+
+def is_flat(model: Any) -> bool:
+    """Whether ``model`` reads texts and can take the flat layout."""
+    texts = media_config(model.config) is None and heads.decoder_of(model) is None
+    return texts and bool(model._supports_attention_backend)
 
 
 @dataclass(frozen=True)
@@ -95,12 +116,26 @@ class Flat(Layout):
 
     first_position: int
     both_ways: bool
+    rows_apart: bool = False
+    """Whether trees are forests of chains of which none depends on the others, to the last bit."""
     flat: ClassVar[bool] = True
+
+    @property
+    def side_by_side(self) -> Layout:
+        """See :attr:`Layout.side_by_side`."""
+        return replace(self, rows_apart=True)
+
+    @property
+    def size_step(self) -> int:
+        """See :attr:`Layout.size_step`; often a single short row is read."""
+        return LENGTH_STEP if self.rows_apart else SIZE_STEP
 
     def plan(
         self, tree: TokenTree, device: torch.device, dtype: torch.dtype, before: int = 0
-    ) -> AttentionPlan:
+    ) -> AttentionPlan | RowAttention:
         """The attention over ``tree``."""
+        if self.rows_apart and device.type == "cpu":
+            return plan_rows(tree, self.both_ways, before)
         return plan_attention(tree, device, dtype, self.both_ways, before)
 
     def run(self, backbone: Any, batch: TreeBatch) -> Tensor:

@@ -41,6 +41,7 @@ from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
+    is_flat,
     read_states,
 )
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
@@ -97,6 +98,8 @@ class DescribedNetwork:
     """What the head of the class that it names is for."""
     numbers: int
     """Numbers of its weights; of an encoder of texts or a classifier without the head."""
+    flat: bool
+    """Whether many of its sequences can be written side by side (:mod:`luthier.models.layouts`)."""
 
 
 def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
@@ -156,7 +159,7 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     if not fields.get("quantization_config"):  # its files hold several numbers in one
         tables = sum(table.nbytes for table in network.buffers())
         check_sizes(numbers, tables, sum(map(check_weights, _parts(folder))))
-    return DescribedNetwork(task, numbers)
+    return DescribedNetwork(task, numbers, is_flat(network))
 
 
 def _import_libraries(folder: Path) -> None:

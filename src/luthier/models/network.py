@@ -7,8 +7,8 @@ or a ``[B, T, V]`` tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,15 @@ from luthier.data.tree import TokenTree, build_tree, pad_tree, split_to_budget
 from luthier.errors import RecipeError
 from luthier.models import heads
 from luthier.models.bottom import Bottom
-from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, Layout, layout_of
+from luthier.models.layers import share_layers
+from luthier.models.layouts import IMAGES_HELD, MOST_IMAGES, SIZE_STEP, Layout, layout_of
 from luthier.models.modalities import context_length
 from luthier.models.prefix import prefix_tokens
+from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-
-SIZE_STEP = 32
-"""Nodes and loss positions of a micro-batch are rounded up to a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ class TreeBatch:
     """Flat index of the token each edge predicts."""
     extra: Any = None
     """What the objective adds to it."""
+    place: int = 0
+    """Its number among the micro-batches of all processes."""
     as_given: bool = True
     """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
 
@@ -69,7 +70,7 @@ class TreeBatch:
 
         ``before`` is the length of the network's prefix.
         """
-        tree = pad_tree(tree, SIZE_STEP)
+        tree = pad_tree(tree, layout.size_step)
         parent_E = tree.parent_N[tree.edge_child_E]
         # Children of one parent are not neighbours in depth-first order.
         order = np.argsort(parent_E, kind="stable")
@@ -128,17 +129,33 @@ class Network:
         self.layout = layout_of(model, both_ways)
         self.bottom: Bottom | None = None
         """What the frozen bottom gives for each row, where that was computed ahead."""
+        self.base: Network | None = None
+        """Whose layers it shares, where it is that network with an adapter (:meth:`with_adapter`)."""
         self.others: dict[str, Network] = {}
         """Further networks the objective asked for, by the name it gave them: a teacher, a judge."""
         self.cache: Any = None
         """What the objective computed ahead for the rows."""
         self.chat: ChatFormat | None = None
         """How texts become its tokens; objectives that let it write or read texts need it."""
+        self.group = ALONE
+        """The processes that train it."""
+        self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
     @cached_property
     def _backbone(self) -> Any:
         return self.model.base_model
+
+    def with_adapter(self, attach: Callable[[Any], None]) -> Network:
+        """This network with an adapter, of which ``attach`` puts the layers into their places.
+
+        Both share all other layers, in eval mode, and this one stays as it is.
+        """
+        model = share_layers(self.model)
+        attach(model)
+        network = Network(model.eval(), self.device, self.dtype, self.both_ways)
+        network.base = self
+        return network
 
     @cached_property
     def context(self) -> int:
@@ -242,7 +259,7 @@ class Network:
     def close(self) -> None:
         """Let go of the weights, so that their memory can be used again."""
         self.model = None
-        self._start, self.others, self.cache = [], {}, None
+        self._start, self.others, self.cache, self.base = [], {}, None, None
         self.__dict__.pop("_backbone", None)
 
     @property
@@ -250,30 +267,73 @@ class Network:
         """Whether rows with the same beginning can share it."""
         return self.layout.flat and not self.both_ways
 
-    def batch(self, tree: TokenTree, prefix: bool = True) -> TreeBatch:
-        """``tree`` on this network's device, behind the network's prefix if it has one."""
-        before = prefix_tokens(self.model) if prefix else 0
-        return TreeBatch.of(tree, self.device, self.dtype, self.layout, before)
+    def batch(
+        self, tree: TokenTree, prefix: bool = True, layout: Layout | None = None
+    ) -> TreeBatch:
+        """``tree`` on this network's device, behind the network's prefix if it has one.
 
-    def batches(self, examples: Sequence[Example], budget: int) -> Iterator[TreeBatch]:
+        ``layout`` stands for the network's own.
+        """
+        before = prefix_tokens(self.model) if prefix else 0
+        return TreeBatch.of(tree, self.device, self.dtype, layout or self.layout, before)
+
+    def batches(
+        self, examples: Sequence[Example], budget: int, side_by_side: bool = False
+    ) -> Iterator[TreeBatch]:
         """``examples`` in micro-batches of at most ``budget`` tokens (more where a row is longer).
 
-        Each is made when it is asked for: one of images holds their pixels.
+        Each is made when it is asked for: one of images holds their pixels. Rows ``side_by_side``
+        share nothing; :mod:`luthier.models.row_attention` says what that is for. Where processes share
+        the work (:meth:`split_work`), these are the micro-batches of this one; the first process
+        always has one.
         """
+        layout = self.layout.side_by_side if side_by_side else self.layout
+        shares = self.shares and not side_by_side
         media = self.layout.reads_media
         if media:
             budget = min(budget, MOST_IMAGES)
-        parts = split_to_budget(examples, budget, self.shares, whole_rows=media)
-        return (self.batch(self._tree(part)) for part in parts)
+        group = self.processes
+        parts = split_to_budget(examples, budget, shares, media, group.size)
+        own = [*enumerate(parts)][group.rank :: group.size]
+        return (
+            replace(self.batch(self._tree(part, shares), layout=layout), place=place)
+            for place, part in own
+        )
+
+    @property
+    def processes(self) -> ProcessGroup:
+        """Those that share the work at hand: this one alone, but in :meth:`split_work`."""
+        return self.group if self._is_split else ALONE
+
+    @contextmanager
+    def split_work(self) -> Iterator[ProcessGroup]:
+        """Let each process of the group have its part of the micro-batches.
+
+        All of them must come here alike, and what is to be of all rows has to be exchanged.
+        """
+        with self._splitting(True):
+            yield self.group
+
+    def whole_work(self) -> AbstractContextManager[None]:
+        """Let this process do, within :meth:`split_work`, what the others need not do alike."""
+        return self._splitting(False)
+
+    @contextmanager
+    def _splitting(self, is_split: bool) -> Iterator[None]:
+        before, self._is_split = self._is_split, is_split
+        try:
+            yield
+        finally:
+            self._is_split = before
 
     def parts(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         """``examples`` in parts of which all batches may be held at once; of texts that is all."""
         size = IMAGES_HELD if self.layout.reads_media else max(1, len(examples))
         return (examples[start : start + size] for start in range(0, len(examples), size))
 
-    def _tree(self, rows: Sequence[Example]) -> TokenTree:
+    def _tree(self, rows: Sequence[Example], shares: bool) -> TokenTree:
         """The rows behind the soft prompt, where there is one."""
         prompt = heads.prompt_ids(self.model)
         if heads.decoder_of(self.model) is None:
-            return build_tree(rows, self.shares, prompt)
-        return replace(build_tree(rows, self.shares), source_before=prompt)
+            return build_tree(rows, shares, prompt)
+        return replace(build_tree(rows, shares), source_before=prompt)

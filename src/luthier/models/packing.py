@@ -1,9 +1,11 @@
 """Weights in the order the processor's matrix kernels read them, for as long as a network decodes.
 
-With a few rows a bfloat16 product takes as long as reading its weight, and oneDNN brings the weight
-into the order it wants in each call. Done once ahead, a product of 1 to 16 rows takes half the time, of
-32 two thirds; the sums are the same but for their order, and rounded once. A second copy of the weights
-lives while :func:`packed` is open: they may be other ones afterwards.
+With a few rows a product takes as long as reading its weight, and oneDNN brings one of bfloat16 into
+the order it wants in each call. Done once ahead, such a product of 1 to 16 rows takes half the time, of
+32 two thirds; the sums are the same but for their order, and rounded once. Products in float32 gain
+less, but each row of them has the same bits for any number of rows (from 2), which those of the plain
+weight have from 64 only. A second copy of the weights lives while :func:`packed_linears` is open: they
+may be other ones afterwards.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST_ROWS = 64
-"""Products of more rows gain nothing, and take the plain weight."""
 SMALLEST = 1 << 16
 """Weights of fewer numbers stay in the cache."""
 _NAME = "packed_weight"
@@ -26,8 +26,9 @@ _NAME = "packed_weight"
 class PackedWeight:
     """The weight of a linear layer in the kernels' order."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._layer = layer
+    def __init__(self, layer: nn.Linear, branched: bool) -> None:
+        """``branched`` where one low-rank branch belongs to it, the same in every call."""
+        self._layer, self._branched = layer, branched
         self._branch: tuple[Tensor, Tensor] | None = None
 
     @cached_property
@@ -36,26 +37,44 @@ class PackedWeight:
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's ``x W^T + b`` for ``x [..., in]``."""
-        layer = self._layer
-        if x.numel() > MOST_ROWS * x.shape[-1]:
-            return nn.functional.linear(x, layer.weight, layer.bias)
-        return _product(x, self._packed_weight, layer.bias)
+        if x.numel() == x.shape[-1] and x.dtype == torch.float32:
+            # One row would be another kernel's, and have other bits than beside a second one.
+            both = x.reshape(1, -1).repeat(2, 1)
+            y = _product(both, self._packed_weight, self._layer.bias)[:1]
+            return y.reshape(*x.shape[:-1], -1)
+        return _product(x, self._packed_weight, self._layer.bias)
 
     def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
         """``x W^T + scale x A^T B^T``, rounded once.
 
-        Of a few rows it is one product, ``[x, x A^T] [W, scale B]^T``: each further one takes half as
-        long as the whole. ``A`` and ``B`` are the same in every call.
+        It is one product, ``[x, x A^T] [W, scale B]^T``: of a few rows each further one takes half as
+        long as the whole. That copies the weight, so it is done for a branch alone that stays.
         """
-        if len(x_NI) > MOST_ROWS:
-            update_NO = torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t())
-            return update_NO.addmm_(x_NI, self._layer.weight.t())
+        if not self._branched:
+            return self.plus(x_NI, torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t()))
         if self._branch is None:
             wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
             self._branch = _reorder(a_rI), _reorder(wide)
         packed_a, packed_wide = self._branch
         z_Nr = _product(x_NI, packed_a, None)
         return _product(torch.cat([x_NI, z_Nr], 1), packed_wide, None)
+
+    def plus(self, x_NI: Tensor, update_NO: Tensor) -> Tensor:
+        """``x W^T + update``, rounded once."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x_NI, update_NO, self._packed_weight, None, "add"
+        )
+        return y
+
+
+def linear_plus(layer: Any, x_NI: Tensor, update_NO: Tensor) -> Tensor:
+    """What a linear layer, or GPT-2's ``Conv1D``, makes of ``x``, with ``update`` added inside."""
+    if (packed := packed_weight(layer)) is not None:
+        y = packed.plus(x_NI, update_NO)
+    else:
+        weight_IO = layer.weight.t() if isinstance(layer, nn.Linear) else layer.weight
+        y = torch.addmm(update_NO, x_NI, weight_IO)
+    return y if layer.bias is None else y + layer.bias
 
 
 def _reorder(weight: Tensor) -> Tensor:
@@ -75,15 +94,24 @@ def packed_weight(layer: Any) -> PackedWeight | None:
 
 
 @contextmanager
-def packed_linears(model: nn.Module) -> Iterator[None]:
-    """Pack the linear layers of a network in bfloat16 on a CPU; other networks stay as they are.
+def packed_linears(model: nn.Module, smallest: int = SMALLEST) -> Iterator[None]:
+    """Pack the linear layers of a network on a CPU; other networks stay as they are.
 
-    Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it.
+    Without gradients only. Layers that wrap a linear one ask :func:`packed_weight` for it. Of 0 as
+    ``smallest`` no layer is left out, for the bits alone.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer)]
+    layers = [
+        layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer, smallest)
+    ]
+    # A network that several adapters share is plain here: they stand in networks of their own.
+    branched = {
+        module.base_layer
+        for module in model.modules()
+        if {"base_layer", "lora_A"} <= module._modules.keys()
+    }
     try:
         for layer in layers:
-            weight = PackedWeight(layer)
+            weight = PackedWeight(layer, layer in branched)
             layer.__dict__[_NAME] = weight
             layer.__dict__["forward"] = weight.product
         yield
@@ -93,12 +121,14 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _gains(layer: nn.Linear) -> bool:
+def _gains(layer: nn.Linear, smallest: int) -> bool:
     weight = layer.weight
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and weight.numel() >= SMALLEST
+        and weight.numel() >= smallest
         and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
     )

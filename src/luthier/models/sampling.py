@@ -5,8 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from luthier.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the whole text of an answer has to match, by the name of its field in :class:`Sampling`."""
+
+    kind: Literal["schema", "regex", "grammar"]
+    definition: Mapping[str, Any] | bool | str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The field of :class:`Sampling` that says so."""
+        return {self.kind: self.definition}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +50,12 @@ class Sampling:
     """Texts that end an answer, and are no part of it."""
     seed: int | None = 0
     """Seed of the draws, the same for every prompt; a random one where it is ``None``."""
+    schema: Mapping[str, Any] | bool | None = None
+    """JSON schema that answers have to match; ``True`` for any JSON object."""
+    regex: str | None = None
+    """Regular expression that whole answers have to match, in the syntax of Rust's ``regex``."""
+    grammar: str | None = None
+    """Context-free grammar of answers, from ``start`` on, in the Lark syntax of ``llguidance``."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -53,3 +73,14 @@ class Sampling:
             raise RecipeError("a stop sequence must not be empty")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise RecipeError("seed must be 0 or more, and below 2**63")
+        if [self.schema, self.regex, self.grammar].count(None) < 2:
+            raise RecipeError("an answer matches one of schema, regex and grammar")
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What answers have to match, where that was said."""
+        if self.schema is not None:
+            return Constraint("schema", self.schema)
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        return None if self.grammar is None else Constraint("grammar", self.grammar)

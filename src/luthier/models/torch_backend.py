@@ -2,17 +2,22 @@
 
 On the flat layout all sequences take their steps together: their next tokens go through the layers as
 the rows of one matrix, and each looks at its own keys and values. What a row gives must not depend on
-the others, to the last bit. A prompt is therefore read alone, in chunks that depend on its own length;
-and as a product's rows are computed alike for most numbers of rows, but not for all of them (with one
-row, kernels of another kind may be taken), steps are filled up to numbers of rows that give the same
-bits. A server probes the network for them. Others take those that pass wherever it was tried: they give
-the server's bits where it finds them too, and run at full speed where it does not.
+the others, to the last bit. As a product's rows are computed alike for most numbers of rows, but not
+for all of them (with one row, kernels of another kind may be taken), steps are filled up to numbers of
+rows that give the same bits. A server probes the network for them. Others take those that pass wherever
+it was tried: they give the server's bits where it finds them too, and run at full speed where it does
+not. Prompts are read in chunks, several prompts at once, and from where an earlier one parts from them,
+if that gives the same bits; else each alone, from multiples of :data:`CHUNK` on.
+
+The rows that fill up a step of few sequences check guesses of what these write next
+(:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own.
 
 Networks that have no flat layout run by their own forward and cache.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,20 +31,27 @@ from luthier.data.tree import build_tree, split_to_budget
 from luthier.models import heads
 from luthier.models.attention import AttentionPlan
 from luthier.models.kv_cache import (
+    CHUNK,
     CHUNK_STEP,
     STEP,
     Bank,
     Banks,
+    Chunk,
     ChunkAttention,
+    KeyValues,
     Span,
     StepAttention,
     in_order,
+    keys_for,
     room_for,
 )
+from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.modalities import text_config
 from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
+from luthier.models.row_adapters import Adapter, SharedBase
+from luthier.models.speculation import PromptLookup
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -52,19 +64,25 @@ SIZES = (4, 8, 16, 32, 64)
 SMALL = 4096
 """Batched products of no more multiplications are made by another kernel, where numbers have 16 bits;
 one sequence alone must not fall below it."""
-CHUNK = 256
-"""Tokens of a prompt that are read at once; between two chunks the others take a step."""
+GUESSING = 8
+"""Rows of a step of fewer sequences, where guesses fill them: they take little more time than one."""
 PROBES = 16
 """Rows that are compared when a network is probed."""
 PREFILL_TOKENS = 8192
 """Tokens of prompts that run at once where many are read together."""
 
 
+NOTHING: IntArray = np.zeros(0, dtype=np.int64)
+
+
 def torch_backend(network: Network, context: int, exact: bool = False) -> Backend:
     """See :data:`luthier.models.backends.OpenBackend`."""
-    if isinstance(network.layout, Flat):
+    if not isinstance(network.layout, Flat):
+        return ForwardBackend(network, context)
+    if network.base is None:
         return FlatBackend(network, context, exact)
-    return ForwardBackend(network, context)
+    alone = FlatBackend(network.base, context, exact)
+    return AdaptedBackend(alone, network, context, alone=True)
 
 
 class _Recording:
@@ -85,25 +103,49 @@ class _Recording:
 class _FlatSequence:
     """A sequence of :class:`FlatBackend`."""
 
-    def __init__(self, ids_T: IntArray, span: Span) -> None:
-        self.ids_T, self.span, self.read = ids_T, span, 0
+    def __init__(self, ids_T: IntArray, span: Span, lookup: PromptLookup, adapter: Adapter) -> None:
+        """``ids_T`` is to be read; ``lookup`` knows the whole prompt."""
+        self.ids_T, self.span, self.read, self.lookup = ids_T, span, 0, lookup
+        self.adapter = adapter
+        """What its keys and values are made with; the base itself is one without layers."""
+        self.guess: list[int] = []
+        """Tokens whose keys and values stand behind its own, in case that they are written next."""
+        self.logits: list[Tensor] = []
+        """``[V]`` behind each of them."""
+        self.right = 0
+        """How many of the guess were written."""
 
     @property
     def unread(self) -> int:
         return len(self.ids_T) - self.read
 
+    def takes(self, token: int) -> Tensor | None:
+        """Logits behind ``token``, which is written now, where it was guessed."""
+        self.lookup.append(token)
+        if self.guess and self.guess[0] == token:
+            self.span.length += 1
+            self.right += 1
+            del self.guess[0]
+            return self.logits.pop(0)
+        if self.logits or self.right:
+            self.lookup.learn(self.right)
+        self.guess, self.logits, self.right = [], [], 0
+        return None
+
 
 class FlatBackend:
     """Networks on the flat layout: all sequences step together. Safe to share between threads."""
+
+    sequences = sys.maxsize
 
     def __init__(self, network: Network, context: int, exact: bool = False) -> None:
         window = getattr(network.model.config, "sliding_window", None)
         # Attention here sees everything; where a network would forget, a sequence ends.
         self.context = min(context, window) if isinstance(window, int) and window else context
         self.network, self._layout = network, network.layout
+        self.device = network.device
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
-        self._before = prefix_tokens(network.model)
         self._open = ExitStack()
         self._open.enter_context(packed_linears(network.model))
         self._banks = Banks()
@@ -114,44 +156,148 @@ class FlatBackend:
         self._bytes = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size) * width
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
+        self._base = Adapter(network, network.model, {}, prefix_tokens(network.model))
         self.sizes: tuple[int, ...] = SIZES
+        self.divisible = True
+        """Whether a prompt has the same bits wherever its chunks begin, whatever is read beside it."""
         if exact:
             large = int(config.num_attention_heads) * int(size) * STEP > SMALL
-            self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
+            with first_layer_alone(network.model):
+                self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
+                self.divisible = len(self.sizes) > 1 and self._probe_chunks()
         self.rows = self.sizes[-1]
+        self._shared = SharedBase(network, self.sizes)
 
-    def bytes_of(self, tokens: int) -> int:
+    def with_adapter(self, network: Network, context: int) -> Backend:
+        """A backend for ``network``, which is this one's with an adapter; both step together."""
+        return AdaptedBackend(self, network, context)
+
+    def add_adapter(self, network: Network) -> Adapter:
+        """Take in what makes ``network`` another one than the base."""
+        with self._lock:
+            return self._shared.add(network)
+
+    def remove_adapter(self, adapter: Adapter) -> None:
+        """Let go of an adapter that nothing new is asked of."""
+        with self._lock:
+            self._shared.remove(adapter)
+
+    def bytes_of(self, tokens: int, adapter: Adapter | None = None) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
-        return room_for(tokens + self._before + CHUNK_STEP) * self._bytes
+        tokens += (adapter or self._base).before + CHUNK_STEP
+        return max(room_for(tokens), keys_for(tokens)) * self._bytes
 
-    def open(self, ids_T: IntArray) -> State:
-        """A sequence in a bank of its own until its prompt is read."""
-        whole = -(-len(ids_T) // CHUNK_STEP) * CHUNK_STEP
-        return _FlatSequence(ids_T, Bank(room_for(whole + self._before)).add())
+    def open(
+        self, ids_T: IntArray, start: KeyValues | None = None, adapter: Adapter | None = None
+    ) -> State:
+        """A sequence in a bank of its own until its prompt is read, which goes on behind ``start``."""
+        adapter = adapter or self._base
+        span = Bank(keys_for(adapter.before + len(ids_T))).add()
+        state = _FlatSequence(ids_T, span, PromptLookup(ids_T.tolist()), adapter)
+        if start is not None:
+            state.read = span.length = len(start)
+            for layer, (key, value) in start.layers.items():
+                all_k, all_v = span.bank.of(layer, key[None], value[None])
+                all_k[span.slot, :, : state.read], all_v[span.slot, :, : state.read] = key, value
+        with self._lock:
+            self._shared.enter(adapter)  # last: what fails before has begun no sequence
+        return state
+
+    def reusable(self, tokens: int, adapter: Adapter | None = None) -> int:
+        """Behind how many of so many tokens another prompt can go on with the bits it has alone."""
+        adapter = adapter or self._base
+        if adapter.before:
+            return 0
+        return tokens if self._divides(adapter) else tokens // CHUNK * CHUNK
+
+    def _divides(self, adapter: Adapter) -> bool:
+        """Whether a prompt that ``adapter`` reads has the same bits however it is divided."""
+        return self.divisible and self._shared.divides(adapter)
+
+    def key_values(self, state: Any, start: int, end: int) -> KeyValues:
+        """A copy of those of a prompt that was read, from the token ``start`` on."""
+        span: Span = state.span
+        return KeyValues(
+            {
+                layer: (
+                    key[span.slot, :, start:end].clone(),
+                    value[span.slot, :, start:end].clone(),
+                )
+                for layer, (key, value) in span.bank.layers.items()
+            }
+        )
 
     @torch.no_grad()
-    def prefill(self, state: Any) -> Tensor | None:
-        """Read the next chunk of the prompt."""
-        ids_N = state.ids_T[state.read : state.read + CHUNK]
-        size = -(-len(ids_N) // CHUNK_STEP) * CHUNK_STEP
-        device = self.network.device
-        chunk = ChunkAttention(state.span, size, self._before, device)
-        padded_N = np.zeros(size, dtype=np.int64)
-        padded_N[: len(ids_N)] = ids_N
-        start = self._first + chunk.start + chunk.before
-        hidden_NH = self._run(torch.from_numpy(padded_N), torch.arange(start, start + size), chunk)
-        state.read += len(ids_N)
-        state.span.length += chunk.before + len(ids_N)
-        if state.unread:
-            return None
-        return self._logits(hidden_NH[len(ids_N) - 1 :][:1])[0]
+    def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
+        """Read the next chunk of each prompt, as many as have ``CHUNK`` tokens at once."""
+        logits: list[Tensor | None] = []
+        part: list[Any] = []
+        rows = 0
+        for state in states:
+            size = Chunk.of(state.span, 0, state.unread, state.adapter.before).size
+            alone = part and state.adapter is not part[0].adapter
+            if part and (alone or rows + size > CHUNK or not self._divides(state.adapter)):
+                logits += self._prefill(part)
+                part, rows = [], 0
+            part.append(state)
+            rows += size
+        return logits + self._prefill(part)
+
+    def _prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
+        hidden_NH, chunks = self._run_chunks(
+            [(state.span, state.ids_T[state.read :]) for state in states], states[0].adapter
+        )
+        for state, chunk in zip(states, chunks, strict=True):
+            state.read += chunk.count
+            state.span.length = chunk.end
+        last = [
+            chunk.first + chunk.count - 1
+            for state, chunk in zip(states, chunks, strict=True)
+            if not state.unread
+        ]
+        if not last:
+            return [None] * len(states)
+        logits = iter(self._logits_of([hidden_NH[place] for place in last]))
+        return [None if state.unread else next(logits) for state in states]
+
+    def _run_chunks(
+        self, prompts: Sequence[tuple[Span, IntArray]], adapter: Adapter
+    ) -> tuple[Tensor, list[Chunk]]:
+        """States ``[N, H]`` of the next chunk of what each prompt still has."""
+        chunks: list[Chunk] = []
+        for span, ids_T in prompts:
+            first = chunks[-1].first + chunks[-1].size if chunks else 0
+            chunks.append(Chunk.of(span, first, len(ids_T), adapter.before))
+        size = -(-(chunks[-1].first + chunks[-1].size) // (2 * CHUNK_STEP)) * 2 * CHUNK_STEP
+        ids_N, position_N = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        for chunk, (_, ids_T) in zip(chunks, prompts, strict=True):
+            ids_N[chunk.first : chunk.first + chunk.count] = ids_T[: chunk.count]
+            place = slice(chunk.first, chunk.first + chunk.size)
+            position_N[place] = self._first + chunk.start + np.arange(chunk.size)
+        attention = ChunkAttention(chunks, self.network.device)
+        ids, positions = torch.from_numpy(ids_N), torch.from_numpy(position_N)
+        return self._run(adapter.model, ids, positions, attention), chunks
+
+    def _logits_of(self, hidden_RH: Sequence[Tensor]) -> Tensor:
+        """Logits of a few states, with the bits that each has alone."""
+        parts = []
+        for first in range(0, len(hidden_RH), self.rows):
+            rows = [*hidden_RH[first : first + self.rows]]
+            fill = [rows[0]] * (self._size_for(len(rows)) - len(rows))
+            parts.append(self._logits(torch.stack([*rows, *fill]))[: len(rows)])
+        return torch.cat(parts)
+
+    def _size_for(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
 
     @torch.no_grad()
-    def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
+    def prefill_batch(
+        self, prompts: Sequence[IntArray], copies: int, adapter: Adapter | None = None
+    ) -> tuple[list[State], Tensor]:
         """Read them in the token tree, as training does: each distinct beginning is computed once."""
-        network = self.network
+        adapter = adapter or self._base
+        network, before = adapter.network, adapter.before
         assert isinstance(self._layout, Flat)
-        none_T = np.zeros(0, dtype=np.int64)
         read: dict[int, State] = {}
         rows = [
             Example(prompt_T, np.zeros(len(prompt_T), dtype=np.float32), index)
@@ -165,8 +311,8 @@ class FlatBackend:
             for row, leaf in zip(
                 batch.tree.row_R.tolist(), batch.tree.leaf_R.tolist(), strict=True
             ):
-                path = self._before + batch.tree.path(leaf)
-                place_P = torch.from_numpy(np.concatenate([np.arange(self._before), path]))
+                path = before + batch.tree.path(leaf)
+                place_P = torch.from_numpy(np.concatenate([np.arange(before), path]))
                 place_P = place_P.to(network.device)
                 span = Bank(room_for(len(place_P))).add()
                 span.length = len(place_P)
@@ -174,7 +320,11 @@ class FlatBackend:
                     pair = span.bank.of(layer, key[None], value[None])
                     for mine, part_HND in zip(pair, (key, value), strict=True):
                         mine[span.slot, :, : span.length] = part_HND[:, place_P]
-                read[row], last[row] = _FlatSequence(none_T, span), hidden_NH[leaf]
+                lookup = PromptLookup(prompts[row].tolist())
+                read[row] = _FlatSequence(NOTHING, span, lookup, adapter)
+                with self._lock:
+                    self._shared.enter(adapter)
+                last[row] = hidden_NH[leaf]
         logits_UV = self._logits(torch.stack([last[row] for row in range(len(prompts))]))
         states = [own for row in range(len(prompts)) for own in self.fork(read[row], copies)]
         return states, logits_UV.repeat_interleave(copies, 0)
@@ -185,51 +335,78 @@ class FlatBackend:
         span: Span = state.span
         with self._lock:
             made = [self._banks.keep(span, span.length + 1) for _ in range(copies)]
+            self._shared.enter(state.adapter, copies - 1)
         span.bank.remove(span)
-        none = np.zeros(0, dtype=np.int64)
-        return [_FlatSequence(none, span) for span in made]
+        return [_FlatSequence(NOTHING, own, state.lookup.copy(), state.adapter) for own in made]
 
     @torch.no_grad()
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
         """One token for each, in as few steps as the numbers of rows allow."""
         with self._lock:
-            for state in states:
-                state.span = self._banks.grown(state.span)
-            order = in_order([state.span for state in states])
-            most = self.rows
-            parts = [
-                self._step([states[i].span for i in rows], [tokens[i] for i in rows])
-                for rows in (order[first : first + most] for first in range(0, len(order), most))
-            ]
-        back = np.empty(len(order), dtype=np.int64)
-        back[order] = np.arange(len(order))
-        return torch.cat(parts)[torch.from_numpy(back).to(parts[0].device)]
+            logits = [state.takes(token) for state, token in zip(states, tokens, strict=True)]
+            left = [place for place, row in enumerate(logits) if row is None]
+            for place in left:
+                states[place].span = self._banks.grown(states[place].span)
+            left = [left[i] for i in in_order([(states[place].span, 0) for place in left])]
+            for first in range(0, len(left), self.rows):
+                part = left[first : first + self.rows]
+                found = self._step([states[i] for i in part], [tokens[i] for i in part])
+                for place, row_V in zip(part, found, strict=True):
+                    logits[place] = row_V
+        return torch.stack([row_V for row_V in logits if row_V is not None])
 
     def free(self, state: Any) -> None:
         """Give its place in the bank back."""
         with self._lock, torch.no_grad():
             state.span.bank.remove(state.span)
+            self._shared.leave(state.adapter)
 
     def close(self) -> None:
         """Let go of all keys and values, and of the packed weights."""
         self._open.close()
-        self._banks = Banks()
+        self._banks, self._shared = Banks(), SharedBase(self.network, self.sizes)
 
-    def _step(self, spans: Sequence[Span], tokens: Sequence[int]) -> Tensor:
-        size = next(size for size in self.sizes if size >= len(spans))
-        fill = [0] * (size - len(spans))
-        positions = [self._first + span.length for span in spans]
-        step = StepAttention(spans, self.network.device)
+    def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
+        """Logits ``[V]`` behind a token of each; those behind what is guessed stay with the states."""
+        count = len(states)
+        if count < GUESSING and GUESSING in self.sizes:
+            self._guess(states, GUESSING - count)
+        rows, row_tokens = [(state.span, 0) for state in states], [*tokens]
+        adapters = [state.adapter for state in states]
+        for state in states:
+            rows += [(state.span, ahead) for ahead in range(1, len(state.guess) + 1)]
+            row_tokens += state.guess
+            adapters += [state.adapter] * len(state.guess)
+        order = in_order(rows)
+        size = self._size_for(len(rows))
+        fill = [0] * (size - len(rows))
+        positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
         hidden_NH = self._run(
-            torch.tensor([*tokens, *fill]), torch.tensor([*positions, *fill]), step
+            self._shared.model_of([adapters[i] for i in order]),
+            torch.tensor([*(row_tokens[i] for i in order), *fill]),
+            torch.tensor([*positions, *fill]),
+            StepAttention([rows[i] for i in order], self.network.device),
         )
-        for span in spans:
-            span.length += 1
-        return self._logits(hidden_NH)[: len(spans)]
+        # Rows that only fill the step up stand behind the others.
+        row_of = dict(zip(order, self._logits(hidden_NH), strict=False))
+        logits = [row_of[place] for place in range(len(rows))]
+        behind = iter(logits[count:])
+        for state in states:
+            state.span.length += 1
+            state.logits = [next(behind) for _ in state.guess]
+        return logits[:count]
 
-    def _run(self, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
+    def _guess(self, states: Sequence[Any], spare: int) -> None:
+        """Have ``states`` guess what they write next, ``spare`` tokens together at most."""
+        for place, state in enumerate(states):
+            room = state.span.bank.room - state.span.length - 1
+            share = spare // (len(states) - place)
+            state.guess = state.lookup.guess(min(share, room))
+            spare -= len(state.guess)
+
+    def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
-        output = self.network.model.base_model(
+        output = model.base_model(
             input_ids=ids_N[None].to(device),
             position_ids=position_N[None].to(device),
             tree=attention,
@@ -273,11 +450,100 @@ class FlatBackend:
         spans = [banks.keep(Bank(room_for(1)).add(), 1) for _ in ids]
         ids_N = torch.from_numpy(ids.astype(np.int64))
         for place in range(2):
-            attention = StepAttention(spans, self.network.device)
-            hidden_NH = self._run(ids_N, torch.full_like(ids_N, self._first + place), attention)
+            attention = StepAttention([(span, 0) for span in spans], self.network.device)
+            positions_N = torch.full_like(ids_N, self._first + place)
+            hidden_NH = self._run(self.network.model, ids_N, positions_N, attention)
             for span in spans:
                 span.length += 1
         return self._logits(hidden_NH)
+
+    @torch.no_grad()
+    def _probe_chunks(self) -> bool:
+        """Whether a chunk behind others has the same bits in parts, and beside another prompt."""
+        size = int(self.network.model.config.vocab_size)
+        ids = np.random.default_rng(1).integers(0, size, CHUNK)
+        long = Bank(2 * CHUNK).add()
+        self._run_chunks([(long, ids[:CHUNK_STEP])], self._base)  # makes its layers
+        generator = torch.Generator(self.network.device).manual_seed(0)
+        for pair in long.bank.layers.values():
+            for part in pair:
+                part.normal_(generator=generator)
+
+        def read(parts: Sequence[int], beside: int = 0) -> Tensor:
+            found, at = [], 0
+            for count in parts:
+                other = Bank(CHUNK).add()
+                long.length = CHUNK + at
+                prompts = [(long, ids[at : at + count])]
+                if beside:
+                    prompts.insert(0, (other, ids[:beside]))
+                hidden_NH, chunks = self._run_chunks(prompts, self._base)
+                found.append(hidden_NH[chunks[-1].first :][:count])
+                at += count
+            return torch.cat(found)
+
+        whole = read([64])
+        return all(
+            torch.equal(other, whole)
+            for other in (read([9, 55]), read([64], CHUNK - 64), read([30, 34], 5))
+        )
+
+
+class AdaptedBackend:
+    """A :class:`FlatBackend` for one adapter, whose sequences step with all others on the base."""
+
+    def __init__(
+        self, base: FlatBackend, network: Network, context: int, alone: bool = False
+    ) -> None:
+        """``network`` is that of ``base`` with the adapter. ``alone``: nobody else asks ``base``."""
+        self.network, self.device = network, base.device
+        self.rows, self.sequences = base.rows, base.sequences
+        self.context = min(context, base.context)
+        self._base, self._alone = base, alone
+        self._adapter = base.add_adapter(network)
+
+    def bytes_of(self, tokens: int) -> int:
+        """Memory that a sequence of ``tokens`` takes at most."""
+        return self._base.bytes_of(tokens, self._adapter)
+
+    def open(self, ids_T: IntArray, start: KeyValues | None = None) -> State:
+        """A sequence that the adapter reads and writes."""
+        return self._base.open(ids_T, start, self._adapter)
+
+    def reusable(self, tokens: int) -> int:
+        """See :meth:`FlatBackend.reusable`."""
+        return self._base.reusable(tokens, self._adapter)
+
+    def key_values(self, state: State, start: int, end: int) -> KeyValues:
+        """See :meth:`FlatBackend.key_values`."""
+        return self._base.key_values(state, start, end)
+
+    def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
+        """See :meth:`FlatBackend.prefill_batch`."""
+        return self._base.prefill_batch(prompts, copies, self._adapter)
+
+    def prefill(self, states: Sequence[State]) -> list[Tensor | None]:
+        """Read the next chunk of each prompt."""
+        return self._base.prefill(states)
+
+    def fork(self, state: State, copies: int) -> list[State]:
+        """Copies in the banks of those who step together."""
+        return self._base.fork(state, copies)
+
+    def step(self, states: Sequence[State], tokens: Sequence[int]) -> Tensor:
+        """One token for each, whatever adapters they have."""
+        return self._base.step(states, tokens)
+
+    def free(self, state: State) -> None:
+        """Give its place in the bank back."""
+        self._base.free(state)
+
+    def close(self) -> None:
+        """Let go of the adapter, and of all keys and values where nobody else asks the base."""
+        if self._alone:
+            self._base.close()
+        else:
+            self._base.remove_adapter(self._adapter)
 
 
 class _ForwardSequence:
@@ -322,11 +588,11 @@ class ForwardBackend:
     can be parted again (an encoder-decoder's, and those of networks of ours).
     """
 
-    rows = 1
+    rows, sequences = 1, sys.maxsize
 
     def __init__(self, network: Network, context: int, encoded_RSH: Tensor | None = None) -> None:
         """``encoded_RSH`` are prompts that the encoder has read: one is then the number of its row."""
-        self.network, self.context = network, context
+        self.network, self.context, self.device = network, context, network.device
         self._encoded_RSH = encoded_RSH
         model = network.model
         self._beside = heads.decoder_of(model) is not None
@@ -343,9 +609,9 @@ class ForwardBackend:
         """A sequence with nothing read."""
         return _ForwardSequence(ids_T)
 
-    def prefill(self, state: Any) -> Tensor | None:
-        """Read the whole prompt."""
-        return self._read([state])[0]
+    def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
+        """Read the whole prompts, one after the other."""
+        return [self._read([state])[0] for state in states]
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
         """Read them as one rectangle, where the cache can be parted again."""
@@ -365,7 +631,7 @@ class ForwardBackend:
         made: list[State] = [state]
         for _ in range(copies - 1):
             again = self.open(state.ids_T)
-            self.prefill(again)
+            self.prefill([again])
             made.append(again)
         return made
 

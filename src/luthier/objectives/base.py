@@ -20,6 +20,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
+    from luthier.models.process_group import ProcessGroup
 
 
 MOST_ROW_SCORES = 2_000
@@ -256,13 +259,13 @@ class Objective(BaseModel):
         network.model.eval()
         means = Means()
         parts = [examples] if self.contrasts_rows else network.parts(examples)
-        with torch.no_grad():
-            for part in parts:
+        with torch.no_grad(), network.split_work() as processes:
+            for number, part in enumerate(parts):
                 for batch in self.annotate(network, part, budget):
                     loss = self.loss(network, batch)
-                    means.add(loss, batch.weight)
+                    means.add(loss, batch.weight, number, batch.place)
                     on_loss(loss)
-        return means
+        return means.of_all(processes)
 
     def validation_metrics(
         self, network: Network, examples: Sequence[Example], budget: int
@@ -300,33 +303,52 @@ class Objective(BaseModel):
         return ""
 
 
+_Part = tuple[Sequence[int], float, dict[str, float], dict[str, list[list[float]]]]
+"""Place, weight, sums and ratios of a micro-batch, which processes exchange as JSON."""
+
+
 class Means:
     """Means of the loss and of all metrics over micro-batches, from their sums."""
 
     def __init__(self) -> None:
-        self._weights: list[float] = []
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._ratios: defaultdict[str, list[RowScores]] = defaultdict(list)
+        self._parts: list[_Part] = []
 
-    def add(self, loss: Loss, weight: float) -> None:
-        """Count in a micro-batch of ``weight``."""
-        self._weights.append(weight)
-        self._sums["loss"] += float(loss.total.detach())
-        for name, value in loss.metrics.items():
-            self._sums[name] += value
-        for name, pair in loss.ratios.items():
-            self._ratios[name].append(RowScores.of(*pair, is_share=name != "loss"))
+    def add(self, loss: Loss, weight: float, *place: int) -> None:
+        """Count in a micro-batch of ``weight``; by ``place`` those of several processes are ordered."""
+        ratios = {
+            name: [np.asarray(side, dtype=np.float64).tolist() for side in pair]
+            for name, pair in loss.ratios.items()
+        }
+        sums = {"loss": float(loss.total.detach()), **loss.metrics}
+        self._parts.append((place, weight, sums, ratios))
+
+    def of_all(self, processes: ProcessGroup) -> Means:
+        """These means with the micro-batches of the other processes, in the order of one process."""
+        if processes.size == 1:
+            return self
+        means = Means()
+        parts = chain.from_iterable(processes.gather(self._parts))
+        means._parts = sorted(parts, key=itemgetter(0))
+        return means
 
     def values(self) -> dict[str, float]:
         """``loss`` and each metric by its name."""
-        weight = math.fsum(self._weights)
-        found = {name: total / weight for name, total in self._sums.items()}
+        totals: defaultdict[str, float] = defaultdict(float)
+        for _, _, sums, _ in self._parts:
+            for name, value in sums.items():
+                totals[name] += value
+        weight = math.fsum(each for _, each, _, _ in self._parts)
+        found = {name: total / weight for name, total in totals.items()}
         scores = self.row_scores()
         return found | {name: each.value for name, each in scores.items() if name != "loss"}
 
     def row_scores(self) -> dict[str, RowScores]:
         """What each row adds to the scores, in the order of the micro-batches."""
-        return {name: RowScores.concatenate(each) for name, each in self._ratios.items()}
+        scores: defaultdict[str, list[RowScores]] = defaultdict(list)
+        for _, _, _, ratios in self._parts:
+            for name, (parts_R, wholes_R) in ratios.items():
+                scores[name].append(RowScores.of(parts_R, wholes_R, name != "loss"))
+        return {name: RowScores.concatenate(each) for name, each in scores.items()}
 
 
 def chat_of(network: Network) -> ChatFormat:

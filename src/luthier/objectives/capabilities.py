@@ -197,10 +197,13 @@ class SupportsMixedRows(Protocol):
 class SupportsStepReport(Protocol):
     """Finds out something about a batch before its loss, which people want to follow."""
 
-    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
-        """What ``annotate`` found out about a batch: means, by name."""
+    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
+        """What ``annotate`` found out about a batch: means, by name.
 
-    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        ``batches`` are those of this process, as everywhere: the means are of all processes.
+        """
+
+    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """What the network wrote in the step, one record for each text, to be looked at later."""
 
 

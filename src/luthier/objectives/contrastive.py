@@ -26,8 +26,7 @@ put behind the network for training alone (docs/log/media.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -39,6 +38,7 @@ from luthier.data.shapes import CaptionedImage, Labelled, MediaRow, RawText, Tex
 from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys
 from luthier.models.heads import Task
+from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import cut_text
 from luthier.types import Example, Loss, Row
@@ -71,8 +71,8 @@ class _Cached:
     """The part of the loss that is counted with this micro-batch."""
     metrics: dict[str, float]
     """The parts of the metrics."""
-    random: tuple[Tensor, list[Tensor]]
-    """State of the random numbers before the first pass: dropout must fall alike."""
+    seed: int
+    """Of what the first pass drew: dropout must fall alike."""
 
 
 class Contrastive(Objective):
@@ -177,29 +177,37 @@ class Contrastive(Objective):
         """For batches of several micro-batches: all embeddings, and the gradient of each."""
         import torch
 
-        batches = super().annotate(network, examples, budget)
-        if len(batches) == 1:
+        sides = self.augment(examples, network.model.training)
+        first = draw_seed() if network.model.training else 0
+        batches = [*network.batches(sides, budget)]
+        processes = network.processes
+        if len(batches) == 1 == processes.size:
             return batches
-        states, parts = [], []
+        parts = [torch.zeros(0, network.width, device=network.device)]
         for batch in batches:
-            states.append(_random_state(network))
-            parts.append(self.embed(network, batch))
+            with drawn_from(derive_seed(first, batch.place), network.device):
+                parts.append(self.embed(network, batch))
+        own = [side.row for batch in batches for side in batch.tree.examples]
+        numbers = [number for each in processes.gather(own) for number in each]
+        by_number = {side.row: side for side in sides}
+        order = [by_number[number] for number in numbers]
         with torch.enable_grad():
-            all_RH = torch.cat(parts).detach().requires_grad_()
-            order = [example for batch in batches for example in batch.tree.examples]
+            all_RH = processes.concatenate(torch.cat(parts).detach()).requires_grad_()
             whole = self._sum_loss(network, all_RH, order)
             scale = self._learned_scale(network)
             learned = [scale] if scale is not None and scale.requires_grad else []
             gradient_RH, *by_scale = torch.autograd.grad(whole.total, [all_RH, *learned])
         found = []
-        split = gradient_RH.split([len(part) for part in parts])
-        for batch, gradient, state in zip(batches, split, states, strict=True):
+        place_of = {number: place for place, number in enumerate(numbers)}
+        for batch in batches:
+            gradient = gradient_RH[[place_of[side.row] for side in batch.tree.examples]]
             share = len(gradient) / len(order)
             total = float(whole.total.detach()) * share
             metrics = {name: value * share for name, value in whole.metrics.items()}
             right = float(np.sum(whole.ratios["accuracy"][0])) * share
             part = by_scale[0] * share if by_scale else None
-            cached = _Cached(gradient, part, total, {**metrics, "accuracy": right}, state)
+            seed = derive_seed(first, batch.place)
+            cached = _Cached(gradient, part, total, {**metrics, "accuracy": right}, seed)
             found.append(replace(batch, extra=cached))
         return found
 
@@ -209,7 +217,7 @@ class Contrastive(Objective):
         if cached is None:
             embeddings_RH = self.embed(network, batch)
             return self._sum_loss(network, embeddings_RH, batch.tree.examples)
-        with _random_numbers(network, cached.random):
+        with drawn_from(cached.seed, network.device):
             embeddings_RH = self.embed(network, batch)
         product = (embeddings_RH * cached.gradient_RH).sum()
         if cached.scale_gradient is not None:
@@ -348,15 +356,13 @@ def _info_nce(
 
 def _view(side: Example, training: bool) -> Example:
     """An image or a sound as it is seen from one of its sides; a text and its image as they are."""
-    import torch
-
     media = side.media
     if media is None or side.given is None:
         return side
     changes = media.augmentation or Augmentation.views(media.media.kind)
     drawn = media.seed
     if not drawn:
-        drawn = (int(torch.randint(1 << 62, ())) if training else int(side.ids_T[0]),)
+        drawn = (draw_seed() if training else int(side.ids_T[0]),)
     return replace(side, media=replace(media, augmentation=changes, seed=(*drawn, side.row % 2)))
 
 
@@ -364,26 +370,3 @@ def _class_of(side: Example) -> str | bytes:
     """What sides of a batch are alike by: a label, or the image, sound or text itself."""
     row = side.given
     return str(row.label) if isinstance(row, Labelled) else side.ids_T.tobytes()
-
-
-def _cuda(network: Network) -> list[Any]:
-    """The device whose random numbers dropout draws, if it is not the processor."""
-    return [network.device] if network.device.type == "cuda" else []
-
-
-def _random_state(network: Network) -> tuple[Tensor, list[Tensor]]:
-    import torch
-
-    return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in _cuda(network)]
-
-
-@contextmanager
-def _random_numbers(network: Network, state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
-    """Draw again what was drawn after ``state``; what follows is drawn as without this."""
-    import torch
-
-    with torch.random.fork_rng(devices=_cuda(network)):
-        torch.set_rng_state(state[0])
-        for device, numbers in zip(_cuda(network), state[1], strict=True):
-            torch.cuda.set_rng_state(numbers, device)
-        yield

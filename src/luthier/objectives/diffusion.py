@@ -38,10 +38,11 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.models.heads import Head, Task
 from luthier.models.modalities import input_shape
 from luthier.models.pipelines import is_pipeline, noise_settings, read_pipeline
+from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective, TrainingDefaults, chat_of
 from luthier.objectives.capabilities import DenoisingSettings
 from luthier.objectives.conditions import class_target, classes_of, words_of, words_target
-from luthier.objectives.generative import Generative, fixed_noise
+from luthier.objectives.generative import Generative, draw_noise
 from luthier.objectives.noise_schedule import (
     BetaSchedule,
     LossWeighting,
@@ -274,25 +275,26 @@ class Diffusion(Generative):
         import torch
 
         denoiser: Denoiser = network.model
+        seed = draw_seed() if network.model.training else None
         found = []
         for batch in super().annotate(network, examples, budget):
             rows = batch.tree.examples
             latents = denoiser.encode_images(batch.plan)
             size = latents.shape[1:]
             targets = [_target_of(each) for each in rows]
-            if network.model.training:
-                noise = torch.randn(latents.shape)
-                time_R = torch.randint(self.num_train_timesteps, (len(rows),))
+            generators = row_generators(rows, seed)
+            noise = draw_noise(generators, size.numel()).unflatten(-1, size)
+            if seed is not None:
+                times = [int(each.integers(self.num_train_timesteps)) for each in generators]
                 if self._is_conditional:
                     nothing = self._nothing(network)
-                    shown_R = torch.rand(len(rows)) >= self.condition_dropout
                     targets = [
-                        target if shown else nothing
-                        for target, shown in zip(targets, shown_R.tolist(), strict=True)
+                        target if each.random() >= self.condition_dropout else nothing
+                        for target, each in zip(targets, generators, strict=True)
                     ]
             else:
-                noise = fixed_noise(rows, size.numel()).unflatten(-1, size)
-                time_R = torch.tensor([self._fixed_time(each) for each in rows])
+                times = [self._fixed_time(each) for each in rows]
+            time_R = torch.tensor(times)
             drawn = NoisyImages(
                 latents.float(),
                 noise.to(network.device),

@@ -35,9 +35,10 @@ from pydantic import Field
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.heads import Head, Task
+from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Means, TrainingDefaults
 from luthier.objectives.conditions import class_target, classes_of
-from luthier.objectives.generative import MOST_COMPARED, Generative, fixed_noise
+from luthier.objectives.generative import MOST_COMPARED, Generative, draw_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -152,14 +153,18 @@ class GAN(Generative):
         import torch
 
         size, turns = int(network.model.config.latent_size), self._turns + 1
+        seed = draw_seed() if network.model.training else None
         found = []
         for batch in super().annotate(network, examples, budget):
             rows = batch.tree.examples
-            if network.model.training:
-                latent_TRZ = torch.randn(turns, len(rows), size)
-                between_TR = torch.rand(turns, len(rows))
+            generators = row_generators(rows, seed)
+            if seed is not None:
+                noise_RZ = draw_noise(generators, turns * size)
+                latent_TRZ = noise_RZ.unflatten(1, (turns, size)).transpose(0, 1)
+                share_RT = np.stack([each.random(turns, np.float32) for each in generators])
+                between_TR = torch.from_numpy(share_RT).t()
             else:
-                latent_TRZ = fixed_noise(rows, size).expand(turns, -1, -1)
+                latent_TRZ = draw_noise(generators, size).expand(turns, -1, -1)
                 between_TR = torch.full((turns, len(rows)), 0.5)
             class_R = None
             if self.labels:

@@ -114,12 +114,11 @@ class Generative(Objective):
         return self.sample_labels[int(example.target[0])]
 
 
-def fixed_noise(examples: Sequence[Example], size: int) -> Tensor:
-    """Noise ``[R, size]`` of images, for each the same whenever and beside whatever it is read."""
+def draw_noise(generators: Sequence[np.random.Generator], size: int) -> Tensor:
+    """Normal noise ``[R, size]`` of the rows that have these generators."""
     import torch
 
-    drawn = [np.random.default_rng(int(each.ids_T[0])) for each in examples]
-    return torch.from_numpy(np.stack([each.standard_normal(size, np.float32) for each in drawn]))
+    return torch.from_numpy(np.stack([g.standard_normal(size, np.float32) for g in generators]))
 
 
 def images_at_once(processor: ImageProcessor) -> int:

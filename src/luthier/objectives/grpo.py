@@ -95,7 +95,8 @@ class GRPO(Reinforcement):
             for rollout, advantage in zip(rollouts.each, advantage_R, strict=True)
         ]
         batches = self.make_batches(network, rollouts, rows, advantages, budget)
-        batches = [replace(batch, weight=divisor / len(batches)) for batch in batches]
+        count = network.processes.sum(len(batches))
+        batches = [replace(batch, weight=divisor / count) for batch in batches]
         if self.beta and taught:
             with network.at_start():
                 for batch in batches:

@@ -95,7 +95,7 @@ class KTO(ReferenceObjective, Judged):
         for batch in network.batches(rows, budget):
             logp_R = row_sums(batch, token_logps(network, batch))
             total += float((logp_R - reference_logps(network, batch)).sum())
-        return max(0.0, total / len(rows))
+        return max(0.0, network.processes.sum(total) / len(rows))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the rows."""

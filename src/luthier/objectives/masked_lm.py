@@ -17,12 +17,11 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
+from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
-    import torch
-
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
@@ -81,24 +80,26 @@ class MaskedLM(Objective):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """Choose what is hidden; the chosen tokens become the targets."""
-        return [self._hide(network, batch) for batch in super().annotate(network, examples, budget)]
+        seed = draw_seed() if network.model.training else 0
+        return [self._hide(batch, seed) for batch in super().annotate(network, examples, budget)]
 
-    def _hide(self, network: Network, batch: TreeBatch) -> TreeBatch:
+    def _hide(self, batch: TreeBatch, seed: int) -> TreeBatch:
         import torch
 
-        # In training the global generator, whose state checkpoints keep.
-        seed = None if network.model.training else torch.Generator().manual_seed(0)
-        word_M = np.concatenate(batch.tree.targets)
-        lengths = [len(example) for example in batch.tree.examples]
-        unit_M = self._units(word_M, lengths)
-        chosen_M = np.concatenate(
-            [self._choose(units, seed) for units in np.split(unit_M, np.cumsum(lengths)[:-1])]
-        )
-        node_K = torch.from_numpy(np.sort(batch.tree.node_M[chosen_M]))
+        rows = batch.tree.examples
+        chosen, fates, random = [], [], []
+        for row, generator in zip(rows, row_generators(rows, seed), strict=True):
+            chosen_T = self._choose(np.asarray(row.target), generator)
+            chosen.append(chosen_T)
+            fates.append(generator.random(len(row)))
+            random.append(generator.integers(self.vocabulary or 1, size=len(row)))
+        chosen_M = np.concatenate(chosen)
+        order = np.argsort(batch.tree.node_M[chosen_M])
+        node_K = torch.from_numpy(batch.tree.node_M[chosen_M][order])
+        fate_K = torch.from_numpy(np.concatenate(fates)[chosen_M][order])
+        random_K = torch.from_numpy(np.concatenate(random)[chosen_M][order])
         ids_N = batch.ids_N.clone()
         target_K = ids_N[node_K.to(ids_N.device)]
-        fate_K = torch.rand(len(node_K), generator=seed)
-        random_K = torch.randint(self.vocabulary or 1, (len(node_K),), generator=seed)
         hidden = node_K[fate_K < HIDDEN].to(ids_N.device)
         swapped = (fate_K >= HIDDEN) & (fate_K < HIDDEN + RANDOM)
         ids_N[hidden] = int(self.mask_id or 0)
@@ -114,22 +115,15 @@ class MaskedLM(Objective):
             as_given=False,
         )
 
-    def _units(self, word_M: np.ndarray[Any, Any], lengths: Sequence[int]) -> np.ndarray[Any, Any]:
-        """What is chosen together: words, or single tokens; -1 is never chosen."""
-        if self.whole_word:
-            return word_M
-        return np.where(word_M < 0, -1, np.arange(len(word_M)))
-
     def _choose(
-        self, unit_T: np.ndarray[Any, Any], seed: torch.Generator | None
+        self, word_T: IntArray, generator: np.random.Generator
     ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Which tokens of one row are chosen; at least one unit."""
-        import torch
-
+        """Which tokens of one row are chosen; at least one token, or one word of whole ones."""
+        alone_T = np.where(word_T < 0, -1, np.arange(len(word_T)))
+        unit_T = word_T if self.whole_word else alone_T
         units = np.unique(unit_T[unit_T >= 0])
         count = max(1, round(self.mask_share * len(units)))
-        picked = units[torch.randperm(len(units), generator=seed)[:count].numpy()]
-        return np.isin(unit_T, picked)
+        return np.isin(unit_T, generator.permutation(units)[:count])
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy of the chosen tokens."""

@@ -89,7 +89,8 @@ class OwnAnswers(TokenDivergence):
         ]
 
     def _answers(self, network: Network, examples: Sequence[Example]) -> list[Completion]:
-        from luthier.models.decoding import random_seeds, sample
+        from luthier.models.decoding import sample
+        from luthier.models.random_numbers import draw_seeds
         from luthier.models.sampling import Sampling
 
         prompts = [prompt_of(example) for example in examples]
@@ -105,25 +106,26 @@ class OwnAnswers(TokenDivergence):
                 temperature=self.sampling_temperature,
             ),
             stop_ids=self.stop_ids or (),
-            seeds=random_seeds(len(prompts)),
+            seeds=draw_seeds(len(prompts)),
         )
         return [answers[0] for answers in found]
 
-    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
-        """The first answers of the step."""
+    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+        """The first answers of the step; of several processes, those of this one."""
         texts = [text for batch in batches if batch.extra is not None for text in batch.extra.texts]
         return texts[:SAMPLES_PER_STEP]
 
-    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Tokens of an answer, and how many of the answers ended by themselves, as means."""
         written = [batch.extra for batch in batches if batch.extra is not None]
-        answers = sum(each.answers for each in written)
+        processes = network.processes
+        answers, tokens, ended = (
+            processes.sum(sum(getattr(each, name) for each in written))
+            for name in ("answers", "tokens", "stopped")
+        )
         if not answers:
             return {}
-        return {
-            "answer_tokens": sum(each.tokens for each in written) / answers,
-            "answers_ended": sum(each.stopped for each in written) / answers,
-        }
+        return {"answer_tokens": tokens / answers, "answers_ended": ended / answers}
 
 
 class OnPolicyDistillation(OwnAnswers, Distillation):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from luthier.models.network import Network, TreeBatch
+    from luthier.models.process_group import ProcessGroup
 
 HEAD = "value_head"
 """Name of the value's layer in the network while it trains."""
@@ -101,14 +102,14 @@ class PPO(Reinforcement):
         batches = []
         for part in range(parts):
             for batch in self.make_batches(network, rollouts, rows[part::parts], nothing, budget):
-                batch.extra.part = part
+                batch.extra.part, batch.extra.parts = part, parts
                 batches.append(batch)
         training = network.model.training
         network.model.eval()  # what is old is without dropout, as the sampler is
         for batch in batches:
             self._read(network, batch)
         network.model.train(training)
-        self._estimate(rollouts, batches)
+        self._estimate(network, rollouts, batches)
         return batches
 
     def _read(self, network: Network, batch: TreeBatch) -> None:
@@ -124,26 +125,26 @@ class PPO(Reinforcement):
                 policy.reference_M = token_logps(network, batch, self.temperature)
             policy.diverges(batch, policy.old_M - policy.reference_M)
 
-    def _estimate(self, rollouts: Rollouts, batches: Sequence[TreeBatch]) -> None:
+    def _estimate(self, network: Network, rollouts: Rollouts, batches: Sequence[TreeBatch]) -> None:
         """Advantages and returns of all tokens; whitening is over all of them together."""
         import torch
 
         policies: list[PolicyBatch] = [batch.extra for batch in batches]
-        reward_M = torch.cat([self._rewards(rollouts, batch) for batch in batches])
-        value_M = torch.cat([_filled_in(policy.value_M) for policy in policies])
+        none_M = torch.zeros(0, device=network.device)
+        reward_M = torch.cat([none_M, *(self._rewards(rollouts, batch) for batch in batches)])
+        value_M = torch.cat([none_M, *(_filled_in(policy.value_M) for policy in policies)])
         if self.whiten_rewards:
-            reward_M = whiten(reward_M, shift=False)
+            reward_M = whiten(reward_M, network.processes, shift=False)
         lengths = [len(rollouts.each[r.row]) for b in batches for r in b.tree.examples]
-        advantage_M = torch.cat(
-            [
-                advantages(reward_T, value_T, self.gamma, self.lam)
-                for reward_T, value_T in zip(
-                    reward_M.split(lengths), value_M.split(lengths), strict=True
-                )
-            ]
-        )
+        of_rows = [
+            advantages(reward_T, value_T, self.gamma, self.lam)
+            for reward_T, value_T in zip(
+                reward_M.split(lengths), value_M.split(lengths), strict=True
+            )
+        ]
+        advantage_M = torch.cat([none_M, *of_rows])
         sizes = [len(policy.weight_M) for policy in policies]
-        white = whiten(advantage_M).split(sizes)
+        white = whiten(advantage_M, network.processes).split(sizes)
         for policy, advantage, back in zip(
             policies, white, (advantage_M + value_M).split(sizes), strict=True
         ):
@@ -168,9 +169,10 @@ class PPO(Reinforcement):
 
     def turns(self, batches: list[TreeBatch]) -> Iterator[list[TreeBatch]]:
         """Epochs times minibatches."""
-        parts = sorted({batch.extra.part for batch in batches})
+        # Of several processes, one may have no row of a minibatch.
+        parts = batches[0].extra.parts if batches else 0
         for _ in range(self.num_ppo_epochs):
-            for part in parts:
+            for part in range(parts):
                 yield [batch for batch in batches if batch.extra.part == part]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -205,12 +207,14 @@ def advantages(reward_T: Tensor, value_T: Tensor, gamma: float, lam: float) -> T
     return reward_T.new_tensor(found)
 
 
-def whiten(value_M: Tensor, shift: bool = True) -> Tensor:
-    """Deviation 1, and mean 0 where ``shift``; a single number is left as it is."""
-    if len(value_M) < 2:
+def whiten(value_M: Tensor, processes: ProcessGroup, shift: bool = True) -> Tensor:
+    """Deviation 1, and mean 0 where ``shift``, over the numbers of all processes; one number is left
+    as it is."""
+    all_M = processes.concatenate(value_M)
+    if len(all_M) < 2:
         return value_M
-    mean = value_M.mean()
-    white_M = (value_M - mean) * (value_M.var() + 1e-8).rsqrt()
+    mean = all_M.mean()
+    white_M = (value_M - mean) * (all_M.var() + 1e-8).rsqrt()
     return white_M if shift else white_M + mean
 
 

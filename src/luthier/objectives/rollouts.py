@@ -137,6 +137,8 @@ class PolicyBatch:
     return_M: Tensor | None = None
     part: int = 0
     """Which of the minibatches it belongs to."""
+    parts: int = 1
+    """How many of those there are."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums over the tokens, of the last pass."""
     kl_R: dict[int, float] = field(default_factory=dict)
@@ -284,7 +286,8 @@ class Reinforcement(Objective):
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """``count`` graded completions of each prompt; the same for equal weights and ``generator``."""
-        from luthier.models.decoding import random_seeds, sample
+        from luthier.models.decoding import sample
+        from luthier.models.random_numbers import draw_seeds
         from luthier.models.sampling import Sampling
 
         chat = network.chat
@@ -296,23 +299,24 @@ class Reinforcement(Objective):
             count,
             Sampling(max_tokens=self.max_completion_tokens, temperature=self.temperature),
             stop_ids=chat.stop_ids,
-            seeds=random_seeds(len(prompts), generator),
+            seeds=draw_seeds(len(prompts), generator),
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
         replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
+        answers = [graded_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)]
+        processes = network.processes
         grades = grade_answers(
             self._open_grader(network),
-            [graded_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)],
+            answers[processes.rank :: processes.size],
             self.on_error,
             self.time_limit_s,
         )
+        scores = processes.interleave(grades.scores)
         each = [
             Rollout(example, completion, reply, score)
-            for (example, completion), reply, score in zip(
-                pairs, replies, grades.scores, strict=True
-            )
+            for (example, completion), reply, score in zip(pairs, replies, scores, strict=True)
         ]
-        return Rollouts(each, count, len(grades.problems))
+        return Rollouts(each, count, int(processes.sum(len(grades.problems))))
 
     def _open_grader(self, network: Network, note: Callable[[str], None] = silent) -> Grader:
         """The grader with its models opened; it stays with the network, and knows what it was told."""
@@ -381,7 +385,9 @@ class Reinforcement(Objective):
 
         ``reward_error`` is the standard error of that mean.
         """
-        score_P = self.roll_out(network, examples, 1, fixed_generator()).score_PG.astype(np.float64)
+        with network.split_work():
+            rollouts = self.roll_out(network, examples, 1, fixed_generator())
+        score_P = rollouts.score_PG.astype(np.float64)
         reward = float(score_P.mean())
         error = float(score_P.std()) / math.sqrt(max(1, score_P.size - 1))
         return {"loss": -reward, "reward": reward, "reward_error": error}
@@ -392,22 +398,30 @@ class Reinforcement(Objective):
 
         return mean_nll(network, [_read(example) for example in examples], budget)
 
-    def step_metrics(self, batches: Sequence[TreeBatch]) -> dict[str, float]:
+    def step_metrics(self, network: Network, batches: Sequence[TreeBatch]) -> dict[str, float]:
         """Rewards and lengths of the rollouts, and means over the tokens that were learned from."""
         policies: list[PolicyBatch] = [batch.extra for batch in batches]
-        tokens = sum(len(policy.weight_M) for policy in policies)
-        names = dict.fromkeys(name for policy in policies for name in policy.sums)
-        means = {name: sum(p.sums.get(name, 0.0) for p in policies) / tokens for name in names}
-        return policies[0].rollouts.report() | means
+        own = [(len(policy.weight_M), policy.sums) for policy in policies]
+        everywhere = [part for each in network.processes.gather(own) for part in each]
+        tokens = sum(count for count, _ in everywhere)
+        names = dict.fromkeys(name for _, sums in everywhere for name in sums)
+        means = {
+            name: sum(sums.get(name, 0.0) for _, sums in everywhere) / tokens for name in names
+        }
+        # A process may have no micro-batch; the first, which reports, has one.
+        return (policies[0].rollouts.report() if policies else {}) | means
 
     def advise(self, lines: Sequence[Mapping[str, Any]]) -> str:
         """Whether the reward has stopped rising, or nothing is left to tell completions apart by."""
         return rollout_checks.advice(lines)
 
-    def step_samples(self, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
+    def step_samples(self, network: Network, batches: Sequence[TreeBatch]) -> list[dict[str, Any]]:
         """The best and the worst completions of the step."""
         policies: list[PolicyBatch] = [batch.extra for batch in batches]
-        kl = {place: value for policy in policies for place, value in policy.kl_R.items()}
+        own = [item for policy in policies for item in policy.kl_R.items()]
+        kl = {place: value for part in network.processes.gather(own) for place, value in part}
+        if not policies:
+            return []
         each = policies[0].rollouts.each
         order = sorted(range(len(each)), key=lambda place: (-each[place].score, place))
         return [_record(each[place], kl.get(place)) for place in rollout_checks.extremes(order)]

@@ -17,12 +17,11 @@ import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError, RowRefused
+from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
-    import torch
-
     from luthier.data.chat import ChatFormat
     from luthier.models.network import Network, TreeBatch
 
@@ -108,18 +107,16 @@ class SpanCorruption(Objective):
 
     def augment(self, examples: Sequence[Example], training: bool = False) -> list[Example]:
         """Each piece with its spans taken out: anew in training, else always the same."""
-        import torch
-
-        # In training the global generator, whose state checkpoints keep.
+        generators = row_generators(examples, draw_seed() if training else 0)
         return [
-            self._corrupt(example, None if training else torch.Generator().manual_seed(example.row))
-            for example in examples
+            self._corrupt(example, generator)
+            for example, generator in zip(examples, generators, strict=True)
         ]
 
-    def _corrupt(self, example: Example, seed: torch.Generator | None) -> Example:
+    def _corrupt(self, example: Example, generator: np.random.Generator) -> Example:
         noise, spans = self._spans(len(example))
-        kept_S = _partition(len(example) - noise, spans, seed)
-        taken_S = _partition(noise, spans, seed)
+        kept_S = _partition(len(example) - noise, spans, generator)
+        taken_S = _partition(noise, spans, generator)
         cuts = np.cumsum(np.stack([kept_S, taken_S], axis=1).ravel())[:-1]
         runs = np.split(example.ids_T, cuts)
         sentinels = self.sentinels or ()
@@ -152,10 +149,8 @@ def _sentinels(chat: ChatFormat) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _partition(total: int, parts: int, seed: torch.Generator | None) -> IntArray:
+def _partition(total: int, parts: int, generator: np.random.Generator) -> IntArray:
     """``total`` cut into ``parts`` lengths of at least 1, every way equally likely."""
-    import torch
-
-    inner = torch.randperm(total - 1, generator=seed)[: parts - 1].sort().values.numpy() + 1
+    inner = np.sort(generator.permutation(total - 1)[: parts - 1]) + 1
     lengths: IntArray = np.diff(np.concatenate([[0], inner, [total]])).astype(np.int64)
     return lengths

@@ -50,7 +50,8 @@ def whole_distribution(
     would not fit. It reads ``rows`` instead where they are given, which end with the same learned
     tokens. Tokens that only one of both has embeddings for are left out.
     """
-    (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
+    with teacher.whole_work():  # it may be the network that learns
+        (seen,) = teacher.batches(batch.tree.examples if rows is None else rows, sys.maxsize)
     states_SH = teacher.before_vocabulary(teacher.hidden(seen)[seen.source_S])
     place_S = torch.zeros_like(batch.source_S)
     place_S[batch.edge_source_E[batch.learned_edges[1]]] = seen.edge_source_E[seen.learned_edges[1]]

@@ -29,8 +29,9 @@ from luthier.data.chat import ChatFormat
 from luthier.data.shapes import BareWindow
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
+from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults
-from luthier.objectives.generative import Generative, fixed_noise
+from luthier.objectives.generative import Generative, draw_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -99,13 +100,10 @@ class VAE(Generative):
         self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
         """The noise of each row: new in training, and else of the image alone."""
-        import torch
-
         size, found = int(network.model.config.latent_size), []
+        seed = draw_seed() if network.model.training else None
         for batch in super().annotate(network, examples, budget):
-            rows = batch.tree.examples
-            new = network.model.training
-            noise_RZ = torch.randn(len(rows), size) if new else fixed_noise(rows, size)
+            noise_RZ = draw_noise(row_generators(batch.tree.examples, seed), size)
             found.append(replace(batch, extra=noise_RZ.to(network.device)))
         return found
 
@@ -139,7 +137,9 @@ class VAE(Generative):
         means: list[Tensor] = []
         found = self._metrics(network, examples, budget, lambda loss: means.append(loss.states))
         if len(examples) > 1:
-            found["active_units"] = int((torch.cat(means).var(0) > ACTIVE).sum())
+            none = torch.zeros(0, int(network.model.config.latent_size), device=network.device)
+            means_RZ = network.group.concatenate(torch.cat([none, *means]))
+            found["active_units"] = int((means_RZ.var(0) > ACTIVE).sum())
         return found | self.distance_metrics(network, examples)
 
     @property

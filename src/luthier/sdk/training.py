@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.workflows.advise.recommend import Advice
     from luthier.workflows.distil.responses import Distilled
     from luthier.workflows.estimate.estimate import Estimate
+    from luthier.workflows.launch import Target
     from luthier.workflows.learning_curve import LearningCurve
     from luthier.workflows.soup import Method, Soup
     from luthier.workflows.student import Student
@@ -33,6 +34,7 @@ def tune(
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
+    processes: int = 1,
     **fields: Any,
 ) -> Result:
     """Tune a base model and store the custom model.
@@ -41,6 +43,7 @@ def tune(
         data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
         resume: go on with an interrupted run of the same name and settings.
         reporter: receives progress; nothing is printed without one.
+        processes: of this machine that share the rows of each step; one for each GPU or socket.
         **fields: fields of the recipe by dotted name with ``__`` for the dot, for example
             ``base="..."``, ``name="..."``, ``training__evaluate_every=50``, ``adaptation__rank=8``;
             ``epochs``, ``batch_size``, ``learning_rate`` and ``seed`` need no ``training__``.
@@ -53,7 +56,7 @@ def tune(
     """
     from luthier.workflows.tuning import tune as run
 
-    return run(recipe_of(data, fields), resume, reporter)
+    return run(recipe_of(data, fields), resume, reporter, processes)
 
 
 def distil(
@@ -242,6 +245,48 @@ def estimate(
     from luthier.workflows.estimate.estimate import estimate as run
 
     return run(recipe_of(data, fields), reporter)
+
+
+def launch(
+    data: str | Path | Recipe,
+    *,
+    on: Target,
+    processes: int = 1,
+    nodes: int = 1,
+    gpu: str | None = None,
+    image: str | None = None,
+    seconds: float | None = None,
+    reporter: Reporter | None = None,
+    **fields: Any,
+) -> str:
+    """The file that runs a tuning on a cluster: sized by its estimate, each number with its reason.
+
+    Args:
+        data: a data file, a TOML recipe, or a :class:`~luthier.recipe.Recipe`.
+        on: ``slurm`` (a batch script), ``kubernetes`` (a Job), ``kubeflow`` (a TrainJob of Kubeflow
+            Trainer), ``skypilot`` (a task) or ``ray`` (a script that ``ray job submit`` takes).
+        processes: on each node.
+        nodes: how many machines.
+        gpu: the cluster's name of the GPU that each process gets, or ``none``; not given, as here.
+        image: container image; what ``deploy/Dockerfile`` makes when not given.
+        seconds: time limit of a run; the estimate's upper end and half as much when not given.
+        reporter: receives progress; nothing is printed without one.
+        **fields: fields of the recipe, as of :func:`luthier.tune`.
+
+    Raises:
+        RefusedInput: for what cannot be launched, and as :func:`luthier.tune` does.
+    """
+    from luthier.engine.dataset import check_sources
+    from luthier.workflows.launch import LaunchRequest, launch_file
+
+    request = LaunchRequest(on, processes, nodes, gpu, image, seconds)
+    recipe = recipe_of(data, fields)
+    check_sources(recipe.data, recipe.objective)
+    found = estimate(recipe, reporter=reporter)
+    from luthier.engine.machine import choose_machine
+
+    machine = choose_machine(recipe.training.precision, recipe.training.threads)
+    return launch_file(recipe, found, request, machine)
 
 
 def learning_curve(

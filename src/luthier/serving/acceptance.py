@@ -224,7 +224,7 @@ def _embeds(candidate: StoredModel) -> dict[str, Any]:
 
     embedder = SerialModel.open(candidate)
     try:
-        found = embedder.embed(*embedder.read("Hello."))
+        (found,) = embedder.embed(embedder.texts(["Hello."]))
     finally:
         embedder.close()
     if not all(math.isfinite(value) for value in found.vector):

@@ -18,6 +18,8 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.processors import read_processor
 from luthier.errors import RecipeError
+from luthier.models.outside import ADAPTER_CONFIG
+from luthier.models.save import ADAPTER
 from luthier.serving.confined_process import ConfinedProcess
 
 if TYPE_CHECKING:
@@ -28,17 +30,39 @@ SECONDS = 10
 """Of processor time for one request; a prompt of 100,000 tokens takes half a second."""
 
 
-def serving_format(stored: StoredModel) -> ChatFormat:
+def serving_format(stored: StoredModel, below: ChatFormat | None = None) -> ChatFormat:
     """Tokenizer, template and stop tokens that ``stored`` is served with.
 
     Those of a model from outside, and of all that was made from one, are in a process of their own.
+    ``below`` is the format of its parent, which is taken where it is the same: to read a tokenizer
+    takes longer than to load an adapter.
     """
     from luthier.store.models import chat_format
 
     if stored.tokenizer_from is None:
+        if below is not None and _is_format_of(below, stored):
+            return below
         return chat_format(stored)
     stored_format = stored.manifest.format
     return confined_format(stored.folder, stored_format.model_dump() if stored_format else None)
+
+
+def _is_format_of(below: ChatFormat, stored: StoredModel) -> bool:
+    """Whether the format of the parent of ``stored`` is its own, by the hashes of all their files."""
+    from luthier.store.models import text_format
+
+    assert stored.parent is not None
+    others = stored.parent.manifest.files
+    files = {
+        name: digest
+        for name, digest in stored.manifest.files.items()
+        if name not in (ADAPTER, ADAPTER_CONFIG) and not name.endswith((".png", ".svg"))
+    }
+    return (
+        stored.manifest.format == text_format(below)
+        and "tokenizer.json" in files
+        and all(others.get(name) == digest for name, digest in files.items())
+    )
 
 
 def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> ConfinedFormat:

@@ -165,6 +165,8 @@ class ConfinedProcess:
             why = f"takes more than {seconds} seconds of processor time"
         elif status == -signal.SIGABRT:
             why = "takes more memory than it may have"  # libraries in Rust and C++ end so
+        elif status == -signal.SIGSEGV:
+            why = "brings its process down, as deep nesting does,"
         elif status is None:
             why = f"has not answered after {waited:.0f} seconds"
         else:

@@ -1,18 +1,21 @@
-"""Answers that have to match a JSON schema: which tokens may come next, by the library llguidance.
+"""Answers that have to match a JSON schema, a regular expression or a grammar: which tokens may follow.
 
-A schema of 100 characters can take minutes and gigabytes to be read. What a server is sent is therefore
-tried first in a process with limits (:class:`SchemaTrials`); what the library takes for each token is
-bounded by limits of its own.
+All three become a grammar of the library llguidance. One of 100 characters can take minutes and
+gigabytes to be read, or end the process. It is therefore tried first in a process with limits
+(:class:`GrammarTrials`); what the library takes for each token is bounded by limits of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +25,7 @@ from torch import Tensor
 from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
-from luthier.limits import SCHEMA_CHARACTERS
+from luthier.limits import SCHEMA_CHARACTERS, ServerLimits
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused
@@ -31,6 +34,7 @@ from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.models.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 """Keywords whose schemas stand under names."""
@@ -41,19 +45,36 @@ KNOWN = 1024
 LEXER_STATES = 100_000
 """States of a grammar's lexer, some 360 bytes each, that an answer may lead to. A text of limited
 length has 18 for each token, one of any length few, ``\\w*a\\w{60}`` 200."""
+ROW_ITEMS, STEP_ITEMS = 500, 5000
+"""Of the parser, in one place of a grammar's text and for one token. Each rule that may have begun at
+each place before is an item of an ambiguous grammar: of ``s: s s s | "a" |`` the library's own limits
+(2,000 and 50,000) let 167 tokens take a minute, and these 0.4 s."""
 _FORM: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 """White space as Python writes it, and no other: a model cannot fill an answer with line breaks."""
+
+
+_NOUNS = {"schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
+"""What the fields of a request are called."""
+_NO_PATTERN = "a pattern is no regular expression: "
+SUBJECT = "it"
+"""What takes too much, behind its name."""
+_LINE = re.compile(r"(?:at )?(\d+)\((\d+)\): ")
+"""Where in a grammar in Lark something is wrong."""
+_QUOTED = re.compile(r"\n +\d+ \| ")
+_PATTERN = re.compile(
+    r"regex parse error:\n {4}(?P<quoted>[^\n]*)\n {4}(?P<before> *)\^+\nerror: (?P<reason>[^\n]*)"
+)
 
 
 class Matcher:
     """How far one answer has come in its grammar."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, noun: str) -> None:
+        self._matcher, self._noun = matcher, noun
 
     def copy(self) -> Matcher:
         """Another one at the same place."""
-        return Matcher(self._matcher.deep_copy())
+        return Matcher(self._matcher.deep_copy(), self._noun)
 
     @property
     def is_finished(self) -> bool:
@@ -74,12 +95,13 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
+            reason = _plain(str(self._matcher.get_error()))
             raise InferenceFailed(
-                "Validation", f"The answer cannot be kept to its schema: {_reason(self._matcher)}"
+                "Validation", f"The answer cannot be kept to its {self._noun}: {reason}"
             )
 
 
-class SchemaTrials:
+class GrammarTrials:
     """Finds out in a process with limits whether answers can be kept to a grammar.
 
     Safe to share between threads and models.
@@ -88,22 +110,24 @@ class SchemaTrials:
     def __init__(
         self, work: ConfinedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
     ) -> None:
-        """Schemas of at most ``characters`` are tried in processes of ``work``, by ``turns``."""
+        """What has at most ``characters`` is tried in processes of ``work``, by ``turns``."""
         self.characters = characters
         self._work, self._turns = work, turns
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check_schema(self, schema: Mapping[str, Any] | bool) -> None:
-        """Refuse a schema to which no model's answers can be kept.
+    def check_constraint(self, constraint: Constraint) -> None:
+        """Refuse what no model's answers can be kept to.
 
         Raises:
             InferenceRefused, InferenceFailed: as :meth:`check`.
         """
-        self.check(_schema_grammar(schema, self.characters))
+        self.check(_grammar_of(constraint, self.characters), constraint.kind)
 
-    def check(self, grammar: str) -> None:
+    def check(self, grammar: str, kind: str = "schema") -> None:
         """Refuse a grammar that cannot be enforced, or takes too much to be read.
+
+        ``kind`` is the field of a request that it was made of.
 
         Raises:
             InferenceRefused: with the reason.
@@ -114,13 +138,13 @@ class SchemaTrials:
         with self._lock:
             reason = self._known.get(key)
         if reason is None:
-            reason = self._try_grammar(grammar)
+            reason = self._try_grammar(grammar, kind)
             with self._lock:
                 self._known[key] = reason
                 while len(self._known) > KNOWN:
                     self._known.popitem(last=False)
         if reason:
-            raise InferenceRefused(reason, "schema")
+            raise InferenceRefused(reason, kind)
 
     def close(self) -> None:
         """End the processes."""
@@ -137,47 +161,64 @@ class SchemaTrials:
             with self._turns.turn():
                 yield
         except NoTurn as late:
-            text = "Too many JSON schemas are being read. Please wait and try again."
+            text = "Too many schemas and grammars are being read. Please wait and try again."
             raise InferenceFailed("Throttling", text) from late
 
-    def _try_grammar(self, grammar: str) -> str:
+    def _try_grammar(self, grammar: str, kind: str) -> str:
         """What is wrong with it; empty where nothing is."""
         try:
             with self.turn():
                 error: str = self._work.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
-            return f"{refused} Use a simpler one."
-        except WorkInterrupted as interrupted:  # says nothing of the schema, and is not remembered
-            text = "The JSON schema could not be checked. Please try again."
+            return _refusal(
+                f"{str(refused)[:1].lower()}{str(refused)[1:]} Use a simpler one.", kind
+            )
+        except WorkInterrupted as interrupted:  # says nothing of it, and is not remembered
+            text = f"The {_NOUNS[kind]} could not be checked. Please try again."
             raise InferenceFailed("ServiceUnavailable", text) from interrupted
-        return _refusal(error) if error else ""
+        return _refusal(error, kind) if error else ""
+
+
+@cache
+def own_trials() -> GrammarTrials:
+    """Trials for models that are asked in this process, with the limits that a server has.
+
+    Raises:
+        RecipeError: where llguidance is not installed.
+    """
+    if find_spec("llguidance") is None:
+        raise RecipeError("schemas and grammars of answers need: pip install 'luthier[server]'")
+    limits = ServerLimits()
+    work = ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
+    turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
+    return GrammarTrials(work, turns, limits.schema_characters)
 
 
 class Constraints:
     """The grammars of one model's vocabulary. Safe to share between threads."""
 
     def __init__(
-        self, chat: ChatFormat, vocabulary: int, schemas: SchemaTrials | None = None
+        self, chat: ChatFormat, vocabulary: int, trials: GrammarTrials | None = None
     ) -> None:
-        """``schemas`` tries grammars before they are read here; needed where strangers send them."""
-        self._chat, self._vocabulary, self._schemas = chat, vocabulary, schemas
-        self._characters = schemas.characters if schemas else SCHEMA_CHARACTERS
+        """``trials`` are of grammars before they are read here; of this process where not given."""
+        self._chat, self._vocabulary, self._own_trials = chat, vocabulary, trials
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
-    def schema(self, schema: Mapping[str, Any] | bool) -> Matcher:
-        """A matcher for JSON of ``schema``; for any object where it is ``True``.
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """A matcher for texts that meet ``constraint``.
 
         Raises:
-            InferenceRefused: where it is no JSON schema, or has what cannot be enforced.
+            InferenceRefused: where it is not well-formed, or has what cannot be enforced.
         """
-        return self._matcher(_schema_grammar(schema, self._characters))
+        grammar = _grammar_of(constraint, self._trials.characters)
+        return self._matcher(grammar, constraint.kind)
 
     def calls(self, tools: Sequence[Tool], marked: bool) -> Matcher:
         """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
 
         Raises:
-            InferenceRefused: as :meth:`schema`.
+            InferenceRefused: as :meth:`matcher`.
         """
         for tool in tools:
             check_depth(tool.parameters)
@@ -186,8 +227,8 @@ class Constraints:
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            return self._matcher(_schema_grammar(schema, self._characters))
-        body = _serialize({**schema, "x-guidance": _FORM}, self._characters)
+            return self._matcher(_schema_grammar(schema, self._trials.characters))
+        body = _serialize({**schema, "x-guidance": _FORM}, self._trials.characters)
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
         from llguidance import LLMatcher
 
@@ -203,25 +244,31 @@ class Constraints:
         found: bytes = tokenizer.decode_bytes([token])
         return found
 
-    def _matcher(self, grammar: str) -> Matcher:
+    @property
+    def _trials(self) -> GrammarTrials:
+        return self._own_trials or own_trials()
+
+    def _matcher(self, grammar: str, kind: str = "schema") -> Matcher:
         from llguidance import LLMatcher, LLParserLimits
 
         with self._lock:
             tokenizer = self._tokens()
-        if self._schemas is not None:
-            self._schemas.check(grammar)
+        self._trials.check(grammar, kind)
         # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
         # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule, and a
         # second where somebody wants it to: hence the turns.
-        with self._schemas.turn() if self._schemas is not None else nullcontext():
-            limits = LLParserLimits(max_lexer_states=LEXER_STATES)
+        with self._trials.turn():
+            items = {"max_items_in_row": ROW_ITEMS, "step_max_items": STEP_ITEMS}
+            limits = LLParserLimits(
+                max_lexer_states=LEXER_STATES, **(items if kind == "grammar" else {})
+            )
             made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
             first = made.deep_copy()
             if not made.is_error():
                 first.compute_bitmask()  # a grammar that nothing matches says so at the first token
         if first.is_error():
-            raise InferenceRefused(_refusal(first.get_error()), "schema")
-        return Matcher(made)
+            raise InferenceRefused(_refusal(first.get_error(), kind), kind)
+        return Matcher(made, _NOUNS[kind])
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:
@@ -230,12 +277,34 @@ class Constraints:
                     self._tokenizer = self._chat.grammar_tokens(self._vocabulary)
             except (ValueError, RecipeError) as error:
                 raise InferenceRefused(
-                    f"Answers of this model cannot be kept to a schema: {error}", "schema"
+                    f"Answers of this model cannot be kept to a grammar: {error}", "schema"
                 ) from error
         return self._tokenizer
 
 
-def _schema_grammar(schema: Mapping[str, Any] | bool, characters: int) -> str:
+def _grammar_of(constraint: Constraint, characters: int) -> str:
+    """The grammar of texts that meet ``constraint``, which has at most so many ``characters``."""
+    from llguidance import LLMatcher
+
+    kind, text = constraint.kind, constraint.definition
+    if kind == "schema":
+        return _schema_grammar(text, characters)
+    if not isinstance(text, str) or not text:
+        raise InferenceRefused(f"The {_NOUNS[kind]} is a text, and not empty.", kind)
+    if len(text) > characters:
+        raise InferenceRefused(f"The {_NOUNS[kind]} has more than {characters:,} characters.", kind)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InferenceRefused(f"The {_NOUNS[kind]} is no text: {error.reason}.", kind) from error
+    if kind == "regex":
+        grammar: str = LLMatcher.grammar_from_regex(text)
+        return grammar
+    # Named, as a text of JSON would else be read as a grammar in the library's own form.
+    return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
+
+
+def _schema_grammar(schema: Any, characters: int) -> str:
     """The grammar of JSON of ``schema``; of any object where it is ``True``."""
     from llguidance import LLMatcher
 
@@ -279,23 +348,33 @@ def _unreadable(error: Exception) -> InferenceRefused:
     return InferenceRefused(f"The JSON schema cannot be read: {_plain(str(error))}", "schema")
 
 
-def _refusal(error: str) -> str:
-    return f"The JSON schema cannot be enforced: {_plain(error)}"
-
-
-def _reason(matcher: Any) -> str:
-    return _plain(str(matcher.get_error()))
+def _refusal(error: str, kind: str) -> str:
+    found, line = _plain(error), _LINE.match(error)
+    if line and kind == "grammar":
+        found = f"line {line[1]}, column {line[2]}: {found}"
+        if "::=" in error:
+            found += " Write it in Lark: this looks like GBNF."
+    if kind == "regex":
+        found = found.removeprefix(_NO_PATTERN)
+    return f"The {_NOUNS[kind]} cannot be enforced: {found}"
 
 
 def _plain(error: str) -> str:
-    """What the library says, without the state of its parser."""
-    said = error.partition("<state>")[0]
+    """What the library says, without its own grammar around it and the state of its parser."""
+    said = _LINE.sub("", error.partition("<state>")[0])
     if said.strip() == "NoExtensionBias":
         return "nothing can match it, or its references go round in a circle."
-    if said.lstrip().startswith("regex parse error"):
-        # It quotes the pattern, and says what is wrong with it at the end.
-        said = f"a pattern is no regular expression: {said.rpartition('error:')[2]}"
-    return " ".join(said.split())[:300]
+    if pattern := _PATTERN.search(said):
+        # It quotes the pattern, marks a place below, and says what is wrong at the end.
+        return (
+            f"{_NO_PATTERN}{' '.join(pattern['reason'].split())}, "
+            f"at character {len(pattern['before']) + 1}: "
+            f"{pattern['quoted'][len(pattern['before']) :][:40]}"
+        )
+    if "regex parse error" in said:
+        said = f"{_NO_PATTERN}{said.rpartition('error:')[2]}"
+    # Further lines quote the grammar.
+    return " ".join(_QUOTED.split(said)[0].split())[:300]
 
 
 def _call(tool: Tool, place: str) -> dict[str, Any]:

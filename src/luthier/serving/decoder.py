@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from itertools import chain
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
+from luthier.models.backends import ReusesKeyValues
 from luthier.models.decoding import TokenSampler, seed_of
+from luthier.models.kv_cache import CHUNK
 from luthier.serving.inference import (
     Chat,
     FinishEvent,
@@ -37,8 +39,15 @@ from luthier.serving.inference import (
     ToolCallEvent,
 )
 from luthier.serving.memory import CacheBudget
+from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import PromptLimit
-from luthier.serving.scheduler import FairScheduler, StepCosts, current_client, discount
+from luthier.serving.scheduler import (
+    FairScheduler,
+    StepCosts,
+    WaitingRequests,
+    current_client,
+    discount,
+)
 from luthier.serving.text import AnswerText
 from luthier.serving.toolcalls import CallSplitter
 from luthier.types import Message
@@ -47,9 +56,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.backends import Backend
     from luthier.models.network import Network
-    from luthier.serving.constraints import Matcher, SchemaTrials
+    from luthier.serving.constraints import GrammarTrials, Matcher
+    from luthier.serving.opened_model import OpenedModel
     from luthier.store.models import StoredModel
     from luthier.types import IntArray
 
@@ -76,14 +85,18 @@ class RunningRequest:
         prompt_tokens: int,
         room: int,
         memory: int,
+        model: Decoder,
     ) -> None:
-        self.request, self.client = request, client
+        """``model`` is what was asked; one on the same base may write its answers."""
+        self.request, self.client, self.model = request, client, model
         self.ids_T, self.prompt_tokens = ids_T, prompt_tokens
         self.room, self.memory = room, memory
         self.events: SimpleQueue[Any] = SimpleQueue()
         self.answers: list[RunningAnswer] = []
         self.state: Any = None
         """While its prompt is read."""
+        self.cached_tokens = 0
+        """Of its prompt, which an earlier one had read."""
         self.cancelled = False
         self.unread = False
         """Whether its client reads too slowly for more to be written."""
@@ -125,7 +138,7 @@ class RunningAnswer:
         prompt = request.prompt
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
             self._splitter = CallSplitter(
-                prompt.tools, prompt.tool_choice != "auto", request.schema is not None
+                prompt.tools, prompt.tool_choice != "auto", request.constraint is not None
             )
         self._scores: list[Score] = []
 
@@ -191,36 +204,48 @@ class Decoder:
 
     def __init__(
         self,
-        backend: Backend,
+        opened: OpenedModel,
         chat: ChatFormat,
-        soft: IntArray,
-        vocabulary: int,
         memory: CacheBudget,
-        schemas: SchemaTrials | None = None,
+        trials: GrammarTrials | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
+        prefixes: PrefixCache | None = None,
+        base: Decoder | None = None,
     ) -> None:
-        """``soft`` stands before every prompt; what sequences keep is taken from ``memory``.
+        """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
-        ``schemas`` tries schemas before they are read here. The clients of all models that share a
-        ``scheduler`` have equal parts of their time together.
+        ``trials`` are of schemas and grammars before they are read here. The clients of all models that
+        share a ``scheduler`` have equal parts of their time together. Prompts that begin as an earlier
+        one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
+        ``base``, that decoder's thread writes the answers, together with its own.
         """
         from luthier.serving.constraints import Constraints
 
-        self.chat, self.memory, self.vocabulary = chat, memory, vocabulary
-        self.context = backend.context - len(soft)
-        self.constraints = Constraints(chat, vocabulary, schemas)
-        self.limits = limits or ModelLimits()
+        self._opened, self._backend, self._soft = opened, opened.backend, opened.soft_T
+        self.chat, self.memory, self.vocabulary = chat, memory, opened.vocabulary
+        self.context = self._backend.context - len(self._soft)
+        self.constraints = Constraints(chat, self.vocabulary, trials)
+        limits = limits or ModelLimits()
+        most = min(limits.answers, self._backend.sequences)
+        self.limits = limits.model_copy(update={"answers": most})
         self._limit = PromptLimit(chat, self.context, self.limits)
-        self._backend, self._soft = backend, soft
+        backend = opened.backend
+        self._reuse = backend if isinstance(backend, ReusesKeyValues) else None
+        self._prefixes = prefixes
         self._wake = threading.Condition()
         self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
         self._steps = 0
-        self._waiting: dict[str, deque[RunningRequest]] = {}
+        self._waiting: WaitingRequests[RunningRequest] = WaitingRequests(limits.waiting_requests)
         self._reading: deque[RunningRequest] = deque()
         self._writing: list[RunningRequest] = []
         self._answers: Counter[str] = Counter()
         self._arrived = self._closed = False
+        self._base = base
+        self._thread: threading.Thread
+        if base is not None:
+            self._thread = base._thread
+            return
         self._thread = threading.Thread(target=self._run, name="luthier-decoder", daemon=True)
         self._thread.start()
 
@@ -228,29 +253,27 @@ class Decoder:
     def open(
         stored: StoredModel,
         memory: CacheBudget,
-        schemas: SchemaTrials | None = None,
+        trials: GrammarTrials | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
+        prefixes: PrefixCache | None = None,
+        base: Decoder | None = None,
     ) -> Decoder:
-        """Load ``stored``, which writes text, on the best device of this machine."""
-        from luthier.engine.machine import open_network
-        from luthier.models.backends import backend_of
-        from luthier.models.heads import prompt_ids
-        from luthier.serving.confined import serving_format
-        from luthier.store.models import room_of
+        """Load ``stored``, which writes text, on the best device of this machine.
 
-        network = open_network(stored)
-        soft = np.array(prompt_ids(network.model), dtype=np.int64)
-        vocabulary = int(network.model.config.vocab_size)
-        # The soft prompt, which stands before each row's prompt, is read by the backend with it.
-        backend = backend_of(network, room_of(stored) + len(soft), exact=True)
-        format_ = serving_format(stored)
-        return Decoder(backend, format_, soft, vocabulary, memory, schemas, limits, scheduler)
+        ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
+        """
+        from luthier.serving.confined import serving_format
+        from luthier.serving.opened_model import open_model
+
+        opened = open_model(stored, exact=True, base=None if base is None else base._opened)
+        format_ = serving_format(stored, None if base is None else base.chat)
+        return Decoder(opened, format_, memory, trials, limits, scheduler, prefixes, base)
 
     @property
     def network(self) -> Network:
-        """The network, to read with beside what is written; weights do not change."""
-        return self._backend.network
+        """The network in torch, to read with beside what is written; weights do not change."""
+        return self._opened.network
 
     @property
     def idle(self) -> bool:
@@ -289,29 +312,36 @@ class Decoder:
             InferenceFailed: where too many requests wait.
         """
         job = self._job(request)
-        with self._wake:
-            if self._closed:
-                raise InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
-            queue = self._waiting.setdefault(job.client, deque())
-            if len(queue) >= self.limits.waiting_requests:
-                raise InferenceFailed(
-                    "Throttling", "Too many of your requests wait for this model. Try again soon."
-                )
-            queue.append(job)
-            self._arrived = True
-            self._wake.notify()
-        self._scheduler.wake()
+        writer = self._base or self
+        writer._add(job)
         stream = Stream(
             job.events,
             job.prompt_tokens,
             request.n,
             lambda: sum(answer.count for answer in job.answers),
+            lambda: job.cached_tokens,
         )
-        stream.at_end(lambda: self._cancel(job))
+        stream.at_end(lambda: writer._cancel(job))
         return stream
 
+    def _add(self, job: RunningRequest) -> None:
+        with self._wake:
+            if self._closed:
+                raise InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
+            self._waiting.add(job)
+            self._arrived = True
+            self._wake.notify()
+        self._scheduler.wake()
+
     def close(self) -> None:
-        """End all work and let go of the network."""
+        """End all work and let go of the network; of an adapter, of that alone, which nobody asks."""
+        if self._base is not None:
+            self._base, self._closed = None, True
+            if self._prefixes is not None:
+                self._prefixes.forget(self)
+            self._opened.close()
+            self.chat.close()
+            return
         with self._wake:
             self._closed = True
             self._wake.notify()
@@ -349,7 +379,7 @@ class Decoder:
                 "max_tokens",
             )
         ids_P = np.concatenate([self._soft, ids_T])
-        job = RunningRequest(request, current_client(), ids_P, len(ids_T), room, memory)
+        job = RunningRequest(request, current_client(), ids_P, len(ids_T), room, memory, self)
         seed = seed_of(request)
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
@@ -361,7 +391,8 @@ class Decoder:
 
         chat = request.prompt if isinstance(request.prompt, Chat) else None
         if chat is None or not chat.tools or chat.tool_choice in ("auto", "none"):
-            return None if not request.schema else self.constraints.schema(request.schema)
+            constraint = request.constraint
+            return None if constraint is None else self.constraints.matcher(constraint)
         chosen = chat.tools
         if chat.tool_choice != "required":
             name = chat.tool_choice.removeprefix("name:")
@@ -383,9 +414,9 @@ class Decoder:
         finally:
             # However it ends: nobody waits for an answer, or for a client that is not at work.
             self._end()
-            network = self._backend.network
-            self._backend.close()
-            network.close()
+            if self._prefixes is not None:
+                self._prefixes.forget(self)
+            self._opened.close()
 
     def _decode(self) -> None:
         with torch.inference_mode():
@@ -408,10 +439,8 @@ class Decoder:
             if self._closed:
                 return False
             self._arrived = False
-            while (queue := self._next_queue()) and self._lets_in(queue[0]):
-                job = queue.popleft()
-                if not queue:
-                    del self._waiting[job.client]
+            while (job := self._next_waiting()) and self._lets_in(job):
+                self._waiting.remove(job)
             if not (self._reading or self._writing):
                 # Other models hold the memory; they do not tell when they give it back.
                 self._wake.wait(RETRY_SECONDS)
@@ -422,7 +451,7 @@ class Decoder:
         gone = InferenceFailed("ServiceUnavailable", "The model was unloaded.")
         with self._wake:
             self._closed = True
-            for job in chain(*self._waiting.values()):
+            for job in self._waiting:
                 job.events.put(gone)
             self._waiting.clear()
         self._forget_all(gone)
@@ -439,10 +468,11 @@ class Decoder:
     def _at_work(self) -> list[RunningRequest]:
         return [*self._reading, *self._writing]
 
-    def _next_queue(self) -> deque[RunningRequest] | None:
-        """Of the clients that wait and may have more at work, the one that had the least done."""
-        able = [queue for queue in self._waiting.values() if self._may_begin(queue[0])]
-        return min(able, key=lambda queue: self._scheduler.seconds(queue[0].client), default=None)
+    def _next_waiting(self) -> RunningRequest | None:
+        """Of the clients that wait and may have more at work, the next of who had the least done."""
+        heads = [next(iter(self._waiting.of(client))) for client in self._waiting.clients]
+        able = [job for job in heads if self._may_begin(job)]
+        return min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
 
     def _may_begin(self, job: RunningRequest) -> bool:
         """Whether the client's part of all answers and of the memory allows it."""
@@ -467,12 +497,9 @@ class Decoder:
     def _sweep(self) -> None:
         """Forget the requests of clients who hung up."""
         with self._wake:
-            for client, queue in [*self._waiting.items()]:
-                left = deque(job for job in queue if not job.cancelled)
-                if left:
-                    self._waiting[client] = left
-                else:
-                    del self._waiting[client]
+            for job in self._waiting:
+                if job.cancelled:
+                    self._waiting.remove(job)
         for job in self._at_work():
             if job.cancelled:
                 self._forget(job)
@@ -510,31 +537,70 @@ class Decoder:
         """A few chunks of prompts, in turns; one where another request has come meanwhile."""
         spent = 0
         while spent < READ and not (spent and self._arrived):
-            runnable = self._runnable()
-            able = [job for job in self._reading if job.client in runnable]
-            job = min(able, key=lambda job: self._scheduler.seconds(job.client), default=None)
-            if job is None:
+            jobs = self._next_to_read()
+            if not jobs:
                 return
             began = time.perf_counter()
-            spent += self._read_chunk(job)
-            self._scheduler.charge(job.client, time.perf_counter() - began)
-            self._settle(job)
+            tokens = self._read_chunks(jobs)
+            seconds = time.perf_counter() - began
+            spent += sum(tokens)
+            for job, count in zip(jobs, tokens, strict=True):
+                self._scheduler.charge(job.client, seconds * count / sum(tokens))
+                self._settle(job)
 
-    def _read_chunk(self, job: RunningRequest) -> int:
-        """Read on in its prompt; how many tokens. With the last of them its answers begin."""
-        self._reading.remove(job)
-        self._reading.append(job)
-        if job.state is None:
-            job.state = self._backend.open(job.ids_T)
-        unread = job.state.unread
-        logits_V = self._backend.prefill(job.state)
-        read: int = unread - job.state.unread
-        if logits_V is None:
-            device = self._backend.network.device
-            if self._scheduler.has_several_clients and device.type != "cpu":
-                torch.accelerator.synchronize(device)  # else the next client to wait for it pays
-            return read
+    def _next_to_read(self) -> list[RunningRequest]:
+        """Prompts that are read together, those of the clients furthest behind first."""
+        runnable = self._runnable()
+        able = [job for job in self._reading if job.client in runnable]
+        able.sort(key=lambda job: self._scheduler.seconds(job.client))
+        jobs: list[RunningRequest] = []
+        rows = 0
+        for job in able:
+            if job.state is None:
+                self._open(job)
+            rows += min(job.state.unread, CHUNK)
+            if jobs and rows > CHUNK:
+                break
+            jobs.append(job)
+        return jobs
+
+    def _open(self, job: RunningRequest) -> None:
+        """Begin with its prompt, behind what is known of it."""
+        start, model = None, job.model
+        reuse = model._reuse
+        if self._prefixes is not None and reuse is not None:
+            start = self._prefixes.longest(model, job.client, job.ids_T, reuse.reusable)
+        if start is None or reuse is None:
+            job.state = model._backend.open(job.ids_T)
+        else:
+            job.state = reuse.open(job.ids_T, start)
+            job.cached_tokens = max(0, len(start) - len(model._soft))
+
+    def _read_chunks(self, jobs: list[RunningRequest]) -> list[int]:
+        """Read on in their prompts; how many tokens of each. With the last of them answers begin."""
+        for job in jobs:
+            self._reading.remove(job)
+            self._reading.append(job)
+        unread = [job.state.unread for job in jobs]
+        logits = self._backend.prefill([job.state for job in jobs])
+        read = [before - job.state.unread for before, job in zip(unread, jobs, strict=True)]
+        for job, logits_V in zip(jobs, logits, strict=True):
+            if logits_V is not None:
+                self._begin_answers(job, logits_V)
+        device = self._backend.device
+        if self._scheduler.has_several_clients and device.type != "cpu":
+            torch.accelerator.synchronize(device)  # else the next client to wait for it pays
+        return read
+
+    def _begin_answers(self, job: RunningRequest, logits_V: Tensor) -> None:
         state, job.state = job.state, None
+        reuse = job.model._reuse
+        if self._prefixes is not None and reuse is not None:
+            end = reuse.reusable(len(job.ids_T))
+            copy = partial(reuse.key_values, state, end=end)
+            self._prefixes.add(job.model, job.client, job.ids_T[:end], copy)
+            if job.model._closed:  # meanwhile, by another thread
+                self._prefixes.forget(job.model)
         states = self._backend.fork(state, len(job.answers))
         self._reading.remove(job)
         self._writing.append(job)
@@ -542,7 +608,6 @@ class Decoder:
             answer.state = own
         for answer in job.answers:
             self._advance(answer, logits_V, None)
-        return read
 
     def _write(self) -> bool:
         """One token for as many answers as step together, those furthest behind first.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,37 @@ from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
 from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain, open_folder
+from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
-from luthier.files import new_folder
+from luthier.files import need_disk, new_folder, write_bytes
+from luthier.models.gguf import (
+    GeneralMetadata,
+    check_quantization,
+    check_writable,
+    file_size,
+    write_gguf,
+    write_lora,
+)
+from luthier.models.load import read_config
 from luthier.models.manifest import OWN_FILES
 from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
-from luthier.store.models import StoredModel, adaptation_of, chat_format, load, objective_of
+from luthier.serving.gguf_parity import GgufParity, compare_gguf, has_llama_cpp
+from luthier.serving.ollama import MODELFILE, modelfile
+from luthier.store.models import (
+    StoredModel,
+    adaptation_of,
+    ancestors,
+    chat_format,
+    check_mergeable,
+    check_whole,
+    check_writes,
+    content_hash,
+    load,
+    objective_of,
+    short_name,
+)
 
 
 def export(stored: StoredModel, target: Path, merged: bool) -> Path:
@@ -31,6 +57,11 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
     weights are bit for bit those that luthier serves. Without it, an adapter is written in PEFT's
     format, to be put on the base model named in ``adapter_config.json``; one on a pipeline of diffusers
     in the form that ``pipe.load_lora_weights`` reads.
+
+    Raises:
+        RecipeError: for an adapter that the form does not hold.
+        CorruptFile: where a file is not the one that was stored, or changed meanwhile.
+        RunConflict: where something is at ``target``.
     """
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
@@ -38,7 +69,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
             "on another; use --merged"
         )
     target = _new_target(target)
-    with new_folder(target) as fresh:
+    with _new_folder(target, stored) as fresh:
         if stored.parent is None:
             _copy(stored.folder, fresh)
         elif merged:
@@ -47,9 +78,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
                     f"{adaptation_of(stored).method} cannot be merged into the network's own weights; "
                     "export it without --merged"
                 )
-            from luthier.engine.machine import choose_machine
-
-            machine = choose_machine()
+            machine = machines.choose_machine()
             model = load(stored, machine.dtype, machine.device)
             save_network(model, chat_format(stored), fresh)
         elif is_pipeline(stored.network_folder):
@@ -89,13 +118,133 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
 def _new_target(target: Path) -> Path:
     """Where to write, which takes the place of nothing but an empty folder.
 
+    A link stays one, and the folder is made where it leads.
+
     Raises:
         RunConflict: for anything else that is there.
     """
     target = target.expanduser().absolute()
+    target = target.resolve() if target.is_symlink() else target
+    if target.is_mount():
+        raise RunConflict(f"{target} is where a disk is mounted; name a folder inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunConflict(f"{target} exists already; name a folder that does not, or an empty one")
     return target
+
+
+@contextmanager
+def _new_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
+    """As :func:`luthier.files.new_folder`, for files of ``stored`` as they are in its record.
+
+    Raises:
+        CorruptFile: where they are not, before or behind the block.
+        RunConflict: where something came to be at ``target`` meanwhile.
+    """
+    check_whole(stored)
+    try:
+        with new_folder(target, replace=False) as fresh:
+            yield fresh
+            check_whole(stored)  # it may have been made anew while it was read
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        raise RunConflict(
+            f"something was written to {target} meanwhile; name another one"
+        ) from error
+
+
+def export_gguf(
+    stored: StoredModel, target: Path, merged: bool = True, quantization: str | None = None
+) -> GgufParity | None:
+    """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama beside it.
+
+    The weights are those that luthier serves, in the type that ``quantization`` names (f16 when not
+    given), with tokenizer, chat template and stop tokens in the same file. With ``merged`` false, it
+    is a LoRA adapter alone, in float32, for the GGUF file of its base. Where llama.cpp is installed it
+    has loaded the file before the folder is there, and its answers were compared with the model's:
+    returns how near they are, or ``None`` where it is not installed.
+
+    Raises:
+        RecipeError: for a model that llama.cpp cannot run, or that answers otherwise there.
+        RunConflict: where something is at ``target``.
+    """
+    target = _new_target(target)
+    if not merged and quantization is not None:
+        raise RecipeError(
+            "an adapter is written in float32: give a type of weights to its base, or export it merged"
+        )
+    kind = check_quantization(quantization or "f16")
+    check_writes(stored, "and GGUF files are of models that write text")
+    config = read_config(stored.network_folder, objective_of(stored).head())
+    check_writable(config.model_type, stored.id)
+    chat = chat_format(stored)
+    if merged:
+        check_mergeable(stored, "a GGUF file holds no others")
+        machine = machines.choose_machine()
+        network: Any = load(stored, machine.dtype, torch.device("cpu"))
+        need_disk(target, file_size(network, kind), f"writing {stored.id}")
+        file, adapter = f"{_file_name(stored)}-{kind.upper()}.gguf", None
+    else:
+        lora, parent = _gguf_lora(stored)
+        file = f"{_file_name(parent)}-{kind.upper()}.gguf"
+        adapter = f"{_file_name(stored)}-F32-LoRA.gguf"
+    parity = None
+    with _new_folder(target, stored) as fresh:
+        if adapter is None:
+            write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
+            if has_llama_cpp():
+                parity = compare_gguf(fresh / file, network.float(), chat, kind)
+        else:
+            tensors = read_adapter(stored.folder)
+            write_lora(tensors, lora.scale, config, fresh / adapter, _general_metadata(stored))
+            if has_llama_cpp():
+                base = fresh / "base.gguf"
+                cpu = torch.device("cpu")
+                write_gguf(load(parent, torch.float32, cpu), chat, base, "f32")
+                network = load(stored, torch.float32, cpu)
+                parity = compare_gguf(base, network, chat, "f32", fresh / adapter)
+                base.unlink()
+        write_bytes(fresh / MODELFILE, modelfile(chat, file, adapter).encode())
+    return parity
+
+
+def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
+    """The adaptation of an adapter that llama.cpp puts on its base, and the base.
+
+    Raises:
+        RecipeError: for whatever is no plain LoRA on a base model.
+    """
+    if stored.parent is None:
+        raise RecipeError(f"{stored.id} is no adapter but a whole network; export it merged")
+    if stored.parent.parent is not None:
+        raise RecipeError(
+            f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged"
+        )
+    adaptation = adaptation_of(stored)
+    lora = adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
+    if not isinstance(lora, LoRA) or lora.dora:
+        raise RecipeError(
+            f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
+            "llama.cpp puts adapters of plain LoRA alone on a network; export it merged"
+        )
+    return lora, stored.parent
+
+
+def _file_name(stored: StoredModel) -> str:
+    """The id of a model as a part of the name of a file."""
+    base, _, name = stored.id.partition(":")
+    return "-".join(part for part in (short_name(base), name) if part)
+
+
+def _general_metadata(stored: StoredModel) -> GeneralMetadata:
+    known = [stored, *(each for each in ancestors(stored) if isinstance(each, StoredModel))]
+    licences = [each.manifest.licence for each in known if each.manifest.licence]
+    return GeneralMetadata(
+        name=stored.id,
+        base=stored.root if stored.root != stored.id else None,
+        licence=licences[0] if licences else None,
+        sha256=content_hash(stored),
+    )
 
 
 ONNX_FILE = "model.onnx"
@@ -139,7 +288,7 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
             f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
         )
     traced, other = (_onnx_inputs(model, chat, rows) for rows in (2, 3))
-    with new_folder(target) as fresh:
+    with _new_folder(target, stored) as fresh:
         _trace(model, traced, fresh / ONNX_FILE, stored.id)
         error = _compare(model, other, fresh / ONNX_FILE)
         if not error <= ONNX_ERROR:

@@ -1,8 +1,9 @@
 """Answering with a model: the same weights, template and stop tokens it was trained with.
 
-A custom model is loaded with its adapters merged, exactly as ``models export --merged`` writes it, and
-decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the same texts. What a
-batch holds beside a prompt does not change its answer.
+A custom model is decoded as the server decodes it (:mod:`luthier.models.decoding`): both give the same
+texts. An adapter that can share its base with others stands beside it, as it was trained; other
+adapters are merged, as ``models export --merged`` writes them. What a batch holds beside a prompt does
+not change its answer.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RecipeError
-from luthier.models.backends import backend_of
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
-from luthier.models.heads import prompt_ids
-from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
-from luthier.models.torch_backend import FlatBackend
+from luthier.models.torch_backend import AdaptedBackend, FlatBackend
+from luthier.serving.constraints import Constraints
 from luthier.serving.inference import Chat
+from luthier.serving.opened_model import OpenedModel, open_model
 from luthier.serving.text import AnswerText
 from luthier.types import Message
 
@@ -44,7 +44,7 @@ class GeneratedReply:
 
     text: str
     finished: bool
-    """Whether the model or a stop sequence ended it; else the limit of tokens cut it off."""
+    """Whether the model, a stop sequence or a grammar ended it; else the limit of tokens cut it off."""
     tokens: int
     """Tokens of the text."""
 
@@ -52,16 +52,24 @@ class GeneratedReply:
 class Generator:
     """One model in memory, ready to answer."""
 
-    def __init__(self, network: Network, chat: ChatFormat) -> None:
-        model = network.model.eval()
-        self.network, self.chat = network, chat
-        self.prompt_ids = np.array(prompt_ids(model), dtype=np.int64)
+    def __init__(self, network: Network | OpenedModel, chat: ChatFormat) -> None:
+        opened = network
+        if not isinstance(opened, OpenedModel):
+            opened.model.eval()
+            opened = OpenedModel.of(opened)
+        self._opened, self.chat = opened, chat
+        self.prompt_ids = opened.soft_T
         """A soft prompt that stands before every prompt."""
-        self.prefix = prefix_tokens(model)
-        """Keys and values that stand before both; 0 without a prefix."""
-        self.backend = backend_of(network, network.context)
+        self.backend = opened.backend
         self.context = self.backend.context
-        """Tokens of prompt and reply together; no more than a window of the network's attention."""
+        """Tokens of prompt and reply together: what a prefix leaves of the network's context, and no
+        more than a window of its attention."""
+        self._constraints = Constraints(chat, opened.vocabulary)
+
+    @property
+    def network(self) -> Network:
+        """The network in torch."""
+        return self._opened.network
 
     @staticmethod
     def is_able(objective: Objective) -> bool:
@@ -71,7 +79,6 @@ class Generator:
     @staticmethod
     def open(stored: StoredModel) -> Generator:
         """Load ``stored`` on the best device of this machine."""
-        from luthier.engine.machine import open_network
         from luthier.store.models import chat_format, objective_of
 
         if not Generator.is_able(objective_of(stored)):
@@ -79,7 +86,7 @@ class Generator:
                 f"{stored.id} does not write text: it was trained for "
                 f"{objective_of(stored).method}. Use luthier predict."
             )
-        return Generator(open_network(stored), chat_format(stored))
+        return Generator(open_model(stored), chat_format(stored))
 
     def max_tokens(self, sampling: Sampling) -> int:
         """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""
@@ -155,7 +162,7 @@ class Generator:
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
         beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
         reply = self.max_tokens(sampling)
-        sizes = [self.prefix + len(ids_T), reply]
+        sizes = [len(ids_T), reply]
         if (max(sizes) if beside else sum(sizes)) <= self.context:
             return None
         return (
@@ -173,7 +180,7 @@ class Generator:
         return [
             GeneratedReply(
                 shown[row] + texts[row].end()[0],
-                row.stopped or texts[row].stop is not None,
+                row.stopped or row.complete or texts[row].stop is not None,
                 texts[row].tokens,
             )
             for row in decoding.rows
@@ -189,6 +196,10 @@ class Generator:
         return piece
 
     def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Decoding:
+        masks = None
+        if sampling.constraint is not None:
+            matcher = self._constraints.matcher(sampling.constraint)
+            masks = [matcher.copy() for _ in prompts]
         return Decoding(
             self.backend,
             prompts,
@@ -198,5 +209,6 @@ class Generator:
             self.max_tokens(sampling),
             self.chat.stop_ids,
             # One after the other, in chunks as the server reads them: the bits are the same.
-            together=not isinstance(self.backend, FlatBackend),
+            together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
+            masks=masks,
         )

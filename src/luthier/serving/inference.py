@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -81,8 +81,6 @@ class GenerationRequest(Sampling):
     """Answers, each drawn with its own seed."""
     top_logprobs: int | None = field(default=None, kw_only=True)
     """How many of the likeliest tokens are told beside each token; not even its own when ``None``."""
-    schema: Mapping[str, Any] | bool | None = field(default=None, kw_only=True)
-    """JSON schema that answers have to match; ``True`` for any JSON object."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -104,6 +102,8 @@ class GenerationRequest(Sampling):
             raise InferenceRefused(
                 f"stop must be at most {STOPS} texts, none of them empty", "stop"
             )
+        if [self.schema, self.regex, self.grammar].count(None) < 2:
+            raise InferenceRefused("An answer matches one of schema, regex and grammar.", "grammar")
 
 
 @dataclass(frozen=True)
@@ -252,11 +252,14 @@ class Stream:
         prompt_tokens: int,
         n: int,
         written: Callable[[], int] = lambda: 0,
+        cached: Callable[[], int] = lambda: 0,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         """Tokens of the prompt, template included."""
         self.written = written
         """Gives the tokens that were written so far, for all answers."""
+        self.cached = cached
+        """Gives the tokens of the prompt that were known of an earlier one, once it is read."""
         self._events, self._n, self._left = events, n, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None

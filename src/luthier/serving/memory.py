@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from luthier.serving.scheduler import discount
@@ -130,7 +131,13 @@ class CacheBudget:
         """``total`` bytes, ``per_client`` of them for one client at most."""
         self.total, self.per_client = total, total if per_client is None else per_client
         self._held: Counter[str] = Counter()
+        self._spare = 0
+        self._reclaim: Callable[[int], None] = lambda size: None
         self._lock = threading.Lock()
+
+    def on_shortage(self, reclaim: Callable[[int], None]) -> None:
+        """``reclaim`` is asked to give back so many of the bytes of :meth:`take_spare`."""
+        self._reclaim = reclaim
 
     @property
     def reserved_bytes(self) -> int:
@@ -145,12 +152,27 @@ class CacheBudget:
     def take(self, client: str, size: int) -> bool:
         """Reserve ``size`` bytes, where they are free and ``client`` may have them."""
         with self._lock:
-            fits = self.allows(client, size) and self._held.total() + size <= self.total
-            if fits:
-                self._held[client] += size
-        return fits
+            if not self.allows(client, size) or self._held.total() + size > self.total:
+                return False
+            self._held[client] += size
+            shortage = self._held.total() + self._spare - self.total
+        if shortage > 0:
+            self._reclaim(shortage)
+        return True
 
     def give(self, client: str, size: int) -> None:
         """Give them back."""
         with self._lock:
             discount(self._held, client, size)
+
+    def take_spare(self, size: int) -> bool:
+        """Have ``size`` bytes until a request needs them, where they are free."""
+        with self._lock:
+            fits = self._held.total() + self._spare + size <= self.total
+            self._spare += size if fits else 0
+        return fits
+
+    def give_back_spare(self, size: int) -> None:
+        """Give them back."""
+        with self._lock:
+            self._spare -= size

@@ -6,15 +6,17 @@ import secrets
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import cancellable
-from luthier.engine.machine import available_memory
+from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, UnknownModel
 from luthier.limits import ModelLimits
+from luthier.serving.batcher import Work
 from luthier.serving.inference import (
     GenerationRequest,
     ImageRequest,
@@ -26,13 +28,15 @@ from luthier.serving.inference import (
     metered_stream,
 )
 from luthier.serving.memory import CacheBudget
+from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import prompt_tokenized
 from luthier.serving.scheduler import FairScheduler
-from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel, Work
+from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel
 
 if TYPE_CHECKING:
     from luthier.data.media import Media
-    from luthier.serving.constraints import SchemaTrials
+    from luthier.models.sampling import Constraint
+    from luthier.serving.constraints import GrammarTrials
     from luthier.serving.decoder import Decoder
     from luthier.serving.images import Reconstruction
     from luthier.store.models import StoredModel
@@ -40,18 +44,24 @@ if TYPE_CHECKING:
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
 _LOADED_TWICE = 2.5
-"""Bytes in memory for each stored one: weights are kept a second time in the kernels' order."""
+"""Of the weights' bytes: they are kept a second time in the kernels' order."""
+_STACKED = 2.0
+"""The same of an adapter beside its base: weights are stacked with others' while it writes."""
 
 
 @dataclass(eq=False)
 class _Entry:
     """A model that is loaded, or about to be."""
 
+    id: str
     bytes: int
     ready: threading.Event = field(default_factory=threading.Event)
     model: Any = None
     reader: Any = None
-    """The :class:`SerialModel` over its network; what does not write is one itself."""
+    """The :class:`SerialModel` over its network; what does not write is one itself, and of what writes
+    it is opened when a text is first to be read."""
+    base: _Entry | None = None
+    """The entry of the model whose network it shares, which it uses as long as it has a place."""
     error: Exception | None = None
     uses: int = 0
     gone: bool = False
@@ -72,18 +82,19 @@ class ModelPool:
         self,
         budget: int | None = None,
         cache: int | None = None,
-        schemas: SchemaTrials | None = None,
+        trials: GrammarTrials | None = None,
         limits: ModelLimits | None = None,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
-        sequences; by default shares of the free memory. ``schemas`` tries those of unknown clients,
-        and ``limits`` hold for each model.
+        sequences; by default shares of the free memory. ``trials`` are of what unknown clients
+        send to keep answers to, and ``limits`` hold for each model.
         """
-        self._schemas, self.limits = schemas, limits or ModelLimits()
+        self._trials, self.limits = trials, limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
         cache = int(self.limits.cache_share * free) if cache is None else cache
         self.memory = CacheBudget(cache, self.limits.share_of(cache))
+        self._prefixes = PrefixCache(self.memory)
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._lock = threading.Lock()
@@ -122,15 +133,15 @@ class ModelPool:
             ids_T = _writer(entry).encode(ids).tolist()
             return [_writer(entry).constraints.token_bytes(i) for i in ids_T]
 
-    def check_schema(self, schema: Mapping[str, Any] | bool) -> None:
-        """Refuse a schema to which no model's answers can be kept, without asking any.
+    def check_constraint(self, constraint: Constraint) -> None:
+        """Refuse what no model's answers can be kept to, without asking any.
 
         Raises:
             InferenceRefused: with the reason.
             InferenceFailed: where it could not be tried now.
         """
-        if self._schemas is not None:
-            self._schemas.check_schema(schema)
+        if self._trials is not None:
+            self._trials.check_constraint(constraint)
 
     def writes(self, model_id: str) -> bool:
         """Whether it writes text, and does not read it only."""
@@ -141,16 +152,18 @@ class ModelPool:
     def embed(self, model_id: str, texts: Sequence[str | Sequence[int]]) -> list[Embedding]:
         """Vectors of texts, or of texts as tokens.
 
-        That of a model that writes is the mean of its last hidden states, with length 1. Each is
-        computed alone, so that it does not depend on what stands beside it.
+        That of a model that writes is the mean of its last hidden states, with length 1. Texts of all
+        who ask at once are read together; on a CPU each has the bits that it has alone, where the
+        network takes the flat layout and its products are linear layers.
+
+        Raises:
+            UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`.
         """
         with self._borrow(model_id) as entry:
-            read = [entry.reader.read(text) for text in texts]
+            reader = self._reader(entry)
+            examples = reader.texts(texts)
             prompt_tokenized()
-            work = Work()
-            found: list[Embedding] = [
-                entry.reader.embed(text, tokens, work) for text, tokens in read
-            ]
+            found = reader.embed(examples)
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -160,7 +173,8 @@ class ModelPool:
         """What a model that reads says of each input: ``label`` and ``scores``, ``score``, ….
 
         ``top`` leaves so many classes in ``scores``, the likeliest first. An image or a sound counts
-        as one token that was read.
+        as one token that was read. Inputs of all who ask at once are read together, as by
+        :meth:`embed`.
 
         Raises:
             UnknownModel, InferenceRefused, InferenceFailed: as :meth:`submit`; ``ModelTimeout`` where
@@ -168,9 +182,9 @@ class ModelPool:
         """
         self._check_count(len(inputs), "inputs")
         with self._borrow(model_id) as entry:
-            rows, tokens = _serial(entry).rows(inputs)
+            examples, tokens = _serial(entry).inputs(inputs)
             prompt_tokenized()
-            answers: list[dict[str, Any]] = entry.model.predict(rows, top, self._work())
+            answers: list[dict[str, Any]] = entry.model.predict(examples, top, self._work())
         count_tokens(model_id, tokens)
         return answers
 
@@ -178,10 +192,10 @@ class ModelPool:
         """Each image as the model gives it back; read and made, it counts as two tokens."""
         self._check_count(len(images), "images")
         with self._borrow(model_id) as entry:
-            rows, tokens = _serial(entry).rows(images)
+            model = _serial(entry)
             prompt_tokenized()
-            found: list[Reconstruction] = entry.model.reconstruct(rows, self._work())
-        count_tokens(model_id, tokens, len(found))
+            found = model.reconstruct(images, self._work())
+        count_tokens(model_id, len(found), len(found))
         return found
 
     def sample(self, model_id: str, request: ImageRequest) -> ImageSamples:
@@ -211,13 +225,15 @@ class ModelPool:
         return Work(self.limits.image_seconds)
 
     def forget(self, model_id: str) -> None:
-        """Let go of a model that was deleted, as soon as nothing is asked of it."""
+        """Let go of a model that was deleted, as soon as nothing is asked of it or of its adapters."""
         with self._lock:
-            entry = self._entries.pop(model_id, None)
-            if entry is not None:
+            first = self._entries.get(model_id)
+            gone = [each for each in self._entries.values() if first and first in (each, each.base)]
+            for entry in gone:
+                del self._entries[entry.id]
                 entry.uses += 1
                 entry.gone = True
-        if entry is not None:
+        for entry in gone:
             self._release(entry)
 
     def close(self) -> None:
@@ -251,8 +267,19 @@ class ModelPool:
             from luthier.store import models as store
 
             # It may have to be downloaded first, which no other model waits for.
-            size = _weights(store.find(model_id))
-            entry, first = self._reserve(model_id, size)
+            stored = store.find(model_id)
+            base = None
+            if store.shares_base(stored):
+                assert stored.parent is not None
+                base = self._acquire(stored.parent.id)
+            try:
+                entry, first = self._reserve(model_id, _weights(stored, base), base)
+            except BaseException:
+                if base is not None:
+                    self._release(base)
+                raise
+            if base is not None and not first:  # the use of the base goes with the first one's
+                self._release(base)
         if first:
             self._load(model_id, entry)
         elif not entry.ready.wait(LOADING_SECONDS):
@@ -270,11 +297,20 @@ class ModelPool:
         entry = self._entries.get(model_id)
         if entry is not None:
             entry.uses += 1
-            self._entries.move_to_end(model_id)
+            self._move_to_end(entry)
         return entry
 
-    def _reserve(self, model_id: str, size: int) -> tuple[_Entry, bool]:
-        """A place for the model, made free where needed, and whether it has to be loaded."""
+    def _move_to_end(self, entry: _Entry) -> None:
+        """It is the latest in use; its base comes behind it, which has to stay for longer."""
+        for each in (entry, entry.base):
+            if each is not None and self._entries.get(each.id) is each:
+                self._entries.move_to_end(each.id)
+
+    def _reserve(self, model_id: str, size: int, base: _Entry | None) -> tuple[_Entry, bool]:
+        """A place for the model, made free where needed, and whether it has to be loaded.
+
+        With it goes the use of its ``base``, unless there is a place already.
+        """
         with self._lock:
             entry = self._use(model_id)
             if entry is not None:
@@ -282,20 +318,31 @@ class ModelPool:
             if size > self.budget:
                 text = f"{size >> 20} MiB of memory, and {self.budget >> 20} MiB are there."
                 raise InferenceFailed("ModelNotReady", f"The model needs {text}")
-            excess = sum(entry.bytes for entry in self._entries.values()) + size - self.budget
-            evicted = []
-            for name, other in self._entries.items():
-                if excess > 0 and not other.uses:
-                    evicted.append(name)
+            # What is being loaded is not taken yet, and jobs may have taken what was free at the start.
+            loading = sum(each.bytes for each in self._entries.values() if not each.ready.is_set())
+            free = available_memory() - loading
+            used = sum(entry.bytes for entry in self._entries.values())
+            excess = size - min(self.budget - used, free)
+            evicted: list[_Entry] = []
+            for other in self._entries.values():
+                adapters = sum(each.base is other for each in evicted)
+                if excess > 0 and other.uses == adapters:
+                    evicted.append(other)
                     excess -= other.bytes
+            free += sum(each.bytes for each in evicted)
+            if excess > 0 and size > free:
+                text = f"{size >> 20} MiB of memory, and {max(free, 0) >> 20} MiB are free now."
+                raise InferenceFailed("ModelNotReady", f"The model needs {text} Try again later.")
             if excess > 0:
                 raise InferenceFailed(
                     "ModelNotReady", "Other models are at work in all memory. Try again soon."
                 )
-            closing = [self._entries.pop(name) for name in evicted]
-            self._entries[model_id] = entry = _Entry(size, uses=1)
-        for other in closing:
-            other.close()  # waits for its threads
+            for other in evicted:
+                del self._entries[other.id]
+            self._entries[model_id] = entry = _Entry(model_id, size, base=base, uses=1)
+            self._move_to_end(entry)
+        for other in evicted:
+            self._close(other)  # waits for its threads
         return entry, True
 
     def _load(self, model_id: str, entry: _Entry) -> None:
@@ -309,11 +356,21 @@ class ModelPool:
                     from luthier.serving.decoder import Decoder
 
                     entry.model = Decoder.open(
-                        stored, self.memory, self._schemas, self.limits, self._scheduler
+                        stored,
+                        self.memory,
+                        self._trials,
+                        self.limits,
+                        self._scheduler,
+                        self._prefixes,
+                        None if entry.base is None else _writer(entry.base),
                     )
-                    entry.reader = SerialModel.of(entry.model, self._scheduler)
+                    # Takes off the truncation that a tokenizer's file may name: later no two threads
+                    # may do so at once.
+                    entry.model.chat.encode_whole("")
                 else:
-                    entry.model = SerialModel.open(stored, self.limits, self._scheduler)
+                    entry.model = SerialModel.open(
+                        stored, self.limits, self._scheduler, self.memory
+                    )
                     entry.reader = entry.model
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
@@ -322,19 +379,40 @@ class ModelPool:
                 "ModelError", f"The model cannot be loaded: {type(error).__name__}."
             )
             entry.error.__cause__ = error
+        release_workers()  # of the thread that asked: a decoder has its own
         if entry.error is not None:
             with self._lock:
                 if self._entries.get(model_id) is entry:
                     del self._entries[model_id]
-            entry.close()
+            self._close(entry)
         entry.ready.set()
+
+    def _reader(self, entry: _Entry) -> SerialModel:
+        """What reads with the network of a model that is in memory."""
+        with self._loading:  # where a backend runs a file, the network is loaded only now
+            if entry.reader is None:
+                try:
+                    entry.reader = SerialModel.of(entry.model, self._scheduler)
+                except LuthierError as error:
+                    raise InferenceFailed(
+                        "ModelError", f"The model cannot be loaded: {error}"
+                    ) from error
+            reader: SerialModel = entry.reader
+            return reader
 
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.uses -= 1
             last = entry.gone and not entry.uses
         if last:
-            entry.close()
+            self._close(entry)
+
+    def _close(self, entry: _Entry) -> None:
+        """End the work of what has no place any more, and its use of a base."""
+        entry.close()
+        base, entry.base = entry.base, None
+        if base is not None:
+            self._release(base)
 
 
 def _close_all(entries: OrderedDict[str, _Entry]) -> None:
@@ -358,9 +436,26 @@ def _serial(entry: _Entry) -> SerialModel:
     return entry.model
 
 
-def _weights(stored: StoredModel) -> int:
-    """Bytes that a model takes in memory without what its sequences keep."""
-    files = list(stored.network_folder.rglob("*.safetensors"))
+def _weights(stored: StoredModel, base: _Entry | None) -> int:
+    """Bytes that a model takes in memory, beside its base, without what its sequences keep."""
+    from safetensors import SafetensorError
+
+    from luthier.encryption.tensors import tensor_headers
+    from luthier.engine.machine import choose_machine
+    from luthier.models.save import ADAPTER
+
+    if base is None:
+        files = list(stored.network_folder.rglob("*.safetensors"))
+    else:
+        files = [stored.folder / ADAPTER]
     if not files:
         raise UnknownModel(f"{stored.id} has no weights")
-    return int(_LOADED_TWICE * sum(path.stat().st_size for path in files))
+    numbers = 0
+    for path in files:
+        try:
+            numbers += sum(prod(shape) for _, shape in tensor_headers(path).values())
+        except (OSError, SafetensorError, LuthierError) as error:
+            text = f"The model cannot be loaded: {path} cannot be read: {error}"
+            raise InferenceFailed("ModelError", text) from error
+    times = _LOADED_TWICE if base is None else _STACKED
+    return int(times * choose_machine().dtype.itemsize * numbers)

@@ -96,7 +96,7 @@ class Predictor:
         sides = [self._sides(row) for row in rows]
         owners = [row for row, own in zip(rows, sides, strict=True) for _ in own]
         texts = [side for own in sides for side in own]
-        examples = [self._encode(side, index) for index, side in enumerate(texts)]
+        examples = [self.encode(side, index) for index, side in enumerate(texts)]
         if problems := [
             Problem(
                 row.file,
@@ -110,7 +110,7 @@ class Predictor:
         ]:
             raise DataError(problems, "nothing was predicted")
         share = len(rows) / max(1, len(texts))
-        read = iter(self._read(examples, lambda finished: done(round(share * finished))))
+        read = iter(self.read(examples, lambda finished: done(round(share * finished))))
         answers = [self._answer_of([next(read) for _ in own]) for own in sides]
         if top is not None:
             for answer in answers:
@@ -127,10 +127,10 @@ class Predictor:
         if self.objective.task != "embedding":
             raise RecipeError(f"a model of objective {self.objective.method} gives no embeddings")
         rows = [RawText("text", number, text) for number, text in enumerate(texts, 1)]
-        examples = [self._encode(row, index) for index, row in enumerate(rows)]
+        examples = [self.encode(row, index) for index, row in enumerate(rows)]
         room = self.context
         cut = [self.objective.truncate(e, room) if len(e) > room else e for e in examples]
-        found = self._read(cut, lambda finished: None)
+        found = self.read(cut)
         return np.array([answer["embedding"] for answer in found], dtype=np.float32)
 
     def _sides(self, row: Row) -> list[Row]:
@@ -170,7 +170,7 @@ class Predictor:
         rows = self.objective.regroup(rows)
         reads = self.objective.task != "image_to_text"  # that has one side to find out the other
         examples = [
-            [self._encode(side, index) for side in (row.sides() if reads else [row])]
+            [self.encode(side, index) for side in (row.sides() if reads else [row])]
             for index, row in enumerate(rows)
         ]
         measured = fit_rows(rows, examples, self.context, long_rows, self.objective.truncate)
@@ -178,7 +178,7 @@ class Predictor:
         count = len(measured.examples[0]) if rows else 1
         flat = [text for texts in measured.examples for text in texts]
         numbered = [replace(text, row=index) for index, text in enumerate(flat)]
-        found = self._read(numbered, lambda finished: done(finished // count))
+        found = self.read(numbered, lambda finished: done(finished // count))
         sides = [found[side::count] for side in range(count)]
         scored: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
             (JudgedAnswers, "reward", self._score_rewards),
@@ -294,17 +294,23 @@ class Predictor:
         remark = f"each of {counts[0]:,} images is looked up among {counts[1]:,} texts, and back"
         return measured.evaluation(scores, first, [remark])
 
-    def _read(
-        self, examples: Sequence[Example], done: Callable[[int], None]
+    def read(
+        self,
+        examples: Sequence[Example],
+        done: Callable[[int], None] = lambda count: None,
+        side_by_side: bool = False,
     ) -> list[dict[str, Any]]:
-        """Answers to ``examples``, which are numbered in their order."""
+        """Answers to ``examples``, which are numbered in their order.
+
+        ``side_by_side``: see :meth:`luthier.models.network.Network.batches`.
+        """
         import torch
 
         assert isinstance(self.objective, SupportsPrediction)
         answers: list[dict[str, Any]] = [{} for _ in examples]
         finished = 0
         with torch.inference_mode():
-            for batch in self.network.batches(examples, BUDGET):
+            for batch in self.network.batches(examples, BUDGET, side_by_side):
                 found = self.objective.predict(self.network, batch)
                 for example, answer in zip(batch.tree.examples, found, strict=True):
                     answers[example.row] = answer
@@ -312,7 +318,13 @@ class Predictor:
                 done(finished)
         return answers
 
-    def _encode(self, row: Row, index: int) -> Example:
+    def encode(self, row: Row, index: int) -> Example:
+        """``row`` as it is read, whatever it says itself; ``index`` becomes ``Example.row``.
+
+        Raises:
+            RecipeError: for an answer to a prompt, where the model reads texts.
+            RowRefused: for what it cannot read.
+        """
         if row.turns() and "preference" not in self.objective.shapes:
             raise RecipeError(
                 f"row {index + 1} is an answer to a prompt, and this model reads texts"

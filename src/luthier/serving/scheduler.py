@@ -18,6 +18,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Generic, Protocol, TypeVar
+
+from luthier.serving.inference import InferenceFailed
 
 LEAD_SECONDS = 0.1
 """By which a client may be ahead of another one: less, and they would seldom share a step."""
@@ -59,6 +62,72 @@ class Cancelled(Exception):
     """Whoever waited does not want it any more."""
 
 
+class ClientRequest(Protocol):
+    """A request of a client."""
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+
+
+R = TypeVar("R", bound=ClientRequest)
+
+
+class WaitingRequests(Generic[R]):
+    """Requests that wait for one model, those of each client in their order. Not safe to share."""
+
+    def __init__(self, most: int) -> None:
+        """``most`` of one client."""
+        self._most = most
+        self._queues: dict[str, deque[R]] = {}
+
+    def __iter__(self) -> Iterator[R]:
+        for queue in [*self._queues.values()]:
+            yield from [*queue]
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
+
+    @property
+    def clients(self) -> Collection[str]:
+        """Those who have any."""
+        return self._queues.keys()
+
+    def of(self, client: str) -> Collection[R]:
+        """The requests of ``client``, the next one first."""
+        return self._queues.get(client, ())
+
+    def add(self, request: R) -> None:
+        """Put it behind those of its client.
+
+        Raises:
+            InferenceFailed: where too many of them wait.
+        """
+        queue = self._queues.setdefault(request.client, deque())
+        if len(queue) >= self._most:
+            raise InferenceFailed(
+                "Throttling", "Too many of your requests wait for this model. Try again soon."
+            )
+        queue.append(request)
+
+    def remove(self, request: R) -> None:
+        """Take it out."""
+        queue = self._queues[request.client]
+        queue.remove(request)
+        if not queue:
+            del self._queues[request.client]
+
+    def move_to_end(self, request: R) -> None:
+        """Put it behind the others of its client."""
+        queue = self._queues[request.client]
+        queue.remove(request)
+        queue.append(request)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._queues.clear()
+
+
 class FairScheduler:
     """Counts what models did for their clients. Safe to share between threads."""
 
@@ -97,10 +166,11 @@ class FairScheduler:
             return max(self._floor(present), self._seconds.get(client, 0.0))
 
     def runnable(self, clients: Collection[str]) -> set[str]:
-        """Those of ``clients``, all at work, that go on now: whoever is too far ahead pauses."""
+        """Those of ``clients`` that go on now: whoever is too far ahead pauses, or is not at work."""
         with self._changed:
             limit = self._limit()
-            return {client for client in clients if self._now(client) <= limit}
+            known = [client for client in clients if client in self._seconds]
+            return {client for client in known if self._now(client) <= limit}
 
     def charge(self, client: str, seconds: float) -> None:
         """A model worked ``seconds`` for ``client``, which is at work."""
@@ -121,8 +191,11 @@ class FairScheduler:
     @contextmanager
     def work(
         self, client: str, model: Hashable, cancelled: Callable[[], bool] = lambda: False
-    ) -> Iterator[None]:
+    ) -> Iterator[Counter[str]]:
         """Let ``model``, which does one thing at a time, work for ``client`` when it is its turn.
+
+        Where it works for others as well, the block puts the part of each into what it is given: as
+        much of the time they pay.
 
         Raises:
             Cancelled: where ``cancelled`` says so first.
@@ -142,12 +215,16 @@ class FairScheduler:
                 discount(waiting, client)
                 if not waiting:
                     del self._waiting[model]
+        parts = Counter[str]()
         try:
-            yield
+            yield parts
         finally:
             with self._changed:
                 _, began = self._busy.pop(model)
-                self.charge(client, time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                for each, part in parts.items() if parts else [(client, 1)]:
+                    if each in self._seconds:  # it may have left already
+                        self._seconds[each] += seconds * part / max(1, parts.total())
                 self.leave(client)
 
     def _is_next(self, client: str, model: Hashable) -> bool:

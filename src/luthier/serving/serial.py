@@ -1,27 +1,29 @@
 """Models in memory that do one thing at a time: they read texts, images or sounds, or make images.
 
-A model that writes answers many requests in each of its steps (:mod:`luthier.serving.decoder`). What is
-here answers one after the other, and gives its place away between parts of a long request: whose turn
-it is, :mod:`luthier.serving.scheduler` says. The network is asked through the same objects as by the
-command line (:mod:`luthier.serving.prediction`, :mod:`luthier.serving.images`).
+Whose turn it is, :mod:`luthier.serving.scheduler` says. What is to be read goes through the network
+together with the rows of others who wait (:mod:`luthier.serving.batcher`); images are made for one
+request after the other, and its place is given away between parts of a long one. The network is asked
+through the same objects as by the command line (:mod:`luthier.serving.prediction`,
+:mod:`luthier.serving.images`).
 """
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.cancellation import KillHandle, cancellable
 from luthier.data.chat import NoTokenizer
 from luthier.data.media import PLURAL, Media
 from luthier.data.shapes import BARE_MEDIA, RawText
+from luthier.engine.machine import release_workers
 from luthier.errors import RecipeError, RowRefused
 from luthier.limits import ModelLimits
 from luthier.objectives.capabilities import (
@@ -31,7 +33,9 @@ from luthier.objectives.capabilities import (
     SupportsReconstruction,
     SupportsSampling,
 )
+from luthier.serving.batcher import ReadRequest, RowBatcher, RowFailed, Work
 from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
+from luthier.serving.memory import CacheBudget
 from luthier.serving.prompts import PromptLimit
 from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
 
@@ -41,10 +45,12 @@ if TYPE_CHECKING:
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
-    from luthier.types import Row
+    from luthier.types import Example, Row
 
-READ_AT_ONCE = 8
-"""Inputs that are read in one turn: large images take longer to decode than to be read."""
+COPIED_AT_ONCE = 8
+"""Images that go through an autoencoder in one turn: large ones take longer to decode than that."""
+RETRY_SECONDS = 0.05
+"""How often memory that other models have is asked for again."""
 THIS_MODEL = "This model"
 """What refusals call it, as clients do not know its id in the store."""
 
@@ -68,48 +74,8 @@ class ImageSamples:
     seed: int
 
 
-class Work:
-    """What a model does for one request: in turns, and for so many seconds in all."""
-
-    def __init__(self, seconds: float = math.inf) -> None:
-        """It is given up when the client of the thread hangs up."""
-        self._seconds, self._used, self._began = seconds, 0.0, 0.0
-        self._gone = threading.Event()
-        cancellable(KillHandle(self._gone.set))
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self._gone.is_set()
-
-    @contextmanager
-    def count_time(self) -> Iterator[None]:
-        """Count the time of the block, unless all is used up.
-
-        Raises:
-            InferenceFailed: where it is.
-        """
-        self._began = time.monotonic()
-        self.check()
-        try:
-            yield
-        finally:
-            self._used += time.monotonic() - self._began
-
-    def check(self) -> None:
-        """End it within a turn where it has taken too long, or nobody waits for it."""
-        if self.is_cancelled:
-            raise Cancelled
-        if self._used + time.monotonic() - self._began > self._seconds:
-            raise InferenceFailed(
-                "ModelTimeout",
-                f"The model has worked on this request for {self._seconds:g} seconds, which is what "
-                "one has. Ask for less at once.",
-            )
-
-
 class SerialModel:
-    """One model in memory that answers one request after the other."""
+    """One model in memory that does one thing at a time, for one request or for several."""
 
     def __init__(
         self,
@@ -117,8 +83,14 @@ class SerialModel:
         generator: ImageGenerator | None = None,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
+        memory: CacheBudget | None = None,
+        packs: bool = True,
     ) -> None:
-        """``predictor`` reads, ``generator`` makes images; both have the same network."""
+        """``predictor`` reads, ``generator`` makes images; both have the same network.
+
+        What passes keep is taken from ``memory``. ``packs``: the network's weights are brought into the
+        order of the kernels, which nobody else has done.
+        """
         opened = predictor or generator
         assert opened is not None
         self._predictor, self._generator, self._chat = predictor, generator, opened.chat
@@ -133,12 +105,21 @@ class SerialModel:
             # once.
             predictor.chat.encode_whole("")
         self._lock, self._closed = threading.Lock(), False
+        self._open = ExitStack()
+        if predictor is not None:
+            memory = memory or CacheBudget(sys.maxsize)
+            self._batcher = RowBatcher(predictor, self._limits, self._scheduler, memory)
+            if packs:
+                from luthier.models.packing import packed_linears
+
+                self._open.enter_context(packed_linears(self._network.model, 0))
 
     @staticmethod
     def open(
         stored: StoredModel,
         limits: ModelLimits | None = None,
         scheduler: FairScheduler | None = None,
+        memory: CacheBudget | None = None,
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
         from luthier.serving.confined import serving_format
@@ -156,7 +137,7 @@ class SerialModel:
             generator = ImageGenerator(
                 predictor.network, predictor.objective, predictor.chat, THIS_MODEL
             )
-        return SerialModel(predictor, generator, limits, scheduler)
+        return SerialModel(predictor, generator, limits, scheduler, memory)
 
     @staticmethod
     def of(writer: Decoder, scheduler: FairScheduler) -> SerialModel:
@@ -166,7 +147,7 @@ class SerialModel:
 
         mean = Contrastive(pooling="mean")
         predictor = Predictor(writer.network, mean, writer.chat, writer.context)
-        return SerialModel(predictor, None, writer.limits, scheduler)
+        return SerialModel(predictor, None, writer.limits, scheduler, writer.memory, packs=False)
 
     @property
     def purpose(self) -> str:
@@ -178,8 +159,8 @@ class SerialModel:
             does.append("makes images")
         return " and ".join(does)
 
-    def read(self, given: str | Sequence[int]) -> tuple[str, int]:
-        """A text, or the one that ids stand for, and the number of its tokens.
+    def texts(self, given: Sequence[str | Sequence[int]]) -> list[Example]:
+        """Texts, or those that ids stand for, as tokens to :meth:`embed`.
 
         Raises:
             InferenceRefused: for a text without tokens, or with more than the model reads.
@@ -187,63 +168,93 @@ class SerialModel:
         predictor = self._reader()
         if predictor.objective.task != "embedding":
             raise InferenceRefused("This model gives labels and no embeddings.", "model")
-        limit = self._text_limit()
-        if isinstance(given, str):
-            return given, self._count_tokens(given)
-        limit.check_ids(given, int(self._network.model.config.vocab_size))
-        text = predictor.chat.decode(list(given))
-        return text, self._count_tokens(text)
+        limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
+        examples: list[Example] = []
+        for each in given:
+            if not isinstance(each, str):
+                limit.check_ids(each, vocabulary)
+                each = predictor.chat.decode(list(each))
+            examples.append(self._encode_text(each, len(examples)))
+        return examples
 
-    def embed(self, text: str, tokens: int, work: Work | None = None) -> Embedding:
-        """The vector of a text of so many tokens, as :meth:`read` gave them.
+    def embed(self, examples: Sequence[Example], work: Work | None = None) -> list[Embedding]:
+        """The vectors of ``examples``, as :meth:`texts` made them.
 
         Raises:
-            InferenceFailed: where its client hung up before its turn has come, or after
-                :meth:`close`.
+            InferenceFailed: where too many requests wait, its client hung up before its turn has come,
+                or after :meth:`close`.
         """
-        with self._turn(work or Work()):
-            answer = self._reader().answers([RawText("", 1, text)])[0]
-        vector = np.asarray(answer["embedding"], dtype=np.float32)
-        return Embedding(tuple(vector.tolist()), tokens)
+        answers = self._read(examples, work or Work())
+        vectors = [np.asarray(answer["embedding"], dtype=np.float32) for answer in answers]
+        return [
+            Embedding(tuple(vector.tolist()), len(example))
+            for vector, example in zip(vectors, examples, strict=True)
+        ]
 
-    def rows(self, inputs: Sequence[ModelInput]) -> tuple[list[Row], int]:
-        """Rows of what is to be read, and the tokens that they are: 1 of each image or sound.
+    def inputs(self, given: Sequence[ModelInput]) -> tuple[list[Example], int]:
+        """What is to be read, and the tokens that it has: 1 of each image or sound.
 
         Raises:
             InferenceRefused: for what the model does not read.
         """
-        rows: list[Row] = []
-        tokens = 0
-        for index, given in enumerate(inputs):
+        predictor = self._reader()
+        examples: list[Example] = []
+        for index, each in enumerate(given):
             try:
-                rows.append(self._row(given, index + 1))
-                tokens += 1 if isinstance(given, Media) else self._count_tokens(given)
-            except InferenceRefused as refused:
-                raise _refusal_of(index, given, str(refused)) from None
-        return rows, tokens
+                if isinstance(each, Media):
+                    examples.append(predictor.encode(self._media_row(each, index), index))
+                else:
+                    examples.append(self._encode_text(each, index))
+            except (InferenceRefused, RowRefused) as refused:
+                message = refused.message if isinstance(refused, RowRefused) else str(refused)
+                raise _refusal_of(index, each, message) from None
+        return examples, sum(1 if each.media is not None else len(each) for each in examples)
 
-    def predict(self, rows: Sequence[Row], top: int | None, work: Work) -> list[dict[str, Any]]:
-        """What the model says of each of ``rows``, as :meth:`rows` made them.
+    def predict(
+        self, examples: Sequence[Example], top: int | None, work: Work
+    ) -> list[dict[str, Any]]:
+        """What the model says of each of ``examples``, as :meth:`inputs` made them.
 
         Raises:
             InferenceRefused: for an image or a sound that cannot be decoded.
-            InferenceFailed: where it takes too long, or nobody waits for it.
+            InferenceFailed: where it takes too long, too many requests wait, or nobody waits for it.
         """
-        predictor = self._reader()
-        return self._in_parts(rows, lambda part: predictor.answers(part, top=top), work)
+        from luthier.serving.prediction import likeliest
 
-    def reconstruct(self, rows: Sequence[Row], work: Work) -> list[Reconstruction]:
-        """Each image after the way through the network; see :meth:`predict`.
+        answers = self._read(examples, work)
+        if top is not None:
+            for answer in answers:
+                if "scores" in answer:
+                    answer["scores"] = likeliest(answer["scores"], top)
+        return answers
+
+    def reconstruct(self, images: Sequence[Media], work: Work) -> list[Reconstruction]:
+        """Each image after the way through the network.
 
         Raises:
-            InferenceRefused: where the model gives no images back.
+            InferenceRefused: where the model gives no images back, or for one that cannot be decoded.
+            InferenceFailed: as :meth:`predict`.
         """
         generator = self._generator
         if generator is None or not isinstance(generator.objective, SupportsReconstruction):
             raise InferenceRefused(
                 f"This model {self.purpose}, and gives none back. A vae does.", "model"
             )
-        return self._in_parts(rows, generator.reconstruct, work)
+        rows: list[Row] = []
+        for index, each in enumerate(images):
+            try:
+                rows.append(self._media_row(each, index))
+            except InferenceRefused as refused:
+                raise _refusal_of(index, each, str(refused)) from None
+        found: list[Reconstruction] = []
+        for start in range(0, len(rows), COPIED_AT_ONCE):
+            part = rows[start : start + COPIED_AT_ONCE]
+            with self._turn(work):
+                try:
+                    found += generator.reconstruct(part)
+                except RowRefused as refused:
+                    raise _undecodable(part, refused) from refused
+        return found
 
     def sample(
         self, request: ImageRequest, seed: int, work: Work, done: Callable[[int], None]
@@ -281,6 +292,7 @@ class SerialModel:
         """Let go of the network."""
         with self._lock:
             self._closed = True
+            self._open.close()
             self._network.close()
             self._chat.close()
 
@@ -294,53 +306,70 @@ class SerialModel:
             raise InferenceRefused(f"This model {self.purpose}, and no texts.", "model")
         return self._prompt_limit
 
-    def _count_tokens(self, text: str) -> int:
-        """Tokens of a text that the model can read whole."""
+    def _encode_text(self, text: str, index: int) -> Example:
+        """A text that the model can read whole."""
         limit, predictor = self._text_limit(), self._reader()
         limit.check_text(text)
-        tokens = len(predictor.chat.encode_whole(text))
-        if not tokens:
-            raise InferenceRefused("The input has no tokens.", "input")
-        if tokens > predictor.context:
+        try:
+            example = predictor.encode(RawText("", index + 1, text), index)
+        except RowRefused as refused:
+            if refused.rule == "row.empty":
+                raise InferenceRefused("The input has no tokens.", "input") from None
+            raise
+        if len(example) > predictor.context:
             raise limit.too_long()
-        return tokens
+        return example
 
-    def _row(self, given: ModelInput, line: int) -> Row:
-        if isinstance(given, str):
-            return RawText("", line, given)
+    def _media_row(self, given: Media, index: int) -> Row:
         if given.kind != self._chat.reads:
             raise InferenceRefused(
                 f"This model {self.purpose}, and no {PLURAL[given.kind]}.", "input"
             )
         most = {"image": self._limits.image_pixels, "audio": self._limits.sound_samples}
-        return BARE_MEDIA[given.kind]("", line, replace(given, most=most.get(given.kind)))
+        media = replace(given, most=most.get(given.kind))
+        return BARE_MEDIA[given.kind]("", index + 1, media)
 
-    def _in_parts(
-        self, rows: Sequence[Row], answer: Callable[[Sequence[Row]], list[Any]], work: Work
-    ) -> list[Any]:
-        """Answers to ``rows``, some in each turn."""
-        answers: list[Any] = []
-        for start in range(0, len(rows), READ_AT_ONCE):
-            part = rows[start : start + READ_AT_ONCE]
-            with self._turn(work):
-                try:
-                    answers += answer(part)
-                except RowRefused as refused:
-                    raise _undecodable(part, refused) from refused
-        return answers
+    def _read(self, examples: Sequence[Example], work: Work) -> list[dict[str, Any]]:
+        """Answers to ``examples``; whoever has its turn reads those of others who wait as well."""
+        request = ReadRequest(examples, work)
+        self._batcher.add(request)
+        try:
+            with suppress(Cancelled):  # others may have read it while it waited for its turn
+                while not request.is_done:
+                    self._read_pass(request)
+            if not request.is_done:
+                raise _unloaded()
+            return request.answers()
+        except RowFailed as failed:
+            error = failed.__cause__
+            assert isinstance(error, Exception)
+            media = examples[failed.place].media
+            if isinstance(error, RowRefused) and media is not None:
+                raise _refusal_of(failed.place, media.media, error.message) from error
+            raise error from None
+        except Cancelled:
+            raise _unloaded() from None
+        finally:
+            self._batcher.remove(request)
+
+    def _read_pass(self, request: ReadRequest) -> None:
+        """Read some of the rows that wait, those of ``request`` first, when it is its turn."""
+        with (
+            self._network_turn(lambda: request.is_done or request.work.is_cancelled) as parts,
+            self._batcher.next_pass(request) as rows,
+        ):
+            for row in rows:
+                parts[row.request.client] += row.cost
+            if rows:
+                self._batcher.read(rows)
+        if not rows:  # other models have the memory; they do not tell when they give it back
+            time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def _turn(self, work: Work) -> Iterator[None]:
-        """The network, for as long as the block takes."""
-        gone = InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
+        """The network for one request, for as long as the block takes."""
         try:
-            with (
-                self._scheduler.work(current_client(), self, lambda: work.is_cancelled),
-                self._lock,
-                work.count_time(),
-            ):
-                if self._closed:
-                    raise gone
+            with self._network_turn(lambda: work.is_cancelled), work.count_time():
                 # A model that takes many passes for an image is ended between two of them; the passes
                 # of other turns are not those of this work.
                 hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
@@ -349,7 +378,22 @@ class SerialModel:
                 finally:
                     hook.remove()
         except Cancelled:
-            raise gone from None
+            raise _unloaded() from None
+
+    @contextmanager
+    def _network_turn(self, is_over: Callable[[], bool]) -> Iterator[Counter[str]]:
+        """The network, when it is the turn of the thread's client: see :meth:`FairScheduler.work`."""
+        with self._scheduler.work(current_client(), self, is_over) as parts, self._lock:
+            if self._closed:
+                raise _unloaded()
+            try:
+                yield parts
+            finally:
+                release_workers()
+
+
+def _unloaded() -> InferenceFailed:
+    return InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
 
 
 def _undecodable(part: Sequence[Row], refused: RowRefused) -> InferenceRefused:

@@ -1,7 +1,7 @@
-"""The process in which graders of clients compare texts, and in which their schemas are tried.
+"""The process in which graders of clients compare texts, and their schemas and grammars are tried.
 
-Texts, patterns and schemas that a client sends can be written to take all time and memory there is, and
-most libraries that work on them know no limit. This process has some
+Texts, patterns, schemas and grammars that a client sends can be written to take all time and memory
+there is, and most libraries that work on them know no limit. This process has some
 (:mod:`luthier.serving.confined_child`); :mod:`luthier.serving.confined_work` asks it.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ NICE = 5
 GRAMMAR_BYTES = 8 << 20
 """Memory that a compiled grammar may take. 2,000 texts to choose from take 1 MB, 100 fields 0.4,
 ``{"type": "integer", "multipleOf": 99991}`` 44; 4,000 fields 15, and 1.4 seconds."""
+STACK_BYTES = 2 << 20
+"""Of the thread that tries a grammar: rules that name rules are read by functions that call themselves,
+some 3 kB each, and what passes here has to pass in a thread of the server, which has 8 MiB."""
 
 
 def main(arguments: list[str]) -> None:
@@ -94,6 +98,24 @@ def _grammar(grammar: str) -> str:
 
     Tried with bytes as tokens: what a grammar takes to be read does not depend on the vocabulary.
     """
+    found: list[str | Exception] = []
+
+    def attempt() -> None:
+        try:
+            found.append(_grammar_error(grammar))
+        except Exception as error:
+            found.append(error)
+
+    threading.stack_size(STACK_BYTES)
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _grammar_error(grammar: str) -> str:
     from llguidance import LLMatcher, LLTokenizer
 
     before = allocated_bytes()

@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +87,18 @@ def journals_folder(model_id: str) -> Path:
     """Where the journals of evaluations of a model are kept until these have ended."""
     base, _, name = model_id.partition(":")
     return luthier_home() / "evaluations" / short_name(base) / name
+
+
+def gguf_folder(digest: str, kind: str) -> Path:
+    """Where the GGUF file that a backend runs is kept: by the model's content and weights' type."""
+    return luthier_home() / "cache" / "gguf" / f"{digest}-{kind}"
+
+
+def remove_derived(model: StoredModel) -> None:
+    """Delete what was made from the weights of ``model`` beside its own folder."""
+    pattern = gguf_folder(content_hash(model), "*")
+    for folder in pattern.parent.glob(pattern.name):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def short_name(base: str) -> str:
@@ -262,18 +276,99 @@ def load(
     """The network of ``model`` with all adapters of its lineage merged in.
 
     ``head`` is what it is loaded for: its own task when not given.
+
+    Raises:
+        CorruptFile: where a file is not the one that the record names.
     """
     from luthier.models.load import load_model
 
+    check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
         return load_model(model.folder, dtype, device, head)
-    from luthier.models.save import load_adapter
-
     network = load(model.parent, dtype, device, head)
-    load_adapter(network, adaptation_of(model), model.folder)
+    attach_adapter(network, model)
     adaptation_of(model).merge(network)
     return network
+
+
+_PICTURES = frozenset({".png", ".svg"})
+
+
+def check_whole(model: StoredModel) -> None:
+    """Refuse a model whose files are not those that were stored; each is read once while it stays.
+
+    Raises:
+        CorruptFile: with the file.
+    """
+    for path, is_there in changed_files(model, _stored_hash):
+        if path.suffix in _PICTURES:  # they decide nothing
+            continue
+        if not is_there:
+            raise CorruptFile(f"{path} is missing; {_RESTORE}")
+        raise CorruptFile(f"{path} is not what was stored (its SHA-256 differs); {_RESTORE}")
+
+
+def changed_files(
+    model: StoredModel, hash_of: Callable[[Path], str] = sha256_of
+) -> Iterator[tuple[Path, bool]]:
+    """Files that are not those of the record, and whether they are there at all."""
+    for name, digest in model.manifest.files.items():
+        path = model.folder / name
+        is_there = path.is_file()
+        if not is_there or hash_of(path) != digest:
+            yield path, is_there
+
+
+_RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
+
+
+def _stored_hash(path: Path) -> str:
+    status = path.stat()
+    # Whoever changes a file can set its time of modification back; not that of its change.
+    version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _hash_of_version(path, version)
+
+
+@lru_cache(maxsize=1024)
+def _hash_of_version(path: Path, version: tuple[int, ...]) -> str:
+    return sha256_of(path)
+
+
+def attach_adapter(network: nn.Module, model: StoredModel) -> None:
+    """Put the adapter that ``model`` is into the network of its parent.
+
+    Raises:
+        CorruptFile: where a file is missing, is not the one that was stored, or is for another network.
+    """
+    from luthier.models.save import load_adapter
+
+    check_whole(model)
+    load_adapter(network, adaptation_of(model), model.folder)
+
+
+def shares_base(model: StoredModel) -> bool:
+    """Whether ``model`` is written as an adapter beside its parent's network, and not merged into it.
+
+    Through every face alike: merging rounds, and one seed is to give one text everywhere.
+    """
+    from luthier.models.backends import chosen_backend
+    from luthier.models.load import described_network
+
+    parent = below = model.parent
+    while below is not None and below.parent is not None:
+        if not adaptation_of(below).mergeable:  # its layers would be under those of the adapter
+            return False
+        below = below.parent
+    return (
+        parent is not None
+        and bool(adaptation_of(model).shares_base)
+        and writes(model)
+        and writes(parent)
+        and not parent.manifest.withheld
+        and chosen_backend().batches_adapters
+        and described_network(parent.network_folder).flat
+    )
 
 
 def content_hash(model: StoredModel) -> str:

@@ -22,7 +22,7 @@ from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.jobs import ENDED, Job
-from luthier.store.models import custom_folder, custom_models, journals_folder
+from luthier.store.models import custom_folder, custom_models, journals_folder, remove_derived
 
 _REMOVED = ".removed"
 """File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
@@ -128,6 +128,7 @@ def remove_files(stored_id: str | None) -> None:
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return
+    remove_derived(found)
     shutil.rmtree(found.folder, ignore_errors=True)
     remove_unneeded(found.manifest.parent)
 

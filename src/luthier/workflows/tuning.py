@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from luthier.engine.metrics import Reporter
+from luthier.engine.processes import train_in_processes
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
+from luthier.models.process_group import ProcessGroup
 from luthier.store.models import StoredModel, find
 from luthier.store.reports import hashes_of_data, write_report
 from luthier.workflows.certificate.certificate import certify
@@ -27,8 +29,13 @@ if TYPE_CHECKING:
     from luthier.recipe import ForgettingLimits, Recipe
 
 
-def tune(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None) -> Result:
+def tune(
+    recipe: Recipe, resume: bool = False, reporter: Reporter | None = None, processes: int = 1
+) -> Result:
     """Carry out ``recipe``; a model that forgot more than it may is stored and withheld.
+
+    With ``processes`` so many of this machine share the work; under a launcher such as torchrun all
+    that it started do.
 
     Raises:
         RefusedInput: before any training.
@@ -38,7 +45,17 @@ def tune(recipe: Recipe, resume: bool = False, reporter: Reporter | None = None)
     limits = recipe.forgetting
     if limits is not None:
         load_probes(limits.probes)  # refused before anything is trained
-    result = train(recipe, resume, reporter)
+    group = ProcessGroup.of_environment()
+    if processes != 1:
+        if group.size > 1:
+            raise RecipeError(
+                "a launcher has started several processes already: leave `processes` out"
+            )
+        result = train_in_processes(recipe, processes, resume, reporter)
+    else:
+        result = train(recipe, resume, reporter)
+    if group.rank:
+        return result  # the first process does the rest
     if limits is not None:
         stored = find(result.model_id)
         if stored.manifest.withheld == UNMEASURED:

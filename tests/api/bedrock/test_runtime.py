@@ -94,6 +94,19 @@ def test_answers_match_a_schema(runtime_client: Any) -> None:
         assert refused.value.response["Error"]["Code"] == "ValidationException"
 
 
+def test_answers_match_a_regular_expression(runtime_client: Any) -> None:
+    def fields(**structured: str) -> dict[str, Any]:
+        return {"additionalModelRequestFields": {"structured_outputs": structured}}
+
+    answer = runtime_client.converse(**said(**fields(regex="[xy]{5}")))
+    assert set(text_of(answer)) <= {"x", "y"} and len(text_of(answer)) == 5
+    assert answer["stopReason"] == "end_turn"
+    for wrong in (fields(regex="a("), fields(), fields(regex="a") | formatted("{}")):
+        with pytest.raises(ClientError) as refused:
+            runtime_client.converse(**said(**wrong))
+        assert refused.value.response["Error"]["Code"] == "ValidationException"
+
+
 @pytest.mark.parametrize("choice", [{"any": {}}, {"tool": {"name": "mood"}}])
 def test_tools(runtime_client: Any, choice: dict[str, Any]) -> None:
     config = {"tools": [TOOL], "toolChoice": choice}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -131,6 +132,65 @@ SCHEMA = {
     "required": ["colour"],
     "additionalProperties": False,
 }
+
+
+@pytest.mark.parametrize(("structured", "texts"), [
+    ({"regex": "[0-9]{3}ü"}, "[0-9]{3}ü"),
+    ({"choice": ["a.b", "c|d"]}, r"a\.b|c\|d"),
+    ({"grammar": 'start: "x" /[yz]{2}/'}, "x[yz]{2}"),
+    ({"json": {"enum": ["yes"]}}, '"yes"'),
+    ({"json": '{"enum": ["yes"]}'}, '"yes"'),
+])  # fmt: skip
+def test_structured_outputs_of_vllm(
+    client: openai.OpenAI, structured: dict[str, Any], texts: str
+) -> None:
+    extra = {"structured_outputs": structured}
+    made = chat(client, max_tokens=40, temperature=1.5, n=2, extra_body=extra)
+    assert [choice.finish_reason for choice in made.choices] == ["stop", "stop"]
+    assert all(re.fullmatch(texts, choice.message.content) for choice in made.choices)
+    chunks = chat(client, max_tokens=40, stream=True, extra_body=extra)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert re.fullmatch(texts, streamed)
+    completed = client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=40, extra_body=extra
+    )
+    assert re.fullmatch(texts, completed.choices[0].text)
+    responded = client.responses.create(model="tiny", input="Hi", extra_body=extra)
+    assert re.fullmatch(texts, responded.output_text)
+
+
+@pytest.mark.parametrize(("structured", "said"), [
+    ({"regex": "a("}, "unclosed group, at character 2: \\("),
+    ({"grammar": "start: b"}, "line 1, column 8: unknown name"),
+    ({"json": {"type": "objekt"}}, "JSON schema cannot be enforced"),
+    ({"regex": "a", "grammar": "b"}, "it has one of json"),
+    ({}, "it has one of json"),
+    ({"json": "{"}, "json is no JSON"),
+    ({"structural_tag": "a"}, "structural_tag"),
+    ({"choice": []}, "choice"),
+])  # fmt: skip
+def test_structured_outputs_that_are_refused(
+    client: openai.OpenAI, structured: dict[str, Any], said: str
+) -> None:
+    extra = {"structured_outputs": structured}
+    for ask in (
+        lambda: chat(client, extra_body=extra),
+        lambda: client.completions.create(model="tiny", prompt="Hi", extra_body=extra),
+        lambda: client.responses.create(model="tiny", input="Hi", extra_body=extra),
+    ):
+        with pytest.raises(openai.BadRequestError, match=said) as refused:
+            ask()
+        assert str(refused.value.param).startswith("structured_outputs")
+
+
+def test_an_answer_matches_one_form(client: openai.OpenAI) -> None:
+    extra = {"structured_outputs": {"regex": "a"}}
+    with pytest.raises(openai.BadRequestError, match="send 'response_format' or"):
+        chat(client, response_format={"type": "json_object"}, extra_body=extra)
+    with pytest.raises(openai.BadRequestError, match=r"send 'text\.format' or"):
+        client.responses.create(
+            model="tiny", input="Hi", text={"format": {"type": "json_object"}}, extra_body=extra
+        )
 
 
 def test_answers_that_match_a_schema(client: openai.OpenAI) -> None:

@@ -26,7 +26,7 @@ from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
 from luthier.cancellation import KillHandle, cancellable
 from luthier.serving.confined_work import ConfinedWork
-from luthier.serving.constraints import SchemaTrials
+from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import queue
@@ -580,14 +580,16 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
     (asking(rows(1), type="responses", sampling_params={"text": {"format": {
         "type": "json_schema", "name": "a", "schema": {"$ref": "#/$defs/none"}}}}),
      "data_source.sampling_params.text.format.schema"),
+    *((asking(rows(1), type=type_, sampling_params={"structured_outputs": {"regex": "a("}}),
+       "data_source.sampling_params.structured_outputs") for type_ in ("completions", "responses")),
 ]  # fmt: skip
 
 
 @pytest.fixture
 def schema_trials(service: Any) -> Iterator[None]:
     """Schemas are tried as a server does."""
-    trials = SchemaTrials(ConfinedWork(10, 256 << 20, "the JSON schema"), FairTurns(2, 30))
-    service.pool._schemas = trials
+    trials = GrammarTrials(ConfinedWork(10, 256 << 20, SUBJECT), FairTurns(2, 30))
+    service.pool._trials = trials
     yield
     trials.close()
 

@@ -18,8 +18,10 @@ from pydantic import Field
 from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.eventstream import event
 from luthier.api.http.messages import Fault
+from luthier.api.structured_outputs import StructuredOutputs
 from luthier.data.chat import TemplateSettings
 from luthier.data.tools import find_unmatched_call
+from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
@@ -56,6 +58,7 @@ class Further(NativeBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     chat_template_kwargs: TemplateSettings | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
@@ -76,14 +79,24 @@ def generation_request(members: Mapping[str, Any]) -> GenerationRequest:
         members.get("additionalModelRequestFields", {}), "additionalModelRequestFields"
     )
     further = parsed_native(Further, fields)
+    constraint = further.structured_outputs.constraint if further.structured_outputs else None
+    if form:
+        if constraint is not None:
+            text = (
+                "An answer matches one thing: send outputConfig.textFormat or structured_outputs."
+            )
+            raise Fault("Validation", text)
+        constraint = Constraint("schema", schema_of(form["structure"]["jsonSchema"]["schema"]))
     return GenerationRequest(
         replace(chat_of(members), template_kwargs=further.chat_template_kwargs or {}),
         max_tokens=config.get("maxTokens"),
         temperature=config.get("temperature", TEMPERATURE),
         top_p=config.get("topP", TOP_P),
         stop=tuple(config.get("stopSequences", ())),
-        schema=schema_of(form["structure"]["jsonSchema"]["schema"]) if form else None,
-        **further.model_dump(exclude_none=True, exclude={"chat_template_kwargs"}),
+        **(constraint.fields if constraint else {}),
+        **further.model_dump(
+            exclude_none=True, exclude={"chat_template_kwargs", "structured_outputs"}
+        ),
     )
 
 

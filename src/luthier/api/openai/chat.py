@@ -16,6 +16,7 @@ from luthier.api.openai.generation import (
     GenerationResource,
     SamplingFields,
     chat_logprobs,
+    check_only_form,
     refusals,
     stream_events,
     usage,
@@ -25,6 +26,7 @@ from luthier.data.chat import TemplateSettings
 from luthier.data.parsing import parse_embedded
 from luthier.data.tools import find_unmatched_call
 from luthier.graders.json_schema import depth_of
+from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
     MOST_TOKENS,
     TURNS,
@@ -178,6 +180,8 @@ class ChatRequest(SamplingFields):
         if form is not None and form.type == "json_schema" and form.json_schema is None:
             name = "response_format.json_schema"
             raise invalid(f"Missing required parameter: '{name}'.", name)
+        if form is not None and form.type != "text":
+            check_only_form(self.structured_outputs, "response_format")
 
     def generation_request(self) -> GenerationRequest:
         """The request for the engine."""
@@ -203,18 +207,17 @@ class ChatRequest(SamplingFields):
             Chat(turns, tools, choice, self.chat_template_kwargs or {}),
             max_tokens=tokens,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            schema=self.answer_schema,
         )
 
     @property
-    def answer_schema(self) -> Mapping[str, Any] | bool | None:
-        """What answers have to match; ``True`` for any JSON object."""
+    def constraint(self) -> Constraint | None:
+        """What answers have to match."""
         form = self.response_format
         if form is None or form.type == "text":
-            return None
+            return super().constraint
         if form.json_schema is None or form.type == "json_object":
-            return True
-        return form.json_schema.json_schema or True
+            return Constraint("schema", True)
+        return Constraint("schema", form.json_schema.json_schema or True)
 
 
 def _check_calls(turns: Sequence[Message]) -> None:
@@ -267,14 +270,17 @@ class Chats(GenerationResource[ChatRequest]):
     def stream(self, caller: Caller, parameters: ChatRequest) -> Response:
         """Its chunks as they are written."""
         stream = self._begin(caller, parameters)
-        return stream_events(
-            _Chunks(parameters).of(stream, stream.prompt_tokens), [stream], parameters.model
-        )
+        return stream_events(_Chunks(parameters).of(stream, stream), [stream], parameters.model)
 
     def _begin(self, caller: Caller, parameters: ChatRequest) -> Stream:
         target = self.inference.target(caller, self.action, parameters.model)
         parameters.check()
-        return self.inference.submit(target, parameters.model, parameters.generation_request)
+        return self.inference.submit(
+            target,
+            parameters.model,
+            parameters.generation_request,
+            structured=parameters.structured_outputs is not None,
+        )
 
 
 class InvokedChat:
@@ -297,9 +303,7 @@ class InvokedChat:
     def chunks(self, stream: Stream) -> Iterator[tuple[dict[str, Any], int]]:
         """Its chunks, each with the tokens that are known to be written."""
         ended = [0]
-        for chunk in _Chunks(self._parameters).of(
-            _add_up_tokens(stream, ended), stream.prompt_tokens
-        ):
+        for chunk in _Chunks(self._parameters).of(_add_up_tokens(stream, ended), stream):
             yield dict(chunk), ended[0]
 
 
@@ -318,7 +322,7 @@ def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
     return {
         **_head("chat.completion", parameters.model),
         "choices": [_choice(index, each, parameters) for index, each in enumerate(answers)],
-        "usage": usage(stream.prompt_tokens, tokens),
+        "usage": usage([stream], tokens),
     }
 
 
@@ -368,12 +372,12 @@ class _Chunks:
         self._head = _head("chat.completion.chunk", parameters.model)
         self._calls: dict[int, int] = {}
 
-    def of(self, stream: Iterable[Event], prompt_tokens: int = 0) -> Iterator[Mapping[str, Any]]:
-        """All chunks of all answers, each answer's in its order."""
+    def of(self, events: Iterable[Event], stream: Stream) -> Iterator[Mapping[str, Any]]:
+        """All chunks of all answers, each answer's in its order; ``events`` are those of ``stream``."""
         written = 0
         for index in range(self._parameters.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
-        for event in stream:
+        for event in events:
             if isinstance(event, TokenChunk):
                 scores = chat_logprobs(event.scores) if self._parameters.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
@@ -384,7 +388,7 @@ class _Chunks:
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
         if self._parameters.wants_usage:
-            yield {**self._head, "choices": [], "usage": usage(prompt_tokens, written)}
+            yield {**self._head, "choices": [], "usage": usage([stream], written)}
 
     def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
         """A call: its name first, then its arguments."""

@@ -106,6 +106,7 @@ class Completions(GenerationResource[CompletionRequest]):
                         parameters.model,
                         partial(parameters.generation_request, prompt),
                         "prompt",
+                        structured=True,
                     )
                 )
         except BaseException:
@@ -129,16 +130,15 @@ def _completion(
     parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
 ) -> dict[str, Any]:
     choices: list[dict[str, Any]] = []
-    read = written = 0
+    written = 0
     with refusals(parameters.model, "prompt"):
         for stream, echo in zip(streams, echoes, strict=True):
-            read += stream.prompt_tokens
             for answer in stream.whole():
                 written += answer.tokens
                 scores = _logprobs(answer.scores, 0) if parameters.logprobs is not None else None
                 reason = FINISH.get(answer.reason, "stop")
                 choices.append(_choice(len(choices), echo + answer.text, scores, reason))
-    return {**_head(parameters.model), "choices": choices, "usage": usage(read, written)}
+    return {**_head(parameters.model), "choices": choices, "usage": usage(streams, written)}
 
 
 def _chunks(
@@ -146,9 +146,8 @@ def _chunks(
 ) -> Iterator[Mapping[str, Any]]:
     head, n = _head(parameters.model), parameters.n or 1
     further = {"usage": None} if parameters.wants_usage else {}
-    read = written = 0
+    written = 0
     for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
-        read += stream.prompt_tokens
         offsets = [0] * n
         for index in range(n if echo else 0):
             yield {**head, "choices": [_choice(number * n + index, echo, None, None)], **further}
@@ -167,7 +166,7 @@ def _chunks(
                 continue
             yield {**head, "choices": [choice], **further}
     if parameters.wants_usage:
-        yield {**head, "choices": [], "usage": usage(read, written)}
+        yield {**head, "choices": [], "usage": usage(streams, written)}
 
 
 def _head(model: str) -> dict[str, Any]:

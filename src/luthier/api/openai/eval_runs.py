@@ -13,7 +13,7 @@ from pydantic import Field
 from luthier.api.evaluations import MOST_ROW_BYTES, MOST_ROWS, EvaluationTask
 from luthier.api.http.messages import Caller, Fault, parse_json
 from luthier.api.openai.chat import ChatRequest
-from luthier.api.openai.generation import Judge
+from luthier.api.openai.generation import STRUCTURED, Judge
 from luthier.api.openai.graders import graded_once, grader_fields, text_content
 from luthier.api.openai.protocol import Body, error_of, invalid, validate
 from luthier.data.shapes import PromptOnly
@@ -36,6 +36,7 @@ from luthier.graders.templates import (
     value_at,
 )
 from luthier.limits import ServerLimits
+from luthier.models.sampling import Constraint
 from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.confined_work import ConfinedWork, confine
 from luthier.store import evaluations as store
@@ -114,6 +115,8 @@ class SamplingParameters(Body):
     text: dict[str, Any] | None = None
     """The same of responses, as ``format``."""
     tools: list[dict[str, Any]] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    """Of vLLM, for both."""
 
 
 class DataSource(Body):
@@ -152,12 +155,14 @@ class DataSource(Body):
             check_places(template, item_schema, place)
         self._probe.check()
 
-    def check_schema(self, check: Callable[[Mapping[str, Any] | bool, str], None]) -> None:
+    def check_constraint(self, check: Callable[[Constraint, str], None]) -> None:
         """Have ``check`` refuse a form of answers that no model can be kept to."""
-        if self.type == "jsonl" or not (schema := self._probe.answer_schema):
+        if self.type == "jsonl" or not (constraint := self._probe.constraint):
             return
         form = "text.format.schema" if self.type == "responses" else "response_format"
-        check(schema, f"data_source.sampling_params.{form}")
+        if self.sampling.structured_outputs is not None:
+            form = STRUCTURED
+        check(constraint, f"data_source.sampling_params.{form}")
 
     @property
     def _probe(self) -> ChatRequest:
@@ -226,6 +231,7 @@ class DataSource(Body):
             "top_p": TOP_P if sampling.top_p is None else sampling.top_p,
             "seed": SEED if sampling.seed is None else sampling.seed,
             "response_format": form,
+            "structured_outputs": sampling.structured_outputs,
             "tools": tools,
         }
         return {name: value for name, value in given.items() if value is not None}

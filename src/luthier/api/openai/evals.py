@@ -241,7 +241,7 @@ class Evals:
             self.inference.check(
                 caller, "chat.completions.create", source.model, "data_source.model"
             )
-        source.check_schema(self.inference.check_schema)
+        source.check_constraint(self.inference.check_constraint)
         given = request.json
         asked = {
             "data_source": given["data_source"],

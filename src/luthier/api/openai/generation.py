@@ -23,7 +23,9 @@ from luthier.api.openai.protocol import (
     model_not_found,
     validate,
 )
+from luthier.api.structured_outputs import StructuredOutputs
 from luthier.errors import UnknownModel
+from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
     GenerationRequest,
     InferenceFailed,
@@ -43,8 +45,10 @@ STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Con
 """Of server-sent events."""
 FINISH = {"length": "length", "context": "length", "tool_calls": "tool_calls"}
 """What ended an answer, in OpenAI's words; all else is ``stop``."""
-_SCHEMA = {"messages": "response_format", "input": "text.format.schema"}
-"""Where a schema stands, by the member that holds the prompt."""
+_CONSTRAINT = {"messages": "response_format", "input": "text.format.schema"}
+"""Where what answers have to match stands with OpenAI, by the member that holds the prompt."""
+STRUCTURED = "structured_outputs"
+"""Where it stands with vLLM."""
 _PROMPTS = ("messages", "prompt", "input")
 
 
@@ -78,6 +82,12 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What answers have to match."""
+        return self.structured_outputs.constraint if self.structured_outputs else None
 
     def check(self) -> None:
         """Refuse what does not belong together."""
@@ -105,6 +115,7 @@ class SamplingFields(Body):
             "n": self.n,
             # Any whole number is a seed; the engine's have 63 bits.
             "seed": None if self.seed is None else self.seed % 2**63,
+            **(self.constraint.fields if self.constraint else {}),
         }
         return GenerationRequest(
             prompt,
@@ -140,14 +151,14 @@ class Inference:
         """
         self._check_writes(self.target(caller, action, name).stored_id, name, where)
 
-    def check_schema(self, schema: Mapping[str, Any] | bool, where: str) -> None:
-        """Refuse a schema to which no model's answers can be kept, without asking any.
+    def check_constraint(self, constraint: Constraint, where: str) -> None:
+        """Refuse what no model's answers can be kept to, without asking any.
 
         Raises:
             Fault: 400, naming the member ``where``; 429 or 503 where it could not be tried now.
         """
         try:
-            self.pool.check_schema(schema)
+            self.pool.check_constraint(constraint)
         except InferenceRefused as refused:
             raise invalid(str(refused), where, "invalid_value") from refused
         except InferenceFailed as failed:
@@ -195,9 +206,13 @@ class Inference:
         name: str,
         build: Callable[[], GenerationRequest],
         member: str = "messages",
+        structured: bool = False,
     ) -> Stream:
-        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``."""
-        with refusals(name, member):
+        """Begin to answer; refusals of the engine become OpenAI's, the prompt's those of ``member``.
+
+        ``structured`` says that what answers have to match is in vLLM's member.
+        """
+        with refusals(name, member, structured):
             return self.pool.submit(target.stored_id, build())
 
 
@@ -236,9 +251,16 @@ class GenerationResource(Generic[Asked]):
         raise NotImplementedError
 
 
+def check_only_form(structured: StructuredOutputs | None, member: str) -> None:
+    """Refuse vLLM's member beside OpenAI's own, which says what answers have to match, too."""
+    if structured is not None:
+        text = f"An answer matches one thing: send '{member}' or '{STRUCTURED}'."
+        raise invalid(text, STRUCTURED, "invalid_value")
+
+
 @contextmanager
-def refusals(model: str, member: str = "messages") -> Iterator[None]:
-    """What the engine refuses, as faults; ``member`` is what the client calls the prompt."""
+def refusals(model: str, member: str = "messages", structured: bool = False) -> Iterator[None]:
+    """What the engine refuses, as faults; arguments as of :meth:`Inference.submit`."""
     try:
         yield
     except TooLong as refused:
@@ -247,8 +269,8 @@ def refusals(model: str, member: str = "messages") -> Iterator[None]:
         parameter = refused.parameter
         if parameter in _PROMPTS:
             parameter = member
-        elif parameter == "schema":
-            parameter = _SCHEMA.get(member, parameter)
+        elif parameter in ("schema", "regex", "grammar"):
+            parameter = STRUCTURED if structured else _CONSTRAINT.get(member, parameter)
         raise invalid(str(refused), parameter, "invalid_value") from refused
     except UnknownModel as refused:
         raise model_not_found(model) from refused
@@ -282,13 +304,16 @@ def event(value: Mapping[str, Any]) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def usage(prompt: int, completion: int) -> dict[str, Any]:
-    """Tokens that were read and written."""
+def usage(streams: Iterable[Stream], completion: int) -> dict[str, Any]:
+    """Tokens that were read for ``streams``, which have ended, and written."""
+    streams = [*streams]
+    prompt = sum(stream.prompt_tokens for stream in streams)
+    cached = sum(stream.cached() for stream in streams)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,

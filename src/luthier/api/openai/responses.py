@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -23,14 +23,16 @@ from luthier.api.openai.generation import (
     STREAM_HEADERS,
     GenerationResource,
     chat_logprobs,
+    check_only_form,
     refusals,
 )
 from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
+from luthier.api.structured_outputs import StructuredOutputs
+from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
     MOST_TOKENS,
     TURNS,
     Chat,
-    Event,
     FinishEvent,
     GenerationRequest,
     Stream,
@@ -110,6 +112,7 @@ class ResponseRequest(Body):
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
+    structured_outputs: StructuredOutputs | None = None
     metadata: Metadata = None
     stream: bool | None = None
     truncation: Literal["disabled"] | None = None
@@ -151,6 +154,8 @@ class ResponseRequest(Body):
         if form is not None and form.type == "json_schema" and form.json_schema is None:
             where = "text.format.schema"
             raise invalid(f"Missing required parameter: '{where}'.", where)
+        if form is not None and form.type != "text":
+            check_only_form(self.structured_outputs, "text.format")
 
     def generation_request(self) -> GenerationRequest:
         """The request for the engine."""
@@ -165,7 +170,7 @@ class ResponseRequest(Body):
             Chat(self._turns(), tools, named),
             max_tokens=self.max_output_tokens,
             top_logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            schema=self._schema(),
+            **(self._constraint.fields if self._constraint else {}),
             **{name: value for name, value in given.items() if value is not None},
         )
 
@@ -181,11 +186,12 @@ class ResponseRequest(Body):
                 raise invalid(f"No tool output found for function call {call.id}.", "input")
         return tuple(turns)
 
-    def _schema(self) -> Mapping[str, Any] | bool | None:
+    @property
+    def _constraint(self) -> Constraint | None:
         form = self.text.format if self.text else None
         if form is None or form.type == "text":
-            return None
-        return form.json_schema or True
+            return self.structured_outputs.constraint if self.structured_outputs else None
+        return Constraint("schema", form.json_schema or True)
 
 
 _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -247,25 +253,29 @@ class Responses(GenerationResource[ResponseRequest]):
         target = self.inference.target(caller, self.action, parameters.model)
         parameters.check()
         return self.inference.submit(
-            target, parameters.model, parameters.generation_request, "input"
+            target,
+            parameters.model,
+            parameters.generation_request,
+            "input",
+            structured=parameters.structured_outputs is not None,
         )
 
 
 def _whole(parameters: ResponseRequest, stream: Stream) -> JsonObject:
-    response = _Response(parameters, stream.prompt_tokens)
+    response = _Response(parameters, stream)
     with refusals(parameters.model, "input"):
-        for _ in response.events(stream):
+        for _ in response.events():
             pass
     return response.to_dict()
 
 
 def _pieces(parameters: ResponseRequest, stream: Stream) -> Iterator[bytes]:
     """The events as they are sent; a failure is the last one."""
-    response = _Response(parameters, stream.prompt_tokens)
+    response = _Response(parameters, stream)
     try:
         try:
             with refusals(parameters.model, "input"):
-                for event in response.events(stream):
+                for event in response.events():
                     yield _encode_event(event)
         except Fault as fault:
             yield _encode_event(response.fail(fault))
@@ -281,19 +291,19 @@ def _encode_event(event: Mapping[str, Any]) -> bytes:
 class _Response:
     """One response: what is known of it so far, and the events that tell how it comes about."""
 
-    def __init__(self, parameters: ResponseRequest, prompt_tokens: int) -> None:
-        self._parameters, self._prompt_tokens = parameters, prompt_tokens
+    def __init__(self, parameters: ResponseRequest, stream: Stream) -> None:
+        self._parameters, self._stream = parameters, stream
         self._id, self._created = f"resp_{secrets.token_hex(24)}", int(time.time())
         self._status, self._number = "in_progress", 0
         self._end: FinishEvent | None = None
         self._error: JsonObject | None = None
         self._items: list[JsonObject] = []
 
-    def events(self, stream: Iterable[Event]) -> Iterator[JsonObject]:
+    def events(self) -> Iterator[JsonObject]:
         """Every event, in the order of the specification."""
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
-        for event in stream:
+        for event in self._stream:
             if isinstance(event, TokenChunk):
                 yield from self._piece(event)
             elif isinstance(event, ToolCallEvent):
@@ -357,13 +367,16 @@ class _Response:
         }
 
     def _usage(self) -> JsonObject:
-        written = self._end.tokens if self._end else 0
+        read, written = self._stream.prompt_tokens, self._end.tokens if self._end else 0
         return {
-            "input_tokens": self._prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens": read,
+            "input_tokens_details": {
+                "cached_tokens": self._stream.cached(),
+                "cache_write_tokens": 0,
+            },
             "output_tokens": written,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self._prompt_tokens + written,
+            "total_tokens": read + written,
         }
 
     def _event(self, kind: str, **members: Any) -> JsonObject:

@@ -163,7 +163,9 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
         yield Table.of("Estimate and what it took", columns, rows)
     record = certificate.record
     if record.parity is not None:
-        rows = [[name.replace("_", " "), _short(each)] for name, each in record.parity.items()]
+        kept = {name: each for name, each in record.parity.items() if each is not None}
+        measured = _flat(kept, "")
+        rows = [[name.replace("_", " "), _short(each)] for name, each in measured]
         yield Table.of("As trained and as read back", {"": "name", "value": "number"}, rows)
     files = [[name, digest] for name, digest in record.files.items()]
     files.append(["luthier.json", certificate.record_sha256])

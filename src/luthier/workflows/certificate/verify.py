@@ -14,7 +14,7 @@ from typing import Any
 from luthier.errors import CorruptFile
 from luthier.files import names_below, sha256_of
 from luthier.models.manifest import CERTIFICATE, MANIFEST, OWN_FILES, REPORTS, SIGNATURE, Manifest
-from luthier.store.models import StoredModel, ancestors, content_hash
+from luthier.store.models import StoredModel, ancestors, changed_files, content_hash
 from luthier.workflows.certificate.certificate import Certificate, parse_certificate
 from luthier.workflows.certificate.endpoint import EndpointVerification
 from luthier.workflows.certificate.signature import signature_differences
@@ -101,12 +101,9 @@ def verify_files(model: StoredModel, public_key: Path | None = None) -> Verifica
 
 
 def _file_differences(model: StoredModel) -> Iterator[str]:
-    for name, digest in model.manifest.files.items():
-        path = model.folder / name
-        if not path.is_file():
-            yield f"{path} is missing."
-        elif sha256_of(path) != digest:
-            yield f"{path} is not what was recorded (SHA-256 differs)."
+    for path, is_there in changed_files(model):
+        how = "is not what was recorded (SHA-256 differs)" if is_there else "is missing"
+        yield f"{path} {how}."
     for name in names_below(model.folder):
         own = name.partition("/")[0]
         if name not in model.manifest.files and own not in OWN_FILES and own[:1] != ".":

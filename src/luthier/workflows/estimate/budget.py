@@ -212,11 +212,11 @@ def duration(text: str) -> float:
     """Seconds of ``90m``, ``2h``, ``1h30m`` or ``45s``."""
     parts = re.findall(r"([0-9.]+)\s*(min|[smhd])", text)
     if not parts or "".join(re.split(r"\s+", text)) != "".join(n + unit for n, unit in parts):
-        raise RecipeError(f"--within takes a time such as 2h, 90m or 1h30m, not {text!r}")
+        raise RecipeError(f"{text!r} is no time; write 2h, 90m or 1h30m")
     try:
         total = sum(float(number) * _UNITS[unit] for number, unit in parts)
     except ValueError as error:
-        raise RecipeError(f"--within takes a time such as 2h or 90m, not {text!r}") from error
+        raise RecipeError(f"{text!r} is no time; write 2h, 90m or 1h30m") from error
     if total <= 0:
-        raise RecipeError("--within takes more than no time at all")
+        raise RecipeError(f"{text!r} is no time at all; write 2h, 90m or 1h30m")
     return total

@@ -34,7 +34,8 @@ from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED, Run
 from luthier.engine.train import Trainer
 from luthier.files import TEMPORARY, folder_size
-from luthier.models.network import SIZE_STEP, Network
+from luthier.models.layouts import SIZE_STEP
+from luthier.models.network import Network
 from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
 from luthier.store import models as store

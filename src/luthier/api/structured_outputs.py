@@ -1,0 +1,54 @@
+"""What answers have to match, in the form that vLLM has for it beside OpenAI's members."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from luthier.api.http.messages import CheckedBody
+from luthier.models.sampling import Constraint
+
+
+class StructuredOutputs(CheckedBody):
+    """The member ``structured_outputs``: one of these. Source: vLLM's ``StructuredOutputsParams``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    json_schema: dict[str, Any] | str | None = Field(default=None, alias="json")
+    """A JSON schema, or its text."""
+    json_object: Literal[True] | None = None
+    """Any JSON object."""
+    regex: str | None = None
+    """A regular expression that the whole text matches."""
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    """Texts, of which it is one."""
+    grammar: str | None = None
+    """A grammar in Lark."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StructuredOutputs:
+        if len(self.model_fields_set) != 1 or self.constraint is None:
+            raise ValueError("it has one of json, json_object, regex, choice and grammar")
+        return self
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The same for the engine."""
+        if isinstance(self.json_schema, str):
+            try:
+                found = json.loads(self.json_schema)
+            except (ValueError, RecursionError) as error:
+                raise ValueError("json is no JSON") from error
+            return Constraint("schema", found)
+        if self.json_schema is not None:
+            return Constraint("schema", self.json_schema)
+        if self.json_object:
+            return Constraint("schema", True)
+        if self.choice is not None:
+            return Constraint("regex", "|".join(map(re.escape, self.choice)))
+        if self.regex is not None:
+            return Constraint("regex", self.regex)
+        return None if self.grammar is None else Constraint("grammar", self.grammar)

@@ -1,0 +1,239 @@
+"""One training by several processes of this machine, which PyTorch's elastic agent starts and watches.
+
+Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. Where one ends by surprise
+the agent ends the others and starts all of them again, and they go on from the last checkpoint. The
+processes print nothing: the first writes what its reporter hears into a file, which is repeated here as
+it grows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from luthier import errors
+from luthier.engine.metrics import Reporter
+from luthier.engine.runs import Result
+from luthier.errors import Interrupted, LuthierError, RecipeError, RefusedInput
+from luthier.files import read_json, write_json
+from luthier.models.process_group import ProcessGroup
+from luthier.printable import format_exit
+from luthier.recipe import Recipe
+
+MAX_RESTARTS = 3
+"""Times that all processes are started again after one has ended by surprise."""
+SHUTDOWN_SECONDS = 300
+"""Which they have to end their step and write a checkpoint, when they are asked to stop."""
+MOST_PROCESSES = 512
+_REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome.json"
+_LAST_WORDS = 2_000
+"""Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
+
+
+def train_in_processes(
+    recipe: Recipe,
+    processes: int,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    lineage: Mapping[str, Any] | None = None,
+) -> Result:
+    """Carry out ``recipe`` by so many processes of this machine; the same result as from one.
+
+    Raises:
+        RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
+        LuthierError: where a process ended by surprise more than :data:`MAX_RESTARTS` times.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not 1 <= processes <= MOST_PROCESSES:
+        raise RecipeError(
+            f"processes must be from 1 to {MOST_PROCESSES}, and {processes} were asked for"
+        )
+    with TemporaryDirectory(prefix="luthier-processes-") as path:
+        folder = Path(path)
+        request = {"recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {})}
+        write_json(folder / _REQUEST, request)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            # Else it is found out by the name of the machine, which may be no loopback address.
+            rdzv_configs={"is_host": True},
+            local_addr="localhost",
+            max_restarts=MAX_RESTARTS,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        try:
+            with _quiet_agent(processes), _repeat_events(folder / _EVENTS, reporter or Reporter()):
+                elastic_launch(config, sys.executable)("-m", "luthier.engine.processes", path)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = format_exit(failure.exitcode)
+            raise LuthierError(
+                f"process {rank} of {processes} ended {how}, also after {MAX_RESTARTS} new starts. "
+                f"It said last: {_last_words(folder, rank)}. Resume the run, and it goes on "
+                "from the last checkpoint"
+            ) from error
+        except SignalException as error:
+            if not (folder / _OUTCOME).is_file():
+                raise Interrupted(
+                    "stopped before the first checkpoint; the run begins anew when it is resumed"
+                ) from error
+        outcome = read_json(folder / _OUTCOME)
+    if "result" in outcome:
+        return Result.parse(outcome["result"])
+    raise _error_of(outcome)
+
+
+def work(folder: Path) -> None:
+    """What each process does: train, and say in a file what came of it."""
+    from luthier.engine.train import train
+
+    request = read_json(folder / _REQUEST)
+    first = ProcessGroup.of_environment().rank == 0
+    reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
+    if started_again():
+        reporter.note("warning: a process ended by surprise; all go on from the last checkpoint")
+    try:
+        recipe = Recipe.parse(request["recipe"])
+        result = train(recipe, request["resume"], reporter, request["lineage"])
+        outcome: dict[str, Any] = {"result": asdict(result)}
+    except LuthierError as error:  # which no new start would mend
+        outcome = {"error": type(error).__name__, "message": str(error)}
+    if first:
+        write_json(folder / _OUTCOME, outcome)
+
+
+def started_again() -> bool:
+    """Whether this process stands for one of a group that ended by surprise, as torchrun tells."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class _EventWriter(Reporter):
+    """Writes what it hears into a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def _write(self, name: str, *values: Any) -> None:
+        self._file.write(json.dumps([name, *values], default=str) + "\n")
+        self._file.flush()
+
+    def stage(self, text: str) -> None:
+        """As all of these: written to be repeated by whoever started the processes."""
+        self._write("stage", text)
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """See :meth:`stage`."""
+        self._write("settings", list(defaults))
+
+    def note(self, text: str) -> None:
+        """See :meth:`stage`."""
+        self._write("note", text)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """See :meth:`stage`."""
+        self._write("progress", done, total, what)
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        """See :meth:`stage`."""
+        self._write("metrics", dict(line), steps)
+
+
+@contextmanager
+def _repeat_events(path: Path, reporter: Reporter) -> Iterator[None]:
+    """Tell ``reporter`` meanwhile what is written to the file at ``path``."""
+    ended = threading.Event()
+    place = 0
+
+    def repeat() -> None:
+        nonlocal place
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(place)
+            lines = file.read().split(b"\n")
+        for line in lines[:-1]:  # what follows the last line end is being written
+            place += len(line) + 1
+            name, *values = json.loads(line)
+            getattr(reporter, name)(*values)
+
+    def follow() -> None:
+        while not ended.wait(0.1):
+            repeat()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        repeat()
+
+
+@contextmanager
+def _quiet_agent(processes: int) -> Iterator[None]:
+    """Let the agent write no log of its own, and share the processor among its processes."""
+    name = "torch.distributed.elastic"
+    # Each of them has a level of its own.
+    logs = [
+        log for log in map(logging.getLogger, logging.root.manager.loggerDict) if name in log.name
+    ]
+    spoke = [log for log in logs if not log.disabled]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    for log in spoke:
+        log.disabled = True
+    if threads is None:
+        each = max(1, len(os.sched_getaffinity(0)) // processes)
+        os.environ["OMP_NUM_THREADS"] = str(each)
+    try:
+        yield
+    finally:
+        for log in spoke:
+            log.disabled = False
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def _error_of(outcome: Mapping[str, str]) -> LuthierError:
+    """The error that a process ended with; of those that carry more than words, the branch."""
+    found: type[LuthierError] = getattr(errors, outcome["error"], LuthierError)
+    if found.__init__ not in (LuthierError.__init__, RecipeError.__init__):
+        found = RefusedInput if issubclass(found, RefusedInput) else LuthierError
+    return found(outcome["message"])
+
+
+def _log_of(folder: Path, rank: int | str) -> Path:
+    """What process ``rank`` prints, torch's own words among it."""
+    return folder / f"process-{rank}.log"
+
+
+def _last_words(folder: Path, rank: int) -> str:
+    """The last line that process ``rank`` wrote to standard error."""
+    log = _log_of(folder, rank)
+    text = log.read_bytes()[-_LAST_WORDS:].decode(errors="replace").strip() if log.is_file() else ""
+    return text.splitlines()[-1].rstrip(".") if text else "nothing"
+
+
+if __name__ == "__main__":
+    _folder = Path(sys.argv[1])
+    with _log_of(_folder, os.environ["RANK"]).open("ab") as _log:
+        os.dup2(_log.fileno(), sys.stdout.fileno())
+        os.dup2(_log.fileno(), sys.stderr.fileno())
+    work(_folder)

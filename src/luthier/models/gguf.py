@@ -1,0 +1,555 @@
+"""GGUF files: networks, tokenizers and LoRA adapters as llama.cpp and what is built on it read them.
+
+Names and layouts are those of the format's specification (github.com/ggml-org/ggml, docs/gguf.md) and
+of llama.cpp's own converter. A file holds all that is needed to answer: weights, tokenizer, chat
+template and stop tokens. Weights are written one by one, so it takes little memory beside the network.
+
+Types of weights are llama.cpp's. Those of 4 to 6 bits are mixed as ``llama-quantize`` mixes them, more
+bits where errors cost most; matrices whose rows do not divide into the blocks of a type get the next
+larger one that fits, and vectors stay in float32. Where the package ``xllamacpp`` is installed, its
+llama.cpp computes them; without it the package ``gguf`` does, slower, and has no K types.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
+from gguf.tensor_mapping import get_tensor_name_map
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from luthier.errors import RecipeError
+from luthier.models.backends import llama_cpp_library
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+
+Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]
+"""Types of weights, the largest first; named as llama.cpp's tools name them."""
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+
+_Kind = GGMLQuantizationType
+_KINDS: Mapping[Quantization, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (_Kind.F32, LlamaFileType.ALL_F32),
+    "f16": (_Kind.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (_Kind.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (_Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q6_k": (_Kind.Q6_K, LlamaFileType.MOSTLY_Q6_K),
+    "q5_k_m": (_Kind.Q5_K, LlamaFileType.MOSTLY_Q5_K_M),
+    "q4_k_m": (_Kind.Q4_K, LlamaFileType.MOSTLY_Q4_K_M),
+    "q4_0": (_Kind.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+_K_KINDS = frozenset({_Kind.Q4_K, _Kind.Q5_K, _Kind.Q6_K})
+_LARGER = {
+    _Kind.Q4_K: _Kind.Q5_0, _Kind.Q5_K: _Kind.Q5_1, _Kind.Q6_K: _Kind.Q8_0,
+    _Kind.Q4_0: _Kind.F16, _Kind.Q5_0: _Kind.F16, _Kind.Q5_1: _Kind.F16, _Kind.Q8_0: _Kind.F16,
+}  # fmt: skip
+"""What a matrix gets whose rows do not divide into the blocks of a type: 256 numbers, or 32."""
+_AT_ONCE = 1 << 24
+"""Numbers that are quantized at once."""
+
+_ARCHITECTURES: Mapping[str, MODEL_ARCH] = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mistral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "gpt2": MODEL_ARCH.GPT2,
+}
+"""Networks that are written, by their type in ``config.json``."""
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS: Mapping[tuple[str, ...], str] = {
+    (_GPT2,): "gpt-2",
+    ("digits", _GPT2): "smollm",
+    (_LLAMA3,): "llama-bpe",
+    (_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),): "qwen2",
+}
+"""llama.cpp's names for how a text is cut before pieces are merged, by the steps that do it."""
+_WHOLE_WORDS = frozenset({"llama-bpe"})
+"""Those of which llama.cpp takes a word that is in the vocabulary without merging."""
+
+
+@dataclass(frozen=True)
+class GeneralMetadata:
+    """What a file says of the model in it (``general.*``)."""
+
+    name: str
+    base: str | None = None
+    """Id of the base model; a hub id becomes its address, too."""
+    licence: str | None = None
+    sha256: str | None = None
+    """Of all that decides what the model answers, as the store knows it."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight of a network under its name in the file."""
+
+    name: str
+    weight: Tensor
+    transposed: bool = False
+    """Whether the network keeps it ``[in, out]``."""
+    heads: int = 0
+    """Heads whose halves are interleaved in the file; 0 where rows stay in their order."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As in the file: rows of inputs."""
+        return tuple(self.weight.shape[::-1] if self.transposed else self.weight.shape)
+
+    def array(self) -> NDArray[np.float32]:
+        """The numbers in the file's order."""
+        weight = self.weight.detach().float().cpu()
+        rows = (weight.T if self.transposed else weight).contiguous()
+        return interleave(rows, self.heads).numpy() if self.heads else rows.numpy()
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys in llama.cpp's order.
+
+    transformers turns the first half of a head against the second (rotary embeddings of GPT-NeoX),
+    llama.cpp each number against its neighbour, as Llama's authors do.
+    """
+    parts = rows.view(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return parts.transpose(1, 2).reshape(rows.shape)
+
+
+def check_writable(model_type: str, name: str) -> None:
+    """Refuse networks that are not written as GGUF.
+
+    Raises:
+        RecipeError: naming those that are.
+    """
+    if model_type not in _ARCHITECTURES:
+        raise RecipeError(
+            f"{name} is a network of type {model_type}, and GGUF files are written of "
+            f"{', '.join(_ARCHITECTURES)} alone"
+        )
+
+
+def check_quantization(quantization: str) -> Quantization:
+    """``quantization`` where it is known and can be computed here.
+
+    Raises:
+        RecipeError: for another, or where it needs a package that is not installed.
+    """
+    for known in QUANTIZATIONS:
+        if quantization.lower() == known:
+            if _KINDS[known][0] in _K_KINDS and llama_cpp_library() is None:
+                raise RecipeError(
+                    f"{known} is computed by llama.cpp, which is not installed: pip install "
+                    "'luthier[llama-cpp]', or take q8_0 or q4_0"
+                )
+            return known
+    raise RecipeError(
+        f"there is no type {quantization!r} of weights; take {', '.join(QUANTIZATIONS)}"
+    )
+
+
+def write_gguf(
+    model: Any,
+    chat: ChatFormat | None,
+    path: Path,
+    quantization: Quantization = "f16",
+    about: GeneralMetadata | None = None,
+) -> None:
+    """Write the network ``model`` of transformers, adapters merged, with its tokenizer to ``path``.
+
+    Without ``chat`` the file has no tokenizer, for who asks llama.cpp by token ids.
+
+    Raises:
+        RecipeError: before anything is written, for a network or a tokenizer that llama.cpp does not
+            compute as transformers does.
+    """
+    config = model.config
+    about = about or GeneralMetadata(path.stem)
+    check_writable(config.model_type, about.name)
+    check_quantization(quantization)
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
+    _add_general(writer, about, "model", quantization)
+    _add_settings(writer, config, about.name)
+    if chat is None:
+        writer.add_tokenizer_model("none")
+    else:
+        _add_tokenizer(writer, chat, int(config.vocab_size), about.name)
+    weights = [*_weights(model), *_frequencies(model, about.name)]
+    kinds = _kinds(weights, quantization)
+    _write(writer, [(each.name, each.shape, kinds[each.name], each.array) for each in weights])
+
+
+def write_lora(
+    tensors: Mapping[str, Tensor], scale: float, config: Any, path: Path, about: GeneralMetadata
+) -> None:
+    """Write the matrices of a LoRA adapter (names of PEFT) on a network of ``config`` to ``path``.
+
+    ``scale`` is what their product is multiplied by. They are written in float32.
+
+    Raises:
+        RecipeError: for weights that are no LoRA matrices.
+    """
+    check_writable(config.model_type, about.name)
+    names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    parts: list[tuple[str, tuple[int, ...], GGMLQuantizationType, Callable[[], Any]]] = []
+    rank = 0
+    for name in sorted(tensors):
+        layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+        known = names.get_name(layer)
+        if known is None or side not in ("A.weight", "B.weight"):
+            raise RecipeError(
+                f"{about.name} trained {name}, which a LoRA file for llama.cpp has no place for; "
+                "export it merged"
+            )
+        tensor = tensors[name].detach().float().cpu().contiguous()
+        if side == "A.weight":
+            rank = len(tensor)
+        elif heads := _heads(config, known):
+            tensor = interleave(tensor, heads)
+        array = tensor.numpy()
+        entry = f"{known}.weight.lora_{side[0].lower()}"
+        parts.append((entry, array.shape, _Kind.F32, lambda array=array: array))  # type: ignore[misc]
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[_ARCHITECTURES[config.model_type]])
+    _add_general(writer, about, "adapter", None)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", scale * rank)  # llama.cpp divides by the rank
+    _write(writer, parts)
+
+
+def file_size(model: Any, quantization: Quantization) -> int:
+    """Bytes of the weights of ``model`` in a file."""
+    weights = _weights(model)
+    kinds = _kinds(weights, quantization)
+    return sum(_bytes(each.shape, kinds[each.name]) for each in weights)
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, quantization: Quantization) -> None:
+    """Give each weight the value that it has when it is read back from a file of this type.
+
+    So the network loses here what it loses there, but for what llama.cpp rounds while it computes.
+    """
+    weights = _weights(model)
+    kinds = _kinds(weights, quantization)
+    for each in weights:
+        kind = kinds[each.name]
+        if kind == _Kind.F32:
+            continue
+        weight = each.weight.detach().float().cpu()
+        rows = (weight.T if each.transposed else weight).contiguous().numpy()
+        read = torch.from_numpy(dequantize(_quantize(rows, kind), kind))
+        each.weight.copy_(read.T if each.transposed else read)
+
+
+def _write(
+    writer: GGUFWriter,
+    parts: list[tuple[str, tuple[int, ...], GGMLQuantizationType, Callable[[], Any]]],
+) -> None:
+    for name, shape, kind, _ in parts:
+        # Shapes of bytes mean types of blocks to the writer.
+        blocks = kind not in (_Kind.F32, _Kind.F16)
+        stored = quant_shape_to_byte_shape(shape, kind) if blocks else shape
+        dtype = np.dtype(np.uint8 if blocks else np.float32 if kind == _Kind.F32 else np.float16)
+        writer.add_tensor_info(name, stored, dtype, _bytes(shape, kind), kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, _, kind, array in parts:
+            writer.write_tensor_data(_quantize(array(), kind))
+    finally:
+        writer.close()
+
+
+def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    return int(np.prod(quant_shape_to_byte_shape(shape, kind), dtype=np.int64))
+
+
+def _quantize(rows: NDArray[np.float32], kind: GGMLQuantizationType) -> NDArray[Any]:
+    """``rows`` as they lie in a file."""
+    if kind in (_Kind.F32, _Kind.F16):
+        return quantize(rows, kind)
+    found = np.empty(quant_shape_to_byte_shape(rows.shape, kind), dtype=np.uint8)
+    step = max(1, _AT_ONCE // rows.shape[-1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        into = found[start : start + step]
+        if library := _ggml():  # the same bits, and the only way to the K types
+            pointers = part.ctypes.data, into.ctypes.data
+            library.ggml_quantize_chunk(int(kind), *pointers, 0, len(part), part.shape[-1], None)
+        else:
+            into[:] = quantize(part, kind)
+    return found
+
+
+@cache
+def _ggml() -> ctypes.CDLL | None:
+    """llama.cpp's library, of which one function is called here; ``None`` where it is not installed."""
+    file = llama_cpp_library()
+    if file is None:
+        return None
+    library = ctypes.CDLL(str(file))
+    function = library.ggml_quantize_chunk
+    sizes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_void_p)
+    function.restype = ctypes.c_size_t
+    return library
+
+
+def _weights(model: Any) -> list[_Weight]:
+    """Each weight of ``model`` once."""
+    config = model.config
+    names = get_tensor_name_map(_ARCHITECTURES[config.model_type], config.num_hidden_layers)
+    found = []
+    for name, weight in model.named_parameters():  # a tied head is not named again
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise RecipeError(f"GGUF files have no place for the weight {name}")
+        transposed = config.model_type == "gpt2" and weight.ndim == 2 and ".h." in name
+        found.append(_Weight(known, weight, transposed, _heads(config, known)))
+    return found
+
+
+def _heads(config: Any, name: str) -> int:
+    """Heads of the rows that are interleaved in the file; 0 for other weights."""
+    if _ARCHITECTURES[config.model_type] != MODEL_ARCH.LLAMA:
+        return 0
+    part = name.split(".")[2] if name.startswith("blk.") else ""
+    counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    return int(counts.get(part, 0))
+
+
+def _frequencies(model: Any, name: str) -> Iterator[_Weight]:
+    """By what the angles of Llama 3.1 are divided, each its own."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "llama3":
+        return
+    if model.config.model_type != "llama":
+        raise RecipeError(f"llama.cpp does not compute the rotary embeddings of {name} (llama3)")
+    frequency = model.model.rotary_emb.inv_freq.detach().float().cpu()
+    plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(frequency)) / len(frequency))
+    yield _Weight("rope_freqs.weight", plain / frequency)
+
+
+def _kinds(weights: list[_Weight], quantization: Quantization) -> dict[str, GGMLQuantizationType]:
+    """The type of each weight, by its name."""
+    names = {each.name for each in weights}
+    blocks = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("blk."))
+    tied = "output.weight" not in names
+    found = {}
+    for each in weights:
+        kind = _kind(each, quantization, blocks, tied)
+        while each.shape[-1] % (256 if kind in _K_KINDS else 32) and kind in _LARGER:
+            kind = _LARGER[kind]
+        found[each.name] = kind
+    return found
+
+
+def _kind(
+    each: _Weight, quantization: Quantization, blocks: int, tied: bool
+) -> GGMLQuantizationType:
+    kind = _KINDS[quantization][0]
+    if each.weight.ndim == 1 or each.name == "position_embd.weight":
+        return _Kind.F32
+    if each.name == "output.weight" or (tied and each.name == "token_embd.weight"):
+        if kind in _K_KINDS:
+            return _Kind.Q6_K
+        # llama-quantize has Q6_K here: this needs no package, and is finer.
+        return _Kind.Q8_0 if kind == _Kind.Q4_0 else kind
+    if quantization in ("q4_k_m", "q5_k_m") and each.name.startswith("blk."):
+        _, block, part, *_ = each.name.split(".")
+        number, eighth = int(block), blocks // 8
+        outer = number < eighth or number >= 7 * blocks // 8 or (number - eighth) % 3 == 2
+        if part in ("attn_v", "ffn_down") and outer:
+            return _Kind.Q6_K
+        if part == "attn_qkv":
+            return _Kind.Q5_K if kind == _Kind.Q4_K else _Kind.Q6_K
+    return kind
+
+
+def _add_general(
+    writer: GGUFWriter, about: GeneralMetadata, kind: str, quantization: Quantization | None
+) -> None:
+    writer.add_type(kind)
+    writer.add_name(about.name)
+    if about.licence:
+        writer.add_license(about.licence)
+    if about.base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, about.base)
+        if about.base.count("/") == 1:
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{about.base}")
+    if about.sha256:
+        writer.add_string("luthier.model.sha256", about.sha256)
+    file_type = LlamaFileType.ALL_F32 if quantization is None else _KINDS[quantization][1]
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
+    """Sizes and numbers of the network, and refusals of what llama.cpp would compute otherwise."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    if config.model_type == "gpt2":
+        plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+        if not plain or config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise RecipeError(f"llama.cpp does not compute the attention or activation of {name}")
+        writer.add_context_length(config.n_positions)
+        writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise RecipeError(f"llama.cpp does not compute the rotary embeddings of {name} ({kind})")
+    if config.hidden_act != "silu":
+        raise RecipeError(
+            f"llama.cpp does not compute the activation of {name}, {config.hidden_act}"
+        )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    # llama.cpp has no windows for these networks; within one, attention is the same.
+    writer.add_context_length(min(config.max_position_embeddings, window or 1 << 31))
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def _add_tokenizer(writer: GGUFWriter, chat: ChatFormat, size: int, name: str) -> None:
+    """Tokens and how they are merged, marks, the template, and what ends a reply."""
+    core: Any = getattr(chat.tokenizer, "backend_tokenizer", None)
+    spec = json.loads(core.to_str()) if core is not None else {}
+    model = spec.get("model") or {}
+    pre, pieces = _pre_tokenizer(spec), is_sentencepiece(chat)
+    prefix = _space_prefix(chat, spec) if pieces else None
+    if model.get("type") != "BPE" or (prefix is None if pieces else pre is None):
+        raise RecipeError(
+            f"the tokenizer of {name} cuts texts in a way that llama.cpp is not known to have; of BPE, "
+            "those of GPT-2, SmolLM, Llama and Qwen 2 are written"
+        )
+    marked = {each["id"]: each["special"] for each in spec["added_tokens"]}
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    kinds = [TokenType.UNUSED] * size
+    for token, number in core.get_vocab(with_added_tokens=True).items():
+        if number < size:
+            special = marked.get(number)
+            named = TokenType.CONTROL if special else TokenType.USER_DEFINED
+            tokens[number] = token
+            kinds[number] = TokenType.NORMAL if special is None else named
+            if pieces and _BYTE.fullmatch(token):
+                kinds[number] = TokenType.BYTE
+            elif pieces and token == model.get("unk_token"):
+                kinds[number] = TokenType.UNKNOWN
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre("default" if pre is None else pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+    if pieces:
+        # The piece that is merged first has the highest score.
+        rank = {"".join(pair): place for place, pair in reversed([*enumerate(merges)])}
+        writer.add_token_scores([-float(rank.get(token, len(merges))) for token in tokens])
+        writer.add_add_space_prefix(bool(prefix))
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    if chat.template == "chat":
+        writer.add_chat_template(chat.template_text)
+    tokenizer = chat.tokenizer
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "padding": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+    }
+    # A reply ends with any of them; the format has names for three.
+    ids |= dict(zip(("eos", "eot", "eom"), chat.stop_ids, strict=False))
+    for part, number in ids.items():
+        if number is not None:
+            writer.add_uint32(f"tokenizer.ggml.{part}_token_id", int(number))
+    writer.add_add_bos_token(adds_bos(chat))
+    writer.add_bool("tokenizer.ggml.add_eos_token", False)
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+def is_sentencepiece(chat: ChatFormat) -> bool:
+    """Whether tokens are SentencePiece's: characters and, where there is none, bytes."""
+    core = getattr(chat.tokenizer, "backend_tokenizer", None)
+    return bool(getattr(core and core.model, "byte_fallback", False))
+
+
+def shown_bytes(chat: ChatFormat, token: str) -> int:
+    """Bytes of the text that a token stands for, where it is no special one."""
+    if not is_sentencepiece(chat):
+        return len(token)  # a character stands for a byte
+    return 1 if _BYTE.fullmatch(token) else len(token.replace("▁", " ").encode())
+
+
+def _space_prefix(chat: ChatFormat, spec: Mapping[str, Any]) -> bool | None:
+    """Whether a space is put before a text and behind each special token, as llama.cpp can do it;
+    ``None`` where neither that nor its absence is what the tokenizer does."""
+    outer, normalizer = spec.get("pre_tokenizer") or {}, spec.get("normalizer") or {}
+    steps = [each.get("type") for each in normalizer.get("normalizers", [normalizer])]
+    if not outer:
+        return {("Prepend", "Replace"): True, ("Replace",): False}.get(tuple(steps))
+    if outer.get("type") != "Metaspace" or normalizer:
+        return None
+    scheme = outer.get("prepend_scheme")
+    if scheme != "first":
+        return {"always": True, "never": False}.get(str(scheme))
+    # Before the first text alone: of prompts that begin with a special token there is none.
+    if chat.template == "plain":
+        return True
+    ids_T = chat.encode_prompt((Message("user", "a"),))
+    return False if int(ids_T[0]) in chat.tokenizer.all_special_ids else None
+
+
+def adds_bos(chat: ChatFormat) -> bool:
+    """Whether texts begin with the tokenizer's first token, which no text names."""
+    ids_T = chat.tokens("a", first=True)
+    return len(ids_T) > 0 and int(ids_T[0]) == chat.tokenizer.bos_token_id
+
+
+def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for how a tokenizer cuts texts; ``None`` where it has none that is the same."""
+    normalizer = spec.get("normalizer") or {}
+    outer = spec.get("pre_tokenizer") or {}
+    steps: list[str] = []
+    for step in outer.get("pretokenizers", [outer]):
+        if step.get("type") == "Digits" and step.get("individual_digits"):
+            steps.append("digits")
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated":
+            steps.append(str(step["pattern"].get("Regex")))
+        elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+            steps += [_GPT2] if step.get("use_regex", True) else []
+        else:
+            return None
+    found = _PRE_TOKENIZERS.get(tuple(steps))
+    # Qwen's texts are composed first (NFC), which llama.cpp leaves to who writes them.
+    composed = normalizer.get("type") == "NFC" and found == "qwen2"
+    whole = bool((spec.get("model") or {}).get("ignore_merges"))
+    if found is None or not (composed or not normalizer) or whole != (found in _WHOLE_WORDS):
+        return None
+    return found

@@ -1,0 +1,452 @@
+"""The backend that llama.cpp runs: a network from a GGUF file, token ids in, logits out.
+
+The wheel ``xllamacpp`` shows Python a server with templates, sampling and scheduling of its own. All of
+that is ours here, so the C functions of its shared library are called directly (``llama.h``). They take
+structures by value whose layout changes between versions: one version is known, and is proved by the
+defaults that it gives before anything else is called.
+
+llama.cpp ends the process where it is asked for what cannot be. Lengths, ids and capacities are
+therefore checked here before each call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.models.backends import (
+    LLAMA_CPP,
+    LLAMA_CPP_VERSION,
+    llama_cpp_library,
+    read_prompt,
+)
+
+if TYPE_CHECKING:
+    from luthier.models.backends import State
+    from luthier.types import IntArray
+
+SEQUENCES = 128
+"""Sequences that are kept at most, and step together: the library keeps 256, and logits of all."""
+CHUNK = 256
+"""Tokens of a prompt that are read at once; between two chunks the others take a step."""
+PROBES = 4
+"""Tokens by which it is tried whether a row has other bits by itself."""
+CELLS = 1024
+"""Tokens that a context has room for at first."""
+_CELL_STEP = 256
+"""The library rounds rooms up to multiples of this."""
+
+
+class _ModelParams(ctypes.Structure):
+    """The front of ``llama_model_params``, and more than enough room for the rest."""
+
+    _fields_: ClassVar = [
+        ("devices", c_void_p),
+        ("tensor_buft_overrides", c_void_p),
+        ("n_gpu_layers", c_int32),
+        ("split_mode", c_int32),
+        ("rest", c_int8 * 256),
+    ]
+
+
+class _ContextParams(ctypes.Structure):
+    """``llama_context_params`` up to its booleans, and more than enough room for the rest."""
+
+    _fields_: ClassVar = [
+        *((name, c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")),
+        *((name, c_uint32) for name in ("n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq")),
+        *((name, c_int32) for name in ("n_threads", "n_threads_batch")),
+        *(
+            (name, c_int32)
+            for name in ("ctx_type", "rope_scaling", "pooling", "attention", "flash")
+        ),
+        ("numbers", c_float * 8),
+        ("callbacks", c_void_p * 2),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("abort", c_void_p * 3),
+        *(
+            (name, c_bool)
+            for name in ("embeddings", "offload", "no_perf", "op_offload", "swa_full", "kv_unified")
+        ),
+        ("rest", c_int8 * 256),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    """``llama_batch``."""
+
+    _fields_: ClassVar = [
+        ("n_tokens", c_int32),
+        ("token", POINTER(c_int32)),
+        ("embd", POINTER(c_float)),
+        ("pos", POINTER(c_int32)),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
+        ("logits", POINTER(c_int8)),
+    ]
+
+
+_LOG = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
+_ERROR_LEVEL = 4
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_log_set": (None, [_LOG, c_void_p]),
+    "llama_model_default_params": (_ModelParams, []),
+    "llama_context_default_params": (_ContextParams, []),
+    "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
+    "llama_model_free": (None, [c_void_p]),
+    "llama_model_get_vocab": (c_void_p, [c_void_p]),
+    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
+    "llama_free": (None, [c_void_p]),
+    "llama_n_ctx": (c_uint32, [c_void_p]),
+    "llama_n_ctx_seq": (c_uint32, [c_void_p]),
+    "llama_n_batch": (c_uint32, [c_void_p]),
+    "llama_n_seq_max": (c_uint32, [c_void_p]),
+    "llama_n_threads": (c_int32, [c_void_p]),
+    "llama_get_memory": (c_void_p, [c_void_p]),
+    "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
+    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
+    "llama_batch_init": (_Batch, [c_int32, c_int32, c_int32]),
+    "llama_batch_free": (None, [_Batch]),
+    "llama_decode": (c_int32, [c_void_p, _Batch]),
+    "llama_get_logits": (POINTER(c_float), [c_void_p]),
+    "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
+    "llama_state_seq_get_data": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int32]),
+    "llama_state_seq_set_data": (c_size_t, [c_void_p, c_char_p, c_size_t, c_int32]),
+}
+
+
+class _Library:
+    """The C functions of the wheel, and what the library said last."""
+
+    def __init__(self) -> None:
+        file = llama_cpp_library()
+        if file is None:
+            raise RecipeError(f"llama.cpp cannot be used: {LLAMA_CPP} has no shared library")
+        try:
+            # Torch is loaded by now: both take the one OpenMP runtime that it brings.
+            self._functions = ctypes.CDLL(str(file))
+            for name, (result, arguments) in _FUNCTIONS.items():
+                function = getattr(self._functions, name)
+                function.restype, function.argtypes = result, arguments
+        except (OSError, AttributeError) as error:
+            raise RecipeError(f"llama.cpp cannot be used: {error}") from error
+        self._check_layout()
+        self.errors: list[str] = []
+        self._log = _LOG(self._on_log)  # kept: the library calls it as long as it is loaded
+        self.llama_log_set(self._log, None)
+        self.llama_backend_init()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
+
+    def _on_log(self, level: int, text: bytes | None, _: Any) -> None:
+        if level == _ERROR_LEVEL and text:
+            self.errors = [*self.errors[-3:], text.decode("utf-8", "replace").strip()]
+
+    def _check_layout(self) -> None:
+        """Refuse a library whose structures are not those declared here, by the defaults it gives."""
+        model = self.llama_model_default_params()
+        context = self.llama_context_default_params()
+        front = [getattr(context, name) for name, *_ in _ContextParams._fields_[:14]]
+        flags = [getattr(context, name) for name, *_ in _ContextParams._fields_[19:25]]
+        known = (
+            (model.devices, model.n_gpu_layers, model.split_mode) == (None, -1, 1)
+            and front == [512, 2048, 512, 1, 0, 0, 1, 4, 4, 0, -1, -1, -1, -1]
+            and list(context.numbers) == [0.0, 0.0, -1.0, -1.0, -1.0, -1.0, 0.0, -1.0]
+            and (context.type_k, context.type_v) == (1, 1)
+            and flags == [False, True, True, True, True, False]
+        )
+        if not known:
+            raise RecipeError(
+                f"llama.cpp cannot be used: the library of {LLAMA_CPP} has other structures than those "
+                f"of {LLAMA_CPP_VERSION}"
+            )
+
+
+@cache
+def _library() -> _Library:
+    return _Library()
+
+
+class _Sequence:
+    """A sequence of :class:`LlamaCppBackend`."""
+
+    def __init__(self, ids_T: IntArray, place: int) -> None:
+        self.ids_T, self.place, self.length = ids_T, place, 0
+        self.read = 0
+
+    @property
+    def unread(self) -> int:
+        return len(self.ids_T) - self.read
+
+
+class LlamaCppBackend:
+    """A network from a GGUF file. Safe to share between threads.
+
+    All sequences lie in one unified cache, so that copies of a prompt share what was read of it. Its
+    room grows with what is kept, and is given back when nothing is.
+    """
+
+    rows = sequences = SEQUENCES
+
+    def __init__(self, file: Path, context: int, vocabulary: int) -> None:
+        """See :data:`luthier.models.backends.OpenFile`.
+
+        Raises:
+            RecipeError: where the library or the file cannot be used.
+        """
+        self.context, self.vocabulary, self.device = context, vocabulary, torch.device("cpu")
+        self._library, self._file = _library(), file
+        self._threads = torch.get_num_threads()
+        self._lock = threading.RLock()
+        self._sequences: list[_Sequence] = []
+        self._free_places = list(range(SEQUENCES))
+        self._context: int | None = None
+        self._cells = self._used = 0
+        self._pairs = False
+        params = self._library.llama_model_default_params()
+        model = self._library.llama_model_load_from_file(str(file).encode(), params)
+        if not model:
+            raise self._failure("cannot read")
+        self._model: int | None = model
+        self._batch = self._library.llama_batch_init(CHUNK, 0, 1)
+        size = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(model))
+        try:
+            if size != vocabulary:
+                raise RecipeError(f"{file} has {size} tokens, and the network {vocabulary}")
+            self._bytes = self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def bytes_of(self, tokens: int) -> int:
+        """Memory that a sequence takes: twice, as room grows by half and is copied then."""
+        return 2 * tokens * self._bytes
+
+    def open(self, ids_T: IntArray) -> State:
+        """A sequence with nothing read."""
+        if not len(ids_T) or not 0 <= int(ids_T.min()) <= int(ids_T.max()) < self.vocabulary:
+            raise ValueError("a prompt has tokens, and all of them are of the vocabulary")
+        if len(ids_T) > self.context:
+            raise ValueError(f"a prompt of {len(ids_T)} tokens, and the context is {self.context}")
+        with self._lock:
+            return self._add(ids_T)
+
+    def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
+        """Read the next chunk of each prompt, one after the other: together they round otherwise."""
+        with self._lock:
+            self._check_open(states)
+            return [self._read(state) for state in states]
+
+    def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
+        """One after the other: what one gives does not depend on the others."""
+        states: list[State] = []
+        logits: list[Tensor] = []
+        for prompt_T in prompts:
+            own, logits_V = read_prompt(self, prompt_T, copies)
+            states += own
+            logits += [logits_V] * copies
+        return states, torch.stack(logits)
+
+    def fork(self, state: Any, copies: int) -> list[State]:
+        """``state`` itself, and copies that share what was read."""
+        with self._lock:
+            self._check_open([state])
+            made: list[State] = [state]
+            for _ in range(copies - 1):
+                copy = self._add(state.ids_T)
+                copy.read, copy.length = state.read, state.length
+                self._used += copy.length
+                self._library.llama_memory_seq_cp(self._memory, state.place, copy.place, -1, -1)
+                made.append(copy)
+            return made
+
+    def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
+        """One token for each, all at once."""
+        with self._lock:
+            self._check_open(states)
+            if any(state.unread or state.length >= self.context for state in states):
+                raise ValueError("a sequence has an unread prompt, or no room for a token more")
+            if not all(0 <= token < self.vocabulary for token in tokens):
+                raise ValueError("a token is not of the vocabulary")
+            self._room(len(states))
+            for index, (state, token) in enumerate(zip(states, tokens, strict=True)):
+                self._put(index, token, state.length, state.place)
+            logits_RV = self._decode(len(states), range(len(states)))
+            for state in states:
+                state.length += 1
+            self._used += len(states)
+            return logits_RV
+
+    def free(self, state: Any) -> None:
+        """Give its cells back; with the last sequence the whole room but for what it is at first."""
+        with self._lock:
+            if state not in self._sequences:
+                return
+            self._sequences.remove(state)
+            self._free_places.append(state.place)
+            self._used -= state.length
+            if self._context is not None:
+                self._library.llama_memory_seq_rm(self._memory, state.place, -1, -1)
+            if not self._sequences and self._cells > CELLS:
+                self._end_context()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            self._sequences, self._used = [], 0
+            self._end_context()
+            if self._model is not None:
+                self._library.llama_batch_free(self._batch)
+                self._library.llama_model_free(self._model)
+                self._model = None
+
+    # What follows is called with the lock.
+
+    @property
+    def _memory(self) -> int:
+        memory: int = self._library.llama_get_memory(self._context)
+        return memory
+
+    def _add(self, ids_T: IntArray) -> _Sequence:
+        if self._model is None:
+            raise RuntimeError("the backend is closed")
+        if not self._free_places:
+            raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
+        sequence = _Sequence(ids_T, self._free_places.pop())
+        self._sequences.append(sequence)
+        return sequence
+
+    def _check_open(self, states: Sequence[_Sequence]) -> None:
+        places = {state.place for state in states}
+        if len(places) < len(states) or any(state not in self._sequences for state in states):
+            raise RuntimeError("a sequence was freed, or is there twice")
+
+    def _put(self, index: int, token: int, position: int, place: int) -> None:
+        batch = self._batch
+        batch.token[index], batch.pos[index] = token, position
+        batch.n_seq_id[index], batch.seq_id[index][0] = 1, place
+        batch.logits[index] = 0
+
+    def _read(self, state: _Sequence) -> Tensor | None:
+        ids = state.ids_T[state.read : state.read + CHUNK].tolist()
+        if not ids:
+            return None
+        self._room(len(ids))
+        for index, token in enumerate(ids):
+            self._put(index, token, state.length + index, state.place)
+        ends = len(ids) == state.unread
+        logits_RV = self._decode(len(ids), [len(ids) - 1] if ends else [])
+        state.read += len(ids)
+        state.length += len(ids)
+        self._used += len(ids)
+        return logits_RV[0] if ends else None
+
+    def _decode(self, tokens: int, outputs: Sequence[int]) -> Tensor:
+        """Run what was put; logits ``[R, V]`` behind the tokens ``outputs``.
+
+        One row alone is multiplied by another kernel than several, which rounds in another way: where
+        that is so, a second one goes with it, so that bits do not depend on what else runs.
+        """
+        rows = [*outputs]
+        if self._pairs and len(rows) == 1:
+            if tokens == 1:
+                self._put(1, 0, 0, SEQUENCES)
+                tokens = 2
+            rows = sorted([rows[0], max(1, rows[0]) - (rows[0] > 0)])
+        for index in rows:
+            self._batch.logits[index] = 1
+        self._batch.n_tokens = tokens
+        self._library.errors.clear()
+        result = self._library.llama_decode(self._context, self._batch)
+        self._library.llama_memory_seq_rm(self._memory, SEQUENCES, -1, -1)
+        if result:
+            raise self._failure(f"gave {result} for")
+        if not rows:
+            return torch.empty(0, self.vocabulary)
+        logits = self._library.llama_get_logits(self._context)
+        logits_RV = np.ctypeslib.as_array(logits, (len(rows), self.vocabulary))
+        # A copy: the next call writes over it.
+        return torch.from_numpy(logits_RV[[rows.index(index) for index in outputs]])
+
+    def _room(self, tokens: int) -> None:
+        """Room for ``tokens`` more than are kept, and for the one that fills up.
+
+        Copies that share a prompt are counted whole, as they lie apart once the room has grown.
+        """
+        needed = self._used + tokens + 1
+        if self._context is None:
+            self._context, self._cells = self._new_context(max(CELLS, needed))
+        elif needed > self._cells:
+            old, (new, cells) = self._context, self._new_context(max(needed, self._cells * 3 // 2))
+            try:
+                for sequence in self._sequences:
+                    if sequence.length:
+                        self._move(old, new, sequence.place)
+            except BaseException:
+                self._library.llama_free(new)
+                raise
+            self._context, self._cells = new, cells
+            self._library.llama_free(old)
+
+    def _move(self, old: int, new: int, place: int) -> None:
+        size = self._library.llama_state_seq_get_size(old, place)
+        data = ctypes.create_string_buffer(size)
+        if self._library.llama_state_seq_get_data(old, data, size, place) != size:
+            raise self._failure("cannot copy a sequence of")
+        if self._library.llama_state_seq_set_data(new, data, size, place) != size:
+            raise self._failure("cannot copy a sequence of")
+
+    def _new_context(self, cells: int) -> tuple[int, int]:
+        cells = -(-cells // _CELL_STEP) * _CELL_STEP
+        params = self._library.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = cells, CHUNK, CHUNK
+        params.n_seq_max = params.n_outputs_max = SEQUENCES + 1
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = self._threads
+        self._library.errors.clear()
+        made = self._library.llama_init_from_model(self._model, params)
+        if not made:
+            raise self._failure(f"has no memory for {cells} tokens of")
+        # What it read of the structure is what was written, one cache for all sequences above all.
+        names = ("n_ctx", "n_ctx_seq", "n_batch", "n_seq_max", "n_threads")
+        found = [int(getattr(self._library, f"llama_{name}")(made)) for name in names]
+        if found != [cells, cells, CHUNK, SEQUENCES + 1, self._threads]:
+            self._library.llama_free(made)
+            raise RecipeError(f"llama.cpp made another context than it was asked for: {found}")
+        return made, cells
+
+    def _end_context(self) -> None:
+        if self._context is not None:
+            self._library.llama_free(self._context)
+        self._context, self._cells = None, 0
+
+    def _probe(self) -> int:
+        """Bytes that one token takes in the cache; tries whether a row has other bits by itself."""
+        logits, size = [], 0
+        for self._pairs in (False, True):
+            for token in range(PROBES):
+                state = self._add(np.array([token % self.vocabulary]))
+                logits.append(self._read(state))
+                size = self._library.llama_state_seq_get_size(self._context, state.place)
+                self.free(state)
+        pairs = zip(logits[:PROBES], logits[PROBES:], strict=True)
+        self._pairs = not all(torch.equal(one, two) for one, two in pairs)  # type: ignore[arg-type]
+        return size
+
+    def _failure(self, what: str) -> RecipeError:
+        reason = f": {'; '.join(self._library.errors)}" if self._library.errors else ""
+        return RecipeError(f"llama.cpp {what} {self._file}{reason}")

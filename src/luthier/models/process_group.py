@@ -1,0 +1,201 @@
+"""Several processes that train one network together, each on a part of every step.
+
+Data parallelism as in PyTorch's DDP: each process holds the network, works on its own micro-batches,
+and the sums of gradients are added over all of them before the optimizer moves. What is computed is
+that of one process: the order of rows and all that is drawn are functions of seed, step and row, and
+the one division is by the weight of all processes. What they exchange goes through
+``torch.distributed``: gloo between processors, NCCL between graphics cards. Objects travel as JSON;
+nothing is pickled.
+
+Left out: gradients that are exchanged while others are still computed (a step ends with one exchange),
+and networks that are themselves cut into shards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BUCKET = 1 << 24
+"""Numbers exchanged at once: what is copied on the way is at most 64 MB."""
+TIMEOUT = "LUTHIER_COLLECTIVE_TIMEOUT"
+"""Environment variable: seconds that a process waits for the others before it gives up."""
+TIMEOUT_SECONDS = 1800.0
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes of a run, seen from one of them. A group of one exchanges nothing."""
+
+    rank: int = 0
+    """Number of this process; the first, 0, is the one that writes files and speaks."""
+    size: int = 1
+    """How many there are."""
+    local_rank: int = 0
+    """Number of this process on its machine."""
+    local_size: int = 1
+    """How many share its machine."""
+
+    @staticmethod
+    def of_environment() -> ProcessGroup:
+        """The group that a launcher (torchrun, Ray, Slurm) tells of; not connected yet."""
+        size = int(os.environ.get("WORLD_SIZE") or 1)
+        if size == 1 or "RANK" not in os.environ:
+            return ALONE
+        rank = int(os.environ["RANK"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        return ProcessGroup(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+    def connect(self) -> None:
+        """Meet the other processes; waits for all of them."""
+        if self.size == 1:
+            return
+        import torch
+        from torch import distributed
+        from torch.distributed.rendezvous import rendezvous
+
+        if distributed.is_initialized():
+            return
+        timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, TIMEOUT_SECONDS)))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # An agent that starts processes again may keep its store, with the addresses of those before.
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=distributed.PrefixStore(f"start-{start}", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether :meth:`connect` was called; a group of one always is."""
+        if self.size == 1:
+            return True
+        from torch import distributed
+
+        return distributed.is_initialized()
+
+    def agree(self, problem: LuthierError | None = None) -> None:
+        """Connect, and go on only where no process has a ``problem``.
+
+        Raises:
+            LuthierError: that of the first process that has one, where this one has none.
+        """
+        if self.size == 1:
+            return
+        self.connect()
+        for rank, message in enumerate(self.gather(str(problem) if problem else None)):
+            if message is not None and problem is None:
+                raise LuthierError(f"process {rank}: {message}")
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, which is the same to the bit in all."""
+        if self.size == 1:
+            return
+        import torch
+        from torch import distributed
+
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            distributed.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def send_first(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by that of the first process."""
+        if self.size == 1:
+            return
+        from torch import distributed
+
+        for tensor in tensors:
+            sent = tensor.contiguous()
+            distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
+    def sum(self, value: float) -> float:
+        """``value`` added over all processes, in float64."""
+        if self.size == 1:
+            return value
+        import torch
+        from torch import distributed
+
+        total = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(total)
+        return float(total)
+
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true in any process."""
+        return self.sum(float(value)) > 0
+
+    def concatenate(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, which differ in their first dimension alone, in rank order."""
+        if self.size == 1:
+            return tensor
+        import torch
+        from torch import distributed
+
+        lengths: list[int] = self.gather(len(tensor))
+        most = max(lengths)
+        sent = tensor.new_zeros(most, *tensor.shape[1:])
+        sent[: len(tensor)] = tensor
+        parts = [torch.empty_like(sent) for _ in lengths]
+        distributed.all_gather(parts, sent)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by rank; numbers, texts, lists and mappings of them."""
+        if self.size == 1:
+            return [value]
+        import torch
+        from torch import distributed
+
+        sent = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        distributed.all_gather(lengths, torch.tensor([len(sent)]))
+        most = max(int(length) for length in lengths)
+        parts = [torch.empty(most, dtype=torch.uint8) for _ in lengths]
+        distributed.all_gather(parts, torch.nn.functional.pad(sent, (0, most - len(sent))))
+        return [
+            json.loads(part[: int(length)].numpy().tobytes())
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+
+    def interleave(self, own: Sequence[Any]) -> list[Any]:
+        """The whole of a list of which each process has every ``size``-th member from ``rank`` on."""
+        if self.size == 1:
+            return list(own)
+        parts = self.gather(own)
+        return [parts[n % self.size][n // self.size] for n in range(sum(map(len, parts)))]
+
+    def first(self, value: Any) -> Any:
+        """What the first process gives, in all of them."""
+        if self.size == 1:
+            return value
+        return self.gather(value if self.rank == 0 else None)[0]
+
+
+ALONE = ProcessGroup()
+"""The group of a process that works by itself."""
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """``tensors`` in their order, in parts of about :data:`BUCKET` numbers."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

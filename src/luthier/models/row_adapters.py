@@ -1,0 +1,406 @@
+"""Adapters that share one base network: the rows of a step have one each, and run together.
+
+The product with a frozen weight is computed once for all rows. What an adapter adds to its rows comes
+from weights of its own, which lie stacked with those of other adapters of the same shapes: one batched
+product serves them all. Only steps mix: a prompt is read alone, through a network that holds the
+adapter's layers and shares all others with the base.
+
+A row's bits do not depend on its neighbours: products are taken together, and updates added inside the
+frozen product, only where that was seen to change none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import RecipeError
+from luthier.models.kv_cache import CHUNK, CHUNK_STEP
+from luthier.models.layers import replace_modules, share_layers
+from luthier.models.packing import linear_plus
+from luthier.models.prefix import prefix_tokens
+
+if TYPE_CHECKING:
+    from luthier.models.network import Network
+
+COUNTS = (2, 3, 7, 16, 33, 64)
+"""Numbers of rows, each with an adapter of its own, that are tried in one product."""
+ALONE = 64
+"""Rows of one adapter in each product, filled up, where those of several cannot run as one."""
+MOSTLY = 4
+"""A product of a whole stack is taken where at least one in so many of its adapters has a row."""
+
+
+@runtime_checkable
+class RowLayer(Protocol):
+    """What an adapter puts around a frozen layer, where it changes each row by itself."""
+
+    base_layer: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]``, as the network that reads prompts does."""
+
+    reads_output: ClassVar[bool]
+    """Whether the change follows from what the frozen layer gives, and not from what it reads."""
+
+    def row_weights(self) -> tuple[Tensor, ...]:
+        """The adapter's own part, to be stacked with that of others; the first is ``[I, ...]``."""
+
+    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
+        """What is added to ``M`` rows of each of ``P`` layers of this kind, ``[P, M, O]``.
+
+        ``weights`` are :meth:`row_weights` of each, stacked in the first dimension.
+        """
+
+    @property
+    def row_kind(self) -> Hashable:
+        """What layers that are stacked have in common, beside the shapes of their weights."""
+
+
+@dataclass(eq=False)
+class Adapter:
+    """An adapter on a base network that it shares with others."""
+
+    network: Network
+    model: Any
+    """The base with the adapter's layers in their places, which reads prompts. It lives as long as
+    sequences do; the network may be closed before."""
+    layers: dict[str, RowLayer]
+    """Those that rows meet in steps, by their places; none of a soft prompt or a prefix."""
+    before: int = 0
+    """Keys and values of a prefix."""
+    sequences: int = 0
+    """Of it, that were begun and not freed."""
+    slot: int = -1
+    """Its place in a bank, while it has sequences."""
+
+    @staticmethod
+    def of(network: Network, base: Network) -> Adapter:
+        """The adapter that makes ``network`` another one than ``base``."""
+        layers = {
+            name: module
+            for name, module in network.model.named_modules()
+            # In this order: to look whether something has a protocol takes a tenth of a millisecond.
+            if "base_layer" in module._modules and isinstance(module, RowLayer)
+        }
+        for name, layer in layers.items():
+            if base.model.get_submodule(name) is not layer.base_layer:
+                raise RecipeError(f"the adapter's {name} is not a layer of the base network")
+        return Adapter(network, network.model, layers, prefix_tokens(network.model))
+
+    @cached_property
+    def shapes(self) -> Hashable:
+        """What adapters that are stacked have in common."""
+        return tuple(
+            (name, layer.row_kind, tuple(weight.shape for weight in layer.row_weights()))
+            for name, layer in self.layers.items()
+        )
+
+
+class AdapterBank:
+    """Adapters of the same shapes that have sequences: their weights, stacked layer by layer."""
+
+    def __init__(self, like: Adapter) -> None:
+        self.adapters: list[Adapter] = []
+        self.loaded = 0
+        """Adapters of these shapes that are in memory, with sequences or without."""
+        self.stacks: dict[str, tuple[Tensor, ...]] = {}
+        self.layers = dict(like.layers)
+        """One of each kind, which knows how the stacked weights are used."""
+        self.mixes = _mixes(like)
+        """Whether rows of several run in one product."""
+        self.divides = _divides(like)
+        self._capacity = 0
+
+    def add(self, adapter: Adapter) -> None:
+        """Copy its weights behind those of the others."""
+        adapter.slot = len(self.adapters)
+        self.adapters.append(adapter)
+        if adapter.slot == self._capacity:
+            self._resize(self._capacity + max(1, self._capacity // 2), adapter)
+        for name, layer in adapter.layers.items():
+            for stack, weight in zip(self.stacks[name], layer.row_weights(), strict=True):
+                stack[adapter.slot].copy_(weight)
+
+    def remove(self, adapter: Adapter) -> None:
+        """Let go of its weights: the last adapter's come to their place."""
+        last = self.adapters.pop()
+        if last is not adapter:
+            for stacks in self.stacks.values():
+                for stack in stacks:
+                    stack[adapter.slot].copy_(stack[last.slot])
+            self.adapters[adapter.slot], last.slot = last, adapter.slot
+        adapter.slot = -1
+        if 2 * len(self.adapters) <= self._capacity:
+            self._resize(len(self.adapters), adapter)
+
+    def _resize(self, capacity: int, like: Adapter) -> None:
+        kept = min(self._capacity, capacity)
+        for name, layer in like.layers.items():
+            old = self.stacks.pop(name, ())
+            new = tuple(weight.new_empty(capacity, *weight.shape) for weight in layer.row_weights())
+            for mine, theirs in zip(new, old, strict=False):
+                mine[:kept] = theirs[:kept]
+            self.stacks[name] = new
+        self._capacity = capacity
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a step that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
+
+    bank: AdapterBank
+    row_PM: Tensor
+    """The step's row at each place; any where there is none."""
+    slot: int | None
+    """The adapter that all ``P`` are of; without one, the first ``P`` of the bank."""
+
+    def update(self, name: str, x_RI: Tensor) -> Tensor:
+        """What the adapters add at the layer ``name``, ``[P * M, O]``."""
+        count, first = len(self.row_PM), self.slot or 0
+        weights = [
+            stack[:count]
+            if self.slot is None
+            else stack[first : first + 1].expand(count, *stack.shape[1:])
+            for stack in self.bank.stacks[name]
+        ]
+        return self.bank.layers[name].row_update(x_RI[self.row_PM], *weights).flatten(0, 1)
+
+
+@dataclass(eq=False)
+class _Step:
+    """The step that is running: what the layers of the mixed network have to know of it."""
+
+    parts: list[_Part] = field(default_factory=list)
+    places: list[dict[int, int]] = field(default_factory=list)
+    """For each part, where it has the rows of the step."""
+    _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, reads_output: bool, x_RI: Tensor) -> Tensor | None:
+        """What is added at the layer ``name``, ``[R, O]``, by what it reads or gives."""
+        present = tuple(
+            index
+            for index, part in enumerate(self.parts)
+            if name in part.bank.layers and part.bank.layers[name].reads_output == reads_output
+        )
+        if not present:
+            return None
+        made = [self.parts[index].update(name, x_RI) for index in present]
+        # Rows without an adapter here get the zeros behind all others.
+        made.append(made[0].new_zeros(1, made[0].shape[-1]))
+        if present not in self._places_R:
+            self._places_R[present] = self._places_of(present, len(x_RI)).to(x_RI.device)
+        return torch.cat(made)[self._places_R[present]]
+
+    def _places_of(self, present: tuple[int, ...], rows: int) -> Tensor:
+        first, found = 0, dict[int, int]()
+        for index in present:
+            found |= {row: first + place for row, place in self.places[index].items()}
+            first += self.parts[index].row_PM.numel()
+        return torch.tensor([found.get(row, first) for row in range(rows)])
+
+
+class StackedLayer(nn.Module):
+    """A frozen layer in a network whose rows have adapters."""
+
+    def __init__(self, base_layer: nn.Module, name: str, shared: SharedBase) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._name, self._shared = name, shared
+        self._adds_inside = _adds_inside(base_layer, shared.sizes)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, for networks that ask for its type."""
+        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[1, R, in]`` to ``[1, R, out]``."""
+        step = self._shared.step
+        update_RO = step.add(self._name, False, x[0])
+        if update_RO is None:
+            y: Tensor = self.base_layer(x)
+        elif self._adds_inside:
+            y = linear_plus(self.base_layer, x[0], update_RO)[None]
+        else:
+            y = self.base_layer(x) + update_RO
+        update_RO = step.add(self._name, True, y[0])
+        return y if update_RO is None else y + update_RO
+
+
+class SharedBase:
+    """A base network and the adapters on it. What changes is changed by one thread at a time."""
+
+    def __init__(self, network: Network, sizes: Sequence[int]) -> None:
+        """Steps are of ``sizes`` rows."""
+        self.network, self.sizes = network, sizes
+        self.step = _Step()
+        self._mixed: Any = None
+        self._banks: dict[Hashable, AdapterBank] = {}
+
+    def add(self, network: Network) -> Adapter:
+        """Take in what makes ``network`` another one than the base.
+
+        Raises:
+            RecipeError: where it does not stand on this base.
+        """
+        adapter = Adapter.of(network, self.network)
+        if adapter.layers:
+            if self._mixed is None:
+                self._mixed = share_layers(self.network.model)
+            for name in adapter.layers:
+                if not isinstance(self._mixed.get_submodule(name), StackedLayer):
+                    stacked = partial(StackedLayer, name=name, shared=self)
+                    replace_modules(self._mixed, [name], stacked)
+            if adapter.shapes not in self._banks:
+                self._banks[adapter.shapes] = AdapterBank(adapter)
+            self._banks[adapter.shapes].loaded += 1
+        return adapter
+
+    def remove(self, adapter: Adapter) -> None:
+        """Let go of what was taken in, as soon as its last sequence has ended."""
+        if adapter.layers and adapter.shapes in self._banks:  # else the base was closed before
+            self._banks[adapter.shapes].loaded -= 1
+            self._drop_unused(adapter)
+
+    def enter(self, adapter: Adapter, sequences: int = 1) -> None:
+        """So many sequences of it begin."""
+        if adapter.layers and not adapter.sequences:
+            self._banks[adapter.shapes].add(adapter)
+        adapter.sequences += sequences
+
+    def leave(self, adapter: Adapter) -> None:
+        """One of them ended."""
+        adapter.sequences -= 1
+        if adapter.layers and not adapter.sequences:
+            self._banks[adapter.shapes].remove(adapter)
+            self._drop_unused(adapter)
+
+    def _drop_unused(self, adapter: Adapter) -> None:
+        # A bank has layers of the first adapter of its shapes, which holds that one's weights.
+        bank = self._banks[adapter.shapes]
+        if not (bank.loaded or bank.adapters):
+            del self._banks[adapter.shapes]
+            self.step = _Step()  # the last one may have had rows of it
+
+    def divides(self, adapter: Adapter) -> bool:
+        """Whether its layers give a token of a prompt the same bits whatever is read at once."""
+        return not adapter.layers or self._banks[adapter.shapes].divides
+
+    def model_of(self, adapters: Sequence[Adapter]) -> Any:
+        """The network that runs a step of rows with these adapters."""
+        rows: dict[Hashable, dict[Adapter, list[int]]] = {}
+        for row, adapter in enumerate(adapters):
+            if adapter.layers:
+                rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
+        if not rows:
+            return self.network.model
+        self.step = _Step()
+        for shapes, own in rows.items():
+            self._divide(self._banks[shapes], own)
+        return self._mixed
+
+    def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
+        """The parts that rows of the adapters of one bank are computed in."""
+        left = {adapter: [*own] for adapter, own in rows.items()}
+        if not bank.mixes:
+            for adapter, own in left.items():
+                for first in range(0, len(own), ALONE):
+                    some = own[first : first + ALONE]
+                    self._append(bank, [some + some[:1] * (ALONE - len(some))], adapter.slot)
+            return
+        # A row of each, as long as most of the stack is used; what is left adapter by adapter.
+        while len(left) > 1 and MOSTLY * len(left) >= len(bank.adapters):
+            row_P = [-1] * len(bank.adapters)
+            for adapter, own in left.items():
+                row_P[adapter.slot] = own.pop()
+            self._append(bank, [[row] for row in row_P], None)
+            left = {adapter: own for adapter, own in left.items() if own}
+        for adapter, own in left.items():
+            self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slot)
+
+    def _append(self, bank: AdapterBank, row_PM: list[list[int]], slot: int | None) -> None:
+        rows = [row for part in row_PM for row in part]
+        self.step.places.append({row: place for place, row in enumerate(rows) if row >= 0})
+        index_PM = torch.tensor(row_PM).clamp(min=0).to(self.network.device)
+        self.step.parts.append(_Part(bank, index_PM, slot))
+
+
+@torch.no_grad()
+def _mixes(adapter: Adapter) -> bool:
+    """Whether a row has the same bits whatever number of adapters is beside it in one product.
+
+    And beside the same one again. One row alone is another kind of product, and is never taken.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen: set[Hashable] = set()
+    for layer in adapter.layers.values():
+        weights = layer.row_weights()
+        key = (layer.row_kind, tuple(weight.shape for weight in weights))
+        if key in seen:
+            continue
+        seen.add(key)
+
+        def drawn(*shape: int, like: Tensor = weights[0]) -> Tensor:
+            return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+        x_P1I = drawn(COUNTS[-1], 1, len(weights[0]))
+        stacks = [drawn(COUNTS[-1], *weight.shape) for weight in weights]
+        expected = layer.row_update(x_P1I, *stacks)
+        for count in COUNTS:
+            beside = layer.row_update(x_P1I[:count], *(stack[:count] for stack in stacks))
+            again = layer.row_update(
+                x_P1I[:1].repeat(count, 1, 1),
+                *(stack[:1].expand(count, *stack.shape[1:]) for stack in stacks),
+            )
+            if not torch.equal(beside, expected[:count]):
+                return False
+            if not torch.equal(again, expected[:1].expand_as(again)):
+                return False
+    return True
+
+
+@torch.no_grad()
+def _divides(adapter: Adapter) -> bool:
+    """Whether a row that a layer of ``adapter`` reads has the same bits in chunks of other sizes."""
+    seen: set[Hashable] = set()
+    for layer in adapter.layers.values():
+        shape = layer.base_layer.weight.shape
+        if (key := (layer.row_kind, shape, len(layer.row_weights()[0]))) in seen:
+            continue
+        seen.add(key)
+        x_1NI = _random_rows(layer.base_layer, CHUNK)[None]
+        whole_1NO = layer(x_1NI)
+        sizes = range(2 * CHUNK_STEP, CHUNK, 2 * CHUNK_STEP)
+        if not all(torch.equal(layer(x_1NI[:, :size]), whole_1NO[:, :size]) for size in sizes):
+            return False
+    return True
+
+
+def _random_rows(layer: Any, count: int) -> Tensor:
+    """Rows ``[N, in]`` that a frozen layer could read."""
+    weight: Tensor = layer.weight
+    width = weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, width, generator=generator).to(weight.device, weight.dtype)
+
+
+@torch.no_grad()
+def _adds_inside(layer: nn.Module, sizes: Sequence[int]) -> bool:
+    """Whether an update can be added inside the product: no row's bits depend on it, or on others."""
+    x_RI = _random_rows(layer, sizes[-1])
+    y_RO: Tensor = layer(x_RI)
+    if not torch.equal(linear_plus(layer, x_RI, torch.zeros_like(y_RO)), y_RO):
+        return False
+    update_RO = y_RO.roll(1, 0)
+    whole_RO = linear_plus(layer, x_RI, update_RO)
+    return all(
+        torch.equal(linear_plus(layer, x_RI[:size], update_RO[:size]), whole_RO[:size])
+        for size in sizes
+    )

@@ -1,0 +1,298 @@
+"""GGUF files in llama.cpp, and whether they answer there as the model does here.
+
+llama.cpp runs in this process, by the package ``xllamacpp``; it is asked over its own server, which
+listens on loopback behind a key while it is open.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+
+from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.parity import TokenParity
+from luthier.models.backends import llama_cpp_library
+from luthier.models.gguf import Quantization, round_weights, shown_bytes
+from luthier.types import IntArray, Message
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short story about a dog that finds a key.",
+    "Compute 12345 + 6789, and say how you did it.",
+    "def add(a, b):\n    return a + b\n\nWhat does this  do?",
+    "Wie heißt der höchste Berg der Welt? Est-ce l’Everest ?",
+    "北京在哪里? どこですか 🙂",
+)
+"""What a file is tried with: words, numbers, code with its spaces, other scripts."""
+TOKENS = 24
+"""Tokens that are written behind each prompt."""
+CONTEXT = 512
+"""Tokens of prompt and reply that are tried at most."""
+LIKELIEST = 64
+"""Tokens of which llama.cpp tells the probability, in each place."""
+LIMIT, QUANTIZED_LIMIT = 0.005, 0.08
+"""Mean divergence in nats a token, with the weights that the file has, beyond which it is refused:
+seven times what was measured or more (docs/log/service.md). Weights of less than 16 bits are
+multiplied by numbers that llama.cpp rounds to 8."""
+
+
+def has_llama_cpp() -> bool:
+    """Whether llama.cpp is there."""
+    return llama_cpp_library() is not None
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What llama.cpp tells of a token that it chose."""
+
+    id: int
+    size: int
+    """Bytes of its text, with those of the tokens before it that nothing is told of."""
+    logps: dict[int, float]
+    """Of the likeliest tokens in its place."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What llama.cpp wrote behind a prompt."""
+
+    tokens: list[int]
+    told: list[TokenLogps]
+    """What is known of some of them, in their order: llama.cpp tells nothing of tokens that end within
+    a character."""
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class GgufParity(TokenParity):
+    """How near llama.cpp's answers are to the model's own: behind a few prompts, in each place of what
+    llama.cpp wrote. Tokens that are unlikely to it count as one."""
+
+    rounded_kl: float
+    """The mean with the model's weights rounded as in the file: what llama.cpp computes otherwise."""
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """In a sentence."""
+        return (
+            f"in llama.cpp the greedy token is the same at {self.agreement:.1%} of {self.tokens} "
+            f"places, and its probabilities are {self.mean_kl:.2g} nats from the model's "
+            f"(largest {self.max_kl:.2g})"
+        )
+
+
+class LlamaCpp:
+    """One GGUF file in llama.cpp."""
+
+    def __init__(self, file: Path, adapter: Path | None = None, context: int = CONTEXT) -> None:
+        """``adapter`` is the file of a LoRA adapter that is put on the network in ``file``.
+
+        Raises:
+            LuthierError: where llama.cpp does not load them.
+        """
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        if adapter is not None:
+            info = xllamacpp.CommonAdapterLoraInfo()
+            info.path, info.scale = str(adapter), 1.0
+            params.lora_adapters = [info]
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+        params.cpuparams.n_threads = torch.get_num_threads()
+        params.warmup, params.verbosity = False, -1
+        self._key = secrets.token_hex()
+        params.api_keys = [self._key]
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except Exception as error:  # its own classes, by what went wrong
+            raise LuthierError(f"llama.cpp does not load {file.name}: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the network."""
+        self._server = None
+
+    def tokens(self, text: str, *, first: bool) -> list[int]:
+        """Token ids of ``text``; ``first`` puts before it what the file's texts begin with."""
+        body = {"content": text, "add_special": first, "parse_special": True}
+        return list(self._post("/tokenize", body)["tokens"])
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text that the file's chat template makes of ``messages``."""
+        turns = [{"role": each.role, "content": each.content} for each in messages]
+        return str(self._post("/apply-template", {"messages": turns})["prompt"])
+
+    def write(self, ids_T: IntArray, count: int) -> Written:
+        """Go on greedily from a prompt, until ``count`` tokens or one that ends replies."""
+        answer = self._post(
+            "/completion",
+            {
+                "prompt": ids_T.tolist(), "n_predict": count, "temperature": 0.0,
+                "n_probs": LIKELIEST, "return_tokens": True, "cache_prompt": False,
+            },
+        )  # fmt: skip
+        told = [
+            TokenLogps(
+                int(each["id"]),
+                len(each["bytes"]),
+                {int(top["id"]): float(top["logprob"]) for top in each["top_logprobs"]},
+            )
+            for each in answer.get("completion_probabilities", ())
+        ]
+        speed = float(answer["timings"]["predicted_per_second"])
+        return Written([int(token) for token in answer["tokens"]], told, speed)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        request = Request(  # noqa: S310 - loopback
+            self._server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
+        )
+        try:
+            with urlopen(request, timeout=600) as response:  # noqa: S310
+                return json.load(response)
+        except HTTPError as error:
+            raise LuthierError(
+                f"llama.cpp: {error.read().decode(errors='replace')[:500]}"
+            ) from error
+        except (URLError, OSError) as error:
+            raise LuthierError(f"llama.cpp does not answer: {error}") from error
+
+
+@contextmanager
+def open_gguf(file: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
+    """``file`` in llama.cpp while the block runs."""
+    opened = LlamaCpp(file, adapter)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+@torch.no_grad()
+def compare_gguf(
+    file: Path,
+    network: Any,
+    chat: ChatFormat,
+    quantization: Quantization,
+    adapter: Path | None = None,
+) -> GgufParity:
+    """Whether llama.cpp answers from ``file`` as ``network`` does, a model of transformers in float32.
+
+    Prompts are the same texts and the same tokens in both; behind each, llama.cpp writes greedily, and
+    in each place the probabilities are compared that both give the next token. What the type of the
+    weights loses is told, and is no fault. So the network is then rounded as the file is, and what
+    is left between the two has to be small: it stays rounded.
+
+    Raises:
+        RecipeError: with the first text or token that differs, or where llama.cpp computes otherwise.
+    """
+    network.eval()
+    with open_gguf(file, adapter) as opened:
+        texts = []
+        for prompt in PROMPTS:
+            ids_T = _same_prompt(opened, chat, (Message("user", prompt),))
+            room = min(CONTEXT, network.config.max_position_embeddings) - len(ids_T)
+            if room > 0:
+                texts.append((ids_T, opened.write(ids_T, min(TOKENS, room))))
+    same, divergences = _compare(network, chat, texts)
+    if not divergences:
+        raise RecipeError("llama.cpp wrote nothing behind any prompt")
+    round_weights(network, quantization)
+    as_read = float(np.mean(_compare(network, chat, texts)[1]))
+    limit = LIMIT if quantization in ("f32", "f16", "bf16") else QUANTIZED_LIMIT
+    if not as_read <= limit:
+        raise RecipeError(
+            f"llama.cpp answers otherwise: with the same weights, its probabilities are {as_read:.2g} "
+            f"nats a token from the model's, and more than {limit:g} is no rounding; the greedy token "
+            f"is the same at {np.mean(same):.1%} of {len(same)} places"
+        )
+    mean, worst = float(np.mean(divergences)), float(np.max(divergences))
+    return GgufParity(len(same), float(np.mean(same)), mean, worst, as_read)
+
+
+def _compare(
+    network: Any, chat: ChatFormat, texts: Sequence[tuple[IntArray, Written]]
+) -> tuple[list[bool], list[float]]:
+    """Whether the greedy token is the same, in each place, and divergences where they are known."""
+    same: list[bool] = []
+    divergences: list[float] = []
+    for ids_T, written in texts:
+        whole_T = torch.tensor([*ids_T.tolist(), *written.tokens])
+        logits_TV = network(input_ids=whole_T[None]).logits[0, len(ids_T) - 1 : -1].float()
+        logp_TV = torch.log_softmax(logits_TV, -1)
+        same += (logp_TV.argmax(-1) == whole_T[len(ids_T) :]).tolist()
+        places = _places(written, chat)
+        divergences += [
+            _divergence(logp_TV[place], each.logps)
+            for place, each in zip(places, written.told, strict=True)
+        ]
+    return same, divergences
+
+
+def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]) -> IntArray:
+    """Token ids of a prompt, which are the same in llama.cpp."""
+    text, plain = chat.prompt_text(messages), chat.template == "plain"
+    if not plain and (other := opened.prompt_text(messages)) != text:
+        bare = text.removeprefix(str(chat.tokenizer.bos_token))  # it is put before tokens instead
+        if other != bare:
+            raise RecipeError(
+                f"llama.cpp's reading of the chat template gives {other[:200]!r}, and not "
+                f"{text[:200]!r}"
+            )
+    ids_T = chat.prompt_tokens(text)
+    read = opened.tokens(text, first=plain)
+    if read != ids_T.tolist():
+        pairs = zip(ids_T.tolist(), read, strict=False)
+        place = next((at for at, (one, other) in enumerate(pairs) if one != other), len(read))
+        raise RecipeError(
+            f"llama.cpp makes other tokens of {text[:80]!r}: token {place + 1} is "
+            f"{read[place : place + 1]}, and not {ids_T[place : place + 1].tolist()}"
+        )
+    return ids_T
+
+
+def _places(written: Written, chat: ChatFormat) -> list[int]:
+    """Numbers of the tokens that llama.cpp told something of."""
+    texts = chat.tokenizer.convert_ids_to_tokens(written.tokens)
+    added = chat.tokenizer.added_tokens_decoder
+    sizes = [  # special tokens are not shown, nor those that no text becomes
+        0 if text is None or (token in added and added[token].special) else shown_bytes(chat, text)
+        for token, text in zip(written.tokens, texts, strict=True)
+    ]
+    found = [-1]
+    for number, each in enumerate(written.told):
+        wanted = sum(other.size for other in written.told[: number + 1])
+        found.append(
+            next(
+                place
+                for place in range(found[-1] + 1, len(sizes))
+                if written.tokens[place] == each.id and sum(sizes[: place + 1]) >= wanted
+            )
+        )
+    return found[1:]
+
+
+def _divergence(logp_V: torch.Tensor, other: Mapping[int, float]) -> float:
+    """Kullback-Leibler divergence in nats between our probabilities and those that llama.cpp told; all
+    other tokens count as one."""
+    ours = logp_V[list(other)].double().exp().numpy()
+    theirs = np.exp(np.array([*other.values()], dtype=np.float64))
+    ours, theirs = (np.append(each, max(1.0 - each.sum(), 1e-9)) for each in (ours, theirs))
+    return max(0.0, float((ours * (np.log(ours + 1e-30) - np.log(theirs + 1e-30))).sum()))

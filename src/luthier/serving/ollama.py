@@ -1,0 +1,100 @@
+"""A Modelfile, by which Ollama takes a GGUF file (github.com/ollama/ollama, docs/modelfile.md).
+
+Ollama does not run the Jinja template in a GGUF file: it looks for one like it among a few of its own,
+and where none is near it gives a model the prompt as it is. So the template is written out in Ollama's
+language, the templates of Go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier.errors import LuthierError
+from luthier.models.gguf import adds_bos
+from luthier.types import Message
+
+if TYPE_CHECKING:
+    from luthier.data.chat import ChatFormat
+
+MODELFILE = "Modelfile"
+FROM_BASE = (
+    "An adapter needs the GGUF file of its base: export that, too, and name it in the Modelfile"
+)
+
+
+def modelfile(chat: ChatFormat, file: str, adapter: str | None = None) -> str:
+    """The lines by which ``ollama create NAME`` makes a model of ``file``, in the same folder."""
+    lines = [f"FROM ./{file}"]
+    if adapter:
+        lines = [f"# {FROM_BASE}.", *lines, f"ADAPTER ./{adapter}"]
+    template = ollama_template(chat)
+    if template is None:
+        lines.append(
+            "# The model's chat template does not write each turn on its own, as TEMPLATE here would "
+            "have to.\n# Ollama looks for one like it among its own; where it finds none, prompts "
+            "have to be whole."
+        )
+    else:
+        lines.append(f'TEMPLATE """{template}"""')
+    for stop in chat.tokenizer.convert_ids_to_tokens([*chat.stop_ids]):
+        lines.append(f'PARAMETER stop "{stop}"')
+    return "\n".join(lines) + "\n"
+
+
+def ollama_template(chat: ChatFormat) -> str | None:
+    """The chat template of ``chat`` in Go's language; ``None`` where it cannot be said there.
+
+    A conversation is rendered, and what stands between its texts is taken for what stands there in
+    every one; a longer conversation has to come out the same by that.
+    """
+    if chat.template == "plain":
+        return "{{ .Prompt }}"
+    bare = _pieces(chat, ("user", "assistant", "user"))
+    if bare is None:
+        return None
+    start, after_user, after_reply, end = bare
+    longer = _pieces(chat, ("user", "assistant", "user", "assistant", "user"))
+    if longer != [start, *2 * (after_user, after_reply), end]:
+        return None
+    opening = _escaped(_without_bos(chat, start))
+    system = _pieces(chat, ("system", "user", "assistant", "user"))
+    if system is not None and system[2:] == bare[1:]:
+        before, after = _escaped(_without_bos(chat, system[0])), _escaped(system[1])
+        with_system = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}"
+        opening = f"{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
+    not_last = "{{ if ne (len (slice $.Messages $i)) 1 }}"
+    user = _escaped(after_user)
+    if end != after_user:
+        user = f"{not_last}{user}{{{{ else }}}}{_escaped(end)}{{{{ end }}}}"
+    user = f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{user}'
+    reply = '{{ else if eq .Role "assistant" }}{{ .Content }}'
+    reply += f"{not_last}{_escaped(after_reply)}{{{{ end }}}}"
+    turns = f"{{{{ range $i, $_ := .Messages }}}}{user}{reply}{{{{ end }}}}{{{{ end }}}}"
+    found = opening + turns
+    return None if '"""' in found else found
+
+
+def _pieces(chat: ChatFormat, roles: tuple[str, ...]) -> list[str] | None:
+    """What the template writes before, between and behind the texts of a conversation."""
+    texts = [f"q{number}{role}q" for number, role in enumerate(roles)]
+    messages = [Message(role, text) for role, text in zip(roles, texts, strict=True)]
+    try:
+        rest = chat.prompt_text(messages)
+    except LuthierError:
+        return None
+    found = []
+    for text in texts:
+        piece, there, rest = rest.partition(text)
+        if not there or text in rest:
+            return None
+        found.append(piece)
+    return [*found, rest]
+
+
+def _without_bos(chat: ChatFormat, text: str) -> str:
+    """llama.cpp puts the first token before every text by itself, where the file says so."""
+    return text.removeprefix(str(chat.tokenizer.bos_token)) if adds_bos(chat) else text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')

@@ -1,0 +1,414 @@
+"""Launch files: a recipe as a job of Slurm, Kubernetes, Kubeflow, SkyPilot or Ray, as estimated.
+
+The text of each file is a template in ``templates/launch``. Nothing of a recipe, a path or an option
+comes into a file but through a filter that quotes it for the place where it stands: the environment
+refuses any other text, so that a template which forgets one fails at once and for everybody.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from luthier.data.sources import absolute
+from luthier.errors import RecipeError
+from luthier.files import folder_size, luthier_home
+from luthier.printable import format_duration, one_line
+from luthier.recipe import Recipe, map_sources, portable, to_toml
+
+if TYPE_CHECKING:
+    from luthier.engine.machine import Machine
+    from luthier.store.models import StoredModel
+    from luthier.workflows.estimate.estimate import Estimate
+
+Target = Literal["slurm", "kubernetes", "kubeflow", "skypilot", "ray"]
+TEMPLATES: Mapping[Target, str] = {
+    "slurm": "slurm.sh.jinja",
+    "kubernetes": "kubernetes.yaml.jinja",
+    "kubeflow": "kubeflow.yaml.jinja",
+    "skypilot": "skypilot.yaml.jinja",
+    "ray": "ray.py.jinja",
+}
+IMAGE = "luthier"
+"""What ``deploy/Dockerfile`` is built as."""
+HOME = "/luthier/home"
+"""The store where machines do not see ours."""
+DATA = "/luthier/data"
+"""Files that are copied there."""
+RECIPE = "/etc/luthier/recipe.toml"
+MEMORY_ROOM = 1.25
+"""Memory that is asked for, by the upper end of the estimate: what ends above its limit is killed."""
+TIME_ROOM = 1.5
+"""The same of time: a run that is stopped at its limit queues again."""
+LEAST_SECONDS = 600.0
+LEAD = 120
+"""Seconds for a step and a checkpoint before a time limit."""
+THREADS_BESIDE_GPU = 4
+RESTARTS = 10
+"""How often a run that failed or came to its time limit goes on."""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """Where a job is to run and on how much."""
+
+    target: Target
+    processes: int = 1
+    """On each node."""
+    nodes: int = 1
+    gpu: str | None = None
+    """Name of the GPU that each process gets; ``none``; by the machine of the estimate if not given."""
+    image: str | None = None
+    """Container image."""
+    seconds: float | None = None
+    """Time limit of one run; from the estimate if not given."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be; :class:`RecipeError` says why."""
+        if self.target not in get_args(Target):
+            raise RecipeError(
+                f"{self.target!r} is nothing to launch on; there are {', '.join(TEMPLATES)}"
+            )
+        for name in ("nodes", "processes"):
+            count = getattr(self, name)
+            if not 1 <= count <= 10_000:
+                raise RecipeError(f"{name} is a number from 1 to 10,000, not {count}")
+        if self.gpu is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,39}", self.gpu):
+            raise RecipeError(f"{self.gpu!r} is no name of a GPU; write H100, A100 or none, say")
+        if self.image is not None and not re.fullmatch(r"[!-~]{1,500}", self.image):
+            raise RecipeError(f"{self.image!r} is no container image; write registry/name:tag")
+        if self.image is not None and self.target == "ray":
+            raise RecipeError(
+                "the nodes of a Ray cluster bring the environment that jobs run in: install luthier "
+                "there, and give no image"
+            )
+        if self.seconds is not None and not 60 <= self.seconds < math.inf:
+            raise RecipeError(f"a time limit is a minute or more, not {self.seconds:g} seconds")
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What one node is asked for, and why."""
+
+    threads: int
+    """Of a process."""
+    cpus: int
+    memory: int
+    """GiB."""
+    disk: int
+    """GiB of the store."""
+    gpus: int
+    gpu: str
+    """Name of the GPU; empty where there is none."""
+    seconds: int
+    """Time limit of one run."""
+    reasons: Mapping[str, str]
+
+
+def size_job(
+    found: Estimate, request: LaunchRequest, machine: Machine, kept_bytes: int = 0
+) -> Sizing:
+    """What a node needs for its part of the estimated job.
+
+    ``machine`` is the one of the estimate; ``kept_bytes`` are those of the base model and the rows.
+    Each process holds the whole model and micro-batches of the same size, so memory goes with the
+    processes; nothing is taken off the time for them, as that was not measured.
+    """
+    gpu = request.gpu
+    if gpu is None:
+        gpu = _gpu_name(found.machine) if machine.device.type == "cuda" else "none"
+    gpus = 0 if gpu.lower() == "none" else request.processes
+    threads = min(machine.threads, THREADS_BESIDE_GPU) if gpus else machine.threads
+    each = found.memory.high * MEMORY_ROOM / 2**30
+    # What processes exchange lies in memory, too.
+    memory = math.ceil(request.processes * each) + (1 if request.processes > 1 else 0)
+    disk = max(10, math.ceil((found.disk.high * MEMORY_ROOM + kept_bytes) / 2**30))
+    seconds = request.seconds or max(LEAST_SECONDS, TIME_ROOM * found.seconds.high)
+    processes = f"{request.processes} process{'es' * (request.processes > 1)}"
+    reasons = {
+        "cpus": f"{processes} of {threads} thread{'s' * (threads > 1)}: "
+        + ("the GPU computes." if gpus else "as many as the estimate was measured with."),
+        "memory": f"{processes} of {_size(found.memory.high)} at most (estimate), and a "
+        "quarter more" + (", and 1 GB for what they exchange." if request.processes > 1 else "."),
+        "disk": f"The store: {_size(found.disk.high)} for checkpoints and the custom model "
+        f"(estimate) and {_size(kept_bytes)} for the base model and the rows, or 10 GB.",
+        "gpus": "One for each process.",
+        "image": "As given."
+        if request.image
+        else "docker build -f deploy/Dockerfile -t luthier . : name it as your registry does.",
+        "time": _time_reason(found, request, gpus > 0 and machine.device.type != "cuda"),
+    }
+    return Sizing(
+        threads=threads,
+        cpus=request.processes * threads,
+        memory=memory,
+        disk=disk,
+        gpus=gpus,
+        gpu="" if not gpus else gpu,
+        seconds=math.ceil(seconds),
+        reasons=reasons,
+    )
+
+
+def _time_reason(found: Estimate, request: LaunchRequest, on_other: bool) -> str:
+    if request.seconds:
+        return f"Time: {format_duration(request.seconds)} as asked for."
+    return (
+        f"Time: {format_duration(found.seconds.high)} at most by the estimate for one process on "
+        f"{found.machine}, and half as much again, or {format_duration(LEAST_SECONDS)}."
+        + " A GPU takes less."
+        * on_other
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _gpu_name(device: str) -> str:
+    """``H100`` of ``NVIDIA H100 80GB HBM3``: what SkyPilot and Ray call it."""
+    found = re.search(r"\b(?!NVIDIA|RTX)([A-Z]{1,2}[0-9]{1,4}[A-Z]?|V100)\b", device)
+    if found is None:
+        raise RecipeError(f"it is not known what a cluster calls {device!r}; name the GPU")
+    return found[1]
+
+
+def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine: Machine) -> str:
+    """The file that runs the tuning of ``recipe``, for which ``found`` is the estimate.
+
+    Raises:
+        RecipeError: for files whose names cannot be written.
+    """
+    from luthier import __version__
+    from luthier.engine.runs import automatic_name
+    from luthier.store.models import find
+
+    base = find(recipe.base)
+    name = recipe.name or automatic_name(base.root, recipe.data.train, resume=False)
+    label = "luthier-" + re.sub(r"[^a-z0-9-]+", "-", name)[:40].strip("-")
+    shared = request.target in ("slurm", "ray")
+    data: dict[str, str] = {} if shared else _copied_data(recipe)
+    models = {} if shared else _copied_models(base)
+    files = sum(path.stat().st_size for path in recipe.data.files)
+    sizing = size_job(found, request, machine, files + folder_size(base.network_folder))
+    home = str(luthier_home())
+    image = request.image or ("" if shared else IMAGE)
+    values = {
+        **vars(request),
+        **vars(sizing),
+        "title": f"luthier tune {found.base} as {name}: {found.objective} with {found.adaptation} on "
+        f"{found.rows:,} rows, {found.steps:,} steps (luthier {__version__})",
+        "measured": f"Estimate of {found.created[:10]}, one process on {found.machine}: "
+        f"{format_duration(found.seconds.value)}, {_size(found.memory.value)} of memory, "
+        f"{_size(found.disk.value)} of disk.",
+        "label": label,
+        "key": found.key[:8],
+        "recipe": recipe_text(recipe, name, data),
+        "home": home,
+        "bin": str(Path(sys.executable).parent),
+        "image": image,
+        "mounts": _mounts([home, *_local_sources(recipe)]) if shared and image else "",
+        "command": _command(request, label),
+        "data": list(data.items()),
+        "models": list(models.items()),
+        "folders": sorted(
+            {str(Path(there).parent) for there in [*data.values(), *models.values()]}
+        ),
+        "copies": [*data.items(), *models.items()],
+        "restarts": RESTARTS,
+        "limit": sizing.seconds if request.seconds else 0,
+        "lead": min(LEAD, sizing.seconds // 4),
+        "slurm_time": _slurm_time(sizing.seconds),
+        "kind": {"kubernetes": "job", "kubeflow": "trainjob"}.get(request.target, ""),
+        "logs": f"job/{label}"
+        if request.target == "kubernetes"
+        else f"--selector jobset.sigs.k8s.io/jobset-name={label}",
+    }
+    return render(TEMPLATES[request.target], values)
+
+
+def recipe_text(recipe: Recipe, name: str, moved: Mapping[str, str]) -> str:
+    """The recipe as TOML that says the same from any folder, in printable characters alone.
+
+    ``moved`` says where files and folders of ours are on the machine that reads it.
+    """
+
+    def place(source: str) -> str:
+        for ours, there in moved.items():
+            if source == ours or source.startswith(f"{ours}/"):
+                return there + source[len(ours) :]
+        return source
+
+    plain = map_sources(portable(recipe), place)
+    base = str(Path(recipe.base).absolute()) if Path(recipe.base).is_dir() else recipe.base
+    text = to_toml({"name": name, **plain, "base": place(base)}).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{one_line(text[max(0, error.start - 40) : error.end])!r} is a name that is no UTF-8, "
+            "which no recipe can hold; rename the file"
+        ) from error
+    # Whatever is not printable stands between quotes, where TOML has an escape for it.
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+
+
+def _local_sources(recipe: Recipe) -> list[str]:
+    """Files and folders of this machine that the recipe names; of a pattern, where it begins."""
+    from glob import has_magic
+
+    found: list[str] = []
+
+    def add(source: str) -> str:
+        if "://" not in source:
+            path = Path(source)
+            while has_magic(str(path)) and not path.exists():
+                path = path.parent
+            found.append(str(path))
+        return source
+
+    map_sources(portable(recipe), add)
+    if Path(recipe.base).is_dir():
+        found.append(str(Path(recipe.base).absolute()))
+    return list(dict.fromkeys(found))
+
+
+def _copied_data(recipe: Recipe) -> dict[str, str]:
+    """Where each file or folder of ours goes; where rows name pictures or sounds, the whole folder."""
+    sources = _local_sources(recipe)
+    sources = [str(Path(each).parent) if _names_media(recipe, each) else each for each in sources]
+    found: dict[str, str] = {}
+    for source in dict.fromkeys(sources):
+        name = Path(source).name or "data"
+        number = sum(Path(other).name == name for other in found)
+        found[source] = f"{DATA}/{number}/{name}" if number else f"{DATA}/{name}"
+    return found
+
+
+def _names_media(recipe: Recipe, source: str) -> bool:
+    """Whether the first rows of a file name images or sounds that lie beside it."""
+    from luthier.data.rows import RowReader
+    from luthier.data.shapes import MediaRow
+    from luthier.engine.dataset import FIRST_ROWS
+
+    data = [recipe.data.train, recipe.data.validation, *(each.train for each in recipe.data.mix)]
+    if not Path(source).is_file() or source not in (absolute(each) for each in data if each):
+        return False
+    rows = islice(RowReader(source, recipe.data.columns, whole=False), FIRST_ROWS)
+    return any(isinstance(row, MediaRow) and row.media.path is not None for row in rows)
+
+
+def _copied_models(base: StoredModel | None) -> dict[str, str]:
+    """Where models of ours go that no other machine can fetch."""
+    from luthier.models.catalog import CATALOG
+
+    found: dict[str, str] = {}
+    while base is not None:
+        if base.id not in CATALOG and base.folder.is_relative_to(luthier_home() / "models"):
+            inside = base.folder.relative_to(luthier_home()).as_posix()
+            found[str(base.folder)] = f"{HOME}/{inside}"
+        base = base.parent
+    return found
+
+
+def _mounts(sources: Sequence[str]) -> str:
+    """Folders that a container of Slurm sees where they are here."""
+    folders = dict.fromkeys(str(Path(s).parent) if Path(s).is_file() else s for s in sources)
+    if odd := next((each for each in folders if set(each) & set(",:")), None):
+        raise RecipeError(f"{odd}: a container mounts no folder with a comma or colon; rename it")
+    return ",".join(f"{each}:{each}" for each in folders)
+
+
+def _command(request: LaunchRequest, label: str) -> list[str]:
+    """What a container runs."""
+    tune = ["luthier", "tune", RECIPE, "--resume"]
+    if request.target == "kubeflow":
+        return ["torchrun", "--no-python", *tune]
+    if request.nodes > 1:
+        return [
+            *("torchrun", "--nnodes", str(request.nodes)),
+            *("--nproc-per-node", str(request.processes), "--rdzv-id", label),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{label}-0.{label}:29500"),
+            *("--rdzv-conf", "read_timeout=600"),  # the first pod may start minutes later
+            *("--no-python", *tune),
+        ]
+    several = ["--processes", str(request.processes)] if request.processes > 1 else []
+    return [*tune, *several]
+
+
+def _slurm_time(seconds: int) -> str:
+    days, rest = divmod(60 * math.ceil(seconds / 60), 86400)
+    return f"{days}-{rest // 3600:02}:{rest % 3600 // 60:02}:00"
+
+
+class Quoted(str):
+    """Text that is safe in the place for which a filter has made it."""
+
+    __slots__ = ()
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A template of ``templates/launch``; text that no filter has quoted is an error."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("luthier.workflows", "templates/launch"),
+        autoescape=False,  # noqa: S701 - no HTML: each filter quotes for its place
+        finalize=_quoted,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters = {
+        "sh": lambda text: Quoted(shlex.quote(text)),
+        "yaml": lambda text: Quoted(_yaml_scalar(text)),
+        "py": lambda text: Quoted(ascii(str(text))),
+        "comment": lambda text: Quoted(one_line(text)),
+        "paragraph": _paragraph,
+        "word": _word,
+        "block": _block,
+    }
+    return environment.get_template(template).render(values)
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, Quoted | int):
+        return value
+    raise TypeError(f"{value!r} is not quoted for the place where it stands")
+
+
+def _paragraph(text: str, indent: int) -> Quoted:
+    """Lines of a comment, the first of which is begun already."""
+    lines = textwrap.wrap(one_line(text), 98 - indent, break_on_hyphens=False)
+    return Quoted(f"\n{' ' * indent}# ".join(lines))
+
+
+def _word(text: str) -> Quoted:
+    """Text without any character that is special somewhere."""
+    if not re.fullmatch(r"[A-Za-z0-9._:/-]+", text):
+        raise ValueError(f"{text!r} has to be quoted")
+    return Quoted(text)
+
+
+def _yaml_scalar(text: str) -> str:
+    """One line that YAML reads as ``text``, whatever is in it."""
+    import yaml
+
+    written: str = yaml.dump(str(text), default_style='"', allow_unicode=False, width=math.inf)
+    return written.strip()
+
+
+def _block(text: str, indent: int) -> Quoted:
+    """Lines of printable text for a here-document or a block of YAML, all but the first indented."""
+    if any(not (c.isprintable() or c == "\n") for c in text):
+        raise ValueError("a block holds printable text")
+    return Quoted(text.replace("\n", "\n" + " " * indent).replace(" " * indent + "\n", "\n"))

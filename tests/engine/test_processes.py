@@ -1,0 +1,138 @@
+"""A tuning by several processes: its result, what it says, refusals, kills, and launchers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from short_runs import metrics_of, write_rows
+
+from luthier.engine.metrics import Reporter
+from luthier.engine.processes import train_in_processes
+from luthier.engine.train import train
+from luthier.errors import DataError, RecipeError, RefusedInput, RunConflict
+from luthier.recipe import Recipe
+from luthier.store.models import find
+
+Recipes = Callable[..., Recipe]
+
+
+class Lines(Reporter):
+    """Keeps what a run says, and kills one of its processes after step ``kill_at``."""
+
+    def __init__(self, kill_at: int = 0) -> None:
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+        self.kill_at = kill_at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        if line["event"] != "train":
+            return
+        self.steps.append(line["step"])
+        if line["step"] == self.kill_at:
+            self.kill_at = 0
+            children = psutil.Process().children(recursive=True)
+            found = [p for p in children if "luthier.engine.processes" in p.cmdline()]
+            found[-1].send_signal(signal.SIGKILL)
+
+
+def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) -> None:
+    settings = {"training": {"micro_batch_tokens": 64, "refit": True}}
+    one = train(recipe(**settings, name="one"))
+    lines = Lines()
+    two = train_in_processes(recipe(**settings, name="two"), 2, reporter=lines)
+    assert two.model_id != one.model_id and find(two.model_id).manifest.files
+    assert (two.steps, two.tokens, two.rows_seen) == (one.steps, one.tokens, one.rows_seen)
+    for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+    assert lines.steps == [line["step"] for line in metrics_of(two) if line["event"] == "train"]
+    assert any("2 processes share" in note for note in lines.notes)
+
+
+def test_what_is_wrong_is_said_once_and_by_its_name(
+    luthier_home: Path, recipe: Recipes, tmp_path: Path
+) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "x", "completion": 3}])
+    data = {"train": str(bad)}
+    with pytest.raises(DataError) as alone:
+        train(recipe(data=data))
+    with pytest.raises(RefusedInput, match=r"completion.*must be a string") as together:
+        train_in_processes(recipe(data=data), 2)
+    assert str(together.value) == str(alone.value)
+    with pytest.raises(RecipeError, match="0 were asked for"):
+        train_in_processes(recipe(), 0)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_costs_some_steps_and_no_bit(
+    luthier_home: Path, recipe: Recipes
+) -> None:
+    settings = {"training": {"max_steps": 24, "refit": False, "patience": 0}}
+    whole = train_in_processes(recipe(**settings, name="whole"), 2)
+    lines = Lines(kill_at=16)
+    killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=lines)
+    assert any("ended by surprise" in note for note in lines.notes)
+    assert lines.steps.count(11) == 2  # it went on from the checkpoint after step 10
+    one, other = (find(result.model_id).manifest.files for result in (whole, killed))
+    assert one["adapter_model.safetensors"] == other["adapter_model.safetensors"]
+    with pytest.raises(RunConflict, match="finished run"):
+        train_in_processes(recipe(**settings, name="killed"), 2)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_another_number_of_processes(
+    luthier_home: Path, recipe: Recipes, rows: Path, tiny_model_folder: Path
+) -> None:
+    command = [
+        "tune",
+        str(rows),
+        "--base",
+        str(tiny_model_folder),
+        "--name",
+        "x",
+        "--batch-size",
+        "4",
+    ]
+    command += ["--set", "training.max_steps=400", "--set", "training.patience=0"]
+    start = [sys.executable, "-m", "luthier", *command]
+    with subprocess.Popen([*start, "--processes", "2"], stderr=subprocess.PIPE) as process:
+        metrics = luthier_home / "runs" / tiny_model_folder.name / "x" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (
+            not metrics.is_file() or metrics.stat().st_size < 9000
+        ):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error.decode()
+    assert b"--resume goes on" in error and b"Traceback" not in error
+    done = subprocess.run([*start, "--resume"], capture_output=True, timeout=300)
+    assert done.returncode == 0 and b"going on after step" in done.stderr, done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_as_well(
+    luthier_home: Path, rows: Path, tiny_model_folder: Path
+) -> None:
+    command = ["--standalone", "--nproc-per-node", "2", "-m", "luthier", "tune", str(rows)]
+    command += ["--base", str(tiny_model_folder), "--name", "x", "--set", "training.max_steps=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command],
+        capture_output=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"is stored and") == 1
+    assert find(f"{tiny_model_folder.name}:x").manifest.files

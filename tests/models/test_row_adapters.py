@@ -1,0 +1,226 @@
+"""Adapters share a base and step together: each row has the bits that it has alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adaptations import Adapters, LoRA, Prefix, Prompt
+from luthier.errors import RecipeError
+from luthier.models import row_adapters
+from luthier.models.backends import Backend, backend_of
+from luthier.models.decoding import Decoding
+from luthier.models.heads import prompt_ids
+from luthier.models.load import as_network, load_model
+from luthier.models.sampling import Sampling
+from luthier.models.torch_backend import FlatBackend
+
+CPU = torch.device("cpu")
+PROMPTS = [np.arange(5, 5 + size) % 250 + 3 for size in (1, 7, 31, 33, 64)]
+KINDS: list[Any] = [
+    LoRA(rank=4),
+    LoRA(rank=8, rslora=True),
+    LoRA(rank=4, targets=("down_proj",), alpha=7.0),
+    Adapters(reduction_factor=4),
+    Prompt(virtual_tokens=3),
+    Prefix(virtual_tokens=5),
+]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def base_network(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return as_network(load_model(folder, dtype, CPU).eval(), CPU, dtype)
+
+
+def drawn(adaptation: Any, seed: int) -> Callable[[Any], None]:
+    """Attaches ``adaptation`` with weights far from where it starts."""
+
+    def attach(model: Any) -> None:
+        torch.manual_seed(seed)
+        adaptation.attach(model)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.3 * torch.randn(weight.shape)
+
+    return attach
+
+
+def write(backends: list[Backend], prompts: list[Any], count: int) -> list[list[torch.Tensor]]:
+    """The logits behind each prompt by the backend beside it, all of them stepping together."""
+    states, last, found = [], [], []
+    for backend, prompt in zip(backends, prompts, strict=True):
+        soft = np.array(prompt_ids(backend.network.model), dtype=np.int64)
+        state, logits = backend.open(np.concatenate([soft, prompt])), None
+        while logits is None:
+            logits = backend.prefill([state])[0]
+        states += backend.fork(state, 1)
+        last.append(int(logits.argmax()))
+        found.append([logits.clone()])
+    for _ in range(count):
+        logits_RV = backends[0].step(states, last)
+        last = logits_RV.argmax(-1).tolist()
+        for own, row in zip(found, logits_RV, strict=True):
+            own.append(row.clone())
+    for state in states:
+        backends[0].free(state)
+    return found
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_row_has_the_bits_that_it_has_alone(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    """Adapters of all kinds, several of some, more than one row of some, and the bare base."""
+    network = base_network(family_folder(family))
+    base = FlatBackend(network, 512, exact=True)
+    kinds = [kind for kind in KINDS if family == "llama" or kind.method != "adapters"]
+    if family == "gpt2":
+        kinds[2] = LoRA(rank=4, targets=("c_proj",), alpha=7.0)
+    backends: list[Backend] = [base]
+    for seed, kind in enumerate([*kinds, *kinds[:2]]):
+        backends.append(base.with_adapter(network.with_adapter(drawn(kind, seed)), 512))
+    rows = [*backends, backends[1], backends[1], backends[0], backends[4]]
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(rows))]
+    together = write(rows, prompts, 6)
+    for backend, prompt, own in zip(rows, prompts, together, strict=True):
+        assert equal(write([backend], [prompt], 6)[0], own), backend
+    # Nothing of the adapters has gone into the base ...
+    bare = write(
+        [FlatBackend(base_network(family_folder(family)), 512, exact=True)], PROMPTS[:1], 6
+    )
+    assert equal(bare[0], together[0])
+    # ... each answers as its own weights say, and lets go of its place.
+    first = [own[0] for own, prompt in zip(together, prompts, strict=True) if prompt is PROMPTS[0]]
+    assert all(not torch.equal(first[0], other) for other in first[1:2])
+    assert all(not bank.adapters for bank in base._shared._banks.values())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
+def test_what_is_written_beside_the_base_is_what_the_adapted_network_says(
+    kind: Any, family_folder: Callable[[str], Path]
+) -> None:
+    """The network with the adapter in place, as it is trained, and whose weights nothing rounds."""
+    network = base_network(family_folder("llama"))
+    adapted = network.with_adapter(drawn(kind, 1))
+    alone = base_network(family_folder("llama"))
+    drawn(kind, 1)(alone.model)
+    expected = write([FlatBackend(alone, 512)], PROMPTS[1:2], 8)[0]
+    backend = FlatBackend(network, 512, exact=True).with_adapter(adapted, 512)
+    for one, other in zip(write([backend], PROMPTS[1:2], 8)[0], expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_answers_of_one_adapter_have_the_same_bits_however_many(
+    rows: int, family_folder: Callable[[str], Path]
+) -> None:
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512, exact=True)
+    one, other = (
+        base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
+    )
+    alone = write([one], PROMPTS[1:2], 4)[0]
+    together = write([*[one] * rows, other], [*[PROMPTS[1]] * rows, PROMPTS[2]], 4)
+    assert all(equal(own, alone) for own in together[:rows])
+
+
+def test_where_products_of_several_give_other_bits_each_adapter_runs_apart(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_mixes", "_divides", "_adds_inside"):
+        monkeypatch.setattr(row_adapters, name, lambda *given: False)
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512, exact=True)
+    backends = [
+        base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
+    ]
+    assert all(not bank.mixes for bank in base._shared._banks.values())
+    assert [each.reusable(300) for each in backends] == [256, 256]  # type: ignore[attr-defined]
+    rows: list[Backend] = [base, *backends, backends[0]]
+    together = write(rows, PROMPTS[:4], 4)
+    for backend, prompt, own in zip(rows, PROMPTS[:4], together, strict=True):
+        assert equal(write([backend], [prompt], 4)[0], own)
+
+
+def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:
+    network = as_network(tiny_llama(hidden_size=256).bfloat16().eval(), CPU, torch.bfloat16)
+    base = FlatBackend(network, 512, exact=True)
+    backends = [
+        base.with_adapter(network.with_adapter(drawn(LoRA(rank=8), s)), 512) for s in range(4)
+    ]
+    rows: list[Backend] = [base, *backends, backends[0]]
+    prompts = [PROMPTS[1]] * len(rows)
+    together = write(rows, prompts, 4)
+    for backend, own in zip(rows, together, strict=True):
+        assert equal(write([backend], PROMPTS[1:2], 4)[0], own)
+    assert not equal(together[1], together[2])
+
+
+def test_the_backend_of_an_adapted_network_gives_the_same_texts(
+    family_folder: Callable[[str], Path],
+) -> None:
+    """As the command line opens it: nobody else asks the base, and many prompts are read at once."""
+    network = base_network(family_folder("llama"))
+    adapted = network.with_adapter(drawn(LoRA(rank=4), 1))
+    served = FlatBackend(network, 512, exact=True).with_adapter(adapted, 512)
+    expected = write([served], PROMPTS[1:2], 6)[0]
+    backend = backend_of(adapted, 512)
+    for together in (False, True):
+        decoding = Decoding(backend, PROMPTS[1:3], 2, Sampling(), [0, 0], 7, (), together=together)
+        while decoding.step():
+            pass
+        assert decoding.rows[0].ids == [int(row.argmax()) for row in expected]
+        decoding.close()
+    backend.close()
+
+
+def test_an_adapter_of_another_base_is_refused(family_folder: Callable[[str], Path]) -> None:
+    one, other = (base_network(family_folder("llama")) for _ in range(2))
+    backend = FlatBackend(one, 512, exact=True)
+    with pytest.raises(RecipeError, match="not a layer of the base"):
+        backend.with_adapter(other.with_adapter(drawn(LoRA(rank=4), 1)), 512)
+
+
+def test_adapters_come_and_go_while_others_are_written(
+    family_folder: Callable[[str], Path],
+) -> None:
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512, exact=True)
+
+    def backend(seed: int) -> Backend:
+        return base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), seed)), 512)
+
+    def begin(backend: Backend) -> Any:
+        state = backend.open(PROMPTS[1])
+        backend.prefill([state])
+        return backend.fork(state, 1)[0]
+
+    first = backend(0)
+    alone = write([first], PROMPTS[1:2], 12)[0]
+    state, last, found = begin(first), int(alone[0].argmax()), []
+    others: list[Any] = []
+    for at in range(12):
+        if at % 2:
+            others.append(begin(backend(at)))
+        elif others:
+            base.free(others.pop(0))
+        logits = base.step([*others, state], [*[7] * len(others), last])[-1]
+        found.append(logits.clone())
+        last = int(logits.argmax())
+    assert equal(found, alone[1:])
+    (bank,) = base._shared._banks.values()
+    assert len(bank.adapters) == len(others) + 1

@@ -1,0 +1,86 @@
+"""What several processes of a group train, for tests: every objective on a small network.
+
+``python shared_training.py REQUEST OUTPUT`` in each process of a group; the first writes the losses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import test_pairs as pairs
+from luthier.adaptations import ADAPTATIONS
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.loop import Loop
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.models.load import as_network, load_model
+from luthier.models.process_group import ProcessGroup
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.capabilities import SupportsExtraWeights, SupportsPacking
+
+CPU = torch.device("cpu")
+STEPS = 3
+
+
+def train(method: str, name: str, folder: Path, own: Path, group: ProcessGroup) -> list[Any]:
+    """The lines of the metrics of three steps, without what depends on the clock."""
+    objective = OBJECTIVES[method](**pairs.SETTINGS.get(method, {}))
+    adaptation = ADAPTATIONS[name](**pairs.SETTINGS.get(name, {}))
+    chat = objective.format(load_chat_format(folder))
+    rows = pairs.rows_of(objective, folder)
+    objective = objective.fit(rows, chat)
+    examples = [objective.encode(row, index, chat) for index, row in enumerate(rows)]
+    if isinstance(objective, SupportsPacking):
+        examples = objective.pack(examples, context=30)
+    torch.manual_seed(0)
+    model = load_model(folder, torch.float32, CPU, objective.head())
+    for module in model.modules():
+        # Dropout is that of a micro-batch, and those of two processes are cut otherwise.
+        for attribute in ("p", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+    network = as_network(model, CPU, torch.float32)
+    network.chat = chat
+    adaptation.attach(model)
+    pairs.join_others(network, objective, folder, examples, own / "cache")
+    if isinstance(objective, SupportsExtraWeights):
+        objective.add_weights(model)
+    loop = Loop(
+        network=network,
+        objective=objective,
+        training=pairs.training_of(examples).model_copy(update={"learning_rate": 1e-4}),
+        examples=examples,
+        validation=examples,
+        steps=STEPS,
+        checkpoints=Checkpoints(own / "checkpoints"),
+        metrics=MetricsFile(own / "metrics.jsonl"),
+        reporter=Reporter(),
+        processes=group,
+    )
+    loop.run()
+    clock = {"seconds", "tokens_per_second", "rows_per_second", "memory_bytes"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in loop.metrics.read(True)]
+
+
+def main(request: Path, output: Path) -> None:
+    """All that the request asks for, one after the other."""
+    torch.set_num_threads(1)
+    group = ProcessGroup.of_environment()
+    group.connect()
+    lines = {}
+    for method, name, folder in json.loads(request.read_text()):
+        with TemporaryDirectory() as own:
+            lines[f"{method} {name}"] = train(method, name, Path(folder), Path(own), group)
+    if group.rank == 0:
+        output.write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

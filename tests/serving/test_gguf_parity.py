@@ -1,0 +1,80 @@
+"""GGUF files that llama.cpp answers from as the model does, and files that it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.data.chat import ChatFormat
+from luthier.errors import LuthierError, RecipeError
+from luthier.models import gguf
+from luthier.models.gguf import write_gguf
+from luthier.serving.gguf_parity import compare_gguf
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2"])
+def test_llama_cpp_answers_as_the_model_does(
+    family: str,
+    tiny_llama: Callable[..., Any],
+    tiny_gpt2: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    model = tiny_gpt2() if family == "gpt2" else tiny_llama(tied=family == "tied")
+    chat, path = ChatFormat.of(tokenizer), tmp_path / "tiny.gguf"
+    write_gguf(model, chat, path, "f32")
+    found = compare_gguf(path, model, chat, "f32")
+    assert found.tokens > 100 and found.agreement > 0.95 and found.mean_kl < 1e-5
+    write_gguf(model, chat, path, "q4_0")
+    lossy = compare_gguf(path, model, chat, "q4_0")
+    assert lossy.mean_kl > 100 * found.mean_kl and lossy.agreement < found.agreement
+    assert lossy.rounded_kl < lossy.mean_kl / 5
+    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.summary()
+
+
+def test_heads_in_the_wrong_order_are_seen(
+    tiny_llama: Callable[..., Any],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mistake that converters make most: everything loads, and the answers are wrong."""
+    model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
+    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    write_gguf(model, chat, path, "f32")
+    with pytest.raises(RecipeError, match=r"answers otherwise: .* is no rounding"):
+        compare_gguf(path, model, chat, "f32")
+
+
+def test_another_template_and_other_tokens_are_seen(
+    tiny_llama: Callable[..., Any],
+    tokenizer: Any,
+    new_tokenizer: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
+    other = ChatFormat.of(new_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
+    write_gguf(model, other, path, "f32")
+    with pytest.raises(RecipeError, match="reading of the chat template gives"):
+        compare_gguf(path, model, chat, "f32")
+    monkeypatch.setattr(gguf, "_pre_tokenizer", lambda spec: "smollm")
+    write_gguf(model, replace(chat, template="plain"), path, "f32")
+    joined = new_tokenizer()
+    joined.add_tokens(["123"])
+    with pytest.raises(RecipeError, match=r"makes other tokens of .*: token \d+ is"):
+        compare_gguf(path, model, ChatFormat.of(joined, "plain"), "f32")
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(LuthierError, match=r"llama.cpp does not load broken.gguf"):
+        compare_gguf(tmp_path / "broken.gguf", tiny_llama(), ChatFormat.reading(None), "f32")  # type: ignore[arg-type]
+    assert torch.is_grad_enabled()

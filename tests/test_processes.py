@@ -1,0 +1,110 @@
+"""Several processes train what one would: every objective, kills, refusals, launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.objectives import OBJECTIVES
+from test_pairs import FAMILIES, IMAGES, refused
+
+SCRIPT = Path(__file__).parent / "plugins" / "shared_training.py"
+BATCH_NORMS = {"gan"}
+"""Their statistics are those of the rows of a micro-batch, as anywhere with data parallelism."""
+
+
+def run_group(size: int, command: list[str], folder: Path, timeout: float = 300) -> None:
+    """``command`` in each process of a group; fails where one fails."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    logs = [(folder / f"{size}-{rank}.log").open("wb") for rank in range(size)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=log,
+            stderr=log,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        statuses = [process.wait(timeout) for process in processes]
+        words = "\n".join(Path(log.name).read_text()[-1500:] for log in logs)
+        assert not any(statuses), words
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+
+
+def family_of(method: str, name: str) -> str:
+    """A network that learns the objective with the adaptation; empty where none does."""
+    if method in IMAGES:
+        return IMAGES[method] if method != "contrastive" else "bert"
+    return next((f for f in FAMILIES if not refused(method, name, f)), "")
+
+
+@cache
+def methods() -> list[str]:
+    return [m for m in OBJECTIVES if m not in BATCH_NORMS]
+
+
+def losses_of(
+    size: int, family_folder: Callable[[str], Path], folder: Path, names: tuple[str, ...]
+) -> dict[str, Any]:
+    wanted = [
+        (method, name, str(family_folder(family_of(method, name))))
+        for name in names
+        for method in methods()
+        if family_of(method, name) and (name == "full" or method not in IMAGES)
+    ]
+    (folder / "request.json").write_text(json.dumps(wanted))
+    output = folder / f"{size}.json"
+    run_group(size, [str(SCRIPT), str(folder / "request.json"), str(output)], folder)
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert len(found) == len(wanted)
+    return found
+
+
+def compare(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """All that is measured and all that is trained, line by line."""
+    wrong = {}
+    for pair, lines in one.items():
+        assert len(lines) == len(other[pair]), pair
+        for mine, theirs in zip(lines, other[pair], strict=True):
+            for key, value in mine.items():
+                if isinstance(value, float) and theirs[key] != pytest.approx(
+                    value, rel=1e-5, abs=1e-6
+                ):
+                    wrong[pair, mine["event"], mine["step"], key] = (value, theirs[key])
+    assert not wrong, wrong
+
+
+def test_two_processes_have_the_curve_of_one_for_every_objective(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one, two = (losses_of(size, family_folder, tmp_path, ("full",)) for size in (1, 2))
+    compare(one, two)
+
+
+@pytest.mark.slow
+def test_four_processes_have_it_with_adapters_too(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """There are fewer rows in a step than processes, so some have nothing to do."""
+    names = ("lora", "bitfit", "prompt")
+    one, four = (losses_of(size, family_folder, tmp_path, names) for size in (1, 4))
+    compare(one, four)

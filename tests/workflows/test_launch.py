@@ -1,0 +1,482 @@
+"""Launch files: read by what reads them on a cluster, run with stand-ins, and attacked with names."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import luthier
+from luthier.cli.app import app
+from luthier.cli.launch import launch
+from luthier.engine.machine import Machine
+from luthier.errors import RecipeError, UnknownModel
+from luthier.recipe import Recipe
+from luthier.workflows.estimate.estimate import Estimate, Interval
+from luthier.workflows.estimate.history import Correction
+from luthier.workflows.launch import (
+    HOME,
+    LaunchRequest,
+    Target,
+    launch_file,
+    recipe_text,
+    render,
+    size_job,
+)
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+FOUND = Estimate(
+    key="0123456789abcdef", machine="a processor, 2 cores, 8 GiB", created="2026-11-24T00:00:00+00:00",
+    base="tiny", objective="sft", adaptation="lora", rows=60, steps=30, refit_steps=0, epochs=2.0,
+    tokens=Interval.exactly(9000), learned=Interval.exactly(3000), parts={},
+    seconds=Interval(7000, 6500, 7200), memory=Interval(2e9, 1.9e9, 2.2e9),
+    disk=Interval(5e8, 4e8, 1e9), raw_seconds=7000, raw_memory=2e9, modelled_memory=2_000_000_000,
+    correction=Correction(0, 1.0, 1.0), tried=[(100, 1.0)],
+)  # fmt: skip
+PROCESSOR = Machine(torch.device("cpu"), torch.float32, 2, "a test")
+CARD = Machine(torch.device("cuda"), torch.bfloat16, 16, "a test")
+EVIL = (
+    "it's \"$(touch pwned)\" `touch pwned`; touch pwned\nRECIPE\ntouch pwned\n# {{ 7 * 7 }} \\ '''"
+    "\u2028\u0085\x1b[2J\r\x07 %j : - &"
+)
+"""A folder's name that would break out of quotes, here-documents, comments and templates."""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_folder: Path) -> Callable[..., Recipe]:
+    def make(folder: str = "my data", **fields: Any) -> Recipe:
+        path = tmp_path / folder / "rows.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        rows = [{"prompt": f"say {n}", "completion": f"{n}"} for n in range(60)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given = {"base": str(tiny_model_folder), "name": "colours", "data": {"train": str(path)}}
+        return Recipe.parse({**given, **fields})
+
+    return make
+
+
+def documents(text: str) -> dict[str, dict[str, Any]]:
+    """Those of a file for Kubernetes, by kind."""
+    return {each["kind"]: each for each in yaml.safe_load_all(text)}
+
+
+def recipe_in(target: Target, text: str) -> dict[str, Any]:
+    """The recipe that a file carries, read as the cluster would."""
+    if target in ("kubernetes", "kubeflow"):
+        text = documents(text)["ConfigMap"]["data"]["recipe.toml"]
+    elif target == "ray":
+        tree = ast.parse(text)
+        value = next(
+            node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "RECIPE"
+        )
+        text = ast.literal_eval(value)
+    else:
+        script = text if target == "slurm" else yaml.safe_load(text)["run"]
+        found = re.search(r"<<'RECIPE'\n(.*?)\nRECIPE\n", script, flags=re.DOTALL)
+        assert found is not None
+        text = found[1]
+    return tomllib.loads(text)
+
+
+def stand_ins(folder: Path, *names: str) -> Path:
+    """Programs that write down how they were called, and with what recipe."""
+    folder.mkdir()
+    for name in names:
+        program = folder / name
+        program.write_text(
+            f"#!{sys.executable}\n"
+            "import json, os, sys\n"
+            "recipe = next((a for a in sys.argv if a.endswith('.toml')), None)\n"
+            "said = {'argv': sys.argv, 'home': os.environ.get('LUTHIER_HOME'),\n"
+            "        'threads': os.environ.get('OMP_NUM_THREADS'),\n"
+            "        'recipe': open(recipe, encoding='utf-8').read() if recipe else None}\n"
+            f"open({str(folder / (name + '.json'))!r}, 'a').write(json.dumps(said) + '\\n')\n"
+            f"print('node-7' if {name!r} == 'scontrol' else '')\n"
+        )
+        program.chmod(0o755)
+    return folder
+
+
+def calls(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.json").read_text().splitlines()]
+
+
+def bash(script: Path, tools: Path, **variables: str) -> None:
+    environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", **variables}
+    subprocess.run(["bash", script], cwd=script.parent, env=environment, check=True, timeout=30)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (4, 1), (2, 3)])
+def test_no_name_breaks_out_of_a_file(
+    target: Target, processes: int, nodes: int, recipe: Callable[..., Recipe], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    home = tmp_path / EVIL[:120] / "home"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    evil = recipe(EVIL)
+    text = launch_file(evil, FOUND, LaunchRequest(target, processes, nodes, gpu="H100"), PROCESSOR)
+    assert all(each.isprintable() or each == "\n" for each in text) or target == "slurm"
+    carried = recipe_in(target, text)
+    train = carried["data"]["train"]
+    if target in ("slurm", "ray"):
+        assert train == evil.data.train
+    else:
+        assert train == "/luthier/data/rows.jsonl"
+    assert carried["name"] == "colours"
+    if target == "slurm":
+        script = tmp_path / "job.sh"
+        script.write_text(text)
+        tools = stand_ins(tmp_path / "tools", "srun", "scontrol")
+        bash(script, tools, SLURM_JOB_ID="12", SLURM_JOB_NODELIST="node-[7-9]")
+        (call,) = calls(tools, "srun")
+        assert call["home"] == str(home) and call["threads"] == "2"
+        assert tomllib.loads(call["recipe"])["data"]["train"] == evil.data.train
+    elif target == "skypilot":
+        task = yaml.safe_load(text)
+        assert task["file_mounts"]["/luthier/data/rows.jsonl"] == evil.data.train
+        script = tmp_path / "job.sh"
+        script.write_text(task["run"])
+        tools = stand_ins(tmp_path / "tools", "luthier", "torchrun")
+        bash(
+            script,
+            tools,
+            SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+            SKYPILOT_NODE_RANK="0",
+            SKYPILOT_TASK_ID="t",
+        )
+        (call,) = calls(tools, "torchrun" if nodes > 1 else "luthier")
+        assert tomllib.loads(call["recipe"])["data"]["train"] == train
+    elif target == "ray":
+        compile(text, "job.py", "exec")
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_what_no_filter_has_quoted_stops_the_template() -> None:
+    with pytest.raises(TypeError, match="not quoted"):
+        render(
+            "slurm.sh.jinja", {"title": "x", "measured": "y", "label": "z", "nodes": "3; reboot"}
+        )
+
+
+def test_slurm_gets_nodes_a_meeting_place_and_room(recipe: Callable[..., Recipe]) -> None:
+    request = LaunchRequest("slurm", processes=4, nodes=2, gpu="H100")
+    text = launch_file(recipe(), FOUND, request, PROCESSOR)
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", text, flags=re.MULTILINE))
+    assert options["nodes"] == "2" and options["ntasks-per-node"] == "1"
+    assert options["gpus-per-node"] == "4" and options["cpus-per-task"] == "8"
+    # Four times 2.2 GB and a quarter, and one for what they exchange.
+    assert options["mem"] == "12G"
+    assert options["time"] == "0-03:00:00", "7,200 s and half as much again"
+    assert "requeue" in options and options["signal"] == "B:USR1@120"
+    body = text[text.index("set -euo") :]
+    assert "#SBATCH" not in body, "Slurm reads no option behind the first command"
+    assert "is_host=$((SLURM_NODEID == 0))" in body and '"$meeting" "$recipe"' in body
+    assert "--no-python luthier tune" in body and "--resume" in body
+
+
+def test_slurm_queues_again_when_its_time_is_nearly_over(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text(launch_file(recipe(), FOUND, LaunchRequest("slurm"), PROCESSOR))
+    tools = stand_ins(tmp_path / "tools", "scontrol")
+    # Tells the batch script that the time is nearly over, and ends at SIGTERM as a run does.
+    programs = {
+        "srun": "trap 'echo checkpoint > ended; exit 1' TERM; echo $$ > pid; kill -USR1 $PPID\n"
+        "for _ in $(seq 100); do sleep 0.1; done\n",
+        "scancel": '[ "$*" = "--signal=TERM 12" ] && kill -TERM "$(cat pid)"\n',
+    }
+    for name, text in programs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}")
+        (tools / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
+    for restarts, again in (("0", 1), ("10", 0)):
+        environment["SLURM_RESTART_COUNT"] = restarts
+        (tools / "scontrol.json").unlink(missing_ok=True)
+        ended = subprocess.run(["bash", script], cwd=tmp_path, env=environment, timeout=30)
+        assert ended.returncode == 1
+        assert (tmp_path / "ended").read_text() == "checkpoint\n"
+        said = calls(tools, "scontrol") if (tools / "scontrol.json").exists() else []
+        assert [each["argv"][1:] for each in said] == [["requeue", "12"]] * again
+
+
+def test_a_container_of_slurm_sees_the_store_and_the_data(
+    recipe: Callable[..., Recipe], tmp_path: Path, luthier_home: Path
+) -> None:
+    request = LaunchRequest("slurm", image="registry.example/luthier:1")
+    text = launch_file(recipe(), FOUND, request, PROCESSOR)
+    assert "--container-image=registry.example/luthier:1" in text
+    assert f"{luthier_home}:{luthier_home},{tmp_path}/my data:{tmp_path}/my data" in text
+    with pytest.raises(RecipeError, match="comma or colon"):
+        launch_file(recipe("a:b"), FOUND, request, PROCESSOR)
+
+
+MODELS = {
+    "PersistentVolumeClaim": "IoK8sApiCoreV1PersistentVolumeClaim",
+    "ConfigMap": "IoK8sApiCoreV1ConfigMap",
+    "Pod": "IoK8sApiCoreV1Pod",
+    "Service": "IoK8sApiCoreV1Service",
+    "Job": "IoK8sApiBatchV1Job",
+    "TrainJob": "TrainerV1alpha1TrainJob",
+}
+"""Classes of the published OpenAPI of Kubernetes and Kubeflow Trainer."""
+
+
+def lost(given: Any, back: Any, place: str = "") -> list[str]:
+    """What a schema does not know: it is missing, or another, in what is written back."""
+    if isinstance(given, dict) and isinstance(back, dict):
+        return [each for key in given for each in lost(given[key], back.get(key), f"{place}.{key}")]
+    if isinstance(given, list) and isinstance(back, list) and len(given) == len(back):
+        pairs = enumerate(zip(given, back, strict=True))
+        return [each for number, pair in pairs for each in lost(*pair, f"{place}[{number}]")]
+    return [] if given == back else [place]
+
+
+def test_a_field_that_kubernetes_does_not_know_is_seen() -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    document = {"kind": "Job", "spec": {"template": {"spec": {"containers": []}}, "backofLimit": 1}}
+    back = models.IoK8sApiBatchV1Job.from_dict(document).to_dict()
+    assert lost(document, back) == [".spec.backofLimit"]
+
+
+@pytest.mark.parametrize("target", ["kubernetes", "kubeflow"])
+@pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])
+def test_kubernetes_reads_every_field(
+    target: Target, processes: int, nodes: int, recipe: Callable[..., Recipe]
+) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    request = LaunchRequest(target, processes, nodes, gpu="H100", seconds=3600)
+    text = launch_file(recipe(), FOUND, request, PROCESSOR)
+    found = documents(text)
+    assert ("Service" in found) == (target == "kubernetes" and nodes > 1)
+    assert {"Job", "TrainJob"} & found.keys() == {
+        "kubernetes": {"Job"}, "kubeflow": {"TrainJob"}
+    }[target]  # fmt: skip
+    for kind, document in found.items():
+        back = getattr(models, MODELS[kind]).from_dict(document).to_dict()
+        assert not lost(document, back), kind
+
+
+@pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 3)])
+def test_the_job_fits_the_schema_of_kubernetes(
+    processes: int, nodes: int, recipe: Callable[..., Recipe]
+) -> None:
+    schema = pytest.importorskip("kubernetes_validate")
+    request = LaunchRequest("kubernetes", processes, nodes, gpu="H100")
+    for document in documents(launch_file(recipe(), FOUND, request, PROCESSOR)).values():
+        schema.validate(document, "1.35", strict=True)
+
+
+def test_a_job_of_several_nodes_meets_at_its_first_pod(recipe: Callable[..., Recipe]) -> None:
+    request = LaunchRequest("kubernetes", processes=2, nodes=3, gpu="H100")
+    found = documents(launch_file(recipe(), FOUND, request, PROCESSOR))
+    job = found["Job"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"] == 3
+    pod = job["template"]["spec"]
+    name = found["Service"]["metadata"]["name"]
+    assert found["Service"]["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    assert found["Service"]["spec"]["clusterIP"] == "None" and pod["subdomain"] == name
+    command = pod["containers"][0]["command"]
+    assert command[command.index("--rdzv-endpoint") + 1] == f"{name}-0.{name}:29500"
+    assert command[-5:] == [
+        "--no-python",
+        "luthier",
+        "tune",
+        "/etc/luthier/recipe.toml",
+        "--resume",
+    ]
+    assert found["PersistentVolumeClaim"]["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "7Gi", "nvidia.com/gpu": "2"}
+
+
+def test_a_job_waits_for_files_that_have_to_be_copied(recipe: Callable[..., Recipe]) -> None:
+    text = launch_file(recipe(), FOUND, LaunchRequest("kubernetes"), PROCESSOR)
+    assert documents(text)["Job"]["spec"]["suspend"] is True
+    copied = re.findall(r"^#   kubectl cp (.*) luthier-colours-data:(\S+)$", text, re.MULTILINE)
+    assert [there for _, there in copied] == [
+        "/luthier/data/rows.jsonl", "/luthier/data/tiny-llama"
+    ]  # fmt: skip
+    assert recipe_in("kubernetes", text)["base"] == "/luthier/data/tiny-llama"
+
+
+def test_rows_that_name_pictures_go_with_their_folder(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("L", (8, 8)).save(pictures / "1.png")
+    (pictures / "metadata.jsonl").write_text('{"file_name": "1.png", "label": "one"}\n')
+    asked = recipe(data={"train": str(pictures / "metadata.jsonl")})
+    text = launch_file(asked, FOUND, LaunchRequest("skypilot"), PROCESSOR)
+    assert yaml.safe_load(text)["file_mounts"]["/luthier/data/pictures"] == str(pictures)
+    assert recipe_in("skypilot", text)["data"]["train"] == "/luthier/data/pictures/metadata.jsonl"
+
+
+def test_a_model_of_our_own_is_copied_into_the_store(
+    recipe: Callable[..., Recipe], luthier_home: Path, tiny_model_folder: Path
+) -> None:
+    folder = luthier_home / "models" / "base" / "mine"
+    shutil.copytree(tiny_model_folder, folder)
+    (folder / "luthier.json").write_text(json.dumps({"id": "mine"}))
+    from luthier.store.models import find
+
+    assert find("mine").folder == folder
+    text = launch_file(recipe(base="mine"), FOUND, LaunchRequest("kubernetes"), PROCESSOR)
+    assert f"kubectl cp {folder} luthier-colours-data:{HOME}/models/base/mine" in text
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_skypilot_reads_the_task(nodes: int, recipe: Callable[..., Recipe]) -> None:
+    request = LaunchRequest("skypilot", processes=2, nodes=nodes, gpu="H100", image="r/luthier:1")
+    task = yaml.safe_load(launch_file(recipe(), FOUND, request, PROCESSOR))
+    assert task["num_nodes"] == nodes and task["resources"]["accelerators"] == "H100:2"
+    assert task["resources"]["cpus"] == "4+" and task["resources"]["memory"] == "7+"
+    assert ("volumes" in task) == (nodes > 1)
+    schemas = pytest.importorskip("sky.utils.schemas", reason="skypilot is not installed")
+    from jsonschema import validate
+
+    validate(task, schemas.get_task_schema())
+    validate(task["resources"], schemas.get_resources_schema())
+    for mount in task["file_mounts"].values():
+        if not isinstance(mount, str):
+            validate({k: v for k, v in mount.items() if k != "mode"}, schemas.get_storage_schema())
+            assert mount["mode"] in __import__("sky").StorageMode.__members__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "failures"), [(1, 0), (2, 1)])
+def test_ray_runs_the_script(
+    processes: int, failures: int, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    script = tmp_path / "job.py"
+    request = LaunchRequest("ray", processes, seconds=3600)
+    machine = replace(PROCESSOR, threads=1)
+    small = replace(FOUND, memory=Interval.exactly(1e8))
+    script.write_text(launch_file(recipe(), small, request, machine))
+    package = tmp_path / "modules" / "luthier"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    log = tmp_path / "log"
+    (package / "__main__.py").write_text(
+        "import json, os, sys\n"
+        f"with open({str(log)!r}, 'a') as file:\n"
+        "    said = [sys.argv[1:], os.environ['LUTHIER_HOME'], open(sys.argv[2]).read()]\n"
+        "    file.write(json.dumps(said) + '\\n')\n"
+        f"sys.exit(len(open({str(log)!r}).readlines()) <= {failures})\n"
+    )
+    path = os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    subprocess.run([sys.executable, script], env=environment, check=True, timeout=240)
+    said = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(said) == 1 + failures
+    argv, home, carried = said[-1]
+    assert argv[0] == "tune" and "--resume" in argv and home == os.environ["LUTHIER_HOME"]
+    assert ("--processes" in argv) == (processes > 1)
+    assert tomllib.loads(carried)["data"]["train"] == recipe().data.train
+
+
+def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100", "Tesla T4": "T4",
+        "NVIDIA L40S": "L40S", "Tesla V100-SXM2-16GB": "V100", "NVIDIA H200": "H200",
+    }  # fmt: skip
+    for device, name in names.items():
+        found = replace(FOUND, machine=device)
+        sizing = size_job(found, LaunchRequest("ray", processes=8), CARD)
+        assert (sizing.gpu, sizing.gpus, sizing.cpus) == (name, 8, 32)
+    assert size_job(found, LaunchRequest("ray", gpu="none"), CARD).gpus == 0
+    with pytest.raises(RecipeError, match="name the GPU"):
+        size_job(replace(FOUND, machine="a thing"), LaunchRequest("ray"), CARD)
+
+
+def test_a_time_that_is_given_is_the_limit() -> None:
+    sizing = size_job(FOUND, LaunchRequest("slurm", seconds=90), PROCESSOR)
+    assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s as asked for."
+    short = replace(FOUND, seconds=Interval.exactly(5))
+    assert size_job(short, LaunchRequest("slurm"), PROCESSOR).seconds == 600
+
+
+WRONG: Mapping[str, dict[str, Any]] = {
+    "nothing to launch on": {"target": "pbs"},
+    "nodes is a number": {"target": "slurm", "nodes": 0},
+    "processes is a number": {"target": "slurm", "processes": -1},
+    "no name of a GPU": {"target": "slurm", "gpu": "H100; reboot"},
+    "no container image": {"target": "slurm", "image": "a b"},
+    "give no image": {"target": "ray", "image": "luthier"},
+    "a minute or more": {"target": "slurm", "seconds": 5},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_cannot_be_launched_is_refused(message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        LaunchRequest(**WRONG[message])
+
+
+def test_a_name_that_is_no_text_is_refused(recipe: Callable[..., Recipe]) -> None:
+    broken = recipe(data={"train": "/data/caf\udce9.jsonl"})
+    with pytest.raises(RecipeError, match=r"caf\\\\udce9"):
+        recipe_text(broken, "x", {})
+
+
+def test_the_command_estimates_and_writes_the_file(
+    recipe: Callable[..., Recipe], tmp_path: Path, in_float32: None
+) -> None:
+    asked = recipe()
+    output = tmp_path / "job.sh"
+    options = ["--on", "slurm", "--time", "90m", "--base", asked.base, "--epochs", "1"]
+    done = CliRunner().invoke(app, ["launch", asked.data.train, *options, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    text = output.read_text()
+    assert "#SBATCH --time=0-01:30:00" in text
+    carried = recipe_in("slurm", text)
+    assert carried["name"] == "rows-1" and carried["training"] == {"epochs": 1.0}
+    assert carried["base"] == asked.base
+    same = luthier.launch(asked, on="slurm", nodes=2)
+    assert "#SBATCH --nodes=2" in same
+
+
+def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def refusal(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["launch", *arguments])
+        assert done.exit_code == 2, done.output
+        return done.stderr
+
+    rows = recipe().data.train
+    assert "missing.toml is not a readable" in refusal(
+        str(tmp_path / "missing.toml"), "--on", "ray"
+    )
+    assert "missing.jsonl" in refusal(str(tmp_path / "missing.jsonl"), "--on", "ray")
+    assert "nodes is a number" in refusal(rows, "--on", "ray", "--nodes", "0")
+    assert "'pbs' is not one of" in refusal(rows, "--on", "pbs")
+    assert "there is no model 'nobody'" in refusal(rows, "--on", "ray", "--base", "nobody")
+    assert "'soon' is no time" in refusal(rows, "--on", "ray", "--time", "soon")
+    assert "is a folder" in refusal(rows, "--on", "ray", "--output", str(tmp_path))
+    with pytest.raises(UnknownModel):
+        luthier.launch(rows, on="ray", base="nobody")
+
+
+def test_the_command_offers_every_target() -> None:
+    annotation = get_type_hints(launch)["on"]
+    assert get_args(annotation) == TARGETS
