@@ -33,6 +33,13 @@ CORPUS = (
 VOCABULARY = 320
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a slow test an hour; the others have what pyproject.toml says."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The tensors are tiny: a second thread gains nothing, and waits where other work runs.

@@ -50,8 +50,9 @@ class Lines(Reporter):
 def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) -> None:
     settings = {"training": {"micro_batch_tokens": 64, "refit": True}}
     one = train(recipe(**settings, name="one"))
-    lines = Lines()
+    lines, at_interrupt = Lines(), signal.getsignal(signal.SIGINT)
     two = train_in_processes(recipe(**settings, name="two"), 2, reporter=lines)
+    assert signal.getsignal(signal.SIGINT) is at_interrupt
     assert two.model_id != one.model_id and find(two.model_id).manifest.files
     assert (two.steps, two.tokens, two.rows_seen) == (one.steps, one.tokens, one.rows_seen)
     for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):

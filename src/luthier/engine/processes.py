@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import uuid
@@ -79,7 +80,11 @@ def train_in_processes(
             shutdown_timeout=SHUTDOWN_SECONDS,
         )
         try:
-            with _quiet_agent(processes), _repeat_events(folder / _EVENTS, reporter or Reporter()):
+            with (
+                _own_signals(),
+                _quiet_agent(processes),
+                _repeat_events(folder / _EVENTS, reporter or Reporter()),
+            ):
                 elastic_launch(config, sys.executable)("-m", "luthier.engine.processes", path)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -185,6 +190,19 @@ def _repeat_events(path: Path, reporter: Reporter) -> Iterator[None]:
         ended.set()
         thread.join()
         repeat()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Give the caller's answers to signals back, which the agent replaces and leaves replaced."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
