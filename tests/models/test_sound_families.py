@@ -96,6 +96,7 @@ def test_changes_are_drawn_by_seed_and_keep_the_shape(
         assert np.isfinite(processor.array(Media("audio", "b", str(tiny)))).all()
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("adaptation", ["lora", "freeze", "feature_extraction"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_tones_are_told_apart(

@@ -64,7 +64,7 @@ def learn(rows: Path, base: str, name: str, adaptation: str, rate: float) -> Non
     luthier.tune(
         rows, base=base, name=name, data__validation_share=0, adaptation__method=adaptation,
         training__max_steps=30, batch_size=6, learning_rate=rate, training__schedule="constant",
-        training__threads=1,
+        training__threads=1, training__precision="float32",
     )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
     assert found is not None and found.finding == "undecided" and "tiny:twin" in found.text
 
 
+@pytest.mark.usefixtures("in_float32")
 def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
     store: Path, luthier_home: Path, endpoint: Any
 ) -> None:
