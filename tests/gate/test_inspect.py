@@ -15,8 +15,10 @@ from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
 from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
 from luthier.gate.scan import ScanProgress
+from luthier.models.manifest import MANIFEST
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
+from luthier.store.models import base_folder
 
 
 def written(path: Path, *rows: Any) -> Path:
@@ -61,6 +63,31 @@ def test_where_no_base_is_named_the_rows_decide(
     assert found == base
     assert ("encoder" in reason) is (base == gate.READER)
     assert gate.default_base(str(tmp_path / "missing.jsonl"))[0] == DEFAULT_BASE
+
+
+def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash(
+    tmp_path: Path, luthier_home: Path
+) -> None:
+    def base_of(text: str, **fields: Any) -> tuple[str, str]:
+        rows = [{"text": text, "label": name, **fields} for name in "ab" * 4]
+        data = tmp_path / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return gate.default_base(str(data))
+
+    vietnamese = "Tôi muốn biết khi nào cửa hàng mở cửa vào ngày mai"
+    found, reason = base_of(vietnamese)
+    assert found == gate.WORD_READER == "fasttext"
+    assert "in Vietnamese" in reason and "pull multilingual-e5-small" in reason
+    english = base_of("I would like to know when the shop opens tomorrow morning")
+    assert english[0] == base_of("?? 12")[0] == gate.READER
+    assert base_of("私はその店が明日の朝いつ開くのか知りたいと思っています")[0] == gate.READER
+    known = base_folder("multilingual-e5-small")
+    known.mkdir(parents=True)
+    (known / MANIFEST).write_text("{}")
+    assert base_of(vietnamese) == (
+        known.name,
+        f"{reason.split(',')[0]}, which this encoder was trained on",
+    )
 
 
 def test_rows_are_counted_by_split_and_bad_ones_are_not_looked_at_again(tmp_path: Path) -> None:

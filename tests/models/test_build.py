@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.models.build import build, build_elmo
+from luthier.models.build import build, build_speller
 from luthier.models.tokenizer import load_tokenizer
 
 
@@ -35,7 +35,7 @@ def test_an_elmo_s_tokenizer_is_found_without_a_word_about_its_type(
     from transformers.utils import logging
 
     sizes = {"filters": [[1, 4]], "projection_size": 8, "cell_size": 16}
-    build_elmo(sizes, 0, tmp_path)
+    build_speller({"model_type": "elmo", **sizes}, 0, tmp_path)
     # As in a process that has not loaded one yet.
     CONFIG_MAPPING._extra_content.pop("elmo")
     logging.enable_propagation()
@@ -45,4 +45,4 @@ def test_an_elmo_s_tokenizer_is_found_without_a_word_about_its_type(
         logging.disable_propagation()
     assert not caplog.records
     with pytest.raises(RecipeError, match="no network of type elmo can be built"):
-        build_elmo({"filters": []}, 0, tmp_path)
+        build_speller({"model_type": "elmo", "filters": []}, 0, tmp_path)

@@ -15,7 +15,7 @@ import torch
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import RawText
 from luthier.errors import RecipeError
-from luthier.models.build import build_elmo
+from luthier.models.build import build_speller
 from luthier.models.load import as_network, load_model
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
@@ -117,7 +117,7 @@ def test_a_network_from_random_weights_learns_to_predict_words(
     chat: ChatFormat, tmp_path: Path
 ) -> None:
     sizes = {"filters": [[1, 8], [3, 24]], "projection_size": 24, "cell_size": 48}
-    build_elmo({**sizes, "max_position_embeddings": 512}, 0, tmp_path)
+    build_speller({"model_type": "elmo", **sizes, "max_position_embeddings": 512}, 0, tmp_path)
     chat = load_chat_format(tmp_path)
     objective = BiLM().fit(ROWS, chat)
     torch.manual_seed(0)

@@ -63,8 +63,14 @@ class Prompt(Adaptation):
                 f"{kind} no gradient flows back over the borders of segments, here of {reach} "
                 "tokens: what is learned behind the first would not teach it. Use lora."
             )
-        model.requires_grad_(False)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if embedding is None:
+            kind = model.config.model_type  # type: ignore[union-attr]
+            raise RecipeError(
+                "a soft prompt is vectors among those of the tokens, and in networks of type "
+                f"{kind} tokens have none of their own. Use full."
+            )
+        model.requires_grad_(False)
         # An encoder-decoder has one for each side, of the same weight.
         names = [
             n

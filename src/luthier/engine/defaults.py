@@ -47,6 +47,8 @@ class DataFacts:
     """Whether a head starts from random numbers."""
     from_scratch: bool = False
     """Whether all weights do."""
+    scratch_rate: float = SCRATCH_RATE
+    """Learning rate where they do."""
     mixed: tuple[Mixed, ...] = ()
     """Further sets of rows; ``rows`` are those of the main one."""
     held_out: int = 0
@@ -92,7 +94,7 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     apart = facts.new_head and not starts_head and training.learning_rate is None
     rate, reason = recipe.adaptation.learning_rate(facts.hidden)
     if facts.from_scratch:
-        rate, reason, apart = SCRATCH_RATE, "all weights start from random numbers", False
+        rate, reason, apart = facts.scratch_rate, "all weights start from random numbers", False
     factor = objective.defaults.learning_rate_multiplier
     if not facts.from_scratch:
         factor *= objective.defaults.pretrained_rate_multiplier

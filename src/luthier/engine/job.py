@@ -30,7 +30,7 @@ from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
 from luthier.models.dropout import check_dropout
-from luthier.models.heads import head_weights, width_of
+from luthier.models.heads import head_weights, scratch_rate, width_of
 from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES
@@ -332,8 +332,9 @@ def resolve_job(
         width,
         new,
         base.manifest.is_random,
-        data.mixed,
-        held_out,
+        mixed=data.mixed,
+        held_out=held_out,
+        scratch_rate=scratch_rate(model) or defaults.SCRATCH_RATE,
     )
     recipe = recipe.model_copy(update={"objective": data.objective})
     recipe, choices = defaults.choose(recipe, facts)

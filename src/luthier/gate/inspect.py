@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat
 from luthier.data.media import PLURAL, MediaKind
 from luthier.data.rows import Columns, RowReader
-from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
+from luthier.data.shapes import SHAPES, LabelledText, MediaRow, describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
+from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
 from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
+from luthier.models.catalog import CATALOG, bases_for
 from luthier.models.kinds import sole_objective
+from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
-from luthier.store.models import StoredModel
+from luthier.store.models import StoredModel, base_folder
 from luthier.types import Row
 
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)
 READER = "all-minilm-l6-v2"
 """Base model for rows that are read and not answered."""
+WORD_READER = "fasttext"
+"""Base model for texts with labels, in a language that no encoder at hand was trained on."""
+LANGUAGE_ROWS = 200
+"""Rows that tell the language."""
 AUTO = "auto"
 """In place of a base model: the one that a run would take where none is named."""
 
@@ -76,9 +84,36 @@ def default_base(
         known = MEDIA_BASES[row.media.kind]
         return known, f"the rows are {PLURAL[row.media.kind]}, which it reads"
     what = row and SHAPES[row.shape].reader_text
+    if isinstance(row, LabelledText) and objective is None:
+        with suppress(DataError):  # bad rows are refused later
+            return _encoder_of_labels(islice(RowReader(source, columns), LANGUAGE_ROWS))
     return (
         (READER, f"the rows are texts with {what}, which an encoder reads best") if what else plain
     )
+
+
+def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
+    """Base model for texts with labels, by their language, and why.
+
+    On Vietnamese topics the English encoder is right on 48.5 % of test rows, words by their hash on
+    79 % (docs/log/defaults.md).
+    """
+    code = main_language(rows)
+    if not code or code in CATALOG[READER].languages or code in UNSPACED:
+        return READER, "the rows are texts with labels, which an encoder reads best"
+    language = f"the rows are texts with labels in {language_name(code)}"
+    fitting = bases_for(code, "embedding")
+    here = [each for each in fitting if (base_folder(each) / MANIFEST).is_file()]
+    if here:
+        return here[0], f"{language}, which this encoder was trained on"
+    reason = (
+        f"{language}, which no encoder here was trained on, and this reads words of any language"
+    )
+    if fitting:
+        reason += (
+            f"; `luthier models pull {fitting[0]}` fetches one that was, where a hub is reachable"
+        )
+    return WORD_READER, reason
 
 
 @dataclass(frozen=True)

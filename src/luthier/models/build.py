@@ -44,16 +44,15 @@ def build(fields: dict[str, Any], seed: int, folder: Path) -> None:
     _draw(fields, "causal_lm", seed).save_pretrained(folder)
 
 
-def build_elmo(fields: dict[str, Any], seed: int, folder: Path) -> None:
-    """Write an ELMo with weights drawn from ``seed``, and its tokenizer: a base for objective ``bilm``.
+def build_speller(fields: dict[str, Any], seed: int, folder: Path, lowercase: bool = False) -> None:
+    """Write a network that reads words by their characters, and its tokenizer; weights are of ``seed``.
 
-    ``fields`` are those of :class:`~luthier.models.nets.elmo.ElmoConfig`; those of the paper where not
-    given.
+    ``fields`` are those of the configuration of its ``model_type``: ``elmo``, a base for objective
+    ``bilm``, or ``fasttext``. See :func:`~luthier.models.characters.character_tokenizer` for
+    ``lowercase``.
     """
-    tokenizer = character_tokenizer()
-    _draw(
-        {"model_type": "elmo"} | token_ids(tokenizer) | fields, "embedding", seed
-    ).save_pretrained(folder)
+    tokenizer = character_tokenizer(lowercase)
+    _draw(token_ids(tokenizer) | fields, "embedding", seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

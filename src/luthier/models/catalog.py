@@ -118,7 +118,8 @@ class RandomSource:
     """A network of random weights, always the same ones: to learn all of it from the rows."""
 
     config: Mapping[str, Any]
-    processor: Processor
+    processor: Processor | None = None
+    """How images, sounds or windows are read; ``None`` of a network that reads words by letters."""
     task: Task = "embedding"
     """What the network is drawn for."""
 
@@ -129,10 +130,13 @@ class RandomSource:
 
     def fetch(self, target: Path, say: Callable[[str], None]) -> Provenance:
         """Draw the weights into the folder ``target``; returns the provenance."""
-        from luthier.models.build import build_media
+        from luthier.models.build import build_media, build_speller
 
-        build_media(dict(self.config), self.task, 0, target)
-        save_processor(self.processor, target)
+        if self.processor is None:
+            build_speller(dict(self.config), 0, target, lowercase=True)
+        else:
+            build_media(dict(self.config), self.task, 0, target)
+            save_processor(self.processor, target)
         return self.provenance
 
 
@@ -278,7 +282,7 @@ def _random_entry(
     parameters: int,
     about: str,
     config: Mapping[str, Any],
-    processor: Processor = _SMALL_IMAGES,
+    processor: Processor | None = _SMALL_IMAGES,
     task: Task = "embedding",
     context: int = 1,
 ) -> CatalogEntry:
@@ -292,10 +296,10 @@ def _random_entry(
         context=context,
         licence="Apache-2.0",
         download_bytes=0,
-        disk_bytes=20_000_000,
+        disk_bytes=20_000_000 + 4 * parameters,
         about=about,
         config=config,
-        media=processor.kind,
+        media=processor.kind if processor is not None else None,
     )
 
 
@@ -404,6 +408,15 @@ _ENTRIES = (
             "hidden_sizes": [16, 32, 64, 128],
         },
         AudioProcessor(),
+    ),
+    _random_entry(
+        "fasttext",
+        "encoder",
+        8_388_608,
+        "words and pairs by their hash, of random weights, for labels in any language with spaces",
+        {"model_type": "fasttext"},
+        None,
+        context=8192,
     ),
     _random_entry(
         "small-dcgan",

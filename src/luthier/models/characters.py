@@ -18,14 +18,19 @@ SPECIAL = ("[PAD]", "[S]", "[/S]", "[E]")
 WORD_START = "Ġ"
 
 
-def character_tokenizer() -> Any:
-    """The tokenizer, of 260 tokens; always the same."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+def character_tokenizer(lowercase: bool = False) -> Any:
+    """The tokenizer, of 260 tokens; always the same.
+
+    With ``lowercase`` words are the same in capitals, and with accents composed or not.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     known = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     ids = {token: index for index, token in enumerate(known)}
     core = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    if lowercase:
+        core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),

@@ -241,6 +241,12 @@ def usual_targets(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
+def scratch_rate(model: nn.Module) -> float | None:
+    """Learning rate of a network that starts from random numbers, where it is not the usual one."""
+    rate: float | None = getattr(model, "scratch_rate", None)  # fastText
+    return rate
+
+
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether the module or weight ``name`` is one of ``modules`` or in one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -19,6 +19,7 @@ _PROVIDERS = {
     "multilingual-e5-small": ("intfloat", "intfloat", "Multilingual E5 S"),
     "bert-base-uncased": ("google-bert", "Google", "BERT base uncased"),
     "efficientnet-lite0": ("google", "Google", "EfficientNet-Lite0"),
+    "fasttext": ("luthier", "luthier", "fasttext"),
     "small-cnn": ("luthier", "luthier", "small-cnn"),
     "small-audio-cnn": ("luthier", "luthier", "small-audio-cnn"),
     "small-vae": ("luthier", "luthier", "small-vae"),
@@ -98,9 +99,9 @@ def writes(model: FoundationModel | CustomModel) -> bool:
 def _catalog_models() -> list[FoundationModel]:
     found = []
     for base, (prefix, provider, name) in _PROVIDERS.items():
-        kind, source = CATALOG[base].kind, CATALOG[base].source
-        fetchable = isinstance(source, PackageSource | RandomSource)
-        windows = isinstance(source, RandomSource) and source.processor.kind == "window"
+        entry = CATALOG[base]
+        kind, windows = entry.kind, entry.media == "window"
+        fetchable = isinstance(entry.source, PackageSource | RandomSource)
         if fetchable or (base_folder(base) / MANIFEST).is_file():
             model_id = f"{prefix}.{base}"
             found.append(

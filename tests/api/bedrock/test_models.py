@@ -23,7 +23,8 @@ def refused(call: Callable[..., Any], **members: Any) -> str:
 
 
 ENCODERS = [
-    ENCODER, "google.efficientnet-lite0", "luthier.small-cnn", "luthier.small-audio-cnn"
+    ENCODER, "google.efficientnet-lite0", "luthier.fasttext", "luthier.small-cnn",
+    "luthier.small-audio-cnn",
 ]  # fmt: skip
 IMAGES = ["luthier.small-vae", "luthier.small-dcgan", "luthier.small-unet"]
 OCR, SERIES = "luthier.small-ocr", "luthier.small-window-vae"
@@ -39,7 +40,7 @@ def test_foundation_models(bedrock: Any, bob: Any) -> None:
     kinds = {name: found[name]["inputModalities"] for name in (*ENCODERS, *IMAGES)}
     assert kinds == {
         ENCODER: ["TEXT"], "google.efficientnet-lite0": ["IMAGE"], "luthier.small-cnn": ["IMAGE"],
-        "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
+        "luthier.fasttext": ["TEXT"], "luthier.small-audio-cnn": [], "luthier.small-vae": ["IMAGE"],
         "luthier.small-dcgan": ["TEXT"], "luthier.small-unet": ["TEXT"],
     }  # fmt: skip
     assert bob.list_foundation_models()["modelSummaries"] == list(found.values())

@@ -29,6 +29,7 @@ from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import bases_for
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
+from luthier.types import Row
 
 UNTRAINED = Rule(
     "base.language",
@@ -187,7 +188,8 @@ class BaseLanguage(Check):
         """A random sample of the texts, the same in each run."""
         if batch.split != "train":
             return []
-        drawn = ((zlib.crc32(t.encode("utf-8", "surrogatepass")), t) for t in _samples(batch))
+        texts = samples(batch.rows)
+        drawn = ((zlib.crc32(text.encode("utf-8", "surrogatepass")), text) for text in texts)
         return heapq.nsmallest(SAMPLES, drawn)
 
     def take(self, where: BatchLines, measured: list[tuple[int, str]], findings: Findings) -> None:
@@ -242,10 +244,17 @@ def language_name(code: str) -> str:
     return str(LANGUAGES[code]).title() if code in LANGUAGES else code
 
 
-def _samples(batch: RowBatch) -> Iterator[str]:
-    """The beginnings of the texts of a batch, short ones joined with those that follow."""
+def main_language(rows: Iterable[Row]) -> str:
+    """ISO 639 code of the language that most of the texts of ``rows`` are in; empty where none is."""
+    codes = [code for text in samples(rows) if (code := detect_language(text))]
+    code, count = Counter(codes).most_common(1)[0] if codes else ("", 0)
+    return code if 2 * count > len(codes) else ""
+
+
+def samples(rows: Iterable[Row]) -> Iterator[str]:
+    """The beginnings of the texts of ``rows``, short ones joined with those that follow."""
     joined = ""
-    for row in batch.rows:
+    for row in rows:
         for text in row.texts():
             if text.part == "other":
                 continue

@@ -14,6 +14,7 @@ NETS = {
     "line_encoder": "luthier.models.nets.line_encoder",
     "efficientnet_lite": "luthier.models.nets.efficientnet_lite",
     "elmo": "luthier.models.nets.elmo",
+    "fasttext": "luthier.models.nets.fasttext",
     "small_cnn": "luthier.models.nets.small_cnn",
     "dcgan": "luthier.models.nets.dcgan",
     "unet": "luthier.models.nets.unet",

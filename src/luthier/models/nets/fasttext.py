@@ -1,0 +1,151 @@
+"""fastText (Joulin et al. 2016, arXiv:1607.01759): a text is the mean of its words and pairs of words.
+
+Input are characters (:mod:`luthier.models.characters`), so any language that puts spaces between words
+is read, with no vocabulary and nothing to be trained before. Each word, and every two words that follow
+each other, have the vector of the bucket that their hash names (section 2.2); a linear classifier reads
+the mean. Texts in a language that no encoder at hand was trained on are told apart better by this than
+by its wrong pieces (docs/log/defaults.md).
+
+The state of a word's first character is that of the word and of the pair that ends with it, brought to
+such a size that the mean over all characters is the mean over words and pairs; other characters have
+zeros. Left out: vectors of the parts of words, a hierarchical softmax, and words that are frequent
+enough having a vector that they share with no other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+
+from luthier.models.nets.heads import MeanPoolingClassifier
+
+PRIME = (1 << 31) - 1
+"""Hashes are numbers below it: a product of two of them fits into 64 bits."""
+FACTORS = (16_807, 48_271, 69_621)
+"""Primitive roots of :data:`PRIME` (Park and Miller 1988; Fishman and Moore 1986)."""
+
+
+@strict
+class FastTextConfig(PreTrainedConfig):
+    """Sizes of a fastText."""
+
+    model_type = "fasttext"
+
+    vocab_size: int = 260
+    special_tokens: int = 4
+    """Ids below are no part of any word."""
+    word_start_id: int = 224
+    """The character that begins a word."""
+    buckets: int = 1 << 17
+    """Vectors that words and pairs share by their hash."""
+    hidden_size: int = 64
+    num_hidden_layers: int = 1
+    """The vectors are all there is below the classifier."""
+    max_position_embeddings: int = 8192
+    """Longest row in characters; the network itself has no limit."""
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that make no network."""
+        if not 0 < self.buckets < PRIME:
+            raise ValueError(f"buckets must be from 1 to {PRIME - 1:,}")
+
+
+class FastTextPreTrainedModel(PreTrainedModel):
+    """What all heads share: configuration and first weights."""
+
+    config: FastTextConfig
+    config_class = FastTextConfig
+    base_model_prefix = "model"
+    scratch_rate: ClassVar[float] = 1e-2
+    """Most vectors see a gradient in few steps only (docs/log/defaults.md)."""
+
+    def get_input_embeddings(self) -> Any:
+        """Nothing: tokens have no vectors, words and pairs have."""
+        return None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            bound = 1 / module.embedding_dim
+            init.uniform_(module.weight, -bound, bound)
+
+
+class FastTextModel(FastTextPreTrainedModel):
+    """The network without a head."""
+
+    def __init__(self, config: FastTextConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.buckets, config.hidden_size)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """States ``[R, T, H]`` of the characters ``[R, T]``, whose mean is that of words and pairs.
+
+        Rows may be filled up before or behind, where ``attention_mask`` is 0.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask_RT = attention_mask.bool()
+        start_RT, word_RT = self._hashes(input_ids, mask_RT)
+        row_K, place_K = start_RT.nonzero(as_tuple=True)
+        word_K = word_RT[row_K, place_K]
+        # The word before, of the same row; its first word ends no pair.
+        paired_K = torch.zeros_like(row_K, dtype=torch.bool)
+        paired_K[1:] = row_K[1:] == row_K[:-1]
+        pair_K = (word_K.roll(1) * FACTORS[1] % PRIME + word_K * FACTORS[2] % PRIME) % PRIME
+        state_KH = self.embed_tokens(word_K % self.config.buckets)
+        of_pairs_KH = self.embed_tokens(pair_K % self.config.buckets)
+        state_KH = state_KH + of_pairs_KH * paired_K[:, None]
+        terms_R = 2 * start_RT.sum(1) - start_RT.any(1).long()
+        size_R = mask_RT.sum(1) / terms_R.clamp(min=1)
+        states_RTH = state_KH.new_zeros(*input_ids.shape, self.config.hidden_size)
+        scaled_KH = state_KH * size_R[row_K, None].to(state_KH.dtype)
+        states_RTH = states_RTH.index_put((row_K, place_K), scaled_KH)
+        return BaseModelOutput(last_hidden_state=states_RTH)
+
+    @torch.no_grad()
+    def _hashes(self, ids_RT: Tensor, mask_RT: Tensor) -> tuple[Tensor, Tensor]:
+        """Where words begin, and there the hash of the word: a polynomial of its bytes."""
+        special_RT = ids_RT < self.config.special_tokens
+        start_RT = (ids_RT == self.config.word_start_id) & mask_RT
+        place_T = torch.arange(ids_RT.shape[1], device=ids_RT.device)
+        first_RT = torch.where(start_RT, place_T, 0).cummax(1).values
+        inside_RT = mask_RT & ~special_RT & (start_RT.cumsum(1) > 0)
+        powers = [1]
+        for _ in range(int((place_T - first_RT).max())):
+            powers.append(powers[-1] * FACTORS[0] % PRIME)
+        power_P = torch.tensor(powers, device=ids_RT.device)
+        terms_RT = (ids_RT * power_P[place_T - first_RT] % PRIME) * inside_RT
+        sums_RT = torch.zeros_like(ids_RT).scatter_add(1, first_RT, terms_RT)
+        return start_RT, sums_RT % PRIME
+
+
+class FastTextForSequenceClassification(MeanPoolingClassifier, FastTextPreTrainedModel):
+    """A linear classifier of the mean of words and pairs."""
+
+    def __init__(self, config: FastTextConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FastTextModel(config)
+        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()
+
+
+Config = FastTextConfig
+CLASSES = {
+    "AutoModel": FastTextModel,
+    "AutoModelForSequenceClassification": FastTextForSequenceClassification,
+}
+"""Model of each automatic class of transformers."""
