@@ -71,8 +71,9 @@ def test_what_is_wrong_is_said_once_and_by_its_name(
     with pytest.raises(RefusedInput, match=r"completion.*must be a string") as together:
         train_in_processes(recipe(data=data), 2)
     assert str(together.value) == str(alone.value)
-    with pytest.raises(RecipeError, match="0 were asked for"):
-        train_in_processes(recipe(), 0)
+    for number in (0, 100_000):
+        with pytest.raises(RecipeError, match=f"{number} processes were asked for.*room for 1 to"):
+            train_in_processes(recipe(), number)
 
 
 @pytest.mark.slow
@@ -120,6 +121,23 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     assert b"--resume goes on" in error and b"Traceback" not in error
     done = subprocess.run([*start, "--resume"], capture_output=True, timeout=300)
     assert done.returncode == 0 and b"going on after step" in done.stderr, done.stderr.decode()
+
+
+def test_processes_whose_agent_is_killed_end_with_it(
+    luthier_home: Path, rows: Path, tiny_model_folder: Path
+) -> None:
+    command = [sys.executable, "-m", "luthier", "tune", str(rows), "--base", str(tiny_model_folder)]
+    command += ["--name", "x", "--processes", "2", "--set", "training.max_steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as agent:
+        metrics = luthier_home / "runs" / tiny_model_folder.name / "x" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not metrics.is_file():
+            time.sleep(0.05)
+        workers = psutil.Process(agent.pid).children(recursive=True)
+        agent.kill()
+        agent.communicate(timeout=60)
+    assert len(workers) >= 2
+    assert not psutil.wait_procs(workers, timeout=60)[1]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import errors
+from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
 from luthier.errors import Interrupted, LuthierError, RecipeError, RefusedInput
@@ -35,7 +37,8 @@ MAX_RESTARTS = 3
 """Times that all processes are started again after one has ended by surprise."""
 SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
-MOST_PROCESSES = 512
+PROCESS_BYTES = 400 << 20
+"""What a process takes before it has read a row or a weight: its libraries."""
 _REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome.json"
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
@@ -51,6 +54,7 @@ def train_in_processes(
     """Carry out ``recipe`` by so many processes of this machine; the same result as from one.
 
     Raises:
+        RecipeError: for fewer processes than 1, or more than have room in memory.
         RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
         LuthierError: where a process ended by surprise more than :data:`MAX_RESTARTS` times.
     """
@@ -58,13 +62,14 @@ def train_in_processes(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if not 1 <= processes <= MOST_PROCESSES:
-        raise RecipeError(
-            f"processes must be from 1 to {MOST_PROCESSES}, and {processes} were asked for"
-        )
+    reporter = reporter or Reporter()
+    _check_number(processes, reporter)
     with TemporaryDirectory(prefix="luthier-processes-") as path:
         folder = Path(path)
-        request = {"recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {})}
+        request = {
+            "recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {}),
+            "agent": os.getpid(),
+        }  # fmt: skip
         write_json(folder / _REQUEST, request)
         config = LaunchConfig(
             min_nodes=1,
@@ -83,7 +88,7 @@ def train_in_processes(
             with (
                 _own_signals(),
                 _quiet_agent(processes),
-                _repeat_events(folder / _EVENTS, reporter or Reporter()),
+                _repeat_events(folder / _EVENTS, reporter),
             ):
                 elastic_launch(config, sys.executable)("-m", "luthier.engine.processes", path)
         except ChildFailedError as error:
@@ -110,6 +115,7 @@ def work(folder: Path) -> None:
     from luthier.engine.train import train
 
     request = read_json(folder / _REQUEST)
+    threading.Thread(target=_end_with, args=(request["agent"],), daemon=True).start()
     first = ProcessGroup.of_environment().rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
     if started_again():
@@ -122,6 +128,36 @@ def work(folder: Path) -> None:
         outcome = {"error": type(error).__name__, "message": str(error)}
     if first:
         write_json(folder / _OUTCOME, outcome)
+
+
+def _check_number(processes: int, reporter: Reporter) -> None:
+    """Refuse more processes than have room, which would take the machine down; warn of idle ones."""
+    import torch
+
+    room = available_memory() // PROCESS_BYTES
+    if not 1 <= processes <= room:
+        raise RecipeError(
+            f"{processes} processes were asked for, and this machine has room for 1 to {room}: each "
+            f"takes {PROCESS_BYTES / 1e9:.1f} GB before it has read anything. Take one for each GPU, or "
+            "for each socket"
+        )
+    able = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    if processes > able:
+        kind = "GPU" if torch.cuda.is_available() else "core"
+        reporter.note(
+            f"warning: {processes} processes share {able} {kind}{'s' * (able != 1)}: more than {able} "
+            "make a run slower"
+        )
+
+
+def _end_with(agent: int) -> None:
+    """End this process as soon as the one that started it is gone, which no signal tells of.
+
+    Else all would wait for each other for as long as a collective may take, with their memory.
+    """
+    while os.getppid() == agent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def started_again() -> bool:

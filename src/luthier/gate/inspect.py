@@ -20,7 +20,12 @@ from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
-from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
+from luthier.gate.checks.base_language import (
+    UNSPACED,
+    WORD_READER,
+    language_name,
+    main_language,
+)
 from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
@@ -38,8 +43,6 @@ from luthier.types import Row
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)
 READER = "all-minilm-l6-v2"
 """Base model for rows that are read and not answered."""
-WORD_READER = "fasttext"
-"""Base model for texts with labels, in a language that no encoder at hand was trained on."""
 LANGUAGE_ROWS = 200
 """Rows that tell the language."""
 AUTO = "auto"

@@ -56,6 +56,8 @@ SHORT = range(3, 6)
 PIECES_PER_CHARACTER = 1.2
 """The same limit for :data:`UNSPACED` languages; a tokenizer that knows them needs 1 at most."""
 UNSPACED = frozenset({"zh", "ja", "ko", "th", "lo", "km", "my", "bo", "dz"})
+WORD_READER = "fasttext"
+"""Base model that learns labels of texts in any other language, by their words alone."""
 SPELLS = 0.5
 """Pieces per letter of English from which a tokenizer is one of letters or bytes: it tells nothing."""
 SHARE = 0.2
@@ -230,6 +232,8 @@ class BaseLanguage(Check):
             else f"No {kind} of the catalogue knows {name}: give one that does as `--base`, by its "
             "hub id (organisation/name) or as a folder."
         )
+        if task == "sequence_classification" and code not in UNSPACED:
+            fix += f" `--base {WORD_READER}` learns labels by words alone, in any language."
         findings.add(Finding(UNTRAINED, Place(places.place(0).file, 0), message, fix))
 
     def summary(self) -> dict[str, Any]:
