@@ -138,8 +138,8 @@ def _check_number(processes: int, reporter: Reporter) -> None:
     if not 1 <= processes <= room:
         raise RecipeError(
             f"{processes} processes were asked for, and this machine has room for 1 to {room}: each "
-            f"takes {PROCESS_BYTES / 1e9:.1f} GB before it has read anything. Take one for each GPU, or "
-            "for each socket"
+            f"takes {PROCESS_BYTES / 1e9:.1f} GB before it has read anything. Take one for each "
+            "GPU, or for each socket"
         )
     able = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     if processes > able:
