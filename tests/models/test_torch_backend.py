@@ -276,6 +276,54 @@ def test_a_window_ends_the_context(family_folder: Callable[[str], Path]) -> None
     assert FlatBackend(made, 1024, exact=True).context == 40
 
 
+@pytest.mark.parametrize("positions", [98, 127, 128])
+def test_a_table_of_positions_may_end_anywhere(
+    positions: int, tiny_gpt2: Callable[..., Any]
+) -> None:
+    """Rows that fill up, guesses and probes lie beyond it, and nothing of what is written."""
+    with torch.inference_mode(False):
+        short, long = (
+            as_network(tiny_gpt2(n_positions=size).eval(), CPU, torch.float32)
+            for size in (positions, 512)
+        )
+        long.model.transformer.wpe.weight.data[:positions] = short.model.transformer.wpe.weight
+        for one, other in zip(short.model.parameters(), long.model.parameters(), strict=True):
+            if one.shape == other.shape:
+                other.data.copy_(one)
+    prompts = [np.tile(np.arange(5, 12), 9), np.arange(positions - 1) % 200 + 3]
+    repeated = [int(token) for token in np.tile(np.arange(5, 12), 20)]
+    found = []
+    for made in (short, long):
+        backend = FlatBackend(made, positions, exact=True)
+        states = [begin(backend, ids)[0] for ids in prompts]
+        steps = [backend.step(states[:1], [token]) for token in repeated[: positions - 64]]
+        found.append([*steps, backend.step(states[1:], [5])])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_fork_that_fails_leaves_nothing(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
+    state = backend.open(PROMPTS[2])
+    backend.prefill([state])
+    honest, copies = Bank.copy, list[Any]()
+
+    def copy_two(bank: Bank, other: Any) -> Any:
+        if len(copies) == 2:
+            raise RuntimeError("not enough memory")
+        copies.append(honest(bank, other))
+        return copies[-1]
+
+    monkeypatch.setattr(Bank, "copy", copy_two)
+    with pytest.raises(RuntimeError, match="not enough"):
+        backend.fork(state, 4)
+    assert not copies[0].bank.spans
+    backend.free(state)  # whoever asked still has it
+    assert backend._base.sequences == 0
+
+
 def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
     rooms = [room_for(tokens) for tokens in range(1, 2000)]
     assert all(room >= tokens for tokens, room in enumerate(rooms, 1))

@@ -146,6 +146,8 @@ class FlatBackend:
         self.device = network.device
         assert isinstance(self._layout, Flat)
         self._first = self._layout.first_position
+        # Rows that fill up, guesses and probes may stand behind it, where a table of positions ends.
+        self._last = self._first + network.context - 1
         self._open = ExitStack()
         self._open.enter_context(packed_linears(network.model))
         self._banks = Banks()
@@ -333,8 +335,15 @@ class FlatBackend:
     def fork(self, state: Any, copies: int) -> list[State]:
         """Copies in the banks of those who step together."""
         span: Span = state.span
+        made: list[Span] = []
         with self._lock:
-            made = [self._banks.keep(span, span.length + 1) for _ in range(copies)]
+            try:
+                for _ in range(copies):
+                    made.append(self._banks.keep(span, span.length + 1))
+            except BaseException:  # there was no memory for all of them
+                for own in made:
+                    own.bank.remove(own)
+                raise
             self._shared.enter(state.adapter, copies - 1)
         span.bank.remove(span)
         return [_FlatSequence(NOTHING, own, state.lookup.copy(), state.adapter) for own in made]
@@ -358,8 +367,10 @@ class FlatBackend:
     def free(self, state: Any) -> None:
         """Give its place in the bank back."""
         with self._lock, torch.no_grad():
-            state.span.bank.remove(state.span)
-            self._shared.leave(state.adapter)
+            try:  # to give the place back takes memory, and may fail
+                state.span.bank.remove(state.span)
+            finally:
+                self._shared.leave(state.adapter)
 
     def close(self) -> None:
         """Let go of all keys and values, and of the packed weights."""
@@ -408,7 +419,7 @@ class FlatBackend:
         device = self.network.device
         output = model.base_model(
             input_ids=ids_N[None].to(device),
-            position_ids=position_N[None].to(device),
+            position_ids=position_N[None].clamp(max=self._last).to(device),
             tree=attention,
             use_cache=False,
         )
