@@ -303,3 +303,46 @@ def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
     gone.set()
     text_of(pool, base)
     assert not [key for key in pool._prefixes._roots if key[0] is model]
+
+
+def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
+    pool: ModelPool, base: str
+) -> None:
+    text_of(pool, base)
+    text_of(pool, NAMES[0])
+    expected = [pool.submit(base, asked(f"{word} " * 90)).whole()[0].text for word in ("fox", "dog")]
+    backend = pool._entries[base].model._backend
+    pool._prefixes.forget(pool._entries[base].model)
+    reading, gone = threading.Event(), threading.Event()
+    honest = backend.prefill
+
+    def slow(states: Any) -> Any:
+        if len(pool._entries[base].model._reading) == 3:  # two prompts fill what is read at once
+            reading.set()
+            assert gone.wait(20)
+        return honest(states)
+
+    wake = pool._entries[base].model._wake
+    with wake:  # all are there before any is read
+        backend.prefill = slow
+        others = [pool.submit(base, asked(f"{word} " * 90)) for word in ("fox", "dog")]
+        leaving = pool.submit(NAMES[0], asked())
+    assert reading.wait(20)
+    leaving.close()
+    pool.forget(NAMES[0])
+    gone.set()
+    assert [each.whole()[0].text for each in others] == expected
+
+
+def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
+    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_of(pool, base)
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("no tokens")
+
+    monkeypatch.setattr("luthier.serving.confined.serving_format", fail)
+    with pytest.raises(InferenceFailed, match="cannot be loaded"):
+        pool.submit(NAMES[0], asked())
+    assert not pool._entries[base].model._backend._shared._banks

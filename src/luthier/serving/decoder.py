@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -266,9 +267,14 @@ class Decoder:
         from luthier.serving.confined import serving_format
         from luthier.serving.opened_model import open_model
 
-        opened = open_model(stored, exact=True, base=None if base is None else base._opened)
-        format_ = serving_format(stored, None if base is None else base.chat)
-        return Decoder(opened, format_, memory, trials, limits, scheduler, prefixes, base)
+        with ExitStack() as opening:
+            opened = open_model(stored, exact=True, base=None if base is None else base._opened)
+            opening.callback(opened.close)  # else an adapter stays in its base where this fails
+            chat = serving_format(stored, None if base is None else base.chat)
+            opening.callback(chat.close)
+            made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base)
+            opening.pop_all()
+        return made
 
     @property
     def network(self) -> Network:
@@ -551,7 +557,8 @@ class Decoder:
     def _next_to_read(self) -> list[RunningRequest]:
         """Prompts that are read together, those of the clients furthest behind first."""
         runnable = self._runnable()
-        able = [job for job in self._reading if job.client in runnable]
+        # Of one that was cancelled meanwhile the adapter may be gone.
+        able = [job for job in self._reading if job.client in runnable and not job.cancelled]
         able.sort(key=lambda job: self._scheduler.seconds(job.client))
         jobs: list[RunningRequest] = []
         rows = 0
@@ -593,15 +600,15 @@ class Decoder:
         return read
 
     def _begin_answers(self, job: RunningRequest, logits_V: Tensor) -> None:
-        state, job.state = job.state, None
         reuse = job.model._reuse
         if self._prefixes is not None and reuse is not None:
             end = reuse.reusable(len(job.ids_T))
-            copy = partial(reuse.key_values, state, end=end)
+            copy = partial(reuse.key_values, job.state, end=end)
             self._prefixes.add(job.model, job.client, job.ids_T[:end], copy)
             if job.model._closed:  # meanwhile, by another thread
                 self._prefixes.forget(job.model)
-        states = self._backend.fork(state, len(job.answers))
+        states = self._backend.fork(job.state, len(job.answers))
+        job.state = None  # not before: where there is no memory for copies, it is still to be freed
         self._reading.remove(job)
         self._writing.append(job)
         for answer, own in zip(job.answers, states, strict=True):
