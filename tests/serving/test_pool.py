@@ -165,6 +165,12 @@ def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     assert set(pool.loaded_ids()) == set(folders[1:])
 
 
+def test_texts_are_read_while_another_model_is_loaded(pool: ModelPool, folders: list[str]) -> None:
+    expected = pool.embed(folders[0], ["fox"])
+    with ThreadPoolExecutor(1) as threads, pool._loading:
+        assert threads.submit(pool.embed, folders[0], ["fox"]).result(10) == expected
+
+
 def test_a_model_that_fails_half_loaded_is_closed(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

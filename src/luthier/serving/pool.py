@@ -389,16 +389,17 @@ class ModelPool:
 
     def _reader(self, entry: _Entry) -> SerialModel:
         """What reads with the network of a model that is in memory."""
-        with self._loading:  # where a backend runs a file, the network is loaded only now
-            if entry.reader is None:
-                try:
-                    entry.reader = SerialModel.of(entry.model, self._scheduler)
-                except LuthierError as error:
-                    raise InferenceFailed(
-                        "ModelError", f"The model cannot be loaded: {error}"
-                    ) from error
-            reader: SerialModel = entry.reader
-            return reader
+        if entry.reader is None:  # else nobody waits for the loading of another model
+            with self._loading:  # where a backend runs a file, the network is loaded only now
+                if entry.reader is None:
+                    try:
+                        entry.reader = SerialModel.of(entry.model, self._scheduler)
+                    except LuthierError as error:
+                        raise InferenceFailed(
+                            "ModelError", f"The model cannot be loaded: {error}"
+                        ) from error
+        reader: SerialModel = entry.reader
+        return reader
 
     def _release(self, entry: _Entry) -> None:
         with self._lock:
