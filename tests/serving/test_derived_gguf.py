@@ -13,14 +13,14 @@ import pytest
 from decoding import MEMORY, answer, asked
 
 from luthier.engine.train import train
-from luthier.errors import RecipeError
+from luthier.errors import DiskFull, RecipeError
 from luthier.files import luthier_home, read_json
 from luthier.models.backends import BACKENDS
 from luthier.models.decoding import sample
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import FlatBackend
 from luthier.recipe import Recipe
-from luthier.serving import derived_gguf, opened_model
+from luthier.serving import derived_gguf, gguf_parity, opened_model
 from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.memory import CacheBudget
@@ -112,7 +112,7 @@ def test_a_file_that_answers_otherwise_is_not_used(
 ) -> None:
     """Torch answers in its place; the reason is said once, and nothing is written a second time."""
     stored = find(str(tiny_model_folder))
-    monkeypatch.setattr(derived_gguf, "LIMIT", -1.0)
+    monkeypatch.setattr(gguf_parity, "LIMIT", -1.0)
     with caplog.at_level(logging.WARNING, "luthier.serving"):
         for _ in range(2):
             assert isinstance(Generator.open(stored).backend, FlatBackend)
@@ -123,6 +123,18 @@ def test_a_file_that_answers_otherwise_is_not_used(
     assert not (folder / "model.gguf").exists()
     monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
     assert isinstance(Generator.open(stored).backend, FlatBackend)
+
+
+def test_a_file_that_has_no_place_on_the_disk_is_not_needed(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise DiskFull("the GGUF file needs 1 MB")
+
+    monkeypatch.setattr(derived_gguf, "need_disk", refuse)
+    with caplog.at_level(logging.WARNING, "luthier.serving"):
+        assert isinstance(Generator.open(find(str(tiny_model_folder))).backend, FlatBackend)
+    assert "is run by torch, not by llama.cpp: the GGUF file needs" in caplog.text
 
 
 def test_networks_that_llama_cpp_has_not_are_run_by_torch(

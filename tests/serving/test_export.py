@@ -206,6 +206,8 @@ def test_a_second_one_before_every_row_is_refused(name: str, tmp_path: Path) -> 
     assert added_tokens(both) == 7
     model: Any = load(both, torch.float32, CPU)
     assert len(prompt_ids(model)) + prefix_tokens(model) == 7
+    with pytest.raises(RecipeError, match=f"tuned with {name}, which cannot be merged"):
+        export(both, tmp_path / "merged", merged=True)
     remove_model("tiny-llama:again", json_=True)
 
 
@@ -412,7 +414,7 @@ def test_onnx_is_for_classifiers_whose_scores_come_out(
     base = str(family_folder("bert"))
     label_texts(tmp_path, base, "beside", adaptation={"method": "prefix", "virtual_tokens": 2})
     stored = named("beside")
-    with pytest.raises(RecipeError, match="prefix cannot be merged"):
+    with pytest.raises(RecipeError, match="prefix, which cannot be merged"):
         export_onnx(stored, tmp_path / "none")
     label_texts(tmp_path, str(family_folder("llama")), "unpadded")
     with pytest.raises(RecipeError, match="no padding token"):

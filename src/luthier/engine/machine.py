@@ -92,22 +92,6 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
     return as_network(model.eval(), machine.device, dtype)
 
 
-def open_writer(stored: StoredModel, base: Network | None = None) -> Network:
-    """``stored``, which writes text, on the best device: beside its base where it can share that.
-
-    ``base`` is the network of its parent, where that is in memory. An adapter that cannot share it is
-    merged, as :func:`open_network` does.
-    """
-    from luthier.store.models import attach_adapter, objective_of, shares_base
-
-    if not shares_base(stored):
-        return open_network(stored)
-    assert stored.parent is not None
-    if base is None:
-        base = open_network(stored.parent, objective_of(stored).head())
-    return base.with_adapter(lambda model: attach_adapter(model, stored))
-
-
 def release_workers() -> None:
     """End the threads that OpenMP keeps for the calling one, which has computed; it may do so again.
 
@@ -170,23 +154,27 @@ def keep_freed_memory() -> None:
     Activations are allocated and freed at every step; by default each one above 32 MiB is mapped
     and zeroed by the kernel again. Elsewhere than on glibc this does nothing.
     """
-    if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
-    import ctypes
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        set_malloc_threshold(1 << 30)
 
-    libc = ctypes.CDLL(None)
+
+def set_malloc_threshold(size: int) -> bool:
+    """Have glibc take larger blocks than ``size`` bytes from the system, and keep no more freed ones.
+
+    Returns whether there is glibc: elsewhere nothing is done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
     mmap_threshold, trim_threshold = -3, -1
-    libc.mallopt(mmap_threshold, 1 << 30)
-    libc.mallopt(trim_threshold, 1 << 30)
+    for option in (mmap_threshold, trim_threshold):
+        ctypes.CDLL(None).mallopt(option, size)
+    return True
 
 
 def return_freed_memory() -> None:
-    """Give back to the system what :func:`keep_freed_memory` kept. Elsewhere than on glibc, nothing."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    import ctypes
-
-    ctypes.CDLL(None).malloc_trim(0)
+    """Give freed blocks that the process keeps back to the system. Elsewhere than on glibc, nothing."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak_memory() -> None:

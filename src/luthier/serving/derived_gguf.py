@@ -22,17 +22,10 @@ from luthier.encryption.files import is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import CorruptFile, RecipeError
 from luthier.evaluation.parity import TokenParity, compare_backends
-from luthier.files import (
-    lock,
-    need_disk,
-    new_folder,
-    read_json,
-    sha256_of,
-    write_json,
-)
+from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.serving.confined import serving_format
-from luthier.serving.gguf_parity import LIMIT, PROMPTS, QUANTIZED_LIMIT, TOKENS
+from luthier.serving.gguf_parity import PROMPTS, TOKENS, largest_divergence
 from luthier.store.models import StoredModel, check_mergeable, content_hash, gguf_folder, room_of
 from luthier.types import Message
 
@@ -152,7 +145,7 @@ def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
 
 def _refusal(parity: TokenParity, kind: Quantization) -> str:
     """Why a file that answers so is not used; empty where it is."""
-    limit = LIMIT if kind in ("f32", "f16", "bf16") else QUANTIZED_LIMIT
+    limit = largest_divergence(kind)
     if parity.mean_kl <= limit:
         return ""
     return (

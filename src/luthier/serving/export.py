@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.adaptations import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
 from luthier.data.chat import ChatFormat
@@ -20,6 +21,7 @@ from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
 from luthier.files import need_disk, new_folder, write_bytes
+from luthier.models.backends import llama_cpp_library
 from luthier.models.gguf import (
     GeneralMetadata,
     check_quantization,
@@ -33,7 +35,7 @@ from luthier.models.manifest import OWN_FILES
 from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
-from luthier.serving.gguf_parity import GgufParity, compare_gguf, has_llama_cpp
+from luthier.serving.gguf_parity import GgufParity, compare_gguf
 from luthier.serving.ollama import MODELFILE, modelfile
 from luthier.store.models import (
     StoredModel,
@@ -73,11 +75,7 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
         if stored.parent is None:
             _copy(stored.folder, fresh)
         elif merged:
-            if not adaptation_of(stored).mergeable:
-                raise RecipeError(
-                    f"{adaptation_of(stored).method} cannot be merged into the network's own weights; "
-                    "export it without --merged"
-                )
+            check_mergeable(stored, "--merged writes nothing else")
             machine = machines.choose_machine()
             model = load(stored, machine.dtype, machine.device)
             save_network(model, chat_format(stored), fresh)
@@ -100,11 +98,10 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
     The scale of the update goes into its second matrix: diffusers takes 1 where a file names none, and
     not all versions read the same name for it.
     """
-    adaptation = adaptation_of(stored)
-    lora = adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
+    lora = _lora_of(stored)
     if not isinstance(lora, LoRA):
         raise RecipeError(
-            f"{adaptation.method} is no adapter that diffusers has; export the whole pipeline with "
+            f"{lora.method} is no adapter that diffusers has; export the whole pipeline with "
             "--merged"
         )
     prefix = lora.stored_name("")
@@ -113,6 +110,12 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
         for name, tensor in read_adapter(stored.folder).items()
     }
     save_file(tensors, folder / DIFFUSERS_LORA, metadata={"format": "pt"})
+
+
+def _lora_of(stored: StoredModel) -> Adaptation:
+    """The adaptation of ``stored``, of a quantized base the LoRA on it."""
+    adaptation: Adaptation = adaptation_of(stored)
+    return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
 
 
 def _new_target(target: Path) -> Path:
@@ -179,7 +182,7 @@ def export_gguf(
     check_writable(config.model_type, stored.id)
     chat = chat_format(stored)
     if merged:
-        check_mergeable(stored, "a GGUF file holds no others")
+        check_mergeable(stored, "a GGUF file holds nothing else")
         machine = machines.choose_machine()
         network: Any = load(stored, machine.dtype, torch.device("cpu"))
         need_disk(target, file_size(network, kind), f"writing {stored.id}")
@@ -192,15 +195,16 @@ def export_gguf(
     with _new_folder(target, stored) as fresh:
         if adapter is None:
             write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
-            if has_llama_cpp():
+            if llama_cpp_library() is not None:
                 parity = compare_gguf(fresh / file, network.float(), chat, kind)
         else:
             tensors = read_adapter(stored.folder)
             write_lora(tensors, lora.scale, config, fresh / adapter, _general_metadata(stored))
-            if has_llama_cpp():
-                base = fresh / "base.gguf"
-                cpu = torch.device("cpu")
-                write_gguf(load(parent, torch.float32, cpu), chat, base, "f32")
+            if llama_cpp_library() is not None:
+                base, cpu = fresh / "base.gguf", torch.device("cpu")
+                whole = load(parent, torch.float32, cpu)
+                need_disk(target, file_size(whole, "f32"), f"trying {stored.id} on its base")
+                write_gguf(whole, chat, base, "f32")
                 network = load(stored, torch.float32, cpu)
                 parity = compare_gguf(base, network, chat, "f32", fresh / adapter)
                 base.unlink()
@@ -220,8 +224,7 @@ def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
         raise RecipeError(
             f"{stored.id} is an adapter on the adapter {stored.parent.id}; export it merged"
         )
-    adaptation = adaptation_of(stored)
-    lora = adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
+    lora = _lora_of(stored)
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
@@ -275,11 +278,7 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
             )
     if objective_of(stored).task != "sequence_classification":
         raise RecipeError(f"{stored.id} is no classifier; only classifiers are written for ONNX")
-    adaptation = adaptation_of(stored)
-    if stored.parent is not None and not adaptation.mergeable:
-        raise RecipeError(
-            f"{adaptation.method} cannot be merged into the network's own weights, which ONNX needs"
-        )
+    check_mergeable(stored, "an ONNX file holds nothing else")
     model: Any = load(stored, torch.float32, torch.device("cpu"))
     model.eval()
     chat = chat_format(stored)

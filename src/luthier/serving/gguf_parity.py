@@ -21,7 +21,6 @@ import torch
 
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.parity import TokenParity
-from luthier.models.backends import llama_cpp_library
 from luthier.models.gguf import Quantization, round_weights, shown_bytes
 from luthier.types import IntArray, Message
 
@@ -44,14 +43,13 @@ CONTEXT = 512
 LIKELIEST = 64
 """Tokens of which llama.cpp tells the probability, in each place."""
 LIMIT, QUANTIZED_LIMIT = 0.005, 0.08
-"""Mean divergence in nats a token, with the weights that the file has, beyond which it is refused:
-seven times what was measured or more (docs/log/service.md). Weights of less than 16 bits are
-multiplied by numbers that llama.cpp rounds to 8."""
+"""Of :func:`largest_divergence`: seven times what was measured or more (docs/log/service.md). Weights
+of less than 16 bits are multiplied by numbers that llama.cpp rounds to 8."""
 
 
-def has_llama_cpp() -> bool:
-    """Whether llama.cpp is there."""
-    return llama_cpp_library() is not None
+def largest_divergence(quantization: Quantization) -> float:
+    """Nats a token on average, with the weights that a file has, beyond which it is refused."""
+    return LIMIT if quantization in ("f32", "f16", "bf16") else QUANTIZED_LIMIT
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,11 @@ class TokenLogps:
 
 
 @dataclass(frozen=True)
-class Written:
+class Continuation:
     """What llama.cpp wrote behind a prompt."""
 
     tokens: list[int]
-    told: list[TokenLogps]
+    token_logps: list[TokenLogps]
     """What is known of some of them, in their order: llama.cpp tells nothing of tokens that end within
     a character."""
     tokens_per_second: float
@@ -138,7 +136,7 @@ class LlamaCpp:
         turns = [{"role": each.role, "content": each.content} for each in messages]
         return str(self._post("/apply-template", {"messages": turns})["prompt"])
 
-    def write(self, ids_T: IntArray, count: int) -> Written:
+    def write(self, ids_T: IntArray, count: int) -> Continuation:
         """Go on greedily from a prompt, until ``count`` tokens or one that ends replies."""
         answer = self._post(
             "/completion",
@@ -147,7 +145,7 @@ class LlamaCpp:
                 "n_probs": LIKELIEST, "return_tokens": True, "cache_prompt": False,
             },
         )  # fmt: skip
-        told = [
+        token_logps = [
             TokenLogps(
                 int(each["id"]),
                 len(each["bytes"]),
@@ -156,7 +154,7 @@ class LlamaCpp:
             for each in answer.get("completion_probabilities", ())
         ]
         speed = float(answer["timings"]["predicted_per_second"])
-        return Written([int(token) for token in answer["tokens"]], told, speed)
+        return Continuation([int(token) for token in answer["tokens"]], token_logps, speed)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         request = Request(  # noqa: S310 - loopback
@@ -216,7 +214,7 @@ def compare_gguf(
         raise RecipeError("llama.cpp wrote nothing behind any prompt")
     round_weights(network, quantization)
     as_read = float(np.mean(_compare(network, chat, texts)[1]))
-    limit = LIMIT if quantization in ("f32", "f16", "bf16") else QUANTIZED_LIMIT
+    limit = largest_divergence(quantization)
     if not as_read <= limit:
         raise RecipeError(
             f"llama.cpp answers otherwise: with the same weights, its probabilities are {as_read:.2g} "
@@ -228,7 +226,7 @@ def compare_gguf(
 
 
 def _compare(
-    network: Any, chat: ChatFormat, texts: Sequence[tuple[IntArray, Written]]
+    network: Any, chat: ChatFormat, texts: Sequence[tuple[IntArray, Continuation]]
 ) -> tuple[list[bool], list[float]]:
     """Whether the greedy token is the same, in each place, and divergences where they are known."""
     same: list[bool] = []
@@ -241,7 +239,7 @@ def _compare(
         places = _places(written, chat)
         divergences += [
             _divergence(logp_TV[place], each.logps)
-            for place, each in zip(places, written.told, strict=True)
+            for place, each in zip(places, written.token_logps, strict=True)
         ]
     return same, divergences
 
@@ -268,7 +266,7 @@ def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]
     return ids_T
 
 
-def _places(written: Written, chat: ChatFormat) -> list[int]:
+def _places(written: Continuation, chat: ChatFormat) -> list[int]:
     """Numbers of the tokens that llama.cpp told something of."""
     texts = chat.tokenizer.convert_ids_to_tokens(written.tokens)
     added = chat.tokenizer.added_tokens_decoder
@@ -277,8 +275,8 @@ def _places(written: Written, chat: ChatFormat) -> list[int]:
         for token, text in zip(written.tokens, texts, strict=True)
     ]
     found = [-1]
-    for number, each in enumerate(written.told):
-        wanted = sum(other.size for other in written.told[: number + 1])
+    for number, each in enumerate(written.token_logps):
+        wanted = sum(other.size for other in written.token_logps[: number + 1])
         found.append(
             next(
                 place

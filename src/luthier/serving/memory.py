@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from luthier.engine.machine import return_freed_memory, set_malloc_threshold
 from luthier.serving.scheduler import discount
 
 KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
@@ -35,10 +36,6 @@ LARGE_BLOCK = 4 << 20
 """Bytes of a block that the system gives alone, and has back as soon as it is freed."""
 ROUNDS = 10
 """How often freed memory is given back after a load has grown the process."""
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of ``mallopt`` in the GNU C library."""
 
 
 def resident_bytes() -> int:
@@ -83,16 +80,12 @@ class FreedMemory:
         self.seconds, self.growth = seconds, growth
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
-        self._library = ctypes.CDLL(None)
-        self._trim = getattr(self._library, "malloc_trim", None)
 
     def start(self) -> None:
         """Begin to look; from here on large blocks lie apart from others."""
-        if self._trim is not None:
-            # By default the library takes blocks of up to 32 MiB from its heaps once it has seen such a
-            # one freed, keeps up to 64 MiB at the end of each heap, and there are eight for each core.
-            for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-                self._library.mallopt(option, LARGE_BLOCK)
+        # By default the library takes blocks of up to 32 MiB from its heaps once it has seen such a one
+        # freed, keeps up to 64 MiB at the end of each heap, and there are eight for each core.
+        if set_malloc_threshold(LARGE_BLOCK):
             self._thread = threading.Thread(target=self._run, name="freed-memory", daemon=True)
             self._thread.start()
 
@@ -101,12 +94,6 @@ class FreedMemory:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-
-    def give_back(self) -> int:
-        """Give back what is free now; bytes that are held afterwards."""
-        if self._trim is not None:
-            self._trim(0)
-        return resident_bytes()
 
     def _run(self) -> None:
         least, rounds = resident_bytes(), 0
@@ -118,7 +105,12 @@ class FreedMemory:
                 least = min(least, now)
                 continue
             # Again for a while: what is freed later grows nothing, and stays as well.
-            least, rounds = self.give_back(), rounds - 1
+            return_freed_memory()
+            least, rounds = resident_bytes(), rounds - 1
+
+
+RETRY_SECONDS = 0.05
+"""How often memory, or time, that other models have is asked for again: they do not tell."""
 
 
 class CacheBudget:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.errors import RecipeError
+from luthier.errors import RefusedInput
 from luthier.models.backends import AdapterBackend, backend_of, chosen_backend
 
 if TYPE_CHECKING:
@@ -93,10 +93,10 @@ def open_model(
     merged. ``base`` is its parent, where that is open. With ``exact`` each sequence has the same bits
     whatever steps beside it, where the backend can.
     """
-    from luthier.engine.machine import open_network, open_writer
+    from luthier.engine.machine import open_network
     from luthier.models.load import check_folder
     from luthier.serving.derived_gguf import gguf_of, gguf_type
-    from luthier.store.models import room_of
+    from luthier.store.models import attach_adapter, objective_of, room_of, shares_base
 
     entry = chosen_backend()
     if entry.open_file is not None:
@@ -105,11 +105,18 @@ def open_model(
             vocabulary = int(check_folder(stored.network_folder)["vocab_size"])
             file = gguf_of(stored, kind, entry.open_file)
             backend = entry.open_file(file, room_of(stored), vocabulary)
-        except RecipeError as error:
+        except RefusedInput as error:
             if stored.id not in _fallen_back:
                 _fallen_back.add(stored.id)
                 _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)
         else:
             return OpenedModel(backend, vocabulary, lambda: open_network(stored))
-    network = open_writer(stored, None if base is None else base.network)
+    if not shares_base(stored):
+        return OpenedModel.of(open_network(stored), exact)
+    assert stored.parent is not None
+    if base is not None:
+        parent = base.network
+    else:
+        parent = open_network(stored.parent, objective_of(stored).head())
+    network = parent.with_adapter(lambda model: attach_adapter(model, stored))
     return OpenedModel.of(network, exact, base)

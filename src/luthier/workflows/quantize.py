@@ -27,6 +27,7 @@ from luthier.engine.machine import choose_machine, open_network
 from luthier.errors import RecipeError
 from luthier.evaluation.significance import Difference, RowScores, paired_differences
 from luthier.files import disk_errors
+from luthier.models.backends import llama_cpp_library
 from luthier.models.gguf import (
     Quantization,
     check_quantization,
@@ -40,7 +41,7 @@ from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
 from luthier.objectives.references import with_reference_logps
 from luthier.serving.evaluation import BUDGET, fit_rows
-from luthier.serving.gguf_parity import has_llama_cpp, open_gguf
+from luthier.serving.gguf_parity import open_gguf
 from luthier.store.models import (
     StoredModel,
     ancestors,
@@ -289,7 +290,7 @@ def _losses(network: Network, texts: Sequence[Example]) -> RowScores:
 
 def _speed(network: Any, chat: ChatFormat, kind: Quantization) -> float | None:
     """Tokens a second of llama.cpp from a file of this type: the best of three."""
-    if not has_llama_cpp():
+    if llama_cpp_library() is None:
         return None
     ids_T = chat.encode_prompt((Message("user", "Tell me a long story."),))
     plain = TemporaryDirectory() if keyring() is None else new_plain_folder()
