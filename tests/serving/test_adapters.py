@@ -310,7 +310,9 @@ def test_a_request_that_is_cancelled_as_its_adapter_goes_disturbs_nobody(
 ) -> None:
     text_of(pool, base)
     text_of(pool, NAMES[0])
-    expected = [pool.submit(base, asked(f"{word} " * 90)).whole()[0].text for word in ("fox", "dog")]
+    expected = [
+        pool.submit(base, asked(f"{word} " * 90)).whole()[0].text for word in ("fox", "dog")
+    ]
     backend = pool._entries[base].model._backend
     pool._prefixes.forget(pool._entries[base].model)
     reading, gone = threading.Event(), threading.Event()

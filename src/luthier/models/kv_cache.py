@@ -168,16 +168,16 @@ class Banks:
     def __init__(self) -> None:
         self._banks: dict[int, Bank] = {}
 
-    def keep(self, span: Span, tokens: int) -> Span:
-        """A copy of ``span`` with room for ``tokens``."""
+    def copy(self, span: Span, tokens: int) -> Span:
+        """Another place with room for ``tokens``, and what ``span`` holds."""
         room = room_for(tokens)
         return self._banks.setdefault(room, Bank(room)).copy(span)
 
-    def grown(self, span: Span) -> Span:
+    def with_room(self, span: Span) -> Span:
         """``span`` itself where it has room for one token more, else a larger one in its place."""
         if span.length < span.bank.room:
             return span
-        larger = self.keep(span, span.length + 1)
+        larger = self.copy(span, span.length + 1)
         span.bank.remove(span)
         return larger
 
@@ -259,7 +259,7 @@ class StepAttention:
     """Attention of the next tokens of several sequences, one token or more of each.
 
     A row is a place in a bank and the number of the sequence's tokens in this step that stand before
-    it. ``rows`` are in the order of :func:`in_order`; those that are neighbours in a bank run as one,
+    it. ``rows`` are in the order of :func:`step_order`; those that are neighbours in a bank run as one,
     with the shapes that they have when each takes its steps one by one. Between them there may be
     others, which take no step now. Rows beyond them fill up.
     """
@@ -332,7 +332,7 @@ class _Run:
         return out.view(self.count, -1, value.shape[-1])
 
 
-def in_order(rows: Sequence[StepRow]) -> list[int]:
+def step_order(rows: Sequence[StepRow]) -> list[int]:
     """Indices of ``rows``: those nobody is ahead of first, and neighbours in a bank as neighbours."""
     return sorted(
         range(len(rows)), key=lambda i: (rows[i][1], rows[i][0].bank.room, rows[i][0].slot)

@@ -41,9 +41,9 @@ from luthier.models.kv_cache import (
     KeyValues,
     Span,
     StepAttention,
-    in_order,
     keys_for,
     room_for,
+    step_order,
 )
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
@@ -119,7 +119,7 @@ class _FlatSequence:
     def unread(self) -> int:
         return len(self.ids_T) - self.read
 
-    def takes(self, token: int) -> Tensor | None:
+    def accept(self, token: int) -> Tensor | None:
         """Logits behind ``token``, which is written now, where it was guessed."""
         self.lookup.append(token)
         if self.guess and self.guess[0] == token:
@@ -154,8 +154,8 @@ class FlatBackend:
         config = network.model.config
         key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = torch.empty(0, dtype=network.dtype).element_size()
-        self._bytes = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size) * width
+        numbers = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size)
+        self._bytes = numbers * network.dtype.itemsize
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
         self._base = Adapter(network, network.model, {}, prefix_tokens(network.model))
@@ -339,7 +339,7 @@ class FlatBackend:
         with self._lock:
             try:
                 for _ in range(copies):
-                    made.append(self._banks.keep(span, span.length + 1))
+                    made.append(self._banks.copy(span, span.length + 1))
             except BaseException:  # there was no memory for all of them
                 for own in made:
                     own.bank.remove(own)
@@ -352,11 +352,11 @@ class FlatBackend:
     def step(self, states: Sequence[Any], tokens: Sequence[int]) -> Tensor:
         """One token for each, in as few steps as the numbers of rows allow."""
         with self._lock:
-            logits = [state.takes(token) for state, token in zip(states, tokens, strict=True)]
+            logits = [state.accept(token) for state, token in zip(states, tokens, strict=True)]
             left = [place for place, row in enumerate(logits) if row is None]
             for place in left:
-                states[place].span = self._banks.grown(states[place].span)
-            left = [left[i] for i in in_order([(states[place].span, 0) for place in left])]
+                states[place].span = self._banks.with_room(states[place].span)
+            left = [left[i] for i in step_order([(states[place].span, 0) for place in left])]
             for first in range(0, len(left), self.rows):
                 part = left[first : first + self.rows]
                 found = self._step([states[i] for i in part], [tokens[i] for i in part])
@@ -388,7 +388,7 @@ class FlatBackend:
             rows += [(state.span, ahead) for ahead in range(1, len(state.guess) + 1)]
             row_tokens += state.guess
             adapters += [state.adapter] * len(state.guess)
-        order = in_order(rows)
+        order = step_order(rows)
         size = self._size_for(len(rows))
         fill = [0] * (size - len(rows))
         positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
@@ -458,7 +458,7 @@ class FlatBackend:
     def _probe_logits(self, ids: IntArray) -> Tensor:
         """Logits behind sequences of the same token twice."""
         banks = Banks()
-        spans = [banks.keep(Bank(room_for(1)).add(), 1) for _ in ids]
+        spans = [banks.copy(Bank(room_for(1)).add(), 1) for _ in ids]
         ids_N = torch.from_numpy(ids.astype(np.int64))
         for place in range(2):
             attention = StepAttention([(span, 0) for span in spans], self.network.device)
@@ -609,8 +609,8 @@ class ForwardBackend:
         self._beside = heads.decoder_of(model) is not None
         config = text_config(model.config)
         layers = int(getattr(config, "num_hidden_layers", 1))
-        width = torch.empty(0, dtype=network.dtype).element_size()
-        self._bytes = 2 * layers * int(config.hidden_size) * width * (2 if self._beside else 1)
+        numbers = 2 * layers * int(config.hidden_size) * (2 if self._beside else 1)
+        self._bytes = numbers * network.dtype.itemsize
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes, by the size of the network's states."""

@@ -216,20 +216,15 @@ class RowBatcher:
     def read(self, rows: Sequence[PassRow]) -> None:
         """Read ``rows`` together; where that fails each by itself, as only one of them may be wrong."""
         answers = self._try(rows)
-        if isinstance(answers, Exception) and len(rows) > 1:
+        if not isinstance(answers, Exception):
+            for row, answer in zip(rows, answers, strict=True):
+                row.settle(answer)
+        elif len(rows) == 1:
+            rows[0].settle(answers)
+        else:
             for row in rows:
                 if not row.request.is_done:
-                    (alone,) = self._settled([row], self._try([row]))
-                    row.settle(alone)
-            return
-        for row, answer in zip(rows, self._settled(rows, answers), strict=True):
-            row.settle(answer)
-
-    @staticmethod
-    def _settled(
-        rows: Sequence[PassRow], answers: list[dict[str, Any]] | Exception
-    ) -> Sequence[dict[str, Any] | Exception]:
-        return [answers] * len(rows) if isinstance(answers, Exception) else answers
+                    self.read([row])
 
     def _try(self, rows: Sequence[PassRow]) -> list[dict[str, Any]] | Exception:
         """Answers to ``rows``, whose time is counted; or what went wrong."""
@@ -307,9 +302,6 @@ class RowBatcher:
 def _bytes_per_token(network: Any) -> int:
     """About what a layer keeps of a token until it is done: states, queries, keys, values, and the
     widened state twice."""
-    import torch
-
     config = network.model.config
     widened = getattr(config, "intermediate_size", None) or 4 * network.width
-    numbers = 8 * network.width + 2 * int(widened)
-    return int(numbers * torch.empty(0, dtype=network.dtype).element_size())
+    return int((8 * network.width + 2 * int(widened)) * network.dtype.itemsize)

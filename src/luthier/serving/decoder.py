@@ -39,7 +39,7 @@ from luthier.serving.inference import (
     TokenChunk,
     ToolCallEvent,
 )
-from luthier.serving.memory import CacheBudget
+from luthier.serving.memory import RETRY_SECONDS, CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import PromptLimit
 from luthier.serving.scheduler import (
@@ -67,8 +67,6 @@ READ = 512
 """Tokens of prompts that are read between two tokens of those who write."""
 UNREAD = 4096
 """Pieces of an answer that wait to be read; then no more of it is written."""
-RETRY_SECONDS = 0.05
-"""How often memory, or time, that other models have is asked for again."""
 
 _log = logging.getLogger("luthier.serving")
 

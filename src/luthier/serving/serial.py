@@ -35,7 +35,7 @@ from luthier.objectives.capabilities import (
 )
 from luthier.serving.batcher import ReadRequest, RowBatcher, RowFailed, Work
 from luthier.serving.inference import ImageRequest, InferenceFailed, InferenceRefused
-from luthier.serving.memory import CacheBudget
+from luthier.serving.memory import RETRY_SECONDS, CacheBudget
 from luthier.serving.prompts import PromptLimit
 from luthier.serving.scheduler import Cancelled, FairScheduler, current_client
 
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 COPIED_AT_ONCE = 8
 """Images that go through an autoencoder in one turn: large ones take longer to decode than that."""
-RETRY_SECONDS = 0.05
-"""How often memory that other models have is asked for again."""
 THIS_MODEL = "This model"
 """What refusals call it, as clients do not know its id in the store."""
 
