@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from decoding import answer
 
@@ -121,6 +122,20 @@ def test_requests_have_the_memory_when_they_need_it() -> None:
     memory.give("a", 1000 * TOKEN)
     add(cache, prompt((0, 100)))
     assert cache.nbytes == 100 * TOKEN
+
+
+def test_all_goes_at_once_where_all_the_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is looked through once, and not again for each prompt: others wait meanwhile."""
+    memory = CacheBudget(1 << 30)
+    cache = PrefixCache(memory)
+    for place in range(40):
+        add(cache, prompt((1000, 40), (10_000 + 100 * place, 40)), client=str(place % 3))
+    looks: list[int] = []
+    nodes = PrefixCache._nodes
+    monkeypatch.setattr(PrefixCache, "_nodes", lambda self: looks.append(1) or nodes(self))
+    assert memory.take("a", 1 << 30)
+    assert not cache.nbytes and memory._spare == 0 and not cache._roots
+    assert len(looks) == 1
 
 
 def test_a_repeated_beginning_gives_the_same_text_and_is_told(opened: Decoder) -> None:

@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,7 +125,8 @@ class PrefixCache:
     def reclaim(self, size: int) -> None:
         """Give ``size`` bytes back, or all there are."""
         with self._lock:
-            while size > 0 and (freed := self._evict(set())):
+            evictions = self._evictions(set())
+            while size > 0 and (freed := next(evictions, 0)):
                 size -= freed
 
     def _path(self, key: Key, ids_T: IntArray) -> Iterator[tuple[_Node, int]]:
@@ -154,34 +156,40 @@ class PrefixCache:
         """Have ``size`` bytes for one more node, without letting go of ``path``."""
         if size > self._most:
             return False
-        nodes = sum(1 for _ in self._nodes())
+        nodes, evictions = sum(1 for _ in self._nodes()), self._evictions(path)
         while (
             nodes >= MOST_NODES
             or sum(self._bytes.values()) + size > self._most
             or not self._memory.take_spare(size)
         ):
-            if not self._evict(path):
+            if not next(evictions, 0):
                 return False
             nodes -= 1
         return True
 
-    def _evict(self, path: set[_Node]) -> int:
-        """Let go of one node; its bytes."""
-        leaves: dict[Key, list[_Node]] = {}
+    def _evictions(self, path: set[_Node]) -> Iterator[int]:
+        """Let go of one node after the other, as many as are asked for; the bytes of each."""
+        # Looked for once: whoever needs the memory holds others up, and all that is there may go.
+        leaves: dict[Key, list[tuple[int, int, _Node]]] = {}
+        numbers = itertools.count()  # of those that were used at once, any may go first
         for key, node in self._nodes():
             if not node.children and node not in path:
-                leaves.setdefault(key, []).append(node)
-        if not leaves:
-            return 0
-        key = max(leaves, key=lambda key: self._bytes[key])
-        oldest = min(leaves[key], key=lambda node: node.used)
-        assert oldest.parent is not None
-        del oldest.parent.children[int(oldest.ids_T[0])]
-        self._bytes[key] -= oldest.nbytes
-        if not self._roots[key].children:
-            del self._roots[key], self._bytes[key]
-        self._memory.give_back_spare(oldest.nbytes)
-        return oldest.nbytes
+                heappush(leaves.setdefault(key, []), (node.used, next(numbers), node))
+        while leaves:
+            key = max(leaves, key=lambda key: self._bytes[key])
+            *_, oldest = heappop(leaves[key])
+            parent = oldest.parent
+            assert parent is not None
+            del parent.children[int(oldest.ids_T[0])]
+            self._bytes[key] -= oldest.nbytes
+            if parent.parent is not None and not parent.children and parent not in path:
+                heappush(leaves[key], (parent.used, next(numbers), parent))
+            if not leaves[key]:
+                del leaves[key]
+            if not self._roots[key].children:
+                del self._roots[key], self._bytes[key]
+            self._memory.give_back_spare(oldest.nbytes)
+            yield oldest.nbytes
 
     def _nodes(self) -> Iterator[tuple[Key, _Node]]:
         for key, root in self._roots.items():
