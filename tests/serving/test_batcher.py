@@ -131,8 +131,9 @@ def test_many_rows_hold_up_no_single_one(pool: ModelPool, monkeypatch: pytest.Mo
         passes.wait_for(2)
         passes.go_on.set()
         one.result(20)
-        assert not many.done() and len(passes.rows) <= 3
         assert len(many.result(20)) == 60
+    # Threads may hear late of their answers: which pass had the single row does not depend on it.
+    assert [len({len(row) for row in rows}) for rows in passes.rows[:4]] == [1, 2, 1, 1]
     assert max(sum(len(row) for row in rows) for rows in passes.rows) <= 32
 
 
