@@ -15,7 +15,7 @@ import pytest
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity, memory_of
 from luthier.jobs.folders import LONGEST_LOG, JobFolders
-from luthier.jobs.scheduler import DiskWaits, Scheduler
+from luthier.jobs.scheduler import RoomWaits, Scheduler
 from luthier.store import queue as leased_work
 from luthier.store.jobs import Job
 from luthier.store.queue import LeaseWatch
@@ -192,19 +192,19 @@ def test_no_worker_is_started_on_a_full_disk(queue: Any, monkeypatch: Any) -> No
 
 def test_a_job_that_finds_no_room_waits_longer_each_time() -> None:
     clock = [100.0]
-    waits = DiskWaits(lambda: clock[0])
+    waits = RoomWaits(lambda: clock[0])
     seconds = []
     for lease in ("a", "b", "c"):
         waits.begin(lease, "job")
-        waits.end(lease, no_disk=True)
+        waits.end(lease, no_room=True)
         began = clock[0]
         while waits.backed_off() == {"job"}:
             clock[0] += 1
         seconds.append(clock[0] - began)
     assert seconds == [5, 10, 20]
     waits.begin("d", "job")
-    waits.end("d", no_disk=False)
-    waits.end("of another server", no_disk=True)
+    waits.end("d", no_room=False)
+    waits.end("of another server", no_room=True)
     assert waits.backed_off() == set()
 
 

@@ -41,6 +41,8 @@ from luthier.encryption.keys import begin
 from luthier.encryption.memory import hold_temporary_files
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
+from luthier.jobs.ray_runner import RayRunner
+from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
 from luthier.serving.confined_work import ConfinedWork
@@ -108,7 +110,10 @@ class Service:
         self.activation = Activation(self.database)
         capacity = Capacity()
         self.scheduler = Scheduler(
-            self.database, capacity, options=_worker_options(settings, capacity)
+            self.database,
+            capacity,
+            options=_worker_options(settings, capacity),
+            runner=_checked_runner(settings, self.database),
         )
         self.trail = AuditTrail(self.database)
         self.connections = Connections(settings.limits)
@@ -277,12 +282,23 @@ class Service:
         }
 
 
+def _checked_runner(settings: Settings, database: Database) -> Runner:
+    """Where training runs, refused at the start where it could not."""
+    if settings.ray_address is None:
+        return LocalRunner()
+    runner = RayRunner(settings.ray_address, settings.ray_gpus)
+    if settings.work:
+        runner.check(database)
+    return runner
+
+
 def _worker_options(settings: Settings, capacity: Capacity) -> list[str]:
     options = ["--region", settings.region, "--memory", str(capacity.memory)]
     if settings.s3_endpoint:
         options += ["--s3-endpoint", settings.s3_endpoint]
     for root in settings.file_roots:
-        options += ["--file-root", str(root)]
+        # A worker on another machine has another working directory.
+        options += ["--file-root", str(root.absolute())]
     for name in AccountQuotas.model_fields:
         value = getattr(settings.limits, name)
         if value != getattr(AccountQuotas(), name):

@@ -36,5 +36,11 @@ class Settings:
     """Refuse signatures whose scope names another region."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the service from a browser; none by default."""
+    ray_address: str | None = None
+    """Head of the Ray cluster whose nodes do the training; on this machine where it is ``None``."""
+    ray_gpus: float = 0.0
+    """GPUs that each training reserves there."""
+    work: bool = True
+    """Whether this server works on the queue."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """What the server takes on, of one client and in all."""

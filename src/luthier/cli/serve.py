@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,13 @@ from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
     from luthier.store.bootstrap import IssuedKeys
+
+
+class RunnerName(StrEnum):
+    """Where training runs."""
+
+    local = "local"
+    ray = "ray"
 
 
 def serve(
@@ -87,6 +95,19 @@ def serve(
             help="Let /metrics, which answers to everybody, tell what each account uses.",
         ),
     ] = False,
+    runner: Annotated[
+        RunnerName, typer.Option(help="Where training runs: on this machine, or on a Ray cluster.")
+    ] = RunnerName.local,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Head of the Ray cluster; this machine has to be a node of it.",
+        ),
+    ] = None,
+    ray_gpus: Annotated[
+        float, typer.Option(help="GPUs that each training reserves on a node.")
+    ] = 0.0,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Take jobs, and leave the work to other servers.")
     ] = False,
@@ -130,6 +151,8 @@ def serve(
                 f"--requests-per-second {requests_per_second:g}: write a number from 0 on; without "
                 "the option there is no limit"
             )
+        if (runner is RunnerName.ray) != (ray_address is not None):
+            raise RefusedInput("--runner ray and --ray-address HOST:PORT belong together")
         settings = Settings(
             region=region,
             account=account,
@@ -142,6 +165,9 @@ def serve(
             cors_origins=check_origins(cors_origin or ()),
             limits=parse_limits(limit or ()),
             metrics_by_account=metrics_by_account,
+            ray_address=ray_address,
+            ray_gpus=ray_gpus,
+            work=not no_workers,
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )
         log_as_json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,9 +39,14 @@ def worker(
         list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
     ] = None,
     limit: Quotas = None,
+    until_stdin_closes: Annotated[
+        bool, typer.Option(help="End at once where standard input does: its starter is gone.")
+    ] = False,
 ) -> None:
     """Do one piece of the work that a server has queued."""
     _prepare_process()
+    if until_stdin_closes:
+        threading.Thread(target=_end_with_stdin, name="starter", daemon=True).start()
     from luthier.jobs.kinds import KINDS
 
     configure_logging(KINDS[kind].folders(row_id))
@@ -73,6 +79,15 @@ def _prepare_process() -> None:
     os.nice(5)
     keys.taken_over()
     memory.hold_temporary_files()
+
+
+def _end_with_stdin() -> None:
+    """Wait for the end of standard input, and end the process where it stands."""
+    from luthier.jobs.processes import LOST
+
+    while os.read(0, 1024):
+        pass
+    os._exit(LOST)
 
 
 def configure_logging(folders: JobFolders) -> None:

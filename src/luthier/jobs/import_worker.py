@@ -48,7 +48,7 @@ from luthier.files import (
 )
 from luthier.jobs.folders import ImportFolders
 from luthier.jobs.processes import LOST
-from luthier.jobs.scheduler import free
+from luthier.jobs.runners import free
 from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest
 from luthier.models.outside import ImportedFiles, choose, is_weights

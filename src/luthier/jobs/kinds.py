@@ -48,6 +48,8 @@ class WorkKind:
     """How many one machine does at a time; ``None`` for as many as it has memory and cores for."""
     limited_by_account: bool = False
     """Whether ``Capacity.per_account`` holds."""
+    elsewhere: bool = False
+    """Whether it may run on other machines, which share the database and the store alone."""
 
     def worker_class(self) -> Any:
         """The class of its worker, a :class:`luthier.jobs.worker.Worker`."""
@@ -112,6 +114,7 @@ TRAINING = WorkKind(
     "luthier.jobs.training:TrainingWorker",
     prepare=_prepare_jobs,
     limited_by_account=True,
+    elsewhere=True,
 )
 KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
 """By name, in the order in which a scheduler looks at them: imports are few, and short."""

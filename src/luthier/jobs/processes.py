@@ -20,6 +20,10 @@ from luthier.store.database import Database
 
 NO_DISK = 73
 """Exit status of a worker that gave its job back because the disk is full or read-only."""
+NO_NODE = 74
+"""Exit status of a driver that gave its job back because no node of its cluster took it."""
+NO_ROOM = (NO_DISK, NO_NODE)
+"""Those after which work is tried again, later each time."""
 LOST = 75
 """Exit status of a worker that lost its lease."""
 _SECRETS = (

@@ -14,10 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -29,6 +27,7 @@ from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.kinds import KINDS, WorkKind
+from luthier.jobs.runners import FreeCapacity, LocalRunner, Runner
 from luthier.printable import format_exit
 from luthier.store import queue
 from luthier.store.database import Database
@@ -48,40 +47,6 @@ FULL_LATER = (5.0, 300.0)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FreeCapacity:
-    """What is left of a capacity."""
-
-    memory: int
-    cores: int
-    at_work: Counter[type[QueuedWork]]
-    """How much of each kind goes on here."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing goes on here."""
-        return not self.at_work
-
-
-def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCapacity:
-    """What work of all kinds on this machine leaves of ``capacity``.
-
-    No other server claims anything before the transaction ends, so that what is claimed in it was free.
-    ``but`` is the id of work that is not counted.
-    """
-    queue.lock_claims(session)
-    rows = [
-        row
-        for kind in KINDS.values()
-        for row in queue.leased_rows(session, kind.table)
-        # Of one without a worker nothing is known: it may be here.
-        if row.id != but and (row.worker is None or processes.is_here(row.worker))
-    ]
-    memory = capacity.memory - sum(row.needed_memory for row in rows)
-    cores = capacity.cores - sum(row.cores for row in rows)
-    return FreeCapacity(memory, cores, Counter(type(row) for row in rows))
-
-
 class Scheduler:
     """The thread of a server that turns the queue into work, each by a process that holds its lease."""
 
@@ -94,6 +59,7 @@ class Scheduler:
         command: Sequence[str] = (sys.executable, "-m", "luthier", "worker"),
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        runner: Runner | None = None,
     ) -> None:
         """Prepare; :meth:`start` begins.
 
@@ -104,16 +70,19 @@ class Scheduler:
             command: what starts a worker; ``--kind NAME --id ID --lease TOKEN`` follows.
             options: what every worker is told beside that, such as ``--file-root DIR``.
             environment: variables that workers have beside this process's own.
+            runner: where work runs of the kinds that may run elsewhere; on this machine when not given.
         """
         self.database, self.kinds = database, kinds
+        self._local = LocalRunner()
+        self._runner = runner or self._local
         self.capacity = capacity or Capacity()
         self.command = [*command, *options]
         self.environment = {**processes.database_environment(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
         """Workers that were started here and not seen to end, by their leases."""
         self.watch = LeaseWatch(LEASE.total_seconds())
-        self._disk = DiskWaits()
-        self._not_before = 0.0
+        self._waits = RoomWaits()
+        self._not_before: dict[Runner, float] = {}
         """When workers may be started again, after one could not."""
         self._thread: threading.Thread | None = None
         self._wanted = threading.Event()
@@ -141,14 +110,22 @@ class Scheduler:
         if not give_back:
             return
         with self.database.read() as session:
-            workers = [row.worker for row in self._leased_rows(session) if row.worker]
-        here = [worker for worker in workers if processes.is_here(worker)]
-        for worker in here:
-            processes.send(worker, signal.SIGTERM)
+            held = [(str(row.lease), row.worker) for row in self._leased_rows(session)]
+        here, drivers = [], []
+        for lease, worker in held:
+            if worker and processes.is_here(worker):
+                processes.send(worker, signal.SIGTERM)
+                here.append(worker)
+            elif lease in self.children:  # which stands for a worker on another machine
+                self.children[lease].terminate()
+                drivers.append(self.children[lease])
         deadline = time.monotonic() + RETURN
-        while time.monotonic() < deadline and any(map(processes.is_alive, here)):
+        while time.monotonic() < deadline:
+            ended = [child.poll() is not None for child in drivers]
             for child in self.children.values():
                 child.poll()
+            if all(ended) and not any(map(processes.is_alive, here)):
+                break
             time.sleep(0.05)
 
     def _loop(self) -> None:
@@ -190,6 +167,8 @@ class Scheduler:
             elif self.watch.silent(lease, row.lease_ends):
                 if worker and not worker.get("starting"):
                     processes.send(worker, signal.SIGKILL)
+                    if not processes.is_here(worker) and lease in self.children:
+                        self.children[lease].kill()  # and what it stands for on another machine
                 why = "its worker was not heard from any more"
             else:
                 continue
@@ -203,47 +182,64 @@ class Scheduler:
         for lease, status in ended.items():
             if status is not None:
                 del self.children[lease]
-                self._disk.end(lease, status == processes.NO_DISK)
+                self._waits.end(lease, status in processes.NO_ROOM)
 
     def _start_next(self, kind: WorkKind) -> bool:
         """Start a worker for the next work of a kind that fits; whether there was one."""
-        if time.monotonic() < self._not_before:
+        runner = self._runner_of(kind)
+        if time.monotonic() < self._not_before.get(runner, 0.0):
             return False
         if room(luthier_home()) < ROOM:
             _log.error("the disk of %s is full or read-only: no worker is started", luthier_home())
-            self._not_before = time.monotonic() + LATER
+            self._not_before[runner] = time.monotonic() + LATER
             return False
-        # Until the worker is there, the server stands for it.
-        process = {**processes.this_process(), "starting": True}
-        per_account = self.capacity.per_account if kind.limited_by_account else None
-        with self.database.write() as session:
-            left = free(session, self.capacity)
-            if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
-                return False
-            row = queue.claim(
-                session,
-                kind.table,
-                process,
-                left.memory,
-                left.cores,
-                idle=left.idle,
-                per_account=per_account,
-                passed_over=self._disk.backed_off(),
-                before=self._overdue_beside(session, kind, left),
-            )
+        try:
+            runner.refresh()
+        except LuthierError as error:
+            _log.error("no worker is started for %s: %s", kind.name, error)
+            self._not_before[runner] = time.monotonic() + LATER
+            return False
+        row = self._claim_next(kind, runner)
         if row is None:
             return False
         lease = str(row.lease)
         try:
-            self.children[lease] = self._spawn(kind, row.id, lease)
-            self._disk.begin(lease, row.id)
+            self.children[lease] = self._spawn(kind, row, lease, runner)
+            self._waits.begin(lease, row.id)
         except (OSError, LuthierError) as error:
             _log.error("no worker could be started for %s %s: %s", kind.name, row.id, error)
-            self._not_before = time.monotonic() + LATER
+            self._not_before[runner] = time.monotonic() + LATER
             with self.database.write() as session:
                 queue.release(session, kind.table, row.id, lease, f"No worker could start: {error}")
             return False
         return True
+
+    def _runner_of(self, kind: WorkKind) -> Runner:
+        return self._runner if kind.elsewhere else self._local
+
+    def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
+        """The next work of a kind that fits, held by a lease of its own; ``None`` where none does."""
+        # Until the worker is there, the server stands for it.
+        process = {**processes.this_process(), "starting": True}
+        per_account = self.capacity.per_account if kind.limited_by_account else None
+        with self.database.write() as session:
+            for left in runner.free(session, self.capacity):
+                if kind.at_once is not None and left.at_work[kind.table] >= kind.at_once:
+                    continue
+                row = queue.claim(
+                    session,
+                    kind.table,
+                    process,
+                    left.memory,
+                    left.cores,
+                    idle=left.idle,
+                    per_account=per_account,
+                    passed_over=self._waits.backed_off(),
+                    before=self._overdue_beside(session, kind, left),
+                )
+                if row is not None:
+                    return row
+        return None
 
     def _overdue_beside(
         self, session: Session, kind: WorkKind, left: FreeCapacity
@@ -253,26 +249,28 @@ class Scheduler:
         for other in KINDS.values():
             # With as many at work as may be, the next one waits for its turn, and not for memory.
             full = other.at_once is not None and left.at_work[other.table] >= other.at_once
-            if other is not kind and not full:
+            if other is not kind and self._runner_of(other) is self._runner_of(kind) and not full:
                 per_account = self.capacity.per_account if other.limited_by_account else None
                 found.append(queue.overdue(session, other.table, per_account))
         return min((each for each in found if each), key=lambda each: each.since, default=None)
 
-    def _spawn(self, kind: WorkKind, row_id: str, lease: str) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, kind: WorkKind, row: QueuedWork, lease: str, runner: Runner
+    ) -> subprocess.Popen[bytes]:
         with ExitStack() as opened:
             handed, files = opened.enter_context(keys.handed_over())
             # With keys, it writes the log itself, encrypted.
-            folders: JobFolders = kind.folders(row_id)
+            folders: JobFolders = kind.folders(row.id)
             log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()
             opened.callback(os.close, log)
-            work = ["--kind", kind.name, "--id", row_id, "--lease", lease]
+            work = ["--kind", kind.name, "--id", row.id, "--lease", lease]
             environment: dict[str, Any] = {
                 **processes.worker_environment(),
                 **self.environment,
                 **handed,
             }
             return subprocess.Popen(
-                [*self.command, *work],
+                runner.command([*self.command, *work], kind, row),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -282,8 +280,8 @@ class Scheduler:
             )
 
 
-class DiskWaits:
-    """Which work found no room on the disk, and when each is tried again: later each time."""
+class RoomWaits:
+    """Work that found no room, on disk or in a cluster, and when it is tried next: later each time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -295,13 +293,13 @@ class DiskWaits:
         """A worker began with this lease."""
         self._of_lease[lease] = row_id
 
-    def end(self, lease: str, no_disk: bool) -> None:
+    def end(self, lease: str, no_room: bool) -> None:
         """It ended, for want of room or otherwise."""
         row_id = self._of_lease.pop(lease, None)
         if row_id is None:
             return
         before, _ = self._waits.pop(row_id, (0.0, 0.0))
-        if no_disk:
+        if no_room:
             first, most = FULL_LATER
             seconds = min(most, max(first, 2 * before))
             self._waits[row_id] = seconds, self.clock() + seconds

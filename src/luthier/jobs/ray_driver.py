@@ -1,0 +1,235 @@
+"""The process that stands on the server's machine for a worker on a Ray cluster.
+
+    lease → an actor on a node with room → the worker below it → its exit status
+
+It holds the lease until the worker is there, and gives the work back where no node takes it. When it
+dies Ray ends the actor, and the worker with it; when the actor or its node dies, it ends in turn, which
+the scheduler sees as that of any worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from luthier.errors import LeaseLost
+from luthier.files import luthier_home
+from luthier.jobs.kinds import KINDS
+from luthier.jobs.processes import LOST, NO_NODE, this_process
+from luthier.jobs.ray_worker import RayWorker
+from luthier.jobs.worker import RENEWAL
+from luthier.store import queue
+from luthier.store.database import Database
+
+PLACEMENT_SECONDS = 60.0
+"""Until work is given back that no node has taken."""
+BEGIN_SECONDS = 300.0
+"""Until a worker has to have taken over the lease: a slow disk has its libraries to read."""
+LOOK = 0.5
+"""Seconds between two looks at the worker."""
+ANSWER_SECONDS = 60.0
+"""An actor that does not answer for so long is left to the lease, which its worker renews or loses."""
+PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
+"""How the variables begin that workers have from the server; the others are their node's."""
+FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+_log = logging.getLogger("luthier.jobs.ray_driver")
+
+
+class LeaseHolder:
+    """Holds the lease of a row until its worker has taken it over."""
+
+    def __init__(self, database: Database, kind: str, row_id: str, lease: str) -> None:
+        self.database, self.table = database, KINDS[kind].table
+        self.row_id, self.lease = row_id, lease
+        self._process = {**this_process(), "starting": True}
+        self._renewed = 0.0
+
+    def take(self) -> None:
+        """Stand for the worker in place of the server, which may end meanwhile."""
+        with self.database.write() as session:
+            row = queue.renew(session, self.table, self.row_id, self.lease)
+            row.worker = self._process
+        self._renewed = time.monotonic()
+
+    def renew(self) -> bool:
+        """Renew the lease, when it is time; whether the worker has taken it over."""
+        if time.monotonic() - self._renewed < RENEWAL:
+            return False
+        with self.database.write() as session:
+            row = queue.hold(session, self.table, self.row_id, self.lease)
+            if row.worker != self._process:
+                return True
+            queue.renew(session, self.table, self.row_id, self.lease)
+        self._renewed = time.monotonic()
+        return False
+
+    def give_back(self, message: str) -> None:
+        """Put the work back into the queue, and say why."""
+        with suppress(LeaseLost), self.database.write() as session:
+            queue.release(session, self.table, self.row_id, self.lease, message)
+
+
+class Driver:
+    """Runs one worker on the cluster."""
+
+    def __init__(self, options: argparse.Namespace, holder: LeaseHolder) -> None:
+        self.options, self.holder = options, holder
+        self.asked_to_end = False
+        self.actor: Any = None
+
+    def run(self) -> int:
+        """Start the worker and wait for its end; its exit status."""
+        try:
+            self.holder.take()
+            self._connect()
+            refusal = self._place()
+        except LeaseLost as error:
+            _log.error("%s", error)
+            return LOST
+        except Exception as error:
+            # Of Ray, or of the way to it: nothing of the job was tried, so it costs the job nothing.
+            _log.exception("the cluster took no worker")
+            refusal = f"The Ray cluster took no worker: {_first_line(error)}"
+        if refusal is not None:
+            self.holder.give_back(refusal)
+            return 0 if self.asked_to_end else NO_NODE
+        return self._wait()
+
+    def _connect(self) -> None:
+        connect(self.options.address)
+        # Ray has handlers of its own, which end the process where it stands.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.asked_to_end = True
+
+    def _place(self) -> str | None:
+        """Have the worker started by an actor; why not, where no node took it."""
+        import ray
+
+        options = self.options
+        made = ray.remote(RayWorker).options(
+            num_cpus=options.cores,
+            num_gpus=options.gpus,
+            memory=options.memory,
+            # Whoever goes on holds another lease: new starts are the scheduler's.
+            max_restarts=0,
+        )
+        self.actor = made.remote()
+        environment = {
+            name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
+        }
+        environment["LUTHIER_HOME"] = str(luthier_home().absolute())
+        log = KINDS[options.kind].folders(options.id).log.absolute()
+        started = self.actor.start.remote(options.command, environment, sys.executable, str(log))
+        deadline = time.monotonic() + PLACEMENT_SECONDS
+        while not ray.wait([started], timeout=LOOK)[0]:
+            self.holder.renew()
+            if self.asked_to_end or time.monotonic() > deadline:
+                ray.kill(self.actor)
+                if self.asked_to_end:
+                    return "The server was told to end before a node had room."
+                return f"No node of the Ray cluster had room within {PLACEMENT_SECONDS:g} seconds."
+        try:
+            ray.get(started)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, FileNotFoundError):
+                return (
+                    f"A node of the Ray cluster does not see {cause.filename}: the store "
+                    "(LUTHIER_HOME) has to be on storage that all nodes share, at the same path."
+                )
+            raise
+        return None
+
+    def _wait(self) -> int:
+        """The exit status of the worker."""
+        import ray
+
+        begun, passed_on = False, False
+        deadline = time.monotonic() + BEGIN_SECONDS
+        while True:
+            if self.asked_to_end and not passed_on:
+                passed_on = True
+                self.actor.send.remote(signal.SIGTERM)
+            if not begun:
+                try:
+                    begun = self.holder.renew()
+                except LeaseLost as error:
+                    # Its worker may have begun and ended between two looks, which its status tells.
+                    _log.info("%s", error)
+                    begun = True
+                except Exception as error:
+                    _log.warning("the lease could not be renewed: %s", error)
+                if not begun and time.monotonic() > deadline:
+                    _log.error("the worker did not begin within %g seconds", BEGIN_SECONDS)
+                    return 1
+            try:
+                status = ray.get(self.actor.poll.remote(), timeout=ANSWER_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                _log.warning("the worker's node does not answer")
+                continue
+            except ray.exceptions.RayError as error:
+                _log.error("the worker's actor or its node died: %s", _first_line(error))
+                return 1
+            if status is not None:
+                return int(status)
+            time.sleep(LOOK)
+
+
+def connect(address: str) -> None:
+    """Make this process a driver of the cluster at ``address``."""
+    import ray
+
+    ray.init(
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        configure_logging=False,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run by ``python -m luthier.jobs.ray_driver``; the exit status of the worker."""
+    parser = argparse.ArgumentParser(prog="ray_driver")
+    parser.add_argument("--address", required=True, help="HOST:PORT of the head")
+    parser.add_argument("--probe", action="store_true", help="only try to connect")
+    parser.add_argument("--cores", type=float, default=1.0)
+    parser.add_argument("--memory", type=int, default=0, help="bytes")
+    parser.add_argument("--gpus", type=float, default=0.0)
+    parser.add_argument("--kind")
+    parser.add_argument("--id")
+    parser.add_argument("--lease")
+    parser.add_argument("command", nargs="*", help="of the worker, after --")
+    options = parser.parse_args(arguments)
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    if options.probe:
+        connect(options.address)
+        return 0
+    from luthier.store.schema import METADATA
+
+    assert METADATA.tables  # importing it has declared every table
+    database = Database(os.environ.get("LUTHIER_DATABASE") or None)
+    return Driver(options, LeaseHolder(database, options.kind, options.id, options.lease)).run()
+
+
+if __name__ == "__main__":
+    _status = main(sys.argv[1:])
+    if _status < 0:  # as the worker ended, so that the scheduler can say it
+        signal.signal(-_status, signal.SIG_DFL) if -_status != signal.SIGKILL else None
+        os.kill(os.getpid(), -_status)
+    sys.exit(_status)

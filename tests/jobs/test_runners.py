@@ -1,0 +1,75 @@
+"""Where workers run: what a runner offers, and what stands for a worker, without a cluster."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from luthier.errors import RefusedInput
+from luthier.jobs.kinds import KINDS
+from luthier.jobs.ray_runner import Node, RayRunner
+from luthier.store import queue as leased_work
+from luthier.store.jobs import Job
+
+sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+IDLE = Node("10.0.0.1", 4.0, 4.0, 8_000, 8_000)
+BUSY = Node("10.0.0.2", 4.0, 1.0, 8_000, 2_000)
+
+
+def ray_runner(*nodes: Node) -> RayRunner:
+    made = RayRunner("127.0.0.1:1")
+    made.nodes = lambda: list(nodes)  # type: ignore[method-assign]
+    made.refresh()
+    return made
+
+
+@sqlite
+def test_one_worker_is_on_its_way_to_a_cluster_at_a_time(queue: Any) -> None:
+    queue.submit()
+    runner = ray_runner(IDLE, BUSY)
+    with queue.database.write() as session:
+        offers = runner.free(session, SimpleNamespace())
+        assert [(o.memory, o.cores, o.idle) for o in offers] == [
+            (8_000, 4, True),
+            (2_000, 1, False),
+        ]
+        session.query(Job).update({"memory": 1})
+        here = {"host": "server", "pid": 1, "born": 1.0}
+        job = leased_work.claim(session, Job, {**here, "starting": True}, 10**12, 9)
+        assert job is not None and runner.free(session, SimpleNamespace()) == []
+        job.worker = here
+        session.flush()
+        assert len(runner.free(session, SimpleNamespace())) == 2
+
+
+def test_no_more_is_reserved_than_a_node_has() -> None:
+    row = SimpleNamespace(cores=9, needed_memory=9_000, id="job", lease="token")
+    command = ray_runner(IDLE).command(["luthier"], KINDS["training"], row)  # type: ignore[arg-type]
+    named = dict(itertools.pairwise(command))
+    assert (named["--cores"], named["--memory"], named["--"]) == ("4.0", "8000", "luthier")
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    for address in ("", "head", "head:", "ray://head:x"):
+        with pytest.raises(RefusedInput, match="HOST:PORT"):
+            RayRunner(address)
+
+
+def test_a_cluster_that_is_not_there_is_refused_with_what_to_do(database: Any) -> None:
+    with pytest.raises(RefusedInput, match=r"cannot be reached .* `ray start --head`"):
+        RayRunner("127.0.0.1:1").check(database)
+
+
+def test_a_worker_ends_with_its_standard_input() -> None:
+    code = "import time; from luthier.cli import worker; worker._end_with_stdin(); time.sleep(60)"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(1)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(60) == 75
