@@ -61,6 +61,14 @@ def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) 
     assert any("2 processes share" in note for note in lines.notes)
 
 
+def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recipe: Recipes) -> None:
+    lines = Lines()
+    settings = {"batch_size": 1, "max_steps": 1, "refit": False}
+    train_in_processes(recipe(training=settings, name="few"), 2, reporter=lines)
+    said = [note for note in lines.notes if "a step has 1 row for 2 processes" in note]
+    assert len(said) == 1 and "--batch-size 2" in said[0]
+
+
 def test_what_is_wrong_is_said_once_and_by_its_name(
     luthier_home: Path, recipe: Recipes, tmp_path: Path
 ) -> None:

@@ -144,6 +144,12 @@ def _train_first(
             return done
         if group.size > 1:
             reporter.note(f"{group.size} processes share the rows of each step")
+            rows = job.recipe.training.batch_size or 1
+            if rows < group.size:
+                reporter.note(
+                    f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, so "
+                    f"some may have nothing to do; take fewer processes, or --batch-size {group.size}"
+                )
         try:
             result = Trainer(job, run, reporter, clock, group).run(resume)
             group.first(asdict(result))
