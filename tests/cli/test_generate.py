@@ -41,8 +41,11 @@ def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path:
     ]
     assert "unclosed group, at character 2: (" in Answer(*ask, "--regex", "a(").refused()
     both = Answer(*ask, "--regex", "a", "--schema", str(schema)).refused()
-    assert "one of schema, regex and grammar" in both
-    assert "none.lark cannot be read" in Answer(*ask, "--grammar", "none.lark").refused()
+    assert "give only one of schema, regex and grammar" in both
+    missing = Answer(*ask, "--grammar", "none.lark").refused()
+    assert "none.lark cannot be read: No such file or directory" in missing
+    grammar.write_bytes(b"\xff\xfe")
+    assert "is not text in UTF-8" in Answer(*ask, "--grammar", str(grammar)).refused()
 
 
 def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:

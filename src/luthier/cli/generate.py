@@ -118,8 +118,10 @@ def generate(
 def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @data_errors("nothing was answered")

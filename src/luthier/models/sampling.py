@@ -74,7 +74,7 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise RecipeError("seed must be 0 or more, and below 2**63")
         if [self.schema, self.regex, self.grammar].count(None) < 2:
-            raise RecipeError("an answer matches one of schema, regex and grammar")
+            raise RecipeError("give only one of schema, regex and grammar for an answer to match")
 
     @property
     def constraint(self) -> Constraint | None:

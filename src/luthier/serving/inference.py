@@ -103,7 +103,9 @@ class GenerationRequest(Sampling):
                 f"stop must be at most {STOPS} texts, none of them empty", "stop"
             )
         if [self.schema, self.regex, self.grammar].count(None) < 2:
-            raise InferenceRefused("An answer matches one of schema, regex and grammar.", "grammar")
+            raise InferenceRefused(
+                "Give only one of schema, regex and grammar for an answer to match.", "grammar"
+            )
 
 
 @dataclass(frozen=True)
