@@ -40,6 +40,8 @@ OF_COMMANDS = {
     "engine/runs.py": "--(resume|name)", "engine/loop.py": "--resume",
     "workflows/distil/responses.py": "--(resume|name)", "data/forms.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",
+    # A server is started by a command, and a driver by arguments.
+    "jobs/ray_runner.py": "--[a-z]",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip
 """Texts of other files that clients of the API never come to."""

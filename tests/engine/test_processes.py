@@ -66,7 +66,7 @@ def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recip
     settings = {"batch_size": 1, "max_steps": 1, "refit": False}
     train_in_processes(recipe(training=settings, name="few"), 2, reporter=lines)
     said = [note for note in lines.notes if "a step has 1 row for 2 processes" in note]
-    assert len(said) == 1 and "--batch-size 2" in said[0]
+    assert len(said) == 1 and "`training.batch_size=2`" in said[0]
 
 
 def test_what_is_wrong_is_said_once_and_by_its_name(

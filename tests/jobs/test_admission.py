@@ -14,7 +14,8 @@ from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.import_worker import ImportWorker
 from luthier.jobs.kinds import IMPORT, TRAINING
-from luthier.jobs.scheduler import Scheduler, free
+from luthier.jobs.runners import free
+from luthier.jobs.scheduler import Scheduler
 from luthier.jobs.submit import submit_import
 from luthier.store import imports, jobs
 from luthier.store import queue as leased_work

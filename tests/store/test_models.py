@@ -336,7 +336,7 @@ def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
 
     for asked in ("base:mine-lab", "mine"):
         named = refusal(asked, Predictor.is_able)
-        assert "base:mine-labels" in named and "base:mine-vae" in named and "text" not in named
+        assert "base:mine-labels" in named and "base:mine-vae" in named and "mine-text" not in named
         named = refusal(asked, Generator.is_able)
         assert "base:mine-text" in named and "labels" not in named and "vae" not in named
         named = refusal(asked, ImageGenerator.is_able)

@@ -148,7 +148,8 @@ def _train_first(
             if rows < group.size:
                 reporter.note(
                     f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, so "
-                    f"some may have nothing to do; take fewer processes, or --batch-size {group.size}"
+                    f"some may have nothing to do; take fewer processes, or "
+                    f"`training.batch_size={group.size}`"
                 )
         try:
             result = Trainer(job, run, reporter, clock, group).run(resume)
