@@ -12,16 +12,16 @@ import pytest
 
 from luthier.errors import RefusedInput
 from luthier.jobs.kinds import KINDS
-from luthier.jobs.ray_runner import Node, RayRunner
+from luthier.jobs.ray_runner import RayNode, RayRunner
 from luthier.store import queue as leased_work
 from luthier.store.jobs import Job
 
 sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-IDLE = Node("10.0.0.1", 4.0, 4.0, 8_000, 8_000)
-BUSY = Node("10.0.0.2", 4.0, 1.0, 8_000, 2_000)
+IDLE = RayNode("10.0.0.1", 4.0, 4.0, 8_000, 8_000)
+BUSY = RayNode("10.0.0.2", 4.0, 1.0, 8_000, 2_000)
 
 
-def ray_runner(*nodes: Node) -> RayRunner:
+def ray_runner(*nodes: RayNode) -> RayRunner:
     made = RayRunner("127.0.0.1:1")
     made.nodes = lambda: list(nodes)  # type: ignore[method-assign]
     made.refresh()

@@ -40,7 +40,7 @@ PROBE_SECONDS = 120
 
 
 @dataclass(frozen=True)
-class Node:
+class RayNode:
     """A node of the cluster, as Ray counts it."""
 
     address: str
@@ -69,9 +69,9 @@ class RayRunner(Runner):
             raise RefusedInput(f"--ray-gpus {gpus}: write a number from 0 on")
         self.address, self.gpus = address, gpus
         self.host, self.port = host, int(port)
-        self._nodes: list[Node] = []
+        self._nodes: list[RayNode] = []
         self._looks: ThreadPoolExecutor | None = None
-        self._look: Future[list[Node]] | None = None
+        self._look: Future[list[RayNode]] | None = None
 
     def check(self, database: Database) -> None:
         """Refuse what could run no job, before the service begins.
@@ -119,7 +119,7 @@ class RayRunner(Runner):
                 f"`ray start --address={self.address} --num-cpus=0` here"
             )
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[RayNode]:
         """The nodes that are alive, those with the most free cores first.
 
         Raises:
@@ -159,7 +159,7 @@ class RayRunner(Runner):
                 if gpu is None or gpu.total - gpu.used < self.gpus:
                     continue
             nodes.append(
-                Node(
+                RayNode(
                     state.ip_address,
                     cpu.total,
                     cpu.total - cpu.used,
