@@ -22,6 +22,7 @@ from luthier.files import read_json
 from luthier.models import nets
 from luthier.models.bounds import DOES_NOT_RUN, drawing_bounds, refuse_configuration
 from luthier.models.catalog import CatalogEntry
+from luthier.models.convolutions import mend_convolutions
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
@@ -322,6 +323,7 @@ def _head_names(model: nn.Module) -> set[str]:
 def as_network(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Network:
     """Put a model of transformers on its layout, and check that it gives the same numbers."""
     kind = model.config.model_type  # type: ignore[union-attr]
+    mend_convolutions(model)
     with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(kind)):
         return _checked_network(model, device, dtype)
 

@@ -200,7 +200,7 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
     def measures_whole_weights(self) -> bool:
         """Whether nothing was put beside the weights of the discriminator."""
         layers = [*self.dcgan.discriminator.stages, self.dcgan.score]
-        return all(type(each) in (SpectralConv2d, SpectralLinear) for each in layers)
+        return all(isinstance(each, SpectralConv2d | SpectralLinear) for each in layers)
 
     def generate(self, latent_RZ: Tensor, class_R: Tensor | None = None) -> Tensor:
         """Images ``[R, C, H, W]`` of noise ``[R, Z]``, of classes ``[R]`` where there are some."""

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
 )
 
+from luthier.models.convolutions import convolve
 from luthier.models.nets.image_stages import ImagePreTrainedModel
 
 _STAGES = (  # expansion, channels, blocks, stride, kernel (Tan and Le 2019, table 1)
@@ -68,10 +69,9 @@ class SamePadConv2d(nn.Conv2d):
             size, kernel, stride = input.shape[axis], self.kernel_size[axis], self.stride[axis]
             missing = max(0, (-(-size // stride) - 1) * stride + kernel - size)
             pads += [missing // 2, missing - missing // 2]
-        if pads[0] == pads[1] and pads[2] == pads[3]:  # both sides alike: no copy needed
-            padding = (pads[2], pads[0])
-            return F.conv2d(input, self.weight, None, self.stride, padding, 1, self.groups)
-        return F.conv2d(F.pad(input, pads), self.weight, None, self.stride, 0, 1, self.groups)
+        alike = pads[0] == pads[1] and pads[2] == pads[3]  # on both sides: no copy is needed
+        states, padding = (input, (pads[2], pads[0])) if alike else (F.pad(input, pads), (0, 0))
+        return convolve(states, self.weight, None, self.stride, padding, (1, 1), self.groups)
 
 
 def _layer(
