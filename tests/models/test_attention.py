@@ -239,7 +239,8 @@ def test_rows_beyond_the_sliding_window_are_refused() -> None:
         network.hidden(batch)
 
 
-def test_a_network_with_other_mathematics_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_with_other_mathematics_is_refused(dtype: torch.dtype) -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
     model = GraniteForCausalLM(
@@ -253,7 +254,40 @@ def test_a_network_with_other_mathematics_is_refused() -> None:
         )
     )
     with pytest.raises(RecipeError, match="networks of type granite cannot be trained here yet"):
-        as_network(model, CPU, torch.float32)
+        as_network(model.to(dtype), CPU, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_branch_read_at_other_places_is_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of what the probe reads is its second branch."""
+    batch = Network.batch
+
+    def shifted(self: Network, *tree: Any, **how: Any) -> Any:
+        made = batch(self, *tree, **how)
+        made.depth_N[12:18] += 2  # behind the first row and what both share
+        return made
+
+    torch.manual_seed(0)
+    model = tiny_mistral(window=20).to(dtype)
+    as_network(copy.deepcopy(model), CPU, dtype)
+    monkeypatch.setattr(Network, "batch", shifted)
+    with pytest.raises(RecipeError, match="relative error 0"):
+        as_network(model, CPU, dtype)
+
+
+def test_one_token_that_rounding_changed_is_no_other_mathematics() -> None:
+    from luthier.models.load import _Probe
+
+    probe = _Probe(tiny_mistral(window=20), CPU)
+    expected = torch.randn(2, 12, 320)
+    got = expected * 1.01
+    got[:, 1] = 7 * torch.randn(320)
+    assert probe._error(got, expected, torch.bfloat16) == pytest.approx(0.01, rel=0.01)
+    assert probe._error(got, expected, torch.float32) > 1
+    got[1, 6:] = torch.randn(6, 320)
+    assert probe._error(got, expected, torch.bfloat16) > 1
 
 
 @pytest.mark.parametrize("shape", ["short rows", "many tiles"])
