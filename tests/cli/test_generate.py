@@ -124,10 +124,12 @@ def test_generate_refuses_rows_that_ask_nothing(
         ([MODEL, "hi", "--input", "x.jsonl"], "give one prompt, or --input"),
         ([MODEL, "hi", "--output", "x.jsonl"], "--output goes with --input"),
         ([MODEL, "hi", "--temperature", "-1"], "temperature"),
-        ([MODEL, "hi", "--top-p", "0"], "top-p"),
+        ([MODEL, "hi", "--top-p", "1.1"], "top-p"),
         ([MODEL, "hi", "--max-tokens", "0"], "max-tokens"),
         ([MODEL, "hi", "--max-tokens", "1024"], "context of 1024"),
         ([MODEL, "--input", "none.jsonl"], "file.missing"),
+        ([MODEL, "hi", "--schema", "none.json"], "none.json cannot be read: No such file"),
+        ([MODEL, "hi", "--schema", __file__], "is no JSON"),
     ],
 )
 def test_generate_refuses_what_cannot_work(home: Path, arguments: list[str], text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from luthier.errors import RecipeError
 from luthier.evaluation.parity import compare_backends
 from luthier.models import backends, llama_cpp
-from luthier.models.backends import BACKENDS, LLAMA_CPP_VERSION, Backend
+from luthier.models.backends import BACKENDS, LLAMA_CPP_VERSION, Backend, read_prompts
 from luthier.models.gguf import write_gguf
 from luthier.models.load import as_network
 from luthier.models.torch_backend import FlatBackend
@@ -122,6 +123,17 @@ def test_prompts_are_read_together_as_one_by_one(backend: llama_cpp.LlamaCppBack
     for place, ids in enumerate(PROMPTS[:3]):
         _, alone = begin(backend, ids)
         torch.testing.assert_close(logits[2 * place], alone, rtol=0, atol=ROUNDING)
+
+
+def test_prompts_that_cannot_be_read_leave_nothing_open(backend: llama_cpp.LlamaCppBackend) -> None:
+    for together in (True, False):
+        read = backend.prefill_batch if together else partial(read_prompts, backend)
+        with pytest.raises(ValueError, match="vocabulary"):
+            read([PROMPTS[0], np.array([VOCABULARY])], 3)
+        with pytest.raises(RuntimeError, match="sequences"):
+            read([PROMPTS[0], PROMPTS[1]], llama_cpp.SEQUENCES - 1)
+    states, _ = backend.prefill_batch([PROMPTS[0]], llama_cpp.SEQUENCES - 1)
+    assert len(states) == llama_cpp.SEQUENCES - 1
 
 
 def test_all_sequences_step_at_once(backend: llama_cpp.LlamaCppBackend) -> None:

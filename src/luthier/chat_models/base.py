@@ -110,7 +110,7 @@ class SamplingSpec(BaseModel):
     """Tokens of an answer at most; what is longer is cut off."""
     temperature: float = Field(default=0.0, ge=0, le=1000)
     """0 takes the most likely token (Kim and Rush 2016, arXiv:1606.07947, distil the mode)."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     """Draw only from the most likely tokens that together have this probability."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the draws; endpoints promise little about it."""

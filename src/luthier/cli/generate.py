@@ -61,7 +61,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.files import read_json, write_bytes
+    from luthier.files import write_bytes
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -76,7 +76,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        schema=None if schema is None else read_json(schema),
+        schema=None if schema is None else _read_schema(schema),
         regex=regex,
         grammar=None if grammar is None else _read_text(grammar),
     )
@@ -122,6 +122,13 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_schema(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is no JSON: {error}") from error
 
 
 @data_errors("nothing was answered")

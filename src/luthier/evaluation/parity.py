@@ -124,7 +124,7 @@ def compare_backends(
     """
     import torch
 
-    from luthier.models.backends import read_prompt
+    from luthier.models.backends import read_prompts
 
     backends = (reference, other)
     states: list[list[State]] = [[] for _ in backends]
@@ -132,12 +132,7 @@ def compare_backends(
     found: list[TokenParity] = []
     try:
         for which, backend in enumerate(backends):
-            read = []
-            for prompt_T in prompts:
-                own, logits_V = read_prompt(backend, prompt_T, 1)
-                states[which] += own
-                read.append(logits_V)
-            logits_RV[which] = torch.stack(read)
+            states[which], logits_RV[which] = read_prompts(backend, prompts, 1)
         for place in range(tokens):
             logp_RV, other_RV = (torch.log_softmax(each.double().cpu(), -1) for each in logits_RV)
             found.append(TokenParity.of(logp_RV, other_RV))

@@ -134,12 +134,30 @@ class AdapterBackend(Backend, Protocol):
         ...
 
 
-def read_prompt(backend: Backend, ids_T: IntArray, copies: int) -> tuple[list[State], Tensor]:
-    """Read a prompt alone: ``copies`` sequences behind it, and logits ``[V]`` of their next token."""
-    state, logits_V = backend.open(ids_T), None
-    while logits_V is None:
-        (logits_V,) = backend.prefill([state])
-    return backend.fork(state, copies), logits_V
+def read_prompts(
+    backend: Backend, prompts: Sequence[IntArray], copies: int
+) -> tuple[list[State], Tensor]:
+    """What :meth:`Backend.prefill_batch` gives, each prompt read alone.
+
+    Where one cannot be read, nothing stays open.
+    """
+    import torch
+
+    states: list[State] = []
+    logits: list[Tensor] = []
+    try:
+        for ids_T in prompts:
+            state, logits_V = backend.open(ids_T), None
+            states.append(state)
+            while logits_V is None:
+                (logits_V,) = backend.prefill([state])
+            states[-1:] = backend.fork(state, copies)
+            logits += [logits_V] * copies
+    except BaseException:
+        for state in states:
+            backend.free(state)
+        raise
+    return states, torch.stack(logits)
 
 
 OpenBackend = Callable[["Network", int, bool], Backend]

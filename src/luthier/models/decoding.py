@@ -26,7 +26,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import backend_of, read_prompt
+from luthier.models.backends import backend_of, read_prompts
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
@@ -232,15 +232,11 @@ class Decoding:
         """
         self._backend, self._max_tokens = backend, max_tokens
         self._stop_ids, self._logps = frozenset(stop_ids), logps
-        if together:
-            states, self._logits_RV = backend.prefill_batch(prompts, count)
-        else:
-            states, logits = [], []
-            for prompt_T in prompts:
-                own, logits_V = read_prompt(backend, prompt_T, count)
-                states += own
-                logits += [logits_V] * count
-            self._logits_RV = torch.stack(logits)
+        states, self._logits_RV = (
+            backend.prefill_batch(prompts, count)
+            if together
+            else read_prompts(backend, prompts, count)
+        )
         self.rows = [
             RunningCompletion(
                 TokenSampler(sampling, seed, first + index, prompt_T, mask),

@@ -28,7 +28,7 @@ from luthier.models.backends import (
     LLAMA_CPP,
     LLAMA_CPP_VERSION,
     llama_cpp_library,
-    read_prompt,
+    read_prompts,
 )
 
 if TYPE_CHECKING:
@@ -253,18 +253,14 @@ class LlamaCppBackend:
 
     def prefill_batch(self, prompts: Sequence[IntArray], copies: int) -> tuple[list[State], Tensor]:
         """One after the other: what one gives does not depend on the others."""
-        states: list[State] = []
-        logits: list[Tensor] = []
-        for prompt_T in prompts:
-            own, logits_V = read_prompt(self, prompt_T, copies)
-            states += own
-            logits += [logits_V] * copies
-        return states, torch.stack(logits)
+        return read_prompts(self, prompts, copies)
 
     def fork(self, state: Any, copies: int) -> list[State]:
         """``state`` itself, and copies that share what was read."""
         with self._lock:
             self._check_open([state])
+            if copies - 1 > len(self._free_places):
+                raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
             made: list[State] = [state]
             for _ in range(copies - 1):
                 copy = self._add(state.ids_T)

@@ -32,7 +32,7 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the likeliest token; higher draws more freely."""
     top_p: float = 1.0
-    """Draw only from the likeliest tokens that together have this probability."""
+    """Draw only from the likeliest tokens that together have this probability; 0 leaves one."""
     top_k: int = 0
     """Draw only from so many tokens; 0 for all."""
     min_p: float = 0.0
@@ -63,8 +63,8 @@ class Sampling:
             raise RecipeError("max-tokens must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise RecipeError("temperature must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise RecipeError("top-p must be above 0 and at most 1")
+        if not 0 <= self.top_p <= 1:
+            raise RecipeError("top-p must be from 0 to 1")
         if self.top_k < 0 or not 0 <= self.min_p <= 1:
             raise RecipeError("top-k must be 0 or more, and min-p from 0 to 1")
         if not 0 < self.repetition_penalty < math.inf:
