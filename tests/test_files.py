@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,8 @@ def test_new_folder_puts_back_what_it_could_not_replace(
 def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     tmp_path: Path, moment: str
 ) -> None:
+    exported = tmp_path / "exported"
+    tmp_path = tmp_path / "swept"
     target = tmp_path / "model"
     with new_folder(target) as fresh:
         (fresh / "old").write_text("old")
@@ -218,8 +221,34 @@ def test_a_process_killed_in_new_folder_leaves_only_what_sweep_removes(
     done = subprocess.run([sys.executable, "-c", script, str(target), moment], check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) > 2
+    shutil.copytree(tmp_path, exported)
     sweep(tmp_path)
     assert names(tmp_path) == ["model", "model/old"]
+    with new_folder(exported / "model") as fresh:
+        assert names(exported) == [fresh.name, "model", "model/old"]  # the remains are gone by now
+        (fresh / "old").write_text("new")
+    assert names(exported) == ["model", "model/old"]
+
+
+def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    for name in ("model", "mod[e]l"):
+        script = (
+            "import pathlib, sys\n"
+            "from luthier.files import new_folder\n"
+            "with new_folder(pathlib.Path(sys.argv[1])) as fresh:\n"
+            "    (fresh / 'first').write_text('1')\n"
+            "    print(flush=True)\n"
+            "    sys.stdin.read()\n"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path / name)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            with new_folder(tmp_path / name) as fresh:
+                (fresh / "second").write_text("2")
+            assert names(tmp_path / name) == ["second"]
+        assert writer.returncode == 0
+        assert names(tmp_path / name) == ["first"]
 
 
 def test_sweep_touches_nothing_else(tmp_path: Path) -> None:

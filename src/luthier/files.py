@@ -2,13 +2,14 @@
 
 Every file and folder of the store is first written beside its place under a temporary name, forced
 to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
-``.tmp-``, which nothing reads and :func:`sweep` removes.
+``.tmp-``, which nothing reads and :func:`sweep` removes, of a folder also who writes it next.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -190,9 +191,11 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_unlocked(path)
         temporary = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
         temporary.mkdir(0o700 if private else 0o777)
         mode = temporary.stat().st_mode & 0o666
+        locked = [_lock_folder(temporary)]
         try:
             yield temporary
             for entry in sorted(temporary.rglob("*")):
@@ -204,6 +207,7 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
             _sync_folder(temporary)
             if replace and path.exists():
                 doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))
+                locked.append(_lock_folder(doomed))
                 os.replace(path, doomed / _REPLACED)
                 try:
                     os.replace(temporary, path)
@@ -218,6 +222,29 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            for handle in locked:
+                os.close(handle)
+
+
+def _lock_folder(folder: Path) -> int:
+    """An open handle that marks ``folder`` as of a living process."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some file systems know no locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _sweep_unlocked(path: Path) -> None:
+    """Remove what killed processes left of ``path``, as of an export of gigabytes."""
+    for folder in path.parent.glob(f"{glob.escape(TEMPORARY + path.name)}~*"):
+        with suppress(OSError):  # of a living process, or gone by now
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_unfinished(folder)
+            finally:
+                os.close(handle)
 
 
 @contextmanager
@@ -249,12 +276,16 @@ def sweep(folder: Path, name: str = "") -> None:
     """
     for path in folder.glob(f"{TEMPORARY}{name}~*" if name else f"{TEMPORARY}*"):
         if path.is_dir():
-            target = folder / path.name.removeprefix(TEMPORARY).rpartition("~")[0]
-            if (path / _REPLACED).is_dir() and not target.exists():
-                os.replace(path / _REPLACED, target)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_unfinished(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    target = folder.parent / folder.name.removeprefix(TEMPORARY).rpartition("~")[0]
+    if (folder / _REPLACED).is_dir() and not target.exists():
+        os.replace(folder / _REPLACED, target)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def need_disk(folder: Path, size: int, what: str) -> None:
