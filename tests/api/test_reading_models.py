@@ -17,6 +17,7 @@ import pytest
 import torch
 from served import served
 
+from luthier.api.http.metrics import Metrics, RequestRecord
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.engine import machine as machines
@@ -118,7 +119,14 @@ def test_clients_that_hang_up_hold_up_nobody(
         expected = json.loads(answer.read())["answers"]
     pool = service.pool
     model: Any = pool._entries["bert:tickets"].model
-    honest, read = model._predictor.read, []
+    honest, read, counted = model._predictor.read, [], []
+    count = Metrics.count_request
+
+    def count_request(self: Metrics, record: RequestRecord, seconds: float) -> None:
+        counted.append((record.status, record.error))
+        count(self, record, seconds)
+
+    monkeypatch.setattr(Metrics, "count_request", count_request)
 
     def slow(rows: Any, **settings: Any) -> Any:
         time.sleep(0.1)
@@ -145,3 +153,6 @@ def test_clients_that_hang_up_hold_up_nobody(
         time.sleep(0.02)
     assert not model._batcher._waiting and pool.memory.reserved_bytes == 0
     assert len(read) < 200, "of 361 rows that were asked for"
+    while len(counted) < 7 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert sorted(counted) == [(200, ""), *[(499, "ClientDisconnected")] * 6]

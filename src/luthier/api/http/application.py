@@ -190,7 +190,7 @@ class Application:
                         response = await self._respond_or_refuse(exchange)
                 record.status = await send_response(send, receive, response, exchange.run)
         except ClientDisconnected:
-            record.status = 499
+            record.status, record.error = 499, "ClientDisconnected"
         except asyncio.CancelledError:
             # The server waits no longer: a stream ends where it is.
             record.status = 503

@@ -63,6 +63,7 @@ class RequestRecord:
     status: int = 0
     """499 for a client that hung up, as nginx logs it."""
     error: str = ""
+    """Code of the refusal, or ``ClientDisconnected``."""
     bytes_in: int = 0
     """Of the body of the request, as far as it was read."""
     bytes_out: int = 0
