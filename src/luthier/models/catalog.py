@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -212,31 +212,32 @@ class CatalogEntry:
 
 
 def _convert_gguf(name: str, folder: Path, target: Path) -> None:
-    """Dequantize a GGUF file to a bfloat16 Hugging Face directory.
-
-    transformers marks the loaded configuration as quantized and then refuses to save it, so a
-    plain model is built from the same configuration without that mark.
-    """
+    """Dequantize a GGUF file to a bfloat16 Hugging Face directory."""
+    import gguf
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from luthier.models.gguf import read_weights
+
     logging.disable_progress_bar()
-    # Its bar has no switch, and in a log it is one line of a hundred carriage returns.
-    converter: Any = modeling_gguf_pytorch_utils
-    converter.tqdm = lambda tensors, **_: tensors
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    quantized: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32
-    )
-    fields = quantized.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        fields.pop(key, None)
-    fields["rms_norm_eps"] = float(f"{fields['rms_norm_eps']:.6g}")
-    config = type(quantized.config)(**fields)
-    model = type(quantized)(config)
-    model.load_state_dict(quantized.state_dict())
-    model.to(torch.bfloat16).save_pretrained(target)
+    # To parse it takes seconds, and transformers does so for each of configuration and tokenizer.
+    package: Any = gguf
+    plain, package.GGUFReader = package.GGUFReader, cache(package.GGUFReader)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, gguf_file=name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        file = package.GGUFReader(str(folder / name))
+    finally:
+        package.GGUFReader = plain
+    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")
+    del config._model_name_or_path  # the authors' own name of the run
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weights = read_weights(file, model)
+    model.load_state_dict({n: w.bfloat16() for n, w in weights.items()}, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
