@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_light_entry_points_load_nothing_heavy(code: str) -> None:
 )
 def test_recipes_and_the_sdk_load_no_torch(code: str) -> None:
     assert not loaded_after(f"import luthier\n{code}") & set(HEAVY)
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "5000"), ("900", "900")])
+def test_waiting_threads_do_not_spin_for_long(before: str, after: str) -> None:
+    """OpenMP reads it when torch is loaded."""
+    environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    environment |= {"GOMP_SPINCOUNT": before} if before else {}
+    code = "import luthier, os; print(os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == after
 
 
 def test_a_refused_recipe_is_refused_without_torch() -> None:

@@ -8,7 +8,6 @@ needs when it runs.
 from __future__ import annotations
 
 import logging
-import os
 from typing import Annotated
 
 import typer
@@ -87,9 +86,6 @@ def root(
 
 def main() -> None:
     """Entry point of the ``luthier`` command."""
-    # OpenMP threads spin for milliseconds while they wait. Beside another busy process that made a
-    # step take 55 s for 1; a tenth of a millisecond costs nothing. Read once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # Where it is installed, PEFT imports it, and it logs advice about a kernel that is not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app()
