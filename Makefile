@@ -8,9 +8,10 @@ RUNTIME := $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(VENV)/.runtime)
 # Only what is imported is compiled, then, of 12,000 files: 36 s of installing instead of 61.
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e
 
-# Of what the installation left uncompiled each command would compile all that it imports: 10 s in place
-# of 5 to a first token. Images of containers often set it.
+# Where it is set, as in many images of containers, each command would compile all that it imports: 10 s
+# in place of 5 to a first token. What the installation ends with leaves bytecode for all later ones.
 unexport PYTHONDONTWRITEBYTECODE
+COMPILE = $(BIN)/python -c 'import luthier.serving.generation, transformers.models.llama.modeling_llama'
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow check format docs bench clean
@@ -21,11 +22,13 @@ help:  ## list what can be done
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[dev]'
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
+	$(COMPILE)
 	@touch $@
 
 install: $(INSTALLED)  ## virtual environment in .venv with the locked versions
