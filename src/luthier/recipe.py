@@ -7,6 +7,7 @@ Python, and is stored with the custom model.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import tomllib
@@ -268,7 +269,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Fields of a TOML recipe, with the paths under ``[data]`` made absolute."""
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
     return with_paths(fields, path.parent)
 
@@ -414,7 +417,10 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
             raise ValueError(
                 f"{method} is no {kind} but a field of {able[0]}: use `{kind}.{method}=true`"
             )
-        raise ValueError(f"unknown {kind} {method!r}; there are {', '.join(table)}")
+        close = difflib.get_close_matches(str(method), table, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ";"
+        there = "there are" if not close else "There are"
+        raise ValueError(f"unknown {kind} {method!r}{meant} {there} {', '.join(table)}")
     return table[method].model_validate(value)
 
 
@@ -430,7 +436,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         message = describe_constraint(item)
         if item["type"] == "extra_forbidden":
             message = _unknown_field(where, kind)
-        elif item["type"] != "missing":
+        elif item["type"] != "missing" and not isinstance(item["input"], Mapping):
             message += f" (got {_INPUT.repr(item['input'])})"
         lines.append(f"  `{where}`: {message}" if "." in where else f"  {where}: {message}")
     return "\n".join(lines)
@@ -449,8 +455,6 @@ _SYNONYMS: Mapping[str, str] = {
 
 def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     """That a field does not exist here, and what to write instead, by its full name."""
-    import difflib
-
     tables: Mapping[str, Mapping[str, type[BaseModel]]] = {
         "objective": OBJECTIVES, "adaptation": ADAPTATIONS
     }  # fmt: skip

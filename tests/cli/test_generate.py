@@ -121,6 +121,7 @@ def test_generate_refuses_rows_that_ask_nothing(
         (["none", "hi"], "there is no model"),
         (["tiny-llama:none", "hi"], f"There are: {MODEL}"),
         ([MODEL], "give one prompt, or --input"),
+        ([MODEL, " "], "the prompt is empty"),
         ([MODEL, "hi", "--input", "x.jsonl"], "give one prompt, or --input"),
         ([MODEL, "hi", "--output", "x.jsonl"], "--output goes with --input"),
         ([MODEL, "hi", "--temperature", "-1"], "temperature"),

@@ -70,6 +70,12 @@ def rules_of(source: Path) -> set[str]:
     return {problem.rule for problem in refused.value.problems}
 
 
+@pytest.mark.parametrize("ending", ["parquet", "npz", "zip"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.{ending}").touch()
+    assert rules_of(tmp_path / f"a.{ending}") == {"file.empty"}
+
+
 def test_the_folder_of_a_file_is_its_label(tmp_path: Path) -> None:
     folder = write(tmp_path / "pets", "cat/2.png", "cat/1.PNG", "dog/deep/er.png", "à b/x.png")
     assert labels_of(folder) == {

@@ -28,5 +28,5 @@ def test_changed_images_are_named(tmp_path: Path, named: bool) -> None:
     assert f"its data changed after it began: {source} (newer than the run: " in message
     assert f"{tmp_path / '2.png'})" in message and "1.png" not in message
     assert "begin anew, under another name" in message and "first command" not in message
-    with pytest.raises(RunConflict, match=r"base was 'b', is 'c'.*Repeat the first command"):
+    with pytest.raises(RunConflict, match=r"base was b and is c now.*Repeat the first command"):
         same_request(old, {**new, "recipe": {"base": "c"}}, "b:shapes")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from written_rows import row_of
 
@@ -243,6 +243,7 @@ PIECES = st.sampled_from(
 )
 
 
+@example(["a@corp.io", "::", "a@corp.io", "a@corp.io"], None)
 @given(st.lists(st.one_of(PIECES, st.text(max_size=5)), max_size=8), st.sampled_from([None, KEY]))
 def test_what_was_redacted_is_clean_and_the_rest_is_there(
     parts: list[str], key: bytes | None

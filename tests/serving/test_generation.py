@@ -271,7 +271,7 @@ def test_the_seed_decides_the_draws(generator: Generator, streamed: bool) -> Non
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
-        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": -0.1}, "top-p"),
         ({"top_p": 1.1}, "top-p"),
         ({"top_p": math.nan}, "top-p"),
         ({"seed": -1}, "seed"),

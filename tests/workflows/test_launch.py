@@ -464,7 +464,7 @@ def test_the_command_names_what_is_wrong(recipe: Callable[..., Recipe], tmp_path
         return done.stderr
 
     rows = recipe().data.train
-    assert "missing.toml is not a readable" in refusal(
+    assert "missing.toml cannot be read: No such file" in refusal(
         str(tmp_path / "missing.toml"), "--on", "ray"
     )
     assert "missing.jsonl" in refusal(str(tmp_path / "missing.jsonl"), "--on", "ray")

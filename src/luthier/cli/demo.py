@@ -107,7 +107,7 @@ def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
         replies = escape(before.reply), f"[green]{escape(after.reply)}[/green]"
         table.add_row(escape(before.prompt), *replies)
     out.print(table)
-    table = Table(f"on {base.rows} unseen rows", "base", "tuned", box=None)
+    table = Table(f"on {len(base.rows)} unseen rows", "base", "tuned", box=None)
     for name, score in base.scores.items():
         table.add_row(name, f"{score:.0%}", f"[bold green]{tuned.scores[name]:.0%}[/bold green]")
     out.print(table)

@@ -69,6 +69,8 @@ def generate(
 
     if (prompt is None) == (input_ is None):
         raise RecipeError("give one prompt, or --input FILE with many")
+    if prompt is not None and not prompt.strip():
+        raise RecipeError("the prompt is empty")
     if output is not None and input_ is None:
         raise RecipeError("--output goes with --input")
     sampling = Sampling(

@@ -97,6 +97,8 @@ def container_of(path: Path) -> Container:
                 head = unpack(raw, packing).read(_HEAD_BYTES)
             except BROKEN as error:
                 raise damage_refusal(error) from None
+    if not head and path.suffix.lower() in (".parquet", ".npz", ".zip"):
+        raise Unreadable("file.empty", "The file is empty.", "Write or fetch it again.")
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
     if head.startswith(_ZIP) and path.suffix.lower() in ("", ".npz", ".zip") and not packing:

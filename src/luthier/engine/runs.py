@@ -253,11 +253,18 @@ def same_request(
             "learn from the data as it is now."
         )
     if changed:
-        shown = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:3])
+        shown = "; ".join(
+            f"{key} was {_shown(old.get(key))} and is {_shown(new.get(key))} now"
+            for key in changed[:3]
+        )
         raise RunConflict(
             f"{what} cannot be resumed, because something else is asked for now: {shown}. "
             "Repeat the first command exactly, or choose another --name."
         )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _newer_files(sources: Sequence[str], moment: float) -> list[str]:

@@ -301,6 +301,8 @@ def _public(found: re.Match[str]) -> Iterator[PiiSpan]:
         address = ip_address(found[0])
     except ValueError:
         return
+    if address.version == 6 and int(address) >> 125 != 1:
+        return  # ``::a`` stands in programs; what reaches others lies in 2000::/3 (RFC 4291)
     first = found[0].partition(".")[0]
     if address.is_global and str(address) not in _RESOLVERS and first not in {"1", "2", "3", "4"}:
         yield PiiSpan(*found.span(), "ip", f"IPv{address.version} address", str(address))

@@ -138,7 +138,7 @@ def _check_lines(data: JobData) -> None:
             continue
         if found != Container("jsonl"):
             message = f"The file is {found}, and JSON Lines are wanted: one object a line."
-            fix = "Write it anew with `luthier convert`, without packing it."
+            fix = "Write it anew as JSON Lines, and do not pack it."
             problems.append(Problem(address, 0, "file.form", message, fix))
     if problems:
         raise DataError(problems)

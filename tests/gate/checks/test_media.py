@@ -87,6 +87,8 @@ def test_good_files_are_fine_and_their_sizes_are_told() -> None:
 def test_what_cannot_be_read_is_an_error(row: Row, rule: str) -> None:
     report = check(row, image(noise(2), line=2))
     assert dict(report.findings.counts) == {rule: 1} and report.exit_code == 2
+    ((_, (message,)),) = messages(report).items()
+    assert row.media.name in message  # type: ignore[attr-defined]
 
 
 def test_an_unreadable_file_is_no_crash_of_the_checks_beside(tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ class Learning(SpotCheck):
         try:
             objective = self.objective or objective_for(batch.rows[0], self.chat)
         except DataError as error:
-            refuse(0, error.problems[0])
+            for index, row in enumerate(batch.rows):
+                if row.shape == batch.rows[0].shape:
+                    refuse(index, error.problems[0])
             return EncodedBatch(tokens_N, learned_N, times_N, tuple(spots))
         encoder = RowEncoder(objective, self.chat)
         gathered: list[tuple[int, Row]] = []

@@ -180,7 +180,7 @@ class MediaFiles(Check):
                 return self._measure_image(row, row.media)
             return self._measure_sound(row.media) if row.media.kind == "audio" else None
         except RowRefused as bad:
-            return MeasuredMedia((bad.rule, bad.message, bad.fix))
+            return MeasuredMedia((bad.rule, f"{row.media.name}: {bad.message}", bad.fix))
 
     def _measure_image(self, row: MediaRow, media: Media) -> MeasuredMedia:
         from PIL import Image
