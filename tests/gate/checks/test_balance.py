@@ -49,7 +49,8 @@ def test_a_rare_label_may_be_a_misspelt_one() -> None:
     report = inspect_rows({"train": rows(*names)}, [Balance()])
     assert messages(report)["label.few_rows"] == [
         'train:22: "login 2" has 1 row; 7 more would make 8.',
-        'train:21: "refudn" has 1 row; 7 more would make 8. "refund" has 10 rows.',
+        'train:21: "refudn" has 1 row; 7 more would make 8. '
+        'It may be a misspelling of "refund" (10 rows).',
     ]
     fixes = [each.fix for each in report.findings.examples["label.few_rows"]]
     assert fixes[1].startswith('If "refund" is meant, write it so; if not: Add 7 rows')

@@ -130,7 +130,8 @@ class Balance(Check):
                     "nearly the same meaning."
                 )
                 if meant := _likely_spelling(name, train):
-                    message += f" {quote(meant)} has {_count_rows(train[meant])}."
+                    message += f" It may be a misspelling of {quote(meant)}"
+                    message += f" ({_count_rows(train[meant])})."
                     fix = f"If {quote(meant)} is meant, write it so; if not: {fix}"
                 findings.add(Finding(SMALL, self._places["train", name], message, fix))
         if len(train) < 2 or self._tagged:
