@@ -216,6 +216,15 @@ def test_scores_of_the_same_rows_are_told_apart_by_those_that_changed() -> None:
     assert found.text.startswith("not measurably better than the logistic regression")
 
 
+def test_a_gain_on_two_rows_is_no_ground_to_change_the_rate() -> None:
+    found = scored([[1, 0], [1, 1]])
+    assert found.outcome == "hardly_learned"
+    assert found.text.startswith("better, on too few held-out rows to be sure: ")
+    assert "2 held-out rows give only a rough measurement" in found.text
+    assert found.advice == "Give more rows to measure on: `data.validation=FILE`"
+    assert scored([[1, 0], [1, 0]]).text.startswith("hardly learned")
+
+
 def test_what_is_all_right_before_training_needs_no_more_rows() -> None:
     found = scored([[1] * 40, [1] * 40], fitted_head=True)
     assert found.text.startswith("as right as the logistic regression that it started from")

@@ -178,6 +178,10 @@ def judge_run(
     outcome = course.outcome()
     kept = course.kept["step"]
     headline, advice = _HEADLINES[outcome], course.advice(outcome, training)
+    few = 0 < rows < (FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES)
+    if few and outcome == "hardly_learned" and course.gain > 0:
+        # What to change is not known where nothing is known to be wrong.
+        headline, advice = "better, on too few held-out rows to be sure", ""
     if fitted_head and outcome in ("hardly_learned", "worse"):
         headline = "not measurably better than the logistic regression that it started from"
         advice = "More rows, above all of the labels that it confuses, are likely to help most"
@@ -202,8 +206,7 @@ def judge_run(
             advice += " With this base, the baseline is the better choice"
     kept_for = "stored" if refit is None else "the best"
     text = f"{headline.format(step=kept)}: {course.describe(early, last_step, kept_for)}"
-    few = FEW_ROWS if f"{measure}_error" in course.kept else FEW_LOSSES
-    if 0 < rows < few:
+    if few:
         held_out = "One held-out row gives" if rows == 1 else f"{rows} held-out rows give"
         text += f". {held_out} only a rough measurement"
         more = "Give more rows to measure on: `data.validation=FILE`"
