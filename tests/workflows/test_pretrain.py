@@ -334,7 +334,7 @@ def test_a_name_that_is_taken_is_not_overwritten(fields: Callable[..., dict[str,
     before = weights_of("mine")
     with pytest.raises(RunConflict, match="finished run mine"):
         made(fields({"seed": 1}))
-    with pytest.raises(RunConflict, match=r"training.seed was 0, is 1"):
+    with pytest.raises(RunConflict, match=r"training.seed was 0 and is 1"):
         made(fields({"seed": 1}), resume=True)
     assert weights_of("mine") == before
 

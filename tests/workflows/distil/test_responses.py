@@ -239,7 +239,7 @@ def test_an_outage_stops_and_resume_goes_on(prompts: Path, distil: Any, endpoint
     answered = {prompt for prompt in PROMPTS if endpoint.asked[prompt]} & set(PROMPTS[:6])
     with pytest.raises(RunConflict, match="--resume goes on"):
         distil(prompts)
-    with pytest.raises(RunConflict, match="max_tokens was 512, is 99"):
+    with pytest.raises(RunConflict, match="max_tokens was 512 and is 99"):
         distil(prompts, sampling__max_tokens=99, resume=True)
     endpoint.actions.clear()
     found = distil(prompts, resume=True, teacher__concurrency=3)
