@@ -418,9 +418,8 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
                 f"{method} is no {kind} but a field of {able[0]}: use `{kind}.{method}=true`"
             )
         close = difflib.get_close_matches(str(method), table, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ";"
-        there = "there are" if not close else "There are"
-        raise ValueError(f"unknown {kind} {method!r}{meant} {there} {', '.join(table)}")
+        known = f"did you mean {close[0]}? There are" if close else "there are"
+        raise ValueError(f"unknown {kind} {method!r}; {known} {', '.join(table)}")
     return table[method].model_validate(value)
 
 

@@ -98,7 +98,7 @@ def container_of(path: Path) -> Container:
             except BROKEN as error:
                 raise damage_refusal(error) from None
     if not head and path.suffix.lower() in (".parquet", ".npz", ".zip"):
-        raise Unreadable("file.empty", "The file is empty.", "Write or fetch it again.")
+        raise empty_refusal("is empty")
     if head.startswith(_PARQUET) and not packing:
         return Container("parquet")
     if head.startswith(_ZIP) and path.suffix.lower() in ("", ".npz", ".zip") and not packing:
@@ -267,6 +267,11 @@ def _cells(line: str, delimiter: str) -> list[str]:
         return next(csv.reader([line.rstrip("\r")], delimiter=delimiter), [])
     except csv.Error:
         return []
+
+
+def empty_refusal(what: str) -> Unreadable:
+    """Why a file without rows is refused; ``what`` it is or holds."""
+    return Unreadable("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
 
 
 def _unknown(suffix: str) -> Unreadable:

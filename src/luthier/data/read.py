@@ -21,6 +21,7 @@ from luthier.data.containers import (
     Container,
     container_of,
     damage_refusal,
+    empty_refusal,
     refuse_binary,
     unpack,
 )
@@ -139,10 +140,6 @@ def check_file(path: Path, problems: list[Problem]) -> None:
         problems.append(_read_failure(error).at(str(path), 0))
 
 
-def _empty(what: str) -> Unreadable:
-    return Unreadable("file.empty", f"The file {what}.", "Add rows to it, or name another file.")
-
-
 def _read_text(
     stream: BinaryIO, file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
@@ -151,7 +148,7 @@ def _read_text(
         refuse_binary(data)
     text = decode(data, 1).removeprefix("\ufeff")
     if not text:
-        raise _empty("is empty")
+        raise empty_refusal("is empty")
     yield 1, {"text": text}
 
 
@@ -184,7 +181,7 @@ def _read_pieces(
     if text:
         yield 1, {"text": text}
     elif empty:
-        raise _empty("is empty")
+        raise empty_refusal("is empty")
 
 
 def last_cut(text: str) -> int:
@@ -218,7 +215,7 @@ def _read_lines(
             blank = False
             yield number, record
     if blank:
-        raise _empty("holds only blank lines" if number else "is empty")
+        raise empty_refusal("holds only blank lines" if number else "is empty")
 
 
 def _skip_line(stream: BinaryIO) -> int:

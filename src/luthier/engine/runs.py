@@ -254,7 +254,7 @@ def same_request(
         )
     if changed:
         shown = "; ".join(
-            f"{key} was {_shown(old.get(key))} and is {_shown(new.get(key))} now"
+            f"{key} was {_describe_value(old.get(key))} and is {_describe_value(new.get(key))} now"
             for key in changed[:3]
         )
         raise RunConflict(
@@ -263,7 +263,7 @@ def same_request(
         )
 
 
-def _shown(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 

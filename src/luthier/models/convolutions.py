@@ -73,9 +73,9 @@ def mend_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, Convolution):
             kind: Any = type(module)
-            module.__class__ = _mended(kind)
+            module.__class__ = _convolution_class(kind)
 
 
 @cache
-def _mended(kind: Any) -> Any:
+def _convolution_class(kind: Any) -> Any:
     return type(kind.__name__, (Convolution, kind), {"__module__": kind.__module__})

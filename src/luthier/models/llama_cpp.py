@@ -259,8 +259,7 @@ class LlamaCppBackend:
         """``state`` itself, and copies that share what was read."""
         with self._lock:
             self._check_open([state])
-            if copies - 1 > len(self._free_places):
-                raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
+            self._check_places(copies - 1)
             made: list[State] = [state]
             for _ in range(copies - 1):
                 copy = self._add(state.ids_T)
@@ -320,11 +319,14 @@ class LlamaCppBackend:
     def _add(self, ids_T: IntArray) -> _Sequence:
         if self._model is None:
             raise RuntimeError("the backend is closed")
-        if not self._free_places:
-            raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
+        self._check_places(1)
         sequence = _Sequence(ids_T, self._free_places.pop())
         self._sequences.append(sequence)
         return sequence
+
+    def _check_places(self, count: int) -> None:
+        if count > len(self._free_places):
+            raise RuntimeError(f"llama.cpp keeps {SEQUENCES} sequences at most")
 
     def _check_open(self, states: Sequence[_Sequence]) -> None:
         places = {state.place for state in states}
