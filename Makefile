@@ -37,11 +37,12 @@ demo: $(RUNTIME)  ## tune SmolLM2 on the sample data and compare before and afte
 	$(BIN)/luthier demo
 
 # One more than there are cores: tests of servers and workers wait for most of their time. A file goes to
-# one worker, as what its tests share is made once for each: 24 instead of 29 minutes of processor time.
+# one worker, as what its tests share is made once for each: 24 instead of 29 minutes of processor time. A test
+# that ended its worker begins again in a new one: two new ones tell.
 WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 
 test: $(INSTALLED)  ## the test suite (a quarter of an hour on 2 cores)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 2
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/pytest -q -m slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +40,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note where the terminal is, before a test's output is captured."""
+    config.stash[_STDERR] = os.dup(sys.__stderr__.fileno())
+
+
+def _exit_later(item: pytest.Item) -> None:
+    limit = item.get_closest_marker("timeout")
+    seconds = float(limit.args[0] if limit else item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(seconds + 100, exit=True, file=item.config.stash[_STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Where a test's time limit cannot end it, say where each thread stands, and exit.
+
+    The limit is a signal, which is not heard in native code that never returns, and which comes once: a
+    test that fails by it can wait in the end of its fixtures for ever. A run of hours that names no test
+    becomes a worker that "crashed while running" one.
+    """
+    _exit_later(item)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """Begin to wait anew: pytest stops waiting at a failure."""
+    if isinstance(node, pytest.Item):
+        _exit_later(node)
 
 
 @pytest.fixture(autouse=True)
