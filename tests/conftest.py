@@ -60,9 +60,9 @@ def _exit_later(item: pytest.Item) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Where a test's time limit cannot end it, say where each thread stands, and exit.
 
-    The limit is a signal, which is not heard in native code that never returns, and which comes once: a
-    test that fails by it can wait in the end of its fixtures for ever. A run of hours that names no test
-    becomes a worker that "crashed while running" one.
+    The limit is a signal, which native code does not hear, and which comes once: one that fails by it
+    can wait in the end of its fixtures for ever. Instead of a run that names no test, there is a worker
+    that "crashed while running" one.
     """
     _exit_later(item)
     try:
