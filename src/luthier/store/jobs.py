@@ -155,6 +155,12 @@ class Job(QueuedWork, Base):
     """When the first worker began."""
     ended: Mapped[datetime | None]
 
+    def setting(self, name: str) -> Any:
+        """A field of the recipe, such as ``training.epochs``: as it was chosen, else as given."""
+        group, field = name.split(".")
+        given = (self.recipe.get(group) or {}).get(field)
+        return self.details.get("chosen", {}).get(name, given)
+
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
         """Queued, and its memory is estimated."""

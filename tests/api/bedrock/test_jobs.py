@@ -66,7 +66,7 @@ def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) 
         assert job["jobArn"] == arn and job["status"] == "InProgress"
     same = ("roleArn", "trainingDataConfig", "outputDataConfig", "vpcConfig", "jobName")
     assert {name: job[name] for name in same} == {name: asked[name] for name in same}
-    assert job["hyperParameters"] == {**asked["hyperParameters"], "batchSize": "8"}
+    assert job["hyperParameters"] == asked["hyperParameters"]
     assert job["validationDataConfig"] == asked["validationDataConfig"]
     assert job["outputModelName"] == "my_model-1" and "outputModelArn" not in job
     assert job["outputModelKmsKeyArn"].endswith(":key/12345678-1234-1234-1234-123456789012")
@@ -75,7 +75,7 @@ def test_a_job_is_made_and_tells_what_was_asked(service: Service, bedrock: Any) 
     assert job["customizationType"] == "FINE_TUNING"
     assert "endTime" not in job and "failureMessage" not in job
     recipe = service.job(ALICE, "first+job.1").recipe
-    assert recipe["training"]["epochs"] == 3 and recipe["training"]["batch_size"] == 8
+    assert recipe["training"]["epochs"] == 3 and recipe["training"].get("batch_size") is None
     assert recipe["training"]["learning_rate"] == 1e-4 and recipe["adaptation"]["rank"] == 8
     assert [uri for _, uri in service.places.checked] == [
         "s3://data/train.jsonl",
@@ -88,7 +88,24 @@ def test_without_validation_data_the_answer_says_so(
 ) -> None:
     job = bedrock.get_model_customization_job(jobIdentifier=submit())
     assert job["validationDataConfig"] == {"validators": []}
-    assert job["hyperParameters"] == {"epochCount": "2", "batchSize": "8"}
+    assert "hyperParameters" not in job
+
+
+def test_a_job_that_was_sent_no_hyperparameters_shows_what_it_chose(
+    service: Service, bedrock: Any, submit: Callable[..., str]
+) -> None:
+    """One that was sent some shows these alone: Terraform makes a model anew where they differ."""
+    chosen = {"training.epochs": 6.0, "training.batch_size": 2, "training.learning_rate": 2e-4}
+    arns = submit("open"), submit("set", hyperParameters={"epochCount": "6"})
+    for name in ("open", "set"):
+        with service.database.write() as session:
+            job = session.merge(service.job(ALICE, name))
+            job.details = {**job.details, "chosen": chosen}
+    shown = [bedrock.get_model_customization_job(jobIdentifier=arn) for arn in arns]
+    assert shown[0]["hyperParameters"] == {
+        "epochCount": "6", "batchSize": "2", "learningRate": "0.0002"
+    }  # fmt: skip
+    assert shown[1]["hyperParameters"] == {"epochCount": "6"}
 
 
 def test_a_completed_job_has_a_model_and_losses(

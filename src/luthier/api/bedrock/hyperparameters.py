@@ -1,6 +1,7 @@
 """Hyper-parameters of customization jobs: Bedrock's names, our ranges, and the recipe's fields.
 
-Bedrock gives them as strings; they come back as they were sent, with the defaults filled in.
+Bedrock gives them as strings. They come back as they were sent, as Terraform makes a model anew where
+what it reads is not what it wrote; where none was sent, those come back that the job chose.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from luthier.adaptations import ADAPTATIONS
 from luthier.api.http.messages import Fault
+from luthier.store.jobs import Job
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
@@ -29,8 +31,6 @@ class HyperParameter:
     low: float = 0
     high: float = 0
     choices: tuple[str, ...] = ()
-    default: str | None = None
-    """Filled in where it is not given; ``None``: chosen later, by the data and the model."""
 
     @property
     def allowed_values(self) -> str:
@@ -63,8 +63,8 @@ _SCHEDULES = ("cosine", "linear", "constant", "step", "one_cycle")
 HYPERPARAMETERS: Mapping[str, HyperParameter] = {
     each.name: each
     for each in (
-        HyperParameter("epochCount", ("training", "epochs"), int, 1, 100, default="2"),
-        HyperParameter("batchSize", ("training", "batch_size"), int, 1, 256, default="8"),
+        HyperParameter("epochCount", ("training", "epochs"), int, 1, 100),
+        HyperParameter("batchSize", ("training", "batch_size"), int, 1, 256),
         HyperParameter("learningRate", ("training", "learning_rate"), float, 1e-8, 1),
         HyperParameter("learningRateWarmupSteps", ("training", "warmup_steps"), int, 0, 10_000),
         HyperParameter(
@@ -87,6 +87,8 @@ HYPERPARAMETERS: Mapping[str, HyperParameter] = {
     )
 }
 """By name; those with a dot are ours."""
+_CHOSEN = ("epochCount", "batchSize", "learningRate")
+"""Told of a job that was sent none."""
 
 RFT_FIELDS: Mapping[str, tuple[str, str]] = {
     "epochCount": ("training", "epochs"),
@@ -118,28 +120,37 @@ def setting_name(field: str, value: str | None) -> str | None:
     return f"hyperParameters {_NAMES[field]}{'' if value is None else f'={value}'}"
 
 
-def read(given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """What is shown again (``given`` and the defaults), and fields of the recipe by group.
+def read(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Fields of the recipe by group. What is not given is chosen later, by the data and the model.
 
     Raises:
         Fault: Validation, for a name that is not known and for values that are not taken; it lists
             the accepted ones.
     """
-    shown = {p.name: p.default for p in HYPERPARAMETERS.values() if p.default is not None}
-    shown |= given
     fields: dict[str, dict[str, Any]] = {}
-    for name, text in shown.items():
+    for name, text in given.items():
         known = HYPERPARAMETERS.get(name)
         value = known.read(text) if known else None
         if known is None or value is None:
             raise Fault("Validation", _refusal(name, text, known), parameter="hyperParameters")
         group, field = known.field
         fields.setdefault(group, {})[field] = value
-    training = fields["training"]
+    training = fields.get("training", {})
     if "learning_rate" in training and "learning_rate_multiplier" in training:
         # The recipe's factor is of a rate that it chooses itself.
         training["learning_rate"] *= training.pop("learning_rate_multiplier")
-    return shown, fields
+    return fields
+
+
+def shown(job: Job) -> Mapping[str, str] | None:
+    """What was sent; else epochs, batch size and rate, once they are chosen; ``None`` until then."""
+    if job.request.get("hyperParameters"):
+        found: Mapping[str, str] = job.request["hyperParameters"]
+        return found
+    if "chosen" not in job.details:
+        return None
+    values = {name: job.setting(".".join(HYPERPARAMETERS[name].field)) for name in _CHOSEN}
+    return {name: f"{value:.10g}" for name, value in values.items() if value is not None}
 
 
 def read_rft(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

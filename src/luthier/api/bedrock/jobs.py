@@ -56,6 +56,7 @@ _SHOWN = (
     "customModelKmsKeyId",
     "trainingDataConfig",
     "outputDataConfig",
+    "hyperParameters",
     "customizationConfig",
     "vpcConfig",
 )
@@ -112,8 +113,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
 def _submission(request: ControlRequest) -> Submission:
     kind = request.get("customizationType", FINE_TUNING)
     config = _config(kind, request.get("customizationConfig"))
-    sent = request.get("hyperParameters", {})
-    shown, settings = hyperparameters.read(sent)
+    settings = hyperparameters.read(request.get("hyperParameters", {}))
     teacher, grader, typed = None, None, {}
     if kind == DISTILLATION:
         teacher = _teacher(request, config["teacherModelConfig"])
@@ -124,8 +124,6 @@ def _submission(request: ControlRequest) -> Submission:
         grader = _grader(request, config)
         typed = config.get("hyperParameters", {})
         settings = hyperparameters.merge_fields(settings, hyperparameters.read_rft(typed))
-        # Defaults that the typed ones replace are not shown.
-        shown |= {name: str(typed[name]) for name in (shown.keys() & typed.keys()) - sent.keys()}
     members = {name: request[name] for name in _SHOWN if name in request.members}
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(
@@ -141,7 +139,7 @@ def _submission(request: ControlRequest) -> Submission:
         teacher=teacher,
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
-        request={**members, "hyperParameters": shown},
+        request=members,
         without_effect=hyperparameters.without_effect(typed),
     )
 
@@ -300,7 +298,7 @@ def customization_details(job: Job) -> dict[str, Any]:
     losses = result["validation_losses"] if result else ()
     return {
         "customizationType": job.customization_type,
-        "hyperParameters": asked.get("hyperParameters"),
+        "hyperParameters": hyperparameters.shown(job),
         "trainingDataConfig": asked.get("trainingDataConfig", {"s3Uri": source}),
         "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
         "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),

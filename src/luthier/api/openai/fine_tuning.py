@@ -293,19 +293,16 @@ def _sent_hyperparameters(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _resolved_hyperparameters(job: Job, given: dict[str, Any]) -> dict[str, Any]:
     """The same with what was chosen for the data and the model, once it has been."""
-    chosen = job.details.get("chosen")
     found: dict[str, Any] = {}
-    if chosen is not None:
-        training = job.recipe.get("training", {})
-        epochs = chosen.get("training.epochs", training.get("epochs"))
-        objective = job.recipe.get("objective") or {}
+    if "chosen" in job.details:
+        epochs = job.setting("training.epochs")
         found = {
             "n_epochs": None if epochs is None else max(1, round(epochs)),
-            "batch_size": chosen.get("training.batch_size", training.get("batch_size")),
-            "learning_rate_multiplier": training.get("learning_rate_multiplier", 1.0),
-            "beta": objective.get("beta"),
-            "compute_multiplier": objective.get("num_generations", 8) / 8,
-            "eval_interval": chosen.get("training.evaluate_every", training.get("evaluate_every")),
+            "batch_size": job.setting("training.batch_size"),
+            "learning_rate_multiplier": job.setting("training.learning_rate_multiplier") or 1.0,
+            "beta": job.setting("objective.beta"),
+            "compute_multiplier": (job.setting("objective.num_generations") or 8) / 8,
+            "eval_interval": job.setting("training.evaluate_every"),
         }
     known = {name: value for name, value in found.items() if value is not None}
     asked = {name: value for name, value in given.items() if value != "auto"}
@@ -430,9 +427,7 @@ def _steps(metrics: Iterable[JobEvent]) -> dict[int, dict[str, Any]]:
 
 def _epochs(job: Job) -> int:
     """Whole passes over the rows."""
-    asked = job.recipe.get("training", {}).get("epochs")
-    epochs = job.details.get("chosen", {}).get("training.epochs", asked)
-    return max(1, round(float(epochs or 1)))
+    return max(1, round(float(job.setting("training.epochs") or 1)))
 
 
 def _losses(values: dict[str, Any]) -> dict[str, Any]:
