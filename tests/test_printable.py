@@ -7,6 +7,7 @@ import json
 import pytest
 
 from luthier.printable import (
+    did_you_mean,
     finite_or_none,
     format_duration,
     one_line,
@@ -51,3 +52,19 @@ def test_numbers_that_json_has_no_word_for_are_null() -> None:
     assert dump_storable({"result": {"validation_losses": [nan, 1.5], "name": "a\0"}}) == (
         '{"result": {"validation_losses": [null, 1.5], "name": "a\\ufffd"}}'
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("epoch", "did you mean epochs?"),
+        ("lorra", "did you mean lora?"),
+        # Three letters of five in common are no misspelling.
+        ("rouge", "there are others"),
+        ("", "there are others"),
+        (None, "there are others"),
+    ],
+)
+def test_a_name_that_is_nearly_another_is_asked_for(name: object, expected: str) -> None:
+    names = ["judge", "epochs", "lora"]
+    assert did_you_mean(name, names, "there are others") == expected

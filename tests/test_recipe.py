@@ -98,7 +98,7 @@ def test_a_data_file_is_enough() -> None:
         (
             {"adaptation": "lorra"},
             "adaptation",
-            "unknown adaptation 'lorra'; did you mean lora? There are full, freez",
+            "unknown adaptation 'lorra'; did you mean lora?",
         ),
         ({"objective": {"method": "rlhf"}}, "objective", "unknown objective 'rlhf'; there are sft"),
         ({"training": {"epochs": 0}}, "training.epochs", "must be more than 0 (got 0)"),

@@ -8,12 +8,12 @@ need of it: models :class:`ModelLimits`, the store :class:`AccountQuotas`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from luthier.errors import RefusedInput
+from luthier.printable import did_you_mean
 from luthier.validation import describe_constraint
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -216,9 +216,8 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals or name not in ServerLimits.model_fields:
-            near = get_close_matches(name, ServerLimits.model_fields, 1)
-            names = ", ".join(ServerLimits.model_fields)
-            hint = f"did you mean {near[0]}?" if near else f"the names are {names}"
+            names = ServerLimits.model_fields
+            hint = did_you_mean(name, names, f"the names are {', '.join(names)}")
             raise RefusedInput(f"--limit {setting!r}: write NAME=VALUE; {hint}")
         values[name] = value
     try:

@@ -3,7 +3,8 @@
 Keys, names, messages and what a model writes may hold escape sequences, which move the cursor, change
 what stands on the screen or answer in the user's name, and turns of direction, which show other words
 than there are. Everything that a command prints goes through here (``luthier.cli.console``), and what
-a report shows. How long something takes, and how a process ended, is written here, too.
+a report shows. How long something takes, how a process ended, and which name was meant, is written
+here, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 import re
 import signal
 import unicodedata
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 _KEPT = "\n\t\u00a0\u3000\u200c\u200d"
@@ -49,6 +52,17 @@ def finite_or_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite_or_none(each) for key, each in value.items()}
     return value
+
+
+def nearest_name(name: object, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that is spelled most like ``name``; ``None`` where none is much like it."""
+    return next(iter(get_close_matches(str(name), list(names), 1, cutoff=0.7)), None)
+
+
+def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:
+    """``did you mean NEAREST?``, and ``otherwise`` where no name is near."""
+    near = nearest_name(name, names)
+    return f"did you mean {near}?" if near else otherwise
 
 
 def format_duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ Python, and is stored with the custom model.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
@@ -33,6 +32,7 @@ from luthier.data.chat import TemplateSettings
 from luthier.data.sources import absolute, files_of
 from luthier.errors import RecipeError
 from luthier.objectives import OBJECTIVES, Objective
+from luthier.printable import did_you_mean, nearest_name
 from luthier.validation import describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -417,9 +417,8 @@ def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:
             raise ValueError(
                 f"{method} is no {kind} but a field of {able[0]}: use `{kind}.{method}=true`"
             )
-        close = difflib.get_close_matches(str(method), table, n=1)
-        known = f"did you mean {close[0]}? There are" if close else "there are"
-        raise ValueError(f"unknown {kind} {method!r}; {known} {', '.join(table)}")
+        hint = did_you_mean(method, table, f"there are {', '.join(table)}")
+        raise ValueError(f"unknown {kind} {method!r}; {hint}")
     return table[method].model_validate(value)
 
 
@@ -477,10 +476,11 @@ def _unknown_field(where: str, kind: type[BaseModel]) -> str:
     every = {
         name: f"{home}.{name}" for home in ("training", "data") for name in known.get(home, ())
     }
-    if not group and (close := difflib.get_close_matches(field, [*kind.model_fields, *every], n=1)):
-        return f"there is no such field; did you mean `{every.get(close[0], close[0])}`?"
     names = known.get(group, list(kind.model_fields))
-    full = f"{group}." if group in known and group else ""
-    close = difflib.get_close_matches(field, names, n=1)
-    hint = f"did you mean `{full}{close[0]}`?" if close else f"there are {', '.join(names)}"
+    if not group:
+        near = nearest_name(field, [*names, *every])
+        near = every.get(near, near) if near else None
+    elif near := nearest_name(field, names):
+        near = f"{group}.{near}" if group in known else near
+    hint = f"did you mean `{near}`?" if near else f"there are {', '.join(names)}"
     return f"there is no such field; {hint}"

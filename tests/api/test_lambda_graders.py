@@ -108,7 +108,11 @@ def ended(server: Served, name: str) -> dict[str, Any]:
 def test_a_function_rewards_and_the_metrics_show_it(server: Served) -> None:
     job = ended(server, "vowels")
     assert job["status"] == "Completed", job.get("failureMessage")
-    assert job["hyperParameters"] == {"epochCount": "1", "batchSize": "16", "learningRate": "0.0001"}
+    assert job["hyperParameters"] == {
+        "epochCount": "1",
+        "batchSize": "16",
+        "learningRate": "0.0001",
+    }
     s3 = server.client("s3")
     keys = [o["Key"] for o in s3.list_objects_v2(Bucket="training", Prefix="vowels/")["Contents"]]
     (key,) = [each for each in keys if each.endswith("step_wise_training_metrics.csv")]

@@ -19,6 +19,7 @@ from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
 from luthier.data.writers import Writer, check_columns, check_table, writer_of
 from luthier.errors import DataError, RecipeError, RowRefused, data_errors
+from luthier.printable import did_you_mean
 from luthier.types import Row
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]
@@ -90,7 +91,8 @@ def convert(
         DataError: with every row that cannot be read or written, up to ``MOST_PROBLEMS``.
     """
     if form not in TARGETS:
-        raise RecipeError(f"there is no form {form!r}; there are {', '.join(TARGETS)}")
+        hint = did_you_mean(form, TARGETS, f"there are {', '.join(TARGETS)}")
+        raise RecipeError(f"there is no form {form!r}; {hint}")
     kind = format_ or format_of(target)
     work = _Conversion(source, form, columns, drop_extra_keys, on_progress)
     if target.resolve() in {path.resolve() for path in work.reader().files}:

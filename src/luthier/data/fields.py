@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +22,7 @@ from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
+from luthier.printable import nearest_name
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
@@ -86,6 +86,11 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
     fix = " and ".join(steps + absent)
     hint = ', as an array of {"role", "content"}' if wanted == ("messages",) else ""
     return f"{fix[:1].upper()}{fix[1:]}{hint}."
+
+
+def column_fix(ours: str, theirs: str) -> str:
+    """What to say where the column ``theirs`` is meant."""
+    return f"If {quote(theirs)} is meant, say `data.columns.{ours}={theirs}`."
 
 
 def join_parts(value: object) -> object:
@@ -318,10 +323,8 @@ class FieldChecker:
         able = [
             name for name in record if name not in self.other_keys and isinstance(record[name], str)
         ]
-        close = get_close_matches(key, able, 1) or (able if len(able) == 1 else [])
-        return (
-            f"If {quote(close[0])} is meant, say `data.columns.{key}={close[0]}`." if close else ""
-        )
+        near = able[0] if len(able) == 1 else nearest_name(key, able)
+        return column_fix(key, near) if near else ""
 
     def messages(self, value: object, answered: bool = True) -> Turns | None:
         """A conversation; ``answered`` wants the assistant's turn at its end."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from luthier.data.containers import Container, container_of
-from luthier.data.fields import RENAMES, FieldChecker, list_keys, read_words, rename_fix
+from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
 from luthier.data.forms import Form, forms_of, source_keys
 from luthier.data.media import IMAGE_ENDINGS, PLURAL, Media, MediaKind
 from luthier.data.media_files import is_media
@@ -39,6 +39,7 @@ from luthier.data.shapes import (
 )
 from luthier.data.sources import Source, files_of
 from luthier.errors import DataError, Problem, RowRefused
+from luthier.printable import nearest_name
 from luthier.types import Row
 
 Columns = Mapping[str, str]
@@ -203,11 +204,9 @@ class Checker(FieldChecker):
                 message = (
                     f"The column {quote(theirs)} is not there; the keys are {list_keys(record)}."
                 )
-                self.report(
-                    "column.missing",
-                    message,
-                    f"Mend `data.columns.{ours}={theirs}`, or mend the row.",
-                )
+                near = nearest_name(theirs, record)
+                fix = f"Mend `data.columns.{ours}={theirs}`, or mend the row."
+                self.report("column.missing", message, column_fix(ours, near) if near else fix)
                 return None
             if source:
                 made[ours] = record[source]
@@ -303,18 +302,21 @@ class Checker(FieldChecker):
     def _report_unknown(self, record: Record) -> None:
         """Report keys that make no shape, with what to rename."""
         has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
-        message = f"The row has none of the shapes {_ALL_SHAPES}: {has}."
-        if media_fix := _media_columns_fix(record):
-            self.report("row.unknown_shape", f"The row is of no known shape: {has}.", media_fix)
+        message = f"The row is of no known shape: {has}."
+        if fix := _media_columns_fix(record):
+            self.report("row.unknown_shape", message, fix)
             return
-        fix = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
-        fix = fix or rename_fix(record, ("text",))
-        fix = fix or "Rename the keys to those of one of these shapes."
-        fix += (
-            " Or say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` "
-            "to classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
+        renamed = (
+            rename_fix(record, ("messages",))
+            or rename_fix(record, ("prompt", "completion"))
+            or rename_fix(record, ("text",))
         )
-        self.report("row.unknown_shape", message, fix)
+        fix = (
+            "ay which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` to "
+            "classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
+        )
+        fix = f"{renamed} Or s{fix}" if renamed else f"S{fix}"
+        self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
 
 
 def _media_columns_fix(record: Record) -> str:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.graders.base import Grader
+from luthier.printable import did_you_mean
 from luthier.validation import describe_constraint
 
 Spec = str | Mapping[str, Any] | Grader
@@ -30,7 +31,8 @@ def grader_from(value: Any) -> Any:
         known = ", ".join(GRADERS)
         if method is None:
             raise ValueError(f"a grader needs its `method`; there are {known}")
-        raise ValueError(f"unknown grader {method!r}; there are {known}")
+        hint = did_you_mean(method, GRADERS, f"there are {known}")
+        raise ValueError(f"unknown grader {method!r}; {hint}")
     return GRADERS[method].model_validate(value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from difflib import get_close_matches
 
 from luthier.errors import RecipeError
 from luthier.gate.check import Check, CheckContext
@@ -21,6 +20,7 @@ from luthier.gate.checks.media import MediaFiles
 from luthier.gate.checks.privacy import Privacy
 from luthier.gate.checks.time_series import TimeSeries
 from luthier.gate.rules import READING_RULES, Rule
+from luthier.printable import did_you_mean
 
 _KINDS: tuple[type[Check], ...] = (
     Learning,
@@ -93,8 +93,7 @@ def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
     else:
         found = [rules[name]] if name in rules else []
     if not found:
-        close = get_close_matches(name, [*rules, *also], n=1)
-        hint = f"did you mean {close[0]}?" if close else "docs/reference.md lists them all"
+        hint = did_you_mean(name, [*rules, *also], "docs/reference.md lists them all")
         raise RecipeError(f"there is no rule {name!r}; {hint}")
     return found
 
