@@ -27,7 +27,7 @@ from luthier.recipe import (
     Recipe,
     Training,
     assign,
-    read_toml,
+    read_recipe,
     set_field,
     to_toml,
 )
@@ -319,12 +319,12 @@ def test_unreadable_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(content)
     with pytest.raises(RecipeError, match=re.escape(str(path))):
-        read_toml(path)
+        read_recipe(path)
 
 
 def test_missing_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.toml"):
-        read_toml(tmp_path / "none.toml")
+        read_recipe(tmp_path / "none.toml")
 
 
 PARTS: list[type[BaseModel]] = [

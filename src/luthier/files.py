@@ -17,12 +17,20 @@ import re
 import secrets
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError, ReadOnlyDisk
+from luthier.errors import (
+    CorruptFile,
+    DiskFull,
+    DoesNotFit,
+    LuthierError,
+    ReadOnlyDisk,
+    RecipeError,
+)
 
 TEMPORARY = ".tmp-"
 """What the name of everything begins with that is not whole yet."""
@@ -178,6 +186,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path} is no readable TOML file of {what}: {error}") from error
 
 
 @contextmanager

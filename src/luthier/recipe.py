@@ -31,6 +31,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.chat import TemplateSettings
 from luthier.data.sources import absolute, files_of
 from luthier.errors import RecipeError
+from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.printable import did_you_mean, nearest_name
 from luthier.validation import describe_constraint
@@ -249,7 +250,7 @@ class Recipe(StrictModel):
     @staticmethod
     def read(path: Path) -> Recipe:
         """Read a TOML recipe; paths in it are relative to its folder."""
-        return Recipe.parse(read_toml(path))
+        return Recipe.parse(read_recipe(path))
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON-ready values, unset fields left out."""
@@ -265,15 +266,9 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
         raise RecipeError(_explain(error, kind), first or None) from error
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """Fields of a TOML recipe, with the paths under ``[data]`` made absolute."""
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is not a readable TOML recipe: {error}") from error
-    return with_paths(fields, path.parent)
+    return with_paths(read_toml(path, "a recipe"), path.parent)
 
 
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -353,7 +348,7 @@ def toml_value(text: str) -> Any:
 
 
 def to_toml(fields: Mapping[str, Any]) -> str:
-    """Plain values as TOML that :func:`read_toml` reads back: first the values, then the groups."""
+    """Plain values as TOML that :func:`read_recipe` reads back: first the values, then the groups."""
     return "\n".join(_toml_lines(fields, ())) + "\n"
 
 

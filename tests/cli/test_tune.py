@@ -184,7 +184,7 @@ def test_many_problems_of_one_cause_are_counted_and_shown_once(
         (
             ["--adaptation", "lorra"],
             "RecipeError",
-            "There are full, freeze, feature_extraction, lora",
+            "did you mean lora?",
         ),
         (["--epochs", "0"], "RecipeError", "training.epochs"),
         (["--epochs", "inf"], "RecipeError", "training.epochs"),

@@ -157,13 +157,13 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     plain = shown(force_terminal=False)
-    assert "what it learns to write stands in [[ ]]" in plain
+    assert "what it learns to write stands in ⟦ ⟧" in plain
     learned = plain[plain.index("train, line 1") :]
-    assert "[[" in learned and learned.index("[[") < learned.index("]]")
-    assert learned.index("q0") < learned.index("[[")  # the prompt is not learned
-    assert "[[" not in shown(force_terminal=True)
+    assert "⟦" in learned and learned.index("⟦") < learned.index("⟧")
+    assert learned.index("q0") < learned.index("⟦")  # the prompt is not learned
+    assert "⟦" not in shown(force_terminal=True)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "stands in [[ ]]" in shown(force_terminal=True)
+    assert "stands in ⟦ ⟧" in shown(force_terminal=True)
 
 
 def test_an_image_is_given_and_its_label_learned(

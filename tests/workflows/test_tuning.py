@@ -16,7 +16,7 @@ from luthier.cli.app import app
 from luthier.data.pictures import encode_png
 from luthier.errors import DataError, RecipeError
 from luthier.models.manifest import UNMEASURED
-from luthier.recipe import ForgettingLimits, Recipe, read_toml
+from luthier.recipe import ForgettingLimits, Recipe, read_recipe
 from luthier.store.models import check_active, find
 from luthier.workflows import forgetting, tuning
 
@@ -169,6 +169,6 @@ def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) ->
 def test_probes_of_a_recipe_are_beside_its_file(tmp_path: Path) -> None:
     text = '[data]\ntrain = "rows.jsonl"\n[forgetting]\nprobes = ["probe.jsonl"]\n'
     (tmp_path / "recipe.toml").write_text(text)
-    fields = read_toml(tmp_path / "recipe.toml")
+    fields = read_recipe(tmp_path / "recipe.toml")
     limits = Recipe.parse(fields).forgetting
     assert limits == ForgettingLimits(probes=(str(tmp_path / "probe.jsonl"),))

@@ -219,9 +219,10 @@ def clean(
 ) -> None:
     """Apply chosen fixes and write a new data set, with a log of what became of each row."""
     from luthier.cli.progress import show_progress
+    from luthier.files import read_toml
     from luthier.gate.clean import clean as run
     from luthier.gate.clean_plan import CleaningPlan
-    from luthier.recipe import parse_columns, read_toml
+    from luthier.recipe import parse_columns
 
     fixes = {
         "normalize": normalize or None, "redact": redact, "redact_key_env": redact_key_env,
@@ -230,7 +231,7 @@ def clean(
         "base": base, "objective": objective,
     }  # fmt: skip
     given = {name: value for name, value in fixes.items() if value is not None}
-    chosen = CleaningPlan.of({**(read_toml(plan) if plan else {}), **given})
+    chosen = CleaningPlan.of({**(read_toml(plan, "a cleaning plan") if plan else {}), **given})
     held = {"validation": validation, "test": test}
     splits = {split: each for split, each in held.items() if each is not None}
     with show_progress(100, "clean") as done:

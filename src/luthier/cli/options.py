@@ -118,10 +118,10 @@ def recipe_fields(
     data: str | Sequence[str], options: Mapping[str, Any], settings: Sequence[str] | None
 ) -> dict[str, Any]:
     """The recipe of a data file or a TOML file, with options and ``--set`` applied in this order."""
-    from luthier.recipe import assign, parse_columns, parse_mix, read_toml, set_field
+    from luthier.recipe import assign, parse_columns, parse_mix, read_recipe, set_field
 
     file = data if isinstance(data, str) else data[0] if len(data) == 1 else ""
-    fields = read_toml(Path(file)) if file.endswith(".toml") else {"data": {"train": data}}
+    fields = read_recipe(Path(file)) if file.endswith(".toml") else {"data": {"train": data}}
     for key, value in options.items():
         if key == "data.mix":
             value = [parse_mix(text) for text in value]

@@ -188,8 +188,8 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
 
     ``check`` that this machine has what they need, as it is the one that grades.
     """
+    from luthier.files import read_toml
     from luthier.graders import grader_from
-    from luthier.recipe import read_toml
 
     found: dict[str, dict[str, Any]] = {}
     for text in assignments:
@@ -201,7 +201,7 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
                 source = Path(file).read_text(encoding="utf-8")
                 fields = {"method": "lambda", "name": name, "source": source}
             else:
-                fields = read_toml(Path(file))
+                fields = read_toml(Path(file), "a grader")
             grader = grader_from(fields)
         except (OSError, ValueError) as error:
             raise RefusedInput(f"--grader {file}: {error}") from error

@@ -14,13 +14,13 @@ top of it, and have the last word.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from luthier.errors import RecipeError
+from luthier.files import read_toml
 from luthier.gate.checks import CHECKS, rules_named
 from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, Severity
 
@@ -46,10 +46,7 @@ class GatePolicy:
 
 def read_policy(path: Path) -> GatePolicy:
     """The policy of a TOML file; :class:`RecipeError` for what it cannot say."""
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is not a readable policy: {error}") from error
+    fields = read_toml(path, "a policy")
     if unknown := set(fields) - {"severity", "skip"}:
         raise RecipeError(f"{path}: a policy has `severity` and `skip`, not {sorted(unknown)[0]!r}")
     severity, skip = fields.get("severity", {}), fields.get("skip", [])

@@ -223,7 +223,7 @@ def _samples(report: Report, console: Console, rows: int) -> None:
     if not rows or not any(splits.values()) or not _has_tokens(report):
         return
     coloured = console.color_system is not None and not console.no_color
-    marked = "is green" if coloured else "stands in [[ ]]"
+    marked = "is green" if coloured else "stands in ⟦ ⟧"
     _heading(f"What the model sees; what it learns to write {marked}", console)
     for split, shown in splits.items():
         for row in shown:
@@ -243,7 +243,7 @@ def _row(row: Mapping[str, Any], coloured: bool) -> Text:
     for run in token_runs(row["tokens"], row["learned"]):
         shown = run.text or _gap(run.left_out)
         if run.learned and not coloured:
-            shown = f"[[{shown}]]"
+            shown = f"⟦{shown}⟧"
         text.append(shown, "bold green" if run.learned else "dim")
     return text
 

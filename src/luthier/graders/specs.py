@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny, ValidationError
 
 from luthier.errors import RecipeError
+from luthier.files import read_toml
 from luthier.graders.base import Grader
 from luthier.printable import did_you_mean
 from luthier.validation import describe_constraint
@@ -65,10 +65,7 @@ def read_graders(path: Path) -> dict[str, Spec]:
 
     The file of a JSON Schema is relative to the TOML's folder.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is no readable TOML file of graders: {error}") from error
+    tables = read_toml(path, "graders")
     if not tables:
         raise RecipeError(f"{path} has no graders; write [NAME] and method = ... for each")
     for table in tables.values():

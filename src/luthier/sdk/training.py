@@ -126,12 +126,12 @@ def pretrain(
         RefusedInput: before any training, for text or settings that cannot work.
     """
     from luthier.pretrain_recipe import PretrainRecipe
-    from luthier.recipe import read_toml
+    from luthier.recipe import read_recipe
     from luthier.workflows.pretrain import pretrain as run
 
     paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
     one = len(paths) == 1 and paths[0].suffix == ".toml"
-    plain: dict[str, Any] = read_toml(paths[0]) if one else {"data": {"train": paths}}
+    plain: dict[str, Any] = read_recipe(paths[0]) if one else {"data": {"train": paths}}
     assign_fields(plain, fields)
     return run(PretrainRecipe.parse(plain), resume, reporter)
 
@@ -366,10 +366,10 @@ def advise(
 
 def fields_of(data: str | Path) -> dict[str, Any]:
     """Fields of a TOML recipe, or those of a recipe for data."""
-    from luthier.recipe import read_toml
+    from luthier.recipe import read_recipe
 
     text = str(data)
-    return read_toml(Path(text)) if text.endswith(".toml") else {"data": {"train": text}}
+    return read_recipe(Path(text)) if text.endswith(".toml") else {"data": {"train": text}}
 
 
 def recipe_of(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recipe:

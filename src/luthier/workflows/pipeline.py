@@ -36,10 +36,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from luthier.errors import RecipeError
+from luthier.files import read_toml
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.recipe import NAME_PATTERN, Recipe, StrictModel, parse, read_toml, with_paths
+from luthier.recipe import NAME_PATTERN, Recipe, StrictModel, parse, with_paths
 from luthier.workflows.distil.recipe import DistilRecipe
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Pipeline:
         Raises:
             RecipeError: naming the stage and the field that cannot be used.
         """
-        spec = parse(PipelineSpec, _with_paths(read_toml(path), path.parent))
+        spec = parse(PipelineSpec, _with_paths(read_toml(path, "a pipeline"), path.parent))
         stages: list[Stage] = []
         for each in spec.stage:
             stages.append(_stage(spec, each, stages))

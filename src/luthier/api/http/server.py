@@ -98,6 +98,9 @@ async def _run(
     loop = asyncio.get_running_loop()
 
     def end() -> None:
+        if not servers[0].should_exit:
+            seconds = connections.limits.shutdown_seconds
+            _log.info("ends within %g s, or at once by a second signal", seconds)
         for server in servers:
             # The second signal does not wait for requests in flight.
             server.force_exit = server.should_exit

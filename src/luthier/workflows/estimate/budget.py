@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from luthier.errors import DoesNotFit, RecipeError
-from luthier.files import luthier_home
+from luthier.files import luthier_home, read_toml
 from luthier.printable import format_duration
 from luthier.recipe import StrictModel
 from luthier.validation import describe_constraint
@@ -73,9 +72,7 @@ def read_prices(path: Path | None = None) -> Prices | None:
         if not path.is_file():
             return None
     try:
-        found = Prices.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is not a readable price table: {error}") from error
+        found = Prices.model_validate(read_toml(path, "prices"))
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, e['loc']))}: {describe_constraint(e)}" for e in error.errors()
