@@ -76,7 +76,7 @@ def sleeper(server: Served, tiny_model_folder: Path) -> str:
 def text_processes(server: Served) -> list[psutil.Process]:
     assert server.process is not None
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [c for c in children if "luthier.serving.text_process" in c.cmdline()]
+    return [c for c in children if "luthier.serving.sandboxed_text_child" in c.cmdline()]
 
 
 def test_a_template_that_never_ends_is_refused_when_it_is_tried(

@@ -112,3 +112,8 @@ def test_resamples_without_a_score_are_left_out_of_the_error() -> None:
     )
     assert spread.value == 2 and 0 < spread.error < 1
     assert math.isnan(Statistic.of(lambda _: math.nan, 3).error)
+
+
+def test_a_perfect_share_has_the_error_of_an_accuracy_though_no_draw_moves_it() -> None:
+    assert Statistic.of(lambda _: 1.0, 16).error == pytest.approx(RowScores.of([1] * 16).error)
+    assert Statistic.of(lambda _: 0.0, 16, is_share=False).error == 0

@@ -21,7 +21,7 @@ from luthier.jobs.processes import LOST, this_process
 from luthier.jobs.submit import submit_import
 from luthier.jobs.worker import Heartbeat
 from luthier.serving.acceptance import AcceptedModel, accept_network
-from luthier.serving.confined_process import WorkInterrupted
+from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import queue
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport

@@ -15,7 +15,7 @@ from luthier.errors import ModelRefused
 from luthier.models.manifest import Manifest
 from luthier.models.outside import ImportedFiles, choose
 from luthier.serving.acceptance import accept_network, memory_needed
-from luthier.serving.confined_process import WorkInterrupted
+from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store.models import StoredModel
 
 GIB = 1 << 30
@@ -106,6 +106,6 @@ def test_a_process_that_was_killed_says_nothing_of_the_model(
     def killed(*given: Any) -> Any:
         raise WorkInterrupted("the tokenizer ended its process (status -9)")
 
-    monkeypatch.setattr("luthier.serving.confined.confined_format", killed)
+    monkeypatch.setattr("luthier.serving.sandboxed_text.sandboxed_format", killed)
     with pytest.raises(WorkInterrupted):
         accept_network(tiny_model_folder, "imported:x")

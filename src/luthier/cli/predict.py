@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.types import Row
 
 SHOWN = 5
-"""Classes that a terminal shows of each text."""
+"""Classes, or numbers of an embedding, that a terminal shows of each text."""
 
 
 def predict(
@@ -135,7 +135,10 @@ def _render(text: str, answer: dict[str, Any], threshold: float | None) -> str:
     if "text" in answer:
         return f"{answer['text'] or '(nothing was read)'}\n"
     if "embedding" in answer:
-        return json.dumps(answer["embedding"]) + "\n"
+        if not sys.stdout.isatty():
+            return json.dumps(answer["embedding"]) + "\n"
+        numbers = ", ".join(f"{x:.3f}" for x in answer["embedding"][:SHOWN])
+        return f"{len(answer['embedding'])} numbers: {numbers}, … (--json prints all)\n"
     if "reward" in answer:
         return f"{answer['reward']:.3f}\n"
     if "rating" in answer:

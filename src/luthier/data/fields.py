@@ -323,7 +323,9 @@ class FieldChecker:
         able = [
             name for name in record if name not in self.other_keys and isinstance(record[name], str)
         ]
-        near = able[0] if len(able) == 1 else nearest_name(key, able)
+        if (near := nearest_name(key, able)) and (column := self.names.get(near)):
+            return f"Say `data.columns.{key}={column}` in place of `data.columns.{near}={column}`."
+        near = able[0] if len(able) == 1 else near
         return column_fix(key, near) if near else ""
 
     def messages(self, value: object, answered: bool = True) -> Turns | None:

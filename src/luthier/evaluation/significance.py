@@ -159,13 +159,17 @@ class Statistic:
 
     @cached_property
     def error(self) -> float:
-        """Standard error of the score; the same for the same rows."""
+        """Standard error of the score; the same for the same rows.
+
+        A share that no draw moves (all rows are right) has that of an accuracy of as many rows.
+        """
         rows = len(self.row_R)
         count = max(50, min(RESAMPLES, MOST_DRAWN // max(1, rows)))
         draw = np.random.default_rng(0)
         drawn = [self.measure(self.row_R[draw.integers(rows, size=rows)]) for _ in range(count)]
         known = [score for score in drawn if not math.isnan(score)]
-        return float(np.std(known)) if known else math.nan
+        error = float(np.std(known)) if known else math.nan
+        return standard_error(self.value, rows) if error == 0 and self.is_share else error
 
     @property
     def interval(self) -> Interval:

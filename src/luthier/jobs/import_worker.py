@@ -59,7 +59,7 @@ from luthier.serving.acceptance import (
     accept_network,
     memory_needed,
 )
-from luthier.serving.confined_process import WorkInterrupted
+from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import imports, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import IMPORTED

@@ -347,11 +347,11 @@ def _mixes(adapter: Adapter) -> bool:
             continue
         seen.add(key)
 
-        def drawn(*shape: int, like: Tensor = weights[0]) -> Tensor:
+        def random_like(*shape: int, like: Tensor = weights[0]) -> Tensor:
             return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
-        x_P1I = drawn(COUNTS[-1], 1, len(weights[0]))
-        stacks = [drawn(COUNTS[-1], *weight.shape) for weight in weights]
+        x_P1I = random_like(COUNTS[-1], 1, len(weights[0]))
+        stacks = [random_like(COUNTS[-1], *weight.shape) for weight in weights]
         expected = layer.row_update(x_P1I, *stacks)
         for count in COUNTS:
             beside = layer.row_update(x_P1I[:count], *(stack[:count] for stack in stacks))

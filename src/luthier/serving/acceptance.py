@@ -31,8 +31,8 @@ from luthier.models.outside import (
     check_weights,
 )
 from luthier.models.save import ADAPTER
-from luthier.serving.confined_process import WorkInterrupted
 from luthier.serving.inference import Chat, GenerationRequest
+from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store.models import StoredModel, chat_format, load, short_name
 from luthier.types import Message
 
@@ -246,10 +246,10 @@ def _asked_format(folder: Path, base: StoredModel) -> dict[str, Any]:
 @contextmanager
 def _format(folder: Path, message: Mapping[str, Any] | None, fix: str) -> Iterator[ChatFormat]:
     """The format in ``folder``, once it has read a first text within the limits it is served with."""
-    from luthier.serving.confined import confined_format
+    from luthier.serving.sandboxed_text import sandboxed_format
 
     with _as("tokenizer.json", "model.tokenizer", fix):
-        chat = confined_format(folder, message)
+        chat = sandboxed_format(folder, message)
         try:
             chat.encode_whole("Hello.")
             if chat.template == "chat":

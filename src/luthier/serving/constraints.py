@@ -26,9 +26,9 @@ from luthier.data.chat import panics_refused
 from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
 from luthier.limits import SCHEMA_CHARACTERS, ServerLimits
-from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
-from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.inference import InferenceFailed, InferenceRefused
+from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.scheduler import FairTurns, NoTurn
 from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
@@ -108,7 +108,7 @@ class GrammarTrials:
     """
 
     def __init__(
-        self, work: ConfinedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
+        self, work: SandboxedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
     ) -> None:
         """What has at most ``characters`` is tried in processes of ``work``, by ``turns``."""
         self.characters = characters
@@ -189,7 +189,7 @@ def own_trials() -> GrammarTrials:
     if find_spec("llguidance") is None:
         raise RecipeError("schemas and grammars of answers need: pip install 'luthier[server]'")
     limits = ServerLimits()
-    work = ConfinedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
+    work = SandboxedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
     turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
     return GrammarTrials(work, turns, limits.schema_characters)
 

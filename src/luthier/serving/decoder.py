@@ -262,8 +262,8 @@ class Decoder:
 
         ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
         """
-        from luthier.serving.confined import serving_format
         from luthier.serving.opened_model import open_model
+        from luthier.serving.sandboxed_text import serving_format
 
         with ExitStack() as opening:
             opened = open_model(stored, exact=True, base=None if base is None else base._opened)

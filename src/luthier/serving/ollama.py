@@ -56,19 +56,19 @@ def ollama_template(chat: ChatFormat) -> str | None:
     longer = _pieces(chat, ("user", "assistant", "user", "assistant", "user"))
     if longer != [start, *2 * (after_user, after_reply), end]:
         return None
-    opening = _escaped(_without_bos(chat, start))
+    opening = _escape(_without_bos(chat, start))
     system = _pieces(chat, ("system", "user", "assistant", "user"))
     if system is not None and system[2:] == bare[1:]:
-        before, after = _escaped(_without_bos(chat, system[0])), _escaped(system[1])
+        before, after = _escape(_without_bos(chat, system[0])), _escape(system[1])
         with_system = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}"
         opening = f"{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
     not_last = "{{ if ne (len (slice $.Messages $i)) 1 }}"
-    user = _escaped(after_user)
+    user = _escape(after_user)
     if end != after_user:
-        user = f"{not_last}{user}{{{{ else }}}}{_escaped(end)}{{{{ end }}}}"
+        user = f"{not_last}{user}{{{{ else }}}}{_escape(end)}{{{{ end }}}}"
     user = f'{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{user}'
     reply = '{{ else if eq .Role "assistant" }}{{ .Content }}'
-    reply += f"{not_last}{_escaped(after_reply)}{{{{ end }}}}"
+    reply += f"{not_last}{_escape(after_reply)}{{{{ end }}}}"
     turns = f"{{{{ range $i, $_ := .Messages }}}}{user}{reply}{{{{ end }}}}{{{{ end }}}}"
     found = opening + turns
     return None if '"""' in found else found
@@ -96,5 +96,5 @@ def _without_bos(chat: ChatFormat, text: str) -> str:
     return text.removeprefix(str(chat.tokenizer.bos_token)) if adds_bos(chat) else text
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}')

@@ -47,7 +47,7 @@ class _Node:
         """Bytes of its keys and values."""
         return 0 if self.key_values is None else self.key_values.nbytes
 
-    def shared(self, ids_T: IntArray) -> int:
+    def common_length(self, ids_T: IntArray) -> int:
         """How many of its tokens ``ids_T`` begins with."""
         size = min(len(ids_T), len(self.ids_T))
         other = np.flatnonzero(ids_T[:size] != self.ids_T[:size])
@@ -136,7 +136,7 @@ class PrefixCache:
             node = node.children.get(int(ids_T[0]))
             if node is None:
                 return
-            node.used, shared = now, node.shared(ids_T)
+            node.used, shared = now, node.common_length(ids_T)
             yield node, shared
             if shared < len(node.ids_T):
                 return

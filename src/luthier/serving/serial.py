@@ -120,9 +120,9 @@ class SerialModel:
         memory: CacheBudget | None = None,
     ) -> SerialModel:
         """Load ``stored`` on the best device of this machine."""
-        from luthier.serving.confined import serving_format
         from luthier.serving.images import ImageGenerator
         from luthier.serving.prediction import Predictor
+        from luthier.serving.sandboxed_text import serving_format
         from luthier.store.models import objective_of
 
         objective = objective_of(stored)

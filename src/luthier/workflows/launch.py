@@ -362,7 +362,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("luthier.workflows", "templates/launch"),
         autoescape=False,  # noqa: S701 - no HTML: each filter quotes for its place
-        finalize=_quoted,
+        finalize=_only_quoted,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -380,7 +380,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     return environment.get_template(template).render(values)
 
 
-def _quoted(value: Any) -> Any:
+def _only_quoted(value: Any) -> Any:
     if isinstance(value, Quoted | int):
         return value
     raise TypeError(f"{value!r} is not quoted for the place where it stands")

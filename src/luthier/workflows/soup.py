@@ -325,7 +325,7 @@ class _Averaging:
         recipe = {"objective": first.manifest.objective}
         if adapter is not None:
             recipe["adaptation"] = (first.manifest.recipe or {})["adaptation"]
-            tensors = {name: self._scaled(name, each, alpha) for name, each in adapter.items()}
+            tensors = {name: self._scale(name, each, alpha) for name, each in adapter.items()}
             save_tensors(tensors, folder / ADAPTER, metadata={"format": "pt"})
             shutil.copyfile(first.folder / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
             save_format(self.chat, folder)
@@ -362,7 +362,7 @@ class _Averaging:
             )
         return manifest
 
-    def _scaled(self, name: str, tensor: Tensor, alpha: float) -> Tensor:
+    def _scale(self, name: str, tensor: Tensor, alpha: float) -> Tensor:
         """A tensor of an adapter that changes ``alpha`` times as much."""
         if ".lora_A." in name:
             return tensor

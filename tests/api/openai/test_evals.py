@@ -25,8 +25,8 @@ from luthier.api.evaluations import AT_ONCE, EvaluationRunner
 from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
 from luthier.cancellation import KillHandle, cancellable
-from luthier.serving.confined_work import ConfinedWork
 from luthier.serving.constraints import SUBJECT, GrammarTrials
+from luthier.serving.sandboxed_grading import SandboxedWork
 from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import queue
@@ -588,7 +588,7 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
 @pytest.fixture
 def schema_trials(service: Any) -> Iterator[None]:
     """Schemas are tried as a server does."""
-    trials = GrammarTrials(ConfinedWork(10, 256 << 20, SUBJECT), FairTurns(2, 30))
+    trials = GrammarTrials(SandboxedWork(10, 256 << 20, SUBJECT), FairTurns(2, 30))
     service.pool._trials = trials
     yield
     trials.close()

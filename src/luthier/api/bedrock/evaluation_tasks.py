@@ -231,7 +231,7 @@ class JobTask(EvaluationTask):
     def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
         """The record, and why there is no answer to it."""
         place, record = row
-        line = self.unmeasured(record)
+        line = self.error_line(record)
         line["error"] = {"errorCode": fault.code, "errorMessage": fault.message}
         return GradedRow(store.ERROR, {"set": place, "line": line})
 
@@ -275,7 +275,7 @@ class JobTask(EvaluationTask):
         """
 
     @abstractmethod
-    def unmeasured(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def error_line(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The line of a row that could not be measured."""
 
     @abstractmethod
@@ -303,9 +303,9 @@ class JobTask(EvaluationTask):
             result = 1 - result
         if len(reasons) > 1:
             reasons = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
-        return self.judged(metric, result, "\n\n".join(reasons) or none)
+        return self.judge_score(metric, result, "\n\n".join(reasons) or none)
 
-    def judged(self, metric: str, result: float | None, explanation: str) -> dict[str, Any]:
+    def judge_score(self, metric: str, result: float | None, explanation: str) -> dict[str, Any]:
         """A score as Bedrock writes those of a judge."""
         detail = {"modelIdentifier": self.judge_name, "explanation": explanation}
         return {"metricName": metric, "result": result, "evaluatorDetails": [detail]}
@@ -375,7 +375,7 @@ class ModelJobTask(JobTask):
         scores = [self._score(data, metric, record, response) for metric in data.metrics]
         return self._line(record, response, scores), scores
 
-    def unmeasured(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def error_line(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Without a response."""
         return self._line(record, None, [])
 

@@ -78,7 +78,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         return answer
     runner = _runner(request)
     job_tags = tags_of(request.get("jobTags"))
-    automated, application = _automated(request), _application(request)
+    automated, application = _automated_config(request), _application(request)
     judges = automated.get("evaluatorModelConfig", {}).get("bedrockEvaluatorModels", ())
     source = None
     if application == RAG:
@@ -130,7 +130,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
     return answer
 
 
-def _automated(request: ControlRequest) -> Mapping[str, Any]:
+def _automated_config(request: ControlRequest) -> Mapping[str, Any]:
     """The configuration of what is computed here; all else is refused in words."""
     config = request["evaluationConfig"]
     if "human" in config:
@@ -221,7 +221,7 @@ def _check_task_type(config: Mapping[str, Any]) -> None:
 def get_job(request: ControlRequest) -> dict[str, Any]:
     """One job by its ARN."""
     with request.control.database.read() as session:
-        job = _asked(request, session, request["jobIdentifier"])
+        job = _evaluation_job(request, session, request["jobIdentifier"])
         members = job.request
         return {
             "jobArn": _arn(request, job),
@@ -260,7 +260,7 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
 def stop_job(request: ControlRequest) -> dict[str, Any]:
     """Stop a job: nothing more happens to one that is stopped."""
     with request.control.database.write() as session:
-        job = _asked(request, session, request["jobIdentifier"], lock=True)
+        job = _evaluation_job(request, session, request["jobIdentifier"], lock=True)
         if job.status in (store.COMPLETED, store.FAILED):
             raise Fault("Conflict", f"The job {job.name} is {_STATUS[job.status]}.")
         if job.status != store.CANCELED:
@@ -294,7 +294,7 @@ def _error(identifier: str, code: str, message: str) -> dict[str, Any]:
     return {"jobIdentifier": identifier, "code": code, "message": message}
 
 
-def _asked(
+def _evaluation_job(
     request: ControlRequest, session: Session, identifier: str, *, lock: bool = False
 ) -> EvaluationRun:
     request.allow(identifier)

@@ -142,7 +142,7 @@ def read(given: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return fields
 
 
-def shown(job: Job) -> Mapping[str, str] | None:
+def describe(job: Job) -> Mapping[str, str] | None:
     """What was sent; else epochs, batch size and rate, once they are chosen; ``None`` until then."""
     if job.request.get("hyperParameters"):
         found: Mapping[str, str] = job.request["hyperParameters"]

@@ -298,7 +298,7 @@ def customization_details(job: Job) -> dict[str, Any]:
     losses = result["validation_losses"] if result else ()
     return {
         "customizationType": job.customization_type,
-        "hyperParameters": hyperparameters.shown(job),
+        "hyperParameters": hyperparameters.describe(job),
         "trainingDataConfig": asked.get("trainingDataConfig", {"s3Uri": source}),
         "validationDataConfig": {"validators": [{"s3Uri": uri} for uri in job.validators]},
         "outputDataConfig": asked.get("outputDataConfig", {"s3Uri": job.output or "s3://none"}),

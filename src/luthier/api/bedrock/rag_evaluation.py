@@ -111,7 +111,7 @@ class Output(RowPart):
         return None if found is None else [each.content.text for each in found.retrievalResults]
 
     @property
-    def cited(self) -> list[tuple[str, str]]:
+    def cited_passages(self) -> list[tuple[str, str]]:
         """Each passage that is cited, behind the part of the answer that cites it."""
         return [
             (citation.generatedResponsePart.textResponsePart.text, passage.content.text)
@@ -214,7 +214,7 @@ class RagJobTask(JobTask):
                     f"{where}.output.citations is required by the metrics of citations, or [] where "
                     "nothing is cited."
                 )
-            if len(output.cited) > MOST_PASSAGES:
+            if len(output.cited_passages) > MOST_PASSAGES:
                 yield f"{where}.output.citations cites more than {MOST_PASSAGES} passages."
 
     def measure(
@@ -235,7 +235,7 @@ class RagJobTask(JobTask):
         }
         return line, [score for scores in results for score in scores]
 
-    def unmeasured(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def error_line(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Without results."""
         return {"conversationTurns": [{**turn, "results": []} for turn in _turns(record)]}
 
@@ -259,15 +259,15 @@ class RagJobTask(JobTask):
             return self.judge(metric, [*map(answer, passages)], "No passages were retrieved.")
         if metric == COVERAGE:
             if not passages:
-                return self.judged(metric, 0.0, "No passages were retrieved.")
+                return self.judge_score(metric, 0.0, "No passages were retrieved.")
             return self.judge(metric, [answer("\n\n".join(passages), reference=turn.reference)])
         if metric == FAITHFULNESS:
             return self.judge(metric, [answer(reply, passages)])
         if metric == PRECISION:
-            parts = [answer(part, [passage]) for part, passage in output.cited]
+            parts = [answer(part, [passage]) for part, passage in output.cited_passages]
             return self.judge(metric, parts, "The answer cites nothing.")
         if metric == CITED:
-            cited = dict.fromkeys(passage for _, passage in output.cited)
+            cited = dict.fromkeys(passage for _, passage in output.cited_passages)
             return self.judge(metric, [answer(reply, [*cited])])
         return self.judge(metric, [answer(reply, reference=turn.reference)])
 

@@ -37,8 +37,8 @@ from luthier.graders.templates import (
 )
 from luthier.limits import ServerLimits
 from luthier.models.sampling import Constraint
-from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
-from luthier.serving.confined_work import ConfinedWork, confine
+from luthier.serving.sandboxed_grading import SandboxedWork, sandbox_grader
+from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.store import evaluations as store
 from luthier.store.evaluations import EvaluationRun, GradedRow
 from luthier.store.uploaded_files import UploadedFiles
@@ -265,10 +265,10 @@ class Criterion:
     grader: Grader
     threshold: float
 
-    def open(self, models: GraderModels, work: ConfinedWork) -> Criterion:
+    def open(self, models: GraderModels, work: SandboxedWork) -> Criterion:
         """The same with its models opened, and what compares texts in processes of ``work``."""
         grader = self.grader.with_models(models) if self.grader.models else self.grader
-        return Criterion(self.name, self.type, confine(grader, work), self.threshold)
+        return Criterion(self.name, self.type, sandbox_grader(grader, work), self.threshold)
 
 
 def criteria_of(
@@ -330,7 +330,7 @@ class EvalParts:
     """Answers bodies of chat completions."""
     judges: Callable[[Caller], Judge]
     models: GraderModels
-    work: ConfinedWork
+    work: SandboxedWork
     limits: ServerLimits
 
 

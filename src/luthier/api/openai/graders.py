@@ -31,10 +31,10 @@ from luthier.graders import (
 from luthier.graders.base import TOO_LONG, Embedder
 from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
-from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
-from luthier.serving.confined_work import ConfinedWork, confine
 from luthier.serving.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.serving.pool import ModelPool
+from luthier.serving.sandboxed_grading import SandboxedWork, sandbox_grader
+from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.types import Message
 
 _MEMBERS = {
@@ -82,7 +82,7 @@ class Graders:
         access: Access,
         judges: Callable[[Caller], Judge],
         models: GraderModels,
-        work: ConfinedWork,
+        work: SandboxedWork,
         limits: ServerLimits,
     ) -> None:
         """``judges`` finds the models that graders of a caller ask, ``models`` opens them.
@@ -121,7 +121,7 @@ class Graders:
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
-        grader = confine(grader, self.work)
+        grader = sandbox_grader(grader, self.work)
         began = time.perf_counter()
         row = PromptOnly("item", 1, "", members=parameters.item or {})
         longest = self.limits.grading_text_characters

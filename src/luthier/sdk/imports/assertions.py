@@ -139,7 +139,7 @@ class Checks:
         counted = [each for each in self.passed if each[2] > 0]
         if not counted:
             return
-        _, whole = _combined(counted, threshold)
+        _, whole = _combine(counted, threshold)
         if len(self.graders) > MOST_PARTS or len(whole) > 1000:
             self.refused.append(("the test's result", f"more than {MOST_PARTS} parts"))
             return
@@ -157,7 +157,7 @@ class Checks:
             threshold = number_of(given.get("threshold"), 0.0)
             if not inner.passed:
                 raise Refused("it holds no assertions")
-            score, passed = _combined(inner.passed, threshold)
+            score, passed = _combine(inner.passed, threshold)
             own = {name: each for name, each in self.graders.items() if name not in before}
             return score, passed, own
         if given.get("transform") or given.get("contextTransform"):
@@ -192,15 +192,15 @@ class Checks:
             )
         limit = given.get("threshold")
         if kind in JUDGED:
-            return self._judged(kind, value, limit, str(judge))
+            return self._model_judge(kind, value, limit, str(judge))
         if kind in ("equals", "contains", "icontains"):
-            return self._compared(kind, value)
+            return self._comparison(kind, value)
         if kind in ("contains-any", "contains-all", "icontains-any", "icontains-all"):
             words = value if isinstance(value, list) else str(value).split(",")
             if not 0 < len(words) <= MOST_PARTS:
                 raise Refused(f"it has {len(words)} texts; a grader takes 1 to {MOST_PARTS}")
             base, _, some = kind.rpartition("-")
-            parts = [self._compared(base, str(word).strip())[0] for word in words]
+            parts = [self._comparison(base, str(word).strip())[0] for word in words]
             formula = (
                 f"{'max' if some == 'any' else 'min'}({', '.join(parts)}, {int(some == 'all')})"
             )
@@ -240,7 +240,7 @@ class Checks:
             return self._python(value, limit, given.get("config"))
         raise Refused("there is no such grader here")
 
-    def _compared(self, kind: str, value: Any) -> tuple[str, str]:
+    def _comparison(self, kind: str, value: Any) -> tuple[str, str]:
         """Equality, or a text that has to be in the reply."""
         if isinstance(value, (Mapping, list)):
             if kind != "equals":
@@ -253,7 +253,7 @@ class Checks:
         fields = {"method": "string_check", "operation": operation, "reference": self._place(text)}
         return self._one(kind, fields)
 
-    def _judged(self, kind: str, value: Any, limit: Any, judge: str) -> tuple[str, str]:
+    def _model_judge(self, kind: str, value: Any, limit: Any, judge: str) -> tuple[str, str]:
         if not isinstance(value, str):
             raise Refused("its rubric is no text")
         claim = JUDGED[kind]
@@ -314,7 +314,7 @@ class _Source:
     function: str
 
 
-def _combined(parts: Sequence[tuple[str, str, float]], threshold: float | None) -> tuple[str, str]:
+def _combine(parts: Sequence[tuple[str, str, float]], threshold: float | None) -> tuple[str, str]:
     """Formulas of the weighted mean of some assertions, and of whether they pass together."""
     total = " + ".join(f"{weight:g} * ({score})" for score, _, weight in parts)
     score = f"({total}) / {sum(weight for *_, weight in parts) or 1:g}"

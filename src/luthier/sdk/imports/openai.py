@@ -222,7 +222,7 @@ class _Conversion:
         if not isinstance(given, Mapping):
             return {}
         (criterion,) = criteria_of([given], self._judge, {})
-        fields = _nested(grader_fields(given, f"testing_criteria[{index}]", self._judge))
+        fields = _below_item(grader_fields(given, f"testing_criteria[{index}]", self._judge))
         name = re.sub(r"\W+", "_", criterion.name.lower(), flags=re.ASCII).strip("_") or f"c{index}"
         if given["type"] not in ("string_check", "label_model"):
             fields = {
@@ -335,23 +335,23 @@ def _without_their_choices(fields: Mapping[str, Any]) -> tuple[dict[str, Any], d
     return chosen, dropped
 
 
-def _nested(value: Any) -> Any:
+def _below_item(value: Any) -> Any:
     """Fields of a grader for rows that hold the item as ``item``, whatever its members are called."""
     if isinstance(value, str):
         return _PLACE.sub("{{item.item", value)
     if isinstance(value, Mapping):
-        found = {name: _nested(each) for name, each in value.items()}
+        found = {name: _below_item(each) for name, each in value.items()}
         if found.get("method") == "python":
             found["source"] = str(value["source"]).rstrip() + _PYTHON
         return found
-    return [_nested(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return [_below_item(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _row(messages: Sequence[Mapping[str, Any]], item: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_asked(messages), "item": dict(item)}
+    return {**_prompt_row(messages), "item": dict(item)}
 
 
-def _asked(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _prompt_row(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     turns = [
         {
             "role": "system" if each["role"] == "developer" else each["role"],
@@ -369,5 +369,5 @@ def _answer_rows(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     sample = item.get("sample") or {}
     replies = [each for each in sample.get("output") or [] if isinstance(each.get("content"), str)]
     if sample.get("input") and replies:
-        turns = _asked(sample["input"])["messages"]
+        turns = _prompt_row(sample["input"])["messages"]
         yield {"messages": [*turns, {"role": "assistant", "content": replies[-1]["content"]}]}

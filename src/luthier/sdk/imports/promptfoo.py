@@ -105,7 +105,7 @@ class _Configuration:
         count = 0
         for prompt in prompts:
             for test in tests:
-                for filled in self._filled(prompt, test):
+                for filled in self._rows_of_test(prompt, test):
                     row, graders = filled
                     signature = json.dumps(graders, sort_keys=True)
                     tables[signature] = graders
@@ -232,7 +232,7 @@ class _Configuration:
         return found
 
     def _tests(self) -> Iterator[_Test]:
-        yield from self._listed(self.fields.get("tests", []), "test")
+        yield from self._inline_tests(self.fields.get("tests", []), "test")
         for number, scenario in enumerate(self.fields.get("scenarios") or [], 1):
             where = f"scenario {number}"
             if not isinstance(scenario, Mapping):
@@ -251,9 +251,9 @@ class _Configuration:
                     "assert": [*(config.get("assert") or []), *(test.get("assert") or [])],
                     "metadata": {**(config.get("metadata") or {}), **(test.get("metadata") or {})},
                 }
-                yield from self._listed([joined], where)
+                yield from self._inline_tests([joined], where)
 
-    def _listed(self, given: Any, where: str) -> Iterator[_Test]:
+    def _inline_tests(self, given: Any, where: str) -> Iterator[_Test]:
         for number, each in enumerate(given if isinstance(given, list) else [given], 1):
             place = f"{where} {number}"
             try:
@@ -287,7 +287,7 @@ class _Configuration:
                         self.result.skip(place, str(error))
                 continue
             found_tests = parse_yaml(self._read(each), each)
-            yield from self._listed(found_tests, each)
+            yield from self._inline_tests(found_tests, each)
 
     def _test(self, given: Mapping[str, Any], where: str) -> _Test:
         options = {**(self.default.get("options") or {}), **(given.get("options") or {})}
@@ -299,7 +299,9 @@ class _Configuration:
                 self.result.remark(f"the option `{name}` is not carried over")
         if given.get("assertScoringFunction"):
             self.result.remark("`assertScoringFunction` is JavaScript: scores are weighted means")
-        variables = self._resolved({**self._vars(self.default), **self._vars(given)}, where)
+        variables = self._resolve_variables(
+            {**self._vars(self.default), **self._vars(given)}, where
+        )
         if empty := [name for name, value in variables.items() if value == []]:
             raise Refused(f"`{empty[0]}` is an empty list, so there is no row")
         asserts = [*(self.default.get("assert") or []), *(given.get("assert") or [])]
@@ -330,12 +332,12 @@ class _Configuration:
             read[str(name)] = value.removesuffix("\n") if isinstance(value, str) else value
         return read
 
-    def _resolved(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
+    def _resolve_variables(self, variables: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Variables may name each other."""
         fill = self._filler(variables, where)
         return {name: fill(value) for name, value in variables.items()}
 
-    def _filled(
+    def _rows_of_test(
         self, prompt: _Prompt, test: _Test
     ) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
         """Rows of a test: one for each choice among variables that are lists."""

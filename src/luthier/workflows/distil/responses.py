@@ -203,13 +203,13 @@ class _Responses:
                 reporter.note(teacher.terms)
             numbers = count(known + 1)
 
-            def answered(number: int, outcome: Reply | Failure) -> None:
+            def on_answer(number: int, outcome: Reply | Failure) -> None:
                 done(places[number], outcome)
                 reporter.progress(next(numbers), len(keys), "answers")
 
             conversations = [*questions.values()]
             missing = [conversations[place] for place in places]
-            teacher.ask(missing, sampling, answered, reporter.note)
+            teacher.ask(missing, sampling, on_answer, reporter.note)
 
         with Journal.open(journal_path(teacher.identity, teacher.name)) as journal:
             try:

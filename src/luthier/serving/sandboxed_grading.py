@@ -1,7 +1,7 @@
 """Work on what a client sends, in processes with limits: graders that compare texts, and schemas.
 
-See :mod:`luthier.serving.work_process` for what is limited. Work ends at its limit, and as soon as its
-client has hung up; the process that did it is started anew for the next.
+See :mod:`luthier.serving.sandboxed_grading_child` for what is limited. Work ends at its limit, and as
+soon as its client has hung up; the process that did it is started anew for the next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Grader, Multi, Trouble, Ungraded
 from luthier.graders.python_source import SandboxedFunction
-from luthier.serving.confined_process import ConfinedProcess, TakesTooMuch, WorkInterrupted
+from luthier.serving.sandboxed_process import SandboxedProcess, TakesTooMuch, WorkInterrupted
 
 IDLE = 1
 """Processes that wait for work; further ones end with theirs."""
@@ -30,7 +30,7 @@ GRACE_SECONDS = 5.0
 CLOSED = "the service is ending"
 
 
-class ConfinedWork:
+class SandboxedWork:
     """Processes for one kind of work, as many as are asked at once. Safe to share between threads.
 
     Whoever asks bounds how many that are.
@@ -42,7 +42,7 @@ class ConfinedWork:
         A refusal says that ``subject`` takes too much.
         """
         self.seconds, self.memory, self._subject = seconds, memory, subject
-        self._idle: list[tuple[ConfinedProcess, float]] = []
+        self._idle: list[tuple[SandboxedProcess, float]] = []
         """Those that wait for work, and since when."""
         self._lock = threading.Lock()
         self._closed = False
@@ -73,7 +73,7 @@ class ConfinedWork:
             process.close()
 
     @contextmanager
-    def _process(self) -> Iterator[ConfinedProcess]:
+    def _process(self) -> Iterator[SandboxedProcess]:
         with self._lock:
             if self._closed:
                 raise WorkInterrupted(CLOSED)
@@ -82,8 +82,8 @@ class ConfinedWork:
             process.close()
             process = None
         if process is None:
-            process = ConfinedProcess(
-                "luthier.serving.work_process",
+            process = SandboxedProcess(
+                "luthier.serving.sandboxed_grading_child",
                 (str(self.memory), str(IDLE_SECONDS + GRACE_SECONDS)),
                 self.seconds,
                 self._subject,
@@ -103,7 +103,7 @@ class ConfinedWork:
                 process.close()
 
 
-class ConfinedGrader(Grader):
+class SandboxedGrader(Grader):
     """Another grader, at work in a process with limits."""
 
     method: str
@@ -143,14 +143,14 @@ class ConfinedGrader(Grader):
         return scores
 
 
-def confine(grader: Grader, work: ConfinedWork) -> Grader:
+def sandbox_grader(grader: Grader, work: SandboxedWork) -> Grader:
     """``grader`` with all that compares texts at work in processes of ``work``.
 
     Sources have a sandbox of their own, and models that grade take turns with all others.
     """
     if isinstance(grader, Multi):
-        parts = {name: confine(part, work) for name, part in grader.graders.items()}
+        parts = {name: sandbox_grader(part, work) for name, part in grader.graders.items()}
         return grader.model_copy(update={"graders": parts})
     if grader.models or isinstance(grader, SandboxedFunction):
         return grader
-    return ConfinedGrader(method=grader.method, grader=grader, work=work)
+    return SandboxedGrader(method=grader.method, grader=grader, work=work)

@@ -18,8 +18,8 @@ from llguidance import LLMatcher
 from luthier.data.chat import ChatFormat
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
-from luthier.serving import confined
-from luthier.serving.confined import ConfinedFormat, confined_format
+from luthier.serving import sandboxed_text
+from luthier.serving.sandboxed_text import SandboxedFormat, sandboxed_format
 from luthier.types import Message
 
 TEXTS = ["Hello.", "", "Grüße, 世界 🎻!\n\n  two  spaces", "\ud800 alone", "a" * 5000]
@@ -31,20 +31,20 @@ def plain(tiny_model_folder: Path) -> ChatFormat:
 
 
 @pytest.fixture(scope="module")
-def limited(tiny_model_folder: Path) -> Iterator[ConfinedFormat]:
-    chat = confined_format(tiny_model_folder)
+def limited(tiny_model_folder: Path) -> Iterator[SandboxedFormat]:
+    chat = sandboxed_format(tiny_model_folder)
     yield chat
     chat.close()
 
 
 @pytest.fixture
-def hostile(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., ConfinedFormat]]:
+def hostile(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., SandboxedFormat]]:
     """``hostile(template=…, tokenizer=…)``: a model whose template or tokenizer.json is another."""
-    opened: list[ConfinedFormat] = []
+    opened: list[SandboxedFormat] = []
 
     def made(
         template: str | None = None, tokenizer: Callable[[Any], None] | None = None
-    ) -> ConfinedFormat:
+    ) -> SandboxedFormat:
         folder = tmp_path / f"model-{len(opened)}"
         shutil.copytree(tiny_model_folder, folder)
         if template is not None:
@@ -54,7 +54,7 @@ def hostile(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., C
             fields = json.loads(path.read_text())
             tokenizer(fields)
             path.write_text(json.dumps(fields))
-        opened.append(confined_format(folder))
+        opened.append(sandboxed_format(folder))
         return opened[-1]
 
     yield made
@@ -62,7 +62,7 @@ def hostile(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., C
         chat.close()
 
 
-def alive(chat: ConfinedFormat) -> int:
+def alive(chat: SandboxedFormat) -> int:
     """Id of the process at work for it."""
     child = chat.tokenizer._child
     assert child is not None
@@ -70,7 +70,7 @@ def alive(chat: ConfinedFormat) -> int:
 
 
 class TestItIsTheSame:
-    def test_settings(self, plain: ChatFormat, limited: ConfinedFormat) -> None:
+    def test_settings(self, plain: ChatFormat, limited: SandboxedFormat) -> None:
         assert (limited.template, limited.stop_ids, limited.start_id) == (
             plain.template,
             plain.stop_ids,
@@ -80,7 +80,7 @@ class TestItIsTheSame:
         assert limited.tokenizer.vocab_size == plain.tokenizer.vocab_size
 
     @pytest.mark.parametrize("text", TEXTS)
-    def test_texts(self, plain: ChatFormat, limited: ConfinedFormat, text: str) -> None:
+    def test_texts(self, plain: ChatFormat, limited: SandboxedFormat, text: str) -> None:
         def read(chat: ChatFormat) -> Any:
             try:
                 ids_T, word_T = chat.encode_words(text)
@@ -93,7 +93,7 @@ class TestItIsTheSame:
 
         assert read(limited) == read(plain)
 
-    def test_conversations(self, plain: ChatFormat, limited: ConfinedFormat) -> None:
+    def test_conversations(self, plain: ChatFormat, limited: SandboxedFormat) -> None:
         turns = [Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Why 'x'?")]
         np.testing.assert_array_equal(limited.encode_prompt(turns), plain.encode_prompt(turns))
         ours, theirs = limited.encode_reply(turns[:2]), plain.encode_reply(turns[:2])
@@ -101,17 +101,17 @@ class TestItIsTheSame:
         np.testing.assert_array_equal(ours.learned_T, theirs.learned_T)
 
     def test_what_a_request_says_of_the_template(
-        self, hostile: Callable[..., ConfinedFormat]
+        self, hostile: Callable[..., SandboxedFormat]
     ) -> None:
         chat, turns = hostile("{{ messages[0].content }}{{ who }}"), [Message("user", "Hi ")]
         assert chat.prompt_text(turns, (), {"who": "you", "chat_template": "x"}) == "Hi you"
 
-    def test_what_the_template_refuses(self, hostile: Callable[..., ConfinedFormat]) -> None:
+    def test_what_the_template_refuses(self, hostile: Callable[..., SandboxedFormat]) -> None:
         chat = hostile("{{ raise_exception('only users speak') }}")
         with pytest.raises(RecipeError, match="refuses this conversation: only users speak"):
             chat.encode_prompt([Message("user", "Hi")])
 
-    def test_grammars(self, plain: ChatFormat, limited: ConfinedFormat) -> None:
+    def test_grammars(self, plain: ChatFormat, limited: SandboxedFormat) -> None:
         size = plain.tokenizer.vocab_size
         schema = {
             "type": "object",
@@ -165,9 +165,9 @@ _LEVEL = {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 class TestNothingTakesAllThereIs:
     @pytest.fixture(autouse=True)
     def _little(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(confined, "SECONDS", 2)
+        monkeypatch.setattr(sandboxed_text, "SECONDS", 2)
 
-    def test_loops_are_ended(self, hostile: Callable[..., ConfinedFormat]) -> None:
+    def test_loops_are_ended(self, hostile: Callable[..., SandboxedFormat]) -> None:
         nested = "{% for a in range(99999) %}" * 4 + "{% set x = a %}" + "{% endfor %}" * 4
         chat = hostile("{% if messages[0].content == 'now' %}" + nested + "{% endif %}fine")
         before = alive(chat)
@@ -189,7 +189,7 @@ class TestNothingTakesAllThereIs:
         ],
     )
     def test_large_texts_are_refused(
-        self, hostile: Callable[..., ConfinedFormat], template: str
+        self, hostile: Callable[..., SandboxedFormat], template: str
     ) -> None:
         chat = hostile(template)
         with pytest.raises(
@@ -199,7 +199,7 @@ class TestNothingTakesAllThereIs:
 
     @pytest.mark.parametrize("faulty", [doubling, backtracking])
     def test_tokenizers_are_ended(
-        self, hostile: Callable[..., ConfinedFormat], faulty: Callable[[Any], None]
+        self, hostile: Callable[..., SandboxedFormat], faulty: Callable[[Any], None]
     ) -> None:
         chat = hostile(tokenizer=faulty)
         with pytest.raises(RecipeError, match=r"template or tokenizer|cannot take this text"):
@@ -207,7 +207,7 @@ class TestNothingTakesAllThereIs:
         assert len(chat.encode_whole("b"))
 
     def test_few_tokens_do_not_become_much_text(
-        self, hostile: Callable[..., ConfinedFormat]
+        self, hostile: Callable[..., SandboxedFormat]
     ) -> None:
         chat = hostile(tokenizer=shouting)
         ids = chat.encode_whole("a").tolist()
@@ -217,7 +217,7 @@ class TestNothingTakesAllThereIs:
             chat.pieces(ids)
 
     def test_templates_themselves_have_a_length(
-        self, hostile: Callable[..., ConfinedFormat]
+        self, hostile: Callable[..., SandboxedFormat]
     ) -> None:
         with pytest.raises(RecipeError, match="more than 1,000,000 characters"):
             hostile("{# " + "a" * 1_000_001 + " #}")
@@ -228,7 +228,7 @@ class TestTheProcess:
         self, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("LUTHIER_SERVER_KEY", "c2VjcmV0")
-        chat = confined_format(tiny_model_folder)
+        chat = sandboxed_format(tiny_model_folder)
         there = Path(f"/proc/{alive(chat)}")
         limits = {
             line[:25].strip(): line[25:].split()[:2]
@@ -242,7 +242,7 @@ class TestTheProcess:
         assert not there.exists()
 
     def test_that_was_killed_is_followed_by_another(self, tiny_model_folder: Path) -> None:
-        chat = confined_format(tiny_model_folder)
+        chat = sandboxed_format(tiny_model_folder)
         expected = chat.encode_whole("Hello.")
         os.kill(alive(chat), 9)
         with pytest.raises(RecipeError, match="ended its process"):
@@ -253,7 +253,7 @@ class TestTheProcess:
             chat.encode_whole("Hello.")
 
     def test_ends_with_the_one_that_started_it(self, tiny_model_folder: Path) -> None:
-        chat = confined_format(tiny_model_folder)
+        chat = sandboxed_format(tiny_model_folder)
         there = Path(f"/proc/{alive(chat)}/stat")
         assert chat.tokenizer._connection is not None
         chat.tokenizer._connection.close()  # as the kernel does when a process is killed
@@ -263,7 +263,7 @@ class TestTheProcess:
             time.sleep(0.05)
         chat.close()
 
-    def test_answers_threads_in_turns(self, limited: ConfinedFormat) -> None:
+    def test_answers_threads_in_turns(self, limited: SandboxedFormat) -> None:
         wrong: list[str] = []
 
         def ask(text: str) -> None:
@@ -281,4 +281,4 @@ class TestTheProcess:
     def test_says_what_is_wrong_with_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text("{}")
         with pytest.raises(RecipeError):
-            confined_format(tmp_path)
+            sandboxed_format(tmp_path)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.serving.confined_child import LONGEST, READ_SECONDS, receive, send
+from luthier.serving.sandboxed_process_child import LONGEST, READ_SECONDS, receive, send
 
 PATIENCE = 120.0
 """Seconds of the clock for one request; its processor time ends it before, unless others compute."""
@@ -41,10 +41,10 @@ class WorkInterrupted(RecipeError):
     """
 
 
-class ConfinedProcess:
+class SandboxedProcess:
     """A process with limits that answers one request at a time, and is started again where it ended.
 
-    Its module answers by :func:`luthier.serving.confined_child.serve`. Safe to share between
+    Its module answers by :func:`luthier.serving.sandboxed_process_child.serve`. Safe to share between
     threads, which are answered in turns.
     """
 

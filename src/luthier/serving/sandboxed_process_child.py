@@ -2,7 +2,7 @@
 
 The kernel ends the process where a request takes too much processor time. It cannot have more memory
 than it is told, and opens no file once it has begun to answer
-(:mod:`luthier.serving.confined_process` is the other side). Requests and replies are JSON behind four
+(:mod:`luthier.serving.sandboxed_process` is the other side). Requests and replies are JSON behind four
 bytes of length.
 """
 

@@ -2,7 +2,7 @@
 
 A chat template is a program, and so is a tokenizer's pattern: neither can read or write anything here,
 but both can be written to take all time and memory there is. This process has limits
-(:mod:`luthier.serving.confined_child`); :mod:`luthier.serving.confined` asks it.
+(:mod:`luthier.serving.sandboxed_process_child`); :mod:`luthier.serving.sandboxed_text` asks it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.serving.confined_child import (
+from luthier.serving.sandboxed_process_child import (
     READ_SECONDS,
     allow_seconds,
     be_killed_first,

@@ -22,9 +22,9 @@ from luthier.graders import (
     Ungraded,
     grade_answers,
 )
-from luthier.serving import confined_process, confined_work
-from luthier.serving.confined_process import TakesTooMuch, WorkInterrupted
-from luthier.serving.confined_work import ConfinedGrader, ConfinedWork, confine
+from luthier.serving import sandboxed_grading, sandboxed_process
+from luthier.serving.sandboxed_grading import SandboxedGrader, SandboxedWork, sandbox_grader
+from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 
 GRADERS = [
     *(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric)
@@ -35,8 +35,8 @@ TEXTS = [("Paris", "Pari"), ("the cat sat", "a cat sat down"), ("", "a"), ("æ—¥æ
 
 
 @pytest.fixture(scope="module")
-def work() -> Iterator[ConfinedWork]:
-    made = ConfinedWork(2, 256 << 20, "the grader")
+def work() -> Iterator[SandboxedWork]:
+    made = SandboxedWork(2, 256 << 20, "the grader")
     yield made
     made.close()
 
@@ -51,45 +51,45 @@ def workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # a child of another test that has ended
-            if "work_process" in " ".join(child.cmdline()):
+            if "sandboxed_grading_child" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
 
 @pytest.mark.parametrize("grader", GRADERS, ids=lambda each: str(each))
-def test_scores_are_the_same(work: ConfinedWork, grader: Any) -> None:
+def test_scores_are_the_same(work: SandboxedWork, grader: Any) -> None:
     answers = [answer(*each) for each in TEXTS]
     assert (
-        grade_answers(confine(grader, work), answers).scores
+        grade_answers(sandbox_grader(grader, work), answers).scores
         == grade_answers(grader, answers).scores
     )
     assert len(workers()) == 1
 
 
-def test_refusals_are_the_same(work: ConfinedWork) -> None:
+def test_refusals_are_the_same(work: SandboxedWork) -> None:
     grader = StringCheck(reference="{{item.b}}")
     found = []
-    for each in (grader, confine(grader, work)):
+    for each in (grader, sandbox_grader(grader, work)):
         found.append(grade_answers(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
     assert found[0] == found[1]
     with pytest.raises(Ungraded, match="names something that is not there"):
-        confine(grader, work).grade([answer("a", "a")])
+        sandbox_grader(grader, work).grade([answer("a", "a")])
 
 
 @pytest.mark.parametrize(
     ("metric", "text"),
     [("fuzzy_match", "ab" * 10**6), ("rouge_5", " ".join(map(str, range(10**6))))],
 )
-def test_what_takes_too_much_is_ended(work: ConfinedWork, metric: Any, text: str) -> None:
-    grader = confine(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
+def test_what_takes_too_much_is_ended(work: SandboxedWork, metric: Any, text: str) -> None:
+    grader = sandbox_grader(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
     with pytest.raises(TakesTooMuch, match=r"more than (2 seconds|256 MiB)|more memory than"):
         grader.grade([answer(text, text[::-1])])
     assert grader.grade([answer("a", "a")]) == [1.0]
 
 
-def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
-    patient = ConfinedWork(600, 1 << 30, "the grader")
-    grader = confine(TextSimilarity(reference="{{item.a}}"), patient)
+def test_work_is_cancelled_and_nobody_elses(work: SandboxedWork) -> None:
+    patient = SandboxedWork(600, 1 << 30, "the grader")
+    grader = sandbox_grader(TextSimilarity(reference="{{item.a}}"), patient)
     uses: list[Cancellable] = []
     with cancelled_by(uses.append):
         assert grader.grade([answer("a", "a")]) == [1.0]
@@ -108,8 +108,8 @@ def test_work_is_cancelled_and_nobody_elses(work: ConfinedWork) -> None:
 
 
 def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = ConfinedWork(5, 1 << 28, "the work")
-    grader = confine(StringCheck(reference="{{item.a}}"), work)
+    work = SandboxedWork(5, 1 << 28, "the work")
+    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), work)
     assert grader.grade([answer("a", "a")]) == [1.0]
     ((first, _),) = work._idle
     assert grader.grade([answer("a", "a")]) == [1.0]
@@ -117,10 +117,10 @@ def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> Non
     assert second is first
     work.close()
 
-    monkeypatch.setattr(confined_work, "IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(confined_work, "GRACE_SECONDS", 0.5)
-    work = ConfinedWork(5, 1 << 28, "the work")
-    grader = confine(StringCheck(reference="{{item.a}}"), work)
+    monkeypatch.setattr(sandboxed_grading, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(sandboxed_grading, "GRACE_SECONDS", 0.5)
+    work = SandboxedWork(5, 1 << 28, "the work")
+    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), work)
     assert grader.grade([answer("a", "a")]) == [1.0]
     ((first, _),) = work._idle
     child = first._child
@@ -134,21 +134,21 @@ def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fresh = ConfinedWork(2, 256 << 20, "the grader")
-    grader = confine(TextSimilarity(reference="{{item.a}}"), fresh)
+    fresh = SandboxedWork(2, 256 << 20, "the grader")
+    grader = sandbox_grader(TextSimilarity(reference="{{item.a}}"), fresh)
     with monkeypatch.context() as patch:
-        patch.setattr(confined_process.sys, "executable", "/nowhere/python")
+        patch.setattr(sandboxed_process.sys, "executable", "/nowhere/python")
         with pytest.raises(WorkInterrupted, match="cannot start"):
             grader.grade([answer("a", "a")])
     assert grader.grade([answer("a", "a")]) == [1.0]
     fresh.close()
 
 
-def test_only_what_compares_texts_goes_there(work: ConfinedWork) -> None:
+def test_only_what_compares_texts_goes_there(work: SandboxedWork) -> None:
     source = PythonSource(source="def grade(sample, item): return 1")
     both = Multi(graders={"a": GRADERS[0], "b": source}, calculate_output="a + b")
-    made = confine(both, work)
+    made = sandbox_grader(both, work)
     assert isinstance(made, Multi)
-    assert isinstance(made.graders["a"], ConfinedGrader)
+    assert isinstance(made.graders["a"], SandboxedGrader)
     assert made.graders["b"] is source
     assert grade_answers(made, [answer("Paris", "Paris")]).scores == [2.0]

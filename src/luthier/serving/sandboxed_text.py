@@ -1,7 +1,7 @@
 """Templates and tokenizers of models from outside, at work in a process with limits.
 
-See :mod:`luthier.serving.text_process` for what is limited. A request that takes too much is refused,
-its process is ended, and the next request starts another one.
+See :mod:`luthier.serving.sandboxed_text_child` for what is limited. A request that takes too much is
+refused, its process is ended, and the next request starts another one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from luthier.data.processors import read_processor
 from luthier.errors import RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
 from luthier.models.save import ADAPTER
-from luthier.serving.confined_process import ConfinedProcess
+from luthier.serving.sandboxed_process import SandboxedProcess
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -44,7 +44,7 @@ def serving_format(stored: StoredModel, below: ChatFormat | None = None) -> Chat
             return below
         return chat_format(stored)
     stored_format = stored.manifest.format
-    return confined_format(stored.folder, stored_format.model_dump() if stored_format else None)
+    return sandboxed_format(stored.folder, stored_format.model_dump() if stored_format else None)
 
 
 def _is_format_of(below: ChatFormat, stored: StoredModel) -> bool:
@@ -65,7 +65,7 @@ def _is_format_of(below: ChatFormat, stored: StoredModel) -> bool:
     )
 
 
-def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> ConfinedFormat:
+def sandboxed_format(folder: Path, fields: Mapping[str, Any] | None = None) -> SandboxedFormat:
     """The format in ``folder``: as a Hugging Face directory says, or by the ``fields`` of a manifest.
 
     Raises:
@@ -73,7 +73,7 @@ def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> Co
     """
     process = TextProcess(folder, fields)
     about = process.about
-    return ConfinedFormat(
+    return SandboxedFormat(
         process,
         about["template"],
         tuple(about["stop_ids"]),
@@ -83,7 +83,7 @@ def confined_format(folder: Path, fields: Mapping[str, Any] | None = None) -> Co
 
 
 @dataclass(frozen=True)
-class ConfinedFormat(ChatFormat):
+class SandboxedFormat(ChatFormat):
     """A format that asks its process; everything else is as in :class:`ChatFormat`."""
 
     tokenizer: TextProcess
@@ -145,7 +145,7 @@ class ConfinedFormat(ChatFormat):
 class _Asked:
     """A vocabulary as llguidance reads it; how it divides forced text is asked of the process."""
 
-    def __init__(self, chat: ConfinedFormat, known: Mapping[str, Any]) -> None:
+    def __init__(self, chat: SandboxedFormat, known: Mapping[str, Any]) -> None:
         self._chat = chat
         self.tokens = [base64.b64decode(token) for token in known["tokens"]]
         self.special_token_ids = known["special"]
@@ -173,12 +173,12 @@ class _Asked:
         return ids
 
 
-class TextProcess(ConfinedProcess):
+class TextProcess(SandboxedProcess):
     """The process of one model."""
 
     def __init__(self, folder: Path, fields: Mapping[str, Any] | None = None) -> None:
         super().__init__(
-            "luthier.serving.text_process",
+            "luthier.serving.sandboxed_text_child",
             (str(folder), json.dumps(fields)),
             SECONDS,
             "the model's template or tokenizer",

@@ -2,7 +2,7 @@
 
 Texts, patterns, schemas and grammars that a client sends can be written to take all time and memory
 there is, and most libraries that work on them know no limit. This process has some
-(:mod:`luthier.serving.confined_child`); :mod:`luthier.serving.confined_work` asks it.
+(:mod:`luthier.serving.sandboxed_process_child`); :mod:`luthier.serving.sandboxed_grading` asks it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from luthier.data.shapes import PromptOnly
-from luthier.serving.confined_child import be_killed_first, limit_memory, serve
 from luthier.serving.memory import allocated_bytes
+from luthier.serving.sandboxed_process_child import be_killed_first, limit_memory, serve
 
 NICE = 5
 """Requests that are answered by the server itself go first."""
