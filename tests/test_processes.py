@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,23 @@ def methods() -> list[str]:
 
 
 def losses_of(
-    size: int, family_folder: Callable[[str], Path], folder: Path, names: tuple[str, ...]
+    size: int,
+    family_folder: Callable[[str], Path],
+    folder: Path,
+    names: tuple[str, ...],
+    chosen: Sequence[str] | None = None,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     wanted = [
         (method, name, str(family_folder(family_of(method, name))))
         for name in names
-        for method in methods()
+        for method in (methods() if chosen is None else chosen)
         if family_of(method, name) and (name == "full" or method not in IMAGES)
     ]
     (folder / "request.json").write_text(json.dumps(wanted))
     output = folder / f"{size}.json"
-    run_group(size, [str(SCRIPT), str(folder / "request.json"), str(output)], folder)
+    command = [str(SCRIPT), str(folder / "request.json"), str(output), *["sharded"] * sharded]
+    run_group(size, command, folder)
     found: dict[str, Any] = json.loads(output.read_text())
     assert len(found) == len(wanted)
     return found
@@ -98,6 +104,32 @@ def test_two_processes_have_the_curve_of_one_for_every_objective(
 ) -> None:
     one, two = (losses_of(size, family_folder, tmp_path, ("full",)) for size in (1, 2))
     compare(one, two)
+
+
+SHARDABLE = (
+    "sft",
+    "causal_lm",
+    "classification",
+    "regression",
+    "token_classification",
+    "orpo",
+    "reward_model",
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (2, ("full", "lora")),
+        pytest.param(4, ("freeze", "bitfit", "adapters", "prompt"), marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_share_the_layers_have_the_curve_of_one(
+    family_folder: Callable[[str], Path], tmp_path: Path, size: int, names: tuple[str, ...]
+) -> None:
+    one = losses_of(1, family_folder, tmp_path, names, SHARDABLE)
+    shared = losses_of(size, family_folder, tmp_path, names, SHARDABLE, sharded=True)
+    compare(one, shared)
 
 
 @pytest.mark.slow

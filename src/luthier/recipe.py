@@ -190,6 +190,8 @@ class Training(StrictModel):
     """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads; all cores when not given."""
+    fully_shard: bool = False
+    """Whether several processes cut the layers into shards (FSDP2), of which each holds one."""
 
 
 class ForgettingLimits(StrictModel):

@@ -18,7 +18,7 @@ from short_runs import metrics_of, write_rows
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import train_in_processes
 from luthier.engine.train import train
-from luthier.errors import DataError, RecipeError, RefusedInput, RunConflict
+from luthier.errors import DataError, Interrupted, RecipeError, RefusedInput, RunConflict
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -59,6 +59,64 @@ def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) 
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
     assert lines.steps == [line["step"] for line in metrics_of(two) if line["event"] == "train"]
     assert any("2 processes share" in note for note in lines.notes)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_result_is_that_of_one_process_where_the_layers_are_shared(
+    luthier_home: Path, recipe: Recipes, method: str
+) -> None:
+    training: dict[str, Any] = {"micro_batch_tokens": 64, "batch_size": 3, "fully_shard": True}
+    settings = {"training": training, "adaptation": {"method": method}}
+    lines, alone = Lines(), Lines()
+    one = train(recipe(**settings, name="one"), reporter=alone)
+    two = train_in_processes(recipe(**settings, name="two"), 2, reporter=lines)
+    assert (two.steps, two.tokens, two.rows_seen) == (one.steps, one.tokens, one.rows_seen)
+    for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+    assert find(two.model_id).manifest.files
+    assert any("the layers are cut into 2 shards" in note for note in lines.notes)
+    assert any("changes nothing, as one process trains" in note for note in alone.notes)
+
+
+def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
+    luthier_home: Path, recipe: Recipes
+) -> None:
+    training = {"fully_shard": True}
+    for changes, words in (
+        ({"adaptation": {"method": "qlora"}}, "quantized weights cannot be cut"),
+        ({"adaptation": {"method": "prefix"}}, "reads the network before it trains"),
+        ({"objective": {"method": "sdft"}}, "sft, causal_lm.*sdft needs more than one pass"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            train(recipe(training=training, **changes))
+
+
+@pytest.mark.slow
+def test_a_run_in_shards_survives_a_kill_and_goes_on_in_another_number_of_them(
+    luthier_home: Path, recipe: Recipes, tmp_path: Path
+) -> None:
+    training = {"max_steps": 24, "refit": False, "patience": 0, "fully_shard": True}
+    settings: dict[str, Any] = {"training": training, "adaptation": {"method": "full"}}
+    whole = train_in_processes(recipe(**settings, name="whole"), 2)
+    lines = Lines(kill_at=16)
+    killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=lines)
+    assert lines.steps.count(11) == 2  # it went on from the checkpoint after step 10
+    one, other = (find(result.model_id).manifest.files for result in (whole, killed))
+    assert one["model.safetensors"] == other["model.safetensors"]
+
+    def stop(line: Mapping[str, Any], steps: int) -> None:
+        if line["event"] == "train" and line["step"] == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = Reporter()
+    stopping.metrics = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="goes on"):
+        train_in_processes(recipe(**settings, name="other"), 2, reporter=stopping)
+    resumed = Lines()
+    done = train_in_processes(recipe(**settings, name="other"), 3, True, resumed)
+    assert 10 < resumed.steps[0] < 24
+    for mine, theirs in zip(metrics_of(whole), metrics_of(done), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
 
 
 def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recipe: Recipes) -> None:

@@ -1,6 +1,7 @@
 """What several processes of a group train, for tests: every objective on a small network.
 
 ``python shared_training.py REQUEST OUTPUT`` in each process of a group; the first writes the losses.
+With ``sharded`` behind them the processes share the layers, too.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import test_pairs as pairs
 from luthier.adaptations import ADAPTATIONS
 from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.job import check_shardable
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network, load_model
 from luthier.models.process_group import ProcessGroup
+from luthier.models.sharding import gather, is_sharded, own_part, part_of, shard_layers
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.capabilities import SupportsExtraWeights, SupportsPacking
@@ -29,7 +32,9 @@ CPU = torch.device("cpu")
 STEPS = 3
 
 
-def train(method: str, name: str, folder: Path, own: Path, group: ProcessGroup) -> list[Any]:
+def train(
+    method: str, name: str, folder: Path, own: Path, group: ProcessGroup, sharded: bool
+) -> list[Any]:
     """The lines of the metrics of three steps, without what depends on the clock."""
     objective = OBJECTIVES[method](**pairs.SETTINGS.get(method, {}))
     adaptation = ADAPTATIONS[name](**pairs.SETTINGS.get(name, {}))
@@ -52,6 +57,9 @@ def train(method: str, name: str, folder: Path, own: Path, group: ProcessGroup) 
     pairs.join_others(network, objective, folder, examples, own / "cache")
     if isinstance(objective, SupportsExtraWeights):
         objective.add_weights(model)
+    if sharded:
+        check_shardable(model, objective, adaptation)
+        shard_layers(network, group, CPU)
     loop = Loop(
         network=network,
         objective=objective,
@@ -65,11 +73,31 @@ def train(method: str, name: str, folder: Path, own: Path, group: ProcessGroup) 
         processes=group,
     )
     loop.run()
+    if sharded:
+        check_gathering(model, group)
     clock = {"seconds", "tokens_per_second", "rows_per_second", "memory_bytes"}
     return [{k: v for k, v in line.items() if k not in clock} for line in loop.metrics.read(True)]
 
 
-def main(request: Path, output: Path) -> None:
+def check_gathering(model: torch.nn.Module, group: ProcessGroup) -> None:
+    """Whole weights hold the part of every process, each in its place."""
+    parts = 0
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not is_sharded(weight):
+                continue
+            parts += 1
+            own_part(weight).fill_(group.rank)
+            whole = gather(own_part(weight), weight)
+            expected = torch.empty(weight.shape)
+            for rank, part in enumerate(expected.chunk(group.size)):
+                part.fill_(rank)
+            assert torch.equal(whole, expected)
+            assert torch.equal(part_of(expected, weight), own_part(weight))
+    assert parts
+
+
+def main(request: Path, output: Path, sharded: bool) -> None:
     """All that the request asks for, one after the other."""
     torch.set_num_threads(1)
     group = ProcessGroup.of_environment()
@@ -77,10 +105,10 @@ def main(request: Path, output: Path) -> None:
     lines = {}
     for method, name, folder in json.loads(request.read_text()):
         with TemporaryDirectory() as own:
-            lines[f"{method} {name}"] = train(method, name, Path(folder), Path(own), group)
+            lines[f"{method} {name}"] = train(method, name, Path(folder), Path(own), group, sharded)
     if group.rank == 0:
         output.write_text(json.dumps(lines))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), "sharded" in sys.argv)

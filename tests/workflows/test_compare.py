@@ -80,8 +80,8 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     assert expected.verdict().endswith("; 6,000 answers return +100% of what it took.")
     assert expected.return_on_investment(tuned, base, 1500) == pytest.approx(-0.5)
     assert found.verdict() == (
-        "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). An answer of "
-        "tuned takes 1/2.0 of the time: tuning has paid its time after 3,000 answers."
+        "Tuning was worth it: tuned has 75.0% against 50.0% of base (+25.0% ± 3.1%). Answers of "
+        "tuned come 2.0 times as fast: tuning has paid its time after 3,000 answers."
     )
     equal = contender("tuned", "fine-tuning", 100)
     for pair in ((base, equal), (equal, base)):  # the best first, where both are
@@ -95,7 +95,7 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     worse = ahead.verdict()
     assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
     slow = head_to_head(contender("words", "simple baselines", 100, seconds=0.001), tuned).verdict()
-    assert slow.endswith("An answer of words takes 1/100.0 of the time.")
+    assert slow.endswith("Answers of words come 100 times as fast.")
     alone = head_to_head(tuned, contender("other", "fine-tuning", 10)).verdict()
     assert alone == "tuned is the best of them"
     assert head_to_head(tuned).worth_it is None

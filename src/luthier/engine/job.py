@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from luthier import __version__
-from luthier.adaptations import ADAPTATIONS
+from luthier.adaptations import ADAPTATIONS, Adaptation
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
 from luthier.data.loader import RowOrder
@@ -19,6 +19,7 @@ from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
     MemoryRequest,
+    bytes_in_other_shards,
     check_memory,
     disk_needed,
     sketch_training,
@@ -33,15 +34,19 @@ from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
 from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
-from luthier.models.layouts import MOST_IMAGES
+from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.load import as_network, check_folder, read_config, sketch
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
+from luthier.models.process_group import ProcessGroup
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.capabilities import (
+    SupportsExtraWeights,
     SupportsModelCheck,
     SupportsOtherModels,
+    SupportsPrecomputation,
+    SupportsPreparation,
     SupportsReferenceCache,
     SupportsRollouts,
     other_models,
@@ -252,6 +257,45 @@ def prepare_job(
     return replace(job, origin=origin)
 
 
+def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) -> None:
+    """Refuse what sharded layers cannot do: each micro-batch must be one pass that needs no other.
+
+    ``model`` may live on the meta device.
+
+    Raises:
+        RecipeError: with what would do.
+    """
+
+    def stands_alone(kind: type[Objective]) -> bool:
+        own = (kind.annotate, kind.turns) == (Objective.annotate, Objective.turns)
+        return own and not issubclass(
+            kind,
+            SupportsPreparation
+            | SupportsPrecomputation
+            | SupportsReferenceCache
+            | SupportsExtraWeights,
+        )
+
+    problem = ""
+    if not stands_alone(type(objective)) or other_models(objective):
+        able = ", ".join(name for name, kind in OBJECTIVES.items() if stands_alone(kind))
+        problem = (
+            f"works for these objectives: {able}; and {objective.method} needs more than one pass"
+        )
+    elif type(adaptation).calibrate is not Adaptation.calibrate:
+        problem = (
+            f"does not work with {adaptation.method}, which reads the network before it trains"
+        )
+    elif any(buffer.dtype in (torch.uint8, torch.int8) for buffer in model.buffers()):
+        problem = f"does not work with {adaptation.method}, as quantized weights cannot be cut"
+    elif not is_flat(model):
+        kind = model.config.model_type
+        problem = f"is for language models and encoders of texts; {kind} runs in another way"
+    if problem:
+        raise RecipeError(f"`training.fully_shard` {problem}. Leave it out")
+    layer_names(model)  # refuses a network without layers
+
+
 def prepare_refit(job: TrainingJob, kept_step: int, steps_before: int) -> TrainingJob:
     """The job of training once more, on the rows that ``job`` held out, too.
 
@@ -311,6 +355,8 @@ def resolve_job(
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)
+    if recipe.training.fully_shard:
+        check_shardable(model, data.objective, recipe.adaptation)
     if recipe.training.layer_decay < 1:
         layer_names(model)  # refuses a network without layers to tell apart
     width = width_of(model)
@@ -343,6 +389,11 @@ def resolve_job(
         for o in others.values()
     )
     estimate = drawn.memory.beside(beside)
+    processes = ProcessGroup.of_environment().size
+    if recipe.training.fully_shard:
+        estimate = estimate.beside(-bytes_in_other_shards(model, size, processes))
+        if processes == 1:
+            reporter.note("`training.fully_shard` changes nothing, as one process trains")
     available = available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(

@@ -41,6 +41,7 @@ from luthier.models.network import Network, TreeBatch
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.random_numbers import derive_seed, drawn_from
 from luthier.models.save import adapter_buffers
+from luthier.models.sharding import gather_all, is_sharded, own_part, part_of
 from luthier.objectives.base import Means, Objective
 from luthier.objectives.capabilities import (
     SupportsMixedRows,
@@ -110,7 +111,7 @@ class Loop:
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
         self.optimizer = MasterAdamW(
-            model.named_parameters(), training, layers, head_weights(model)
+            model.named_parameters(), training, layers, head_weights(model), self.processes
         )
         if self.objective.uses_reference:
             self.network.remember_start()
@@ -133,7 +134,11 @@ class Loop:
         self.optimizer.restore(tensors)
         for name, kept in adapter_buffers(self.network.model).items():
             kept.copy_(tensors[f"{_BUFFER}{name}"])
-        self.best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
+        self.best = {
+            name: part_of(tensors[f"{_BEST}{name}"], weight)
+            for name, weight in self.optimizer.weights.items()
+            if f"{_BEST}{name}" in tensors
+        }
         self.cut_lines()
         # What is noted of single rows decides what is kept. The first process alone has the file.
         lines = self.processes.first(self.metrics.read(rows=True))
@@ -162,7 +167,8 @@ class Loop:
     def _run(self) -> TrainingProgress:
         if self.processes.size > 1:
             # Another machine may have calibrated to other last digits.
-            self.processes.send_first([*self.optimizer.masters.values()])
+            masters, weights = self.optimizer.masters, self.optimizer.weights
+            self.processes.send_first([masters[n] for n, w in weights.items() if not is_sharded(w)])
             self.optimizer.publish()
         if self.progress.step == 0:
             self.evaluate()
@@ -185,7 +191,9 @@ class Loop:
                         f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
                     )
-                if self.checkpoints.due(self.progress.step):
+                due = self.checkpoints.due(self.progress.step)
+                # The first process, whose clock decides, cannot put shards together alone.
+                if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()
         self._use_best()
         return self.progress
@@ -248,7 +256,8 @@ class Loop:
             norm = self.optimizer.step(rate)
         self.processes.send_first(self._buffers)
         seconds = time.monotonic() - started
-        own = sum(row.tokens for batch in batches for row in batch.tree.examples)
+        counted = [batch.tree.examples for batch in batches if not batch.is_filler]
+        own = sum(row.tokens for rows in counted for row in rows)
         tokens = int(self.processes.sum(own))
         progress = self.progress
         progress.step += 1
@@ -316,17 +325,19 @@ class Loop:
     ) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over ``batches`` and those of the other processes; the mean, and
         the objective's metrics."""
-        weight = self.processes.sum(math.fsum(batch.weight for batch in batches))
+        own = math.fsum(batch.weight for batch in batches if not batch.is_filler)
+        weight = self.processes.sum(own)
         means = Means()
         for batch in batches:
             # Dropout, too, is the same whichever process computes the micro-batch.
             seed = derive_seed(self.training.seed, self.progress.step, turn, batch.place)
             with drawn_from(seed, self.network.device):
                 loss = objective.loss(self.network, batch)
-                (loss.total / weight).backward()
+                (loss.total / (math.inf if batch.is_filler else weight)).backward()
             self.optimizer.collect()
-            means.add(loss, batch.weight, batch.place)
-        self.optimizer.add_up(self.processes)
+            if not batch.is_filler:
+                means.add(loss, batch.weight, batch.place)
+        self.optimizer.add_up()
         further = means.of_all(self.processes).values()
         mean = further.pop("loss")
         if not math.isfinite(mean):
@@ -350,7 +361,9 @@ class Loop:
         better = best_measurement(self.measured, measure) is found
         if better:
             progress.best_loss, progress.best_step = found["loss"], progress.step
-            self.best = {n: w.detach().clone() for n, w in self.optimizer.weights.items()}
+            self.best = {
+                n: own_part(w.data).detach().clone() for n, w in self.optimizer.weights.items()
+            }
         min_delta = self.training.min_delta
         gained = better and (not min_delta or cost_of(found, measure) <= before - min_delta)
         progress.worse = 0 if gained else progress.worse + 1
@@ -399,10 +412,13 @@ class Loop:
         return self.steps_before + self.progress.step
 
     def _checkpoint(self) -> None:
-        if self.processes.rank:
+        if self.processes.rank and not self.network.is_sharded:
             return  # all have the same state
         tensors = self.optimizer.state()
-        tensors |= {f"{_BEST}{name}": value for name, value in self.best.items()}
+        weights = self.optimizer.weights
+        tensors |= gather_all((f"{_BEST}{n}", value, weights[n]) for n, value in self.best.items())
+        if self.processes.rank:
+            return  # the first process has put them together
         kept = adapter_buffers(self.network.model)
         tensors |= {f"{_BUFFER}{name}": value for name, value in kept.items()}
         self.checkpoints.write(self.progress, tensors)
@@ -421,7 +437,7 @@ class Loop:
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:
             for name, weight in self.optimizer.weights.items():
-                weight.data.copy_(self.best[name])
+                own_part(weight.data).copy_(self.best[name])
 
 
 def row_gradients(

@@ -17,6 +17,7 @@ from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CATALOG
 from luthier.models.heads import Head, frozen_parts
+from luthier.models.layers import layer_names
 from luthier.models.modalities import (
     context_length,
     input_shape,
@@ -76,6 +77,24 @@ def trained_numbers(model: Any) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
+def optimizer_bytes(trained: int, bytes_per_number: int) -> int:
+    """Master, moments, sum of gradients in float32; gradient and best copy in the working type."""
+    return trained * (16 + 2 * bytes_per_number)
+
+
+def bytes_in_other_shards(model: Any, bytes_per_number: int, processes: int) -> int:
+    """What one of the processes that share the layers does not hold of them.
+
+    Two layers are whole at once: the one that runs, and the next, which is gathered.
+    """
+    layers = [model.get_submodule(name) for name in layer_names(model)]
+    numbers: list[int] = [sum(w.numel() for w in layer.parameters()) for layer in layers]
+    trained = sum(map(trained_numbers, layers))
+    held = sum(numbers) * bytes_per_number + optimizer_bytes(trained, bytes_per_number)
+    gathered = 2 * max(numbers) * bytes_per_number
+    return max(0, held - held // processes - gathered)
+
+
 def estimate_memory(
     model: Any,
     bytes_per_number: int,
@@ -91,8 +110,7 @@ def estimate_memory(
     """
     trained = trained_numbers(model)
     config = model.config
-    # master, two moments, sum of gradients in float32; gradient and best copy in the working type
-    optimizer = trained * (16 + 2 * bytes_per_number)
+    optimizer = optimizer_bytes(trained, bytes_per_number)
     weights = weight_bytes(model, bytes_per_number)
     least = PROCESS + max(plain, weights + calibration if calibration else 0)
     if media_config(config) is not None:

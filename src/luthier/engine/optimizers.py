@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from luthier.errors import Diverged
 from luthier.models.layers import layer_positions
+from luthier.models.process_group import ALONE
 from luthier.models.rounding import Rounding
+from luthier.models.sharding import gather_all, is_sharded, own_part, part_of
 
 if TYPE_CHECKING:
     from luthier.models.process_group import ProcessGroup
@@ -37,7 +39,8 @@ class MasterAdamW:
 
     Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
     is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`);
-    the weights named by ``heads`` learn at ``training.head_rate_multiplier`` times the rate.
+    the weights named by ``heads`` learn at ``training.head_rate_multiplier`` times the rate. Of weights
+    that are sharded over ``processes`` it has the part of this one.
     """
 
     def __init__(
@@ -46,13 +49,15 @@ class MasterAdamW:
         training: Training,
         layers: Sequence[str] = (),
         heads: Collection[str] = (),
+        processes: ProcessGroup = ALONE,
     ) -> None:
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
         self.masters = {
-            name: weight.data if weight.dtype == torch.float32 else weight.data.float()
-            for name, weight in self.weights.items()
+            name: part if part.dtype == torch.float32 else part.float()
+            for name, part in ((n, own_part(weight.data)) for n, weight in self.weights.items())
         }
+        self._processes = processes
         self._sums: dict[str, Tensor] = {}
         shares = rate_shares(everything, layers, training.layer_decay)
         shares |= {
@@ -75,27 +80,32 @@ class MasterAdamW:
         for name, weight in self.weights.items():
             if weight.grad is None:
                 continue
+            gradient = own_part(weight.grad)
             if name in self._sums:
-                self._sums[name] += weight.grad
+                self._sums[name] += gradient
             else:
-                self._sums[name] = weight.grad.float()
+                self._sums[name] = gradient.float()
             weight.grad = None
 
-    def add_up(self, processes: ProcessGroup) -> None:
-        """Add the sums of all processes; weights that had no gradient in any of them stay without."""
+    def add_up(self) -> None:
+        """Add the sums of all processes; weights that had no gradient in any of them stay without.
+
+        Those of weights in shards were added up as they were computed.
+        """
+        processes = self._processes
         if processes.size == 1:
             return
         present = {name for each in processes.gather([*self._sums]) for name in each}
         for name in present - self._sums.keys():
             self._sums[name] = torch.zeros_like(self.masters[name])
-        processes.add_up([self._sums[name] for name in self.masters if name in present])
+        added = [n for n, weight in self.weights.items() if n in present and not is_sharded(weight)]
+        processes.add_up([self._sums[name] for name in added])
 
     def step(self, learning_rate: float) -> float:
         """Clip, move the masters, copy them to the network; returns the gradient norm."""
         for name, master in self.masters.items():
             master.grad = self._sums.get(name)
-        gradients = [self._sums[name] for name in self.masters if name in self._sums]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = self._norm()
         if not torch.isfinite(norm):
             raise Diverged(
                 "a gradient is no longer finite. Lower the learning rate, or look for rows with "
@@ -113,18 +123,34 @@ class MasterAdamW:
         self.publish()
         return float(norm)
 
+    def _norm(self) -> Tensor:
+        """Of all gradients together."""
+        whole, parts = list[Tensor](), list[Tensor]()
+        for name, weight in self.weights.items():
+            if name in self._sums:
+                (parts if is_sharded(weight) else whole).append(self._sums[name])
+        norm = nn.utils.get_total_norm(whole, foreach=True)
+        if parts:
+            own = float(nn.utils.get_total_norm(parts, foreach=True))
+            norm = torch.tensor(math.hypot(float(norm), math.sqrt(self._processes.sum(own**2))))
+        return norm
+
     def state(self) -> dict[str, Tensor]:
-        """All tensors that an exact resume needs, by name."""
-        tensors = {f"master.{name}": master for name, master in self.masters.items()}
+        """All tensors that an exact resume needs, by name.
+
+        Of weights in shards the first process has them, and all must ask alike.
+        """
+        parts = [(f"master.{name}", master, name) for name, master in self.masters.items()]
         for name, master in self.masters.items():
-            for key, value in self._adamw.state[master].items():
-                tensors[f"{key}.{name}"] = value
-        return tensors
+            of_master = self._adamw.state[master].items()
+            parts += [(f"{key}.{name}", value, name) for key, value in of_master]
+        return gather_all((key, part, self.weights[name]) for key, part, name in parts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set masters, moments and the network's weights to a saved :meth:`state`."""
         for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
+            weight = self.weights[name]
+            master.copy_(part_of(tensors[f"master.{name}"], weight))
             state = self._adamw.state[master]
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device)
@@ -132,7 +158,8 @@ class MasterAdamW:
                 if f"{key}.{name}" in tensors:
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
-                    state[key] = torch.empty_like(master).copy_(tensors[f"{key}.{name}"])
+                    part = part_of(tensors[f"{key}.{name}"], weight)
+                    state[key] = torch.empty_like(master).copy_(part)
         self.publish()
 
     def publish(self) -> None:
@@ -140,7 +167,7 @@ class MasterAdamW:
         rounding = Rounding()
         for name, weight in self.weights.items():
             if weight.dtype != torch.float32:
-                rounding.into(weight.data, self.masters[name])
+                rounding.into(own_part(weight.data), self.masters[name])
 
 
 def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> dict[str, float]:

@@ -31,6 +31,7 @@ from luthier.engine.machine import (
     choose_machine,
     keep_freed_memory,
     return_freed_memory,
+    set_malloc_threshold,
 )
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
@@ -61,9 +62,11 @@ from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.save import (
+    adapter_tensors,
     stored_bytes,
     trained_weights,
 )
+from luthier.models.sharding import gather_all, own_part, shard_layers
 from luthier.objectives.capabilities import (
     SupportsExtraWeights,
     SupportsHeadStart,
@@ -73,6 +76,10 @@ from luthier.objectives.capabilities import (
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
+
+GATHERED_BYTES = 1 << 20
+"""Blocks above this size go back to the system at once where layers are gathered from shards: they come
+in all sizes, and a heap with holes of them held twice as much as whole layers take."""
 
 
 def train(
@@ -93,7 +100,10 @@ def train(
     """
     group = ProcessGroup.of_environment()
     resume = resume or started_again()
-    keep_freed_memory()
+    if recipe.training.fully_shard and group.size > 1:
+        set_malloc_threshold(GATHERED_BYTES)
+    else:
+        keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     if group.rank:
         return _train_beside(recipe, machine, group)
@@ -397,15 +407,17 @@ class Trainer:
         network, loop = self.start(resume, compare)
         progress = loop.run()
         self.release(network)
+        if network.is_sharded:
+            network = self._whole_network(network)
         return network, progress, loop.metrics.read(rows=True)
 
     def start(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
         """The network and the loop, right before the first step, or the next."""
         with self.clock.part("load"):
-            network = self._network()
+            network = self._network(is_sharded=self._shards)
             self._warn_of_unfamiliar_text(network, resume)
         self._prepare_rows(network)
-        if compare:
+        if compare and not network.is_sharded:  # the other processes would not run it
             self._compare(network)
             if not resume:
                 self._name_quicker()
@@ -453,14 +465,34 @@ class Trainer:
         self.recipe.adaptation.calibrate(network, gradients)
         return_freed_memory()
 
-    def _network(self) -> Network:
-        # A refit loads what was loaded before; what is to be said of it was said.
-        note = Reporter().note if self.job.steps_before else self.reporter.note
+    @property
+    def _shards(self) -> bool:
+        """Whether the processes cut the layers into shards."""
+        return self.recipe.training.fully_shard and self.group.size > 1
+
+    def _whole_network(self, sharded: Network) -> Network:
+        """A network of its own with what was trained, in the first process; the others help."""
+        trained = adapter_tensors(sharded.model).items()
+        tensors = gather_all((name, own_part(each), each) for name, each in trained)
+        sharded.close()
+        if self.group.rank:
+            return sharded
+        network = self._network(again=True)
+        with torch.no_grad():
+            for name, tensor in adapter_tensors(network.model).items():
+                tensor.copy_(tensors.pop(name))
+        return network
+
+    def _network(self, again: bool = False, is_sharded: bool = False) -> Network:
+        """The base with the adaptation; ``again`` where what is to be said of it was said."""
+        note = Reporter().note if again or self.job.steps_before else self.reporter.note
         torch.manual_seed(self.recipe.training.seed)
         self.reporter.stage(f"Loading {self.job.base.id}")
         machine = self.machine
+        # A device may not hold what is to be cut.
+        device = torch.device("cpu") if is_sharded else machine.device
         head = self.job.data.objective.head()
-        model = store.load(self.job.base, machine.dtype, machine.device, head)
+        model = store.load(self.job.base, machine.dtype, device, head)
         if new_weights(model):
             classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
             why = f": {self.job.base.id} has none that fits"
@@ -470,7 +502,7 @@ class Trainer:
             note(f"a new head{classes} is made{why}")
         if getattr(model.config, "attention_dropout", 0):
             model.config.attention_dropout = 0.0  # type: ignore[union-attr]
-        network = as_network(model, machine.device, machine.dtype)
+        network = as_network(model, device, machine.dtype)
         network.chat = self.job.chat
         if (dropout := self.recipe.training.dropout) is not None:
             places = ", ".join(set_dropout(network, dropout))
@@ -489,6 +521,15 @@ class Trainer:
             f"{self.trained:,} of {self.weights:,} weights train ({self.trained / self.weights:.2%}); "
             f"the model will be stored in {size / 1e6:,.2f} MB"
         )
+        if is_sharded:
+            shard_layers(network, self.group, machine.device)
+            return_freed_memory()
+            held = sum(own_part(weight).nbytes for weight in model.parameters())
+            note(
+                f"the layers are cut into {self.group.size} shards: each process holds "
+                f"{held / 1e6:,.1f} of {sum(w.nbytes for w in model.parameters()) / 1e6:,.1f} MB of "
+                "weights"
+            )
         others = self.job.others.items()
         network.others = {name: load_frozen(o, machine, self.reporter) for name, o in others}
         return network
@@ -579,7 +620,7 @@ class Trainer:
             count = frozen_layers(network.model) if network.layout.flat else 0
         seen = self.job.steps * (self.recipe.training.batch_size or 1)
         fixed = data.objective.same_each_epoch and not self.recipe.data.augmentation
-        if not count or not fixed or seen < 2 * self.job.rows:
+        if not count or not fixed or seen < 2 * self.job.rows or network.is_sharded:
             return 0
         rows = data.objective.augment([*data.train, *data.validation])
         size = sum(map(len, rows)) * network.width * network.dtype.itemsize

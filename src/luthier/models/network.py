@@ -57,6 +57,8 @@ class TreeBatch:
     """Its number among the micro-batches of all processes."""
     as_given: bool = True
     """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
+    is_filler: bool = False
+    """Whether it is run again only because other processes have one more, and counts for nothing."""
 
     @staticmethod
     def of(
@@ -139,6 +141,8 @@ class Network:
         """How texts become its tokens; objectives that let it write or read texts need it."""
         self.group = ALONE
         """The processes that train it."""
+        self.is_sharded = False
+        """Whether its layers are cut over the processes (:mod:`luthier.models.sharding`)."""
         self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -285,7 +289,7 @@ class Network:
         Each is made when it is asked for: one of images holds their pixels. Rows ``side_by_side``
         share nothing; :mod:`luthier.models.row_attention` says what that is for. Where processes share
         the work (:meth:`split_work`), these are the micro-batches of this one; the first process
-        always has one.
+        always has one. Where they share the layers, too, all have as many, some by a filler.
         """
         layout = self.layout.side_by_side if side_by_side else self.layout
         shares = self.shares and not side_by_side
@@ -294,10 +298,17 @@ class Network:
             budget = min(budget, MOST_IMAGES)
         group = self.processes
         parts = split_to_budget(examples, budget, shares, media, group.size)
-        own = [*enumerate(parts)][group.rank :: group.size]
+        numbered = [*enumerate(parts)]
+        own = [(*each, False) for each in numbered[group.rank :: group.size]]
+        if self.is_sharded and len(own) < -(-len(numbered) // group.size):
+            own.append((*numbered[-1], True))
         return (
-            replace(self.batch(self._tree(part, shares), layout=layout), place=place)
-            for place, part in own
+            replace(
+                self.batch(self._tree(part, shares), layout=layout),
+                place=place,
+                is_filler=is_filler,
+            )
+            for place, part, is_filler in own
         )
 
     @property

@@ -7,8 +7,8 @@ the one division is by the weight of all processes. What they exchange goes thro
 ``torch.distributed``: gloo between processors, NCCL between graphics cards. Objects travel as JSON;
 nothing is pickled.
 
-Left out: gradients that are exchanged while others are still computed (a step ends with one exchange),
-and networks that are themselves cut into shards.
+Left out: gradients that are exchanged while others are still computed (a step ends with one exchange).
+Networks that are themselves cut are in :mod:`luthier.models.sharding`.
 """
 
 from __future__ import annotations

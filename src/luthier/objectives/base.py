@@ -263,8 +263,9 @@ class Objective(BaseModel):
             for number, part in enumerate(parts):
                 for batch in self.annotate(network, part, budget):
                     loss = self.loss(network, batch)
-                    means.add(loss, batch.weight, number, batch.place)
-                    on_loss(loss)
+                    if not batch.is_filler:
+                        means.add(loss, batch.weight, number, batch.place)
+                        on_loss(loss)
         return means.of_all(processes)
 
     def validation_metrics(

@@ -203,10 +203,11 @@ class HeadToHead:
         if not min(tuned.seconds, rival.seconds) or 0.8 < tuned.seconds / rival.seconds < 1.25:
             return ""
         ratio = max(tuned.seconds, rival.seconds) / min(tuned.seconds, rival.seconds)
+        times = f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
         if tuned.seconds > rival.seconds:
-            return f"An answer of {rival.name} takes 1/{ratio:.1f} of the time."
+            return f"Answers of {rival.name} come {times} as fast."
         paid = self.break_even(tuned, rival)
-        text = f"An answer of {tuned.name} takes 1/{ratio:.1f} of the time"
+        text = f"Answers of {tuned.name} come {times} as fast"
         if paid is None:
             return f"{text}."
         text += f": tuning has paid its time after {paid:,.0f} answers"
