@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import psutil
@@ -122,9 +123,11 @@ def test_a_run_in_shards_survives_a_kill_and_goes_on_in_another_number_of_them(
 def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recipe: Recipes) -> None:
     lines = Lines()
     settings = {"batch_size": 1, "max_steps": 1, "refit": False}
+    before = {*Path(gettempdir()).glob("torchelastic_*")}
     train_in_processes(recipe(training=settings, name="few"), 2, reporter=lines)
     said = [note for note in lines.notes if "a step has 1 row for 2 processes" in note]
     assert len(said) == 1 and "`training.batch_size=2`" in said[0]
+    assert {*Path(gettempdir()).glob("torchelastic_*")} <= before
 
 
 def test_what_is_wrong_is_said_once_and_by_its_name(

@@ -58,7 +58,7 @@ def train_in_processes(
         RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
         LuthierError: where a process ended by surprise more than :data:`MAX_RESTARTS` times.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -83,6 +83,8 @@ def train_in_processes(
             local_addr="localhost",
             max_restarts=MAX_RESTARTS,
             shutdown_timeout=SHUTDOWN_SECONDS,
+            # Else its folder stays behind in that of temporary files.
+            logs_specs=DefaultLogsSpecs(str(folder / "agent")),
         )
         try:
             with (
