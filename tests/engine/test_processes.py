@@ -17,9 +17,17 @@ import pytest
 from short_runs import metrics_of, write_rows
 
 from luthier.engine.metrics import Reporter
-from luthier.engine.processes import train_in_processes
+from luthier.engine.processes import train_in_processes, work
 from luthier.engine.train import train
-from luthier.errors import DataError, Interrupted, RecipeError, RefusedInput, RunConflict
+from luthier.errors import (
+    CorruptFile,
+    DataError,
+    Interrupted,
+    RecipeError,
+    RefusedInput,
+    RunConflict,
+)
+from luthier.files import read_json, write_json
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -190,6 +198,26 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     assert b"--resume goes on" in error and b"Traceback" not in error
     done = subprocess.run([*start, "--resume"], capture_output=True, timeout=300)
     assert done.returncode == 0 and b"going on after step" in done.stderr, done.stderr.decode()
+
+
+def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
+    tmp_path: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CorruptFile("row 3 cannot be read any more")
+
+    monkeypatch.setattr("luthier.engine.train.train", fail)
+    monkeypatch.setattr("luthier.engine.processes.FIRST_SECONDS", 0)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    request = {"recipe": recipe().plain(), "resume": False, "lineage": {}, "agent": os.getppid()}
+    write_json(tmp_path / "request.json", request)
+    with pytest.raises(SystemExit):
+        work(tmp_path)
+    said = {"error": "CorruptFile", "message": "row 3 cannot be read any more"}
+    assert read_json(tmp_path / "outcome-1.json") == said
+    work(tmp_path)  # started again, it does not begin anew
+    assert [path.name for path in tmp_path.glob("outcome*")] == ["outcome-1.json"]
 
 
 def test_processes_whose_agent_is_killed_end_with_it(

@@ -39,7 +39,9 @@ SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
 PROCESS_BYTES = 400 << 20
 """What a process takes before it has read a row or a weight: its libraries."""
-_REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome.json"
+FIRST_SECONDS = 10
+"""Which the first process has to say of an error that all have, before another one does."""
+_REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome-{}.json"
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
 
@@ -94,6 +96,8 @@ def train_in_processes(
             ):
                 elastic_launch(config, sys.executable)("-m", "luthier.engine.processes", path)
         except ChildFailedError as error:
+            if _outcomes(folder):
+                raise _error_of(read_json(_outcomes(folder)[0])) from error
             rank, failure = error.get_first_failure()
             how = format_exit(failure.exitcode)
             raise LuthierError(
@@ -102,11 +106,11 @@ def train_in_processes(
                 "from the last checkpoint"
             ) from error
         except SignalException as error:
-            if not (folder / _OUTCOME).is_file():
+            if not _outcomes(folder):
                 raise Interrupted(
                     "stopped before the first checkpoint; the run begins anew when it is resumed"
                 ) from error
-        outcome = read_json(folder / _OUTCOME)
+        outcome = read_json(_outcomes(folder)[0])
     if "result" in outcome:
         return Result.parse(outcome["result"])
     raise _error_of(outcome)
@@ -116,9 +120,12 @@ def work(folder: Path) -> None:
     """What each process does: train, and say in a file what came of it."""
     from luthier.engine.train import train
 
+    if _outcomes(folder):
+        return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
     threading.Thread(target=_end_with, args=(request["agent"],), daemon=True).start()
-    first = ProcessGroup.of_environment().rank == 0
+    rank = ProcessGroup.of_environment().rank
+    first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
     if started_again():
         reporter.note("warning: a process ended by surprise; all go on from the last checkpoint")
@@ -129,7 +136,14 @@ def work(folder: Path) -> None:
     except LuthierError as error:  # which no new start would mend
         outcome = {"error": type(error).__name__, "message": str(error)}
     if first:
-        write_json(folder / _OUTCOME, outcome)
+        write_json(folder / _OUTCOME.format(0), outcome)
+    elif "error" in outcome:
+        deadline = time.monotonic() + FIRST_SECONDS
+        while not _outcomes(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not _outcomes(folder):  # the others wait for what this process leaves undone
+            write_json(folder / _OUTCOME.format(rank), outcome)
+            sys.exit(1)
 
 
 def _check_number(processes: int, reporter: Reporter) -> None:
@@ -273,6 +287,11 @@ def _error_of(outcome: Mapping[str, str]) -> LuthierError:
     if found.__init__ not in (LuthierError.__init__, RecipeError.__init__):
         found = RefusedInput if issubclass(found, RefusedInput) else LuthierError
     return found(outcome["message"])
+
+
+def _outcomes(folder: Path) -> list[Path]:
+    """What processes say came of the run, the first of them first."""
+    return sorted(folder.glob(_OUTCOME.format("*")))
 
 
 def _log_of(folder: Path, rank: int | str) -> Path:

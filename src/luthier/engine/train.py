@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -162,15 +163,10 @@ def _train_first(
                     f"`training.batch_size={group.size}`"
                 )
         try:
-            result = Trainer(job, run, reporter, clock, group).run(resume)
+            with _rows_were_read():
+                result = Trainer(job, run, reporter, clock, group).run(resume)
             group.first(asdict(result))
             return result
-        except RowRefused as bad:  # the gate has read every row
-            raise CorruptFile(
-                f"{bad.place or 'a row'} was read before and cannot be any more: {bad.message} Put its "
-                "file back as it was and resume the run, which goes on after its last checkpoint; or "
-                "remove the row, and begin anew"
-            ) from bad
         except RefusedInput:
             run.drop_if_untrained()
             raise
@@ -193,9 +189,23 @@ def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Resu
         with TemporaryDirectory(prefix="luthier-process-") as own:
             run = Run(base.root, base.root, rehearsal=Path(own))
             trainer = Trainer(job, run, Reporter(), group=group, first_folder=Path(folder))
-            trainer.take_part(resume)
+            with _rows_were_read():
+                trainer.take_part(resume)
         done = group.first(None)
     return Result.parse(done)
+
+
+@contextmanager
+def _rows_were_read() -> Iterator[None]:
+    """Say of a row that is refused in training that the gate has read it before."""
+    try:
+        yield
+    except RowRefused as bad:
+        raise CorruptFile(
+            f"{bad.place or 'a row'} was read before and cannot be any more: {bad.message} Put its "
+            "file back as it was and resume the run, which goes on after its last checkpoint; or "
+            "remove the row, and begin anew"
+        ) from bad
 
 
 def rehearse(
