@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from short_runs import metrics_of, write_rows
 
 from luthier.engine.metrics import Reporter
@@ -85,6 +86,17 @@ def test_the_result_is_that_of_one_process_where_the_layers_are_shared(
     assert find(two.model_id).manifest.files
     assert any("the layers are cut into 2 shards" in note for note in lines.notes)
     assert any("changes nothing, as one process trains" in note for note in alone.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_layers_are_shared_by_graphics_cards(luthier_home: Path, recipe: Recipes) -> None:
+    settings: dict[str, Any] = {"adaptation": {"method": "full"}}
+    one = train_in_processes(recipe(**settings, name="one"), 2)
+    training = {"fully_shard": True}
+    two = train_in_processes(recipe(training=training, **settings, name="two"), 2)
+    for mine, theirs in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-4)
 
 
 def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
