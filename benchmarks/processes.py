@@ -1,12 +1,12 @@
-"""Memory of processes that share the layers of a network, beside processes that each hold all of them.
+"""Several processes beside one, and processes that share the layers: time, memory and loss.
 
-    python benchmarks/sharding_memory.py [--processes 2 4] [--base smollm2-135m-instruct] [--steps 8]
+    python benchmarks/processes.py [--processes 1 2] [--base smollm2-135m-instruct] [--steps 8]
 
-`luthier tune` on the demo's rows, full tuning and LoRA. For each run: the largest private memory of a
-process while steps run (`RssAnon` of the kernel; mapped files are shared by all and can be let go
-of), the bytes of weights that are counted in the network, seconds for a step, and the last loss,
-which must be that of processes without shards. Storing is left out: there the first process holds the
-whole network.
+`luthier tune` on the demo's rows, full tuning and LoRA; the cores are shared out, so that one process
+has the threads of all. For each run: seconds for a step, the largest private memory of a process while
+steps run (`RssAnon` of the kernel; mapped files are shared by all and can be let go of), and the last
+loss, which must be that of one process. Storing is left out: there the first process holds the whole
+network.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def measure(base: str, method: str, processes: int, sharded: bool, steps: int) -
         }
         settings |= {"objective.template": "plain", "data.validation_share": 0}
         command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-        environment = {**os.environ, "LUTHIER_HOME": str(home), "OMP_NUM_THREADS": "1"}
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        names = {"LUTHIER_HOME": str(home), "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, **names}
         metrics = home / "runs" / base / "x" / "metrics.jsonl"
         peak, said = 0, Path(folder) / "said"
         with said.open("wb") as log:
@@ -88,7 +90,7 @@ def measure(base: str, method: str, processes: int, sharded: bool, steps: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--method", nargs="+", default=["full", "lora"])
     parser.add_argument("--steps", type=int, default=8)
@@ -96,7 +98,7 @@ def main() -> None:
     lines = []
     for method in options.method:
         for processes in options.processes:
-            for sharded in (False, True):
+            for sharded in (False, True)[: 1 + (processes > 1)]:
                 found = measure(options.base, method, processes, sharded, options.steps)
                 lines.append(
                     [
