@@ -78,7 +78,8 @@ def measure(base: str, method: str, processes: int, sharded: bool, steps: int) -
             while child.poll() is None:
                 done = len(train_lines(metrics))
                 if 2 <= done < steps:
-                    workers = psutil.Process(child.pid).children(recursive=True)
+                    parent = psutil.Process(child.pid)
+                    workers = [parent, *parent.children(recursive=True)]
                     peak = max([peak, *map(private_bytes, workers)])
                 time.sleep(0.05)
         if child.returncode:

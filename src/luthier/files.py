@@ -195,7 +195,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path} is no readable TOML file of {what}: {error}") from error
+        raise RecipeError(f"{path} is not valid TOML for {what}: {error}") from error
 
 
 @contextmanager

@@ -341,3 +341,20 @@ def test_a_head_learns_at_its_own_rate() -> None:
     moved = {name: 1 - weight.detach() for name, weight in weights.items()}
     assert torch.allclose(moved["head"], 10 * moved["body"], rtol=1e-4)
     assert torch.allclose(moved["body"], torch.full((3,), RATE), rtol=1e-3)
+
+
+def test_whole_weights_are_rounded_alike_whatever_the_size_of_shards_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Noise moves on once in 262,144 numbers, and processes have shards of other lengths."""
+    monkeypatch.setattr("luthier.engine.optimizers.is_sharded", lambda weight: weight.dim() == 1)
+
+    def published(size: int) -> Tensor:
+        weights = {"shard": nn.Parameter(torch.zeros(size, dtype=torch.bfloat16))}
+        weights["whole"] = nn.Parameter(torch.zeros(512, 512, dtype=torch.bfloat16))
+        optimizer = MasterAdamW(weights.items(), Training(learning_rate=1e-3))
+        optimizer.masters["whole"].copy_(torch.linspace(1, 2, 1 << 18).view(512, 512))
+        optimizer.publish()
+        return weights["whole"].detach()
+
+    assert torch.equal(published(1 << 18), published(1 << 19))

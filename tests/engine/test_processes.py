@@ -106,7 +106,7 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_loaded(
     for changes, words in (
         ({"adaptation": {"method": "qlora"}}, "quantized weights cannot be cut"),
         ({"adaptation": {"method": "prefix"}}, "reads the network before it trains"),
-        ({"objective": {"method": "sdft"}}, "sft, causal_lm.*sdft needs more than one pass"),
+        ({"objective": {"method": "sdft"}}, "is not made for sdft, but for.*sft, causal_lm"),
     ):
         with pytest.raises(RecipeError, match=words):
             train(recipe(training=training, **changes))
@@ -219,7 +219,7 @@ def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
         raise CorruptFile("row 3 cannot be read any more")
 
     monkeypatch.setattr("luthier.engine.train.train", fail)
-    monkeypatch.setattr("luthier.engine.processes.FIRST_SECONDS", 0)
+    monkeypatch.setattr("luthier.engine.processes.ERROR_GRACE_SECONDS", 0)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     request = {"recipe": recipe().plain(), "resume": False, "lineage": {}, "agent": os.getppid()}

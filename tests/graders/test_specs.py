@@ -103,7 +103,7 @@ def test_a_file_of_graders(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         read_graders(tmp_path / "none.toml")
     file.write_text("[a")
-    with pytest.raises(RecipeError, match="no readable TOML file of graders"):
+    with pytest.raises(RecipeError, match="not valid TOML for graders"):
         read_graders(file)
     file.write_text('exact = "exact"\nform = 3')
     with pytest.raises(RecipeError, match="3 is no grader"):

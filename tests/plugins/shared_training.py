@@ -23,7 +23,7 @@ from luthier.engine.loop import Loop
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network, load_model
 from luthier.models.process_group import ProcessGroup
-from luthier.models.sharding import gather, is_sharded, own_part, part_of, shard_layers
+from luthier.models.sharding import full_tensor, is_sharded, local_shard, shard_layers, shard_like
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.capabilities import SupportsExtraWeights, SupportsPacking
@@ -87,13 +87,13 @@ def check_gathering(model: torch.nn.Module, group: ProcessGroup) -> None:
             if not is_sharded(weight):
                 continue
             parts += 1
-            own_part(weight).fill_(group.rank)
-            whole = gather(own_part(weight), weight)
+            local_shard(weight).fill_(group.rank)
+            whole = full_tensor(local_shard(weight), weight)
             expected = torch.empty(weight.shape)
             for rank, part in enumerate(expected.chunk(group.size)):
                 part.fill_(rank)
             assert torch.equal(whole, expected)
-            assert torch.equal(part_of(expected, weight), own_part(weight))
+            assert torch.equal(shard_like(expected, weight), local_shard(weight))
     assert parts
 
 

@@ -312,10 +312,10 @@ class Checker(FieldChecker):
             or rename_fix(record, ("text",))
         )
         fix = (
-            "ay which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` to "
+            "say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` to "
             "classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
         )
-        fix = f"{renamed} Or s{fix}" if renamed else f"S{fix}"
+        fix = f"{renamed} Or {fix}" if renamed else f"{fix[:1].upper()}{fix[1:]}"
         self.report("row.unknown_shape", message, f"{fix} The shapes are {_ALL_SHAPES}.")
 
 

@@ -19,9 +19,9 @@ from luthier.engine.dataset import Dataset, prepare
 from luthier.engine.machine import Machine, available_memory
 from luthier.engine.memory import (
     MemoryRequest,
-    bytes_in_other_shards,
     check_memory,
     disk_needed,
+    sharded,
     sketch_training,
     weight_bytes,
 )
@@ -38,7 +38,6 @@ from luthier.models.layouts import MOST_IMAGES, is_flat
 from luthier.models.load import as_network, check_folder, read_config, sketch
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
-from luthier.models.process_group import ProcessGroup
 from luthier.models.tokenizer import check_vocabulary
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.capabilities import (
@@ -49,6 +48,7 @@ from luthier.objectives.capabilities import (
     SupportsPreparation,
     SupportsReferenceCache,
     SupportsRollouts,
+    SupportsStepReport,
     other_models,
     with_completions,
 )
@@ -192,11 +192,12 @@ def prepare_job(
     reporter: Reporter,
     began_with: int | None = None,
     refit: bool = False,
+    processes: int = 1,
 ) -> TrainingJob:
     """The job of ``recipe``: the data checked against the model, then the rest.
 
     ``began_with`` is the token budget of the run that is resumed. With ``refit`` nothing is held out
-    to measure on.
+    to measure on. ``processes`` train it together.
     """
     reporter.stage("Checking the data")
     config = check_folder(base.network_folder)
@@ -248,7 +249,7 @@ def prepare_job(
             "from, so what is measured on them is too good. Give rows that it has not seen as "
             "`data.validation=FILE`, or hold out those that it held out, by its `training.seed`"
         )
-    job = resolve_job(recipe, base, chat, data, machine, reporter, began_with)
+    job = resolve_job(recipe, base, chat, data, machine, reporter, began_with, processes)
     job = replace(job, asked=asked)
     origin: dict[str, Any] = {"parent": base.id, "root": base.root, "recipe": job.recipe.plain()}
     origin |= store.tokenizer_origin(base)
@@ -267,21 +268,24 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     """
 
     def stands_alone(kind: type[Objective]) -> bool:
-        own = (kind.annotate, kind.turns) == (Objective.annotate, Objective.turns)
-        return own and not issubclass(
+        plain = all(
+            getattr(kind, name) is getattr(Objective, name)
+            for name in ("annotate", "turns", "validation_metrics")
+        )
+        return plain and not issubclass(
             kind,
             SupportsPreparation
             | SupportsPrecomputation
             | SupportsReferenceCache
+            | SupportsStepReport
             | SupportsExtraWeights,
         )
 
     problem = ""
-    if not stands_alone(type(objective)) or other_models(objective):
+    asks = objective.uses_reference or other_models(objective)
+    if asks or not stands_alone(type(objective)):
         able = ", ".join(name for name, kind in OBJECTIVES.items() if stands_alone(kind))
-        problem = (
-            f"works for these objectives: {able}; and {objective.method} needs more than one pass"
-        )
+        problem = f"is not made for {objective.method}, but for these objectives: {able}"
     elif type(adaptation).calibrate is not Adaptation.calibrate:
         problem = (
             f"does not work with {adaptation.method}, which reads the network before it trains"
@@ -291,12 +295,18 @@ def check_shardable(model: Any, objective: Objective, adaptation: Adaptation) ->
     elif not is_flat(model):
         kind = model.config.model_type
         problem = f"is for language models and encoders of texts; {kind} runs in another way"
+    else:
+        try:
+            layer_names(model)
+        except RecipeError as error:
+            problem = f"needs layers of which each is sharded, and {error}"
     if problem:
         raise RecipeError(f"`training.fully_shard` {problem}. Leave it out")
-    layer_names(model)  # refuses a network without layers
 
 
-def prepare_refit(job: TrainingJob, kept_step: int, steps_before: int) -> TrainingJob:
+def prepare_refit(
+    job: TrainingJob, kept_step: int, steps_before: int, processes: int = 1
+) -> TrainingJob:
     """The job of training once more, on the rows that ``job`` held out, too.
 
     It has the settings of ``job`` and its schedule in passes, and ends after as many passes as
@@ -306,7 +316,7 @@ def prepare_refit(job: TrainingJob, kept_step: int, steps_before: int) -> Traini
     settings = training.model_copy(update={"refit": False})
     asked = job.asked.model_copy(update={"training": settings})
     budget = training.micro_batch_tokens
-    whole = prepare_job(asked, job.base, job.machine, Reporter(), budget, refit=True)
+    whole = prepare_job(asked, job.base, job.machine, Reporter(), budget, True, processes)
     recipe = job.recipe.model_copy(update={"objective": whole.recipe.objective})
     return replace(
         whole,
@@ -337,6 +347,7 @@ def resolve_job(
     machine: Machine,
     reporter: Reporter,
     began_with: int | None,
+    processes: int = 1,
 ) -> TrainingJob:
     """Decide what is left open, and check everything else before the weights are touched.
 
@@ -389,11 +400,11 @@ def resolve_job(
         for o in others.values()
     )
     estimate = drawn.memory.beside(beside)
-    processes = ProcessGroup.of_environment().size
-    if recipe.training.fully_shard:
-        estimate = estimate.beside(-bytes_in_other_shards(model, size, processes))
-        if processes == 1:
-            reporter.note("`training.fully_shard` changes nothing, as one process trains")
+    shards = processes if recipe.training.fully_shard else 1
+    if shards > 1:
+        estimate = sharded(estimate, model, size, shards)
+    elif recipe.training.fully_shard:
+        reporter.note("`training.fully_shard` changes nothing, as one process trains")
     available = available_memory()
     if recipe.training.micro_batch_tokens is None:
         budget, reason = defaults.token_budget(
@@ -411,7 +422,7 @@ def resolve_job(
         choices.append(("training.micro_batch_tokens", budget, reason))
     tokens = recipe.training.micro_batch_tokens or 0
     needed = MemoryRequest(
-        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads
+        config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads, shards
     )
     check_memory(needed, estimate, available)
     need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")

@@ -41,7 +41,7 @@ from luthier.models.network import Network, TreeBatch
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.random_numbers import derive_seed, drawn_from
 from luthier.models.save import adapter_buffers
-from luthier.models.sharding import gather_all, is_sharded, own_part, part_of
+from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
 from luthier.objectives.capabilities import (
     SupportsMixedRows,
@@ -135,7 +135,7 @@ class Loop:
         for name, kept in adapter_buffers(self.network.model).items():
             kept.copy_(tensors[f"{_BUFFER}{name}"])
         self.best = {
-            name: part_of(tensors[f"{_BEST}{name}"], weight)
+            name: shard_like(tensors[f"{_BEST}{name}"], weight)
             for name, weight in self.optimizer.weights.items()
             if f"{_BEST}{name}" in tensors
         }
@@ -187,6 +187,7 @@ class Loop:
                 if self.processes.any(stopped()):
                     if self.progress.step:  # a run that has not trained begins anew
                         self.checkpoint()
+                        self.processes.first(None)  # has written it before another one ends
                     raise Interrupted(
                         f"stopped after step {self._run_step} of {self.all_steps}; "
                         "the same command with --resume goes on"
@@ -362,7 +363,7 @@ class Loop:
         if better:
             progress.best_loss, progress.best_step = found["loss"], progress.step
             self.best = {
-                n: own_part(w.data).detach().clone() for n, w in self.optimizer.weights.items()
+                n: local_shard(w.data).detach().clone() for n, w in self.optimizer.weights.items()
             }
         min_delta = self.training.min_delta
         gained = better and (not min_delta or cost_of(found, measure) <= before - min_delta)
@@ -416,7 +417,9 @@ class Loop:
             return  # all have the same state
         tensors = self.optimizer.state()
         weights = self.optimizer.weights
-        tensors |= gather_all((f"{_BEST}{n}", value, weights[n]) for n, value in self.best.items())
+        tensors |= gather_to_first(
+            (f"{_BEST}{n}", value, weights[n]) for n, value in self.best.items()
+        )
         if self.processes.rank:
             return  # the first process has put them together
         kept = adapter_buffers(self.network.model)
@@ -437,7 +440,7 @@ class Loop:
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:
             for name, weight in self.optimizer.weights.items():
-                own_part(weight.data).copy_(self.best[name])
+                local_shard(weight.data).copy_(self.best[name])
 
 
 def row_gradients(

@@ -148,14 +148,19 @@ def machine_name(device: torch.device) -> str:
     return f"{found}, {os.cpu_count()} cores, {memory} GiB"
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks instead of returning them to the system.
+SHARDED_MALLOC_THRESHOLD = 1 << 20
+"""Where layers are gathered from shards: they come in all sizes, and a heap that was full of holes of
+them held twice as much as whole layers take."""
+
+
+def keep_freed_memory(up_to: int = 1 << 30) -> None:
+    """Ask glibc to keep freed blocks of at most ``up_to`` bytes, and to return larger ones at once.
 
     Activations are allocated and freed at every step; by default each one above 32 MiB is mapped
     and zeroed by the kernel again. Elsewhere than on glibc this does nothing.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        set_malloc_threshold(1 << 30)
+        set_malloc_threshold(up_to)
 
 
 def set_malloc_threshold(size: int) -> bool:

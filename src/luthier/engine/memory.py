@@ -82,17 +82,21 @@ def optimizer_bytes(trained: int, bytes_per_number: int) -> int:
     return trained * (16 + 2 * bytes_per_number)
 
 
-def bytes_in_other_shards(model: Any, bytes_per_number: int, processes: int) -> int:
-    """What one of the processes that share the layers does not hold of them.
+def sharded(
+    estimate: MemoryEstimate, model: Any, bytes_per_number: int, processes: int
+) -> MemoryEstimate:
+    """``estimate`` for the first of ``processes`` that share the layers of ``model``.
 
-    Two layers are whole at once: the one that runs, and the next, which is gathered.
+    Beside its shards it holds two layers whole (the one that runs and the next, which is gathered),
+    the gradients of one on their way into shards, and all that trains where it writes a checkpoint.
     """
     layers = [model.get_submodule(name) for name in layer_names(model)]
     numbers: list[int] = [sum(w.numel() for w in layer.parameters()) for layer in layers]
-    trained = sum(map(trained_numbers, layers))
-    held = sum(numbers) * bytes_per_number + optimizer_bytes(trained, bytes_per_number)
-    gathered = 2 * max(numbers) * bytes_per_number
-    return max(0, held - held // processes - gathered)
+    trained = [trained_numbers(layer) for layer in layers]
+    held = sum(numbers) * bytes_per_number + optimizer_bytes(sum(trained), bytes_per_number)
+    on_the_way = 2 * max(numbers) * bytes_per_number + 2 * max(trained) * (bytes_per_number + 4)
+    checkpoint = sum(trained) * (12 + bytes_per_number)
+    return estimate.beside(on_the_way + checkpoint - (held - held // processes))
 
 
 def estimate_memory(
@@ -259,6 +263,8 @@ class MemoryRequest:
     """Tokens of the longest row: no micro-batch can be smaller."""
     reads: Shape | None = None
     """Shape of an image or sound as it is read."""
+    shards: int = 1
+    """Processes that share the layers."""
 
 
 def check_memory(request: MemoryRequest, memory: MemoryEstimate, available: int) -> None:
@@ -298,6 +304,8 @@ def _ways(request: MemoryRequest, memory: MemoryEstimate, available: int) -> Ite
         yield f"`training.micro_batch_tokens={tokens}` ({memory.peak(tokens) / 1e9:.1f} GB)"
     elif (room := _room(memory, available)) >= 32:
         yield f"rows of at most {room:,} tokens (the longest has {request.longest:,})"
+    if request.shards > 1:
+        return  # not everything goes with shards
     usual = Recipe.model_fields["adaptation"].get_default(call_default_factory=True).method
     for name in dict.fromkeys([usual, *ADAPTATIONS]):
         if name != request.adaptation.method:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from luthier.errors import Diverged
 from luthier.models.layers import layer_positions
-from luthier.models.process_group import ALONE
+from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.rounding import Rounding
-from luthier.models.sharding import gather_all, is_sharded, own_part, part_of
+from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 
 if TYPE_CHECKING:
-    from luthier.models.process_group import ProcessGroup
     from luthier.recipe import Training
 
 
@@ -53,10 +52,8 @@ class MasterAdamW:
     ) -> None:
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
-        self.masters = {
-            name: part if part.dtype == torch.float32 else part.float()
-            for name, part in ((n, own_part(weight.data)) for n, weight in self.weights.items())
-        }
+        # Those of float32 are the weights themselves.
+        self.masters = {n: local_shard(w.data).float() for n, w in self.weights.items()}
         self._processes = processes
         self._sums: dict[str, Tensor] = {}
         shares = rate_shares(everything, layers, training.layer_decay)
@@ -80,7 +77,7 @@ class MasterAdamW:
         for name, weight in self.weights.items():
             if weight.grad is None:
                 continue
-            gradient = own_part(weight.grad)
+            gradient = local_shard(weight.grad)
             if name in self._sums:
                 self._sums[name] += gradient
             else:
@@ -138,19 +135,20 @@ class MasterAdamW:
     def state(self) -> dict[str, Tensor]:
         """All tensors that an exact resume needs, by name.
 
-        Of weights in shards the first process has them, and all must ask alike.
+        A collective; of sharded weights the first process alone has them, whole.
         """
-        parts = [(f"master.{name}", master, name) for name, master in self.masters.items()]
-        for name, master in self.masters.items():
-            of_master = self._adamw.state[master].items()
-            parts += [(f"{key}.{name}", value, name) for key, value in of_master]
-        return gather_all((key, part, self.weights[name]) for key, part, name in parts)
+        parts = [
+            (f"{key}.{name}", value, self.weights[name])
+            for name, master in self.masters.items()
+            for key, value in {"master": master, **self._adamw.state[master]}.items()
+        ]
+        return gather_to_first(parts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set masters, moments and the network's weights to a saved :meth:`state`."""
         for name, master in self.masters.items():
             weight = self.weights[name]
-            master.copy_(part_of(tensors[f"master.{name}"], weight))
+            master.copy_(shard_like(tensors[f"master.{name}"], weight))
             state = self._adamw.state[master]
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device)
@@ -158,16 +156,18 @@ class MasterAdamW:
                 if f"{key}.{name}" in tensors:
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
-                    part = part_of(tensors[f"{key}.{name}"], weight)
+                    part = shard_like(tensors[f"{key}.{name}"], weight)
                     state[key] = torch.empty_like(master).copy_(part)
         self.publish()
 
     def publish(self) -> None:
         """Copy the masters to the weights that the network computes with."""
         rounding = Rounding()
-        for name, weight in self.weights.items():
+        # Noise goes on from weight to weight, and shards differ in length: whole weights come first, as
+        # they must be the same in all processes.
+        for name, weight in sorted(self.weights.items(), key=lambda each: is_sharded(each[1])):
             if weight.dtype != torch.float32:
-                rounding.into(own_part(weight.data), self.masters[name])
+                rounding.into(local_shard(weight.data), self.masters[name])
 
 
 def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> dict[str, float]:

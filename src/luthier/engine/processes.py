@@ -39,8 +39,8 @@ SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
 PROCESS_BYTES = 400 << 20
 """What a process takes before it has read a row or a weight: its libraries."""
-FIRST_SECONDS = 10
-"""Which the first process has to say of an error that all have, before another one does."""
+ERROR_GRACE_SECONDS = 10
+"""How long another process waits for the first one to report an error, before it reports its own."""
 _REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome-{}.json"
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
@@ -138,7 +138,7 @@ def work(folder: Path) -> None:
     if first:
         write_json(folder / _OUTCOME.format(0), outcome)
     elif "error" in outcome:
-        deadline = time.monotonic() + FIRST_SECONDS
+        deadline = time.monotonic() + ERROR_GRACE_SECONDS
         while not _outcomes(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
         if not _outcomes(folder):  # the others wait for what this process leaves undone

@@ -27,12 +27,12 @@ from luthier.engine.job import (
 )
 from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.machine import (
+    SHARDED_MALLOC_THRESHOLD,
     Machine,
     available_memory,
     choose_machine,
     keep_freed_memory,
     return_freed_memory,
-    set_malloc_threshold,
 )
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
@@ -67,7 +67,7 @@ from luthier.models.save import (
     stored_bytes,
     trained_weights,
 )
-from luthier.models.sharding import gather_all, own_part, shard_layers
+from luthier.models.sharding import gather_to_first, local_shard, shard_layers
 from luthier.objectives.capabilities import (
     SupportsExtraWeights,
     SupportsHeadStart,
@@ -77,10 +77,6 @@ from luthier.objectives.capabilities import (
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
-
-GATHERED_BYTES = 1 << 20
-"""Blocks above this size go back to the system at once where layers are gathered from shards: they come
-in all sizes, and a heap with holes of them held twice as much as whole layers take."""
 
 
 def train(
@@ -101,10 +97,8 @@ def train(
     """
     group = ProcessGroup.of_environment()
     resume = resume or started_again()
-    if recipe.training.fully_shard and group.size > 1:
-        set_malloc_threshold(GATHERED_BYTES)
-    else:
-        keep_freed_memory()
+    sharded = recipe.training.fully_shard and group.size > 1
+    keep_freed_memory(**({"up_to": SHARDED_MALLOC_THRESHOLD} if sharded else {}))
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     if group.rank:
         return _train_beside(recipe, machine, group)
@@ -138,7 +132,7 @@ def _train_first(
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.request_value("micro_batch_tokens") if resume else None
             with clock.part("data"):
-                job = prepare_job(recipe, base, machine, reporter, budget)
+                job = prepare_job(recipe, base, machine, reporter, budget, processes=group.size)
             job = replace(job, origin={**job.origin, **(lineage or {})})
             done = run.begin(job.request(), resume)
             if done is None:
@@ -163,7 +157,7 @@ def _train_first(
                     f"`training.batch_size={group.size}`"
                 )
         try:
-            with _rows_were_read():
+            with _explain_changed_rows():
                 result = Trainer(job, run, reporter, clock, group).run(resume)
             group.first(asdict(result))
             return result
@@ -177,7 +171,7 @@ def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Resu
     try:
         recipe = with_base(recipe, Reporter())
         base = store.find(recipe.base)
-        job = prepare_job(recipe, base, machine, Reporter())
+        job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
     except LuthierError as error:
         group.agree(error)
         raise
@@ -189,14 +183,14 @@ def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Resu
         with TemporaryDirectory(prefix="luthier-process-") as own:
             run = Run(base.root, base.root, rehearsal=Path(own))
             trainer = Trainer(job, run, Reporter(), group=group, first_folder=Path(folder))
-            with _rows_were_read():
+            with _explain_changed_rows():
                 trainer.take_part(resume)
         done = group.first(None)
     return Result.parse(done)
 
 
 @contextmanager
-def _rows_were_read() -> Iterator[None]:
+def _explain_changed_rows() -> Iterator[None]:
     """Say of a row that is refused in training that the gate has read it before."""
     try:
         yield
@@ -308,6 +302,8 @@ class Trainer:
         """
         self.reporter.stage("Storing and verifying the model")
         final = self._with_threshold(learned or self.job, network)
+        machine = replace(final.machine, device=network.device)
+        final = replace(final, machine=machine)  # what was sharded is checked where it is whole
         counts = self.job.data.counts
         refit = None
         if learned is not None:
@@ -382,7 +378,7 @@ class Trainer:
         it notes joins the metrics of the run.
         """
         with self.clock.part("data"):
-            job = prepare_refit(self.job, measured.best_step or 0, measured.step)
+            job = prepare_refit(self.job, measured.best_step or 0, measured.step, self.group.size)
         self.reporter.stage(
             f"Training once more, on all {job.data.counts['rows']:,} rows, for {job.until:,} steps"
         )
@@ -417,17 +413,28 @@ class Trainer:
         network, loop = self.start(resume, compare)
         progress = loop.run()
         self.release(network)
+        lines = loop.metrics.read(rows=True)
         if network.is_sharded:
-            network = self._whole_network(network)
-        return network, progress, loop.metrics.read(rows=True)
+            trained = adapter_tensors(network.model).items()
+            tensors = gather_to_first((name, local_shard(each), each) for name, each in trained)
+            network.close()
+            del loop, trained
+            return_freed_memory()
+            if self.group.rank == 0:
+                network = self._whole_network(tensors)
+        return network, progress, lines
 
     def start(self, resume: bool, compare: bool = False) -> tuple[Network, Loop]:
         """The network and the loop, right before the first step, or the next."""
         with self.clock.part("load"):
-            network = self._network(is_sharded=self._shards)
+            network = self._network()
             self._warn_of_unfamiliar_text(network, resume)
         self._prepare_rows(network)
-        if compare and not network.is_sharded:  # the other processes would not run it
+        if compare and network.is_sharded:
+            self.reporter.note(
+                "simple baselines are not fitted: one process cannot run shards alone"
+            )
+        elif compare:
             self._compare(network)
             if not resume:
                 self._name_quicker()
@@ -475,32 +482,28 @@ class Trainer:
         self.recipe.adaptation.calibrate(network, gradients)
         return_freed_memory()
 
-    @property
-    def _shards(self) -> bool:
-        """Whether the processes cut the layers into shards."""
-        return self.recipe.training.fully_shard and self.group.size > 1
-
-    def _whole_network(self, sharded: Network) -> Network:
-        """A network of its own with what was trained, in the first process; the others help."""
-        trained = adapter_tensors(sharded.model).items()
-        tensors = gather_all((name, own_part(each), each) for name, each in trained)
-        sharded.close()
-        if self.group.rank:
-            return sharded
-        network = self._network(again=True)
+    def _whole_network(self, tensors: dict[str, torch.Tensor]) -> Network:
+        """A network with what was trained in shards, on the processor, as no device may hold it."""
+        network = self._network(again=True, device=torch.device("cpu"))
         with torch.no_grad():
             for name, tensor in adapter_tensors(network.model).items():
                 tensor.copy_(tensors.pop(name))
         return network
 
-    def _network(self, again: bool = False, is_sharded: bool = False) -> Network:
-        """The base with the adaptation; ``again`` where what is to be said of it was said."""
-        note = Reporter().note if again or self.job.steps_before else self.reporter.note
+    def _network(self, again: bool = False, device: torch.device | None = None) -> Network:
+        """The base with the adaptation, sharded where processes share the layers.
+
+        ``again`` gives a whole one on ``device``, and says nothing that was said before.
+        """
+        is_sharded = self.recipe.training.fully_shard and self.group.size > 1 and not again
+        silent = again or bool(self.job.steps_before)
+        note = Reporter().note if silent else self.reporter.note
         torch.manual_seed(self.recipe.training.seed)
-        self.reporter.stage(f"Loading {self.job.base.id}")
+        whole = ", to hold the weights of all shards" if again else ""
+        self.reporter.stage(f"Loading {self.job.base.id}{whole}")
         machine = self.machine
         # A device may not hold what is to be cut.
-        device = torch.device("cpu") if is_sharded else machine.device
+        device = torch.device("cpu") if is_sharded else device or machine.device
         head = self.job.data.objective.head()
         model = store.load(self.job.base, machine.dtype, device, head)
         if new_weights(model):
@@ -534,7 +537,7 @@ class Trainer:
         if is_sharded:
             shard_layers(network, self.group, machine.device)
             return_freed_memory()
-            held = sum(own_part(weight).nbytes for weight in model.parameters())
+            held = sum(local_shard(weight).nbytes for weight in model.parameters())
             note(
                 f"the layers are cut into {self.group.size} shards: each process holds "
                 f"{held / 1e6:,.1f} of {sum(w.nbytes for w in model.parameters()) / 1e6:,.1f} MB of "

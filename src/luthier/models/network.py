@@ -58,7 +58,7 @@ class TreeBatch:
     as_given: bool = True
     """Whether ``ids_N`` are the rows' own, and not changed by the objective."""
     is_filler: bool = False
-    """Whether it is run again only because other processes have one more, and counts for nothing."""
+    """Whether it repeats the last one, so that every process runs as many; it adds nothing."""
 
     @staticmethod
     def of(
@@ -142,7 +142,7 @@ class Network:
         self.group = ALONE
         """The processes that train it."""
         self.is_sharded = False
-        """Whether its layers are cut over the processes (:mod:`luthier.models.sharding`)."""
+        """Whether its layers are sharded over the processes (:mod:`luthier.models.sharding`)."""
         self._is_split = False
         self._start: list[tuple[nn.Parameter, Tensor]] = []
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def shard_layers(network: Network, group: ProcessGroup, device: torch.device) -> None:
-    """Cut the layers of ``network`` into shards on ``device``, where the rest of it goes as a whole.
+    """Shard the layers of ``network`` on ``device``, where the rest of it goes as a whole.
 
     From here on all processes of ``group`` run it alike, in equal numbers of passes.
     It must have the flat layout.
@@ -55,11 +55,8 @@ def shard_layers(network: Network, group: ProcessGroup, device: torch.device) ->
         # The engine divides, once; gloo knows no other reduction than the sum.
         shards.set_gradient_divide_factor(1.0)
         shards.set_force_sum_reduction_for_comms(True)
-    for weight in whole:
-        weight.data = weight.data.to(device)
-    for module in network.model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    for tensor in (*whole, *network.model.buffers()):
+        tensor.data = tensor.data.to(device)
     network.device, network.is_sharded = device, True
 
 
@@ -68,32 +65,35 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")  # its module is not imported where nothing is sharded
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` that this process holds, in the same memory; all of a whole one."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of ``tensor``, in the same memory; all of one that is not sharded."""
     return cast(Any, tensor.detach()).to_local() if is_sharded(tensor) else tensor
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What of ``whole`` is in this process where ``like`` is sharded as its layer is."""
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of ``whole``, which is sharded as ``like`` is."""
     if not is_sharded(like):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
     cut: Any = like
-    shared = distribute_tensor(
+    sharded = distribute_tensor(
         whole.to(cut.device), cut.device_mesh, cut.placements, src_data_rank=None
     )
-    return shared.to_local()
+    return sharded.to_local()
 
 
-def gather(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of which each process has a ``part``, cut as ``like`` is; all must ask alike."""
+def full_tensor(part: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which ``part`` is this process's shard, sharded as ``like`` is.
+
+    A collective: every process must call it, in the same order.
+    """
     if not is_sharded(like) or not part.dim():  # single numbers are the same in all
         return part
     from torch.distributed.tensor import DTensor
 
     cut: Any = like
-    shared = DTensor.from_local(
+    sharded = DTensor.from_local(
         part,
         cut.device_mesh,
         cut.placements,
@@ -101,18 +101,18 @@ def gather(part: Tensor, like: Tensor) -> Tensor:
         shape=cut.shape,
         stride=cut.stride(),
     )
-    return shared.full_tensor()
+    return sharded.full_tensor()
 
 
-def gather_all(parts: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
-    """By name the whole of each part, cut as the tensor behind it is; all processes must ask alike.
+def gather_to_first(parts: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
+    """By name the whole tensor of each shard; the tensor behind it says how it is sharded.
 
-    What was sharded is gathered one after the other into the memory of the first process; the others
-    get none of it.
+    A collective. Whole tensors of shards come in the memory of the processor and to the first process
+    alone; what is not sharded comes back as it is, in all.
     """
     found = {}
     for name, part, like in parts:
-        whole = gather(part, like)
+        whole = full_tensor(part, like)
         if whole is part:
             found[name] = part
         elif cast(Any, like).device_mesh.get_rank() == 0:

@@ -138,7 +138,7 @@ def accept_adapter(
     check_tokenizer(folder)
     head = OBJECTIVES["causal_lm"].model_validate({}).head()
     lora = lora_of(fields, read_adapter(folder), sketch(base.network_folder, head))
-    asked = _asked_format(folder, base)
+    asked = _requested_format(folder, base)
     with _format(folder, asked, "Save the base model's tokenizer into the folder.") as chat:
         check_vocabulary(chat, check_folder(base.network_folder), "the adapter")
     manifest = Manifest(
@@ -232,7 +232,7 @@ def _embeds(candidate: StoredModel) -> dict[str, Any]:
     return {"layout": "same numbers as transformers", "dimensions": len(found.vector)}
 
 
-def _asked_format(folder: Path, base: StoredModel) -> dict[str, Any]:
+def _requested_format(folder: Path, base: StoredModel) -> dict[str, Any]:
     """Template, stop tokens and start token of an adapter, whose tokenizer is then in its folder."""
     from luthier.models.save import save_format
 

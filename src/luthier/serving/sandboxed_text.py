@@ -134,7 +134,7 @@ class SandboxedFormat(ChatFormat):
             known = self.tokenizer.ask("vocabulary", size=vocabulary)
         except RecipeError as error:
             raise ValueError(str(error)) from error
-        asked = TokenizerWrapper(_Asked(self, known))
+        asked = TokenizerWrapper(_RemoteVocabulary(self, known))
         return LLTokenizer(asked, n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class SandboxedFormat(ChatFormat):
         self.tokenizer.close()
 
 
-class _Asked:
+class _RemoteVocabulary:
     """A vocabulary as llguidance reads it; how it divides forced text is asked of the process."""
 
     def __init__(self, chat: SandboxedFormat, known: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def test_the_store_s_own_table_is_found_and_none_is_none(luthier_home: Path) -> 
     [
         ("per_hour = -1", "per_hour"),
         ("per_houre = 1", "--prices-example"),
-        ("per_hour = ", "no readable TOML file of prices"),
+        ("per_hour = ", "not valid TOML for prices"),
         ("per_kwh = 0.3", "give both"),
         ("watts = 100", "give both"),
     ],

@@ -87,8 +87,8 @@ HYPERPARAMETERS: Mapping[str, HyperParameter] = {
     )
 }
 """By name; those with a dot are ours."""
-_CHOSEN = ("epochCount", "batchSize", "learningRate")
-"""Told of a job that was sent none."""
+_SHOWN_WHEN_OMITTED = ("epochCount", "batchSize", "learningRate")
+"""Shown with the values that the job chose, where none was sent."""
 
 RFT_FIELDS: Mapping[str, tuple[str, str]] = {
     "epochCount": ("training", "epochs"),
@@ -149,7 +149,9 @@ def describe(job: Job) -> Mapping[str, str] | None:
         return found
     if "chosen" not in job.details:
         return None
-    values = {name: job.setting(".".join(HYPERPARAMETERS[name].field)) for name in _CHOSEN}
+    values = {
+        name: job.setting(".".join(HYPERPARAMETERS[name].field)) for name in _SHOWN_WHEN_OMITTED
+    }
     return {name: f"{value:.10g}" for name, value in values.items() if value is not None}
 
 
