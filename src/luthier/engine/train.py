@@ -62,11 +62,7 @@ from luthier.models.layouts import MediaLayout
 from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.models.process_group import ALONE, ProcessGroup
-from luthier.models.save import (
-    adapter_tensors,
-    stored_bytes,
-    trained_weights,
-)
+from luthier.models.save import adapter_tensors, stored_bytes, trained_weights
 from luthier.models.sharding import gather_to_first, local_shard, shard_layers
 from luthier.objectives.capabilities import (
     SupportsExtraWeights,
@@ -97,8 +93,10 @@ def train(
     """
     group = ProcessGroup.of_environment()
     resume = resume or started_again()
-    sharded = recipe.training.fully_shard and group.size > 1
-    keep_freed_memory(**({"up_to": SHARDED_MALLOC_THRESHOLD} if sharded else {}))
+    if recipe.training.fully_shard and group.size > 1:
+        keep_freed_memory(SHARDED_MALLOC_THRESHOLD)
+    else:
+        keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
     if group.rank:
         return _train_beside(recipe, machine, group)

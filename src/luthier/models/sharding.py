@@ -3,12 +3,11 @@
 PyTorch's FSDP2 (``fully_shard``; Zhao et al. 2023, arXiv:2304.11277, after stage 3 of ZeRO, Rajbhandari
 et al. 2020, arXiv:1910.02054): of each weight of each layer a process holds an equal part, with its
 gradient, float32 master and moments. The weights of a layer are gathered right before it runs, forward
-or backward, and let go of after; gradients are added up into the parts. What stands outside of the
+or backward, and let go of after; gradients are summed into the shards. What stands outside of the
 layers (embeddings, last norm, heads) stays whole.
 
-Left out: a step's gradients are exchanged after each micro-batch and not once, as their sums are in
-parts, too; parts in the memory of the processor while the device computes; a device mesh of more
-dimensions than one.
+Left out: gradients that are exchanged once a step (they are after each micro-batch, as their sums are
+sharded, too), shards that wait in the processor's memory, and meshes of several dimensions.
 """
 
 from __future__ import annotations
