@@ -54,9 +54,12 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
-def nearest_name(name: object, names: Iterable[str]) -> str | None:
-    """The one of ``names`` that is spelled most like ``name``; ``None`` where none is much like it."""
-    return next(iter(get_close_matches(str(name), list(names), 1, cutoff=0.7)), None)
+def nearest_name(name: object, names: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """The one of ``names`` that is spelled most like ``name``.
+
+    ``None`` where none is as much alike as ``cutoff`` of 1, as :mod:`difflib` measures it.
+    """
+    return next(iter(get_close_matches(str(name), list(names), 1, cutoff)), None)
 
 
 def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:

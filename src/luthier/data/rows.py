@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 
@@ -287,9 +286,9 @@ class Checker(FieldChecker):
         for key in record:
             # "grading" is close to "rating" as well, but starts otherwise.
             able = [each for each in _BESIDE_TEXT if each[0] == key.strip()[:1].lower()]
-            close = get_close_matches(key.strip().lower(), able, 1, cutoff=0.8)
-            if close and close[0] not in (key, *self.columns):
-                return key, close[0]
+            near = nearest_name(key.strip().lower(), able, cutoff=0.8)
+            if near and near not in (key, *self.columns):
+                return key, near
         return None
 
     def _only_asks(self, record: Record) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
@@ -12,6 +11,7 @@ from luthier.data.shapes import Labelled, TaggedWords
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.rules import ONE_CLASS, UNSEEN, Finding, Findings, Place, Rule
+from luthier.printable import nearest_name
 from luthier.types import Row
 
 SMALL = Rule(
@@ -192,4 +192,4 @@ def _likely_spelling(name: str, counts: Mapping[str, int]) -> str | None:
     if len(counts) > MOST_COMPARED or any(character.isdigit() for character in name):
         return None
     frequent = [other for other, count in counts.items() if count >= FREQUENT * counts[name]]
-    return next(iter(get_close_matches(name, frequent, 1, cutoff=0.8)), None)
+    return nearest_name(name, frequent, cutoff=0.8)
