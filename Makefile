@@ -42,7 +42,7 @@ demo: $(RUNTIME)  ## tune SmolLM2 on the sample data and compare before and afte
 WORKERS = $$(( $$(getconf _NPROCESSORS_ONLN) + 1 ))
 
 test: $(INSTALLED)  ## the test suite (a quarter of an hour on 2 cores)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 2
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	$(BIN)/pytest -q -m slow

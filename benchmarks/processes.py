@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from children import table
-from defaults import new_home
+from defaults import flags, new_home
 
 ROWS = Path(__file__).parent.parent / "src" / "luthier" / "demo" / "train.jsonl"
 
@@ -49,25 +49,16 @@ def measure(base: str, method: str, processes: int, sharded: bool, steps: int) -
     """Peak of one process from the second step to the last, seconds for a step, the last loss."""
     with tempfile.TemporaryDirectory() as folder:
         home = new_home(Path(folder))
+        settings = (
+            f"training.max_steps={steps}", "training.epochs=9", "training.refit=false",
+            "training.micro_batch_tokens=256", f"training.fully_shard={str(sharded).lower()}",
+            "objective.template=plain", "data.validation_share=0",
+        )  # fmt: skip
         command = [
-            sys.executable,
-            "-m",
-            "luthier",
-            "tune",
-            str(ROWS),
-            "--base",
-            base,
-            "--name",
-            "x",
-        ]
-        command += ["--adaptation", method, "--batch-size", "8", "--processes", str(processes)]
-        settings = {"training.max_steps": steps, "training.epochs": 9, "training.refit": "false"}
-        settings |= {
-            "training.micro_batch_tokens": 256,
-            "training.fully_shard": str(sharded).lower(),
-        }
-        settings |= {"objective.template": "plain", "data.validation_share": 0}
-        command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+            sys.executable, "-m", "luthier", "tune", str(ROWS), "--base", base, "--name", "x",
+            "--adaptation", method, "--batch-size", "8", "--processes", str(processes),
+            *flags(settings),
+        ]  # fmt: skip
         threads = max(1, len(os.sched_getaffinity(0)) // processes)
         names = {"LUTHIER_HOME": str(home), "OMP_NUM_THREADS": str(threads)}
         environment = {**os.environ, **names}

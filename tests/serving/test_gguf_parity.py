@@ -14,7 +14,7 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
 from luthier.models import gguf
 from luthier.models.gguf import write_gguf
-from luthier.serving.gguf_parity import compare_gguf
+from luthier.serving.gguf_parity import LlamaCpp, compare_gguf
 
 pytest.importorskip("xllamacpp")
 
@@ -71,6 +71,15 @@ def test_another_template_and_other_tokens_are_seen(
     joined.add_tokens(["123"])
     with pytest.raises(RecipeError, match=r"makes other tokens of .*: token \d+ is"):
         compare_gguf(path, model, ChatFormat.of(joined, "plain"), "f32")
+
+
+def test_a_server_that_was_asked_nothing_ends(
+    tiny_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """llama.cpp's own waits forever for its loop of tasks where that has not begun."""
+    write_gguf(tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "tiny.gguf", "f32")
+    for _ in range(20):
+        LlamaCpp(tmp_path / "tiny.gguf").close()
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path, tiny_llama: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from luthier.engine.memory import (
     MemoryRequest,
     check_memory,
     disk_needed,
-    sharded,
+    sharded_estimate,
     sketch_training,
     weight_bytes,
 )
@@ -402,7 +402,7 @@ def resolve_job(
     estimate = drawn.memory.beside(beside)
     shards = processes if recipe.training.fully_shard else 1
     if shards > 1:
-        estimate = sharded(estimate, model, size, shards)
+        estimate = sharded_estimate(estimate, model, size, shards)
     elif recipe.training.fully_shard:
         reporter.note("`training.fully_shard` changes nothing, as one process trains")
     available = available_memory()

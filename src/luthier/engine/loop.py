@@ -362,9 +362,7 @@ class Loop:
         better = best_measurement(self.measured, measure) is found
         if better:
             progress.best_loss, progress.best_step = found["loss"], progress.step
-            self.best = {
-                n: local_shard(w.data).detach().clone() for n, w in self.optimizer.weights.items()
-            }
+            self.best = {n: local_shard(w.data).clone() for n, w in self.optimizer.weights.items()}
         min_delta = self.training.min_delta
         gained = better and (not min_delta or cost_of(found, measure) <= before - min_delta)
         progress.worse = 0 if gained else progress.worse + 1

@@ -82,7 +82,7 @@ def optimizer_bytes(trained: int, bytes_per_number: int) -> int:
     return trained * (16 + 2 * bytes_per_number)
 
 
-def sharded(
+def sharded_estimate(
     estimate: MemoryEstimate, model: Any, bytes_per_number: int, processes: int
 ) -> MemoryEstimate:
     """``estimate`` for the first of ``processes`` that share the layers of ``model``.

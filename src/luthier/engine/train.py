@@ -482,16 +482,16 @@ class Trainer:
 
     def _whole_network(self, tensors: dict[str, torch.Tensor]) -> Network:
         """A network with what was trained in shards, on the processor, as no device may hold it."""
-        network = self._network(again=True, device=torch.device("cpu"))
+        network = self._network(again=True)
         with torch.no_grad():
             for name, tensor in adapter_tensors(network.model).items():
                 tensor.copy_(tensors.pop(name))
         return network
 
-    def _network(self, again: bool = False, device: torch.device | None = None) -> Network:
+    def _network(self, again: bool = False) -> Network:
         """The base with the adaptation, sharded where processes share the layers.
 
-        ``again`` gives a whole one on ``device``, and says nothing that was said before.
+        ``again`` gives a whole one on the processor, and says nothing that was said before.
         """
         is_sharded = self.recipe.training.fully_shard and self.group.size > 1 and not again
         silent = again or bool(self.job.steps_before)
@@ -500,8 +500,8 @@ class Trainer:
         whole = ", to hold the weights of all shards" if again else ""
         self.reporter.stage(f"Loading {self.job.base.id}{whole}")
         machine = self.machine
-        # A device may not hold what is to be cut.
-        device = torch.device("cpu") if is_sharded else device or machine.device
+        # A device may not hold what is to be cut, or was.
+        device = torch.device("cpu") if is_sharded or again else machine.device
         head = self.job.data.objective.head()
         model = store.load(self.job.base, machine.dtype, device, head)
         if new_weights(model):

@@ -121,6 +121,9 @@ class LlamaCpp:
             self._server: Any = xllamacpp.Server(params)
         except Exception as error:  # its own classes, by what went wrong
             raise LuthierError(f"llama.cpp does not load {file.name}: {error}") from error
+        # A server that is closed before its loop of tasks has begun waits for that loop forever. What
+        # is asked here is answered by the loop, so that it runs when this returns.
+        self._request("/lora-adapters")
 
     def close(self) -> None:
         """Let go of the network."""
@@ -129,16 +132,16 @@ class LlamaCpp:
     def tokens(self, text: str, *, first: bool) -> list[int]:
         """Token ids of ``text``; ``first`` puts before it what the file's texts begin with."""
         body = {"content": text, "add_special": first, "parse_special": True}
-        return list(self._post("/tokenize", body)["tokens"])
+        return list(self._request("/tokenize", body)["tokens"])
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The text that the file's chat template makes of ``messages``."""
         turns = [{"role": each.role, "content": each.content} for each in messages]
-        return str(self._post("/apply-template", {"messages": turns})["prompt"])
+        return str(self._request("/apply-template", {"messages": turns})["prompt"])
 
     def write(self, ids_T: IntArray, count: int) -> Continuation:
         """Go on greedily from a prompt, until ``count`` tokens or one that ends replies."""
-        answer = self._post(
+        answer = self._request(
             "/completion",
             {
                 "prompt": ids_T.tolist(), "n_predict": count, "temperature": 0.0,
@@ -156,10 +159,10 @@ class LlamaCpp:
         speed = float(answer["timings"]["predicted_per_second"])
         return Continuation([int(token) for token in answer["tokens"]], token_logps, speed)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         request = Request(  # noqa: S310 - loopback
             self._server.listening_address + path,
-            json.dumps(body).encode(),
+            None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
         )
         try:
