@@ -12,7 +12,7 @@ import torch
 
 from luthier.adaptations.prefix import Prefix
 from luthier.adaptations.prompt import Prompt
-from luthier.models.backends import Backend, backend_of
+from luthier.models.backends import Backend, backend_of, read_prompts
 from luthier.models.decoding import sample
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK, STEP, Bank, room_for
@@ -201,6 +201,47 @@ def test_a_prompt_has_the_same_bits_beside_others_and_behind_an_earlier_one(
     while logits is None:
         *_, logits = backend.prefill([*(each for each in beside if each.unread), own])
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_prompts_that_begin_alike_are_read_once_and_have_the_bits_of_each_alone(
+    copies: int, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode(False):
+        model = tiny_llama(hidden_size=128).eval()
+        backend = FlatBackend(as_network(model, CPU, torch.float32), 1024, exact=True)
+    draws = np.random.default_rng(0)
+    instruction, passage = draws.integers(3, 300, 2 * CHUNK), draws.integers(3, 300, CHUNK)
+    prompts = [
+        np.concatenate([*parts, draws.integers(3, 300, size)])
+        for parts, size in (
+            ([], 5), ([instruction], 20), ([instruction], 7), ([instruction, passage], 40),
+            ([], 64), ([instruction, passage], 9), ([instruction], 1),
+        )
+    ]  # fmt: skip
+    prompts.append(prompts[1])
+    expected = [read(backend, ids)[1] for ids in prompts]
+    tokens: list[int] = []
+    together: list[int] = []
+    honest = FlatBackend._prefill
+
+    def counted(self: Any, states: Any) -> Any:
+        before = sum(state.unread for state in states)
+        found = honest(self, states)
+        tokens.append(before - sum(state.unread for state in states))
+        together.append(len(states))
+        return found
+
+    monkeypatch.setattr(FlatBackend, "_prefill", counted)
+    states, logits = read_prompts(backend, prompts, copies)
+    assert len(states) == len(logits) == len(prompts) * copies
+    for place, logits_V in enumerate(logits):
+        assert torch.equal(logits_V, expected[place // copies]), place
+    assert sum(tokens) < sum(map(len, prompts)) - 3 * CHUNK
+    assert max(together) > 1 or not backend.divisible  # short ones were read side by side
+    steps = backend.step(states, [7] * len(states))
+    alone, _ = read_prompts(backend, prompts[3:4], 1)
+    assert torch.equal(steps[3 * copies], backend.step(alone, [7])[0])
 
 
 def test_chunks_that_give_other_bits_are_read_alone(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from decoding import answer
 
+from luthier.models.backends import FEWEST_SHARED
 from luthier.models.kv_cache import KeyValues
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import GenerationRequest
 from luthier.serving.memory import CacheBudget
-from luthier.serving.prefix_cache import FEWEST, PrefixCache
+from luthier.serving.prefix_cache import PrefixCache
 
 HEADS, SIZE = 2, 4
 TOKEN = 2 * HEADS * SIZE * 4
@@ -65,11 +66,11 @@ def test_beginnings_are_found_and_kept_once() -> None:
 
 def test_few_tokens_are_read_again() -> None:
     cache = PrefixCache(CacheBudget(1 << 20))
-    add(cache, prompt((0, FEWEST - 1)))
+    add(cache, prompt((0, FEWEST_SHARED - 1)))
     assert not cache.nbytes
     add(cache, prompt((0, 100)))
-    assert known(cache, prompt((0, FEWEST - 1), (500, 50))) == 0
-    assert known(cache, prompt((0, FEWEST), (500, 50))) == FEWEST
+    assert known(cache, prompt((0, FEWEST_SHARED - 1), (500, 50))) == 0
+    assert known(cache, prompt((0, FEWEST_SHARED), (500, 50))) == FEWEST_SHARED
 
 
 def test_what_cannot_be_gone_on_from_is_not_given() -> None:

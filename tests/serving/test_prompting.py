@@ -54,7 +54,9 @@ def asked(tiny_model_folder: Path) -> Prompting:
 
 
 def test_rows_become_questions() -> None:
-    assert "animal, bank" in TRAIN[0].asked[0].content and TRAIN[0].answer == "animal"
+    system, user = TRAIN[0].asked
+    assert "animal, bank" in system.content and system.role == "system"
+    assert TRAIN[0].text == user.content == "the quick brown fox" and TRAIN[0].answer == "animal"
     chat = (Message("system", "Be brief."), Message("user", "1?"), Message("assistant", "2"))
     assert questions_of([Conversation("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
     with pytest.raises(RecipeError, match="ask nothing"):
@@ -71,7 +73,7 @@ def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:
 
 def test_the_nearest_example_stands_last() -> None:
     ((*_, last),) = NearestExamples(TRAIN).of(HELD, 3)
-    assert "fox" in last.asked[0].content
+    assert "fox" in last.text
     ((text,),) = retrieve_passages(
         HELD, ["Cards come by post.", "A fox can jump.\nThe quick fox is high."], 1
     )
@@ -111,8 +113,9 @@ def test_the_loss_is_that_of_the_answer_behind_what_is_given(
     given = few_shot(TRAIN, 2, 0)
     found = asked.measure("few-shot", HELD, [given])
     assert found is not None
-    turns = [turn for each in given for turn in (*each.asked, Message("assistant", each.answer))]
-    whole = asked.chat.encode_reply((*turns, *HELD[0].asked, Message("assistant", "animal")), 5)
+    names, question = HELD[0].asked  # the names of the classes stand there once
+    turns = [turn for each in given for turn in (each.asked[1], Message("assistant", each.answer))]
+    whole = asked.chat.encode_reply((names, *turns, question, Message("assistant", "animal")), 6)
     ids_T = torch.from_numpy(whole.ids_T)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     logits_TV = plain(input_ids=ids_T[None]).logits[0]

@@ -105,6 +105,10 @@ class Backend(Protocol):
         ...
 
 
+FEWEST_SHARED = 32
+"""Tokens that a prompt has to have in common with an earlier one, as fewer are read as fast."""
+
+
 @runtime_checkable
 class ReusesKeyValues(Protocol):
     """A backend whose prompts can go on behind the keys and values of others that began alike."""
@@ -134,27 +138,58 @@ class AdapterBackend(Backend, Protocol):
         ...
 
 
+def common_length(ids_T: IntArray, other_T: IntArray) -> int:
+    """How many tokens both begin with."""
+    size = min(len(ids_T), len(other_T))
+    differ = ids_T[:size] != other_T[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
 def read_prompts(
     backend: Backend, prompts: Sequence[IntArray], copies: int
 ) -> tuple[list[State], Tensor]:
-    """What :meth:`Backend.prefill_batch` gives, each prompt read alone.
+    """What :meth:`Backend.prefill_batch` gives, each prompt with the bits that it has alone.
 
-    Where one cannot be read, nothing stays open.
+    Where the backend can go on behind what an earlier prompt began with, that is not read again. Short
+    prompts are read side by side. Where one cannot be read, nothing stays open.
     """
     import torch
 
+    from luthier.models.kv_cache import CHUNK
+
+    reuse = backend if isinstance(backend, ReusesKeyValues) else None
     states: list[State] = []
     logits: list[Tensor] = []
+
+    def begin(ids_T: IntArray) -> State:
+        earlier = len(states) // copies
+        if reuse is None or not earlier:
+            return backend.open(ids_T)
+        shared = [common_length(ids_T[:-1], other_T) for other_T in prompts[:earlier]]
+        nearest = max(range(earlier), key=shared.__getitem__)
+        count = reuse.reusable(shared[nearest])
+        if count < FEWEST_SHARED:
+            return backend.open(ids_T)
+        return reuse.open(ids_T, reuse.key_values(states[nearest * copies], 0, count))
+
+    reading: list[State] = []
     try:
         for ids_T in prompts:
-            state, logits_V = backend.open(ids_T), None
-            states.append(state)
-            while logits_V is None:
-                (logits_V,) = backend.prefill([state])
-            states[-1:] = backend.fork(state, copies)
-            logits += [logits_V] * copies
+            reading.append(begin(ids_T))
+            is_last = len(states) // copies + len(reading) == len(prompts)
+            if not is_last and sum(state.unread for state in reading) < CHUNK:
+                continue
+            ends: list[Tensor | None] = [None] * len(reading)
+            while left := [place for place, end in enumerate(ends) if end is None]:
+                found = backend.prefill([reading[place] for place in left])
+                for place, logits_V in zip(left, found, strict=True):
+                    ends[place] = logits_V
+            while reading:
+                states += backend.fork(reading[0], copies)
+                del reading[0]
+            logits += [logits_V for logits_V in ends if logits_V is not None for _ in range(copies)]
     except BaseException:
-        for state in states:
+        for state in (*states, *reading):
             backend.free(state)
         raise
     return states, torch.stack(logits)

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
-import numpy as np
+from luthier.models.backends import FEWEST_SHARED, common_length
 
 if TYPE_CHECKING:
     from luthier.models.kv_cache import KeyValues
     from luthier.serving.memory import CacheBudget
     from luthier.types import IntArray
 
-FEWEST = 32
-"""Tokens that a prompt has to have in common with an earlier one, as fewer are read as fast."""
 MOST_NODES = 4096
 """Of all trees together."""
 
@@ -49,9 +47,7 @@ class _Node:
 
     def common_length(self, ids_T: IntArray) -> int:
         """How many of its tokens ``ids_T`` begins with."""
-        size = min(len(ids_T), len(self.ids_T))
-        other = np.flatnonzero(ids_T[:size] != self.ids_T[:size])
-        return int(other[0]) if len(other) else size
+        return common_length(self.ids_T, ids_T)
 
 
 class PrefixCache:
@@ -85,7 +81,7 @@ class PrefixCache:
         with self._lock:
             path = [*self._path((model, client), ids_T[:-1])]
             count = reusable(sum(shared for _, shared in path))
-            if count < FEWEST:
+            if count < FEWEST_SHARED:
                 return None
             parts = []
             for node, shared in path:
@@ -102,7 +98,7 @@ class PrefixCache:
         with self._lock:
             path = [*self._path(key, ids_T)]
             known = sum(count for _, count in path)
-            if len(ids_T) - known < FEWEST:
+            if len(ids_T) - known < FEWEST_SHARED:
                 return
             new = copy(known)
             if not self._make_room(new.nbytes, {each for each, _ in path}):

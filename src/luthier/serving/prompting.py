@@ -88,9 +88,9 @@ def _question(row: Row, labels: Sequence[str]) -> Question:
     if turns and (expected := row.expected_reply()) is not None:
         return Question(turns, expected)
     if isinstance(row, LabelledText) and isinstance(row.label, str):
-        names = ", ".join(labels)
-        ask = f"{row.text}\n\nWhich one of these is it: {names}? Answer with the name alone."
-        return Question((Message("user", ask),), row.label)
+        # By the system, as examples would repeat it, and what is nearest is found by the texts alone.
+        ask = f"Which one of these is each text: {', '.join(labels)}? Answer with the name alone."
+        return Question((Message("system", ask), Message("user", row.text)), row.label)
     raise RecipeError("these rows ask nothing with one right answer")
 
 
@@ -239,13 +239,12 @@ def conversation_of(
     turns: list[Message] = []
     passages = [each for each in given if isinstance(each, str)]
     shown = [each for each in given if isinstance(each, Question)]
+    said = [turn.content for turn in question.asked if turn.role == "system"]
+    said += [instruction] if instruction else []
     if template == "plain":
-        parts = [*filter(None, [instruction]), *(f"{each.text}\n{each.answer}" for each in shown)]
-        return (Message("user", "\n\n".join([*parts, *passages, question.text])),)
-    system = [turn for turn in question.asked if turn.role == "system"]
-    if instruction:
-        said = [turn.content for turn in system]
-        system = [Message("system", "\n\n".join([*said, instruction]))]
+        examples = (f"{each.text}\n{each.answer}" for each in shown)
+        return (Message("user", "\n\n".join([*said, *examples, *passages, question.text])),)
+    system = [Message("system", "\n\n".join(said))] if said else []
     for each in shown:
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
