@@ -26,6 +26,7 @@ KINDS: list[Any] = [
     LoRA(rank=4),
     LoRA(rank=8, rslora=True),
     LoRA(rank=4, targets=("down_proj",), alpha=7.0),
+    LoRA(rank=4, dora=True),
     Adapters(reduction_factor=4),
     Prompt(virtual_tokens=3),
     Prefix(virtual_tokens=5),

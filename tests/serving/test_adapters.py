@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
     "soft": {"method": "prompt", "virtual_tokens": 4},
     "prefix": {"method": "prefix", "virtual_tokens": 4},
     "dora": {"method": "lora", "rank": 4, "dora": True},
+    "sparse": {"method": "sparse"},
 }
 NAMES = [f"{BASE}:{name}" for name in METHODS]
 SHARING = NAMES[:-1]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from luthier.models.row_adapters import RowUpdate
+
 
 class Bottleneck(nn.Module):
     """A frozen projection and the residual bottleneck after it; ``[..., in]`` to ``[..., hidden]``."""
-
-    reads_output: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, hidden: int, width: int, activation: str) -> None:
         super().__init__()
@@ -43,18 +44,22 @@ class Bottleneck(nn.Module):
         widened: Tensor = self.adapter_up(narrow)
         return y + widened
 
-    def row_weights(self) -> tuple[Tensor, ...]:
-        """Both matrices, transposed, and biases (see :mod:`luthier.models.row_adapters`)."""
+    def row_updates(self) -> Sequence[RowUpdate]:
+        """The bottleneck of what the projection gives (see :mod:`luthier.models.row_adapters`)."""
         down, up = self.adapter_down, self.adapter_up
-        return down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
+        weights = down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
+        kind = Bottleneck, type(self.activation)
+        return [RowUpdate(partial(_narrowed, self.activation), weights, kind, reads_output=True)]
 
-    @property
-    def row_kind(self) -> Hashable:
-        """Bottlenecks that bend in the same way."""
-        return Bottleneck, type(self.activation)
 
-    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
-        """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
-        down_PHw, down_P1w, up_PwH, up_P1H = weights
-        narrow = self.activation(torch.baddbmm(down_P1w, x_PMI, down_PHw))
-        return torch.baddbmm(up_P1H, narrow, up_PwH)
+def _narrowed(
+    activation: nn.Module,
+    y_PMH: Tensor,
+    down_PHw: Tensor,
+    down_P1w: Tensor,
+    up_PwH: Tensor,
+    up_P1H: Tensor,
+) -> Tensor:
+    """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
+    narrow = activation(torch.baddbmm(down_P1w, y_PMH, down_PHw))
+    return torch.baddbmm(up_P1H, narrow, up_PwH)

@@ -72,8 +72,8 @@ class LoRA(Adaptation):
 
     @property
     def shares_base(self) -> bool:
-        """Branches change each row by itself; DoRA's lengths change the product, too."""
-        return not self.dora
+        """Branches change each row by itself, and so do DoRA's quotients."""
+        return True
 
     def merge(self, model: nn.Module) -> None:
         """Add ``(alpha / r) B A`` to each weight and take the wrappers away. Always the same bits."""

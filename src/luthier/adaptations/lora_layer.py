@@ -10,14 +10,15 @@ matrix product, and rounded once. Same cost.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from luthier.models.packing import packed_weight
 from luthier.models.rounding import Rounding
+from luthier.models.row_adapters import RowUpdate
 
 
 class FrozenWeight(Protocol):
@@ -89,8 +90,6 @@ class _LowRankLinear(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trained low-rank branch. Weight names are PEFT's."""
 
-    reads_output: ClassVar[bool] = False
-
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         self.base_layer = base
@@ -138,19 +137,10 @@ class LoRALinear(nn.Module):
         y = frozen_product(flat, self, torch.mm(z, b.t()))
         return y if bias is None else y + bias
 
-    def row_weights(self) -> tuple[Tensor, ...]:
-        """``A^T [in, r]`` and ``scale B^T [r, out]`` (see :mod:`luthier.models.row_adapters`)."""
-        return self.lora_A.weight.t(), self.lora_B.weight.t() * self.scale
-
-    @property
-    def row_kind(self) -> Hashable:
-        """Branches differ in their weights alone: the scale is in them."""
-        return LoRALinear
-
-    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
-        """The branches of ``P`` layers for ``M`` rows each, ``[P, M, out]``."""
-        a_PIr, b_PrO = weights
-        return torch.bmm(torch.bmm(x_PMI, a_PIr), b_PrO)
+    def row_updates(self) -> Sequence[RowUpdate]:
+        """The branch (see :mod:`luthier.models.row_adapters`), the scale within its weights."""
+        weights = self.lora_A.weight.t(), self.lora_B.weight.t() * self.scale
+        return [RowUpdate(_branches, weights, LoRALinear)]
 
     def merge(self, rounding: Rounding) -> nn.Module:
         """The base layer with the branch added to its weight; ``rounding`` brings it to its type."""
@@ -167,6 +157,11 @@ class LoRALinear(nn.Module):
         """Weight plus update in float32."""
         a, b = self.lora_A.weight.float(), self.lora_B.weight.float()
         return self.weight_OI.to(torch.float32, copy=True).addmm_(b, a, alpha=self.scale)
+
+
+def _branches(x_PMI: Tensor, a_PIr: Tensor, b_PrO: Tensor) -> Tensor:
+    """Those of ``P`` layers for ``M`` rows each, ``[P, M, out]``."""
+    return torch.bmm(torch.bmm(x_PMI, a_PIr), b_PrO)
 
 
 class LoRAConv2d(nn.Module):
@@ -234,6 +229,15 @@ class DoRALinear(LoRALinear):
         y = super()._product(flat, None) * (self.lora_magnitude_vector / self._length_O())
         return (y if bias is None else y + bias).to(flat.dtype)
 
+    def row_updates(self) -> Sequence[RowUpdate]:
+        """The branch, then what the quotient changes of the whole product."""
+        excess_O = self.lora_magnitude_vector / self._length_O() - 1
+        bias_O = (
+            torch.zeros_like(excess_O) if self.base_layer.bias is None else self.base_layer.bias
+        )
+        scaling = RowUpdate(_scaling, (excess_O, bias_O), DoRALinear, reads_output=True)
+        return [*super().row_updates(), scaling]
+
     @torch.no_grad()
     def _length_O(self) -> Tensor:
         """Lengths of the rows of ``W + s B A``, without building that matrix."""
@@ -249,3 +253,8 @@ class DoRALinear(LoRALinear):
         whole_OI = super()._merged_OI()
         length_O = torch.linalg.vector_norm(whole_OI, dim=1)
         return whole_OI.mul_((self.lora_magnitude_vector.float() / length_O)[:, None])
+
+
+def _scaling(y_PMO: Tensor, excess_PO: Tensor, bias_PO: Tensor) -> Tensor:
+    """What is added to ``y`` so that it is ``(1 + excess)`` times as long, but for its bias."""
+    return ((y_PMO - bias_PO[:, None]) * excess_PO[:, None]).to(y_PMO.dtype)

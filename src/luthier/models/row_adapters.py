@@ -11,10 +11,10 @@ frozen product, only where that was seen to change none.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,21 @@ MOSTLY = 4
 """A product of a whole stack is taken where at least one in so many of its adapters has a row."""
 
 
+@dataclass(frozen=True)
+class RowUpdate:
+    """What an adapter adds to a row at a frozen layer."""
+
+    compute: Callable[..., Tensor]
+    """``compute(x_PMI, *weights)`` is added to ``M`` rows of each of ``P`` layers, ``[P, M, O]``,
+    with the weights of all of them stacked in the first dimension. It holds no weights itself."""
+    weights: tuple[Tensor, ...]
+    """The adapter's own; the first is ``[I, ...]``."""
+    kind: Hashable
+    """What updates that are stacked have in common, beside the shapes of their weights."""
+    reads_output: bool = False
+    """Whether it follows from what the layer gives, and not from what it reads."""
+
+
 @runtime_checkable
 class RowLayer(Protocol):
     """What an adapter puts around a frozen layer, where it changes each row by itself."""
@@ -45,21 +60,12 @@ class RowLayer(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``, as the network that reads prompts does."""
 
-    reads_output: ClassVar[bool]
-    """Whether the change follows from what the frozen layer gives, and not from what it reads."""
+    def row_updates(self) -> Sequence[RowUpdate]:
+        """What is added to a row, in this order; at most one update reads the output, the last."""
 
-    def row_weights(self) -> tuple[Tensor, ...]:
-        """The adapter's own part, to be stacked with that of others; the first is ``[I, ...]``."""
 
-    def row_update(self, x_PMI: Tensor, *weights: Tensor) -> Tensor:
-        """What is added to ``M`` rows of each of ``P`` layers of this kind, ``[P, M, O]``.
-
-        ``weights`` are :meth:`row_weights` of each, stacked in the first dimension.
-        """
-
-    @property
-    def row_kind(self) -> Hashable:
-        """What layers that are stacked have in common, beside the shapes of their weights."""
+Place = tuple[str, bool]
+"""A layer by its name in the network, and whether the update there reads its output."""
 
 
 @dataclass(eq=False)
@@ -93,12 +99,18 @@ class Adapter:
                 raise RecipeError(f"the adapter's {name} is not a layer of the base network")
         return Adapter(network, network.model, layers, prefix_tokens(network.model))
 
+    def updates(self) -> Iterator[tuple[Place, RowUpdate]]:
+        """What it adds to its rows, by the places."""
+        for name, layer in self.layers.items():
+            for update in layer.row_updates():
+                yield (name, update.reads_output), update
+
     @cached_property
     def shapes(self) -> Hashable:
         """What adapters that are stacked have in common."""
         return tuple(
-            (name, layer.row_kind, tuple(weight.shape for weight in layer.row_weights()))
-            for name, layer in self.layers.items()
+            (place, update.kind, tuple(weight.shape for weight in update.weights))
+            for place, update in self.updates()
         )
 
 
@@ -109,9 +121,8 @@ class AdapterBank:
         self.adapters: list[Adapter] = []
         self.loaded = 0
         """Adapters of these shapes that are in memory, with sequences or without."""
-        self.stacks: dict[str, tuple[Tensor, ...]] = {}
-        self.layers = dict(like.layers)
-        """One of each kind, which knows how the stacked weights are used."""
+        self.stacks: dict[Place, tuple[Tensor, ...]] = {}
+        self.computes = {place: update.compute for place, update in like.updates()}
         self.mixes = _mixes(like)
         """Whether rows of several run in one product."""
         self.divides = _divides(like)
@@ -123,8 +134,8 @@ class AdapterBank:
         self.adapters.append(adapter)
         if adapter.slot == self._capacity:
             self._resize(self._capacity + max(1, self._capacity // 2), adapter)
-        for name, layer in adapter.layers.items():
-            for stack, weight in zip(self.stacks[name], layer.row_weights(), strict=True):
+        for place, update in adapter.updates():
+            for stack, weight in zip(self.stacks[place], update.weights, strict=True):
                 stack[adapter.slot].copy_(weight)
 
     def remove(self, adapter: Adapter) -> None:
@@ -141,12 +152,12 @@ class AdapterBank:
 
     def _resize(self, capacity: int, like: Adapter) -> None:
         kept = min(self._capacity, capacity)
-        for name, layer in like.layers.items():
-            old = self.stacks.pop(name, ())
-            new = tuple(weight.new_empty(capacity, *weight.shape) for weight in layer.row_weights())
+        for place, update in like.updates():
+            old = self.stacks.pop(place, ())
+            new = tuple(weight.new_empty(capacity, *weight.shape) for weight in update.weights)
             for mine, theirs in zip(new, old, strict=False):
                 mine[:kept] = theirs[:kept]
-            self.stacks[name] = new
+            self.stacks[place] = new
         self._capacity = capacity
 
 
@@ -160,16 +171,16 @@ class _Part:
     slot: int | None
     """The adapter that all ``P`` are of; without one, the first ``P`` of the bank."""
 
-    def update(self, name: str, x_RI: Tensor) -> Tensor:
-        """What the adapters add at the layer ``name``, ``[P * M, O]``."""
+    def update(self, place: Place, x_RI: Tensor) -> Tensor:
+        """What the adapters add at ``place``, ``[P * M, O]``."""
         count, first = len(self.row_PM), self.slot or 0
         weights = [
             stack[:count]
             if self.slot is None
             else stack[first : first + 1].expand(count, *stack.shape[1:])
-            for stack in self.bank.stacks[name]
+            for stack in self.bank.stacks[place]
         ]
-        return self.bank.layers[name].row_update(x_RI[self.row_PM], *weights).flatten(0, 1)
+        return self.bank.computes[place](x_RI[self.row_PM], *weights).flatten(0, 1)
 
 
 @dataclass(eq=False)
@@ -181,16 +192,14 @@ class _Step:
     """For each part, where it has the rows of the step."""
     _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def add(self, name: str, reads_output: bool, x_RI: Tensor) -> Tensor | None:
-        """What is added at the layer ``name``, ``[R, O]``, by what it reads or gives."""
+    def update(self, place: Place, x_RI: Tensor) -> Tensor | None:
+        """What is added at ``place``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
         present = tuple(
-            index
-            for index, part in enumerate(self.parts)
-            if name in part.bank.layers and part.bank.layers[name].reads_output == reads_output
+            index for index, part in enumerate(self.parts) if place in part.bank.computes
         )
         if not present:
             return None
-        made = [self.parts[index].update(name, x_RI) for index in present]
+        made = [self.parts[index].update(place, x_RI) for index in present]
         # Rows without an adapter here get the zeros behind all others.
         made.append(made[0].new_zeros(1, made[0].shape[-1]))
         if present not in self._places_R:
@@ -223,14 +232,14 @@ class StackedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
         step = self._shared.step
-        update_RO = step.add(self._name, False, x[0])
+        update_RO = step.update((self._name, False), x[0])
         if update_RO is None:
             y: Tensor = self.base_layer(x)
         elif self._adds_inside:
             y = linear_plus(self.base_layer, x[0], update_RO)[None]
         else:
             y = self.base_layer(x) + update_RO
-        update_RO = step.add(self._name, True, y[0])
+        update_RO = step.update((self._name, True), y[0])
         return y if update_RO is None else y + update_RO
 
 
@@ -283,7 +292,6 @@ class SharedBase:
             self._drop_unused(adapter)
 
     def _drop_unused(self, adapter: Adapter) -> None:
-        # A bank has layers of the first adapter of its shapes, which holds that one's weights.
         bank = self._banks[adapter.shapes]
         if not (bank.loaded or bank.adapters):
             del self._banks[adapter.shapes]
@@ -340,22 +348,22 @@ def _mixes(adapter: Adapter) -> bool:
     """
     generator = torch.Generator().manual_seed(0)
     seen: set[Hashable] = set()
-    for layer in adapter.layers.values():
-        weights = layer.row_weights()
-        key = (layer.row_kind, tuple(weight.shape for weight in weights))
+    for (name, _), update in adapter.updates():
+        key = (update.kind, tuple(weight.shape for weight in update.weights))
         if key in seen:
             continue
         seen.add(key)
 
-        def random_like(*shape: int, like: Tensor = weights[0]) -> Tensor:
+        def random_like(like: Tensor, *shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
-        x_P1I = random_like(COUNTS[-1], 1, len(weights[0]))
-        stacks = [random_like(COUNTS[-1], *weight.shape) for weight in weights]
-        expected = layer.row_update(x_P1I, *stacks)
+        frozen: Tensor = adapter.layers[name].base_layer.weight
+        x_P1I = random_like(frozen, COUNTS[-1], 1, len(update.weights[0]))
+        stacks = [random_like(weight, COUNTS[-1], *weight.shape) for weight in update.weights]
+        expected = update.compute(x_P1I, *stacks)
         for count in COUNTS:
-            beside = layer.row_update(x_P1I[:count], *(stack[:count] for stack in stacks))
-            again = layer.row_update(
+            beside = update.compute(x_P1I[:count], *(stack[:count] for stack in stacks))
+            again = update.compute(
                 x_P1I[:1].repeat(count, 1, 1),
                 *(stack[:1].expand(count, *stack.shape[1:]) for stack in stacks),
             )
@@ -371,8 +379,8 @@ def _divides(adapter: Adapter) -> bool:
     """Whether a row that a layer of ``adapter`` reads has the same bits in chunks of other sizes."""
     seen: set[Hashable] = set()
     for layer in adapter.layers.values():
-        shape = layer.base_layer.weight.shape
-        if (key := (layer.row_kind, shape, len(layer.row_weights()[0]))) in seen:
+        updates = [(each.kind, len(each.weights[0])) for each in layer.row_updates()]
+        if (key := (layer.base_layer.weight.shape, *updates)) in seen:
             continue
         seen.add(key)
         x_1NI = _random_rows(layer.base_layer, CHUNK)[None]
