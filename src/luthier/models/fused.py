@@ -15,17 +15,26 @@ import torch
 from torch import Tensor, nn
 
 
+def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
+    """What :class:`RMSNorm` computes, without what its gradient needs."""
+    return _rms_norm(x, weight_H, epsilon)[0]
+
+
+def _rms_norm(x: Tensor, weight_H: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm of ``x [..., H]``, and the number that each token was multiplied by."""
+    rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    if x.dtype == torch.float32:
+        return (x * rstd).mul_(weight_H), rstd
+    return x.float().mul_(rstd).mul_(weight_H).to(x.dtype), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, epsilon: float) -> Tensor:
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = rstd.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        y, rstd = _rms_norm(x, weight_H, epsilon)
         ctx.save_for_backward(x, weight_H, rstd)
-        return (
-            x.float().mul_(rstd).mul_(weight_H).to(x.dtype)
-            if x.dtype != torch.float32
-            else ((x * rstd).mul_(weight_H))
-        )
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:

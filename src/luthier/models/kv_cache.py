@@ -264,7 +264,8 @@ class StepAttention:
     others, which take no step now. Rows beyond them fill up.
     """
 
-    def __init__(self, rows: Sequence[StepRow], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[StepRow], device: torch.device, dtype: torch.dtype) -> None:
+        """``dtype`` is that of the keys and values."""
         self._runs: list[_Run] = []
         first = 0
         while first < len(rows):
@@ -277,7 +278,7 @@ class StepAttention:
                 and rows[end][1] == ahead
             ):
                 end += 1
-            self._runs.append(_Run.of(rows[first:end], first, device))
+            self._runs.append(_Run.of(rows[first:end], first, device, dtype))
             first = end
         self.longest = max(span.length + ahead for span, ahead in rows) + 1
 
@@ -286,6 +287,8 @@ class StepAttention:
     ) -> Tensor:
         """Keep the new tokens' keys and values, then attend to all of each row's own."""
         _, heads, size, _ = query.shape
+        if len(self._runs) == 1 and self._runs[0].count == size:
+            return self._runs[0].attend(module.layer_idx, query, key, value, scale)[None]
         out = query.new_zeros(1, size, heads, value.shape[-1])
         for run in self._runs:
             rows = slice(run.first, run.first + run.count)
@@ -308,12 +311,13 @@ class _Run:
     mask_R1K: Tensor
 
     @staticmethod
-    def of(rows: Sequence[StepRow], first: int, device: torch.device) -> _Run:
+    def of(rows: Sequence[StepRow], first: int, device: torch.device, dtype: torch.dtype) -> _Run:
         bank, slot = rows[0][0].bank, rows[0][0].slot
         length_R = torch.tensor([span.length + ahead for span, ahead in rows], device=device)
         slot_R = torch.arange(slot, slot + len(rows), device=device)
         sees_RK = torch.arange(bank.room, device=device) <= length_R[:, None]
-        mask_RK = torch.zeros(sees_RK.shape, device=device).masked_fill_(~sees_RK, -torch.inf)
+        mask_RK = torch.zeros(sees_RK.shape, device=device, dtype=dtype)
+        mask_RK.masked_fill_(~sees_RK, -torch.inf)
         return _Run(bank, slot, first, len(rows), slot_R, length_R, mask_RK[:, None])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -327,7 +331,7 @@ class _Run:
         # Contiguous also where a view would do: products of other strides are other kernels.
         q = query[0].transpose(0, 1).contiguous().view(self.count * heads, -1, query.shape[-1])
         scores = torch.bmm(q, k_RHKD.flatten(0, 1).mT).mul_(scale)
-        scores.view(self.count, -1, room).add_(self.mask_R1K.to(scores.dtype))
+        scores.view(self.count, -1, room).add_(self.mask_R1K)
         out = torch.bmm(torch.softmax(scores, -1), v_RHKD.flatten(0, 1))
         return out.view(self.count, -1, value.shape[-1])
 

@@ -10,14 +10,16 @@ may be other ones afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+GROUPED_ROWS = 64
+"""Rows of a product of several weights that has the bits of each weight's own; larger products are cut
+among threads in other ways."""
 SMALLEST = 1 << 16
 """Weights of fewer numbers stay in the cache."""
 _NAME = "packed_weight"
@@ -29,11 +31,30 @@ class PackedWeight:
     def __init__(self, layer: nn.Linear, branched: bool) -> None:
         """``branched`` where one low-rank branch belongs to it, the same in every call."""
         self._layer, self._branched = layer, branched
+        self._packed: Tensor | None = None
         self._branch: tuple[Tensor, Tensor] | None = None
+        self.group: PackedGroup | None = None
+        """What holds a copy of the weight, too, while no other product is asked for."""
 
-    @cached_property
+    @property
+    def branched(self) -> bool:
+        """See :meth:`__init__`."""
+        return self._branched
+
+    def release(self) -> None:
+        """Let go of the copy, which is made again when it is next needed."""
+        self._packed = self._branch = None
+
+    @property
     def _packed_weight(self) -> Tensor:
-        return _reorder(self._layer.weight)
+        if self._packed is None:
+            self._release_group()
+            self._packed = _reorder(self._layer.weight)
+        return self._packed
+
+    def _release_group(self) -> None:
+        if self.group is not None:
+            self.group.release()
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's ``x W^T + b`` for ``x [..., in]``."""
@@ -53,6 +74,7 @@ class PackedWeight:
         if not self._branched:
             return self.plus(x_NI, torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t()))
         if self._branch is None:
+            self._release_group()
             wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
             self._branch = _reorder(a_rI), _reorder(wide)
         packed_a, packed_wide = self._branch
@@ -65,6 +87,77 @@ class PackedWeight:
             x_NI, update_NO, self._packed_weight, None, "add"
         )
         return y
+
+
+class PackedGroup:
+    """Linear layers that read the same, as one product; a low-rank branch may belong to each.
+
+    Of :data:`GROUPED_ROWS` at most the bits are those of the layers one by one, in fewer calls. One
+    of both, the group and its layers, holds copies of the weights at a time.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        """``layers`` are packed linear layers, or wrap one with a branch of PEFT's names."""
+        self._layers = layers
+        self._plain = [getattr(layer, "base_layer", layer) for layer in layers]
+        self._members: list[PackedWeight] = []
+        for plain in self._plain:
+            member = packed_weight(plain)
+            assert member is not None
+            member.group = self
+            self._members.append(member)
+        self.outputs = [plain.weight.shape[0] for plain in self._plain]
+        self._packed: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+
+    @staticmethod
+    def takes(layer: Any) -> bool:
+        """Whether a layer can be one of a group."""
+        if "lora_A" not in layer._modules:
+            return packed_weight(layer) is not None
+        packed = packed_weight(layer.base_layer)
+        # Other parts, such as DoRA's lengths, are more than a branch.
+        own = {*layer._modules, *layer._parameters}
+        branch_alone = own <= {"base_layer", "lora_A", "lora_B", "dropout"}
+        return packed is not None and packed.branched and branch_alone
+
+    def release(self) -> None:
+        """Let go of the copies."""
+        self._packed = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """What the layers make of ``x [..., in]``, one behind the other in the last dimension."""
+        if self._packed is None:
+            for member in self._members:
+                member.release()
+            self._packed = self._pack()
+        weight, branch_a, bias = self._packed
+        if branch_a is None:
+            return _product(x, weight, bias)
+        y = _product(torch.cat([x, _product(x, branch_a, None)], -1), weight, None)
+        return y if bias is None else y + bias
+
+    def _pack(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        weight = torch.cat([plain.weight.detach() for plain in self._plain])
+        branches = [layer for layer in self._layers if "lora_A" in layer._modules]
+        branch_a = None
+        if branches:
+            b_blocks = [
+                layer.lora_B.weight.detach() * layer.scale
+                if layer in branches
+                else weight.new_zeros(outputs, 0)
+                for layer, outputs in zip(self._layers, self.outputs, strict=True)
+            ]
+            weight = torch.cat([weight, torch.block_diag(*b_blocks)], 1)
+            branch_a = _reorder(torch.cat([layer.lora_A.weight for layer in branches]))
+        bias = None
+        if any(plain.bias is not None for plain in self._plain):
+            bias = torch.cat(
+                [
+                    weight.new_zeros(outputs) if plain.bias is None else plain.bias.detach()
+                    for plain, outputs in zip(self._plain, self.outputs, strict=True)
+                ]
+            )
+        return _reorder(weight), branch_a, bias
 
 
 def linear_plus(layer: Any, x_NI: Tensor, update_NO: Tensor) -> Tensor:

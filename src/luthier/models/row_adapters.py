@@ -250,7 +250,8 @@ class SharedBase:
         """Steps are of ``sizes`` rows."""
         self.network, self.sizes = network, sizes
         self.step = _Step()
-        self._mixed: Any = None
+        self.mixed: Any = None
+        """The base with a layer for rows of several adapters wherever one of them has its own."""
         self._banks: dict[Hashable, AdapterBank] = {}
 
     def add(self, network: Network) -> Adapter:
@@ -261,12 +262,12 @@ class SharedBase:
         """
         adapter = Adapter.of(network, self.network)
         if adapter.layers:
-            if self._mixed is None:
-                self._mixed = share_layers(self.network.model)
+            if self.mixed is None:
+                self.mixed = share_layers(self.network.model)
             for name in adapter.layers:
-                if not isinstance(self._mixed.get_submodule(name), StackedLayer):
+                if not isinstance(self.mixed.get_submodule(name), StackedLayer):
                     stacked = partial(StackedLayer, name=name, shared=self)
-                    replace_modules(self._mixed, [name], stacked)
+                    replace_modules(self.mixed, [name], stacked)
             if adapter.shapes not in self._banks:
                 self._banks[adapter.shapes] = AdapterBank(adapter)
             self._banks[adapter.shapes].loaded += 1
@@ -312,7 +313,7 @@ class SharedBase:
         self.step = _Step()
         for shapes, own in rows.items():
             self._divide(self._banks[shapes], own)
-        return self._mixed
+        return self.mixed
 
     def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """The parts that rows of the adapters of one bank are computed in."""

@@ -47,6 +47,7 @@ from luthier.models.kv_cache import (
 )
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
+from luthier.models.llama_forward import LlamaForward
 from luthier.models.modalities import text_config
 from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
@@ -159,6 +160,9 @@ class FlatBackend:
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
         self._base = Adapter(network, network.model, {}, prefix_tokens(network.model))
+        self._shared = SharedBase(network, SIZES)
+        self._llama: LlamaForward | None = None
+        self._llama = self._llama_forward(grouped=not exact)
         self.sizes: tuple[int, ...] = SIZES
         self.divisible = True
         """Whether a prompt has the same bits wherever its chunks begin, whatever is read beside it."""
@@ -396,7 +400,7 @@ class FlatBackend:
             self._shared.model_of([adapters[i] for i in order]),
             torch.tensor([*(row_tokens[i] for i in order), *fill]),
             torch.tensor([*positions, *fill]),
-            StepAttention([rows[i] for i in order], self.network.device),
+            StepAttention([rows[i] for i in order], self.network.device, self.network.dtype),
         )
         # Rows that only fill the step up stand behind the others.
         row_of = dict(zip(order, self._logits(hidden_NH), strict=False))
@@ -417,14 +421,33 @@ class FlatBackend:
 
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
+        ids_N, position_N = ids_N.to(device), position_N.clamp(max=self._last).to(device)
+        # The networks of adapters, which only read prompts, may have other parts.
+        if self._llama is not None and model in (self.network.model, self._shared.mixed):
+            return self._llama(model.base_model, ids_N, position_N, attention)
         output = model.base_model(
-            input_ids=ids_N[None].to(device),
-            position_ids=position_N[None].clamp(max=self._last).to(device),
-            tree=attention,
-            use_cache=False,
+            input_ids=ids_N[None], position_ids=position_N[None], tree=attention, use_cache=False
         )
         hidden_NH: Tensor = output.last_hidden_state[0]
         return hidden_NH
+
+    @torch.no_grad()
+    def _llama_forward(self, grouped: bool) -> LlamaForward | None:
+        """A faster forward pass with the same bits, where the network has one."""
+        network = self.network
+        if self.device.type != "cpu" or not LlamaForward.fits(network.model):
+            return None
+        made = LlamaForward(network.model, grouped)
+        vocabulary = int(network.model.config.vocab_size)
+        with first_layer_alone(network.model):
+            for count in (SIZES[0], SIZES[-1]):
+                ids = np.random.default_rng(count).integers(0, vocabulary, count)
+                self._llama = None
+                expected = self._probe_states(ids)
+                self._llama = made
+                if not torch.equal(self._probe_states(ids), expected):
+                    return None
+        return made
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         head = packed_weight(self.network.model.get_output_embeddings())
@@ -457,16 +480,22 @@ class FlatBackend:
 
     def _probe_logits(self, ids: IntArray) -> Tensor:
         """Logits behind sequences of the same token twice."""
+        return self._logits(self._probe_states(ids))
+
+    def _probe_states(self, ids: IntArray) -> Tensor:
+        """States ``[N, H]`` behind sequences of the same token twice."""
         banks = Banks()
         spans = [banks.copy(Bank(room_for(1)).add(), 1) for _ in ids]
         ids_N = torch.from_numpy(ids.astype(np.int64))
         for place in range(2):
-            attention = StepAttention([(span, 0) for span in spans], self.network.device)
+            attention = StepAttention(
+                [(span, 0) for span in spans], self.network.device, self.network.dtype
+            )
             positions_N = torch.full_like(ids_N, self._first + place)
             hidden_NH = self._run(self.network.model, ids_N, positions_N, attention)
             for span in spans:
                 span.length += 1
-        return self._logits(hidden_NH)
+        return hidden_NH
 
     @torch.no_grad()
     def _probe_chunks(self) -> bool:

@@ -1,0 +1,120 @@
+"""Llama's forward pass in fewer operations has the bits of the modules', or is not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.adaptations import LoRA
+from luthier.models import torch_backend
+from luthier.models.kv_cache import CHUNK
+from luthier.models.llama_forward import LlamaForward
+from luthier.models.load import as_network
+from luthier.models.packing import PackedGroup, packed_linears
+from luthier.models.torch_backend import FlatBackend
+
+CPU = torch.device("cpu")
+PROMPT = np.random.default_rng(0).integers(3, 300, CHUNK + 70)
+
+
+def qwen2() -> Any:
+    """Llama with biases of queries, keys and values."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def states(backend: FlatBackend) -> list[torch.Tensor]:
+    """Logits behind a prompt, and of some steps of five sequences that begin with it."""
+    state, logits = backend.open(PROMPT), None
+    while logits is None:
+        (logits,) = backend.prefill([state])
+    found, own = [logits], backend.fork(state, 5)
+    for step in range(3):
+        for each in own:
+            each.guess = []  # type: ignore[attr-defined]
+        found.append(backend.step(own, [7 * step + place for place in range(5)]))
+    for each in own:
+        backend.free(each)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True], ids=["grouped", "apart"])
+@pytest.mark.parametrize("adaptation", [None, LoRA(rank=4), LoRA(rank=4, dora=True)])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_bits_are_those_of_the_modules(
+    family: str,
+    adaptation: LoRA | None,
+    exact: bool,
+    dtype: torch.dtype,
+    tiny_llama: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # However small the weights are.
+    monkeypatch.setattr(torch_backend, "packed_linears", partial(packed_linears, smallest=0))
+    torch.manual_seed(0)
+    model = qwen2() if family == "qwen2" else tiny_llama(hidden_size=256)
+    network = as_network(model.to(dtype).eval(), CPU, dtype)
+    if adaptation is not None:
+        adaptation.attach(network.model)
+        for weight in network.model.parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.3)
+    with torch.inference_mode():
+        backend = FlatBackend(network, 1024, exact)
+        made = backend._llama
+        assert made is not None
+        assert bool(made._groups) == (not exact and not (adaptation and adaptation.dora))
+        found = states(backend)
+        backend._llama = None
+        expected = states(backend)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_networks_that_look_alike_and_compute_otherwise_keep_their_own(
+    tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]
+) -> None:
+    assert not LlamaForward.fits(tiny_gpt2())
+    network = as_network(tiny_llama().eval(), CPU, torch.float32)
+    assert LlamaForward.fits(network.model)
+    attention = network.model.model.layers[1].self_attn
+    attention.use_rope = False
+    assert not LlamaForward.fits(network.model)
+    del attention.use_rope
+    embed = network.model.model.embed_tokens
+    honest = network.model.model.forward
+
+    def scaled(*given: Any, **named: Any) -> Any:
+        named["inputs_embeds"] = 2 * embed(named.pop("input_ids"))
+        return honest(*given, **named)
+
+    network.model.model.forward = scaled
+    with torch.no_grad():
+        assert FlatBackend(network, 512)._llama is None
+
+
+def test_a_group_and_its_layers_do_not_hold_copies_at_once() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(256, 256), torch.nn.Linear(256, 512, bias=False)])
+    x = torch.randn(1, 8, 256)
+    with torch.no_grad(), packed_linears(layers, 0):
+        expected = [layer(x) for layer in layers]
+        members = [layer.__dict__["packed_weight"] for layer in layers]
+        group = PackedGroup([*layers])
+        assert all(member._packed is not None for member in members)
+        assert torch.equal(group.product(x), torch.cat(expected, -1))
+        assert all(member._packed is None for member in members)
+        assert torch.equal(layers[0](x), expected[0]) and group._packed is None
