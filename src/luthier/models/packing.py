@@ -210,8 +210,11 @@ def packed_linears(model: nn.Module, smallest: int = SMALLEST) -> Iterator[None]
         yield
     finally:
         for layer in layers:
-            layer.__dict__.pop(_NAME, None)
+            packed: PackedWeight = layer.__dict__.pop(_NAME)
             layer.__dict__.pop("forward", None)
+            packed.release()
+            if packed.group is not None:  # they know each other, and would wait for the collector
+                packed.group.release()
 
 
 def _gains(layer: nn.Linear, smallest: int) -> bool:
