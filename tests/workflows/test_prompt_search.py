@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from luthier.errors import RecipeError
 from luthier.serving.prompting import Question, Way
@@ -82,6 +85,22 @@ def test_an_instruction_that_helps_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert "Answer given: no" in texts[0] and "Right answer:" in texts[0]
     assert "'Name the kind.'" in found.describe() and "0.0%" in found.describe()
     assert found.way(TRAIN[:1], TRAIN).instruction == "Name the kind."
+
+
+def test_examples_are_found_by_meaning_where_there_is_an_encoder() -> None:
+    seen: list[str] = []
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        seen.extend(texts)
+        return np.ones((len(texts), 2), np.float32)
+
+    found = search_prompt(Model(), lambda text, seed: "x", TRAIN, 30, most_answers=600, embed=embed)
+    assert seen, "the search looks for examples with it"
+    seen.clear()
+    replace(found, nearest=2).way(TRAIN[:1], TRAIN, embed)
+    assert TRAIN[0].text in seen
+    long = replace(found, instruction="word " * 200).describe()
+    assert len(long) < 500 and long.endswith("' …")
 
 
 def test_the_best_of_what_needs_no_search_is_the_start() -> None:

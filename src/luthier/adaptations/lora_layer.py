@@ -224,19 +224,30 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(length_O)
         self._square_O: Tensor
         self.register_buffer("_square_O", length_O.square(), persistent=False)
+        self._fixed_O: Tensor | None
+        self.register_buffer("_fixed_O", None, persistent=False)
 
     def _product(self, flat: Tensor, bias: Tensor | None) -> Tensor:
-        y = super()._product(flat, None) * (self.lora_magnitude_vector / self._length_O())
+        y = super()._product(flat, None) * self._quotient_O()
         return (y if bias is None else y + bias).to(flat.dtype)
 
     def row_updates(self) -> Sequence[RowUpdate]:
         """The branch, then what the quotient changes of the whole product."""
-        excess_O = self.lora_magnitude_vector / self._length_O() - 1
+        excess_O = self._quotient_O() - 1
         bias_O = (
             torch.zeros_like(excess_O) if self.base_layer.bias is None else self.base_layer.bias
         )
         scaling = RowUpdate(_scaling, (excess_O, bias_O), DoRALinear, reads_output=True)
         return [*super().row_updates(), scaling]
+
+    def _quotient_O(self) -> Tensor:
+        """``m / |W + s B A|``; once where nothing trains, as it takes half as long as the product."""
+        weights = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
+        if any(weight.requires_grad for weight in weights):
+            return self.lora_magnitude_vector / self._length_O()
+        if self._fixed_O is None:
+            self._fixed_O = self.lora_magnitude_vector / self._length_O()
+        return self._fixed_O
 
     @torch.no_grad()
     def _length_O(self) -> Tensor:

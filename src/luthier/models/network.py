@@ -153,10 +153,11 @@ class Network:
     def with_adapter(self, attach: Callable[[Any], None]) -> Network:
         """This network with an adapter, of which ``attach`` puts the layers into their places.
 
-        Both share all other layers, in eval mode, and this one stays as it is.
+        Both share all other layers, in eval mode, and this one stays as it is. Nothing of them trains.
         """
         model = share_layers(self.model)
         attach(model)
+        model.requires_grad_(False)
         network = Network(model.eval(), self.device, self.dtype, self.both_ways)
         network.base = self
         return network

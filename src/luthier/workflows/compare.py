@@ -56,6 +56,7 @@ from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_p
 if TYPE_CHECKING:
     from luthier.chat_models.base import ModelSpec
     from luthier.evaluation.evaluate import Evaluation
+    from luthier.evaluation.retrieval import Embed
     from luthier.graders import Grader, Ruler
     from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
@@ -324,7 +325,8 @@ def compare(
     opened = open_graders(graders, replies, note) if asked else {}
     if judge is not None:  # in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
-    run = _Comparing(opened, max_tokens, note, on_progress, len(rows) * (len(readers) + written))
+    total = len(rows) * (len(readers) + written)
+    run = _Comparing(opened, max_tokens, note, on_progress, total, embed)
     search: Callable[[Generator], SearchedPrompt] | None = None
     if searches:
         search = partial(run.search, train, known, search_seconds, reflector)
@@ -439,8 +441,10 @@ class _Comparing:
         note: Callable[[str], None],
         on_progress: Callable[[int, int], None],
         total: int,
+        embed: Embed | None,
     ) -> None:
-        """``total`` answers are expected of all."""
+        """``total`` answers are expected of all; ``embed`` finds examples, beside their words."""
+        self.embed = embed
         self.graders, self.max_tokens, self.note = graders, max_tokens, note
         self.on_progress, self.total = on_progress, total
         self.finished = 0
@@ -479,7 +483,7 @@ class _Comparing:
             try:
                 searched = search(generator)
                 remarks.append(searched.describe())
-                ways = [*ways, searched.way(questions, known)]
+                ways = [*ways, searched.way(questions, known, self.embed)]
             except RefusedInput as error:
                 remarks.append(f"no prompt was searched: {error}")
         found = []
@@ -547,7 +551,8 @@ class _Comparing:
             f"searching a prompt for {seconds:.0f} s, as long as tuning took at most: "
             "search_seconds says how long, and 0 that none is searched"
         )
-        return search_prompt(answer, reflection(generator, reflector, self.note), known, seconds)
+        reflect = reflection(generator, reflector, self.note)
+        return search_prompt(answer, reflect, known, seconds, embed=self.embed)
 
     def copy_nearest(
         self, rows: Sequence[Row], questions: Sequence[Question], known: Sequence[Question]

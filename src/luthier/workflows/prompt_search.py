@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gepa.core.state import GEPAState
 
     from luthier.chat_models.base import ModelSpec
+    from luthier.evaluation.retrieval import Embed
     from luthier.serving.generation import Generator
 
 MOST_EXAMPLES = 8
@@ -45,6 +46,8 @@ REFLECTION_ROWS = 200
 """Training rows, at most, from which minibatches are drawn to see what goes wrong."""
 MOST_CHARACTERS = 1500
 """Of an instruction."""
+SHOWN = 160
+"""Characters of it in a sentence."""
 REFLECTION_TOKENS = 400
 """That a model may write as a new instruction."""
 LEAST_ROWS = 24
@@ -76,11 +79,16 @@ class SearchedPrompt:
     """That the search asked for."""
     seconds: float
 
-    def way(self, questions: Sequence[Question], train: Sequence[Question]) -> Way:
-        """To ask ``questions`` like this; nearest examples are taken from ``train``."""
+    def way(
+        self, questions: Sequence[Question], train: Sequence[Question], embed: Embed | None = None
+    ) -> Way:
+        """To ask ``questions`` like this; nearest examples are taken from ``train``.
+
+        ``embed`` is what the search found them by.
+        """
         given: Sequence[Sequence[Question | str]] = [self.examples] * len(questions)
         if self.nearest:
-            given = NearestExamples(train).of(questions, self.nearest)
+            given = NearestExamples(train, embed).of(questions, self.nearest)
         return Way("prompt engineering", "a searched prompt", given, True, self.instruction)
 
     def describe(self) -> str:
@@ -90,8 +98,14 @@ class SearchedPrompt:
             f"the prompt was searched for {self.seconds:.0f} s: {self.answers:,} "
             f"answers, {self.candidates} prompts, {self.score:.1%} instead of {self.first_score:.1%} "
             f"of {self.measured_rows} training rows; it has {shown} examples and "
-            + (f"the instruction {self.instruction!r}" if self.instruction else "no instruction")
+            + (_beginning(self.instruction) if self.instruction else "no instruction")
         )
+
+
+def _beginning(instruction: str) -> str:
+    """What fits into a sentence of it; :meth:`Way.plain` has it whole."""
+    cut = len(instruction) > SHOWN
+    return f"the instruction {instruction[:SHOWN]!r}" + (" …" if cut else "")
 
 
 def search_prompt(
@@ -101,6 +115,7 @@ def search_prompt(
     seconds: float,
     most_answers: int = 1_000_000,
     seed: int = 0,
+    embed: Embed | None = None,
 ) -> SearchedPrompt:
     """Search for ``seconds``, or until everything that is measured is right.
 
@@ -111,12 +126,13 @@ def search_prompt(
         seconds: from now on; what is begun is finished.
         most_answers: of the model, beside it.
         seed: of all draws.
+        embed: by which nearest examples are found, beside their words.
 
     Raises:
         RecipeError: for fewer than 24 different training rows.
     """
     began = time.monotonic()
-    search = _Search(answer, reflect, questions, random.Random(seed))
+    search = _Search(answer, reflect, questions, random.Random(seed), embed)
     # As many rows to measure on as leave time for some fifteen prompts.
     probe = search.measured[: MEASURED_ROWS[0]]
     search.ask(probe, search.starts()[0])
@@ -169,6 +185,7 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         reflect: Callable[[str, int], str],
         questions: Sequence[Question],
         draw: random.Random,
+        embed: Embed | None,
     ) -> None:
         distinct: dict[str, int] = {}
         for number, question in enumerate(questions):
@@ -187,7 +204,7 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         self.reflected = self.shown[:REFLECTION_ROWS]
         self.answers = self.proposals = 0
         self._known: dict[tuple[int, str, str], tuple[str, float]] = {}
-        self._index = NearestExamples([questions[number] for number in self.shown])
+        self._index = NearestExamples([questions[number] for number in self.shown], embed)
 
     def starts(self) -> list[dict[str, str]]:
         """The prompts that are tried without a search: no example, some, the nearest."""
