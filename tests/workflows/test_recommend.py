@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from luthier.evaluation.baselines import LINEAR_PROBE
 from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
@@ -104,6 +105,31 @@ def test_training_that_does_not_help_is_not_advised_unless_it_is_cheaper_to_ask(
     same = evidence(*ways.tried[:1], replace(ways.tried[1], prompt_tokens=390), steps=3)
     short = given(evidence=same).recommendation
     assert short.tune and "too short to tell" in short.reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("trial", "steps", "tunes"),
+    [
+        (0.48, 25, False),  # no better than the head that it started from
+        (0.55, 25, False),  # 24 points more at this pace, and 73 % are not 85
+        (0.60, 25, True),  # 93 % at this pace
+        (0.48, 5, True),  # still warming up
+    ],
+)
+def test_a_short_trial_that_cannot_catch_up_is_not_gone_on_with(
+    trial: float, steps: int, tunes: bool
+) -> None:
+    ways = evidence(
+        tried("simple baselines", "naive Bayes on words", 0.85, None),
+        tried("simple baselines", LINEAR_PROBE, 0.49, None),
+        tried("fine-tuning", "after some steps", trial, None),
+        steps=steps,
+        held=200,
+    )
+    found = given(evidence=ways, labels=7, writes=False).recommendation
+    assert found.tune == tunes
+    assert ("at this pace all 100 steps" in " ".join(found.reasons)) != tunes
+    assert found.techniques == (("fine-tuning",) if tunes else ("simple baselines",))
 
 
 def test_data_that_is_refused_is_mended_first() -> None:

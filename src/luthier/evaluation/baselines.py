@@ -52,6 +52,8 @@ SMOOTHING = 0.3
 """Added to each count of naive Bayes."""
 LARGEST_TABLE = 20_000_000
 """Counts that naive Bayes holds at most; the rarest words are left out."""
+LINEAR_PROBE = "logistic regression on the base model"
+"""What a head starts from."""
 _WORD = re.compile(r"\w+")
 
 
@@ -327,7 +329,7 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
     for name, answers in (
         (f"{NEIGHBOURS} nearest rows of the base model", by_neighbours),
         ("class centroids of the base model", partial(by_model, fit_centroids)),
-        ("logistic regression on the base model", partial(by_model, fit_logistic)),
+        (LINEAR_PROBE, partial(by_model, fit_logistic)),
     ):
         yield _Method(name, answers, reads_states=True)
 
@@ -355,7 +357,7 @@ def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> I
             for row in likely_QC
         ]
 
-    yield _Method("logistic regression on the base model", by_regression, reads_states=True)
+    yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
 
 
 def _rating_methods(train: Sequence[RatedText], held: Sequence[RatedText]) -> Iterator[_Method]:
@@ -386,7 +388,7 @@ def _tag_methods(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) -> I
         words = iter(model.scores(states.held_QH).argmax(-1).tolist())
         return [{"tags": [names[next(words)] for _ in row.tags or ()]} for row in held]
 
-    yield _Method("logistic regression on the base model", by_regression, reads_states=True)
+    yield _Method(LINEAR_PROBE, by_regression, reads_states=True)
 
 
 def _pair_methods(train: Sequence[TextPair], held: Sequence[TextPair]) -> Iterator[_Method]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from luthier.evaluation.baselines import LINEAR_PROBE
 from luthier.evaluation.significance import differ
-from luthier.workflows.advise.evidence import TechniqueResult
+from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
 
 Fit = Literal["yes", "perhaps", "no"]
@@ -29,6 +30,8 @@ CORPUS = 100_000
 LARGE_CORPUS = 10_000_000
 PAIRS = 500
 """Preference pairs below which reported gains are within the noise of judging."""
+LEAST_TRIAL = 0.1
+"""Share of all steps of a trial that says how fast a model learns."""
 SURE = 0.95
 """Bedrock's guide to reinforcement: where the reward is that high already, there is nothing to gain."""
 
@@ -384,6 +387,11 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     )
     if gain > 0:
         return "", [said], sure and enough
+    most = _most_reachable(evidence, tuned)
+    behind = most is not None and best.score is not None and most < best.score
+    if behind and differ(most or 0.0, best.score or 0.0, evidence.held):
+        pace = f"at this pace all {evidence.all_steps:,} steps would give at most {most:.0%}"
+        return best.technique, [said, pace], sure and enough
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
     if share < 0.5 or (dear and facts.wishes.goal in ("cost", "latency")):
         why = (
@@ -394,6 +402,19 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
         )
         return "", [said, why], enough
     return best.technique, [said], sure and enough
+
+
+def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
+    """The score after all steps if each gave as much as those of the trial; curves flatten instead.
+
+    Known of heads that start from the linear probe, whose score was measured, and not of a trial of
+    less than a tenth, which may still have been warming up.
+    """
+    probe = next((each.score for each in evidence.tried if each.name == LINEAR_PROBE), None)
+    share = evidence.steps / max(1, evidence.all_steps)
+    if probe is None or tuned.score is None or share < LEAST_TRIAL:
+        return None
+    return min(1.0, tuned.score + max(0.0, tuned.score - probe) * (1 - share) / share)
 
 
 def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
