@@ -30,16 +30,11 @@ class PackedWeight:
 
     def __init__(self, layer: nn.Linear, branched: bool) -> None:
         """``branched`` where one low-rank branch belongs to it, the same in every call."""
-        self._layer, self._branched = layer, branched
+        self._layer, self.branched = layer, branched
         self._packed: Tensor | None = None
         self._branch: tuple[Tensor, Tensor] | None = None
         self.group: PackedGroup | None = None
         """What holds a copy of the weight, too, while no other product is asked for."""
-
-    @property
-    def branched(self) -> bool:
-        """See :meth:`__init__`."""
-        return self._branched
 
     def release(self) -> None:
         """Let go of the copy, which is made again when it is next needed."""
@@ -47,10 +42,11 @@ class PackedWeight:
 
     @property
     def _packed_weight(self) -> Tensor:
-        if self._packed is None:
+        packed = self._packed  # another thread may release it meanwhile
+        if packed is None:
             self._release_group()
-            self._packed = _reorder(self._layer.weight)
-        return self._packed
+            packed = self._packed = _reorder(self._layer.weight)
+        return packed
 
     def _release_group(self) -> None:
         if self.group is not None:
@@ -71,13 +67,14 @@ class PackedWeight:
         It is one product, ``[x, x A^T] [W, scale B]^T``: of a few rows each further one takes half as
         long as the whole. That copies the weight, so it is done for a branch alone that stays.
         """
-        if not self._branched:
+        if not self.branched:
             return self.plus(x_NI, torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t()))
-        if self._branch is None:
+        branch = self._branch
+        if branch is None:
             self._release_group()
             wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
-            self._branch = _reorder(a_rI), _reorder(wide)
-        packed_a, packed_wide = self._branch
+            branch = self._branch = _reorder(a_rI), _reorder(wide)
+        packed_a, packed_wide = branch
         z_Nr = _product(x_NI, packed_a, None)
         return _product(torch.cat([x_NI, z_Nr], 1), packed_wide, None)
 
@@ -106,7 +103,7 @@ class PackedGroup:
             assert member is not None
             member.group = self
             self._members.append(member)
-        self.outputs = [plain.weight.shape[0] for plain in self._plain]
+        self._outputs = [plain.weight.shape[0] for plain in self._plain]
         self._packed: tuple[Tensor, Tensor | None, Tensor | None] | None = None
 
     @staticmethod
@@ -126,11 +123,12 @@ class PackedGroup:
 
     def product(self, x: Tensor) -> Tensor:
         """What the layers make of ``x [..., in]``, one behind the other in the last dimension."""
-        if self._packed is None:
+        packed = self._packed
+        if packed is None:
             for member in self._members:
                 member.release()
-            self._packed = self._pack()
-        weight, branch_a, bias = self._packed
+            packed = self._packed = self._pack()
+        weight, branch_a, bias = packed
         if branch_a is None:
             return _product(x, weight, bias)
         y = _product(torch.cat([x, _product(x, branch_a, None)], -1), weight, None)
@@ -145,7 +143,7 @@ class PackedGroup:
                 layer.lora_B.weight.detach() * layer.scale
                 if layer in branches
                 else weight.new_zeros(outputs, 0)
-                for layer, outputs in zip(self._layers, self.outputs, strict=True)
+                for layer, outputs in zip(self._layers, self._outputs, strict=True)
             ]
             weight = torch.cat([weight, torch.block_diag(*b_blocks)], 1)
             branch_a = _reorder(torch.cat([layer.lora_A.weight for layer in branches]))
@@ -154,7 +152,7 @@ class PackedGroup:
             bias = torch.cat(
                 [
                     weight.new_zeros(outputs) if plain.bias is None else plain.bias.detach()
-                    for plain, outputs in zip(self._plain, self.outputs, strict=True)
+                    for plain, outputs in zip(self._plain, self._outputs, strict=True)
                 ]
             )
         return _reorder(weight), branch_a, bias
