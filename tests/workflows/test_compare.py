@@ -284,3 +284,27 @@ def test_a_classifier_beside_a_base_that_writes(
     assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
     assert any("searched" in remark for remark in found.remarks)
+
+
+def test_a_tagger_beside_the_linear_probe_of_each_word(
+    family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words have states of their own, of which the tests' rows have different numbers."""
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+
+    def rows(first: int, count: int) -> list[dict[str, Any]]:
+        made = []
+        for number in range(first, first + count):
+            words = ["a", ANIMALS[number % 6], "jumps", *["over"] * (number % 3), f"row{number}"]
+            tags = ["B-ANIMAL" if word in ANIMALS else "O" for word in words]
+            made.append({"tokens": words, "tags": tags})
+        return made
+
+    train = write(tmp_path / "train.jsonl", rows(0, 60))
+    test = write(tmp_path / "test.jsonl", rows(100, 20))
+    base = str(family_folder("bert"))
+    luthier.tune(train, base=base, name="tags", **{"training.max_steps": 2})
+    found = luthier.compare(test, tuned=["bert:tags"], train=train)
+    names = [each.name for each in found.contenders]
+    assert "logistic regression on the base model" in names
+    assert "the most frequent tag of each word" in names

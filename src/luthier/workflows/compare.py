@@ -20,7 +20,7 @@ from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from luthier.data.shapes import Conversation, LabelledText, of_shape
+from luthier.data.shapes import Conversation, LabelledText, TaggedWords, of_shape
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.evaluation.baselines import ComparedRows, FittedBaselines
@@ -592,11 +592,12 @@ class _Comparing:
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
-        from luthier.objectives import Contrastive
+        from luthier.objectives import Contrastive, TokenClassification
         from luthier.store.models import chat_format, room_of
 
-        encoder = Contrastive()
-        network = open_network(base, encoder.head())
+        tagged = of_shape(TaggedWords, rows)  # of which each word has a state of its own
+        encoder = TokenClassification() if tagged else Contrastive()
+        network = open_network(base, Contrastive().head())
         chat, room = chat_format(base), room_of(base)
 
         def encode(some: Sequence[Row]) -> list[Example]:
