@@ -24,6 +24,7 @@ from luthier.serving.prompting import (
     NearestExamples,
     Prompting,
     Question,
+    conversation_of,
     cut_passages,
     few_shot,
     questions_of,
@@ -61,6 +62,25 @@ def test_rows_become_questions() -> None:
     assert questions_of([Conversation("f", 1, messages=chat)])[0] == Question(chat[:2], "2")
     with pytest.raises(RecipeError, match="ask nothing"):
         questions_of([RawText("f", 1, text="raw")])
+
+
+@pytest.mark.parametrize("body", ["", "{{ raise_exception('no system') }}"])
+def test_names_stand_before_the_first_turn_where_a_template_has_no_system(
+    body: str, new_tokenizer: Callable[..., Any]
+) -> None:
+    without = (
+        "{% for m in messages %}{% if m.role == 'system' %}" + body + "{% else %}"
+        "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    )
+    chat = ChatFormat.of(new_tokenizer(without))
+    assert not chat.takes_system and ChatFormat.of(new_tokenizer()).takes_system
+    turns = conversation_of(HELD[0], TRAIN[:1], chat)
+    assert [turn.role for turn in turns] == ["user", "assistant", "user"]
+    assert "animal, bank" in turns[0].content and turns[0].content.endswith("the quick brown fox")
+    assert "animal, bank" not in turns[2].content
+    assert chat.prompt_text(turns).count("animal, bank") == 1
+    with_system = conversation_of(HELD[0], TRAIN[:1], ChatFormat.of(new_tokenizer()))
+    assert [turn.role for turn in with_system] == ["system", "user", "assistant", "user"]
 
 
 def test_examples_show_every_answer_and_are_drawn_by_seed() -> None:

@@ -352,6 +352,15 @@ class ChatFormat:
             return _plain_prompt(in_words(messages, tools))
         return self._render(messages, tools, reply=True, kwargs=self._read_kwargs(kwargs or {}))
 
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether prompts have what the system says: some templates refuse it, or leave it out."""
+        said = "what the system says"
+        try:
+            return said in self.prompt_text((Message("system", said), Message("user", "a")))
+        except RecipeError:
+            return False
+
     def reply_opening(self) -> IntArray:
         """Ids of what stands before every reply, whatever is asked: the last of each prompt."""
         one_T, other_T = (self.encode_prompt((Message("user", text),)) for text in ("a", "7 b?"))

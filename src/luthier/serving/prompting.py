@@ -198,7 +198,7 @@ class Prompting:
     ) -> list[tuple[tuple[Message, ...], str]]:
         """What stands before each answer, and the answer."""
         return [
-            (conversation_of(each, with_, self.chat.template), each.answer)
+            (conversation_of(each, with_, self.chat), each.answer)
             for each, with_ in zip(questions, given, strict=True)
         ]
 
@@ -229,22 +229,21 @@ class Prompting:
 
 
 def conversation_of(
-    question: Question, given: Sequence[Question | str], template: str, instruction: str = ""
+    question: Question, given: Sequence[Question | str], chat: ChatFormat, instruction: str = ""
 ) -> tuple[Message, ...]:
     """What stands before the answer: examples as turns before, passages inside the last question.
 
-    The ``instruction`` is for the system. For the ``plain`` template, which has no turns, all is one
-    text.
+    The ``instruction`` is for the system, or stands before the first turn where ``chat`` has none. For
+    the ``plain`` template, which has no turns, all is one text.
     """
     turns: list[Message] = []
     passages = [each for each in given if isinstance(each, str)]
     shown = [each for each in given if isinstance(each, Question)]
     said = [turn.content for turn in question.asked if turn.role == "system"]
     said += [instruction] if instruction else []
-    if template == "plain":
+    if chat.template == "plain":
         examples = (f"{each.text}\n{each.answer}" for each in shown)
         return (Message("user", "\n\n".join([*said, *examples, *passages, question.text])),)
-    system = [Message("system", "\n\n".join(said))] if said else []
     for each in shown:
         turns += [turn for turn in each.asked if turn.role != "system"]
         turns.append(Message("assistant", each.answer))
@@ -252,7 +251,12 @@ def conversation_of(
     if passages:
         before = "\n\n".join(["Use this where it helps:", *passages])
         rest[-1] = Message(rest[-1].role, f"{before}\n\n{rest[-1].content}")
-    return (*system, *turns, *rest)
+    turns += rest
+    if said and not chat.takes_system:
+        turns[0] = Message(turns[0].role, "\n\n".join([*said, turns[0].content]))
+    elif said:
+        turns.insert(0, Message("system", "\n\n".join(said)))
+    return tuple(turns)
 
 
 def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]:

@@ -55,6 +55,7 @@ from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_p
 
 if TYPE_CHECKING:
     from luthier.chat_models.base import ModelSpec
+    from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
     from luthier.evaluation.retrieval import Embed
     from luthier.graders import Grader, Ruler
@@ -489,7 +490,7 @@ class _Comparing:
         found = []
         for way in ways:
             name = "" if way.technique == "as it is" else f"with {way.name}"
-            asked = _rows_of(rows, questions, way, generator.chat.template)
+            asked = _rows_of(rows, questions, way, generator.chat)
             prompts = _prompts(asked)
             sampling = Sampling(max_tokens=self.max_tokens)
             long = sum(generator.refusal(prompt, sampling) is not None for prompt in prompts)
@@ -534,7 +535,7 @@ class _Comparing:
         def answer(numbers: Sequence[int], way: Way) -> list[tuple[str, float]]:
             rows = [train[number] for number in numbers]
             questions = [known[number] for number in numbers]
-            asked = _rows_of(rows, questions, way, generator.chat.template)
+            asked = _rows_of(rows, questions, way, generator.chat)
             able = [
                 place for place, prompt in enumerate(_prompts(asked))
                 if generator.refusal(prompt, sampling) is None
@@ -624,14 +625,14 @@ def _prompts(rows: Sequence[Row]) -> list[Chat]:
 
 
 def _rows_of(
-    rows: Sequence[Row], questions: Sequence[Question], way: Way, template: str
+    rows: Sequence[Row], questions: Sequence[Question], way: Way, chat: ChatFormat
 ) -> list[Row]:
     """The rows as they are asked in one way; what a grader reads of them stays."""
     if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
         return list(rows)
     asked: list[Row] = []
     for row, question, given in zip(rows, questions, way.given, strict=True):
-        turns = conversation_of(question, given, template, way.instruction)
+        turns = conversation_of(question, given, chat, way.instruction)
         asked.append(
             Conversation(
                 row.file,
