@@ -192,11 +192,14 @@ def test_slurm_gets_nodes_a_meeting_place_and_room(recipe: Callable[..., Recipe]
     assert "--no-python luthier tune" in body and "--resume" in body
 
 
+@pytest.mark.parametrize("before_the_wait", ["", "sleep 0.3\n"], ids=["waiting", "not yet"])
 def test_slurm_queues_again_when_its_time_is_nearly_over(
-    recipe: Callable[..., Recipe], tmp_path: Path
+    recipe: Callable[..., Recipe], tmp_path: Path, before_the_wait: str
 ) -> None:
     script = tmp_path / "job.sh"
-    script.write_text(launch_file(recipe(), FOUND, LaunchRequest("slurm"), PROCESSOR))
+    text = launch_file(recipe(), FOUND, LaunchRequest("slurm"), PROCESSOR)
+    assert text.count("--resume &\n") == 1
+    script.write_text(text.replace("--resume &\n", f"--resume &\n{before_the_wait}"))
     tools = stand_ins(tmp_path / "tools", "scontrol")
     # Tells the batch script that the time is nearly over, and ends at SIGTERM as a run does.
     programs = {
@@ -204,8 +207,8 @@ def test_slurm_queues_again_when_its_time_is_nearly_over(
         "for _ in $(seq 100); do sleep 0.1; done\n",
         "scancel": '[ "$*" = "--signal=TERM 12" ] && kill -TERM "$(cat pid)"\n',
     }
-    for name, text in programs.items():
-        (tools / name).write_text(f"#!/bin/bash\n{text}")
+    for name, program in programs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{program}")
         (tools / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
     for restarts, again in (("0", 1), ("10", 0)):
