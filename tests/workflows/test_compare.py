@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 import luthier
@@ -24,7 +25,7 @@ from luthier.serving.prompting import Technique
 from luthier.store.models import find, room_of
 from luthier.store.reports import reports_of
 from luthier.types import Message
-from luthier.workflows.compare import Contender, HeadToHead, check_leakage
+from luthier.workflows.compare import Contender, HeadToHead, _embed_once, check_leakage
 from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
 
@@ -284,6 +285,20 @@ def test_a_classifier_beside_a_base_that_writes(
     assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
     assert any("searched" in remark for remark in found.remarks)
+
+
+def test_no_text_is_embedded_twice() -> None:
+    seen: list[str] = []
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        seen.extend(texts)
+        return np.array([[len(text), 1] for text in texts], np.float32)
+
+    once = _embed_once(embed)
+    first, again = once(["fox", "dogs", "fox"]), once(["dogs", "a hen"])
+    assert seen == ["fox", "dogs", "a hen"]
+    assert first[:, 0].tolist() == [3, 4, 3] and again[:, 0].tolist() == [4, 5]
+    assert len(once([])) == 0
 
 
 def test_a_tagger_beside_the_linear_probe_of_each_word(

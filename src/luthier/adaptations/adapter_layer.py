@@ -49,10 +49,10 @@ class Bottleneck(nn.Module):
         down, up = self.adapter_down, self.adapter_up
         weights = down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
         kind = Bottleneck, type(self.activation)
-        return [RowUpdate(partial(_narrowed, self.activation), weights, kind, reads_output=True)]
+        return [RowUpdate(partial(_bottlenecks, self.activation), weights, kind, reads_output=True)]
 
 
-def _narrowed(
+def _bottlenecks(
     activation: nn.Module,
     y_PMH: Tensor,
     down_PHw: Tensor,
@@ -60,6 +60,6 @@ def _narrowed(
     up_PwH: Tensor,
     up_P1H: Tensor,
 ) -> Tensor:
-    """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
+    """What ``P`` of them add to ``M`` outputs each, ``[P, M, hidden]``."""
     narrow = activation(torch.baddbmm(down_P1w, y_PMH, down_PHw))
     return torch.baddbmm(up_P1H, narrow, up_PwH)

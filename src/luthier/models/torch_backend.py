@@ -160,7 +160,6 @@ class FlatBackend:
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
         self._base = Adapter(network, network.model, {}, prefix_tokens(network.model))
-        self._shared = SharedBase(network, SIZES)
         self._llama: LlamaForward | None = None
         self._llama = self._llama_forward(grouped=not exact)
         self.sizes: tuple[int, ...] = SIZES
@@ -423,7 +422,7 @@ class FlatBackend:
         device = self.network.device
         ids_N, position_N = ids_N.to(device), position_N.clamp(max=self._last).to(device)
         # The networks of adapters, which only read prompts, may have other parts.
-        if self._llama is not None and model in (self.network.model, self._shared.mixed):
+        if self._llama and (model is self.network.model or model is self._shared.mixed):
             return self._llama(model.base_model, ids_N, position_N, attention)
         output = model.base_model(
             input_ids=ids_N[None], position_ids=position_N[None], tree=attention, use_cache=False
@@ -440,7 +439,8 @@ class FlatBackend:
         made = LlamaForward(network.model, grouped)
         vocabulary = int(network.model.config.vocab_size)
         with first_layer_alone(network.model):
-            for count in (SIZES[0], SIZES[-1]):
+            # Of steps, and of the chunks of prompts that are no larger: kernels differ by the rows.
+            for count in {*SIZES, *range(2 * CHUNK_STEP, SIZES[-1], 2 * CHUNK_STEP)}:
                 ids = np.random.default_rng(count).integers(0, vocabulary, count)
                 self._llama = None
                 expected = self._probe_states(ids)

@@ -45,10 +45,6 @@ class _Node:
         """Bytes of its keys and values."""
         return 0 if self.key_values is None else self.key_values.nbytes
 
-    def common_length(self, ids_T: IntArray) -> int:
-        """How many of its tokens ``ids_T`` begins with."""
-        return common_length(self.ids_T, ids_T)
-
 
 class PrefixCache:
     """What prompts left, in ``share`` of a budget and only as long as no request needs the memory.
@@ -132,7 +128,7 @@ class PrefixCache:
             node = node.children.get(int(ids_T[0]))
             if node is None:
                 return
-            node.used, shared = now, node.common_length(ids_T)
+            node.used, shared = now, common_length(node.ids_T, ids_T)
             yield node, shared
             if shared < len(node.ids_T):
                 return

@@ -20,6 +20,8 @@ from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from luthier.data.shapes import Conversation, LabelledText, TaggedWords, of_shape
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
@@ -54,6 +56,8 @@ from luthier.types import Example, Message, Row
 from luthier.workflows.prompt_search import SearchedPrompt, reflection, search_prompt
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from luthier.chat_models.base import ModelSpec
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
@@ -312,7 +316,7 @@ def compare(
     readers = [each for each in tuned if not writes(each)]
     asked = [*writers, base] if base_writes else writers
     held, known = _questions(rows, train) if asked else ([], [])
-    embed = None if encoder is None or not asked else Predictor.open(encoder).embed
+    embed = None if encoder is None or not asked else _embed_once(Predictor.open(encoder).embed)
     ways = ways_to_ask(held, known, documents, embed) if asked else []
     without_examples = [way for way in ways if not way.shows_training_rows]
     if graders is None:
@@ -413,6 +417,19 @@ def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question
     both = [*(of_shape(LabelledText, rows) or ()), *(of_shape(LabelledText, train) or ())]
     labels = sorted({row.label for row in both if isinstance(row.label, str)})
     return questions_of(rows, labels), questions_of(train, labels)
+
+
+def _embed_once(embed: Embed) -> Embed:
+    """``embed`` that reads no text twice: each way and each prompt of the search looks for examples."""
+    known: dict[str, NDArray[np.float32]] = {}
+
+    def embed_new(texts: Sequence[str]) -> NDArray[np.float32]:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if new:
+            known.update(zip(new, embed(new), strict=True))
+        return np.stack([known[text] for text in texts]) if texts else embed(texts)
+
+    return embed_new
 
 
 def _training_seconds(stored: StoredModel) -> float:

@@ -388,8 +388,12 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     if gain > 0:
         return "", [said], sure and enough
     most = _most_reachable(evidence, tuned)
-    behind = most is not None and best.score is not None and most < best.score
-    if behind and differ(most or 0.0, best.score or 0.0, evidence.held):
+    if (
+        most is not None
+        and best.score is not None
+        and most < best.score
+        and differ(most, best.score, evidence.held)
+    ):
         pace = f"at this pace all {evidence.all_steps:,} steps would give at most {most:.0%}"
         return best.technique, [said, pace], sure and enough
     dear = best.prompt_tokens > EXPENSIVE * max(1.0, tuned.prompt_tokens)
