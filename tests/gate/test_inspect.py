@@ -13,7 +13,6 @@ from luthier.engine.dataset import prepare
 from luthier.errors import DataError, RecipeError
 from luthier.gate import inspect as gate
 from luthier.gate.checks import CHECKS
-from luthier.gate.checks.base_language import WORD_READER
 from luthier.gate.inspect import DEFAULT_BASE, InspectionRequest, inspect
 from luthier.gate.scan import ScanProgress
 from luthier.models.manifest import MANIFEST
@@ -77,7 +76,7 @@ def test_labels_in_a_language_that_no_encoder_here_knows_get_words_by_their_hash
 
     vietnamese = "Tôi muốn biết khi nào cửa hàng mở cửa vào ngày mai"
     found, reason = base_of(vietnamese)
-    assert found == WORD_READER == "fasttext"
+    assert found == "fasttext"
     assert "in Vietnamese" in reason and "pull multilingual-e5-small" in reason
     english = base_of("I would like to know when the shop opens tomorrow morning")
     assert english[0] == base_of("?? 12")[0] == gate.READER

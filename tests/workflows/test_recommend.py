@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.evaluation.baselines import LINEAR_PROBE
+from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
@@ -120,7 +120,7 @@ def test_a_short_trial_that_cannot_catch_up_is_not_gone_on_with(
     trial: float, steps: int, tunes: bool
 ) -> None:
     ways = evidence(
-        tried("simple baselines", "naive Bayes on words", 0.85, None),
+        tried("simple baselines", NAIVE_BAYES, 0.85, None),
         tried("simple baselines", LINEAR_PROBE, 0.49, None),
         tried("fine-tuning", "after some steps", trial, None),
         steps=steps,
@@ -130,6 +130,27 @@ def test_a_short_trial_that_cannot_catch_up_is_not_gone_on_with(
     assert found.tune == tunes
     assert ("at this pace all 100 steps" in " ".join(found.reasons)) != tunes
     assert found.techniques == (("fine-tuning",) if tunes else ("simple baselines",))
+
+
+@pytest.mark.parametrize(
+    ("best", "options"),
+    [
+        (NAIVE_BAYES, "--name mine --base fasttext"),  # no model underneath
+        (LINEAR_PROBE, "--base encoder --name mine --adaptation feature_extraction"),
+    ],
+)
+def test_what_is_served_and_nearest_to_a_baseline_is_named(best: str, options: str) -> None:
+    ways = evidence(
+        tried("simple baselines", best, 0.85, None),
+        tried("fine-tuning", "after some steps", 0.5, None),
+        steps=90,
+        held=200,
+    )
+    command = "luthier tune rows.jsonl --base encoder --adaptation lora --name mine"
+    facts = replace(FACTS, evidence=ways, labels=7, writes=False)
+    found = advise(facts, command).recommendation
+    assert found.techniques == ("simple baselines",)
+    assert found.cautions[-1].endswith(f": luthier tune rows.jsonl {options}")
 
 
 def test_data_that_is_refused_is_mended_first() -> None:

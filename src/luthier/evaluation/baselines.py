@@ -54,6 +54,8 @@ LARGEST_TABLE = 20_000_000
 """Counts that naive Bayes holds at most; the rarest words are left out."""
 LINEAR_PROBE = "logistic regression on the base model"
 """What a head starts from."""
+NAIVE_BAYES = "naive Bayes on words"
+"""Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 _WORD = re.compile(r"\w+")
 
 
@@ -314,7 +316,7 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
     texts, asked = [row.plain_text() for row in train], [row.plain_text() for row in held]
     if any(texts):  # images have no words
         yield _Method(
-            "naive Bayes on words",
+            NAIVE_BAYES,
             lambda _: name_classes(naive_bayes(texts, classes, len(names), asked)),
         )
 

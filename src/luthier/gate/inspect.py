@@ -20,17 +20,12 @@ from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
-from luthier.gate.checks.base_language import (
-    UNSPACED,
-    WORD_READER,
-    language_name,
-    main_language,
-)
+from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
 from luthier.gate.policy import GatePolicy, parse_policy, read_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
-from luthier.models.catalog import CATALOG, bases_for
+from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.models.kinds import sole_objective
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES, Objective

@@ -45,6 +45,8 @@ from luthier.plugins import PluginTable
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
 """The hub must be reached, and give its first answer, within so many seconds: its client waits
 without limit where nobody says so."""
+WORD_READER = "fasttext"
+"""Learns labels of texts in any language with spaces, by their words and pairs of words alone."""
 _SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Files of a model that are kept."""
 
@@ -411,7 +413,7 @@ _ENTRIES = (
         AudioProcessor(),
     ),
     _random_entry(
-        "fasttext",
+        WORD_READER,
         "encoder",
         8_388_608,
         "words and pairs by their hash, of random weights, for labels in any language with spaces",

@@ -26,7 +26,7 @@ from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks.language import CHARACTERS, detect_language
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.models.catalog import bases_for
+from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective
 from luthier.objectives.by_shape import objective_for
 from luthier.types import Row
@@ -56,8 +56,6 @@ SHORT = range(3, 6)
 PIECES_PER_CHARACTER = 1.2
 """The same limit for :data:`UNSPACED` languages; a tokenizer that knows them needs 1 at most."""
 UNSPACED = frozenset({"zh", "ja", "ko", "th", "lo", "km", "my", "bo", "dz"})
-WORD_READER = "fasttext"
-"""Base model that learns labels of texts in any other language, by their words alone."""
 SPELLS = 0.5
 """Pieces per letter of English from which a tokenizer is one of letters or bytes: it tells nothing."""
 SHARE = 0.2

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from luthier.evaluation.baselines import LINEAR_PROBE
+from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
 from luthier.evaluation.significance import differ
+from luthier.models.catalog import WORD_READER
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
 
@@ -340,12 +341,7 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
         spent = f"takes about {facts.minutes:,.0f} min" if facts.minutes else "is the next step"
         cautions.append(f"if that is not enough, tuning {spent}: {command}")
         if against == "simple baselines":
-            cautions.append(
-                "no command serves this baseline: fit it yourself, with scikit-learn for example; the "
-                "nearest that is served moves a new head alone: "
-                + without_option(command, "--adaptation")
-                + " --adaptation feature_extraction"
-            )
+            cautions.append(_nearest_served(facts, command))
         return Recommendation(tuple(chosen), False, tuple(reasons), tuple(cautions), sure=sure)
     if facts.rows < FEW_ROWS and not facts.labels:
         cautions.append(f"{facts.rows:,} rows are few: expect the form, not the substance")
@@ -364,6 +360,21 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
     commands = [command, *([_student(command)] if "distillation" in chosen else [])]
     return Recommendation(
         tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands), sure
+    )
+
+
+def _nearest_served(facts: AdviceFacts, command: str) -> str:
+    """What to tune for something like the best simple baseline, which is no model of the store."""
+    best = facts.evidence and facts.evidence.best("simple baselines")
+    plain = without_option(command, "--adaptation")
+    if best and best.name == NAIVE_BAYES:
+        nearest = "learns words and pairs of words, too"
+        plain = f"{without_option(plain, '--base')} --base {WORD_READER}"
+    else:
+        nearest, plain = "moves a new head alone", f"{plain} --adaptation feature_extraction"
+    return (
+        "no command serves this baseline: fit it yourself, with scikit-learn for example; the nearest "
+        f"that is served {nearest}: {plain}"
     )
 
 
