@@ -77,6 +77,10 @@ class EvaluationTask(ABC):
             raise RefusedInput(f"Nothing was evaluated. {' '.join(problems)}{rest}")
         return count
 
+    def source_hash(self) -> str:
+        """Of all rows, where somebody can replace them; a run does not go on with others."""
+        return ""
+
     @abstractmethod
     def problems(self) -> Iterator[tuple[str, str]]:
         """How each row is called, and what is wrong with it; empty where nothing is."""
@@ -175,12 +179,19 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             self._work(run, task)
 
     def _work(self, run: EvaluationRun, task: EvaluationTask) -> None:
+        source_hash = task.source_hash()
         if run.status == store.QUEUED:
             total = task.count_rows()
             with self.database.write() as session:
                 held = store.get_run(session, run.account, run.id, lock=True)
                 if held is not None and self.holds(held) and held.status == store.QUEUED:
                     held.total, held.status = total, store.IN_PROGRESS
+                    held.source_hash = source_hash
+        elif run.source_hash != source_hash:
+            raise RefusedInput(
+                f"The data was replaced while the {task.noun} ran. The rows that are graded stay; make "
+                f"a new {task.noun} for the data as it is."
+            )
         with self.database.read() as session:
             done = store.done_rows(session, run.id)
         left = ((number, (number, row)) for number, row in task.rows() if number not in done)

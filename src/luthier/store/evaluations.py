@@ -85,6 +85,8 @@ class EvaluationRun(BackgroundWork, Base):
     tallies: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """``criteria``: rows that passed, failed and could not be graded, by name; ``usage``: calls, tokens
     read and tokens written, by model."""
+    source_hash: Mapped[str] = mapped_column(default="")
+    """Of the rows as they were counted, where somebody can replace them before the run ends."""
     stored_bytes: Mapped[int] = mapped_column(BigInteger)
     completed: Mapped[datetime | None]
     """When it ended."""

@@ -645,10 +645,15 @@ def test_a_bucket_that_is_gone_when_results_are_written(server: Served, bedrock:
     assert "graded" in message and message.endswith("be written: There is no bucket brief.")
 
 
-def test_a_job_goes_on_where_a_killed_server_stopped(server: Served, bedrock: Any) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_job_goes_on_where_a_killed_server_stopped(
+    server: Served, tmp_path: Path, replaced: bool
+) -> None:
     rows = [turn(prompt={"content": [{"text": f"Question {n}?"}]}) for n in range(30)]
-    uri = upload(server, "killed.jsonl", rows)
-    arn = bedrock.create_evaluation_job(**rag("killed", data(uri, COVERED)))["jobArn"]
+    name = f"killed-{replaced}".lower()
+    uri = upload(server, f"{name}.jsonl", rows)
+    client = checked(server, ONE)
+    arn = client.create_evaluation_job(**rag(name, data(uri, COVERED)))["jobArn"]
     database = Database(f"sqlite:///{server.home / 'luthier.db'}")
     run_id = arn.rpartition("/")[2]
 
@@ -661,6 +666,10 @@ def test_a_job_goes_on_where_a_killed_server_stopped(server: Served, bedrock: An
     before = graded()
     assert len(before) < len(rows)
     locations = Locations(database, files=ObjectFiles(server.home / "objects"))
+    if replaced:
+        others = tmp_path / "others.jsonl"
+        others.write_text("".join(f"{json.dumps(row)}\n" for row in reversed(rows)))
+        locations.write(ONE, uri.removesuffix(f"{name}.jsonl"), f"{name}.jsonl", others)
     parts = parts_with(Judges({}), locations=locations)
     tasks = {"bedrock": partial(job_task, parts)}
     runner = EvaluationRunner(database, tasks, lambda *_: AccountQuotas())
@@ -671,6 +680,12 @@ def test_a_job_goes_on_where_a_killed_server_stopped(server: Served, bedrock: An
     assert runner.run_once()
     server.start()
     job = checked(server, ONE).get_evaluation_job(jobIdentifier=arn)
+    if replaced:
+        assert job["status"] == "Failed" and graded() == before
+        (message,) = job["failureMessages"]
+        assert "was replaced while the job ran" in message and "make a new job" in message
+        database.close()
+        return
     assert job["status"] == "Completed", job
     found = rag_results(server, job)
     assert [each["conversationTurns"][0]["inputRecord"]["prompt"] for each in found] == [

@@ -306,6 +306,7 @@ def upgrade() -> None:
         sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("errored", sa.Integer(), nullable=False),
         sa.Column("tallies", Plain, nullable=False),
+        sa.Column("source_hash", sa.String(), nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.Column("expires", Moment(), nullable=False),
