@@ -147,7 +147,7 @@ def at_work(server: Served, told: str) -> psutil.Process | None:
 
 @pytest.mark.parametrize(
     ("grader", "told", "busy"),
-    [(similarity(), "sandboxed_grading_child", 1.5), (SLEEP, "Runs in the sandbox", 0)],
+    [(similarity(), "sandbox_pool_child", 1.5), (SLEEP, "Runs in the sandbox", 0)],
     ids=["a comparison", "a source"],
 )
 def test_work_ends_when_its_client_hangs_up(

@@ -28,7 +28,7 @@ from luthier.serving.inference import (
     InferenceRefused,
     TokenChunk,
 )
-from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
 from luthier.types import Message, Tool
 
@@ -123,7 +123,7 @@ def test_schemas_that_cannot_be_enforced(
 
 @pytest.fixture(scope="module")
 def trials() -> Iterator[GrammarTrials]:
-    made = GrammarTrials(SandboxedWork(2, 256 << 20, SUBJECT), FairTurns(2, 30))
+    made = GrammarTrials(SandboxPool(2, 256 << 20, SUBJECT), FairTurns(2, 30))
     yield made
     made.close()
 
@@ -159,7 +159,7 @@ def test_a_schema_that_takes_too_much_memory_to_follow(
 
 
 def test_a_client_that_hangs_up_spoils_no_schema() -> None:
-    trials = GrammarTrials(SandboxedWork(60, 256 << 20, SUBJECT), FairTurns(2, 30))
+    trials = GrammarTrials(SandboxPool(60, 256 << 20, SUBJECT), FairTurns(2, 30))
     schema = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}
     grammar = json.dumps({"grammars": [{"json_schema": schema}]})
     cancelled: list[Cancellable] = []
@@ -179,7 +179,7 @@ def test_a_client_that_hangs_up_spoils_no_schema() -> None:
 
 def test_a_schema_that_is_known_is_read_in_turns_too(tokenizer: Any) -> None:
     turns = FairTurns(1, 0.1)
-    trials = GrammarTrials(SandboxedWork(20, 256 << 20, SUBJECT), turns)
+    trials = GrammarTrials(SandboxPool(20, 256 << 20, SUBJECT), turns)
     constraints = Constraints(ChatFormat.of(tokenizer), len(tokenizer), trials)
     constraints.matcher(Constraint("schema", {"type": "string"}))
     with turns.turn(), pytest.raises(InferenceFailed) as failed:
@@ -191,7 +191,7 @@ def test_a_schema_that_is_known_is_read_in_turns_too(tokenizer: Any) -> None:
 
 def test_too_many_trials_are_told_to_wait() -> None:
     turns = FairTurns(1, 0.1)
-    trials = GrammarTrials(SandboxedWork(2, 256 << 20, SUBJECT), turns)
+    trials = GrammarTrials(SandboxPool(2, 256 << 20, SUBJECT), turns)
     with turns.turn(), pytest.raises(InferenceFailed) as failed:
         trials.check("start: /never tried before/")
     assert failed.value.code == "Throttling"

@@ -48,7 +48,7 @@ from luthier.limits import AccountQuotas
 from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
 from luthier.store import bootstrap, removal
 from luthier.store.accounts import quotas_of
@@ -98,7 +98,7 @@ class Service:
         self._later.daemon = True
         limits = settings.limits
         self.trials = GrammarTrials(
-            SandboxedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT),
+            SandboxPool(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT),
             FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
             limits.schema_characters,
         )

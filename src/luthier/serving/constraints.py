@@ -27,7 +27,7 @@ from luthier.errors import RecipeError
 from luthier.graders.json_schema import VALUES, depth_of
 from luthier.limits import SCHEMA_CHARACTERS, ServerLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused
-from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.serving.scheduler import FairTurns, NoTurn
 from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
@@ -108,11 +108,11 @@ class GrammarTrials:
     """
 
     def __init__(
-        self, work: SandboxedWork, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
+        self, sandbox: SandboxPool, turns: FairTurns, characters: int = SCHEMA_CHARACTERS
     ) -> None:
-        """What has at most ``characters`` is tried in processes of ``work``, by ``turns``."""
+        """What has at most ``characters`` is tried in processes of ``sandbox``, by ``turns``."""
         self.characters = characters
-        self._work, self._turns = work, turns
+        self._sandbox, self._turns = sandbox, turns
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -148,7 +148,7 @@ class GrammarTrials:
 
     def close(self) -> None:
         """End the processes."""
-        self._work.close()
+        self._sandbox.close()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ class GrammarTrials:
         """What is wrong with it; empty where nothing is."""
         try:
             with self.turn():
-                error: str = self._work.ask("grammar", grammar=grammar)
+                error: str = self._sandbox.ask("grammar", grammar=grammar)
         except TakesTooMuch as refused:
             return _refusal(
                 f"{str(refused)[:1].lower()}{str(refused)[1:]} Use a simpler one.", kind
@@ -189,9 +189,9 @@ def own_trials() -> GrammarTrials:
     if find_spec("llguidance") is None:
         raise RecipeError("schemas and grammars of answers need: pip install 'luthier[server]'")
     limits = ServerLimits()
-    work = SandboxedWork(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
+    sandbox = SandboxPool(limits.schema_seconds, limits.schema_memory_bytes, SUBJECT)
     turns = FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds)
-    return GrammarTrials(work, turns, limits.schema_characters)
+    return GrammarTrials(sandbox, turns, limits.schema_characters)
 
 
 class Constraints:

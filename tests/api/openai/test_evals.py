@@ -26,7 +26,7 @@ from luthier.api.http.messages import Fault
 from luthier.api.openai import eval_runs
 from luthier.cancellation import KillHandle, cancellable
 from luthier.serving.constraints import SUBJECT, GrammarTrials
-from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
 from luthier.store import evaluations as store
 from luthier.store import queue
@@ -588,7 +588,7 @@ WRONG_SOURCES: list[tuple[Any, str]] = [
 @pytest.fixture
 def schema_trials(service: Any) -> Iterator[None]:
     """Schemas are tried as a server does."""
-    trials = GrammarTrials(SandboxedWork(10, 256 << 20, SUBJECT), FairTurns(2, 30))
+    trials = GrammarTrials(SandboxPool(10, 256 << 20, SUBJECT), FairTurns(2, 30))
     service.pool._trials = trials
     yield
     trials.close()

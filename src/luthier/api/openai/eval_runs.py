@@ -37,7 +37,7 @@ from luthier.graders.templates import (
 )
 from luthier.limits import ServerLimits
 from luthier.models.sampling import Constraint
-from luthier.serving.sandboxed_grading import SandboxedWork, sandbox_grader
+from luthier.serving.sandbox_pool import SandboxPool, sandbox_grader
 from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.store import evaluations as store
 from luthier.store.evaluations import EvaluationRun, GradedRow
@@ -265,10 +265,10 @@ class Criterion:
     grader: Grader
     threshold: float
 
-    def open(self, models: GraderModels, work: SandboxedWork) -> Criterion:
-        """The same with its models opened, and what compares texts in processes of ``work``."""
+    def open(self, models: GraderModels, sandbox: SandboxPool) -> Criterion:
+        """The same with its models opened, and what compares texts in processes of ``sandbox``."""
         grader = self.grader.with_models(models) if self.grader.models else self.grader
-        return Criterion(self.name, self.type, sandbox_grader(grader, work), self.threshold)
+        return Criterion(self.name, self.type, sandbox_grader(grader, sandbox), self.threshold)
 
 
 def criteria_of(
@@ -330,7 +330,7 @@ class EvalParts:
     """Answers bodies of chat completions."""
     judges: Callable[[Caller], Judge]
     models: GraderModels
-    work: SandboxedWork
+    sandbox: SandboxPool
     limits: ServerLimits
 
 
@@ -353,7 +353,7 @@ class EvalTask(EvaluationTask):
             return stored
 
         self.criteria = [
-            each.open(parts.models, parts.work)
+            each.open(parts.models, parts.sandbox)
             for each in criteria_of(request["testing_criteria"], find, request["item_schema"])
         ]
         if self.source.model is not None:

@@ -29,7 +29,7 @@ from luthier.api.openai.responses import Responses
 from luthier.api.settings import Settings
 from luthier.limits import AccountQuotas
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandboxed_grading import SandboxedWork
+from luthier.serving.sandbox_pool import SandboxPool
 from luthier.store.arns import Arns
 from luthier.store.database import Database
 from luthier.store.objects import Objects
@@ -87,7 +87,7 @@ class OpenAIFace:
         catalogue = Catalogue(database, arns)
         inference = Inference(catalogue, access, pool)
         limited = settings.limits
-        self._grading = SandboxedWork(
+        self._grading = SandboxPool(
             limited.grading_seconds, limited.grading_memory_bytes, "the grader"
         )
         chats, completions, embeddings = (

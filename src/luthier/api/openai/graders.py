@@ -33,7 +33,7 @@ from luthier.graders.grade import attempt
 from luthier.limits import ServerLimits
 from luthier.serving.inference import Chat, GenerationRequest, InferenceRefused
 from luthier.serving.pool import ModelPool
-from luthier.serving.sandboxed_grading import SandboxedWork, sandbox_grader
+from luthier.serving.sandbox_pool import SandboxPool, sandbox_grader
 from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 from luthier.types import Message
 
@@ -82,15 +82,15 @@ class Graders:
         access: Access,
         judges: Callable[[Caller], Judge],
         models: GraderModels,
-        work: SandboxedWork,
+        sandbox: SandboxPool,
         limits: ServerLimits,
     ) -> None:
         """``judges`` finds the models that graders of a caller ask, ``models`` opens them.
 
-        In processes of ``work`` texts are compared.
+        In processes of ``sandbox`` texts are compared.
         """
         self.access, self.judges, self.models = access, judges, models
-        self.work, self.limits = work, limits
+        self.sandbox, self.limits = sandbox, limits
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with graders."""
@@ -121,7 +121,7 @@ class Graders:
         grader = grader_from(fields)
         if grader.models:
             grader = grader.with_models(self.models)
-        grader = sandbox_grader(grader, self.work)
+        grader = sandbox_grader(grader, self.sandbox)
         began = time.perf_counter()
         row = PromptOnly("item", 1, "", members=parameters.item or {})
         longest = self.limits.grading_text_characters

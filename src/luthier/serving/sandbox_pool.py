@@ -1,6 +1,6 @@
 """Work on what a client sends, in processes with limits: graders that compare texts, and schemas.
 
-See :mod:`luthier.serving.sandboxed_grading_child` for what is limited. Work ends at its limit, and as
+See :mod:`luthier.serving.sandbox_pool_child` for what is limited. Work ends at its limit, and as
 soon as its client has hung up; the process that did it is started anew for the next.
 """
 
@@ -30,7 +30,7 @@ GRACE_SECONDS = 5.0
 CLOSED = "the service is ending"
 
 
-class SandboxedWork:
+class SandboxPool:
     """Processes for one kind of work, as many as are asked at once. Safe to share between threads.
 
     Whoever asks bounds how many that are.
@@ -83,7 +83,7 @@ class SandboxedWork:
             process = None
         if process is None:
             process = SandboxedProcess(
-                "luthier.serving.sandboxed_grading_child",
+                "luthier.serving.sandbox_pool_child",
                 (str(self.memory), str(IDLE_SECONDS + GRACE_SECONDS)),
                 self.seconds,
                 self._subject,
@@ -108,7 +108,7 @@ class SandboxedGrader(Grader):
 
     method: str
     grader: SerializeAsAny[Grader]
-    work: SkipJsonSchema[Any] = Field(exclude=True, repr=False)
+    sandbox: SkipJsonSchema[Any] = Field(exclude=True, repr=False)
 
     needs_expected = False
 
@@ -124,7 +124,7 @@ class SandboxedGrader(Grader):
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """The grader's scores; :class:`TakesTooMuch` or :class:`WorkInterrupted` where it was ended."""
-        found = self.work.ask(
+        found = self.sandbox.ask(
             "grade",
             grader=self.grader.model_dump(mode="json"),
             answers=[
@@ -143,14 +143,14 @@ class SandboxedGrader(Grader):
         return scores
 
 
-def sandbox_grader(grader: Grader, work: SandboxedWork) -> Grader:
-    """``grader`` with all that compares texts at work in processes of ``work``.
+def sandbox_grader(grader: Grader, sandbox: SandboxPool) -> Grader:
+    """``grader`` with all that compares texts at work in processes of ``sandbox``.
 
     Sources have a sandbox of their own, and models that grade take turns with all others.
     """
     if isinstance(grader, Multi):
-        parts = {name: sandbox_grader(part, work) for name, part in grader.graders.items()}
+        parts = {name: sandbox_grader(part, sandbox) for name, part in grader.graders.items()}
         return grader.model_copy(update={"graders": parts})
     if grader.models or isinstance(grader, SandboxedFunction):
         return grader
-    return SandboxedGrader(method=grader.method, grader=grader, work=work)
+    return SandboxedGrader(method=grader.method, grader=grader, sandbox=sandbox)

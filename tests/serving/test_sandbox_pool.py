@@ -22,8 +22,8 @@ from luthier.graders import (
     Ungraded,
     grade_answers,
 )
-from luthier.serving import sandboxed_grading, sandboxed_process
-from luthier.serving.sandboxed_grading import SandboxedGrader, SandboxedWork, sandbox_grader
+from luthier.serving import sandbox_pool, sandboxed_process
+from luthier.serving.sandbox_pool import SandboxedGrader, SandboxPool, sandbox_grader
 from luthier.serving.sandboxed_process import TakesTooMuch, WorkInterrupted
 
 GRADERS = [
@@ -31,12 +31,14 @@ GRADERS = [
       for metric in ("fuzzy_match", "bleu", "gleu", "meteor", "rouge_2", "rouge_l")),
     StringCheck(reference="{{item.a}}", operation="ilike"),
 ]  # fmt: skip
+MEMORY, LARGE_MEMORY = (256 << 20) + 4096, (1 << 30) + 4096
+"""Tell the processes of these tests from those that a service of other tests left waiting."""
 TEXTS = [("Paris", "Pari"), ("the cat sat", "a cat sat down"), ("", "a"), ("日本\ud800", "日\0")]
 
 
 @pytest.fixture(scope="module")
-def work() -> Iterator[SandboxedWork]:
-    made = SandboxedWork(2, 256 << 20, "the grader")
+def sandbox() -> Iterator[SandboxPool]:
+    made = SandboxPool(2, MEMORY, "the grader")
     yield made
     made.close()
 
@@ -51,44 +53,46 @@ def workers() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # a child of another test that has ended
-            if "sandboxed_grading_child" in " ".join(child.cmdline()):
+            if not {str(MEMORY), str(LARGE_MEMORY)}.isdisjoint(child.cmdline()):
                 found.append(child)
     return found
 
 
 @pytest.mark.parametrize("grader", GRADERS, ids=lambda each: str(each))
-def test_scores_are_the_same(work: SandboxedWork, grader: Any) -> None:
+def test_scores_are_the_same(sandbox: SandboxPool, grader: Any) -> None:
     answers = [answer(*each) for each in TEXTS]
     assert (
-        grade_answers(sandbox_grader(grader, work), answers).scores
+        grade_answers(sandbox_grader(grader, sandbox), answers).scores
         == grade_answers(grader, answers).scores
     )
     assert len(workers()) == 1
 
 
-def test_refusals_are_the_same(work: SandboxedWork) -> None:
+def test_refusals_are_the_same(sandbox: SandboxPool) -> None:
     grader = StringCheck(reference="{{item.b}}")
     found = []
-    for each in (grader, sandbox_grader(grader, work)):
+    for each in (grader, sandbox_grader(grader, sandbox)):
         found.append(grade_answers(each, [answer("a", "a"), answer("a" * 11, "b", 10)], "zero"))
     assert found[0] == found[1]
     with pytest.raises(Ungraded, match="names something that is not there"):
-        sandbox_grader(grader, work).grade([answer("a", "a")])
+        sandbox_grader(grader, sandbox).grade([answer("a", "a")])
 
 
 @pytest.mark.parametrize(
     ("metric", "text"),
     [("fuzzy_match", "ab" * 10**6), ("rouge_5", " ".join(map(str, range(10**6))))],
 )
-def test_what_takes_too_much_is_ended(work: SandboxedWork, metric: Any, text: str) -> None:
-    grader = sandbox_grader(TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), work)
+def test_what_takes_too_much_is_ended(sandbox: SandboxPool, metric: Any, text: str) -> None:
+    grader = sandbox_grader(
+        TextSimilarity(reference="{{item.a}}", evaluation_metric=metric), sandbox
+    )
     with pytest.raises(TakesTooMuch, match=r"more than (2 seconds|256 MiB)|more memory than"):
         grader.grade([answer(text, text[::-1])])
     assert grader.grade([answer("a", "a")]) == [1.0]
 
 
-def test_work_is_cancelled_and_nobody_elses(work: SandboxedWork) -> None:
-    patient = SandboxedWork(600, 1 << 30, "the grader")
+def test_work_is_cancelled_and_nobody_elses(sandbox: SandboxPool) -> None:
+    patient = SandboxPool(600, LARGE_MEMORY, "the grader")
     grader = sandbox_grader(TextSimilarity(reference="{{item.a}}"), patient)
     uses: list[Cancellable] = []
     with cancelled_by(uses.append):
@@ -102,39 +106,39 @@ def test_work_is_cancelled_and_nobody_elses(work: SandboxedWork) -> None:
             grader.grade([answer("ab" * 10**6, "ba" * 10**6)])
         assert time.monotonic() - started < 20
     patient.close()
-    assert len(workers()) == len(work._idle)
+    assert len(workers()) == len(sandbox._idle)
     with pytest.raises(WorkInterrupted, match="the service is ending"):
         grader.grade([answer("a", "a")])
 
 
 def test_a_process_that_nobody_asks_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = SandboxedWork(5, 1 << 28, "the work")
-    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), work)
+    sandbox = SandboxPool(5, MEMORY, "the work")
+    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), sandbox)
     assert grader.grade([answer("a", "a")]) == [1.0]
-    ((first, _),) = work._idle
+    ((first, _),) = sandbox._idle
     assert grader.grade([answer("a", "a")]) == [1.0]
-    ((second, _),) = work._idle
+    ((second, _),) = sandbox._idle
     assert second is first
-    work.close()
+    sandbox.close()
 
-    monkeypatch.setattr(sandboxed_grading, "IDLE_SECONDS", 0.0)
-    monkeypatch.setattr(sandboxed_grading, "GRACE_SECONDS", 0.5)
-    work = SandboxedWork(5, 1 << 28, "the work")
-    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), work)
+    monkeypatch.setattr(sandbox_pool, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(sandbox_pool, "GRACE_SECONDS", 0.5)
+    sandbox = SandboxPool(5, MEMORY, "the work")
+    grader = sandbox_grader(StringCheck(reference="{{item.a}}"), sandbox)
     assert grader.grade([answer("a", "a")]) == [1.0]
-    ((first, _),) = work._idle
+    ((first, _),) = sandbox._idle
     child = first._child
     assert child is not None and child.wait(60) == 0
     assert grader.grade([answer("a", "a")]) == [1.0]
-    ((second, _),) = work._idle
+    ((second, _),) = sandbox._idle
     assert second is not first
-    work.close()
+    sandbox.close()
 
 
 def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fresh = SandboxedWork(2, 256 << 20, "the grader")
+    fresh = SandboxPool(2, MEMORY, "the grader")
     grader = sandbox_grader(TextSimilarity(reference="{{item.a}}"), fresh)
     with monkeypatch.context() as patch:
         patch.setattr(sandboxed_process.sys, "executable", "/nowhere/python")
@@ -144,10 +148,10 @@ def test_a_process_that_cannot_start_is_no_fault_of_the_work(
     fresh.close()
 
 
-def test_only_what_compares_texts_goes_there(work: SandboxedWork) -> None:
+def test_only_what_compares_texts_goes_there(sandbox: SandboxPool) -> None:
     source = PythonSource(source="def grade(sample, item): return 1")
     both = Multi(graders={"a": GRADERS[0], "b": source}, calculate_output="a + b")
-    made = sandbox_grader(both, work)
+    made = sandbox_grader(both, sandbox)
     assert isinstance(made, Multi)
     assert isinstance(made.graders["a"], SandboxedGrader)
     assert made.graders["b"] is source

@@ -2,7 +2,7 @@
 
 Texts, patterns, schemas and grammars that a client sends can be written to take all time and memory
 there is, and most libraries that work on them know no limit. This process has some
-(:mod:`luthier.serving.sandboxed_process_child`); :mod:`luthier.serving.sandboxed_grading` asks it.
+(:mod:`luthier.serving.sandboxed_process_child`); :mod:`luthier.serving.sandbox_pool` asks it.
 """
 
 from __future__ import annotations
