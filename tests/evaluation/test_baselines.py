@@ -15,7 +15,7 @@ from luthier.evaluation.baselines import (
     Comparison,
     FittedBaselines,
     States,
-    compare,
+    fit_and_score,
     is_comparable,
     naive_bayes,
 )
@@ -50,7 +50,7 @@ def states_of(train: list[Row], held: list[Row], read: int | None = None) -> Sta
 
 
 def compared(train: list[Row], held: list[Row], states: States | None) -> Comparison:
-    found = compare(train, held, states, ALWAYS)
+    found = fit_and_score(train, held, states, ALWAYS)
     assert found is not None
     return found.comparison
 
@@ -90,12 +90,12 @@ def test_states_of_a_part_of_the_rows_are_said_to_be_so() -> None:
 def test_what_there_is_no_time_for_is_named() -> None:
     train, held = labelled(60), labelled(30)
     times = iter([0.0, 0.0, 9.0, 9.0, 9.0])
-    fitted = compare(train, held, states_of(train, held), 5.0, clock=lambda: next(times))
+    fitted = fit_and_score(train, held, states_of(train, held), 5.0, clock=lambda: next(times))
     assert fitted is not None
     found = fitted.comparison
     assert list(scores(found)) == ["always the most frequent label", "naive Bayes on words"]
     assert len(found.left_out) == 3
-    assert compare(train, held, None, 0.0, clock=lambda: 1.0) is None
+    assert fit_and_score(train, held, None, 0.0, clock=lambda: 1.0) is None
 
 
 def test_rows_with_several_labels() -> None:
@@ -143,8 +143,8 @@ def test_words_are_told_apart_by_their_states() -> None:
 
 
 def test_rows_of_other_shapes_have_none() -> None:
-    assert compare([row(text="a")], [row(text="b")], None, ALWAYS) is None
-    assert compare([], labelled(3), None, ALWAYS) is None
+    assert fit_and_score([row(text="a")], [row(text="b")], None, ALWAYS) is None
+    assert fit_and_score([], labelled(3), None, ALWAYS) is None
 
 
 def test_naive_bayes_weighs_words_by_class_and_falls_back_to_the_frequent_one() -> None:
@@ -186,10 +186,10 @@ def test_a_baseline_that_wins_is_said_to(
 
 def test_the_tuned_model_is_held_against_each_on_the_same_rows() -> None:
     train, held = labelled(60), labelled(30)
-    fitted = compare(train, held, states_of(train, held), ALWAYS)
+    fitted = fit_and_score(train, held, states_of(train, held), ALWAYS)
     assert fitted is not None
     right = RowScores.of([each.label == "fish" for each in held])
-    found = fitted.beside(right)
+    found = fitted.compare_with(right)
     assert found.tuned == pytest.approx(2 / 3)
     frequent, words = found.baselines[:2]
     # The constant one is right on the same rows, naive Bayes on ten more.

@@ -18,7 +18,7 @@ from luthier.evaluation.breakdown import (
     worst_rows,
 )
 from luthier.evaluation.evaluate import Evaluation
-from luthier.evaluation.labels import scores
+from luthier.evaluation.labels import label_remarks, scores
 from luthier.evaluation.significance import RowScores
 
 
@@ -46,6 +46,13 @@ def test_labels_score_as_scikit_learn_has_it() -> None:
     assert sum(rows for _, _, rows in counts.mistakes()) == sum(map(str.__ne__, truth, given))
     several = [LabelledText("f", 1, text="x", label=("a", "b"))]
     assert LabelCounts.of(several, [{"label": ["a"]}]) is None
+    # A model of several labels on rows of one.
+    answers = [{"label": ["a"], "scores": {"a": 0.9}}]
+    assert LabelCounts.of(labelled(["a"]), answers) is None
+    assert Calibration.of(labelled(["a"]), answers) is None
+    assert label_remarks(labelled(["a"]), answers) == []
+    none = scores([LabelledText("f", 1, text="x", label=())], [{"label": []}])
+    assert list(none) == ["accuracy"] and none["accuracy"].value == 1
 
 
 def test_slices_add_up_and_stand_out_beyond_chance() -> None:
@@ -61,6 +68,12 @@ def test_slices_add_up_and_stand_out_beyond_chance() -> None:
     assert parts[0].interval[0] < 290 / 300 < parts[0].interval[1]
     even = slice_scores(found, "row", ["odd", "even"] * 200)
     assert not any(each.stands_out for each in even)
+
+
+def test_a_slice_that_a_score_says_nothing_of_does_not_stand_out() -> None:
+    said = RowScores.of([-2.0] * 20 + [0.0] * 20, [1] * 20 + [0] * 20, is_share=False)
+    parts = slice_scores({"logp": said}, "column", ["up"] * 20 + ["down"] * 20)
+    assert [each.stands_out for each in parts] == [False, False]
 
 
 def test_chance_makes_slices_of_the_same_rows_stand_out_once_in_twenty_at_most() -> None:

@@ -72,17 +72,31 @@ def test_equal_replies_are_a_tie_and_a_verdict_without_scores_counts_for_neither
 
     def writer(conversations: Conversations) -> list[str]:
         asked.extend(conversations)
-        return ["Reply 1: 9\nReply 2: 3", "no idea"] * (len(conversations) // 2)
+        half = len(conversations) // 2  # of the first order, and of the other
+        return ["Reply 1: 9\nReply 2: 3"] * half + ["no idea"] * half
 
     (answers, same) = check_pairs(rows([("a", "b"), ("c", "d")]))
     found = judge_pairs(Ruler(writer=writer), [answers, (same[0], same[0])])
     assert len(asked) == 2 and [verdict.win for verdict in found] == [0.5, 0.5]
     assert [verdict.unread for verdict in found] == [1, 0]
+    assert [verdict.is_consistent for verdict in found] == [None, None]
+    # Nothing is decided, so nothing is said of orders and of length, though people like what is long.
+    long = check_pairs(rows([("a longer reply", "b")] * 10))
+    silent = measure_agreement(Ruler(writer=writer), long)
+    assert not len(silent.consistency) and not len(silent.first) and not len(silent.longer)
+    assert "order" not in silent.verdict() and "long replies" not in silent.verdict()
     mute = Ruler(model="m", writer=lambda asked: ["hm"] * len(asked))
     with pytest.raises(LuthierError, match="2 of 2 verdicts of the judge m have no scores"):
         judge_pairs(mute, [answers])
     with pytest.raises(LuthierError, match="4 of 4 verdicts"):  # of the first two pairs of thirty
         measure_agreement(mute, check_pairs(PAIRS))
+
+
+def test_replies_of_one_length_say_nothing_of_a_liking_for_long_ones() -> None:
+    same = check_pairs(rows([("good", "evil")] * 20))
+    wrong = measure_agreement(by(lambda text, place: 90 if text == "evil" else 20), same)
+    assert wrong.agreement.value == 0 and not len(wrong.longer)
+    assert "long replies" not in wrong.verdict()
 
 
 def test_rows_that_nobody_judged_are_named() -> None:

@@ -160,5 +160,7 @@ def test_images_with_several_captions_find_any_of_theirs() -> None:
     moved = [[0.6, 0.8], [0.6, 0.8], [0.0, 1.0], [0.0, 1.0]]
     apart = [[0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0], [0.6, 0.8]]
     assert pair_ranks(moved, apart, keys, captions).tolist() == [2, 1]
+    # In the order of the rows, whatever the keys are.
+    assert pair_ranks(moved, apart, ["z", "z", "a", "a"], captions).tolist() == [2, 1]
     equal = [[1.0, 0.0]] * 4
     assert pair_ranks(equal, equal, keys, captions).tolist() == [2, 2]

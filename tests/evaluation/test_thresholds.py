@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.significance import values
-from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys, threshold_scores
+from luthier.evaluation.thresholds import are_apart, draw_threshold, threshold_scores
 
 
 @pytest.mark.parametrize(("share", "above"), [(0.0, 0), (0.01, 0), (0.05, 0), (0.2, 3), (0.99, 18)])

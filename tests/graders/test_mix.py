@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from luthier.errors import GradingFailed, RecipeError, RowRefused
-from luthier.graders import Answer, Exact, Grader, Mix, Number, grade_answers, parse_graders
+from luthier.graders import Answer, Exact, Grader, Mix, Multi, Number, grade_answers, parse_graders
 from luthier.types import Message, Row
 
 FORM = {"method": "regex", "pattern": "####"}
@@ -95,3 +95,11 @@ def test_what_a_part_lacks_is_refused() -> None:
         parse_graders([{"method": "mix", "parts": {"a": "exact", "b": "judge"}}])
     with pytest.raises(RowRefused, match=r"grader\.no_number"):
         Mix(parts={"a": Exact(), "b": Number()}).check_expected("twelve")
+
+
+def test_the_time_limit_holds_where_it_holds_for_a_part() -> None:
+    reward = {"method": "reward", "model": "liked"}
+    for parts, limited in (({"a": reward}, False), ({"a": reward, "b": FORM}, True)):
+        mix = Mix.model_validate({"parts": parts})
+        formula = Multi.model_validate({"graders": parts, "calculate_output": "a"})
+        assert mix.has_time_limit is formula.has_time_limit is limited

@@ -92,11 +92,14 @@ def test_a_file_of_graders(tmp_path: Path) -> None:
         '[form]\nmethod = "json_schema"\nagainst = "schema.json"\n'
         '[both.parts]\na = "exact"\nb = { method = "json_schema", against = "schema.json" }\n'
         '[both]\nmethod = "mix"\nweights = { a = 2.0 }\n'
+        '[formula.graders]\nb = { method = "json_schema", against = "schema.json" }\n'
+        '[formula]\nmethod = "multi"\ncalculate_output = "b"\n'
     )
     found = parse_graders(read_graders(file))
-    assert list(found) == ["result", "form", "both"]
+    assert list(found) == ["result", "form", "both", "formula"]
     assert found["form"].against == tmp_path / "schema.json"  # type: ignore[attr-defined]
     assert found["both"].parts["b"] == found["form"]  # type: ignore[attr-defined]
+    assert found["formula"].graders["b"] == found["form"]  # type: ignore[attr-defined]
     file.write_text("")
     with pytest.raises(RecipeError, match="has no graders"):
         read_graders(file)

@@ -113,6 +113,9 @@ def test_a_member_that_the_row_does_not_have() -> None:
         ("rouge_1", "the cat sat", "The cat ran", 2 / 3),
         ("rouge_2", "the cat sat", "the cat ran", 1 / 2),
         ("rouge_5", "the cat sat", "the cat sat", 1.0),
+        ("rouge_5", "the cat sat", "the dog sat", 0.0),
+        ("rouge_2", "London", "Paris", 0.0),
+        ("rouge_2", "London", "Paris is it", 0.0),
         ("rouge_l", "a x b y c", "a b c", 2 * 3 / 8),
         ("bleu", "the cat sat down", "the cat sat down", 1.0),
         ("bleu", "dog", "the cat", 0.0),
@@ -235,6 +238,11 @@ def test_a_model_that_labels() -> None:
             one(grader.with_models(Opens(bad)), "Rome")
     with pytest.raises(ValidationError, match="are none"):
         LabelModel.model_validate({**fields, "passing_labels": ["maybe"]})
+    dotted = LabelModel.model_validate(
+        {**fields, "labels": ["N.A.", "n.a"], "passing_labels": ["n.a"]}
+    )
+    opened = dotted.with_models(Opens('"N.A."', "n.a", "N.a."))
+    assert grade_answers(opened, [answer("Rome")] * 3).scores == [0.0, 1.0, 0.0]
 
 
 def test_numbers_in_text() -> None:

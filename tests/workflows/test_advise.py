@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 from luthier.cli.app import app
 from luthier.data.media import PLURAL
+from luthier.data.shapes import LabelledText
 from luthier.recipe import Recipe
+from luthier.workflows.advise.facts import _split_rows
 
 WORDS = ("fox", "dog", "card", "bank", "river", "tree", "house", "cloud", "stone", "bird")
 
@@ -101,3 +104,29 @@ def test_refused_data_is_advice_and_no_row_is_an_error(
     data.write_text("{\n")
     result = CliRunner().invoke(app, ["advise", str(data), "--base", str(tiny_model_folder)])
     assert result.exit_code == 2 and "luthier inspect" in result.output
+
+
+def test_rows_of_a_validation_file_are_drawn_from_all_labels(tmp_path: Path) -> None:
+    labels = [f"label {number // 200}" for number in range(800)]
+    rows = [
+        LabelledText("f", n, text=f"a text about number {n} of {label}", label=label)
+        for n, label in enumerate(labels, 1)
+    ]
+    lines = [{"text": row.text, "label": row.label} for row in rows]
+    held = write(tmp_path / "held.jsonl", lines)
+    train = [
+        *(
+            LabelledText("t", n, text=f"quite other words {n * n}", label="label 1")
+            for n in range(50)
+        ),
+        *rows[:400],  # which are asked, too
+    ]
+    recipe = Recipe.parse({
+        "base": "x", "objective": "classification",
+        "data": {"train": str(held), "validation": str(held)},
+    })  # fmt: skip
+    learned, asked_rows = _split_rows(recipe, train)
+    counts = Counter(row.label for row in asked_rows if isinstance(row, LabelledText))
+    assert sorted(counts) == sorted({*labels}) and max(counts.values()) - min(counts.values()) < 2
+    questions = {row.plain_text() for row in asked_rows}
+    assert not questions & {row.plain_text() for row in learned} and len(learned) < len(train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,14 +19,22 @@ import luthier
 from luthier.cli.app import app
 from luthier.cli.compare import show
 from luthier.data.shapes import Conversation, LabelledText, PromptCompletion
-from luthier.errors import DataError
+from luthier.errors import DataError, RecipeError
 from luthier.evaluation.significance import RowScores, differences
+from luthier.graders import Exact
 from luthier.serving import prompting
+from luthier.serving.evaluation import open_graders
 from luthier.serving.prompting import Technique
 from luthier.store.models import find, room_of
 from luthier.store.reports import reports_of
 from luthier.types import Message
-from luthier.workflows.compare import Contender, HeadToHead, _embed_once, check_leakage
+from luthier.workflows.compare import (
+    Contender,
+    HeadToHead,
+    _check_measures,
+    _embed_once,
+    check_leakage,
+)
 from luthier.workflows.compare_page import page
 from luthier.workflows.estimate.budget import Prices
 
@@ -315,11 +324,66 @@ def test_a_tagger_beside_the_linear_probe_of_each_word(
             made.append({"tokens": words, "tags": tags})
         return made
 
-    train = write(tmp_path / "train.jsonl", rows(0, 60))
+    # Under a name of the user's own, which the recipe of the model knows and the test file has not.
+    named = [{"words": row["tokens"], "tags": row["tags"]} for row in rows(0, 60)]
+    train = write(tmp_path / "train.jsonl", named)
     test = write(tmp_path / "test.jsonl", rows(100, 20))
     base = str(family_folder("bert"))
-    luthier.tune(train, base=base, name="tags", **{"training.max_steps": 2})
-    found = luthier.compare(test, tuned=["bert:tags"], train=train)
+    columns = {"tokens": "words"}
+    luthier.tune(
+        train, base=base, name="tags", **{"training.max_steps": 2, "data.columns": columns}
+    )
+    found = luthier.compare(test, tuned=["bert:tags"])
     names = [each.name for each in found.contenders]
     assert "logistic regression on the base model" in names
     assert "the most frequent tag of each word" in names
+    # A base that reads less of a row than the tuned model has no state for each of its words.
+    monkeypatch.setattr(
+        "luthier.store.models.room_of",
+        lambda stored: room_of(stored) if stored.id == "bert:tags" else 8,
+    )
+    found = luthier.compare(test, tuned=["bert:tags"])
+    names = [each.name for each in found.contenders]
+    assert len(names) == 2 and "the most frequent tag of each word" in names
+    assert any("longer than the context of" in remark for remark in found.remarks)
+
+
+def test_what_is_measured_otherwise_is_no_comparison() -> None:
+    _check_measures({"a": "accuracy", "b": "accuracy"})
+    with pytest.raises(RecipeError, match=r"a is measured by recall at 1 .* and b by accuracy"):
+        _check_measures({"a": "recall_at_1", "b": "accuracy"})
+
+
+def test_a_judge_is_not_asked_for_each_answer_of_a_search(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {word} {n}", "completion": word} for n, word in enumerate(ANIMALS * 5)]
+    data = write(tmp_path / "train.jsonl", rows)
+    held = write(
+        tmp_path / "held.jsonl", [{"prompt": f"Do say {w}", "completion": w} for w in ANIMALS]
+    )
+    tuned = luthier.tune(
+        data, base=str(tiny_model_folder), name="x", training__max_steps=1, data__validation_share=0
+    )
+
+    class Slow(Exact):
+        method: str = "slow"  # type: ignore[assignment]
+
+        @property
+        def judgements(self) -> int:
+            return 1
+
+        def grade(self, answers: Any) -> list[float]:
+            time.sleep(0.2 * len(answers))
+            return super().grade(answers)
+
+    found = luthier.compare(held, [tuned.model_id], graders=[Slow()], max_tokens=2)
+    assert any("no prompt was searched, as a judge" in remark for remark in found.remarks)
+    assert all(each.prompt is None for each in found.contenders)
+    # What grading takes is not what answering takes.
+    assert all(each.seconds < 0.15 for each in found.contenders)
+
+
+def test_a_grader_has_not_the_name_of_an_error() -> None:
+    with pytest.raises(RecipeError, match="called 'loss', which names an error"):
+        open_graders({"loss": Exact()}, 1, print)

@@ -38,7 +38,7 @@ class Model:
         time.sleep(self.seconds)
         self.asked += len(numbers)
         found = []
-        for number, given in zip(numbers, way.given, strict=True):
+        for number, given in zip(numbers, way.context, strict=True):
             question = TRAIN[number]
             texts = [each.text for each in given if isinstance(each, Question)]
             assert question.text not in texts, "a question is shown with its own answer"
@@ -68,7 +68,7 @@ def test_examples_that_help_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not model.shown & {TRAIN[number].text for number in model.measured}
     way = found.way([ask("river number 900?", "river")], TRAIN)
     assert way.technique == "prompt engineering" and way.shows_training_rows
-    assert any(each.answer == "river" for each in way.given[0] if isinstance(each, Question))
+    assert any(each.answer == "river" for each in way.context[0] if isinstance(each, Question))
 
 
 def test_an_instruction_that_helps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from luthier.evaluation.baselines import (
     Comparison,
     FittedBaselines,
     States,
-    compare,
+    fit_and_score,
 )
 from luthier.evaluation.labels import row_scores
 from luthier.evaluation.retrieval import partner_ranks, retrieval_scores
@@ -97,7 +97,7 @@ def fit_baselines(
     until = time.monotonic() + seconds
     encoder = objective if isinstance(objective, Contrastive) else Contrastive()
     states = base_states(network, encoder, train, held, budget, seconds * READING, on_progress)
-    return compare(train.rows, held.rows, states, until)
+    return fit_and_score(train.rows, held.rows, states, until)
 
 
 @torch.no_grad()
@@ -200,5 +200,5 @@ def measure_tuned(
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive for row in pairs]
         ranks = partner_ranks(embeddings[::2], embeddings[1::2], partners)
-        return baselines.beside(retrieval_scores(ranks)["recall_at_1"])
-    return baselines.beside(row_scores(held.rows, answers))
+        return baselines.compare_with(retrieval_scores(ranks)["recall_at_1"])
+    return baselines.compare_with(row_scores(held.rows, answers))

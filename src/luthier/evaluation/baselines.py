@@ -26,6 +26,7 @@ from luthier.evaluation.linear import LinearModel, fit_centroids, fit_logistic, 
 from luthier.evaluation.retrieval import (
     bm25_ranks,
     item_ranks,
+    nearest,
     partner_ranks,
     popularity_ranks,
     retrieval_scores,
@@ -164,7 +165,7 @@ class FittedBaselines:
         ]
         return max(better, key=lambda each: gain(each.score), default=None)
 
-    def beside(self, tuned: RowScores) -> Comparison:
+    def compare_with(self, tuned: RowScores) -> Comparison:
         """The comparison with a model that scores ``tuned`` on the same rows."""
         both = zip(self.comparison.baselines, self.row_scores, strict=True)
         baselines = [replace(each, error=tuned.difference_error(scores)) for each, scores in both]
@@ -255,7 +256,7 @@ class ComparedRows:
         return ComparedRows([able[i][0] for i in order], [able[i][1] for i in order])
 
 
-def compare(
+def fit_and_score(
     train: Sequence[Row],
     held: Sequence[Row],
     states: States | None,
@@ -427,10 +428,9 @@ def nearest_labels(states: States, labels: Sequence[str]) -> list[str]:
     from torch.nn.functional import normalize
 
     train_NH, held_QH = normalize(states.train_NH, dim=-1), normalize(states.held_QH, dim=-1)
-    count = min(NEIGHBOURS, len(labels))
+    places_QK, _ = nearest(held_QH.numpy(), train_NH.numpy(), NEIGHBOURS)
     return [
-        Counter(labels[index] for index in near).most_common(1)[0][0]
-        for near in (held_QH @ train_NH.T).topk(count).indices.tolist()
+        Counter(labels[index] for index in near).most_common(1)[0][0] for near in places_QK.tolist()
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.data.shapes import Labelled
+from luthier.evaluation.labels import single_labels
 from luthier.evaluation.significance import Interval, RowScores, Score, Statistic, values
 from luthier.types import Row
 
@@ -70,11 +70,17 @@ def slice_scores(scores: Mapping[str, Score], by: str, keys: Sequence[str]) -> l
         apart = abs(own[1].value - rest[1].value)
         stands_out = bool(
             min(len(own[0]), len(rest[0])) > 1
+            and all(_is_known(each) for _, each in (own, rest))
             and apart > border * np.hypot(own[1].error, rest[1].error)
         )
         own_scores = {each: score.take(own[0]) for each, score in scores.items()}
         found.append(Slice(by, name, len(own[0]), values(own_scores), own[1].interval, stands_out))
     return found
+
+
+def _is_known(score: Score) -> bool:
+    """Whether there is anything that it is a share or a mean of."""
+    return bool(score.wholes_R.any()) if isinstance(score, RowScores) else True
 
 
 def length_keys(lengths: ArrayLike) -> list[str]:
@@ -98,12 +104,8 @@ class LabelCounts:
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> LabelCounts | None:
         """Of rows with one label each; ``None`` for others."""
-        pairs = [
-            (row.label, answer["label"])
-            for row, answer in zip(rows, answers, strict=True)
-            if isinstance(row, Labelled) and isinstance(row.label, str) and "label" in answer
-        ]
-        if not pairs or len(pairs) < len(rows):
+        pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
+        if not pairs:
             return None
         wanted = Counter(truth for truth, _ in pairs)
         further = {answer for _, answer in pairs} - wanted.keys()
@@ -147,14 +149,13 @@ class Calibration:
     @staticmethod
     def of(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> Calibration | None:
         """Of rows with one label each, where answers give their labels a probability."""
+        pairs = single_labels(rows, answers)
         both = [
-            (float(answer["scores"][answer["label"]]), row.label == answer["label"])
-            for row, answer in zip(rows, answers, strict=True)
-            if isinstance(row, Labelled)
-            and isinstance(row.label, str)
-            and answer.get("label") in answer.get("scores", ())
+            (float(answer["scores"][answer["label"]]), label == answer["label"])
+            for label, answer in pairs
+            if answer["label"] in answer.get("scores", ())
         ]
-        if not both or len(both) < len(rows):
+        if not both or len(both) < len(pairs):
             return None
         confidences, right = zip(*both, strict=True)
         return Calibration(np.array(confidences), np.array(right))

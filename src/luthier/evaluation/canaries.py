@@ -27,7 +27,7 @@ from luthier.files import read_json, write_bytes
 from luthier.types import Message, Row
 
 ALTERNATIVES = 255
-"""Codes at least that a canary is ranked among: its exposure is at most 8 bits."""
+"""Codes at least that a canary is ranked among: of one canary the exposure is at most 8 bits."""
 LEVEL = 0.01
 """Chance that any code is called known by heart where it is not."""
 DIGITS = 6

@@ -60,6 +60,8 @@ class Evaluation:
     """Of raw text: tokens that were predicted."""
     seconds: float = 0.0
     """That answering and grading took."""
+    reply_seconds: float = 0.0
+    """Of these, until the last reply was there."""
     slices: list[Slice] = field(default_factory=list)
     """Parts of the rows, where they were asked for."""
 

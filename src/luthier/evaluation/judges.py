@@ -24,13 +24,13 @@ class JudgeAgreement:
     agreement: RowScores
     """Pairs of which it prefers what people chose; where the order decides, one half."""
     consistency: RowScores
-    """Pairs of which it says the same in both orders."""
+    """Pairs of which it says the same in both orders, of those with two verdicts."""
     first: RowScores
     """Of the pairs where the order decides: those in which it prefers what stands first."""
     longer: RowScores
-    """Decided pairs in which it prefers the longer reply."""
+    """Pairs in which it prefers the longer reply, of those that it decides and that have one."""
     people_longer: RowScores
-    """Pairs in which people chose the longer reply."""
+    """Those of them in which people chose it."""
     unread: int
     """Verdicts without scores."""
 
@@ -45,12 +45,12 @@ class JudgeAgreement:
             said += ", which may be chance: do not rely on it here."
         else:
             said += "."
-        said += (
-            f" The order of the replies changes {1 - self.consistency.value:.0%} of its verdicts"
-        )
-        said += f", {self.first.value:.0%} of them for the first." if len(self.first) else "."
+        if len(self.consistency):
+            changed = 1 - self.consistency.value
+            said += f" The order of the replies changes {changed:.0%} of its verdicts"
+            said += f", {self.first.value:.0%} of them for the first." if len(self.first) else "."
         own, theirs = self.longer, self.people_longer
-        if abs(own.value - theirs.value) > CHANCE * own.error:
+        if abs(own.value - theirs.value) > CHANCE * own.difference_error(theirs):
             said += (
                 f" It likes long replies {'more' if own.value > theirs.value else 'less'} than people "
                 f"do: it prefers the longer one of {own.value:.0%} of the pairs it decides, people of "
@@ -110,19 +110,22 @@ def measure_agreement(
         size = CHUNK if verdicts else 2
         verdicts += judge_pairs(judge, pairs[len(verdicts) :][:size])
         done(len(verdicts))
-    longer = [len(chosen.reply) > len(rejected.reply) for chosen, rejected in pairs]
-    decided = [n for n, verdict in enumerate(verdicts) if verdict.win != 0.5]
+    consistent = [each.is_consistent for each in verdicts if each.is_consistent is not None]
     # Where the order decides: preferred in the place where it stands first, or in the other.
     firsts = [
-        each.shown_first > each.shown_second
-        for each in verdicts
-        if each.shown_first != each.shown_second
+        each.shown_first > each.shown_second for each in verdicts if each.is_consistent is False
+    ]
+    sizes = [len(chosen.reply) - len(rejected.reply) for chosen, rejected in pairs]
+    decided = [
+        (verdict.win == 1, size > 0)
+        for verdict, size in zip(verdicts, sizes, strict=True)
+        if verdict.win != 0.5 and size
     ]
     return JudgeAgreement(
         RowScores.of([verdict.win for verdict in verdicts]),
-        RowScores.of([verdict.is_consistent for verdict in verdicts]),
+        RowScores.of(consistent),
         RowScores.of(firsts),
-        RowScores.of([(verdicts[n].win == 1) == longer[n] for n in decided]),
-        RowScores.of(longer),
+        RowScores.of([agrees == is_longer for agrees, is_longer in decided]),
+        RowScores.of([is_longer for _, is_longer in decided]),
         sum(verdict.unread for verdict in verdicts),
     )

@@ -66,18 +66,28 @@ def tag_scores(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> RowScore
     return RowScores.of(right, [(len(given) + len(wanted)) / 2 for given, wanted in each])
 
 
+def single_labels(
+    rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The label of each row, and the answer to it; empty where one of them has none, or several."""
+    pairs = [
+        (row.label, answer)
+        for row, answer in zip(rows, answers, strict=True)
+        if isinstance(row, Labelled)
+        and isinstance(row.label, str)
+        and isinstance(answer.get("label"), str)
+    ]
+    return pairs if len(pairs) == len(rows) else []
+
+
 def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the scores of single labels do not say: how sure they are, and where the mistakes lie.
 
     Named are the labels of the rows that the answers have no score for, which no answer can be, and the
     labels that are mistaken for each other most often.
     """
-    pairs = [
-        (row.label, answer["label"])
-        for row, answer in zip(rows, answers, strict=True)
-        if isinstance(row, Labelled) and isinstance(row.label, str)
-    ]
-    if not pairs or len(pairs) < len(rows):
+    pairs = [(label, answer["label"]) for label, answer in single_labels(rows, answers)]
+    if not pairs:
         return []
     remarks = []
     wanted = Counter(truth for truth, _ in pairs)
@@ -108,11 +118,14 @@ def _labels(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> dict[str,
     """Accuracy (all labels of a row right) and F1, over classes alike and over all labels alike."""
     sizes = [(len(truth & answer), (len(truth) + len(answer)) / 2) for truth, answer in pairs]
     right, mean_size = zip(*sizes, strict=True)
-    return {
+    found: dict[str, Score] = {
         "accuracy": RowScores.of([truth == answer for truth, answer in pairs]),
         "macro_f1": _macro_f1(pairs),
         "micro_f1": RowScores.of(right, mean_size),
     }
+    if not sum(mean_size):  # no row has a class, and no answer gives one
+        del found["macro_f1"], found["micro_f1"]
+    return found
 
 
 def _macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Statistic:
@@ -136,7 +149,7 @@ def _macro_f1(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Statist
         )
         seen_C = wanted_C + given_C > 0
         if not seen_C.any():
-            return 1.0
+            return math.nan
         return float((2 * right_C[seen_C] / (wanted_C + given_C)[seen_C]).mean())
 
     return Statistic.of(measure, len(pairs))

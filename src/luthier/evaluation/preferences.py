@@ -72,16 +72,15 @@ def _thumb_scores(
     values: Sequence[float], desirable: Sequence[bool], name: str
 ) -> dict[str, Score]:
     value_R, up_R = np.array(values, dtype=np.float64), np.array(desirable, dtype=bool)
-    found: dict[str, Score] = {
+    sides: dict[str, Score] = {
         f"{name}_{side}": RowScores.of(np.where(wanted_R, value_R, 0.0), wanted_R, is_share=False)
         for side, wanted_R in (("up", up_R), ("down", ~up_R))
         if wanted_R.any()
     }
-    if len(found) == 2:
-        found[f"{name}_auc"] = Statistic.of(
-            lambda row_K: _auc(value_R[row_K], up_R[row_K]), len(up_R)
-        )
-    return found
+    if len(sides) < 2:
+        return sides
+    auc = Statistic.of(lambda row_K: _auc(value_R[row_K], up_R[row_K]), len(up_R))
+    return {f"{name}_auc": auc, **sides}
 
 
 def _auc(value_K: NDArray[np.float64], up_K: NDArray[np.bool_]) -> float:

@@ -11,7 +11,7 @@ find nothing. nDCG is that of Järvelin and Kekäläinen 2002 with a gain of 1 f
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from luthier.evaluation.significance import RowScores
+from luthier.graders.base import Embedder
 
 MOST_SCORES = 50_000_000
 """Scores that are held at once: 200 MB."""
@@ -28,6 +29,12 @@ DEPTH = 100
 """Places of an order that count where several are joined."""
 RANK_CONSTANT = 60
 """Added to a place in reciprocal rank fusion, as its authors have it."""
+
+
+def number_keys(keys: Sequence[Hashable]) -> NDArray[np.int64]:
+    """A number for each of ``keys``, the same where they are equal, in the order of their first."""
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def partner_ranks(
@@ -42,10 +49,8 @@ def partner_ranks(
     embeddings ``[N, H]`` among which it is looked for, too.
     """
     anchor_PH, all_PH = np.asarray(anchors), np.asarray(partners)
-    _, places, own_P = np.unique(
-        np.array(texts, dtype=object), return_index=True, return_inverse=True
-    )
-    partner_UH = all_PH[places]
+    own_P = number_keys(texts)
+    partner_UH = all_PH[np.unique(own_P, return_index=True)[1]]
     if others is not None and len(np.asarray(others)):
         partner_UH = np.concatenate([partner_UH, np.asarray(others)])
     scored = blocks(anchor_PH, partner_UH)
@@ -82,20 +87,18 @@ def nearest(
 def pair_ranks(
     queries: ArrayLike, items: ArrayLike, query_keys: Sequence[str], item_keys: Sequence[str]
 ) -> NDArray[np.int64]:
-    """The place of the nearest item that belongs to each different query, ``[U]`` from 1.
+    """The place of the nearest item that belongs to each different query, ``[U]`` from 1, by its first.
 
     Pairs ``[P]`` say what belongs together: a query may stand in several with other items, as an image
     with all its captions (Karpathy and Fei-Fei 2015), and an item with several queries.
     """
-    (_, first_U, query_P), (_, place_N, item_P) = (
-        np.unique(np.array(keys, dtype=object), return_index=True, return_inverse=True)
-        for keys in (query_keys, item_keys)
-    )
-    belongs_UN = np.zeros((len(first_U), len(place_N)), dtype=bool)
-    belongs_UN[query_P, item_P] = True
+    query_P, item_P = number_keys(query_keys), number_keys(item_keys)
+    first_U, place_N = (np.unique(each, return_index=True)[1] for each in (query_P, item_P))
     ranks = [np.empty(0, np.int64)]
     for part, scores_CN in blocks(np.asarray(queries)[first_U], np.asarray(items)[place_N]):
-        own_CN = belongs_UN[part]
+        asked_P = (query_P >= part.start) & (query_P < part.stop)
+        own_CN = np.zeros(scores_CN.shape, dtype=bool)
+        own_CN[query_P[asked_P] - part.start, item_P[asked_P]] = True
         best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
         ranks.append(1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1))
     return np.concatenate(ranks)
@@ -114,7 +117,7 @@ class ClassRetrieval:
     def of(embeddings: ArrayLike, classes: Sequence[str]) -> ClassRetrieval:
         """Each row among all others; ``embeddings`` are of length 1."""
         row_RH = np.asarray(embeddings, dtype=np.float32)
-        _, class_R = np.unique(np.array(classes, dtype=object), return_inverse=True)
+        class_R = number_keys(classes)
         others_R = np.bincount(class_R)[class_R] - 1
         asked_Q = np.flatnonzero(others_R)
         ranks, gains = [np.empty(0, np.int64)], [np.empty(0)]
@@ -181,17 +184,13 @@ class BM25Index:
         return [int(number) for number in found[0]]
 
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Embeddings ``[N, H]`` of texts."""
-
-
 class Retriever:
     """Texts by the words they share with a query, and with ``embed`` by what both mean, too.
 
     Both orders are joined by reciprocal rank fusion (Cormack, Clarke and Buettcher 2009).
     """
 
-    def __init__(self, texts: Sequence[str], embed: Embed | None = None) -> None:
+    def __init__(self, texts: Sequence[str], embed: Embedder | None = None) -> None:
         self._words, self._embed = BM25Index(texts), embed
         self._text_NH = None if embed is None else embed(texts)
 
@@ -224,18 +223,17 @@ def _words(texts: Sequence[str], ids: bool = True) -> Any:
 
 def bm25_ranks(anchors: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
     """As :func:`partner_ranks`, by the words they share."""
-    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
-    index = BM25Index(distinct.tolist())
-    scores_PU = np.stack([index.scores(anchor) for anchor in anchors])
-    return _ranks(scores_PU, own_P)
+    index = BM25Index([*dict.fromkeys(texts)])
+    both = zip(map(index.scores, anchors), number_keys(texts), strict=True)
+    return np.array([_rank(scores_U, own) for scores_U, own in both], dtype=np.int64)
 
 
 def popularity_ranks(known: Sequence[str], texts: Sequence[str]) -> NDArray[np.int64]:
     """As :func:`partner_ranks`, by how often each text is among ``known``, whoever asks."""
-    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
     seen = Counter(known)
-    count_U = np.array([seen[text] for text in distinct])
-    return _ranks(np.broadcast_to(count_U, (len(texts), len(count_U))), own_P)
+    count_U = np.sort([seen[text] for text in dict.fromkeys(texts)])
+    ranks_P: NDArray[np.int64] = len(count_U) - np.searchsorted(count_U, [seen[t] for t in texts])
+    return ranks_P
 
 
 def item_ranks(
@@ -246,22 +244,24 @@ def item_ranks(
     Item-to-item collaborative filtering (Linden et al. 2003): the cosine of two items over the
     histories that have them, summed over the items that ``asked`` has.
     """
-    distinct, own_P = np.unique(np.array(texts, dtype=object), return_inverse=True)
+    distinct, own_P = [*dict.fromkeys(texts)], number_keys(texts)
     rows_of: defaultdict[str, set[int]] = defaultdict(set)
     for number, history in enumerate(histories):
         for item in history:
             rows_of[item].add(number)
-    scores_PU = np.zeros((len(asked), len(distinct)))
+    ranks_P = np.empty(len(asked), np.int64)
     for place, items in enumerate(asked):
+        scores_U = np.zeros(len(distinct))
         for item in {*items} & rows_of.keys():
             near = Counter(
                 each for number in rows_of[item] for each in {*histories[number]} - {item}
             )
-            scores_PU[place] += [
+            scores_U += [
                 near[text] / (len(rows_of[item]) * len(rows_of[text])) ** 0.5 if near[text] else 0.0
                 for text in distinct
             ]
-    return _ranks(scores_PU, own_P)
+        ranks_P[place] = _rank(scores_U, own_P[place])
+    return ranks_P
 
 
 def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[str, RowScores]:
@@ -277,6 +277,10 @@ def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[st
         "mean_reciprocal_rank": RowScores.of(1.0 / ranks_P),
         f"ndcg_at_{CUT}": RowScores.of(ndcg),
     }
+
+
+def _rank(scores_U: NDArray[Any], own: int) -> int:
+    return int((scores_U >= scores_U[own]).sum())
 
 
 def _ranks(scores_CU: NDArray[Any], own_C: NDArray[np.int64]) -> NDArray[np.int64]:

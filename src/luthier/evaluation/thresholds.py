@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from luthier.evaluation.retrieval import blocks
+from luthier.evaluation.retrieval import blocks, number_keys
 from luthier.evaluation.significance import RowScores
 
 
@@ -18,12 +18,6 @@ def draw_threshold(ordinary: ArrayLike, false_alarms: float) -> float:
     That is their quantile, and of the two scores beside it the higher one.
     """
     return float(np.quantile(np.asarray(ordinary), 1 - false_alarms, method="higher"))
-
-
-def number_keys(keys: Sequence[Hashable]) -> NDArray[np.int64]:
-    """A number for each of ``keys``, the same where they are equal."""
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys], dtype=np.int64)
 
 
 def are_apart(

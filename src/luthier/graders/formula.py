@@ -83,6 +83,11 @@ class Multi(Grader):
         return self._mix.prefers_batches
 
     @property
+    def has_time_limit(self) -> bool:
+        """When one of the graders has."""
+        return self._mix.has_time_limit
+
+    @property
     def models(self) -> Mapping[str, Task]:
         """Those of all graders."""
         return self._mix.models

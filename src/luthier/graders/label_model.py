@@ -49,6 +49,13 @@ class LabelModel(PromptedModel):
             label = str(json.loads(reply))
         except ValueError:
             label = reply
-        wanted = label.strip(" \t\n.\"'").casefold()
-        chosen = next((each for each in self.labels if each.casefold() == wanted), None)
+        if label in self.labels:
+            return float(label in self.passing_labels)
+        wanted = _bare(label)
+        chosen = next((each for each in self.labels if _bare(each) == wanted), None)
         return None if chosen is None else float(chosen in self.passing_labels)
+
+
+def _bare(label: str) -> str:
+    """In small letters, without quotes and a full stop."""
+    return label.strip(" \t\n.\"'").casefold()

@@ -62,6 +62,11 @@ class Mix(Grader):
         return any(part.prefers_batches for part in self.parts.values())
 
     @property
+    def has_time_limit(self) -> bool:
+        """When one of the parts has; without one there is no thread, which suits torch."""
+        return any(part.has_time_limit for part in self.parts.values())
+
+    @property
     def models(self) -> Mapping[str, Task]:
         """Those of all parts."""
         return {name: task for part in self.parts.values() for name, task in part.models.items()}

@@ -96,6 +96,8 @@ class PairVerdict:
     """What it says of the same reply where it stands second."""
     unread: int = 0
     """Verdicts without scores among both, which count for neither."""
+    is_asked: bool = True
+    """Whether the judge was: of equal replies nobody asks it."""
 
     @property
     def win(self) -> float:
@@ -105,8 +107,10 @@ class PairVerdict:
         return 0.5
 
     @property
-    def is_consistent(self) -> bool:
-        """Whether the order changed nothing."""
+    def is_consistent(self) -> bool | None:
+        """Whether the order changed nothing; ``None`` where not both verdicts are there to tell."""
+        if self.unread or not self.is_asked:
+            return None
         return self.shown_first == self.shown_second
 
 
@@ -139,7 +143,7 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
             f"{len(unread):,} of {len(verdicts):,} verdicts of the judge {judge.model} have no scores, "
             f"such as {unread[0][-200:]!r}: use a stronger judge"
         )
-    found = [PairVerdict(0, 0)] * len(pairs)
+    found = [PairVerdict(0, 0, is_asked=False)] * len(pairs)
     count = len(asked)
     for n, place in enumerate(asked):
         both = signs[n], signs[count + n]

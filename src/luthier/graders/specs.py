@@ -74,14 +74,14 @@ def read_graders(path: Path) -> dict[str, Spec]:
 
 
 def _anchor(table: Any, folder: Path) -> None:
-    """Make the path of a schema absolute, in parts of a mix too."""
+    """Make the path of a schema absolute, in the parts of ``mix`` and ``multi``, too."""
     if not isinstance(table, dict):
         return
     if isinstance(table.get("against"), str):
         table["against"] = str(folder / table["against"])
-    parts = table.get("parts")
-    for part in parts.values() if isinstance(parts, dict) else ():
-        _anchor(part, folder)
+    for parts in (table.get("parts"), table.get("graders")):
+        for part in parts.values() if isinstance(parts, dict) else ():
+            _anchor(part, folder)
 
 
 def _build(spec: Spec, name: str) -> Grader:

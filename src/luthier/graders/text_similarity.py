@@ -65,6 +65,8 @@ class TextSimilarity(Grader):
         if kind == "l":
             return _f(common_subsequence(given, wanted), len(given), len(wanted))
         grams, others = _grams(given, int(kind)), _grams(wanted, int(kind))
+        if not grams and not others:  # both too short to tell more than whether they are the same
+            return float(given == wanted)
         return _f((grams & others).total(), grams.total(), others.total())
 
 

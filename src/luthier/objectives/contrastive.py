@@ -36,7 +36,8 @@ from pydantic import Field
 from luthier.data.augmentation import Augmentation
 from luthier.data.shapes import CaptionedImage, Labelled, MediaRow, RawText, TextPair, of_shape
 from luthier.errors import RecipeError, RowRefused
-from luthier.evaluation.thresholds import are_apart, draw_threshold, number_keys
+from luthier.evaluation.retrieval import number_keys
+from luthier.evaluation.thresholds import are_apart, draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
 from luthier.objectives.base import Objective, TrainingDefaults

@@ -141,6 +141,10 @@ def evaluate(
         found = replace(found, records=records)
     found = replace(found, seconds=time.monotonic() - started)
     if slices:
+        if of_shape(RawText, found.rows):  # which is packed: no score belongs to one text
+            raise RecipeError(
+                "raw text is scored as it is packed, not text by text: leave slices away"
+            )
         whole = {n: each for n, each in found.row_scores.items() if len(each) == len(found.rows)}
         if not whole:
             raise RecipeError(
@@ -286,17 +290,17 @@ def compare(
         check_attachable(each)
     chosen = None if graders is None else parse_graders(graders)
     rows = load_graded(data, columns, (chosen or {}).values())
-    known = models[0].manifest.recipe or {}
+    known, train_columns = models[0].manifest.recipe or {}, columns
     learned = known.get("data", {}).get("train")
     if train is None and isinstance(learned, str) and Path(learned).exists():
-        train = learned
+        train, train_columns = learned, known["data"].get("columns")
         note(f"examples come from {learned}, which {models[0].id} was tuned on")
     texts = load_documents(map(str, documents))
     found = run(
         rows,
         find(base or models[0].root),
         models,
-        load_rows(train, columns) if train is not None else (),
+        load_rows(train, train_columns) if train is not None else (),
         texts,
         chosen,
         max_tokens,

@@ -201,7 +201,6 @@ def soup(
     Raises:
         RefusedInput: for models that do not go together, and rows that do not go with them.
     """
-    from luthier.evaluation.significance import RowScores
     from luthier.sdk.evaluation import evaluate
     from luthier.workflows.soup import make_soup
 
@@ -214,9 +213,9 @@ def soup(
 
         def measure(stored: StoredModel) -> tuple[str, Score]:
             scores = evaluate(stored, rows, graders, max_tokens).row_scores
-            of_rows = {k: v for k, v in scores.items() if isinstance(v, RowScores)}
             # Of perplexity it is the loss that is known row by row.
-            return next(iter((of_rows or scores).items()))
+            name = "loss" if "loss" in scores else next(iter(scores))
+            return name, scores[name]
 
         return measure
 

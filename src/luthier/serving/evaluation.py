@@ -13,6 +13,7 @@ Rows longer than the context are refused, left out, or cut; what training does w
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -38,7 +39,7 @@ from luthier.evaluation.preferences import (
     pair_scores,
     thumb_scores,
 )
-from luthier.evaluation.significance import RowScores, Score, Statistic
+from luthier.evaluation.significance import LESS_IS_BETTER, RowScores, Score, Statistic
 from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
 from luthier.serving.journal import Journal, journal_verdicts, key_of
@@ -193,9 +194,14 @@ def open_graders(
 
     Raises:
         UnknownModel, RecipeError: for a model that is not there or is for something else, a key that
-            is refused.
+            is refused, the name of an error.
         LuthierError: for an endpoint that does not answer.
     """
+    if errors := sorted(graders.keys() & LESS_IS_BETTER):
+        raise RecipeError(
+            f"a grader is called {errors[0]!r}, which names an error, of which less is better: give it "
+            "another name"
+        )
     judgements = sum(grader.judgements for grader in graders.values())
     if judgements:
         note(f"the judge will be asked for {judgements * (answers + 1):,} verdicts at most")
@@ -262,12 +268,14 @@ def measure(
     ]
     refuse_long_rows(problems, len(kept), dropped)
     prompts = [asked[index] for index in kept]
+    began = time.perf_counter()
     if journal is None:
         replies = generator.replies(prompts, sampling, done=done)
     else:
         replies = _journaled_replies(generator, prompts, sampling, done, journal)
+    seconds = time.perf_counter() - began
     graded = grade([rows[index] for index in kept], replies, graders, on_error)
-    return replace(graded, dropped=dropped)
+    return replace(graded, dropped=dropped, reply_seconds=seconds)
 
 
 def _journaled_replies(

@@ -20,7 +20,8 @@ import numpy as np
 
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
-from luthier.evaluation.retrieval import Embed, Retriever
+from luthier.evaluation.retrieval import Retriever
+from luthier.graders.base import Embedder
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Way:
 
     technique: PromptTechnique
     name: str
-    given: Sequence[Sequence[Question | str]]
+    context: Sequence[Sequence[Question | str]]
     """Examples or passages for each question."""
     shows_training_rows: bool = False
     """Whether examples are given; a tuned model has learned from these."""
@@ -114,7 +115,7 @@ class Way:
 
     def plain(self) -> dict[str, Any]:
         """What all questions have in common, for JSON: the instruction, and examples that stay."""
-        common = self.given[0] if all(each == self.given[0] for each in self.given) else ()
+        common = self.context[0] if all(each == self.context[0] for each in self.context) else ()
         examples = [each for each in common if isinstance(each, Question)]
         return {
             "instruction": self.instruction,
@@ -126,7 +127,7 @@ def ways_to_ask(
     questions: Sequence[Question],
     train: Sequence[Question],
     documents: Sequence[str],
-    embed: Embed | None = None,
+    embed: Embedder | None = None,
     seed: int = 0,
 ) -> list[Way]:
     """As it is, with examples of ``train``, the nearest of them, and passages of ``documents``.
@@ -134,7 +135,7 @@ def ways_to_ask(
     What is nearest is found by words, and once more by words and meaning where there is ``embed``.
     """
     ways = [Way("as it is", "asked as it is", [()] * len(questions))]
-    searches: dict[str, Embed | None] = {"": None}
+    searches: dict[str, Embedder | None] = {"": None}
     if embed is not None:
         searches = {" by words": None, " by words and meaning": embed}
     if train:
@@ -159,18 +160,18 @@ class Prompting:
         self.network, self.chat, self.context = network, chat, context
 
     def fitting(
-        self, questions: Sequence[Question], given: Sequence[Sequence[Question | str]]
+        self, questions: Sequence[Question], context: Sequence[Sequence[Question | str]]
     ) -> list[int]:
         """Places of the questions that fit into the context with what is ``given`` to each."""
         room = self.context - ROOM
-        encoded = (self._encode(*each) for each in self._prompt_answer_pairs(questions, given))
+        encoded = (self._encode(*each) for each in self._prompt_answer_pairs(questions, context))
         return [place for place, example in enumerate(encoded) if len(example) <= room]
 
     def measure(
         self,
         name: str,
         questions: Sequence[Question],
-        given: Sequence[Sequence[Question | str]],
+        context: Sequence[Sequence[Question | str]],
         done: Callable[[int], None] = lambda _: None,
     ) -> Prompted:
         """Loss and answers with what is ``given`` to each question: examples, or passages.
@@ -179,7 +180,7 @@ class Prompting:
         """
         from luthier.objectives.logprobs import mean_nll
 
-        pairs = self._prompt_answer_pairs(questions, given)
+        pairs = self._prompt_answer_pairs(questions, context)
         examples = [self._encode(*pair, index) for index, pair in enumerate(pairs)]
         began = time.perf_counter()
         loss = mean_nll(self.network, examples, BUDGET)
@@ -194,12 +195,12 @@ class Prompting:
         return Prompted(name, loss, exact, read / len(examples), seconds)
 
     def _prompt_answer_pairs(
-        self, questions: Sequence[Question], given: Sequence[Sequence[Question | str]]
+        self, questions: Sequence[Question], context: Sequence[Sequence[Question | str]]
     ) -> list[tuple[tuple[Message, ...], str]]:
         """What stands before each answer, and the answer."""
         return [
             (conversation_of(each, with_, self.chat), each.answer)
-            for each, with_ in zip(questions, given, strict=True)
+            for each, with_ in zip(questions, context, strict=True)
         ]
 
     def _encode(self, turns: tuple[Message, ...], answer: str, index: int = 0) -> Example:
@@ -229,7 +230,7 @@ class Prompting:
 
 
 def conversation_of(
-    question: Question, given: Sequence[Question | str], chat: ChatFormat, instruction: str = ""
+    question: Question, context: Sequence[Question | str], chat: ChatFormat, instruction: str = ""
 ) -> tuple[Message, ...]:
     """What stands before the answer: examples as turns before, passages inside the last question.
 
@@ -237,8 +238,8 @@ def conversation_of(
     the ``plain`` template, which has no turns, all is one text.
     """
     turns: list[Message] = []
-    passages = [each for each in given if isinstance(each, str)]
-    shown = [each for each in given if isinstance(each, Question)]
+    passages = [each for each in context if isinstance(each, str)]
+    shown = [each for each in context if isinstance(each, Question)]
     said = [turn.content for turn in question.asked if turn.role == "system"]
     said += [instruction] if instruction else []
     if chat.template == "plain":
@@ -273,7 +274,7 @@ def few_shot(train: Sequence[Question], count: int, seed: int) -> list[Question]
 class NearestExamples:
     """Training questions that are nearest to others."""
 
-    def __init__(self, train: Sequence[Question], embed: Embed | None = None) -> None:
+    def __init__(self, train: Sequence[Question], embed: Embedder | None = None) -> None:
         self.train = train
         self._retriever = Retriever([each.text for each in train], embed)
 
@@ -307,7 +308,7 @@ def retrieve_passages(
     questions: Sequence[Question],
     documents: Sequence[str],
     count: int = PASSAGES,
-    embed: Embed | None = None,
+    embed: Embedder | None = None,
 ) -> list[list[str]]:
     """For each question the ``count`` passages nearest to it, the nearest last."""
     passages = cut_passages(documents)

@@ -25,7 +25,12 @@ import numpy as np
 from luthier.data.shapes import Conversation, LabelledText, TaggedWords, of_shape
 from luthier.engine.machine import begin_peak_memory, peak_memory
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
-from luthier.evaluation.baselines import ComparedRows, FittedBaselines
+from luthier.evaluation.baselines import (
+    ComparedRows,
+    FittedBaselines,
+    fit_and_score,
+    is_comparable,
+)
 from luthier.evaluation.evaluate import grade
 from luthier.evaluation.significance import (
     Difference,
@@ -38,7 +43,7 @@ from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.near_duplicates import normalize
 from luthier.gate.row_keys import question_of
 from luthier.graders import Exact
-from luthier.graders.base import Answer
+from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
 from luthier.models.sampling import Sampling
 from luthier.serving.evaluation import measure, open_graders
@@ -61,7 +66,6 @@ if TYPE_CHECKING:
     from luthier.chat_models.base import ModelSpec
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.evaluate import Evaluation
-    from luthier.evaluation.retrieval import Embed
     from luthier.graders import Grader, Ruler
     from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
@@ -324,6 +328,12 @@ def compare(
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
     if search_seconds is None:
         search_seconds = min(MOST_SEARCH_SECONDS, max(map(_training_seconds, tuned)))
+        if search_seconds and known and next(iter(graders.values())).judgements:
+            search_seconds = 0.0
+            remarks.append(
+                "no prompt was searched, as a judge would be asked for each answer of the search: "
+                "search_seconds says for how long it may"
+            )
     searches = bool(base_writes and known and search_seconds)
     written = len(writers) * len(without_examples) + base_writes * (len(ways) + searches)
     replies = len(rows) * (written + bool(known))
@@ -331,7 +341,7 @@ def compare(
     if judge is not None:  # in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
     total = len(rows) * (len(readers) + written)
-    run = _Comparing(opened, max_tokens, note, on_progress, total, embed)
+    run = _Contest(opened, max_tokens, note, on_progress, total, embed)
     search: Callable[[Generator], SearchedPrompt] | None = None
     if searches:
         search = partial(run.search, train, known, search_seconds, reflector)
@@ -341,29 +351,44 @@ def compare(
             "baselines, or several tuned models"
         )
     contenders: list[Contender] = []
-    measure_name = "accuracy"
+    measures: dict[str, str] = {}
     for stored in readers:
         found, seconds, memory = run.read(stored, rows)
-        measure_name, score = next(iter(found.row_scores.items()))
-        if not isinstance(score, RowScores) or len(found.rows) != len(rows):
+        measures[stored.id], score = next(iter(found.row_scores.items()))
+        if not isinstance(score, RowScores) or not len(score) == len(found.rows) == len(rows):
             raise RecipeError(f"{stored.id} is not scored row by row on such rows")
         contenders.append(_contender(stored, "fine-tuning", score, found.scores, seconds, memory))
     if train and (labelled or not base_writes):
-        contenders += run.baselines(base, rows, train, remarks)
+        fitted = run.baselines(base, rows, train, remarks)
+        measures |= {each.name: next(iter(each.scores)) for each in fitted}
+        contenders += fitted
+    for each in [*writers, *([base] if base_writes else [])]:
+        measures[each.id] = "accuracy" if labelled else next(iter(run.graders))
+    _check_measures(measures)
     for stored in writers:
         contenders += run.write(stored, rows, held, without_examples, remarks, is_tuned=True)
     if base_writes:
         contenders += run.write(base, rows, held, ways, remarks, known=known, search=search)
     if known and not labelled:
         contenders.append(run.copy_nearest(rows, held, known))
-    if asked and not labelled:
-        measure_name = next(iter(run.graders))
+    measure_name = next(iter(measures.values()))
     if judge is not None:
         measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
     contenders.sort(key=lambda each: -as_gain(measure_name, each.score.value))
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
+
+
+def _check_measures(measures: Mapping[str, str]) -> None:
+    """Refuse what is told by different ``measures``, such as labels beside embeddings of labels."""
+    first, *others = measures.items()
+    for name, other in others:
+        if other != first[1]:
+            raise RecipeError(
+                f"{first[0]} is measured by {first[1].replace('_', ' ')} on such rows, and {name} by "
+                f"{other.replace('_', ' ')}: compare each with models of its own kind"
+            )
 
 
 def _judge(
@@ -378,17 +403,18 @@ def _judge(
             for row, reply in zip(rows, contender.replies, strict=True)
         ]
 
-    found, same = [], []
+    found, same = [], list[bool]()
     for each in contenders:
         pairs = [*zip(answers(each), answers(reference), strict=True)]
         verdicts = judge_pairs(judge, pairs)
         score = RowScores.of([verdict.win for verdict in verdicts])
         found.append(replace(each, score=score, scores={"win_rate": score.value, **each.scores}))
-        same += [verdict.is_consistent for verdict in verdicts]
-    remarks.append(
-        f"the win rate is against {reference.name}, each pair judged in both orders; the order changed "
-        f"{1 - sum(same) / len(same):.0%} of the verdicts, which count one half"
-    )
+        same += [each.is_consistent for each in verdicts if each.is_consistent is not None]
+    remark = f"the win rate is against {reference.name}, each pair judged in both orders"
+    if same:
+        changed = 1 - sum(same) / len(same)
+        remark += f"; the order changed {changed:.0%} of the verdicts, which count one half"
+    remarks.append(remark)
     return found
 
 
@@ -419,7 +445,7 @@ def _questions(rows: Sequence[Row], train: Sequence[Row]) -> tuple[list[Question
     return questions_of(rows, labels), questions_of(train, labels)
 
 
-def _embed_once(embed: Embed) -> Embed:
+def _embed_once(embed: Embedder) -> Embedder:
     """``embed`` that reads no text twice: each way and each prompt of the search looks for examples."""
     known: dict[str, NDArray[np.float32]] = {}
 
@@ -449,7 +475,7 @@ def _contender(
     )  # fmt: skip
 
 
-class _Comparing:
+class _Contest:
     """What stays the same while one contender after the other answers."""
 
     def __init__(
@@ -459,7 +485,7 @@ class _Comparing:
         note: Callable[[str], None],
         on_progress: Callable[[int, int], None],
         total: int,
-        embed: Embed | None,
+        embed: Embedder | None,
     ) -> None:
         """``total`` answers are expected of all; ``embed`` finds examples, beside their words."""
         self.embed = embed
@@ -504,6 +530,7 @@ class _Comparing:
                 ways = [*ways, searched.way(questions, known, self.embed)]
             except RefusedInput as error:
                 remarks.append(f"no prompt was searched: {error}")
+                self.finished += len(rows)
         found = []
         for way in ways:
             name = "" if way.technique == "as it is" else f"with {way.name}"
@@ -520,9 +547,8 @@ class _Comparing:
                 continue
             tokens = sum(generator.prompt_tokens(prompt) for prompt in prompts) / len(prompts)
             begin_peak_memory()
-            began = time.perf_counter()
             graded = measure(generator, asked, self.graders, self.max_tokens, self._done)
-            seconds = (time.perf_counter() - began) / len(rows)
+            seconds = graded.reply_seconds / len(rows)
             self.finished += len(rows)
             technique: Technique = way.technique
             if is_tuned:
@@ -548,6 +574,7 @@ class _Comparing:
     ) -> SearchedPrompt:
         """A prompt for the training rows, searched with a model that is in memory."""
         sampling = Sampling(max_tokens=self.max_tokens)
+        deciding = dict([next(iter(self.graders.items()))])
 
         def answer(numbers: Sequence[int], way: Way) -> list[tuple[str, float]]:
             rows = [train[number] for number in numbers]
@@ -559,15 +586,15 @@ class _Comparing:
             ]  # fmt: skip
             found = [("", 0.0)] * len(asked)
             if able:
-                graded = measure(generator, [asked[n] for n in able], self.graders, self.max_tokens)
+                graded = measure(generator, [asked[n] for n in able], deciding, self.max_tokens)
                 scores_K = _deciding(graded).parts_R
                 for place, each, score in zip(able, graded.answers, scores_K, strict=True):
                     found[place] = each.reply, float(score)
             return found
 
         self.note(
-            f"searching a prompt for {seconds:.0f} s, as long as tuning took at most: "
-            "search_seconds says how long, and 0 that none is searched"
+            f"searching a prompt for {seconds:.0f} s: search_seconds says how long, as long as tuning "
+            "took where it is not given, and 0 that none is searched"
         )
         reflect = reflection(generator, reflector, self.note)
         return search_prompt(answer, reflect, known, seconds, embed=self.embed)
@@ -594,11 +621,15 @@ class _Comparing:
     ) -> list[Contender]:
         """What simple methods make of the training rows, some of them by the base model's states."""
         self.note("Fitting simple baselines")
-        fitted = self._fit_baselines(base, rows, train)
+        fitted = self._fit_baselines(base, rows, train, remarks)
         if fitted is None:
             return []
         compared = fitted.comparison
-        remarks += [f"{name} was left out: there was no time for it" for name in compared.left_out]
+        remarks += [
+            f"{name} was left out: there was no time for it, or no room for what the base makes of so "
+            "many rows"
+            for name in compared.left_out
+        ]
         answers = compared.rows + compared.train_rows
         return [
             Contender(each.name, "simple baselines", score, each.scores, each.seconds / answers)
@@ -606,7 +637,7 @@ class _Comparing:
         ]
 
     def _fit_baselines(
-        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row]
+        self, base: StoredModel, rows: Sequence[Row], train: Sequence[Row], remarks: list[str]
     ) -> FittedBaselines | None:
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.engine.machine import open_network
@@ -621,11 +652,15 @@ class _Comparing:
         def encode(some: Sequence[Row]) -> list[Example]:
             return encode_cut(encoder, [row.bare() for row in some], chat, room)
 
-        both = (
-            ComparedRows.of([*zip(train, encode(train), strict=True)], SEED),
-            ComparedRows(rows, encode(rows)),
-        )
-        return fit_baselines(network, encoder, *both, BUDGET, BASELINE_SECONDS)
+        known = ComparedRows.of([*zip(train, encode(train), strict=True)], SEED)
+        asked = ComparedRows(rows, encode(rows))
+        cut = sum(not is_comparable(*each) for each in zip(rows, asked.examples, strict=True))
+        if tagged and cut:  # words without a state
+            remarks.append(
+                f"{cut:,} rows are longer than the context of {base.id}: no baseline reads them with it"
+            )
+            return fit_and_score(known.rows, rows, None, time.monotonic() + BASELINE_SECONDS)
+        return fit_baselines(network, encoder, known, asked, BUDGET, BASELINE_SECONDS)
 
 
 def _deciding(graded: Evaluation) -> RowScores:
@@ -648,8 +683,8 @@ def _rows_of(
     if way.technique == "as it is" and not isinstance(rows[0], LabelledText):
         return list(rows)
     asked: list[Row] = []
-    for row, question, given in zip(rows, questions, way.given, strict=True):
-        turns = conversation_of(question, given, chat, way.instruction)
+    for row, question, context in zip(rows, questions, way.context, strict=True):
+        turns = conversation_of(question, context, chat, way.instruction)
         asked.append(
             Conversation(
                 row.file,

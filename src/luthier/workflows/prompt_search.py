@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gepa.core.state import GEPAState
 
     from luthier.chat_models.base import ModelSpec
-    from luthier.evaluation.retrieval import Embed
+    from luthier.graders.base import Embedder
     from luthier.serving.generation import Generator
 
 MOST_EXAMPLES = 8
@@ -80,16 +80,19 @@ class SearchedPrompt:
     seconds: float
 
     def way(
-        self, questions: Sequence[Question], train: Sequence[Question], embed: Embed | None = None
+        self,
+        questions: Sequence[Question],
+        train: Sequence[Question],
+        embed: Embedder | None = None,
     ) -> Way:
         """To ask ``questions`` like this; nearest examples are taken from ``train``.
 
         ``embed`` is what the search found them by.
         """
-        given: Sequence[Sequence[Question | str]] = [self.examples] * len(questions)
+        context: Sequence[Sequence[Question | str]] = [self.examples] * len(questions)
         if self.nearest:
-            given = NearestExamples(train, embed).of(questions, self.nearest)
-        return Way("prompt engineering", "a searched prompt", given, True, self.instruction)
+            context = NearestExamples(train, embed).of(questions, self.nearest)
+        return Way("prompt engineering", "a searched prompt", context, True, self.instruction)
 
     def describe(self) -> str:
         """In a sentence."""
@@ -115,7 +118,7 @@ def search_prompt(
     seconds: float,
     most_answers: int = 1_000_000,
     seed: int = 0,
-    embed: Embed | None = None,
+    embed: Embedder | None = None,
 ) -> SearchedPrompt:
     """Search for ``seconds``, or until everything that is measured is right.
 
@@ -185,7 +188,7 @@ class _Search(GEPAAdapter[int, tuple[int, str, float], str]):
         reflect: Callable[[str, int], str],
         questions: Sequence[Question],
         draw: random.Random,
-        embed: Embed | None,
+        embed: Embedder | None,
     ) -> None:
         distinct: dict[str, int] = {}
         for number, question in enumerate(questions):

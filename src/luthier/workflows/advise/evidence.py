@@ -192,14 +192,14 @@ class _Answers:
         """As it is, with examples, with the nearest ones, with documents."""
         ways = ways_to_ask(self.held, self.train, self.documents)
         # All are asked the same rows: a technique that leaves out the long ones would look best.
-        rows = self.asking.fitting(self.held, ways[0].given)
+        rows = able = self.asking.fitting(self.held, ways[0].context)
         tried = []
         for way in ways:
-            places = set(self.asking.fitting(self.held, way.given))
+            places = set(self.asking.fitting(self.held, way.context))
             common = [place for place in rows if place in places]
-            if not common or len(common) < LEAST_FITTING * len(rows):
+            if not common or len(common) < LEAST_FITTING * len(able):
                 self.left_out.append(
-                    f"{way.name}: only {len(common)} of {len(self.held)} questions fit into the "
+                    f"{way.name}: only {len(places)} of {len(self.held)} questions fit into the "
                     "context with them"
                 )
             else:
@@ -213,8 +213,8 @@ class _Answers:
         self.held = [self.held[place] for place in rows]
         found = []
         for way in tried:
-            given = [way.given[place] for place in rows]
-            prompted = self.asking.measure(way.name, self.held, given)
+            context = [way.context[place] for place in rows]
+            prompted = self.asking.measure(way.name, self.held, context)
             found.append(_attempt_of(way.technique, prompted))
             note(_attempt_text(found[-1]))
         return found

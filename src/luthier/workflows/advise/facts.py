@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from luthier.data.rows import RowReader
 from luthier.data.shapes import Labelled, MediaRow
 from luthier.engine.metrics import Reporter
@@ -160,7 +162,7 @@ def collect(
     learning: Any = report.summaries.get("learning", {})
     tokens = learning.get("splits", {}).get("train", {})
     learned = int(tokens.get("learned_tokens", 0))
-    labels = Counter(str(row.label) for row in rows if isinstance(row, Labelled))
+    labels = Counter(name for row in rows if isinstance(row, Labelled) for name in row.classes())
     return AdviceFacts(
         wishes=wishes,
         rows=len(rows),
@@ -346,7 +348,15 @@ def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Seq
 
     count = HELD_LABELS if isinstance(recipe.objective, SupportsPrediction) else HELD
     if recipe.data.validation:
-        return rows, read_rows(recipe.data.validation, recipe.data.columns)[0][:count]
+        held = read_rows(recipe.data.validation, recipe.data.columns)[0]
+        if len(held) > count:  # in the order of the file it might be one label alone
+            each_N = np.arange(len(held))
+            _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)
+            held = [held[i] for i in held_N]
+        group_N = group_related([*held, *rows])
+        asked = {*group_N[: len(held)].tolist()}
+        groups = group_N[len(held) :].tolist()
+        return [row for row, group in zip(rows, groups, strict=True) if group not in asked], held
     share = min(LARGEST_SHARE, count / len(rows))
     kept_N, held_N = split_rows(strata_of(rows), group_related(rows), [share], SEED)
     return [rows[i] for i in kept_N], [rows[i] for i in held_N][: 2 * count]

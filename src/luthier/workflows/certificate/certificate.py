@@ -221,7 +221,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]
             for line in lines
             if line.get("event") == event and math.isfinite(line.get("loss", math.nan))
         ]
-        stride = -(-len(points) // MOST_POINTS) or 1
+        stride = -(-len(points) // (MOST_POINTS - 1)) or 1
         if points:
             # The last point is where the run ended, whatever the stride.
             curves[event] = [*points[:-1:stride], points[-1]]
