@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
+from luthier.evaluation.significance import RowScores
 from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
@@ -86,6 +87,21 @@ def test_a_handful_of_rows_decides_nothing(loss: float | None) -> None:
     assert found.techniques == ("simple baselines",) and not found.sure
     many = given(evidence=replace(swapped, held=200)).recommendation
     assert many.sure and not any("decide" in reason for reason in many.reasons)
+
+
+def test_differences_are_those_of_the_same_rows() -> None:
+    """Both miss the same rows but for four, which decides what two samples would not."""
+    same = [1] * 30 + [0] * 66
+    one, other = RowScores.of([*same, 1, 1, 1, 1, 1, 1, 1, 1]), RowScores.of([*same, *[0] * 8])
+    ways = [
+        tried("prompt engineering", "4 examples", other.value, None),
+        tried("fine-tuning", "after 80 steps", one.value, None),
+    ]
+    assert not given(evidence=evidence(*ways, held=104)).recommendation.sure
+    paired = [replace(each, row_scores=rows) for each, rows in zip(ways, (other, one), strict=True)]
+    found = given(evidence=evidence(*paired, held=104)).recommendation
+    assert found.sure and found.techniques == ("fine-tuning",)
+    assert "row_scores" not in paired[0].plain()
 
 
 def test_rows_of_the_smallest_class_are_counted() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
+from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
 from luthier.types import Example, Message, Row
 
@@ -49,16 +50,12 @@ class Prompted:
     name: str
     loss: float
     """Nats for each token of the right answers: how much they surprise the model."""
-    exact: float | None
-    """Share of greedy answers that are the right ones, white space aside; short answers only."""
+    exact: RowScores | None
+    """Whether greedy answers are the right ones, white space aside; of short answers only."""
     prompt_tokens: float
     """Mean tokens that are read for one answer."""
     seconds: float
     """Seconds for one answer on this machine, in batches; of reading alone where none is written."""
-
-    def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class Prompting:
     def fitting(
         self, questions: Sequence[Question], context: Sequence[Sequence[Question | str]]
     ) -> list[int]:
-        """Places of the questions that fit into the context with what is ``given`` to each."""
+        """Places of the questions that fit into the context with the ``context`` of each."""
         room = self.context - ROOM
         encoded = (self._encode(*each) for each in self._prompt_answer_pairs(questions, context))
         return [place for place, example in enumerate(encoded) if len(example) <= room]
@@ -174,7 +171,7 @@ class Prompting:
         context: Sequence[Sequence[Question | str]],
         done: Callable[[int], None] = lambda _: None,
     ) -> Prompted:
-        """Loss and answers with what is ``given`` to each question: examples, or passages.
+        """Loss and answers with the ``context`` of each question: examples, or passages.
 
         All of them must fit, one at least: see :meth:`fitting`.
         """
@@ -212,7 +209,7 @@ class Prompting:
         pairs: Sequence[tuple[tuple[Message, ...], str]],
         longest: int,
         done: Callable[[int], None],
-    ) -> float:
+    ) -> RowScores:
         from luthier.models.decoding import sample
         from luthier.models.sampling import Sampling
 
@@ -222,11 +219,10 @@ class Prompting:
             stop_ids=self.chat.stop_ids, batch_size=32, done=done,
         )  # fmt: skip
         replies = [self.chat.decode(found.ids_T.tolist()) for (found,) in written]
-        same = [
+        return RowScores.of([
             reply.strip() == answer.strip()
             for reply, (_, answer) in zip(replies, pairs, strict=True)
-        ]
-        return sum(same) / len(same)
+        ])  # fmt: skip
 
 
 def conversation_of(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.shapes import Labelled
 from luthier.errors import LuthierError
+from luthier.evaluation.significance import RowScores
 from luthier.files import TEMPORARY
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.serving.prompting import (
@@ -55,7 +56,7 @@ class TechniqueResult:
     technique: Technique
     name: str
     loss: float | None
-    """Nats for each token of the right answers, for models that write; the mean error of ratings."""
+    """Nats for each token of the right answers, for models that write."""
     score: float | None
     """Share of right answers, where they are short enough to compare, or labels."""
     prompt_tokens: float
@@ -64,10 +65,14 @@ class TechniqueResult:
     """For one answer, in a batch, on this machine."""
     constant: bool = False
     """Whether it answers every row alike: something to compare with, and no way to answer."""
+    row_scores: RowScores | None = None
+    """What :attr:`score` is the share of, row by row."""
 
     def plain(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        return asdict(self)
+        """All of it, for JSON, without the rows."""
+        found = asdict(self)
+        del found["row_scores"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -254,12 +259,20 @@ class _Labels:
         compared = fitted.comparison
         self.left_out += [f"{name}: there was no time for it" for name in compared.left_out]
         found = []
-        for each in compared.baselines:
+        for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
             technique: Technique = "as it is" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
-            values = _loss_and_score(compared.measure, each.score)
             found.append(
-                TechniqueResult(technique, each.name, *values, self._tokens, seconds, each.constant)
+                TechniqueResult(
+                    technique,
+                    each.name,
+                    None,
+                    each.score,
+                    self._tokens,
+                    seconds,
+                    each.constant,
+                    rows,
+                )
             )
             note(_attempt_text(found[-1]))
         return found
@@ -276,10 +289,12 @@ class _Labels:
         objective = self.job.data.objective
         predictor = Predictor(self.network, objective, self.job.chat, _context(self.job))
         began = time.perf_counter()
-        scores = predictor.scores(self.held).scores
+        rows = next(iter(predictor.scores(self.held).row_scores.values()))
+        assert isinstance(rows, RowScores)
         seconds = (time.perf_counter() - began) / len(self.held)
-        values = _loss_and_score(*next(iter(scores.items())))
-        return TechniqueResult("fine-tuning", name, *values, self._tokens, seconds)
+        return TechniqueResult(
+            "fine-tuning", name, None, rows.value, self._tokens, seconds, row_scores=rows
+        )
 
 
 def _context(job: TrainingJob) -> int:
@@ -290,13 +305,11 @@ def _context(job: TrainingJob) -> int:
 
 
 def _attempt_of(technique: Technique, found: Prompted) -> TechniqueResult:
+    score = None if found.exact is None else found.exact.value
     return TechniqueResult(
-        technique, found.name, found.loss, found.exact, found.prompt_tokens, found.seconds
-    )
-
-
-def _loss_and_score(measure: str, value: float) -> tuple[float | None, float | None]:
-    return (value, None) if measure == "mean_absolute_error" else (None, value)
+        technique, found.name, found.loss, score, found.prompt_tokens, found.seconds,
+        row_scores=found.exact,
+    )  # fmt: skip
 
 
 def _attempt_text(each: TechniqueResult) -> str:

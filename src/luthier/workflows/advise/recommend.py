@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from luthier.evaluation.baselines import LINEAR_PROBE, NAIVE_BAYES
-from luthier.evaluation.significance import differ
+from luthier.evaluation.significance import CHANCE, differ
 from luthier.models.catalog import WORD_READER
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts
@@ -435,7 +435,10 @@ def _most_reachable(evidence: Evidence, tuned: TechniqueResult) -> float | None:
 def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[float, bool]:
     """How much better the tuned one is, and whether that is more than noise."""
     if tuned.score is not None and best.score is not None:
-        return tuned.score - best.score, differ(tuned.score, best.score, held)
+        one, other, gain = tuned.row_scores, best.row_scores, tuned.score - best.score
+        if one is None or other is None:
+            return gain, differ(tuned.score, best.score, held)
+        return gain, abs(gain) >= CHANCE * one.difference_error(other)  # of the same rows
     if tuned.loss is None or best.loss is None:
         return 1.0, False
     gain = (best.loss - tuned.loss) / best.loss
