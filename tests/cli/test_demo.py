@@ -6,15 +6,15 @@ import pytest
 
 from luthier.cli.demo import _print
 from luthier.data.shapes import PromptCompletion
-from luthier.evaluation.evaluate import Evaluation, Graded
+from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
 
 
 def test_replies_and_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     def evaluation(reply: str, score: float) -> Evaluation:
         rows = [PromptCompletion("t", n, f"question {n}", "[route: a]") for n in range(60)]
-        answers = [Graded(row.prompt, reply, "[route: a]", {"label": score}) for row in rows]
-        return Evaluation({"label": RowScores.of([score] * 60)}, [*rows], answers)
+        records = [{"prompt": row.prompt, "reply": reply} for row in rows]
+        return Evaluation({"label": RowScores.of([score] * 60)}, [*rows], records=records)
 
     _print("base:tuned", evaluation("no idea", 0.0), evaluation("[route: a] Hello", 1.0))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

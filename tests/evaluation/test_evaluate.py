@@ -118,7 +118,7 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
     assert questions([asks, bare])[1] == ["2", None]
     assert grade([asks], ["= 2"], {"number": Number()}).scores == {"number": 1.0}
     found = grade([bare], ["Dear"], {"regex": Regex(pattern="^Dear$")})
-    assert found.scores == {"regex": 1.0} and found.answers[0].expected is None
+    assert found.scores == {"regex": 1.0} and found.records[0]["expected"] is None
     with pytest.raises(DataError, match=r"f:2: \[grader\.no_expected\]"):
         check([asks, bare], {"exact": Exact()})
 
@@ -128,10 +128,10 @@ def test_scores_are_means_and_every_answer_is_kept() -> None:
     result = grade(rows, ["That.", "3", "A\nC"], {"exact": Exact(), "first_line": FirstLine()})
     assert result.rows == rows
     assert result.scores == {"exact": pytest.approx(1 / 3), "first_line": pytest.approx(2 / 3)}
-    assert [answer.scores["exact"] for answer in result.answers] == [1.0, 0.0, 0.0]
-    assert [answer.prompt for answer in result.answers] == ["What?", "Two?", "x"]
-    assert [answer.reply for answer in result.answers] == ["That.", "3", "A\nC"]
-    assert [answer.expected for answer in result.answers] == ["That.", "2", "A\nB"]
+    assert [answer["scores"]["exact"] for answer in result.records] == [1.0, 0.0, 0.0]
+    assert [answer["prompt"] for answer in result.records] == ["What?", "Two?", "x"]
+    assert [answer["reply"] for answer in result.records] == ["That.", "3", "A\nC"]
+    assert [answer["expected"] for answer in result.records] == ["That.", "2", "A\nB"]
     assert result.errors == {
         "exact": pytest.approx(standard_error(1 / 3, 3)),
         "first_line": pytest.approx(standard_error(2 / 3, 3)),
@@ -196,7 +196,7 @@ def test_a_model_is_asked_and_graded(tiny_model_folder: Path, tmp_path: Path) ->
     data.write_text("\n".join(lines))
     result = luthier.evaluate(model, data, graders=["exact", "first_line"], max_tokens=8)
     assert result.scores["exact"] == pytest.approx(2 / 3)
-    assert [answer.reply for answer in result.answers] == replies
+    assert [answer["reply"] for answer in result.records] == replies
     by_id = luthier.evaluate(str(tiny_model_folder), data, max_tokens=8)
     assert by_id.scores == {"exact": result.scores["exact"]}
     assert load_rows(data) == result.rows

@@ -66,10 +66,10 @@ def test_an_encoder_of_the_store_is_asked_as_predict_asks_it(
     graders = {"mine": mine, "both": Multi(graders={"a": mine}, calculate_output="a >= -1")}
     found = luthier.evaluate(str(tiny_model_folder), data, graders=graders, max_tokens=4)
     predictor = Predictor.open(find(encoder))
-    for each in found.answers:
-        assert each.expected is not None
-        one, other = torch.from_numpy(predictor.embed([each.reply, each.expected]))
-        assert each.scores["mine"] == pytest.approx(
+    for each in found.records:
+        assert each["expected"] is not None
+        one, other = torch.from_numpy(predictor.embed([each["reply"], each["expected"]]))
+        assert each["scores"]["mine"] == pytest.approx(
             float(cosine_similarity(one, other, 0)), abs=1e-4
         )
     assert found.scores["both"] == 1

@@ -103,9 +103,9 @@ def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:
         f"\n[bold]Unseen customers, the same question to both[/bold]  ({time.strftime('%H:%M')})"
     )
     table = Table("customer", "base model", model_id, show_lines=True, expand=True)
-    for before, after in list(zip(base.answers, tuned.answers, strict=True))[:SHOWN]:
-        replies = escape(before.reply), f"[green]{escape(after.reply)}[/green]"
-        table.add_row(escape(before.prompt), *replies)
+    for before, after in list(zip(base.records, tuned.records, strict=True))[:SHOWN]:
+        replies = escape(before["reply"]), f"[green]{escape(after['reply'])}[/green]"
+        table.add_row(escape(before["prompt"]), *replies)
     out.print(table)
     table = Table(f"on {len(base.rows)} unseen rows", "base", "tuned", box=None)
     for name, score in base.scores.items():

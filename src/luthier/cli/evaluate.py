@@ -102,22 +102,24 @@ def evaluate(
     if json_:
         print_json({"model": model, **found.plain(), "seconds": found.seconds})
         return
-    spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.answers else ""
+    spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
-        style = ".2%" if found.answers and graders[name].is_share else ".4f"
+        style = ".2%" if found.row_scores[name].is_share else ".4f"
         error = f" ± {found.errors[name]:{style}}" if name in found.errors else ""
         print_text(f"{name}: {score:{style}}{error}{spent}")
     if found.errors:
         name, (low, high) = next(iter(found.intervals.items()))
+        style = ".1%" if found.row_scores[name].is_share else ".3g"
         print_text(
-            f"± is one standard error; with 95 % confidence {name} is between {low:.3g} and {high:.3g}"
+            f"± is one standard error; with 95 % confidence {name} is between {low:{style}} and "
+            f"{high:{style}}"
         )
     for remark in found.remarks:
         print_text(remark)
     _print_slices(found)
     if found.tokens:
         print_text(f"{found.tokens:,} tokens of {len(found.rows)} texts in {found.seconds:.0f} s")
-    elif not found.answers:
+    elif not found.is_graded:
         print_text(f"{len(found.rows):,} rows of {data} in {found.seconds:.0f} s")
     for problem in found.problems[:5]:
         print_text(f"scored 0: {problem}")

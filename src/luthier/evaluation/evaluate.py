@@ -26,16 +26,6 @@ TurnChoice = Literal["last", "calls", "all"]
 
 
 @dataclass(frozen=True)
-class Graded:
-    """One answer and its scores."""
-
-    prompt: str
-    reply: str
-    expected: str | None
-    scores: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Scores of rows, with how sure they are, and every answer."""
 
@@ -43,8 +33,6 @@ class Evaluation:
     """The first is the one that models are compared by."""
     rows: list[Row]
     """Those that were measured, in the order of :attr:`records`."""
-    answers: list[Graded] = field(default_factory=list)
-    """Replies with their grades; of models that read, and of raw text, there are none."""
     problems: list[Problem] = field(default_factory=list)
     """Why answers have score 0 that a grader could not grade, where that was asked for."""
 
@@ -55,7 +43,9 @@ class Evaluation:
     remarks: list[str] = field(default_factory=list)
     """What the scores do not say, in sentences: how sure they are, and what is answered wrong."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """What was asked, expected and said of each row, ready for JSON."""
+    """What was asked, expected and said of each row, ready for JSON; of raw text there are none."""
+    is_graded: bool = False
+    """Whether records have a ``prompt``, the ``reply`` and its ``scores`` by the graders."""
     tokens: int = 0
     """Of raw text: tokens that were predicted."""
     seconds: float = 0.0
@@ -262,21 +252,21 @@ def grade(
     asked, expected = questions(rows)
     answers = _answers(rows, asked, replies, expected)
     found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}
-    graded = [
-        Graded(
-            answer.prompt[-1].content,
-            answer.reply,
-            wanted,
-            {name: grades.scores[index] for name, grades in found.items()},
-        )
-        for index, (answer, wanted) in enumerate(zip(answers, expected, strict=True))
+    records = [
+        {
+            "prompt": answer.prompt[-1].content,
+            "reply": answer.reply,
+            "expected": answer.expected,
+            "scores": {name: grades.scores[index] for name, grades in found.items()},
+        }
+        for index, answer in enumerate(answers)
     ]
     problems = [problem for grades in found.values() for problem in grades.problems]
     scores = {
-        name: RowScores.of([a.scores[name] for a in graded], is_share=grader.is_share)
+        name: RowScores.of(found[name].scores, is_share=grader.is_share)
         for name, grader in graders.items()
     }
-    return Evaluation(scores, list(rows), graded, problems)
+    return Evaluation(scores, list(rows), problems, records=records, is_graded=True)
 
 
 def _answers(

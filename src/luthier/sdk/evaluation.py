@@ -136,9 +136,6 @@ def evaluate(
             found = measure(
                 writer.generator, rows, chosen, max_tokens, done, on_error, long_rows, journal
             )
-        fields = ("prompt", "reply", "expected", "scores")
-        records = [{name: getattr(each, name) for name in fields} for each in found.answers]
-        found = replace(found, records=records)
     found = replace(found, seconds=time.monotonic() - started)
     if slices:
         if of_shape(RawText, found.rows):  # which is packed: no score belongs to one text

@@ -558,7 +558,7 @@ class _Contest:
             contender = _contender(
                 stored, technique, score, graded.scores, seconds, memory, name, tokens
             )
-            contender = replace(contender, replies=[each.reply for each in graded.answers])
+            contender = replace(contender, replies=[each["reply"] for each in graded.records])
             if searched is not None and way is ways[-1]:
                 contender = replace(contender, preparation_seconds=searched.seconds, prompt=way)
             found.append(contender)
@@ -588,8 +588,8 @@ class _Contest:
             if able:
                 graded = measure(generator, [asked[n] for n in able], deciding, self.max_tokens)
                 scores_K = _deciding(graded).parts_R
-                for place, each, score in zip(able, graded.answers, scores_K, strict=True):
-                    found[place] = each.reply, float(score)
+                for place, each, score in zip(able, graded.records, scores_K, strict=True):
+                    found[place] = each["reply"], float(score)
             return found
 
         self.note(

@@ -110,9 +110,9 @@ def test_an_eval_of_this_service_is_taken_over_whole(
     assert [row.turns()[-1].content for row in asked] == ["Card 0?", "Card 1?", "Card 2?"]
     assert asked[0].turns()[0].role == "system"  # a developer's, there
     graders = parse_graders(read_graders(found.folder / "cards-graders.toml"))
-    answers = grade(asked, replies, graders).answers
+    answers = grade(asked, replies, graders).records
     passed = {each.testing_criteria: each.passed for each in theirs.per_testing_criteria_results}
-    assert {name: sum(each.scores[name] for each in answers) for name in graders} == passed
+    assert {name: sum(each["scores"][name] for each in answers) for name in graders} == passed
     assert passed == {"same": 1, "near": 1, "short": 2, "both": 1}
     assert [each.partition(": ")[2] for each in found.results] == [
         "tiny passed 0 of 3", "answers that were brought along passed 1 of 3"

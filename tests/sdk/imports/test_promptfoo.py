@@ -37,7 +37,7 @@ def scores(found: Any, reply: str, number: str = "") -> dict[str, float]:
     """What the graders say of ``reply`` to the first row."""
     (row, *_) = rows_of(found, f"prompt-1{number}.jsonl")
     graders = parse_graders(read_graders(found.folder / f"graders{number}.toml"))
-    return dict(grade([row], [reply], graders).answers[0].scores)
+    return dict(grade([row], [reply], graders).records[0]["scores"])
 
 
 @pytest.mark.parametrize(
