@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -40,6 +41,14 @@ def test_list_names_bases_and_custom_models(
     assert all(name in text for name in CATALOG)
     (line,) = [line for line in text.splitlines() if line.startswith(MODEL)]
     assert line.rstrip().endswith(custom["created"][:16].replace("T", " "))
+
+
+def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
+    record = own_home / "models" / "custom" / "tiny-llama" / "colours" / "luthier.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"withheld": "it forgot"}))
+    text = Answer("models", "list").good().out
+    (line,) = [line for line in text.splitlines() if line.startswith(MODEL)]
+    assert line.rstrip().endswith("withheld")
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:

@@ -85,6 +85,17 @@ def test_a_custom_model_is_found_with_its_lineage() -> None:
     assert found.parent.parent.root == BASE
 
 
+def test_a_copied_folder_is_not_taken_for_the_model_of_its_record() -> None:
+    make_base(BASE)
+    folder = make_custom(BASE, "one", BASE, "adapter")
+    shutil.copytree(folder, folder.with_name("copy"))
+    with pytest.raises(CorruptFile, match=f"the record of {BASE}:one: a folder that was copied"):
+        find(f"{BASE}:copy")
+    one, other = sorted(custom_models(), key=lambda model: model.id)
+    assert (one.id, other.id) == (f"{BASE}:copy", f"{BASE}:one")
+    assert "copied or renamed" in (one.damaged or "") and not other.damaged
+
+
 def test_a_whole_network_needs_no_parent() -> None:
     folder = make_custom(BASE, "one", "a model that is gone", "network")
     found = find(f"{BASE}:one")

@@ -104,6 +104,17 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     assert ahead.worth_it is ahead.plain()["worth_it"] is False
     worse = ahead.verdict()
     assert worse.startswith("Do not use the tuned model") and "of nearest" in worse
+    near = contender("base", "as it is", 100, seconds=0.14)  # each is measured once
+    assert head_to_head(near, tuned).verdict().endswith("3.1%).")
+    told = head_to_head(near, tuned, answers=50).verdict()
+    assert told.endswith(
+        " 50 answers return nothing of what tuning took: both take about the same time."
+    )
+    quick = contender("words", "simple baselines", 100, seconds=0.001)
+    told = head_to_head(quick, tuned, answers=50).verdict()
+    assert told.endswith("as fast: 50 answers return nothing of what tuning took.")
+    many = head_to_head(base, tuned, answers=300_000).verdict()
+    assert many.endswith("; 300,000 answers return 99 times what it took.")
     slow = head_to_head(contender("words", "simple baselines", 100, seconds=0.001), tuned).verdict()
     assert slow.endswith("Answers of words come 100 times as fast.")
     alone = head_to_head(tuned, contender("other", "fine-tuning", 10)).verdict()
@@ -200,16 +211,18 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     )
     assert found.rows == 6 and found.measure == "exact"
     assert Counter(each.technique for each in found.contenders) == {
-        "as it is": 1, "prompt engineering": 2, "RAG": 2, "simple baselines": 1, "fine-tuning": 1,
+        "as it is": 1, "prompt engineering": 3, "RAG": 1, "simple baselines": 2, "fine-tuning": 1,
         "fine-tuning and RAG": 1,
     }  # fmt: skip
+    (always,) = [each for each in found.contenders if each.name.startswith("always")]
+    assert always.score.value == 1 / 6 and set(always.replies) <= {*ANIMALS}
     # The nearest training row has the right answer, and a prompt was searched for as long as asked.
     best = found.best
     assert (best.technique, best.score.value) == ("simple baselines", 1.0)
     (searched,) = [each for each in found.contenders if each.prompt is not None]
     assert searched.name.endswith("with a searched prompt") and searched.preparation_seconds >= 0.5
     (line,) = [each for each in found.plain()["contenders"] if "prompt" in each]
-    assert set(line["prompt"]) == {"instruction", "examples"}
+    assert set(line["prompt"]) == {"instruction", "examples", "nearest_examples"}
     assert any("the prompt was searched for" in remark for remark in found.remarks)
     by_way = {each.technique: each for each in found.contenders}
     assert (by_way["RAG"].prompt_tokens or 0) > (by_way["as it is"].prompt_tokens or 0)
@@ -225,7 +238,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     long = luthier.compare(
         held, [tuned.model_id], documents=[notes], max_tokens=4, search_seconds=0
     )
-    assert "searched" not in " ".join(long.remarks) and len(long.contenders) == 5
+    assert "searched" not in " ".join(long.remarks) and len(long.contenders) == 6
     assert "do not fit into its context" in " ".join(long.remarks)
 
 
@@ -291,7 +304,7 @@ def test_a_classifier_beside_a_base_that_writes(
     )
     ways = Counter(each.technique for each in found.contenders)
     assert ways.pop("simple baselines") >= 4  # of words, and of the states of the base that writes
-    assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 2, "RAG": 1}
+    assert ways == {"fine-tuning": 1, "as it is": 1, "prompt engineering": 3}
     assert found.measure == "accuracy" and {len(each.score) for each in found.contenders} == {8}
     assert any("searched" in remark for remark in found.remarks)
 

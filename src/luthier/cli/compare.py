@@ -102,7 +102,7 @@ def show(found: HeadToHead) -> None:
 
     print_text(f"{found.measure.replace('_', ' ')} on {found.rows:,} rows")
     style = ".1%" if found.best.score.is_share else ".3g"
-    priced = [] if found.prices is None else ["1,000"]
+    priced = [] if found.prices is None else [f"{found.prices.currency}/1,000"]
     numbers = ("score ±", "to the best ±", "tokens", "ms", "MB", *priced)
     table, behind = new_table("", *numbers, numbers=numbers), found.behind()
     for each in found.contenders:
@@ -119,11 +119,12 @@ def show(found: HeadToHead) -> None:
             f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
         ]  # fmt: skip
         cost = found.cost_per_thousand(each)
-        table.add_row(*cells, *([] if cost is None else [f"{cost:.4f}"]))
+        table.add_row(*cells, *([] if cost is None else [f"{cost:.3g}"]))
     print_table(table)
     costs = "" if found.prices is None else f"; cost of 1,000 answers in {found.prices.currency}"
     print_text(
-        f"tokens read and milliseconds for an answer, memory at its peak{costs}; * may be chance"
+        f"± one standard error; tokens read and milliseconds for an answer, memory at its peak{costs}; "
+        "* may be chance"
     )
     for remark in found.remarks:
         print_text(remark)

@@ -102,6 +102,8 @@ def evaluate(
     if json_:
         print_json({"model": model, **found.plain(), "seconds": found.seconds})
         return
+    if grader and not found.is_graded:
+        note("the graders were not used: they grade replies, and this is measured otherwise")
     spent = f" of {len(found.rows):,} rows ({found.seconds:.0f} s)" if found.is_graded else ""
     for name, score in found.scores.items():
         style = ".2%" if found.row_scores[name].is_share else ".4f"

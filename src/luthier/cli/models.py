@@ -88,6 +88,8 @@ def list_models(json_: Json = False) -> None:
         measured = validation_result(model.get("measure", ""), model.get("validation", {}))
         names = (model["objective"], model["adaptation"])
         created = model["created"][:16].replace("T", " ")
+        if model.get("withheld"):
+            created += ", [red]withheld[/red]"
         table.add_row(model["id"], *names, measured, created)
     out.print()
     print_table(table)
@@ -124,6 +126,7 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
         "created": manifest.created,
         "objective": method,
         "validation_loss": None,
+        **({"withheld": manifest.withheld} if manifest.withheld else {}),
     }
     if cut := manifest.student:
         kept = f"student, {cut['layers']} of {cut['teacher_layers']} layers"

@@ -179,12 +179,12 @@ def print_result(result: Result) -> None:
 
 def validation_result(measure: str, kept: Mapping[str, float]) -> str:
     """What the stored weights measured on the validation rows, for people; empty for nothing."""
-    from luthier.engine.metrics import SCORES
+    from luthier.engine.metrics import SCORES, SHARES
 
     if measure not in kept:
         return ""
-    name = SCORES.get(measure, measure)
-    return f"{'' if measure == 'loss' else f'{name} '}{kept[measure]:.4f}"
+    style = ".1%" if measure in SHARES else ".4f"
+    return f"{SCORES.get(measure, measure)} {kept[measure]:{style}}"
 
 
 def print_comparison(found: Comparison | None) -> None:

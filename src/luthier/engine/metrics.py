@@ -22,6 +22,8 @@ SCORES: Mapping[str, str] = {
     "cer": "character error rate",
 }
 """Metrics of objectives that people read beside the loss, and what they are called."""
+SHARES = SCORES.keys() - {"cosine", "absolute_error"}
+"""Those that are shares of what is right or wrong, and read best as percent."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Metrics of which less is better that people read beside the loss, and what they are called."""
 HOLLOW = 0.95

@@ -25,6 +25,12 @@ TurnChoice = Literal["last", "calls", "all"]
 """Turns of the assistant that are asked for: the last of a conversation, each that calls, or all."""
 
 
+FEW_REPLIES = 10
+"""Below which it says little that all are the same."""
+SHOWN = 100
+"""Characters of a reply in a sentence."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of rows, with how sure they are, and every answer."""
@@ -266,7 +272,13 @@ def grade(
         name: RowScores.of(found[name].scores, is_share=grader.is_share)
         for name, grader in graders.items()
     }
-    return Evaluation(scores, list(rows), problems, records=records, is_graded=True)
+    remarks = []
+    if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len({*expected}):
+        shown = replies[0] if len(replies[0]) <= SHOWN else f"{replies[0][:SHOWN]} …"
+        remarks.append(f"all {len(replies):,} replies are the same: {shown!r}")
+    return Evaluation(
+        scores, list(rows), problems, remarks=remarks, records=records, is_graded=True
+    )
 
 
 def _answers(

@@ -13,7 +13,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded, too_long
+from luthier.graders.base import Answer, Grader, GraderModels, Ungraded, too_long
+from luthier.graders.judge import verdict_trouble
 from luthier.graders.string_check import Template
 from luthier.graders.templates import fill_template, scope_of
 from luthier.types import Message
@@ -98,10 +99,7 @@ class PromptedModel(ModelSpec, Grader):
         for index, reply in enumerate(replies):
             found = None if isinstance(reply, Failure) else self.score_of(reply)
             if found is None:
-                said = reply.reason if isinstance(reply, Failure) else repr(reply[-200:])
-                text = f"grader `{self.method}`: there is no score: {said}"
-                fix = "Use a stronger model, allow it more tokens, or score such answers 0."
-                troubles[index] = Trouble("grader.verdict", text, fix)
+                troubles[index] = verdict_trouble(self.method, reply)
             scores.append(math.nan if found is None else found)
         if troubles:
             raise Ungraded(scores, troubles)

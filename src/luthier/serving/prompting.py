@@ -109,14 +109,17 @@ class Way:
     """Whether examples are given; a tuned model has learned from these."""
     instruction: str = ""
     """What the system says, after what it says in the question itself."""
+    nearest: int = 0
+    """Training rows that each question has for examples of its own, those nearest to it."""
 
     def plain(self) -> dict[str, Any]:
-        """What all questions have in common, for JSON: the instruction, and examples that stay."""
+        """For JSON: the instruction, examples that stay, and how many each question has of its own."""
         common = self.context[0] if all(each == self.context[0] for each in self.context) else ()
         examples = [each for each in common if isinstance(each, Question)]
         return {
             "instruction": self.instruction,
             "examples": [{"asked": each.text, "answer": each.answer} for each in examples],
+            "nearest_examples": self.nearest,
         }
 
 
@@ -142,7 +145,8 @@ def ways_to_ask(
         )
         for by, search in searches.items():
             nearest = NearestExamples(train, search).of(questions, EXAMPLES)
-            ways.append(Way("RAG", f"{EXAMPLES} nearest examples{by}", nearest, True))
+            name = f"{EXAMPLES} nearest examples{by}"
+            ways.append(Way("prompt engineering", name, nearest, True, nearest=EXAMPLES))
     if documents:
         for by, search in searches.items():
             passages = retrieve_passages(questions, documents, embed=search)

@@ -262,12 +262,23 @@ def _manifests(pattern: str) -> list[StoredModel]:
         base, name = path.parent.parent.name, path.parent.name
         model_id = f"{base}:{name}" if pattern.startswith("custom") else name
         try:
-            manifest = Manifest.read(path.parent)
-            found.append(StoredModel(manifest.id, path.parent, manifest))
+            manifest = _read_record(path.parent, model_id)
+            found.append(StoredModel(model_id, path.parent, manifest))
         except CorruptFile as error:
             empty = Manifest(id=model_id)
             found.append(StoredModel(model_id, path.parent, empty, damaged=str(error)))
     return sorted(found, key=lambda model: (model.manifest.created, model.id))
+
+
+def _read_record(folder: Path, model_id: str) -> Manifest:
+    """The record of a model in its folder; raises :class:`CorruptFile` where it is another's."""
+    manifest = Manifest.read(folder)
+    if manifest.id != model_id:
+        raise CorruptFile(
+            f"{folder} holds the record of {manifest.id}: a folder that was copied or renamed is no "
+            "model of its own. Name it as it was, or remove it"
+        )
+    return manifest
 
 
 def load(
@@ -522,6 +533,6 @@ def _find_custom(
         raise UnknownModel(
             f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
         )
-    manifest = Manifest.read(folder)
+    manifest = _read_record(folder, model_id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
     return StoredModel(manifest.id, folder, manifest, parent)

@@ -14,6 +14,7 @@ Left out: several samples of an answer, a reader of documents that was tuned wit
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,6 +78,12 @@ MOST_SEARCH_SECONDS = 600.0
 BASELINE_SECONDS = 120.0
 """For all simple baselines together."""
 SEED = 0
+TIMES_ALIKE = 1.5
+"""Times of answers that are closer to each other are called the same: each is measured once."""
+FREQUENT = 0.05
+"""Share of the training rows with one reply from which that reply alone is a rival."""
+NEARLY_NONE = 0.1
+"""The best score, where all are shares, up to which the grader or the model may be the wrong one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,12 +217,17 @@ class HeadToHead:
 
     def _cost_text(self, tuned: Contender, rival: Contender) -> str:
         """What an answer of both takes, where that is no matter of chance."""
-        if not min(tuned.seconds, rival.seconds) or 0.8 < tuned.seconds / rival.seconds < 1.25:
-            return ""
+        nothing = (
+            f"{self.answers:,} answers return nothing of what tuning took" if self.answers else ""
+        )
+        alike = 1 / TIMES_ALIKE < tuned.seconds / max(rival.seconds, 1e-9) < TIMES_ALIKE
+        if not min(tuned.seconds, rival.seconds) or alike:
+            return f"{nothing}: both take about the same time." if nothing else ""
         ratio = max(tuned.seconds, rival.seconds) / min(tuned.seconds, rival.seconds)
         times = f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
         if tuned.seconds > rival.seconds:
-            return f"Answers of {rival.name} come {times} as fast."
+            text = f"Answers of {rival.name} come {times} as fast"
+            return f"{text}: {nothing}." if nothing else f"{text}."
         paid = self.break_even(tuned, rival)
         text = f"Answers of {tuned.name} come {times} as fast"
         if paid is None:
@@ -224,6 +236,8 @@ class HeadToHead:
         if not self.answers:
             return f"{text}."
         returned = self.return_on_investment(tuned, rival, self.answers)
+        if returned is not None and returned >= 10:
+            return f"{text}; {self.answers:,} answers return {returned:,.0f} times what it took."
         return f"{text}; {self.answers:,} answers return {returned:+.0%} of what it took."
 
     def _text(self, score: float, signed: bool = False) -> str:
@@ -323,6 +337,9 @@ def compare(
     embed = None if encoder is None or not asked else _embed_once(Predictor.open(encoder).embed)
     ways = ways_to_ask(held, known, documents, embed) if asked else []
     without_examples = [way for way in ways if not way.shows_training_rows]
+    for what, named in (("the documents", documents), ("the graders", graders)):
+        if named and not asked:
+            remarks.append(f"{what} were not used: none of these models writes")
     if graders is None:
         # A base model that was not tuned writes labels with capitals and stops.
         graders = {"exact": Exact(ignore_case=labelled, ignore_punctuation=labelled)}
@@ -336,7 +353,7 @@ def compare(
             )
     searches = bool(base_writes and known and search_seconds)
     written = len(writers) * len(without_examples) + base_writes * (len(ways) + searches)
-    replies = len(rows) * (written + bool(known))
+    replies = len(rows) * (written + 2 * bool(known))
     opened = open_graders(graders, replies, note) if asked else {}
     if judge is not None:  # in both orders
         judge = open_graders({"judge": judge}, 2 * replies, note)["judge"]
@@ -371,12 +388,21 @@ def compare(
         contenders += run.write(base, rows, held, ways, remarks, known=known, search=search)
     if known and not labelled:
         contenders.append(run.copy_nearest(rows, held, known))
+        reply, count = Counter(each.answer for each in known).most_common(1)[0]
+        if count > max(1, FREQUENT * len(known)):
+            contenders.append(run.always(rows, reply))
     measure_name = next(iter(measures.values()))
     if judge is not None:
         measure_name, contenders = "win_rate", _judge(judge, rows, contenders, remarks)
     if len(contenders) < 2:
         raise RecipeError("; ".join(["nothing is left to compare", *remarks]))
     contenders.sort(key=lambda each: -as_gain(measure_name, each.score.value))
+    best = contenders[0].score
+    if asked and best.is_share and best.value <= NEARLY_NONE:
+        remarks.append(
+            f"nearly all replies score 0 by {measure_name}: read some of them, and choose another "
+            "grader where they are right in other words"
+        )
     return HeadToHead(measure_name, len(rows), contenders, remarks, prices, answers)
 
 
@@ -609,6 +635,15 @@ class _Contest:
         graded = grade(rows, replies, self.graders)
         return Contender(
             "the nearest row by words", "simple baselines", _deciding(graded), graded.scores, seconds,
+            replies=replies,
+        )  # fmt: skip
+
+    def always(self, rows: Sequence[Row], reply: str) -> Contender:
+        """The same reply to all: what a model that learned nothing else is worth."""
+        replies = [reply] * len(rows)
+        graded = grade(rows, replies, self.graders)
+        return Contender(
+            "always the most frequent reply", "simple baselines", _deciding(graded), graded.scores, 0.0,
             replies=replies,
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ def _costs(comparison: HeadToHead) -> Table:
                 f"{1000 * each.seconds:,.1f}",
                 f"{each.memory_bytes / 1e6:,.0f}" if each.memory_bytes else "",
                 f"{each.preparation_seconds:,.0f}" if each.preparation_seconds else "",
-                *([] if cost is None else [f"{cost:.4f}", "" if right is None else f"{right:.4f}"]),
+                *([] if cost is None else [f"{cost:.3g}", "" if right is None else f"{right:.3g}"]),
             ]
         )  # fmt: skip
     return Table.of("What an answer takes", columns, rows)

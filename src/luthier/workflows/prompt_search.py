@@ -92,14 +92,19 @@ class SearchedPrompt:
         context: Sequence[Sequence[Question | str]] = [self.examples] * len(questions)
         if self.nearest:
             context = NearestExamples(train, embed).of(questions, self.nearest)
-        return Way("prompt engineering", "a searched prompt", context, True, self.instruction)
+        return Way(
+            "prompt engineering", "a searched prompt", context, True, self.instruction, self.nearest
+        )
 
     def describe(self) -> str:
         """In a sentence."""
         shown = f"{self.nearest} nearest" if self.nearest else f"{len(self.examples)} fixed"
+        gained = f"{self.score:.1%} instead of {self.first_score:.1%}"
+        if self.score <= self.first_score:
+            gained = f"none is better than the one that it began with, {self.first_score:.1%}"
         return (
             f"the prompt was searched for {self.seconds:.0f} s: {self.answers:,} "
-            f"answers, {self.candidates} prompts, {self.score:.1%} instead of {self.first_score:.1%} "
+            f"answers, {self.candidates} prompts, {gained} "
             f"of {self.measured_rows} training rows; it has {shown} examples and "
             + (_beginning(self.instruction) if self.instruction else "no instruction")
         )

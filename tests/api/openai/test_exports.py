@@ -159,7 +159,9 @@ def test_answers_that_passed_can_be_learned_from(tmp_path: Path) -> None:
     assert grader["model"] == "smollm2-135m-instruct"
     assert "{{item.item.answer }}" in grader["input"][0]["content"]
     assert found.results == ["Colours, run first: ft:gpt:x passed 1 of 2"]
-    assert [each.where for each in found.not_imported] == ["eval 'Colours', criterion 2"]
+    assert [each.where for each in found.not_imported] == [
+        "eval 'Colours', criterion 2", "file-1.jsonl"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -196,10 +198,17 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     empty = {"id": "eval", "object": "eval", "name": "None", "testing_criteria": [SAME],
              "data_source_config": {"type": "custom", "schema": SCHEMA}}  # fmt: skip
     export = saved(tmp_path / "export", lost, {**JOB, "training_file": "file-2"}, orphan, empty)
+    (export / "noise.jsonl").write_text("not json\n")
+    store = {"id": "vs_1", "object": "vector_store"}
+    (export / "store.json").write_text(json.dumps(store))
+    (export / "none.json").write_text('{"object": "list", "data": []}')
+    (export / "notes.txt").write_text("of the user's own")
     found = luthier.import_openai(export, tmp_path / "out")
     assert [each.where for each in found.not_imported] == [
-        "file file-2", "fine_tuning.job ftjob-1", "rows of the eval 'None'", "eval.run run"
+        "file file-2", "fine_tuning.job ftjob-1", "rows of the eval 'None'", "eval.run run",
+        "file-1.jsonl", "noise.jsonl", "store.json",
     ]  # fmt: skip
+    assert "no object that is known here" in found.not_imported[-1].reason
     assert "save it as file-2.jsonl" in found.not_imported[0].reason
 
 

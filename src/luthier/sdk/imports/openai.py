@@ -49,12 +49,17 @@ class _Export:
         default_factory=lambda: {kind: {} for kind in _KINDS}
     )
     contents: dict[str, Path] = field(default_factory=dict)
+    read: set[Path] = field(default_factory=set)
+    """Contents that an object named."""
 
     def content_of(self, file_id: str | None) -> Path | None:
         """The content of a file, by its id or the name that it was uploaded by."""
         known = self.objects["file"].get(str(file_id), {})
         names = (str(file_id), str(known.get("filename") or file_id))
-        return next((self.contents[name] for name in names if name in self.contents), None)
+        found = next((self.contents[name] for name in names if name in self.contents), None)
+        if found is not None:
+            self.read.add(found)
+        return found
 
 
 def convert(export: Path, result: Import, judge: str | None = None) -> None:
@@ -111,6 +116,17 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether a file is empty, or a list without objects."""
+    with path.open("rb") as file:
+        beginning = file.read(1000)
+    try:
+        value = json.loads(beginning or "[]")
+    except ValueError:
+        return False
+    return not (value.get("data", value) if isinstance(value, Mapping) else value)
+
+
 class _Conversion:
     def __init__(self, export: _Export, result: Import, judge: str | None) -> None:
         self.export, self.result, self.judge = export, result, judge
@@ -142,6 +158,12 @@ class _Conversion:
             if str(run.get("eval_id")) not in objects["eval"]:
                 self.result.skip(
                     f"eval.run {run['id']}", f"its eval {run.get('eval_id')} is not there"
+                )
+        for path in sorted({*self.export.contents.values()} - self.export.read):
+            if path.suffix in (".json", ".jsonl") and not _is_empty(path):
+                self.result.skip(
+                    path.name,
+                    "it holds no object that is known here, and none names it as its content",
                 )
 
     def _file(self, given: Mapping[str, Any]) -> None:
@@ -192,6 +214,11 @@ class _Conversion:
 
     def _judge(self, model: str, where: str) -> str:
         """What graders of OpenAI's ask here."""
+        if self.judge is None:
+            self.result.remark(
+                f"replies that a model grades are sent to {model} at api.openai.com; --judge names "
+                "another model"
+            )
         return self.judge or f"https://api.openai.com/v1#{model}"
 
     def _eval(self, given: Mapping[str, Any]) -> None:

@@ -105,7 +105,10 @@ def rag(facts: AdviceFacts) -> Judgement:
         needs = f"documents; {facts.document_tokens:,} tokens of them are here"
     else:
         fit = "no" if facts.wishes.goal == "knowledge" else "perhaps"
-        reason = "without documents only your own rows can be searched"
+        reason = (
+            "without documents there is nothing to search; the nearest of your own rows are examples "
+            "in the prompt"
+        )
         needs = "documents (--documents); none are given"
     best = facts.evidence and facts.evidence.best("RAG")
     each = f"{best.prompt_tokens:,.0f} tokens read, and a search" if best else "a search"
