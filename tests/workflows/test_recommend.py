@@ -90,7 +90,7 @@ def test_a_handful_of_rows_decides_nothing(loss: float | None) -> None:
 
 
 def test_differences_are_those_of_the_same_rows() -> None:
-    """Both miss the same rows but for four, which decides what two samples would not."""
+    """Both miss the same rows but for eight, which decides what two samples would not."""
     same = [1] * 30 + [0] * 66
     one, other = RowScores.of([*same, 1, 1, 1, 1, 1, 1, 1, 1]), RowScores.of([*same, *[0] * 8])
     ways = [

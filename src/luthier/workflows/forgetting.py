@@ -161,7 +161,11 @@ class Forgetting:
         """What tuning took away, in a few sentences."""
         kl = self.drift.kl
         low, high = kl.interval
-        said = [f"Drift: {kl.value:.3f} nats a token ({low:.3f} to {high:.3f})."]
+        before, now = self.drift.base_perplexity.value, self.drift.tuned_perplexity.value
+        said = [
+            f"Drift: {kl.value:.3f} nats a token ({low:.3f} to {high:.3f}); the perplexity of what the "
+            f"base writes went from {before:.1f} to {now:.1f}."
+        ]
         for title, changes in (("Worse", self.regressions), ("Better", self.improvements)):
             if changes:
                 said.append(f"{title} than the base: {'; '.join(map(self.describe, changes))}.")

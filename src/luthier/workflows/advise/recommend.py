@@ -231,7 +231,9 @@ def _takes(facts: AdviceFacts) -> str:
     if found is None:
         return "not estimated"
     low, high = found.seconds.low / 60, found.seconds.high / 60
-    return f"{low:,.0f} to {high:,.0f} min, {found.memory.value / 1e9:.1f} GB of memory"
+    texts = dict.fromkeys((f"{low:,.0f}", f"{high:,.0f}"))
+    minutes = "less than 1" if high < 1 else " to ".join(texts)
+    return f"{minutes} min, {found.memory.value / 1e9:.1f} GB of memory"
 
 
 def _slow(facts: AdviceFacts) -> bool:
