@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from luthier.files import hashes_of, read_json, write_json
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.store.models import StoredModel, content_hash, find
 from luthier.store.reports import reports_of, write_report
+from luthier.workflows.certificate import certificate
 from luthier.workflows.certificate.certificate import (
     Certificate,
     certificate_schema,
@@ -421,3 +423,31 @@ def test_forms_by_the_command_line(home: Path) -> None:
     assert (folder(home) / "certificate.json").read_bytes() == before  # forms make none anew
     refused = CliRunner().invoke(app, ["certificate", ID, "--output", str(target)])
     assert refused.exit_code == 2 and "--format" in refused.output
+
+
+def test_two_that_judge_at_once_leave_out_no_report(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathers, may_end = threading.Event(), threading.Event()
+
+    def slow(model: StoredModel, watts: float | None = None) -> Certificate:
+        made = make_certificate(model, watts)
+        if not gathers.is_set():
+            gathers.set()
+            may_end.wait(1)
+        return made
+
+    monkeypatch.setattr(certificate, "make_certificate", slow)
+    write_report(find(ID), "evaluation", {}, {"rows": 1})
+    first = threading.Thread(target=certificate.certify, args=(ID,))
+    first.start()
+    assert gathers.wait(10)
+    write_report(find(ID), "evaluation", {}, {"rows": 2})
+    second = threading.Thread(target=certificate.certify, args=(ID,))
+    second.start()
+    second.join(0.3)
+    may_end.set()
+    for each in (first, second):
+        each.join()
+    counts = [each.report.result.get("rows") for each in read_certificate(find(ID)).reports]
+    assert {1, 2} <= {*counts}
