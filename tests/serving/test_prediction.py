@@ -166,7 +166,7 @@ def test_words_get_tags(
     assert found["scores"]["entity_f1"] > 0.9 and 0 < found["errors"]["entity_f1"] < 0.1
     printed = command("evaluate", model_id, data)
     assert (
-        f"entity_f1: {found['scores']['entity_f1']:.4f} ± {found['errors']['entity_f1']:.4f}\n"
+        f"entity_f1: {found['scores']['entity_f1']:.2%} ± {found['errors']['entity_f1']:.2%}\n"
         in printed
     )
     assert "± is one standard error" in printed

@@ -159,7 +159,7 @@ class RowBatcher:
     ) -> None:
         """What a pass keeps between layers is taken from ``memory``."""
         from luthier.models.layouts import MOST_IMAGES
-        from luthier.serving.prediction import BUDGET
+        from luthier.serving.evaluation import BUDGET
 
         network = predictor.network
         self._predictor, self._scheduler, self._memory = predictor, scheduler, memory

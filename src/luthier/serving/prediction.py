@@ -24,7 +24,7 @@ from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
 from luthier.objectives.capabilities import SupportsPrediction, SupportsSampling, SupportsThreshold
-from luthier.serving.evaluation import FittingRows, LongRows, fit_rows
+from luthier.serving.evaluation import BUDGET, FittingRows, LongRows, fit_rows
 from luthier.types import Example, Row
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
     from luthier.objectives import Objective
     from luthier.store.models import StoredModel
-
-BUDGET = 2048
-"""Tokens read at once."""
 
 
 def likeliest(scores: Mapping[str, float], top: int) -> dict[str, float]:

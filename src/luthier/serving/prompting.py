@@ -23,6 +23,7 @@ from luthier.errors import RecipeError
 from luthier.evaluation.retrieval import Retriever
 from luthier.evaluation.significance import RowScores
 from luthier.graders.base import Embedder
+from luthier.serving.evaluation import BUDGET
 from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ SHORT = 24
 """Answers of at most so many tokens are compared as they are; longer ones have a loss only."""
 ROOM = 4
 """Tokens that an answer may have beyond the longest right one."""
-BUDGET = 2048
-"""Tokens computed at once."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ from luthier.graders import Exact
 from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
 from luthier.models.sampling import Sampling
-from luthier.serving.evaluation import measure, open_graders
-from luthier.serving.prediction import BUDGET, Predictor
+from luthier.serving.evaluation import BUDGET, measure, open_graders
+from luthier.serving.prediction import Predictor
 from luthier.serving.prompting import (
     NearestExamples,
     Question,

@@ -68,6 +68,18 @@ class TechniqueResult:
     row_scores: RowScores | None = None
     """What :attr:`score` is the share of, row by row."""
 
+    @property
+    def result(self) -> str:
+        """Score and loss, as people read them."""
+        parts = [] if self.score is None else [f"{self.score:.0%} right"]
+        parts += [] if self.loss is None else [f"a loss of {self.loss:.2f}"]
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """The same with its name and what it reads."""
+        read = f"{self.prompt_tokens:,.0f} tokens read for an answer"
+        return f"{self.name}: {self.result}; {read}"
+
     def plain(self) -> dict[str, Any]:
         """All of it, for JSON, without the rows."""
         found = asdict(self)
@@ -221,7 +233,7 @@ class _Answers:
             context = [way.context[place] for place in rows]
             prompted = self.asking.measure(way.name, self.held, context)
             found.append(_attempt_of(way.technique, prompted))
-            note(_attempt_text(found[-1]))
+            note(found[-1].describe())
         return found
 
     def measure_trained(self, name: str) -> TechniqueResult:
@@ -245,7 +257,7 @@ class _Labels:
         """The baselines that go with such rows; their seconds are for each row that was read."""
         from luthier.engine.comparison import encode_cut, fit_baselines
         from luthier.evaluation.baselines import ComparedRows
-        from luthier.serving.prediction import BUDGET
+        from luthier.serving.evaluation import BUDGET
 
         objective, context = self.job.data.objective, _context(self.job)
         # A label that no training row has is a wrong answer here, not a refusal.
@@ -274,7 +286,7 @@ class _Labels:
                     rows,
                 )
             )
-            note(_attempt_text(found[-1]))
+            note(found[-1].describe())
         return found
 
     @property
@@ -310,9 +322,3 @@ def _attempt_of(technique: Technique, found: Prompted) -> TechniqueResult:
         technique, found.name, found.loss, score, found.prompt_tokens, found.seconds,
         row_scores=found.exact,
     )  # fmt: skip
-
-
-def _attempt_text(each: TechniqueResult) -> str:
-    parts = [] if each.score is None else [f"{each.score:.0%} right"]
-    parts += [] if each.loss is None else [f"loss {each.loss:.3f}"]
-    return f"{each.name}: {', '.join(parts)}; {each.prompt_tokens:,.0f} tokens read for an answer"

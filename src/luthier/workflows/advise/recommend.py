@@ -244,11 +244,7 @@ def _slow(facts: AdviceFacts) -> bool:
 
 def _best_measured(facts: AdviceFacts, *techniques: Any) -> str:
     best = facts.evidence and facts.evidence.best(*techniques)
-    if not best:
-        return ""
-    parts = [] if best.score is None else [f"{best.score:.0%} right"]
-    parts += [] if best.loss is None else [f"loss {best.loss:.2f}"]
-    return f"{', '.join(parts)} ({best.name})"
+    return f"{best.result} ({best.name})" if best else ""
 
 
 MARGIN = 0.05
@@ -395,11 +391,11 @@ def _without_training(facts: AdviceFacts) -> tuple[str, list[str], bool]:
     if best.score is not None and best.score >= SURE and not (gain > 0 and sure):
         return best.technique, [f"{best.name}: {best.score:.1%} right without training"], enough
     if not tuned:
-        return "", [f"without training the best is {_scores_text(best)}"], enough
+        return "", [f"without training the best is {best.result}"], enough
     share = evidence.steps / max(1, evidence.all_steps)
     said = (
-        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {_scores_text(tuned)}; without "
-        f"training the best is {best.name} with {_scores_text(best)}"
+        f"after {evidence.steps:,} of {evidence.all_steps:,} steps {tuned.result}; without "
+        f"training the best is {best.name} with {best.result}"
     )
     if gain > 0:
         return "", [said], sure and enough
@@ -448,12 +444,6 @@ def _gain(tuned: TechniqueResult, best: TechniqueResult, held: int) -> tuple[flo
         return 1.0, False
     gain = (best.loss - tuned.loss) / best.loss
     return (gain if gain > MARGIN else 0.0), abs(gain) > MARGIN
-
-
-def _scores_text(each: TechniqueResult) -> str:
-    parts = [] if each.score is None else [f"{each.score:.0%} right"]
-    parts += [] if each.loss is None else [f"a loss of {each.loss:.2f}"]
-    return ", ".join(parts)
 
 
 def without_option(command: str, option: str) -> str:
