@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import regex
 from pydantic import ValidationError
 
 from luthier.errors import GradingFailed
@@ -46,6 +47,29 @@ def test_a_bad_pattern_is_refused() -> None:
 def test_patterns_that_cannot_be_compiled(pattern: str, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Regex(pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a{99999999}", "((a{1000}){1000}){1000}", "a{,99999999}", "a{0000000000099999999}", "[^]]{999999}",
+     "(?x)a{9 9 9 9 9 9 9 9}", "(?x)[#]{99#c\n9999999}", "(a)\\1{99999999}", "(?:){99999999}",
+     "(?P<n>a{9999}){9999}", "a(?#c){99999999}"],
+)  # fmt: skip
+def test_counts_that_would_take_all_memory_are_refused_before_they_are_compiled(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(regex, "compile", lambda given: pytest.fail("it was compiled"))
+    with pytest.raises(ValidationError, match="repeat more than 100,000 characters"):
+        Regex(pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a{1000}", r"(\d{4}-){3}\d+", r"\p{L}{3}", r"[a-z\]{99999999}]", r"\{99999999}", "x{5000,}",
+     "(ab|cd){2,20}"],
+)  # fmt: skip
+def test_counts_that_people_write_are_not(pattern: str) -> None:
+    assert Regex(pattern=pattern).pattern == pattern
 
 
 def test_a_pattern_that_would_run_for_ever_is_stopped() -> None:

@@ -187,6 +187,53 @@ def test_one_altered_byte_is_found_and_its_file_named(
     assert done.exit_code == 1 and name in done.stdout and "is intact" not in done.stdout
 
 
+def test_an_altered_certificate_is_handed_to_nobody(home: Path) -> None:
+    path = folder(home) / "certificate.json"
+    path.write_text(path.read_text().replace('"technique": "fine-tuning"', '"technique": "RAG"'))
+    for form in ("model-card", "in-toto"):
+        done = CliRunner().invoke(app, ["certificate", ID, "--format", form])
+        assert done.exit_code != 0 and "was changed since it was made" in done.output
+    luthier.certificate(ID)
+    done = CliRunner().invoke(app, ["certificate", ID, "--format", "model-card"])
+    assert done.exit_code == 0, done.output
+
+
+def test_what_is_no_file_of_the_model_s_folder_is_found(home: Path, tmp_path: Path) -> None:
+    weights = folder(home) / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    (difference,) = luthier.verify(ID).differences
+    assert "adapter_model.safetensors is a link out of the model's folder" in difference
+    weights.unlink()
+    (tmp_path / "elsewhere").rename(weights)
+    assert luthier.verify(ID).is_intact
+    (folder(home) / "certificate.json").unlink()
+    (folder(home) / "certificate.json").mkdir()
+    (difference,) = luthier.verify(ID).differences
+    assert difference.endswith("certificate.json is no file.")
+
+
+def test_a_report_that_was_broken_is_said_before_anything_is_measured(home: Path) -> None:
+    (broken, *_) = sorted((folder(home) / "reports").glob("*.json"))
+    broken.write_text("{")
+    before = sorted((folder(home) / "reports").iterdir())
+    with pytest.raises(CorruptFile, match="remove it and measure again"):
+        luthier.evaluate(ID, home / "test.jsonl", max_tokens=4, attach=True)
+    assert sorted((folder(home) / "reports").iterdir()) == before
+    broken.unlink()
+    luthier.evaluate(ID, home / "test.jsonl", max_tokens=4, attach=True)
+
+
+def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> None:
+    learned = luthier.evaluate(ID, home / "rows.jsonl", max_tokens=2)
+    assert "was trained on these rows" in learned.remarks[0]
+    assert not any("trained on" in r for r in luthier.evaluate(ID, home / "test.jsonl").remarks)
+    twice = home / "twice.jsonl"
+    twice.write_text((home / "test.jsonl").read_text() * 2)
+    (remark,) = luthier.evaluate(ID, twice, max_tokens=2).remarks
+    assert remark.startswith("6 of 12 rows repeat others") and "those of 6 rows" in remark
+
+
 def test_weights_below_an_adapter_and_reports_are_checked(home: Path) -> None:
     flip(home / "models" / "base" / "tiny" / "model.safetensors")
     (difference,) = luthier.verify(ID).differences

@@ -124,7 +124,9 @@ def test_the_mean_of_several_is_of_adapters_and_networks(
 ) -> None:
     one = tune(pairs, tiny_model_folder, "one", "lora", training__learning_rate=0.05)
     other = tune(pairs, tiny_model_folder, "other", training__seed=3)
-    found = luthier.soup([one, other, one])
+    with pytest.raises(RecipeError, match="would be averaged with itself"):
+        luthier.soup([one, other, one])
+    found = luthier.soup([one, other])
     assert found.alpha == 1 and found.ingredients == [one, other] and found.saved == "network"
     first, second = weights(one), weights(other)
     mean = {name: (first[name] + second[name]) / 2 for name in first}

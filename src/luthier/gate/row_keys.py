@@ -65,6 +65,21 @@ def question_of(row: Row) -> str:
     return "\n".join(inputs)
 
 
+def repeated_rows(rows: Sequence[Row]) -> list[int]:
+    """Numbers of the rows that ask and say word for word what an earlier one does.
+
+    A row without text repeats none.
+    """
+    known = set[tuple[str, str | None, int]]()
+    found = []
+    for number, row in enumerate(rows):
+        key = question_of(row), row.expected_reply(), target_key(row)
+        if key[0] and key in known:
+            found.append(number)
+        known.add(key)
+    return found
+
+
 STRETCH = 50
 """Lines of a time series that stay together: windows next to each other have nearly all in common."""
 

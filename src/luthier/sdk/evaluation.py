@@ -136,7 +136,11 @@ def evaluate(
             found = measure(
                 writer.generator, rows, chosen, max_tokens, done, on_error, long_rows, journal
             )
-    found = replace(found, seconds=time.monotonic() - started)
+    found = replace(
+        found,
+        seconds=time.monotonic() - started,
+        remarks=[*_row_remarks(stored, data, found.rows), *found.remarks],
+    )
     if slices:
         if of_shape(RawText, found.rows):  # which is packed: no score belongs to one text
             raise RecipeError(
@@ -152,6 +156,29 @@ def evaluate(
     if attach:
         _attach([stored], "evaluation", [data], found, note)
     return found
+
+
+def _row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
+    """Why scores of these rows say less than their errors do."""
+    from luthier.files import sha256_of
+    from luthier.gate.row_keys import repeated_rows
+
+    remarks = []
+    if stored.manifest.data is not None and Path(data).is_file():
+        named = (stored.manifest.recipe or {}).get("data", {})
+        held_out = {named.get("validation"), named.get("test")}
+        files = stored.manifest.data.sha256.items()
+        if sha256_of(Path(data)) in {digest for path, digest in files if path not in held_out}:
+            remarks.append(
+                f"{stored.id} was trained on these rows, so the scores say what it remembers, and "
+                "nothing of rows that it has not seen"
+            )
+    if repeats := repeated_rows(rows):
+        remarks.append(
+            f"{len(repeats):,} of {len(rows):,} rows repeat others word for word: the scores are as "
+            f"sure as those of {len(rows) - len(repeats):,} rows, and not as their errors say"
+        )
+    return remarks
 
 
 def _attach(

@@ -23,6 +23,7 @@ from luthier.models.manifest import REPORTS
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel
 
+REMEDY = "restore the file, or remove it and measure again"
 MOST_REPORTS = 1000
 """Reports of one model."""
 
@@ -59,12 +60,14 @@ def check_attachable(model: StoredModel) -> None:
 
     Raises:
         RecipeError: for one outside the store, or with too many reports.
+        CorruptFile: for a report that is no longer what was written.
     """
     if not model.folder.is_relative_to(luthier_home()):
         raise RecipeError(
             f"{model.id} is not in the store, so no report can be kept with it; write the result to a "
             "file of your own"
         )
+    reports_of(model)  # what stands there already goes into the certificate with the new one
     folder = model.folder / REPORTS
     if sum(1 for _ in folder.glob("*.json")) >= MOST_REPORTS:
         raise RecipeError(f"{folder} holds {MOST_REPORTS:,} reports already; delete some of them")
@@ -109,11 +112,13 @@ def reports_of(model: StoredModel) -> list[StoredReport]:
         try:
             report = ModelReport.model_validate(read_json(path))
         except ValidationError as error:
-            raise CorruptFile(f"{path} is no report of a model") from error
+            raise CorruptFile(f"{path} is no report of a model: {REMEDY}") from error
+        except CorruptFile as error:
+            raise CorruptFile(f"{error}: {REMEDY}") from error
         digest = sha256_of(path)
         if path.stem != f"{report.kind}-{digest[:16]}":
             raise CorruptFile(
-                f"{path} no longer has the bytes that were recorded (SHA-256 differs)"
+                f"{path} no longer has the bytes that were recorded (SHA-256 differs): {REMEDY}"
             )
         found.append(StoredReport(f"{REPORTS}/{path.name}", digest, report))
     return sorted(found, key=lambda each: (each.report.created, each.name))

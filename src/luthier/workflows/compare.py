@@ -42,7 +42,7 @@ from luthier.evaluation.significance import (
 from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
 from luthier.gate.near_duplicates import normalize
-from luthier.gate.row_keys import question_of
+from luthier.gate.row_keys import question_of, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
@@ -324,7 +324,14 @@ def compare(
     names = [base.id, *(each.id for each in tuned)]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"{twice} would be compared with itself; name each model once")
+    if repeats := {*repeated_rows(rows)}:
+        rows = [row for number, row in enumerate(rows) if number not in repeats]
     remarks = check_leakage(rows, train)
+    if repeats:
+        remarks.append(
+            f"{len(repeats):,} rows repeat others word for word and were left out, as they would make "
+            "chance look smaller"
+        )
     labelled = len(of_shape(LabelledText, rows) or ()) == len(rows)
     base_writes = writes(base)
     if judge is not None and (labelled or not base_writes):

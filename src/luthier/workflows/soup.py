@@ -140,7 +140,9 @@ def make_soup(
         RefusedInput: for models that do not go together, a name, an alpha, a memory or a disk.
     """
     reporter = reporter or Reporter()
-    tuned = [store.find(model_id, reporter.stage) for model_id in dict.fromkeys(model_ids)]
+    if twice := next((each for each in model_ids if [*model_ids].count(each) > 1), None):
+        raise RecipeError(f"{twice} would be averaged with itself; name each model once")
+    tuned = [store.find(model_id, reporter.stage) for model_id in model_ids]
     _check(tuned, alpha, method, measure)
     first = tuned[0]
     if name is None:

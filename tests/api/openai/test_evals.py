@@ -502,6 +502,9 @@ def test_models_answer_and_grade_for_who_may_ask_them(client: openai.OpenAI, ser
 
 WRONG_EVALS: list[tuple[dict[str, Any], str]] = [
     ({"testing_criteria": []}, "testing_criteria"),
+    ({"data_source_config": {"type": "custom", "item_schema": {
+        "type": "object", "properties": {"a": {"pattern": "((a{1000}){1000}){1000}"}}}}},
+     "data_source_config.item_schema"),
     ({"testing_criteria": [{**SAME, "type": "best"}]}, "testing_criteria[0].type"),
     ({"testing_criteria": [{**SAME, "name": ""}]}, "testing_criteria[0].name"),
     ({"testing_criteria": [SAME, SAME]}, "testing_criteria[1].name"),

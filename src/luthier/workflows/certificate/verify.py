@@ -74,6 +74,9 @@ def verify_files(model: StoredModel, public_key: Path | None = None) -> Verifica
         found.differences.extend(_file_differences(each))
         found.checked.append(f"{len(each.manifest.files):,} files of {each.id}")
     path = model.folder / CERTIFICATE
+    if not path.is_file() and (path.exists() or path.is_symlink()):
+        found.differences.append(f"{path} is no file.")
+        return found
     if not path.is_file():
         found.remarks.append(
             f"{model.id} has no certificate, so nothing says what its record, {MANIFEST}, should hold."
@@ -101,6 +104,10 @@ def verify_files(model: StoredModel, public_key: Path | None = None) -> Verifica
 
 
 def _file_differences(model: StoredModel) -> Iterator[str]:
+    for name in model.manifest.files:
+        target = (model.folder / name).resolve()
+        if not target.is_relative_to(model.folder.resolve()):
+            yield f"{model.folder / name} is a link out of the model's folder, to {target}."
     for path, is_there in changed_files(model):
         how = "is not what was recorded (SHA-256 differs)" if is_there else "is missing"
         yield f"{path} {how}."
