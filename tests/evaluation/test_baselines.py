@@ -105,6 +105,7 @@ def test_rows_with_several_labels() -> None:
     )
     found = scores(compared(train, held, states_of(labelled(60), labelled(30))))
     assert found["always the most frequent labels"] == pytest.approx(2 / 3)
+    assert found["5 nearest rows of the base model"] == 1.0
     assert found["logistic regression on the base model"] == 1.0
 
 

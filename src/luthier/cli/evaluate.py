@@ -19,6 +19,7 @@ from luthier.cli.console import (
 )
 from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, LongRows
 from luthier.errors import RecipeError
+from luthier.printable import one_line
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation
@@ -133,19 +134,20 @@ def evaluate(
 
 def _print_slices(found: Evaluation) -> None:
     """A line a slice: its first score, and whether it is unlike that of the other rows."""
-    width = max((len(each.value) for each in found.slices), default=0)
+    names = [one_line(each.value) for each in found.slices]
+    width = min(40, max(map(len, names), default=0))
     by = ""
-    for each in found.slices:
+    for label, each in zip(names, found.slices, strict=True):
         if each.by != by:
             by = each.by
             print_text(f"by {by}:")
         name, score = next(iter(each.scores.items()))
         low, high = each.interval
         apart = "  unlike the others, by more than chance" if each.stands_out else ""
-        print_text(
-            f"  {each.value:<{min(width, 40)}}  {each.rows:>6,} rows  {name} {score:.3f} "
-            f"({low:.3f} to {high:.3f}){apart}"
-        )
+        style = ".1%" if found.row_scores[name].is_share else ".3f"
+        rows = f"{each.rows:>6,} row{' ' if each.rows == 1 else 's'}"
+        interval = f"({low:{style}} to {high:{style}})"
+        print_text(f"  {label:<{width}}  {rows}  {name} {score:{style}} {interval}{apart}")
 
 
 def judge(

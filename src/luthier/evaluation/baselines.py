@@ -49,6 +49,7 @@ MOST_ROWS = 10_000
 FEW_ROWS = 30
 """Held-out rows below which equal scores say little."""
 NEIGHBOURS = 5
+NEAREST = f"{NEIGHBOURS} nearest rows of the base model"
 SMOOTHING = 0.3
 """Added to each count of naive Bayes."""
 LARGEST_TABLE = 20_000_000
@@ -330,7 +331,7 @@ def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Itera
         return name_classes(model.scores(states.held_QH).argmax(-1).tolist())
 
     for name, answers in (
-        (f"{NEIGHBOURS} nearest rows of the base model", by_neighbours),
+        (NEAREST, by_neighbours),
         ("class centroids of the base model", partial(by_model, fit_centroids)),
         (LINEAR_PROBE, partial(by_model, fit_logistic)),
     ):
@@ -347,6 +348,14 @@ def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> I
         constant=True,
     )
     names = sorted({name for each in sets for name in each})
+
+    of_name = {"\0".join(each): each for each in sets}
+
+    def by_neighbours(states: States) -> Answers:
+        found = nearest_labels(states, ["\0".join(each) for each in sets])
+        return [{"label": [*of_name[each]]} for each in found]
+
+    yield _Method(NEAREST, by_neighbours, reads_states=True)
 
     def by_regression(states: States) -> Answers:
         known = sets[: len(states.train_NH)]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from luthier.data.shapes import Labelled, RatedText, TaggedWords, of_shape
 from luthier.errors import DataError, Problem
 from luthier.evaluation.significance import RowScores, Score, Statistic
+from luthier.printable import one_line
 from luthier.types import Row
 
 SHOWN = 5
@@ -94,7 +95,7 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     unknown = [name for name in wanted if name not in answers[0].get("scores", wanted)]
     if unknown:
         count = sum(wanted[name] for name in unknown)
-        some = ", ".join(unknown[:SHOWN]) + (", …" if len(unknown) > SHOWN else "")
+        some = ", ".join(map(one_line, unknown[:SHOWN])) + (", …" if len(unknown) > SHOWN else "")
         have = "has a label" if count == 1 else "have labels"
         remarks.append(
             f"{count:,} of the rows {have} that the model was not trained with, which it can only get "
@@ -103,7 +104,7 @@ def label_remarks(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> 
     wrong = Counter(pair for pair in pairs if pair[0] != pair[1] and pair[0] not in unknown)
     if wrong:
         most = [
-            f"{answer} for {truth} ({count:,} of {wanted[truth]:,})"
+            f"{one_line(answer)} for {one_line(truth)} ({count:,} of {wanted[truth]:,})"
             for (truth, answer), count in wrong.most_common(SHOWN)
         ]
         remarks.append(f"answered wrong most often: {', '.join(most)}")
