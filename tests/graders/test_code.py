@@ -83,7 +83,7 @@ def test_it_is_off_unless_allowed() -> None:
         Code()
 
 
-@pytest.mark.parametrize("tests", ["", "# none", "assert (", "\0"])
+@pytest.mark.parametrize("tests", ["", "# none", "assert (", "\0", "x = 1", "import math"])
 def test_tests_that_test_nothing_are_refused(tests: str) -> None:
     with pytest.raises(RowRefused, match=r"grader\.bad_tests"):
         Code(allow_code=True).check_expected(tests)

@@ -54,6 +54,8 @@ class ModelSpec(BaseModel):
     """What it is asked as, in messages and rules."""
     set_by: ClassVar[str] = ""
     """How its fields are set on the command line: what stands before their names."""
+    named_by: ClassVar[str] = "model"
+    """The field that says what the endpoint calls it."""
     goes_on: ClassVar[str] = "Try again when it answers"
     """What to do after an outage."""
 

@@ -201,7 +201,10 @@ class _Session:
                 f"variable to a valid key, or name another with {self.spec.set_by}key_env"
             )
         if code == 404:
-            raise RecipeError(f"{self.spec.url} has no model {self.spec.model!r}: {said}")
+            raise RecipeError(
+                f"{self.spec.url} has no model {self.spec.model!r}: {said}. {self.spec.url}/models "
+                f"lists those it has; name one with {self.spec.set_by}{self.spec.named_by}"
+            )
         if code == 429:
             raise LuthierError(
                 f"{self.spec.url} still limits the rate: {said}. {self.spec.goes_on}"

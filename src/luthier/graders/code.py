@@ -66,8 +66,8 @@ class Code(Grader):
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             message = f"the tests are no Python: {error}."
             raise RowRefused("grader.bad_tests", message, fix) from error
-        if not tests.body:
-            raise RowRefused("grader.bad_tests", "there are no tests.", fix)
+        if not any(isinstance(node, ast.Assert | ast.Raise | ast.Call) for node in ast.walk(tests)):
+            raise RowRefused("grader.bad_tests", "there are no tests, so any code would pass.", fix)
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """1 or 0 for each."""

@@ -112,7 +112,7 @@ def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -
     assert wrong.exit_code == 1
     assert json.loads(wrong.stdout)["endpoint"]["finding"] == "adapter_without_effect"
     for changed, text in (
-        (["--endpoint-model", "nobody"], "has no model 'nobody'"),
+        (["--endpoint-model", "nobody"], "name one with endpoint_model"),
         (
             ["--endpoint-model", "right", "--key-env", "NO_SUCH_KEY"],
             "refuses the key of NO_SUCH_KEY",

@@ -26,7 +26,7 @@ from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, BaseRun, Run
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes
+from luthier.files import lock, read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel, ancestors, content_hash, find
@@ -280,7 +280,7 @@ def certify(model_id: str) -> None:
     if (model.folder / SIGNATURE).exists():
         return
     # Of two that judge it at once neither may leave out the other's report.
-    with lock(luthier_home() / "models" / ".certificate.lock", wait=True):
+    with lock(model.folder / MANIFEST, wait=True):
         there = read_certificate(model)
         made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
         same = {"created": there.created, "sha256": there.sha256}

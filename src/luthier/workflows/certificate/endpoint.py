@@ -63,6 +63,7 @@ class EndpointSpec(ModelSpec):
     """The server that is asked."""
 
     role: ClassVar[str] = "endpoint"
+    named_by: ClassVar[str] = "endpoint_model"
     timeout: float = 60.0
     retries: int = 2
 
@@ -150,7 +151,7 @@ def prompts_of(model: StoredModel, data: str | Path | None, count: int) -> list[
     source = data or recipe.get("validation") or recipe.get("train")
     if data is None and (not isinstance(source, str) or not Path(source).exists()):
         raise RecipeError(
-            f"the rows that {model.id} was measured on are not here; give others with prompts"
+            f"the rows that {model.id} was measured on are not here; name others with prompts as data"
         )
     rows: list[Row] = load_rows(str(source), recipe.get("columns") if data is None else None)
     if data is None and held:
