@@ -167,7 +167,8 @@ def _row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> 
     if stored.manifest.data is not None and Path(data).is_file():
         named = (stored.manifest.recipe or {}).get("data", {})
         held_out = set[str]()
-        for each in (named.get("validation"), named.get("test")):  # of pre-training they are several
+        # Of pre-training there may be several.
+        for each in (named.get("validation"), named.get("test")):
             held_out.update([each] if isinstance(each, str) else each or ())
         files = stored.manifest.data.sha256.items()
         if sha256_of(Path(data)) in {digest for path, digest in files if path not in held_out}:
