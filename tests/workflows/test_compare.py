@@ -113,6 +113,8 @@ def test_the_verdict_goes_by_what_chance_does_and_by_costs() -> None:
     quick = contender("words", "simple baselines", 100, seconds=0.001)
     told = head_to_head(quick, tuned, answers=50).verdict()
     assert told.endswith("as fast: 50 answers return nothing of what tuning took.")
+    always = contender("always", "simple baselines", 100, seconds=0.0)
+    assert head_to_head(always, tuned, answers=50).verdict().endswith("3.1%).")
     many = head_to_head(base, tuned, answers=300_000).verdict()
     assert many.endswith("; 300,000 answers return 99 times what it took.")
     slow = head_to_head(contender("words", "simple baselines", 100, seconds=0.001), tuned).verdict()

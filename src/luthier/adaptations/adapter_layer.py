@@ -60,6 +60,6 @@ def _bottlenecks(
     up_PwH: Tensor,
     up_P1H: Tensor,
 ) -> Tensor:
-    """What ``P`` of them add to ``M`` outputs each, ``[P, M, hidden]``."""
+    """What ``P`` bottlenecks add to ``M`` outputs each, ``[P, M, hidden]``."""
     narrow = activation(torch.baddbmm(down_P1w, y_PMH, down_PHw))
     return torch.baddbmm(up_P1H, narrow, up_PwH)

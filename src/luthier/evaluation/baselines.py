@@ -11,11 +11,11 @@ import re
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ LINEAR_PROBE = "logistic regression on the base model"
 NAIVE_BAYES = "naive Bayes on words"
 """Needs no base model, as ``fasttext`` needs none: both learn words and pairs of words."""
 _WORD = re.compile(r"\w+")
+AnyLabel = TypeVar("AnyLabel", bound=Hashable)
+"""A label, or all labels of a row."""
 
 
 @dataclass(frozen=True)
@@ -349,11 +351,8 @@ def _label_set_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> I
     )
     names = sorted({name for each in sets for name in each})
 
-    of_name = {"\0".join(each): each for each in sets}
-
     def by_neighbours(states: States) -> Answers:
-        found = nearest_labels(states, ["\0".join(each) for each in sets])
-        return [{"label": [*of_name[each]]} for each in found]
+        return [{"label": [*each]} for each in nearest_labels(states, sets)]
 
     yield _Method(NEAREST, by_neighbours, reads_states=True)
 
@@ -432,7 +431,7 @@ def _frequent_tags(train: Sequence[TaggedWords], held: Sequence[TaggedWords]) ->
     return [{"tags": [tags.get(word, "O") for word in row.tokens]} for row in held]
 
 
-def nearest_labels(states: States, labels: Sequence[str]) -> list[str]:
+def nearest_labels(states: States, labels: Sequence[AnyLabel]) -> list[AnyLabel]:
     """Labels by vote of the nearest training rows: k-NN by the cosine of their states."""
     from torch.nn.functional import normalize
 

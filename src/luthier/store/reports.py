@@ -67,9 +67,9 @@ def check_attachable(model: StoredModel) -> None:
             f"{model.id} is not in the store, so no report can be kept with it; write the result to a "
             "file of your own"
         )
-    reports_of(model)  # what stands there already goes into the certificate with the new one
-    folder = model.folder / REPORTS
-    if sum(1 for _ in folder.glob("*.json")) >= MOST_REPORTS:
+    # Those that stand there already go into the certificate with the new one.
+    if len(reports_of(model)) >= MOST_REPORTS:
+        folder = model.folder / REPORTS
         raise RecipeError(f"{folder} holds {MOST_REPORTS:,} reports already; delete some of them")
 
 

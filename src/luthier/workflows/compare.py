@@ -220,10 +220,12 @@ class HeadToHead:
         nothing = (
             f"{self.answers:,} answers return nothing of what tuning took" if self.answers else ""
         )
-        alike = 1 / TIMES_ALIKE < tuned.seconds / max(rival.seconds, 1e-9) < TIMES_ALIKE
-        if not min(tuned.seconds, rival.seconds) or alike:
+        quick, slow = sorted((tuned.seconds, rival.seconds))
+        if not quick:  # what answers without looking
+            return ""
+        ratio = slow / quick
+        if ratio < TIMES_ALIKE:
             return f"{nothing}: both take about the same time." if nothing else ""
-        ratio = max(tuned.seconds, rival.seconds) / min(tuned.seconds, rival.seconds)
         times = f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
         if tuned.seconds > rival.seconds:
             text = f"Answers of {rival.name} come {times} as fast"

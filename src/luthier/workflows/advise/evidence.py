@@ -274,19 +274,11 @@ class _Labels:
         for each, rows in zip(compared.baselines, fitted.row_scores, strict=True):
             technique: Technique = "as it is" if each.constant else "simple baselines"
             seconds = each.seconds / (compared.train_rows + compared.rows)
-            found.append(
-                TechniqueResult(
-                    technique,
-                    each.name,
-                    None,
-                    each.score,
-                    self._tokens,
-                    seconds,
-                    each.constant,
-                    rows,
-                )
+            result = TechniqueResult(
+                technique, each.name, None, each.score, self._tokens, seconds, each.constant, rows
             )
-            note(found[-1].describe())
+            found.append(result)
+            note(result.describe())
         return found
 
     @property

@@ -281,7 +281,7 @@ def certify(model_id: str) -> None:
         return
     # Of two that judge it at once neither may leave out the other's report.
     with lock(model.folder / MANIFEST, wait=True):
-        there = read_certificate(model)
+        there = _stored_certificate(model)
         made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
         same = {"created": there.created, "sha256": there.sha256}
         if made.model_copy(update=same).text() != there.text():
@@ -319,9 +319,20 @@ def read_certificate(model: StoredModel) -> Certificate:
     """The one that was made of ``model``; of a model that an older version made, it is made now.
 
     Raises:
-        CorruptFile: where it is none.
+        CorruptFile: where it is none, or was changed since it was made.
         RecipeError: see :func:`make_certificate`.
     """
+    found = _stored_certificate(model)
+    if found.sha256 != found.digest():
+        raise CorruptFile(
+            f"{model.folder / CERTIFICATE} was changed since it was made (SHA-256 differs): `luthier "
+            f"certificate {model.id}` makes it anew"
+        )
+    return found
+
+
+def _stored_certificate(model: StoredModel) -> Certificate:
+    """The same, whatever has become of it."""
     path = model.folder / CERTIFICATE
     if not path.is_file():
         write_certificate(model, make_certificate(model))
