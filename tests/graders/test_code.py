@@ -259,6 +259,14 @@ def test_a_sandbox_ends_when_nobody_waits_for_it() -> None:
 
 
 @isolated
+def test_whoever_asked_for_grades_can_end_the_sandbox() -> None:
+    grader, started = Code(allow_code=True, seconds=60), time.monotonic()
+    with cancelled_by(lambda work: threading.Timer(0.5, work.close).start()):
+        assert grade_answers(grader, [answer("import time\ntime.sleep(60)")]).scores == [0.0]
+    assert time.monotonic() - started < 20
+
+
+@isolated
 def test_nothing_is_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = "import os\nos.mkdir('d')\nopen('d/x', 'w').write('x')\nos.chmod('d', 0)"

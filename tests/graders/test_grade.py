@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -126,6 +127,17 @@ def test_a_grader_that_hung_does_not_go_on_with_the_next_answer() -> None:
     go.set()
     time.sleep(0.1)
     assert seen == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", [Own, AtOnce])
+def test_a_grader_works_in_the_context_of_whoever_asks(kind: type[Own]) -> None:
+    # So a sandbox hears that nobody waits any more, and a judge's journal whose run it is.
+    account = ContextVar("account", default=0.0)
+    token = account.set(1.0)
+    try:
+        assert grade_answers(kind(each=lambda reply: account.get()), answers("a")).scores == [1.0]
+    finally:
+        account.reset(token)
 
 
 def test_many_problems_are_counted_and_the_first_are_shown() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -13,7 +11,7 @@ from pydantic import Field, field_validator
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, Grader
 from luthier.graders.fences import code_blocks
-from luthier.graders.sandbox import Limits, check_sandbox, passes
+from luthier.graders.sandbox import Limits, check_sandbox, passes, side_by_side
 
 
 class Code(Grader):
@@ -71,8 +69,7 @@ class Code(Grader):
 
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """1 or 0 for each."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            return list(pool.map(self.score, answers))
+        return side_by_side(lambda group: [*map(self.score, group)], [[each] for each in answers])
 
     def score(self, answer: Answer) -> float:
         """1 or 0."""

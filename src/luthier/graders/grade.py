@@ -6,6 +6,7 @@ import math
 import queue
 import threading
 from collections.abc import Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -176,13 +177,19 @@ def _too_long(grader: Grader, limit_s: float) -> Trouble:
 
 
 class _Worker:
-    """A thread that grades groups in their order until nobody wants them any more."""
+    """A thread that grades groups in their order until nobody wants them any more.
+
+    It has the context of whoever asks: who may cancel the work, and whose journal a verdict belongs to.
+    """
 
     def __init__(self, grader: Grader, groups: Sequence[Sequence[Answer]]) -> None:
         self._found: queue.SimpleQueue[Scored | BaseException] = queue.SimpleQueue()
         self._left = threading.Event()
         thread = threading.Thread(
-            target=self._run, args=(grader, groups), name=f"grader {grader.method}", daemon=True
+            target=copy_context().run,
+            args=(self._run, grader, groups),
+            name=f"grader {grader.method}",
+            daemon=True,
         )
         thread.start()
 

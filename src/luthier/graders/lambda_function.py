@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from luthier.graders.base import Answer, Trouble
-from luthier.graders.python_source import SandboxedFunction, defines, no_end, side_by_side
-from luthier.graders.sandbox import Limits, value_of
+from luthier.graders.python_source import SandboxedFunction, defines, no_end
+from luthier.graders.sandbox import Limits, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 AT_ONCE = 16

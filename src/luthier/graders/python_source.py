@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import math
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -17,8 +13,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, Trouble, Ungraded
-from luthier.graders.sandbox import Limits, check_sandbox, value_of
+from luthier.graders.base import Answer, Grader, Trouble
+from luthier.graders.sandbox import Limits, check_sandbox, side_by_side, value_of
 from luthier.graders.templates import scope_of
 
 MOST_SOURCE = 256 * 1024
@@ -52,27 +48,6 @@ def defines(source: str, name: str, arguments: str) -> str:
     if not any(isinstance(each, ast.FunctionDef) and each.name == name for each in tree.body):
         raise ValueError(f"the source defines no function {name}({arguments})")
     return source
-
-
-def side_by_side(
-    grade: Callable[[Sequence[Answer]], Sequence[float | Trouble]],
-    groups: Sequence[Sequence[Answer]],
-) -> list[float]:
-    """Scores of the answers of all groups, in their order, as many groups at once as there are cores.
-
-    Raises:
-        Ungraded: where some answers have none. A batch that fails as a whole would be graded again,
-            one by one, and each answer that takes too long would do so twice.
-    """
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        # In the context of who asks, who may cancel it.
-        begun = [pool.submit(copy_context().run, grade, group) for group in groups]
-        found = [each for future in begun for each in future.result()]
-    troubles = {i: each for i, each in enumerate(found) if isinstance(each, Trouble)}
-    scores = [math.nan if isinstance(each, Trouble) else each for each in found]
-    if troubles:
-        raise Ungraded(scores, troubles)
-    return scores
 
 
 def no_end(grader: str, seconds: float) -> Trouble:

@@ -20,13 +20,17 @@ and can kill the user's other processes, those that limit it among them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +38,7 @@ from typing import Any
 
 from luthier.cancellation import KillHandle, cancellable
 from luthier.errors import LuthierError, RecipeError
+from luthier.graders.base import Answer, Trouble, Ungraded
 
 MOST_SAID = 4096
 """Bytes that a process may say: less than any pipe holds, so that it never waits for a reader."""
@@ -149,6 +154,27 @@ def _run(wanted: bytes, writes: int, folder: str, limits: Limits) -> None:
         running.finish()
     if said:
         raise SandboxError(said.decode(errors="replace").strip()[-300:])
+
+
+def side_by_side(
+    grade: Callable[[Sequence[Answer]], Sequence[float | Trouble]],
+    groups: Sequence[Sequence[Answer]],
+) -> list[float]:
+    """Scores of the answers of all groups, in their order, as many groups at once as there are cores.
+
+    Raises:
+        Ungraded: where some answers have none. A batch that fails as a whole would be graded again,
+            one by one, and each answer that takes too long would do so twice.
+    """
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        # In the context of who asks, who may cancel it.
+        futures = [pool.submit(copy_context().run, grade, group) for group in groups]
+        found = [each for future in futures for each in future.result()]
+    troubles = {i: each for i, each in enumerate(found) if isinstance(each, Trouble)}
+    scores = [math.nan if isinstance(each, Trouble) else each for each in found]
+    if troubles:
+        raise Ungraded(scores, troubles)
+    return scores
 
 
 @lru_cache(maxsize=4)
