@@ -14,7 +14,6 @@ from luthier.graders.formula import Multi
 from luthier.graders.grade import Grades, OnError, check_rows, grade_answers
 from luthier.graders.json_schema import JsonSchema
 from luthier.graders.judge import Judge
-from luthier.graders.label_model import LabelModel
 from luthier.graders.lambda_function import LambdaFunction
 from luthier.graders.mix import Mix
 from luthier.graders.number import Number
@@ -22,11 +21,10 @@ from luthier.graders.python_source import PythonSource
 from luthier.graders.regex import Regex
 from luthier.graders.reward import Reward
 from luthier.graders.ruler import Ruler
-from luthier.graders.score_model import ScoreModel
-from luthier.graders.similarity import Similarity
+from luthier.graders.score_model import LabelModel, ScoreModel
+from luthier.graders.similarity import Similarity, TextSimilarity
 from luthier.graders.specs import AnyGrader, Spec, grader_from, parse_graders, read_graders
 from luthier.graders.string_check import StringCheck
-from luthier.graders.text_similarity import TextSimilarity
 from luthier.graders.tool_calls import ToolCalls
 from luthier.plugins import PluginTable
 

@@ -218,3 +218,20 @@ class Grader(BaseModel):
         """The expected text of an answer, which has one or is refused."""
         self.check_expected(answer.expected)
         return answer.expected or ""
+
+
+class NetworkGrader(Grader):
+    """Base of graders that score by a network in memory: any number, a batch at a time."""
+
+    needs_expected = False
+    watched = False
+
+    @property
+    def is_share(self) -> bool:
+        """Rewards have no bounds, and a cosine may be negative."""
+        return False
+
+    @property
+    def prefers_batches(self) -> bool:
+        """All texts of a batch are read at once."""
+        return True

@@ -9,15 +9,14 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Embedder, Grader, GraderModels
-from luthier.graders.string_check import Template
-from luthier.graders.templates import fill_template, scope_of
+from luthier.graders.base import Answer, Embedder, GraderModels, NetworkGrader
+from luthier.graders.templates import Template, fill_template, scope_of
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task
 
 
-class EmbeddingSimilarity(Grader):
+class EmbeddingSimilarity(NetworkGrader):
     """The cosine of two embeddings, from -1 to 1.
 
     What it means depends on the encoder: for texts that have nothing in common all-minilm-l6-v2 gives
@@ -35,19 +34,6 @@ class EmbeddingSimilarity(Grader):
     """The text it is compared with."""
     embedder: SkipJsonSchema[Embedder | None] = Field(default=None, exclude=True, repr=False)
     """The encoder itself: texts to embeddings. Not stored."""
-
-    needs_expected = False
-    watched = False
-
-    @property
-    def is_share(self) -> bool:
-        """A cosine may be negative."""
-        return False
-
-    @property
-    def prefers_batches(self) -> bool:
-        """All texts of a batch are read at once."""
-        return True
 
     @property
     def models(self) -> Mapping[str, Task]:

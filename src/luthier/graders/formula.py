@@ -6,16 +6,13 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from luthier.graders.base import Answer, Grader, GraderModels, Trouble, Ungraded
-from luthier.graders.mix import Mix
+from luthier.graders.base import Answer, Trouble, Ungraded
+from luthier.graders.mix import CompositeGrader
 from luthier.graders.specs import AnyGrader
-
-if TYPE_CHECKING:
-    from luthier.models.heads import Task
 
 LONGEST = 1000
 DEEPEST = 200
@@ -42,7 +39,7 @@ _ARGUMENTS = {"min": (2, math.inf), "max": (2, math.inf), "log": (1, 2)}
 """How many a function takes, where that is not one."""
 
 
-class Multi(Grader):
+class Multi(CompositeGrader):
     """What ``calculate_output`` gives of the scores of ``graders``, by their names.
 
     The formula knows ``+ - * / ^``, brackets, numbers, the names, and min, max, abs, floor, ceil, exp,
@@ -56,8 +53,10 @@ class Multi(Grader):
     calculate_output: str = Field(min_length=1, max_length=LONGEST)
     """The formula."""
 
+    parts_field = "graders"
+
     @model_validator(mode="after")
-    def _computable(self) -> Self:
+    def _check_formula(self) -> Self:
         tree = parse_formula(self.calculate_output)
         unknown = names_in(tree) - self.graders.keys()
         if unknown:
@@ -72,57 +71,10 @@ class Multi(Grader):
         """Whether it is a comparison: any other formula may give any number."""
         return isinstance(parse_formula(self.calculate_output), ast.Compare)
 
-    @property
-    def grades_prompts(self) -> bool:
-        """When one of the graders does."""
-        return self._mix.grades_prompts
-
-    @property
-    def prefers_batches(self) -> bool:
-        """When one of the graders is."""
-        return self._mix.prefers_batches
-
-    @property
-    def has_time_limit(self) -> bool:
-        """When one of the graders has."""
-        return self._mix.has_time_limit
-
-    @property
-    def models(self) -> Mapping[str, Task]:
-        """Those of all graders."""
-        return self._mix.models
-
-    @property
-    def judgements(self) -> int:
-        """Those of all graders."""
-        return self._mix.judgements
-
-    def with_models(self, models: GraderModels) -> Self:
-        """The same with the models of all graders opened."""
-        return self.model_copy(update={"graders": self._mix.with_models(models).parts})
-
-    def rehearse(self) -> str:
-        """Each grader's trial."""
-        return self._mix.rehearse()
-
-    def check(self) -> None:
-        """Refuse what a grader lacks."""
-        self._mix.check()
-
-    def check_expected(self, expected: str | None) -> None:
-        """Refuse what a grader refuses."""
-        self._mix.check_expected(expected)
-
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """The formula for each answer; :class:`Ungraded` where a grader or the formula gives none."""
         troubles: dict[int, Trouble] = {}
         return self.combine(self.each(answers, troubles), len(answers), troubles)
-
-    def each(
-        self, answers: Sequence[Answer], troubles: dict[int, Trouble]
-    ) -> dict[str, list[float]]:
-        """Scores of each grader, NaN where there is none; why goes to ``troubles``."""
-        return self._mix.each(answers, troubles)
 
     def combine(
         self, scores: Mapping[str, Sequence[float]], count: int, troubles: dict[int, Trouble]
@@ -142,11 +94,6 @@ class Multi(Grader):
         if troubles:
             raise Ungraded(totals, troubles)
         return totals
-
-    @property
-    def _mix(self) -> Mix:
-        """All that a mixture does with its parts, but their sum."""
-        return Mix(parts=self.graders)
 
 
 def parse_formula(formula: str) -> ast.expr:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,76 @@ if TYPE_CHECKING:
     from luthier.models.heads import Task
 
 
-class Mix(Grader):
+class CompositeGrader(Grader):
+    """Base of graders that are made of others, by names of one's own."""
+
+    parts_field: ClassVar[str]
+    """The field that holds them."""
+
+    @property
+    def _parts(self) -> Mapping[str, Grader]:
+        found: Mapping[str, Grader] = getattr(self, self.parts_field)
+        return found
+
+    @property
+    def grades_prompts(self) -> bool:
+        """When one of the parts does."""
+        return any(part.grades_prompts for part in self._parts.values())
+
+    @property
+    def prefers_batches(self) -> bool:
+        """When one of the parts does."""
+        return any(part.prefers_batches for part in self._parts.values())
+
+    @property
+    def has_time_limit(self) -> bool:
+        """When one of the parts has; without one there is no thread, which suits torch."""
+        return any(part.has_time_limit for part in self._parts.values())
+
+    @property
+    def models(self) -> Mapping[str, Task]:
+        """Those of all parts."""
+        return {name: task for part in self._parts.values() for name, task in part.models.items()}
+
+    @property
+    def judgements(self) -> int:
+        """Those of all parts."""
+        return sum(part.judgements for part in self._parts.values())
+
+    def with_models(self, models: GraderModels) -> Self:
+        """The same with the models of all parts opened."""
+        parts = {name: part.with_models(models) for name, part in self._parts.items()}
+        return self.model_copy(update={self.parts_field: parts})
+
+    def rehearse(self) -> str:
+        """Each part's trial."""
+        found = {name: part.rehearse() for name, part in self._parts.items()}
+        return "; ".join(f"part `{name}`: {text}" for name, text in found.items() if text)
+
+    def check(self) -> None:
+        """Refuse what a part lacks."""
+        for part in self._parts.values():
+            part.check()
+
+    def check_expected(self, expected: str | None) -> None:
+        """Refuse what a part cannot compare with."""
+        for part in self._parts.values():
+            part.check_expected(expected)
+
+    def each(
+        self, answers: Sequence[Answer], troubles: dict[int, Trouble]
+    ) -> dict[str, list[float]]:
+        """Scores of each part, NaN where there is none; why goes to ``troubles``."""
+        scores = {}
+        for name, part in self._parts.items():
+            scores[name], wrong = attempt(part, answers)
+            for index, trouble in wrong.items():
+                text = f"part `{name}`: {trouble.message}"
+                troubles.setdefault(index, Trouble(trouble.rule, text, trouble.fix))
+        return scores
+
+
+class Mix(CompositeGrader):
     """The weighted mean of other graders: form and result together, for example.
 
     In TOML: ``parts = { result = "number", form = { method = "regex", pattern = "####" } }`` and
@@ -30,6 +99,8 @@ class Mix(Grader):
     """How much each part counts; 1 for those not named. A negative weight is a penalty."""
     normalize: bool = True
     """Divide by the sum of the weights' sizes; otherwise the weights count as they are."""
+
+    parts_field = "parts"
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -51,51 +122,6 @@ class Mix(Grader):
             and all(self._weight(name) >= 0 for name in self.parts)
         )
 
-    @property
-    def grades_prompts(self) -> bool:
-        """When one of the parts does."""
-        return any(part.grades_prompts for part in self.parts.values())
-
-    @property
-    def prefers_batches(self) -> bool:
-        """When one of the parts is."""
-        return any(part.prefers_batches for part in self.parts.values())
-
-    @property
-    def has_time_limit(self) -> bool:
-        """When one of the parts has; without one there is no thread, which suits torch."""
-        return any(part.has_time_limit for part in self.parts.values())
-
-    @property
-    def models(self) -> Mapping[str, Task]:
-        """Those of all parts."""
-        return {name: task for part in self.parts.values() for name, task in part.models.items()}
-
-    @property
-    def judgements(self) -> int:
-        """Those of all parts."""
-        return sum(part.judgements for part in self.parts.values())
-
-    def with_models(self, models: GraderModels) -> Self:
-        """The same with the models of all parts opened."""
-        parts = {name: part.with_models(models) for name, part in self.parts.items()}
-        return self.model_copy(update={"parts": parts})
-
-    def rehearse(self) -> str:
-        """Each part's trial."""
-        found = {name: part.rehearse() for name, part in self.parts.items()}
-        return "; ".join(f"part `{name}`: {text}" for name, text in found.items() if text)
-
-    def check(self) -> None:
-        """Refuse what a part lacks."""
-        for part in self.parts.values():
-            part.check()
-
-    def check_expected(self, expected: str | None) -> None:
-        """Refuse what a part cannot compare with."""
-        for part in self.parts.values():
-            part.check_expected(expected)
-
     def grade(self, answers: Sequence[Answer]) -> list[float]:
         """The weighted means; :class:`Ungraded` where a part has no score."""
         totals = [0.0] * len(answers)
@@ -110,18 +136,6 @@ class Mix(Grader):
         if troubles:
             raise Ungraded(totals, troubles)
         return totals
-
-    def each(
-        self, answers: Sequence[Answer], troubles: dict[int, Trouble]
-    ) -> dict[str, list[float]]:
-        """Scores of each part, NaN where there is none; why goes to ``troubles``."""
-        scores = {}
-        for name, part in self.parts.items():
-            scores[name], wrong = attempt(part, answers)
-            for index, trouble in wrong.items():
-                text = f"part `{name}`: {trouble.message}"
-                troubles.setdefault(index, Trouble(trouble.rule, text, trouble.fix))
-        return scores
 
     def _weight(self, name: str) -> float:
         return self.weights.get(name, 1.0)

@@ -9,13 +9,13 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, GraderModels, Scorer
+from luthier.graders.base import Answer, GraderModels, NetworkGrader, Scorer
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task
 
 
-class Reward(Grader):
+class Reward(NetworkGrader):
     """What a model of objective ``reward_model`` says: any number, more is better.
 
     The text is read in the reward model's own format, so its tokenizer may be another. The model is
@@ -30,19 +30,6 @@ class Reward(Grader):
     """Id of the reward model."""
     scorer: SkipJsonSchema[Scorer | None] = Field(default=None, exclude=True, repr=False)
     """The model itself: answers to numbers. Not stored."""
-
-    needs_expected = False
-    watched = False
-
-    @property
-    def is_share(self) -> bool:
-        """Rewards have no bounds."""
-        return False
-
-    @property
-    def prefers_batches(self) -> bool:
-        """All answers of a batch are read at once."""
-        return True
 
     @property
     def models(self) -> Mapping[str, Task]:

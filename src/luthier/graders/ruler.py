@@ -11,7 +11,7 @@ from typing import Literal
 from luthier.chat_models.base import Failure
 from luthier.errors import LuthierError
 from luthier.graders.base import Answer, Trouble, Ungraded
-from luthier.graders.judge import Judge, quote_text, verdict_trouble
+from luthier.graders.judge import Judge, quote_text, verdict_end, verdict_trouble
 from luthier.types import Message, Row
 
 SYSTEM = (
@@ -43,14 +43,11 @@ class Ruler(Judge):
         question = (Message("user", "What is 2 + 2?"),)
         row = Row("a trial", 0)
         pair = [Answer(question, reply, "4", row) for reply in ("2 + 2 is 4.", "2 + 2 is 7.")]
-        (verdict,) = self.verdicts([self.comparison(pair)])
-        if isinstance(verdict, Failure):
-            raise LuthierError(f"the judge {self.model} gives no verdict: {verdict.reason}")
+        (verdict,) = self.all_verdicts([self.comparison(pair)])
         right, wrong = parse_scores(verdict, 2)
         if right is None or wrong is None:
-            return (
-                f"the judge {self.model} gave a trial of two replies no scores: {verdict[-200:]!r}"
-            )
+            end = verdict_end(verdict)
+            return f"the judge {self.model} gave a trial of two replies no scores: {end}"
         if right <= wrong:
             return f"the judge {self.model} found 2 + 2 = 7 as good as 2 + 2 = 4; do not rely on it"
         return ""
@@ -126,12 +123,10 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
     asked = [place for place, (one, other) in enumerate(pairs) if one.reply != other.reply]
     orders = [[judge.comparison(pairs[place]) for place in asked]]
     orders += [[judge.comparison(pairs[place][::-1]) for place in asked]]
-    verdicts = judge.verdicts([*orders[0], *orders[1]])
+    verdicts = judge.all_verdicts([*orders[0], *orders[1]])
     signs: list[int | None] = []
     unread: list[str] = []
     for verdict in verdicts:
-        if isinstance(verdict, Failure):
-            raise LuthierError(f"the judge {judge.model} gives no verdict: {verdict.reason}")
         one, other = parse_scores(verdict, 2)
         if one is None or other is None:
             unread.append(verdict)
@@ -141,7 +136,7 @@ def judge_pairs(judge: Ruler, pairs: Sequence[tuple[Answer, Answer]]) -> list[Pa
     if 2 * len(unread) > len(verdicts):
         raise LuthierError(
             f"{len(unread):,} of {len(verdicts):,} verdicts of the judge {judge.model} have no scores, "
-            f"such as {unread[0][-200:]!r}: use a stronger judge"
+            f"such as {verdict_end(unread[0])}: use a stronger judge"
         )
     found = [PairVerdict(0, 0, is_asked=False)] * len(pairs)
     count = len(asked)

@@ -1,28 +1,26 @@
-"""Grading by a model that is asked in words of one's own, as OpenAI's ``score_model`` does."""
+"""Grading by a model that is asked in words of one's own, as OpenAI's ``score_model`` and
+``label_model`` do.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
-from luthier.chat_models.base import Failure, ModelSpec, SamplingSpec, Writer
-from luthier.errors import RecipeError
-from luthier.graders.base import Answer, Grader, GraderModels, Ungraded, too_long
-from luthier.graders.judge import verdict_trouble
-from luthier.graders.string_check import Template
-from luthier.graders.templates import fill_template, scope_of
+from luthier.chat_models.base import ModelSpec
+from luthier.graders.base import Answer, too_long
+from luthier.graders.judge import LanguageModelGrader
+from luthier.graders.templates import Template, fill_template, scope_of
 from luthier.types import Message
 
-if TYPE_CHECKING:
-    from luthier.models.heads import Task
-
 Bound = Annotated[float, Field(ge=-1e9, le=1e9)]
+Label = Annotated[str, Field(min_length=1, max_length=200)]
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
@@ -37,73 +35,16 @@ class Turn(BaseModel):
     """What is said; may hold places."""
 
 
-class PromptedModel(ModelSpec, Grader):
+class PromptedModel(LanguageModelGrader):
     """Base of graders that ask a model in words of one's own."""
 
     input: Annotated[tuple[Turn, ...], Field(min_length=1)]
     """What the model is asked."""
-    sampling: SamplingSpec = SamplingSpec()
-    """How it chooses its words."""
-    writer: SkipJsonSchema[Writer | None] = Field(default=None, exclude=True, repr=False)
-    """The model: conversations to replies. Not stored."""
-
-    role: ClassVar[str] = "judge"
-    set_by: ClassVar[str] = "the judge's "
-    needs_expected = False
-
-    @property
-    def prefers_batches(self) -> bool:
-        """All answers of a batch are asked for at once."""
-        return True
-
-    @property
-    def has_time_limit(self) -> bool:
-        """A local model is limited by its tokens."""
-        return False
-
-    @property
-    def models(self) -> Mapping[str, Task]:
-        """The model that grades, where it is one of this machine."""
-        return {self.model: "causal_lm"} if self.url is None else {}
-
-    @property
-    def judgements(self) -> int:
-        """One."""
-        return 1
-
-    @property
-    def answer_schema(self) -> Mapping[str, Any] | None:
-        """JSON schema of what it has to say, for models that can be kept to one."""
-        return None
 
     @property
     @abstractmethod
     def closing(self) -> str:
         """The line that is put behind what the model is asked."""
-
-    @abstractmethod
-    def score_of(self, reply: str) -> float | None:
-        """What the model means; ``None`` where it does not say."""
-
-    def with_models(self, models: GraderModels) -> Self:
-        """The same with its model opened."""
-        writer = models.writer(self, self.sampling, self.answer_schema)
-        return self.model_copy(update={"writer": writer})
-
-    def grade(self, answers: Sequence[Answer]) -> list[float]:
-        """A score for each answer; :class:`Ungraded` where the model gave none."""
-        if self.writer is None:
-            raise RecipeError(f"the judge {self.model} is not open; open it with `with_models`")
-        replies = self.writer([self.question(answer) for answer in answers])
-        scores, troubles = [], {}
-        for index, reply in enumerate(replies):
-            found = None if isinstance(reply, Failure) else self.score_of(reply)
-            if found is None:
-                troubles[index] = verdict_trouble(self.method, reply)
-            scores.append(math.nan if found is None else found)
-        if troubles:
-            raise Ungraded(scores, troubles)
-        return scores
 
     def question(self, answer: Answer) -> list[Message]:
         """What the model reads."""
@@ -148,9 +89,9 @@ class ScoreModel(PromptedModel):
         low, high = self.range
         return f"End your answer with one number from {low:g} to {high:g}: the score."
 
-    def score_of(self, reply: str) -> float | None:
+    def score_of(self, verdict: str) -> float | None:
         """The last number, where it is in range."""
-        return number_in(reply, self.range)
+        return number_in(verdict, self.range)
 
 
 def number_in(text: str, span: tuple[float, float]) -> float | None:
@@ -158,3 +99,51 @@ def number_in(text: str, span: tuple[float, float]) -> float | None:
     found = _NUMBER.findall(text)
     value = float(found[-1]) if found else math.nan
     return value if span[0] <= value <= span[1] else None
+
+
+class LabelModel(PromptedModel):
+    """1 when a model answers ``input`` with one of ``passing_labels``, else 0.
+
+    The messages say what is to be labelled; a line that names the ``labels`` is put behind them. A
+    model of a server is kept to them as it writes; of another one, an answer that is none of them is an
+    error, never a guess.
+    """
+
+    method: Literal["label_model"] = "label_model"
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    """The labels to choose from."""
+    passing_labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=100)]
+    """Those of them that count as 1."""
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if unknown := sorted(set(self.passing_labels) - set(self.labels)):
+            raise ValueError(f"passing_labels are some of the labels, and {unknown} are none")
+        return self
+
+    @property
+    def answer_schema(self) -> Mapping[str, Any]:
+        """One of the labels, as JSON."""
+        return {"enum": list(self.labels)}
+
+    @property
+    def closing(self) -> str:
+        """Asks for a label."""
+        return f"Answer with one of these labels and nothing else: {', '.join(self.labels)}."
+
+    def score_of(self, verdict: str) -> float | None:
+        """Whether the label that the verdict is, in any case, passes."""
+        try:
+            label = str(json.loads(verdict))
+        except ValueError:
+            label = verdict
+        if label in self.labels:
+            return float(label in self.passing_labels)
+        wanted = _bare(label)
+        chosen = next((each for each in self.labels if _bare(each) == wanted), None)
+        return None if chosen is None else float(chosen in self.passing_labels)
+
+
+def _bare(label: str) -> str:
+    """In small letters, without quotes and a full stop."""
+    return label.strip(" \t\n.\"'").casefold()

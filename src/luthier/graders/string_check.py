@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator
+from typing import Literal
 
 from luthier.graders.base import Answer, Grader
-from luthier.graders.templates import check_template, fill_template, scope_of
-
-Template = Annotated[str, AfterValidator(check_template)]
+from luthier.graders.templates import Template, fill_template, scope_of
 
 
 class StringCheck(Grader):

@@ -11,7 +11,9 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from luthier.errors import RowRefused
 from luthier.graders.base import Answer, too_long
@@ -55,6 +57,10 @@ def check_template(template: str, *, sampled: bool = True) -> str:
         if found[1] == "sample" and names_nothing(place, _SCOPE):
             raise ValueError(f"{{{{{place}}}}}: output_text is a text and has no members")
     return template
+
+
+Template = Annotated[str, AfterValidator(check_template)]
+"""A text all of whose places can be filled once there is a reply."""
 
 
 def places_in(template: str) -> list[str]:
