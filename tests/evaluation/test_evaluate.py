@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from luthier.graders import (
     ToolCalls,
 )
 from luthier.objectives import OBJECTIVES
-from luthier.types import Message, ToolCall
+from luthier.types import Message, Row, ToolCall
 
 PAIR = PromptCompletion("f", 1, prompt="What?", completion="That.")
 CHAT = Conversation(
@@ -52,11 +53,15 @@ CHAT = Conversation(
 TEXT = RawText("data.jsonl", 3, text="raw")
 
 
+def expected(rows: Sequence[Row]) -> list[str | None]:
+    return [Answer.of(row, "").expected for row in rows]
+
+
 def test_everything_before_the_last_reply_is_asked() -> None:
-    asked, expected = questions([PAIR, CHAT])
+    asked = questions([PAIR, CHAT])
     assert list(asked[0]) == [Message("user", "What?")]
     assert [turn.content for turn in asked[1]] == ["Be brief.", "One?", "1", "Two?"]
-    assert expected == ["That.", "2"]
+    assert expected([PAIR, CHAT]) == ["That.", "2"]
 
 
 def test_turns_that_call_are_asked_for() -> None:
@@ -68,12 +73,12 @@ def test_turns_that_call_are_asked_for() -> None:
     (calling,) = choose_turns(rows, "calls")
     assert calling.turns() == (ask, call)
     every = choose_turns([*rows, PromptOnly("f", 4, prompt="Oslo?", expected="Cold.")], "all")
-    assert questions(every)[1] == ["That.", "1", "2", calling.expected_reply(), answer, "Cold."]
+    assert expected(every) == ["That.", "1", "2", calling.expected_reply(), answer, "Cold."]
     open_end = Conversation("f", 5, messages=(*CHAT.messages, ask), expected="Warm.")
-    assert questions(choose_turns([open_end], "all"))[1] == ["1", "2", "Warm."]
+    assert expected(choose_turns([open_end], "all")) == ["1", "2", "Warm."]
     silent = Message("assistant", "1", learned=False)
     read_only = Conversation("f", 6, messages=(ask, silent, ask, Message("assistant", "2")))
-    assert questions(choose_turns([read_only], "all"))[1] == ["2"]
+    assert expected(choose_turns([read_only], "all")) == ["2"]
     with pytest.raises(RecipeError, match="no turn of these rows calls"):
         choose_turns([PAIR, CHAT], "calls")
     check([calling], {"tool_calls": ToolCalls()})
@@ -103,7 +108,7 @@ def test_rows_may_only_ask_where_a_grader_needs_no_reply(tmp_path: Path) -> None
         load_graded(data, None, [named], "all")
     data.write_text('{"prompt": "Hi", "completion": "Ho", "name": "Ann"}\n')
     (row,) = load_graded(data, None, [named])
-    assert questions([row])[1] == ["Ho"]
+    assert expected([row]) == ["Ho"]
     assert grade([row], ["Ann"], {"named": named, "exact": Exact()}).scores == {
         "named": 1,
         "exact": 0,
@@ -115,7 +120,7 @@ def test_bare_prompts_are_graded_as_rewards_are() -> None:
         PromptOnly("f", 1, prompt="1+1?", expected="2"),
         PromptOnly("f", 2, prompt="Write."),
     )
-    assert questions([asks, bare])[1] == ["2", None]
+    assert expected([asks, bare]) == ["2", None]
     assert grade([asks], ["= 2"], {"number": Number()}).scores == {"number": 1.0}
     found = grade([bare], ["Dear"], {"regex": Regex(pattern="^Dear$")})
     assert found.scores == {"regex": 1.0} and found.records[0]["expected"] is None

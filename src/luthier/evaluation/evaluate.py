@@ -153,31 +153,23 @@ def check_shapes(rows: Sequence[Row], objective: Objective) -> None:
         raise DataError(problems, "nothing was evaluated")
 
 
-def questions(rows: Sequence[Row]) -> tuple[list[Sequence[Message]], list[str | None]]:
-    """What is asked in each row, and the reply the row expects, where it says.
+def questions(rows: Sequence[Row]) -> list[tuple[Message, ...]]:
+    """What is asked in each row: of a conversation, everything before the last assistant turn.
 
-    Of a conversation, everything before the last assistant turn is asked; of judged answers the one
-    that was chosen is expected.
+    Raises:
+        DataError: for a row that asks nothing.
     """
-    asked: list[Sequence[Message]] = []
-    expected: list[str | None] = []
-    for row in rows:
-        asked.append(row.prompt_turns())
-        expected.append(row.expected_reply())
-        if not asked[-1]:
-            raise DataError(
-                [
-                    Problem(
-                        row.file,
-                        row.line,
-                        "row.no_reply",
-                        "the row asks nothing that could be answered.",
-                        "Give rows of prompt and completion, of prompt and expected, or messages.",
-                    )
-                ],
-                "nothing was evaluated",
-            )
-    return asked, expected
+    asked = [row.prompt_turns() for row in rows]
+    if mute := next((row for row, turns in zip(rows, asked, strict=True) if not turns), None):
+        problem = Problem(
+            mute.file,
+            mute.line,
+            "row.no_reply",
+            "the row asks nothing that could be answered.",
+            "Give rows of prompt and completion, of prompt and expected, or messages.",
+        )
+        raise DataError([problem], "nothing was evaluated")
+    return asked
 
 
 def load_graded(
@@ -240,8 +232,8 @@ def check(rows: Sequence[Row], graders: Mapping[str, Grader]) -> None:
                 "every row ends with words, so grader `tool_calls` would only see that nothing is "
                 "called there. Ask for the turns that call with `turns=calls`."
             )
-    asked, expected = questions(rows)
-    check_rows(list(graders.values()), _answers(rows, asked, [""] * len(asked), expected))
+    questions(rows)
+    check_rows(list(graders.values()), [Answer.of(row, "") for row in rows])
 
 
 def grade(
@@ -255,8 +247,8 @@ def grade(
     Raises:
         GradingFailed: for an answer that a grader cannot grade, unless ``on_error`` is ``zero``.
     """
-    asked, expected = questions(rows)
-    answers = _answers(rows, asked, replies, expected)
+    questions(rows)
+    answers = [Answer.of(row, reply) for row, reply in zip(rows, replies, strict=True)]
     found = {name: grade_answers(grader, answers, on_error) for name, grader in graders.items()}
     records = [
         {
@@ -273,19 +265,10 @@ def grade(
         for name, grader in graders.items()
     }
     remarks = []
-    if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len({*expected}):
+    expected = {answer.expected for answer in answers}
+    if len(replies) >= FEW_REPLIES and len({*replies}) == 1 < len(expected):
         shown = replies[0] if len(replies[0]) <= SHOWN else f"{replies[0][:SHOWN]} …"
         remarks.append(f"all {len(replies):,} replies are the same: {shown!r}")
     return Evaluation(
         scores, list(rows), problems, remarks=remarks, records=records, is_graded=True
     )
-
-
-def _answers(
-    rows: Sequence[Row],
-    conversations: Sequence[Sequence[Message]],
-    replies: Sequence[str],
-    expected: Sequence[str | None],
-) -> list[Answer]:
-    each = zip(conversations, replies, expected, rows, strict=True)
-    return [Answer(messages, reply, wanted, row) for messages, reply, wanted, row in each]

@@ -51,6 +51,11 @@ class Answer:
     passages: Sequence[str] | None = None
     """Texts that the reply rests on or cites, for a judge whose rubric asks about them."""
 
+    @staticmethod
+    def of(row: Row, reply: str) -> Answer:
+        """``reply`` to what a row asks, beside what the row expects."""
+        return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
+
     def check_length(self, text: str, what: str) -> str:
         """``text``, where it is not too long to be compared.
 

@@ -45,8 +45,7 @@ MEASURED_SEED = 0
 def graded_answer(example: Example, reply: str) -> Answer:
     """``reply`` to the prompt of an example, for a grader."""
     assert example.given is not None
-    row = example.given
-    return Answer(row.prompt_turns(), reply, row.expected_reply(), row)
+    return Answer.of(example.given, reply)
 
 
 def sample_record(row: Row, reply: str, tokens: int, stopped: bool) -> dict[str, Any]:

@@ -255,8 +255,7 @@ def measure(
             "a prompt that is cut loses what it asks, so prompts are not truncated; choose "
             "`long_rows=drop`"
         )
-    turns, _ = questions(rows)
-    asked = [Chat(tuple(each), row.tools) for row, each in zip(rows, turns, strict=True)]
+    asked = [Chat(each, row.tools) for row, each in zip(rows, questions(rows), strict=True)]
     sampling = Sampling(max_tokens=max_tokens)
     refusals = [generator.refusal(prompt, sampling) for prompt in asked]
     kept = [index for index, refusal in enumerate(refusals) if refusal is None]

@@ -433,10 +433,8 @@ def _judge(
     reference = next(each for each in contenders if each.technique == "as it is")
 
     def answers(contender: Contender) -> list[Answer]:
-        return [
-            Answer(tuple(row.prompt_turns()), reply, row.expected_reply(), row)
-            for row, reply in zip(rows, contender.replies, strict=True)
-        ]
+        pairs = zip(rows, contender.replies, strict=True)
+        return [Answer.of(row, reply) for row, reply in pairs]
 
     found, same = [], list[bool]()
     for each in contenders:

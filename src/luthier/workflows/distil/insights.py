@@ -1,7 +1,7 @@
 """Prompt insights: which prompts and answers the student learns from, and why not from the others.
 
 The name and the idea are Amazon Bedrock's; the rules are our own. Every rule is a plain check that can
-be repetition_warning by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
+be checked by eye; ``answer.refusal`` is a heuristic on English phrases, and misses others.
 """
 
 from __future__ import annotations
@@ -97,11 +97,7 @@ class InsightSummary:
 def check_grader(rows: Sequence[Row], spec: InsightSpec) -> None:
     """Refuse a grader that lacks something, and rows it has nothing to compare with."""
     if spec.grader is not None:
-        check_rows([spec.grader], [_answer(row, "") for row in rows])
-
-
-def _answer(row: Row, reply: str) -> Answer:
-    return Answer(row.turns(), reply, row.expected_reply(), row)
+        check_rows([spec.grader], [Answer.of(row, "") for row in rows])
 
 
 def reject_prompts(rows: Sequence[Row], spec: InsightSpec) -> dict[int, Insight]:
@@ -139,7 +135,7 @@ def grade_insights(insights: Sequence[Insight], grader: Grader, threshold: float
         GradingFailed: where a judge was out of reach: its silence is no fault of the answers.
     """
     places = [place for place, each in enumerate(insights) if each.rule is None]
-    answers = [_answer(insights[place].row, insights[place].answer or "") for place in places]
+    answers = [Answer.of(insights[place].row, insights[place].answer or "") for place in places]
     grades = grade_answers(grader, answers, on_error="zero")
     if lost := [problem for problem in grades.problems if problem.rule == "judge.failed"]:
         raise GradingFailed(lost)
