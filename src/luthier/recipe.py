@@ -16,6 +16,7 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -46,6 +47,17 @@ SourceName = Annotated[
     str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
 ]
 """What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
+
+
+def check_name(name: str) -> str:
+    """``name``, where a model may be called that; else :class:`ValueError`."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(check_name)]
+"""What a model is called; its id has what it was made from before it."""
 
 
 class StrictModel(BaseModel):
@@ -212,7 +224,7 @@ class Recipe(StrictModel):
 
     base: str = "smollm2-135m-instruct"
     """Base model, custom model, local directory or hub id to start from."""
-    name: str | None = None
+    name: ModelName | None = None
     """Name of the custom model; its id is ``base:name``."""
     data: DataSpec
     """What is learned from."""
@@ -226,13 +238,6 @@ class Recipe(StrictModel):
     """How it is trained."""
     forgetting: ForgettingLimits | None = None
     """What it may forget and still be activated; not measured when not given."""
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str | None) -> str | None:
-        if name is not None and not NAME_PATTERN.fullmatch(name):
-            raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
-        return name
 
     @field_validator("objective", mode="before")
     @classmethod

@@ -16,7 +16,7 @@ left out there, and so is a sentence of which nothing is left.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 SettingName = Callable[[str, str | None], str | None]
@@ -48,6 +48,15 @@ _REFERENCE = re.compile(
 )
 _BOUNDARY = re.compile(r"((?<=[.;!?])[ \t]+|(?<=Fix:)[ \t]+|\n+)")
 _OR = ", or "
+
+
+def dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables with their names, such as ``training.epochs``."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def with_setting_names(text: str, name: SettingName) -> str:

@@ -12,7 +12,13 @@ from luthier.evaluation.significance import RowScores
 from luthier.serving.prompting import Technique
 from luthier.workflows.advise.evidence import Evidence, TechniqueResult
 from luthier.workflows.advise.facts import AdviceFacts, Wishes
-from luthier.workflows.advise.recommend import TECHNIQUES, Advice, advise, forgetting, overfitting
+from luthier.workflows.advise.recommend import (
+    TECHNIQUES,
+    Advice,
+    forgetting,
+    overfitting,
+    recommend,
+)
 
 COMMAND = "luthier tune rows.jsonl"
 
@@ -36,7 +42,7 @@ FACTS = AdviceFacts(
 
 
 def given(**fields: Any) -> Advice:
-    return advise(replace(FACTS, **fields), COMMAND)
+    return recommend(replace(FACTS, **fields), COMMAND)
 
 
 def test_every_technique_is_judged_in_full() -> None:
@@ -164,7 +170,7 @@ def test_what_is_served_and_nearest_to_a_baseline_is_named(best: str, options: s
     )
     command = "luthier tune rows.jsonl --base encoder --adaptation lora --name mine"
     facts = replace(FACTS, evidence=ways, labels=7, writes=False)
-    found = advise(facts, command).recommendation
+    found = recommend(facts, command).recommendation
     assert found.techniques == ("simple baselines",)
     assert found.cautions[-1].endswith(f": luthier tune rows.jsonl {options}")
 

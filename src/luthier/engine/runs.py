@@ -31,6 +31,7 @@ from luthier.files import (
 )
 from luthier.models.manifest import MANIFEST
 from luthier.recipe import NAME_PATTERN
+from luthier.setting_names import dotted
 from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
@@ -167,9 +168,7 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second process from working on the same run."""
-        with lock(self.folder / ".lock") as free:
-            if not free:
-                raise RunConflict(f"another process is working on {self.model_id} now")
+        with lock_folder(self.folder, self.model_id):
             sweep(self.folder)
             sweep(self.model_folder.parent, self.name)
             yield
@@ -231,6 +230,32 @@ def automatic_name(base: str, data: Source, resume: bool, parent: Path | None = 
         number += 1
 
 
+@contextmanager
+def lock_folder(folder: Path, what: str) -> Iterator[None]:
+    """Keep a second process from working on ``what``, which has ``folder``."""
+    with lock(folder / ".lock") as free:
+        if not free:
+            raise RunConflict(f"another process is working on {what} now")
+        yield
+
+
+def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) -> bool:
+    """Whether ``what``, such as ``search x``, began with the request in ``path``.
+
+    Raises:
+        RunConflict: where it did and is not to be resumed, or ``request`` asks for something else.
+    """
+    if not path.is_file():
+        return False
+    if not resume:
+        raise RunConflict(
+            f"there is a {what} already. --resume goes on with it; choose another --name, or remove "
+            f"{path.parent}"
+        )
+    same_request(read_json(path), request, f"the {what}", path.stat().st_mtime)
+    return True
+
+
 def same_request(
     before: Mapping[str, Any], now: Mapping[str, Any], what: str, asked_at: float | None = None
 ) -> None:
@@ -239,7 +264,7 @@ def same_request(
     ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before``
     was asked for: files that are newer are named where the data is no longer the same.
     """
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(dotted(before)), dict(dotted(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     sources = [key for key in changed if key.startswith("data.") and key in old and key in new]
     if changed and sources == changed:
@@ -276,11 +301,3 @@ def _newer_files(sources: Sequence[str], moment: float) -> list[str]:
     files = {path for path in paths if path.is_file()}
     files |= {folder / name for folder in folders for name in names_below(folder)}
     return sorted(str(path) for path in files if path.stat().st_mtime > moment)
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item

@@ -445,15 +445,21 @@ def choice_likelihoods(
     return [[found[next(each)] for _ in of_row] for of_row in choices]
 
 
-def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
-    """Log-probability of the learned tokens of each text under ``stored``."""
+def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:
+    """Log-probability of the learned tokens of each text under ``network``, in nats."""
     import torch
 
-    from luthier.engine.machine import open_network
     from luthier.objectives.references import with_reference_logps
 
-    network = open_network(stored, precise=True)
     with torch.no_grad():
-        found = [each.reference for each in with_reference_logps(network, texts, BUDGET)]
+        found = with_reference_logps(network, texts, BUDGET)
+    return [float(each.reference or 0.0) for each in found]
+
+
+def _logps(stored: StoredModel, texts: Sequence[Example]) -> list[float]:
+    from luthier.engine.machine import open_network
+
+    network = open_network(stored, precise=True)
+    found = text_logps(network, texts)
     network.close()
-    return [float(logp or 0.0) for logp in found]
+    return found

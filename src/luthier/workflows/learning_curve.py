@@ -15,7 +15,7 @@ Left out: several draws of a share, other laws, and what rows of another kind wo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from luthier.engine.metrics import (
     new_figure,
     save_figure,
 )
-from luthier.engine.runs import METRICS, automatic_name, same_request
+from luthier.engine.runs import METRICS, automatic_name, is_resumed, lock_folder
 from luthier.engine.train import rehearse
-from luthier.errors import RecipeError, RunConflict
+from luthier.errors import RecipeError
 from luthier.evaluation.significance import LESS_IS_BETTER, RowScores
-from luthier.files import lock, luthier_home, read_json, write_json
+from luthier.files import luthier_home, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -186,34 +186,21 @@ def learning_curve(
             "out. Give more rows, or larger shares"
         )
     request = {"shares": chosen, **job.request()}
-    with lock(folder / ".lock") as free:
-        if not free:
-            raise RunConflict(f"another process is working on the learning curve {name} now")
-        points = _begin(folder, name, request, resume)
+    asked, done = folder / "request.json", folder / "points.json"
+    with lock_folder(folder, f"the learning curve {name}"):
+        points: list[CurvePoint] = []
+        if not is_resumed(asked, request, f"learning curve {name}", resume):
+            write_json(asked, request)
+        elif done.is_file():
+            points = [CurvePoint(**each) for each in read_json(done)]
         for share in chosen[len(points) :]:
             reporter.note(f"share {share:.3g}: {round(share * rows):,} of {rows:,} rows")
             points.append(_train_share(recipe, share, round(share * rows), folder, reporter))
-            write_json(folder / "points.json", [asdict(point) for point in points])
+            write_json(done, [asdict(point) for point in points])
         law, gain = extrapolate(points)
         picture = folder / "curve.png"
         _draw(points, law, gain, picture)
     return LearningCurve(points, law, gain, str(folder), str(picture))
-
-
-def _begin(folder: Path, name: str, request: Mapping[str, Any], resume: bool) -> list[CurvePoint]:
-    """Claim the folder; the points that are there already."""
-    path = folder / "request.json"
-    if not path.is_file():
-        write_json(path, dict(request))
-        return []
-    if not resume:
-        raise RunConflict(
-            f"there is a learning curve {name} already. Go on with it by --resume, choose another "
-            f"--name, or remove {folder}"
-        )
-    same_request(read_json(path), request, f"the learning curve {name}", path.stat().st_mtime)
-    points = folder / "points.json"
-    return [CurvePoint(**each) for each in read_json(points)] if points.is_file() else []
 
 
 def _train_share(

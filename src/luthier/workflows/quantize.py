@@ -39,8 +39,7 @@ from luthier.models.gguf import (
 from luthier.models.load import read_config
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
-from luthier.objectives.references import with_reference_logps
-from luthier.serving.evaluation import BUDGET, fit_rows
+from luthier.serving.evaluation import fit_rows, text_logps
 from luthier.serving.gguf_parity import open_gguf
 from luthier.store.models import (
     StoredModel,
@@ -56,7 +55,6 @@ from luthier.types import Example, Message, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network
 
 WHOLE: Quantization = "f16"
 """The type that sizes and speeds are compared with."""
@@ -259,7 +257,9 @@ def _losses_by_type(
                     weight.copy_(weights[name])
             if kind != WHOLE:
                 round_weights(network.model, kind)
-            found[kind] = _losses(network, texts)
+            nats = [-logp for logp in text_logps(network, texts)]
+            weight_R = np.array([text.weight for text in texts])
+            found[kind] = RowScores.of(nats, weight_R, is_share=False)
     finally:
         network.close()
     return found
@@ -278,14 +278,6 @@ def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> list[Example
         return objective.pack(examples, context)
     fitting = fit_rows(rows, [[each] for each in examples], context, "error", objective.truncate)
     return [text for each in fitting.examples for text in each]
-
-
-def _losses(network: Network, texts: Sequence[Example]) -> RowScores:
-    """Nats of the learned tokens of each text."""
-    with torch.no_grad():
-        found = with_reference_logps(network, texts, BUDGET)
-    nats = [-float(each.reference or 0.0) for each in found]
-    return RowScores.of(nats, np.array([text.weight for text in texts]), is_share=False)
 
 
 def _speed(network: Any, chat: ChatFormat, kind: Quantization) -> float | None:

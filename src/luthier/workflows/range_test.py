@@ -19,10 +19,10 @@ import numpy as np
 
 from luthier.engine.job import with_base
 from luthier.engine.metrics import MetricsFile, Reporter, new_figure, save_figure, smooth
-from luthier.engine.runs import METRICS, automatic_name
+from luthier.engine.runs import METRICS, automatic_name, lock_folder
 from luthier.engine.train import rehearse
-from luthier.errors import Diverged, LuthierError, RunConflict
-from luthier.files import lock, luthier_home
+from luthier.errors import Diverged, LuthierError
+from luthier.files import luthier_home
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -70,9 +70,7 @@ def range_test(recipe: Recipe, reporter: Reporter | None = None) -> RangeTest:
     }
     training = recipe.training.model_copy(update=rising)
     short = recipe.model_copy(update={"data": data, "training": training, "name": name})
-    with lock(parent / name / ".lock") as free:
-        if not free:
-            raise RunConflict(f"another process is working on the search {name} now")
+    with lock_folder(parent / name, f"the search {name}"):
         folder = parent / name / "range-test"
         shutil.rmtree(folder, ignore_errors=True)  # seldom worth going on with
         with suppress(_BlownUp, Diverged):

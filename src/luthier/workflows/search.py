@@ -36,7 +36,7 @@ from luthier import __version__
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import Result, Run, automatic_name, same_request
+from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.recipe import Recipe, portable, to_toml
@@ -113,9 +113,7 @@ def search(
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
     work = _Search(recipe, base, dimensions, trials, parent / name, reporter, parallel)
-    with lock(work.folder / ".lock") as free:
-        if not free:
-            raise RunConflict(f"another process is working on the search {name} now")
+    with lock_folder(work.folder, f"the search {name}"):
         try:
             work.begin(resume)
             found = work.run()
@@ -167,22 +165,16 @@ class _Search:
         """Claim the name of search and model, or check that the same is asked for again."""
         request = self._request()
         path = self.folder / "search.json"
-        before = read_json(path) if path.is_file() else None
         started = self.run_folder.folder.exists() or self.run_folder.model_folder.exists()
-        if before is None and started:
+        asked = request
+        if path.is_file() and not started:
+            # More trials may be added until their best is on its way to a model.
+            asked = {**request, "trials": read_json(path)["trials"]}
+        if not is_resumed(path, asked, f"search {self.recipe.name}", resume) and started:
             raise RunConflict(
                 f"there is a run or a model {self.run_folder.model_id} already, and the best of the "
                 "trials would be stored there; choose another --name"
             )
-        if before is not None:
-            if not resume:
-                raise RunConflict(
-                    f"there is a search {self.recipe.name} already. --resume goes on with it; choose "
-                    f"another --name, or remove {self.folder}"
-                )
-            fixed = {**before, "trials": request["trials"]}
-            # More trials may be added until their best is on its way to a model.
-            same_request(before if started else fixed, request, f"the search {self.recipe.name}")
         write_json(path, request)
 
     def run(self) -> SearchResult:

@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from luthier import __version__
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
 from luthier.encryption.tensors import save_tensors
@@ -39,17 +37,17 @@ from luthier.engine.machine import available_memory
 from luthier.engine.memory import weight_bytes
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run, automatic_name
-from luthier.errors import DoesNotFit, LuthierError, RecipeError
-from luthier.evaluation.significance import LESS_IS_BETTER, RowScores, Score
+from luthier.errors import DoesNotFit, RecipeError
+from luthier.evaluation.significance import RowScores, Score, as_gain
 from luthier.files import folder_size, hashes_of, need_disk, new_folder
 from luthier.models.heads import Head, new_weights
 from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
-from luthier.recipe import NAME_PATTERN
 from luthier.store import models as store
 from luthier.store.models import StoredModel
 from luthier.workflows.certificate.certificate import certify
+from luthier.workflows.new_model import check_read_back, claim_name, new_manifest
 
 COPIES = 4
 """Networks in float32 that are held at once: base, mean, what lies between, and that read back."""
@@ -147,18 +145,11 @@ def make_soup(
     first = tuned[0]
     if name is None:
         name = automatic_name(first.root, f"{first.id.rpartition(':')[2][:44]}-soup", False)
-    if not NAME_PATTERN.fullmatch(name):
-        raise RecipeError(f"name {name!r}: use 1-63 lower-case letters, digits, '.', '_' and '-'")
-    run = Run(first.root, name)
-    with run.lock():
-        try:
-            run.check_free()
-            made = _Averaging(tuned, run, measure, measure_general, reporter).make(alpha, method)
-            if made.model_id is not None:
-                certify(made.model_id)
-            return made
-        finally:
-            run.drop_if_empty()
+    with claim_name(first.root, name) as run:
+        made = _Averaging(tuned, run, measure, measure_general, reporter).make(alpha, method)
+        if made.model_id is not None:
+            certify(made.model_id)
+        return made
 
 
 def _check(
@@ -338,30 +329,21 @@ class _Averaging:
             kept = network.state_dict()
             need_disk(folder, sum(w.nbytes for w in network.parameters()), "storing the model")
             save_network(network, self.chat, folder)
-        manifest = Manifest(
-            id=self.run.model_id,
+        manifest = new_manifest(
+            self.run,
+            first,
+            self.chat,
             kind=first.kind,
             saved="network" if adapter is None else "adapter",
             parent=self.base.id,
-            root=first.root,
-            tokenizer_from=first.tokenizer_from,
             recipe=recipe,
             plugins=first.manifest.plugins,
-            licence=first.manifest.licence,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            luthier=__version__,
-            torch=torch.__version__,
             precision="float32",
-            format=store.text_format(self.chat),
         )
         if adapter is None:
             stored = StoredModel(manifest.id, folder, manifest)
             again = store.load(stored, torch.float32, CPU, self._head).state_dict()
-        if odd := [n for n in kept if n not in again or not torch.equal(kept[n], again[n])]:
-            raise LuthierError(
-                f"the saved model is not the one that was made ({', '.join(odd[:3])}); nothing was "
-                "stored"
-            )
+        check_read_back(kept, again, "model")
         return manifest
 
     def _scale(self, name: str, tensor: Tensor, alpha: float) -> Tensor:
@@ -469,7 +451,7 @@ def suggest(
 
 def _gain(name: str, score: Score | None) -> float:
     assert score is not None
-    return -score.value if name in LESS_IS_BETTER else score.value
+    return as_gain(name, score.value)
 
 
 def _error(best: Score, other: Score) -> float:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier import __version__
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
-from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.heads import Head, head_in
 from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
@@ -22,9 +19,9 @@ from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
-from luthier.recipe import NAME_PATTERN
 from luthier.store import models as store
 from luthier.workflows.certificate.certificate import certify
+from luthier.workflows.new_model import check_read_back, claim_name, new_manifest
 
 CPU = torch.device("cpu")
 
@@ -71,21 +68,14 @@ def make_student(
     """
     reporter = reporter or Reporter()
     shape.check()
-    if not NAME_PATTERN.fullmatch(name):
-        raise RecipeError(f"name {name!r}: use 1-63 lower-case letters, digits, '.', '_' and '-'")
     teacher = store.find(teacher_id, reporter.stage)
-    run = Run(teacher.root, name)
-    with run.lock():
-        try:
-            run.check_free()
-            draft = _draft(teacher, shape)
-            for line in describe_draft(draft):
-                reporter.note(line)
-            made = _store(draft, run, reporter.stage)
-            certify(made.model_id)
-            return made
-        finally:
-            run.drop_if_empty()
+    with claim_name(teacher.root, name) as run:
+        draft = _draft(teacher, shape)
+        for line in describe_draft(draft):
+            reporter.note(line)
+        made = _store(draft, run, reporter.stage)
+        certify(made.model_id)
+        return made
 
 
 def describe_draft(draft: _Draft) -> list[str]:
@@ -145,7 +135,9 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
     with new_folder(run.model_folder) as fresh:
         save_network(student, store.chat_format(teacher), fresh)
         manifest = _manifest(draft, run, fresh)
-        _verify(student, store.StoredModel(run.model_id, fresh, manifest), draft)
+        stored = store.StoredModel(run.model_id, fresh, manifest)
+        again = store.load(stored, draft.dtype, CPU, head)
+        check_read_back(student.state_dict(), again.state_dict(), "student")
         manifest.model_copy(update={"files": hashes_of(fresh)}).write(fresh)
     return Student(
         model_id=run.model_id,
@@ -162,15 +154,14 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
 def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
     teacher, planned = draft.teacher, draft.planned
     learned = teacher.manifest.objective
-    return Manifest(
-        id=run.model_id,
+    return new_manifest(
+        run,
+        teacher,
+        store.chat_format(teacher),
         kind=teacher.kind or ("causal_lm" if draft.head.task == "causal_lm" else "encoder"),
         saved="network",
         parent=teacher.id,
-        root=teacher.root,
-        tokenizer_from=teacher.tokenizer_from,
         recipe={"objective": learned} if learned else None,
-        licence=teacher.manifest.licence,
         student={
             "asked": {
                 key: value for key, value in asdict(planned.shape).items() if value is not None
@@ -185,19 +176,5 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
         },
         parameters=draft.weights,
         context=context_length(check_folder(folder)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        luthier=__version__,
-        torch=torch.__version__,
         precision=str(draft.dtype).removeprefix("torch."),
-        format=store.text_format(store.chat_format(teacher)),
     )
-
-
-def _verify(student: torch.nn.Module, stored: store.StoredModel, draft: _Draft) -> None:
-    """Read what was written as all others will, and compare every bit."""
-    again = store.load(stored, draft.dtype, CPU, draft.head).state_dict()
-    kept = student.state_dict()
-    if odd := [n for n in kept if n not in again or not torch.equal(kept[n], again[n])]:
-        raise LuthierError(
-            f"the saved student is not the one that was made ({', '.join(odd[:3])}); nothing was stored"
-        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.recipe import to_toml, toml_value
-from luthier.setting_names import OPTIONS
+from luthier.setting_names import OPTIONS, dotted
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -40,10 +40,10 @@ def advise(
     """
     from luthier.data.rows import load_documents
     from luthier.workflows.advise.facts import collect
-    from luthier.workflows.advise.recommend import advise as judge
+    from luthier.workflows.advise.recommend import recommend
 
     texts = load_documents(documents)
-    return judge(collect(recipe, texts, wishes, seconds, reporter), command)
+    return recommend(collect(recipe, texts, wishes, seconds, reporter), command)
 
 
 def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str]) -> str:
@@ -66,19 +66,10 @@ def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str])
 
 def command_of(data: str, fields: Mapping[str, Any]) -> str:
     """The same for plain values of the recipe by dotted name; tables of them are taken apart."""
-    flat = _flat(fields)
+    methods = {name: f"{name}.method" for name in ("objective", "adaptation")}
+    flat = {methods.get(name, name): value for name, value in dotted(fields)}
     flags = {key: flat.pop(key) for key in OPTIONS if key in flat}
     return tuning_command(data, flags, [f"{key}={_literal(value)}" for key, value in flat.items()])
-
-
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            found |= {f"{key}.{name}": each for name, each in _flat(value).items()}
-        else:
-            found[f"{key}.method" if key in ("objective", "adaptation") else key] = value
-    return found
 
 
 def _literal(value: Any) -> str:

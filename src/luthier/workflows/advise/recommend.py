@@ -291,15 +291,15 @@ class Advice:
         }
 
 
-def advise(facts: AdviceFacts, command: str) -> Advice:
+def recommend(facts: AdviceFacts, command: str) -> Advice:
     """Judge every technique and choose; ``command`` is what tunes on this data."""
     judgements = [judge(facts) for judge in TECHNIQUES]
-    chosen = _recommend(facts, judgements, command)
+    chosen = _choose(facts, judgements, command)
     chosen = replace(chosen, cautions=(*facts.cautions, *chosen.cautions))
     return Advice(facts, judgements, chosen)
 
 
-def _recommend(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Recommendation:
+def _choose(facts: AdviceFacts, judgements: list[Judgement], command: str) -> Recommendation:
     fits = {each.technique: each.fit for each in judgements}
     if facts.refused:
         return Recommendation(
@@ -308,7 +308,9 @@ def _recommend(facts: AdviceFacts, judgements: list[Judgement], command: str) ->
         )  # fmt: skip
     if facts.shape == "prompt_only":
         reason = "the rows are prompts without answers"
-        return Recommendation(("distillation",), True, (reason,), commands=(_distil(command),))
+        return Recommendation(
+            ("distillation",), True, (reason,), commands=(_distil(command, "MODEL", "MODEL"),)
+        )
     if facts.shape in ("preference", "rated", "thumb"):
         reason = f"{facts.rows:,} judged answers are here"
         cautions = ("compare the win rate on held-out pairs before and after",)
@@ -358,7 +360,9 @@ def _for_labelled(facts: AdviceFacts, fits: Mapping[str, str], command: str) -> 
             f"training takes about {minutes:,.0f} min, more than the {limit:,.0f} allowed: luthier "
             "estimate --within says what fits"
         )
-    commands = [command, *([_student(command)] if "distillation" in chosen else [])]
+    commands = [command]
+    if "distillation" in chosen:
+        commands.append(_distil(command, "TUNED_MODEL", "SMALLER_MODEL"))
     return Recommendation(
         tuple(chosen), True, tuple(reasons), tuple(cautions), tuple(commands), sure
     )
@@ -455,11 +459,7 @@ def without_option(command: str, option: str) -> str:
     return shlex.join(parts)
 
 
-def _distil(command: str) -> str:
+def _distil(command: str, teacher: str, student: str) -> str:
+    """What distils on the data of a tuning ``command``."""
     data = command.removeprefix("luthier tune ").split(" --")[0]
-    return f"luthier distil {data} --teacher MODEL --student MODEL"
-
-
-def _student(command: str) -> str:
-    data = command.removeprefix("luthier tune ").split(" --")[0]
-    return f"luthier distil {data} --teacher TUNED_MODEL --student SMALLER_MODEL"
+    return f"luthier distil {data} --teacher {teacher} --student {student}"

@@ -11,6 +11,7 @@ from typing import Any
 from luthier import __version__
 from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.printable import format_duration
+from luthier.setting_names import dotted
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 
 BOX, GAP, HEIGHT, LINE = 230, 44, 46, 78
@@ -140,16 +141,8 @@ def _rule_table(report: Mapping[str, Any] | None) -> Table | None:
 
 
 def _recipe_table(recipe: Mapping[str, Any] | None) -> Table | None:
-    rows = [] if recipe is None else [[name, _short(value)] for name, value in _flat(recipe, "")]
+    rows = [] if recipe is None else [[name, _short(value)] for name, value in dotted(recipe)]
     return Table.of("Recipe", {"field": "code", "value": "text"}, rows) if rows else None
-
-
-def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, each in value.items():
-        if isinstance(each, Mapping):
-            yield from _flat(each, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", each
 
 
 def _short(value: Any) -> str:
@@ -164,7 +157,7 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
     record = certificate.record
     if record.parity is not None:
         kept = {name: each for name, each in record.parity.items() if each is not None}
-        measured = _flat(kept, "")
+        measured = dotted(kept)
         rows = [[name.replace("_", " "), _short(each)] for name, each in measured]
         yield Table.of("As trained and as read back", {"": "name", "value": "number"}, rows)
     files = [[name, digest] for name, digest in record.files.items()]
@@ -253,7 +246,7 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
         return Table.of("All that were compared", columns, rows)
     values = [
         [name.replace("_", " "), _short(value)]
-        for name, value in _flat(result, "")
+        for name, value in dotted(result)
         if isinstance(value, str | int | float) and name != "verdict"
     ]
     further = max(0, len(values) - MOST_VALUES)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luthier import __version__
 from luthier.chat_models.base import ChatModel, Done, Failure, Reply, SamplingSpec
@@ -31,9 +31,9 @@ from luthier.data.sources import hash_of
 from luthier.encryption.files import seal
 from luthier.encryption.memory import remove, working
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import Result, Run, automatic_name, same_request
+from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
 from luthier.errors import Interrupted, RecipeError, RefusedInput, RunConflict
-from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
+from luthier.files import luthier_home, sha256_of, write_bytes, write_json
 from luthier.graders import Grader
 from luthier.objectives import OBJECTIVES
 from luthier.serving.journal import (
@@ -62,11 +62,6 @@ from luthier.workflows.distil.insights import (
 )
 from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 
-if TYPE_CHECKING:
-    from luthier.engine.runs import Result
-    from luthier.store.models import StoredModel
-
-
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
 
 
@@ -77,9 +72,7 @@ def by_responses(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Dist
     name = recipe.name or automatic_name(student.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
     work = _Responses(recipe, student, parent / name, reporter)
-    with lock(work.folder / ".lock") as free:
-        if not free:
-            raise RunConflict(f"another process is working on the distillation {name} now")
+    with lock_folder(work.folder, f"the distillation {name}"):
         return work.run(resume)
 
 
@@ -170,13 +163,7 @@ class _Responses:
             "luthier": __version__,
         }
         path, name = self.folder / _REQUEST, str(self.recipe.name)
-        if path.is_file():
-            if not resume:
-                raise RunConflict(
-                    f"there is a distillation {name} already. --resume goes on with it; choose "
-                    "another --name for a new one"
-                )
-            same_request(read_json(path), request, f"the distillation {name}")
+        if is_resumed(path, request, f"distillation {name}", resume):
             return
         if self.training.folder.exists() or self.training.model_folder.exists():
             raise RunConflict(
