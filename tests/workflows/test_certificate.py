@@ -32,6 +32,7 @@ from luthier.workflows.certificate.certificate import (
     read_certificate,
 )
 from luthier.workflows.certificate.compute import base_flops, training_flops
+from luthier.workflows.certificate.endpoint import prompts_of
 from luthier.workflows.certificate.page import page
 
 ID = "tiny:x"
@@ -470,6 +471,13 @@ def test_forms_by_the_command_line(home: Path) -> None:
     assert (folder(home) / "certificate.json").read_bytes() == before  # forms make none anew
     refused = CliRunner().invoke(app, ["certificate", ID, "--output", str(target)])
     assert refused.exit_code == 2 and "--format" in refused.output
+
+
+def test_prompts_for_an_endpoint_are_spread_over_all_rows(home: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{n}?", "completion": "x"}}\n' for n in range(19)))
+    asked = prompts_of(find(ID), rows, 10)
+    assert [turns[-1].content for turns in asked] == [f"{n * 19 // 10}?" for n in range(10)]
 
 
 def test_two_that_judge_at_once_leave_out_no_report(

@@ -26,7 +26,7 @@ from luthier.cli.launch import launch
 from luthier.engine.machine import Machine
 from luthier.errors import RecipeError, UnknownModel
 from luthier.recipe import Recipe
-from luthier.workflows.estimate.estimate import Estimate, Interval
+from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
 from luthier.workflows.estimate.history import Correction
 from luthier.workflows.launch import (
     HOME,
@@ -42,9 +42,10 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 FOUND = Estimate(
     key="0123456789abcdef", machine="a processor, 2 cores, 8 GiB", created="2026-11-24T00:00:00+00:00",
     base="tiny", objective="sft", adaptation="lora", rows=60, steps=30, refit_steps=0, epochs=2.0,
-    tokens=Interval.exactly(9000), learned=Interval.exactly(3000), parts={},
-    seconds=Interval(7000, 6500, 7200), memory=Interval(2e9, 1.9e9, 2.2e9),
-    disk=Interval(5e8, 4e8, 1e9), raw_seconds=7000, raw_memory=2e9, modelled_memory=2_000_000_000,
+    tokens=PredictionInterval.exactly(9000), learned=PredictionInterval.exactly(3000), parts={},
+    seconds=PredictionInterval(7000, 6500, 7200), memory=PredictionInterval(2e9, 1.9e9, 2.2e9),
+    disk=PredictionInterval(5e8, 4e8, 1e9), raw_seconds=7000, raw_memory=2e9,
+    modelled_memory=2_000_000_000,
     correction=Correction(0, 1.0, 1.0), tried=[(100, 1.0)],
 )  # fmt: skip
 PROCESSOR = Machine(torch.device("cpu"), torch.float32, 2, "a test")
@@ -375,7 +376,7 @@ def test_ray_runs_the_script(
     script = tmp_path / "job.py"
     request = LaunchRequest("ray", processes, seconds=3600)
     machine = replace(PROCESSOR, threads=1)
-    small = replace(FOUND, memory=Interval.exactly(1e8))
+    small = replace(FOUND, memory=PredictionInterval.exactly(1e8))
     script.write_text(launch_file(recipe(), small, request, machine))
     package = tmp_path / "modules" / "luthier"
     package.mkdir(parents=True)
@@ -416,7 +417,7 @@ def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
 def test_a_time_that_is_given_is_the_limit() -> None:
     sizing = size_job(FOUND, LaunchRequest("slurm", seconds=90), PROCESSOR)
     assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s as asked for."
-    short = replace(FOUND, seconds=Interval.exactly(5))
+    short = replace(FOUND, seconds=PredictionInterval.exactly(5))
     assert size_job(short, LaunchRequest("slurm"), PROCESSOR).seconds == 600
 
 

@@ -86,7 +86,7 @@ def verify(
     from luthier.validation import describe_error
     from luthier.workflows.certificate.endpoint import (
         EndpointSpec,
-        check_writes,
+        check_gives_replies,
         prompts_of,
         verify_endpoint,
     )
@@ -94,7 +94,7 @@ def verify(
 
     stored = _stored_model(model)
     if endpoint is not None:
-        check_writes(stored)
+        check_gives_replies(stored)
     found = verify_files(stored, None if public_key is None else Path(public_key))
     if endpoint is None:
         return found

@@ -639,20 +639,20 @@ class _Contest:
         began = time.perf_counter()
         replies = [nearest.answer for (nearest,) in NearestExamples(known).of(questions, 1)]
         seconds = (time.perf_counter() - began) / len(rows)
-        graded = grade(rows, replies, self.graders)
-        return Contender(
-            "the nearest row by words", "simple baselines", _deciding(graded), graded.scores, seconds,
-            replies=replies,
-        )  # fmt: skip
+        return self._simple("the nearest row by words", rows, replies, seconds)
 
     def always(self, rows: Sequence[Row], reply: str) -> Contender:
         """The same reply to all: what a model that learned nothing else is worth."""
-        replies = [reply] * len(rows)
+        return self._simple("always the most frequent reply", rows, [reply] * len(rows), 0.0)
+
+    def _simple(
+        self, name: str, rows: Sequence[Row], replies: Sequence[str], seconds: float
+    ) -> Contender:
+        """Replies that no model wrote; ``seconds`` for one."""
         graded = grade(rows, replies, self.graders)
         return Contender(
-            "always the most frequent reply", "simple baselines", _deciding(graded), graded.scores, 0.0,
-            replies=replies,
-        )  # fmt: skip
+            name, "simple baselines", _deciding(graded), graded.scores, seconds, replies=replies
+        )
 
     def baselines(
         self,

@@ -20,7 +20,7 @@ from luthier.workflows.estimate.budget import (
     read_prices,
     seconds_until,
 )
-from luthier.workflows.estimate.estimate import Estimate, Interval
+from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
 from luthier.workflows.estimate.history import Correction
 
 
@@ -81,16 +81,16 @@ def estimate(**other: Any) -> Estimate:
         "steps": 100,
         "refit_steps": 0,
         "epochs": 4.0,
-        "tokens": Interval.exactly(1e6),
-        "learned": Interval.exactly(1e5),
+        "tokens": PredictionInterval.exactly(1e6),
+        "learned": PredictionInterval.exactly(1e5),
         "parts": {
-            "data": Interval.exactly(15.0),
-            "steps": Interval.exactly(100.0),
-            "store": Interval.exactly(5.0),
+            "data": PredictionInterval.exactly(15.0),
+            "steps": PredictionInterval.exactly(100.0),
+            "store": PredictionInterval.exactly(5.0),
         },
-        "seconds": Interval.exactly(120.0),
-        "memory": Interval.exactly(1e9),
-        "disk": Interval.exactly(1e7),
+        "seconds": PredictionInterval.exactly(120.0),
+        "memory": PredictionInterval.exactly(1e9),
+        "disk": PredictionInterval.exactly(1e7),
         "raw_seconds": 120.0,
         "raw_memory": 1e9,
         "modelled_memory": 10**9,
@@ -113,7 +113,7 @@ def test_all_of_it_fits_where_there_is_time() -> None:
 
 
 def test_the_upper_end_is_planned_with() -> None:
-    wide = estimate(seconds=Interval(120.0, 90.0, 240.0))
+    wide = estimate(seconds=PredictionInterval(120.0, 90.0, 240.0))
     assert not plan(wide, 200).fits
     assert plan(wide, 140).steps == 50  # everything may take twice as long
 

@@ -23,7 +23,7 @@ from luthier.recipe import Recipe
 from luthier.workflows.estimate import estimate as module
 from luthier.workflows.estimate.estimate import (
     FittedLine,
-    Interval,
+    PredictionInterval,
     _checkpoints,
     estimate,
     measurements,
@@ -308,11 +308,15 @@ def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
 
 
 def test_errors_that_have_nothing_to_do_with_each_other_add_as_squares() -> None:
-    total = Interval(10.0, 7.0, 13.0) + Interval(20.0, 16.0, 24.0)
-    assert total == Interval(30.0, 25.0, 35.0)
-    assert Interval.exactly(5.0) + Interval(1.0, 0.0, 3.0) == Interval(6.0, 5.0, 8.0)
-    assert Interval.around(10.0, 0.1, 0.2).times(3) == Interval(30.0, 27.0, 36.0)
-    wide = Interval(10.0, 7.0, 13.0).widen(0.4, 0.4)
+    total = PredictionInterval(10.0, 7.0, 13.0) + PredictionInterval(20.0, 16.0, 24.0)
+    assert total == PredictionInterval(30.0, 25.0, 35.0)
+    assert PredictionInterval.exactly(5.0) + PredictionInterval(
+        1.0, 0.0, 3.0
+    ) == PredictionInterval(6.0, 5.0, 8.0)
+    assert PredictionInterval.around(10.0, 0.1, 0.2).times(3) == PredictionInterval(
+        30.0, 27.0, 36.0
+    )
+    wide = PredictionInterval(10.0, 7.0, 13.0).widen(0.4, 0.4)
     assert (wide.low, wide.high) == (5.0, 15.0)
 
 

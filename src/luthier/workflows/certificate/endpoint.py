@@ -123,7 +123,7 @@ class EndpointVerification:
         return self.finding == "served"
 
 
-def check_writes(model: StoredModel) -> None:
+def check_gives_replies(model: StoredModel) -> None:
     """Refuse a model that gives no replies.
 
     Raises:
@@ -166,7 +166,8 @@ def prompts_of(model: StoredModel, data: str | Path | None, count: int) -> list[
                      "Give rows of prompt and completion, or messages, without tools.")],
             "nothing was asked",
         )  # fmt: skip
-    return prompts[:: max(1, len(prompts) // count)][:count]
+    count = min(count, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
 def verify_endpoint(

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from luthier import __version__
+from luthier.errors import RecipeError
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES
-from luthier.workflows.certificate.certificate import Certificate, KeptReport, Relative
+from luthier.workflows.certificate.certificate import Certificate, Relative
 
 Format = Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"]
 BUILD_TYPE, BUILDER = "urn:luthier:training:v1", "urn:luthier:engine"
@@ -46,18 +47,30 @@ def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _evaluations(certificate: Certificate) -> Iterator[KeptReport]:
-    """The latest evaluation on each data."""
+class _Score(NamedTuple):
+    """A score of the latest evaluation on some data."""
+
+    data: str
+    sha256: str | None
+    """Of the first file of the data."""
+    name: str
+    value: float
+    interval: Sequence[float]
+    """With 95 % confidence; empty where it is not known."""
+
+
+def _scores(certificate: Certificate) -> Iterator[_Score]:
     latest = {
-        json.dumps(each.report.data): each
+        json.dumps(each.report.data): each.report
         for each in certificate.reports
         if each.report.kind == "evaluation"
     }
-    yield from latest.values()
-
-
-def _data_name(data: Mapping[str, str]) -> str:
-    return ", ".join(PurePath(path).name for path in data) or "data"
+    for report in latest.values():
+        data = ", ".join(PurePath(path).name for path in report.data) or "data"
+        sha256 = next(iter(report.data.values()), None)
+        intervals = report.result.get("intervals") or {}
+        for name, value in (report.result.get("scores") or {}).items():
+            yield _Score(data, sha256, name, value, intervals.get(name) or ())
 
 
 def _licence(certificate: Certificate) -> str | None:
@@ -79,14 +92,13 @@ def model_card(certificate: Certificate) -> str:
     results = [
         EvalResult(
             task_type=task or record.kind or "other",
-            dataset_type=_data_name(kept.report.data),
-            dataset_name=_data_name(kept.report.data),
-            dataset_revision=next(iter(kept.report.data.values()), None),
-            metric_type=name,
-            metric_value=value,
+            dataset_type=score.data,
+            dataset_name=score.data,
+            dataset_revision=score.sha256,
+            metric_type=score.name,
+            metric_value=score.value,
         )
-        for kept in _evaluations(certificate)
-        for name, value in (kept.report.result.get("scores") or {}).items()
+        for score in _scores(certificate)
     ]
     parents = certificate.parents
     licence = _licence(certificate)
@@ -122,9 +134,9 @@ def _card_text(certificate: Certificate) -> str:
         lines += [f"- {PurePath(p).name}: SHA-256 `{h}`" for p, h in record.data.sha256.items()]
         lines += [f"- {record.data.rows:,} rows, {record.data.learned_tokens:,} tokens learned", ""]
     scores = [
-        f"| {_data_name(kept.report.data)} | {name} | {value:.4f} | {_between(kept, name)} |"
-        for kept in _evaluations(certificate)
-        for name, value in (kept.report.result.get("scores") or {}).items()
+        f"| {each.data} | {each.name} | {each.value:.4f} | "
+        f"{' to '.join(f'{end:.3f}' for end in each.interval)} |"
+        for each in _scores(certificate)
     ]
     if scores:
         head = ["| data | score | value | with 95 % confidence |", "| --- | --- | --- | --- |"]
@@ -144,12 +156,6 @@ def _card_text(certificate: Certificate) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _between(kept: KeptReport, name: str) -> str:
-    return " to ".join(
-        f"{each:.3f}" for each in (kept.report.result.get("intervals") or {}).get(name, ())
-    )
-
-
 def cyclonedx(certificate: Certificate) -> dict[str, Any]:
     """Bill of materials (ECMA-424, CycloneDX 1.7): the model, its files, its data, its ancestors."""
     record = certificate.record
@@ -161,16 +167,15 @@ def cyclonedx(certificate: Certificate) -> dict[str, Any]:
         parameters["approach"] = {"type": objective.approach}
     if datasets:
         parameters["datasets"] = [{"ref": f"data:{path}"} for path, _ in datasets]
-    metrics = [
-        {
-            "type": name,
-            "value": f"{value:.6g}",
-            "slice": _data_name(kept.report.data),
-            **_confidence(kept, name),
-        }
-        for kept in _evaluations(certificate)
-        for name, value in (kept.report.result.get("scores") or {}).items()
-    ]
+    metrics = []
+    for score in _scores(certificate):
+        metric: dict[str, Any] = {
+            "type": score.name, "value": f"{score.value:.6g}", "slice": score.data
+        }  # fmt: skip
+        if score.interval:
+            low, high = (f"{end:.6g}" for end in score.interval)
+            metric["confidenceInterval"] = {"lowerBound": low, "upperBound": high}
+        metrics.append(metric)
     compute = certificate.compute
     known = {
         "luthier:training-flops": compute.flops,
@@ -242,14 +247,6 @@ def cyclonedx(certificate: Certificate) -> dict[str, Any]:
             }
         ],
     }
-
-
-def _confidence(kept: KeptReport, name: str) -> dict[str, Any]:
-    found = (kept.report.result.get("intervals") or {}).get(name)
-    if not found:
-        return {}
-    low, high = found
-    return {"confidenceInterval": {"lowerBound": f"{low:.6g}", "upperBound": f"{high:.6g}"}}
 
 
 def _cyclonedx_licence(licence: str | None) -> dict[str, Any]:
@@ -380,8 +377,6 @@ def croissant(certificate: Certificate) -> dict[str, Any]:
     Raises:
         RecipeError: where no data is known.
     """
-    from luthier.errors import RecipeError
-
     record = certificate.record
     if record.data is None or not record.data.sha256:
         raise RecipeError(f"the record of {certificate.id} says nothing of training data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,14 +16,14 @@ from luthier.engine.metrics import Reporter
 from luthier.files import write_json
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.history import Correction, PastRun, correction, past
-from luthier.workflows.estimate.trial import Measurement, TrialRun, measure
+from luthier.workflows.estimate.trial import Measurement, measure
 
 _T90 = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81)
 """Student's t for a two-sided interval of 90 %, for 1 to 10 degrees of freedom."""
 
 
 @dataclass(frozen=True)
-class Interval:
+class PredictionInterval:
     """A value between two others; unless something else is said, nine times out of ten."""
 
     value: float
@@ -31,29 +31,29 @@ class Interval:
     high: float
 
     @staticmethod
-    def exactly(value: float) -> Interval:
+    def exactly(value: float) -> PredictionInterval:
         """A number that is known."""
-        return Interval(value, value, value)
+        return PredictionInterval(value, value, value)
 
     @staticmethod
-    def around(value: float, below: float, above: float) -> Interval:
+    def around(value: float, below: float, above: float) -> PredictionInterval:
         """``value`` with room for a share of it ``below`` and ``above``."""
-        return Interval(value, value * (1 - below), value * (1 + above))
+        return PredictionInterval(value, value * (1 - below), value * (1 + above))
 
-    def __add__(self, other: Interval) -> Interval:
+    def __add__(self, other: PredictionInterval) -> PredictionInterval:
         """Sum of two numbers whose errors have nothing to do with each other."""
         value = self.value + other.value
         below = math.hypot(self.value - self.low, other.value - other.low)
         above = math.hypot(self.high - self.value, other.high - other.value)
-        return Interval(value, value - below, value + above)
+        return PredictionInterval(value, value - below, value + above)
 
-    def times(self, factor: float) -> Interval:
+    def times(self, factor: float) -> PredictionInterval:
         """The same in another unit, or so many of it."""
-        return Interval(self.value * factor, self.low * factor, self.high * factor)
+        return PredictionInterval(self.value * factor, self.low * factor, self.high * factor)
 
-    def widen(self, below: float, above: float) -> Interval:
+    def widen(self, below: float, above: float) -> PredictionInterval:
         """The same with shares of the value added to its error, as errors of their own."""
-        return self + Interval(0.0, -below * self.value, above * self.value)
+        return self + PredictionInterval(0.0, -below * self.value, above * self.value)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class FittedLine:
         noise = math.sqrt(float((left**2).sum()) / freedom) if len(x) > 2 else 0.1 * float(y.mean())
         return FittedLine(intercept, slope, noise, len(x), mean, spread)
 
-    def total(self, tokens: Sequence[float], steps: int) -> Interval:
+    def total(self, tokens: Sequence[float], steps: int) -> PredictionInterval:
         """Seconds of ``steps`` steps, of which ``tokens`` are a fair sample."""
         mean = float(np.mean(tokens))
         value = steps * (self.intercept + self.slope * mean)
@@ -98,7 +98,7 @@ class FittedLine:
         of_mean = self.noise * math.sqrt(1 / self.points + away)
         error = math.hypot(steps * of_mean, self.noise * math.sqrt(steps))
         error *= _T90[min(max(1, self.points - 2), len(_T90)) - 1]
-        return Interval(value, max(0.0, value - error), value + error)
+        return PredictionInterval(value, max(0.0, value - error), value + error)
 
 
 DRIFT = 0.1
@@ -129,17 +129,17 @@ class Estimate:
     refit_steps: int
     """Steps that training once more on all rows takes at most; 0 where there is no refit."""
     epochs: float
-    tokens: Interval
+    tokens: PredictionInterval
     """Of the rows of all steps, shared prefixes counted in each row."""
-    learned: Interval
+    learned: PredictionInterval
     """Those among them that carry loss."""
-    parts: dict[str, Interval]
+    parts: dict[str, PredictionInterval]
     """Seconds of each part, by its name in ``luthier.engine.actuals.PARTS``."""
-    seconds: Interval
+    seconds: PredictionInterval
     """From the first check of the data to the stored and verified model."""
-    memory: Interval
+    memory: PredictionInterval
     """Largest resident size of the process."""
-    disk: Interval
+    disk: PredictionInterval
     """Checkpoints, the custom model, and what is kept of the run."""
     raw_seconds: float
     """Without the correction."""
@@ -181,15 +181,15 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
     job, work, trial = measured.job, measured.work, measured.trial
     training = job.recipe.training
     parts = _parts(measured)
-    raw = Interval.exactly(0.0)
+    raw = PredictionInterval.exactly(0.0)
     for part in parts.values():
         raw += part
     known = correction(runs)
     memory = _memory(measured)
     steps_per_pass = job.rows / (training.batch_size or 1)
-    tokens = Interval.exactly(work.tokens * trial.token_share)
+    tokens = PredictionInterval.exactly(work.tokens * trial.token_share)
     if trial.token_share < 0.999:  # the network writes as much as it likes
-        tokens = Interval(tokens.value, tokens.value * 0.7, float(work.tokens))
+        tokens = PredictionInterval(tokens.value, tokens.value * 0.7, float(work.tokens))
     tokens = _with_refit(tokens, job.refit_steps / work.steps)
     ratio = work.learned / max(1, work.tokens)
     drift = _drift(runs, known)
@@ -209,7 +209,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
         parts=parts,
         seconds=raw.times(known.seconds).widen(drift, drift),
         memory=memory.times(known.memory),
-        disk=_disk(measured),
+        disk=_disk(measured, parts),
         raw_seconds=raw.value,
         raw_memory=memory.value,
         modelled_memory=job.expected_memory,
@@ -218,20 +218,20 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
     )
 
 
-def _parts(measured: Measurement) -> dict[str, Interval]:
+def _parts(measured: Measurement) -> dict[str, PredictionInterval]:
     """Seconds of each part of the run."""
     once, trial = measured.seconds, measured.trial
-    found = {name: Interval.around(once[name], COUNTED, COUNTED) for name in PARTS}
+    found = {name: PredictionInterval.around(once[name], COUNTED, COUNTED) for name in PARTS}
     # An average row is behind both, so that what is said of the tried rows holds for all of them.
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     found["ahead"] = found["ahead"].times(every)
     found["calibrate"] = found["calibrate"].times(measured.calibration)
     found["baselines"] = _baselines(measured)
     found["steps"] = _steps(measured)
-    found["validation"] = Interval.around(_validation(measured), COUNTED, COUNTED)
+    found["validation"] = PredictionInterval.around(_validation(measured), COUNTED, COUNTED)
     going = found["steps"].value + found["validation"].value
     writes = _checkpoints(going, measured.work.steps, once["checkpoints"])
-    found["checkpoints"] = Interval.around(writes * once["checkpoints"], COUNTED, COUNTED)
+    found["checkpoints"] = PredictionInterval.around(writes * once["checkpoints"], COUNTED, COUNTED)
     if refit_steps := measured.job.refit_steps:
         for name in ("data", "load", "begin", "ahead", "calibrate"):
             found[name] = _with_refit(found[name], 1.0)
@@ -240,19 +240,19 @@ def _parts(measured: Measurement) -> dict[str, Interval]:
     return found
 
 
-def _with_refit(once: Interval, share: float) -> Interval:
+def _with_refit(once: PredictionInterval, share: float) -> PredictionInterval:
     """``once`` and ``share`` of it again, or less: a refit is as long as the held-out rows say."""
-    return Interval(once.value * (1 + share), once.low, once.high * (1 + share))
+    return PredictionInterval(once.value * (1 + share), once.low, once.high * (1 + share))
 
 
-def _steps(measured: Measurement) -> Interval:
+def _steps(measured: Measurement) -> PredictionInterval:
     """Warm steps by their tokens, and what each new size of a micro-batch costs once."""
     trial = measured.trial
     warm = [each for each in trial.tries if not each.first] or trial.tries[1:] or trial.tries
     tokens = [trial.batches[each.batch].tokens for each in warm]
     line = FittedLine.through(tokens, [each.seconds for each in warm])
     found = line.total([step.tokens for step in measured.steps], measured.work.steps)
-    return found + Interval.around(_new_sizes(measured), 0.5, 0.5)
+    return found + PredictionInterval.around(_new_sizes(measured), 0.5, 0.5)
 
 
 def _new_sizes(measured: Measurement) -> float:
@@ -280,15 +280,15 @@ def _validation(measured: Measurement) -> float:
     return one * measurements(measured.work.steps, job.recipe.training.evaluate_every)
 
 
-def _baselines(measured: Measurement) -> Interval:
+def _baselines(measured: Measurement) -> PredictionInterval:
     """Seconds to read the rows once, for the states of the base model, and as long again to fit."""
     trial, job = measured.trial, measured.job
     most = job.recipe.training.baseline_seconds
     if not trial.held_tokens or not all(job.data.compared):
-        return Interval.exactly(0.0)
+        return PredictionInterval.exactly(0.0)
     tokens = sum(len(example) for rows in job.data.compared for example in rows.examples)
     value = min(most, 2 * trial.held_seconds * tokens / trial.held_tokens)
-    return Interval(value, 0.0, most)
+    return PredictionInterval(value, 0.0, most)
 
 
 def _checkpoints(seconds: float, steps: int, cost: float) -> int:
@@ -302,25 +302,24 @@ def _checkpoints(seconds: float, steps: int, cost: float) -> int:
     return 1 + (steps - first) // apart if steps >= first else 0
 
 
-def _memory(measured: Measurement) -> Interval:
+def _memory(measured: Measurement) -> PredictionInterval:
     trial = measured.trial
     further = measured.work.row_tokens / max(1, trial.row_tokens) - 1
     value = trial.peak_memory + trial.kept_memory * max(0.0, further)
-    return Interval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)
+    return PredictionInterval.around(value, MEMORY_SLACK / 2, MEMORY_SLACK)
 
 
-def _disk(measured: Measurement) -> Interval:
-    trial: TrialRun = measured.trial
+def _disk(measured: Measurement, parts: Mapping[str, PredictionInterval]) -> PredictionInterval:
+    trial = measured.trial
     every = measured.work.row_tokens / max(1, trial.row_tokens)
     model = trial.model_bytes + trial.kept_disk * every + trial.run_bytes
     model += PER_STEP * measured.work.steps
     trainings = 2 if measured.job.refit_steps else 1  # each has checkpoints until the run ends
     most = model + trainings * checkpoints.RETAINED * trial.checkpoint_bytes
-    parts = _parts(measured)
     going = parts["steps"].value + parts["validation"].value
     written = _checkpoints(going, measured.work.steps, measured.seconds["checkpoints"])
     value = model + trainings * min(checkpoints.RETAINED, written) * trial.checkpoint_bytes
-    return Interval(value, model, most)
+    return PredictionInterval(value, model, most)
 
 
 def _drift(runs: Sequence[PastRun], known: Correction) -> float:
