@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 from luthier.adaptations import ADAPTATIONS
 from luthier.engine import memory as fit
+from luthier.engine.defaults import SMALLEST_BUDGET
+from luthier.engine.machine import choose_machine
 from luthier.errors import DoesNotFit, RefusedInput, UnknownModel
 from luthier.models.catalog import CATALOG
-from luthier.models.heads import CAUSAL_LM, Head
+from luthier.models.heads import CAUSAL_LM, Head, Task
 from luthier.models.load import catalogue_config, sketch, sketch_of
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import OBJECTIVES
@@ -30,16 +33,25 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
     chat = load_chat_format(folder)
     found = capabilities(str(folder))
     assert found.here and len(found.verdicts) == len(OBJECTIVES) * len(ADAPTATIONS)
+
+    @cache
+    def refusal(task: Task, adaptation: str) -> str:
+        try:
+            model = sketch(folder, Head(task, ("a", "b")))
+            with torch.device("meta"):
+                ADAPTATIONS[adaptation].model_validate({}).attach(model)
+        except RefusedInput as error:
+            return str(error)
+        return ""
+
     for verdict in found.verdicts:
         objective = default_objective(OBJECTIVES[verdict.objective])
-        reason = ""
         try:
             check_base(objective, chat)
-            model = sketch(folder, Head(objective.task, ("a", "b")))
-            with torch.device("meta"):
-                ADAPTATIONS[verdict.adaptation].model_validate({}).attach(model)
+            reason = refusal(objective.task, verdict.adaptation)
         except RefusedInput as error:
-            reason = str(error).partition(". Choose another objective than")[0]
+            reason = str(error)
+        reason = reason.partition(". Choose another objective than")[0]
         assert verdict.reason == reason
         assert (verdict.memory > 0) == verdict.fits == (not reason)
 
@@ -47,10 +59,12 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
 def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
     monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:
+    config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)
+    objective, size = default_objective(OBJECTIVES["sft"]), choose_machine().dtype.itemsize
+    adaptations = [ADAPTATIONS[name].model_validate({}) for name in ("lora", "full")]
     needs = {
-        v.adaptation: v.memory or 0
-        for v in capabilities("smollm2-135m-instruct").verdicts
-        if v.objective == "sft"
+        each.method: fit.sketch_training(config, objective, each, size).memory.peak(SMALLEST_BUDGET)
+        for each in adaptations
     }
     assert needs["lora"] < needs["full"]
     # Weights take two or four bytes, by what the processor is fast at.
@@ -59,6 +73,7 @@ def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
     found = capabilities("smollm2-135m-instruct")
     assert not found.here and not luthier_home.exists()
     of = {(v.objective, v.adaptation): v for v in found.verdicts}
+    assert {name: of["sft", name].memory for name in needs} == needs
     assert of["sft", "lora"].fits and not of["sft", "full"].fits
     assert "masked" in of["masked_lm", "lora"].reason
     # The reference model of a full tuning is a copy of all weights.
