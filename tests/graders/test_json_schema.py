@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import validators
 
 from luthier.errors import GradingFailed, RecipeError
 from luthier.graders import Answer, JsonSchema, grade_answers, parse_graders
@@ -170,3 +171,17 @@ class TestHostileSchemas:
     )
     def test_equal_items(self, reply: str, score: float) -> None:
         assert JsonSchema(against={"uniqueItems": True}).score(answer(reply)) == score
+
+
+def test_the_time_of_a_reply_begins_when_the_schema_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, extend = [0.0], validators.extend
+
+    def extend_slowly(*given: Any) -> Any:
+        now[0] += 60  # as on a busy machine that has yet to import the library
+        return extend(*given)
+
+    monkeypatch.setattr(validators, "extend", extend_slowly)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    assert JsonSchema(against={"type": "object"}).first_error({}) is None
