@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from itertools import count
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -324,4 +325,4 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run(work)
         return
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
+        pool.submit(copy_context().run, asyncio.run, work).result()

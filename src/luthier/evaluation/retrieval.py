@@ -99,8 +99,7 @@ def pair_ranks(
         asked_P = (query_P >= part.start) & (query_P < part.stop)
         own_CN = np.zeros(scores_CN.shape, dtype=bool)
         own_CN[query_P[asked_P] - part.start, item_P[asked_P]] = True
-        best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
-        ranks.append(1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1))
+        ranks.append(_first_ranks(scores_CN, own_CN))
     return np.concatenate(ranks)
 
 
@@ -126,8 +125,7 @@ class ClassRetrieval:
             alike_CR = class_R[own_C][:, None] == class_R
             itself = (np.arange(len(own_C)), own_C)
             alike_CR[itself], scores_CR[itself] = False, -np.inf
-            best_C = np.where(alike_CR, scores_CR, -np.inf).max(1)
-            ranks.append(1 + ((scores_CR >= best_C[:, None]) & ~alike_CR).sum(1))
+            ranks.append(_first_ranks(scores_CR, alike_CR))
             gains.append(_ndcg(scores_CR, alike_CR, others_R[own_C]))
         return ClassRetrieval(np.concatenate(ranks), np.concatenate(gains))
 
@@ -281,6 +279,13 @@ def retrieval_scores(ranks: ArrayLike, ndcg: ArrayLike | None = None) -> dict[st
 
 def _rank(scores_U: NDArray[Any], own: int) -> int:
     return int((scores_U >= scores_U[own]).sum())
+
+
+def _first_ranks(scores_CN: NDArray[Any], own_CN: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The place, from 1, of the nearest item that belongs to each query among all that do not."""
+    best_C = np.where(own_CN, scores_CN, -np.inf).max(1)
+    ranks_C: NDArray[np.int64] = 1 + ((scores_CN >= best_C[:, None]) & ~own_CN).sum(1)
+    return ranks_C
 
 
 def _ranks(scores_CU: NDArray[Any], own_C: NDArray[np.int64]) -> NDArray[np.int64]:

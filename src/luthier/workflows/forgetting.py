@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.evaluation.choices import ChoiceLikelihood
     from luthier.models.network import Network
+    from luthier.serving.generation import Generator
     from luthier.store.models import StoredModel
 
 SAMPLE_TOKENS = 48
@@ -336,11 +337,11 @@ def _own_choices() -> list[MultipleChoice]:
         return [*(of_shape(MultipleChoice, load_rows(path)) or ())]
 
 
-def _answers(generator: Any) -> list[Example]:
+def _answers(generator: Generator) -> list[Example]:
     """What the base answers to our prompts, the tokens that it drew of weight 1."""
     from luthier.models.sampling import Sampling
 
-    chat: ChatFormat = generator.chat
+    chat = generator.chat
     prompts = [[Message("user", str(each["prompt"]))] for each in _own("prompts")]
     # Greedy answers stand where the base is surest; drawn ones are what the divergence is a mean over.
     replies = generator.answers(
@@ -402,7 +403,7 @@ class _Side:
         tried = max(ALTERNATIVES, math.ceil(len(canaries) / LEVEL))  # the first of so many tells
         self.exposures = [_exposure(self.network, self.chat, each, tried) for each in canaries]
 
-    def read_safety(self, generator: Any) -> None:
+    def read_safety(self, generator: Generator) -> None:
         """Bias, toxicity and refusals."""
         from luthier.models.sampling import Sampling
 

@@ -102,18 +102,16 @@ class SearchedPrompt:
         gained = f"{self.score:.1%} instead of {self.first_score:.1%}"
         if self.score <= self.first_score:
             gained = f"none is better than the one that it began with, {self.first_score:.1%}"
+        instruction = "no instruction"
+        if self.instruction:  # :meth:`Way.plain` has it whole
+            further = " …" if len(self.instruction) > SHOWN else ""
+            instruction = f"the instruction {self.instruction[:SHOWN]!r}{further}"
         return (
             f"the prompt was searched for {self.seconds:.0f} s: {self.answers:,} "
             f"answers, {self.candidates} prompts, {gained} "
             f"of {self.measured_rows} training rows; it has {shown} examples and "
-            + (_beginning(self.instruction) if self.instruction else "no instruction")
+            f"{instruction}"
         )
-
-
-def _beginning(instruction: str) -> str:
-    """What fits into a sentence of it; :meth:`Way.plain` has it whole."""
-    cut = len(instruction) > SHOWN
-    return f"the instruction {instruction[:SHOWN]!r}" + (" …" if cut else "")
 
 
 def search_prompt(
