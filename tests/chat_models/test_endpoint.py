@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import math
@@ -12,6 +13,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -194,12 +196,30 @@ def test_a_server_that_is_down_ends_the_run() -> None:
 
 
 def test_it_runs_inside_a_running_loop(endpoint: Any) -> None:
-    import asyncio
-
     async def notebook() -> dict[str, Reply | Failure]:
         return ask(endpoint.url, "a")
 
     assert asyncio.run(notebook())["a"] == Reply("the answer to a", "stop", 7, 1)
+
+
+def test_it_answers_in_the_context_of_who_asks(endpoint: Any) -> None:
+    # By it a journal knows for which account and run an answer is.
+    account, heard = ContextVar("account", default=""), list[str]()
+    teacher = EndpointModel(TeacherSpec(model="m", url=endpoint.url))
+
+    def ask_once() -> None:
+        question = [Message("user", "a")]
+        teacher.ask(
+            [question], SamplingSpec(), lambda *_: heard.append(account.get()), lambda _: None
+        )
+
+    async def notebook() -> None:
+        ask_once()
+
+    account.set("ann")
+    ask_once()
+    asyncio.run(notebook())
+    assert heard == ["ann", "ann"]
 
 
 @pytest.mark.parametrize(
