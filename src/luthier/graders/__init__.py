@@ -1,6 +1,6 @@
 """Text to a score. The same grader measures a model and rewards one in training.
 
-One file for each way to score; this table is the map of the package.
+A file for each way to score, or for ways that share one; this table is the map of the package.
 """
 
 from __future__ import annotations

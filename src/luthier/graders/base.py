@@ -122,7 +122,7 @@ class Ungraded(LuthierError):
 
 
 class Grader(BaseModel):
-    """Base of all graders: one way to score, one file, one class."""
+    """Base of all graders: one way to score, one class."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
