@@ -205,6 +205,15 @@ def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.Monk
         cleaned(source, tmp_path / "e.jsonl", redact=["email"], redact_key_env="A_KEY")
 
 
+def test_choices_are_redacted_too(tmp_path: Path) -> None:
+    row = {"prompt": "Write to bob@gmail.com", "choices": ["bob@gmail.com", "eve@gmail.com"], "answer": 0}
+    target = tmp_path / "b.jsonl"
+    cleaned(written(tmp_path / "a.jsonl", row), target, redact=["email"])
+    assert read(target) == [
+        {"prompt": "Write to [EMAIL_1]", "choices": ["[EMAIL_1]", "[EMAIL_2]"], "answer": 0}
+    ]
+
+
 def test_classes_are_drawn_down_to_the_smallest_or_to_a_number(tmp_path: Path) -> None:
     rng = random.Random(4)
     sizes = {"a": 50, "b": 20, "c": 7}
@@ -366,6 +375,10 @@ def both(tmp_path: Path, *rows: Any, **fixes: Any) -> list[Any]:
          "non_preferred_output": [{"role": "assistant", "content": "c"}]},
         {"input": "a?"},
         {"query": "a?", "positive": "b"},
+        {"prompt": "a?", "ranked": ["b", "a?", "c"]},
+        {"history": ["a?", "b"], "item": "c", "n": 1},
+        {"prompt": "a?", "choices": ["b", "a?"], "answer": 1, "n": 1},
+        {"prompt": ["a?", "b"], "choices": ["c", "d"], "answer": 0},
     ],
 )  # fmt: skip
 def test_every_form_stays_what_it_is(tmp_path: Path, row: Any) -> None:
