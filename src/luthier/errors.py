@@ -123,6 +123,25 @@ class DataError(RefusedInput):
         return f"{'at least ' if self.capped else ''}{count}"
 
 
+MOST_PROBLEMS = 100
+"""Reading stops after so many: a file of another format may hold millions."""
+
+
+class BoundedProblems(list[Problem]):
+    """Problems of data that may hold millions; at :data:`MOST_PROBLEMS` it refuses the data."""
+
+    def append(self, problem: Problem) -> None:
+        """Add ``problem``, and raise where no more fit."""
+        super().append(problem)
+        if len(self) >= MOST_PROBLEMS:
+            raise DataError(self, capped=True)
+
+    def refuse(self) -> None:
+        """Raise where there are any."""
+        if self:
+            raise DataError(self)
+
+
 @contextmanager
 def data_errors(outcome: str) -> Iterator[None]:
     """End refusals of data with ``outcome``, where something else than training was asked for."""

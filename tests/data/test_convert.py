@@ -16,7 +16,7 @@ from luthier.data.forms import TARGETS
 from luthier.data.rows import load_rows
 from luthier.data.rules import CONVERT_RULES as RULES
 from luthier.data.shapes import Conversation, PromptCompletion
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import MOST_PROBLEMS, DataError, Problem, RecipeError
 from luthier.types import Row
 
 pytest.importorskip("pyarrow")
@@ -244,6 +244,21 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
             convert(source, **given_)
     assert source.read_text() == '{"text": "a"}\n'
     assert format_of(Path("a.b.NDJSON.gz")) == "jsonl"
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder, {"text": "a"})
+    with pytest.raises(RecipeError, match="name a file elsewhere"):
+        convert(folder, folder / "o.jsonl")
+
+
+def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("nonsense\n" * 1000)
+    problems = problems_of(source, tmp_path / "o.jsonl")
+    assert len(problems) == MOST_PROBLEMS
 
 
 def test_json_is_one_array(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from luthier.data import corpus, read
 from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.read import last_cut
-from luthier.errors import DataError
+from luthier.errors import MOST_PROBLEMS, DataError
 from luthier.models.bpe import encode
 
 MIXED = st.text(st.sampled_from(list(" \n\t\u00a0\u2028ab1'.é漢😀\r")), max_size=60)
@@ -100,7 +100,7 @@ def test_reading_stops_at_a_hundred_problems(tmp_path: Path) -> None:
     path.write_text("nonsense\n" * 1000)
     with pytest.raises(DataError) as refused:
         survey([path])
-    assert len(refused.value.problems) == corpus.MOST_PROBLEMS
+    assert len(refused.value.problems) == MOST_PROBLEMS
     assert "100 or more problems" in str(refused.value)
 
 

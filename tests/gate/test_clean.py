@@ -143,6 +143,11 @@ def test_what_cannot_be_read_stops_it_unless_it_is_asked_for(tmp_path: Path) -> 
     assert done.dropped == {"json.invalid": 1, "field.empty": 1} and done.rows_out == 3
 
 
+def test_a_source_that_names_nothing_is_said_to_write_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nothing was written"):
+        cleaned(tmp_path / "*.jsonl", tmp_path / "b.jsonl", normalize=True)
+
+
 def test_hidden_characters_go_and_further_keys_stay(tmp_path: Path) -> None:
     rows = [
         {
@@ -206,7 +211,8 @@ def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_choices_are_redacted_too(tmp_path: Path) -> None:
-    row = {"prompt": "Write to bob@gmail.com", "choices": ["bob@gmail.com", "eve@gmail.com"], "answer": 0}
+    choices = ["bob@gmail.com", "eve@gmail.com"]
+    row = {"prompt": "Write to bob@gmail.com", "choices": choices, "answer": 0}
     target = tmp_path / "b.jsonl"
     cleaned(written(tmp_path / "a.jsonl", row), target, redact=["email"])
     assert read(target) == [

@@ -6,27 +6,23 @@ asked for. A row with anything that form or container cannot say is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from luthier.data.containers import JSON_LINES, PACKED
-from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, source_keys
+from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognized, RowReader
 from luthier.data.sources import Source
-from luthier.data.writers import Writer, check_columns, check_table, writer_of
-from luthier.errors import DataError, RecipeError, RowRefused, data_errors
+from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
+from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused, data_errors
 from luthier.printable import did_you_mean
 from luthier.types import Row
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet"]
 FORMATS: tuple[Format, ...] = ("jsonl", "json", "csv", "tsv", "parquet")
-
-MOST_PROBLEMS = 100
-"""Reading stops after so many."""
 
 _BESIDE_TEXT = frozenset({"role", "content", "from", "value"})
 _BESIDE_CALLS = frozenset(
@@ -88,22 +84,22 @@ def convert(
 
     Raises:
         RecipeError: for a form, format or target that cannot be.
-        DataError: with every row that cannot be read or written, up to ``MOST_PROBLEMS``.
+        DataError: with every row that cannot be read or written, up to
+            :data:`~luthier.errors.MOST_PROBLEMS`.
     """
     if form not in TARGETS:
         hint = did_you_mean(form, TARGETS, f"there are {', '.join(TARGETS)}")
         raise RecipeError(f"there is no form {form!r}; {hint}")
     kind = format_ or format_of(target)
+    check_target(target, (), [source], overwrite)
     work = _Conversion(source, form, columns, drop_extra_keys, on_progress)
-    if target.resolve() in {path.resolve() for path in work.reader().files}:
-        raise RecipeError(f"{target} is read from; write to another file")
-    if target.is_file() and not overwrite:
-        raise RecipeError(f"{target} is there already; --overwrite replaces it")
     # A table needs the names of all columns before its first row; everything is checked on the way.
-    names = list(work.names()) if kind not in ("jsonl", "json") else []
+    found = ColumnNames()
+    if kind not in ("jsonl", "json"):
+        work.write(found)
     try:
-        with writer_of(kind, target, names) as writer:
-            reader = work.write(writer, names)
+        with writer_of(kind, target, [*found.names]) as writer:
+            reader = work.write(writer)
     except RowRefused as bad:  # of rows that were gathered
         raise DataError([bad.at(str(source), 0)]) from bad
     return Conversion(
@@ -122,55 +118,29 @@ class _Conversion:
         drop_extra_keys: bool,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.source, self.columns, self.drop_extra_keys, self.on_progress = (
-            source,
-            columns,
-            drop_extra_keys,
-            on_progress,
-        )
-        self.form, self.record_of = form, TARGETS[form]
+        self.source, self.columns, self.form = source, columns, form
+        self.drop_extra_keys, self.on_progress = drop_extra_keys, on_progress
         self.first = ""
         self.kept: dict[str, None] = {}
         self.left_out: dict[str, None] = {}
 
-    def reader(self) -> RowReader:
-        return RowReader(self.source, self.columns, on_progress=self.on_progress)
-
-    def names(self) -> dict[str, None]:
-        """Every column, in the order of appearance; what no table can hold is refused here."""
-        found: dict[str, None] = {}
-        reader = self.reader()
-        for row, record in self.records(reader):
-            self._try(reader, row, partial(check_table, record))
-            found |= dict.fromkeys(record)
-        self._refuse(reader)
-        return found
-
-    def write(self, writer: Writer, names: Sequence[str]) -> RowReader:
+    def write(self, writer: Writer) -> RowReader:
         """Write every row; nothing is kept of the file where one is refused."""
-        reader = self.reader()
-        for row, record in self.records(reader):
-            if self._try(reader, row, partial(check_columns, record, names)):
-                self._try(reader, row, partial(writer.write, record))
-        self._refuse(reader)
-        return reader
-
-    def records(self, reader: RowReader) -> Iterator[tuple[Row, Record]]:
-        """Each row with what is written of it; problems join those of the reader."""
+        problems = BoundedProblems()
+        reader = RowReader(
+            self.source, self.columns, on_progress=self.on_progress, problems=problems
+        )
         for row in reader:
             try:
-                record = self._record(row, reader)
+                writer.write(self._record(row, reader))
             except RowRefused as bad:
-                reader.problems.append(bad.at(row.file, row.line))
-                self._refuse(reader, MOST_PROBLEMS)
-            else:
-                yield row, record
-            self._refuse(reader, MOST_PROBLEMS)
+                problems.append(bad.at(row.file, row.line))
+        problems.refuse()
+        return reader
 
     def _record(self, row: Row, reader: RowReader) -> Record:
-        given, form = reader.checker.given, reader.checker.form
-        used = source_keys(row, form)
-        made = self.record_of(row)
+        given = reader.checker.given
+        made = TARGETS[self.form](row)
         if not self.drop_extra_keys:
             _refuse_lost(given, self.form in FORMS_WITH_TOOLS)
         kind = "messages" if "messages" in made else "others"
@@ -181,9 +151,7 @@ class _Conversion:
                 "Some rows are conversations (as with a system prompt), others a prompt and a reply.",
                 "Write all as conversations: --to chat.",
             )
-        for key, value in given.items():
-            if key in used:
-                continue
+        for key, value in extra_keys(row, given, reader.checker.form).items():
             if self.drop_extra_keys:
                 self.left_out[key] = None
                 continue
@@ -196,20 +164,6 @@ class _Conversion:
             self.kept[key] = None
             made[key] = value
         return made
-
-    def _try(self, reader: RowReader, row: Row, action: Callable[[], None]) -> bool:
-        """Whether it went well; if not, the problem is noted."""
-        try:
-            action()
-        except RowRefused as bad:
-            reader.problems.append(bad.at(row.file, row.line))
-            self._refuse(reader, MOST_PROBLEMS)
-            return False
-        return True
-
-    def _refuse(self, reader: RowReader, count: int = 1) -> None:
-        if len(reader.problems) >= count:
-            raise DataError(reader.problems, capped=count > 1)
 
 
 def _refuse_lost(record: Record, keeps_tools: bool) -> None:

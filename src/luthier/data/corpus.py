@@ -16,13 +16,10 @@ from luthier.data.read import last_cut
 from luthier.data.rows import stream_rows
 from luthier.data.shapes import RawText
 from luthier.data.sources import files_of
-from luthier.errors import DataError, Problem
-from luthier.types import Row
+from luthier.errors import BoundedProblems, Problem
 
 PIECE = 1 << 16
 """Characters in a piece of text at most, where it has white space to be cut at."""
-MOST_PROBLEMS = 100
-"""Reading stops after so many: a file of another format may hold millions."""
 ENOUGH_DOCUMENTS = 20
 """Documents to hold out; where the share asked for is fewer, the end of the text is held out."""
 
@@ -49,40 +46,21 @@ class Survey:
 
 
 def pieces(paths: Sequence[Path]) -> Iterator[CorpusPiece]:
-    """All text of ``paths``; :class:`DataError` where a file cannot be read as raw text."""
-    problems = _Few()
+    """All text of ``paths``; :class:`~luthier.errors.DataError` where one cannot be read as that."""
+    problems = BoundedProblems()
     document = start = 0
     for path in (file for source in paths for file in files_of(source)):
         for row, ends in stream_rows(path, problems):
             if not isinstance(row, RawText):
-                problems.append(_not_raw(row))
+                message = "The row is more than a text; this learns from raw text only."
+                fix = 'Rewrite the row as {"text"}.'
+                problems.append(Problem(row.file, row.line, "row.objective", message, fix))
                 continue
             for part, last in _parts(row.text):
                 yield CorpusPiece(part, document, start, ends and last)
                 start += len(part)
             document += ends
-    if problems:
-        raise DataError(problems)
-
-
-def _not_raw(row: Row) -> Problem:
-    return Problem(
-        row.file,
-        row.line,
-        "row.objective",
-        "The row is more than a text; this learns from raw text only.",
-        'Rewrite the row as {"text"}.',
-    )
-
-
-class _Few(list[Problem]):
-    """Problems of files that may hold millions: full, it refuses them all."""
-
-    def append(self, problem: Problem) -> None:
-        """Add ``problem``, and raise where no more fit."""
-        super().append(problem)
-        if len(self) >= MOST_PROBLEMS:
-            raise DataError(self, capped=True)
+    problems.refuse()
 
 
 def _parts(text: str) -> Iterator[tuple[str, bool]]:
@@ -98,7 +76,7 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def survey(paths: Sequence[Path]) -> Survey:
-    """Check and count everything; :class:`DataError` names each problem."""
+    """Check and count everything; :class:`~luthier.errors.DataError` names each problem."""
     documents = characters = 0
     for piece in pieces(paths):
         documents += piece.ends

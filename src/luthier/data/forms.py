@@ -309,10 +309,11 @@ def forms_of(record: Record) -> list[Form]:
     return [form for form in found if not (form.keys & {*paired} and keys & _JUDGED)]
 
 
-def source_keys(row: Row, form: Form | None) -> frozenset[str]:
-    """Keys of the record that the row was made of; others stand beside it."""
+def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
+    """What stands in the record beside what the row was made of."""
     kind = SHAPES[row.shape]
-    return kind.source_keys if form is None else form.keys | form.used | kind.beside
+    used = kind.source_keys if form is None else form.keys | form.used | kind.beside
+    return {key: value for key, value in record.items() if key not in used}
 
 
 def _to_pair(row: Row) -> Record:

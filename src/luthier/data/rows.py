@@ -14,7 +14,7 @@ from pathlib import Path
 
 from luthier.data.containers import Container, container_of
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
-from luthier.data.forms import Form, forms_of, source_keys
+from luthier.data.forms import Form, extra_keys, forms_of
 from luthier.data.media import IMAGE_ENDINGS, PLURAL, Media, MediaKind
 from luthier.data.media_files import is_media
 from luthier.data.parsing import Record, Unreadable, quote
@@ -483,6 +483,7 @@ class RowReader:
         whole: read plain text as one row; otherwise as pieces that follow each other.
         on_progress: now and then given ``done`` and ``size``.
         group_column: the column, as the file calls it, whose values become ``group_of``.
+        problems: what is wrong is appended here.
 
     Raises:
         DataError: where the source names nothing that can be read.
@@ -496,9 +497,10 @@ class RowReader:
         whole: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
         group_column: str | None = None,
+        problems: list[Problem] | None = None,
     ) -> None:
         self.files = files_of(source)
-        self.problems: list[Problem] = []
+        self.problems = [] if problems is None else problems
         self.checker = checker(str(self.files[0]), self.problems, columns)
         self.whole = whole
         self.on_progress = on_progress
@@ -546,9 +548,9 @@ class RowReader:
                     # Both columns of a time series are read.
                     looked_at &= not isinstance(self.checker.given.get("window"), Media)
                     if row.members is None and (self.checker.columns or looked_at):
-                        beside = self.checker.given.keys() - source_keys(row, self.checker.form)
-                        beside -= {"id", "schemaVersion", self.group_column}
-                        self._unread |= dict.fromkeys(sorted(beside))
+                        beside = extra_keys(row, self.checker.given, self.checker.form)
+                        unread = beside.keys() - {"id", "schemaVersion", self.group_column}
+                        self._unread |= dict.fromkeys(sorted(unread))
                     yield row
             if pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there

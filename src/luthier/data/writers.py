@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from luthier.data.containers import needs
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes import SHAPES
+from luthier.data.sources import Source, files_of
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import new_file
@@ -28,11 +29,40 @@ class Writer(Protocol):
         """Write one; :class:`RowRefused` where it cannot be written."""
 
 
+def check_target(
+    target: Path, beside: Sequence[Path], sources: Sequence[Source], replace: bool
+) -> None:
+    """Refuse to write what is read, or what is there unless it may be replaced.
+
+    Args:
+        target: the new file.
+        beside: what is written with it.
+        sources: what is read.
+        replace: whether files that are there may go.
+
+    Raises:
+        RecipeError: saying what to name instead.
+    """
+    if target.is_dir():
+        raise RecipeError(f"{target} is a folder; name a file")
+    for source in sources:
+        if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
+            raise RecipeError(
+                f"{target} would be read as a part of {source}; name a file elsewhere"
+            )
+    read = {path.resolve() for source in sources for path in files_of(source)}
+    for path in (target, *beside):
+        if path.resolve() in read:
+            raise RecipeError(
+                f"{path} is read from, and nothing is changed in place; name another file"
+            )
+        if path.exists() and not replace:
+            raise RecipeError(f"{path} is there already; --overwrite replaces it")
+
+
 @contextmanager
 def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]:
     """A writer of ``kind`` to a file that is there when the block ends well; ``names`` are columns."""
-    if target.is_dir():
-        raise RecipeError(f"{target} is a folder; name a file")
     with ExitStack() as stack:
         file = stack.enter_context(new_file(target))
         if kind == "parquet":
@@ -120,6 +150,7 @@ class _Csv:
         self.writer.writerow(names)
 
     def write(self, record: Record) -> None:
+        check_columns(record, self.names)
         self.writer.writerow([cell(name, record.get(name), record) for name in self.names])
 
 
@@ -146,11 +177,19 @@ def cell(name: str, value: object, record: Mapping[str, object]) -> str:
     raise _no_place("a CSV cell", f"{json_kind(value)} in the column {quote(name)}")
 
 
-def check_table(record: Record) -> None:
-    """Refuse objects in further columns: their own keys would differ from row to row."""
-    for name, value in record.items():
-        if name not in JSON_COLUMNS and name not in _OWN_OBJECTS and _holds_object(value):
-            raise _no_place("a table", f"an object in the column {quote(name)}")
+class ColumnNames:
+    """In place of a writer: the columns that a table of the records needs."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        """In the order of appearance."""
+
+    def write(self, record: Record) -> None:
+        """Refuse objects in further columns: their own keys would differ from row to row."""
+        for name, value in record.items():
+            if name not in JSON_COLUMNS and name not in _OWN_OBJECTS and _holds_object(value):
+                raise _no_place("a table", f"an object in the column {quote(name)}")
+        self.names.update(dict.fromkeys(record))
 
 
 def check_columns(record: Record, names: Sequence[str]) -> None:
@@ -199,6 +238,7 @@ class _Parquet:
         self.writer: Any = None
 
     def write(self, record: Record) -> None:
+        check_columns(record, self.names)
         self.rows.append({name: record.get(name) for name in self.names})
         if len(self.rows) >= _BATCH_ROWS:
             self.flush()

@@ -20,14 +20,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from luthier.data.containers import PLAIN_TEXT
 from luthier.data.convert import format_of
-from luthier.data.forms import TARGETS, Form, source_keys
+from luthier.data.forms import TARGETS, Form, extra_keys
 from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
 from luthier.data.shapes import TaggedWords
-from luthier.data.sources import Source, files_of
-from luthier.data.writers import Writer, check_columns, check_table, writer_of
-from luthier.errors import DataError, LuthierError, Problem, RecipeError, RowRefused
+from luthier.data.sources import Source
+from luthier.data.writers import ColumnNames, Writer, check_columns, check_target, writer_of
+from luthier.errors import (
+    BoundedProblems,
+    LuthierError,
+    Problem,
+    RecipeError,
+    RowRefused,
+    data_errors,
+)
 from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
@@ -36,9 +44,6 @@ from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
 from luthier.gate.scan import StreamChecker
 from luthier.gate.selection import Selection, Selector
 from luthier.types import Row, map_texts
-
-MOST_PROBLEMS = 100
-"""Refused rows that are named."""
 
 
 @dataclass
@@ -80,6 +85,7 @@ def summary_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.summary.json")
 
 
+@data_errors("nothing was written")
 def clean(
     source: Source,
     target: Path,
@@ -116,8 +122,9 @@ def clean(
         raise RecipeError(
             "rows that leak are found beside held-out rows; name --validation or --test"
         )
-    kind = _kind(target)
-    _check_target(target, [source, *held.values()], overwrite or dry_run)
+    kind = "text" if target.suffix.lower() in PLAIN_TEXT else format_of(target)
+    beside = changes_path(target), summary_path(target)
+    check_target(target, beside, [source, *held.values()], overwrite or dry_run)
     key = pseudonym_key(plan, os.environ if environment is None else environment)
     context = EditContext(plan, _load_context(plan, on_stage), key)
     work = _Cleaning(source, columns, context, on_progress)
@@ -131,18 +138,23 @@ def clean(
     names = work.names(selection) if kind not in ("jsonl", "text") else []
     with ExitStack() as stack:
         if dry_run:
-            work.write(_NoWriter(), None, selection, summary, names)
+            work.write(_DryWriter(names), None, selection, summary)
             return summary
         log = stack.enter_context(new_file(changes_path(target)))
         writer = stack.enter_context(writer_of(kind, target, names))
-        work.write(writer, log, selection, summary, names)
+        work.write(writer, log, selection, summary)
     write_json(summary_path(target), summary.plain())
     return summary
 
 
-class _NoWriter:
+class _DryWriter:
+    """Refuses rows without a column of the table, and writes none."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
     def write(self, record: Record) -> None:
-        """Nothing is kept."""
+        check_columns(record, self.names)
 
 
 class _Cleaning:
@@ -167,21 +179,14 @@ class _Cleaning:
 
     def names(self, selection: Selection) -> list[str]:
         """Columns of the records that will be written, in the order of appearance."""
-        found: dict[str, None] = {}
-        number = 0
-        problems: list[Problem] = []
-
-        def collect_names(record: Record) -> None:
-            check_table(record)
-            found.update(dict.fromkeys(record))
-
+        found, problems, number = ColumnNames(), BoundedProblems(), 0
         for each in self._rows_left(self._pass()):
             for draft in each.drafts:
                 if not selection.why(number):
-                    _try_record(each, draft, collect_names, problems)
+                    _write_draft(each, draft, found, problems)
                 number += 1
-        _refuse(problems)
-        return list(found)
+        problems.refuse()
+        return [*found.names]
 
     def write(
         self,
@@ -189,18 +194,11 @@ class _Cleaning:
         log: BinaryIO | None,
         selection: Selection,
         summary: CleaningSummary,
-        names: Sequence[str],
     ) -> None:
         """The last pass."""
         book = _ChangeLog(log)
         done = self._pass()
-        number = 0
-        problems: list[Problem] = []
-
-        def write_record(record: Record) -> None:
-            check_columns(record, names)
-            writer.write(record)
-
+        number, problems = 0, BoundedProblems()
         for each in self._rows_left(done, book):
             book.rows += 1
             reasons = [selection.why(number + at) for at in range(len(each.drafts))]
@@ -213,9 +211,9 @@ class _Cleaning:
                     book.log_drop(each.row.file, each.row.line, why, about)
             number += len(reasons)
             for draft in stay:
-                _try_record(each, draft, write_record, problems)
+                _write_draft(each, draft, writer, problems)
             summary.rows_out += len(stay)
-        _refuse(problems)
+        problems.refuse()
         self._check_end(number, selection, summary, book)
         summary.form = str(done.reader.recognition.form)
         summary.rows_in, summary.kept = book.rows, book.kept
@@ -237,20 +235,19 @@ class _Cleaning:
 
     def _rows_left(self, done: EditPass, book: _ChangeLog | None = None) -> Iterator[EditedRow]:
         """Rows that are not left out; of those that are, the log is told."""
-        bad: list[Problem] = []
         for each in done:
             if isinstance(each, EditedRow):
-                if not bad:
+                if not done.refused:
                     yield each
                 continue
             refused = [p for p in each if not p.line or p.rule not in self.left_out]
-            bad += refused
-            _refuse(bad, MOST_PROBLEMS)
+            for problem in refused:
+                done.refused.append(problem)
             if not refused and book is not None:
                 first = each[0]
                 book.rows += 1
                 book.log_drop(first.file, first.line, first.rule, self.rules[first.rule].about)
-        _refuse(bad + done.refused)
+        done.refused.refuse()
 
     def _about(self, why: str, selection: Selection, number: int) -> str:
         """Why a row went; the words of the rule, as those of a finding may quote the row."""
@@ -260,15 +257,13 @@ class _Cleaning:
         return self.rules[why].about + (f" See {other}." if other else "")
 
 
-def _try_record(
-    each: EditedRow, draft: RowDraft, action: Callable[[Record], None], problems: list[Problem]
-) -> None:
-    """Do something with the record of a draft; where it cannot be, that is noted."""
+def _write_draft(each: EditedRow, draft: RowDraft, writer: Writer, problems: list[Problem]) -> None:
+    """Write the record of a draft; where it cannot be written, that is noted."""
     try:
-        action(each.record(draft))
+        form = each.reader.checker.form
+        writer.write(write_back(draft, each.row, each.given, form))
     except RowRefused as bad:
         problems.append(bad.at(each.row.file, each.row.line))
-        _refuse(problems, MOST_PROBLEMS)
 
 
 class _ChangeLog:
@@ -298,39 +293,13 @@ class _ChangeLog:
             self.log.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
 
 
-def _refuse(problems: Sequence[Problem], count: int = 1) -> None:
-    if len(problems) >= count:
-        raise DataError(problems, "nothing was written", capped=count > 1)
-
-
-def _kind(target: Path) -> str:
-    return "text" if target.suffix.lower() in (".txt", ".md", ".text") else format_of(target)
-
-
-def _check_target(target: Path, sources: Sequence[Source], overwrite: bool) -> None:
-    written = (target, changes_path(target), summary_path(target))
-    for source in sources:
-        if Path(source).is_dir() and target.resolve().is_relative_to(Path(source).resolve()):
-            raise RecipeError(
-                f"{target} would be read as a part of {source}; name a file elsewhere"
-            )
-    read = {path.resolve() for source in sources for path in files_of(source)}
-    for path in written:
-        if path.resolve() in read:
-            raise RecipeError(
-                f"{path} is read from, and nothing is changed in place; name another file"
-            )
-        if path.exists() and not overwrite:
-            raise RecipeError(f"{path} is there already; --overwrite replaces it")
-
-
 def _rows_reader(source: Source) -> Callable[[], Iterable[Row]]:
     """Held-out rows; :class:`DataError` where one cannot be read."""
 
     def rows() -> Iterator[Row]:
-        reader = RowReader(source, None, StreamChecker)
-        yield from reader
-        _refuse(reader.problems)
+        problems = BoundedProblems()
+        yield from RowReader(source, None, StreamChecker, problems=problems)
+        problems.refuse()
 
     return rows
 
@@ -338,8 +307,6 @@ def _rows_reader(source: Source) -> Callable[[], Iterable[Row]]:
 def _load_context(plan: CleaningPlan, on_stage: Callable[[str], None]) -> CheckContext:
     if plan.base is None:
         return CheckContext()
-    from dataclasses import replace
-
     from luthier.gate.inspect import load_context
 
     return replace(load_context(plan.base, plan.objective, 0, on_stage), every=True)
@@ -356,10 +323,6 @@ class EditedRow:
     given: Record
     reader: RowReader
 
-    def record(self, draft: RowDraft) -> Record:
-        """What is written of ``draft``; :class:`RowRefused` where its form cannot say it."""
-        return write_back(draft, self.row, self.given, self.reader.checker.form)
-
 
 class EditPass:
     """Rows of the source in order, and before each what could not be read on the way to it."""
@@ -374,8 +337,8 @@ class EditPass:
         # A text that is a file is one row: a telephone number may stand across any cut.
         self.reader = RowReader(source, columns, StreamChecker, whole=True, on_progress=on_progress)
         self.edits: list[Edit] = edits_for(context)
-        self.refused: list[Problem] = []
-        """What no edit could mend."""
+        self.refused = BoundedProblems()
+        """Rows that no edit could mend, and whatever else ends the cleaning."""
 
     def __iter__(self) -> Iterator[EditedRow | list[Problem]]:
         for row in self.reader:
@@ -433,12 +396,6 @@ _BACK: Mapping[str, str] = {
 """The target that writes a form; others can only have their texts replaced."""
 
 
-def extra_keys(row: Row, given: Record, form: Form | None) -> Record:
-    """Keys that stand beside what the row was made of."""
-    used = source_keys(row, form)
-    return {key: value for key, value in given.items() if key not in used}
-
-
 def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> Record:
     """The record of ``draft``, which was made of ``row``, which was read from ``given``.
 
@@ -446,7 +403,7 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
         RowRefused: where the form cannot say what became of the row.
     """
     if draft.row == row:
-        return _with_extra_keys(given, draft)
+        return {key: draft.further.get(key, value) for key, value in given.items()}
     for made in (_replace_texts(draft, row, given), _rebuild(draft, given, form)):
         if made is not None and _reads_as(made, draft.row):
             return made
@@ -456,10 +413,6 @@ def write_back(draft: RowDraft, row: Row, given: Record, form: Form | None) -> R
         f"The row was changed and cannot be written in the form {name} again.",
         "Write the data in luthier's own form first: luthier convert SOURCE rows.jsonl.",
     )
-
-
-def _with_extra_keys(given: Record, draft: RowDraft) -> Record:
-    return {key: draft.further.get(key, value) for key, value in given.items()}
 
 
 def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
