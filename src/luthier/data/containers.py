@@ -105,16 +105,21 @@ def container_of(path: Path) -> Container:
         arrays = path.suffix.lower() == ".npz" or (not path.suffix and _holds_arrays(path))
         return Container("npz" if arrays else "zip")
     refuse_binary(head)
-    name = path.name.lower()
-    for ending in PACKED if packing else ():
-        name = name.removesuffix(ending)
-    suffix = Path(name).suffix
+    suffix = Path(unpacked_name(path.name) if packing else path.name.lower()).suffix
     # A character that the head ends in the middle of is left out.
     text = head.decode("utf-8", errors="ignore").removeprefix("\ufeff")
     kind = _kind(text, suffix, len(head) < _HEAD_BYTES)
     if kind is None:
         raise _unknown(path.suffix.lower())
     return Container(kind, packing, _delimiter(text, kind) if kind in ("csv", "tsv") else ",")
+
+
+def unpacked_name(name: str) -> str:
+    """The name of a file in lower case, without the endings of what packs it."""
+    name = name.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return name
 
 
 def _holds_arrays(path: Path) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from luthier.data.containers import JSON_LINES, PACKED
+from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
 from luthier.data.rows import Columns, Recognized, RowReader
@@ -46,10 +46,7 @@ class Conversion:
 
 def format_of(target: Path) -> Format:
     """The container that a file's ending names; :class:`RecipeError` where it names none."""
-    name = target.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    suffix = Path(name).suffix
+    suffix = Path(unpacked_name(target.name)).suffix
     if suffix in JSON_LINES:
         return "jsonl"
     if suffix[1:] in FORMATS:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from luthier.data import parsing
-from luthier.data.parsing import DECODER, Record, Unreadable, decode, json_kind
+from luthier.data.containers import empty_refusal
+from luthier.data.parsing import DECODER, PieceDecoder, Record, Unreadable, json_kind
 from luthier.errors import Problem
 
 _CHUNK_BYTES = 1 << 18
@@ -52,7 +52,7 @@ def read_document(
         if text.next_character():
             raise text.invalid("something follows the array", text.place)
     if not count:
-        raise Unreadable("file.empty", "The file holds no rows.", "Add rows, or name another file.")
+        raise empty_refusal("holds no rows")
 
 
 def _record(text: _Text) -> Record:
@@ -72,27 +72,18 @@ class _Text:
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.decoder = PieceDecoder()
         self.text = ""
         self.place = 0
         self.line = 1
         self.column = 1
-        self.read_lines = 1
         self.more()
-        self.text = self.text.removeprefix("\ufeff")
 
     def more(self, size: int = _CHUNK_BYTES) -> bool:
         """Read on; whether there was anything."""
         data = self.stream.read(size)
-        before = self.decoder.getstate()[0]
-        try:
-            found = self.decoder.decode(data, final=not data)
-        except UnicodeDecodeError:
-            decode(before + data, self.read_lines)  # says where
-            raise
-        self.text = self.text[self.place :] + found
+        self.text = self.text[self.place :] + self.decoder.decode(data, last=not data)
         self.place = 0
-        self.read_lines += data.count(b"\n")
         return bool(data)
 
     def next_character(self) -> str:
@@ -139,8 +130,7 @@ class _Text:
                 raise Unreadable(deep.rule, deep.message, deep.fix, self.line) from None
             except ValueError:
                 self.take(self.end(size) - self.place)
-                message = "A number with thousands of digits is too large to hold."
-                raise parsing.not_finite(message) from None
+                raise parsing.too_many_digits() from None
             source = self.text[self.place : end]
             self.take(end - self.place)
             return value, source
@@ -169,7 +159,6 @@ class _Text:
     def invalid(self, reason: str, place: int) -> Unreadable:
         """What is no JSON, at ``place``."""
         line, column = self.where(place)
-        said = reason[:1].lower() + reason[1:].removesuffix(" at").rstrip(": ")
-        message = f"The file is not valid JSON: {said}, at column {column}."
+        message = f"The file is not valid JSON: {parsing.json_reason(reason)}, at column {column}."
         fix = "Correct that place, or write the file again with a JSON library."
         return Unreadable("json.invalid", message, fix, line)

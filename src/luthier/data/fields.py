@@ -40,13 +40,15 @@ _FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 """Roles that may come behind each, where ``call`` is an assistant that calls a tool."""
-_ROLE_RENAMES: Mapping[str, str] = {
+ROLE_RENAMES: Mapping[str, str] = {
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "ai": "assistant",
 } | {role: role for role in _ROLES}
+"""Names that people and other tools give to roles."""
 _BIO = re.compile(r"O|[BI]-\S+")
 
 RENAMES: Mapping[str, str] = {
@@ -392,7 +394,7 @@ class FieldChecker:
         if role is None:
             return None
         message = f"Message {number} has the role {quote(role)}; allowed are {_ROLE_NAMES}."
-        better = _ROLE_RENAMES.get(role.strip().lower())
+        better = ROLE_RENAMES.get(role.strip().lower())
         fix = f"Change the role to one of {_ROLE_NAMES}."
         if better is not None:
             fix = f'Change the role {quote(role)} to "{better}".'

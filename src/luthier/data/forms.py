@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from luthier.data.fields import Names, Turns
-from luthier.data.media import IMAGE_ENDINGS
-from luthier.data.media_files import is_media
+from luthier.data.fields import ROLE_RENAMES, Names, Turns
+from luthier.data.media import media_kind
 from luthier.data.parsing import Record
 from luthier.data.shapes import (
     CAPTION_KEYS,
@@ -53,16 +52,6 @@ class Form:
     """Whether a record with the keys is of the form, where their values tell."""
 
 
-_ROLES: Mapping[object, str] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-}
 _OWN = frozenset(key for kind in SHAPES.values() for key in kind.keys) - {"label", "rating"}
 _JUDGED = frozenset(("label", "labels", "score", "rating", "similarity", "chosen", "rejected"))
 
@@ -116,10 +105,6 @@ def _with_further_keys(record: Record, made: Record) -> Record:
     return made | {key: record[key] for key in _BESIDE_ANY if key in record}
 
 
-def _raw_text(record: Record) -> Converted:
-    return _with_further_keys(record, {"text": record.get("input")}), {"text": "input"}
-
-
 def _conversation(record: Record) -> Converted:
     """Bedrock: content is a list of blocks, the system prompt stands beside the messages."""
     blocks = record.get("system")
@@ -148,7 +133,7 @@ def _turn(item: object) -> object:
     if not isinstance(item, dict) or "from" not in item:
         return item
     role = item["from"]
-    known = _ROLES.get(role) if isinstance(role, str) else None
+    known = ROLE_RENAMES.get(role) if isinstance(role, str) else None
     named = {"role": known or role}
     return named | ({"content": item["value"]} if "value" in item else {})
 
@@ -166,12 +151,12 @@ def _media_paths(name: str, key: str) -> Form:
 
     def convert(record: Record) -> Converted:
         path = str(record[key])
-        kind = "image" if path.lower().endswith(IMAGE_ENDINGS) else "audio"
+        kind = media_kind(path) or "audio"
         beside = {each: record[each] for each in CAPTION_KEYS if each in record}
         return _with_further_keys(record, {kind: path, **beside}), {kind: key}
 
     def applies(record: Record) -> bool:
-        return isinstance(record[key], str) and is_media(str(record[key]))
+        return isinstance(record[key], str) and media_kind(str(record[key])) is not None
 
     other, used = frozenset(("image", "audio")), frozenset((*CAPTION_KEYS, "label", "rating"))
     return Form(name, frozenset((key,)), convert, other, used, applies)
@@ -205,14 +190,12 @@ def _options(record: Record) -> Converted:
     return _with_further_keys(record, made), {"prompt": "options", "choices": "continuation"}
 
 
-def _partners(one: str, other: str) -> Callable[[Record], Converted]:
-    """Two texts that belong together."""
+def _rename(**names: str) -> Callable[[Record], Converted]:
+    """Rows that are ours but for the names of their keys."""
 
     def convert(record: Record) -> Converted:
-        made = {
-            key: record[own] for key, own in (("anchor", one), ("positive", other)) if own in record
-        }
-        return _with_further_keys(record, made), {"anchor": one, "positive": other}
+        made = {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
+        return _with_further_keys(record, made), names
 
     return convert
 
@@ -276,14 +259,24 @@ FORMS: tuple[Form, ...] = (
     _form("Bedrock image and caption", "image-ref", _image_reference, used="caption"),
     _media_paths("Hugging Face image folder", "file_name"),
     _media_paths("paths of images or sounds", "path"),
-    _form("query and positive", "query positive", _partners("query", "positive")),
-    _form("question and positive", "question positive", _partners("question", "positive")),
-    _form("sentence pairs", "sentence1 sentence2", _partners("sentence1", "sentence2")),
-    _form("premise and hypothesis", "premise hypothesis", _partners("premise", "hypothesis")),
+    _form("query and positive", "query positive", _rename(anchor="query", positive="positive")),
+    _form(
+        "question and positive",
+        "question positive",
+        _rename(anchor="question", positive="positive"),
+    ),
+    _form(
+        "sentence pairs", "sentence1 sentence2", _rename(anchor="sentence1", positive="sentence2")
+    ),
+    _form(
+        "premise and hypothesis",
+        "premise hypothesis",
+        _rename(anchor="premise", positive="hypothesis"),
+    ),
     _form(
         "Bedrock raw text",
         "input",
-        _raw_text,
+        _rename(text="input"),
         f"{_ELSE} output answer response target expected {_NO_TEXT}",
     ),
 )
@@ -316,9 +309,12 @@ def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
     return {key: value for key, value in record.items() if key not in used}
 
 
-def _to_pair(row: Row) -> Record:
-    prompt, completion = _one_turn(row, "prompt-completion")
-    return {"prompt": prompt, "completion": completion}
+def _to_pair(row: Row, form: str = "prompt-completion") -> Record:
+    turns = _conversation_of(row, form)
+    if [turn.role for turn in turns] != ["user", "assistant"]:
+        what = "a system prompt" if turns[0].role == "system" else f"{len(turns)} turns"
+        raise _no_place(form, f"has {what}")
+    return {"prompt": turns[0].content, "completion": turns[1].content}
 
 
 def _to_chat(row: Row) -> Record:
@@ -340,8 +336,7 @@ def _to_openai(row: Row) -> Record:
 def _to_bedrock(row: Row) -> Record:
     if isinstance(row, RawText):
         return {"input": row.text}
-    prompt, completion = _one_turn(row, "bedrock")
-    return {"prompt": prompt, "completion": completion}
+    return _to_pair(row, "bedrock")
 
 
 def _to_bedrock_conversation(row: Row) -> Record:
@@ -408,14 +403,6 @@ def _conversation_of(row: Row, form: str) -> Turns:
     if isinstance(row, JudgedAnswers):
         raise _no_place(form, "is a judgement of answers")
     raise _no_place(form, "is a prompt without a reply" if row.turns() else "is no conversation")
-
-
-def _one_turn(row: Row, form: str) -> tuple[str, str]:
-    turns = _conversation_of(row, form)
-    if [turn.role for turn in turns] != ["user", "assistant"]:
-        what = "a system prompt" if turns[0].role == "system" else f"{len(turns)} turns"
-        raise _no_place(form, f"has {what}")
-    return turns[0].content, turns[1].content
 
 
 def _no_place(form: str, what: str) -> RowRefused:

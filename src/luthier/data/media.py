@@ -17,7 +17,8 @@ import struct
 import wave
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +42,6 @@ PLURAL: Mapping[str, str] = {
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg")
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *AUDIO_ENDINGS)
-
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What Pillow may open: formats of pixels only. EPS, for one, is a program."""
 MOST_PIXELS = 64_000_000
@@ -65,6 +65,14 @@ _DAMAGE = (
 """What Pillow's decoders raise on damaged files."""
 
 Pixels = NDArray[np.uint8]
+
+
+def media_kind(name: str) -> MediaKind | None:
+    """What a file holds by its ending; ``None`` of what is no image or sound."""
+    ending = name.lower()
+    if ending.endswith(IMAGE_ENDINGS):
+        return "image"
+    return "audio" if ending.endswith(AUDIO_ENDINGS) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +189,12 @@ def gps_of(media: Media) -> str:
     Raises:
         RowRefused: where it cannot be opened.
     """
-    import warnings
-
-    from PIL import Image
     from PIL.ExifTags import IFD
 
     if media.array is not None:
         return ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(media.read()), formats=IMAGE_FORMATS) as opened:
-                fields = opened.getexif().get_ifd(IFD.GPSInfo)
-    except (*_DAMAGE, Image.DecompressionBombError) as error:
-        raise _refusal(
-            "unreadable", f"it is no image that can be read: {_reason(error)}."
-        ) from error
+    with _open_image(media.read(), MOST_PIXELS) as opened:
+        fields = opened.getexif().get_ifd(IFD.GPSInfo)
     try:
         degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
         return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
@@ -206,11 +204,30 @@ def gps_of(media: Media) -> str:
 
 def decode_image(data: bytes, most: int | None = None) -> Pixels:
     """An encoded image of at most ``most`` pixels; see :meth:`Media.pixels`."""
-    import warnings
-
     from PIL import Image, ImageOps
 
-    most = most or MOST_PIXELS
+    with _open_image(data, most or MOST_PIXELS) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            image = _spread(image)
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def _open_image(data: bytes, most: int) -> Iterator[Any]:
+    """An image of at most ``most`` pixels, which may be decoded in the block.
+
+    Raises:
+        RowRefused: for what is no image, or too large a one.
+    """
+    import warnings
+
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata that Pillow cannot read; pixels matter
@@ -219,14 +236,7 @@ def decode_image(data: bytes, most: int | None = None) -> Pixels:
                 if width * height > most:
                     text = f"{width:,} x {height:,} pixels; at most {most:,} are decoded."
                     raise _refusal("too_large", f"it says to have {text}")
-                image = ImageOps.exif_transpose(opened)
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    ground = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(ground, image)
-                elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
-                    image = _spread(image)
-                return np.array(image.convert("RGB"))
+                yield opened
     except RowRefused:
         raise
     except Image.DecompressionBombError:  # Pillow's own bound, before the size can be asked

@@ -14,13 +14,13 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from luthier.data.media import AUDIO_ENDINGS, IMAGE_ENDINGS, MEDIA_ENDINGS, Media, MediaKind
+from luthier.data.media import MEDIA_ENDINGS, Media, MediaKind, media_kind
 from luthier.data.parsing import Record, Unreadable, quote
 from luthier.files import names_below
 
@@ -70,12 +70,17 @@ def media_references(record: Record, keys: Iterable[str] = REFERENCES) -> list[s
 
 def is_media(name: str) -> bool:
     """Whether a file is an image or a sound, by its ending."""
-    return name.lower().endswith(MEDIA_ENDINGS)
+    return media_kind(name) is not None
 
 
 def is_hidden(parts: Iterable[str]) -> bool:
     """Whether files of this path are passed over: a part of it begins with ``.`` or ``_``."""
     return any(part.startswith((".", "_")) for part in parts)
+
+
+def are_splits(folders: Collection[str]) -> bool:
+    """Whether folders of images or sounds are splits, and not classes."""
+    return bool(folders) and all(SPLIT_NAME.fullmatch(name) for name in folders)
 
 
 def holds_media(folder: Path) -> bool:
@@ -147,7 +152,7 @@ def read_zip(
     inside = _without_common_folders(names)
     kind, labelled = _kind_of(names), _has_labels(inside)
     classes = {PurePosixPath(name).parts[0] for name in inside}
-    if labelled and all(SPLIT_NAME.fullmatch(name) for name in classes):
+    if labelled and are_splits(classes):
         message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
         raise Unreadable("media.folder", message, "Pack each into an archive of its own.")
     archive_path = str(path)
@@ -172,11 +177,11 @@ def _without_common_folders(names: list[str]) -> list[str]:
 
 def _kind_of(names: Iterable[str]) -> MediaKind:
     endings = {PurePosixPath(name).suffix.lower() for name in names}
-    both = endings & {*IMAGE_ENDINGS}, endings & {*AUDIO_ENDINGS}
-    if all(both):
+    kinds = set(map(media_kind, endings))
+    if {"image", "audio"} <= kinds:
         message = f"It holds images and sounds: {', '.join(sorted(endings))}."
         raise Unreadable("media.mixed", message, "Put them into two folders.")
-    return "image" if both[0] else "audio"
+    return "image" if "image" in kinds else "audio"
 
 
 def _has_labels(names: Iterable[str]) -> bool:

@@ -8,6 +8,7 @@ which are looked for.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -63,6 +64,33 @@ def decode(data: bytes, line: int) -> str:
         message = f"Byte {error.start - start + 1} of the line ({found}) is not valid UTF-8."
         fix = "Save the file as UTF-8; from Windows: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW."
         raise Unreadable("encoding.utf8", message, fix, number) from None
+
+
+class PieceDecoder:
+    """UTF-8 that comes in pieces, without the byte order mark at its start; errors name the line."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._line = 1
+        self._begun = False
+
+    def decode(self, data: bytes, last: bool = False) -> str:
+        """The text of the next piece; a character that it ends in the middle of comes with the next.
+
+        Raises:
+            Unreadable: for what is no UTF-8, also where the ``last`` piece ends within a character.
+        """
+        before = self._decoder.getstate()[0]
+        try:
+            text = self._decoder.decode(data, last)
+        except UnicodeDecodeError:
+            decode(before + data, self._line)  # says where
+            raise
+        self._line += data.count(b"\n")
+        if text and not self._begun:
+            self._begun = True
+            return text.removeprefix("\ufeff")
+        return text
 
 
 def parse_line(raw: bytes, number: int) -> Record | None:
@@ -122,14 +150,19 @@ def loads(text: str) -> object:
     try:
         value: object = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        reason = error.msg[:1].lower() + error.msg[1:].removesuffix(" at").rstrip(": ")
+        reason = json_reason(error.msg)
         message = f"The line is not valid JSON: {reason}, at column {error.pos + 1}."
         raise Unreadable("json.invalid", message, _json_fix(text, error)) from None
     except RecursionError:
         raise too_deep() from None
     except ValueError:  # Python refuses to convert integers of more than 4,300 digits
-        raise not_finite("A number with thousands of digits is too large to hold.") from None
+        raise too_many_digits() from None
     return value
+
+
+def json_reason(message: str) -> str:
+    """What a JSON parser says, as a part of a sentence."""
+    return message[:1].lower() + message[1:].removesuffix(" at").rstrip(": ")
 
 
 def _json_fix(text: str, error: json.JSONDecodeError) -> str:
@@ -165,20 +198,24 @@ def too_deep() -> Unreadable:
     return Unreadable("json.too_deep", message, "Flatten or remove the nested value.")
 
 
-def not_finite(message: str) -> Unreadable:
-    """The refusal of a number that is none."""
+def too_many_digits() -> Unreadable:
+    """The refusal of an integer that Python does not convert."""
+    return _not_finite("A number with thousands of digits is too large to hold.")
+
+
+def _not_finite(message: str) -> Unreadable:
     fix = "Write null or a finite number, or remove the field."
     return Unreadable("json.not_finite", message, fix)
 
 
 def _constant(literal: str) -> object:
-    raise not_finite(f"{literal} is not a number in JSON.")
+    raise _not_finite(f"{literal} is not a number in JSON.")
 
 
 def _finite(literal: str) -> float:
     value = float(literal)
     if math.isinf(value):
-        raise not_finite(f"The number {quote(literal)} is too large to hold.")
+        raise _not_finite(f"The number {quote(literal)} is too large to hold.")
     return value
 
 

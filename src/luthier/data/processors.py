@@ -260,12 +260,17 @@ class AudioProcessor:
     @property
     def frames(self) -> int:
         """Width of the spectrogram."""
-        return 1 + int(self.max_seconds * self.sampling_rate) // self._hop
+        return 1 + self._samples // self._hop
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what the network reads."""
         return (1, self.num_mel_bins, self.frames)
+
+    @property
+    def _samples(self) -> int:
+        """Of what is read."""
+        return int(self.max_seconds * self.sampling_rate)
 
     @property
     def _hop(self) -> int:
@@ -282,7 +287,7 @@ class AudioProcessor:
         samples, rate = media.samples()
         samples = resample(samples, rate, self.sampling_rate)
         random = np.random.default_rng(seed)
-        wanted = int(self.max_seconds * self.sampling_rate)
+        wanted = self._samples
         if augmentation is not None:
             samples = augmentation.change_sound(samples, wanted, random)
         spare = len(samples) - wanted
@@ -349,10 +354,6 @@ class FeatureExtractor(AudioProcessor):
     def length_is_free(self) -> bool:
         """Whether the network reads sounds of any length: AST has positions."""
         return not self._makes_spectrogram
-
-    @property
-    def _samples(self) -> int:
-        return int(self.max_seconds * self.sampling_rate)
 
     def array(
         self, media: Media, augmentation: Augmentation | None = None, seed: tuple[int, ...] = ()

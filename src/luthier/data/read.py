@@ -2,7 +2,7 @@
 
 Nothing is dropped in silence. What cannot be read becomes a ``Problem`` in the caller's list, and
 reading goes on with the next line, so that one pass finds them all. What the rules mean is listed
-in ``luthier.data.rows.RULES``.
+in ``luthier.gate.rules``.
 
 Lines end at ``\n`` and nowhere else: text written by people holds U+2028 and U+0085, which
 ``str.splitlines`` would take for line ends.
@@ -10,7 +10,6 @@ Lines end at ``\n`` and nowhere else: text written by people holds U+2028 and U+
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +26,7 @@ from luthier.data.containers import (
 )
 from luthier.data.documents import read_document
 from luthier.data.media_files import read_folder, read_npz, read_zip
-from luthier.data.parsing import Record, Unreadable, decode, parse_line
+from luthier.data.parsing import PieceDecoder, Record, Unreadable, decode, parse_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.data.time_series import read_series
 from luthier.errors import Problem
@@ -61,7 +60,9 @@ def read_records(
     """
     file = str(path)
     try:
-        container = container or container_of(path)
+        container = container or find_container(path, problems)
+        if container is None:
+            return
         if container.kind in ("folder", "zip", "npz"):
             yield from _read_media(path, container, on_progress)
             return
@@ -130,14 +131,15 @@ def _read_failure(error: OSError) -> Unreadable:
     return Unreadable("file.unreadable", f"The file could not be read: {reason}.", fix)
 
 
-def check_file(path: Path, problems: list[Problem]) -> None:
-    """Append a problem where ``path`` is no file of a known kind, told by its beginning."""
+def find_container(path: Path, problems: list[Problem]) -> Container | None:
+    """What the file at ``path`` is made of; ``None`` after its problem was appended."""
     try:
-        container_of(path)
+        return container_of(path)
     except Unreadable as bad:
         problems.append(bad.at(str(path), bad.line))
     except OSError as error:
         problems.append(_read_failure(error).at(str(path), 0))
+    return None
 
 
 def _read_text(
@@ -156,28 +158,17 @@ def _read_pieces(
     stream: BinaryIO, file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
     """A plain-text file, cut before white space (:func:`last_cut`)."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    lines, text = 1, ""
-    first = empty = True
+    decoder, text, empty = PieceDecoder(), "", True
     while data := stream.read(_CHUNK_BYTES):
         if b"\0" in data:
             refuse_binary(data)
-        before = decoder.getstate()[0]
-        try:
-            decoded = decoder.decode(data)
-        except UnicodeDecodeError:
-            decode(before + data, lines)  # says where
-            raise
-        lines += data.count(b"\n")
-        text += decoded.removeprefix("\ufeff") if first else decoded
-        first = False
+        text += decoder.decode(data)
         # A run without white space is cut where the longest line would be refused.
         cut = last_cut(text) or (len(text) if len(text) > parsing.MAX_LINE_BYTES else 0)
         if cut:
             yield 1, {"text": text[:cut]}
             text, empty = text[cut:], False
-    if decoder.getstate()[0]:
-        decode(decoder.getstate()[0], lines)
+    decoder.decode(b"", last=True)
     if text:
         yield 1, {"text": text}
     elif empty:

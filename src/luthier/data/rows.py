@@ -12,17 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from luthier.data.containers import Container, container_of
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
 from luthier.data.forms import Form, extra_keys, forms_of
-from luthier.data.media import IMAGE_ENDINGS, PLURAL, Media, MediaKind
-from luthier.data.media_files import is_media
-from luthier.data.parsing import Record, Unreadable, quote
-from luthier.data.read import read_records, source_size
+from luthier.data.media import PLURAL, Media, media_kind
+from luthier.data.parsing import Record, quote
+from luthier.data.read import find_container, read_records, source_size
 from luthier.data.shapes import (
     BARE_MEDIA,
     SHAPES,
-    BareAudio,
     BareImage,
     CaptionedImage,
     Conversation,
@@ -321,10 +318,10 @@ class Checker(FieldChecker):
 def _media_columns_fix(record: Record) -> str:
     """Which columns to read as an image or a sound, and as what is said of it; empty without paths."""
     texts = {key: value for key, value in record.items() if isinstance(value, str)}
-    place = next((key for key, value in texts.items() if is_media(value)), None)
-    if place is None:
+    kinds = {key: kind for key, value in texts.items() if (kind := media_kind(value))}
+    if not kinds:
         return ""
-    kind: MediaKind = "image" if texts[place].lower().endswith(IMAGE_ENDINGS) else "audio"
+    place, kind = next(iter(kinds.items()))
     others = [key for key in texts if key != place]
     named = [key for key in others if key.strip().lower() in _LABEL_NAMES]
     label = (named or others)[0] if named or len(others) == 1 else "COLUMN"
@@ -390,14 +387,13 @@ class PromptChecker(Checker):
 def input_row(given: str, file: str, line: int = 1) -> Row:
     """What a model that reads is asked about: a text, or the image or sound that it is the path of."""
     path = Path(given) if len(given) < MOST_PATH and "\0" not in given else Path()
+    kind = media_kind(path.name)
     try:
-        if not is_media(path.name) or not path.is_file():
+        if kind is None or not path.is_file():
             return RawText(file, line, given)
     except OSError:  # a text longer than a name can be
         return RawText(file, line, given)
-    if path.name.lower().endswith(IMAGE_ENDINGS):
-        return BareImage(file, line, Media("image", given, str(path)))
-    return BareAudio(file, line, Media("audio", given, str(path)))
+    return BARE_MEDIA[kind](file, line, Media(kind, given, str(path)))
 
 
 class InputChecker(Checker):
@@ -527,9 +523,11 @@ class RowReader:
     def __iter__(self) -> Iterator[Row]:
         for path in self.files:
             before = self.done
-            container = self._container(path)
+            container = find_container(path, self.problems)
             if container is None:
                 continue
+            if str(container) not in self._containers:
+                self._containers.append(str(container))
             self.checker.begin(str(path))
             on_progress, pieces = (
                 self._offset_progress(before),
@@ -581,18 +579,6 @@ class RowReader:
                 self.on_progress(self.done, self.size)
 
         return on_progress
-
-    def _container(self, path: Path) -> Container | None:
-        """What a file is made of; None after its problem was noted."""
-        try:
-            container = container_of(path)
-        except (Unreadable, OSError):
-            # Said by the reader, in its own words.
-            list(read_records(path, self.problems))
-            return None
-        if str(container) not in self._containers:
-            self._containers.append(str(container))
-        return container
 
 
 def _piece(path: Path, record: Record) -> Row | None:
@@ -663,10 +649,12 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
     A plain-text file is one document and comes as many rows (see ``read_records``). Checked is all
     that :func:`load_rows` checks but for repeated ids, which would have to be remembered.
     """
+    container = find_container(path, problems)
+    if container is None:
+        return
     checker = Checker(str(path), problems)
-    in_pieces = is_text(path)
-    blank = True
-    for line, record in read_records(path, problems, whole=False):
+    in_pieces, blank = container.kind == "text", True
+    for line, record in read_records(path, problems, whole=False, container=container):
         if in_pieces:
             text = str(record["text"])
             blank = blank and text.isspace()
@@ -681,14 +669,6 @@ def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool
         checker.text({"text": " "}, "text", target=True)
     if in_pieces:
         yield RawText(str(path), 1, ""), True
-
-
-def is_text(path: Path) -> bool:
-    """Whether a file is plain text; what cannot be read is not."""
-    try:
-        return container_of(path).kind == "text"
-    except (Unreadable, OSError):
-        return False
 
 
 def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
@@ -728,9 +708,11 @@ def _load_lines(
     found: list[tuple[Record, Row]] = []
     for path in files:
         checker.begin(str(path))
-        text = is_text(path)
-        for line, record in read_records(path, problems):
-            if text:
+        container = find_container(path, problems)
+        if container is None:
+            continue
+        for line, record in read_records(path, problems, container=container):
+            if container.kind == "text":
                 lines = enumerate(str(record["text"]).split("\n"), 1)
                 pairs = [(n, each.strip()) for n, each in lines if each.strip()]
                 found += [({key: each}, shape(str(path), n, each)) for n, each in pairs]

@@ -52,7 +52,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
             address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl."
         )
     try:
-        store = S3Store(bucket, **settings())
+        store = S3Store(bucket, **connection_settings())
         objects = _list_objects(obstore, store, key, address)
         copies = [
             _copy(obstore, store, bucket, each, on_progress or _print_progress())
@@ -72,7 +72,7 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
         raise source_refusal(address, "file.remote", f"S3 could not be read: {said}", fix) from None
 
 
-def settings(endpoint: str | None = None) -> dict[str, Any]:
+def connection_settings(endpoint: str | None = None) -> dict[str, Any]:
     """What obstore does not take from the environment by itself, which ``endpoint`` overrides."""
     endpoint = (
         endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -153,7 +153,8 @@ def _copy(
 ) -> Path:
     """The object in the store of this machine, fetched where this version of it is not there yet."""
     key, size = str(found["path"]), int(found["size"])
-    version = f"{os.environ.get('AWS_ENDPOINT_URL', '')}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
+    endpoint = connection_settings().get("endpoint", "")
+    version = f"{endpoint}\n{bucket}\n{key}\n{found['e_tag']}\n{size}"
     digest = hashlib.sha256(version.encode()).hexdigest()[:16]
     target = luthier_home() / "cache" / "s3" / bucket / digest / local_name(key)
     if target.is_file() and target.stat().st_size == size:

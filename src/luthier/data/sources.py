@@ -16,8 +16,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
-from luthier.data.media_files import SPLIT_NAME, is_hidden, is_media
+from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT, unpacked_name
+from luthier.data.media_files import SPLIT_NAME, are_splits, is_hidden, is_media
 from luthier.errors import DataError, Problem
 from luthier.files import names_below, sha256_of
 
@@ -127,17 +127,11 @@ def _folder(folder: Path) -> list[Path]:
         message = f"Beside {media:,} images or sounds it holds {beside}."
         fix = "Move the others, or give a table of rows that name the files."
         raise source_refusal(str(folder), "file.directory", message, fix)
-    _check_classes(folder, classes)
-    return [folder]
-
-
-def _check_classes(folder: Path, names: set[str]) -> None:
-    """Refuse a folder whose folders are splits and not classes."""
-    if names and all(SPLIT_NAME.fullmatch(name) for name in names):
-        text = ", ".join(sorted(names))
-        message = f"Its folders are the splits {text}, which do not mix."
-        fix = f"Name one of them, as {folder / min(names)}, and the other as validation data."
+    if are_splits(classes):
+        message = f"Its folders are the splits {', '.join(sorted(classes))}, which do not mix."
+        fix = f"Name one of them, as {folder / min(classes)}, and the other as validation data."
         raise source_refusal(str(folder), "file.directory", message, fix)
+    return [folder]
 
 
 def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path]]:
@@ -184,9 +178,7 @@ def _split(name: str) -> str:
 
 
 def _is_text(name: str) -> bool:
-    for packed in PACKED:
-        name = name.lower().removesuffix(packed)
-    return name.endswith(PLAIN_TEXT)
+    return unpacked_name(name).endswith(PLAIN_TEXT)
 
 
 def _pattern(where: str, example: str) -> str:

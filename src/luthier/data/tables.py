@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from luthier.data import parsing
-from luthier.data.containers import needs
+from luthier.data.containers import empty_refusal, needs
 from luthier.data.parsing import Record, Unreadable, decode, loads, quote
 from luthier.data.shapes import SHAPES
 from luthier.errors import Problem
@@ -69,11 +69,7 @@ def read_table(
             return
         count += 1  # a row that is refused is one all the same
     if not count:
-        raise Unreadable(
-            "file.empty",
-            f"The file holds {'a header and no rows' if names else 'no rows'}.",
-            "Add rows to it, or name another file.",
-        )
+        raise empty_refusal("holds a header and no rows" if names else "holds no rows")
 
 
 class _Lines:
@@ -200,7 +196,7 @@ def read_parquet(
             "Write or fetch the file again.",
         ) from None
     if not number:
-        raise Unreadable("file.empty", "The file holds no rows.", "Name another file.")
+        raise empty_refusal("holds no rows")
 
 
 def _batch_rows(table: Any, most: int) -> int:

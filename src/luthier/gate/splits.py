@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.containers import Container, container_of
-from luthier.data.read import check_file
+from luthier.data.containers import Container
+from luthier.data.read import find_container
 from luthier.data.rows import stream_rows
 from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
@@ -39,10 +39,10 @@ def split_file(
     if output.exists():
         raise RunConflict(f"{output} exists already; name a new folder with --output")
     problems: list[Problem] = []
-    check_file(source, problems)
+    found = find_container(source, problems)
     if problems:
         raise DataError(problems)
-    if (found := container_of(source)) != Container("jsonl"):
+    if found != Container("jsonl"):
         raise RecipeError(
             f"{source} holds {found} and lines can only be copied from JSON Lines; `luthier convert "
             f"{source} rows.jsonl` makes it"

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import is_hidden, is_media
-from luthier.data.s3 import is_file_name, local_name, settings
+from luthier.data.s3 import connection_settings, is_file_name, local_name
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import new_file
 from luthier.limits import AccountQuotas
@@ -462,7 +462,7 @@ class ExternalBuckets:
     def _store(self, bucket: str) -> Any:
         from obstore.store import S3Store
 
-        return S3Store(bucket, **settings(self._endpoint))
+        return S3Store(bucket, **connection_settings(self._endpoint))
 
 
 @contextmanager

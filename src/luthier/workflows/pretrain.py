@@ -21,7 +21,7 @@ from luthier import __version__
 from luthier.adaptations.full import Full
 from luthier.data.chat import ChatFormat
 from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
-from luthier.data.read import check_file
+from luthier.data.read import find_container
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
 from luthier.engine.dataset import Dataset
@@ -93,7 +93,7 @@ def _request(recipe: PretrainRecipe) -> dict[str, Any]:
     files = [file for source in given for file in files_of(source)]
     problems: list[Problem] = []
     for path in files:
-        check_file(path, problems)
+        find_container(path, problems)
     if problems:
         raise DataError(problems)
     hashes = {str(path): sha256_of(path) for path in files}
