@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RecipeError
-from luthier.gate.policy import GatePolicy, parse_policy, parse_severity, read_policy
+from luthier.gate.policy import GatePolicy, load_policy, parse_policy, parse_severity, read_policy
 
 
 def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_names_may_be_nested_as_toml_nests_them(tmp_path: Path) -> None:
     found = read_policy(file)
     assert found.severity == {"row.too_long": "note", "base.missing": "off"}
     assert found.skip == {"learning"}
-    both = found.and_then(parse_policy({"row.too_long": "error"}))
+    both = load_policy(file, {"row.too_long": "error"})
     assert both.severity["row.too_long"] == "error" and both.skip == {"learning"}
 
 

@@ -645,6 +645,15 @@ class ChatFormat:
         return self.render(template_turns(in_words(messages, tools)), reply=reply, kwargs=kwargs)
 
 
+def token_spans(tokenizer: Any, text: str) -> list[tuple[int, int, int]]:
+    """Of each token of ``text`` its id, first character and end; ``tokenizer`` must be a fast one."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+    )
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [(token, int(start), int(end)) for token, (start, end) in pairs]
+
+
 @contextmanager
 def panics_refused() -> Iterator[None]:
     """What a tokenizer's Rust gives up on, such as a pattern without end, as an error like others.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.gate.rules import Findings, Place, Rule
+from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.types import IntArray, Row
 
 if TYPE_CHECKING:
@@ -181,3 +181,16 @@ class Places:
     def names(self) -> list[Split]:
         """Splits that have rows, in the order they came."""
         return list(dict.fromkeys(split for split, _ in self._batches))
+
+
+NAMED = 100
+"""Rows of a group that a finding names."""
+
+
+def group_finding(
+    rule: Rule, group: IntArray, message: str, places: Places, findings: Findings
+) -> Finding:
+    """A finding at the first of some rows, with the places of the others while it would be kept."""
+    further = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
+    others = tuple(map(places.place, further))
+    return Finding(rule, places.place(int(group[0])), message, others=others)

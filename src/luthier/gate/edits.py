@@ -13,17 +13,16 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from luthier.data.chat import ChatFormat
+from luthier.data.chat import ChatFormat, token_spans
 from luthier.data.parsing import Record
 from luthier.data.shapes import JudgedAnswers, RawText, TaggedWords
 from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
-from luthier.gate.pii import KINDS, Finder, PiiKind, PiiSpan
+from luthier.gate.pii import KINDS, Finder, PiiKind, PiiSpan, replace_items
 from luthier.gate.rules import TOO_LONG
 from luthier.types import Row, Text, map_texts
 
@@ -189,12 +188,8 @@ class Redactor:
         return self._text(text, "text", [])
 
     def _text(self, text: str, name: str, changes: list[Change]) -> str:
-        parts, done = [], 0
-        for span in self.finder.find(text):
-            pseudonym = self._pseudonymize(span, name, changes)
-            parts += [text[done : span.start], pseudonym]
-            done = span.end
-        return "".join([*parts, text[done:]]) if parts else text
+        found = self.finder.find(text)
+        return replace_items(text, found, lambda span: self._pseudonymize(span, name, changes))
 
     def _words(self, row: TaggedWords, changes: list[Change]) -> TaggedWords:
         found = self.finder.find(" ".join(row.tokens))
@@ -341,7 +336,7 @@ class Truncate(Edit):
         while high - low > 1:
             kept = (low + high) // 2
             new = {text.field: self._shorten(text.content, ends, kept) for text, ends in chosen}
-            tried = row.edit_texts(partial(_replace, new))
+            tried = row.edit_texts(new.get)
             if all(map(str.strip, new.values())) and self._length(tried)[0]:
                 best, low = tried, kept
             elif not all(map(str.strip, new.values())):
@@ -440,10 +435,6 @@ class SplitLong(Edit):
         return limit
 
 
-def _replace(new: Mapping[str, str], field: str, text: str) -> str:
-    return new.get(field, text)
-
-
 def _number_id(further: dict[str, Any], number: int) -> dict[str, Any]:
     return {**further, "id": f"{further['id']}#{number}"} if "id" in further else further
 
@@ -466,10 +457,7 @@ def _ends(text: str, chat: ChatFormat) -> list[int]:
         raise RecipeError(
             "this model's tokenizer does not tell where its tokens stand; cut by hand"
         )
-    encoded = chat.tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    ends = [int(end) for _, end in encoded["offset_mapping"]]
+    ends = [end for _, _, end in token_spans(chat.tokenizer, text)]
     if ends:
         ends[-1] = len(text)
     return ends

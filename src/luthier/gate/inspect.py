@@ -21,7 +21,7 @@ from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import BASE_MISSING, checks_for
 from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
-from luthier.gate.policy import GatePolicy, parse_policy, read_policy
+from luthier.gate.policy import load_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
@@ -32,6 +32,7 @@ from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
+from luthier.store import models as store
 from luthier.store.models import StoredModel, base_folder
 from luthier.types import Row
 
@@ -142,12 +143,6 @@ class InspectionRequest:
         named = {"train": self.data, "validation": self.validation, "test": self.test}
         return {split: source for split, source in named.items() if source is not None}
 
-    @property
-    def resolved_policy(self) -> GatePolicy:
-        """The policy, with what was said beside it."""
-        file = read_policy(self.policy) if self.policy else GatePolicy()
-        return file.and_then(parse_policy(self.severity, self.skip))
-
 
 def inspect(
     request: InspectionRequest,
@@ -165,7 +160,7 @@ def inspect(
             base model cannot learn.
         UnknownModel, DownloadError: for another base model that is not here.
     """
-    decided = request.resolved_policy
+    decided = load_policy(request.policy, request.severity, request.skip)
     known, missing, base = CheckContext(shown=request.shown), "", request.base
     if base == AUTO:
         base = default_base(request.data, request.columns, parse_objective(request.objective))[0]
@@ -209,8 +204,6 @@ def load_context(
     With ``apart`` another process loads the tokenizer; see :func:`load_format`.
     """
     wanted = parse_objective(objective)
-    from luthier.store import models as store
-
     stored = store.find(base, on_stage)
     chat, room = load_format(stored, apart)
     if wanted is None and (own := sole_objective(stored.kind)) is not None:
@@ -230,7 +223,7 @@ def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, in
         UnknownModel, RecipeError: for a model that cannot be used.
     """
     if not apart:
-        return _load_format(model)
+        return store.chat_format(model), store.room_of(model)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         packed = pool.submit(_pickle_format, model).result()
     # Only now, as both would be in memory while that process ends.
@@ -239,13 +232,7 @@ def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, in
 
 
 def _pickle_format(model: StoredModel) -> bytes:
-    return pickle.dumps(_load_format(model))
-
-
-def _load_format(model: StoredModel) -> tuple[ChatFormat, int]:
-    from luthier.store import models as store
-
-    return store.chat_format(model), store.room_of(model)
+    return pickle.dumps(load_format(model))
 
 
 def inspect_job(
@@ -262,8 +249,7 @@ def inspect_job(
     Raises:
         RecipeError: for a policy or severity that cannot be.
     """
-    file = read_policy(spec.policy) if spec.policy else GatePolicy()
-    decided = file.and_then(parse_policy(spec.severity or {}))
+    decided = load_policy(spec.policy, spec.severity or {})
     checks, left_out = checks_for(CheckContext(chat, objective), decided.skip, in_jobs=True)
     report = inspect_rows(splits, checks, decided.severity, on_row)
     named = {"train": spec.train, "validation": spec.validation}

@@ -285,6 +285,10 @@ class Groups:
                     break
                 self.roots_N = shorter_N
 
+    def join_equal(self, keys_N: Any) -> None:
+        """Put rows with the same key into one group."""
+        self.join(np.arange(len(keys_N)), first_rows(keys_N))
+
     def together(self, first_P: Any, second_P: Any) -> Any:
         """``[P]`` whether both rows of each pair are in one group already."""
         return self.roots_N[first_P] == self.roots_N[second_P]

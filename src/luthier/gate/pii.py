@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
@@ -158,7 +158,9 @@ def secrets(text: str) -> Iterator[PiiSpan]:
     if "PRIVATE KEY" in text:
         for found in _PEM.finditer(text):
             if _BASE64.search(found["body"]):
-                yield PiiSpan(*found.span(), "private_key", _key_name(found["type"]), found[0])
+                kind = found["type"].replace("PRIVATE KEY", "private key")
+                name = kind.replace("OPENSSH", "OpenSSH")  # as people write it
+                yield PiiSpan(*found.span(), "private_key", name, found[0])
     for name, mark, pattern in _API_KEYS:
         for found in matches_near(mark, pattern, text, 10 if mark == _BOT else 0, 512):
             group = "value" if "value" in pattern.groupindex else 0
@@ -170,11 +172,6 @@ def secrets(text: str) -> Iterator[PiiSpan]:
         if not _MADE_UP.search(found["value"]) and not _is_variable(found["value"]):
             yield PiiSpan(*found.span("value"), "password", "password in a URL", found["value"])
     yield from _assigned_secrets(text)
-
-
-def _key_name(written: str) -> str:
-    """``RSA PRIVATE KEY`` as people write it."""
-    return written.replace("PRIVATE KEY", "private key").replace("OPENSSH", "OpenSSH")
 
 
 def _assigned_secrets(text: str) -> Iterator[PiiSpan]:
@@ -633,13 +630,18 @@ def _best(group: list[PiiSpan]) -> list[PiiSpan]:
     return sorted(kept, key=lambda each: each.start)
 
 
-def mask_all(text: str, found: Sequence[PiiSpan]) -> str:
-    """``text`` with its items unreadable."""
+def replace_items(text: str, found: Iterable[PiiSpan], new: Callable[[PiiSpan], str]) -> str:
+    """``text`` with what ``new`` gives in the place of each item; items are in their order."""
     parts, done = [], 0
     for span in found:
-        parts += [text[done : span.start], mask(text, span)]
+        parts += [text[done : span.start], new(span)]
         done = span.end
     return "".join([*parts, text[done:]])
+
+
+def mask_all(text: str, found: Iterable[PiiSpan]) -> str:
+    """``text`` with its items unreadable."""
+    return replace_items(text, found, lambda span: mask(text, span))
 
 
 def mask(text: str, span: PiiSpan) -> str:

@@ -17,31 +17,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.gate.checks import CHECKS, rules_named
-from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, Severity
+from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, SeverityChoice
 
-Choice = Severity | Literal["off"]
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
 """Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
-CHOICES: tuple[str, ...] = (*get_args(Literal["off"]), *SEVERITIES)
+CHOICES: tuple[str, ...] = ("off", *SEVERITIES)
 
 
 @dataclass(frozen=True)
 class GatePolicy:
     """What people decided about rules and checks."""
 
-    severity: Mapping[str, Choice] = field(default_factory=dict)
+    severity: Mapping[str, SeverityChoice] = field(default_factory=dict)
     """By the full id of a rule."""
     skip: frozenset[str] = frozenset()
     """Names of checks that are not run."""
 
-    def and_then(self, other: GatePolicy) -> GatePolicy:
-        """Both, where ``other`` has the last word."""
-        return GatePolicy({**self.severity, **other.severity}, self.skip | other.skip)
+
+def load_policy(
+    path: str | Path | None, severity: Mapping[str, Any], skip: Iterable[str] = ()
+) -> GatePolicy:
+    """The policy of a file, where one is named, and what was said beside it, which has the last word.
+
+    Raises:
+        RecipeError: for what a policy cannot say.
+    """
+    file = read_policy(Path(path)) if path else GatePolicy()
+    said = parse_policy(severity, skip)
+    return GatePolicy({**file.severity, **said.severity}, file.skip | said.skip)
 
 
 def read_policy(path: Path) -> GatePolicy:
@@ -57,7 +65,7 @@ def read_policy(path: Path) -> GatePolicy:
 
 def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GatePolicy:
     """A policy from plain values; dotted names may also be nested, as TOML nests them."""
-    chosen: dict[str, Choice] = {}
+    chosen: dict[str, SeverityChoice] = {}
     for name, value in _flatten(severity):
         if value not in CHOICES:
             raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")

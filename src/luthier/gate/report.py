@@ -324,7 +324,7 @@ def _options(rules: Iterable[Rule]) -> dict[str, dict[str, None]]:
 
 
 PLACES = 3
-"""Places of each rule that a job names."""
+"""Places of each rule that a terminal names."""
 
 
 def refusals(report: Report) -> tuple[list[Problem], bool]:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from luthier.gate.histogram import density, merge_bars
 from luthier.gate.report import (
+    PLACES,
     Report,
     format_number,
     has_content,
@@ -36,8 +37,6 @@ VERDICTS = {
     "warnings": ("! passed with warnings", "bold yellow"),
     "refused": ("✗ refused", "bold red"),
 }
-PLACES = 3
-"""Places of each rule that are named."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 QUIET = frozenset({"learning", "encoding", "markers", "lengths", "contradictions", "duplicates"})
 """Checks whose summaries say what the table of rules says already; the page has all of them."""

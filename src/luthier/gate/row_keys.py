@@ -166,7 +166,7 @@ class RelatedRows:
         groups = Groups(self._near.rows)
         same_N = first_rows(asked_N)
         groups.join(np.arange(len(same_N)), same_N)
-        groups.join(np.arange(len(same_N)), first_rows(self._table.read("partner")))
+        groups.join_equal(self._table.read("partner"))
         self._near.find(asked_N, lambda one, other: ~groups.together(one, other), groups.join)
         found_N = groups.roots_N
         for finer_N in (same_N, np.arange(len(same_N))):
@@ -186,8 +186,7 @@ def group_related(rows: Sequence[Row], values: Sequence[str] | None = None) -> I
     related_N = kin.groups()
     if values is None:
         return related_N
-    _, first_V, value_N = np.unique(np.array(values), return_index=True, return_inverse=True)
-    named_N: IntArray = first_V[value_N]
+    named_N = first_rows(np.array(values))
     groups = Groups(len(rows))
     groups.join(np.arange(len(rows)), named_N)
     groups.join(np.arange(len(rows)), related_N)

@@ -17,6 +17,8 @@ from luthier.data.rules import PREFERENCE_RULES, PROMPT_RULES, RULES
 
 Severity = Literal["note", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("note", "warning", "error")
+SeverityChoice = Severity | Literal["off"]
+"""What a policy makes of a rule."""
 
 MOST_EXAMPLES = 100
 """Findings of one rule that are kept."""
@@ -111,7 +113,7 @@ class BlamedRows:
 class Findings:
     """All that was found: how often each rule was broken, and the first places of each."""
 
-    overrides: Mapping[str, Severity | Literal["off"]] = field(default_factory=dict)
+    overrides: Mapping[str, SeverityChoice] = field(default_factory=dict)
     """Severities that a policy sets instead of the rules' own."""
     examples: dict[str, list[Finding]] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
 from luthier.gate.check import Check, Places, RowBatch, Split
 from luthier.gate.report import Report
-from luthier.gate.rules import Finding, Findings, Place, Severity, rule_of
+from luthier.gate.rules import Finding, Findings, Place, SeverityChoice, rule_of
 from luthier.gate.texts import excerpt_of
 from luthier.types import Row
 
@@ -61,7 +61,7 @@ class ScanProgress:
 def inspect_rows(
     splits: Mapping[Split, Sequence[Row]],
     checks: Sequence[Check],
-    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+    overrides: Mapping[str, SeverityChoice] | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
 ) -> Report:
     """The gate on rows that are in memory already, as in a job.
@@ -78,7 +78,7 @@ def inspect_rows(
 def inspect_sources(
     sources: Mapping[Split, Source],
     checks: Sequence[Check],
-    overrides: Mapping[str, Severity | Literal["off"]] | None = None,
+    overrides: Mapping[str, SeverityChoice] | None = None,
     columns: Columns | None = None,
     progress: Callable[[ScanProgress], None] = lambda _: None,
     processes: int = 1,

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 import regex
 
-from luthier.data.chat import ChatFormat
+from luthier.data.chat import ChatFormat, token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
 from luthier.gate.checks.language import CHARACTERS, detect_language
@@ -102,18 +102,14 @@ def spelling(text: str, tokenizer: Any) -> Spelling:
 
     An unknown piece hides what it stands for, so it counts as the bytes that it would fall back to.
     """
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    unknown = tokenizer.unk_token_id
-    spans = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+    unknown, spans = tokenizer.unk_token_id, token_spans(tokenizer, text)
     total, at = Spelling(0, 0, 0, 0, 0), 0
     for word in _WORD.finditer(text):
         start, end = word.span()
-        while at < len(spans) and spans[at][1][1] <= start:
+        while at < len(spans) and spans[at][2] <= start:
             at += 1
         pieces = 0
-        for token, (first, last) in spans[at:]:
+        for token, first, last in spans[at:]:
             if first >= end:
                 break
             hidden = text[max(first, start) : min(last, end)]

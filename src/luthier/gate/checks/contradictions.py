@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.data.shapes import JudgedAnswers
-from luthier.gate.check import BatchLines, Check, Places, RowBatch
+from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
 from luthier.gate.row_keys import hash_texts, key_column
-from luthier.gate.rules import Finding, Findings, Rule
+from luthier.gate.rules import Findings, Rule
 from luthier.types import IntArray, Row
 
 LABEL = Rule(
@@ -42,8 +42,6 @@ ANSWERS = Rule(
     "Look whether all of them are right.",
 )
 _KINDS = (LABEL, PREFERENCE, ANSWERS)
-NAMED = 100
-"""Rows of a group that a finding names."""
 
 
 class Contradictions(Check):
@@ -93,10 +91,8 @@ class Contradictions(Check):
         count["rows"] += len(group)
         words = {LABEL: "ways of labelling one text", ANSWERS: "answers to one prompt"}
         said = f"{different} {words.get(rule, 'opposite preferences between two answers')}"
-        further = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
         message = f"{said}, in {len(group)} rows."
-        others = tuple(map(places.place, further))
-        finding = Finding(rule, places.place(int(group[0])), message, others=others)
+        finding = group_finding(rule, group, message, places, findings)
         findings.add(finding, rows=group.tolist())
 
     def summary(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
+from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch, group_finding
 from luthier.gate.checks import leakage
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import (
@@ -68,8 +68,6 @@ SAMPLED = Rule(
     "To compare all rows, run `luthier clean --dedupe near`.",
     whole=True,
 )
-NAMED = 100
-"""Rows of a group that a finding names."""
 COMPARED = 500_000
 """Rows up to which all are compared for near-duplicates, and about so many of more rows."""
 LARGEST = 10
@@ -226,7 +224,7 @@ class Duplicates(Check):
 
         self._wholes.find(combine_keys(apart_S, whole_S), is_wanted, add_pairs)
         # Only the first of rows with one text was compared; the others are as near as it is.
-        _join_equal(near, combine_keys(apart_S, whole_S))
+        near.join_equal(combine_keys(apart_S, whole_S))
         return near, numbers
 
     def _report(
@@ -240,12 +238,10 @@ class Duplicates(Check):
             if len(largest) < LARGEST or len(group) > largest[-1]:
                 largest = sorted([*largest, len(group)], reverse=True)[:LARGEST]
             further = len(group) - 1
-            named = group[1 : NAMED + 1].tolist() if findings.has_room(rule) else ()
             message = (
                 f"{further} further {'rows are' if further > 1 else 'row is'} {words} this one."
             )
-            others = tuple(map(places.place, named))
-            finding = Finding(rule, places.place(int(group[0])), message, others=others)
+            finding = group_finding(rule, group, message, places, findings)
             findings.add(finding, further, rows=group[1:].tolist())
         self._summary[rule.id] = {"groups": count, "copies": rows - count, "largest": largest}
 
@@ -261,10 +257,3 @@ class Duplicates(Check):
     def summary(self) -> Mapping[str, Any]:
         """Groups and copies of each rule, sizes of the largest groups, and leaks of each split."""
         return self._summary
-
-
-def _join_equal(groups: Groups, keys_N: Keys) -> None:
-    """Join rows with the same key."""
-    order = np.argsort(keys_N, kind="stable")
-    same = np.flatnonzero(keys_N[order][1:] == keys_N[order][:-1])
-    groups.join(order[same], order[same + 1])

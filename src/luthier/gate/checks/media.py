@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.media import Media, gps_of
+from luthier.data.media import gps_of
 from luthier.data.processors import AudioProcessor, FeatureExtractor, Processor
 from luthier.data.shapes import MediaRow
 from luthier.errors import RowRefused
-from luthier.gate.check import BatchLines, Check, CheckContext, RowBatch
+from luthier.gate.check import BatchLines, CheckContext, RowBatch
 from luthier.gate.rules import Finding, Findings, Place, Rule
-from luthier.types import Row
+from luthier.gate.texts import Spot, SpotCheck
 
 UNREADABLE = Rule(
     "media.unreadable",
@@ -120,19 +120,21 @@ _HASH, _THUMBNAIL = (9, 8), (10, 10)
 
 @dataclass(frozen=True)
 class MeasuredMedia:
-    """What is known of one row."""
+    """What is known of one image or sound that can be read."""
 
-    refused: tuple[str, str, str] | None = None
-    """Rule, message and fix, where it cannot be read."""
-    found: tuple[tuple[str, str], ...] = ()
-    """Other rules that it breaks, each with a message."""
-    size: str = ""
-    """Pixels, or seconds, for the summary."""
+    index: int
+    """Of its row in the batch."""
+    size: str
+    """Pixels, or samples a second, for the summary."""
     hash: bytes = b""
     """Difference hash and thumbnail of an image."""
     labels: tuple[str, ...] = ()
     rate: int = 0
     """Samples a second of a sound."""
+
+
+MeasuredBatch = tuple[list[Spot], list[MeasuredMedia]]
+"""What is wrong with single rows, and what is known of those that can be read."""
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Seen:
     thumbnail: NDArray[np.int16] = field(repr=False)
 
 
-class MediaFiles(Check):
+class MediaFiles(SpotCheck):
     """Opens every image and sound."""
 
     name: ClassVar[str] = "media"
@@ -156,6 +158,7 @@ class MediaFiles(Check):
     measures_with: ClassVar[tuple[str, ...]] = ("processor",)
 
     def __init__(self, processor: Processor | None = None) -> None:
+        super().__init__()
         self.processor = processor
         self.sizes: dict[str, Counter[str]] = {}
         self.highest_rate = 0
@@ -168,84 +171,72 @@ class MediaFiles(Check):
         """With what the model reads, where it is known."""
         return cls(known.chat.media if known.chat else None)
 
-    def measure(self, batch: RowBatch) -> list[MeasuredMedia | None]:
+    def measure(self, batch: RowBatch) -> MeasuredBatch:
         """Decode each file of a batch."""
-        return [self._measure(row) for row in batch.rows]
+        spots: list[Spot] = []
+        measured: list[MeasuredMedia] = []
+        for index, row in enumerate(batch.rows):
+            if not isinstance(row, MediaRow) or row.media.kind == "window":
+                continue
+            measure = self._measure_image if row.media.kind == "image" else self._measure_sound
+            try:
+                measured.append(measure(index, row, spots))
+            except RowRefused as bad:
+                message = f"{row.media.name}: {bad.message}"
+                spots.append(Spot(index, bad.rule, message, fix=bad.fix))
+        return spots, measured
 
-    def _measure(self, row: Row) -> MeasuredMedia | None:
-        if not isinstance(row, MediaRow):
-            return None
-        try:
-            if row.media.kind == "image":
-                return self._measure_image(row, row.media)
-            return self._measure_sound(row.media) if row.media.kind == "audio" else None
-        except RowRefused as bad:
-            return MeasuredMedia((bad.rule, f"{row.media.name}: {bad.message}", bad.fix))
-
-    def _measure_image(self, row: MediaRow, media: Media) -> MeasuredMedia:
+    def _measure_image(self, index: int, row: MediaRow, spots: list[Spot]) -> MeasuredMedia:
         from PIL import Image
 
+        media = row.media
         if media.array is None:
             media = replace(media, data=media.read())  # once for its pixels and its metadata
         pixels = media.pixels()
         height, width = pixels.shape[:2]
-        found: list[tuple[str, str]] = []
         if place := gps_of(media):
-            found.append((LOCATION.id, f"{media.name} was taken at {place}."))
+            spots.append(Spot(index, LOCATION.id, f"{media.name} was taken at {place}."))
         if self.processor is not None:
             wanted = self.processor.shape[1:]
             if height * 4 < wanted[0] and width * 4 < wanted[1]:
                 size = f"{width} x {height} pixels; {wanted[1]} x {wanted[0]} are read"
-                text = f"{media.name} has {size}."
-                found.append((LOW_RESOLUTION.id, text))
+                spots.append(Spot(index, LOW_RESOLUTION.id, f"{media.name} has {size}."))
         image = Image.fromarray(pixels)
         grey = image.convert("L").resize(_HASH, Image.Resampling.BOX)
         small = np.asarray(grey, dtype=np.int16)
         thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX))
         bits = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
-        labels = row.classes()
-        return MeasuredMedia(
-            None, tuple(found), f"{width} x {height}", bits + thumbnail.tobytes(), labels
-        )
+        hashed = bits + thumbnail.tobytes()
+        return MeasuredMedia(index, f"{width} x {height}", hashed, row.classes())
 
-    def _measure_sound(self, media: Media) -> MeasuredMedia:
-        samples, rate = media.samples()
-        seconds = len(samples) / rate
-        found: list[tuple[str, str]] = []
+    def _measure_sound(self, index: int, row: MediaRow, spots: list[Spot]) -> MeasuredMedia:
+        samples, rate = row.media.samples()
+        name, seconds = row.media.name, len(samples) / rate
         top = float(np.abs(samples).max())
         if top < SILENCE:
-            found.append((SILENT.id, f"{media.name} is never louder than {top:.1%} of full scale."))
+            text = f"{name} is never louder than {top:.1%} of full scale."
+            spots.append(Spot(index, SILENT.id, text))
         elif (share := float((np.abs(samples) >= 0.999).mean())) >= PEAKS:
-            found.append((CLIPPED.id, f"{share:.1%} of {media.name} is at full scale."))
+            spots.append(Spot(index, CLIPPED.id, f"{share:.1%} of {name} is at full scale."))
         reads = self.processor
         if isinstance(reads, AudioProcessor) and seconds > reads.max_seconds * 1.05:
-            text = f"{media.name} lasts {seconds:.1f} s; {reads.max_seconds:g} s are read."
-            found.append((CUT.id, text))
+            text = f"{name} lasts {seconds:.1f} s; {reads.max_seconds:g} s are read."
+            spots.append(Spot(index, CUT.id, text))
         if rate < self._free_rate:
-            text = f"{media.name} has {rate:,} samples a second; {self._free_rate:,} are read."
-            found.append((RATE.id, text))
-        return MeasuredMedia(None, tuple(found), f"{rate:,} Hz", rate=rate)
+            text = f"{name} has {rate:,} samples a second; {self._free_rate:,} are read."
+            spots.append(Spot(index, RATE.id, text))
+        return MeasuredMedia(index, f"{rate:,} Hz", rate=rate)
 
-    def take(
-        self, where: BatchLines, measured: list[MeasuredMedia | None], findings: Findings
-    ) -> None:
+    def take(self, where: BatchLines, measured: MeasuredBatch, findings: Findings) -> None:
         """Say what is wrong with single rows, and compare images with those before."""
-        rules = {rule.id: rule for rule in self.rules}
-        for index, each in enumerate(measured):
-            if each is None:
-                continue
-            place = where.place(index)
-            if each.refused is not None:
-                rule, message, fix = each.refused
-                findings.add(Finding(rules.get(rule, UNREADABLE), place, message, fix))
-                continue
-            for rule, message in each.found:
-                findings.add(Finding(rules[rule], place, message))
+        spots, media = measured
+        self.add_spots(where, spots, findings)
+        for each in media:
             self.sizes.setdefault(where.split, Counter())[each.size] += 1
             self.highest_rate = max(self.highest_rate, each.rate)
             if each.hash and self.compared < MOST_COMPARED:
                 self.compared += 1
-                self._compare(each, place, where.split, findings)
+                self._compare(each, where.place(each.index), where.split, findings)
 
     def _compare(self, image: MeasuredMedia, place: Place, split: str, findings: Findings) -> None:
         thumbnail = np.frombuffer(image.hash[8:], np.uint8).astype(np.int16)
