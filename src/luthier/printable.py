@@ -68,6 +68,13 @@ def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near}?" if near else otherwise
 
 
+def list_some(names: Iterable[str], most: int) -> str:
+    """The first ``most`` names with commas between, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - most:,} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more
+
+
 def format_duration(seconds: float) -> str:
     """Seconds for people: ``45 s``, ``12 min``, ``3 h 05 min``."""
     if seconds < 100:

@@ -48,7 +48,7 @@ def test_names_stand_for_rules() -> None:
     assert plan.dropped_rules == (
         "leakage.exact", "leakage.input", "leakage.near", "duplicate.near", "duplicate.exact"
     )  # fmt: skip
-    assert plan.leaks and plan.edits == ()
+    assert plan.needs_held_out and plan.edits == ()
 
 
 def test_every_edit_is_a_field_of_the_plan() -> None:

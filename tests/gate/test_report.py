@@ -35,7 +35,7 @@ from luthier.gate.report import (
     warnings,
 )
 from luthier.gate.report_page import draw_histogram
-from luthier.gate.report_text import show, sparkline
+from luthier.gate.report_text import print_report, sparkline
 from luthier.gate.rules import Finding, Findings, Place, Rule
 
 EVIL = '<script>alert("x")</script>'
@@ -137,7 +137,7 @@ def test_the_page_holds_what_was_found(report: Report) -> None:
 
 def test_the_terminal_shows_it_and_nothing_acts(report: Report) -> None:
     out = Console(file=StringIO(), width=100, highlight=False, force_terminal=False)
-    show(report, out, rows=1)
+    print_report(report, out, rows=1)
     text = out.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b" not in text and "\u202e" not in text
     for part in ("✗ refused", "1 error, ", "json.invalid",
@@ -151,7 +151,7 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
 ) -> None:
     def shown(**options: Any) -> str:
         out = Console(file=StringIO(), width=100, highlight=False, **options)
-        show(report, out, rows=1)
+        print_report(report, out, rows=1)
         return str(out.file.getvalue())  # type: ignore[attr-defined]
 
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -188,7 +188,7 @@ def test_no_part_of_a_report_shows_personal_data(
         source = written(tmp_path / f"{number}.jsonl", *each)
         report = luthier.inspect(source, base=str(family_folder(family)))
         out = Console(file=StringIO(), width=200, highlight=False)
-        show(report, out)
+        print_report(report, out)
         for text in (report.html(), out.file.getvalue(), json.dumps(report.plain())):  # type: ignore[attr-defined]
             plain = re.sub(r"[\W_]|<[^>]*>", "", text).lower()
             assert "07946" not in plain and "0958" not in plain
@@ -201,7 +201,7 @@ def test_no_part_of_a_report_shows_personal_data(
 def test_without_a_model_both_say_what_was_not_checked(tmp_path: Path) -> None:
     report = a_report(tmp_path, None)
     out = Console(file=StringIO(), width=100, highlight=False)
-    show(report, out)
+    print_report(report, out)
     assert "needs a base model" in out.file.getvalue()  # type: ignore[attr-defined]
     assert "needs a base model" in report.html() and "<mark>" not in report.html()
 
@@ -235,7 +235,7 @@ def test_a_fix_of_one_class_is_not_said_of_all() -> None:
         place = Place("a.jsonl", len(found.examples) + 1)
         found.add(Finding(rule, place, f"{name} has 7 rows.", f"Add 1 row with {name}."))
         out = Console(file=StringIO(), width=200, highlight=False)
-        show(report, out)
+        print_report(report, out)
         text = " ".join(out.file.getvalue().split())  # type: ignore[attr-defined]
         alone = name == "a"
         assert ("Add 1 row with a." in text) == alone and (rule.fix in text) != alone

@@ -109,9 +109,9 @@ def inspect(
     if json_:
         print_json(report.plain())
     else:
-        from luthier.gate.report_text import show
+        from luthier.gate.report_text import print_report
 
-        show(report, new_console(highlight=False), rows)
+        print_report(report, new_console(highlight=False), rows)
         if html is not None:
             messages.print(f"written to {html}", style="dim", markup=False, soft_wrap=True)
     raise typer.Exit(report.exit_code)

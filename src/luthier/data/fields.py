@@ -22,7 +22,7 @@ from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
-from luthier.printable import nearest_name
+from luthier.printable import list_some, nearest_name
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
@@ -67,9 +67,7 @@ RENAMES: Mapping[str, str] = {
 
 def list_keys(keys: Iterable[str]) -> str:
     """The first ten keys, for messages."""
-    names = [quote(key) for key in keys]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return list_some(map(quote, keys), 10)
 
 
 def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
@@ -475,9 +473,9 @@ def check_calls(messages: Turns, tools: Sequence[Tool]) -> None:
                 )
 
 
-def read_prompt(value: object, key: str) -> Turns:
+def read_prompt(value: object) -> Turns:
     """The same as :func:`read_turns` of the user, with an answer of the assistant to come."""
-    turns = read_turns(value, key, "user")
+    turns = read_turns(value, "prompt", "user")
     if turns[-1].role == "assistant":
         raise RowRefused(
             "preference.order",
@@ -521,7 +519,7 @@ def read_turns(value: object, key: str, role: str) -> Turns:
     return tuple(found)
 
 
-def check_written(turns: Turns) -> None:
+def check_not_blank(turns: Turns) -> None:
     """Refuse turns of white space alone."""
     for turn in turns:
         if not turn.content.strip():

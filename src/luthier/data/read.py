@@ -121,7 +121,7 @@ def _records(
     if container.kind in ("csv", "tsv"):
         return read_series(read_table(stream, file, problems, container.delimiter), file, problems)
     if container.kind == "text":
-        return (_read_text if whole else _read_pieces)(stream, file, problems)
+        return (_read_text if whole else _read_pieces)(stream)
     return _read_lines(stream, file, problems)
 
 
@@ -142,9 +142,7 @@ def find_container(path: Path, problems: list[Problem]) -> Container | None:
     return None
 
 
-def _read_text(
-    stream: BinaryIO, file: str, problems: list[Problem]
-) -> Iterator[tuple[int, Record]]:
+def _read_text(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     data = stream.read()
     if b"\0" in data:
         refuse_binary(data)
@@ -154,9 +152,7 @@ def _read_text(
     yield 1, {"text": text}
 
 
-def _read_pieces(
-    stream: BinaryIO, file: str, problems: list[Problem]
-) -> Iterator[tuple[int, Record]]:
+def _read_pieces(stream: BinaryIO) -> Iterator[tuple[int, Record]]:
     """A plain-text file, cut before white space (:func:`last_cut`)."""
     decoder, text, empty = PieceDecoder(), "", True
     while data := stream.read(_CHUNK_BYTES):

@@ -587,16 +587,13 @@ def _piece(path: Path, record: Record) -> Row | None:
     return None if text.isspace() else RawText(str(path), 1, text)
 
 
-def load_rows(
-    source: Source,
-    columns: Columns | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Row]:
+def load_rows(source: Source, columns: Columns | None = None) -> list[Row]:
     """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
-    return read_rows(source, columns, on_progress)[0]
+    return read_rows(source, columns)[0]
 
 
-DOCUMENT_FIX = (
+_NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")
+_DOCUMENT_FIX = (
     "Documents are plain text (.txt, .md, .text), or rows with text as JSON Lines, JSON, CSV, TSV or "
     "Parquet. Convert this one, or leave it away."
 )
@@ -615,7 +612,7 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
             found = [(row, row.plain_text()) for row in load_rows(source)]
         except DataError as error:
             problems += [
-                replace(each, fix=DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
+                replace(each, fix=_DOCUMENT_FIX) if each.rule in _NO_DOCUMENT else each
                 for each in error.problems
             ]
             continue
@@ -623,13 +620,10 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
         for row, text in found:
             if not text.strip():
                 message = "The document has no text."
-                problems.append(Problem(row.file, row.line, "file.empty", message, DOCUMENT_FIX))
+                problems.append(Problem(row.file, row.line, "file.empty", message, _DOCUMENT_FIX))
     if problems:
         raise DataError(problems)
     return texts
-
-
-_NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")
 
 
 def read_rows(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.media_files import is_media
-from luthier.data.sources import files_of, meant, source_refusal
+from luthier.data.sources import choose_data_files, files_of, source_refusal
 from luthier.errors import DataError
 from luthier.files import luthier_home, new_file, new_folder
 
@@ -112,7 +112,9 @@ def _list_objects(obstore: Any, store: Any, key: str, address: str) -> list[dict
     start = len(prefix) + 1 if prefix else 0
     if any(is_media(each["path"]) for each in below):
         return below
-    chosen = meant([(each["path"][start:], Path(each["path"])) for each in below], address)
+    chosen = choose_data_files(
+        [(each["path"][start:], Path(each["path"])) for each in below], address
+    )
     wanted = {str(path) for _, path in chosen}
     return [each for each in below if each["path"] in wanted]
 

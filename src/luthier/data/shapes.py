@@ -24,8 +24,8 @@ from luthier.data.fields import (
     FieldChecker,
     Turns,
     check_calls,
+    check_not_blank,
     check_turn_order,
-    check_written,
     read_label,
     read_prompt,
     read_rating,
@@ -920,7 +920,7 @@ class Preference(JudgedAnswers):
             read_turns(rejected, "rejected", "assistant"),
         )
         whole = [side[0].role != "assistant" for side in sides]
-        given = None if prompt is None else read_prompt(prompt, "prompt")
+        given = None if prompt is None else read_prompt(prompt)
         if any(whole) or given is None:
             common = _common_beginning(*sides)
             if not common or not all(whole):
@@ -947,7 +947,7 @@ class Preference(JudgedAnswers):
             )
         for side in sides:
             check_turn_order((*given, *side))
-        check_written((*given, *sides[0], *sides[1][:-1]))
+        check_not_blank((*given, *sides[0], *sides[1][:-1]))
         return cls(fields.file, fields.line, given, *sides)
 
     def answers(self) -> tuple[Turns, ...]:
@@ -1031,7 +1031,7 @@ class RankedReplies(JudgedAnswers):
                 f'"ranked" must be an array of two answers at least, but {what}.',
                 'Write "ranked": ["the best", "...", "the worst"].',
             )
-        prompt = read_prompt(record["prompt"], "prompt")
+        prompt = read_prompt(record["prompt"])
         if len(ranked) > MOST_ANSWERS:
             raise RowRefused(
                 "preference.type",
@@ -1048,7 +1048,7 @@ class RankedReplies(JudgedAnswers):
         for answer in answers:
             check_turn_order((*prompt, *answer))
         best, *others = answers
-        check_written((*prompt, *best, *(turn for other in others for turn in other[:-1])))
+        check_not_blank((*prompt, *best, *(turn for other in others for turn in other[:-1])))
         return cls(fields.file, fields.line, prompt, answers)
 
     def texts(self) -> Iterator[Text]:
@@ -1103,10 +1103,10 @@ class JudgedReply(JudgedAnswers):
     @staticmethod
     def read_reply(record: Record, may_be_empty: bool = False) -> tuple[Turns, Turns]:
         """Prompt and answer of a record; the last turn may be ``may_be_empty``."""
-        prompt = read_prompt(record["prompt"], "prompt")
+        prompt = read_prompt(record["prompt"])
         reply = read_turns(record["completion"], "completion", "assistant")
         check_turn_order((*prompt, *reply))
-        check_written((*prompt, *(reply[:-1] if may_be_empty else reply)))
+        check_not_blank((*prompt, *(reply[:-1] if may_be_empty else reply)))
         return prompt, reply
 
     def answers(self) -> tuple[Turns, ...]:

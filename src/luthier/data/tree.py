@@ -92,7 +92,7 @@ def build_tree(
     are ids put in front of every row: a soft prompt. They are part of no row.
     """
     given = tuple(sorted(examples, key=_sort_key))
-    rows = [_behind(example, before) for example in given] if before else list(given)
+    rows = [_with_prefix(example, before) for example in given] if before else list(given)
     shared_R = _shared_prefixes(rows, share)
     kept = [example.ids_T[shared:] for example, shared in zip(rows, shared_R, strict=True)]
     ids_N = np.concatenate(kept).astype(np.int64)
@@ -121,7 +121,7 @@ def build_tree(
     )
 
 
-def _behind(example: Example, before: tuple[int, ...]) -> Example:
+def _with_prefix(example: Example, before: tuple[int, ...]) -> Example:
     """``example`` with the ids ``before`` in front, of no weight."""
     ids_T = np.concatenate([np.array(before, dtype=np.int64), example.ids_T])
     weight_T = np.concatenate([np.zeros(len(before), dtype=np.float32), example.weight_T])

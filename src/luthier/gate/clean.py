@@ -12,7 +12,6 @@ and must give the row that was meant.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -94,7 +93,6 @@ def clean(
     columns: Columns | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
-    environment: Mapping[str, str] | None = None,
     on_stage: Callable[[str], None] = lambda text: None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CleaningSummary:
@@ -108,7 +106,6 @@ def clean(
         columns: the source's name for each of our keys.
         overwrite: replace files where there are some.
         dry_run: find out all that would happen, and write nothing.
-        environment: where the key of pseudonyms stands; this process's if not given.
         on_stage: called with what takes a while, in words.
         on_progress: called now and then with how many bytes of how many of a pass have been read.
 
@@ -118,14 +115,14 @@ def clean(
         UnknownModel, DownloadError: for a base model that is not here.
     """
     held = dict(held or {})
-    if plan.leaks and not held:
+    if plan.needs_held_out and not held:
         raise RecipeError(
             "rows that leak are found beside held-out rows; name --validation or --test"
         )
     kind = "text" if target.suffix.lower() in PLAIN_TEXT else format_of(target)
     beside = changes_path(target), summary_path(target)
     check_target(target, beside, [source, *held.values()], overwrite or dry_run)
-    key = pseudonym_key(plan, os.environ if environment is None else environment)
+    key = pseudonym_key(plan)
     context = EditContext(plan, _load_context(plan, on_stage), key)
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)

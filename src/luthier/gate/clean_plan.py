@@ -7,6 +7,7 @@ written: rows that break the chosen rules, copies among them, then rows of class
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -122,8 +123,8 @@ class CleaningPlan(StrictModel):
         return tuple(dict.fromkeys([*named, *_COPIES[self.dedupe]]))
 
     @property
-    def leaks(self) -> bool:
-        """Whether held-out rows are needed."""
+    def needs_held_out(self) -> bool:
+        """Whether rows are dropped for what held-out rows have in common with them."""
         return any(rule.startswith(LEAKAGE) for rule in self.dropped_rules)
 
     def _rules(self) -> list[str]:
@@ -146,11 +147,11 @@ def _droppable(name: str) -> list[str]:
     return [rule.id for rule in rules if not rule.whole]
 
 
-def pseudonym_key(plan: CleaningPlan, environment: Mapping[str, str]) -> bytes | None:
+def pseudonym_key(plan: CleaningPlan) -> bytes | None:
     """The key of pseudonyms; :class:`RecipeError` where it is absent or too short."""
     if plan.redact_key_env is None:
         return None
-    key = environment.get(plan.redact_key_env, "").encode()
+    key = os.environ.get(plan.redact_key_env, "").encode()
     if len(key) < 16:
         raise RecipeError(
             f"the environment variable {plan.redact_key_env} must hold a key of 16 bytes or more; "

@@ -37,6 +37,8 @@ VERDICTS = {
     "warnings": ("! passed with warnings", "bold yellow"),
     "refused": ("✗ refused", "bold red"),
 }
+SPARKLINE = 16
+"""Characters of a histogram in one line."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 QUIET = frozenset({"learning", "encoding", "markers", "lengths", "contradictions", "duplicates"})
 """Checks whose summaries say what the table of rules says already; the page has all of them."""
@@ -44,7 +46,7 @@ NAMED = 8
 """Counts that are shown of a table of counts."""
 
 
-def show(report: Report, console: Console, rows: int = 3) -> None:
+def print_report(report: Report, console: Console, rows: int = 3) -> None:
     """Print the report; the tokens of the first ``rows`` rows of each split are coloured."""
     _head(report, console)
     _rules(report, console)
@@ -61,9 +63,9 @@ def show(report: Report, console: Console, rows: int = 3) -> None:
             console.print(Text(f"  {command}", "bold cyan"), soft_wrap=True)
 
 
-def sparkline(bars: Sequence[Mapping[str, int]], width: int = 16) -> str:
+def sparkline(bars: Sequence[Mapping[str, int]]) -> str:
     """Bars of a histogram as one line of block characters, by count over width on the log axis."""
-    step = max(-(-len(bars) // width), 1)
+    step = max(-(-len(bars) // SPARKLINE), 1)
     dense = [density(merge_bars(bars[at : at + step])) for at in range(0, len(bars), step)]
     most = max(dense, default=0.0) or 1.0
     return "".join(

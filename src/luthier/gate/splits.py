@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from luthier.data.splitting import Strata, split_rows
 from luthier.errors import DataError, Problem, RecipeError, RunConflict, data_errors
 from luthier.files import copy_lines, new_folder, sha256_of, write_json
 from luthier.gate.row_keys import BATCH, RelatedRows
-from luthier.types import IntArray, Row
+from luthier.types import IntArray
 
 RECORD = "split.json"
 LABELS = 1000
@@ -50,10 +51,11 @@ def split_file(
     if sum(shares.values()) >= 1:
         raise RecipeError("the shares leave nothing to train on; they must sum to less than 1")
     kin, strata, lines = RelatedRows(), Strata(), list[int]()
-    for rows in _batches(source, problems):
-        kin.add(rows)
-        strata.add(rows)
-        lines += [row.line for row in rows]
+    rows = (row for row, _ in stream_rows(source, problems))
+    while batch := list(islice(rows, BATCH)):
+        kin.add(batch)
+        strata.add(batch)
+        lines += [row.line for row in batch]
     if problems:
         raise DataError(problems)
     groups_N, names = kin.groups(), strata.names()
@@ -74,17 +76,6 @@ def split_file(
             }
         write_json(folder / RECORD, record)
     return record
-
-
-def _batches(source: Path, problems: list[Problem]) -> Iterator[list[Row]]:
-    held: list[Row] = []
-    for row, _ in stream_rows(source, problems):
-        held.append(row)
-        if len(held) == BATCH:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 def _record(

@@ -16,13 +16,16 @@ from luthier.gate.pii import SECRETS, SEPARATOR, Finder, mask, mask_all
 from luthier.gate.rules import Finding, Findings, Rule, rule_of
 from luthier.types import Row, Text
 
+BEGINNING = 100
+"""Characters of a row that people recognise it by."""
 
-def excerpt_of(row: Row, width: int = 100) -> str:
-    """How a row begins, on one line, for people to recognise it by; masked as :func:`excerpt` does."""
-    text = " ".join(" ".join(each.content[: 4 * width] for each in row.texts()).split())
+
+def excerpt_of(row: Row) -> str:
+    """How a row begins, on one line; masked as :func:`excerpt` does."""
+    text = " ".join(" ".join(each.content[: 4 * BEGINNING] for each in row.texts()).split())
     text = text or row.excerpt()
     text = mask_all(text, _FINDER.find(text))  # before it is cut: half a number is not recognised
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return text if len(text) <= BEGINNING else text[: BEGINNING - 1] + "…"
 
 
 WIDTH = 32

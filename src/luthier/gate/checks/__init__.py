@@ -92,7 +92,7 @@ def rules_named(name: str, also: Iterable[str] = ()) -> list[Rule]:
     return found
 
 
-def all_rules(checks: Iterable[type[Check]] = CHECKS.values()) -> dict[str, Rule]:
+def all_rules() -> dict[str, Rule]:
     """Every rule of reading and of the checks, by id."""
     known = {**READING_RULES, BASE_MISSING.id: BASE_MISSING}
-    return known | {rule.id: rule for check in checks for rule in check.rules}
+    return known | {rule.id: rule for check in CHECKS.values() for rule in check.rules}

@@ -415,7 +415,7 @@ class ObjectiveFit:
         try:
             fitted = objective.fit(rows, chat)
         except RowRefused as bad:
-            message = bad.message if len(train) > 1 else _describe_single_class(bad, rows[0])
+            message = bad.message if len(train) > 1 else _describe_single_class(rows[0])
             return [(Finding(rule_of(bad.rule), Place(file, 0), message, bad.fix), 1)]
         except RecipeError:
             if objective.mixed_shapes:  # it needs a second file, which only a job names
@@ -441,7 +441,7 @@ class ObjectiveFit:
                 continue
 
 
-def _describe_single_class(bad: RowRefused, row: Row) -> str:
+def _describe_single_class(row: Row) -> str:
     """The message without a count of rows, as only one of each class was looked at."""
     match row:
         case RatedText() | RatedReply():

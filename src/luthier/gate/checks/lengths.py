@@ -12,7 +12,7 @@ import numpy as np
 
 from luthier.data.shapes import TextPair
 from luthier.gate.check import BatchLines, Places, RowBatch
-from luthier.gate.columns import MEMORY_LIMIT, ColumnStore
+from luthier.gate.columns import ColumnStore
 from luthier.gate.histogram import Histogram
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.gate.texts import Spot, SpotCheck, excerpt
@@ -88,9 +88,9 @@ class Lengths(SpotCheck):
     of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (OUTLIER, EMPTYISH, ECHO, SAME_START)
 
-    def __init__(self, limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._table = ColumnStore(limit)
+        self._table = ColumnStore()
         self._histograms: dict[str, dict[str, Histogram]] = {}
         self._starts: Counter[str] = Counter()
         self.answers = 0
