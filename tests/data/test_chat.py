@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, Encoded, TemplateSettings
+from luthier.data.chat import TEMPLATE_PARAMETERS, ChatFormat, EncodedReply, TemplateSettings
 from luthier.data.media import PLURAL
 from luthier.data.processors import AudioProcessor, ImageProcessor
 from luthier.data.rows import load_rows
@@ -60,7 +60,7 @@ def conversation(*texts: str, system: str | None = None) -> list[Message]:
     return turns if system is None else [Message("system", system), *turns]
 
 
-def shown(encoded: Encoded, tokenizer: Any) -> str:
+def shown(encoded: EncodedReply, tokenizer: Any) -> str:
     text, inside = "", False
     for index, learned in enumerate(encoded.learned_T):
         if learned != inside:

@@ -11,11 +11,11 @@ from PIL import Image
 from written_rows import row_of
 
 from luthier.data.forms import FORMS, forms_of
-from luthier.data.rows import load_inputs, load_prompts, load_rows, read_rows
+from luthier.data.rows import Columns, Recognition, RowReader, load_inputs, load_prompts, load_rows
 from luthier.data.rules import RULES
 from luthier.data.shapes import BareImage, Conversation, PromptCompletion
 from luthier.errors import DataError, Problem
-from luthier.types import Message
+from luthier.types import Message, Row
 
 AWKWARD = " a\u2028b\r\n\x85 \\ud800 "
 CHAT = (Message("user", "q"), Message("assistant", AWKWARD))
@@ -173,10 +173,15 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+def recognize(source: Path, columns: Columns | None = None) -> tuple[list[Row], Recognition]:
+    reader = RowReader(source, columns)
+    return reader.read_all(), reader.recognition
+
+
 @pytest.mark.parametrize(("form", "record", "fields"), CASES)
 def test_form(tmp_path: Path, form: str, record: dict[str, Any], fields: dict[str, Any]) -> None:
     path = write(tmp_path, record, {**record, "id": "other"})
-    rows, recognized = read_rows(path)
+    rows, recognized = recognize(path)
     assert rows == [row_of(str(path), line, **fields) for line in (1, 2)]
     assert recognized.form == form
     assert str(recognized) == f"jsonl, {form}, 2 rows"
@@ -243,7 +248,7 @@ def test_form_of_images(
     (tmp_path / "p").mkdir()
     for name in ("p/1.png", "1.wav"):
         (tmp_path / name).write_bytes(b"not looked at")
-    rows, recognized = read_rows(write(tmp_path, record, {**record, "id": "other"}))
+    rows, recognized = recognize(write(tmp_path, record, {**record, "id": "other"}))
     assert [row.record() for row in rows] == [own, own]
     assert recognized.form == form
     if form.startswith(("Hugging", "paths")):
@@ -360,10 +365,10 @@ def test_a_form_keeps_its_columns_under_a_mapping_that_agrees(tmp_path: Path) ->
     alpaca = {"instruction": "add", "input": "1 and 2", "output": "3", "kind": "sum"}
     path = write(tmp_path, alpaca, {"instruction": "hi", "output": "ho", "kind": "talk"})
     agreeing = {"prompt": "instruction", "completion": "output"}
-    rows, recognized = read_rows(path, agreeing)
+    rows, recognized = recognize(path, agreeing)
     assert [row.prompt for row in rows] == ["add\n\n1 and 2", "hi"]
     assert recognized.form == "Alpaca" and recognized.unread == ("kind",)
-    assert read_rows(path)[1].unread == ("kind",)
+    assert recognize(path)[1].unread == ("kind",)
     # Set aside by name, or another column named: then it is as the mapping says.
     assert load_rows(path, {**agreeing, "input": ""})[0].prompt == "add"
     path = write(tmp_path, alpaca)
@@ -372,7 +377,7 @@ def test_a_form_keeps_its_columns_under_a_mapping_that_agrees(tmp_path: Path) ->
 
 def test_columns_beside_a_mapping_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, {"q": "x", "a": "y", "hint": "z", "id": 1}, {"q": "x", "a": "y", "b": 1})
-    _, recognized = read_rows(path, {"prompt": "q", "completion": "a"})
+    _, recognized = recognize(path, {"prompt": "q", "completion": "a"})
     assert recognized.unread == ("hint", "b")
 
 
@@ -411,7 +416,7 @@ def test_files_of_a_source_are_of_one_form(tmp_path: Path) -> None:
     write(tmp_path, {"question": "a", "answer": "b", "id": 1}, name="a.jsonl")
     write(tmp_path, {"question": "c", "answer": "d", "id": 1}, name="b.jsonl")
     (tmp_path / "c.csv").write_text("question,answer\ne,f\n")
-    rows, recognized = read_rows(tmp_path)
+    rows, recognized = recognize(tmp_path)
     assert [row.prompt for row in rows] == ["a", "c", "e"]
     assert str(recognized) == "jsonl; csv, question and answer, 3 rows in 3 files"
     write(tmp_path, {"prompt": "a", "completion": "b"}, name="b.jsonl")
@@ -423,7 +428,7 @@ def test_files_of_a_source_are_of_one_form(tmp_path: Path) -> None:
 def test_plain_text_files_are_a_row_each(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"{name} \u2028\n")
-    rows, recognized = read_rows(tmp_path)
+    rows, recognized = recognize(tmp_path)
     assert [row.text for row in rows] == ["a.txt \u2028\n", "b.txt \u2028\n"]
     assert str(recognized) == 'text, {"text"}, 2 rows in 2 files'
 

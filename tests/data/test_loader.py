@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.data.loader import Mixed, RowOrder
+from luthier.data.loader import MixedSet, RowOrder
 
 PROPERTY = settings(max_examples=60, deadline=None, database=None)
 rows = st.integers(1, 40)
@@ -63,7 +63,7 @@ def test_steps_of_so_many_epochs() -> None:
     assert [order.steps(epochs) for epochs in (0.01, 1, 2, 2.4)] == [1, 3, 6, 7]
 
 
-mixed = st.lists(st.builds(Mixed, rows=st.integers(1, 30), drawn=st.integers(1, 50)), max_size=3)
+mixed = st.lists(st.builds(MixedSet, rows=st.integers(1, 30), drawn=st.integers(1, 50)), max_size=3)
 
 
 def epoch_of(order: RowOrder, epoch: int) -> list[int]:
@@ -74,7 +74,7 @@ def epoch_of(order: RowOrder, epoch: int) -> list[int]:
 @PROPERTY
 @given(rows, batch_size, seed, mixed, st.integers(0, 3), st.booleans())
 def test_an_epoch_holds_the_main_rows_once_and_what_is_drawn_of_others(
-    rows: int, batch_size: int, seed: int, mixed: list[Mixed], epoch: int, shuffle: bool
+    rows: int, batch_size: int, seed: int, mixed: list[MixedSet], epoch: int, shuffle: bool
 ) -> None:
     order = RowOrder(rows, batch_size, seed, shuffle, tuple(mixed))
     found = epoch_of(order, epoch)
@@ -91,7 +91,7 @@ def test_an_epoch_holds_the_main_rows_once_and_what_is_drawn_of_others(
 def test_a_further_set_is_used_up_before_a_row_comes_again(
     seed: int, size: int, drawn: int, shuffle: bool
 ) -> None:
-    order = RowOrder(5, 3, seed, shuffle, (Mixed(size, drawn),))
+    order = RowOrder(5, 3, seed, shuffle, (MixedSet(size, drawn),))
     counts = Counter[int]()
     for epoch in range(4):
         counts.update(i for i in epoch_of(order, epoch) if i >= 5)
@@ -104,7 +104,7 @@ def test_a_further_set_is_used_up_before_a_row_comes_again(
 def test_every_batch_holds_the_sets_in_proportion(
     seed: int, rows: int, ratio: int, shuffle: bool
 ) -> None:
-    order = RowOrder(rows, 4 * (1 + ratio), seed, shuffle, (Mixed(17, ratio * rows),))
+    order = RowOrder(rows, 4 * (1 + ratio), seed, shuffle, (MixedSet(17, ratio * rows),))
     for step in range(order.steps_per_epoch - 1):
         main = sum(i < rows for i in order.batch(step))
         assert abs(main - 4) <= 2
@@ -116,6 +116,6 @@ def test_without_further_sets_the_order_is_that_of_the_seed() -> None:
 
 
 def test_main_rows_keep_their_order_when_others_come_between() -> None:
-    plain, with_others = RowOrder(30, 30, 4), RowOrder(30, 45, 4, mixed=(Mixed(100, 15),))
+    plain, with_others = RowOrder(30, 30, 4), RowOrder(30, 45, 4, mixed=(MixedSet(100, 15),))
     assert [i for i in with_others.batch(0) if i < 30] == plain.batch(0)
     assert with_others.steps(2) == 2

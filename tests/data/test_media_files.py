@@ -16,7 +16,7 @@ from PIL import Image
 from luthier.data import media_files
 from luthier.data.media import Media
 from luthier.data.media_files import MOST_MEMBERS
-from luthier.data.rows import input_row, read_rows
+from luthier.data.rows import input_row, load_rows
 from luthier.data.shapes import (
     BareAudio,
     BareImage,
@@ -52,7 +52,7 @@ def pack(path: Path, *names: str) -> Path:
 
 
 def rows_of(source: Path) -> list[Row]:
-    return read_rows(source)[0]
+    return load_rows(source)
 
 
 def labels_of(source: Path) -> dict[str, str | tuple[str, ...]]:
@@ -164,7 +164,7 @@ def test_members_are_counted_before_an_object_is_made_of_each(
     monkeypatch.setattr(zipfile, "ZipInfo", lambda name: (made.append(name), make(name))[1])
     monkeypatch.setattr(media_files, "MOST_MEMBERS", 5)
     with pytest.raises(DataError) as refused:
-        read_rows(path)
+        load_rows(path)
     (problem,) = refused.value.problems
     assert problem.rule == "file.damaged" and "at most 5 are read" in problem.message
     assert not made

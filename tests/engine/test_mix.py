@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import luthier
-from luthier.data.loader import Mixed
+from luthier.data.loader import MixedSet
 from luthier.engine.dataset import prepare
 from luthier.engine.defaults import DataFacts, choose, steps_of
 from luthier.errors import DataError, RecipeError, RefusedInput
@@ -52,7 +52,7 @@ def test_further_rows_are_learned_and_none_is_held_out(
     older = labelled(tmp_path / "older.jsonl", 4, "ancient")
     data = prepared(main, family_folder("bert"), (old, 0.5), (older, 2), validation_share=0.25)
     assert (data.main, len(data.validation)) == (18, 6)
-    assert data.mixed == (Mixed(10, 9), Mixed(4, 36))
+    assert data.mixed == (MixedSet(10, 9), MixedSet(4, 36))
     assert data.objective.labels == ("ancient0", "ancient1", "new0", "new1", "old0", "old1")
     assert all(data.objective.describe(row).startswith("new") for row in data.validation)
     kinds = [data.objective.describe(row)[:3] for row in data.train]
@@ -125,7 +125,7 @@ def test_the_option_may_name_any_file() -> None:
 def test_mixing_adds_rows_to_each_step_and_not_steps() -> None:
     recipe = Recipe.parse({"data": {"train": "x"}})
     plain, _ = choose(recipe, DataFacts(320, 50, 0, 64))
-    mixed = (Mixed(1000, 960),)
+    mixed = (MixedSet(1000, 960),)
     more, choices = choose(recipe, DataFacts(320, 50, 0, 64, mixed=mixed))
     assert (plain.training.batch_size, more.training.batch_size) == (16, 64)
     assert plain.training.epochs == more.training.epochs

@@ -103,7 +103,7 @@ def _names_read(template: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedReply:
     """Token ids of one row, and which of them are learned."""
 
     ids_T: IntArray
@@ -377,7 +377,7 @@ class ChatFormat:
 
     def encode_reply(
         self, messages: Sequence[Message], given: int = 0, tools: Sequence[Tool] = ()
-    ) -> Encoded:
+    ) -> EncodedReply:
         """A conversation with every assistant turn learned, its end-of-turn token included.
 
         Turns among the first ``given`` messages are not learned, nor those that say so, nor those that
@@ -411,7 +411,7 @@ class ChatFormat:
                 "Give each such turn a row of its own, in which it is the last one.",
             )
         size = int(np.flatnonzero(learned_T)[-1]) + 1
-        return Encoded(ids_T[:size], learned_T[:size])
+        return EncodedReply(ids_T[:size], learned_T[:size])
 
     def _segments(
         self, messages: Sequence[Message], given: int, tools: Sequence[Tool]
@@ -564,17 +564,17 @@ class ChatFormat:
         assert start_id is not None
         return np.concatenate([[start_id], ids_T, [end_id]]).astype(np.int64)
 
-    def _encode_sides(self, messages: Sequence[Message]) -> Encoded:
+    def _encode_sides(self, messages: Sequence[Message]) -> EncodedReply:
         _check_single(messages)
         ids_T = self.decoder_ids(self.tokens(messages[1].content, first=False))
-        return Encoded(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
+        return EncodedReply(ids_T, np.arange(len(ids_T)) > 0, self.encode_prompt(messages[:1]))
 
-    def _encode_plain(self, messages: Sequence[Message]) -> Encoded:
+    def _encode_plain(self, messages: Sequence[Message]) -> EncodedReply:
         _check_single(messages)
         prompt_T = self.tokens(messages[0].content, first=True)
         reply_T = np.append(self.tokens(messages[1].content, first=False), self.end_id)
         learned_T = np.arange(len(prompt_T) + len(reply_T)) >= len(prompt_T)
-        return Encoded(np.concatenate([prompt_T, reply_T]), learned_T)
+        return EncodedReply(np.concatenate([prompt_T, reply_T]), learned_T)
 
     def _up_to_stop(self, reply_T: IntArray) -> NDArray[np.bool_]:
         # From the end, where it stands: one or two steps, and every row of a data set comes here.

@@ -14,7 +14,7 @@ from typing import Literal
 from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.forms import FORMS_WITH_TOOLS, TARGETS, extra_keys
 from luthier.data.parsing import Record, quote
-from luthier.data.rows import Columns, Recognized, RowReader
+from luthier.data.rows import Columns, Recognition, RowReader
 from luthier.data.sources import Source
 from luthier.data.writers import ColumnNames, Writer, check_target, writer_of
 from luthier.errors import BoundedProblems, DataError, RecipeError, RowRefused, data_errors
@@ -34,7 +34,7 @@ _BESIDE_CALLS = frozenset(
 class Conversion:
     """What was done."""
 
-    recognized: Recognized
+    recognized: Recognition
     rows: int
     form: str
     format: Format

@@ -17,7 +17,7 @@ _PLACES, _FURTHER = 2, 3
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixedSet:
     """A further set of rows, of which each pass over the main set takes a part."""
 
     rows: int
@@ -40,7 +40,7 @@ class RowOrder:
     batch_size: int
     seed: int
     shuffle: bool = True
-    mixed: tuple[Mixed, ...] = ()
+    mixed: tuple[MixedSet, ...] = ()
 
     @property
     def rows_per_epoch(self) -> int:
@@ -94,7 +94,7 @@ def _epoch(order: RowOrder, epoch: int) -> IntArray:
     return spread
 
 
-def _draw_rows(order: RowOrder, each: Mixed, epoch: int, number: int) -> IntArray:
+def _draw_rows(order: RowOrder, each: MixedSet, epoch: int, number: int) -> IntArray:
     """Rows of a further set in an epoch: a stretch of one random pass over it after the other."""
     start, end = epoch * each.drawn, (epoch + 1) * each.drawn
     passes = range(start // each.rows, -(-end // each.rows))

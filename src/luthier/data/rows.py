@@ -447,7 +447,7 @@ class InputChecker(Checker):
 
 
 @dataclass(frozen=True, slots=True)
-class Recognized:
+class Recognition:
     """What a source was taken for."""
 
     containers: tuple[str, ...]
@@ -514,11 +514,11 @@ class RowReader:
         return sum(map(source_size, self.files))
 
     @property
-    def recognition(self) -> Recognized:
+    def recognition(self) -> Recognition:
         """What the rows that were read so far are."""
         form = self.checker.form_name or ("raw text" if self.rows else "nothing")
         containers, unread = tuple(self._containers), tuple(self._unread)
-        return Recognized(containers, form, self.rows, len(self.files), unread)
+        return Recognition(containers, form, self.rows, len(self.files), unread)
 
     def __iter__(self) -> Iterator[Row]:
         for path in self.files:
@@ -587,9 +587,11 @@ def _piece(path: Path, record: Record) -> Row | None:
     return None if text.isspace() else RawText(str(path), 1, text)
 
 
-def load_rows(source: Source, columns: Columns | None = None) -> list[Row]:
+def load_rows(
+    source: Source, columns: Columns | None = None, checker: type[Checker] = Checker
+) -> list[Row]:
     """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
-    return read_rows(source, columns)[0]
+    return RowReader(source, columns, checker).read_all()
 
 
 _NO_DOCUMENT = ("file.binary", "file.empty", "file.unknown_format", "file.directory")
@@ -624,17 +626,6 @@ def load_documents(sources: Iterable[Source]) -> list[str]:
     if problems:
         raise DataError(problems)
     return texts
-
-
-def read_rows(
-    source: Source,
-    columns: Columns | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    checker: type[Checker] = Checker,
-) -> tuple[list[Row], Recognized]:
-    """The same as :func:`load_rows`, and what the source was taken for."""
-    reader = RowReader(source, columns, checker, on_progress=on_progress)
-    return reader.read_all(), reader.recognition
 
 
 def stream_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[Row, bool]]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
-from luthier.data.loader import Mixed, total_tokens
+from luthier.data.loader import MixedSet, total_tokens
 from luthier.data.media import PLURAL
-from luthier.data.rows import Checker, PromptChecker, Recognized, RowReader, read_rows
+from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
 from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
 from luthier.engine.defaults import Choice, validation_share
@@ -58,11 +58,11 @@ class Dataset:
     truncated: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     mask: LossMask | None = None
-    mixed: tuple[Mixed, ...] = ()
+    mixed: tuple[MixedSet, ...] = ()
     """Further sets, whose examples stand behind those of the main one in ``train``."""
     report: Report | None = None
     """What the data gate says of the rows; ``None`` where they were never in memory."""
-    recognized: Recognized | None = None
+    recognized: Recognition | None = None
     """What the main source was taken for."""
     compared: tuple[ComparedRows, ComparedRows] = (ComparedRows(), ComparedRows())
     """Rows that baselines learn from and are measured on, beside the model."""
@@ -96,17 +96,17 @@ def prepare(
     the rows that would be held out to measure on are learned from, those for a test still are not.
     ``on_row`` is given how many rows of how many the gate has looked at.
     """
-    rows_of = partial(read_rows, columns=spec.columns, checker=_checker(objective))
+    checker = _checker(objective)
     reader = RowReader(
         spec.train,
         spec.columns,
-        _checker(objective),
+        checker,
         on_progress=on_progress,
         group_column=spec.group_column,
     )
     rows, recognized = reader.read_all(), reader.recognition
-    held = rows_of(spec.validation)[0] if spec.validation else []
-    further = [rows_of(each.train)[0] for each in spec.mix]
+    held = load_rows(spec.validation, spec.columns, checker) if spec.validation else []
+    further = [load_rows(each.train, spec.columns, checker) for each in spec.mix]
     choices: list[Choice] = []
     if objective is None:
         objective = objective_for(rows[0], chat)
@@ -326,13 +326,15 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
     return {file: sorted(lines) for file, lines in found.items()}
 
 
-def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], tuple[Mixed, ...]]:
+def _mix(
+    spec: DataSpec, sets: Sequence[list[Example]]
+) -> tuple[list[Example], tuple[MixedSet, ...]]:
     """All examples, those of the main set first, and how many of each further set a pass takes."""
     files = [spec.train, *(each.train for each in spec.mix)]
     for path, examples in zip(files, sets, strict=True):
         if not examples:
             raise RecipeError(f"no row of {path} is left to train on")
-    train, mixed = list(sets[0]), list[Mixed]()
+    train, mixed = list(sets[0]), list[MixedSet]()
     for each, examples in zip(spec.mix, sets[1:], strict=True):
         drawn = round(each.weight * len(sets[0]))
         if not drawn:
@@ -340,13 +342,13 @@ def _mix(spec: DataSpec, sets: Sequence[list[Example]]) -> tuple[list[Example], 
                 f"data.mix: a weight of {each.weight:g} takes less than one row of {each.train} in a "
                 f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more"
             )
-        mixed.append(Mixed(len(examples), drawn))
+        mixed.append(MixedSet(len(examples), drawn))
         after = max(example.row for example in train) + 1
         train += [replace(example, row=after + number) for number, example in enumerate(examples)]
     return train, tuple(mixed)
 
 
-def _shares(spec: DataSpec, mixed: Sequence[Mixed], main: int) -> list[Choice]:
+def _shares(spec: DataSpec, mixed: Sequence[MixedSet], main: int) -> list[Choice]:
     """What mixing comes to, for people."""
     name = Path(spec.train).name
     return [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.data.loader import Mixed, RowOrder
+from luthier.data.loader import MixedSet, RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.memory import MemoryEstimate
 from luthier.engine.metrics import SCORES
@@ -49,7 +49,7 @@ class DataFacts:
     """Whether all weights do."""
     scratch_rate: float = SCRATCH_RATE
     """Learning rate where they do."""
-    mixed: tuple[Mixed, ...] = ()
+    mixed: tuple[MixedSet, ...] = ()
     """Further sets of rows; ``rows`` are those of the main one."""
     held_out: int = 0
     """Validation rows that were taken from the training rows."""
@@ -167,7 +167,7 @@ def _count_computed(batches: Sequence[Sequence[Example]], budget: int) -> int:
     return sum(len(build_tree(part)) for part in parts)
 
 
-def steps_of(recipe: Recipe, rows: int, mixed: tuple[Mixed, ...] = ()) -> int:
+def steps_of(recipe: Recipe, rows: int, mixed: tuple[MixedSet, ...] = ()) -> int:
     """Optimizer steps of the whole run over ``rows`` of the main set and those of further sets."""
     training = recipe.training
     order = RowOrder(rows, training.batch_size or 1, training.seed, mixed=mixed)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from luthier.data.augmentation import Augmentation
-from luthier.data.loader import Mixed, RowOrder
+from luthier.data.loader import MixedSet, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.machine import peak_memory
@@ -78,7 +78,7 @@ class Loop:
     checkpoints: Checkpoints
     metrics: MetricsFile
     reporter: Reporter
-    mixed: tuple[Mixed, ...] = ()
+    mixed: tuple[MixedSet, ...] = ()
     """Further sets of rows, which stand behind the main one in ``examples``."""
     augmentation: Augmentation | None = None
     samples: MetricsFile | None = None

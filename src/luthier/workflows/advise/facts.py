@@ -342,13 +342,13 @@ class SubsetReporter(Reporter):
 
 def _split_rows(recipe: Recipe, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
     """Rows to learn from, and rows to ask: near-duplicates of these are not learned from."""
-    from luthier.data.rows import read_rows
+    from luthier.data.rows import load_rows
     from luthier.data.splitting import split_rows, strata_of
     from luthier.gate.row_keys import group_related
 
     count = HELD_LABELS if isinstance(recipe.objective, SupportsPrediction) else HELD
     if recipe.data.validation:
-        held = read_rows(recipe.data.validation, recipe.data.columns)[0]
+        held = load_rows(recipe.data.validation, recipe.data.columns)
         if len(held) > count:  # in the order of the file it might be one label alone
             each_N = np.arange(len(held))
             _, held_N = split_rows(strata_of(held), each_N, [count / len(held)], SEED)
