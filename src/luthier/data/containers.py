@@ -157,8 +157,8 @@ def damage_refusal(error: Exception) -> Unreadable:
 
 
 def needs(package: str, extra: str, what: str) -> Unreadable:
-    """The refusal of a file that an optional package reads."""
-    message = f"Reading {what} needs the package {package}, which is not installed."
+    """The refusal of ``what`` takes an optional package."""
+    message = f"{what} needs the package {package}, which is not installed."
     return Unreadable("file.extra", message, f"Install it: pip install 'luthier[{extra}]'.")
 
 
@@ -172,7 +172,7 @@ class _Zstd(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise needs("zstandard", "zstd", "zstd-compressed data") from None
+            raise needs("zstandard", "zstd", "Data packed with zstd") from None
         self._raw = raw
         self._error = zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor().decompressobj

@@ -126,8 +126,7 @@ class _Text:
                 size *= 2
                 continue
             except RecursionError:
-                deep = parsing.too_deep()
-                raise Unreadable(deep.rule, deep.message, deep.fix, self.line) from None
+                raise parsing.too_deep(self.line) from None
             except ValueError:
                 self.take(self.end(size) - self.place)
                 raise parsing.too_many_digits() from None

@@ -12,6 +12,7 @@ import codecs
 import json
 import math
 import re
+from typing import BinaryIO
 
 import jiter
 
@@ -22,6 +23,7 @@ Record = dict[str, object]
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """A longer line is refused, and skipped without being held in memory."""
 
+_PIECE_BYTES = 64 * 1024
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -51,6 +53,25 @@ def quote(text: str) -> str:
     # Raw escape codes would reach the user's terminal, and a lone surrogate cannot be printed.
     clipped = text if len(text) <= 40 else text[:39] + "…"
     return f'"{repr(clipped)[1:-1]}"'
+
+
+def read_line(stream: BinaryIO, fix: str) -> bytes:
+    """The next line with its end; empty at the end of ``stream``.
+
+    Raises:
+        Unreadable: for a line of more than :data:`MAX_LINE_BYTES`, which is read past in small pieces;
+            ``fix`` says what else may be done about it.
+    """
+    raw = stream.readline(MAX_LINE_BYTES + 1)
+    if len(raw) <= MAX_LINE_BYTES or raw.endswith(b"\n"):
+        return raw
+    size = len(raw)
+    while piece := stream.readline(_PIECE_BYTES):
+        size += len(piece.removesuffix(b"\n"))
+        if piece.endswith(b"\n"):
+            break
+    message = f"The line has {size:,} bytes; at most {MAX_LINE_BYTES:,} are read."
+    raise Unreadable("line.too_long", message, f"Split the row into shorter ones; {fix}.")
 
 
 def decode(data: bytes, line: int) -> str:
@@ -192,10 +213,10 @@ def _unique(pairs: list[tuple[str, object]]) -> Record:
     return record
 
 
-def too_deep() -> Unreadable:
+def too_deep(line: int = 0) -> Unreadable:
     """The refusal of what is nested too deeply."""
     message = "Arrays or objects are nested too deeply to be read."
-    return Unreadable("json.too_deep", message, "Flatten or remove the nested value.")
+    return Unreadable("json.too_deep", message, "Flatten or remove the nested value.", line)
 
 
 def too_many_digits() -> Unreadable:

@@ -11,6 +11,7 @@ Lines end at ``\n`` and nowhere else: text written by people holds U+2028 and U+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +27,7 @@ from luthier.data.containers import (
 )
 from luthier.data.documents import read_document
 from luthier.data.media_files import read_folder, read_npz, read_zip
-from luthier.data.parsing import PieceDecoder, Record, Unreadable, decode, parse_line
+from luthier.data.parsing import PieceDecoder, Record, Unreadable, decode, parse_line, read_line
 from luthier.data.tables import read_parquet, read_table
 from luthier.data.time_series import read_series
 from luthier.errors import Problem
@@ -68,9 +69,9 @@ def read_records(
             return
         with path.open("rb") as raw:
             records = _records(raw, container, file, problems, whole)
-            for count, record in enumerate(records):
+            for done, record in enumerate(records):
                 yield record
-                if on_progress is not None and count % _PROGRESS_EVERY == 0:
+                if on_progress is not None and done % _PROGRESS_EVERY == 0:
                     on_progress(raw.tell())
             if on_progress is not None:
                 on_progress(raw.seek(0, 2))
@@ -88,9 +89,9 @@ def _read_media(
     """The records of what holds images or sounds, whose files are taken to be of one size."""
     size = 0 if on_progress is None else source_size(path)
 
-    def on_record(number: int, count: int) -> None:
+    def on_record(number: int, total: int) -> None:
         if on_progress is not None:
-            on_progress(size * number // count)
+            on_progress(size * number // total)
 
     if container.kind == "folder":
         yield from read_folder(path, on_record)
@@ -187,12 +188,12 @@ def last_cut(text: str) -> int:
 def _read_lines(
     stream: BinaryIO, file: str, problems: list[Problem]
 ) -> Iterator[tuple[int, Record]]:
-    number, blank, longest = 0, True, parsing.MAX_LINE_BYTES
-    while raw := stream.readline(longest + 1):
-        number += 1
+    blank = True
+    for number in count(1):
         try:
-            if len(raw) > longest and not raw.endswith(b"\n"):
-                raise _too_long(len(raw) + _skip_line(stream))
+            raw = read_line(stream, "if the file is one large array, write one row per line")
+            if not raw:
+                break
             record = parse_line(raw, number)
         except Unreadable as bad:
             problems.append(bad.at(file, number))
@@ -202,20 +203,4 @@ def _read_lines(
             blank = False
             yield number, record
     if blank:
-        raise empty_refusal("holds only blank lines" if number else "is empty")
-
-
-def _skip_line(stream: BinaryIO) -> int:
-    """Read past the next line end in small pieces; return how many bytes came before it."""
-    skipped = 0
-    while piece := stream.readline(_CHUNK_BYTES):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
-            return skipped - 1
-    return skipped
-
-
-def _too_long(size: int) -> Unreadable:
-    message = f"The line has {size:,} bytes; at most {parsing.MAX_LINE_BYTES:,} are read."
-    fix = "Split the row into shorter ones; if the file is one large array, write one row per line."
-    return Unreadable("line.too_long", message, fix)
+        raise empty_refusal("holds only blank lines" if number > 1 else "is empty")

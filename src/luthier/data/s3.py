@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from luthier.data.containers import needs
 from luthier.data.media_files import is_media
 from luthier.data.sources import choose_data_files, files_of, source_refusal
 from luthier.errors import DataError
@@ -43,8 +44,8 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
         from obstore.exceptions import BaseError
         from obstore.store import S3Store
     except ImportError:
-        message = "Reading s3:// needs the package obstore, which is not installed."
-        raise source_refusal(address, "file.extra", message, "pip install 'luthier[s3]'.") from None
+        missing = needs("obstore", "s3", "Reading s3://")
+        raise DataError([missing.at(address, 0)]) from None
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         message = "An S3 address names a bucket and a key."

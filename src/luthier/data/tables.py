@@ -83,18 +83,10 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        raw = self.stream.readline(parsing.MAX_LINE_BYTES + 1)
+        self.number += 1
+        raw = parsing.read_line(self.stream, "check the quotes around its cells")
         if not raw:
             raise StopIteration
-        self.number += 1
-        if len(raw) > parsing.MAX_LINE_BYTES:
-            while not raw.endswith(b"\n") and (raw := self.stream.readline(1 << 16)):
-                pass
-            raise Unreadable(
-                "line.too_long",
-                f"The line has more than {parsing.MAX_LINE_BYTES:,} bytes.",
-                "Split the row into shorter ones; check the quotes around its cells.",
-            )
         text = decode(raw, self.number)
         return text.removeprefix("\ufeff") if self.number == 1 else text
 

@@ -93,8 +93,7 @@ def _pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
         try:
             import zstandard
         except ImportError:
-            missing = needs("zstandard", "zstd", "zstd-compressed data")
-            raise RecipeError(f"{missing.message} {missing.fix}") from None
+            raise _missing("zstandard", "zstd", "Data packed with zstd") from None
         with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
             yield packed
     else:
@@ -218,8 +217,7 @@ def _parquet(file: BinaryIO, names: Sequence[str]) -> Iterator[Writer]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        missing = needs("pyarrow", "parquet", "Parquet")
-        raise RecipeError(f"{missing.message} {missing.fix}") from None
+        raise _missing("pyarrow", "parquet", "Parquet") from None
     writer = _Parquet(file, names, pyarrow)
     try:
         yield writer
@@ -263,6 +261,11 @@ class _Parquet:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _missing(package: str, extra: str, what: str) -> RecipeError:
+    refusal = needs(package, extra, what)
+    return RecipeError(f"{refusal.message} {refusal.fix}")
 
 
 def _no_place(where: str, what: str) -> RowRefused:
