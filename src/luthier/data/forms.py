@@ -305,7 +305,7 @@ def forms_of(record: Record) -> list[Form]:
 def extra_keys(row: Row, record: Record, form: Form | None) -> Record:
     """What stands in the record beside what the row was made of."""
     kind = SHAPES[row.shape]
-    used = kind.source_keys if form is None else form.keys | form.used | kind.beside
+    used = kind.source_keys() if form is None else form.keys | form.used | kind.beside
     return {key: value for key, value in record.items() if key not in used}
 
 

@@ -63,10 +63,10 @@ class Shape(Row):
     """Any of these keys of a record tells the shape."""
     complete: ClassVar[tuple[frozenset[str], ...]] = ()
     """Sets of keys that make a record one of this shape whatever else is there."""
-    source_keys: ClassVar[frozenset[str]]
-    """Keys that such a row may have been read from; others stand beside it."""
+    further_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys that are read beside those."""
     beside: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that records in the forms of other tools have too."""
+    """Those of all these that records in the forms of other tools have too."""
     json_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys whose cells hold JSON in a table of texts."""
     number_keys: ClassVar[frozenset[str]] = frozenset()
@@ -84,6 +84,11 @@ class Shape(Row):
     def matches(cls, record: Record) -> bool:
         """Whether a record has keys of this shape."""
         return any(key in record for key in cls.keys)
+
+    @classmethod
+    def source_keys(cls) -> frozenset[str]:
+        """Keys that such a row may have been read from; others stand beside it."""
+        return cls.further_keys.union(cls.keys, *cls.complete)
 
     @classmethod
     def title_of(cls, record: Record) -> str:
@@ -110,7 +115,6 @@ class PromptCompletion(Shape):
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "completion")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "completion"))
     parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "completion": "target"}
 
     prompt: str
@@ -156,9 +160,7 @@ class Conversation(Shape):
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("messages",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("messages",)),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(
-        ("messages", "tools", "toolConfig", "prompt", "input")
-    )
+    further_keys: ClassVar[frozenset[str]] = frozenset(("tools", "toolConfig", "prompt", "input"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("messages", "tools"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "target", "expected": "other"}
 
@@ -230,7 +232,6 @@ class RawText(TextRow):
     title: ClassVar[str] = '{"text"}'
     words: ClassVar[str] = "raw text"
     keys: ClassVar[tuple[str, ...]] = ("text",)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("text",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "target"}
 
     @classmethod
@@ -281,7 +282,6 @@ class LabelledText(TextRow, Labelled):
     words: ClassVar[str] = "text with labels"
     keys: ClassVar[tuple[str, ...]] = ("label",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "label")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("text", "label"))
     beside: ClassVar[frozenset[str]] = frozenset(("label",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
 
@@ -362,7 +362,6 @@ class BareImage(BareMedia):
     title: ClassVar[str] = '{"image"}'
     words: ClassVar[str] = PLURAL["image"]
     keys: ClassVar[tuple[str, ...]] = ("image",)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("image",))
 
     @classmethod
     def matches(cls, record: Record) -> bool:
@@ -379,7 +378,6 @@ class BareAudio(BareMedia):
     title: ClassVar[str] = '{"audio"}'
     words: ClassVar[str] = PLURAL["audio"]
     keys: ClassVar[tuple[str, ...]] = ("audio",)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("audio",))
 
     @classmethod
     def matches(cls, record: Record) -> bool:
@@ -396,7 +394,6 @@ class BareWindow(BareMedia):
     title: ClassVar[str] = '{"window"}'
     words: ClassVar[str] = PLURAL["window"]
     keys: ClassVar[tuple[str, ...]] = ("window",)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("window",))
 
     @classmethod
     def matches(cls, record: Record) -> bool:
@@ -426,7 +423,6 @@ class LabelledImage(MediaRow, Labelled):
     words: ClassVar[str] = "images with labels"
     keys: ClassVar[tuple[str, ...]] = ("image", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("image", "label")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("image", "label"))
 
     label: str | tuple[str, ...]
 
@@ -457,7 +453,6 @@ class LabelledAudio(LabelledImage):
     words: ClassVar[str] = "sounds with labels"
     keys: ClassVar[tuple[str, ...]] = ("audio", "label")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("audio", "label")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("audio", "label"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +468,6 @@ class CaptionedImage(MediaRow):
     complete: ClassVar[tuple[frozenset[str], ...]] = tuple(
         frozenset(("image", key)) for key in CAPTION_KEYS
     )
-    source_keys: ClassVar[frozenset[str]] = frozenset(("image", *CAPTION_KEYS))
     parts: ClassVar[Mapping[str, Part]] = {"caption": "target"}
 
     caption: str
@@ -518,7 +512,7 @@ class RatedText(TextRow):
     enough: ClassVar[int] = ENOUGH_ANSWERS
     keys: ClassVar[tuple[str, ...]] = ("rating",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("text", "rating")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("text", "rating", "score"))
+    further_keys: ClassVar[frozenset[str]] = frozenset(("score",))
     beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
     number_keys: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input"}
@@ -552,7 +546,6 @@ class TaggedWords(Shape):
     words: ClassVar[str] = "tokens with tags"
     keys: ClassVar[tuple[str, ...]] = ("tokens",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("tokens", "tags")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("tokens", "tags"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("tokens", "tags"))
     parts: ClassVar[Mapping[str, Part]] = {"tokens": "input"}
     annotated: ClassVar[bool] = True
@@ -599,7 +592,7 @@ class TextPair(TextRow):
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("anchor", "positive")
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("anchor", "positive")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("text", "anchor", "positive"))
+    further_keys: ClassVar[frozenset[str]] = frozenset(("text",))
     parts: ClassVar[Mapping[str, Part]] = {"text": "input", "positive": "target"}
     reader_text: ClassVar[str] = "partners"
 
@@ -644,7 +637,7 @@ class History(TextPair):
     words: ClassVar[str] = "histories with the next item"
     keys: ClassVar[tuple[str, ...]] = ("history",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("history", "item")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("history", "item"))
+    further_keys: ClassVar[frozenset[str]] = frozenset()
     reader_text: ClassVar[str] = "items"
 
     @classmethod
@@ -701,7 +694,6 @@ class MultipleChoice(Shape):
     words: ClassVar[str] = "prompts with choices"
     keys: ClassVar[tuple[str, ...]] = ("choices",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "choices", "answer")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "choices", "answer"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("choices",))
     number_keys: ClassVar[frozenset[str]] = frozenset(("answer",))
     parts: ClassVar[Mapping[str, Part]] = {"prompts": "input", "choices": "other"}
@@ -793,7 +785,7 @@ class PromptOnly(Shape):
     words: ClassVar[str] = "a prompt without a reply"
     enough: ClassVar[int] = ENOUGH_HINTS
     keys: ClassVar[tuple[str, ...]] = ("prompt",)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "expected"))
+    further_keys: ClassVar[frozenset[str]] = frozenset(("expected",))
     beside: ClassVar[frozenset[str]] = frozenset(("expected",))
     parts: ClassVar[Mapping[str, Part]] = {"prompt": "input", "expected": "other"}
 
@@ -881,8 +873,8 @@ class Preference(JudgedAnswers):
     words: ClassVar[str] = "chosen and rejected answers"
     keys: ClassVar[tuple[str, ...]] = ("chosen", "rejected", *openai_keys[1:])
     complete: ClassVar[tuple[frozenset[str], ...]] = tuple(frozenset((key,)) for key in keys)
-    source_keys: ClassVar[frozenset[str]] = frozenset(
-        ("messages", "prompt", "completion", *openai_keys, "chosen", "rejected")
+    further_keys: ClassVar[frozenset[str]] = frozenset(
+        ("messages", "prompt", "completion", "input")
     )
     object_keys: ClassVar[frozenset[str]] = frozenset(
         ("prompt", "chosen", "rejected", *openai_keys)
@@ -1007,7 +999,6 @@ class RankedReplies(JudgedAnswers):
     words: ClassVar[str] = "ranked answers"
     keys: ClassVar[tuple[str, ...]] = ("ranked",)
     complete: ClassVar[tuple[frozenset[str], ...]] = (frozenset(("prompt", "ranked")),)
-    source_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "ranked"))
     json_keys: ClassVar[frozenset[str]] = frozenset(("ranked",))
     object_keys: ClassVar[frozenset[str]] = frozenset(("prompt", "ranked"))
     parts: ClassVar[Mapping[str, Part]] = {"messages": "input"}
@@ -1132,7 +1123,7 @@ class RatedReply(JudgedReply):
     shape: ClassVar[str] = "rated"
     title: ClassVar[str] = '{"prompt", "completion", "rating"}'
     words: ClassVar[str] = "answers with a rating"
-    source_keys: ClassVar[frozenset[str]] = frozenset(
+    further_keys: ClassVar[frozenset[str]] = frozenset(
         ("messages", "prompt", "input", "completion", "rating", "score")
     )
     beside: ClassVar[frozenset[str]] = frozenset(("rating", "score"))
@@ -1182,7 +1173,7 @@ class ThumbedReply(JudgedReply):
     shape: ClassVar[str] = "thumb"
     title: ClassVar[str] = '{"prompt", "completion", "label": true}'
     words: ClassVar[str] = "answers with a thumb"
-    source_keys: ClassVar[frozenset[str]] = frozenset(
+    further_keys: ClassVar[frozenset[str]] = frozenset(
         ("messages", "prompt", "input", "completion", "label", "thumb")
     )
     beside: ClassVar[frozenset[str]] = frozenset(("label", "thumb"))

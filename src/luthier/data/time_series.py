@@ -80,10 +80,11 @@ def _is_no_time(time: object) -> bool:
     if text.lower() in MISSING or text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
         return True
     found = _DAY.match(text) or _SHORT_DAY.fullmatch(text)
-    try:
-        datetime(*(int(each) for each in found.groups() if each)) if found else None  # type: ignore[arg-type]
-    except ValueError:
-        return True
+    if found is not None:
+        try:
+            datetime(*(int(each) for each in found.groups() if each))  # type: ignore[arg-type]
+        except ValueError:
+            return True
     return "_" in text and bool(re.fullmatch(r"[\d_.]+", text))
 
 
