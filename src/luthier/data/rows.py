@@ -522,36 +522,39 @@ class RowReader:
 
     def __iter__(self) -> Iterator[Row]:
         for path in self.files:
-            before = self.done
             container = find_container(path, self.problems)
             if container is None:
                 continue
             if str(container) not in self._containers:
                 self._containers.append(str(container))
             self.checker.begin(str(path))
-            on_progress, pieces = (
-                self._offset_progress(before),
-                not self.whole and container.kind == "text",
-            )
-            rows = self.rows
+            in_pieces = not self.whole and container.kind == "text"
+            rows, on_progress = self.rows, self._offset_progress(self.done)
             for line, record in read_records(
                 path, self.problems, self.whole, container=container, on_progress=on_progress
             ):
-                row = _piece(path, record) if pieces else self.checker.row(line, record)
-                if row is not None:
-                    self.rows += 1
-                    if self.group_column is not None:
-                        self._add_group(row, record, self.group_column)
-                    looked_at = not self.problems and self.rows <= ROWS_CHECKED
-                    # Both columns of a time series are read.
-                    looked_at &= not isinstance(self.checker.given.get("window"), Media)
-                    if row.members is None and (self.checker.columns or looked_at):
-                        beside = extra_keys(row, self.checker.given, self.checker.form)
-                        unread = beside.keys() - {"id", "schemaVersion", self.group_column}
-                        self._unread |= dict.fromkeys(sorted(unread))
-                    yield row
-            if pieces and rows == self.rows:
+                row = _piece(path, record) if in_pieces else self.checker.row(line, record)
+                if row is None:
+                    continue
+                self.rows += 1
+                if self.group_column is not None:
+                    self._add_group(row, record, self.group_column)
+                self._add_unread(row)
+                yield row
+            if in_pieces and rows == self.rows:
                 self.checker.row(1, {"text": " "})  # refused, as nothing else is there
+
+    def _add_unread(self, row: Row) -> None:
+        """Remember the columns that nothing of the row was read from, where that is asked."""
+        given, columns = self.checker.given, self.checker.columns
+        looked_at = not self.problems and self.rows <= ROWS_CHECKED
+        # Both columns of a time series are read.
+        looked_at &= not isinstance(given.get("window"), Media)
+        if row.members is None and (columns or looked_at):
+            unread = extra_keys(row, given, self.checker.form).keys()
+            self._unread |= dict.fromkeys(
+                sorted(unread - {"id", "schemaVersion", self.group_column})
+            )
 
     def _add_group(self, row: Row, record: Record, column: str) -> None:
         value = record.get(column)
