@@ -203,13 +203,16 @@ class Row:
     def edit_texts(self, change: Callable[[str, str], str]) -> Self:
         """The row with each text as ``change(field, text)`` gives it, by their names in :meth:`texts`.
 
-        Words stay; of a call, each text among its arguments is changed.
+        Of words, and of several texts in one field, each is changed; of a call, each text among its
+        arguments.
         """
         changed: dict[str, Any] = {}
         for name in self.parts:
             value = getattr(self, name)
             if isinstance(value, str):
                 changed[name] = change(name, value)
+            elif value and isinstance(value[0], str):
+                changed[name] = tuple(change(name, text) for text in value)
             elif value and isinstance(value[0], Message):
                 changed[name] = tuple(
                     turn.edit_texts(f"{name}[{number}]", change)

@@ -383,6 +383,7 @@ def both(tmp_path: Path, *rows: Any, **fixes: Any) -> list[Any]:
         {"query": "a?", "positive": "b"},
         {"prompt": "a?", "ranked": ["b", "a?", "c"]},
         {"history": ["a?", "b"], "item": "c", "n": 1},
+        {"tokens": ["a?", "b"], "tags": ["O", "B-x"]},
         {"prompt": "a?", "choices": ["b", "a?"], "answer": 1, "n": 1},
         {"prompt": ["a?", "b"], "choices": ["c", "d"], "answer": 0},
     ],

@@ -750,12 +750,6 @@ class MultipleChoice(Shape):
         """The prompts."""
         return "\n".join(self.prompts)
 
-    def edit_texts(self, change: Callable[[str, str], str]) -> Self:
-        """The row with each prompt and each choice as ``change(field, text)`` gives it."""
-        prompts = tuple(change("prompts", text) for text in self.prompts)
-        choices = tuple(change("choices", text) for text in self.choices)
-        return replace(self, prompts=prompts, choices=choices)
-
     def record(self) -> Record:
         """Prompt or prompts, choices, and the place of the right one."""
         prompt = self.prompts[0] if len(self.prompts) == 1 else list(self.prompts)

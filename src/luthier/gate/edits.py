@@ -100,8 +100,6 @@ class Strip(Edit):
         """Mend every text."""
         row, done = draft.row, Counter[str]()
         changed = row.edit_texts(lambda field, text: _strip_text(text, done))
-        if isinstance(row, TaggedWords):
-            changed = replace(row, tokens=tuple(_strip_text(token, done) for token in row.tokens))
         if not done:
             return [draft], ""
         self.counts += done
