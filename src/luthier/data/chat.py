@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PlainValidator
 
+from luthier.data.chat_template import names_read
 from luthier.data.media import PLURAL
 from luthier.data.media_files import is_media
 from luthier.data.parsing import quote
@@ -72,34 +73,6 @@ TEMPLATE_PARAMETERS = frozenset(
 )  # fmt: skip
 """What transformers' ``apply_chat_template`` takes itself: no client may set these as if they were the
 template's. With ``chat_template`` it would bring a program of its own."""
-
-
-@lru_cache(maxsize=32)
-def _names_read(template: str) -> frozenset[str]:
-    """Names that a chat template takes from its caller: what it sets itself before it reads it is none.
-
-    A template that is no Jinja reads none; who renders it is told why.
-    """
-    from jinja2 import Environment, TemplateError
-    from jinja2.ext import Extension
-    from jinja2.meta import find_undeclared_variables
-
-    class GenerationTag(Extension):
-        """Marks what the assistant writes, as transformers has it."""
-
-        tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])  # noqa: S701
-    try:
-        found = find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):
-        return frozenset()
-    # Functions that transformers gives to every template.
-    return frozenset(found - {"raise_exception", "strftime_now"})
 
 
 @dataclass(frozen=True)
@@ -318,7 +291,7 @@ class ChatFormat:
             for name, value in kwargs.items()
             if name.isidentifier()
             and name not in TEMPLATE_PARAMETERS
-            and name in _names_read(self.template_text)
+            and name in names_read(self.template_text)
         }
 
     @property
@@ -551,9 +524,12 @@ class ChatFormat:
         Raises:
             ValueError: where the tokenizer cannot say which bytes a token stands for.
         """
-        from llguidance import hf
+        from llguidance import LLTokenizer
 
-        return hf.from_tokenizer(self.tokenizer, vocabulary, list(self.stop_ids))
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError("a tokenizer that is written in Python does not say it")
+        return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=list(self.stop_ids))
 
     def close(self) -> None:
         """Let go of what reads for it; nothing, where the tokenizer is in this process."""

@@ -10,6 +10,7 @@ from luthier.data.processors import read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.fast_tokenizer import FastTokenizer
 from luthier.models.modalities import text_fields
 from luthier.models.pipelines import (
     is_pipeline,
@@ -20,10 +21,11 @@ from luthier.models.pipelines import (
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of a model folder, without transformers where it is certain to do the same."""
     folder = tokenizer_folder(folder)
+    if (fast := FastTokenizer.open(folder)) is not None:
+        return fast
+    from transformers import AutoTokenizer
 
     if (folder / "config.json").is_file():  # transformers looks up the network's type there
         nets.register(read_json(folder / "config.json").get("model_type", ""))

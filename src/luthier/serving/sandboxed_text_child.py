@@ -70,12 +70,16 @@ def _import(folder: Path) -> None:
     for name in _LATER:
         import_module(name)
     with contextlib.suppress(ImportError):
-        import_module("llguidance.hf")
+        import_module("llguidance")
     import transformers
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    from luthier.data.chat_template import render_template
+
     transformers.logging.set_verbosity_error()
-    render_jinja_template([[{"role": "user", "content": ""}]], chat_template=_WARM)
+    turn = {"role": "user", "content": ""}
+    render_jinja_template([[turn]], chat_template=_WARM)
+    render_template(_WARM, [turn], None, False, {})
 
 
 def _open_chat_format(folder: Path, fields: Mapping[str, Any] | None) -> ChatFormat:

@@ -1,0 +1,271 @@
+"""A tokenizer of the library ``tokenizers``, behind the names that transformers has for it.
+
+Importing transformers' own takes two seconds and PyTorch with it; encoding rows, decoding replies and
+rendering chat templates need neither. What is asked for beyond that (padded batches, other ways to
+save) is answered by transformers' tokenizer, made of the same files when it is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.chat_template import render_template
+from luthier.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Encoding, Tokenizer
+
+_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
+"""Classes that take ``tokenizer.json`` as it is; others of transformers build it anew."""
+_SPECIAL = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+_READ = frozenset(
+    (*_SPECIAL, "added_tokens_decoder", "backend", "chat_template", "clean_up_tokenization_spaces",
+     "extra_special_tokens", "is_local", "local_files_only", "model_input_names", "model_max_length",
+     "tokenizer_class")
+)  # fmt: skip
+"""Fields of ``tokenizer_config.json`` that are followed here; transformers reads one with others."""
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
+"""Files of older versions that would have to be read, too."""
+_UNLIMITED = int(1e30)
+"""What transformers has as ``model_max_length`` where a tokenizer names none."""
+_PATCHED = 100_000
+"""Tokens of a vocabulary from which on transformers looks for Mistral's, whose pattern was wrong."""
+
+
+class FastEncoding:
+    """What a tokenizer makes of one text."""
+
+    is_fast = True
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Its tokens."""
+        return self._encoding.ids
+
+    def __getitem__(self, key: str) -> Any:
+        names = {
+            "input_ids": "ids", "offset_mapping": "offsets", "attention_mask": "attention_mask",
+        }  # fmt: skip
+        return getattr(self._encoding, names[key])
+
+    def tokens(self) -> list[str]:
+        """The names of the tokens."""
+        return self._encoding.tokens
+
+    def word_ids(self) -> list[int | None]:
+        """The word that each token belongs to; ``None`` for special tokens around the text."""
+        return self._encoding.word_ids
+
+
+class FastTokenizer:
+    """The part of transformers' ``TokenizersBackend`` that texts go through, with the same results.
+
+    Attributes and methods that are not here are those of :attr:`transformers_tokenizer`.
+    """
+
+    is_fast = True
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        """``files`` are those of a folder that :meth:`reads`, by name."""
+        from tokenizers import Tokenizer
+
+        self._files = dict(files)
+        config = json.loads(files["tokenizer_config.json"])
+        self.backend_tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+        self.backend_tokenizer.encode_special_tokens = False
+        template = files.get("chat_template.jinja")
+        self.chat_template: Any = (
+            config.get("chat_template") if template is None else template.decode()
+        )
+        self.model_max_length = config.get("model_max_length") or _UNLIMITED
+        self.special_tokens_map: dict[str, str] = {
+            name: config[name] for name in _SPECIAL if config.get(name) is not None
+        }
+        self._extra = list(config.get("extra_special_tokens") or ())
+
+    @staticmethod
+    def open(folder: Path) -> FastTokenizer | None:
+        """The tokenizer in ``folder``; ``None`` where it is not certain to be transformers' own."""
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+            return None
+        if any((folder / name).exists() for name in _OTHER_FILES):
+            return None
+        kind = ""
+        if (folder / "config.json").is_file():
+            kind = str(read_json(folder / "config.json").get("model_type"))
+        try:
+            config = json.loads(files["tokenizer_config.json"])
+            contents = json.loads(files["tokenizer.json"])
+            return FastTokenizer(files) if _is_plain(config, contents, kind) else None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None  # transformers says what is wrong
+
+    @cached_property
+    def transformers_tokenizer(self) -> Any:
+        """transformers' own of the same files."""
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as folder:
+            for name, content in self._files.items():
+                (Path(folder) / name).write_bytes(content)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of objects that are being copied or unpickled
+            raise AttributeError(name)
+        token = name.removesuffix("_id")
+        if token in _SPECIAL:
+            text = self.special_tokens_map.get(token)
+            return (
+                text if token == name or text is None else self.backend_tokenizer.token_to_id(text)
+            )
+        return getattr(self.transformers_tokenizer, name)
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens without those that were added."""
+        return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that were added, by their ids."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The tokens that the configuration names, each once."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self._extra]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Their ids."""
+        return [self.convert_tokens_to_ids(token) for token in self.all_special_tokens]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids of all tokens by name."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """The id of a token; that of the unknown one for others."""
+        found = self.backend_tokenizer.token_to_id(token)
+        unknown: int = self.unk_token_id
+        return unknown if found is None else found
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
+        """The names of tokens."""
+        return [self.backend_tokenizer.id_to_token(int(each)) for each in ids]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        add_special_tokens: bool = True,
+        is_split_into_words: bool = False,
+        return_offsets_mapping: bool = False,
+        truncation: bool = False,
+        verbose: bool = True,
+        **others: Any,
+    ) -> Any:
+        """The tokens of a text, or of its words; never cut. The offsets are there in any case."""
+        if others or truncation or isinstance(text, str) == is_split_into_words:
+            return self.transformers_tokenizer(
+                text,
+                add_special_tokens=add_special_tokens,
+                is_split_into_words=is_split_into_words,
+                return_offsets_mapping=return_offsets_mapping,
+                truncation=truncation,
+                verbose=verbose,
+                **others,
+            )
+        return FastEncoding(
+            self.backend_tokenizer.encode(
+                text, is_pretokenized=is_split_into_words, add_special_tokens=add_special_tokens
+            )
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of the tokens of ``text``."""
+        return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return self.backend_tokenizer.decode(
+            [int(each) for each in ids], skip_special_tokens=skip_special_tokens
+        )
+
+    def batch_decode(
+        self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False
+    ) -> list[str]:
+        """The texts of several sequences of tokens."""
+        return [self.decode(each, skip_special_tokens) for each in sequences]
+
+    def apply_chat_template(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        **names: Any,
+    ) -> str:
+        """The text of a conversation; ``names`` are what else its template may read.
+
+        Raises:
+            ValueError: without a template, or for what it refuses; see :func:`render_template`.
+        """
+        template = self.chat_template
+        if tokenize or not isinstance(template, str):
+            raise ValueError("the text of one chat template is rendered here")
+        names = self.special_tokens_map | names
+        return render_template(template, turns, tools, add_generation_prompt, names)
+
+    def save_pretrained(self, folder: str | Path) -> Any:
+        """Write it as transformers does."""
+        own = self.transformers_tokenizer
+        own.chat_template = self.chat_template
+        return own.save_pretrained(folder)
+
+
+def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str) -> bool:
+    """Whether transformers takes ``tokenizer.json`` as it is, and adds nothing to it.
+
+    ``contents`` are its fields, ``config`` those of ``tokenizer_config.json``, ``kind`` is the
+    ``model_type`` of the network.
+    """
+    if config.get("tokenizer_class") not in _CLASSES or not config.keys() <= _READ:
+        return False
+    if contents.get("truncation") or contents.get("padding") or not contents.get("post_processor"):
+        return False
+    if not isinstance(config.get("chat_template", ""), str):
+        return False
+    model = contents["model"]
+    if config.get("clean_up_tokenization_spaces") and model.get("type") != "BPE":
+        return False
+    if len(model["vocab"]) > _PATCHED and (not kind or "tral" in kind):
+        return False
+    added = {
+        str(each["id"]): {k: v for k, v in each.items() if k != "id"}
+        for each in contents["added_tokens"]
+    }
+    if any(
+        added.get(index) != token for index, token in config.get("added_tokens_decoder", {}).items()
+    ):
+        return False
+    special = {
+        each["content"] for each in added.values() if each["special"] and not each["normalized"]
+    }
+    named = {config[name] for name in _SPECIAL if config.get(name) is not None}
+    return named | {*(config.get("extra_special_tokens") or ())} <= special
