@@ -33,9 +33,7 @@ class AccountQuotas(BaseModel):
     astray (a loop that uploads, a key that leaked) leaves the others their disk and their database.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     stored_bytes: int = Field(default=1 << 40, ge=0)
     """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, the

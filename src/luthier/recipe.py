@@ -63,9 +63,7 @@ ModelName = Annotated[str, AfterValidator(check_name)]
 class StrictModel(BaseModel):
     """A group of fields: frozen, and strict about their names."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class MixSpec(StrictModel):

@@ -17,7 +17,7 @@ from luthier.errors import DataError, RecipeError
 from luthier.gate.clean import changes_path
 from luthier.gate.edits import Redactor
 from luthier.gate.pii import Finder
-from luthier.models.load import check_folder
+from luthier.models.description import check_folder
 from luthier.models.modalities import context_length
 from luthier.models.tokenizer import load_chat_format
 from luthier.types import Message, Row, ToolCall

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models import load
+from luthier.models.description import check_folder, described_network
 from luthier.models.heads import Head
-from luthier.models.load import as_network, check_folder, described_network, load_model
+from luthier.models.load import as_network, load_model
 
 CPU = torch.device("cpu")
 EMBEDDING = Head("embedding")

@@ -12,8 +12,9 @@ import torch
 from transformers import PretrainedConfig
 
 from luthier.adaptations import ADAPTATIONS
+from luthier.models.description import check_folder
 from luthier.models.heads import CAUSAL_LM, Head
-from luthier.models.load import as_network, check_folder, load_model
+from luthier.models.load import as_network, load_model
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.objectives.logprobs import mean_nll, token_logps

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from luthier.errors import CorruptFile, UnknownModel
-from luthier.models.load import check_folder, sketch
+from luthier.models.description import check_folder
+from luthier.models.load import sketch
 from luthier.models.pipelines import noise_settings, read_pipeline
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.diffusion import Diffusion

@@ -17,8 +17,8 @@ import torch
 from luthier.errors import CorruptFile, DownloadError, ModelRefused, RecipeError, UnknownModel
 from luthier.files import hashes_of, write_json
 from luthier.models.catalog import CATALOG
+from luthier.models.description import check_folder
 from luthier.models.kinds import sole_objective
-from luthier.models.load import check_folder
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import Objective
 from luthier.serving.generation import Generator

@@ -42,9 +42,7 @@ def full_rate(hidden: int) -> float:
 class Adaptation(BaseModel):
     """Base of all adaptations. Subclasses are final: one method, one file, one class."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """Name of the adaptation in recipes and on the command line."""

@@ -25,9 +25,7 @@ _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 class ModelSpec(BaseModel):
     """A model that is asked for texts: one of this machine, or behind an OpenAI-compatible endpoint."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     """Id of a local model; with ``url``, the name the endpoint knows it by."""

@@ -62,9 +62,7 @@ class Mixture:
 class Augmentation(BaseModel):
     """How much of each row is changed; off when not given."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     delete: float = Field(default=0.0, ge=0, lt=1)
     """Texts: chance of each word to be left out; EDA's vetted setting is 0.1. One word always stays."""

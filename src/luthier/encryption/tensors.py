@@ -54,7 +54,7 @@ def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
 
     ring = keyring() if is_sealed(path) else None
     if ring is None:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # torch would be imported for "pt"
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     with SealedReader(path, ring) as reader:

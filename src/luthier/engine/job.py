@@ -30,12 +30,13 @@ from luthier.errors import RecipeError
 from luthier.files import need_disk
 from luthier.gate.inspect import default_base
 from luthier.gate.report import warnings
+from luthier.models.description import check_folder
 from luthier.models.dropout import check_dropout
 from luthier.models.heads import head_weights, scratch_rate, width_of
 from luthier.models.kinds import sole_objective
 from luthier.models.layers import layer_names
 from luthier.models.layouts import MOST_IMAGES, is_flat
-from luthier.models.load import as_network, check_folder, read_config, sketch
+from luthier.models.load import as_network, read_config, sketch
 from luthier.models.modalities import context_length
 from luthier.models.network import Network
 from luthier.models.tokenizer import check_vocabulary

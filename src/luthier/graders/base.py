@@ -124,9 +124,7 @@ class Ungraded(LuthierError):
 class Grader(BaseModel):
     """Base of all graders: one way to score, one class."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """Name of the grader in recipes and on the command line."""

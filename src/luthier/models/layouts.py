@@ -99,15 +99,21 @@ def layout_of(model: Any, both_ways: bool) -> Layout:
         return EncoderDecoder(model)
     if not is_flat(model):
         return Padded(model)
-    register()
-    model.set_attn_implementation(NAME)
+    if not reads_tree(model):
+        register()
+        model.set_attn_implementation(NAME)
     return Flat(heads.first_position(model), both_ways)
 
 
 def is_flat(model: Any) -> bool:
     """Whether ``model`` reads texts and can take the flat layout."""
     texts = media_config(model.config) is None and heads.decoder_of(model) is None
-    return texts and bool(model._supports_attention_backend)
+    return texts and (reads_tree(model) or bool(model._supports_attention_backend))
+
+
+def reads_tree(model: Any) -> bool:
+    """Whether ``model`` is one of ours that asks a tree who sees whom, without transformers between."""
+    return bool(getattr(model, "reads_tree", False))
 
 
 @dataclass(frozen=True)

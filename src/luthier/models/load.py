@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from luthier.data.media import MOST_PIXELS
 from luthier.data.tree import build_tree
 from luthier.encryption.memory import plain_folder
 from luthier.encryption.tensors import tensor_headers
-from luthier.errors import CorruptFile, ModelRefused, RecipeError, UnknownModel
-from luthier.files import read_json
+from luthier.errors import CorruptFile, RecipeError, UnknownModel
 from luthier.models import nets
-from luthier.models.bounds import DOES_NOT_RUN, drawing_bounds, refuse_configuration
+from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CatalogEntry
 from luthier.models.convolutions import mend_convolutions
+from luthier.models.description import check_folder, weight_files
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
     Head,
-    Task,
     auto_class,
     decoder_of,
     head_weights,
@@ -35,146 +29,28 @@ from luthier.models.heads import (
     mark_new,
     row_scores,
     start_bias,
-    task_in,
     task_of,
 )
 from luthier.models.layouts import (
     DualEncoder,
     ImageEncoderDecoder,
     Rectangle,
-    is_flat,
     read_states,
+    reads_tree,
 )
+from luthier.models.llama import load_llama
+from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
-from luthier.models.outside import check_layers, check_shards, check_sizes, check_weights
-from luthier.models.pipelines import NETWORKS, is_pipeline, read_pipeline
+from luthier.models.pipelines import is_pipeline
 from luthier.types import Example
 
 SMALL_SCORE = 0.25
 """Scores of classes below it, in nats, are compared as if they were as large, in bfloat16."""
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The model's ``config.json``; refuses folders without one or without safetensors.
-
-    Of a pipeline of diffusers the same of its parts.
-
-    Raises:
-        UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
-            the one whose weights lie in the folder. Nothing was built then.
-    """
-    fields = _read_fields(folder)
-    try:
-        described_network(folder)
-    except ModelRefused as refused:  # whose file is named as seen from the folder
-        why = refused.problem
-        place = str(folder / why.file)
-        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
-    return fields
-
-
-def _read_fields(folder: Path) -> dict[str, Any]:
-    if is_pipeline(folder):
-        return read_pipeline(folder)
-    if not (folder / "config.json").is_file():
-        raise UnknownModel(f"{folder} has no config.json, so it is not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
-        raise UnknownModel(
-            f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
-            "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
-        )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{folder / 'config.json'} is no configuration")
-    check_shards(folder)
-    return config
-
-
-@dataclass(frozen=True)
-class DescribedNetwork:
-    """What a configuration describes, drawn without numbers."""
-
-    task: Task
-    """What the head of the class that it names is for."""
-    numbers: int
-    """Numbers of its weights; of an encoder of texts or a classifier without the head."""
-    flat: bool
-    """Whether many of its sequences can be written side by side (:mod:`luthier.models.layouts`)."""
-
-
-def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
-    """What ``config.json`` in ``folder`` describes. It is drawn once, as long as no file changes.
-
-    ``memory`` is that of :func:`drawing_bounds`; where no other thread runs when not given.
-
-    Raises:
-        UnknownModel: for one that describes no network.
-        ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
-    """
-    # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
-    # owner, whose own memory the bounds protect: what others give to a server is copied first, to
-    # where they cannot write.
-    files = [path for part in _parts(folder) for path in (part / "config.json", *_weights(part))]
-    versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
-    if memory is None:
-        memory = threading.active_count() == 1
-    return _draw_described(folder, versions, memory)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Folders with weights: a pipeline has one for each of its networks."""
-    return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
-
-
-_HEADS_LEFT_OUT: tuple[Task, ...] = (
-    "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
-)  # fmt: skip
-"""Heads that depend on what is learned, or that few folders of the family hold."""
-
-
-@lru_cache(maxsize=64)
-def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
-    fields = _read_fields(folder)
-    check_layers(fields)
-    _import_libraries(folder)
-    kind = fields.get("model_type", "of unknown type")
-    with (
-        drawing_bounds(memory),
-        refuse_configuration(UnknownModel, f"the network in {folder} ({kind}) cannot be loaded"),
-    ):
-        config = _configuration(folder, fields)
-        task = task_in(config)
-        bare: Task = "embedding" if task in _HEADS_LEFT_OUT else task
-        network = _sketch(_for_head(config, Head(bare)), Head(bare))
-        shape = input_shape(config) if media_config(config) is not None else (1,)
-        if min(shape) < 1 or prod(shape) > MOST_PIXELS:
-            raise ValueError(f"what it reads has the shape {shape}")
-        if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
-            raise ValueError(f"{empty[0]} has no numbers")
-    numbers = sum(weight.numel() for weight in network.parameters())
-    if not fields.get("quantization_config"):  # its files hold several numbers in one
-        tables = sum(table.nbytes for table in network.buffers())
-        check_sizes(numbers, tables, sum(map(check_weights, _parts(folder))))
-    return DescribedNetwork(task, numbers, is_flat(network))
-
-
-def _import_libraries(folder: Path) -> None:
-    """Have what a network of any family imports, which is not to count as its own."""
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    if is_pipeline(folder):
-        from luthier.models.nets.stable_diffusion import part_classes
-
-        part_classes()
-
-
-def _configuration(folder: Path, fields: dict[str, Any]) -> Any:
+def configuration(folder: Path, fields: dict[str, Any]) -> Any:
+    """transformers' configuration of the network in ``folder``, of the ``fields`` of its file."""
     from transformers import AutoConfig
 
     nets.register(fields.get("model_type"))
@@ -185,7 +61,7 @@ def _configuration(folder: Path, fields: dict[str, Any]) -> Any:
 
 def read_config(folder: Path, head: Head) -> Any:
     """transformers' configuration of the network in ``folder``, set up for ``head``."""
-    return _for_head(_configuration(folder, check_folder(folder)), head)
+    return for_head(configuration(folder, check_folder(folder)), head)
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
@@ -194,10 +70,11 @@ def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
 
     fields = dict(entry.config)
     nets.register(str(fields["model_type"]))
-    return _for_head(AutoConfig.for_model(fields.pop("model_type"), **fields), head)
+    return for_head(AutoConfig.for_model(fields.pop("model_type"), **fields), head)
 
 
-def _for_head(config: Any, head: Head) -> Any:
+def for_head(config: Any, head: Head) -> Any:
+    """``config``, set up for ``head``."""
     if head.pooling == "mean" and config.model_type == "bert":
         from luthier.models.nets import mean_pooling_bert
 
@@ -216,7 +93,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     """The precision of the weights in ``folder``, the widest where there are several."""
     from safetensors import SafetensorError
 
-    path = _weights(folder)[0]
+    path = weight_files(folder)[0]
     try:
         kinds = {kind for kind, _ in tensor_headers(path).values()}
     except (OSError, SafetensorError) as error:
@@ -236,10 +113,11 @@ def sketch(folder: Path, head: Head) -> nn.Module:
 def sketch_of(config: Any, head: Head) -> nn.Module:
     """The same from a configuration of transformers."""
     with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
-        return _sketch(config, head)
+        return draw(config, head)
 
 
-def _sketch(config: Any, head: Head) -> nn.Module:
+def draw(config: Any, head: Head) -> nn.Module:
+    """The network of ``config`` on no device; errors are those of its family."""
     kind = auto_class(config, head.task)
     with torch.device("meta"):
         model: nn.Module = kind.from_config(config, trust_remote_code=False)
@@ -248,14 +126,23 @@ def _sketch(config: Any, head: Head) -> nn.Module:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, head: Head = CAUSAL_LM
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    head: Head = CAUSAL_LM,
+    learns: bool = True,
 ) -> nn.Module:
     """A network with the head asked for and plain attention, as transformers serves it.
 
     A head that the folder does not hold, or for other classes, is drawn anew; any other weight that is
-    missing is an error.
+    missing is an error. One that does not learn may be of ours (:mod:`luthier.models.llama`).
     """
     from safetensors import SafetensorError
+
+    if not learns and head == CAUSAL_LM:
+        own = _load_without_transformers(folder, dtype, device)
+        if own is not None:
+            return own
     from transformers.utils import logging
 
     config = read_config(folder, head)
@@ -296,6 +183,27 @@ def load_model(
     mark_new(model, absent & head_weights(model))
     on_device: nn.Module = model.to(device)
     return on_device
+
+
+def _load_without_transformers(
+    folder: Path, dtype: torch.dtype, device: torch.device
+) -> nn.Module | None:
+    """The network, where it is one of those; its head is marked as a language model's."""
+    from safetensors import SafetensorError
+
+    config = LlamaConfig.of(check_folder(folder))
+    if config is None:
+        return None
+    try:
+        model = load_llama(config, weight_files(folder), dtype, device)
+    except SafetensorError as error:
+        raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
+    except UnknownModel as error:
+        raise UnknownModel(f"{folder} (llama): {error}") from error
+    if model is not None:
+        mark(model, "causal_lm")
+        _check_finite(model, folder)
+    return model
 
 
 @torch.no_grad()
@@ -342,6 +250,8 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
         elif task_of(model) == "sequence_classification":
             _check_classifier(network)
         return network
+    if reads_tree(model):
+        return Network(model, device, dtype)
     probe = _Probe(model, device)
     expected = probe.plain()
     network = Network(model, device, dtype, probe.sees_ahead())

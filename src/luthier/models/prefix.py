@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.models.heads import decoder_of
+from luthier.models.layouts import reads_tree
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
@@ -64,7 +65,7 @@ def add_prefix(model: Any, places: int) -> None:
     config = model.config
     layers = _attentions(model)
     indices = [int(module.layer_idx) for module in layers]
-    takes = (
+    takes = reads_tree(model) or (
         model._supports_attention_backend
         and decoder_of(model) is None
         and "past_key_values" in inspect.signature(model.base_model.forward).parameters

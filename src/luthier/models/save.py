@@ -84,10 +84,9 @@ def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None
     A head for other classes, or another task, keeps the numbers it was drawn with.
     """
     import torch
-    from transformers.initialization import no_init_weights
 
     saved = read_adapter(folder)
-    with no_init_weights():
+    with torch.random.fork_rng([]):  # what is drawn here is replaced below
         adaptation.attach(model)
     new = head_weights(model)
     weights = {

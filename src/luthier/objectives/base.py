@@ -80,9 +80,7 @@ class TrainingDefaults:
 class Objective(BaseModel):
     """Base of all objectives: one paper, one file, one class."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """Name of the objective in recipes and on the command line."""

@@ -87,7 +87,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.load import described_network
+    from luthier.models.description import described_network
     from luthier.models.modalities import context_length
     from luthier.models.tokenizer import check_vocabulary
 
@@ -127,7 +127,8 @@ def accept_adapter(
     import torch
 
     from luthier.adaptations.peft import lora_of
-    from luthier.models.load import check_folder, read_config, sketch
+    from luthier.models.description import check_folder
+    from luthier.models.load import read_config, sketch
     from luthier.models.save import read_adapter
     from luthier.models.tokenizer import check_vocabulary
     from luthier.objectives import OBJECTIVES

@@ -60,8 +60,8 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     Raises:
         RecipeError: where the model has none, or its file does not answer as the model does.
     """
+    from luthier.models.description import check_folder
     from luthier.models.gguf import check_writable
-    from luthier.models.load import check_folder
 
     check_writable(str(check_folder(stored.network_folder).get("model_type")), stored.id)
     check_mergeable(stored, "a GGUF file holds nothing else")

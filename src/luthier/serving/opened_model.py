@@ -94,7 +94,7 @@ def open_model(
     whatever steps beside it, where the backend can.
     """
     from luthier.engine.machine import open_network
-    from luthier.models.load import check_folder
+    from luthier.models.description import check_folder
     from luthier.serving.derived_gguf import gguf_of, gguf_type
     from luthier.store.models import attach_adapter, objective_of, room_of, shares_base
 

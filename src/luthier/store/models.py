@@ -282,11 +282,16 @@ def _read_record(folder: Path, model_id: str) -> Manifest:
 
 
 def load(
-    model: StoredModel, dtype: torch.dtype, device: torch.device, head: Head | None = None
+    model: StoredModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    head: Head | None = None,
+    learns: bool = True,
 ) -> nn.Module:
     """The network of ``model`` with all adapters of its lineage merged in.
 
-    ``head`` is what it is loaded for: its own task when not given.
+    ``head`` is what it is loaded for: its own task when not given. One that does not learn may have
+    modules of ours.
 
     Raises:
         CorruptFile: where a file is not the one that the record names.
@@ -296,8 +301,8 @@ def load(
     check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
-        return load_model(model.folder, dtype, device, head)
-    network = load(model.parent, dtype, device, head)
+        return load_model(model.folder, dtype, device, head, learns)
+    network = load(model.parent, dtype, device, head, learns)
     attach_adapter(network, model)
     adaptation_of(model).merge(network)
     return network
@@ -364,7 +369,7 @@ def shares_base(model: StoredModel) -> bool:
     Through every face alike: merging rounds, and one seed is to give one text everywhere.
     """
     from luthier.models.backends import chosen_backend
-    from luthier.models.load import described_network
+    from luthier.models.description import described_network
 
     parent = below = model.parent
     while below is not None and below.parent is not None:
@@ -418,7 +423,7 @@ def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
 
     With an ``adaptation``, which is still to be trained, less what that takes, too.
     """
-    from luthier.models.load import check_folder
+    from luthier.models.description import check_folder
     from luthier.models.modalities import context_length
 
     more = adaptation.added_tokens if adaptation is not None else 0

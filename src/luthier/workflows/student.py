@@ -12,8 +12,9 @@ import torch
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Run
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
+from luthier.models.description import check_folder
 from luthier.models.heads import Head, head_in
-from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
+from luthier.models.load import read_config, sketch_of, stored_dtype
 from luthier.models.manifest import Manifest
 from luthier.models.modalities import context_length
 from luthier.models.save import save_network

@@ -1,0 +1,152 @@
+"""What a folder in the form of Hugging Face describes, before anything of it is loaded.
+
+PyTorch and transformers are imported for families other than Llama's only: most of what is asked of a
+folder (its context length, whether its adapters can share it) needs neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from luthier.data.media import MOST_PIXELS
+from luthier.errors import CorruptFile, ModelRefused, UnknownModel
+from luthier.files import read_json
+from luthier.models.bounds import drawing_bounds, refuse_configuration
+from luthier.models.heads import Head, Task, task_in
+from luthier.models.llama_config import LlamaConfig
+from luthier.models.modalities import input_shape, media_config
+from luthier.models.outside import check_layers, check_shards, check_sizes, check_weights
+from luthier.models.pipelines import NETWORKS, is_pipeline, read_pipeline
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The model's ``config.json``; refuses folders without one or without safetensors.
+
+    Of a pipeline of diffusers the same of its parts.
+
+    Raises:
+        UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
+            the one whose weights lie in the folder. Nothing was built then.
+    """
+    fields = _read_fields(folder)
+    try:
+        described_network(folder)
+    except ModelRefused as refused:  # whose file is named as seen from the folder
+        why = refused.problem
+        place = str(folder / why.file)
+        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
+    return fields
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    if is_pipeline(folder):
+        return read_pipeline(folder)
+    if not (folder / "config.json").is_file():
+        raise UnknownModel(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise UnknownModel(
+            f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
+            "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
+        )
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CorruptFile(f"{folder / 'config.json'} is no configuration")
+    check_shards(folder)
+    return config
+
+
+@dataclass(frozen=True)
+class DescribedNetwork:
+    """What a configuration describes, drawn without numbers."""
+
+    task: Task
+    """What the head of the class that it names is for."""
+    numbers: int
+    """Numbers of its weights; of an encoder of texts or a classifier without the head."""
+    flat: bool
+    """Whether many of its sequences can be written side by side (:mod:`luthier.models.layouts`)."""
+
+
+def described_network(folder: Path, memory: bool | None = None) -> DescribedNetwork:
+    """What ``config.json`` in ``folder`` describes. It is drawn once, as long as no file changes.
+
+    ``memory`` is that of :func:`drawing_bounds`; where no other thread runs when not given.
+
+    Raises:
+        UnknownModel: for one that describes no network.
+        ModelRefused: for a network that is larger than its stored weights, or takes too much to draw.
+    """
+    # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
+    # owner, whose own memory the bounds protect: what others give to a server is copied first, to
+    # where they cannot write.
+    files = [
+        path for part in _parts(folder) for path in (part / "config.json", *weight_files(part))
+    ]
+    versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
+    if memory is None:
+        memory = threading.active_count() == 1
+    return _draw_described(folder, versions, memory)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Folders with weights: a pipeline has one for each of its networks."""
+    return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of its weights, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+_HEADS_LEFT_OUT: tuple[Task, ...] = (
+    "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
+)  # fmt: skip
+"""Heads that depend on what is learned, or that few folders of the family hold."""
+
+
+@lru_cache(maxsize=64)
+def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
+    fields = _read_fields(folder)
+    check_layers(fields)
+    if (llama := LlamaConfig.of(fields)) is not None:
+        check_sizes(llama.numbers, 0, check_weights(folder))
+        return DescribedNetwork("causal_lm", llama.numbers, flat=True)
+    from luthier.models.layouts import is_flat
+    from luthier.models.load import configuration, draw, for_head
+
+    _import_libraries(folder)
+    kind = fields.get("model_type", "of unknown type")
+    with (
+        drawing_bounds(memory),
+        refuse_configuration(UnknownModel, f"the network in {folder} ({kind}) cannot be loaded"),
+    ):
+        config = configuration(folder, fields)
+        task = task_in(config)
+        bare: Task = "embedding" if task in _HEADS_LEFT_OUT else task
+        network = draw(for_head(config, Head(bare)), Head(bare))
+        shape = input_shape(config) if media_config(config) is not None else (1,)
+        if min(shape) < 1 or prod(shape) > MOST_PIXELS:
+            raise ValueError(f"what it reads has the shape {shape}")
+        if empty := [name for name, weight in network.named_parameters() if not weight.numel()]:
+            raise ValueError(f"{empty[0]} has no numbers")
+    numbers = sum(weight.numel() for weight in network.parameters())
+    if not fields.get("quantization_config"):  # its files hold several numbers in one
+        tables = sum(table.nbytes for table in network.buffers())
+        check_sizes(numbers, tables, sum(map(check_weights, _parts(folder))))
+    return DescribedNetwork(task, numbers, is_flat(network))
+
+
+def _import_libraries(folder: Path) -> None:
+    """Have what a network of any family imports, which is not to count as its own."""
+    import transformers.models.auto.modeling_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    if is_pipeline(folder):
+        from luthier.models.nets.stable_diffusion import part_classes
+
+        part_classes()

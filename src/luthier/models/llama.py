@@ -1,0 +1,215 @@
+"""Llama's network (Touvron et al. 2023, arXiv:2302.13971) without transformers, to answer with.
+
+Importing transformers' own takes 2 of the 3 seconds from ``luthier generate`` to a first token. What is
+opened to answer needs little of it: the weights by their published names, in modules that adapters find
+as they find transformers', and a forward pass over what an attention of :mod:`luthier.models.attention`
+lets each token see. The bits are those of transformers' modules once :func:`luthier.models.fused.fuse`
+was through them. A configuration with anything that is not known here is left to transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from luthier.encryption.tensors import load_tensors, tensor_headers
+from luthier.errors import UnknownModel
+from luthier.models.attention import Attends
+from luthier.models.fused import RMSNorm, SwiGLU
+from luthier.models.llama_config import LlamaConfig, RopeParameters
+
+
+class States(NamedTuple):
+    """What the layers give."""
+
+    last_hidden_state: Tensor
+    """``[1, N, H]``."""
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    is_causal = True
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx, self.head_dim = layer_idx, config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width, bias = config.hidden_size, config.attention_bias
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=bias)
+
+    def forward(self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends) -> Tensor:
+        """``cos`` and ``sin`` are ``[1, 1, N, D]``; ``tree`` decides who sees whom."""
+        shape = (*x_1NH.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(x_1NH).view(shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = (each * cos + _rotate_half(each) * sin for each in (query, key))
+        seen_1NhD = tree.attend(self, query, key, value, self.scaling)
+        attended: Tensor = self.o_proj(seen_1NhD.reshape(*x_1NH.shape[:-1], -1).contiguous())
+        return attended
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+class LlamaLayer(nn.Module):
+    """Attention, then a gated MLP, each behind a norm and added to what they read."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = SwiGLU(
+            nn.Linear(width, inner, bias=bias),
+            nn.Linear(width, inner, bias=bias),
+            nn.Linear(inner, width, bias=bias),
+        )
+        self.input_layernorm = _norm(config)
+        self.post_attention_layernorm = _norm(config)
+
+    def forward(self, x_1NH: Tensor, cos: Tensor, sin: Tensor, tree: Attends) -> Tensor:
+        """The next states ``[1, N, H]``."""
+        x_1NH = x_1NH + self.self_attn(self.input_layernorm(x_1NH), cos, sin, tree)
+        states: Tensor = x_1NH + self.mlp(self.post_attention_layernorm(x_1NH))
+        return states
+
+
+def _norm(config: LlamaConfig) -> RMSNorm:
+    return RMSNorm(nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps)
+
+
+def _inverse_frequencies(rope: RopeParameters, size: int) -> Tensor:
+    """Radians that a position turns each pair of ``size`` numbers by, ``[size / 2]``."""
+    steps = torch.arange(0, size, 2, dtype=torch.float, device="cpu") / size
+    frequencies: Tensor = 1.0 / (rope.rope_theta**steps)
+    if rope.rope_type == "default":
+        return frequencies
+    # Waves longer than the original context are stretched, short ones stay, those between blend.
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    length = 2 * math.pi / frequencies
+    original = rope.original_max_position_embeddings
+    stretched = torch.where(length > original / low, frequencies / rope.factor, frequencies)
+    share = (original / length - low) / (high - low)
+    blended = (1 - share) * stretched / rope.factor + share * stretched
+    between = ~(length < original / high) * ~(length > original / low)
+    return torch.where(between, blended, stretched)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of positions."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        frequencies = _inverse_frequencies(config.rope_parameters, config.head_dim)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``[1, N, D]`` each, of the type of ``x``, for positions ``[1, N]``."""
+        angles = position_ids[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class LlamaModel(nn.Module):
+    """The network below its output head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # Drawn on no device, a table would have torch import its compiler, which takes half a second.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        layers = (LlamaLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = _norm(config)
+        self.rotary_emb = RotaryEmbedding(config)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, tree: Attends, **_: Any) -> States:
+        """States of the tokens ``[1, N]``."""
+        x_1NH = self.embed_tokens(input_ids)
+        cos, sin = (each[:, None] for each in self.rotary_emb(x_1NH, position_ids=position_ids))
+        for layer in self.layers:
+            x_1NH = layer(x_1NH, cos, sin, tree)
+        return States(self.norm(x_1NH))
+
+
+class LlamaForCausalLM(nn.Module):
+    """The network with its output head, by the names that transformers' modules have."""
+
+    base_model_prefix = "model"
+    reads_tree = True
+    """Its attention asks a tree who sees whom, and nothing of transformers'."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def base_model(self) -> LlamaModel:
+        """The network below the head."""
+        return self.model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of tokens; an adapter may have put another in its place."""
+        table: nn.Module = self.model.embed_tokens
+        return table
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output head."""
+        return self.lm_head
+
+
+def sketch_llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """The network without its numbers, but for the table of frequencies."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def load_llama(
+    config: LlamaConfig, files: list[Path], dtype: torch.dtype, device: torch.device
+) -> LlamaForCausalLM | None:
+    """The network with the weights in ``files``; ``None`` where transformers would tie them otherwise.
+
+    Raises:
+        UnknownModel: where a weight is missing or has another shape.
+        SafetensorError, CorruptFile: for files that cannot be read.
+    """
+    model = sketch_llama(config)
+    if config.tie_word_embeddings and any("lm_head.weight" in tensor_headers(f) for f in files):
+        return None
+    wanted = {name: weight.shape for name, weight in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for path in files:
+        for name, tensor in load_tensors(path).items():
+            if wanted.get(name) == tensor.shape:
+                # A copy: the file is mapped, and may be replaced while the network is in use.
+                found[name] = tensor.to(device, dtype, copy=True)
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UnknownModel(
+            f"it has not all weights of the network: {len(missing)} are missing or of another shape, "
+            f"{', '.join(missing[:3])} among them"
+        )
+    model.load_state_dict(found, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.to(device)

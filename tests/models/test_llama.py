@@ -1,0 +1,224 @@
+"""Llama without transformers: the same bits, or not taken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.adaptations import ADAPTATIONS
+from luthier.errors import CorruptFile, ModelRefused, UnknownModel
+from luthier.models.description import check_folder, described_network
+from luthier.models.heads import prompt_ids
+from luthier.models.kv_cache import CHUNK
+from luthier.models.llama import LlamaConfig, LlamaForCausalLM, load_llama, sketch_llama
+from luthier.models.load import as_network, load_model
+from luthier.models.save import load_adapter, save_adapter
+from luthier.models.torch_backend import FlatBackend
+
+CPU = torch.device("cpu")
+PROMPT = np.random.default_rng(0).integers(3, 300, CHUNK + 70)
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "other heads": {"head_dim": 16, "num_key_value_heads": 4},
+    "longer context": {"rope_parameters": LLAMA3},
+}
+
+
+@pytest.fixture(scope="module")
+def write_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``write_llama(**fields)``: the folder of a tiny one with other fields."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def write(**fields: Any) -> Path:
+        size = {
+            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**size | fields))
+        for name, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+            if "norm" in name:
+                weight.data += 1
+        folder = tmp_path_factory.mktemp("llama")
+        model.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+def written(model: Any, dtype: torch.dtype, exact: bool) -> torch.Tensor:
+    """Logits behind a prompt and behind three tokens that are written after it."""
+    backend = FlatBackend(as_network(model.eval(), CPU, dtype), 1024, exact)
+    state = backend.open(np.concatenate([np.array(prompt_ids(model), dtype=np.int64), PROMPT]))
+    while (logits := backend.prefill([state])[0]) is None:
+        pass
+    rows = [logits, *(backend.step([state], [token])[0] for token in (5, 6, 7))]
+    backend.close()
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_bits_are_those_of_transformers(
+    form: str, dtype: torch.dtype, exact: bool, write_llama: Callable[..., Path]
+) -> None:
+    folder = write_llama(**FORMS[form])
+    ours = load_model(folder, dtype, CPU, learns=False)
+    assert isinstance(ours, LlamaForCausalLM)
+    theirs = load_model(folder, dtype, CPU)
+    assert not isinstance(theirs, LlamaForCausalLM)
+    assert {n: w.shape for n, w in ours.named_parameters()} == {
+        n: w.shape for n, w in theirs.named_parameters()
+    }
+    assert torch.equal(written(ours, dtype, exact), written(theirs, dtype, exact))
+
+
+ATTACHED = [
+    name
+    for name, kind in sorted(ADAPTATIONS.items())
+    if not kind.model_validate({"method": name}).stores_network
+]
+
+
+@pytest.mark.parametrize("method", ATTACHED)
+def test_adapters_find_their_places(
+    method: str, write_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    adaptation = ADAPTATIONS[method].model_validate({"method": method})
+    folder = write_llama(attention_bias=method == "bitfit")
+    tuned = load_model(folder, torch.float32, CPU)
+    torch.manual_seed(1)
+    adaptation.attach(tuned)
+    for weight in tuned.parameters():
+        if weight.requires_grad:
+            weight.data.normal_(std=0.05)
+    tmp_path.joinpath("adapter").mkdir()
+    save_adapter(tuned, adaptation, {}, tmp_path / "adapter")
+    found = []
+    for learns in (True, False):
+        model = load_model(folder, torch.float32, CPU, learns=learns)
+        load_adapter(model, adaptation, tmp_path / "adapter")
+        if adaptation.mergeable:
+            adaptation.merge(model)
+        found.append(written(model, torch.float32, exact=False))
+    plain = written(load_model(folder, torch.float32, CPU), torch.float32, exact=False)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], plain)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "mistral"},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"hidden_act": "gelu"},
+        {"quantization_config": {"bits": 4}},
+        {"sliding_window": 64},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"num_hidden_layers": -1},
+        {"hidden_size": "32"},
+        {"rms_norm_eps": float("nan")},
+        {"attention_dropout": 0.1},
+        {"pretraining_tp": 2},
+        {"vocab_size": None},
+        {"something_new": 1},
+    ],
+)
+def test_what_is_not_known_is_left_to_transformers(
+    fields: dict[str, Any], write_llama: Callable[..., Path]
+) -> None:
+    known = json.loads((write_llama() / "config.json").read_text())
+    assert LlamaConfig.of(known) is not None
+    assert LlamaConfig.of(known | fields) is None
+
+
+def test_fields_from_before_transformers_5(write_llama: Callable[..., Path]) -> None:
+    now = json.loads((write_llama(rope_parameters=LLAMA3) / "config.json").read_text())
+    rope = dict(now.pop("rope_parameters"))
+    before = now | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    assert LlamaConfig.of(before) is not None
+    assert LlamaConfig.of(before) == LlamaConfig.of(now | {"rope_parameters": LLAMA3})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_counted_as_transformers_counts_it(
+    form: str, write_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_llama(**FORMS[form])
+    ours = described_network(folder, memory=False)
+    monkeypatch.setattr("luthier.models.description.LlamaConfig.of", lambda fields: None)
+    assert described_network(folder, memory=True) == ours
+
+
+def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama()
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    config = LlamaConfig.of(json.loads((folder / "config.json").read_text()))
+    assert config is not None
+
+    save_file({n: w for n, w in whole.items() if n != "model.norm.weight"}, path)
+    with pytest.raises(
+        UnknownModel, match=r"1 are missing or of another shape, model\.norm\.weight"
+    ):
+        load_llama(config, [path], torch.float32, CPU)
+    save_file(
+        whole | {"model.norm.weight": torch.full_like(whole["model.norm.weight"], torch.nan)}, path
+    )
+    with pytest.raises(CorruptFile, match=r"model\.norm\.weight .* not finite"):
+        load_model(folder, torch.float32, CPU, learns=False)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelRefused, match="no whole safetensors file"):
+        load_model(folder, torch.float32, CPU, learns=False)
+    tied = config.model_copy(update={"tie_word_embeddings": True})
+    save_file(whole, path)
+    assert load_llama(tied, [path], torch.float32, CPU) is None
+
+
+def test_a_configuration_of_more_than_is_stored_is_refused(
+    write_llama: Callable[..., Path],
+) -> None:
+    folder = write_llama()
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"intermediate_size": 1 << 20}))
+    with pytest.raises(ModelRefused, match="describes a network of"):
+        check_folder(folder)
+    assert next(sketch_llama(LlamaConfig.of(fields)).parameters()).device.type == "meta"  # type: ignore[arg-type]
+
+
+def test_generating_imports_no_transformers(tiny_model_folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from luthier.cli.app import app\n"
+        f"sys.argv = ['luthier', 'generate', {str(tiny_model_folder)!r}, 'Hi', '--max-tokens', '4']\n"
+        "try: app()\n"
+        "except SystemExit as ended: assert not ended.code, ended.code\n"
+        "print({'transformers', 'torch._dynamo'} & {*sys.modules})"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"LUTHIER_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.rstrip().endswith("set()")
