@@ -89,16 +89,16 @@ def test_what_runs_otherwise_than_it_is_described_is_refused_at_its_first_pass(c
 def test_a_configuration_is_drawn_once_as_long_as_no_file_changes(
     copy: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = copy("llama")
+    folder = copy("gpt2")
     model = load_model(folder, torch.float32, CPU)
     assert described_network(folder).numbers == sum(each.numel() for each in model.parameters())
     drawn: list[Any] = []
-    sketch = load._sketch
-    monkeypatch.setattr(load, "_sketch", lambda *of: drawn.append(of) or sketch(*of))
+    draw = load.draw
+    monkeypatch.setattr(load, "draw", lambda *of: drawn.append(of) or draw(*of))
     check_folder(folder)
     assert not drawn
     with pytest.raises(ModelRefused):
-        check_folder(copy("llama", vocab_size=10**9))
+        check_folder(copy("gpt2", vocab_size=10**9))
     assert len(drawn) == 1
 
 
