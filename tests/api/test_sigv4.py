@@ -23,8 +23,9 @@ from signing import (
 from luthier.api import sigv4
 from luthier.api.http.messages import RequestHead
 from luthier.api.sigv4 import SignedService
+from real_data import FOLDER, needs_data
 
-VECTORS = Path(__file__).parents[2].parent / "shared" / "data" / "aws4_testsuite"
+VECTORS = FOLDER / "aws4_testsuite"
 ARN = "arn:aws:bedrock:us-east-1:000000000000:custom-model/hf.smol/abcdefabcdef"
 
 
@@ -51,7 +52,7 @@ def read_request(path: Path) -> tuple[RequestHead, bytes]:
     return RequestHead(method, path_, query, headers, tls=True), body
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="needs the published vectors")
+@needs_data("aws4_testsuite")
 @pytest.mark.parametrize("folder", vector_folders(), ids=lambda path: path.name)
 def test_published_vector(folder: Path) -> None:
     read = {end: folder / f"{folder.name}.{end}" for end in ("sreq", "creq", "sts", "authz")}
@@ -74,7 +75,7 @@ AMBIGUOUS = {
 """Right by the specification; refused for the form of the path, or a token that is not signed."""
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="needs the published vectors")
+@needs_data("aws4_testsuite")
 @pytest.mark.parametrize("folder", vector_folders(), ids=lambda path: path.name)
 def test_published_vector_as_a_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sigv4.SERVICES, "service", SignedService(timedelta(minutes=5)))
@@ -90,7 +91,7 @@ def test_published_vector_as_a_request(folder: Path, monkeypatch: pytest.MonkeyP
         assert refused(head, body + b" ", at) == "InvalidSignature"
 
 
-@pytest.mark.skipif(not VECTORS.is_dir(), reason="needs the published vectors")
+@needs_data("aws4_testsuite")
 def test_all_published_vectors_are_tried() -> None:
     folders = vector_folders()
     assert len(folders) == 34

@@ -21,8 +21,8 @@ from luthier.data.shapes import (
 from luthier.errors import DataError, RowRefused
 from luthier.objectives import DPO, KTO
 from luthier.types import Message, Row
+from real_data import FOLDER, needs_data
 
-REAL = Path("/work/shared/data")
 USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "S"}
 YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
 AGAIN = {"role": "user", "content": "Again?"}
@@ -301,8 +301,8 @@ def test_every_rule_is_shown_by_an_example() -> None:
     assert {rule for rule, *_ in EXAMPLES} | gathered == set(RULES)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
+@needs_data("dpo_demo")
 @pytest.mark.parametrize(("name", "count"), [("pandalm_pref", 766), ("dpo_demo", 300)])
 def test_real_files(name: str, count: int) -> None:
-    rows = load_rows(REAL / name / "train.jsonl")
+    rows = load_rows(FOLDER / name / "train.jsonl")
     assert len(rows) == count and all(row.chosen and row.rejected for row in rows)

@@ -17,8 +17,9 @@ from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.gate.clean import CleaningSummary, changes_path, clean, summary_path
 from luthier.gate.clean_plan import CleaningPlan
 from luthier.gate.selection import Selector
+from real_data import FOLDER, needs_data
 
-SMS = Path("/work/shared/data/sms_spam")
+SMS = FOLDER / "sms_spam"
 SYLLABLES = ("ri", "ver", "sto", "ne", "win", "ter", "gar", "den", "mor", "ning", "let", "lan")
 
 
@@ -327,7 +328,7 @@ def test_leaks_need_held_out_rows(tmp_path: Path) -> None:
         cleaned(source, tmp_path / "b.jsonl", drop=["leakage.near"])
 
 
-@pytest.mark.skipif(not SMS.exists(), reason="needs the data of the workplace")
+@needs_data("sms_spam")
 def test_a_real_set_is_clean_afterwards(tmp_path: Path) -> None:
     target = tmp_path / "clean.jsonl"
     dropped = ["duplicate.exact", "duplicate.near", "leakage.exact", "leakage.input", "leakage.near",

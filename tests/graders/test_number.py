@@ -6,7 +6,6 @@ import json
 import random
 import time
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,9 @@ from luthier.errors import RowRefused
 from luthier.graders import Answer, Number
 from luthier.graders.number import last_number
 from luthier.types import Message, Row
+from real_data import FOLDER, needs_data
 
-GSM8K = Path("/work/shared/data/gsm8k")
+GSM8K = FOLDER / "gsm8k"
 
 
 def answer(reply: str, expected: str) -> Answer:
@@ -113,7 +113,7 @@ def test_huge_replies_take_little_time() -> None:
     assert time.monotonic() - started < 10
 
 
-@pytest.mark.skipif(not GSM8K.is_dir(), reason="needs GSM8K")
+@needs_data("gsm8k")
 @pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl"])
 def test_every_answer_of_gsm8k(name: str) -> None:
     """Gold answers score 1, whole or as a sentence; those with another result 0."""

@@ -27,8 +27,8 @@ from luthier.gate.scan import inspect_rows
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec
 from luthier.types import Row
+from real_data import FOLDER, needs_data
 
-DATA = Path("/work/shared/data")
 DOCS = Path(__file__).parents[3] / "docs"
 EN = [
     "The parcel that I ordered last week has not arrived at my home yet, and nobody answers.",
@@ -217,21 +217,21 @@ def test_names_of_languages() -> None:
 ENGLISH_SETS = ["banking77", "gsm8k", "medquad", "ncbi_disease", "sms_spam", "wnut17"]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not here")
+@needs_data("sib200_vi")
 @pytest.mark.parametrize("name", [*ENGLISH_SETS, "sib200_en", "sib200_vi", "d2l_vi"])
 def test_real_rows(english_base: ChatFormat, name: str) -> None:
     from luthier.data.rows import RowReader
 
-    given = list(RowReader(str(DATA / name / "train.jsonl")))[:1000]
+    given = list(RowReader(str(FOLDER / name / "train.jsonl")))[:1000]
     summary = found(inspect_rows({"train": given}, [BaseLanguage(english_base, None)]))
     assert (summary is not None) == name.endswith("_vi")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not here")
+@needs_data("sib200_vi")
 def test_a_tokenizer_of_two_languages_knows_both() -> None:
     def texts(*names: str) -> Iterator[str]:
         for name in names:
-            for line in (DATA / name / "train.jsonl").read_text().splitlines():
+            for line in (FOLDER / name / "train.jsonl").read_text().splitlines():
                 yield json.loads(line)["text"]
 
     both = trained_on(texts("d2l_vi", "d2l_en", "wiki_en"), 8000)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,8 @@ from luthier.gate.report import Report
 from luthier.gate.rules import Findings
 from luthier.gate.scan import Gate, inspect_rows
 from luthier.types import Message, Row, ToolCall
+from real_data import FOLDER, needs_data
 
-DATA = Path("/work/shared/data")
 LONG = "please tell me when the parcel that I ordered at the end of last week will be delivered"
 
 
@@ -243,11 +242,11 @@ def test_nothing_at_all() -> None:
     assert report_of([]).findings.exit_code == 0
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the shared data")
+@needs_data("banking77")
 def test_what_is_known_of_real_sets() -> None:
     splits = {}
     for split in ("train", "test"):
-        lines = (DATA / f"banking77/{split}.jsonl").read_text().strip("\n").split("\n")
+        lines = (FOLDER / f"banking77/{split}.jsonl").read_text().strip("\n").split("\n")
         records = map(json.loads, lines)
         splits[split] = labelled(*((each["text"], each["label"]) for each in records), file=split)
     report = inspect_rows(splits, [Duplicates()])
