@@ -113,7 +113,6 @@ class Service:
             graders,
             lambda account: quotas,
             self.told_of.set,
-            self.told_of.set,
         )
         self.face = BedrockFace(self.control, handlers)
 

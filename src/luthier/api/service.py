@@ -202,8 +202,7 @@ class Service:
             self._delete,
             self._grader,
             quotas=self._quotas,
-            submitted=self.scheduler.wake,
-            import_asked=self.scheduler.wake,
+            wake=self.scheduler.wake,
             evaluations=self.openai.evaluations,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.

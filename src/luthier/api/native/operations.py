@@ -25,7 +25,7 @@ from luthier.api.http.messages import (
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.identifiers import find_foundation, find_model
-from luthier.api.policies import refuse_denied
+from luthier.api.policies import refusals_naming, refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
@@ -318,11 +318,8 @@ class Context:
         A refusal names ``shown``, the end as the caller wrote it: who asked by a name learns no id.
         """
         resource = self._resource(request, path)
-        try:
+        with refusals_naming(resource, self._resource(request, shown or path)):
             self._allow(request, action, resource)
-        except Fault as fault:
-            text = fault.message.replace(resource, self._resource(request, shown or path))
-            raise Fault(fault.code, text) from None
 
     def allow_base(self, request: Request, action: str, model: FoundationModel) -> None:
         """Refuse a caller who may not do this with a foundation model."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from sqlalchemy import and_, or_, select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.evaluations import EvaluationRunner
@@ -184,12 +184,11 @@ class Evals:
                 place = store.get_eval(session, request.caller.account, after)
                 if place is None:
                     raise invalid(f"No such eval: {after}.", "after")
-                at, seq = getattr(place, moment.key), place.seq
-                query = query.where(
-                    or_(moment > at, and_(moment == at, Eval.seq > seq))
-                    if ascending
-                    else or_(moment < at, and_(moment == at, Eval.seq < seq))
+                position, last_shown = (
+                    tuple_(moment, Eval.seq),
+                    (getattr(place, moment.key), place.seq),
                 )
+                query = query.where(position > last_shown if ascending else position < last_shown)
             order = [each.asc() if ascending else each.desc() for each in (moment, Eval.seq)]
             found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
         return page(found, limit, eval_object)
