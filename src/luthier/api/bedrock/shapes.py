@@ -26,8 +26,9 @@ from botocore.model import (
 )
 
 from luthier.api.bedrock.bodies import json_object
-from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.messages import Fault, Request, Response, timestamp
 from luthier.serving.inference import TURNS
+from luthier.store.text import check_storable
 
 SERVICES = ("bedrock", "bedrock-runtime")
 """Their paths never collide: one table serves both."""
@@ -192,8 +193,10 @@ class ShapeChecker:
         return value
 
     def _text(self, shape: StringShape, value: str, path: str) -> str:
-        if _unwritable(value):
-            raise _wrong_type(path, "text without NUL and lone surrogates")
+        try:
+            check_storable(value)
+        except ValueError:
+            raise _wrong_type(path, "text without NUL and lone surrogates") from None
         shown = "***" if shape.metadata.get("sensitive") else value
         if not self._size(shape, value, path, "length", shown):
             return value
@@ -288,13 +291,6 @@ def _number(value: Any, kinds: tuple[type, ...], path: str, called: str) -> Any:
     return value
 
 
-def _unwritable(text: str) -> bool:
-    """Whether no database and no UTF-8 file would take it."""
-    if "\0" in text:
-        return True
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def _wrong_type(path: str, expected: str) -> Fault:
     return Fault("Serialization", f"'{path}' has to be {expected}.", parameter=path)
 
@@ -318,9 +314,11 @@ def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
     """
     if not isinstance(operation.input_shape, StructureShape):
         return {}
-    body = _body(operation.input_shape, request)
+    members = operation.input_shape.members
+    has_body = any("location" not in shape.serialization for shape in members.values())
+    body = json_object(request) if has_body else {}
     given: dict[str, Any] = {}
-    for name, shape in operation.input_shape.members.items():
+    for name, shape in members.items():
         key = shape.serialization.get("name", name)
         location = shape.serialization.get("location")
         if location == "uri":
@@ -361,19 +359,6 @@ def plain(shape: Shape, value: Any) -> Any:
     if isinstance(shape, MapShape):
         return {key: plain(shape.value, item) for key, item in value.items()}
     return timestamp(value) if isinstance(value, datetime) else value
-
-
-def timestamp(moment: datetime) -> str:
-    """``2026-01-31T12:00:00.123Z``: what is below a millisecond is cut off."""
-    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def _body(shape: StructureShape, request: Request) -> Mapping[str, Any]:
-    """The body, an object; empty where the operation has none."""
-    if all(member.serialization.get("location") for member in shape.members.values()):
-        return {}
-    return json_object(request)
 
 
 def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:

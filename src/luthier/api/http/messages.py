@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
@@ -38,7 +38,7 @@ from luthier.limits import ServerLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
-from luthier.store.text import check_storable
+from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
@@ -181,6 +181,9 @@ def parse_json(data: bytes, most_values: int) -> Any:
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
         text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    try:
         found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
             # It can be read, and not written again by code that calls itself for each level.
@@ -324,22 +327,18 @@ def check_text(head: RequestHead) -> None:
     if "%" not in head.path + head.query and (head.path + head.query).isascii():
         return
     try:
-        check_storable(unquote_to_bytes(head.path.encode("latin-1")).decode())
+        decode_storable(unquote_to_bytes(head.path.encode("latin-1")))
     except ValueError as error:
-        text = f"The path cannot be used: {_reason(error)}."
+        text = f"The path cannot be used: {error}."
         raise Fault("Validation", text, place="path") from None
     for name, value in query_pairs(head.query):
         try:
-            check_storable(name.decode())
-            check_storable(value.decode())
+            decode_storable(name)
+            decode_storable(value)
         except ValueError as error:
             shown = name.decode(errors="replace").replace("\0", "\ufffd")[:64]
-            text = f"The query parameter '{shown}' cannot be used: {_reason(error)}."
+            text = f"The query parameter '{shown}' cannot be used: {error}."
             raise Fault("Validation", text, parameter=shown, place="query") from None
-
-
-def _reason(error: ValueError) -> str:
-    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 _FORM = "application/x-www-form-urlencoded"
@@ -361,6 +360,12 @@ def service_of(head: RequestHead) -> str:
     if len(presigned) > 3:
         return presigned[3]
     return "sts" if form and (head.method, head.path) == ("POST", "/") else ""
+
+
+def timestamp(moment: datetime) -> str:
+    """``2026-01-31T12:00:00.123Z``, as AWS tells times: what is below a millisecond is cut off."""
+    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 def address_of(scope: Scope) -> str:

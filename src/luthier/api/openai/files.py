@@ -31,7 +31,7 @@ from luthier.api.openai.protocol import (
 )
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import FileWriter
-from luthier.store.text import check_storable
+from luthier.store.text import decode_storable
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
 FILE = "file"
@@ -173,23 +173,19 @@ class UploadForm:
 
     def _on_part_end(self) -> None:
         if not self._is_file:
-            self.fields[self._part] = _text(self._text, self._part)
+            self.fields[self._part] = _text(bytes(self._text), self._part)
 
     def _on_end(self) -> None:
         self._ended = True
 
 
-def _text(data: bytes | bytearray, parameter: str | None = None) -> str:
+def _text(data: bytes, parameter: str | None = None) -> str:
     """A name or a value of the form; 400 where it is no text that can be kept."""
     try:
-        text = data.decode()
-        check_storable(text)
+        return decode_storable(data)
     except ValueError as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise invalid(
-            f"The form cannot be read, one of its names or values: {why}.", parameter
-        ) from None
-    return text
+        text = f"The form cannot be read, one of its names or values: {error}."
+        raise invalid(text, parameter) from None
 
 
 def _unreadable(error: Exception) -> Exception:

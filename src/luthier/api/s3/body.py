@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from luthier.api.http.messages import Fault, Signed
 from luthier.api.http.streams import RequestBody, Run
+from luthier.api.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
@@ -27,11 +28,6 @@ _NOTHING = hashlib.sha256(b"").hexdigest()
 _SIGNATURE = "x-amz-trailer-signature"
 OBJECT_LIMIT = 5 << 30
 """Bytes of one request at most; larger objects come in parts."""
-_UNSIGNED, _UNSIGNED_TRAILER = "UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
-_SIGNED_CHUNKS = (
-    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
-    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER",
-)
 
 
 class Digest(Protocol):
@@ -165,7 +161,7 @@ class Expected:
         self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
         later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]
         self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
-        self._digests |= {"": hashlib.sha256()} if sha256 else {}
+        self._digests |= {} if sha256 is None else {"": hashlib.sha256()}
         self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
 
     def update(self, data: bytes) -> None:
@@ -180,7 +176,7 @@ class Expected:
             Fault: ``XAmzContentSHA256Mismatch``, ``BadDigest``, ``InvalidRequest``.
         """
         found = {name: digest.digest() for name, digest in self._digests.items()}
-        if self._sha256 and found.pop("").hex() != self._sha256:
+        if self._sha256 is not None and found.pop("").hex() != self._sha256:
             text = "The provided 'x-amz-content-sha256' header does not match what was computed."
             raise Fault("XAmzContentSHA256Mismatch", text)
         if self._md5 and found.pop("md5") != self._md5:
@@ -362,19 +358,15 @@ class SignedBody:
             of_body: whether the checksums in the headers are of the body.
 
         Raises:
-            Fault: ``EntityTooLarge``, ``InvalidRequest``, ``NotImplemented``, ``InvalidDigest``, ...
+            Fault: ``EntityTooLarge``, ``InvalidArgument``, ``NotImplemented``, ``InvalidDigest``.
         """
+        # A hash or one of these names: no signature with another word is let in.
         kind = signed.payload
-        hexadecimal = re.fullmatch(r"[0-9a-f]{64}", kind)
-        streaming = kind.startswith("STREAMING-")
-        if streaming and kind not in (_UNSIGNED_TRAILER, *_SIGNED_CHUNKS):
-            raise Fault("NotImplemented", f"Bodies signed as {kind[:80]} are not taken.")
-        if not (hexadecimal or streaming or kind == _UNSIGNED):
-            raise Fault("InvalidArgument", "x-amz-content-sha256 must be a hash or a known name.")
-        self._expected = Expected(headers, kind if hexadecimal else None, of_body)
+        streaming = kind in (STREAMED_UNSIGNED, *STREAMED)
+        self._expected = Expected(headers, None if streaming or kind == UNSIGNED else kind, of_body)
         self._chunked: Chunked | None = None
         if streaming:
-            keys = signed if kind in _SIGNED_CHUNKS else None
+            keys = signed if kind in STREAMED else None
             self._chunked = Chunked(keys, self._expected.trailers)
         self.length = _length(
             headers, "x-amz-decoded-content-length" if streaming else "content-length"
