@@ -25,8 +25,8 @@ from pydantic import Field
 from luthier.api.bedrock import converse
 from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.shapes import body_members, operation_models
-from luthier.api.evaluations import MOST_ROW_BYTES, EvaluationTask
-from luthier.api.http.messages import Caller, Fault, inference_faults, parse_json
+from luthier.api.evaluations import MOST_ROW_BYTES, EvaluationTask, parse_row
+from luthier.api.http.messages import Caller, Fault, inference_faults
 from luthier.api.http.routing import Authorize
 from luthier.api.identifiers import ModelIds
 from luthier.chat_models.base import SamplingSpec
@@ -348,12 +348,10 @@ class JobTask(EvaluationTask):
                     yield number, place, f"{self.sets[place].name}{file}, row {row}", line
 
     def _line_problem(self, data: DataSet, line: bytes) -> str:
-        if len(line) > MOST_ROW_BYTES:
-            return f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
         try:
-            record = parse_json(line, self.parts.limits.json_values)
-        except (Fault, ValueError) as error:
-            return f"it is no JSON that can be read: {str(error).rstrip('.')}."
+            record = parse_row(line, self.parts.limits.json_values)
+        except ValueError as error:
+            return str(error)
         return self.problem(data, record)
 
 

@@ -23,9 +23,10 @@ from luthier.api.openai.protocol import (
     Access,
     absent,
     invalid,
-    number_of,
+    is_ascending,
     one_of,
     page,
+    page_query,
     seconds,
     text_of,
 )
@@ -243,14 +244,13 @@ class Files:
     def list(self, request: Request) -> Response:
         """A page of files, the newest first unless asked otherwise."""
         self.access.to(request, "files.list")
-        limit, after = number_of(request, "limit", MOST, MOST), text_of(request, "after")
-        order = one_of("order", text_of(request, "order") or "desc", ("asc", "desc"))
+        limit, after = page_query(request, MOST, MOST)
         found = self.store.list(
             request.caller.account,
             limit + 1,
             after=after,
             purpose=text_of(request, "purpose"),
-            ascending=order == "asc",
+            ascending=is_ascending(request, "desc"),
         )
         if found is None:
             raise invalid(f"No such file: {after}.", "after")

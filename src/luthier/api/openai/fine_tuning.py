@@ -26,10 +26,9 @@ from luthier.api.openai.protocol import (
     absent,
     body,
     invalid,
-    number_of,
     page,
+    page_query,
     seconds,
-    text_of,
 )
 from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
@@ -64,7 +63,6 @@ _RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
 _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
-MOST = 100
 _AT_ONCE = 1000
 """Events that are read at once."""
 
@@ -545,7 +543,7 @@ class FineTuning:
     def list(self, request: Request) -> Response:
         """A page of jobs, the newest first."""
         self.access.to(request, "fine_tuning.jobs.list")
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         metadata = {
             key[len("metadata[") : -1]: values[-1]
             for key, values in request.query.items()
@@ -606,7 +604,7 @@ class FineTuning:
 
     def events(self, request: Request) -> Response:
         """A page of what happened, the newest first."""
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         seen = self._find(request, "list_events")
         position = None
         if after is not None:
@@ -619,7 +617,7 @@ class FineTuning:
 
     def checkpoints(self, request: Request) -> Response:
         """A page of the ends of epochs, the newest first; none before there is a model."""
-        limit, after = number_of(request, "limit", 10, MOST), text_of(request, "after")
+        limit, after = page_query(request, default=10)
         seen = self._find(request, "list_checkpoints")
         found: Iterator[dict[str, Any]] = iter(())
         if seen.job.state == jobs.COMPLETED and seen.model is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Generic, TypeVar
@@ -249,6 +251,26 @@ class GenerationResource(Generic[Asked]):
     def stream(self, caller: Caller, asked: Asked) -> Response:
         """The answer as it is written."""
         raise NotImplementedError
+
+
+def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One or several texts or lists of tokens, as completions and embeddings take them."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [given]
+    return list(given)  # type: ignore[arg-type]
+
+
+def completion_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What a completion begins with, and each of its chunks; its id begins with ``prefix``."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": None,
+    }
 
 
 def check_only_form(structured: StructuredOutputs | None, member: str) -> None:
