@@ -163,7 +163,7 @@ def _denial(caller: Caller, action: str, resource: str, kind: str, explicit: boo
         else f"because no {kind} policy allows the {action} action"
     )
     text = f"User: {caller.arn} is not authorized to perform: {action} on resource: {resource} {reason}"
-    return Fault("AccessDenied", text, action=action, resource=resource)
+    return Fault("AccessDenied", text)
 
 
 @lru_cache(maxsize=4096)

@@ -238,7 +238,7 @@ class Service:
             authorize,
             self.objects,
             self._delete,
-            limits=self._quotas,
+            quotas=self._quotas,
             count=self.meter.count,
             submitted=self.scheduler.wake,
         )

@@ -61,6 +61,10 @@ class Keyring:
         kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"luthier " + purpose)
         return kdf.derive(self.keys[key_id])
 
+    def cipher(self, key_id: str, salt: bytes, purpose: bytes) -> Any:
+        """AES-256-GCM under the key that :meth:`derive` gives; raises as it does."""
+        return new_cipher(self.derive(key_id, salt, purpose))
+
 
 _used: tuple[Path, Keyring] | None = None
 
@@ -233,14 +237,12 @@ def _read(path: Path, master: bytes) -> Keyring:
     from cryptography.exceptions import InvalidTag
 
     record: Any = read_json(path)
-    cipher, keys = _cipher(master), {}
+    cipher, keys = new_cipher(master), {}
     try:
         if record["format"] != 1:
             raise CorruptFile(f"{path} is of a newer version of luthier")
         for key_id, text in record["keys"].items():
-            wrapped = base64.b64decode(text)
-            nonce, rest = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
-            keys[key_id] = cipher.decrypt(nonce, rest, key_id.encode())
+            keys[key_id] = open_bytes(cipher, base64.b64decode(text), key_id.encode())
         current = str(record["current"])
         if current not in keys:
             raise CorruptFile(f"{path} lacks its current key {current}")
@@ -255,11 +257,9 @@ def _read(path: Path, master: bytes) -> Keyring:
 
 
 def _wrap(ring: Keyring, master: bytes) -> dict[str, Any]:
-    cipher, keys = _cipher(master), {}
+    cipher, keys = new_cipher(master), {}
     for key_id, key in ring.keys.items():
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        wrapped = nonce + cipher.encrypt(nonce, key, key_id.encode())
-        keys[key_id] = base64.b64encode(wrapped).decode()
+        keys[key_id] = base64.b64encode(seal_bytes(cipher, key, key_id.encode())).decode()
     return {"format": 1, "current": ring.current, "keys": keys}
 
 
@@ -267,12 +267,33 @@ def _new_key() -> tuple[str, bytes]:
     return secrets.token_hex(ID_BYTES), secrets.token_bytes(KEY_BYTES)
 
 
-def _cipher(master: bytes) -> Any:
+def new_cipher(key: bytes) -> Any:
+    """AES-256-GCM under a key of 32 bytes."""
     try:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
-        raise RefusedInput("an encrypted store needs: pip install 'luthier[server]'") from error
-    return AESGCM(master)
+        raise RefusedInput("encryption needs: pip install 'luthier[server]'") from error
+    return AESGCM(key)
+
+
+def seal_bytes(cipher: Any, data: bytes, bound: bytes | None) -> bytes:
+    """``data`` encrypted: nonce, ciphertext and tag. What it is ``bound`` to is authenticated with it.
+
+    Nonces are drawn at random, which is safe for 2**32 texts under one key.
+    """
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    sealed: bytes = nonce + cipher.encrypt(nonce, data, bound)
+    return sealed
+
+
+def open_bytes(cipher: Any, sealed: bytes, bound: bytes | None) -> bytes:
+    """What :func:`seal_bytes` was given.
+
+    Raises:
+        InvalidTag, ValueError: where it was changed, cut, or bound to something else.
+    """
+    data: bytes = cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], bound)
+    return data
 
 
 def key_of(text: str, where: str) -> bytes:

@@ -196,7 +196,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         authorize,
         objects,
         delete_model,
-        limits=lambda account: AccountQuotas(jobs_in_flight=20),
+        quotas=lambda account: AccountQuotas(jobs_in_flight=20),
         file_limit=2_000_000,
     )
     listening = socket.socket()

@@ -176,7 +176,7 @@ class _Jobs:
                     time_limit=body.time_limit_seconds,
                 ),
                 context.arns,
-                context.limits(request.account),
+                context.quotas(request.account),
             )
             view = _view(job)
         context.wake()

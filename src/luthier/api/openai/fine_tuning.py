@@ -450,13 +450,13 @@ class FineTuning:
         files: UploadedFiles,
         inference: Inference,
         arns: Arns,
-        limits: Callable[[str], AccountQuotas],
+        quotas: Callable[[str], AccountQuotas],
         submitted: Callable[[], None] = lambda: None,
     ) -> None:
         """``submitted`` is called after a job was put into the queue."""
         self.database, self.files, self.inference = database, files, inference
         self.catalogue, self.access = inference.catalogue, inference.access
-        self.arns, self.limits = arns, limits
+        self.arns, self.quotas = arns, quotas
         self._submitted = submitted
 
     def operations(self) -> Iterable[Operation]:
@@ -496,7 +496,7 @@ class FineTuning:
         seed = parameters.seed if parameters.seed is not None else secrets.randbelow(2**31)
         submission = self._submission(account, parameters, base, seed, grader)
         with self.database.write() as session:
-            job = submit(session, submission, self.arns, self.limits(account))
+            job = submit(session, submission, self.arns, self.quotas(account))
             seen = _with_model(session, job)
         self._submitted()
         return Response.json(_job_object(seen))
