@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -208,11 +207,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             raise Fault("AccessDenied", text)
         return caller
 
-    def meter_of(self, account: str) -> Callable[[str, int, int], None]:
-        """Counts the tokens of models as those of ``account``."""
-        return partial(self._count_tokens, account)
-
-    def _count_tokens(self, account: str, model: str, read: int, written: int) -> None:
+    def count_tokens(self, account: str, model: str, read: int, written: int) -> None:
+        """A model read and wrote so many tokens for ``account``."""
         self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
 
     def _run(self) -> None:

@@ -227,7 +227,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
 
         def count(model: str, read: int, written: int) -> None:
             calls.append((task.model_names.get(model, model), read, written))
-            self._count_tokens(run.account, model, read, written)
+            self.count_tokens(run.account, model, read, written)
 
         self.count(run.account, "", Usage(requests=1))
         with meter(count), working_for(run.account):

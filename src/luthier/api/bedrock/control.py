@@ -47,16 +47,6 @@ LONGEST_FAILURE = 2048
 """Characters of a failure message, by the shape that Bedrock has for it."""
 
 
-def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
-    """Where no Lambda graders are registered."""
-    return None
-
-
-def default_quotas(account: str) -> AccountQuotas:
-    """The same for everybody."""
-    return AccountQuotas()
-
-
 @dataclass(frozen=True)
 class Control:
     """The parts of the server that its control plane stands on."""
@@ -71,11 +61,11 @@ class Control:
     delete_model: Callable[[str, CustomModel], None]
     """Deletes a model of an account, wherever it is; raises :class:`~luthier.errors.WrongState` where
     it is in use."""
-    grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
+    grader: Callable[[str, str], Mapping[str, Any] | None]
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
-    quotas: Callable[[str], AccountQuotas] = default_quotas
+    quotas: Callable[[str], AccountQuotas]
     """Of an account."""
-    wake: Callable[[], None] = lambda: None
+    wake: Callable[[], None]
     """Tells the scheduler that there is a job, or a model from outside, to work on."""
     evaluations: EvaluationRunner | None = None
     """Works on evaluation jobs; ``None`` where nobody does."""

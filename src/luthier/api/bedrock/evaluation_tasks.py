@@ -53,8 +53,6 @@ VERDICT_TOKENS = 256
 ALTERNATIVE = "<OR>"
 """Stands between references of which any may be right."""
 _SPACE = uuid.UUID("8f0c6f0e-3d3c-4a59-9f7a-3a1c9d1b4b7e")
-
-
 _REFERENCE = "{{item.expected}}"
 ACCURACIES: Mapping[str, Grader] = {
     "Generation": StringCheck(reference=_REFERENCE, operation="ilike"),

@@ -145,33 +145,29 @@ class ShapeChecker:
             items = _check_type(value, list, path, "a list")
             if not self._size(shape, items, path, "length"):
                 return []
-            return [self._item(shape.member, item, path, n) for n, item in enumerate(items, 1)]
+            return [
+                self._item(shape.member, item, f"{path}.{number}.member")
+                for number, item in enumerate(items, 1)
+            ]
         if isinstance(shape, MapShape):
-            return self._map(shape, _check_type(value, dict, path, "an object"), path)
+            entries = _check_type(value, dict, path, "an object")
+            self._size(shape, entries, path, "length")
+            return {
+                self.value(shape.key, key, f"{path}.key"): self._item(
+                    shape.value, item, f"{path}.{key[:_SHOWN]}"
+                )
+                for key, item in entries.items()
+            }
         if isinstance(shape, StringShape):
             return self._text(shape, _check_type(value, str, path, "a string"), path)
         return self._scalar(shape, value, path)
 
-    def _item(self, shape: Shape, value: Any, path: str, number: int) -> Any:
-        where = f"{path}.{number}.member"
+    def _item(self, shape: Shape, value: Any, path: str) -> Any:
+        """What a list or a map holds: never null."""
         if value is None:
-            self._add_problem("null", where, "Member must not be null")
+            self._add_problem("null", path, "Member must not be null")
             return None
-        return self.value(shape, value, where)
-
-    def _map(self, shape: MapShape, value: dict[str, Any], path: str) -> dict[str, Any]:
-        self._size(shape, value, path, "length")
-        return {
-            self.value(shape.key, key, f"{path}.key"): self._entry(shape, key, item, path)
-            for key, item in value.items()
-        }
-
-    def _entry(self, shape: MapShape, key: str, value: Any, path: str) -> Any:
-        where = f"{path}.{key[:_SHOWN]}"
-        if value is None:
-            self._add_problem("null", where, "Member must not be null")
-            return None
-        return self.value(shape.value, value, where)
+        return self.value(shape, value, path)
 
     def _scalar(self, shape: Shape, value: Any, path: str) -> Any:
         kind = shape.type_name

@@ -35,6 +35,38 @@ from luthier.store.database import Database
 
 T = TypeVar("T")
 
+SHORT_REQUESTS = 16
+"""Threads beside those for what takes long: they answer what is short, and close streams."""
+SHORT_REQUESTS_PER_CLIENT = 2
+"""Of those, for one key from one address."""
+REST_FACTOR = 4.0
+"""For so many times the processor time of a short request its slot takes no other one of its client
+while others are at work: they all compute in Python, one at a time. Forty connections that listed 400
+files made a neighbour's chat take 3.6 times as long, and 1.5 times with this."""
+LONGEST_REST = 1.0
+"""Seconds."""
+USELESS_BODY_BYTES = 1 << 20
+"""Larger bodies that cannot be used are counted: to read and parse them takes time of all others."""
+UNUSABLE = frozenset({"Validation", "Serialization", "RequestEntityTooLarge"})
+WINDOW_SECONDS = 60.0
+BURST_SECONDS = 2.0
+"""A bucket holds the tokens of this long: what an idle account may send at once."""
+ADDRESS_BURST_SECONDS = 0.5
+"""The same for all requests of an address: what comes in at once delays whoever comes behind it."""
+REFUSALS = frozenset({400, 401, 403, 413, 499})
+"""Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
+exist; and not 429, which the server's load may cause."""
+REFUSAL_COST = 4
+"""Requests that a refused one counts as: 250 refused bodies of 24 MB a second made a neighbour's chat
+take 1.4 to 2.7 times as long on one core, and 66 of them 1.6 times."""
+WAIT_SECONDS = 2.0
+"""For which a request waits at most: what waits takes memory, also when its client has left."""
+SPENT_SECONDS = 1.0
+"""For which an address whose request would wait too long opens no connection. To look at its pace alone
+let sixteen connections in whenever there was time for one request."""
+PACED_ADDRESSES = 10_000
+"""Addresses that are remembered, until those that wait for nothing are forgotten."""
+
 
 class Threads:
     """Calls functions in threads, with the context of the task that asks.
@@ -238,39 +270,6 @@ def _busy() -> Fault:
 def _throttled(text: str, wait: float) -> Fault:
     """The refusal of who has to ``wait`` so many seconds, which clients are told in whole ones."""
     return Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
-
-
-SHORT_REQUESTS = 16
-"""Threads beside those for what takes long: they answer what is short, and close streams."""
-SHORT_REQUESTS_PER_CLIENT = 2
-"""Of those, for one key from one address."""
-REST_FACTOR = 4.0
-"""For so many times the processor time of a short request its slot takes no other one of its client
-while others are at work: they all compute in Python, one at a time. Forty connections that listed 400
-files made a neighbour's chat take 3.6 times as long, and 1.5 times with this."""
-LONGEST_REST = 1.0
-"""Seconds."""
-USELESS_BODY_BYTES = 1 << 20
-"""Larger bodies that cannot be used are counted: to read and parse them takes time of all others."""
-UNUSABLE = frozenset({"Validation", "Serialization", "RequestEntityTooLarge"})
-WINDOW_SECONDS = 60.0
-BURST_SECONDS = 2.0
-"""A bucket holds the tokens of this long: what an idle account may send at once."""
-ADDRESS_BURST_SECONDS = 0.5
-"""The same for all requests of an address: what comes in at once delays whoever comes behind it."""
-REFUSALS = frozenset({400, 401, 403, 413, 499})
-"""Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
-exist; and not 429, which the server's load may cause."""
-REFUSAL_COST = 4
-"""Requests that a refused one counts as: 250 refused bodies of 24 MB a second made a neighbour's chat
-take 1.4 to 2.7 times as long on one core, and 66 of them 1.6 times."""
-WAIT_SECONDS = 2.0
-"""For which a request waits at most: what waits takes memory, also when its client has left."""
-SPENT_SECONDS = 1.0
-"""For which an address whose request would wait too long opens no connection. To look at its pace alone
-let sixteen connections in whenever there was time for one request."""
-PACED_ADDRESSES = 10_000
-"""Addresses that are remembered, until those that wait for nothing are forgotten."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,19 @@ from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
+MOST_KEYS = 1_000
+"""Of an object whose fields are known."""
+_FORM = "application/x-www-form-urlencoded"
+Scope = MutableMapping[str, Any]
+"""What an ASGI server says of a request."""
+
+
+def parse_digits(text: str, most: int = 18) -> int | None:
+    """The number that ``text`` is in at most so many digits; ``None`` for what is none.
+
+    Digits of other scripts are numbers to Python, and thousands of them cost time.
+    """
+    return int(text) if re.fullmatch(rf"[0-9]{{1,{most}}}", text) else None
 
 
 @dataclass(frozen=True)
@@ -284,9 +298,6 @@ class Fault(LuthierError):
         return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
 
 
-Scope = MutableMapping[str, Any]
-
-
 @contextmanager
 def inference_faults() -> Iterator[None]:
     """What the engine refuses or fails at, as faults."""
@@ -341,9 +352,6 @@ def check_text(head: RequestHead) -> None:
             raise Fault("Validation", text, parameter=shown, place="query") from None
 
 
-_FORM = "application/x-www-form-urlencoded"
-
-
 def service_of(head: RequestHead) -> str:
     """The service of the credential scope, in the header or in a presigned query; unverified.
 
@@ -383,10 +391,6 @@ def _stop_at_first(schema: Any) -> None:
     elif isinstance(schema, list):
         for part in schema:
             _stop_at_first(part)
-
-
-MOST_KEYS = 1_000
-"""Of an object whose fields are known."""
 
 
 class CheckedBody(BaseModel):

@@ -181,7 +181,8 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
         try:
             caller = self.caller_of(batch)
             self.count(batch.account, "", Usage(requests=1))
-            with meter(self.meter_of(batch.account)), working_for(batch.account):
+            count = partial(self.count_tokens, batch.account)
+            with meter(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, members["body"])
         except Fault as fault:
             refused = fault

@@ -16,7 +16,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from luthier.api.http.messages import Request, Response
+from luthier.api.http.messages import Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import RequestBody, Run
 from luthier.api.openai.protocol import (
@@ -222,10 +222,10 @@ class Files:
         """What takes an upload: nothing of one is read that is not allowed."""
         self.access.to(request, "files.create", "file")
         kind, account = request.headers.get("content-type", ""), request.caller.account
-        length = request.headers.get("content-length", "")
+        length = parse_digits(request.headers.get("content-length", "")) or 0
         # The form around the file is small: what is told of the body is nearly told of the file.
-        least = int(length) - _FORM_BYTES if length.isascii() and length.isdigit() else 1
-        self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
+        least = max(1, length - _FORM_BYTES)
+        self.store.objects.check(account, stored_bytes=least, objects=1, files=1)
         return UploadForm(kind, lambda: self.store.begin(account), self.limit)
 
     def _keep(self, request: Request, form: UploadForm) -> Response:
@@ -314,9 +314,10 @@ def _lifetime(fields: Mapping[str, str]) -> timedelta | None:
         return None
     if anchor != "created_at":
         raise invalid("The anchor must be 'created_at'.", "expires_after[anchor]")
-    if after is None or not re.fullmatch("[0-9]{1,9}", after):
+    lives = parse_digits(after or "", 9)
+    if lives is None:
         raise invalid("Seconds must be a whole number.", "expires_after[seconds]")
-    if not SHORTEST <= int(after) <= LONGEST:
+    if not SHORTEST <= lives <= LONGEST:
         text = f"Seconds must be from {SHORTEST} to {LONGEST}."
         raise invalid(text, "expires_after[seconds]")
-    return timedelta(seconds=int(after))
+    return timedelta(seconds=lives)

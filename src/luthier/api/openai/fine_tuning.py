@@ -16,7 +16,7 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import Request, Response
+from luthier.api.http.messages import Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import grader_fields
@@ -346,9 +346,8 @@ def event_id(event: JobEvent) -> str:
 
 def position_of(identifier: str) -> int | None:
     """Where an event stands; ``None`` for what is no id of one."""
-    text = identifier.removeprefix("ftevent-")
-    known = identifier.startswith("ftevent-") and text.isascii() and text.isdigit()
-    return int(text) if known and len(text) < 19 else None
+    known = identifier.startswith("ftevent-")
+    return parse_digits(identifier.removeprefix("ftevent-")) if known else None
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.api.http.messages import Caller, Fault, Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import GeneratedPieces
 from luthier.api.identifiers import Invocable
@@ -106,9 +106,10 @@ class SamplingFields(Body):
         """The same for the engine; what was not said has its default."""
         bias = {}
         for key, value in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit() or len(key) > 9:
+            token = parse_digits(key, 9)
+            if token is None:
                 raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
-            bias[int(key)] = value
+            bias[token] = value
         given: dict[str, Any] = {
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,

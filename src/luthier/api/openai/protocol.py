@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from luthier.api.http.messages import Caller, CheckedBody, Fault, Request, Response
+from luthier.api.http.messages import (
+    Caller,
+    CheckedBody,
+    Fault,
+    Request,
+    Response,
+    parse_digits,
+)
 from luthier.api.http.routing import Authorize
 from luthier.api.openai.validation import describe_error
 from luthier.api.policies import refuse_denied
@@ -225,9 +232,10 @@ def number_of(request: Request, name: str, default: int, most: int) -> int:
     text = text_of(request, name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
+    number = parse_digits(text)
+    if number is None or not 1 <= number <= most:
         raise invalid(f"'{name}' must be a whole number from 1 to {most}.", name, "invalid_value")
-    return int(text)
+    return number
 
 
 def page_query(request: Request, default: int = 20, most: int = 100) -> tuple[int, str | None]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from luthier.api.http.messages import Fault, Signed
+from luthier.api.http.messages import Fault, Signed, parse_digits
 from luthier.api.http.streams import RequestBody, Run
 from luthier.api.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
@@ -410,11 +410,10 @@ class SignedBody:
 
 def _length(headers: Mapping[str, str], name: str) -> int | None:
     text = headers.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", text):
+    length = None if text is None else parse_digits(text)
+    if text is not None and length is None:
         raise Fault("InvalidArgument", f"{name} is not a number of bytes.")
-    return int(text)
+    return length
 
 
 def _too_large() -> Fault:

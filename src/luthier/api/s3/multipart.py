@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from luthier.api.http.messages import Fault, Response, timestamp
+from luthier.api.http.messages import Fault, Response, parse_digits, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import (
     COMPOSITE,
@@ -199,11 +199,11 @@ def _put_part(
 
 
 def _number(request: S3Request) -> int:
-    text = request.query["partNumber"]
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MOST_PARTS:
-        said = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
-        raise Fault("InvalidArgument", said)
-    return int(text)
+    number = parse_digits(request.query["partNumber"], 5)
+    if number is None or not 1 <= number <= MOST_PARTS:
+        text = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
+        raise Fault("InvalidArgument", text)
+    return number
 
 
 def _parse_parts(body: bytes) -> list[CompletedPart]:
@@ -213,10 +213,13 @@ def _parse_parts(body: bytes) -> list[CompletedPart]:
     chosen = []
     for part in parts:
         values = {child.name: child.text.strip() for child in part.children}
-        number, etag = values.get("PartNumber", ""), values.get("ETag", "").strip('"')
-        if not re.fullmatch(r"[0-9]{1,9}", number) or not etag:
+        number, etag = (
+            parse_digits(values.get("PartNumber", ""), 9),
+            values.get("ETag", "").strip('"'),
+        )
+        if number is None or not etag:
             raise documents.malformed_xml()
-        chosen.append(CompletedPart(int(number), etag, from_elements(values)))
+        chosen.append(CompletedPart(number, etag, from_elements(values)))
     return chosen
 
 
