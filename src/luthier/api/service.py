@@ -37,7 +37,7 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
-from luthier.encryption.keys import begin
+from luthier.encryption.keys import open_store_keys
 from luthier.encryption.memory import hold_temporary_files
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
@@ -83,7 +83,7 @@ class Service:
             CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
-        begin(settings.encryption_key)
+        open_store_keys(settings.encryption_key)
         hold_temporary_files()
         self.database = Database(settings.database)
         upgrade(self.database)

@@ -76,7 +76,7 @@ def keyring() -> Keyring | None:
         WrongKey: where it is, and the master key is missing or another one.
     """
     if HANDED in os.environ:
-        taken_over()
+        take_over()
     home = luthier_home()
     if _used is not None and _used[0] == home:
         return _used[1]
@@ -121,13 +121,13 @@ def keys_for(path: Path) -> Keyring | None:
     return keyring() if path.is_relative_to(luthier_home()) else None
 
 
-def use(found: Keyring | None) -> None:
+def use_keyring(found: Keyring | None) -> None:
     """Let this process work with ``found`` in its store, whatever its environment says."""
     global _used
     _used = None if found is None else (luthier_home(), found)
 
 
-def begin(master: bytes | None) -> Keyring | None:
+def open_store_keys(master: bytes | None) -> Keyring | None:
     """The keys of the store for a server that was given ``master``; a plain store becomes encrypted.
 
     What it holds already stays as it is.
@@ -143,7 +143,7 @@ def begin(master: bytes | None) -> Keyring | None:
                 key_id, key = _new_key()
                 write_json(path, _wrap(Keyring(key_id, {key_id: key}), master))
     found = keyring() if master is None else _read(path, master)
-    use(found)
+    use_keyring(found)
     return found
 
 
@@ -191,7 +191,7 @@ def key_file(path: Path) -> bytes:
 
 
 @contextmanager
-def handed_over() -> Iterator[tuple[dict[str, str], list[int]]]:
+def hand_over() -> Iterator[tuple[dict[str, str], list[int]]]:
     """What a process is started with, so that it has the keys: environment, and files to pass on.
 
     Both are empty where the store is not encrypted.
@@ -217,7 +217,7 @@ def _pipe(ring: Keyring) -> int:
     return reading
 
 
-def taken_over() -> None:
+def take_over() -> None:
     """Use the keys that whoever started this process handed over, if any."""
     number = os.environ.pop(HANDED, None)
     if number is None:
@@ -225,7 +225,7 @@ def taken_over() -> None:
     with os.fdopen(int(number), "rb") as file:
         record = json.loads(file.read())
     keys = {key_id: base64.b64decode(key) for key_id, key in record["keys"].items()}
-    use(Keyring(record["current"], keys))
+    use_keyring(Keyring(record["current"], keys))
 
 
 @lru_cache(maxsize=4)
