@@ -139,7 +139,7 @@ class Service:
         with self.database.read() as session:
             return session.query(CustomModel).filter_by(job_id=job.id).one()
 
-    def delete(self, account: str, model: CustomModel) -> None:
+    def delete(self, model: CustomModel) -> None:
         delete(self.database, Arns(), model)
         self.deleted.append(model.stored_id)
 

@@ -15,7 +15,7 @@ from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.store.accounts import PrincipalsWatch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
-from luthier.store.sealing import Sealing, server_key
+from luthier.store.sealing import Sealing
 from luthier.store.sessions import open_token, secret_of, session_principal
 
 LONGEST_SHORT_TERM = 12 * 3600
@@ -41,12 +41,11 @@ class Authenticator:
     (:data:`luthier.store.accounts.FRESH_SECONDS`).
     """
 
-    def __init__(self, database: Database, settings: Settings, key: bytes | None = None) -> None:
-        """``key`` is the server's; without one it is read from its place."""
+    def __init__(self, database: Database, settings: Settings, key: bytes) -> None:
+        """``key`` is the server's."""
         self._database = database
         self._region = settings.region if settings.strict_region else None
-        self._key = key or server_key()
-        self._sealing = Sealing(self._key)
+        self._key, self._sealing = key, Sealing(key)
         self._longest_token = settings.limits.session_token_bytes
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()

@@ -58,9 +58,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     at_once: int = 8
     """Pieces of a row that are worked on side by side."""
 
-    def __init__(
-        self, database: Database, count: CountUsage = lambda account, model, used: None
-    ) -> None:
+    def __init__(self, database: Database, count: CountUsage) -> None:
         """``count`` is told what an account used, of which model."""
         self.database, self.count = database, count
         self._token = secrets.token_hex(8)

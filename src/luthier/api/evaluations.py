@@ -114,7 +114,7 @@ class EvaluationTask(ABC):
         """
 
     @abstractmethod
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """What is written down of a row that could not be asked."""
 
     @abstractmethod
@@ -234,11 +234,11 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             try:
                 graded = task.grade(caller, number, row)
             except Fault as fault:
-                graded = task.error_row(number, row, fault)
+                graded = task.error_row(row, fault)
             except Exception as error:
                 _log.exception("a row of %s failed", run.id)
                 text = f"The row failed: {type(error).__name__}."
-                graded = task.error_row(number, row, Fault("InternalServer", text))
+                graded = task.error_row(row, Fault("InternalServer", text))
         return replace(graded, usage=calls)
 
     def _finish(self, run: EvaluationRun, task: EvaluationTask) -> None:

@@ -240,7 +240,7 @@ class Service:
             self._delete,
             quotas=self._quotas,
             count=self.meter.count,
-            submitted=self.scheduler.wake,
+            wake=self.scheduler.wake,
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
@@ -250,7 +250,7 @@ class Service:
             return None
         return self.settings.graders.get(found["name"])
 
-    def _delete(self, account: str, model: CustomModel) -> None:
+    def _delete(self, model: CustomModel) -> None:
         """Delete a custom model that nobody answers with; it leaves the memory, too."""
         removal.delete(self.database, self.arns, model)
         if model.stored_id is not None:

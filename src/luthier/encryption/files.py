@@ -22,10 +22,10 @@ _SEALED, _PLACE = "sealed", "place"
 
 
 @contextmanager
-def new_data_file(path: Path, mode: int = 0o666) -> Iterator[Sink]:
+def new_data_file(path: Path) -> Iterator[Sink]:
     """As :func:`luthier.files.new_file`: when the block ends well its content is ``path``."""
     ring = keys_for(path)
-    with new_file(path, mode) as file:
+    with new_file(path) as file:
         if ring is None:
             yield file
         else:

@@ -184,7 +184,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
     objects, pool = Objects(database), ModelPool(budget=1 << 30)
     deleted: list[str] = []
 
-    def delete_model(account: str, model: CustomModel) -> None:
+    def delete_model(model: CustomModel) -> None:
         with database.write() as session:
             session.delete(session.merge(model))
         deleted.append(model.id)

@@ -58,8 +58,8 @@ class Control:
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
     activation: Activation
-    delete_model: Callable[[str, CustomModel], None]
-    """Deletes a model of an account, wherever it is; raises :class:`~luthier.errors.WrongState` where
+    delete_model: Callable[[CustomModel], None]
+    """Deletes a model, wherever it is; raises :class:`~luthier.errors.WrongState` where
     it is in use."""
     grader: Callable[[str, str], Mapping[str, Any] | None]
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""

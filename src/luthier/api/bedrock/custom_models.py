@@ -106,7 +106,7 @@ def delete_model(request: ControlRequest) -> dict[str, Any]:
     """Delete a model that nobody answers with; its job stays."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
-    request.control.delete_model(request.account, model)
+    request.control.delete_model(model)
     return {}
 
 

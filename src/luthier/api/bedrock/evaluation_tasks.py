@@ -234,7 +234,7 @@ class JobTask(EvaluationTask):
         worst = store.ERROR if store.ERROR in statuses.values() else store.PASS
         return GradedRow(worst, {"set": place, "line": line}, statuses)
 
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """The record, and why there is no answer to it."""
         place, record = row
         line = self.error_line(record)

@@ -190,11 +190,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def log_as_json(level: int = logging.INFO) -> None:
+def log_as_json() -> None:
     """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name, least in (("luthier", level), ("uvicorn.error", logging.WARNING)):
+    for name, least in (("luthier", logging.INFO), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

@@ -394,7 +394,7 @@ class EvalTask(EvaluationTask):
         record = {"item": item, "results": results, "sample": sample}
         return GradedRow(worst or store.PASS, record, statuses)
 
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """What was asked, and why there is no answer."""
         told = error_of(fault)
         error = {"code": told["code"] or told["type"], "message": told["message"]}

@@ -450,13 +450,13 @@ class FineTuning:
         inference: Inference,
         arns: Arns,
         quotas: Callable[[str], AccountQuotas],
-        submitted: Callable[[], None] = lambda: None,
+        wake: Callable[[], None],
     ) -> None:
-        """``submitted`` is called after a job was put into the queue."""
+        """``wake`` tells the scheduler that there is a job to work on."""
         self.database, self.files, self.inference = database, files, inference
         self.catalogue, self.access = inference.catalogue, inference.access
         self.arns, self.quotas = arns, quotas
-        self._submitted = submitted
+        self._wake = wake
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with jobs."""
@@ -497,7 +497,7 @@ class FineTuning:
         with self.database.write() as session:
             job = submit(session, submission, self.arns, self.quotas(account))
             seen = _with_model(session, job)
-        self._submitted()
+        self._wake()
         return Response.json(_job_object(seen))
 
     def _submission(

@@ -104,7 +104,7 @@ def missing(member: str) -> Fault:
     return invalid(text, member, "missing_required_parameter")
 
 
-def absent(kind: str, identifier: str, parameter: str | None = None) -> Fault:
+def absent(kind: str, identifier: str, parameter: str) -> Fault:
     """Nothing of this account has this id: 404, the same for what is gone and what never was."""
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 

@@ -147,9 +147,7 @@ def from_elements(values: Mapping[str, str]) -> dict[str, str]:
 class Expected:
     """What the bytes of a request have to be like; computed as they come."""
 
-    def __init__(
-        self, headers: Mapping[str, str], sha256: str | None, of_body: bool = True
-    ) -> None:
+    def __init__(self, headers: Mapping[str, str], sha256: str | None, of_body: bool) -> None:
         """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed.
 
         ``of_body`` says whether the checksums in the headers are of the body.
@@ -346,7 +344,7 @@ class SignedBody:
         headers: Mapping[str, str],
         signed: Signed,
         limit: int,
-        of_body: bool = True,
+        of_body: bool,
     ) -> None:
         """Refuse what the headers alone are reason for.
 

@@ -48,7 +48,7 @@ class S3Operation:
     """Whether another object is named in place of a body."""
 
 
-def _keys(text: str = "") -> frozenset[str]:
+def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
@@ -162,7 +162,7 @@ class S3Face:
 
     name, request_id_header = "s3", "x-amz-request-id"
 
-    def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
+    def __init__(self, objects: Objects, authorize: Authorize, region: str) -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
 
