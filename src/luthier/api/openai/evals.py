@@ -184,10 +184,8 @@ class Evals:
                 place = store.get_eval(session, request.caller.account, after)
                 if place is None:
                     raise invalid(f"No such eval: {after}.", "after")
-                position, last_shown = (
-                    tuple_(moment, Eval.seq),
-                    (getattr(place, moment.key), place.seq),
-                )
+                position = tuple_(moment, Eval.seq)
+                last_shown = (getattr(place, moment.key), place.seq)
                 query = query.where(position > last_shown if ascending else position < last_shown)
             order = [each.asc() if ascending else each.desc() for each in (moment, Eval.seq)]
             found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
