@@ -42,6 +42,31 @@ class KillHandle:
             self._finished = True
 
 
+class CancelScope:
+    """Work that is ended together by :meth:`close`: what has begun by then, and what begins later."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._works: list[Cancellable] = []
+        self._closed = False
+
+    def take(self, work: Cancellable) -> None:
+        """What :func:`cancelled_by` is to tell: end ``work`` with the others, or at once."""
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._works.append(work)
+        if closed:
+            work.close()
+
+    def close(self) -> None:
+        """End all of it. Any thread may."""
+        with self._lock:
+            self._closed = True
+        for work in self._works:
+            work.close()
+
+
 Work = TypeVar("Work", bound=Cancellable)
 
 _register: ContextVar[Callable[[Cancellable], None] | None] = ContextVar("register", default=None)

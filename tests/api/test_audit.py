@@ -77,9 +77,7 @@ def test_of_what_failed_changes_are_written_and_the_rest_is_counted(
 
 
 def test_refusals_are_written_without_waiting(database: Database, trail: AuditTrail) -> None:
-    trail.write_refusal(
-        ANN, "bedrock:DeleteCustomModel", "arn:m", "AccessDenied", address="10.0.0.1"
-    )
+    trail.record(ANN, "bedrock:DeleteCustomModel", "arn:m", "AccessDenied", address="10.0.0.1")
     limit = time.monotonic() + 5
     while not written(database) and time.monotonic() < limit:
         time.sleep(0.01)
@@ -109,7 +107,7 @@ def test_what_counts_as_reading(action: str, counted: bool) -> None:
 def test_what_changes_nothing_is_counted(database: Database) -> None:
     trail = AuditTrail(database, count_seconds=0.2)
     for _ in range(50):
-        trail.count(ANN, "bedrock:InvokeModel", "arn:m")
+        trail.record(ANN, "bedrock:InvokeModel", "arn:m")
         trail.reject_unknown("InvalidSignature", "10.0.0.9")
     assert written(database) == []
     time.sleep(0.5)
@@ -120,7 +118,7 @@ def test_what_changes_nothing_is_counted(database: Database) -> None:
         "10.0.0.9",
         50,
     )
-    trail.count(ANN, "bedrock:InvokeModel", "arn:m")
+    trail.record(ANN, "bedrock:InvokeModel", "arn:m")
     trail.close()
     assert written(database)[-1].details["count"] == 1
     with pytest.raises(RuntimeError, match="closed"):

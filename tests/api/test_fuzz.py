@@ -22,6 +22,7 @@ from wire_fuzz import Answered, Case, Keys, cases_of, drawn, send, wrong
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
+from luthier.limits import ServerLimits
 from luthier.models.manifest import MANIFEST
 
 FACES = ("bedrock", "openai", "native", "s3")
@@ -78,7 +79,9 @@ def started(
         shutil.copytree(tiny_model_folder, base)
         about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
         write_json(base / MANIFEST, about)
-        service = Service(Settings(database=address, file_roots=(home / "files",)))
+        # Refused requests of one address are slowed down, and here are hundreds of them.
+        limits = ServerLimits(requests_per_second_per_address=100_000)
+        service = Service(Settings(database=address, file_roots=(home / "files",), limits=limits))
         with served(service.application) as url:
             service.start(work=False)
             service.objects.create_bucket(ACCOUNT, "rows")

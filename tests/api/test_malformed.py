@@ -33,6 +33,7 @@ from served import served
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
+from luthier.limits import ServerLimits
 from luthier.models.manifest import MANIFEST
 
 EXAMPLES = int(os.environ.get("LUTHIER_TEST_EXAMPLES", "150"))
@@ -74,7 +75,9 @@ def started(
         shutil.copytree(tiny_model_folder, base)
         about = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
         write_json(base / MANIFEST, about)
-        service = Service(Settings(file_roots=(home / "files",)))
+        # Refused requests of one address are slowed down, and here are hundreds of them.
+        limits = ServerLimits(requests_per_second_per_address=100_000)
+        service = Service(Settings(file_roots=(home / "files",), limits=limits))
         assert service.issued is not None
         with served(service.application) as url:
             service.start(work=False)

@@ -17,8 +17,8 @@ from luthier.encryption.keys import Keyring
 def ring(luthier_home: Path) -> Iterator[Keyring]:
     """The keys of the test's store, in use."""
     luthier_home.mkdir(exist_ok=True)
-    found = keys.begin(secrets.token_bytes(32))
+    found = keys.open_store_keys(secrets.token_bytes(32))
     assert found is not None
     yield found
     shutil.rmtree(memory.memory())
-    keys.use(None)
+    keys.use_keyring(None)

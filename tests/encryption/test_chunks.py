@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from luthier.encryption import chunks
 from luthier.encryption.chunks import CHUNK, TAG, SealedReader, SealedWriter
 from luthier.encryption.keys import Keyring
 from luthier.errors import CorruptFile
@@ -148,9 +147,7 @@ def test_no_nonce_comes_twice_under_a_key(
             used.append((self.key, nonce))
             return self.real.encrypt(nonce, data, more)
 
-    monkeypatch.setattr(
-        chunks, "_cipher", lambda ring, key_id, salt: Watched(ring.derive(key_id, salt, b"file"))
-    )
+    monkeypatch.setattr(Keyring, "cipher", lambda self, *asked: Watched(self.derive(*asked)))
     for name in "abc":
         write(tmp_path / name, ring, BIG)
     assert len(used) == len(set(used)) == 12

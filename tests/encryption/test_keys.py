@@ -23,7 +23,7 @@ MASTER = b"m" * 32
 @pytest.fixture(autouse=True)
 def nothing_in_use(luthier_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     luthier_home.mkdir()
-    keys.use(None)
+    keys.use_keyring(None)
     for name in (keys.ENVIRONMENT, keys.FILE):
         monkeypatch.delenv(name, raising=False)
 
@@ -33,9 +33,9 @@ def given(monkeypatch: pytest.MonkeyPatch, master: bytes) -> None:
 
 
 def begun(master: bytes = MASTER) -> Keyring:
-    ring = keys.begin(master)
+    ring = keys.open_store_keys(master)
     assert ring is not None
-    keys.use(None)
+    keys.use_keyring(None)
     return ring
 
 
@@ -43,7 +43,7 @@ def test_a_store_is_plain_until_a_server_is_given_a_key(
     luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given(monkeypatch, MASTER)
-    assert keys.keyring() is None and keys.begin(None) is None
+    assert keys.keyring() is None and keys.open_store_keys(None) is None
     ring = begun()
     assert keys.keyring() == ring == begun()
     assert MASTER not in (luthier_home / keys.STORE).read_bytes()
@@ -62,20 +62,28 @@ def test_without_the_key_an_encrypted_store_is_neither_read_nor_written(
         file.write(b"rows")
     monkeypatch.delenv(keys.ENVIRONMENT)
     before = {p: p.read_bytes() for p in luthier_home.iterdir()}
-    for act in (lambda: keys.begin(None), lambda: read_data(path), lambda: seal_line("1")):
+    for act in (
+        lambda: keys.open_store_keys(None),
+        lambda: read_data(path),
+        lambda: seal_line("1"),
+    ):
         with pytest.raises(WrongKey, match=r"is encrypted\. Give its key"):
             act()
     with pytest.raises(WrongKey), new_data_file(luthier_home / "more"):
         pass
     given(monkeypatch, b"x" * 32)
-    for act in (lambda: keys.begin(b"x" * 32), lambda: read_data(path), lambda: seal_line("1")):
+    for act in (
+        lambda: keys.open_store_keys(b"x" * 32),
+        lambda: read_data(path),
+        lambda: seal_line("1"),
+    ):
         with pytest.raises(WrongKey, match="Nothing was changed"):
             act()
     assert before == {p: p.read_bytes() for p in luthier_home.iterdir()}
 
 
 def test_what_lies_outside_of_the_store_stays_readable(tmp_path: Path) -> None:
-    keys.begin(MASTER)
+    keys.open_store_keys(MASTER)
     with new_data_file(tmp_path / "export") as file:
         file.write(b"rows")
     assert (tmp_path / "export").read_bytes() == b"rows"
@@ -134,24 +142,24 @@ def test_a_damaged_file_of_keys_says_so(luthier_home: Path) -> None:
     for changed in ({**record, "format": 2}, {**record, "current": "x"}, {"format": 1}, [], None):
         path.write_text(json.dumps(changed))
         with pytest.raises(CorruptFile):
-            keys.begin(MASTER)
+            keys.open_store_keys(MASTER)
     other = json.loads(json.dumps(record))
     other["keys"] = {secrets.token_hex(8): value for value in record["keys"].values()}
     path.write_text(json.dumps(other))
     with pytest.raises(WrongKey):
-        keys.begin(MASTER)
+        keys.open_store_keys(MASTER)
 
 
 def test_a_worker_gets_the_keys_by_a_pipe_and_not_by_its_environment(luthier_home: Path) -> None:
     ring = begun()
-    keys.use(ring)
+    keys.use_keyring(ring)
     script = (
-        "import os\nfrom luthier.encryption import keys\nkeys.taken_over()\n"
+        "import os\nfrom luthier.encryption import keys\nkeys.take_over()\n"
         "assert keys.HANDED not in os.environ\nring = keys.keyring()\n"
         "print(ring.current, *(key.hex() for key in ring.keys.values()))\n"
         "print(open('/proc/self/environ').read(), open('/proc/self/cmdline').read())"
     )
-    with keys.handed_over() as (handed, files):
+    with keys.hand_over() as (handed, files):
         done = subprocess.run(
             [sys.executable, "-c", script], pass_fds=files, check=True, text=True,
             stdout=subprocess.PIPE, env={**os.environ, **handed},

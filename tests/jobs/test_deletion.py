@@ -104,11 +104,11 @@ def sealed(request: pytest.FixtureRequest, luthier_home: Path) -> Iterator[bool]
     """Whether the store is encrypted."""
     if request.param == "encrypted":
         luthier_home.mkdir(exist_ok=True)
-        keys.begin(secrets.token_bytes(32))
+        keys.open_store_keys(secrets.token_bytes(32))
     yield request.param == "encrypted"
     if request.param == "encrypted":
         shutil.rmtree(memory.memory())
-        keys.use(None)
+        keys.use_keyring(None)
 
 
 @sqlite

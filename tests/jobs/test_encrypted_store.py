@@ -30,10 +30,10 @@ pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.fixture
 def encrypted(luthier_home: Path) -> Iterator[None]:
     luthier_home.mkdir()
-    keys.begin(secrets.token_bytes(32))
+    keys.open_store_keys(secrets.token_bytes(32))
     yield
     shutil.rmtree(memory.memory(), ignore_errors=True)
-    keys.use(None)
+    keys.use_keyring(None)
 
 
 def holding(home: Path) -> list[Path]:

@@ -107,10 +107,10 @@ def test_a_process_of_ours_that_was_killed_fails_no_import(
 @pytest.fixture
 def encrypted(luthier_home: Path) -> Iterator[None]:
     luthier_home.mkdir()
-    keys.begin(secrets.token_bytes(32))
+    keys.open_store_keys(secrets.token_bytes(32))
     yield
     shutil.rmtree(memory.memory())
-    keys.use(None)
+    keys.use_keyring(None)
 
 
 def weights_in(folder: Path) -> list[Path]:

@@ -113,7 +113,6 @@ class Service:
             graders,
             lambda account: quotas,
             self.told_of.set,
-            self.told_of.set,
         )
         self.face = BedrockFace(self.control, handlers)
 
@@ -140,7 +139,7 @@ class Service:
         with self.database.read() as session:
             return session.query(CustomModel).filter_by(job_id=job.id).one()
 
-    def delete(self, account: str, model: CustomModel) -> None:
+    def delete(self, model: CustomModel) -> None:
         delete(self.database, Arns(), model)
         self.deleted.append(model.stored_id)
 

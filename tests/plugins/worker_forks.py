@@ -107,7 +107,7 @@ def _work(job: dict[str, Any]) -> None:
         from luthier.store.locations import Locations
 
         options = dict(zip(job["options"][::2], job["options"][1::2], strict=True))
-        encryption.taken_over()
+        encryption.take_over()
         memory.hold_temporary_files()
         configure_logging(JobFolders(options["--id"]))
         database = Database(os.environ["LUTHIER_DATABASE"])

@@ -661,7 +661,7 @@ def test_files_of_an_encrypted_store_are_compared_where_its_key_is_given(
 ) -> None:
     key = bytes(range(32))
     monkeypatch.setenv(keys.ENVIRONMENT, base64.b64encode(key).decode())
-    keys.begin(key)
+    keys.open_store_keys(key)
     try:
         path = put(database, b"content")
         assert b"content" not in path.read_bytes()
@@ -674,5 +674,5 @@ def test_files_of_an_encrypted_store_are_compared_where_its_key_is_given(
         assert backup(database, luthier_home, tmp_path / "unread").unread == 1
         assert restore(tmp_path / "whole", tmp_path / "home").unread == 1
     finally:
-        keys.use(None)
+        keys.use_keyring(None)
     assert (tmp_path / "home" / "encryption.json").is_file()

@@ -84,17 +84,14 @@ class AuditTrail:
             request_id: as the client is told.
             address: of the client.
         """
+        event = Event(action, resource, outcome, caller.account, caller.user, request_id, address)
         changes = not READ_ONLY.fullmatch(action)
-        if outcome == "AccessDenied" or (outcome in FAILURES and changes):
-            self.write_refusal(
-                caller, action, resource, outcome, request_id=request_id, address=address
-            )
-        elif outcome != "ok" or not changes:
-            self.count(caller, action, resource, address, outcome)
+        if outcome == "ok" and changes:
+            self.write(event)
+        elif outcome == "AccessDenied" or (outcome in FAILURES and changes):
+            self._write_later(event)
         else:
-            self.write(
-                Event(action, resource, outcome, caller.account, caller.user, request_id, address)
-            )
+            self._count(event)
 
     def write(self, event: Event) -> None:
         """Write ``event``; back when it is on disk. Raises what kept it from there."""
@@ -106,27 +103,9 @@ class AuditTrail:
             self._ready.notify()
         written.result()
 
-    def write_refusal(
-        self, caller: Caller, action: str, resource: str, code: str, **about: str
-    ) -> None:
-        """A known caller was refused, or failed; ``about`` is ``request_id`` and ``address``."""
-        event = Event(action, resource, code, caller.account, caller.user, **about)  # type: ignore[arg-type]
-        with self._ready:
-            if len(self._waiting) < MOST_WAITING:
-                self._waiting.append((event, None))
-                self._ready.notify()
-                return
-        self.count(caller, action, resource, event.address, code)
-
     def reject_unknown(self, code: str, address: str) -> None:
         """Somebody unknown was not let in."""
-        self._count(_Counted("luthier:authenticate", "*", code, "", "", address))
-
-    def count(
-        self, caller: Caller, action: str, resource: str, address: str = "", outcome: str = "ok"
-    ) -> None:
-        """A call that changed nothing."""
-        self._count(_Counted(action, resource, outcome, caller.account, caller.user, address))
+        self._count(Event("luthier:authenticate", outcome=code, address=address))
 
     def close(self) -> None:
         """Write all that is left; what comes later is refused."""
@@ -135,7 +114,19 @@ class AuditTrail:
             self._ready.notify()
         self._thread.join()
 
-    def _count(self, what: _Counted) -> None:
+    def _write_later(self, event: Event) -> None:
+        """Of refusals, and of what failed: nobody waits for them."""
+        with self._ready:
+            if len(self._waiting) < MOST_WAITING:
+                self._waiting.append((event, None))
+                self._ready.notify()
+                return
+        self._count(event)
+
+    def _count(self, event: Event) -> None:
+        what = _Counted(
+            event.action, event.resource, event.outcome, event.account, event.user, event.address
+        )
         with self._ready:
             if what not in self._counts and len(self._counts) >= MOST_COUNTS:
                 what = replace(what, address="", resource="*")

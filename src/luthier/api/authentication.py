@@ -15,7 +15,7 @@ from luthier.api.sigv4 import Credential, check_claim, claim_of, verify
 from luthier.store.accounts import PrincipalsWatch
 from luthier.store.database import Database, now
 from luthier.store.principals import SHORT_TERM, Principal, bearer, digest_of, signer
-from luthier.store.sealing import Sealing, server_key
+from luthier.store.sealing import Sealing
 from luthier.store.sessions import open_token, secret_of, session_principal
 
 LONGEST_SHORT_TERM = 12 * 3600
@@ -41,12 +41,11 @@ class Authenticator:
     (:data:`luthier.store.accounts.FRESH_SECONDS`).
     """
 
-    def __init__(self, database: Database, settings: Settings, key: bytes | None = None) -> None:
-        """``key`` is the server's; without one it is read from its place."""
+    def __init__(self, database: Database, settings: Settings, key: bytes) -> None:
+        """``key`` is the server's."""
         self._database = database
         self._region = settings.region if settings.strict_region else None
-        self._key = key or server_key()
-        self._sealing = Sealing(self._key)
+        self._key, self._sealing = key, Sealing(key)
         self._longest_token = settings.limits.session_token_bytes
         self._watch = PrincipalsWatch(database)
         self._lock = threading.Lock()
@@ -64,12 +63,12 @@ class Authenticator:
             Fault: as :func:`luthier.api.sigv4.verify` says; ``AccessDenied`` with
                 ``credentials=True`` in its details for a bearer key that lets nobody in.
         """
-        given = [value for name, value in head.headers if name == "authorization"]
-        if len(given) == 1 and given[0][:7].lower() == "bearer ":
+        key = _bearer_key(head)
+        if key is not None:
             # A presigned query beside a key: which of them is meant is not for us to guess.
             if "X-Amz-Signature" in head.query or body is None:
                 raise Fault("IncompleteSignature", "A request carries one authorization.")
-            return Signed(self._bearer(given[0][7:].strip()))
+            return Signed(self._bearer(key))
         return verify(head, body, self._credential, now(), self._region)
 
     def recognize(self, head: RequestHead) -> Signed | None:
@@ -78,8 +77,7 @@ class Authenticator:
         Raises:
             Fault: as :meth:`authenticate`, as far as the head says it.
         """
-        given = [value for name, value in head.headers if name == "authorization"]
-        if len(given) == 1 and given[0][:7].lower() == "bearer ":
+        if _bearer_key(head) is not None:
             return self.authenticate(head, b"")
         check_claim(head, self._credential, now(), self._region)
         return None
@@ -176,6 +174,13 @@ class Authenticator:
                     self._known.clear()
                 self._known[name] = entry
         return entry.principal
+
+
+def _bearer_key(head: RequestHead) -> str | None:
+    """The key that a request shows instead of a signature."""
+    given = [value for name, value in head.headers if name == "authorization"]
+    shown = len(given) == 1 and given[0][:7].lower() == "bearer "
+    return given[0][7:].strip() if shown else None
 
 
 def _no_entry() -> Fault:

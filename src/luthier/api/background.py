@@ -17,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -25,9 +24,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Caller, Fault
-from luthier.cancellation import Cancellable, cancelled_by
+from luthier.cancellation import CancelScope, cancelled_by
 from luthier.errors import DoesNotFit, LeaseLost, LuthierError, QuotaExceeded
-from luthier.store import queue
+from luthier.limits import AccountQuotas
+from luthier.store import queue, storage
 from luthier.store.database import Database
 from luthier.store.principals import active_policies
 from luthier.store.queue import BackgroundWork, LeaseWatch
@@ -51,35 +51,6 @@ _SWEEP = 600.0
 _log = logging.getLogger("luthier.api")
 
 
-class _PieceUnderWay:
-    """What works on a piece: models that write, processes."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._works: list[Cancellable] = []
-        self._given_up = False
-
-    def run(self, do: Callable[[], Done]) -> Done:
-        """Do it, so that it can be given up."""
-        with cancelled_by(self._take):
-            return do()
-
-    def give_up(self) -> None:
-        """End what works on it, now and later."""
-        with self._lock:
-            self._given_up = True
-        for work in self._works:
-            work.close()
-
-    def _take(self, work: Cancellable) -> None:
-        with self._lock:
-            given_up = self._given_up
-            if not given_up:
-                self._works.append(work)
-        if given_up:
-            work.close()
-
-
 class BackgroundRunner(ABC, Generic[Work, Done]):
     """Does one kind of work, one row after the other. Start it with the server."""
 
@@ -87,9 +58,7 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
     at_once: int = 8
     """Pieces of a row that are worked on side by side."""
 
-    def __init__(
-        self, database: Database, count: CountUsage = lambda account, model, used: None
-    ) -> None:
+    def __init__(self, database: Database, count: CountUsage) -> None:
         """``count`` is told what an account used, of which model."""
         self.database, self.count = database, count
         self._token = secrets.token_hex(8)
@@ -179,16 +148,20 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
         row keeps them waiting for longer than a moment, however much is left of it.
         """
         pieces, began, gives_way = iter(left), time.monotonic(), False
-        running: dict[Future[Done], tuple[int, _PieceUnderWay]] = {}
+        running: dict[Future[Done], tuple[int, CancelScope]] = {}
+
+        def work_on(piece: Piece, scope: CancelScope) -> Done:
+            with cancelled_by(scope.take):
+                return do(piece)
+
         with ThreadPoolExecutor(self.at_once, self.kind.noun) as threads:
             state = self._keep(row, {})
             while state is not None:
                 goes_on = state == self.working and not self._closed.is_set()
                 if goes_on and not gives_way:
                     for number, piece in islice(pieces, self.at_once - len(running)):
-                        under_way = _PieceUnderWay()
-                        future = threads.submit(under_way.run, partial(do, piece))
-                        running[future] = number, under_way
+                        scope = CancelScope()
+                        running[threads.submit(work_on, piece, scope)] = number, scope
                 if not running or state != self.working or (self.gives_up and not goes_on):
                     break
                 if not gives_way and time.monotonic() - began >= SLICE:
@@ -198,8 +171,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             if running and state is not None:
                 ended, _ = wait(running, MOMENT)
                 state = self._keep(row, {running.pop(each)[0]: each for each in ended})
-            for _, under_way in running.values():
-                under_way.give_up()
+            for _, scope in running.values():
+                scope.close()
         if gives_way and next(pieces, None) is not None:
             return False
         return state is not None and not self._closed.is_set()
@@ -232,11 +205,8 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             raise Fault("AccessDenied", text)
         return caller
 
-    def meter_of(self, account: str) -> Callable[[str, int, int], None]:
-        """Counts the tokens of models as those of ``account``."""
-        return partial(self._count_tokens, account)
-
-    def _count_tokens(self, account: str, model: str, read: int, written: int) -> None:
+    def count_tokens(self, account: str, model: str, read: int, written: int) -> None:
+        """A model read and wrote so many tokens for ``account``."""
         self.count(account, model, Usage(prompt_tokens=read, generated_tokens=written))
 
     def _run(self) -> None:
@@ -281,6 +251,26 @@ class BackgroundRunner(ABC, Generic[Work, Done]):
             for number, piece in done.items():
                 self.record(session, held, number, piece.result())
             return self.state(held)
+
+
+def check_in_flight(
+    session: Session, kind: type[BackgroundWork], account: str, quotas: AccountQuotas, quota: str
+) -> None:
+    """Refuse one more piece of work where the account has as many as its ``quota`` says.
+
+    Others of the account are kept from counting until the transaction ends, and this one is there.
+
+    Raises:
+        QuotaExceeded: which names the quota.
+    """
+    storage.lock(session, account)
+    most = getattr(quotas, quota)
+    if queue.in_flight(session, kind, account) >= most:
+        raise QuotaExceeded(
+            f"The account has {most:,} {quota.removesuffix('_in_flight')} that have not ended (quota "
+            f"{quota}). Wait for some of them, or cancel them.",
+            quota,
+        )
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 
 from sqlalchemy.orm import Session
 
-from luthier.api.background import BackgroundRunner, caller_fields
-from luthier.api.http.messages import Caller, Fault
-from luthier.errors import QuotaExceeded, RefusedInput
+from luthier.api.background import BackgroundRunner, caller_fields, check_in_flight
+from luthier.api.http.messages import Caller, Fault, parse_json
+from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
 from luthier.store import evaluations as store
-from luthier.store import queue, storage
 from luthier.store.database import Database, now
 from luthier.store.evaluations import EvaluationRun, GradedRow
 from luthier.store.usage import CountUsage, Usage
@@ -35,6 +34,23 @@ MOST_PROBLEMS = 5
 AT_ONCE = 4
 """Rows of a run that are asked and graded side by side: each may take a process for its graders."""
 _log = logging.getLogger("luthier.api")
+
+
+def parse_row(line: bytes, most_values: int) -> Any:
+    """A row as JSON, with at most ``most_values`` values.
+
+    Raises:
+        ValueError: which says what is wrong with it.
+    """
+    if len(line) > MOST_ROW_BYTES:
+        raise ValueError(
+            f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
+        )
+    try:
+        return parse_json(line, most_values)
+    except (Fault, ValueError) as error:
+        text = f"it is no JSON that can be read: {str(error).rstrip('.')}."
+        raise ValueError(text) from error
 
 
 class EvaluationTask(ABC):
@@ -98,7 +114,7 @@ class EvaluationTask(ABC):
         """
 
     @abstractmethod
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """What is written down of a row that could not be asked."""
 
     @abstractmethod
@@ -151,14 +167,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         """
         account = caller.account
         quotas = self.quotas(session, account)
-        # Its lock keeps others of the account from counting before this run is there.
-        storage.lock(session, account)
-        if queue.in_flight(session, EvaluationRun, account) >= quotas.evaluations_in_flight:
-            raise QuotaExceeded(
-                f"The account has {quotas.evaluations_in_flight:,} evaluations that have not ended "
-                "(quota evaluations_in_flight). Wait for some of them, or cancel them.",
-                "evaluations_in_flight",
-            )
+        check_in_flight(session, EvaluationRun, account, quotas, "evaluations_in_flight")
         return store.create_run(
             session,
             account,
@@ -218,18 +227,18 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
 
         def count(model: str, read: int, written: int) -> None:
             calls.append((task.model_names.get(model, model), read, written))
-            self._count_tokens(run.account, model, read, written)
+            self.count_tokens(run.account, model, read, written)
 
         self.count(run.account, "", Usage(requests=1))
         with meter(count), working_for(run.account):
             try:
                 graded = task.grade(caller, number, row)
             except Fault as fault:
-                graded = task.error_row(number, row, fault)
+                graded = task.error_row(row, fault)
             except Exception as error:
                 _log.exception("a row of %s failed", run.id)
                 text = f"The row failed: {type(error).__name__}."
-                graded = task.error_row(number, row, Fault("InternalServer", text))
+                graded = task.error_row(row, Fault("InternalServer", text))
         return replace(graded, usage=calls)
 
     def _finish(self, run: EvaluationRun, task: EvaluationTask) -> None:

@@ -79,6 +79,18 @@ def authorize(caller: Caller, action: str, resource: str) -> None:
     _decide(caller, action, resource)
 
 
+@contextmanager
+def refusals_naming(resource: str, shown: str) -> Iterator[None]:
+    """Let refusals in the block name ``shown`` in place of ``resource``.
+
+    Who asked by a name learns no ARN from them, nor whether there is one.
+    """
+    try:
+        yield
+    except Fault as fault:
+        raise Fault(fault.code, fault.message.replace(resource, shown)) from None
+
+
 def record_action(action: str, resource: str) -> None:
     """Let the audit log name what a call did where no policy is asked for it."""
     if (actions := _actions.get()) is not None:
@@ -151,7 +163,7 @@ def _denial(caller: Caller, action: str, resource: str, kind: str, explicit: boo
         else f"because no {kind} policy allows the {action} action"
     )
     text = f"User: {caller.arn} is not authorized to perform: {action} on resource: {resource} {reason}"
-    return Fault("AccessDenied", text, action=action, resource=resource)
+    return Fault("AccessDenied", text)
 
 
 @lru_cache(maxsize=4096)

@@ -37,7 +37,7 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
-from luthier.encryption.keys import begin
+from luthier.encryption.keys import open_store_keys
 from luthier.encryption.memory import hold_temporary_files
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
@@ -83,7 +83,7 @@ class Service:
             CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
-        begin(settings.encryption_key)
+        open_store_keys(settings.encryption_key)
         hold_temporary_files()
         self.database = Database(settings.database)
         upgrade(self.database)
@@ -202,8 +202,7 @@ class Service:
             self._delete,
             self._grader,
             quotas=self._quotas,
-            submitted=self.scheduler.wake,
-            import_asked=self.scheduler.wake,
+            wake=self.scheduler.wake,
             evaluations=self.openai.evaluations,
         )
         # A policy names the ARN of a base model, whatever the client calls it by.
@@ -239,9 +238,9 @@ class Service:
             authorize,
             self.objects,
             self._delete,
-            limits=self._quotas,
+            quotas=self._quotas,
             count=self.meter.count,
-            submitted=self.scheduler.wake,
+            wake=self.scheduler.wake,
         )
 
     def _grader(self, account: str, function: str) -> Mapping[str, Any] | None:
@@ -251,7 +250,7 @@ class Service:
             return None
         return self.settings.graders.get(found["name"])
 
-    def _delete(self, account: str, model: CustomModel) -> None:
+    def _delete(self, model: CustomModel) -> None:
         """Delete a custom model that nobody answers with; it leaves the memory, too."""
         removal.delete(self.database, self.arns, model)
         if model.stored_id is not None:

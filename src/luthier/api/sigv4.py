@@ -166,7 +166,7 @@ def check_claim(
     head: RequestHead,
     look_up: LookUp,
     moment: datetime,
-    region: str | None = None,
+    region: str | None,
 ) -> None:
     """Refuse a request whose body is still to come for all that its head is reason for.
 

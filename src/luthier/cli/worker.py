@@ -77,7 +77,7 @@ def _prepare_process() -> None:
 
     os.umask(0o077)
     os.nice(5)
-    keys.taken_over()
+    keys.take_over()
     memory.hold_temporary_files()
 
 

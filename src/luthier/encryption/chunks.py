@@ -21,7 +21,6 @@ import secrets
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from luthier.encryption.keys import Keyring
 from luthier.errors import CorruptFile
@@ -42,7 +41,7 @@ class SealedWriter:
         """Write the header to ``file``, which is new."""
         salt = secrets.token_bytes(_SALT_BYTES)
         self._header = _HEADER.pack(MAGIC, _VERSION, _LOG2, bytes.fromhex(ring.current), salt)
-        self._cipher = _cipher(ring, ring.current, salt)
+        self._cipher = ring.cipher(ring.current, salt, b"file")
         self._file, self._held, self._number = file, b"", 0
         file.write(self._header)
 
@@ -85,7 +84,7 @@ class SealedReader:
             magic, version, log2, key_id, salt = _HEADER.unpack(self._header)
             if (magic, version, log2) != (MAGIC, _VERSION, _LOG2):
                 raise CorruptFile(f"{path} is no encrypted file that this version reads")
-            self._cipher = _cipher(ring, key_id.hex(), salt)
+            self._cipher = ring.cipher(key_id.hex(), salt, b"file")
             sealed = self._file.seek(0, 2) - _HEADER.size
             self._chunks = max(1, -(-sealed // (CHUNK + TAG)))
             self.size = sealed - TAG * self._chunks
@@ -123,12 +122,6 @@ class SealedReader:
                 f"{self._path} does not open: it was changed or cut since it was encrypted"
             ) from None
         return content
-
-
-def _cipher(ring: Keyring, key_id: str, salt: bytes) -> Any:
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-    return AESGCM(ring.derive(key_id, salt, b"file"))
 
 
 def _nonce(number: int, last: bool) -> bytes:

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import base64
 import json
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from luthier.encryption.chunks import MAGIC, SealedReader, SealedWriter
-from luthier.encryption.keys import Keyring, keyring, keys_for, needed_keyring
+from luthier.encryption.keys import keyring, keys_for, needed_keyring, open_bytes, seal_bytes
 from luthier.errors import CorruptFile
 from luthier.files import Sink, luthier_home, new_file, new_folder
 
 READ_SIZE = 1 << 20
 _SEALED, _PLACE = "sealed", "place"
-_NONCE_BYTES = 12
 
 
 @contextmanager
-def new_data_file(path: Path, mode: int = 0o666) -> Iterator[Sink]:
+def new_data_file(path: Path) -> Iterator[Sink]:
     """As :func:`luthier.files.new_file`: when the block ends well its content is ``path``."""
     ring = keys_for(path)
-    with new_file(path, mode) as file:
+    with new_file(path) as file:
         if ring is None:
             yield file
         else:
@@ -80,14 +78,14 @@ def seal(source: Path, target: Path) -> None:
 def seal_folder(source: Path, target: Path) -> None:
     """Make ``target`` a copy of a folder of plain files, encrypted where the store is."""
     with new_folder(target) as fresh:
-        for path in _files(source):
+        for path in files_below(source):
             seal(path, fresh / path.relative_to(source))
 
 
 def open_folder(source: Path, target: Path) -> None:
     """The opposite: plain files; ``target`` lies in memory."""
     with new_folder(target) as fresh:
-        for path in _files(source):
+        for path in files_below(source):
             copy_plain(path, fresh / path.relative_to(source))
 
 
@@ -102,15 +100,12 @@ def seal_line(text: str, place: str | None = None) -> str:
     """A line of JSON as the store keeps it; where that is encrypted, an object of two fields.
 
     ``place`` stands in it, readable and authenticated: :func:`open_line` is told where a line was
-    found, and refuses one of another place. All lines have one key; nonces are drawn at random, which
-    is safe for 2**32 of them.
+    found, and refuses one of another place. All lines have one key.
     """
     ring = keyring()
     if ring is None:
         return text
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    cipher = _line_cipher(ring, ring.current)
-    sealed = nonce + cipher.encrypt(nonce, text.encode(), _bound(place))
+    sealed = seal_bytes(ring.cipher(ring.current, b"", b"line"), text.encode(), _bound(place))
     record = {_SEALED: f"{ring.current}.{base64.b64encode(sealed).decode()}"}
     return json.dumps(record if place is None else {**record, _PLACE: place})
 
@@ -139,9 +134,8 @@ def open_value(value: Any, place: str | None = None) -> Any:
     key_id, _, text = str(value[_SEALED]).partition(".")
     ring = needed_keyring("a line")
     try:
-        sealed = base64.b64decode(text, validate=True)
-        nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
-        return json.loads(_line_cipher(ring, key_id).decrypt(nonce, rest, _bound(written)))
+        cipher, sealed = ring.cipher(key_id, b"", b"line"), base64.b64decode(text, validate=True)
+        return json.loads(open_bytes(cipher, sealed, _bound(written)))
     except (InvalidTag, ValueError):
         raise CorruptFile("a line does not open: it was changed since it was encrypted") from None
 
@@ -207,11 +201,6 @@ def _bound(place: Any) -> bytes | None:
     return None if place is None else f"place {place}".encode(errors="surrogatepass")
 
 
-def _line_cipher(ring: Keyring, key_id: str) -> Any:
-    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-    return AESGCM(ring.derive(key_id, b"", b"line"))
-
-
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and of those in it, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -61,6 +61,10 @@ class Keyring:
         kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"luthier " + purpose)
         return kdf.derive(self.keys[key_id])
 
+    def cipher(self, key_id: str, salt: bytes, purpose: bytes) -> Any:
+        """AES-256-GCM under the key that :meth:`derive` gives; raises as it does."""
+        return new_cipher(self.derive(key_id, salt, purpose))
+
 
 _used: tuple[Path, Keyring] | None = None
 
@@ -72,7 +76,7 @@ def keyring() -> Keyring | None:
         WrongKey: where it is, and the master key is missing or another one.
     """
     if HANDED in os.environ:
-        taken_over()
+        take_over()
     home = luthier_home()
     if _used is not None and _used[0] == home:
         return _used[1]
@@ -117,13 +121,13 @@ def keys_for(path: Path) -> Keyring | None:
     return keyring() if path.is_relative_to(luthier_home()) else None
 
 
-def use(found: Keyring | None) -> None:
+def use_keyring(found: Keyring | None) -> None:
     """Let this process work with ``found`` in its store, whatever its environment says."""
     global _used
     _used = None if found is None else (luthier_home(), found)
 
 
-def begin(master: bytes | None) -> Keyring | None:
+def open_store_keys(master: bytes | None) -> Keyring | None:
     """The keys of the store for a server that was given ``master``; a plain store becomes encrypted.
 
     What it holds already stays as it is.
@@ -139,7 +143,7 @@ def begin(master: bytes | None) -> Keyring | None:
                 key_id, key = _new_key()
                 write_json(path, _wrap(Keyring(key_id, {key_id: key}), master))
     found = keyring() if master is None else _read(path, master)
-    use(found)
+    use_keyring(found)
     return found
 
 
@@ -187,7 +191,7 @@ def key_file(path: Path) -> bytes:
 
 
 @contextmanager
-def handed_over() -> Iterator[tuple[dict[str, str], list[int]]]:
+def hand_over() -> Iterator[tuple[dict[str, str], list[int]]]:
     """What a process is started with, so that it has the keys: environment, and files to pass on.
 
     Both are empty where the store is not encrypted.
@@ -213,7 +217,7 @@ def _pipe(ring: Keyring) -> int:
     return reading
 
 
-def taken_over() -> None:
+def take_over() -> None:
     """Use the keys that whoever started this process handed over, if any."""
     number = os.environ.pop(HANDED, None)
     if number is None:
@@ -221,7 +225,7 @@ def taken_over() -> None:
     with os.fdopen(int(number), "rb") as file:
         record = json.loads(file.read())
     keys = {key_id: base64.b64decode(key) for key_id, key in record["keys"].items()}
-    use(Keyring(record["current"], keys))
+    use_keyring(Keyring(record["current"], keys))
 
 
 @lru_cache(maxsize=4)
@@ -233,14 +237,12 @@ def _read(path: Path, master: bytes) -> Keyring:
     from cryptography.exceptions import InvalidTag
 
     record: Any = read_json(path)
-    cipher, keys = _cipher(master), {}
+    cipher, keys = new_cipher(master), {}
     try:
         if record["format"] != 1:
             raise CorruptFile(f"{path} is of a newer version of luthier")
         for key_id, text in record["keys"].items():
-            wrapped = base64.b64decode(text)
-            nonce, rest = wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:]
-            keys[key_id] = cipher.decrypt(nonce, rest, key_id.encode())
+            keys[key_id] = open_bytes(cipher, base64.b64decode(text), key_id.encode())
         current = str(record["current"])
         if current not in keys:
             raise CorruptFile(f"{path} lacks its current key {current}")
@@ -255,11 +257,9 @@ def _read(path: Path, master: bytes) -> Keyring:
 
 
 def _wrap(ring: Keyring, master: bytes) -> dict[str, Any]:
-    cipher, keys = _cipher(master), {}
+    cipher, keys = new_cipher(master), {}
     for key_id, key in ring.keys.items():
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        wrapped = nonce + cipher.encrypt(nonce, key, key_id.encode())
-        keys[key_id] = base64.b64encode(wrapped).decode()
+        keys[key_id] = base64.b64encode(seal_bytes(cipher, key, key_id.encode())).decode()
     return {"format": 1, "current": ring.current, "keys": keys}
 
 
@@ -267,12 +267,33 @@ def _new_key() -> tuple[str, bytes]:
     return secrets.token_hex(ID_BYTES), secrets.token_bytes(KEY_BYTES)
 
 
-def _cipher(master: bytes) -> Any:
+def new_cipher(key: bytes) -> Any:
+    """AES-256-GCM under a key of 32 bytes."""
     try:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     except ImportError as error:
-        raise RefusedInput("an encrypted store needs: pip install 'luthier[server]'") from error
-    return AESGCM(master)
+        raise RefusedInput("encryption needs: pip install 'luthier[server]'") from error
+    return AESGCM(key)
+
+
+def seal_bytes(cipher: Any, data: bytes, bound: bytes | None) -> bytes:
+    """``data`` encrypted: nonce, ciphertext and tag. What it is ``bound`` to is authenticated with it.
+
+    Nonces are drawn at random, which is safe for 2**32 texts under one key.
+    """
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    sealed: bytes = nonce + cipher.encrypt(nonce, data, bound)
+    return sealed
+
+
+def open_bytes(cipher: Any, sealed: bytes, bound: bytes | None) -> bytes:
+    """What :func:`seal_bytes` was given.
+
+    Raises:
+        InvalidTag, ValueError: where it was changed, cut, or bound to something else.
+    """
+    data: bytes = cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], bound)
+    return data
 
 
 def key_of(text: str, where: str) -> bytes:

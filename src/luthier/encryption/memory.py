@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from luthier.encryption.files import copy_plain, is_sealed
+from luthier.encryption.files import copy_plain, files_below, is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import LuthierError, RefusedInput
 from luthier.files import TEMPORARY, luthier_home, need_disk
@@ -79,7 +79,7 @@ def plain_folder(folder: Path) -> Iterator[Path]:
 
     Maps of its files stay valid after the block, as long as their tensors live.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     sealed = [path for path in files if path.suffix == ".safetensors" and is_sealed(path)]
     if not sealed:
         yield folder

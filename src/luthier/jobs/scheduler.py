@@ -258,7 +258,7 @@ class Scheduler:
         self, kind: WorkKind, row: QueuedWork, lease: str, runner: Runner
     ) -> subprocess.Popen[bytes]:
         with ExitStack() as opened:
-            handed, files = opened.enter_context(keys.handed_over())
+            handed, files = opened.enter_context(keys.hand_over())
             # With keys, it writes the log itself, encrypted.
             folders: JobFolders = kind.folders(row.id)
             log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()

@@ -12,13 +12,12 @@ import os
 import secrets
 from pathlib import Path
 
-from luthier.encryption.keys import KEY_BYTES, key_of
+from luthier.encryption.keys import KEY_BYTES, key_of, new_cipher, open_bytes, seal_bytes
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
 _FILE = "server.key"
-_NONCE_BYTES = 12
 _VERSION = b"\x01"
 
 
@@ -60,9 +59,7 @@ class Sealing:
 
     def __init__(self, key: bytes) -> None:
         """``key`` is the server's."""
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
-        self._cipher = AESGCM(_derive(key, b"secrets of access keys"))
+        self._cipher = new_cipher(_derive(key, b"secrets of access keys"))
 
     def seal(self, secret: str, name: str) -> bytes:
         """``secret`` encrypted, as :meth:`seal_bytes` does it."""
@@ -82,8 +79,7 @@ class Sealing:
 
     def seal_bytes(self, data: bytes, name: str) -> bytes:
         """``data`` encrypted: version (1 byte), nonce (12), ciphertext and tag."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        return _VERSION + nonce + self._cipher.encrypt(nonce, data, name.encode())
+        return _VERSION + seal_bytes(self._cipher, data, name.encode())
 
     def open_bytes(self, sealed: bytes, name: str) -> bytes:
         """What was sealed for ``name``.
@@ -93,11 +89,10 @@ class Sealing:
         """
         from cryptography.exceptions import InvalidTag
 
-        nonce, rest = sealed[1 : 1 + _NONCE_BYTES], sealed[1 + _NONCE_BYTES :]
         try:
             if sealed[:1] != _VERSION:
                 raise InvalidTag
-            return self._cipher.decrypt(nonce, rest, name.encode())
+            return open_bytes(self._cipher, sealed[1:], name.encode())
         except (InvalidTag, ValueError) as error:
             raise CorruptFile(
                 f"the secret of {name} does not open with this server's key; give back the "

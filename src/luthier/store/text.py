@@ -27,6 +27,16 @@ def check_storable(text: str) -> None:
         raise ValueError(f"it holds {what}")
 
 
+def decode_storable(data: bytes) -> str:
+    """The text of ``data``; raises :class:`ValueError`, in words, for what is none that can be kept."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    check_storable(text)
+    return text
+
+
 def storable(text: str) -> str:
     """``text`` with U+FFFD in place of what no database keeps."""
     return _UNSTORABLE.sub("\ufffd", text)

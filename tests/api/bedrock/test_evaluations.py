@@ -379,7 +379,7 @@ def test_who_may_no_longer_ask_the_judge_has_no_further_row_graded() -> None:
     refused.append("from now on")
     with pytest.raises(Fault, match="not bedrock:InvokeModel on judge") as fault:
         task.grade(CALLER, 2, row)
-    line = task.error_row(2, row, fault.value).record["line"]
+    line = task.error_row(row, fault.value).record["line"]
     assert line["error"]["errorCode"] == "AccessDenied"
     assert [each["results"] for each in line["conversationTurns"]] == [[]]
 

@@ -184,7 +184,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
     objects, pool = Objects(database), ModelPool(budget=1 << 30)
     deleted: list[str] = []
 
-    def delete_model(account: str, model: CustomModel) -> None:
+    def delete_model(model: CustomModel) -> None:
         with database.write() as session:
             session.delete(session.merge(model))
         deleted.append(model.id)
@@ -196,7 +196,7 @@ def service(luthier_home: Path, empty_database: Path) -> Iterator[Service]:
         authorize,
         objects,
         delete_model,
-        limits=lambda account: AccountQuotas(jobs_in_flight=20),
+        quotas=lambda account: AccountQuotas(jobs_in_flight=20),
         file_limit=2_000_000,
     )
     listening = socket.socket()

@@ -119,7 +119,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
                 raise Fault("AccessDenied", f"{caller.arn} is not authorized to perform: {action}")
 
     app = Application(
-        (AnyS3(objects, authorize),),
+        (AnyS3(objects, authorize, "us-east-1"),),
         Names(),
         lambda caller: None,
         Metrics(dict),
@@ -141,7 +141,7 @@ def secure(service: Service, certificate: tuple[Path, Path]) -> Iterator[Service
     app = service.app  # type: ignore[attr-defined]
     # An application belongs to one loop: the second server has its own over the same store.
     other = Application(
-        (AnyS3(service.objects, lambda *asked: None),),
+        (AnyS3(service.objects, lambda *asked: None, "us-east-1"),),
         app.authenticator,
         app.admit,
         app.metrics,

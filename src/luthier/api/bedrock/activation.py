@@ -19,8 +19,6 @@ Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
 
 _THREADS = 2
-_LONGEST = 2048
-"""Letters of a failure message."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -85,7 +83,7 @@ class Activation:
                 return "The model is not there any more."
             self.prepare(stored_id)
         except DoesNotFit as error:
-            return str(error)[:_LONGEST]
+            return str(error)
         except Exception:
             # Names of files are for those who run the service.
             _log.exception("%s cannot be used", model)

@@ -25,8 +25,7 @@ def json_object(request: Request) -> dict[str, Any]:
     try:
         found = request.json
     except ValueError as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise Fault("Serialization", f"The body of the request is not JSON: {why}.") from error
+        raise Fault("Serialization", f"The body of the request is not JSON: {error}.") from error
     if found is None:
         return {}
     if not isinstance(found, dict):

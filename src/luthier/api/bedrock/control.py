@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from botocore.model import OperationModel
-from sqlalchemy import ColumnElement, Select, and_, func, or_
+from sqlalchemy import ColumnElement, Select, func, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -26,6 +26,7 @@ from luthier.api.bedrock.shapes import answer_of, members_of
 from luthier.api.evaluations import EvaluationRunner
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Authorize, Handler
+from luthier.api.policies import refusals_naming
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
@@ -42,16 +43,8 @@ _PLACE = struct.Struct(">qq")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND, _MILLISECOND = timedelta(microseconds=1), timedelta(milliseconds=1)
 _SIGNATURE_BYTES = 16
-
-
-def no_graders(account: str, function: str) -> Mapping[str, Any] | None:
-    """Where no Lambda graders are registered."""
-    return None
-
-
-def default_quotas(account: str) -> AccountQuotas:
-    """The same for everybody."""
-    return AccountQuotas()
+LONGEST_FAILURE = 2048
+"""Characters of a failure message, by the shape that Bedrock has for it."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +58,15 @@ class Control:
     secret: bytes = field(repr=False)
     """Kept by the server; tokens of lists are signed with it."""
     activation: Activation
-    delete_model: Callable[[str, CustomModel], None]
-    """Deletes a model of an account, wherever it is; raises :class:`~luthier.errors.WrongState` where
+    delete_model: Callable[[CustomModel], None]
+    """Deletes a model, wherever it is; raises :class:`~luthier.errors.WrongState` where
     it is in use."""
-    grader: Callable[[str, str], Mapping[str, Any] | None] = no_graders
+    grader: Callable[[str, str], Mapping[str, Any] | None]
     """Method and fields of the grader behind the ARN of a Lambda function, for an account."""
-    quotas: Callable[[str], AccountQuotas] = default_quotas
+    quotas: Callable[[str], AccountQuotas]
     """Of an account."""
-    submitted: Callable[[], None] = lambda: None
-    """Told that there is a new job."""
-    import_asked: Callable[[], None] = lambda: None
-    """Told that a model from outside was asked for."""
+    wake: Callable[[], None]
+    """Tells the scheduler that there is a job, or a model from outside, to work on."""
     evaluations: EvaluationRunner | None = None
     """Works on evaluation jobs; ``None`` where nobody does."""
 
@@ -111,17 +102,32 @@ class ControlRequest:
 
         A refusal names ``shown``: who asked by a name learns no ARN from it, nor whether there is one.
         """
-        try:
+        with refusals_naming(resource, shown or resource):
             self.control.authorize(self.request.caller, f"bedrock:{self.operation.name}", resource)
-        except Fault as fault:
-            if shown is None or shown == resource:
-                raise
-            text = fault.message.replace(resource, shown)
-            raise Fault(fault.code, text) from None
+
+    def allow_found(
+        self, found: Row | None, arn: str | None, kind: str, identifier: str, noun: str
+    ) -> Row:
+        """The ``found`` row, where the caller may do this to its ``arn``, whatever it was called by.
+
+        Raises:
+            Fault: AccessDenied, in the same words whether there is such a row; ResourceNotFound, by the
+                ``noun`` for it, where there is none.
+        """
+        parsed = Arn.parse(identifier)
+        shown = str(parsed) if parsed else self.arns.of(self.account, kind, identifier)
+        self.allow(arn or shown, shown)
+        if found is None:
+            raise not_found(noun, identifier)
+        return found
 
     def allow_kind(self, kind: str) -> None:
         """The same for making something."""
         self.allow(self.arns.of(self.account, kind, "*"))
+
+    def sent(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the members ``names`` that were sent, to be told again."""
+        return {name: self.members[name] for name in names if name in self.members}
 
     def earlier_answer(self) -> dict[str, Any] | None:
         """The answer to an earlier sending of this request, before anything is looked at."""
@@ -198,22 +204,46 @@ def not_found(kind: str, identifier: str) -> Fault:
     return Fault("ResourceNotFound", f"Could not find {kind} {identifier}.")
 
 
-def shown_as(request: ControlRequest, kind: str, identifier: str) -> str:
-    """The ARN that a policy decides on for an identifier that names nothing of the account."""
-    arn = Arn.parse(identifier)
-    return str(arn) if arn else request.arns.of(request.account, kind, identifier)
+def invalid(parameter: str, text: str) -> Fault:
+    """The refusal of what the member ``parameter`` asks for."""
+    return Fault("Validation", text, parameter=parameter)
+
+
+def failure_message(text: str | None) -> str | None:
+    """Why something failed, as Bedrock tells it; ``None`` where nothing did."""
+    return text[:LONGEST_FAILURE] if text else None
 
 
 @dataclass(frozen=True)
-class Order:
-    """Columns that a list is ordered by: time of creation, then order of creation."""
+class ListColumns:
+    """What a list is ordered by, time and then order of creation, and the names it is searched by."""
 
     created: InstrumentedAttribute[datetime]
     seq: InstrumentedAttribute[int]
+    name: InstrumentedAttribute[str]
+
+    def conditions(self, request: ControlRequest) -> list[ColumnElement[bool]]:
+        """What a request asks of name and time of creation, both bounds of which are excluded."""
+        found: list[ColumnElement[bool]] = []
+        if text := request.get("nameContains"):
+            # LIKE would tell small letters from capitals on one database alone.
+            found.append(func.replace(self.name, text, "") != self.name)
+        after = request.get("creationTimeAfter", request.get("createdAfter"))
+        before = request.get("creationTimeBefore", request.get("createdBefore"))
+        try:
+            # Clients know times to the millisecond, and compare with what they were told.
+            if after is not None:
+                found.append(self.created >= _floor(after) + _MILLISECOND)
+            if before is not None:
+                exact = _floor(before) == before
+                found.append(self.created < (before if exact else _floor(before) + _MILLISECOND))
+        except OverflowError as error:
+            raise Fault("Validation", "The time is out of range.") from error
+        return found
 
 
 def page(
-    request: ControlRequest, session: Session, wanted: Select[Row], order: Order
+    request: ControlRequest, session: Session, wanted: Select[Row], columns: ListColumns
 ) -> tuple[Sequence[Row], str | None]:
     """Rows of the page that is asked for, and the token of the next one.
 
@@ -223,48 +253,17 @@ def page(
     limit = request.get("maxResults", DEFAULT_RESULTS)
     ascending = request.get("sortOrder") == "Ascending"
     if token := request.get("nextToken"):
-        wanted = wanted.where(_beyond(order, _open_token(request, token), ascending))
-    columns = (order.created, order.seq)
-    sorted_by = [each.asc() if ascending else each.desc() for each in columns]
+        place, last_shown = tuple_(columns.created, columns.seq), _open_token(request, token)
+        wanted = wanted.where(place > last_shown if ascending else place < last_shown)
+    sorted_by = [
+        each.asc() if ascending else each.desc() for each in (columns.created, columns.seq)
+    ]
     rows = session.scalars(wanted.order_by(*sorted_by).limit(limit + 1)).all()
     if len(rows) <= limit:
         return rows, None
     last = rows[limit - 1]
-    place = getattr(last, order.created.key), getattr(last, order.seq.key)
-    return rows[:limit], _seal_token(request, place)
-
-
-def created_within(
-    order: Order, after: datetime | None, before: datetime | None
-) -> list[ColumnElement[bool]]:
-    """Conditions on the time of creation, both bounds excluded.
-
-    Clients know times to the millisecond, and compare with what they were told.
-    """
-    found: list[ColumnElement[bool]] = []
-    try:
-        if after is not None:
-            found.append(order.created >= _floor(after) + _MILLISECOND)
-        if before is not None:
-            exact = _floor(before) == before
-            found.append(order.created < (before if exact else _floor(before) + _MILLISECOND))
-    except OverflowError as error:
-        raise Fault("Validation", "The time is out of range.") from error
-    return found
-
-
-def contains(column: InstrumentedAttribute[str], text: str | None) -> list[ColumnElement[bool]]:
-    """A condition on a name: LIKE would tell small letters from capitals on one database alone."""
-    return [func.replace(column, text, "") != column] if text else []
-
-
-def _beyond(order: Order, place: tuple[datetime, int], ascending: bool) -> ColumnElement[bool]:
-    moment, seq = place
-    if ascending:
-        later = order.created > moment
-        return or_(later, and_(order.created == moment, order.seq > seq))
-    earlier = order.created < moment
-    return or_(earlier, and_(order.created == moment, order.seq < seq))
+    place_of_last = getattr(last, columns.created.key), getattr(last, columns.seq.key)
+    return rows[:limit], _seal_token(request, place_of_last)
 
 
 def _floor(moment: datetime) -> datetime:

@@ -357,6 +357,11 @@ def _use(call: ToolCall) -> dict[str, str]:
     return {"toolUseId": call.id, "name": call.name}
 
 
+def native_stop_reason(answer: GenerationResult) -> str:
+    """Why an answer ended, as a model's own answer names it: Llama's form has two words for it."""
+    return "length" if answer.reason in ("length", "context") else "stop"
+
+
 def _additional_fields(
     paths: Sequence[str], stream: Stream, answer: GenerationResult
 ) -> dict[str, Any]:
@@ -365,7 +370,7 @@ def _additional_fields(
         "generation": answer.text,
         "prompt_token_count": stream.prompt_tokens,
         "generation_token_count": answer.tokens,
-        "stop_reason": "length" if answer.reason in ("length", "context") else "stop",
+        "stop_reason": native_stop_reason(answer),
         "stop_sequence": answer.stop,
     }
     names = [path.removeprefix("/") for path in paths]

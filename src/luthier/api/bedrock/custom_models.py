@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -9,18 +10,15 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import (
     ControlRequest,
+    ListColumns,
     Operate,
-    Order,
-    contains,
-    created_within,
+    failure_message,
+    invalid,
     list_answer,
-    not_found,
     page,
-    shown_as,
     tags_of,
 )
 from luthier.api.bedrock.jobs import customization_details
-from luthier.api.http.messages import Fault
 from luthier.api.identifiers import (
     FOUNDATION,
     MODEL,
@@ -33,8 +31,7 @@ from luthier.store import tags
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import Job
 
-_ORDER = Order(CustomModel.created, CustomModel.seq)
-_LONGEST = 2048
+_COLUMNS = ListColumns(CustomModel.created, CustomModel.seq, CustomModel.name)
 _SHOWN = ("modelSourceConfig", "roleArn", "modelKmsKeyArn", "clientRequestToken")
 """Members of a request for a model from outside that are kept with it."""
 
@@ -47,18 +44,17 @@ def create_model(request: ControlRequest) -> dict[str, Any]:
         return answer
     given, source = tags_of(request.get("modelTags")), _source(request)
     request.control.locations.folder(request.account, source)
-    shown = {name: request[name] for name in _SHOWN if name in request.members}
-    limits = request.control.quotas(request.account)
+    shown, quotas = request.sent(_SHOWN), request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
         name = request["modelName"]
-        model = submit_import(session, request.account, name, source, shown, limits)
+        model = submit_import(session, request.account, name, source, shown, quotas)
         arn = model.arn(request.arns)
         tags.put(session, arn, given)
         return {"modelArn": arn}
 
     answer = request.once(make)
-    request.control.import_asked()
+    request.control.wake()
     return answer
 
 
@@ -66,11 +62,11 @@ def _source(request: ControlRequest) -> str:
     """The folder that a model is to be copied from."""
     if "customModelDataSource" in request.members:
         text = "Model packages of SageMaker are not supported by this server; name an S3 folder."
-        raise Fault("Validation", text, parameter="customModelDataSource")
+        raise invalid("customModelDataSource", text)
     place = request.get("modelSourceConfig", {}).get("s3DataSource")
     if place is None:
         text = "A model needs modelSourceConfig.s3DataSource.s3Uri, the folder of its files."
-        raise Fault("Validation", text, parameter="modelSourceConfig")
+        raise invalid("modelSourceConfig", text)
     return str(place["s3Uri"])
 
 
@@ -78,8 +74,7 @@ def get_model(request: ControlRequest) -> dict[str, Any]:
     """One model by ARN or name."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
-        made = select(Job).where(Job.id == model.job_id)
-        job = session.scalars(made).one_or_none() if model.job_id else None
+        job = _jobs(session, [model]).get(str(model.job_id))
         return _model_details(request, model, job)
 
 
@@ -89,10 +84,7 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
     query = select(CustomModel).where(
         CustomModel.account == request.account,
         CustomModel.status != RESERVED,
-        *contains(CustomModel.name, request.get("nameContains")),
-        *created_within(
-            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
-        ),
+        *_COLUMNS.conditions(request),
     )
     if not request.get("isOwned", True):
         query = query.where(CustomModel.account != request.account)
@@ -104,7 +96,7 @@ def list_models(request: ControlRequest) -> dict[str, Any]:
     if status := request.get("modelStatus"):
         query = query.where(CustomModel.status == status)
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _ORDER)
+        rows, token = page(request, session, query, _COLUMNS)
         jobs = _jobs(session, rows)
         summaries = [_summary(request, model, jobs.get(str(model.job_id))) for model in rows]
     return list_answer("modelSummaries", summaries, token)
@@ -114,18 +106,15 @@ def delete_model(request: ControlRequest) -> dict[str, Any]:
     """Delete a model that nobody answers with; its job stays."""
     with request.control.database.read() as session:
         model = asked_model(request, session, request["modelIdentifier"])
-    request.control.delete_model(request.account, model)
+    request.control.delete_model(model)
     return {}
 
 
 def asked_model(request: ControlRequest, session: Session, identifier: str) -> CustomModel:
     """The model of an ARN or name, where the caller may do this to it."""
     found = find_model(session, request.arns, request.account, identifier)
-    shown = shown_as(request, MODEL, identifier)
-    request.allow(found.arn(request.arns) if found else shown, shown)
-    if found is None:
-        raise not_found("custom model", identifier)
-    return found
+    arn = found.arn(request.arns) if found else None
+    return request.allow_found(found, arn, MODEL, identifier, "custom model")
 
 
 def _model_details(request: ControlRequest, model: CustomModel, job: Job | None) -> dict[str, Any]:
@@ -141,7 +130,7 @@ def _model_details(request: ControlRequest, model: CustomModel, job: Job | None)
         "modelKmsKeyArn": sent.get("modelKmsKeyArn"),
         "creationTime": model.created,
         "modelStatus": model.status,
-        "failureMessage": model.failure[:_LONGEST] if model.failure else None,
+        "failureMessage": failure_message(model.failure),
         **details,
     }
 
@@ -159,7 +148,8 @@ def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> di
     }
 
 
-def _jobs(session: Session, models: Any) -> dict[str, Job]:
+def _jobs(session: Session, models: Sequence[CustomModel]) -> dict[str, Job]:
+    """The jobs that made models, by their ids."""
     query = select(Job).where(Job.id.in_([model.job_id for model in models if model.job_id]))
     return {job.id: job for job in session.scalars(query)}
 

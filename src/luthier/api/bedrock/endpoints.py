@@ -16,14 +16,13 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import (
     ControlRequest,
+    ListColumns,
     Operate,
-    Order,
-    contains,
-    created_within,
+    failure_message,
+    invalid,
     list_answer,
     not_found,
     page,
-    shown_as,
     tags_of,
 )
 from luthier.api.http.messages import Fault
@@ -46,7 +45,7 @@ from luthier.store.endpoints import (
     Endpoint,
 )
 
-_ORDER = Order(Endpoint.created, Endpoint.seq)
+_COLUMNS = ListColumns(Endpoint.created, Endpoint.seq, Endpoint.name)
 _COMMITMENT = {"OneMonth": timedelta(days=30), "SixMonths": timedelta(days=182)}
 
 
@@ -134,11 +133,8 @@ def _find(
     """The endpoint that a request names, where the caller may do with it what is asked."""
     identifier = request[kind.identifier]
     found = find_endpoint(session, request.arns, request.account, kind.arn, identifier, lock=lock)
-    shown = shown_as(request, kind.arn, identifier)
-    request.allow(endpoint_arn(request.arns, found) if found else shown, shown)
-    if found is None:
-        raise not_found(kind.resource, identifier)
-    return found
+    arn = endpoint_arn(request.arns, found) if found else None
+    return request.allow_found(found, arn, kind.arn, identifier, kind.resource)
 
 
 def _page(
@@ -146,11 +142,9 @@ def _page(
 ) -> tuple[list[Endpoint], str | None]:
     """Endpoints of the account by creation, and the token of the next page."""
     request.allow("*")
-    query = select(Endpoint).where(
-        *_own(request, kind), *contains(Endpoint.name, request.get("nameContains")), *conditions
-    )
+    query = select(Endpoint).where(*_own(request, kind), *_COLUMNS.conditions(request), *conditions)
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _ORDER)
+        rows, token = page(request, session, query, _COLUMNS)
     return list(rows), token
 
 
@@ -209,7 +203,7 @@ def get_deployment(request: ControlRequest) -> dict[str, Any]:
 
 def list_deployments(request: ControlRequest) -> dict[str, Any]:
     """Deployments of the account by creation."""
-    wanted = created_within(_ORDER, request.get("createdAfter"), request.get("createdBefore"))
+    wanted: list[ColumnElement[bool]] = []
     if status := request.get("statusEquals"):
         wanted.append(Endpoint.status == (READY if status == _DEPLOYMENT.ready else status))
     if model := request.get("modelArnEquals"):
@@ -228,9 +222,11 @@ def update_deployment(request: ControlRequest) -> dict[str, Any]:
         found = _find(request, session, _DEPLOYMENT, lock=True)
         model = _deployable(request, session)
         if found.status != READY:
-            raise _invalid(f"The deployment is {found.status}; only an Active one can be updated.")
+            raise invalid(
+                "modelArn", f"The deployment is {found.status}; only an Active one can be updated."
+            )
         if found.foundation != model.bottom:
-            raise _invalid("The model has another base than the one that is deployed.")
+            raise invalid("modelArn", "The model has another base than the one that is deployed.")
         found.next_model = model.arn(request.arns)
         found.update_status, found.modified = UPDATING, now()
     request.control.activation.submit(found.id)
@@ -249,7 +245,9 @@ def _deployable(request: ControlRequest, session: Session) -> CustomModel:
     if model is None:
         raise not_found("custom model", identifier)
     if model.status != custom_models.ACTIVE:
-        raise _invalid(f"The model is {model.status}; only an Active one can be deployed.")
+        raise invalid(
+            "modelArn", f"The model is {model.status}; only an Active one can be deployed."
+        )
     return model
 
 
@@ -260,12 +258,8 @@ def _deployment_summary(request: ControlRequest, found: Endpoint) -> dict[str, A
         "createdAt": found.created,
         "status": _DEPLOYMENT.ready if found.status == READY else found.status,
         "lastUpdatedAt": found.modified,
-        "failureMessage": found.failure,
+        "failureMessage": failure_message(found.failure),
     }
-
-
-def _invalid(text: str) -> Fault:
-    return Fault("Validation", text, parameter="modelArn")
 
 
 # --- provisioned throughput
@@ -291,14 +285,15 @@ def get_provisioned(request: ControlRequest) -> dict[str, Any]:
     """One by ARN or name."""
     with request.control.database.read() as session:
         found = _find(request, session, _PROVISIONED)
-    return {**_provisioned_summary(request, found), "failureMessage": found.failure}
+    return {
+        **_provisioned_summary(request, found),
+        "failureMessage": failure_message(found.failure),
+    }
 
 
 def list_provisioned(request: ControlRequest) -> dict[str, Any]:
     """Those of the account by creation."""
-    wanted = created_within(
-        _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
-    )
+    wanted: list[ColumnElement[bool]] = []
     updating = func.coalesce(Endpoint.update_status, "") == UPDATING
     if status := request.get("statusEquals"):
         if status == UPDATING:

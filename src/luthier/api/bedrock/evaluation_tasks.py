@@ -25,8 +25,8 @@ from pydantic import Field
 from luthier.api.bedrock import converse
 from luthier.api.bedrock.bodies import NativeBody, parsed_native
 from luthier.api.bedrock.shapes import body_members, operation_models
-from luthier.api.evaluations import MOST_ROW_BYTES, EvaluationTask
-from luthier.api.http.messages import Caller, Fault, inference_faults, parse_json
+from luthier.api.evaluations import MOST_ROW_BYTES, EvaluationTask, parse_row
+from luthier.api.http.messages import Caller, Fault, inference_faults
 from luthier.api.http.routing import Authorize
 from luthier.api.identifiers import ModelIds
 from luthier.chat_models.base import SamplingSpec
@@ -53,8 +53,6 @@ VERDICT_TOKENS = 256
 ALTERNATIVE = "<OR>"
 """Stands between references of which any may be right."""
 _SPACE = uuid.UUID("8f0c6f0e-3d3c-4a59-9f7a-3a1c9d1b4b7e")
-
-
 _REFERENCE = "{{item.expected}}"
 ACCURACIES: Mapping[str, Grader] = {
     "Generation": StringCheck(reference=_REFERENCE, operation="ilike"),
@@ -236,7 +234,7 @@ class JobTask(EvaluationTask):
         worst = store.ERROR if store.ERROR in statuses.values() else store.PASS
         return GradedRow(worst, {"set": place, "line": line}, statuses)
 
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """The record, and why there is no answer to it."""
         place, record = row
         line = self.error_line(record)
@@ -348,12 +346,10 @@ class JobTask(EvaluationTask):
                     yield number, place, f"{self.sets[place].name}{file}, row {row}", line
 
     def _line_problem(self, data: DataSet, line: bytes) -> str:
-        if len(line) > MOST_ROW_BYTES:
-            return f"it has more than {MOST_ROW_BYTES:,} bytes: shorten it, or make several of it."
         try:
-            record = parse_json(line, self.parts.limits.json_values)
-        except (Fault, ValueError) as error:
-            return f"it is no JSON that can be read: {str(error).rstrip('.')}."
+            record = parse_row(line, self.parts.limits.json_values)
+        except ValueError as error:
+            return str(error)
         return self.problem(data, record)
 
 

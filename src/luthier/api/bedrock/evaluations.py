@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from luthier.api.bedrock.control import (
     ControlRequest,
+    ListColumns,
     Operate,
-    Order,
-    contains,
-    created_within,
+    failure_message,
+    invalid,
     list_answer,
     not_found,
     page,
@@ -60,8 +60,7 @@ _SHOWN = (
     "outputDataConfig",
 )
 """Members that are told again."""
-_ORDER = Order(EvaluationRun.created, EvaluationRun.seq)
-_LONGEST = 2048
+_COLUMNS = ListColumns(EvaluationRun.created, EvaluationRun.seq, EvaluationRun.name)
 
 
 def job_task(parts: JobParts, run: EvaluationRun, caller: Caller) -> JobTask:
@@ -72,7 +71,7 @@ def job_task(parts: JobParts, run: EvaluationRun, caller: Caller) -> JobTask:
 
 def create_job(request: ControlRequest) -> dict[str, Any]:
     """Put a job into the queue; the same token gives the same job."""
-    request.allow(request.arns.of(request.account, EVALUATION, "*"))
+    request.allow_kind(EVALUATION)
     answer = request.earlier_answer()
     if answer is not None:
         return answer
@@ -85,7 +84,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         source = RagSource.of(request["inferenceConfig"])
         if not judges:
             text = "A RAG system is evaluated by a judge: name it in evaluatorModelConfig."
-            raise _invalid("evaluatorModelConfig", text)
+            raise invalid("evaluatorModelConfig", text)
     else:
         _check_model(request, request["inferenceConfig"]["models"])
     for judge in judges:
@@ -104,7 +103,6 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         request.control.locations.check(request.account, location)
     output = request["outputDataConfig"]["s3Uri"]
     request.control.locations.check_writable(request.account, output)
-    members = {name: request[name] for name in _SHOWN if name in request.members}
 
     def make(session: Session) -> dict[str, Any]:
         storage.lock(session, request.account)  # of two jobs of one name the second sees the first
@@ -117,7 +115,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
             request.request.caller,
             face=FACE,
             name=name,
-            request=members,
+            request=request.sent(_SHOWN),
             application=application,
             run_id=new_id(),
         )
@@ -134,11 +132,11 @@ def _automated_config(request: ControlRequest) -> Mapping[str, Any]:
     """The configuration of what is computed here; all else is refused in words."""
     config = request["evaluationConfig"]
     if "human" in config:
-        raise _invalid("evaluationConfig", "There are no people here who could evaluate.")
+        raise invalid("evaluationConfig", "There are no people here who could evaluate.")
     automated: Mapping[str, Any] = config["automated"]
     if "customMetricConfig" in automated:
         text = "customMetricConfig is not supported by this server; use the metrics of a judge."
-        raise _invalid("customMetricConfig", text)
+        raise invalid("customMetricConfig", text)
     return automated
 
 
@@ -147,14 +145,14 @@ def _application(request: ControlRequest) -> str:
     member = next(iter(request["inferenceConfig"]))
     found = RAG if member == "ragConfigs" else MODEL
     if request.get("applicationType", found) != found:
-        raise _invalid("applicationType", f"With {member} in inferenceConfig it is {found}.")
+        raise invalid("applicationType", f"With {member} in inferenceConfig it is {found}.")
     return found
 
 
 def _check_model(request: ControlRequest, models: list[Mapping[str, Any]]) -> None:
     if len(models) != 1:
         text = "A job evaluates one model: make one for each, on the same data sets."
-        raise _invalid("inferenceConfig", text)
+        raise invalid("inferenceConfig", text)
     model = models[0].get("bedrockModel")
     if model is not None:
         converse_members(model.get("inferenceParams"))
@@ -163,7 +161,7 @@ def _check_model(request: ControlRequest, models: list[Mapping[str, Any]]) -> No
     configs = request["evaluationConfig"]["automated"]["datasetMetricConfigs"]
     if any(ROBUSTNESS in config["metricNames"] for config in configs):
         text = f"{ROBUSTNESS} asks a model again: it needs bedrockModel in inferenceConfig."
-        raise _invalid("metricNames", text)
+        raise invalid("metricNames", text)
 
 
 def _check_invocable(request: ControlRequest, identifier: str) -> None:
@@ -172,37 +170,37 @@ def _check_invocable(request: ControlRequest, identifier: str) -> None:
     with request.control.database.read() as session:
         found = invocable(session, request.arns, request.account, identifier)
     if not writes(find(found.stored_id)):
-        raise _invalid("modelIdentifier", f"The model {identifier} writes no text.")
+        raise invalid("modelIdentifier", f"The model {identifier} writes no text.")
 
 
 def _check_set(config: Mapping[str, Any]) -> None:
     """Refuse data sets that are not had here, with what there is."""
     data = config["dataset"]
     if data["name"] in (".", ".."):
-        raise _invalid("dataset", "A data set is a folder of results: it cannot be called so.")
+        raise invalid("dataset", "A data set is a folder of results: it cannot be called so.")
     if "datasetLocation" not in data:
         text = (
             f"The data set {data['name']} is AWS's own and not here: name rows of yours by "
             "datasetLocation."
         )
-        raise _invalid("dataset", text)
+        raise invalid("dataset", text)
 
 
 def _check_metrics(config: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     """Refuse metrics that are not among the ``known``, which are those ``where`` this job is."""
     names = config["metricNames"]
     if len(set(names)) != len(names):
-        raise _invalid("metricNames", "A metric is named twice.")
+        raise invalid("metricNames", "A metric is named twice.")
     for name in names:
         if name == TOXICITY:
             text = (
                 f"{TOXICITY} needs a classifier of toxic language, which is not here; a judge grades "
                 "Builtin.Harmfulness."
             )
-            raise _invalid("metricNames", text)
+            raise invalid("metricNames", text)
         if name not in known:
             text = f"There is no metric {name} {where}; there are {', '.join(known)}."
-            raise _invalid("metricNames", text)
+            raise invalid("metricNames", text)
 
 
 def _check_task_type(config: Mapping[str, Any]) -> None:
@@ -215,14 +213,14 @@ def _check_task_type(config: Mapping[str, Any]) -> None:
             f"Accuracy of the task type {task_type} {reason}, and not computed here; there are "
             f"{', '.join(ACCURACIES)}, and the metrics of a judge."
         )
-        raise _invalid("taskType", text)
+        raise invalid("taskType", text)
 
 
 def get_job(request: ControlRequest) -> dict[str, Any]:
     """One job by its ARN."""
     with request.control.database.read() as session:
         job = _evaluation_job(request, session, request["jobIdentifier"])
-        members = job.request
+        failure = failure_message(job.error_message)
         return {
             "jobArn": _arn(request, job),
             "jobName": job.name,
@@ -230,8 +228,8 @@ def get_job(request: ControlRequest) -> dict[str, Any]:
             "jobType": "Automated",
             "creationTime": job.created,
             "lastModifiedTime": job.completed or job.created,
-            "failureMessages": [job.error_message[:_LONGEST]] if job.error_message else None,
-            **members,
+            "failureMessages": [failure] if failure else None,
+            **job.request,
             "applicationType": job.application,
         }
 
@@ -241,10 +239,7 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
     request.allow("*")
     query = select(EvaluationRun).where(
         *_mine(request),
-        *contains(EvaluationRun.name, request.get("nameContains")),
-        *created_within(
-            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
-        ),
+        *_COLUMNS.conditions(request),
     )
     if application := request.get("applicationTypeEquals"):
         query = query.where(EvaluationRun.application == application)
@@ -252,7 +247,7 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
         states = [state for state, shown in _STATUS.items() if shown == status]
         query = query.where(EvaluationRun.status.in_(states))
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _ORDER)
+        rows, token = page(request, session, query, _COLUMNS)
         summaries = [_summary(request, job) for job in rows]
     return list_answer("jobSummaries", summaries, token)
 
@@ -353,10 +348,6 @@ def _runner(request: ControlRequest) -> EvaluationRunner:
     if runner is None:
         raise Fault("Validation", f"{request.operation.name} is not supported by this server.")
     return runner
-
-
-def _invalid(parameter: str, text: str) -> Fault:
-    return Fault("Validation", text, parameter=parameter)
 
 
 OPERATIONS: dict[str, Operate] = {

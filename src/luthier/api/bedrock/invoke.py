@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -25,6 +26,7 @@ from luthier.api.bedrock.converse import (
     chat_of,
     message_of,
     named_events,
+    native_stop_reason,
     usage,
 )
 from luthier.api.bedrock.eventstream import event
@@ -112,14 +114,11 @@ class PromptBody(NativeBody):
 def _generation(
     text: str, stream: Stream, tokens: int | None, ended: GenerationResult | None
 ) -> dict[str, Any]:
-    reason = None
-    if ended is not None:
-        reason = "length" if ended.reason in ("length", "context") else "stop"
     return {
         "generation": text,
         "prompt_token_count": stream.prompt_tokens,
         "generation_token_count": tokens,
-        "stop_reason": reason,
+        "stop_reason": native_stop_reason(ended) if ended else None,
     }
 
 
@@ -298,40 +297,36 @@ def form_of(
 
 
 @dataclass
-class Timed:
-    """When an answer began, and when its first piece came."""
+class AnswerTimer:
+    """How long an answer takes; made when its request comes."""
 
-    now: Callable[[], float]
-    began: float
-    first: float | None = None
+    began: float = field(default_factory=time.perf_counter)
+    first_byte: int | None = None
+    """Milliseconds until its first piece came."""
 
     def latency(self) -> int:
         """Milliseconds so far."""
-        return round((self.now() - self.began) * 1000)
-
-    def invocation(self, read: int, written: int) -> dict[str, int]:
-        """What the last chunk tells."""
-        first = self.first if self.first is not None else self.now()
-        return {
-            "inputTokenCount": read,
-            "outputTokenCount": written,
-            "invocationLatency": self.latency(),
-            "firstByteLatency": round((first - self.began) * 1000),
-        }
+        return round((time.perf_counter() - self.began) * 1000)
 
 
-def frame_chunks(form: NativeForm, stream: Stream, timed: Timed) -> Iterator[bytes]:
+def frame_chunks(form: NativeForm, stream: Stream, timer: AnswerTimer) -> Iterator[bytes]:
     """The chunks of a form on the wire; each is sent once the next is known, so the last can tell."""
     held: dict[str, Any] | None = None
     written = 0
     for value, tokens in form.chunks(stream):
         written = max(written, tokens)
-        if timed.first is None:
-            timed.first = timed.now()
+        if timer.first_byte is None:
+            timer.first_byte = timer.latency()
         if held is not None:
             yield _chunk(held)
         held = value
-    metrics = timed.invocation(stream.prompt_tokens, written)
+    latency = timer.latency()
+    metrics = {
+        "inputTokenCount": stream.prompt_tokens,
+        "outputTokenCount": written,
+        "invocationLatency": latency,
+        "firstByteLatency": latency if timer.first_byte is None else timer.first_byte,
+    }
     yield _chunk({**(held or {}), "amazon-bedrock-invocationMetrics": metrics})
 
 

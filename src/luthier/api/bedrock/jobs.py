@@ -13,19 +13,17 @@ from sqlalchemy.orm import Session
 from luthier.api.bedrock import hyperparameters
 from luthier.api.bedrock.control import (
     ControlRequest,
+    ListColumns,
     Operate,
-    Order,
-    contains,
-    created_within,
+    failure_message,
+    invalid,
     list_answer,
     not_found,
     page,
-    shown_as,
     tags_of,
 )
 from luthier.api.bedrock.foundation import customizations
 from luthier.api.bedrock.hyperparameters import setting_name
-from luthier.api.http.messages import Fault
 from luthier.api.identifiers import (
     JOB,
     find_foundation,
@@ -75,8 +73,7 @@ _PARTS = {
     "dataProcessingDetails": "data_processing",
     "trainingDetails": "training",
 }
-_LONGEST = 2048
-_ORDER = Order(Job.created, Job.seq)
+_COLUMNS = ListColumns(Job.created, Job.seq, Job.name)
 _KEY_ID = re.compile("[a-zA-Z0-9-]{36}")
 _KEY_ARN = re.compile("arn:aws(-[^:]+)?:kms:[a-zA-Z0-9-]*:[0-9]{12}:key/[a-zA-Z0-9-]{36}")
 
@@ -94,10 +91,10 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
     if submission.output is not None:
         request.control.locations.check_writable(request.account, submission.output)
 
-    limits = request.control.quotas(request.account)
+    quotas = request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
-        job = submit(session, submission, request.arns, limits)
+        job = submit(session, submission, request.arns, quotas)
         arn = job_arn(request.arns, job)
         tags.put(session, arn, job_tags)
         reserved = session.query(CustomModel).filter_by(job_id=job.id).one()
@@ -106,7 +103,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
         return {"jobArn": arn}
 
     answer = request.once(make)
-    request.control.submitted()
+    request.control.wake()
     return answer
 
 
@@ -124,7 +121,6 @@ def _submission(request: ControlRequest) -> Submission:
         grader = _grader(request, config)
         typed = config.get("hyperParameters", {})
         settings = hyperparameters.merge_fields(settings, hyperparameters.read_rft(typed))
-    members = {name: request[name] for name in _SHOWN if name in request.members}
     validation = request.get("validationDataConfig", {"validators": []})
     return Submission(
         account=request.account,
@@ -139,7 +135,7 @@ def _submission(request: ControlRequest) -> Submission:
         teacher=teacher,
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
-        request=members,
+        request=request.sent(_SHOWN),
         without_effect=hyperparameters.without_effect(typed),
     )
 
@@ -147,12 +143,12 @@ def _submission(request: ControlRequest) -> Submission:
 def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The member of ``customizationConfig`` that belongs to ``kind``; empty where it takes none."""
     if kind == "IMPORTED":
-        raise _invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
+        raise invalid("customizationType", "IMPORTED is of imported models; no job makes one.")
     needed = _CONFIGS.get(kind)
     found = next(iter(given), None) if given else None
     if found != needed:
         wanted = f"needs {needed}" if needed else "takes none"
-        raise _invalid("customizationConfig", f"The customization type {kind} {wanted}.")
+        raise invalid("customizationConfig", f"The customization type {kind} {wanted}.")
     config: Mapping[str, Any] = given[found] if given and found else {}
     return config
 
@@ -165,7 +161,7 @@ def _base(request: ControlRequest, kind: str) -> BaseModel:
         if kind not in (*supported, *[REINFORCEMENT] * base.writes):
             known = ", ".join(supported)
             text = f"The base model {base.id} does not support {kind}; it supports {known}."
-            raise _invalid("customizationType", text)
+            raise invalid("customizationType", text)
         return base
     with request.control.database.read() as session:
         model = find_model(session, request.arns, request.account, identifier)
@@ -173,17 +169,15 @@ def _base(request: ControlRequest, kind: str) -> BaseModel:
         raise not_found("base model", identifier)
     if model.status != ACTIVE:
         text = f"The base model {identifier} is {model.status}; wait until it is Active."
-        raise _invalid("baseModelIdentifier", text)
+        raise invalid("baseModelIdentifier", text)
     return model
 
 
 def _training(config: Mapping[str, Any]) -> str:
     if "invocationLogsConfig" in config:
-        raise _invalid(
-            "trainingDataConfig", "invocationLogsConfig is not supported by this server."
-        )
+        raise invalid("trainingDataConfig", "invocationLogsConfig is not supported by this server.")
     if "s3Uri" not in config:
-        raise _invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
+        raise invalid("trainingDataConfig", "trainingDataConfig needs s3Uri.")
     return str(config["s3Uri"])
 
 
@@ -193,14 +187,14 @@ def _teacher(request: ControlRequest, config: Mapping[str, Any]) -> FoundationMo
     if found is None:
         raise not_found("teacher model", identifier)
     if not found.writes:
-        raise _invalid("customizationConfig", f"The teacher {found.id} does not write text.")
+        raise invalid("customizationConfig", f"The teacher {found.id} does not write text.")
     return found
 
 
 def _longest_answer(tokens: int) -> dict[str, dict[str, Any]]:
     if tokens < 1:
         text = "maxResponseLengthForInference has to be at least 1."
-        raise _invalid("customizationConfig", text)
+        raise invalid("customizationConfig", text)
     return {"sampling": {"max_tokens": tokens}}
 
 
@@ -208,16 +202,12 @@ def _grader(request: ControlRequest, config: Mapping[str, Any]) -> Mapping[str, 
     try:
         function = config["graderConfig"]["lambdaGrader"]["lambdaArn"]
     except KeyError as error:
-        raise _invalid("customizationConfig", "rftConfig needs a lambdaGrader.") from error
+        raise invalid("customizationConfig", "rftConfig needs a lambdaGrader.") from error
     found = request.control.grader(request.account, function)
     if found is None:
         text = f"No grader is registered with this server under {function}."
-        raise _invalid("customizationConfig", text)
+        raise invalid("customizationConfig", text)
     return found
-
-
-def _invalid(parameter: str, text: str) -> Fault:
-    return Fault("Validation", text, parameter=parameter)
 
 
 def get_job(request: ControlRequest) -> dict[str, Any]:
@@ -233,15 +223,12 @@ def list_jobs(request: ControlRequest) -> dict[str, Any]:
     request.allow("*")
     query = select(Job).where(
         Job.account == request.account,
-        *contains(Job.name, request.get("nameContains")),
-        *created_within(
-            _ORDER, request.get("creationTimeAfter"), request.get("creationTimeBefore")
-        ),
+        *_COLUMNS.conditions(request),
     )
     if status := request.get("statusEquals"):
         query = query.where(Job.state.in_([s for s, shown in _STATUS.items() if shown == status]))
     with request.control.database.read() as session:
-        rows, token = page(request, session, query, _ORDER)
+        rows, token = page(request, session, query, _COLUMNS)
         models = _models(session, rows)
         summaries = [_summary(request, job, models.get(job.id)) for job in rows]
     return list_answer("modelCustomizationJobSummaries", summaries, token)
@@ -259,11 +246,8 @@ def asked_job(request: ControlRequest, session: Session, *, lock: bool = False) 
     """The job that ``jobIdentifier`` names, where the caller may do this to it."""
     identifier = request["jobIdentifier"]
     found = find_job(session, request.arns, request.account, identifier, lock=lock)
-    shown = shown_as(request, JOB, identifier)
-    request.allow(job_arn(request.arns, found) if found else shown, shown)
-    if found is None:
-        raise not_found("customization job", identifier)
-    return found
+    arn = job_arn(request.arns, found) if found else None
+    return request.allow_found(found, arn, JOB, identifier, "customization job")
 
 
 def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
@@ -278,9 +262,7 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "roleArn": sent.get("roleArn") or f"arn:aws:iam::{job.account}:role/none",
         "status": _STATUS[job.state],
         "statusDetails": _details(job),
-        "failureMessage": with_setting_names(job.failure, setting_name)[:_LONGEST]
-        if job.failure
-        else None,
+        "failureMessage": failure_message(with_setting_names(job.failure or "", setting_name)),
         "creationTime": job.created,
         "lastModifiedTime": job.modified,
         "endTime": job.ended,

@@ -7,7 +7,6 @@ import binascii
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +16,11 @@ from luthier.api.bedrock import converse, invoke
 from luthier.api.bedrock.bodies import json_object, malformed_input, native_object
 from luthier.api.bedrock.eventstream import CONTENT_TYPE, exception
 from luthier.api.bedrock.invoke import (
+    AnswerTimer,
     ChatForm,
     EmbeddingBody,
     ImageBody,
     NativeForm,
-    Timed,
     form_of,
 )
 from luthier.api.bedrock.shapes import body_members, operation_models
@@ -84,24 +83,24 @@ class _Runtime:
 
     def converse(self, request: Request) -> Response:
         """The whole answer to a conversation."""
-        timed, stored_id = _start_timer(), self._model(request, INVOKE)
+        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
         members = body_members(operation_models()["Converse"], json_object(request))
         with inference_faults():
             stream = self.pool.submit(stored_id, converse.generation_request(members))
-            return Response.json(converse.answer_of(members, stream, timed.latency))
+            return Response.json(converse.answer_of(members, stream, timer.latency))
 
     def converse_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _start_timer(), self._model(request, STREAM)
+        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
         members = body_members(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, members))
-        events = _with_failure(converse.events_of(members, stream, timed.latency))
+        events = _with_failure(converse.events_of(members, stream, timer.latency))
         pieces = GeneratedPieces(events, [stream])
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
     def invoke(self, request: Request) -> Response:
         """The answer to a body in the model's own form."""
-        timed, stored_id = _start_timer(), self._model(request, INVOKE)
+        timer, stored_id = AnswerTimer(), self._model(request, INVOKE)
         form = self._form(request)
         if isinstance(form, EmbeddingBody):
             value, read, written = *self._embed(stored_id, form), 0
@@ -116,13 +115,13 @@ class _Runtime:
             "Content-Type": "application/json",
             "X-Amzn-Bedrock-Input-Token-Count": str(read),
             "X-Amzn-Bedrock-Output-Token-Count": str(written),
-            "X-Amzn-Bedrock-Invocation-Latency": str(timed.latency()),
+            "X-Amzn-Bedrock-Invocation-Latency": str(timer.latency()),
         }
         return Response(200, json.dumps(value, ensure_ascii=False).encode(), headers)
 
     def invoke_stream(self, request: Request) -> Response:
         """The same as it is written."""
-        timed, stored_id = _start_timer(), self._model(request, STREAM)
+        timer, stored_id = AnswerTimer(), self._model(request, STREAM)
         form = self._form(request)
         if isinstance(form, EmbeddingBody | ImageBody):
             raise Fault("Validation", "The model is not supported for streaming.")
@@ -131,7 +130,7 @@ class _Runtime:
             "Content-Type": CONTENT_TYPE,
             "X-Amzn-Bedrock-Content-Type": "application/json",
         }
-        chunks = _with_failure(invoke.frame_chunks(form, stream, timed))
+        chunks = _with_failure(invoke.frame_chunks(form, stream, timer))
         return Response(200, GeneratedPieces(chunks, [stream]), headers)
 
     def count(self, request: Request) -> Response:
@@ -207,10 +206,6 @@ def _with_failure(frames: Iterator[bytes]) -> Iterator[bytes]:
     except Exception:
         _log.exception("a stream failed")
         yield exception("internalServerException", "Something failed inside the service.")
-
-
-def _start_timer() -> Timed:
-    return Timed(time.perf_counter, time.perf_counter())
 
 
 def _decode_body(body: Any) -> bytes:

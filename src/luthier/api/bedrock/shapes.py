@@ -26,8 +26,9 @@ from botocore.model import (
 )
 
 from luthier.api.bedrock.bodies import json_object
-from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.messages import Fault, Request, Response, timestamp
 from luthier.serving.inference import TURNS
+from luthier.store.text import check_storable
 
 SERVICES = ("bedrock", "bedrock-runtime")
 """Their paths never collide: one table serves both."""
@@ -144,33 +145,29 @@ class ShapeChecker:
             items = _check_type(value, list, path, "a list")
             if not self._size(shape, items, path, "length"):
                 return []
-            return [self._item(shape.member, item, path, n) for n, item in enumerate(items, 1)]
+            return [
+                self._item(shape.member, item, f"{path}.{number}.member")
+                for number, item in enumerate(items, 1)
+            ]
         if isinstance(shape, MapShape):
-            return self._map(shape, _check_type(value, dict, path, "an object"), path)
+            entries = _check_type(value, dict, path, "an object")
+            self._size(shape, entries, path, "length")
+            return {
+                self.value(shape.key, key, f"{path}.key"): self._item(
+                    shape.value, item, f"{path}.{key[:_SHOWN]}"
+                )
+                for key, item in entries.items()
+            }
         if isinstance(shape, StringShape):
             return self._text(shape, _check_type(value, str, path, "a string"), path)
         return self._scalar(shape, value, path)
 
-    def _item(self, shape: Shape, value: Any, path: str, number: int) -> Any:
-        where = f"{path}.{number}.member"
+    def _item(self, shape: Shape, value: Any, path: str) -> Any:
+        """What a list or a map holds: never null."""
         if value is None:
-            self._add_problem("null", where, "Member must not be null")
+            self._add_problem("null", path, "Member must not be null")
             return None
-        return self.value(shape, value, where)
-
-    def _map(self, shape: MapShape, value: dict[str, Any], path: str) -> dict[str, Any]:
-        self._size(shape, value, path, "length")
-        return {
-            self.value(shape.key, key, f"{path}.key"): self._entry(shape, key, item, path)
-            for key, item in value.items()
-        }
-
-    def _entry(self, shape: MapShape, key: str, value: Any, path: str) -> Any:
-        where = f"{path}.{key[:_SHOWN]}"
-        if value is None:
-            self._add_problem("null", where, "Member must not be null")
-            return None
-        return self.value(shape.value, value, where)
+        return self.value(shape, value, path)
 
     def _scalar(self, shape: Shape, value: Any, path: str) -> Any:
         kind = shape.type_name
@@ -192,8 +189,10 @@ class ShapeChecker:
         return value
 
     def _text(self, shape: StringShape, value: str, path: str) -> str:
-        if _unwritable(value):
-            raise _wrong_type(path, "text without NUL and lone surrogates")
+        try:
+            check_storable(value)
+        except ValueError:
+            raise _wrong_type(path, "text without NUL and lone surrogates") from None
         shown = "***" if shape.metadata.get("sensitive") else value
         if not self._size(shape, value, path, "length", shown):
             return value
@@ -288,13 +287,6 @@ def _number(value: Any, kinds: tuple[type, ...], path: str, called: str) -> Any:
     return value
 
 
-def _unwritable(text: str) -> bool:
-    """Whether no database and no UTF-8 file would take it."""
-    if "\0" in text:
-        return True
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
 def _wrong_type(path: str, expected: str) -> Fault:
     return Fault("Serialization", f"'{path}' has to be {expected}.", parameter=path)
 
@@ -318,9 +310,11 @@ def members_of(operation: OperationModel, request: Request) -> dict[str, Any]:
     """
     if not isinstance(operation.input_shape, StructureShape):
         return {}
-    body = _body(operation.input_shape, request)
+    members = operation.input_shape.members
+    has_body = any("location" not in shape.serialization for shape in members.values())
+    body = json_object(request) if has_body else {}
     given: dict[str, Any] = {}
-    for name, shape in operation.input_shape.members.items():
+    for name, shape in members.items():
         key = shape.serialization.get("name", name)
         location = shape.serialization.get("location")
         if location == "uri":
@@ -361,19 +355,6 @@ def plain(shape: Shape, value: Any) -> Any:
     if isinstance(shape, MapShape):
         return {key: plain(shape.value, item) for key, item in value.items()}
     return timestamp(value) if isinstance(value, datetime) else value
-
-
-def timestamp(moment: datetime) -> str:
-    """``2026-01-31T12:00:00.123Z``: what is below a millisecond is cut off."""
-    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def _body(shape: StructureShape, request: Request) -> Mapping[str, Any]:
-    """The body, an object; empty where the operation has none."""
-    if all(member.serialization.get("location") for member in shape.members.values()):
-        return {}
-    return json_object(request)
 
 
 def _of_query(shape: Shape, values: list[str] | None, name: str) -> Any:

@@ -35,6 +35,38 @@ from luthier.store.database import Database
 
 T = TypeVar("T")
 
+SHORT_REQUESTS = 16
+"""Threads beside those for what takes long: they answer what is short, and close streams."""
+SHORT_REQUESTS_PER_CLIENT = 2
+"""Of those, for one key from one address."""
+REST_FACTOR = 4.0
+"""For so many times the processor time of a short request its slot takes no other one of its client
+while others are at work: they all compute in Python, one at a time. Forty connections that listed 400
+files made a neighbour's chat take 3.6 times as long, and 1.5 times with this."""
+LONGEST_REST = 1.0
+"""Seconds."""
+USELESS_BODY_BYTES = 1 << 20
+"""Larger bodies that cannot be used are counted: to read and parse them takes time of all others."""
+UNUSABLE = frozenset({"Validation", "Serialization", "RequestEntityTooLarge"})
+WINDOW_SECONDS = 60.0
+BURST_SECONDS = 2.0
+"""A bucket holds the tokens of this long: what an idle account may send at once."""
+ADDRESS_BURST_SECONDS = 0.5
+"""The same for all requests of an address: what comes in at once delays whoever comes behind it."""
+REFUSALS = frozenset({400, 401, 403, 413, 499})
+"""Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
+exist; and not 429, which the server's load may cause."""
+REFUSAL_COST = 4
+"""Requests that a refused one counts as: 250 refused bodies of 24 MB a second made a neighbour's chat
+take 1.4 to 2.7 times as long on one core, and 66 of them 1.6 times."""
+WAIT_SECONDS = 2.0
+"""For which a request waits at most: what waits takes memory, also when its client has left."""
+SPENT_SECONDS = 1.0
+"""For which an address whose request would wait too long opens no connection. To look at its pace alone
+let sixteen connections in whenever there was time for one request."""
+PACED_ADDRESSES = 10_000
+"""Addresses that are remembered, until those that wait for nothing are forgotten."""
+
 
 class Threads:
     """Calls functions in threads, with the context of the task that asks.
@@ -235,37 +267,9 @@ def _busy() -> Fault:
     return Fault("Throttling", text, retry_after=2)
 
 
-SHORT_REQUESTS = 16
-"""Threads beside those for what takes long: they answer what is short, and close streams."""
-SHORT_REQUESTS_PER_CLIENT = 2
-"""Of those, for one key from one address."""
-REST_FACTOR = 4.0
-"""For so many times the processor time of a short request its slot takes no other one of its client
-while others are at work: they all compute in Python, one at a time. Forty connections that listed 400
-files made a neighbour's chat take 3.6 times as long, and 1.5 times with this."""
-LONGEST_REST = 1.0
-"""Seconds."""
-USELESS_BODY_BYTES = 1 << 20
-"""Larger bodies that cannot be used are counted: to read and parse them takes time of all others."""
-UNUSABLE = frozenset({"Validation", "Serialization", "RequestEntityTooLarge"})
-WINDOW_SECONDS = 60.0
-BURST_SECONDS = 2.0
-"""A bucket holds the tokens of this long: what an idle account may send at once."""
-ADDRESS_BURST_SECONDS = 0.5
-"""The same for all requests of an address: what comes in at once delays whoever comes behind it."""
-REFUSALS = frozenset({400, 401, 403, 413, 499})
-"""Statuses that say the request was at fault, or its client gone. Not 404: clients ask whether things
-exist; and not 429, which the server's load may cause."""
-REFUSAL_COST = 4
-"""Requests that a refused one counts as: 250 refused bodies of 24 MB a second made a neighbour's chat
-take 1.4 to 2.7 times as long on one core, and 66 of them 1.6 times."""
-WAIT_SECONDS = 2.0
-"""For which a request waits at most: what waits takes memory, also when its client has left."""
-SPENT_SECONDS = 1.0
-"""For which an address whose request would wait too long opens no connection. To look at its pace alone
-let sixteen connections in whenever there was time for one request."""
-PACED_ADDRESSES = 10_000
-"""Addresses that are remembered, until those that wait for nothing are forgotten."""
+def _throttled(text: str, wait: float) -> Fault:
+    """The refusal of who has to ``wait`` so many seconds, which clients are told in whole ones."""
+    return Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
 
 @dataclass
@@ -309,9 +313,8 @@ class RateLimits:
         with self._lock:
             missing = self._take(caller.account, rate, version)
         if missing > 0:
-            wait = max(1, round(missing / rate + 0.5)) if rate > 0 else 60
             text = "Too many requests, please wait before trying again."
-            raise Fault("Throttling", text, retry_after=wait)
+            raise _throttled(text, missing / rate if rate > 0 else 60)
 
     def _take(self, account: str, rate: float, version: str) -> float:
         """Take a token; tokens that are missing, 0 where there was one."""
@@ -358,7 +361,7 @@ class RequestPace:
         if (wait := self._next.get(address, 0.0) - moment - ADDRESS_BURST_SECONDS) > WAIT_SECONDS:
             self._spent_until[address] = moment + SPENT_SECONDS
             text = "Too many requests from this address, please wait before trying again."
-            raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
+            raise _throttled(text, wait)
         if len(self._next) > PACED_ADDRESSES:
             self._next = {each: at for each, at in self._next.items() if at > moment}
             self._spent_until = {k: at for k, at in self._spent_until.items() if at > moment}
@@ -403,7 +406,7 @@ class UselessBodies:
                 "Too many large requests whose signature was wrong, or that could not be used. Please "
                 "wait before trying again."
             )
-            raise Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
+            raise _throttled(text, wait)
 
     def count(self, address: str, sender: str) -> None:
         """A body was read for nothing."""

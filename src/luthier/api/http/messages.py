@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 from urllib.parse import parse_qs, unquote_to_bytes
@@ -38,10 +39,23 @@ from luthier.limits import ServerLimits
 from luthier.serving.inference import InferenceFailed, InferenceRefused
 from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.sessions import ASSUMED, TemporarySession
-from luthier.store.text import check_storable
+from luthier.store.text import check_storable, decode_storable
 
 JSON_DEPTH = 200
 """Levels of objects and lists in a body."""
+MOST_KEYS = 1_000
+"""Of an object whose fields are known."""
+_FORM = "application/x-www-form-urlencoded"
+Scope = MutableMapping[str, Any]
+"""What an ASGI server says of a request."""
+
+
+def parse_digits(text: str, most: int = 18) -> int | None:
+    """The number that ``text`` is in at most so many digits; ``None`` for what is none.
+
+    Digits of other scripts are numbers to Python, and thousands of them cost time.
+    """
+    return int(text) if re.fullmatch(rf"[0-9]{{1,{most}}}", text) else None
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,9 @@ def parse_json(data: bytes, most_values: int) -> Any:
     try:
         # Given bytes, json would take UTF-16 and halves of pairs as well.
         text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    try:
         found = json.loads(text, parse_constant=_not_finite, parse_float=_finite)
         if data.count(b"[") + data.count(b"{") > JSON_DEPTH and depth_of(found) > JSON_DEPTH:
             # It can be read, and not written again by code that calls itself for each level.
@@ -281,9 +298,6 @@ class Fault(LuthierError):
         return Fault(self.code, text, parameter=parameter, **{**self.details, "refused": False})
 
 
-Scope = MutableMapping[str, Any]
-
-
 @contextmanager
 def inference_faults() -> Iterator[None]:
     """What the engine refuses or fails at, as faults."""
@@ -324,25 +338,18 @@ def check_text(head: RequestHead) -> None:
     if "%" not in head.path + head.query and (head.path + head.query).isascii():
         return
     try:
-        check_storable(unquote_to_bytes(head.path.encode("latin-1")).decode())
+        decode_storable(unquote_to_bytes(head.path.encode("latin-1")))
     except ValueError as error:
-        text = f"The path cannot be used: {_reason(error)}."
+        text = f"The path cannot be used: {error}."
         raise Fault("Validation", text, place="path") from None
     for name, value in query_pairs(head.query):
         try:
-            check_storable(name.decode())
-            check_storable(value.decode())
+            decode_storable(name)
+            decode_storable(value)
         except ValueError as error:
             shown = name.decode(errors="replace").replace("\0", "\ufffd")[:64]
-            text = f"The query parameter '{shown}' cannot be used: {_reason(error)}."
+            text = f"The query parameter '{shown}' cannot be used: {error}."
             raise Fault("Validation", text, parameter=shown, place="query") from None
-
-
-def _reason(error: ValueError) -> str:
-    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-
-
-_FORM = "application/x-www-form-urlencoded"
 
 
 def service_of(head: RequestHead) -> str:
@@ -363,6 +370,12 @@ def service_of(head: RequestHead) -> str:
     return "sts" if form and (head.method, head.path) == ("POST", "/") else ""
 
 
+def timestamp(moment: datetime) -> str:
+    """``2026-01-31T12:00:00.123Z``, as AWS tells times: what is below a millisecond is cut off."""
+    text = moment.astimezone(UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
 def address_of(scope: Scope) -> str:
     """Where the request comes from; empty where that is not known."""
     client = scope.get("client")
@@ -378,10 +391,6 @@ def _stop_at_first(schema: Any) -> None:
     elif isinstance(schema, list):
         for part in schema:
             _stop_at_first(part)
-
-
-MOST_KEYS = 1_000
-"""Of an object whose fields are known."""
 
 
 class CheckedBody(BaseModel):

@@ -10,41 +10,45 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import select
+
 from luthier.api.http.streams import Receive, Send
-from luthier.store.usage import CountUsage, Usage
+from luthier.store.database import Database, now
+from luthier.store.storage import Storage
+from luthier.store.usage import CountUsage, Usage, add_usage, training_seconds
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.registry import Collector
 
-import threading
-from collections.abc import Iterator
-from datetime import date
-from typing import TYPE_CHECKING
-
-from sqlalchemy import select
-
-from luthier.store.database import Database, now
-from luthier.store.storage import Storage
-from luthier.store.usage import add_usage, training_seconds
-
-if TYPE_CHECKING:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
+WRITE_SECONDS = 60.0
+"""How often counts are written."""
+MOST_ACCOUNTS = 1000
+"""Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
+OTHER = "other"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a read of the control plane to a long answer of a model."""
 
+_COUNTERS = {
+    "requests": "Requests of the account's keys, and lines of its batches.",
+    "prompt_tokens": "Tokens that models read for the account.",
+    "generated_tokens": "Tokens that models wrote for the account.",
+    "bytes_in": "Bytes of the bodies of its requests.",
+    "bytes_out": "Bytes of the bodies of its answers.",
+}
 _NOT_LOGGED = ("actions", "tokens")
 """Of :class:`RequestRecord`, what is not in the log."""
 Gauges = Callable[[], Mapping[str, Mapping[str, float]]]
 """Gives values by label, by the name of the gauge; one without labels has its value under ``""``."""
 
-log = logging.getLogger("luthier.api")
+_log = logging.getLogger("luthier.api")
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Metrics:
         fields = {
             key: value for key, value in fields.items() if key not in _NOT_LOGGED and value != ""
         }
-        log.info("request", extra={"fields": fields})
+        _log.info("request", extra={"fields": fields})
 
     def exposition(self) -> tuple[bytes, dict[str, str]]:
         """The metrics as Prometheus reads them, and their content type."""
@@ -186,23 +190,14 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def log_as_json(level: int = logging.INFO) -> None:
+def log_as_json() -> None:
     """Let the service's own loggers and uvicorn's write lines of JSON to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for name, least in (("luthier", level), ("uvicorn.error", logging.WARNING)):
+    for name, least in (("luthier", logging.INFO), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)
-
-
-WRITE_SECONDS = 60.0
-"""How often counts are written."""
-MOST_ACCOUNTS = 1000
-"""Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
-OTHER = "other"
-
-_log = logging.getLogger("luthier.api")
 
 
 class Meter:
@@ -288,15 +283,6 @@ class Meter:
     def _run(self) -> None:
         while not self._closing.wait(self._write_seconds):
             self.write()
-
-
-_COUNTERS = {
-    "requests": "Requests of the account's keys, and lines of its batches.",
-    "prompt_tokens": "Tokens that models read for the account.",
-    "generated_tokens": "Tokens that models wrote for the account.",
-    "bytes_in": "Bytes of the bodies of its requests.",
-    "bytes_out": "Bytes of the bodies of its answers.",
-}
 
 
 def _largest_accounts(values: dict[str, float]) -> Iterator[tuple[str, float]]:

@@ -8,14 +8,13 @@ begins. All other requests cost nothing.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from luthier.api.http.messages import Fault, RequestHead, Response
-from luthier.cancellation import Cancellable
+from luthier.cancellation import Cancellable, CancelScope
 from luthier.limits import ServerLimits
 from luthier.serving.inference import Stream
 
@@ -244,19 +243,14 @@ class ConnectionGuard:
         """``run`` calls what may block, in a thread."""
         self._loop = asyncio.get_running_loop()
         self._receive, self._run = receive, run
-        self._lock = threading.Lock()
-        self._works: list[Cancellable] = []
+        self._scope = CancelScope()
         self._gone = self._ended = False
         self._watching: asyncio.Task[None] | None = None
 
     def take(self, work: Cancellable) -> None:
         """Close ``work`` when the client hangs up, or at once where it has."""
-        with self._lock:
-            self._works.append(work)
-            gone, first = self._gone, len(self._works) == 1
-        if gone:
-            work.close()
-        elif first:
+        self._scope.take(work)
+        if self._watching is None:
             self._loop.call_soon_threadsafe(self._watch)
 
     async def end(self) -> bool:
@@ -270,12 +264,11 @@ class ConnectionGuard:
         return self._gone
 
     def _watch(self) -> None:
-        if not self._ended:
+        # Work that began before the first look was noticed asks for it again.
+        if not self._ended and self._watching is None:
             self._watching = asyncio.ensure_future(self._wait())
 
     async def _wait(self) -> None:
         await hung_up(self._receive)
-        with self._lock:
-            self._gone, works = True, list(self._works)
-        for work in works:
-            await self._run(work.close)
+        self._gone = True
+        await self._run(self._scope.close)

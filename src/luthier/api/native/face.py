@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from luthier.api.http.messages import Request, Response
-from luthier.api.native import deletions as deleting
-from luthier.api.native import inference, jobs, models, reports, usage
+from luthier.api.native import deletions, inference, jobs, models, reports, usage
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.jobs.deletion import Deletions
 from luthier.serving.pool import ModelPool
@@ -19,7 +18,7 @@ class WhoView(View):
 
 
 def native_face(
-    context: Context, version: str, deletions: Deletions, pool: ModelPool
+    context: Context, version: str, data_deletions: Deletions, pool: ModelPool
 ) -> NativeFace:
     """All operations, and the document of them."""
 
@@ -41,7 +40,7 @@ def native_face(
         *models.operations(context),
         *inference.operations(context, pool),
         *reports.operations(context),
-        *deleting.operations(context, deletions),
+        *deletions.operations(context, data_deletions),
         *usage.operations(context),
     ]  # fmt: skip
     return NativeFace(operations)

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
 from luthier.api.http.messages import Fault, Request, Response, inference_faults
+from luthier.api.identifiers import find_foundation
 from luthier.api.native.operations import (
     Context,
     Input,
@@ -21,8 +22,6 @@ from luthier.api.native.operations import (
 from luthier.data.media import LARGEST_VALUE, LONGEST_WINDOW, SINGULAR, Media, MediaKind
 from luthier.serving.inference import ImageRequest
 from luthier.serving.pool import ModelPool
-from luthier.store.custom_models import CustomModel
-from luthier.store.foundation import FoundationModel
 
 PNG = "image/png"
 WindowValue = Annotated[
@@ -214,21 +213,15 @@ class _Inference:
 
     def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is asked, where the policies let the caller."""
-        name, missing = request.params["model"], None
-        found: FoundationModel | CustomModel | None = None
-        try:
-            with self.context.database.read() as session:
-                found = self.context.base(session, request.account, name)
-        except Fault as fault:
-            missing = fault
-        if isinstance(found, FoundationModel):
-            self.context.allow_base(request, action, found)
-            return found.base
-        path = f"custom-model/{name}"
-        own = path if found is None else f"custom-model/{found.foundation}/{found.id}"
-        self.context.allow(request, action, own, path)
-        if found is None or found.stored_id is None:
-            raise missing or Fault("ResourceNotFound", f"There is no model {name!r}.")
+        name, context = request.params["model"], self.context
+        base = find_foundation(context.arns, name)
+        if base is not None:
+            context.allow_base(request, action, base)
+            return base.base
+        with context.database.read() as session:
+            found = context.asked_model(request, session, action, active=True)
+        if found.stored_id is None:
+            raise Fault("ResourceNotFound", f"There is no model {name!r}.")
         return found.stored_id
 
 

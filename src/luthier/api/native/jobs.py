@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from luthier.api.http.messages import Fault, Request, Response
+from luthier.api.http.messages import Fault, Request, Response, parse_digits
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
 from luthier.graders import parse_graders
 from luthier.jobs.submit import Submission, check_client_grader, submit
@@ -176,7 +176,7 @@ class _Jobs:
                     time_limit=body.time_limit_seconds,
                 ),
                 context.arns,
-                context.limits(request.account),
+                context.quotas(request.account),
             )
             view = _view(job)
         context.wake()
@@ -210,11 +210,9 @@ class _Jobs:
 
     def events(self, request: Request, since: Since) -> Response:
         job = self._job(request, "GetJob")
-        known = request.headers.get("last-event-id", "")
         # A number beyond what databases hold is nobody's event.
-        after = (
-            int(known) if known.isascii() and known.isdigit() and len(known) < 19 else since.after
-        )
+        known = parse_digits(request.headers.get("last-event-id", ""))
+        after = since.after if known is None else known
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         return Response(200, self._stream(job, min(after, 2**62), since.follow), headers)
 

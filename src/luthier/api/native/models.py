@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from luthier.api.http.messages import Fault, Request
 from luthier.api.identifiers import find_foundation
@@ -86,7 +85,7 @@ class _Models:
     def get(self, request: Request) -> ModelView:
         with self.context.database.read() as session:
             base = find_foundation(self.context.arns, request.params["model"])
-            found = base or self._own(request, session)
+            found = base or self.context.asked_model(request, session, "GetModel")
         if isinstance(found, FoundationModel):
             arn = self.context.arns.foundation_model(found.id)
             self.context.authorize(request.caller, "luthier:GetModel", arn)
@@ -99,7 +98,7 @@ class _Models:
 
         lineage: list[str] = []
         with self.context.database.read() as session:
-            model = self._own(request, session)
+            model = self.context.asked_model(request, session, "GetModel")
             if model.stored_id is None:
                 text = f"The model {model.name} is {model.status} and has no certificate."
                 raise Fault("Conflict", text)
@@ -116,19 +115,6 @@ class _Models:
                     break  # deleted since; its ARN is all that is left of it here
         certificate = json.loads(read_certificate(find(stored)).text())
         return CertificateView(model=lineage[0], certificate=certificate, lineage=lineage)
-
-    def _own(self, request: Request, session: Session) -> CustomModel:
-        """The account's model, where the caller may; a policy decides on its ARN."""
-        name, missing = request.params["model"], None
-        try:
-            model = self.context.custom(session, request.account, name)
-            path = f"custom-model/{model.foundation}/{model.id}"
-        except Fault as fault:
-            path, missing = f"custom-model/{name}", fault
-        self.context.allow(request, "GetModel", path, f"custom-model/{name}")
-        if missing is not None:
-            raise missing
-        return model
 
     def _foundation(self, model: FoundationModel) -> ModelView:
         return ModelView(

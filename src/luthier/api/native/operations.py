@@ -25,7 +25,7 @@ from luthier.api.http.messages import (
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
 from luthier.api.identifiers import find_foundation, find_model
-from luthier.api.policies import refuse_denied
+from luthier.api.policies import refusals_naming, refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
 from luthier.store.arns import Arns
@@ -307,8 +307,8 @@ class Context:
     arns: Arns
     locations: Locations
     authorize: Authorize
-    limits: Callable[[str], AccountQuotas]
-    """The quota of an account."""
+    quotas: Callable[[str], AccountQuotas]
+    """Of an account."""
     wake: Callable[[], None]
     """Tells the scheduler that there is something to do."""
 
@@ -318,11 +318,8 @@ class Context:
         A refusal names ``shown``, the end as the caller wrote it: who asked by a name learns no id.
         """
         resource = self._resource(request, path)
-        try:
+        with refusals_naming(resource, self._resource(request, shown or path)):
             self._allow(request, action, resource)
-        except Fault as fault:
-            text = fault.message.replace(resource, self._resource(request, shown or path))
-            raise Fault(fault.code, text) from None
 
     def allow_base(self, request: Request, action: str, model: FoundationModel) -> None:
         """Refuse a caller who may not do this with a foundation model."""
@@ -344,11 +341,30 @@ class Context:
         found = find_foundation(self.arns, identifier)
         return found or self.custom(session, account, identifier, active=True)
 
+    def asked_model(
+        self, request: Request, session: Session, action: str, *, active: bool = False
+    ) -> CustomModel:
+        """The account's model that a path names, where the caller may; a policy decides on its ARN."""
+        name = request.params["model"]
+        model = find_model(session, self.arns, request.account, name)
+        if model is not None and active and model.status != ACTIVE:
+            model = None
+        shown = f"custom-model/{name}"
+        path = f"custom-model/{model.foundation}/{model.id}" if model else shown
+        self.allow(request, action, path, shown)
+        if model is None:
+            raise _no_model(name)
+        return model
+
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False
     ) -> CustomModel:
         """The account's custom model of this name, id, ``ft:`` id or ARN."""
         model = find_model(session, self.arns, account, identifier)
         if model is None or (active and model.status != ACTIVE):
-            raise Fault("ResourceNotFound", f"There is no model {identifier!r}.")
+            raise _no_model(identifier)
         return model
+
+
+def _no_model(name: str) -> Fault:
+    return Fault("ResourceNotFound", f"There is no model {name!r}.")

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Fault, Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View, setting_name
-from luthier.encryption.keys import handed_over
+from luthier.encryption.keys import hand_over
 from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
@@ -216,7 +216,7 @@ def _run_command(
     """
     whole = [sys.executable, "-m", "luthier", *command, "--json"]
     try:
-        with handed_over() as (handed, files):
+        with hand_over() as (handed, files):
             done = subprocess.run(
                 whole, capture_output=True, text=True, check=False, timeout=SECONDS,
                 env={**worker_environment(), **handed}, pass_fds=files,

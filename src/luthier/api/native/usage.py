@@ -8,7 +8,6 @@ from pydantic import Field
 
 from luthier.api.http.messages import Request
 from luthier.api.native.operations import Context, Input, NativeOperation, View
-from luthier.limits import AccountQuotas
 from luthier.store.database import now
 from luthier.store.quota_usage import quota_usage
 from luthier.store.usage import report
@@ -90,7 +89,7 @@ class _Usage:
 
     def quotas(self, request: Request) -> UsageView:
         self.context.allow(request, "GetUsage", "*")
-        quotas: AccountQuotas = self.context.limits(request.account)
+        quotas = self.context.quotas(request.account)
         with self.context.database.read() as session:
             found = quota_usage(session, request.account)
         views = {

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from sqlalchemy.orm import Session
 
-from luthier.api.background import BackgroundRunner, caller_fields
+from luthier.api.background import BackgroundRunner, caller_fields, check_in_flight
 from luthier.api.http.messages import Caller, Fault, Request, Response, parse_json
 from luthier.api.http.routing import Operation
 from luthier.api.openai.protocol import (
@@ -25,11 +25,10 @@ from luthier.api.openai.protocol import (
     body,
     error_of,
     invalid,
-    number_of,
     page,
+    page_query,
     seconds,
-    status_of,
-    text_of,
+    shape_of,
 )
 from luthier.errors import QuotaExceeded
 from luthier.files import numbered_lines
@@ -38,7 +37,7 @@ from luthier.serving.inference import meter
 from luthier.serving.prompts import on_prompt_tokenized
 from luthier.serving.scheduler import working_for
 from luthier.store import batches as store
-from luthier.store import queue, storage
+from luthier.store import storage
 from luthier.store.batches import Batch
 from luthier.store.database import Database, now
 from luthier.store.uploaded_files import UploadedFiles
@@ -57,7 +56,6 @@ LONGEST_LINE = BODY_BYTES
 MOST_ERRORS = 50
 """What is wrong with more lines is not told."""
 _log = logging.getLogger("luthier.api")
-MOST = 100
 _MOMENTS = {
     "in_progress_at": store.IN_PROGRESS,
     "finalizing_at": store.FINALIZING,
@@ -179,20 +177,24 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
     def _answer_parsed(
         self, batch: Batch, members: Mapping[str, Any]
     ) -> tuple[bool, dict[str, Any]]:
+        refused: Fault | None = None
         try:
             caller = self.caller_of(batch)
             self.count(batch.account, "", Usage(requests=1))
-            with meter(self.meter_of(batch.account)), working_for(batch.account):
+            count = partial(self.count_tokens, batch.account)
+            with meter(count), working_for(batch.account):
                 answer = self.endpoints[batch.endpoint](caller, members["body"])
-            status = 200
         except Fault as fault:
-            status, answer = status_of(fault), {"error": error_of(fault)}
+            refused = fault
         except Exception as error:
             _log.exception("a line of %s failed", batch.id)
-            failure = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
-            status, answer = status_of(failure), {"error": error_of(failure)}
+            refused = Fault("InternalServer", f"The request failed: {type(error).__name__}.")
+        if refused is None:
+            status = 200
+        else:
+            status, answer = shape_of(refused).status, {"error": error_of(refused)}
         response = {"status_code": status, "request_id": secrets.token_hex(12), "body": answer}
-        return status != 200, {
+        return refused is not None, {
             "id": f"batch_req_{secrets.token_hex(12)}",
             "custom_id": members["custom_id"],
             "response": response,
@@ -328,14 +330,7 @@ class Batches:
             quotas = self.files.objects.quotas(session, account)
             # What is answered becomes files: whoever has no room for any learns it before the work.
             storage.check(session, account, quotas, stored_bytes=1, objects=1, files=1)
-            # Its lock keeps others of the account from counting before this batch is there.
-            storage.lock(session, account)
-            if queue.in_flight(session, Batch, account) >= quotas.batches_in_flight:
-                raise QuotaExceeded(
-                    f"The account has {quotas.batches_in_flight:,} batches that have not ended (quota "
-                    "batches_in_flight). Wait for some of them, or cancel them.",
-                    "batches_in_flight",
-                )
+            check_in_flight(session, Batch, account, quotas, "batches_in_flight")
             batch = store.create(
                 session,
                 account,
@@ -351,7 +346,7 @@ class Batches:
     def list(self, request: Request) -> Response:
         """A page of batches, the newest first."""
         self.access.to(request, "batches.list")
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         account = request.caller.account
         with self.database.read() as session:
             position = None

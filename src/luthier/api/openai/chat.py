@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -17,11 +15,12 @@ from luthier.api.openai.generation import (
     SamplingFields,
     chat_logprobs,
     check_only_form,
+    completion_head,
     refusals,
     stream_events,
     usage,
 )
-from luthier.api.openai.protocol import Body, invalid, validate
+from luthier.api.openai.protocol import Body, invalid, missing, validate
 from luthier.data.chat import TemplateSettings
 from luthier.data.parsing import parse_embedded
 from luthier.data.tools import find_unmatched_call
@@ -43,6 +42,8 @@ from luthier.types import Message, Tool, ToolCall
 
 MOST_TOOLS = 128
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+"""Of a tool that was sent without any."""
 _ROLES: Mapping[str, Any] = {"developer": "system"}
 
 
@@ -85,8 +86,7 @@ class ChatMessage(Body):
                 f"Invalid value for '{where}.content': it must be text.", f"{where}.content"
             )
         if self.role == "tool" and not self.tool_call_id:
-            name = f"{where}.tool_call_id"
-            raise invalid(f"Missing required parameter: '{name}'.", name)
+            raise missing(f"{where}.tool_call_id")
         calls = tuple(
             ToolCall(
                 call.id,
@@ -168,18 +168,13 @@ class ChatRequest(SamplingFields):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-        if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
+        choice = self.tool_choice
+        named = choice.function.name if isinstance(choice, ToolChoice) else None
         names = [tool.function.name for tool in self.tools or ()]
-        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
-            text = f"There is no tool '{self.tool_choice.function.name}' to choose."
-            raise invalid(text, "tool_choice.function.name")
-        if len(set(names)) != len(names):
-            raise invalid("Two tools have the same name.", "tools")
+        check_tool_choice(choice, names, named, "tool_choice.function.name")
         form = self.response_format
         if form is not None and form.type == "json_schema" and form.json_schema is None:
-            name = "response_format.json_schema"
-            raise invalid(f"Missing required parameter: '{name}'.", name)
+            raise missing("response_format.json_schema")
         if form is not None and form.type != "text":
             check_only_form(self.structured_outputs, "response_format")
 
@@ -193,7 +188,7 @@ class ChatRequest(SamplingFields):
             Tool(
                 each.function.name,
                 each.function.description or "",
-                each.function.parameters or {"type": "object", "properties": {}},
+                each.function.parameters or NO_PARAMETERS,
             )
             for each in self.tools or ()
         )
@@ -233,6 +228,19 @@ def _check_calls(turns: Sequence[Message]) -> None:
         f"'tool_call_id'. These have no response: {', '.join(ids)}."
     )
     raise invalid(text, f"messages[{index}].tool_calls", "invalid_value")
+
+
+def check_tool_choice(choice: Any, names: Sequence[str], named: str | None, where: str) -> None:
+    """Refuse tools whose ``names`` are the same, and a choice between them that means none.
+
+    ``named`` is the tool that the choice names, if it does, and ``where`` the member that names it.
+    """
+    if choice not in (None, "none", "auto") and not names:
+        raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
+    if named is not None and named not in names:
+        raise invalid(f"There is no tool '{named}' to choose.", where)
+    if len(set(names)) != len(names):
+        raise invalid("Two tools have the same name.", "tools")
 
 
 def join_texts(parts: Sequence[ContentPart], kinds: Sequence[str], where: str) -> str:
@@ -320,7 +328,7 @@ def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
         answers = stream.whole()
     tokens = sum(each.tokens for each in answers)
     return {
-        **_head("chat.completion", parameters.model),
+        **completion_head("chatcmpl", "chat.completion", parameters.model),
         "choices": [_choice(index, each, parameters) for index, each in enumerate(answers)],
         "usage": usage([stream], tokens),
     }
@@ -343,16 +351,6 @@ def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> di
     }
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": None,
-    }
-
-
 def _call(call: ToolCall) -> dict[str, Any]:
     arguments = json.dumps(dict(call.arguments), ensure_ascii=False)
     function = {"name": call.name, "arguments": arguments}
@@ -369,7 +367,7 @@ class _Chunks:
 
     def __init__(self, parameters: ChatRequest) -> None:
         self._parameters = parameters
-        self._head = _head("chat.completion.chunk", parameters.model)
+        self._head = completion_head("chatcmpl", "chat.completion.chunk", parameters.model)
         self._calls: dict[int, int] = {}
 
     def of(self, events: Iterable[Event], stream: Stream) -> Iterator[Mapping[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -16,7 +14,9 @@ from luthier.api.openai.generation import (
     FINISH,
     GenerationResource,
     SamplingFields,
+    completion_head,
     refusals,
+    split_inputs,
     stream_events,
     token_text,
     usage,
@@ -34,6 +34,7 @@ from luthier.serving.inference import (
 
 MOST_PROMPTS = 128
 DEFAULT_TOKENS = 16
+_HEAD = ("cmpl", "text_completion")
 
 
 class CompletionRequest(SamplingFields):
@@ -64,11 +65,7 @@ class CompletionRequest(SamplingFields):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One or several texts or lists of tokens."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return split_inputs(self.prompt)
 
     def generation_request(self, prompt: Prompt) -> GenerationRequest:
         """The request for the engine."""
@@ -138,13 +135,14 @@ def _completion(
                 scores = _logprobs(answer.scores, 0) if parameters.logprobs is not None else None
                 reason = FINISH.get(answer.reason, "stop")
                 choices.append(_choice(len(choices), echo + answer.text, scores, reason))
-    return {**_head(parameters.model), "choices": choices, "usage": usage(streams, written)}
+    head = completion_head(*_HEAD, parameters.model)
+    return {**head, "choices": choices, "usage": usage(streams, written)}
 
 
 def _chunks(
     parameters: CompletionRequest, streams: Sequence[Stream], echoes: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
-    head, n = _head(parameters.model), parameters.n or 1
+    head, n = completion_head(*_HEAD, parameters.model), parameters.n or 1
     further = {"usage": None} if parameters.wants_usage else {}
     written = 0
     for number, (stream, echo) in enumerate(zip(streams, echoes, strict=True)):
@@ -167,16 +165,6 @@ def _chunks(
             yield {**head, "choices": [choice], **further}
     if parameters.wants_usage:
         yield {**head, "choices": [], "usage": usage(streams, written)}
-
-
-def _head(model: str) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": None,
-    }
 
 
 def _choice(

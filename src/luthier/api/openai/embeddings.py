@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.api.http.messages import Caller
-from luthier.api.openai.generation import GenerationResource, refusals
+from luthier.api.openai.generation import GenerationResource, refusals, split_inputs
 from luthier.api.openai.protocol import Body, invalid
 from luthier.serving.inference import MOST_TOKENS
 from luthier.types import FloatArray
@@ -28,11 +28,7 @@ class EmbeddingRequest(Body):
     @property
     def texts(self) -> list[str | list[int]]:
         """One or several texts or lists of tokens."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if self.input and isinstance(self.input[0], int):
-            return [self.input]
-        return list(self.input)  # type: ignore[arg-type]
+        return split_inputs(self.input)
 
     def check(self) -> None:
         """Refuse what is empty or too much."""

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.api.evaluations import MOST_ROW_BYTES, MOST_ROWS, EvaluationTask
-from luthier.api.http.messages import Caller, Fault, parse_json
+from luthier.api.evaluations import MOST_ROW_BYTES, MOST_ROWS, EvaluationTask, parse_row
+from luthier.api.http.messages import Caller, Fault
 from luthier.api.openai.chat import ChatRequest
 from luthier.api.openai.generation import STRUCTURED, Judge
 from luthier.api.openai.graders import graded_once, grader_fields, text_content
-from luthier.api.openai.protocol import Body, error_of, invalid, validate
+from luthier.api.openai.protocol import Body, error_of, invalid, missing, validate
 from luthier.data.shapes import PromptOnly
 from luthier.errors import RefusedInput, RowRefused
 from luthier.files import numbered_lines
@@ -145,8 +145,7 @@ class DataSource(Body):
             return
         for name in ("model", "input_messages"):
             if getattr(self, name) is None:
-                text = f"Missing required parameter: 'data_source.{name}'."
-                raise invalid(text, f"data_source.{name}", "missing_required_parameter")
+                raise missing(f"data_source.{name}")
         for place, template in self._templates():
             try:
                 check_template(template, sampled=False)
@@ -302,8 +301,7 @@ def _threshold(given: Mapping[str, Any], grader: Grader, where: str) -> float:
     if given["type"] in ("string_check", "label_model"):
         return 1.0
     if threshold is None and given["type"] == "text_similarity":
-        name = f"{where}.pass_threshold"
-        raise invalid(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
+        raise missing(f"{where}.pass_threshold")
     if threshold is None:
         return sum(grader.range) / 2 if isinstance(grader, ScoreModel) else 0.5
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
@@ -396,7 +394,7 @@ class EvalTask(EvaluationTask):
         record = {"item": item, "results": results, "sample": sample}
         return GradedRow(worst or store.PASS, record, statuses)
 
-    def error_row(self, number: int, row: Any, fault: Fault) -> GradedRow:
+    def error_row(self, row: Any, fault: Fault) -> GradedRow:
         """What was asked, and why there is no answer."""
         told = error_of(fault)
         error = {"code": told["code"] or told["type"], "message": told["message"]}
@@ -446,12 +444,10 @@ class EvalTask(EvaluationTask):
 
     def _problem(self, line: bytes) -> str:
         """What is wrong with a row; empty where nothing is."""
-        if len(line) > MOST_ROW_BYTES:
-            return f"it has more than {MOST_ROW_BYTES:,} bytes."
         try:
-            row = parse_json(line, self.parts.limits.json_values)
-        except (Fault, ValueError) as error:
-            return f"it is no JSON that can be read: {error}."
+            row = parse_row(line, self.parts.limits.json_values)
+        except ValueError as error:
+            return str(error)
         if not isinstance(row, dict) or not isinstance(row.get("item"), dict):
             return "it needs an object 'item'."
         sample = row.get("sample") or {}

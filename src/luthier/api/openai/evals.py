@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from sqlalchemy import and_, or_, select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.evaluations import EvaluationRunner
@@ -30,9 +30,10 @@ from luthier.api.openai.protocol import (
     absent,
     body,
     invalid,
-    number_of,
+    is_ascending,
     one_of,
     page,
+    page_query,
     seconds,
     text_of,
 )
@@ -45,7 +46,6 @@ from luthier.store.database import Database, now
 from luthier.store.evaluations import Eval, EvaluationRow, EvaluationRun
 
 FACE = "openai"
-MOST = 100
 _CONTENT = "evals.runs.content"
 """Asked of policies for what rows hold: that there is a run may be known to more people."""
 _STATUSES = (store.QUEUED, store.IN_PROGRESS, store.COMPLETED, store.CANCELED, store.FAILED)
@@ -173,8 +173,8 @@ class Evals:
     def list(self, request: Request) -> Response:
         """A page of evals, the oldest first unless asked otherwise."""
         self.access.to(request, "evals.list")
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
-        ascending = _ascending(request)
+        limit, after = page_query(request)
+        ascending = is_ascending(request, "asc")
         by = one_of("order_by", text_of(request, "order_by") or "created_at",
                     ("created_at", "updated_at"))  # fmt: skip
         moment: InstrumentedAttribute[Any] = Eval.created if by == "created_at" else Eval.updated
@@ -184,12 +184,9 @@ class Evals:
                 place = store.get_eval(session, request.caller.account, after)
                 if place is None:
                     raise invalid(f"No such eval: {after}.", "after")
-                at, seq = getattr(place, moment.key), place.seq
-                query = query.where(
-                    or_(moment > at, and_(moment == at, Eval.seq > seq))
-                    if ascending
-                    else or_(moment < at, and_(moment == at, Eval.seq < seq))
-                )
+                position = tuple_(moment, Eval.seq)
+                last_shown = (getattr(place, moment.key), place.seq)
+                query = query.where(position > last_shown if ascending else position < last_shown)
             order = [each.asc() if ascending else each.desc() for each in (moment, Eval.seq)]
             found = list(session.scalars(query.order_by(*order).limit(limit + 1)))
         return page(found, limit, eval_object)
@@ -264,8 +261,8 @@ class Evals:
 
     def list_runs(self, request: Request) -> Response:
         """A page of runs, the oldest first unless asked otherwise."""
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
-        ascending, status = _ascending(request), text_of(request, "status")
+        limit, after = page_query(request)
+        ascending, status = is_ascending(request, "asc"), text_of(request, "status")
         with self.database.read() as session:
             row = self._find_eval(request, session, "evals.runs.list")
             query = select(EvaluationRun).where(EvaluationRun.eval_id == row.id)
@@ -316,7 +313,7 @@ class Evals:
 
     def list_items(self, request: Request) -> Response:
         """A page of rows, in the order of the source unless asked otherwise."""
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         status = text_of(request, "status")
         if status is not None:
             status = _FILTERS[one_of("status", status, tuple(_FILTERS))]
@@ -328,7 +325,12 @@ class Evals:
                 if position is None:
                     raise invalid(f"No such output item: {after}.", "after")
             found = store.rows_of(
-                session, run.id, limit + 1, position, status=status, ascending=_ascending(request)
+                session,
+                run.id,
+                limit + 1,
+                position,
+                status=status,
+                ascending=is_ascending(request, "asc"),
             )
             return page(found, limit, lambda row: item_object(run, row))
 
@@ -362,10 +364,6 @@ class Evals:
         if found is None or found.eval_id != eval_id:
             raise absent("eval run", run_id, "run_id")
         return found
-
-
-def _ascending(request: Request) -> bool:
-    return one_of("order", text_of(request, "order") or "asc", ("asc", "desc")) == "asc"
 
 
 def _refuse_unended(run: EvaluationRun) -> None:

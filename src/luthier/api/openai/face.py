@@ -62,9 +62,9 @@ class OpenAIFace:
         objects: Objects,
         delete_model: DeleteModel,
         *,
-        limits: Callable[[str], AccountQuotas] = lambda account: AccountQuotas(),
+        quotas: Callable[[str], AccountQuotas],
         file_limit: int = FILE_LIMIT,
-        submitted: Callable[[], None] = lambda: None,
+        wake: Callable[[], None] = lambda: None,
         count: CountUsage = lambda account, model, used: None,
     ) -> None:
         """Put the face together; :meth:`start` begins the work in the background.
@@ -76,9 +76,9 @@ class OpenAIFace:
             authorize: asks the policies.
             objects: the built-in object store, which holds the bytes of files.
             delete_model: deletes a custom model with all that belongs to it.
-            limits: how many jobs an account may have, by the account.
+            quotas: of an account.
             file_limit: bytes of an uploaded file at most.
-            submitted: called after a job was put into the queue.
+            wake: tells the scheduler that there is a job to work on.
             count: told what lines of batches and rows of evaluations use.
         """
         arns = Arns(settings.region)
@@ -116,7 +116,7 @@ class OpenAIFace:
         )
         resources: Sequence[Resource] = (
             Files(self.files, access, file_limit),
-            FineTuning(database, self.files, inference, arns, limits, submitted),
+            FineTuning(database, self.files, inference, arns, quotas, wake),
             Graders(access, inference.judge, PooledModels(pool), self._grading, limited),
             Models(catalogue, access, delete_model),
             chats,

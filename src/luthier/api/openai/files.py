@@ -16,22 +16,23 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from luthier.api.http.messages import Request, Response
+from luthier.api.http.messages import Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import RequestBody, Run
 from luthier.api.openai.protocol import (
     Access,
     absent,
     invalid,
-    number_of,
+    is_ascending,
     one_of,
     page,
+    page_query,
     seconds,
     text_of,
 )
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import FileWriter
-from luthier.store.text import check_storable
+from luthier.store.text import decode_storable
 from luthier.store.uploaded_files import UploadedFile, UploadedFiles
 
 FILE = "file"
@@ -173,23 +174,19 @@ class UploadForm:
 
     def _on_part_end(self) -> None:
         if not self._is_file:
-            self.fields[self._part] = _text(self._text, self._part)
+            self.fields[self._part] = _text(bytes(self._text), self._part)
 
     def _on_end(self) -> None:
         self._ended = True
 
 
-def _text(data: bytes | bytearray, parameter: str | None = None) -> str:
+def _text(data: bytes, parameter: str | None = None) -> str:
     """A name or a value of the form; 400 where it is no text that can be kept."""
     try:
-        text = data.decode()
-        check_storable(text)
+        return decode_storable(data)
     except ValueError as error:
-        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-        raise invalid(
-            f"The form cannot be read, one of its names or values: {why}.", parameter
-        ) from None
-    return text
+        text = f"The form cannot be read, one of its names or values: {error}."
+        raise invalid(text, parameter) from None
 
 
 def _unreadable(error: Exception) -> Exception:
@@ -225,10 +222,10 @@ class Files:
         """What takes an upload: nothing of one is read that is not allowed."""
         self.access.to(request, "files.create", "file")
         kind, account = request.headers.get("content-type", ""), request.caller.account
-        length = request.headers.get("content-length", "")
+        length = parse_digits(request.headers.get("content-length", "")) or 0
         # The form around the file is small: what is told of the body is nearly told of the file.
-        least = int(length) - _FORM_BYTES if length.isascii() and length.isdigit() else 1
-        self.store.objects.check(account, stored_bytes=max(1, least), objects=1, files=1)
+        least = max(1, length - _FORM_BYTES)
+        self.store.objects.check(account, stored_bytes=least, objects=1, files=1)
         return UploadForm(kind, lambda: self.store.begin(account), self.limit)
 
     def _keep(self, request: Request, form: UploadForm) -> Response:
@@ -247,14 +244,13 @@ class Files:
     def list(self, request: Request) -> Response:
         """A page of files, the newest first unless asked otherwise."""
         self.access.to(request, "files.list")
-        limit, after = number_of(request, "limit", MOST, MOST), text_of(request, "after")
-        order = one_of("order", text_of(request, "order") or "desc", ("asc", "desc"))
+        limit, after = page_query(request, MOST, MOST)
         found = self.store.list(
             request.caller.account,
             limit + 1,
             after=after,
             purpose=text_of(request, "purpose"),
-            ascending=order == "asc",
+            ascending=is_ascending(request, "desc"),
         )
         if found is None:
             raise invalid(f"No such file: {after}.", "after")
@@ -318,9 +314,10 @@ def _lifetime(fields: Mapping[str, str]) -> timedelta | None:
         return None
     if anchor != "created_at":
         raise invalid("The anchor must be 'created_at'.", "expires_after[anchor]")
-    if after is None or not re.fullmatch("[0-9]{1,9}", after):
+    lives = parse_digits(after or "", 9)
+    if lives is None:
         raise invalid("Seconds must be a whole number.", "expires_after[seconds]")
-    if not SHORTEST <= int(after) <= LONGEST:
+    if not SHORTEST <= lives <= LONGEST:
         text = f"Seconds must be from {SHORTEST} to {LONGEST}."
         raise invalid(text, "expires_after[seconds]")
-    return timedelta(seconds=int(after))
+    return timedelta(seconds=lives)

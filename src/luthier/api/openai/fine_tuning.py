@@ -16,7 +16,7 @@ from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.api.http.messages import Request, Response
+from luthier.api.http.messages import Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import grader_fields
@@ -26,10 +26,9 @@ from luthier.api.openai.protocol import (
     absent,
     body,
     invalid,
-    number_of,
     page,
+    page_query,
     seconds,
-    text_of,
 )
 from luthier.errors import DiskFull, QuotaExceeded, ReadOnlyDisk, WrongState
 from luthier.jobs.submit import FINE_TUNING, REINFORCEMENT, Submission, submit
@@ -64,7 +63,6 @@ _RULE = re.compile(r"\[[a-z_]+\.[a-z_]+\]")
 _LEVELS = {"warning": "warn", "error": "error"}
 _COLUMNS = ("step", "train_loss", "valid_loss")
 FACE = "openai"
-MOST = 100
 _AT_ONCE = 1000
 """Events that are read at once."""
 
@@ -348,9 +346,8 @@ def event_id(event: JobEvent) -> str:
 
 def position_of(identifier: str) -> int | None:
     """Where an event stands; ``None`` for what is no id of one."""
-    text = identifier.removeprefix("ftevent-")
-    known = identifier.startswith("ftevent-") and text.isascii() and text.isdigit()
-    return int(text) if known and len(text) < 19 else None
+    known = identifier.startswith("ftevent-")
+    return parse_digits(identifier.removeprefix("ftevent-")) if known else None
 
 
 def event_object(event: JobEvent) -> dict[str, Any]:
@@ -452,14 +449,14 @@ class FineTuning:
         files: UploadedFiles,
         inference: Inference,
         arns: Arns,
-        limits: Callable[[str], AccountQuotas],
-        submitted: Callable[[], None] = lambda: None,
+        quotas: Callable[[str], AccountQuotas],
+        wake: Callable[[], None],
     ) -> None:
-        """``submitted`` is called after a job was put into the queue."""
+        """``wake`` tells the scheduler that there is a job to work on."""
         self.database, self.files, self.inference = database, files, inference
         self.catalogue, self.access = inference.catalogue, inference.access
-        self.arns, self.limits = arns, limits
-        self._submitted = submitted
+        self.arns, self.quotas = arns, quotas
+        self._wake = wake
 
     def operations(self) -> Iterable[Operation]:
         """What can be done with jobs."""
@@ -498,9 +495,9 @@ class FineTuning:
         seed = parameters.seed if parameters.seed is not None else secrets.randbelow(2**31)
         submission = self._submission(account, parameters, base, seed, grader)
         with self.database.write() as session:
-            job = submit(session, submission, self.arns, self.limits(account))
+            job = submit(session, submission, self.arns, self.quotas(account))
             seen = _with_model(session, job)
-        self._submitted()
+        self._wake()
         return Response.json(_job_object(seen))
 
     def _submission(
@@ -545,7 +542,7 @@ class FineTuning:
     def list(self, request: Request) -> Response:
         """A page of jobs, the newest first."""
         self.access.to(request, "fine_tuning.jobs.list")
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         metadata = {
             key[len("metadata[") : -1]: values[-1]
             for key, values in request.query.items()
@@ -606,7 +603,7 @@ class FineTuning:
 
     def events(self, request: Request) -> Response:
         """A page of what happened, the newest first."""
-        limit, after = number_of(request, "limit", 20, MOST), text_of(request, "after")
+        limit, after = page_query(request)
         seen = self._find(request, "list_events")
         position = None
         if after is not None:
@@ -619,7 +616,7 @@ class FineTuning:
 
     def checkpoints(self, request: Request) -> Response:
         """A page of the ends of epochs, the newest first; none before there is a model."""
-        limit, after = number_of(request, "limit", 10, MOST), text_of(request, "after")
+        limit, after = page_query(request, default=10)
         seen = self._find(request, "list_checkpoints")
         found: Iterator[dict[str, Any]] = iter(())
         if seen.job.state == jobs.COMPLETED and seen.model is not None:

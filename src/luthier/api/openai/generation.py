@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from luthier.api.http.messages import Caller, Fault, Request, Response
+from luthier.api.http.messages import Caller, Fault, Request, Response, parse_digits
 from luthier.api.http.routing import Operation
 from luthier.api.http.streams import GeneratedPieces
 from luthier.api.identifiers import Invocable
@@ -104,9 +106,10 @@ class SamplingFields(Body):
         """The same for the engine; what was not said has its default."""
         bias = {}
         for key, value in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit() or len(key) > 9:
+            token = parse_digits(key, 9)
+            if token is None:
                 raise invalid(f"{key!r} is no id of a token.", "logit_bias", "invalid_value")
-            bias[int(key)] = value
+            bias[token] = value
         given: dict[str, Any] = {
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
@@ -249,6 +252,26 @@ class GenerationResource(Generic[Asked]):
     def stream(self, caller: Caller, asked: Asked) -> Response:
         """The answer as it is written."""
         raise NotImplementedError
+
+
+def split_inputs(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One or several texts or lists of tokens, as completions and embeddings take them."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [given]
+    return list(given)  # type: ignore[arg-type]
+
+
+def completion_head(prefix: str, kind: str, model: str) -> dict[str, Any]:
+    """What a completion begins with, and each of its chunks; its id begins with ``prefix``."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": None,
+    }
 
 
 def check_only_form(structured: StructuredOutputs | None, member: str) -> None:

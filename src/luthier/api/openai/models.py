@@ -19,8 +19,8 @@ from luthier.store.foundation import FoundationModel, foundation_models
 OWNER = "luthier"
 
 
-DeleteModel = Callable[[str, CustomModel], None]
-"""Deletes an account's custom model with all that belongs to it.
+DeleteModel = Callable[[CustomModel], None]
+"""Deletes a custom model with all that belongs to it.
 
 Raises:
     WrongState: where it is deployed or provisioned, or a job starts from it.
@@ -130,7 +130,7 @@ class Models:
         if isinstance(found, FoundationModel):
             raise Fault("AccessDenied", f"The base model `{name}` cannot be deleted.")
         self.access.same_as(request, "DeleteCustomModel", found.arn(self.catalogue.arns))
-        self._delete(request.caller.account, found)
+        self._delete(found)
         return Response.json({"id": name, "object": "model", "deleted": True})
 
     def _find(self, request: Request, action: str) -> FoundationModel | CustomModel:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from luthier.api.http.messages import Caller, CheckedBody, Fault, Request, Response
+from luthier.api.http.messages import (
+    Caller,
+    CheckedBody,
+    Fault,
+    Request,
+    Response,
+    parse_digits,
+)
 from luthier.api.http.routing import Authorize
 from luthier.api.openai.validation import describe_error
 from luthier.api.policies import refuse_denied
@@ -79,11 +86,6 @@ def error_of(fault: Fault) -> dict[str, Any]:
     }
 
 
-def status_of(fault: Fault) -> int:
-    """The status of the refusal."""
-    return shape_of(fault).status
-
-
 def shape_of(fault: Fault) -> _Shape:
     """How ``fault`` is told; an unknown key is an access denied that names no action."""
     if fault.code == "AccessDenied" and fault.details.get("credentials"):
@@ -96,7 +98,13 @@ def invalid(message: str, parameter: str | None = None, reason: str | None = Non
     return Fault("Validation", message, parameter=parameter, reason=reason)
 
 
-def absent(kind: str, identifier: str, parameter: str | None = None) -> Fault:
+def missing(member: str) -> Fault:
+    """A member that is needed and not there: 400."""
+    text = f"Missing required parameter: '{member}'."
+    return invalid(text, member, "missing_required_parameter")
+
+
+def absent(kind: str, identifier: str, parameter: str) -> Fault:
     """Nothing of this account has this id: 404, the same for what is gone and what never was."""
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 
@@ -224,9 +232,20 @@ def number_of(request: Request, name: str, default: int, most: int) -> int:
     text = text_of(request, name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= most:
+    number = parse_digits(text)
+    if number is None or not 1 <= number <= most:
         raise invalid(f"'{name}' must be a whole number from 1 to {most}.", name, "invalid_value")
-    return int(text)
+    return number
+
+
+def page_query(request: Request, default: int = 20, most: int = 100) -> tuple[int, str | None]:
+    """How many rows the page of a list may have, and the id that it goes on after."""
+    return number_of(request, "limit", default, most), text_of(request, "after")
+
+
+def is_ascending(request: Request, default: Literal["asc", "desc"]) -> bool:
+    """Whether a list is asked for with the oldest first."""
+    return one_of("order", text_of(request, "order") or default, ("asc", "desc")) == "asc"
 
 
 def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]]) -> Response:

@@ -18,7 +18,16 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Fault, Response
 from luthier.api.http.streams import GeneratedPieces
-from luthier.api.openai.chat import MOST_TOOLS, NAME, ContentPart, arguments, call_id, join_texts
+from luthier.api.openai.chat import (
+    MOST_TOOLS,
+    NAME,
+    NO_PARAMETERS,
+    ContentPart,
+    arguments,
+    call_id,
+    check_tool_choice,
+    join_texts,
+)
 from luthier.api.openai.generation import (
     STREAM_HEADERS,
     GenerationResource,
@@ -26,7 +35,7 @@ from luthier.api.openai.generation import (
     check_only_form,
     refusals,
 )
-from luthier.api.openai.protocol import Body, Metadata, error_of, invalid
+from luthier.api.openai.protocol import Body, Metadata, error_of, invalid, missing
 from luthier.api.structured_outputs import StructuredOutputs
 from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
@@ -137,30 +146,23 @@ class ResponseRequest(Body):
                 where = f"tools[{index}].type"
                 raise invalid(f"Tools are functions of yours, and no '{tool.type}'.", where)
             if tool.name is None:
-                where = f"tools[{index}].name"
-                raise invalid(f"Missing required parameter: '{where}'.", where)
-        names = [tool.name for tool in self.tools or ()]
-        if len(set(names)) != len(names):
-            raise invalid("Two tools have the same name.", "tools")
-        if self.tool_choice not in (None, "none", "auto") and not names:
-            raise invalid("'tool_choice' needs 'tools'.", "tool_choice")
-        if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in names:
-            raise invalid(
-                f"There is no tool '{self.tool_choice.name}' to choose.", "tool_choice.name"
-            )
+                raise missing(f"tools[{index}].name")
+        choice = self.tool_choice
+        named = choice.name if isinstance(choice, NamedFunction) else None
+        names = [tool.name or "" for tool in self.tools or ()]
+        check_tool_choice(choice, names, named, "tool_choice.name")
         if self.top_logprobs is not None and not self.wants_logprobs:
             raise invalid(f"'top_logprobs' needs 'include' to name {LOGPROBS}.", "top_logprobs")
         form = self.text.format if self.text else None
         if form is not None and form.type == "json_schema" and form.json_schema is None:
-            where = "text.format.schema"
-            raise invalid(f"Missing required parameter: '{where}'.", where)
+            raise missing("text.format.schema")
         if form is not None and form.type != "text":
             check_only_form(self.structured_outputs, "text.format")
 
     def generation_request(self) -> GenerationRequest:
         """The request for the engine."""
         tools = tuple(
-            Tool(each.name or "", each.description or "", each.parameters or _ANYTHING)
+            Tool(each.name or "", each.description or "", each.parameters or NO_PARAMETERS)
             for each in self.tools or ()
         )
         choice = self.tool_choice or "auto"
@@ -194,9 +196,6 @@ class ResponseRequest(Body):
         return Constraint("schema", form.json_schema or True)
 
 
-_ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
-
-
 def _add(turns: list[Message], item: InputItem, where: str) -> None:
     """Put ``item`` behind ``turns``; calls belong to the turn of the assistant before them."""
     if item.type == "message":
@@ -225,8 +224,7 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
 
 def _require(value: Any, where: str) -> Any:
     if value is None:
-        text = f"Missing required parameter: '{where}'."
-        raise invalid(text, where, "missing_required_parameter")
+        raise missing(where)
     return value
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from luthier.api.http.messages import Fault, Signed
+from luthier.api.http.messages import Fault, Signed, parse_digits
 from luthier.api.http.streams import RequestBody, Run
+from luthier.api.sigv4 import STREAMED, STREAMED_UNSIGNED, UNSIGNED
 
 PREFIX = "x-amz-checksum-"
 _SETTINGS = ("algorithm", "type", "mode")
@@ -27,11 +28,6 @@ _NOTHING = hashlib.sha256(b"").hexdigest()
 _SIGNATURE = "x-amz-trailer-signature"
 OBJECT_LIMIT = 5 << 30
 """Bytes of one request at most; larger objects come in parts."""
-_UNSIGNED, _UNSIGNED_TRAILER = "UNSIGNED-PAYLOAD", "STREAMING-UNSIGNED-PAYLOAD-TRAILER"
-_SIGNED_CHUNKS = (
-    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD",
-    "STREAMING-AWS4-HMAC-SHA256-PAYLOAD-TRAILER",
-)
 
 
 class Digest(Protocol):
@@ -151,9 +147,7 @@ def from_elements(values: Mapping[str, str]) -> dict[str, str]:
 class Expected:
     """What the bytes of a request have to be like; computed as they come."""
 
-    def __init__(
-        self, headers: Mapping[str, str], sha256: str | None, of_body: bool = True
-    ) -> None:
+    def __init__(self, headers: Mapping[str, str], sha256: str | None, of_body: bool) -> None:
         """``headers`` by names in lower case; ``sha256`` in hexadecimal, as it was signed.
 
         ``of_body`` says whether the checksums in the headers are of the body.
@@ -165,7 +159,7 @@ class Expected:
         self.trailers = [each.strip().lower() for each in trailers.split(",") if each.strip()]
         later = [name[len(PREFIX) :] for name in self.trailers if name.startswith(PREFIX)]
         self._digests = {name: new_digest(name) for name in {*self._sent, *later}}
-        self._digests |= {"": hashlib.sha256()} if sha256 else {}
+        self._digests |= {} if sha256 is None else {"": hashlib.sha256()}
         self._digests |= {"md5": hashlib.md5(usedforsecurity=False)} if self._md5 else {}
 
     def update(self, data: bytes) -> None:
@@ -180,7 +174,7 @@ class Expected:
             Fault: ``XAmzContentSHA256Mismatch``, ``BadDigest``, ``InvalidRequest``.
         """
         found = {name: digest.digest() for name, digest in self._digests.items()}
-        if self._sha256 and found.pop("").hex() != self._sha256:
+        if self._sha256 is not None and found.pop("").hex() != self._sha256:
             text = "The provided 'x-amz-content-sha256' header does not match what was computed."
             raise Fault("XAmzContentSHA256Mismatch", text)
         if self._md5 and found.pop("md5") != self._md5:
@@ -350,7 +344,7 @@ class SignedBody:
         headers: Mapping[str, str],
         signed: Signed,
         limit: int,
-        of_body: bool = True,
+        of_body: bool,
     ) -> None:
         """Refuse what the headers alone are reason for.
 
@@ -362,19 +356,15 @@ class SignedBody:
             of_body: whether the checksums in the headers are of the body.
 
         Raises:
-            Fault: ``EntityTooLarge``, ``InvalidRequest``, ``NotImplemented``, ``InvalidDigest``, ...
+            Fault: ``EntityTooLarge``, ``InvalidArgument``, ``NotImplemented``, ``InvalidDigest``.
         """
+        # A hash or one of these names: no signature with another word is let in.
         kind = signed.payload
-        hexadecimal = re.fullmatch(r"[0-9a-f]{64}", kind)
-        streaming = kind.startswith("STREAMING-")
-        if streaming and kind not in (_UNSIGNED_TRAILER, *_SIGNED_CHUNKS):
-            raise Fault("NotImplemented", f"Bodies signed as {kind[:80]} are not taken.")
-        if not (hexadecimal or streaming or kind == _UNSIGNED):
-            raise Fault("InvalidArgument", "x-amz-content-sha256 must be a hash or a known name.")
-        self._expected = Expected(headers, kind if hexadecimal else None, of_body)
+        streaming = kind in (STREAMED_UNSIGNED, *STREAMED)
+        self._expected = Expected(headers, None if streaming or kind == UNSIGNED else kind, of_body)
         self._chunked: Chunked | None = None
         if streaming:
-            keys = signed if kind in _SIGNED_CHUNKS else None
+            keys = signed if kind in STREAMED else None
             self._chunked = Chunked(keys, self._expected.trailers)
         self.length = _length(
             headers, "x-amz-decoded-content-length" if streaming else "content-length"
@@ -418,11 +408,10 @@ class SignedBody:
 
 def _length(headers: Mapping[str, str], name: str) -> int | None:
     text = headers.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", text):
+    length = None if text is None else parse_digits(text)
+    if text is not None and length is None:
         raise Fault("InvalidArgument", f"{name} is not a number of bytes.")
-    return int(text)
+    return length
 
 
 def _too_large() -> Fault:

@@ -6,20 +6,15 @@ import base64
 from collections.abc import Callable
 from urllib.parse import quote
 
-from luthier.api.http.messages import Fault, Response
+from luthier.api.http.messages import Fault, Response, timestamp
 from luthier.api.s3 import documents
-from luthier.api.s3.documents import Element, document, iso
+from luthier.api.s3.documents import Element, xml_response
 from luthier.api.s3.request import S3Request, Stores
 from luthier.store.listing import Page, after, beyond, page, rolled_up
 from luthier.store.objects import StoredObject
-from luthier.store.text import check_storable
+from luthier.store.text import decode_storable
 
 MOST_KEYS = 1000
-
-
-def xml(body: bytes, **headers: str) -> Response:
-    """A document as an answer."""
-    return Response(200, body, {"Content-Type": "application/xml", **headers})
 
 
 def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -33,11 +28,11 @@ def list_buckets(stores: Stores, request: S3Request, body: bytes) -> Response:
         if each.name.startswith(prefix) and each.name >= start
     ]
     shown = [
-        ("Bucket", [("Name", each.name), ("CreationDate", iso(each.created))])
+        ("Bucket", [("Name", each.name), ("CreationDate", timestamp(each.created))])
         for each in found[:most]
     ]
     rest = [("ContinuationToken", encoded_token(found[most].name))] if found[most:] else []
-    return xml(document("ListAllMyBucketsResult", [owner(request), ("Buckets", shown), *rest]))
+    return xml_response("ListAllMyBucketsResult", [owner(request), ("Buckets", shown), *rest])
 
 
 def create_bucket(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -64,8 +59,7 @@ def bucket_location(stores: Stores, request: S3Request, body: bytes) -> Response
     """The region; empty for ``us-east-1``, as ever."""
     stores.objects.bucket(request.account, request.bucket)
     region = "" if stores.region == "us-east-1" else stores.region
-    root = f'<LocationConstraint xmlns="{documents.NAMESPACE}">{region}</LocationConstraint>'
-    return xml(f'<?xml version="1.0" encoding="UTF-8"?>\n{root}'.encode())
+    return xml_response("LocationConstraint", region)
 
 
 def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -88,7 +82,7 @@ def list_objects_v2(stores: Stores, request: S3Request, body: bytes) -> Response
         ("NextContinuationToken", encoded_token(found.next)) if found.next is not None else None,
     ]
     whose = owner(request) if asked.get("fetch-owner") == "true" else None
-    return xml(document("ListBucketResult", [*content, *_entries(found, encode, whose)]))
+    return xml_response("ListBucketResult", [*content, *_entries(found, encode, whose)])
 
 
 def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -109,7 +103,7 @@ def list_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
         ("IsTruncated", found.next is not None),
     ]
     entries = _entries(found, encode, owner(request))
-    return xml(document("ListBucketResult", [*content, *entries]))
+    return xml_response("ListBucketResult", [*content, *entries])
 
 
 def owner(request: S3Request, name: str = "Owner") -> Element:
@@ -133,9 +127,7 @@ def encoded_token(position: str) -> str:
 def decoded_token(token: str) -> str:
     """The position that a token stands for."""
     try:
-        position = base64.b64decode(token, altchars=b"-_", validate=True).decode()
-        check_storable(position)
-        return position
+        return decode_storable(base64.b64decode(token, altchars=b"-_", validate=True))
     except ValueError:
         text = "The continuation token provided is incorrect"
         raise Fault("InvalidArgument", text) from None
@@ -172,7 +164,7 @@ def _entries(found: Page, encode: Callable[[str], str], whose: Element | None) -
             "Contents",
             [
                 ("Key", encode(each.key)),
-                ("LastModified", iso(each.modified)),
+                ("LastModified", timestamp(each.modified)),
                 ("ETag", f'"{each.etag}"'),
                 *[("ChecksumAlgorithm", name.upper()) for name in each.checksums],
                 ("Size", each.size),

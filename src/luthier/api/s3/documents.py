@@ -1,4 +1,4 @@
-"""XML as S3 writes and reads it, and as STS writes it; errors among it.
+"""XML as S3 writes and reads it, and as STS writes it.
 
 Small trees of elements: no attributes, no entities.
 """
@@ -6,14 +6,12 @@ Small trees of elements: no attributes, no entities.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
 from luthier.api.http.messages import Fault, Response
-from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
 
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 DOCUMENT_LIMIT = 4 << 20
@@ -24,68 +22,29 @@ _CONTROLS = {chr(code): f"&#{code};" for code in (*range(1, 9), 11, 12, 13, *ran
 
 Content = str | int | bool | Iterable["Element | None"]
 Element = tuple[str, "Content"]
-_STATUS = {
-    "AccessDenied": 403,
-    "BucketAlreadyOwnedByYou": 409,
-    "BucketNotEmpty": 409,
-    "InternalError": 500,
-    "InvalidAccessKeyId": 403,
-    "InvalidRange": 416,
-    "MethodNotAllowed": 405,
-    "MissingContentLength": 411,
-    "NoSuchBucket": 404,
-    "NoSuchKey": 404,
-    "NoSuchUpload": 404,
-    "NotImplemented": 501,
-    "NotModified": 304,
-    "PreconditionFailed": 412,
-    "QuotaExceeded": 403,
-    "RequestTimeTooSkewed": 403,
-    "ServiceUnavailable": 503,
-    "SignatureDoesNotMatch": 403,
-    "SlowDown": 503,
-}
-"""Of all others 400."""
-_NAMES = {
-    "IncompleteSignature": "AuthorizationHeaderMalformed",
-    "InternalServer": "InternalError",
-    "InvalidSignature": "SignatureDoesNotMatch",
-    "MissingAuthenticationToken": "AccessDenied",
-    "RequestEntityTooLarge": "EntityTooLarge",
-    "Throttling": "SlowDown",
-    "UnrecognizedClient": "InvalidAccessKeyId",
-    "Validation": "InvalidRequest",
-}
-"""By the names that the rest of the service has for the same."""
 
 
-def document(name: str, content: Sequence[Element | None], namespace: str = NAMESPACE) -> bytes:
-    """A document of S3's namespace, or of another one. Elements that are ``None`` are left out."""
-    inner = "".join(_text(each) for each in content if each is not None)
+def document(name: str, content: Content, namespace: str | None = NAMESPACE) -> bytes:
+    """A document of S3's namespace, of another one, or of none."""
+    xmlns = f' xmlns="{namespace}"' if namespace else ""
     head = '<?xml version="1.0" encoding="UTF-8"?>\n'
-    return f'{head}<{name} xmlns="{namespace}">{inner}</{name}>'.encode()
+    return f"{head}<{name}{xmlns}>{_text(content)}</{name}>".encode()
 
 
-def error_document(fields: Sequence[Element]) -> bytes:
-    """An error, which S3 writes without a namespace."""
-    inner = "".join(_text(each) for each in fields)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n<Error>{inner}</Error>'.encode()
+def xml_response(name: str, content: Content, **headers: str) -> Response:
+    """A document of S3's namespace as an answer."""
+    body = document(name, content)
+    return Response(200, body, {"Content-Type": "application/xml", **headers})
 
 
-def iso(moment: datetime) -> str:
-    """A time as S3 writes it in documents: UTC, milliseconds."""
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
-
-
-def _text(element: Element) -> str:
-    name, content = element
+def _text(content: Content) -> str:
+    """What stands in an element. Elements that are ``None`` are left out."""
     if isinstance(content, bool):
-        inner = "true" if content else "false"
-    elif isinstance(content, (str, int)):
-        inner = escape(str(content), _CONTROLS)
-    else:
-        inner = "".join(_text(each) for each in content if each is not None)
-    return f"<{name}>{inner}</{name}>"
+        return "true" if content else "false"
+    if isinstance(content, (str, int)):
+        return escape(str(content), _CONTROLS)
+    elements = (each for each in content if each is not None)
+    return "".join(f"<{name}>{_text(inner)}</{name}>" for name, inner in elements)
 
 
 @dataclass
@@ -163,34 +122,3 @@ class _Reader:
 
     def refuse(self, *declared: object) -> None:
         raise malformed_xml()
-
-
-def refusal(fault: Fault, request_id: str) -> Response:
-    """``fault`` as clients of S3 expect it.
-
-    Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
-    """
-    code = _NAMES.get(fault.code.removesuffix("Exception"), fault.code)
-    code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(
-        str(fault.details.get("place")), code
-    )
-    headers = fault.details.get("headers", {})
-    status = _STATUS.get(code, 400)
-    if status == 304:
-        return Response(status, b"", headers)
-    elements = [("Code", code), ("Message", fault.message)]
-    elements += fault.details.get("fields", {}).items()
-    body = error_document([*elements, ("RequestId", request_id)])
-    return Response(status, body, {"Content-Type": "application/xml", **headers})
-
-
-def as_fault(error: ObjectRefused | DoesNotFit | QuotaExceeded) -> Fault:
-    """A refusal of the store as a fault of this face.
-
-    AWS has a code for too many buckets alone; the others are told as Ceph's gateway tells them.
-    """
-    if isinstance(error, QuotaExceeded):
-        return Fault("TooManyBuckets" if error.quota == "buckets" else "QuotaExceeded", str(error))
-    if isinstance(error, ObjectRefused):
-        return Fault(error.code, error.message)
-    return Fault.of(error)

@@ -9,11 +9,11 @@ from functools import partial
 from luthier.api.http.messages import Fault, Request, RequestHead, Response
 from luthier.api.http.routing import Authorize, Operation, Route
 from luthier.api.http.streams import RequestBody, Run
-from luthier.api.s3 import buckets, documents, multipart, objects
+from luthier.api.s3 import buckets, multipart, objects
 from luthier.api.s3.body import OBJECT_LIMIT, SignedBody
-from luthier.api.s3.documents import DOCUMENT_LIMIT, as_fault
+from luthier.api.s3.documents import DOCUMENT_LIMIT, document
 from luthier.api.s3.request import Incoming, S3Request, Stores, read_request
-from luthier.errors import DoesNotFit, ObjectRefused, QuotaExceeded
+from luthier.errors import ObjectRefused, QuotaExceeded
 from luthier.store.multipart import MultipartUploads
 from luthier.store.object_files import WrittenFile
 from luthier.store.objects import UPLOADS, Objects
@@ -48,7 +48,7 @@ class S3Operation:
     """Whether another object is named in place of a body."""
 
 
-def _keys(text: str = "") -> frozenset[str]:
+def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
@@ -122,12 +122,47 @@ def operation_of(request: S3Request) -> S3Operation:
     raise Fault("NotImplemented", text)
 
 
+_STATUS = {
+    "AccessDenied": 403,
+    "BucketAlreadyOwnedByYou": 409,
+    "BucketNotEmpty": 409,
+    "InternalError": 500,
+    "InvalidAccessKeyId": 403,
+    "InvalidRange": 416,
+    "MethodNotAllowed": 405,
+    "MissingContentLength": 411,
+    "NoSuchBucket": 404,
+    "NoSuchKey": 404,
+    "NoSuchUpload": 404,
+    "NotImplemented": 501,
+    "NotModified": 304,
+    "PreconditionFailed": 412,
+    "QuotaExceeded": 403,
+    "RequestTimeTooSkewed": 403,
+    "ServiceUnavailable": 503,
+    "SignatureDoesNotMatch": 403,
+    "SlowDown": 503,
+}
+"""HTTP status of each code; of all others 400."""
+_CODES = {
+    "IncompleteSignature": "AuthorizationHeaderMalformed",
+    "InternalServer": "InternalError",
+    "InvalidSignature": "SignatureDoesNotMatch",
+    "MissingAuthenticationToken": "AccessDenied",
+    "RequestEntityTooLarge": "EntityTooLarge",
+    "Throttling": "SlowDown",
+    "UnrecognizedClient": "InvalidAccessKeyId",
+    "Validation": "InvalidRequest",
+}
+"""Codes of S3 by the names that the rest of the service has for the same."""
+
+
 class S3Face:
     """Path-style S3 on the built-in object store."""
 
     name, request_id_header = "s3", "x-amz-request-id"
 
-    def __init__(self, objects: Objects, authorize: Authorize, region: str = "us-east-1") -> None:
+    def __init__(self, objects: Objects, authorize: Authorize, region: str) -> None:
         """``authorize`` is given caller, action and ARN, and raises :class:`Fault`."""
         self.stores = Stores(objects, MultipartUploads(objects), authorize, region)
 
@@ -151,12 +186,29 @@ class S3Face:
         """
         try:
             return await self._respond(request, body, run)
-        except (ObjectRefused, DoesNotFit, QuotaExceeded) as refused:
-            raise as_fault(refused) from refused
+        except QuotaExceeded as refused:
+            # AWS has a code for too many buckets alone; Ceph's gateway tells the others so.
+            code = "TooManyBuckets" if refused.quota == "buckets" else "QuotaExceeded"
+            raise Fault(code, str(refused)) from refused
+        except ObjectRefused as refused:
+            raise Fault(refused.code, refused.message) from refused
 
     def refusal(self, fault: Fault, request_id: str) -> Response:
-        """``fault`` as clients of S3 expect it."""
-        return documents.refusal(fault, request_id)
+        """``fault`` as clients of S3 expect it.
+
+        Of its details, ``headers`` are sent with it, and ``fields`` stand in the document.
+        """
+        code = _CODES.get(fault.code.removesuffix("Exception"), fault.code)
+        place = str(fault.details.get("place"))
+        code = {"path": "InvalidURI", "query": "InvalidArgument"}.get(place, code)
+        headers = fault.details.get("headers", {})
+        status = _STATUS.get(code, 400)
+        if status == 304:
+            return Response(status, b"", headers)
+        fields = fault.details.get("fields", {}).items()
+        content = [("Code", code), ("Message", fault.message), *fields, ("RequestId", request_id)]
+        body = document("Error", content, namespace=None)
+        return Response(status, body, {"Content-Type": "application/xml", **headers})
 
     async def _respond(self, sent: Request, received: RequestBody, run: Run) -> Response:
         request = read_request(received.head, sent.caller)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from luthier.api.http.messages import Fault, Response
+from luthier.api.http.messages import Fault, Response, parse_digits, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import (
     COMPOSITE,
     FULL_OBJECT,
+    PREFIX,
     as_elements,
-    as_headers,
     check_type,
     composite,
     from_elements,
     full,
     sent_checksums,
 )
-from luthier.api.s3.buckets import encoding, owner, xml
-from luthier.api.s3.documents import Element, document, iso
+from luthier.api.s3.buckets import encoding, owner
+from luthier.api.s3.documents import Element, xml_response
 from luthier.api.s3.objects import check_read, check_write, copy_elements, span
 from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.store.multipart import MOST_PARTS, CompletedPart
@@ -48,9 +48,8 @@ def create_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
     headers = {}
     if algorithm:
         headers = {"x-amz-checksum-algorithm": algorithm.upper(), "x-amz-checksum-type": kind}
-    return xml(
-        document("InitiateMultipartUploadResult", [*_bucket_and_key(request), _id(made)]), **headers
-    )
+    content = [*_bucket_and_key(request), _id(made)]
+    return xml_response("InitiateMultipartUploadResult", content, **headers)
 
 
 def before_part(stores: Stores, request: S3Request) -> Incoming:
@@ -65,7 +64,8 @@ def upload_part(
 ) -> Response:
     """Keep a part."""
     piece = _put_part(stores, request, written, checksums)
-    return Response(200, b"", {"ETag": f'"{piece.md5}"', **_without_type(piece.checksums)})
+    told = {PREFIX + name: value for name, value in piece.checksums.items()}
+    return Response(200, b"", {"ETag": f'"{piece.md5}"', **told})
 
 
 def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -84,7 +84,7 @@ def copy_part(stores: Stores, request: S3Request, body: bytes) -> Response:
         for data in content.read(first, length):
             writing.write(data)
         piece = _put_part(stores, request, writing.finish(), {})
-    return xml(document("CopyPartResult", copy_elements(piece.md5, piece, {})))
+    return xml_response("CopyPartResult", copy_elements(piece.md5, piece.modified, {}))
 
 
 def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -110,7 +110,7 @@ def complete_upload(stores: Stores, request: S3Request, body: bytes) -> Response
         ("ETag", f'"{made.etag}"'),
         *as_elements(made.checksums),
     ]
-    return xml(document("CompleteMultipartUploadResult", content))
+    return xml_response("CompleteMultipartUploadResult", content)
 
 
 def abort_upload(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -138,7 +138,7 @@ def list_parts(stores: Stores, request: S3Request, body: bytes) -> Response:
         ("MaxParts", most),
         ("IsTruncated", len(left) > len(shown)),
     ]
-    return xml(document("ListPartsResult", [*content, *map(_part, shown)]))
+    return xml_response("ListPartsResult", [*content, *map(_part, shown)])
 
 
 def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -176,12 +176,12 @@ def list_uploads(stores: Stores, request: S3Request, body: bytes) -> Response:
                 owner(request, "Initiator"),
                 owner(request),
                 ("StorageClass", "STANDARD"),
-                ("Initiated", iso(each.created)),
+                ("Initiated", timestamp(each.created)),
             ],
         )
         for each in shown
     ]
-    return xml(document("ListMultipartUploadsResult", [*content, *uploads]))
+    return xml_response("ListMultipartUploadsResult", [*content, *uploads])
 
 
 def _put_part(
@@ -199,11 +199,11 @@ def _put_part(
 
 
 def _number(request: S3Request) -> int:
-    text = request.query["partNumber"]
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= MOST_PARTS:
-        said = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
-        raise Fault("InvalidArgument", said)
-    return int(text)
+    number = parse_digits(request.query["partNumber"], 5)
+    if number is None or not 1 <= number <= MOST_PARTS:
+        text = f"Part number must be an integer between 1 and {MOST_PARTS}, inclusive"
+        raise Fault("InvalidArgument", text)
+    return number
 
 
 def _parse_parts(body: bytes) -> list[CompletedPart]:
@@ -213,10 +213,13 @@ def _parse_parts(body: bytes) -> list[CompletedPart]:
     chosen = []
     for part in parts:
         values = {child.name: child.text.strip() for child in part.children}
-        number, etag = values.get("PartNumber", ""), values.get("ETag", "").strip('"')
-        if not re.fullmatch(r"[0-9]{1,9}", number) or not etag:
+        number, etag = (
+            parse_digits(values.get("PartNumber", ""), 9),
+            values.get("ETag", "").strip('"'),
+        )
+        if number is None or not etag:
             raise documents.malformed_xml()
-        chosen.append(CompletedPart(int(number), etag, from_elements(values)))
+        chosen.append(CompletedPart(number, etag, from_elements(values)))
     return chosen
 
 
@@ -248,7 +251,7 @@ def _part(piece: ObjectPiece) -> Element:
         "Part",
         [
             ("PartNumber", piece.number),
-            ("LastModified", iso(piece.modified)),
+            ("LastModified", timestamp(piece.modified)),
             ("ETag", f'"{piece.md5}"'),
             *as_elements(piece.checksums),
             ("Size", piece.size),
@@ -262,9 +265,3 @@ def _bucket_and_key(request: S3Request) -> list[Element]:
 
 def _id(upload: Upload) -> Element:
     return ("UploadId", upload.id)
-
-
-def _without_type(checksums: Mapping[str, str]) -> dict[str, str]:
-    headers = as_headers(checksums)
-    headers.pop("x-amz-checksum-type", None)
-    return headers

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 
-from luthier.api.http.messages import Fault, Response
+from luthier.api.http.messages import Fault, Response, timestamp
 from luthier.api.s3 import documents
 from luthier.api.s3.body import as_elements, as_headers
-from luthier.api.s3.buckets import xml
-from luthier.api.s3.documents import Element, document, iso
+from luthier.api.s3.documents import Element, xml_response
 from luthier.api.s3.request import Incoming, S3Request, Stores, arn, copy_source, describe_object
 from luthier.errors import ObjectRefused
 from luthier.store.object_files import WrittenFile
@@ -188,7 +187,7 @@ def delete_objects(stores: Stores, request: S3Request, body: bytes) -> Response:
     stores.objects.delete(request.account, request.bucket, allowed)
     if (tree.value("Quiet") or "").strip() != "true":
         results = [("Deleted", [("Key", key)]) for key in allowed] + results
-    return xml(document("DeleteResult", results))
+    return xml_response("DeleteResult", results)
 
 
 def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
@@ -212,12 +211,12 @@ def copy_object(stores: Stores, request: S3Request, body: bytes) -> Response:
         return ObjectMetadata(found.headers, found.user_metadata, found.checksums)
 
     made = stores.objects.copy(request.account, source, target, describe_copy)
-    return xml(document("CopyObjectResult", copy_elements(made.etag, made, made.checksums)))
+    return xml_response("CopyObjectResult", copy_elements(made.etag, made.modified, made.checksums))
 
 
-def copy_elements(etag: str, made: object, checksums: Mapping[str, str]) -> list[Element]:
-    """What is told of a copy; ``made`` has the moment it was made."""
-    moment = iso(made.modified)  # type: ignore[attr-defined]
+def copy_elements(etag: str, modified: datetime, checksums: Mapping[str, str]) -> list[Element]:
+    """What is told of a copy."""
+    moment = timestamp(modified)
     return [("ETag", f'"{etag}"'), ("LastModified", moment), *as_elements(checksums)]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote
 
-from luthier.api.http.messages import Caller, Fault, RequestHead
+from luthier.api.http.messages import Caller, Fault, RequestHead, parse_digits
 from luthier.api.http.routing import Authorize
 from luthier.store.arns import object_arn
 from luthier.store.multipart import MultipartUploads
@@ -75,11 +74,12 @@ class S3Request:
         text = self.query.get(name, "")
         if not text:
             return default
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        number = parse_digits(text, 9)
+        if number is None or number < least:
             raise Fault(
                 "InvalidArgument", f"Provided {name} not an integer or within integer range"
             )
-        return min(int(text), most)
+        return min(number, most)
 
 
 def arn(bucket: str, key: str = "") -> str:
