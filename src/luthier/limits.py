@@ -224,7 +224,6 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
         return ServerLimits.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise RefusedInput(
-            f"--limit {name}={first['input']}: {describe_constraint(first)}"
-        ) from error
+        # Of limits that do not go together, no single one is wrong.
+        where = f"--limit {first['loc'][0]}={first['input']}" if first["loc"] else "--limit"
+        raise RefusedInput(f"{where}: {describe_constraint(first)}") from error

@@ -73,7 +73,7 @@ def test_quotas(database: Database) -> None:
         accounts.set_quota(session, FIRST, jobs_in_flight=None, custom_models=0)
         found = accounts.quota_of(session, FIRST)
         assert found == {"requests_per_second": 0.5, "custom_models": 0}
-        for wrong in ({"deployments": -1}, {"cars": 1}):
+        for wrong in ({"deployments": -1}, {"requests_per_second": float("nan")}, {"cars": 1}):
             with pytest.raises(RefusedInput):
                 accounts.set_quota(session, FIRST, **wrong)
 

@@ -378,8 +378,12 @@ def _is_file(uri: str) -> bool:
 
 
 def _free(folder: Path, name: str, number: int) -> Path:
-    """A path in ``folder`` for the file with this number: two keys can end alike."""
-    return folder / name if not (folder / name).exists() else folder / f"{number + 1}-{name}"
+    """A free path in ``folder`` for the file with this number: two keys can end alike."""
+    path = folder / name
+    while path.exists():  # a key can end like the name that another one's copy was given, too
+        number += 1
+        path = folder / f"{number}-{name}"
+    return path
 
 
 def _size(content: bytes | Path) -> int:
