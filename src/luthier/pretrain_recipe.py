@@ -16,7 +16,8 @@ from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives.causal_lm import CausalLM
-from luthier.recipe import NAME_PATTERN, StrictModel, Training, parse
+from luthier.recipe import ModelName, Training, parse
+from luthier.validation import StrictModel
 
 
 class Corpus(StrictModel):
@@ -67,7 +68,7 @@ class PretrainTraining(Training):
 class PretrainRecipe(StrictModel):
     """Everything that decides what a new base model becomes."""
 
-    name: str
+    name: ModelName
     """Id of the base model."""
     data: Corpus
     """What is learned from."""
@@ -81,8 +82,6 @@ class PretrainRecipe(StrictModel):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        if not NAME_PATTERN.fullmatch(name):
-            raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
         if name in CATALOG:
             raise ValueError("this is a base model of the catalogue; choose another name")
         return name

@@ -54,6 +54,13 @@ def finite_or_none(value: Any) -> Any:
     return value
 
 
+def name_first(names: Iterable[str], most: int) -> str:
+    """The first ``most`` of ``names`` and how many more there are: ``a, b and 3 more``."""
+    found = list(names)
+    more = f" and {len(found) - most:,} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + more
+
+
 def nearest_name(name: object, names: Iterable[str], cutoff: float = 0.7) -> str | None:
     """The one of ``names`` that is spelled most like ``name``.
 

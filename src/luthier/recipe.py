@@ -16,9 +16,9 @@ from reprlib import Repr
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -34,26 +34,28 @@ from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.printable import did_you_mean, nearest_name
-from luthier.validation import describe_constraint
+from luthier.validation import StrictModel, describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+NAME_RULE = "use 1-63 lower-case letters, digits, '.', '_' and '-'"
 MOST_STEPS = 1_000_000_000
 """Optimizer steps of any run; what no machine reaches is a slip or an attack, and overflows later."""
 
 
+def check_name(name: str) -> str:
+    """``name`` where a model or a run can be called so; else a :class:`ValueError` with the rule."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(NAME_RULE)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(check_name)]
+"""What a model or a run is called."""
 SourceName = Annotated[
     str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
 ]
 """What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
-
-
-class StrictModel(BaseModel):
-    """A group of fields: frozen, and strict about their names."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class MixSpec(StrictModel):
@@ -212,7 +214,7 @@ class Recipe(StrictModel):
 
     base: str = "smollm2-135m-instruct"
     """Base model, custom model, local directory or hub id to start from."""
-    name: str | None = None
+    name: ModelName | None = None
     """Name of the custom model; its id is ``base:name``."""
     data: DataSpec
     """What is learned from."""
@@ -226,13 +228,6 @@ class Recipe(StrictModel):
     """How it is trained."""
     forgetting: ForgettingLimits | None = None
     """What it may forget and still be activated; not measured when not given."""
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str | None) -> str | None:
-        if name is not None and not NAME_PATTERN.fullmatch(name):
-            raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
-        return name
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -271,6 +266,14 @@ def parse(kind: type[Parsed], fields: Mapping[str, Any]) -> Parsed:
 def read_recipe(path: Path) -> dict[str, Any]:
     """Fields of a TOML recipe, with the paths under ``[data]`` made absolute."""
     return with_paths(read_toml(path, "a recipe"), path.parent)
+
+
+def fields_of(data: str | Path | Sequence[str | Path]) -> dict[str, Any]:
+    """Fields of a TOML recipe; of any other data those of a recipe that learns from them."""
+    files = [data] if isinstance(data, str | Path) else list(data)
+    if len(files) == 1 and str(files[0]).endswith(".toml"):
+        return read_recipe(Path(files[0]))
+    return {"data": {"train": str(data) if isinstance(data, str | Path) else files}}
 
 
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -328,10 +331,10 @@ def parse_mix(text: str) -> dict[str, Any]:
     return {"train": file, "weight": weight}
 
 
-def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+def parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
     """``data.columns`` from each ``KEY=COLUMN`` of the command line; nothing sets the key aside."""
     columns: dict[str, str] = {}
-    for text in texts:
+    for text in texts or ():
         key, equals, column = text.partition("=")
         if not equals or not key.strip():
             raise RecipeError(

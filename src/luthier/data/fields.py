@@ -22,7 +22,7 @@ from luthier.data.media_files import object_name
 from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.tool_forms import is_cache_point, read_tools, unify_turns
 from luthier.errors import Problem, RowRefused
-from luthier.printable import nearest_name
+from luthier.printable import name_first, nearest_name
 from luthier.types import Message, Tool, ToolCall
 
 Turns = tuple[Message, ...]
@@ -65,9 +65,7 @@ RENAMES: Mapping[str, str] = {
 
 def list_keys(keys: Iterable[str]) -> str:
     """The first ten keys, for messages."""
-    names = [quote(key) for key in keys]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    return name_first(map(quote, keys), 10)
 
 
 def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:

@@ -20,6 +20,7 @@ from luthier.data.containers import DATA_ENDINGS, PACKED, PLAIN_TEXT
 from luthier.data.media_files import SPLIT_NAME, is_hidden, is_media
 from luthier.errors import DataError, Problem
 from luthier.files import names_below, sha256_of
+from luthier.printable import name_first
 
 Source = str | Path
 
@@ -123,7 +124,7 @@ def _folder(folder: Path) -> list[Path]:
     if not media or rows:
         return [path for _, path in meant(others, str(folder))]
     if others:
-        beside = _join_names(name for name, _ in others)
+        beside = name_first((name for name, _ in others), _SHOWN)
         message = f"Beside {media:,} images or sounds it holds {beside}."
         fix = "Move the others, or give a table of rows that name the files."
         raise source_refusal(str(folder), "file.directory", message, fix)
@@ -149,7 +150,7 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
     files = [(name, path) for name, path in named if not _BESIDE.fullmatch(Path(name).name)]
     data = [(name, path) for name, path in files if is_data(name)]
     if not data:
-        others = _join_names(name for name, _ in files)
+        others = name_first((name for name, _ in files), _SHOWN)
         message = f"There is no data file in it{f', only {others}' if files else ''}."
         fix = (
             "Name a file, or a folder with images or sounds, or with files that end with "
@@ -157,17 +158,17 @@ def meant(named: Iterable[tuple[str, Path]], where: str) -> list[tuple[str, Path
         )
         raise source_refusal(where, "file.directory", message, fix)
     if len(data) < len(files):
-        others = _join_names(name for name, _ in files if not is_data(name))
+        others = name_first((name for name, _ in files if not is_data(name)), _SHOWN)
         message = f"Beside {len(data)} data files it holds {others}."
         raise source_refusal(where, "file.directory", message, _pattern(where, data[0][0]))
     texts = [name for name, _ in data if _is_text(name)]
     if 0 < len(texts) < len(data):
-        message = f"It holds rows and plain text: {_join_names(texts)} beside the others."
+        message = f"It holds rows and plain text: {name_first(texts, _SHOWN)} beside the others."
         rows = next(name for name, _ in data if not _is_text(name))
         raise source_refusal(where, "file.directory", message, _pattern(where, rows))
     splits = {_split(name) for name, _ in data} - {""}
     if len(splits) > 1:
-        names = _join_names(name for name, _ in data)
+        names = name_first((name for name, _ in data), _SHOWN)
         message = f"It holds the splits {' and '.join(sorted(splits))} ({names}), which do not mix."
         fix = "Name one of them to train on, and the other as validation data."
         raise source_refusal(where, "file.directory", message, fix)
@@ -193,12 +194,6 @@ def _pattern(where: str, example: str) -> str:
     ending = next(each for each in _ENDINGS_LONGEST if example.lower().endswith(each))
     pattern = f"{where.rstrip('/')}/*{ending}"
     return f"Say which are meant with a pattern, as '{pattern}', or move the others."
-
-
-def _join_names(names: Iterable[str]) -> str:
-    all_names = list(names)
-    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
-    return ", ".join(all_names[:_SHOWN]) + more
 
 
 def source_refusal(source: str, rule: str, message: str, fix: str) -> DataError:

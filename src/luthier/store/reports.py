@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from luthier import __version__
 from luthier.errors import CorruptFile, RecipeError
@@ -22,16 +22,15 @@ from luthier.files import luthier_home, read_json, sha256_of, write_bytes
 from luthier.models.manifest import REPORTS
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel
+from luthier.validation import StrictModel
 
 REMEDY = "restore the file, or remove it and measure again"
 MOST_REPORTS = 1000
 """Reports of one model."""
 
 
-class ModelReport(BaseModel):
+class ModelReport(StrictModel):
     """One result of judging a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
     """What was done: ``evaluation``, ``comparison``, …"""

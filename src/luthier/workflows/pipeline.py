@@ -33,14 +33,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.recipe import NAME_PATTERN, Recipe, StrictModel, parse, with_paths
+from luthier.recipe import ModelName, Recipe, parse, with_paths
+from luthier.validation import StrictModel
 from luthier.workflows.distil.recipe import DistilRecipe
 
 if TYPE_CHECKING:
@@ -54,15 +55,10 @@ class StageSpec(StrictModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
-    name: str
+    name: ModelName
     """Its model is ``base:PIPELINE-NAME``."""
     command: Literal["tune", "pretrain", "student", "distil"] = "tune"
     """What it runs."""
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str) -> str:
-        return _check_name(name)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -73,17 +69,12 @@ class StageSpec(StrictModel):
 class PipelineSpec(StrictModel):
     """The whole file."""
 
-    name: str
+    name: ModelName
     """First part of the names of all its models."""
     base: str = "smollm2-135m-instruct"
     """Model that the first stage starts from."""
     stage: tuple[StageSpec, ...] = Field(min_length=1)
     """The stages, in the order they run."""
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str) -> str:
-        return _check_name(name)
 
     @model_validator(mode="after")
     def _distinct(self) -> PipelineSpec:
@@ -346,9 +337,3 @@ def _manifest(model_id: str) -> Manifest | None:
     base, _, name = model_id.partition(":")
     folder = custom_folder(base, name) if name else base_folder(base)
     return Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-
-
-def _check_name(name: str) -> str:
-    if not NAME_PATTERN.fullmatch(name):
-        raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
-    return name

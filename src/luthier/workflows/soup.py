@@ -46,7 +46,7 @@ from luthier.models.heads import Head, new_weights
 from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
-from luthier.recipe import NAME_PATTERN
+from luthier.recipe import NAME_PATTERN, NAME_RULE
 from luthier.store import models as store
 from luthier.store.models import StoredModel
 from luthier.workflows.certificate.certificate import certify
@@ -148,7 +148,7 @@ def make_soup(
     if name is None:
         name = automatic_name(first.root, f"{first.id.rpartition(':')[2][:44]}-soup", False)
     if not NAME_PATTERN.fullmatch(name):
-        raise RecipeError(f"name {name!r}: use 1-63 lower-case letters, digits, '.', '_' and '-'")
+        raise RecipeError(f"name {name!r}: {NAME_RULE}")
     run = Run(first.root, name)
     with run.lock():
         try:

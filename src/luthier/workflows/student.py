@@ -22,7 +22,7 @@ from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
 from luthier.models.tokenizer import check_vocabulary
-from luthier.recipe import NAME_PATTERN
+from luthier.recipe import NAME_PATTERN, NAME_RULE
 from luthier.store import models as store
 from luthier.workflows.certificate.certificate import certify
 
@@ -72,7 +72,7 @@ def make_student(
     reporter = reporter or Reporter()
     shape.check()
     if not NAME_PATTERN.fullmatch(name):
-        raise RecipeError(f"name {name!r}: use 1-63 lower-case letters, digits, '.', '_' and '-'")
+        raise RecipeError(f"name {name!r}: {NAME_RULE}")
     teacher = store.find(teacher_id, reporter.stage)
     run = Run(teacher.root, name)
     with run.lock():
