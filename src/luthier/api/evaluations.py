@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.api.background import BackgroundRunner, caller_fields
 from luthier.api.http.messages import Caller, Fault
-from luthier.errors import QuotaExceeded, RefusedInput
+from luthier.errors import RefusedInput
 from luthier.limits import AccountQuotas
 from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
@@ -153,12 +153,10 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
         quotas = self.quotas(session, account)
         # Its lock keeps others of the account from counting before this run is there.
         storage.lock(session, account)
-        if queue.in_flight(session, EvaluationRun, account) >= quotas.evaluations_in_flight:
-            raise QuotaExceeded(
-                f"The account has {quotas.evaluations_in_flight:,} evaluations that have not ended "
-                "(quota evaluations_in_flight). Wait for some of them, or cancel them.",
-                "evaluations_in_flight",
-            )
+        storage.check_count(
+            queue.in_flight(session, EvaluationRun, account), quotas, "evaluations_in_flight",
+            "evaluations that have not ended", "Wait for some of them, or cancel them.",
+        )  # fmt: skip
         return store.create_run(
             session,
             account,

@@ -8,7 +8,7 @@ from datetime import datetime
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.store.arns import Arn
+from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.models import base_folder, pretrained_models, short_name
 
@@ -49,6 +49,20 @@ class FoundationModel:
     """Whether it reads time series, which Bedrock has no word for."""
 
     @property
+    def root(self) -> str:
+        """Itself, as of a custom model the foundation model at the bottom."""
+        return self.id
+
+    @property
+    def bottom(self) -> str:
+        """The same, as ARNs name it."""
+        return self.id
+
+    def arn(self, arns: Arns) -> str:
+        """Its ARN on the server that ``arns`` are of."""
+        return arns.foundation_model(self.id)
+
+    @property
     def writes(self) -> bool:
         """Whether it writes text; an encoder gives embeddings."""
         return self.kind == "causal_lm"
@@ -59,6 +73,10 @@ class FoundationModel:
         if self.reads_windows:
             return "", ""
         return KINDS[self.kind].modalities
+
+
+AnyModel = FoundationModel | CustomModel
+"""What answers, what a job starts from, and what teaches."""
 
 
 def foundation_models() -> list[FoundationModel]:
@@ -83,12 +101,12 @@ def foundation_model(identifier: str) -> FoundationModel | None:
     return None
 
 
-def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
+def root_of(model: AnyModel) -> FoundationModel | None:
     """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
-def writes(model: FoundationModel | CustomModel) -> bool:
+def writes(model: AnyModel) -> bool:
     """Whether ``model`` writes text; an encoder reads it only."""
     root = root_of(model)
     if root is not None:

@@ -11,13 +11,12 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.files import luthier_home
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
 from luthier.store.database import Base
-from luthier.store.queue import QueuedWork, hold, next_turn
+from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.text import storable
 
 MOST_CRASHES = 3
@@ -52,8 +51,13 @@ class ModelImport(QueuedWork, Base):
         )
         fail(session, self.id, str(self.lease), failure)
         # The process may have died before it locked its files, so that nobody else would.
-        (luthier_home() / "jobs" / f"import-{self.id}.log").unlink(missing_ok=True)
+        log_file(files_name(self.id)).unlink(missing_ok=True)
         return "the model failed"
+
+
+def files_name(model_id: str) -> str:
+    """What the lock and the log of an import are called."""
+    return f"import-{model_id}"
 
 
 def create_import(session: Session, model: CustomModel, source: str) -> ModelImport:

@@ -83,6 +83,12 @@ def custom_folder(base: str, name: str) -> Path:
     return luthier_home() / "models" / "custom" / short_name(base) / name
 
 
+def folder_of(stored_id: str | None) -> Path | None:
+    """Where the custom model of this id is kept; ``None`` for what is no such id."""
+    base, _, name = (stored_id or "").partition(":")
+    return custom_folder(base, name) if name else None
+
+
 def journals_folder(model_id: str) -> Path:
     """Where the journals of evaluations of a model are kept until these have ended."""
     base, _, name = model_id.partition(":")

@@ -182,12 +182,13 @@ def new_object(
     )  # fmt: skip
 
 
-def pieces_of(session: Session, found: StoredObject) -> list[ObjectPiece]:
-    """The files of an object, in order."""
-    query = (
-        select(ObjectPiece).where(ObjectPiece.object_seq == found.seq).order_by(ObjectPiece.number)
-    )
-    return list(session.scalars(query))
+def pieces_of(session: Session, owner: StoredObject | Upload) -> list[ObjectPiece]:
+    """The files of an object, or of an upload's parts, in order."""
+    if isinstance(owner, Upload):
+        own = ObjectPiece.upload_id == owner.id
+    else:
+        own = ObjectPiece.object_seq == owner.seq
+    return list(session.scalars(select(ObjectPiece).where(own).order_by(ObjectPiece.number)))
 
 
 def check_key(key: str) -> None:

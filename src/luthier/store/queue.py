@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
+from luthier.files import luthier_home
 from luthier.store.database import lock_by_name, now
 
 LEASE = timedelta(seconds=30)
@@ -331,6 +333,11 @@ def expire(session: Session, kind: type[QueuedWork], row_id: str, lease: str, wh
         LeaseLost: as :func:`hold`.
     """
     return hold(session, kind, row_id, lease).expire(session, why)
+
+
+def log_file(work: str) -> Path:
+    """What the workers of a job print, by its id; of an import, by the name of its files."""
+    return luthier_home() / "jobs" / f"{work}.log"
 
 
 class LeaseWatch:

@@ -15,7 +15,7 @@ from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
 from luthier.store.evaluations import Eval, EvaluationRun
-from luthier.store.models import custom_folder
+from luthier.store.models import folder_of
 from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
 from luthier.store.uploaded_files import UploadedFile
@@ -47,8 +47,8 @@ def measure_models(database: Database) -> None:
     with database.read() as session:
         models = session.execute(unknown).all()
     for seq, stored_id in models:
-        base, _, name = str(stored_id).partition(":")
-        size = folder_size(custom_folder(base, name)) if name else 0
+        folder = folder_of(stored_id)
+        size = 0 if folder is None else folder_size(folder)
         with database.write() as session:
             found = update(CustomModel).where(CustomModel.seq == seq)
             session.execute(found.values(stored_bytes=size))

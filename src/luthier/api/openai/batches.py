@@ -330,12 +330,10 @@ class Batches:
             storage.check(session, account, quotas, stored_bytes=1, objects=1, files=1)
             # Its lock keeps others of the account from counting before this batch is there.
             storage.lock(session, account)
-            if queue.in_flight(session, Batch, account) >= quotas.batches_in_flight:
-                raise QuotaExceeded(
-                    f"The account has {quotas.batches_in_flight:,} batches that have not ended (quota "
-                    "batches_in_flight). Wait for some of them, or cancel them.",
-                    "batches_in_flight",
-                )
+            storage.check_count(
+                queue.in_flight(session, Batch, account), quotas, "batches_in_flight",
+                "batches that have not ended", "Wait for some of them, or cancel them.",
+            )  # fmt: skip
             batch = store.create(
                 session,
                 account,
