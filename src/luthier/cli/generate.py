@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from luthier.types import Message
 
 Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
-MaxTokens = Annotated[
+ReplyTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
 ]
@@ -45,7 +45,7 @@ def generate(
             help="JSONL of the same rows, each with its `completion`; its own is `expected`."
         ),
     ] = None,
-    max_tokens: MaxTokens = None,
+    max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -189,7 +189,7 @@ def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 def chat(
     model: Model,
-    max_tokens: MaxTokens = None,
+    max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
 ) -> None:
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""
