@@ -188,13 +188,22 @@ def read_json(path: Path) -> Any:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+def read_text(path: Path) -> str:
+    """Read a text file of a user; :class:`RecipeError` if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML for {what}: {error}") from error
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-_KEPT = "\n\t\u00a0\u3000\u200c\u200d"
+_UNESCAPED = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, and the joiners of emoji and scripts."""
 
 
@@ -88,7 +88,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _harmless(char: str) -> bool:
-    return char.isprintable() or char in _KEPT
+    return char.isprintable() or char in _UNESCAPED
 
 
 def _visible(char: str) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 SettingName = Callable[[str, str | None], str | None]
 """What a face calls a field of the recipe, or the advice to set it to a value; ``None`` where it has no
@@ -60,15 +59,6 @@ def with_setting_names(text: str, name: SettingName) -> str:
         rendered = _sentence(sentence, name)
         found += rendered + gap if rendered or not sentence else ""
     return found if found.endswith("\n") or text.endswith((" ", "\t")) else found.rstrip(" \t")
-
-
-def in_all(value: Any, name: SettingName) -> Any:
-    """The same for every text of a JSON value."""
-    if isinstance(value, str):
-        return with_setting_names(value, name)
-    if isinstance(value, Mapping):
-        return {key: in_all(each, name) for key, each in value.items()}
-    return [in_all(each, name) for each in value] if isinstance(value, list) else value
 
 
 def without_commands(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from itertools import product
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from luthier.errors import LeaseLost, WrongState
 from luthier.store.custom_models import RESERVED, CustomModel
-from luthier.store.database import Base, Database, new_id, now
+from luthier.store.database import Database, new_id, now
 from luthier.store.jobs import (
     COMPLETED,
     ENDED,
@@ -43,14 +42,6 @@ LEGAL = {
     (RUNNING, FAILED), (PAUSED, QUEUED), (PAUSED, STOPPING), (PAUSED, STOPPED), (PAUSED, FAILED),
     (STOPPING, STOPPED),
 }  # fmt: skip
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    made = Database(database_url)
-    Base.metadata.create_all(made.engine)
-    yield made
-    made.close()
 
 
 def add(database: Database, name: str = "one", **fields: Any) -> Job:

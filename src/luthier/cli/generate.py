@@ -20,6 +20,7 @@ from luthier.cli.console import (
 )
 from luthier.cli.options import Json
 from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.files import write_bytes
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -80,7 +80,7 @@ def generate(
         seed=seed,
         schema=None if schema is None else _read_schema(schema),
         regex=regex,
-        grammar=None if grammar is None else _read_text(grammar),
+        grammar=None if grammar is None else read_text(grammar),
     )
     check_output(output)
     rows = _read_prompts(input_) if input_ else []
@@ -117,18 +117,9 @@ def generate(
         print_written(len(replies), "replies", output)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _read_schema(path: Path) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is no JSON: {error}") from error
 

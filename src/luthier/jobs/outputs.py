@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.encryption.memory import working
+from luthier.evaluation.significance import perplexity_of
 from luthier.files import luthier_home
 from luthier.jobs.data import JobData
 from luthier.models.manifest import CERTIFICATE
@@ -91,7 +92,7 @@ def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
             line["step"] - 1,
             epochs.of(line["step"] - 1),
             line["loss"],
-            _perplexity(line["loss"]),
+            perplexity_of(line["loss"]),
             *(line.get(key, "") for key in further),
         ]
         for line in train
@@ -107,14 +108,10 @@ def validation_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes
     for line in held:
         # Measured after so many steps.
         step = line["step"]
-        row = [step, epochs.of(max(0, step - 1)), line["loss"], _perplexity(line["loss"])]
+        row = [step, epochs.of(max(0, step - 1)), line["loss"], perplexity_of(line["loss"])]
         rows.append([*row, line.get("reward", "")] if rewards else row)
     names = ["step_number", "epoch_number", "validation_loss", "perplexity"]
     return _csv([*names, *["reward_mean"] * rewards], rows)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:

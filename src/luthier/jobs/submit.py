@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -20,7 +20,7 @@ from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
-from luthier.store.database import lock_by_name, new_id, now
+from luthier.store.database import count_rows, lock_by_name, new_id, now
 from luthier.store.foundation import AnyModel, FoundationModel, root_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
 from luthier.store.queue import next_turn
@@ -308,9 +308,8 @@ def _check_free(session: Session, table: type[Job | CustomModel], account: str, 
 
 def _check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
     """Refuse one more custom model where the account has all that it may have."""
-    own = session.scalar(select(func.count()).where(CustomModel.account == account)) or 0
     storage.check_count(
-        own, limits, "custom_models",
+        count_rows(session, CustomModel.account == account), limits, "custom_models",
         "custom models, those in the making among them", "Delete some of them.",
     )  # fmt: skip
     # What it makes counts as stored: who has no room left would learn so hours later.

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
+    ColumnElement,
     DateTime,
     Engine,
     Select,
@@ -271,6 +272,11 @@ def _keep_private(path: Path) -> None:
         for file in (path, *(path.with_name(f"{path.name}-{log}") for log in ("wal", "shm"))):
             if file.exists() and file.stat().st_mode & 0o077:
                 file.chmod(file.stat().st_mode & 0o700)
+
+
+def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
+    """How many rows of one table meet all ``conditions``."""
+    return session.scalar(select(func.count()).where(*conditions)) or 0
 
 
 def page_of(

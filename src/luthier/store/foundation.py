@@ -7,10 +7,10 @@ from datetime import datetime
 
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
-from luthier.models.manifest import MANIFEST, Manifest
+from luthier.models.manifest import Manifest
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import base_folder, pretrained_models, short_name
+from luthier.store.models import is_base_here, pretrained_models, short_name
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
@@ -120,7 +120,7 @@ def _catalog_models() -> list[FoundationModel]:
         entry = CATALOG[base]
         kind, windows = entry.kind, entry.media == "window"
         fetchable = isinstance(entry.source, PackageSource | RandomSource)
-        if fetchable or (base_folder(base) / MANIFEST).is_file():
+        if fetchable or is_base_here(base):
             model_id = f"{prefix}.{base}"
             found.append(
                 FoundationModel(model_id, base, provider, name, kind, reads_windows=windows)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
-from luthier.store.database import Base
+from luthier.store.database import Base, count_rows
 from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.text import storable
 
@@ -80,16 +80,12 @@ def create_import(session: Session, model: CustomModel, source: str) -> ModelImp
 
 def count_imports(session: Session, account: str) -> int:
     """How many imports of an account have not ended."""
-    counted = select(func.count()).where(ModelImport.account == account)
-    return session.scalar(counted) or 0
+    return count_rows(session, ModelImport.account == account)
 
 
 def count_imported_models(session: Session, account: str) -> int:
     """How many models from outside an account has, those among them that are not there yet."""
-    counted = select(func.count()).where(
-        CustomModel.account == account, CustomModel.foundation == IMPORTED
-    )
-    return session.scalar(counted) or 0
+    return count_rows(session, CustomModel.account == account, CustomModel.foundation == IMPORTED)
 
 
 def is_unfinished(session: Session, model_id: str) -> bool:

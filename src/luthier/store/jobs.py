@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict, Unpack
 
-from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, func, select, update
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
 
 from luthier.errors import LeaseLost, WrongState
@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Base, Plain, QuotingText, now, page_of
+from luthier.store.database import Base, Plain, QuotingText, count_rows, now, page_of
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
 from luthier.store.usage import Usage, add_usage
@@ -459,8 +459,7 @@ def list_jobs(
 
 def in_flight(session: Session, account: str) -> int:
     """How many jobs of an account have not ended."""
-    counted = select(func.count()).where(Job.account == account, Job.state.not_in(ENDED))
-    return session.scalar(counted) or 0
+    return count_rows(session, Job.account == account, Job.state.not_in(ENDED))
 
 
 def events(

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
-from luthier.store.database import lock_by_name, now
+from luthier.store.database import count_rows, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
@@ -233,8 +233,7 @@ def next_turn(
 
 def in_flight(session: Session, kind: type[BackgroundWork], account: str) -> int:
     """How many rows of an account have not ended."""
-    counted = select(func.count()).where(kind.account == account, kind.status.not_in(kind.ended))
-    return session.scalar(counted) or 0
+    return count_rows(session, kind.account == account, kind.status.not_in(kind.ended))
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:

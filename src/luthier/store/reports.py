@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pydantic import Field, ValidationError
 from luthier import __version__
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import luthier_home, read_json, sha256_of, write_bytes
-from luthier.models.manifest import REPORTS
+from luthier.models.manifest import REPORTS, created_now
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel
 from luthier.validation import StrictModel
@@ -83,7 +82,7 @@ def write_report(
     check_attachable(model)
     report = ModelReport(
         kind=kind,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         luthier=__version__,
         data=dict(data),
         result=finite_or_none(dict(result)),

@@ -23,7 +23,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +43,7 @@ from luthier.evaluation.significance import LESS_IS_BETTER, RowScores, Score
 from luthier.files import folder_size, hashes_of, need_disk, new_folder
 from luthier.models.heads import Head, new_weights
 from luthier.models.load import sketch
-from luthier.models.manifest import Manifest
+from luthier.models.manifest import Manifest, created_now
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.recipe import NAME_PATTERN, NAME_RULE
 from luthier.store import models as store
@@ -348,7 +347,7 @@ class _Averaging:
             recipe=recipe,
             plugins=first.manifest.plugins,
             licence=first.manifest.licence,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=created_now(),
             luthier=__version__,
             torch=torch.__version__,
             precision="float32",

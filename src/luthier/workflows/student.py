@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.files import folder_size, hashes_of, need_disk, new_folder, sha256_of
 from luthier.models.heads import Head, head_in
 from luthier.models.load import check_folder, read_config, sketch_of, stored_dtype
-from luthier.models.manifest import Manifest
+from luthier.models.manifest import Manifest, created_now
 from luthier.models.modalities import context_length
 from luthier.models.save import save_network
 from luthier.models.student import StudentPlan, StudentShape, plan, shrink
@@ -185,7 +184,7 @@ def _manifest(draft: _Draft, run: Run, folder: Path) -> Manifest:
         },
         parameters=draft.weights,
         context=context_length(check_folder(folder)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         luthier=__version__,
         torch=torch.__version__,
         precision=str(draft.dtype).removeprefix("torch."),

@@ -36,7 +36,7 @@ from luthier.api.identifiers import (
 from luthier.errors import NameInUse
 from luthier.store import custom_models, storage, tags
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import lock_by_name, new_id, now
+from luthier.store.database import count_rows, lock_by_name, new_id, now
 from luthier.store.endpoints import (
     CREATING,
     DEPLOYMENT,
@@ -100,7 +100,7 @@ def _create(
         row = fields(session)
         lock_by_name(session, f"endpoints {request.account}")  # from here on nobody else counts
         _check_name(request, session, kind, name)
-        own = session.scalar(select(func.count()).where(*_own(request, kind))) or 0
+        own = count_rows(session, *_own(request, kind))
         quotas = request.control.quotas(request.account)
         storage.check_count(own, quotas, kind.quota, kind.plural, "Delete some of them.")
         moment = now()
