@@ -277,8 +277,11 @@ def fields_of(data: str | Path | Sequence[str | Path]) -> dict[str, Any]:
 
 
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Put ``folder`` before the paths of data and probes, in place; returns ``fields``."""
-    return map_sources(fields, lambda source: _below(folder, source))
+    """Put ``folder`` before the paths of data and probes, but not before addresses, in place.
+
+    Returns ``fields``.
+    """
+    return map_sources(fields, lambda source: source if "://" in source else str(folder / source))
 
 
 def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -296,11 +299,6 @@ def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     if isinstance(limits, dict) and isinstance(limits.get("probes"), list):
         limits["probes"] = [change(str(each)) for each in limits["probes"]]
     return fields
-
-
-def _below(folder: Path, source: str) -> str:
-    """A source as seen from ``folder``; addresses stay as they are."""
-    return source if "://" in source else str(folder / source)
 
 
 def set_field(fields: dict[str, Any], assignment: str) -> None:

@@ -7,7 +7,6 @@ from datetime import datetime
 
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
-from luthier.models.manifest import Manifest
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.models import is_base_here, pretrained_models, short_name
@@ -130,13 +129,15 @@ def _catalog_models() -> list[FoundationModel]:
 
 def _pretrained_here() -> list[FoundationModel]:
     # A record that another version of luthier wrote may name a kind that this one cannot use.
-    known = [each for each in pretrained_models() if (each.manifest.kind or "causal_lm") in KINDS]
-    return [_made_here(each.id, each.manifest) for each in known]
-
-
-def _made_here(base: str, manifest: Manifest) -> FoundationModel:
-    # Names of models made here may hold dots and underscores, which the ids must not.
-    name = short_name(base).replace(".", "-").replace("_", "-")
-    moment = datetime.fromisoformat(manifest.created) if manifest.created else None
-    kind = manifest.kind or "causal_lm"
-    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], kind, moment)
+    found = []
+    for each in pretrained_models():
+        kind, created = each.manifest.kind or "causal_lm", each.manifest.created
+        if kind not in KINDS:
+            continue
+        # Names of models made here may hold dots and underscores, which the ids must not.
+        name = short_name(each.id).replace(".", "-").replace("_", "-")
+        moment = datetime.fromisoformat(created) if created else None
+        found.append(
+            FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)
+        )
+    return found

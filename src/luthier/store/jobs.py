@@ -450,11 +450,10 @@ def list_jobs(
     *,
     limit: int,
     position: int | None = None,
-    ascending: bool = False,
 ) -> list[Job]:
-    """At most ``limit`` jobs by creation, those that follow the one whose ``seq`` is ``position``."""
+    """At most ``limit`` jobs, the newest first, those before the one whose ``seq`` is ``position``."""
     query = select(Job).where(Job.account == account, *wanted.conditions())
-    return page_of(session, query, Job.seq, limit=limit, position=position, ascending=ascending)
+    return page_of(session, query, Job.seq, limit=limit, position=position)
 
 
 def in_flight(session: Session, account: str) -> int:
