@@ -23,3 +23,10 @@ def test_a_limit_that_is_none_is_refused_by_name(setting: str) -> None:
 def test_a_limit_that_is_misspelt_is_told_its_name() -> None:
     with pytest.raises(RefusedInput, match="did you mean connections"):
         parse_limits(["conections=3"])
+
+
+def test_limits_that_do_not_go_together_are_refused_in_a_sentence() -> None:
+    with pytest.raises(
+        RefusedInput, match=r"^--limit: weights_share and cache_share are more than 1"
+    ):
+        parse_limits(["weights_share=0.9"])

@@ -17,7 +17,8 @@ from luthier.api.openai.fine_tuning import Hyperparameters
 from luthier.api.openai.fine_tuning import setting_name as openai
 from luthier.gate.checks import all_rules
 from luthier.recipe import Recipe, Training
-from luthier.setting_names import SettingName, in_all, option, with_setting_names, without_commands
+from luthier.setting_names import SettingName, option, with_setting_names, without_commands
+from luthier.types import map_texts
 
 FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
@@ -109,7 +110,8 @@ def test_each_face_has_its_own_words() -> None:
 )  # fmt: skip
 def test_advice_that_a_face_has_not_is_left_out(text: str, told: str) -> None:
     assert with_setting_names(text, openai) == told
-    assert in_all({"a": [text, 3]}, openai) == {"a": [told, 3]}
+    named = map_texts({"a": [text, 3]}, lambda each: with_setting_names(each, openai))
+    assert named == {"a": [told, 3]}
 
 
 def test_commands_are_for_those_who_have_a_terminal() -> None:

@@ -63,34 +63,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Recipe": "luthier.recipe",
-    "Model": "luthier.sdk.model",
-    "load": "luthier.sdk.model",
-    "compare": "luthier.sdk.evaluation",
-    "evaluate": "luthier.sdk.evaluation",
-    "forgetting": "luthier.sdk.evaluation",
-    "judge": "luthier.sdk.evaluation",
-    "export": "luthier.sdk.export",
-    "quantize": "luthier.sdk.export",
-    "certificate": "luthier.sdk.certificate",
-    "verify": "luthier.sdk.certificate",
-    "import_openai": "luthier.sdk.imports",
-    "import_promptfoo": "luthier.sdk.imports",
-    "clean": "luthier.sdk.data",
-    "plant_canaries": "luthier.sdk.data",
-    "convert": "luthier.sdk.data",
-    "inspect": "luthier.sdk.data",
-    "split": "luthier.sdk.data",
-    "advise": "luthier.sdk.training",
-    "distil": "luthier.sdk.training",
-    "estimate": "luthier.sdk.training",
-    "launch": "luthier.sdk.training",
-    "learning_curve": "luthier.sdk.training",
-    "pretrain": "luthier.sdk.training",
-    "soup": "luthier.sdk.training",
-    "student": "luthier.sdk.training",
-    "tune": "luthier.sdk.training",
-}
+    name: f"luthier.{module}"
+    for module, names in {
+        "recipe": ["Recipe"],
+        "sdk.certificate": ["certificate", "verify"],
+        "sdk.data": ["clean", "convert", "inspect", "plant_canaries", "split"],
+        "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
+        "sdk.export": ["export", "quantize"],
+        "sdk.imports": ["import_openai", "import_promptfoo"],
+        "sdk.model": ["Model", "load"],
+        "sdk.training": [
+            "advise", "distil", "estimate", "launch", "learning_curve", "pretrain", "soup", "student",
+            "tune",
+        ],
+    }.items()
+    for name in names
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

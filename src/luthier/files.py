@@ -188,13 +188,22 @@ def read_json(path: Path) -> Any:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+def read_text(path: Path) -> str:
+    """Read a text file of a user; :class:`RecipeError` if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file of a user, which is ``what``; :class:`RecipeError` if it cannot be read."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not valid TOML for {what}: {error}") from error
 
 
@@ -306,6 +315,11 @@ def _remove_unfinished(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def nearest_existing(path: Path) -> Path:
+    """``path``, or what there is of it from the root on."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
 def need_disk(folder: Path, size: int, what: str) -> None:
     """Refuse early when ``folder``'s disk has less than ``size`` bytes free.
 
@@ -313,7 +327,7 @@ def need_disk(folder: Path, size: int, what: str) -> None:
         DiskFull: where the disk would hold so much, if other things were not on it.
         DoesNotFit: where it never will.
     """
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    existing = nearest_existing(folder)
     usage = shutil.disk_usage(existing)
     free = usage.free
     if free < size:
@@ -351,8 +365,7 @@ def waits_for_disk(error: BaseException) -> bool:
 
 def room(folder: Path) -> int:
     """Bytes that can be written to the disk of ``folder`` now; none where it takes no writes."""
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    found = os.statvfs(existing)
+    found = os.statvfs(nearest_existing(folder))
     return 0 if found.f_flag & os.ST_RDONLY else found.f_bavail * found.f_frsize
 
 

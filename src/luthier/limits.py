@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from luthier.errors import RefusedInput
 from luthier.printable import did_you_mean
-from luthier.validation import describe_constraint
+from luthier.validation import StrictModel, describe_constraint
 
 KIB, MIB = 1 << 10, 1 << 20
 BODY_BYTES = 25_000_000
@@ -26,14 +26,12 @@ SCHEMA_CHARACTERS = 200_000
 """Of a JSON schema, regular expression or grammar that an answer has to match."""
 
 
-class AccountQuotas(BaseModel):
+class AccountQuotas(StrictModel):
     """What one account may have. ``luthier admin accounts quota`` gives an account its own.
 
     The defaults are more than people need who work by hand, and finite, so that one account that goes
     astray (a loop that uploads, a key that leaked) leaves the others their disk and their database.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     stored_bytes: int = Field(default=1 << 40, ge=0)
     """Bytes of an account: objects, files and parts of uploads, each as often as it is stored, the
@@ -64,10 +62,8 @@ class AccountQuotas(BaseModel):
     """Provisioned model throughputs of an account."""
 
 
-class ModelLimits(BaseModel):
+class ModelLimits(StrictModel):
     """What models in memory take on, of one prompt, of one account and in all."""
-
-    model_config = AccountQuotas.model_config
 
     prompt_bytes: int = Field(default=1 * MIB, ge=1024)
     """Prompts of so many bytes of UTF-8 are tokenized for every model. A longer one is refused
@@ -222,7 +218,6 @@ def parse_limits(settings: Sequence[str]) -> ServerLimits:
         return ServerLimits.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise RefusedInput(
-            f"--limit {name}={first['input']}: {describe_constraint(first)}"
-        ) from error
+        # Of limits that do not go together, no single one is wrong.
+        where = f"--limit {first['loc'][0]}={first['input']}" if first["loc"] else "--limit"
+        raise RefusedInput(f"{where}: {describe_constraint(first)}") from error

@@ -16,7 +16,8 @@ from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives.causal_lm import CausalLM
-from luthier.recipe import ModelName, StrictModel, Training, parse
+from luthier.recipe import ModelName, Training, parse
+from luthier.validation import StrictModel
 
 
 class Corpus(StrictModel):

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-_KEPT = "\n\t\u00a0\u3000\u200c\u200d"
+_UNESCAPED = "\n\t\u00a0\u3000\u200c\u200d"
 """Line ends, tabs, and the joiners of emoji and scripts."""
 
 
@@ -69,7 +69,7 @@ def did_you_mean(name: object, names: Iterable[str], otherwise: str) -> str:
 
 
 def list_some(names: Iterable[str], most: int) -> str:
-    """The first ``most`` names with commas between, and how many more there are."""
+    """The first ``most`` names and how many more there are: ``a, b and 3 more``."""
     every = list(names)
     more = f" and {len(every) - most:,} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
@@ -88,7 +88,7 @@ def format_duration(seconds: float) -> str:
 
 
 def _harmless(char: str) -> bool:
-    return char.isprintable() or char in _KEPT
+    return char.isprintable() or char in _UNESCAPED
 
 
 def _visible(char: str) -> str:

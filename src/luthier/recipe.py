@@ -19,7 +19,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationError,
@@ -35,35 +34,28 @@ from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.printable import did_you_mean, nearest_name
-from luthier.validation import describe_constraint
+from luthier.validation import StrictModel, describe_constraint
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
+NAME_RULE = "use 1-63 lower-case letters, digits, '.', '_' and '-'"
 MOST_STEPS = 1_000_000_000
 """Optimizer steps of any run; what no machine reaches is a slip or an attack, and overflows later."""
 
 
-SourceName = Annotated[
-    str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
-]
-"""What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
-
-
 def check_name(name: str) -> str:
-    """``name``, where a model may be called that; else :class:`ValueError`."""
+    """``name`` where a model or a run can be called so; else a :class:`ValueError` with the rule."""
     if not NAME_PATTERN.fullmatch(name):
-        raise ValueError("use 1-63 lower-case letters, digits, '.', '_' and '-'")
+        raise ValueError(NAME_RULE)
     return name
 
 
 ModelName = Annotated[str, AfterValidator(check_name)]
-"""What a model is called; its id has what it was made from before it."""
-
-
-class StrictModel(BaseModel):
-    """A group of fields: frozen, and strict about their names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+"""What a model or a run is called."""
+SourceName = Annotated[
+    str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)
+]
+"""What names data: a path, a folder, a pattern or an address (``luthier.data.sources``)."""
 
 
 class MixSpec(StrictModel):
@@ -276,9 +268,20 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return with_paths(read_toml(path, "a recipe"), path.parent)
 
 
+def fields_of(data: str | Path | Sequence[str | Path]) -> dict[str, Any]:
+    """Fields of a TOML recipe; of any other data those of a recipe that learns from them."""
+    files = [data] if isinstance(data, str | Path) else list(data)
+    if len(files) == 1 and str(files[0]).endswith(".toml"):
+        return read_recipe(Path(files[0]))
+    return {"data": {"train": str(data) if isinstance(data, str | Path) else files}}
+
+
 def with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Put ``folder`` before the paths of data and probes, in place; returns ``fields``."""
-    return map_sources(fields, lambda source: _below(folder, source))
+    """Put ``folder`` before the paths of data and probes, but not before addresses, in place.
+
+    Returns ``fields``.
+    """
+    return map_sources(fields, lambda source: source if "://" in source else str(folder / source))
 
 
 def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -296,11 +299,6 @@ def map_sources(fields: dict[str, Any], change: Callable[[str], str]) -> dict[st
     if isinstance(limits, dict) and isinstance(limits.get("probes"), list):
         limits["probes"] = [change(str(each)) for each in limits["probes"]]
     return fields
-
-
-def _below(folder: Path, source: str) -> str:
-    """A source as seen from ``folder``; addresses stay as they are."""
-    return source if "://" in source else str(folder / source)
 
 
 def set_field(fields: dict[str, Any], assignment: str) -> None:
@@ -331,10 +329,10 @@ def parse_mix(text: str) -> dict[str, Any]:
     return {"train": file, "weight": weight}
 
 
-def parse_columns(texts: Sequence[str]) -> dict[str, str]:
+def parse_columns(texts: Sequence[str] | None) -> dict[str, str]:
     """``data.columns`` from each ``KEY=COLUMN`` of the command line; nothing sets the key aside."""
     columns: dict[str, str] = {}
-    for text in texts:
+    for text in texts or ():
         key, equals, column = text.partition("=")
         if not equals or not key.strip():
             raise RecipeError(

@@ -71,15 +71,6 @@ def with_setting_names(text: str, name: SettingName) -> str:
     return found if found.endswith("\n") or text.endswith((" ", "\t")) else found.rstrip(" \t")
 
 
-def in_all(value: Any, name: SettingName) -> Any:
-    """The same for every text of a JSON value."""
-    if isinstance(value, str):
-        return with_setting_names(value, name)
-    if isinstance(value, Mapping):
-        return {key: in_all(each, name) for key, each in value.items()}
-    return [in_all(each, name) for each in value] if isinstance(value, list) else value
-
-
 def without_commands(text: str) -> str:
     """``text`` without advice to run a command, for those who have no terminal."""
 

@@ -1,13 +1,15 @@
-"""What is wrong with a value, from pydantic's errors: the one place that knows their types.
+"""Groups of fields that are checked, and what is wrong with a value in the words of people.
 
-Recipes, files and the native face say it in plain English; the faces of AWS and of OpenAI have forms of
-words of their own.
+Only this module knows the types of pydantic's errors. Recipes, files and the native face say it in
+plain English; the faces of AWS and of OpenAI have forms of words of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 _TYPES = {
     **dict.fromkeys(("string_type", "string_unicode"), "string"),
@@ -38,6 +40,12 @@ _RULES = {
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be {le} or less",
 }
+
+
+class StrictModel(BaseModel):
+    """A group of fields: frozen, strict about their names, and without numbers that are not finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def expected_type(error: Mapping[str, Any]) -> str | None:

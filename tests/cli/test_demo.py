@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from luthier.cli.demo import _print
+from luthier.cli.demo import _measure, _print
 from luthier.data.shapes import PromptCompletion
 from luthier.evaluation.evaluate import Evaluation
 from luthier.evaluation.significance import RowScores
@@ -22,3 +25,14 @@ def test_replies_and_scores_stand_side_by_side(capsys: pytest.CaptureFixture[str
     assert ["label", "0%", "100%"] in lines
     assert len(lines) < 40
     assert "[route: a] Hello" in " ".join(" ".join(line) for line in lines)
+
+
+def test_replies_are_graded_by_label_and_style(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "home"))
+    rows = [{"prompt": f"question {n}", "completion": "[route: a]\n\nBye"} for n in range(2)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = _measure(str(tiny_model_folder), tmp_path / "test.jsonl", "base")
+    assert found.scores == {"routing label": 0.0, "house style": 0.0}
+    assert [record["prompt"] for record in found.records] == ["question 0", "question 1"]

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+from job_checks import bits, running
 
 from luthier.errors import RefusedInput
 from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.scheduler import Scheduler
 from luthier.store.jobs import Job, JobEvent, get, stop
-from luthier.store.models import find
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'luthier[ray]'")
 pytestmark = [
@@ -129,19 +129,6 @@ def submit_rows(queue: Any, name: str, steps: int) -> str:
     return str(queue.submit(name, training=[address], steps=steps))
 
 
-def running(step: int = 1) -> Any:
-    """Whether a worker that came so far is at work, and not only being started."""
-    return lambda job: (
-        job.state == "Running"
-        and not job.worker.get("starting")
-        and job.details.get("progress", {}).get("step", 0) >= step
-    )
-
-
-def bits(queue: Any, job_id: str) -> str:
-    return str(find(queue.job(job_id).result["stored_id"]).manifest.trained_weights_sha256)
-
-
 def actor_of(job: Job) -> psutil.Process:
     """The process of Ray's that the worker of a job runs below."""
     parent = psutil.Process(job.worker["pid"]).parent()
@@ -176,7 +163,7 @@ def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Clu
     jobs = [queue.ended(each, 600) for each in (whole, broken)]
     assert [job.state for job in jobs] == ["Completed", "Completed"]
     assert jobs[1].attempts >= 4
-    assert bits(queue, whole) == bits(queue, broken)
+    assert bits(queue.job(whole)) == bits(queue.job(broken))
     assert trained_steps(queue, broken) == list(range(1, STEPS + 1))
     cluster.add()
     cluster.wait_for(2)

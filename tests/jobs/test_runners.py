@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import RefusedInput
-from luthier.jobs.kinds import KINDS
+from luthier.jobs.kinds import WORK_KINDS
 from luthier.jobs.ray_runner import RayNode, RayRunner
 from luthier.store import queue as leased_work
 from luthier.store.jobs import Job
@@ -49,7 +49,7 @@ def test_one_worker_is_on_its_way_to_a_cluster_at_a_time(queue: Any) -> None:
 
 def test_no_more_is_reserved_than_a_node_has() -> None:
     row = SimpleNamespace(cores=9, needed_memory=9_000, id="job", lease="token")
-    command = ray_runner(IDLE).command(["luthier"], KINDS["training"], row)  # type: ignore[arg-type]
+    command = ray_runner(IDLE).command(["luthier"], WORK_KINDS["training"], row)  # type: ignore[arg-type]
     named = dict(itertools.pairwise(command))
     assert (named["--cores"], named["--memory"], named["--"]) == ("4.0", "8000", "luthier")
 

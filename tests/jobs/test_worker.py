@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_checks import running
 
 from luthier.errors import CorruptFile
 from luthier.jobs import worker
@@ -53,15 +54,6 @@ def temporary(home: Path) -> list[str]:
 def models(queue: Any) -> list[CustomModel]:
     with queue.database.read() as session:
         return list(session.query(CustomModel))
-
-
-def running(step: int = 1) -> Any:
-    """Whether a worker that came so far is at work, and not only being started."""
-    return lambda job: (
-        job.state == "Running"
-        and not job.worker.get("starting")
-        and job.details.get("progress", {}).get("step", 0) >= step
-    )
 
 
 def test_a_job_becomes_a_model_that_opens(queue: Any, luthier_home: Path) -> None:

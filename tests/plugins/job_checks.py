@@ -19,6 +19,15 @@ MetricsFile.append = slow_append
 """
 
 
+def running(step: int = 1) -> Any:
+    """Whether a worker that came so far is at work, and not only being started."""
+    return lambda job: (
+        job.state == "Running"
+        and not job.worker.get("starting")
+        and job.details.get("progress", {}).get("step", 0) >= step
+    )
+
+
 def bits(job: Job) -> Any:
     assert job.result is not None, (job.state, job.failure)
     return find(job.result["stored_id"]).manifest.trained_weights_sha256

@@ -1,4 +1,4 @@
-"""An object store of its own for each test."""
+"""A database, and an object store, of its own for each test."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 
-from luthier.store.database import Base, Database
+from luthier.store.database import Database
 from luthier.store.objects import Objects
+from luthier.store.schema import METADATA
 
 
 @pytest.fixture
-def objects(database_url: str) -> Iterator[Objects]:
-    """Nothing is in it, once with each kind of database."""
-    database = Database(database_url)
-    Base.metadata.create_all(database.engine)
-    yield Objects(database)
-    database.close()
+def database(database_url: str) -> Iterator[Database]:
+    """All tables, and nothing in them: once of each kind of database."""
+    made = Database(database_url)
+    METADATA.create_all(made.engine)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def objects(database: Database) -> Objects:
+    """Nothing is in it."""
+    return Objects(database)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from principals_of import FIRST, KEY, OTHER, made_at
+from principals_of import FIRST, KEY, OTHER
 from sqlalchemy import select
 
 from luthier.errors import RefusedInput
@@ -13,11 +11,6 @@ from luthier.store import accounts, principals
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, now
 from luthier.store.sealing import Sealing
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    yield from made_at(database_url)
 
 
 def test_accounts(database: Database) -> None:
@@ -73,7 +66,7 @@ def test_quotas(database: Database) -> None:
         accounts.set_quota(session, FIRST, jobs_in_flight=None, custom_models=0)
         found = accounts.quota_of(session, FIRST)
         assert found == {"requests_per_second": 0.5, "custom_models": 0}
-        for wrong in ({"deployments": -1}, {"cars": 1}):
+        for wrong in ({"deployments": -1}, {"requests_per_second": float("nan")}, {"cars": 1}):
             with pytest.raises(RefusedInput):
                 accounts.set_quota(session, FIRST, **wrong)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -27,11 +26,6 @@ from luthier.store.audit import (
     write_mark,
 )
 from luthier.store.database import Database, now
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    yield from made_at(database_url)
 
 
 def fill(database: Database, number: int = 5) -> None:

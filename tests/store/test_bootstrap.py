@@ -7,13 +7,12 @@ import json
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
+from principals_of import ALLOW_ALL, FIRST, KEY, OTHER
 
 from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.store import principals
@@ -39,11 +38,6 @@ ROOT: dict[str, Any] = {
     "policies": [ALLOW_ALL],
 }
 GUEST = {**ROOT, "account": OTHER, "user": "guest", "access_key_id": "AKIAGUEST", "api_key": None}
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    yield from made_at(database_url)
 
 
 def boot(

@@ -7,7 +7,7 @@ from datetime import timedelta
 from sqlalchemy import update
 
 from luthier.store.database import Base, Database, now
-from luthier.store.idempotency import KEPT, AnsweredRequest, Attempt, recall, remember
+from luthier.store.idempotency import RETENTION, AnsweredRequest, Attempt, recall, remember
 
 
 def test_an_answer_is_kept_for_a_day(database_url: str) -> None:
@@ -22,7 +22,9 @@ def test_an_answer_is_kept_for_a_day(database_url: str) -> None:
         remember(session, other, {"arn": "other"})
     with database.write() as session:
         assert recall(session, first) == {"arn": "first"}
-        session.execute(update(AnsweredRequest).values(created=now() - KEPT - timedelta(hours=1)))
+        session.execute(
+            update(AnsweredRequest).values(created=now() - RETENTION - timedelta(hours=1))
+        )
     with database.write() as session:
         remember(session, second, {"arn": "second"})
     with database.write() as session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from luthier.jobs.submit import submit_import
 from luthier.limits import AccountQuotas
 from luthier.store import imports, queue
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, CustomModel
-from luthier.store.database import Base, Database
+from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.removal import ModelInUse, remove
 
@@ -21,15 +20,12 @@ WORKER = {"host": "here", "pid": 1, "born": 0.0}
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
+def database(database: Database) -> Database:
     """With two models that wait, one after the other."""
-    made = Database(database_url)
-    Base.metadata.create_all(made.engine)
     for name in ("first", "second"):
-        with made.write() as session:
+        with database.write() as session:
             submit_import(session, ACCOUNT, name, f"s3://data/{name}", {"roleArn": "r"})
-    yield made
-    made.close()
+    return database
 
 
 def submit(database: Database, name: str, account: str = ACCOUNT, **limits: Any) -> None:

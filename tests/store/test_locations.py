@@ -48,6 +48,14 @@ def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) ->
     assert len(set(paths)) == 3 and all(path.parent == tmp_path / "y" for path in paths)
 
 
+def test_keys_that_end_alike_never_share_a_copy(data: Objects, tmp_path: Path) -> None:
+    keys = ["x/a/3-c.jsonl", "x/b/c.jsonl", "x/d/c.jsonl"]  # the third copy would be 3-c.jsonl
+    for key in keys:
+        put(data, key, key.encode())
+    paths = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
+    assert [path.read_text() for path in paths] == keys
+
+
 def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     for key in ("x/../../escape.jsonl", "x/..", "x/.jsonl", "x/a b?.jsonl"):
         put(data, key, key.encode())

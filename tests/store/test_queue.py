@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from luthier.errors import LeaseLost, WrongState
 from luthier.store import jobs, queue
 from luthier.store.custom_models import ACTIVE, CustomModel
-from luthier.store.database import Base, Database, new_id, now
+from luthier.store.database import Database, new_id, now
 from luthier.store.jobs import (
     COMPLETED,
     FAILED,
@@ -43,14 +42,6 @@ while True:
             break
         print(job.id, job.lease)
 """
-
-
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    made = Database(database_url)
-    Base.metadata.create_all(made.engine)
-    yield made
-    made.close()
 
 
 def add(database: Database, name: str, **fields: Any) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from principals_of import ALLOW_ALL, FIRST, KEY, OTHER, made_at
+from principals_of import ALLOW_ALL, FIRST, KEY, OTHER
 
 from luthier.errors import RefusedInput
 from luthier.store import accounts, principals
@@ -29,15 +28,14 @@ TRUST: dict[str, Any] = {
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    for made in made_at(database_url):
-        with made.write() as session:
-            for account in (FIRST, OTHER):
-                accounts.create_account(session, account)
-            ann = principals.create_user(session, FIRST, "ann", [ALLOW_ALL])
-            principals.create_access_key(session, ann, SEALING, "AKIAANN", "secret")
-            principals.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
-        yield made
+def database(database: Database) -> Database:
+    with database.write() as session:
+        for account in (FIRST, OTHER):
+            accounts.create_account(session, account)
+        ann = principals.create_user(session, FIRST, "ann", [ALLOW_ALL])
+        principals.create_access_key(session, ann, SEALING, "AKIAANN", "secret")
+        principals.create_role(session, OTHER, "tuner", TRUST, [ALLOW_ALL])
+    return database
 
 
 def begun(database: Database, *roles: str, **more: Any) -> TemporarySession:

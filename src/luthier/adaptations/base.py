@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
 from luthier.errors import RecipeError
+from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,10 +38,8 @@ def full_rate(hidden: int) -> float:
     return min(2e-4, 5e-5 * math.pow(2000 / hidden, 0.781))
 
 
-class Adaptation(BaseModel):
+class Adaptation(StrictModel):
     """Base of all adaptations. Subclasses are final: one method, one file, one class."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """Name of the adaptation in recipes and on the command line."""

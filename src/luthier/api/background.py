@@ -264,13 +264,13 @@ def check_in_flight(
         QuotaExceeded: which names the quota.
     """
     storage.lock(session, account)
-    most = getattr(quotas, quota)
-    if queue.in_flight(session, kind, account) >= most:
-        raise QuotaExceeded(
-            f"The account has {most:,} {quota.removesuffix('_in_flight')} that have not ended (quota "
-            f"{quota}). Wait for some of them, or cancel them.",
-            quota,
-        )
+    storage.check_count(
+        queue.in_flight(session, kind, account),
+        quotas,
+        quota,
+        f"{quota.removesuffix('_in_flight')} that have not ended",
+        "Wait for some of them, or cancel them.",
+    )
 
 
 def caller_fields(caller: Caller) -> dict[str, Any]:

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.errors import LuthierError, RefusedInput
 from luthier.types import Message
+from luthier.validation import StrictModel
 
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(StrictModel):
     """A model that is asked for texts: one of this machine, or behind an OpenAI-compatible endpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     """Id of a local model; with ``url``, the name the endpoint knows it by."""
@@ -101,10 +100,8 @@ class ModelSpec(BaseModel):
         return self
 
 
-class SamplingSpec(BaseModel):
+class SamplingSpec(StrictModel):
     """How an asked model chooses its words; the defaults are those of ``luthier generate``."""
-
-    model_config = ModelSpec.model_config
 
     max_tokens: int = Field(default=512, ge=1, le=10_000_000)
     """Tokens of an answer at most; what is longer is cut off."""

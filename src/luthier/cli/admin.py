@@ -180,16 +180,18 @@ def back_up(
     """Back up database and store while the service runs, and compare every row with its file."""
     from luthier.files import luthier_home
     from luthier.store import backup as backups
+    from luthier.store.database import DATABASE_FILE
+    from luthier.store.sealing import KEY_FILE
 
-    if database is None and not (luthier_home() / backups.DATABASE).is_file():
+    if database is None and not (luthier_home() / DATABASE_FILE).is_file():
         raise RefusedInput(
-            f"there is no {backups.DATABASE} in {luthier_home()}; give the database of the service by "
+            f"there is no {DATABASE_FILE} in {luthier_home()}; give the database of the service by "
             "--database"
         )
     with open_database(database) as service:
         made = backups.backup(service, luthier_home(), folder, with_key, allow_damaged)
     if not made.key:
-        note(f"  without {backups.KEY}: keep it apart; access keys do not open without it")
+        note(f"  without {KEY_FILE}: keep it apart; access keys do not open without it")
     _note_damage(made)
     print_outcome(json_, folder=str(folder), **asdict(made))
 
@@ -208,13 +210,14 @@ def restore(
     from luthier.files import luthier_home
     from luthier.store import backup as backups
     from luthier.store.database import Database
+    from luthier.store.sealing import KEY_FILE
 
     # Only PostgreSQL's: a new database of SQLite would lie in the folder that has to be empty.
     named = database if database and database.startswith("postgresql") else None
     with closing(Database(named)) if named else nullcontext() as service:
         made = backups.restore(folder, luthier_home(), service, allow_damaged)
     if not made.key:
-        note(f"  put {backups.KEY} back before the service starts")
+        note(f"  put {KEY_FILE} back before the service starts")
     _note_damage(made)
     print_outcome(json_, store=str(luthier_home()), **asdict(made))
 

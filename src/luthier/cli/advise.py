@@ -13,6 +13,7 @@ from luthier.cli.options import (
     Base,
     Columns,
     Data,
+    Documents,
     Json,
     Objective,
     Settings,
@@ -32,10 +33,7 @@ def advise(
     base: Base = None,
     objective: Objective = None,
     adaptation: Adaptation = None,
-    documents: Annotated[
-        list[str] | None,
-        typer.Option(help="Texts that answers should be true to; again for more."),
-    ] = None,
+    documents: Documents = None,
     goal: Annotated[
         Literal["quality", "cost", "latency", "knowledge", "style"],
         typer.Option(help="What matters most; knowledge is facts that stand in documents."),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from luthier.cli.console import check_output, note, print_json, print_text, write_page
-from luthier.cli.options import Json
+from luthier.cli.options import Html, Json
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def certificate(
     sign: Annotated[
         Path | None, typer.Option(help="Private key (PEM, elliptic) to sign the model with.")
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    html: Html = None,
     format_: Annotated[
         Literal["json", "model-card", "cyclonedx", "in-toto", "croissant"] | None,
         typer.Option("--format", help="Print the certificate that there is in this form."),

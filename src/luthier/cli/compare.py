@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +16,17 @@ from luthier.cli.console import (
     write_page,
 )
 from luthier.cli.evaluate import parse_grader_options, parse_judge_option
-from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, Prices
+from luthier.cli.options import (
+    Attach,
+    Columns,
+    Documents,
+    Graders,
+    GraderSettings,
+    Html,
+    Json,
+    MaxTokens,
+    Prices,
+)
 
 if TYPE_CHECKING:
     from luthier.workflows.compare import HeadToHead
@@ -37,13 +46,10 @@ def compare(
         str | None,
         typer.Option(help="Rows that examples are taken from; by default those of the tuning."),
     ] = None,
-    documents: Annotated[
-        list[str] | None,
-        typer.Option(help="Texts that answers should be true to; again for more."),
-    ] = None,
+    documents: Documents = None,
     grader: Graders = None,
     set_: GraderSettings = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 64,
+    max_tokens: MaxTokens = 64,
     prices: Prices = None,
     answers: Annotated[
         int,
@@ -67,7 +73,7 @@ def compare(
         str | None,
         typer.Option(help="Who prefers replies: a model, https://host/v1#model, or a TOML file."),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    html: Html = None,
     attach: Attach = False,
     columns: Columns = None,
     json_: Json = False,
@@ -84,7 +90,7 @@ def compare(
             data, tuned, base, train, documents or (), graders, max_tokens, prices, note,
             answers=answers, search_seconds=search_seconds, reflector=reflector,
             judge=None if judge is None else parse_judge_option(judge),
-            encoder=encoder, columns=parse_columns(columns or ()), on_progress=done, attach=attach,
+            encoder=encoder, columns=parse_columns(columns), on_progress=done, attach=attach,
         )  # fmt: skip
     if html is not None:
         from luthier.workflows.compare_page import page

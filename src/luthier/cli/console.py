@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
+from luthier.files import nearest_existing, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
 
@@ -189,11 +191,8 @@ def errors(as_json: bool) -> Iterator[None]:
         if as_json:
             body: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
             if isinstance(error, DataError):
-                fields = ("file", "line", "rule", "message", "fix")
                 body["count"] = len(error.problems)
-                body["problems"] = [
-                    {name: getattr(problem, name) for name in fields} for problem in error.problems
-                ]
+                body["problems"] = [asdict(problem) for problem in error.problems]
             print_json({"error": body})
         note(f"luthier: {with_setting_names(str(error), option)}")
         raise typer.Exit(error.exit_code) from error
@@ -211,8 +210,6 @@ def print_written(count: int, what: str, target: Path) -> None:
 
 def write_page(target: Path, page: str) -> None:
     """Write a page of HTML, and say where."""
-    from luthier.files import write_bytes
-
     write_bytes(target, page.encode())
     note(f"page: {target}")
 
@@ -223,7 +220,7 @@ def check_output(target: Path | None) -> None:
         return
     if target.is_dir():
         raise RecipeError(f"{target} is a folder; name a file")
-    parent = next(path for path in target.absolute().parents if path.exists())
+    parent = nearest_existing(target.absolute().parent)
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
     if not os.access(target if target.exists() else parent, os.W_OK):

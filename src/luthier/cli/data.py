@@ -219,10 +219,8 @@ def clean(
 ) -> None:
     """Apply chosen fixes and write a new data set, with a log of what became of each row."""
     from luthier.cli.progress import show_progress
-    from luthier.files import read_toml
-    from luthier.gate.clean import clean as run
-    from luthier.gate.clean_plan import CleaningPlan
     from luthier.recipe import parse_columns
+    from luthier.sdk.data import clean as run
 
     fixes = {
         "normalize": normalize or None, "redact": redact, "redact_key_env": redact_key_env,
@@ -231,12 +229,10 @@ def clean(
         "base": base, "objective": objective,
     }  # fmt: skip
     given = {name: value for name, value in fixes.items() if value is not None}
-    chosen = CleaningPlan.of({**(read_toml(plan, "a cleaning plan") if plan else {}), **given})
-    held = {"validation": validation, "test": test}
-    splits = {split: each for split, each in held.items() if each is not None}
     with show_progress(100, "clean") as done:
         summary = run(
-            source, target, chosen, splits, parse_columns(columns or []), overwrite, dry_run,
+            source, target, validation=validation, test=test, columns=parse_columns(columns),
+            overwrite=overwrite, dry_run=dry_run, plan=plan, **given,
             on_progress=lambda read, size: done(100 * read // max(1, size)),
         )  # fmt: skip
     if json_:
@@ -296,13 +292,14 @@ def convert(
 ) -> None:
     """Write rows in another form or container; what it cannot say is refused, never dropped."""
     from luthier.cli.progress import show_progress
-    from luthier.data.convert import convert as run
     from luthier.recipe import parse_columns
+    from luthier.sdk.data import convert as run
 
     with show_progress(100, "convert") as done:
         found = run(
-            source, target, to, format_, parse_columns(columns or []), drop_extra_keys, overwrite,
-            lambda read, size: done(100 * read // max(1, size)),
+            source, target, to=to, format=format_, columns=parse_columns(columns),
+            drop_extra_keys=drop_extra_keys, overwrite=overwrite,
+            on_progress=lambda read, size: done(100 * read // max(1, size)),
         )  # fmt: skip
     if json_:
         print_json({**asdict(found), "target": str(target)})
@@ -323,9 +320,9 @@ def split(
     json_: Json = False,
 ) -> None:
     """Split a file: each label in proportion, near-duplicates on one side, lines unchanged."""
-    from luthier.gate.splits import split_file
+    from luthier.sdk.data import split as run
 
-    record = split_file(source, output, {"validation": validation, "test": test}, seed)
+    record = run(source, output, validation=validation, test=test, seed=seed)
     if json_:
         print_json(record)
         return

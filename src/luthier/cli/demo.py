@@ -67,11 +67,8 @@ def demo(json_: Json = False) -> None:
 def _measure(model_id: str, test: Path, label: str) -> Evaluation:
     """Scores of a model on unseen prompts."""
     from luthier.cli.progress import show_progress
-    from luthier.data.rows import load_rows
     from luthier.graders import Answer, FirstLine, Grader
-    from luthier.serving.evaluation import measure
-    from luthier.serving.generation import Generator
-    from luthier.store.models import find
+    from luthier.sdk.evaluation import evaluate
 
     class HouseStyle(Grader):
         """1 when the reply has a label line, and is signed as the sample's replies are."""
@@ -86,11 +83,9 @@ def _measure(model_id: str, test: Path, label: str) -> Evaluation:
             signature = self.expected_of(answer).strip().split("\n")[-1]
             return float(labelled and lines[-1].strip() == signature)
 
-    rows = load_rows(test)
-    generator = Generator.open(find(model_id))
     graders = {"routing label": FirstLine(), "house style": HouseStyle()}
-    with show_progress(len(rows), f"asking the {label} model") as done:
-        return measure(generator, rows, graders, 80, done)
+    with show_progress(0, f"asking the {label} model") as done:
+        return evaluate(model_id, test, graders, max_tokens=80, on_progress=done)
 
 
 def _print(model_id: str, base: Evaluation, tuned: Evaluation) -> None:

@@ -12,6 +12,7 @@ from luthier.cli.options import (
     Adaptation,
     Columns,
     Json,
+    Name,
     Resume,
     Validation,
     recipe_fields,
@@ -42,7 +43,7 @@ def distil(
     grader: Annotated[str | None, typer.Option(help="Accept answers by this grader only.")] = None,
     validation: Validation = None,
     columns: Columns = None,
-    name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
+    name: Name = None,
     adaptation: Adaptation = None,
     set_: Annotated[
         list[str] | None,

@@ -17,7 +17,15 @@ from luthier.cli.console import (
     print_written,
     write_page,
 )
-from luthier.cli.options import Attach, Columns, Graders, GraderSettings, Json, LongRows
+from luthier.cli.options import (
+    Attach,
+    Columns,
+    Graders,
+    GraderSettings,
+    Json,
+    LongRows,
+    MaxTokens,
+)
 from luthier.errors import RecipeError
 from luthier.printable import one_line
 
@@ -40,7 +48,7 @@ def evaluate(
             help="What a reply that cannot be graded does: fail, or score zero and be counted."
         ),
     ] = "fail",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
+    max_tokens: MaxTokens = 128,
     output: Annotated[Path | None, typer.Option(help="Write every answer as JSONL.")] = None,
     turns: Annotated[
         Literal["last", "calls", "all"],
@@ -84,7 +92,7 @@ def evaluate(
             note,
             long_rows or "error",
             turns=turns,
-            columns=parse_columns(columns or ()),
+            columns=parse_columns(columns),
             slices=slice_ or (),
             on_progress=done,
             attach=attach,
@@ -168,7 +176,7 @@ def judge(
 
     with show_progress(0, "judge") as done:
         found = run(
-            data, parse_judge_option(judge), note, columns=parse_columns(columns or ()),
+            data, parse_judge_option(judge), note, columns=parse_columns(columns),
             on_progress=done,
         )  # fmt: skip
     if json_:

@@ -17,7 +17,7 @@ from luthier.cli.console import (
     print_text,
     write_page,
 )
-from luthier.cli.options import Attach, Columns, Json
+from luthier.cli.options import Attach, Columns, Html, Json
 
 if TYPE_CHECKING:
     from luthier.workflows.forgetting import Forgetting
@@ -36,7 +36,7 @@ def forgetting(
         Path | None, typer.Option(help="What `luthier canaries` wrote beside the training rows.")
     ] = None,
     safety: Annotated[bool, typer.Option(help="Measure bias, toxicity and refusals, too.")] = True,
-    html: Annotated[Path | None, typer.Option(help="Write it as one HTML page.")] = None,
+    html: Html = None,
     attach: Attach = False,
     json_: Json = False,
 ) -> None:
@@ -120,7 +120,7 @@ def canaries(
     check_output(output)
     planted = plant_canaries(
         data, output, repeats=repeats or (0, 5, 20), count=count, seed=seed,
-        columns=parse_columns(columns or ()),
+        columns=parse_columns(columns),
     )  # fmt: skip
     beside = output.with_name(f"{output.name}.canaries.json")
     if json_:

@@ -20,13 +20,14 @@ from luthier.cli.console import (
 )
 from luthier.cli.options import Json
 from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.types import Message
 
 Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
-MaxTokens = Annotated[
+ReplyTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
 ]
@@ -45,7 +46,7 @@ def generate(
             help="JSONL of the same rows, each with its `completion`; its own is `expected`."
         ),
     ] = None,
-    max_tokens: MaxTokens = None,
+    max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
@@ -61,7 +62,6 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.files import write_bytes
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -80,7 +80,7 @@ def generate(
         seed=seed,
         schema=None if schema is None else _read_schema(schema),
         regex=regex,
-        grammar=None if grammar is None else _read_text(grammar),
+        grammar=None if grammar is None else read_text(grammar),
     )
     check_output(output)
     rows = _read_prompts(input_) if input_ else []
@@ -117,18 +117,9 @@ def generate(
         print_written(len(replies), "replies", output)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} cannot be read: it is not text in UTF-8") from error
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def _read_schema(path: Path) -> Any:
     try:
-        return json.loads(_read_text(path))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is no JSON: {error}") from error
 
@@ -189,7 +180,7 @@ def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 def chat(
     model: Model,
-    max_tokens: MaxTokens = None,
+    max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
 ) -> None:
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""

@@ -140,7 +140,7 @@ def reconstruct(
         if is_media(input_) and Path(input_).is_file():
             rows = [input_row(input_, "the command line")]
         else:
-            rows = [row for _, row in load_inputs(input_, parse_columns(columns or ()))][:count]
+            rows = [row for _, row in load_inputs(input_, parse_columns(columns))][:count]
     with heavy_imports():
         from luthier.cli.progress import show_progress
 

@@ -35,8 +35,7 @@ def list_models(json_: Json = False) -> None:
     from luthier.cli.tune import validation_result
     from luthier.data.media import PLURAL
     from luthier.models.catalog import CATALOG
-    from luthier.models.manifest import MANIFEST
-    from luthier.store.models import base_folder, custom_models, pretrained_models
+    from luthier.store.models import custom_models, is_base_here, pretrained_models
 
     bases: list[dict[str, Any]] = [
         {
@@ -48,7 +47,7 @@ def list_models(json_: Json = False) -> None:
             "languages": list(entry.languages),
             "media": entry.media,
             "source": entry.source.provenance["source"],
-            "here": (base_folder(entry.id) / MANIFEST).is_file(),
+            "here": is_base_here(entry.id),
             "about": entry.about,
         }
         for entry in CATALOG.values()
@@ -151,14 +150,13 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and that they are intact."""
     from luthier.models.catalog import CATALOG
-    from luthier.models.manifest import MANIFEST
-    from luthier.store.models import StoredModel, base_folder, find
+    from luthier.store.models import described_base, find, is_base_here
 
     entry = CATALOG.get(model)
-    if entry is None or (base_folder(model) / MANIFEST).is_file():
+    if entry is None or is_base_here(model):
         stored = find(model)
-    else:  # described without fetching it
-        stored = StoredModel(entry.id, base_folder(model), entry.manifest())
+    else:
+        stored = described_base(entry)
     details = {
         "id": stored.id,
         "folder": str(stored.folder),

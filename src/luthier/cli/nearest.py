@@ -62,7 +62,7 @@ def nearest(
     check_output(output)
     check_output(index)
     with data_errors("nothing was looked up"):
-        records = load_inputs(data, parse_columns(columns or ()))
+        records = load_inputs(data, parse_columns(columns))
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress

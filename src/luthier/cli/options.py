@@ -59,6 +59,13 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. adaptation.rank=8."),
 ]
+Name = Annotated[str | None, typer.Option(help="Name of the custom model.")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens of a reply at most.")]
+Documents = Annotated[
+    list[str] | None,
+    typer.Option(help="Texts that answers should be true to; again for more."),
+]
+Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
@@ -118,10 +125,9 @@ def recipe_fields(
     data: str | Sequence[str], options: Mapping[str, Any], settings: Sequence[str] | None
 ) -> dict[str, Any]:
     """The recipe of a data file or a TOML file, with options and ``--set`` applied in this order."""
-    from luthier.recipe import assign, parse_columns, parse_mix, read_recipe, set_field
+    from luthier.recipe import assign, fields_of, parse_columns, parse_mix, set_field
 
-    file = data if isinstance(data, str) else data[0] if len(data) == 1 else ""
-    fields = read_recipe(Path(file)) if file.endswith(".toml") else {"data": {"train": data}}
+    fields = fields_of(data)
     for key, value in options.items():
         if key == "data.mix":
             value = [parse_mix(text) for text in value]

@@ -72,7 +72,7 @@ def predict(
         rows = [({}, input_row(text or "", "the command line"))]
     else:
         with data_errors("nothing was predicted"):
-            rows = load_inputs(input_, parse_columns(columns or ()))
+            rows = load_inputs(input_, parse_columns(columns))
     with heavy_imports():
         from luthier.cli.progress import show_progress
 

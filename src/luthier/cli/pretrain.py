@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,12 +50,13 @@ def pretrain(
     # Loads torch, which takes seconds: only for a recipe that parses.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
+        from luthier.evaluation.significance import perplexity_of
         from luthier.workflows.pretrain import pretrain as train
 
     with LiveReporter() as reporter:
         result = train(recipe, resume, reporter)
     loss = result.validation_loss
-    perplexity = None if loss is None else math.exp(min(loss, 700.0))
+    perplexity = None if loss is None else perplexity_of(loss)
     if json_:
         print_json(asdict(result) | {"perplexity": perplexity})
     else:

@@ -39,9 +39,7 @@ def quantize(
     with heavy_imports():
         from luthier.sdk.export import quantize as run
 
-    found = run(
-        model, data, to or ("q8_0", "q4_0"), columns=parse_columns(columns or ()), note=note
-    )
+    found = run(model, data, to or ("q8_0", "q4_0"), columns=parse_columns(columns), note=note)
     if json_:
         print_json(found.plain())
     else:

@@ -8,7 +8,7 @@ import typer
 
 from luthier.cli.console import heavy_imports, new_table, print_json, print_table, print_text
 from luthier.cli.evaluate import parse_grader_options
-from luthier.cli.options import Graders, GraderSettings, Json
+from luthier.cli.options import Graders, GraderSettings, Json, MaxTokens, Name
 
 if TYPE_CHECKING:
     from luthier.evaluation.significance import Score
@@ -33,8 +33,8 @@ def soup(
     ] = "uniform",
     grader: Graders = None,
     set_: GraderSettings = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 128,
-    name: Annotated[str | None, typer.Option(help="Name of the custom model.")] = None,
+    max_tokens: MaxTokens = 128,
+    name: Name = None,
     json_: Json = False,
 ) -> None:
     """Average a tuned model with its base, so that it forgets less, or several tuned models."""

@@ -16,10 +16,6 @@ from luthier.cli.console import heavy_imports
 if TYPE_CHECKING:
     from luthier.jobs.folders import JobFolders
 
-FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
-DATABASE = "LUTHIER_DATABASE"
-"""Variable with the address of the database: it may hold a password, which no command line may."""
-
 Quotas = Annotated[
     list[str] | None,
     typer.Option("--limit", help="NAME=VALUE of a limit of the server; may be repeated."),
@@ -47,21 +43,19 @@ def worker(
     _prepare_process()
     if until_stdin_closes:
         threading.Thread(target=_end_with_stdin, name="starter", daemon=True).start()
-    from luthier.jobs.kinds import KINDS
+    from luthier.jobs.kinds import WORK_KINDS
 
-    configure_logging(KINDS[kind].folders(row_id))
+    configure_logging(WORK_KINDS[kind].folders(row_id))
     with heavy_imports():
         from luthier.jobs.admission import Capacity
+        from luthier.jobs.processes import inherited_database
         from luthier.limits import parse_limits
         from luthier.store.arns import Arns
-        from luthier.store.database import Database
         from luthier.store.locations import Locations
-        from luthier.store.schema import METADATA
 
-        worker_class = KINDS[kind].worker_class()
+        worker_class = WORK_KINDS[kind].worker_class()
+        database = inherited_database()
 
-    assert METADATA.tables  # importing it has declared every table
-    database = Database(os.environ.get(DATABASE) or None)
     quotas = parse_limits(limit or ())
     locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
@@ -93,13 +87,14 @@ def _end_with_stdin() -> None:
 def configure_logging(folders: JobFolders) -> None:
     """Where a worker's messages go: standard error, or line by line into an encrypted log."""
     from luthier.encryption.keys import keyring
+    from luthier.jobs.processes import LOG_FORMAT
 
     if keyring() is None:
-        logging.basicConfig(level=logging.INFO, format=FORMAT)
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         return
     from luthier.jobs.folders import SealedLog
 
-    logging.basicConfig(level=logging.INFO, format=FORMAT, handlers=[SealedLog(folders)])
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=[SealedLog(folders)])
     # What nobody catches would be written to standard error, which leads nowhere.
     sys.excepthook = lambda kind, error, trace: logging.critical(
         "the worker ends", exc_info=(kind, error, trace)

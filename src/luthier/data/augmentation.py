@@ -22,7 +22,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,10 +61,8 @@ class Mixture:
         return array
 
 
-class Augmentation(BaseModel):
+class Augmentation(StrictModel):
     """How much of each row is changed; off when not given."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     delete: float = Field(default=0.0, ge=0, lt=1)
     """Texts: chance of each word to be left out; EDA's vetted setting is 0.1. One word always stays."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from luthier.evaluation.parity import Parity, TokenParity, learned_logps
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
 from luthier.models.load import as_network
-from luthier.models.manifest import UNMEASURED, DataRecord, Manifest
+from luthier.models.manifest import UNMEASURED, DataRecord, Manifest, created_now
 from luthier.models.network import Network
 from luthier.models.save import (
     adapter_tensors,
@@ -116,7 +115,7 @@ class ModelWriter:
             **job.origin,
             withheld=None if job.recipe.forgetting is None else UNMEASURED,
             plugins=plugins or None,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=created_now(),
             luthier=__version__,
             torch=torch.__version__,
             precision=str(job.machine.dtype).removeprefix("torch."),

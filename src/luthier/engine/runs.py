@@ -30,6 +30,7 @@ from luthier.files import (
     write_json,
 )
 from luthier.models.manifest import MANIFEST
+from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted
 from luthier.store.models import base_folder, custom_folder, short_name
@@ -270,10 +271,9 @@ def same_request(
     if changed and sources == changed:
         names = [key.removeprefix("data.") for key in sources]
         newer = [] if asked_at is None else _newer_files([*now["data"]], asked_at)
-        shown = ", ".join(newer[:3]) + (f" and {len(newer) - 3:,} more" if len(newer) > 3 else "")
         raise RunConflict(
             f"{what} cannot be resumed, because its data changed after it began: {', '.join(names)}"
-            + (f" (newer than the run: {shown})" if newer else "")
+            + (f" (newer than the run: {list_some(newer, 3)})" if newer else "")
             + ". Put back what it was and repeat the command; or begin anew, under another name, to "
             "learn from the data as it is now."
         )

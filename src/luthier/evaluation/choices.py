@@ -9,7 +9,6 @@ likeliest, and ``perplexity`` is that of whole choices.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import MultipleChoice
 from luthier.errors import RowRefused
-from luthier.evaluation.significance import RowScores, Score, Statistic
+from luthier.evaluation.significance import RowScores, Score, Statistic, perplexity_of
 from luthier.types import Example
 
 
@@ -106,6 +105,6 @@ def choice_scores(
     if all(cloze_R):
         logp_R = np.array([each[0].logp for each in found])
         scores["perplexity"] = Statistic.of(
-            lambda row_K: math.exp(min(-float(logp_R[row_K].mean()), 700.0)), len(logp_R), False
+            lambda row_K: perplexity_of(-float(logp_R[row_K].mean())), len(logp_R), False
         )
     return scores, records

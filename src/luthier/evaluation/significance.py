@@ -32,6 +32,11 @@ Interval = tuple[float, float]
 """Between which a score lies with 95 % confidence."""
 
 
+def perplexity_of(nats: float) -> float:
+    """The perplexity of a loss in nats a token; one that no float could hold is cut at e**700."""
+    return math.exp(min(nats, 700.0))
+
+
 @dataclass(frozen=True, eq=False)
 class RowScores:
     """A score as the sum of a part of each row over the sum of a whole of each row.

@@ -18,8 +18,7 @@ from luthier.gate.check import CheckContext
 from luthier.gate.checks import CHECKS, checks_for, rules_named
 from luthier.gate.pii import KINDS
 from luthier.gate.rules import READING_RULES
-from luthier.recipe import StrictModel
-from luthier.validation import describe_constraint
+from luthier.validation import StrictModel, describe_constraint
 
 UNREADABLE = "unreadable"
 """Stands for every rule of reading that a single row can break."""

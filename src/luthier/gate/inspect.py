@@ -27,13 +27,12 @@ from luthier.gate.rules import Finding, Place
 from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.models.kinds import sole_objective
-from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
-from luthier.store.models import StoredModel, base_folder
+from luthier.store.models import StoredModel, is_base_here
 from luthier.types import Row
 
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)
@@ -102,7 +101,7 @@ def _encoder_of_labels(rows: Iterable[Row]) -> tuple[str, str]:
         return READER, "the rows are texts with labels, which an encoder reads best"
     language = f"the rows are texts with labels in {language_name(code)}"
     fitting = bases_for(code, "embedding")
-    here = [each for each in fitting if (base_folder(each) / MANIFEST).is_file()]
+    here = [each for each in fitting if is_base_here(each)]
     if here:
         return here[0], f"{language}, which this encoder was trained on"
     reason = (

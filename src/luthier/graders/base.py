@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from luthier.chat_models.base import ModelSpec, SamplingSpec, Writer
 from luthier.errors import LuthierError, RowRefused
 from luthier.limits import TEXT_CHARACTERS
 from luthier.types import Message, Row
+from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
     from luthier.models.heads import Task
@@ -121,10 +121,8 @@ class Ungraded(LuthierError):
         self.scores, self.troubles = list(scores), dict(troubles)
 
 
-class Grader(BaseModel):
-    """Base of all graders: one way to score, one class."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class Grader(StrictModel):
+    """Base of all graders: one way to score, one file, one class."""
 
     method: str
     """Name of the grader in recipes and on the command line."""

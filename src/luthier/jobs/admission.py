@@ -47,18 +47,16 @@ def _memory_of(command: str, fields: str) -> int:
 
     from luthier.engine.machine import choose_machine
     from luthier.engine.memory import sketch_training, weight_bytes
+    from luthier.models.catalog import CATALOG
     from luthier.models.load import catalogue_config, read_config, sketch_of
     from luthier.objectives import OBJECTIVES
     from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
-    from luthier.store.models import base_folder, find, objective_of
+    from luthier.store.models import find, is_base_here, objective_of
     from luthier.workflows.pipeline import KINDS
 
     def config(model_id: str, head: Any) -> Any:
-        from luthier.models.catalog import CATALOG
-        from luthier.models.manifest import MANIFEST
-
-        if model_id in CATALOG and not (base_folder(model_id) / MANIFEST).is_file():
+        if model_id in CATALOG and not is_base_here(model_id):
             return catalogue_config(CATALOG[model_id], head)
         return read_config(find(model_id).network_folder, head)
 

@@ -19,7 +19,7 @@ from sqlalchemy import select, update
 from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
-from luthier.jobs.folders import JobFolders, run_name
+from luthier.jobs.folders import JobFolders
 from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.serving.journal import forget, lines_of_runs
 from luthier.store import removal
@@ -27,7 +27,7 @@ from luthier.store.arns import Arns, object_arn
 from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
-from luthier.store.jobs import Job, JobEvent
+from luthier.store.jobs import Job, JobEvent, run_name
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
 from luthier.store.snapshot import remove_orphaned_snapshots
@@ -123,11 +123,11 @@ class Deletions:
         for action, resource in self._actions(traces, deletion):
             permit(action, resource)
         self._check(traces, items, deletion)
-        number = random_id(20, SMALL)
+        number, jobs = random_id(20, SMALL), _affected_jobs(traces, deletion)
         kept = () if deletion.models == "delete" else traces.models
         about = {
             "data": list(traces.addresses),
-            "jobs": [job.id for job in _affected_jobs(traces, deletion)],
+            "jobs": [job.id for job in jobs],
             "models_kept": [model.name for model in kept],
             "outside": list(traces.outside),
         }
@@ -135,10 +135,10 @@ class Deletions:
         self._record(number, BEGUN, deletion, items, about, files=files)
         if deletion.models == "delete":
             self._delete_models(traces)
-        for job in _affected_jobs(traces, deletion):
+        for job in jobs:
             _delete_files(job)
-        forget(deletion.account, {run_name(job.id) for job in _affected_jobs(traces, deletion)})
-        self._delete_texts(_affected_jobs(traces, deletion))
+        forget(deletion.account, {run_name(job.id) for job in jobs})
+        self._delete_texts(jobs)
         self._delete_objects(traces, deletion.account)
         left = self._remaining(deletion, items, traces)
         if not self.database.scrub():
@@ -307,13 +307,14 @@ def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
         for piece in each.pieces:
             part = f"#part-{piece.number}" if len(each.pieces) > 1 else ""
             yield DeletionItem("object", f"{each.address}{part}", piece.size, piece.sha256)
-    for job in _affected_jobs(traces, deletion):
+    jobs = _affected_jobs(traces, deletion)
+    for job in jobs:
         for path in files_of(job):
             yield _file("job", path)
         if deletion.models == "delete" and job.result is not None:
             for name in model_files(job.result["stored_id"]):
                 yield _file("model", luthier_home() / name)
-    runs = {run_name(job.id) for job in _affected_jobs(traces, deletion)}
+    runs = {run_name(job.id) for job in jobs}
     for path, size, digest in lines_of_runs(deletion.account, runs):
         yield DeletionItem("answers", path.relative_to(luthier_home()).as_posix(), size, digest)
 

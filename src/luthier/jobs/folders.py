@@ -25,16 +25,13 @@ from luthier.engine.runs import GRIDS, SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
 from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
-from luthier.store.jobs import COMPLETED, Job
+from luthier.store.imports import files_name
+from luthier.store.jobs import COMPLETED, Job, run_name
 from luthier.store.models import custom_folder
+from luthier.store.queue import log_file
 
 LONGEST_LOG = 4_000_000
 """Bytes of a log; of a longer one the first half is cut."""
-
-
-def run_name(job_id: str) -> str:
-    """Name of the run and of the model of a job: no tenant's names ever meet in the store."""
-    return f"job-{job_id}"
 
 
 class JobFolders:
@@ -44,7 +41,7 @@ class JobFolders:
         self.job_id = job_id
         self.parent = luthier_home() / "jobs"
         self.data = self.parent / job_id
-        self.log = self.parent / f"{job_id}.log"
+        self.log = log_file(job_id)
 
     def hold(self) -> AbstractContextManager[bool]:
         """Hold the only hand on the files of the job; yields whether nobody else does."""
@@ -98,7 +95,7 @@ class ImportFolders(JobFolders):
     """The places of one import: lock and log, and the model that comes of it."""
 
     def __init__(self, model_id: str) -> None:
-        super().__init__(f"import-{model_id}")
+        super().__init__(files_name(model_id))
         # No tenant's names ever meet in the store.
         name = f"model-{model_id}"
         self.model = custom_folder(IMPORTED, name)

@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from luthier.jobs.folders import ImportFolders
 from luthier.jobs.processes import LOST
 from luthier.jobs.runners import free
 from luthier.jobs.worker import Heartbeat, Worker
-from luthier.models.manifest import Manifest
+from luthier.models.manifest import Manifest, created_now
 from luthier.models.outside import ImportedFiles, choose, is_weights
 from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
@@ -234,7 +233,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
                 "id": self.folders.stored_id,
                 "source": found.source,
                 "left_out": list(chosen.left),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "created": created_now(),
                 "luthier": __version__,
                 "torch": torch.__version__,
                 "files": hashes_of(fresh),

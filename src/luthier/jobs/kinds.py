@@ -84,8 +84,9 @@ def _prepare_jobs(database: Database) -> None:
 
 def _prepare_imports(database: Database) -> None:
     """Remove what processes left that died as their imports ended."""
-    for lock in sorted((luthier_home() / "jobs").glob("import-*.lock")):
-        model_id = lock.stem.removeprefix("import-")
+    prefix = imports.files_name("")
+    for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
+        model_id = lock.stem.removeprefix(prefix)
         folders = ImportFolders(model_id)
         with folders.hold() as free:
             if not free:
@@ -116,5 +117,5 @@ TRAINING = WorkKind(
     limited_by_account=True,
     elsewhere=True,
 )
-KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
+WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
 """By name, in the order in which a scheduler looks at them: imports are few, and short."""

@@ -10,17 +10,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.encryption.memory import working
+from luthier.evaluation.significance import perplexity_of
 from luthier.files import luthier_home
 from luthier.jobs.data import JobData
-from luthier.jobs.folders import run_name
 from luthier.models.manifest import CERTIFICATE
-from luthier.store.jobs import Job, JobResult
+from luthier.store.jobs import Job, JobResult, run_name
 from luthier.store.models import StoredModel
 from luthier.workflows.certificate.certificate import parse_certificate, read_certificate
 
-_TRAINING = "training_artifacts"
-_VALIDATION = "validation_artifacts/post_fine_tuning_validation"
+OF_ROWS = {"train": "synthetic_data.jsonl", "insights": "prompt_insights.jsonl"}
+"""What a distillation makes of its rows: its own files, and what those are called at the address."""
 _NO_COLUMNS = frozenset(("event", "step", "loss", "best", "best_step", "measure"))
+
+
+def artifact(job_id: str, name: str) -> str:
+    """Where what the training of a job gave stands below the job's address."""
+    return f"{_folder(job_id)}/training_artifacts/{name}"
+
+
+def _folder(job_id: str) -> str:
+    return f"model-customization-job-{job_id}"
 
 
 def files(
@@ -35,29 +44,29 @@ def files(
 
     ``lines`` are the metrics of the run, which trained on ``rows`` rows.
     """
-    top = f"model-customization-job-{job.id}"
     # Raw text is packed: a pass goes over fewer examples than there are rows.
     learned = model.manifest.data
     epoch = _Epochs(model, learned.examples if learned else rows)
-    yield f"{top}/{_TRAINING}/step_wise_training_metrics.csv", training_csv(lines, epoch)
+    yield artifact(job.id, "step_wise_training_metrics.csv"), training_csv(lines, epoch)
     losses = result["validation_losses"]
+    validation = f"{_folder(job.id)}/validation_artifacts/post_fine_tuning_validation"
     if losses:
-        yield f"{top}/{_VALIDATION}/validation/validation_metrics.csv", validation_csv(lines, epoch)
+        yield f"{validation}/validation/validation_metrics.csv", validation_csv(lines, epoch)
     for number, loss in enumerate(losses if len(losses) > 1 else (), 1):
         if loss is None:
             continue
         last = {"event": "validation", "step": result["steps"], "loss": loss}
-        name = f"{top}/{_VALIDATION}/validation-{number}/validation_metrics.csv"
+        name = f"{validation}/validation-{number}/validation_metrics.csv"
         yield name, validation_csv([last], epoch)
     manifest = data.show_addresses(json.dumps(model.manifest.plain(), indent=2, ensure_ascii=False))
-    yield f"{top}/{_TRAINING}/manifest.json", (manifest + "\n").encode()
+    yield artifact(job.id, "manifest.json"), (manifest + "\n").encode()
     shown = data.show_addresses(read_certificate(model).text()).encode()
     certificate = parse_certificate(shown, CERTIFICATE).with_digest()
-    yield f"{top}/{_TRAINING}/{CERTIFICATE}", certificate.text().encode()
-    for name, called in (("train", "synthetic_data"), ("insights", "prompt_insights")):
+    yield artifact(job.id, CERTIFICATE), certificate.text().encode()
+    for name, called in OF_ROWS.items():
         of_job = f"*/{run_name(job.id)}/{name}.jsonl"
         for path in sorted(working(luthier_home() / "distillations").glob(of_job)):
-            yield f"{top}/{_TRAINING}/{called}.jsonl", path.read_bytes()
+            yield artifact(job.id, called), path.read_bytes()
 
 
 class _Epochs:
@@ -83,7 +92,7 @@ def training_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes:
             line["step"] - 1,
             epochs.of(line["step"] - 1),
             line["loss"],
-            _perplexity(line["loss"]),
+            perplexity_of(line["loss"]),
             *(line.get(key, "") for key in further),
         ]
         for line in train
@@ -99,14 +108,10 @@ def validation_csv(lines: Sequence[Mapping[str, Any]], epochs: _Epochs) -> bytes
     for line in held:
         # Measured after so many steps.
         step = line["step"]
-        row = [step, epochs.of(max(0, step - 1)), line["loss"], _perplexity(line["loss"])]
+        row = [step, epochs.of(max(0, step - 1)), line["loss"], perplexity_of(line["loss"])]
         rows.append([*row, line.get("reward", "")] if rewards else row)
     names = ["step_number", "epoch_number", "validation_loss", "perplexity"]
     return _csv([*names, *["reward_mean"] * rewards], rows)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
 
 
 def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:

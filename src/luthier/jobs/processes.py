@@ -26,6 +26,10 @@ NO_ROOM = (NO_DISK, NO_NODE)
 """Those after which work is tried again, later each time."""
 LOST = 75
 """Exit status of a worker that lost its lease."""
+DATABASE = "LUTHIER_DATABASE"
+"""Variable with the address of the database: it may hold a password, which no command line may."""
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+"""Of messages of workers."""
 _SECRETS = (
     "LUTHIER_SERVER_KEY", "LUTHIER_BOOTSTRAP", keys.ENVIRONMENT, keys.FILE, keys.HANDED,
 )  # fmt: skip
@@ -74,8 +78,16 @@ def _boot() -> str:
 
 
 def database_environment(database: Database) -> dict[str, str]:
-    """The database for a worker: not in its command line, which everybody on the machine can read."""
-    return {"LUTHIER_DATABASE": database.engine.url.render_as_string(hide_password=False)}
+    """The database for a worker."""
+    return {DATABASE: database.engine.url.render_as_string(hide_password=False)}
+
+
+def inherited_database() -> Database:
+    """The database that the server gave this process; every table is declared."""
+    from luthier.store.schema import METADATA
+
+    assert METADATA.tables  # importing it has declared them
+    return Database(os.environ.get(DATABASE) or None)
 
 
 def worker_environment() -> dict[str, str]:

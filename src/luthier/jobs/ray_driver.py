@@ -21,8 +21,8 @@ from typing import Any
 
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
-from luthier.jobs.kinds import KINDS
-from luthier.jobs.processes import LOST, NO_NODE, this_process
+from luthier.jobs.kinds import WORK_KINDS
+from luthier.jobs.processes import LOG_FORMAT, LOST, NO_NODE, inherited_database, this_process
 from luthier.jobs.ray_worker import RayWorker
 from luthier.jobs.worker import RENEWAL
 from luthier.store import queue
@@ -38,7 +38,6 @@ ANSWER_SECONDS = 60.0
 """An actor that does not answer for so long is left to the lease, which its worker renews or loses."""
 PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
 """How the variables begin that workers have from the server; the others are their node's."""
-FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 _log = logging.getLogger("luthier.jobs.ray_driver")
 
@@ -47,7 +46,7 @@ class LeaseHolder:
     """Holds the lease of a row until its worker has taken it over."""
 
     def __init__(self, database: Database, kind: str, row_id: str, lease: str) -> None:
-        self.database, self.table = database, KINDS[kind].table
+        self.database, self.table = database, WORK_KINDS[kind].table
         self.row_id, self.lease = row_id, lease
         self._process = {**this_process(), "starting": True}
         self._renewed = 0.0
@@ -129,7 +128,7 @@ class Driver:
             name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
         }
         environment["LUTHIER_HOME"] = str(luthier_home().absolute())
-        log = KINDS[options.kind].folders(options.id).log.absolute()
+        log = WORK_KINDS[options.kind].folders(options.id).log.absolute()
         started = self.actor.start.remote(options.command, environment, sys.executable, str(log))
         deadline = time.monotonic() + PLACEMENT_SECONDS
         while not ray.wait([started], timeout=LOOK)[0]:
@@ -216,15 +215,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("command", nargs="*", help="of the worker, after --")
     options = parser.parse_args(arguments)
     os.umask(0o077)
-    logging.basicConfig(level=logging.INFO, format=FORMAT)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     if options.probe:
         connect(options.address)
         return 0
-    from luthier.store.schema import METADATA
-
-    assert METADATA.tables  # importing it has declared every table
-    database = Database(os.environ.get("LUTHIER_DATABASE") or None)
-    return Driver(options, LeaseHolder(database, options.kind, options.id, options.lease)).run()
+    holder = LeaseHolder(inherited_database(), options.kind, options.id, options.lease)
+    return Driver(options, holder).run()
 
 
 if __name__ == "__main__":

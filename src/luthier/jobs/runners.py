@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
-from luthier.jobs.kinds import KINDS, WorkKind
+from luthier.jobs.kinds import WORK_KINDS, WorkKind
 from luthier.store import queue
 from luthier.store.queue import QueuedWork
 
@@ -94,4 +94,4 @@ def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCa
 def claimed_rows(session: Session) -> list[QueuedWork]:
     """What is worked on, of all kinds, and stays so until the transaction ends: others wait."""
     queue.lock_claims(session)
-    return [row for kind in KINDS.values() for row in queue.leased_rows(session, kind.table)]
+    return [row for kind in WORK_KINDS.values() for row in queue.leased_rows(session, kind.table)]

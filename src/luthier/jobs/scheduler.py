@@ -26,7 +26,7 @@ from luthier.files import luthier_home, room
 from luthier.jobs import processes
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.kinds import KINDS, WorkKind
+from luthier.jobs.kinds import WORK_KINDS, WorkKind
 from luthier.jobs.runners import FreeCapacity, LocalRunner, Runner
 from luthier.printable import format_exit
 from luthier.store import queue
@@ -55,7 +55,7 @@ class Scheduler:
         database: Database,
         capacity: Capacity | None = None,
         *,
-        kinds: Sequence[WorkKind] = tuple(KINDS.values()),
+        kinds: Sequence[WorkKind] = tuple(WORK_KINDS.values()),
         command: Sequence[str] = (sys.executable, "-m", "luthier", "worker"),
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
@@ -246,7 +246,7 @@ class Scheduler:
     ) -> OverdueWork | None:
         """The work of other kinds that has waited too long, and longest."""
         found = []
-        for other in KINDS.values():
+        for other in WORK_KINDS.values():
             # With as many at work as may be, the next one waits for its turn, and not for memory.
             full = other.at_once is not None and left.at_work[other.table] >= other.at_once
             if other is not kind and self._runner_of(other) is self._runner_of(kind) and not full:

@@ -9,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from luthier.errors import NameInUse, QuotaExceeded, RecipeError
-from luthier.jobs.folders import run_name
+from luthier.errors import NameInUse, RecipeError
 from luthier.limits import AccountQuotas
 from luthier.models.kinds import sole_objective
 from luthier.objectives.capabilities import other_models
 from luthier.store import imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
-from luthier.store.database import lock_by_name, new_id, now
-from luthier.store.foundation import FoundationModel, root_of, writes
-from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record
+from luthier.store.database import count_rows, lock_by_name, new_id, now
+from luthier.store.foundation import AnyModel, FoundationModel, root_of, writes
+from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
 from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 FINE_TUNING, CONTINUED_PRE_TRAINING = "FINE_TUNING", "CONTINUED_PRE_TRAINING"
 DISTILLATION, REINFORCEMENT = "DISTILLATION", "REINFORCEMENT_FINE_TUNING"
 TYPES = (FINE_TUNING, CONTINUED_PRE_TRAINING, DISTILLATION, REINFORCEMENT)
-
-BaseModel = FoundationModel | CustomModel
-"""What a job starts from, and what teaches."""
 
 _GROUPS = (
     "training", "adaptation", "objective", "sampling", "insights", "teacher", "method", "forgetting",
@@ -73,7 +69,7 @@ class Submission:
     model_name: str
     customization_type: str
     """One of ``TYPES``."""
-    base: BaseModel
+    base: AnyModel
     """A custom model is ``Active``."""
     training: Sequence[str]
     """Addresses of the training data."""
@@ -81,7 +77,7 @@ class Submission:
     """Addresses of validation data; each is measured by itself."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the recipe by group: ``{"training": {"epochs": 2}, "adaptation": {"rank": 8}}``."""
-    teacher: BaseModel | None = None
+    teacher: AnyModel | None = None
     """Of a distillation."""
     grader: Mapping[str, Any] | None = None
     """Of reinforcement fine-tuning: ``method`` and fields of a grader."""
@@ -110,8 +106,13 @@ def submit(
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {submission.account}")
-    _check_names(session, submission)
-    _check_quota(session, submission.account, limits)
+    _check_free(session, Job, submission.account, submission.job_name)
+    _check_free(session, CustomModel, submission.account, submission.model_name)
+    storage.check_count(
+        in_flight(session, submission.account), limits, "jobs_in_flight",
+        "customization jobs that have not ended", "Wait for some of them, or stop them.",
+    )  # fmt: skip
+    _check_model_quota(session, submission.account, limits)
     job_id, moment = new_id(), now()
     recipe = recipe_of(submission, job_id)
     job = Job(
@@ -121,8 +122,8 @@ def submit(
         model_name=submission.model_name,
         face=submission.face,
         customization_type=submission.customization_type,
-        foundation=_root(submission.base),
-        base_model=_arn(submission.base, submission.account, arns),
+        foundation=submission.base.bottom,
+        base_model=submission.base.arn(arns),
         command="distil" if submission.customization_type == DISTILLATION else "tune",
         recipe=recipe.plain(),
         request=dict(submission.request),
@@ -189,20 +190,17 @@ def submit_import(
     """
     limits = limits or AccountQuotas()
     lock_by_name(session, f"submit {account}")
-    taken = select(CustomModel.id).where(CustomModel.account == account, CustomModel.name == name)
-    if session.scalar(taken) is not None:
-        raise NameInUse("model")
-    check_model_quota(session, account, limits)
-    if imports.count_imports(session, account) >= limits.imports_in_flight:
-        raise QuotaExceeded(
-            f"the account has {limits.imports_in_flight} models that are being taken from outside, "
-            "which is its quota. Wait until some of them are no longer Creating"
-        )
-    if imports.count_imported_models(session, account) >= limits.imported_models:
-        raise QuotaExceeded(
-            f"the account has {limits.imported_models} models from outside, which is its quota. Delete "
-            "some of them"
-        )
+    _check_free(session, CustomModel, account, name)
+    _check_model_quota(session, account, limits)
+    storage.check_count(
+        imports.count_imports(session, account), limits, "imports_in_flight",
+        "models that are being taken from outside",
+        "Wait until some of them are no longer Creating.",
+    )  # fmt: skip
+    storage.check_count(
+        imports.count_imported_models(session, account), limits, "imported_models",
+        "models from outside", "Delete some of them.",
+    )  # fmt: skip
     model = CustomModel(
         id=new_id(),
         account=account,
@@ -301,33 +299,19 @@ def _holds_mapping(value: Any) -> bool:
     )
 
 
-def _check_names(session: Session, submission: Submission) -> None:
-    for kind, table, name in (
-        ("job", Job, submission.job_name),
-        ("model", CustomModel, submission.model_name),
-    ):
-        taken = select(table.id).where(table.account == submission.account, table.name == name)
-        if session.scalar(taken) is not None:
-            raise NameInUse(kind)
+def _check_free(session: Session, table: type[Job | CustomModel], account: str, name: str) -> None:
+    """Refuse a name that a job, or a model, of the account has."""
+    taken = select(table.id).where(table.account == account, table.name == name)
+    if session.scalar(taken) is not None:
+        raise NameInUse("job" if table is Job else "model")
 
 
-def _check_quota(session: Session, account: str, limits: AccountQuotas) -> None:
-    if in_flight(session, account) >= limits.jobs_in_flight:
-        raise QuotaExceeded(
-            f"the account has {limits.jobs_in_flight} customization jobs that have not ended, which "
-            "is its quota. Wait for some of them, or stop them"
-        )
-    check_model_quota(session, account, limits)
-
-
-def check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
-    """Raise :class:`QuotaExceeded` where the account has all the custom models that it may have."""
-    own = select(func.count()).where(CustomModel.account == account)
-    if (session.scalar(own) or 0) >= limits.custom_models:
-        raise QuotaExceeded(
-            f"the account has {limits.custom_models} custom models, those in the making among them, "
-            "which is its quota. Delete some of them"
-        )
+def _check_model_quota(session: Session, account: str, limits: AccountQuotas) -> None:
+    """Refuse one more custom model where the account has all that it may have."""
+    storage.check_count(
+        count_rows(session, CustomModel.account == account), limits, "custom_models",
+        "custom models, those in the making among them", "Delete some of them.",
+    )  # fmt: skip
     # What it makes counts as stored: who has no room left would learn so hours later.
     storage.check(session, account, limits, stored_bytes=1)
 
@@ -346,9 +330,7 @@ def _reserve_model(submission: Submission, job: Job) -> CustomModel:
         account=job.account,
         name=job.model_name,
         foundation=job.foundation,
-        root=submission.base.root
-        if isinstance(submission.base, CustomModel)
-        else submission.base.id,
+        root=submission.base.root,
         base_model=job.base_model,
         job_id=job.id,
         openai_id=submission.openai_id,
@@ -358,23 +340,10 @@ def _reserve_model(submission: Submission, job: Job) -> CustomModel:
     )
 
 
-def _stored_id(model: BaseModel) -> str:
+def _stored_id(model: AnyModel) -> str:
     """Id under which the store opens it."""
     if isinstance(model, FoundationModel):
         return model.base
     if model.status != ACTIVE or model.stored_id is None:
         raise RecipeError(f"custom model {model.name} is {model.status}; wait until it is Active")
     return model.stored_id
-
-
-def _root(model: BaseModel) -> str:
-    """``provider.name`` for ARNs."""
-    if isinstance(model, FoundationModel):
-        return model.id
-    return model.bottom
-
-
-def _arn(model: BaseModel, account: str, arns: Arns) -> str:
-    if isinstance(model, FoundationModel):
-        return arns.foundation_model(model.id)
-    return model.arn(arns)

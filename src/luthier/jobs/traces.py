@@ -19,13 +19,19 @@ from sqlalchemy.orm import Session
 from luthier.errors import RefusedInput, UnknownModel
 from luthier.files import TEMPORARY, luthier_home
 from luthier.jobs.folders import JobFolders
-from luthier.store import jobs as queue
+from luthier.jobs.outputs import OF_ROWS, artifact
 from luthier.store.custom_models import RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
-from luthier.store.objects import BUCKET, UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
-
-OUTPUTS = ("synthetic_data.jsonl", "prompt_insights.jsonl")
-"""What a distillation writes of its rows, below the address of its job."""
+from luthier.store.jobs import get as get_job
+from luthier.store.objects import (
+    BUCKET,
+    UPLOADS,
+    Bucket,
+    ObjectPiece,
+    StoredObject,
+    Upload,
+    pieces_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def find_traces(
     """
     locations = [_address(each) for each in addresses]
     if job is not None:
-        found = queue.get(session, account, job)
+        found = get_job(session, account, job)
         if found is None:
             raise RefusedInput(f"there is no job {job!r}")
         locations += sources_of(found)
@@ -173,11 +179,8 @@ def _objects_at(session: Session, account: str, address: str) -> list[FoundObjec
 
 
 def _found_object(session: Session, bucket: str, stored: StoredObject) -> FoundObject:
-    pieces = (
-        select(ObjectPiece).where(ObjectPiece.object_seq == stored.seq).order_by(ObjectPiece.number)
-    )
     address = f"s3://{bucket}/{stored.key}"
-    return FoundObject(address, bucket, stored.key, tuple(session.scalars(pieces)))
+    return FoundObject(address, bucket, stored.key, tuple(pieces_of(session, stored)))
 
 
 def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterator[FoundObject]:
@@ -198,13 +201,8 @@ def _copies(session: Session, account: str, of: Iterable[FoundObject]) -> Iterat
             elif piece.upload_id is not None:
                 upload = session.get_one(Upload, piece.upload_id)
                 bucket = session.get_one(Bucket, upload.bucket_seq)
-                parts = (
-                    select(ObjectPiece)
-                    .where(ObjectPiece.upload_id == upload.id)
-                    .order_by(ObjectPiece.number)
-                )
                 address = f"s3://{bucket.name}/{upload.key}?uploadId={upload.id}"
-                pieces = tuple(session.scalars(parts))
+                pieces = tuple(pieces_of(session, upload))
                 yield FoundObject(address, bucket.name, upload.key, pieces, upload.id)
 
 
@@ -246,8 +244,8 @@ def _models_in(value: Any) -> Iterator[str]:
 def _outputs(session: Session, job: Job, external: bool) -> Iterator[FoundObject]:
     if job.output is None or not _is_here(job.output, external):
         return
-    for name in OUTPUTS:
-        place = f"model-customization-job-{job.id}/training_artifacts/{name}"
+    for name in OF_ROWS.values():
+        place = artifact(job.id, name)
         yield from _objects_at(session, job.account, f"{job.output.rstrip('/')}/{place}")
 
 

@@ -33,7 +33,7 @@ from luthier.errors import (
 from luthier.files import folder_size, verify, waits_for_disk
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, JobLocations, fetch_data
-from luthier.jobs.folders import JobFolders, run_name, tidy
+from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
 from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
@@ -43,7 +43,7 @@ from luthier.serving.journal import asking_for
 from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
-from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult
+from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
 from luthier.store.models import StoredModel, find
 from luthier.workflows.pipeline import KINDS
 

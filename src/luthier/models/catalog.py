@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -39,7 +38,7 @@ from luthier.files import (
 )
 from luthier.models.heads import Task
 from luthier.models.kinds import base_kind
-from luthier.models.manifest import MANIFEST, RANDOM, Manifest
+from luthier.models.manifest import MANIFEST, RANDOM, Manifest, created_now
 from luthier.plugins import PluginTable
 
 CONNECT_SECONDS, ANSWER_SECONDS = 3.0, 10.0
@@ -578,7 +577,7 @@ def _fetch(entry: CatalogEntry, target: Path, say: Callable[[str], None]) -> Non
         provenance = entry.source.fetch(fresh, say)
         entry.manifest(
             provenance,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=created_now(),
             files=hashes_of(fresh, skip=(MANIFEST,)),
         ).write(fresh)
 

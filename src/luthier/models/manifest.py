@@ -5,6 +5,7 @@ It is what the certificate of a custom model is made of. A model is a model once
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +26,11 @@ RANDOM = "random:"
 
 UNMEASURED = "what it forgot was not measured yet, which resuming its run does"
 """Why a model is withheld that was trained a moment ago."""
+
+
+def created_now() -> str:
+    """This moment as records say when they were made: ISO 8601, UTC, in whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class Record(BaseModel):

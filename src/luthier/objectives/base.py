@@ -25,7 +25,6 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from luthier.data.media import PLURAL
 from luthier.data.shapes import SHAPES
@@ -34,6 +33,7 @@ from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
 from luthier.objectives.capabilities import SupportsPacking, longest_completion
 from luthier.types import Example, Loss, Row
+from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,10 +77,8 @@ class TrainingDefaults:
     """Base model by what rows hold, where the rows alone would name one that cannot learn it."""
 
 
-class Objective(BaseModel):
+class Objective(StrictModel):
     """Base of all objectives: one paper, one file, one class."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: str
     """Name of the objective in recipes and on the command line."""

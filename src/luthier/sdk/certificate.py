@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.errors import RecipeError
+from luthier.sdk.model import stored_model
 
 if TYPE_CHECKING:
     from luthier.sdk.model import Model
-    from luthier.store.models import StoredModel
     from luthier.workflows.certificate.certificate import Certificate
     from luthier.workflows.certificate.verify import Verification
 
@@ -34,7 +34,7 @@ def certificate(
     from luthier.workflows.certificate.certificate import make_certificate, write_certificate
     from luthier.workflows.certificate.signature import Signer
 
-    stored = _stored_model(model)
+    stored = stored_model(model)
     signer = None if sign is None else Signer(Path(sign))
     made = make_certificate(stored, watts)
     write_certificate(stored, made)
@@ -92,7 +92,7 @@ def verify(
     )
     from luthier.workflows.certificate.verify import verify_files
 
-    stored = _stored_model(model)
+    stored = stored_model(model)
     if endpoint is not None:
         check_gives_replies(stored)
     found = verify_files(stored, None if public_key is None else Path(public_key))
@@ -109,9 +109,3 @@ def verify(
         ) from error
     asked = prompts_of(stored, data, prompts)
     return replace(found, endpoint=verify_endpoint(stored, spec, asked, max_tokens, note))
-
-
-def _stored_model(model: str | Model) -> StoredModel:
-    from luthier.store.models import find
-
-    return find(model) if isinstance(model, str) else model.stored

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +76,10 @@ def clean(
     validation: str | Path | None = None,
     test: str | Path | None = None,
     columns: Mapping[str, str] | None = None,
+    plan: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     **fixes: Any,
 ) -> CleaningSummary:
     """Apply chosen fixes to a data set and write a new one, with a log of what became of each row.
@@ -87,8 +89,10 @@ def clean(
         target: the new file; its ending names the format. The log is ``TARGET.changes.jsonl``.
         validation, test: held-out rows, for ``drop=["leakage.*"]``.
         columns: the source's name for each of our keys.
+        plan: TOML file with fixes; those given here win.
         overwrite: replace files where there are some.
         dry_run: find out all that would happen, and write nothing.
+        on_progress: hears how many bytes are read, and of how many.
         **fixes: fields of :class:`luthier.gate.clean_plan.CleaningPlan`, for example ``dedupe="near"``,
             ``drop=["unreadable"]``, ``redact=["all"]``, ``truncate="end", base="..."``.
 
@@ -98,13 +102,18 @@ def clean(
     Raises:
         RefusedInput: for fixes that cannot be, or rows that are neither mended nor dropped.
     """
+    from luthier.files import read_toml
     from luthier.gate.clean import clean as run
     from luthier.gate.clean_plan import CleaningPlan
 
     held = {"validation": validation, "test": test}
     splits = {split: str(each) for split, each in held.items() if each is not None}
-    plan = CleaningPlan.of(fixes)
-    return run(str(source), Path(target), plan, splits, columns, overwrite, dry_run)
+    planned = {} if plan is None else read_toml(Path(plan), "a cleaning plan")
+    chosen = CleaningPlan.of({**planned, **fixes})
+    return run(
+        str(source), Path(target), chosen, splits, columns, overwrite, dry_run,
+        on_progress=on_progress,
+    )  # fmt: skip
 
 
 def convert(
@@ -116,6 +125,7 @@ def convert(
     columns: Mapping[str, str] | None = None,
     drop_extra_keys: bool = False,
     overwrite: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Conversion:
     """Write rows in another form or container; what it cannot say is refused, never dropped.
 
@@ -128,6 +138,7 @@ def convert(
         columns: the source's name for each of our keys.
         drop_extra_keys: leave out keys that are no part of the form.
         overwrite: replace the file where there is one.
+        on_progress: hears how many bytes are read, and of how many.
 
     Returns:
         What the source was taken for, rows written, and further keys kept or left out.
@@ -138,7 +149,9 @@ def convert(
     """
     from luthier.data.convert import convert as run
 
-    return run(str(source), Path(target), to, format, columns, drop_extra_keys, overwrite)
+    return run(
+        str(source), Path(target), to, format, columns, drop_extra_keys, overwrite, on_progress
+    )
 
 
 def split(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError, data_errors
-from luthier.sdk.model import Model
+from luthier.sdk.model import Model, stored_model
 
 if TYPE_CHECKING:
     from luthier.evaluation.evaluate import Evaluation, TurnChoice
@@ -88,14 +88,13 @@ def evaluate(
     )
     from luthier.serving.journal import evaluation_journal
     from luthier.serving.prediction import Predictor
-    from luthier.store.models import find, objective_of
+    from luthier.store.models import objective_of
     from luthier.store.reports import check_attachable
 
     chosen = parse_graders(graders)
     rows = load_graded(data, columns, chosen.values(), turns)
     total = len(rows)
-    stored = model.stored if isinstance(model, Model) else model
-    stored = find(stored) if isinstance(stored, str) else stored
+    stored = stored_model(model)
     if attach:
         check_attachable(stored)
     objective = objective_of(stored)

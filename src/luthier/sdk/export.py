@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from luthier.errors import RecipeError, data_errors
+from luthier.sdk.model import stored_model
 
 if TYPE_CHECKING:
     from luthier.sdk.model import Model
@@ -133,13 +134,3 @@ def quantize(
     from luthier.workflows.quantize import measure_quantization
 
     return measure_quantization(stored_model(model), load_rows(data, columns), to, note)
-
-
-def stored_model(model: str | Model | StoredModel) -> StoredModel:
-    """The files of a model, by whatever it is named."""
-    from luthier.sdk.model import Model
-    from luthier.store.models import find
-
-    if isinstance(model, str):
-        return find(model)
-    return model.stored if isinstance(model, Model) else model

@@ -306,6 +306,15 @@ def _prompt(given: Any) -> Any:
     return found
 
 
+def stored_model(model: str | Model | StoredModel) -> StoredModel:
+    """The files of a model: of an id, of a model in memory, or of one on this machine."""
+    from luthier.store.models import find
+
+    if isinstance(model, str):
+        return find(model)
+    return model.stored if isinstance(model, Model) else model
+
+
 def load(model_id: str) -> Model:
     """Load a model by id, local directory or hub id."""
     return Model(model_id)

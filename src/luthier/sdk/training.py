@@ -88,7 +88,7 @@ def distil(
         LuthierError: where the teacher cannot be reached; the answers so far are kept.
     """
     from luthier.chat_models.base import address_fields
-    from luthier.recipe import assign
+    from luthier.recipe import assign, fields_of
     from luthier.workflows.distil import distil as run
     from luthier.workflows.distil.recipe import DistilRecipe
 
@@ -126,12 +126,10 @@ def pretrain(
         RefusedInput: before any training, for text or settings that cannot work.
     """
     from luthier.pretrain_recipe import PretrainRecipe
-    from luthier.recipe import read_recipe
+    from luthier.recipe import fields_of
     from luthier.workflows.pretrain import pretrain as run
 
-    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
-    one = len(paths) == 1 and paths[0].suffix == ".toml"
-    plain: dict[str, Any] = read_recipe(paths[0]) if one else {"data": {"train": paths}}
+    plain = fields_of([data] if isinstance(data, str | Path) else data)
     assign_fields(plain, fields)
     return run(PretrainRecipe.parse(plain), resume, reporter)
 
@@ -363,21 +361,13 @@ def advise(
     return run(recipe, command, texts, wishes, trial, reporter or Reporter())
 
 
-def fields_of(data: str | Path) -> dict[str, Any]:
-    """Fields of a TOML recipe, or those of a recipe for data."""
-    from luthier.recipe import read_recipe
-
-    text = str(data)
-    return read_recipe(Path(text)) if text.endswith(".toml") else {"data": {"train": text}}
-
-
 def recipe_of(data: str | Path | Recipe, fields: Mapping[str, Any]) -> Recipe:
     """The recipe of a data file, a TOML file or a recipe, with ``fields`` by dotted name (``__``).
 
     Raises:
         RecipeError: for a field that there is not, or fields beside a :class:`~luthier.recipe.Recipe`.
     """
-    from luthier.recipe import Recipe
+    from luthier.recipe import Recipe, fields_of
 
     if isinstance(data, Recipe):
         if fields:

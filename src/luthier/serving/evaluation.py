@@ -39,7 +39,13 @@ from luthier.evaluation.preferences import (
     pair_scores,
     thumb_scores,
 )
-from luthier.evaluation.significance import LESS_IS_BETTER, RowScores, Score, Statistic
+from luthier.evaluation.significance import (
+    LESS_IS_BETTER,
+    RowScores,
+    Score,
+    Statistic,
+    perplexity_of,
+)
 from luthier.gate.checks.language import detect_language
 from luthier.objectives.base import cut_end
 from luthier.serving.journal import Journal, journal_verdicts, key_of
@@ -326,7 +332,7 @@ def perplexity(stored: StoredModel, rows: Sequence[Row]) -> Evaluation:
         return Statistic.of(lambda row_K: change(loss.take(row_K).value), len(loss), is_share=False)
 
     scores: dict[str, Score] = {
-        "perplexity": of_loss(lambda nats: math.exp(min(nats, 700.0))),
+        "perplexity": of_loss(perplexity_of),
         "loss": loss,
     }
     scores["bits_per_character"] = of_loss(lambda nats: nats * bits)

@@ -20,6 +20,7 @@ from luthier.objectives.capabilities import (
     SupportsSampling,
 )
 from luthier.objectives.generative import images_at_once
+from luthier.printable import list_some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,8 +131,7 @@ class ImageGenerator:
             raise RecipeError(f"a seed has 64 bits, and {seed} has more")
         known = objective.sample_labels
         if label is not None and label not in known:
-            more = f" and {len(known) - LABELS_SHOWN} more" if len(known) > LABELS_SHOWN else ""
-            names = ", ".join(known[:LABELS_SHOWN]) + more if known else "no classes"
+            names = list_some(known, LABELS_SHOWN) or "no classes"
             text = f"{self.name} cannot make images of {label[:64]!r}: it knows {names}"
             raise RecipeError(text, "label")
         if prompt is not None:

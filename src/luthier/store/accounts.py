@@ -178,10 +178,9 @@ def set_quota(session: Session, account: str, **values: float | None) -> Quota:
     for name, value in values.items():
         if name not in QUOTAS:
             raise RefusedInput(f"there is no quota {name}; there are {', '.join(QUOTAS)}")
-        if value is not None and value < 0:
-            raise RefusedInput(f"{name} is less than nothing")
-        if value is not None and value > (most := _MOST.get(name, 2**31 - 1)):
-            raise RefusedInput(f"{name} is {most:,} at most")
+        most = _MOST.get(name, 2**31 - 1)
+        if value is not None and not 0 <= value <= most:  # so NaN is refused, which is neither
+            raise RefusedInput(f"{name} is a number from 0 to {most:,}, not {value:,}")
         setattr(quota, name, value)
     session.add(quota)
     invalidate_caches(session)

@@ -49,15 +49,14 @@ from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST as MODEL
 from luthier.models.manifest import Manifest
 from luthier.store.custom_models import ACTIVE, CustomModel
-from luthier.store.database import Database, now
+from luthier.store.database import DATABASE_FILE, Database, now
 from luthier.store.object_files import SEALED, ObjectFiles
 from luthier.store.objects import Bucket, ObjectPiece, StoredObject, Upload
+from luthier.store.sealing import KEY_FILE
 from luthier.store.snapshot import OBJECTS, snapshot
 
 MANIFEST = "backup.json"
-DATABASE = "luthier.db"
 DUMP = "luthier.pgdump"
-KEY = "server.key"
 FILES = "files"
 _FORMAT = 1
 _NAMED = 5
@@ -110,7 +109,7 @@ def backup(
     with snapshot(database, home) as taken, new_folder(target, private=True) as folder:
         need_disk(target, folder_size(taken.folder) + _database_bytes(database), "the backup")
         if database.is_sqlite:
-            _copy_sqlite(taken.session, folder / DATABASE)
+            _copy_sqlite(taken.session, folder / DATABASE_FILE)
             # With this transaction open SQLite's log would grow all the while.
             taken.session.close()
         else:
@@ -121,7 +120,7 @@ def backup(
             shutil.copyfile(home / ENCRYPTION, folder / FILES / ENCRYPTION)
         hashes = hashes_of(folder)
         if database.is_sqlite:
-            with _copied_rows(folder / DATABASE) as session:
+            with _copied_rows(folder / DATABASE_FILE) as session:
                 found = _check_rows(session, folder, hashes)
         else:
             found = _check_rows(taken.session, folder, hashes)
@@ -131,13 +130,13 @@ def backup(
                 "from an earlier backup or delete what names them; --allow-damaged backs up the rest"
             )
         size = folder_size(folder)
-        key = with_key and (home / KEY).is_file()
+        key = with_key and (home / KEY_FILE).is_file()
         if key:
-            shutil.copyfile(home / KEY, folder / KEY)
+            shutil.copyfile(home / KEY_FILE, folder / KEY_FILE)
         write_json(
             folder / MANIFEST,
             {"format": _FORMAT, "created": now().isoformat(), "hashes": hashes,
-             "key": sha256_of(folder / KEY) if key else None, "damaged": found.texts},
+             "key": sha256_of(folder / KEY_FILE) if key else None, "damaged": found.texts},
         )  # fmt: skip
     return Backup(len(hashes), size, True, key, tuple(found.texts), found.unread)
 
@@ -169,7 +168,7 @@ def restore(
             f"of it: LUTHIER_HOME={home / 'luthier'}"
         )
     hashes, key = _manifest(source)
-    actual = hashes_of(source, skip=(MANIFEST, KEY))
+    actual = hashes_of(source, skip=(MANIFEST, KEY_FILE))
     changed = {name for name, digest in hashes.items() if actual.get(name) != digest}
     _check_database(source, changed)
     with _rows(source, hashes, database) as session:
@@ -195,7 +194,7 @@ def restore(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, place)
             if key:
-                shutil.copyfile(source / KEY, folder / KEY)
+                shutil.copyfile(source / KEY_FILE, folder / KEY_FILE)
             if home.exists():
                 try:
                     home.rmdir()
@@ -203,7 +202,7 @@ def restore(
                     raise RunConflict(
                         f"{home} is not empty any more; nothing was restored"
                     ) from error
-    there = DATABASE in hashes or DUMP in hashes
+    there = DATABASE_FILE in hashes or DUMP in hashes
     return Backup(len(kept), size, there, key, tuple(found.texts), found.unread)
 
 
@@ -240,31 +239,33 @@ def _manifest(source: Path) -> tuple[dict[str, str], bool]:
         raise CorruptFile(f"{source / MANIFEST} is not of a backup that this version reads")
     for name in hashes:
         parts = PurePosixPath(name).parts
-        if not parts or parts[0] not in (FILES, DATABASE, DUMP) or ".." in parts:
+        if not parts or parts[0] not in (FILES, DATABASE_FILE, DUMP) or ".." in parts:
             raise CorruptFile(f"{source / MANIFEST} names {name}, which no backup holds")
     there = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    if strange := there - set(hashes) - {MANIFEST, KEY}:
+    if strange := there - set(hashes) - {MANIFEST, KEY_FILE}:
         raise CorruptFile(
             f"{source} holds {min(strange)}, which was not backed up. Nothing was restored"
         )
     # Earlier versions did not note it; and people keep it apart, and may put it back.
     noted = manifest.get("key")
-    if KEY in there and noted is not None and sha256_of(source / KEY) != noted:
-        raise CorruptFile(f"{source / KEY} is not the one that was backed up. Nothing was restored")
-    return hashes, KEY in there
+    if KEY_FILE in there and noted is not None and sha256_of(source / KEY_FILE) != noted:
+        raise CorruptFile(
+            f"{source / KEY_FILE} is not the one that was backed up. Nothing was restored"
+        )
+    return hashes, KEY_FILE in there
 
 
 def _check_database(source: Path, changed: Set[str]) -> None:
     """Refuse a backup whose rows or keys are not as they were: all else is read by them."""
     # Without its keys, encrypted files are noise, and a new server would make other ones.
-    for name in (DATABASE, DUMP, f"{FILES}/{ENCRYPTION}"):
+    for name in (DATABASE_FILE, DUMP, f"{FILES}/{ENCRYPTION}"):
         if name in changed:
             raise CorruptFile(
                 f"{source / name} is missing or was changed, and without it nothing can be restored. "
                 "Take an earlier backup"
             )
-    if (source / DATABASE).is_file():
-        _check_sqlite(source / DATABASE)
+    if (source / DATABASE_FILE).is_file():
+        _check_sqlite(source / DATABASE_FILE)
 
 
 @dataclass(frozen=True)
@@ -405,8 +406,8 @@ def _sealed_sha256(path: Path, ring: Keyring) -> str | None:
 @contextmanager
 def _rows(source: Path, hashes: Mapping[str, str], database: Database | None) -> Iterator[Session]:
     """A session that reads the rows of a backup: of the copy in it, or of PostgreSQL's ``database``."""
-    if DATABASE in hashes:
-        with _copied_rows(source / DATABASE) as session:
+    if DATABASE_FILE in hashes:
+        with _copied_rows(source / DATABASE_FILE) as session:
             yield session
         return
     dump = f"pg_restore --dbname=… {source / DUMP}"

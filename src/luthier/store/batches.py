@@ -14,7 +14,7 @@ from sqlalchemy import ForeignKey, UniqueConstraint, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.encryption.files import open_json, seal_json
-from luthier.store.database import Base, now
+from luthier.store.database import Base, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -118,10 +118,8 @@ def get(session: Session, account: str, batch_id: str, *, lock: bool = False) ->
 
 def list_batches(session: Session, account: str, limit: int, position: int | None) -> list[Batch]:
     """``limit`` batches, the newest first, those older than the one whose ``seq`` is ``position``."""
-    found = select(Batch).where(Batch.account == account)
-    if position is not None:
-        found = found.where(Batch.seq < position)
-    return list(session.scalars(found.order_by(Batch.seq.desc()).limit(limit)))
+    query = select(Batch).where(Batch.account == account)
+    return page_of(session, query, Batch.seq, limit=limit, position=position)
 
 
 def enter(batch: Batch, status: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
-from luthier.store import principals
 from luthier.store.accounts import Account, create_account, version
 from luthier.store.audit import Event, append
 from luthier.store.database import Database
 from luthier.store.principals import (
     BOOTSTRAP,
+    SHORTEST_MAXIMUM,
     AccessKey,
     ApiKey,
     User,
@@ -26,10 +26,16 @@ from luthier.store.principals import (
     api_keys,
     create_access_key,
     create_api_key,
+    create_role,
     create_user,
     digest_of,
+    find_role,
+    find_user,
+    iam_roles,
     remove_key,
+    remove_role,
     set_policies,
+    update_role,
 )
 from luthier.store.sealing import Sealing
 
@@ -40,7 +46,6 @@ _LOCK = 7015122
 _MEMBERS = (
     "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
 )  # fmt: skip
-
 _ROLE_MEMBERS = ("account", "name", "trust", "policies", "max_session_seconds")
 
 
@@ -119,7 +124,7 @@ def read(path: Path) -> BootstrapFile:
     if not isinstance(listed, list):
         raise RefusedInput(f'{path} has no list "principals"')
     for number, entry in enumerate(listed):
-        _check(entry, f"{path}: principals[{number}]")
+        _check_principal(entry, f"{path}: principals[{number}]")
     roles = document.get("roles", [])
     if not isinstance(roles, list):
         raise RefusedInput(f'{path}: "roles" is not a list')
@@ -128,15 +133,14 @@ def read(path: Path) -> BootstrapFile:
     return BootstrapFile(listed, roles)
 
 
-def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealing) -> None:
+def apply(session: Session, entries: list[Mapping[str, Any]], sealing: Sealing) -> None:
     """Create or update; keys that an earlier file gave a user and this one does not are removed."""
-    _forget(session, principals)
-    for entry in principals:
-        if session.get(Account, entry["account"]) is None:
-            create_account(session, entry["account"])
-        user = session.scalar(
-            select(User).where(User.account == entry["account"], User.name == entry["user"])
-        ) or create_user(session, entry["account"], entry["user"])
+    _forget(session, entries)
+    for entry in entries:
+        account, name = entry["account"], entry["user"]
+        if session.get(Account, account) is None:
+            create_account(session, account)
+        user = find_user(session, account, name) or create_user(session, account, name)
         policies, role = entry.get("policies") or [], entry.get("role")
         if (user.policies, user.role) != (policies, role):
             set_policies(session, user, policies, role)
@@ -147,58 +151,56 @@ def apply(session: Session, principals: list[Mapping[str, Any]], sealing: Sealin
 def apply_roles(session: Session, entries: list[Mapping[str, Any]]) -> None:
     """Create or update IAM roles; those that an earlier file gave and this one does not are removed."""
     named = {(entry["account"], entry["name"]) for entry in entries}
-    for role in principals.iam_roles(session):
+    for role in iam_roles(session):
         if role.origin == BOOTSTRAP and (role.account, role.name) not in named:
-            principals.remove_role(session, role)
+            remove_role(session, role)
     for entry in entries:
         account, name = entry["account"], entry["name"]
         given = {
             "trust": entry["trust"],
             "policies": entry.get("policies", []),
-            "max_session_seconds": entry.get("max_session_seconds", principals.SHORTEST_MAXIMUM),
+            "max_session_seconds": entry.get("max_session_seconds", SHORTEST_MAXIMUM),
         }
         if session.get(Account, account) is None:
             create_account(session, account)
-        found = principals.find_role(session, account, name)
+        found = find_role(session, account, name)
         if found is None:
-            principals.create_role(session, account, name, **given, origin=BOOTSTRAP)
+            create_role(session, account, name, **given, origin=BOOTSTRAP)
         elif any(getattr(found, field) != value for field, value in given.items()):
-            principals.update_role(session, found, **given)
+            update_role(session, found, **given)
     session.flush()
 
 
 def _check_role(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise RefusedInput(f"{where} is not an object")
-    if unknown := set(entry) - set(_ROLE_MEMBERS):
-        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
-    for name in ("account", "name"):
-        if not isinstance(entry.get(name), str) or not entry[name]:
-            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+    _check_form(entry, where, _ROLE_MEMBERS, needed=("account", "name"))
     if "trust" not in entry:
         raise RefusedInput(f"{where}.trust is missing: it says who may assume the role")
-    if not isinstance(entry.get("policies", []), list):
-        raise RefusedInput(f"{where}.policies is not a list of policy documents")
     seconds = entry.get("max_session_seconds", 0)
     if not isinstance(seconds, int) or isinstance(seconds, bool):
         raise RefusedInput(f"{where}.max_session_seconds is not a whole number")
 
 
-def _check(entry: Any, where: str) -> None:
-    if not isinstance(entry, dict):
-        raise RefusedInput(f"{where} is not an object")
-    if unknown := set(entry) - set(_MEMBERS):
-        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
-    for name in ("account", "user", "access_key_id", "secret_access_key"):
-        if not isinstance(entry.get(name), str) or not entry[name]:
-            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+def _check_principal(entry: Any, where: str) -> None:
+    needed = ("account", "user", "access_key_id", "secret_access_key")
+    _check_form(entry, where, _MEMBERS, needed)
     for name in ("api_key", "role"):
         if not isinstance(entry.get(name), str | None):
             raise RefusedInput(f"{where}.{name} is neither a string nor null")
-    if not isinstance(entry.get("policies", []), list):
-        raise RefusedInput(f"{where}.policies is not a list of policy documents")
     if "policies" not in entry and not entry.get("role"):
         raise RefusedInput(f"{where} has neither policies nor a role: it could do nothing")
+
+
+def _check_form(entry: Any, where: str, members: Sequence[str], needed: Sequence[str]) -> None:
+    """That an entry has ``members`` alone, a string under each that is ``needed``, and policies."""
+    if not isinstance(entry, dict):
+        raise RefusedInput(f"{where} is not an object")
+    if unknown := set(entry) - set(members):
+        raise RefusedInput(f"{where}: unknown member {', '.join(sorted(unknown))}")
+    for name in needed:
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise RefusedInput(f"{where}.{name} is missing, or not a string")
+    if not isinstance(entry.get("policies", []), list):
+        raise RefusedInput(f"{where}.policies is not a list of policy documents")
 
 
 def _set_access_key(
@@ -224,14 +226,14 @@ def _set_api_key(session: Session, user: User, entry: Mapping[str, Any]) -> None
         session.flush()
 
 
-def _forget(session: Session, principals: list[Mapping[str, Any]]) -> None:
+def _forget(session: Session, entries: list[Mapping[str, Any]]) -> None:
     """What an earlier file gave these users and this one does not is gone."""
     kept: dict[tuple[str, str], set[str]] = {}
-    for entry in principals:
+    for entry in entries:
         of_user = kept.setdefault((entry["account"], entry["user"]), set())
         of_user |= {entry["access_key_id"], digest_of(entry.get("api_key") or "")}
     for (account, name), of_user in kept.items():
-        user = session.scalar(select(User).where(User.account == account, User.name == name))
+        user = find_user(session, account, name)
         if user is None:
             continue
         given: dict[str, AccessKey | ApiKey] = {key.id: key for key in access_keys(session, user)}

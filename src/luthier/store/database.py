@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     JSON,
+    ColumnElement,
     DateTime,
     Engine,
+    Select,
     String,
     create_engine,
     event,
@@ -32,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import ArgumentError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 from sqlalchemy.types import TypeDecorator
 
 from luthier.encryption.files import open_text, seal_text
@@ -41,6 +43,9 @@ from luthier.files import luthier_home
 from luthier.store.ids import SMALL, random_id
 from luthier.store.text import dump_storable, storable
 
+Row = TypeVar("Row")
+DATABASE_FILE = "luthier.db"
+"""SQLite's file in the store."""
 BUSY_SECONDS = 30
 """How long a transaction waits for another one that writes."""
 _LOCK_SECONDS, _LOCK_TRIES = 10, 4
@@ -111,7 +116,7 @@ def new_id() -> str:
 
 def default_url() -> str:
     """Address of the database in the store."""
-    return f"sqlite:///{luthier_home() / 'luthier.db'}"
+    return f"sqlite:///{luthier_home() / DATABASE_FILE}"
 
 
 class Database:
@@ -267,6 +272,27 @@ def _keep_private(path: Path) -> None:
         for file in (path, *(path.with_name(f"{path.name}-{log}") for log in ("wal", "shm"))):
             if file.exists() and file.stat().st_mode & 0o077:
                 file.chmod(file.stat().st_mode & 0o700)
+
+
+def count_rows(session: Session, *conditions: ColumnElement[bool]) -> int:
+    """How many rows of one table meet all ``conditions``."""
+    return session.scalar(select(func.count()).where(*conditions)) or 0
+
+
+def page_of(
+    session: Session,
+    query: Select[Row],
+    number: InstrumentedAttribute[int],
+    *,
+    limit: int,
+    position: int | None = None,
+    ascending: bool = False,
+) -> list[Row]:
+    """At most ``limit`` rows by their ``number``: those that follow the one which has ``position``."""
+    if position is not None:
+        query = query.where(number > position if ascending else number < position)
+    order = number.asc() if ascending else number.desc()
+    return list(session.scalars(query.order_by(order).limit(limit)))
 
 
 def dialect_insert(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:

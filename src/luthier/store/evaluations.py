@@ -20,7 +20,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.encryption.files import open_json, seal_json
 from luthier.limits import AccountQuotas
 from luthier.store import storage
-from luthier.store.database import Base, QuotingText, now
+from luthier.store.database import Base, QuotingText, now, page_of
 from luthier.store.ids import SMALL, random_id
 from luthier.store.queue import BackgroundWork, next_turn
 
@@ -276,11 +276,7 @@ def rows_of(
     if status is not None:
         query = query.where(EvaluationRow.status == status)
     number = EvaluationRow.number
-    if position is not None:
-        query = query.where(number > position if ascending else number < position)
-    return list(
-        session.scalars(query.order_by(number.asc() if ascending else number.desc()).limit(limit))
-    )
+    return page_of(session, query, number, limit=limit, position=position, ascending=ascending)
 
 
 def every_row(session: Session, run_id: str) -> Iterator[EvaluationRow]:

@@ -7,10 +7,9 @@ from datetime import datetime
 
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
-from luthier.models.manifest import MANIFEST, Manifest
-from luthier.store.arns import Arn
+from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import base_folder, pretrained_models, short_name
+from luthier.store.models import is_base_here, pretrained_models, short_name
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
@@ -49,6 +48,20 @@ class FoundationModel:
     """Whether it reads time series, which Bedrock has no word for."""
 
     @property
+    def root(self) -> str:
+        """Itself, as of a custom model the foundation model at the bottom."""
+        return self.id
+
+    @property
+    def bottom(self) -> str:
+        """The same, as ARNs name it."""
+        return self.id
+
+    def arn(self, arns: Arns) -> str:
+        """Its ARN on the server that ``arns`` are of."""
+        return arns.foundation_model(self.id)
+
+    @property
     def writes(self) -> bool:
         """Whether it writes text; an encoder gives embeddings."""
         return self.kind == "causal_lm"
@@ -59,6 +72,10 @@ class FoundationModel:
         if self.reads_windows:
             return "", ""
         return KINDS[self.kind].modalities
+
+
+AnyModel = FoundationModel | CustomModel
+"""What answers, what a job starts from, and what teaches."""
 
 
 def foundation_models() -> list[FoundationModel]:
@@ -83,12 +100,12 @@ def foundation_model(identifier: str) -> FoundationModel | None:
     return None
 
 
-def root_of(model: FoundationModel | CustomModel) -> FoundationModel | None:
+def root_of(model: AnyModel) -> FoundationModel | None:
     """The foundation model at the bottom of ``model``; ``None`` where it is none of ours."""
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
-def writes(model: FoundationModel | CustomModel) -> bool:
+def writes(model: AnyModel) -> bool:
     """Whether ``model`` writes text; an encoder reads it only."""
     root = root_of(model)
     if root is not None:
@@ -102,7 +119,7 @@ def _catalog_models() -> list[FoundationModel]:
         entry = CATALOG[base]
         kind, windows = entry.kind, entry.media == "window"
         fetchable = isinstance(entry.source, PackageSource | RandomSource)
-        if fetchable or (base_folder(base) / MANIFEST).is_file():
+        if fetchable or is_base_here(base):
             model_id = f"{prefix}.{base}"
             found.append(
                 FoundationModel(model_id, base, provider, name, kind, reads_windows=windows)
@@ -112,13 +129,15 @@ def _catalog_models() -> list[FoundationModel]:
 
 def _pretrained_here() -> list[FoundationModel]:
     # A record that another version of luthier wrote may name a kind that this one cannot use.
-    known = [each for each in pretrained_models() if (each.manifest.kind or "causal_lm") in KINDS]
-    return [_made_here(each.id, each.manifest) for each in known]
-
-
-def _made_here(base: str, manifest: Manifest) -> FoundationModel:
-    # Names of models made here may hold dots and underscores, which the ids must not.
-    name = short_name(base).replace(".", "-").replace("_", "-")
-    moment = datetime.fromisoformat(manifest.created) if manifest.created else None
-    kind = manifest.kind or "causal_lm"
-    return FoundationModel(f"luthier.{name}", base, "luthier", name[:20], kind, moment)
+    found = []
+    for each in pretrained_models():
+        kind, created = each.manifest.kind or "causal_lm", each.manifest.created
+        if kind not in KINDS:
+            continue
+        # Names of models made here may hold dots and underscores, which the ids must not.
+        name = short_name(each.id).replace(".", "-").replace("_", "-")
+        moment = datetime.fromisoformat(created) if created else None
+        found.append(
+            FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)
+        )
+    return found

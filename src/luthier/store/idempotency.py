@@ -19,7 +19,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from luthier.errors import WrongState
 from luthier.store.database import Base, lock_by_name, now
 
-KEPT = timedelta(days=1)
+RETENTION = timedelta(days=1)
 """How long a client may repeat a request: as long as temporary errors last, and then some."""
 
 
@@ -28,7 +28,7 @@ class TokenReused(WrongState):
 
 
 class AnsweredRequest(Base):
-    """The answer to one request, kept for :data:`KEPT`."""
+    """The answer to one request, kept for :data:`RETENTION`."""
 
     __tablename__ = "answered_requests"
 
@@ -83,7 +83,7 @@ def recall(session: Session, attempt: Attempt) -> dict[str, Any] | None:
 
 def remember(session: Session, attempt: Attempt, answer: Mapping[str, Any]) -> None:
     """Keep the answer, in the transaction that made what it names; old ones of the account go."""
-    old = AnsweredRequest.account == attempt.account, AnsweredRequest.created < now() - KEPT
+    old = AnsweredRequest.account == attempt.account, AnsweredRequest.created < now() - RETENTION
     session.execute(delete(AnsweredRequest).where(*old))
     session.add(
         AnsweredRequest(

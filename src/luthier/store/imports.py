@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.files import luthier_home
 from luthier.limits import AccountQuotas
 from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, CREATING, FAILED, IMPORTED, CustomModel
-from luthier.store.database import Base
-from luthier.store.queue import QueuedWork, hold, next_turn
+from luthier.store.database import Base, count_rows
+from luthier.store.queue import QueuedWork, hold, log_file, next_turn
 from luthier.store.text import storable
 
 MOST_CRASHES = 3
@@ -52,8 +51,13 @@ class ModelImport(QueuedWork, Base):
         )
         fail(session, self.id, str(self.lease), failure)
         # The process may have died before it locked its files, so that nobody else would.
-        (luthier_home() / "jobs" / f"import-{self.id}.log").unlink(missing_ok=True)
+        log_file(files_name(self.id)).unlink(missing_ok=True)
         return "the model failed"
+
+
+def files_name(model_id: str) -> str:
+    """What the lock and the log of an import are called."""
+    return f"import-{model_id}"
 
 
 def create_import(session: Session, model: CustomModel, source: str) -> ModelImport:
@@ -76,16 +80,12 @@ def create_import(session: Session, model: CustomModel, source: str) -> ModelImp
 
 def count_imports(session: Session, account: str) -> int:
     """How many imports of an account have not ended."""
-    counted = select(func.count()).where(ModelImport.account == account)
-    return session.scalar(counted) or 0
+    return count_rows(session, ModelImport.account == account)
 
 
 def count_imported_models(session: Session, account: str) -> int:
     """How many models from outside an account has, those among them that are not there yet."""
-    counted = select(func.count()).where(
-        CustomModel.account == account, CustomModel.foundation == IMPORTED
-    )
-    return session.scalar(counted) or 0
+    return count_rows(session, CustomModel.account == account, CustomModel.foundation == IMPORTED)
 
 
 def is_unfinished(session: Session, model_id: str) -> bool:

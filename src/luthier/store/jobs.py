@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NotRequired, TypedDict, Unpack
 
-from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, func, select, update
+from sqlalchemy import ColumnElement, ForeignKey, UniqueConstraint, delete, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column, synonym
 
 from luthier.errors import LeaseLost, WrongState
@@ -20,7 +20,7 @@ from luthier.limits import AccountQuotas
 from luthier.store import custom_models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.database import Base, Plain, QuotingText, now
+from luthier.store.database import Base, Plain, QuotingText, count_rows, now, page_of
 from luthier.store.queue import QueuedWork, hold
 from luthier.store.queue import renew as renew_lease
 from luthier.store.usage import Usage, add_usage
@@ -221,6 +221,16 @@ class Job(QueuedWork, Base):
         )
         move(session, self, FAILED, failure, holder=self.lease, failure=failure)
         return f"it is {self.state}"
+
+
+def run_name(job_id: str) -> str:
+    """Name of the run and of the model of a job: no tenant's names ever meet in the store."""
+    return f"job-{job_id}"
+
+
+def job_of_run(name: str) -> str:
+    """Id of the job that has the run of this name; where none has, the name."""
+    return name.removeprefix("job-")
 
 
 class JobEvent(Base):
@@ -440,20 +450,15 @@ def list_jobs(
     *,
     limit: int,
     position: int | None = None,
-    ascending: bool = False,
 ) -> list[Job]:
-    """At most ``limit`` jobs by creation, those that follow the one whose ``seq`` is ``position``."""
-    found = select(Job).where(Job.account == account, *wanted.conditions())
-    if position is not None:
-        found = found.where(Job.seq > position if ascending else Job.seq < position)
-    order = Job.seq.asc() if ascending else Job.seq.desc()
-    return list(session.scalars(found.order_by(order).limit(limit)))
+    """At most ``limit`` jobs, the newest first, those before the one whose ``seq`` is ``position``."""
+    query = select(Job).where(Job.account == account, *wanted.conditions())
+    return page_of(session, query, Job.seq, limit=limit, position=position)
 
 
 def in_flight(session: Session, account: str) -> int:
     """How many jobs of an account have not ended."""
-    counted = select(func.count()).where(Job.account == account, Job.state.not_in(ENDED))
-    return session.scalar(counted) or 0
+    return count_rows(session, Job.account == account, Job.state.not_in(ENDED))
 
 
 def events(
@@ -466,10 +471,9 @@ def events(
     ascending: bool = False,
 ) -> list[JobEvent]:
     """At most ``limit`` events of a job, those that follow the one whose ``seq`` is ``position``."""
-    found = select(JobEvent).where(JobEvent.job_id == job.id)
+    query = select(JobEvent).where(JobEvent.job_id == job.id)
     if kinds:
-        found = found.where(JobEvent.kind.in_(kinds))
-    if position is not None:
-        found = found.where(JobEvent.seq > position if ascending else JobEvent.seq < position)
-    order = JobEvent.seq.asc() if ascending else JobEvent.seq.desc()
-    return list(session.scalars(found.order_by(order).limit(limit)))
+        query = query.where(JobEvent.kind.in_(kinds))
+    return page_of(
+        session, query, JobEvent.seq, limit=limit, position=position, ascending=ascending
+    )

@@ -22,7 +22,7 @@ from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import is_hidden, is_media
 from luthier.data.s3 import connection_settings, is_file_name, local_name
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
-from luthier.files import new_file
+from luthier.files import nearest_existing, new_file
 from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.listing import page
@@ -121,8 +121,7 @@ class Locations:
         if _is_file(uri):
             for path in self._roots.files_at(uri, ROWS):
                 target = _free(folder, path.name, len(fetched))
-                with self._roots.open(path, uri) as source, new_file(target) as file:
-                    shutil.copyfileobj(source, file, READ_SIZE)
+                self._roots.copy(path, uri, target)
                 fetched.append(target)
             return fetched
         address = _address(uri)
@@ -185,9 +184,7 @@ class Locations:
     def fetch_from(self, account: str, uri: str, name: str, target: Path) -> None:
         """Copy the file ``name`` right below an address to ``target``; see :meth:`folder`."""
         if _is_file(uri):
-            path = self._roots.path(uri, name)
-            with self._roots.open(path, uri) as source, new_file(target) as file:
-                shutil.copyfileobj(source, file, READ_SIZE)
+            self._roots.copy(self._roots.path(uri, name), uri, target)
             return
         address = _address(uri)
         key = f"{address.key.rstrip('/')}/{name}".lstrip("/")
@@ -378,8 +375,12 @@ def _is_file(uri: str) -> bool:
 
 
 def _free(folder: Path, name: str, number: int) -> Path:
-    """A path in ``folder`` for the file with this number: two keys can end alike."""
-    return folder / name if not (folder / name).exists() else folder / f"{number + 1}-{name}"
+    """A free path in ``folder`` for the file with this number: two keys can end alike."""
+    path = folder / name
+    while path.exists():  # a key can end like the name that another one's copy was given, too
+        number += 1
+        path = folder / f"{number}-{name}"
+    return path
 
 
 def _size(content: bytes | Path) -> int:
@@ -547,9 +548,14 @@ class FileRoots:
         except OSError as error:
             raise LocationRefused(f"{uri} cannot be read: {error.strerror}") from None
 
+    def copy(self, path: Path, uri: str, target: Path) -> None:
+        """Copy a plain file."""
+        with self.open(path, uri) as source, new_file(target) as file:
+            shutil.copyfileobj(source, file, READ_SIZE)
+
     def check_writable(self, uri: str) -> None:
         """Refuse an address below which no file can be made."""
         path = self.path(uri)
-        existing = next(each for each in (path, *path.parents) if each.exists())
+        existing = nearest_existing(path)
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise LocationRefused(f"Nothing can be written below {uri}.")

@@ -15,16 +15,15 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import CorruptFile, LuthierError, RecipeError, UnknownModel
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
-from luthier.models.catalog import CATALOG, download_from_hub, pull
+from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.kinds import base_kind, kind_of_network
-from luthier.models.manifest import MANIFEST, Manifest, TextFormat
+from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
 from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
@@ -78,9 +77,25 @@ def base_folder(model_id: str) -> Path:
     return luthier_home() / "models" / "base" / model_id
 
 
+def is_base_here(model_id: str) -> bool:
+    """Whether the files of a base model are in the store: one of the catalogue, or one made here."""
+    return (base_folder(model_id) / MANIFEST).is_file()
+
+
+def described_base(entry: CatalogEntry) -> StoredModel:
+    """A base model of the catalogue by its description, whether it was fetched or not."""
+    return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
+
+
 def custom_folder(base: str, name: str) -> Path:
     """Where a custom model is kept."""
     return luthier_home() / "models" / "custom" / short_name(base) / name
+
+
+def folder_of(stored_id: str | None) -> Path | None:
+    """Where the custom model of this id is kept; ``None`` for what is no such id."""
+    base, _, name = (stored_id or "").partition(":")
+    return custom_folder(base, name) if name else None
 
 
 def journals_folder(model_id: str) -> Path:
@@ -123,10 +138,10 @@ def find(
         return _find_custom(model_id, base, name, is_able)
     if model_id in CATALOG:
         folder = base_folder(model_id)
-        if not (folder / MANIFEST).is_file():
+        if not is_base_here(model_id):
             pull(CATALOG[model_id], folder, say)
         return StoredModel(model_id, folder, Manifest.read(folder))
-    if re.fullmatch(r"[\w.-]+", model_id) and (base_folder(model_id) / MANIFEST).is_file():
+    if re.fullmatch(r"[\w.-]+", model_id) and is_base_here(model_id):
         return StoredModel(model_id, base_folder(model_id), Manifest.read(base_folder(model_id)))
     path = Path(model_id).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
@@ -165,21 +180,9 @@ def _ids_of_able(
 ) -> list[str]:
     """Ids of all models that ``is_able`` says can be used; of all there are, without one."""
     known = custom_models()
-    ids = []
     if not custom_only:
-        ids = [
-            each.id
-            for each in CATALOG.values()
-            if is_able is None or _is_base_able(each.kind, is_able)
-        ]
-        known = [*pretrained_models(), *known]
-    return ids + [each.id for each in known if is_able is None or _is_model_able(each, is_able)]
-
-
-def _is_base_able(kind: str, is_able: Callable[[Objective], bool]) -> bool:
-    from luthier.objectives import OBJECTIVES
-
-    return is_able(OBJECTIVES[base_kind(kind).objective].model_validate({}))
+        known = [*map(described_base, CATALOG.values()), *pretrained_models(), *known]
+    return [each.id for each in known if is_able is None or _is_model_able(each, is_able)]
 
 
 def _is_model_able(model: StoredModel, is_able: Callable[[Objective], bool]) -> bool:
@@ -209,7 +212,7 @@ def _from_file(path: Path) -> StoredModel:
                         kind="image_encoder",
                         source=f"file:{path}",
                         source_sha256=digest,
-                        created=datetime.now(UTC).isoformat(timespec="seconds"),
+                        created=created_now(),
                         files=hashes_of(fresh, skip=(MANIFEST,)),
                     ).write(fresh)
     return StoredModel(name, folder, Manifest.read(folder))
@@ -402,7 +405,7 @@ def ancestors(model: StoredModel) -> list[StoredModel | str]:
     found: list[StoredModel | str] = []
     while parent := model.manifest.parent:
         try:
-            if parent in CATALOG and not (base_folder(parent) / MANIFEST).is_file():
+            if parent in CATALOG and not is_base_here(parent):
                 return [*found, parent]
             model = find(parent)
         except LuthierError:

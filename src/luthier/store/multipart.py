@@ -24,6 +24,7 @@ from luthier.store.objects import (
     check_key,
     get_bucket,
     new_object,
+    pieces_of,
     remove_object,
     remove_upload,
 )
@@ -126,11 +127,10 @@ class MultipartUploads:
     def parts(self, account: str, bucket: str, key: str, upload_id: str) -> list[ObjectPiece]:
         """The parts that have come, by number."""
         with self.database.read() as session:
-            _upload(session, account, bucket, key, upload_id)
-            return _parts(session, upload_id)
+            return pieces_of(session, _upload(session, account, bucket, key, upload_id))
 
     def of_bucket(self, account: str, bucket: str) -> list[Upload]:
-        """MultipartUploads that are not done, by key and then by age."""
+        """Uploads that are not done, by key and then by age."""
         with self.database.read() as session:
             seq = get_bucket(session, account, bucket).seq
             query = select(Upload).where(Upload.bucket_seq == seq)
@@ -163,7 +163,7 @@ class MultipartUploads:
                 if made is None:
                     raise
                 return made
-            there = _parts(session, upload_id)
+            there = pieces_of(session, upload)
             pieces = _select_parts(there, chosen)
             taken = {piece.id for piece in pieces}
             gone = remove_object(session, found, key, check)
@@ -212,13 +212,6 @@ def _upload(
         )
         raise ObjectRefused("NoSuchUpload", text)
     return found
-
-
-def _parts(session: Session, upload_id: str) -> list[ObjectPiece]:
-    query = (
-        select(ObjectPiece).where(ObjectPiece.upload_id == upload_id).order_by(ObjectPiece.number)
-    )
-    return list(session.scalars(query))
 
 
 def _select_parts(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, ForeignKey, Index, Text, UniqueConstraint, delete, select
@@ -143,7 +144,8 @@ def get_bucket(session: Session, account: str, name: str, *, lock: bool = False)
     Raises:
         ObjectRefused: ``NoSuchBucket``.
     """
-    bucket = _bucket(session, account, name, lock)
+    query = select(Bucket).where(Bucket.account == account, Bucket.name == name)
+    bucket = session.scalar(query.with_for_update() if lock else query)
     if bucket is None:
         raise ObjectRefused("NoSuchBucket", "The specified bucket does not exist")
     return bucket
@@ -182,12 +184,13 @@ def new_object(
     )  # fmt: skip
 
 
-def pieces_of(session: Session, found: StoredObject) -> list[ObjectPiece]:
-    """The files of an object, in order."""
-    query = (
-        select(ObjectPiece).where(ObjectPiece.object_seq == found.seq).order_by(ObjectPiece.number)
-    )
-    return list(session.scalars(query))
+def pieces_of(session: Session, owner: StoredObject | Upload) -> list[ObjectPiece]:
+    """The files of an object, or of an upload's parts, in order."""
+    if isinstance(owner, Upload):
+        own = ObjectPiece.upload_id == owner.id
+    else:
+        own = ObjectPiece.object_seq == owner.seq
+    return list(session.scalars(select(ObjectPiece).where(own).order_by(ObjectPiece.number)))
 
 
 def check_key(key: str) -> None:
@@ -216,11 +219,6 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
     session.flush()
     ids, sizes = [piece.id for piece in pieces], sum(piece.size for piece in pieces)
     return FreedStorage(ids, sizes, uploads_in_progress=1)
-
-
-def _bucket(session: Session, account: str, name: str, lock: bool = False) -> Bucket | None:
-    query = select(Bucket).where(Bucket.account == account, Bucket.name == name)
-    return session.scalar(query.with_for_update() if lock else query)
 
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
@@ -468,7 +466,7 @@ class Objects:
                 if last == _FOUND_AGAIN - 1:
                     raise
                 continue
-            return content.found, _chain(first, pieces)
+            return content.found, chain([first] if first else [], pieces)
         raise AssertionError("not reached")
 
     def copy(
@@ -558,9 +556,3 @@ def _bucket_name(name: str) -> bool:
     except ValueError:
         return True
     return False
-
-
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    if first:
-        yield first
-    yield from rest

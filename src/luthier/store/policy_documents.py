@@ -86,13 +86,13 @@ def check_document(document: Any, where: str = "policy") -> Document:
     return _check_form(document, where, _check_statement)
 
 
-def check_trust(document: Any, where: str = "trust policy") -> Document:
+def check_trust(document: Any) -> Document:
     """``document`` if it is the trust policy of a role; it names who may assume it.
 
     Raises:
         RefusedInput: with the place and what is expected there.
     """
-    return _check_form(document, where, _check_trust_statement)
+    return _check_form(document, "trust policy", _check_trust_statement)
 
 
 def _check_form(document: Any, where: str, check_statement: Callable[[Any, str], None]) -> Document:

@@ -22,10 +22,11 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import CorruptFile, RefusedInput
 from luthier.files import luthier_home
+from luthier.printable import list_some
 from luthier.store.accounts import Account, account_of, invalidate_caches
 from luthier.store.database import Base, new_id, now
 from luthier.store.policy_documents import ROLES, Document, check_document, check_role, check_trust
-from luthier.store.sealing import ENVIRONMENT, Sealing, has_server_key, server_key
+from luthier.store.sealing import ENVIRONMENT, KEY_FILE, Sealing, has_server_key, server_key
 
 ISSUED, BOOTSTRAP = "issued", "bootstrap"
 """Where a key comes from."""
@@ -153,11 +154,10 @@ def matching_server_key(session: Session) -> bytes:
 
 def _without_key(access_keys: Sequence[str]) -> str:
     """Which access keys need another key of the server, and what to do."""
-    more = len(access_keys) - _NAMED
-    names = ", ".join(access_keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    names = list_some(access_keys, _NAMED)
     return (
         f"and access keys do not open without the one they were made under ({names}): put the "
-        f"server.key of that time back into {luthier_home()}, or give it in {ENVIRONMENT}. To go on "
+        f"{KEY_FILE} of that time back into {luthier_home()}, or give it in {ENVIRONMENT}. To go on "
         "without these access keys, remove each: luthier admin keys remove ID"
     )
 
@@ -218,9 +218,8 @@ def create_user(
 ) -> User:
     """Add a user; without policies and role it may do nothing."""
     account_of(session, account)
-    if not _NAME.fullmatch(name):
-        raise RefusedInput(f"{name!r} is no user name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
-    if _user(session, account, name) is not None:
+    _check_name(name, "user")
+    if find_user(session, account, name) is not None:
         raise RefusedInput(f"account {account} has a user {name} already")
     user = User(account=account, name=name, policies=[], disabled=False, created=now())
     set_policies(session, user, policies, role)
@@ -231,10 +230,15 @@ def create_user(
 
 def user_of(session: Session, account: str, name: str) -> User:
     """A user; raises :class:`RefusedInput` where there is none."""
-    found = _user(session, account, name)
+    found = find_user(session, account, name)
     if found is None:
         raise RefusedInput(f"account {account} has no user {name}")
     return found
+
+
+def find_user(session: Session, account: str, name: str) -> User | None:
+    """A user; ``None`` where there is none."""
+    return session.scalar(select(User).where(User.account == account, User.name == name))
 
 
 def users(session: Session, account: str | None = None) -> list[User]:
@@ -247,9 +251,20 @@ def set_policies(
     session: Session, user: User, policies: Sequence[Any], role: str | None = None
 ) -> None:
     """Replace what a user may do."""
-    checked = [check_document(each, f"policies[{number}]") for number, each in enumerate(policies)]
-    user.policies, user.role = [dict(each) for each in checked], role and check_role(role)
+    user.policies, user.role = _checked_policies(policies), role and check_role(role)
     invalidate_caches(session)
+
+
+def _checked_policies(policies: Sequence[Any]) -> list[dict[str, Any]]:
+    """The same as plain objects; the refusal of one that is no policy says which."""
+    return [
+        dict(check_document(each, f"policies[{number}]")) for number, each in enumerate(policies)
+    ]
+
+
+def _check_name(name: str, kind: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise RefusedInput(f"{name!r} is no {kind} name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
 
 
 def disable_user(session: Session, user: User, disabled: bool = True) -> None:
@@ -361,10 +376,6 @@ def remove_key(session: Session, key: AccessKey | ApiKey) -> None:
     invalidate_caches(session)
 
 
-def _user(session: Session, account: str, name: str) -> User | None:
-    return session.scalar(select(User).where(User.account == account, User.name == name))
-
-
 SHORTEST_MAXIMUM, LONGEST_MAXIMUM = 3600, 43_200
 """Seconds: between these AWS lets a role's longest session be."""
 
@@ -409,8 +420,7 @@ def create_role(
 ) -> IamRole:
     """Add a role; without policies its sessions may do nothing."""
     account_of(session, account)
-    if not _NAME.fullmatch(name):
-        raise RefusedInput(f"{name!r} is no role name: 1 to 64 of A-Z a-z 0-9 _ + = , . @ -")
+    _check_name(name, "role")
     if find_role(session, account, name) is not None:
         raise RefusedInput(f"account {account} has an IAM role {name} already")
     role = IamRole(
@@ -437,8 +447,7 @@ def update_role(
     if trust is not None:
         role.trust = dict(check_trust(trust))
     if policies is not None:
-        documents = [check_document(each, f"policies[{n}]") for n, each in enumerate(policies)]
-        role.policies = [dict(each) for each in documents]
+        role.policies = _checked_policies(policies)
     if max_session_seconds is not None:
         if not SHORTEST_MAXIMUM <= max_session_seconds <= LONGEST_MAXIMUM:
             raise RefusedInput(

@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sqlalchemy import BigInteger, ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import LeaseLost
-from luthier.store.database import lock_by_name, now
+from luthier.files import luthier_home
+from luthier.store.database import count_rows, lock_by_name, now
 
 LEASE = timedelta(seconds=30)
 """How long a worker is believed alive after it was last heard from."""
@@ -231,8 +233,7 @@ def next_turn(
 
 def in_flight(session: Session, kind: type[BackgroundWork], account: str) -> int:
     """How many rows of an account have not ended."""
-    counted = select(func.count()).where(kind.account == account, kind.status.not_in(kind.ended))
-    return session.scalar(counted) or 0
+    return count_rows(session, kind.account == account, kind.status.not_in(kind.ended))
 
 
 def leases(session: Session, kind: type[BackgroundWork]) -> list[tuple[str, datetime | None]]:
@@ -331,6 +332,11 @@ def expire(session: Session, kind: type[QueuedWork], row_id: str, lease: str, wh
         LeaseLost: as :func:`hold`.
     """
     return hold(session, kind, row_id, lease).expire(session, why)
+
+
+def log_file(work: str) -> Path:
+    """What the workers of a job print, by its id; of an import, by the name of its files."""
+    return luthier_home() / "jobs" / f"{work}.log"
 
 
 class LeaseWatch:

@@ -12,10 +12,10 @@ from luthier.store import imports, jobs, queue
 from luthier.store.accounts import Account
 from luthier.store.batches import Batch
 from luthier.store.custom_models import ACTIVE, CustomModel
-from luthier.store.database import Database
+from luthier.store.database import Database, count_rows
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
 from luthier.store.evaluations import Eval, EvaluationRun
-from luthier.store.models import custom_folder
+from luthier.store.models import folder_of
 from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
 from luthier.store.uploaded_files import UploadedFile
@@ -23,13 +23,12 @@ from luthier.store.uploaded_files import UploadedFile
 
 def quota_usage(session: Session, account: str) -> dict[str, int]:
     """By the fields of :class:`luthier.limits.AccountQuotas`."""
-    models = select(func.count()).where(CustomModel.account == account)
     kinds = select(Endpoint.kind, func.count()).where(Endpoint.account == account)
     endpoints = dict(session.execute(kinds.group_by(Endpoint.kind)).all())
     return {
         **stored_by(session, account),
         "jobs_in_flight": jobs.in_flight(session, account),
-        "custom_models": session.scalar(models) or 0,
+        "custom_models": count_rows(session, CustomModel.account == account),
         "imported_models": imports.count_imported_models(session, account),
         "imports_in_flight": imports.count_imports(session, account),
         "batches_in_flight": queue.in_flight(session, Batch, account),
@@ -47,8 +46,8 @@ def measure_models(database: Database) -> None:
     with database.read() as session:
         models = session.execute(unknown).all()
     for seq, stored_id in models:
-        base, _, name = str(stored_id).partition(":")
-        size = folder_size(custom_folder(base, name)) if name else 0
+        folder = folder_of(stored_id)
+        size = 0 if folder is None else folder_size(folder)
         with database.write() as session:
             found = update(CustomModel).where(CustomModel.seq == seq)
             session.execute(found.values(stored_bytes=size))

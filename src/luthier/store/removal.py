@@ -21,8 +21,10 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
-from luthier.store.jobs import ENDED, Job
-from luthier.store.models import custom_folder, custom_models, journals_folder, remove_derived
+from luthier.store.imports import files_name
+from luthier.store.jobs import ENDED, Job, job_of_run
+from luthier.store.models import custom_models, folder_of, journals_folder, remove_derived
+from luthier.store.queue import log_file
 
 _REMOVED = ".removed"
 """File in the folder of a model whose record is deleted: its files go when nobody stands on them."""
@@ -44,7 +46,7 @@ def delete(database: Database, arns: Arns, model: CustomModel) -> None:
             remove(session, found, found.arn(arns))
             mark(found.stored_id)
     # Of an import that failed for reasons that nobody thought of.
-    (luthier_home() / "jobs" / f"import-{model.id}.log").unlink(missing_ok=True)
+    log_file(files_name(model.id)).unlink(missing_ok=True)
     remove_files(model.stored_id)
 
 
@@ -85,11 +87,10 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     marks: list[Path] = []
 
     def mark(stored_id: str | None) -> None:
-        base, _, name = str(stored_id).partition(":")
-        path = custom_folder(base, name) / _REMOVED
-        if name and path.parent.is_dir() and not path.exists():
-            marks.append(path)
-            write_bytes(path, b"")
+        folder = folder_of(stored_id)
+        if folder is not None and folder.is_dir() and not (folder / _REMOVED).exists():
+            marks.append(folder / _REMOVED)
+            write_bytes(folder / _REMOVED, b"")
 
     try:
         yield mark
@@ -124,7 +125,7 @@ def remove_files(stored_id: str | None) -> None:
     base, name = found.folder.parent.name, found.folder.name
     for folder in (luthier_home() / "runs" / base / name, journals_folder(found.id)):
         shutil.rmtree(folder, ignore_errors=True)
-    (luthier_home() / "jobs" / f"{name.removeprefix('job-')}.log").unlink(missing_ok=True)
+    log_file(job_of_run(name)).unlink(missing_ok=True)
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return

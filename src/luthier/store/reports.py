@@ -10,16 +10,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from luthier import __version__
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import luthier_home, read_json, sha256_of, write_bytes
-from luthier.models.manifest import REPORTS
+from luthier.models.manifest import REPORTS, Record, created_now
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel
 
@@ -28,10 +27,8 @@ MOST_REPORTS = 1000
 """Reports of one model."""
 
 
-class ModelReport(BaseModel):
+class ModelReport(Record):
     """One result of judging a model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
     """What was done: ``evaluation``, ``comparison``, …"""
@@ -84,7 +81,7 @@ def write_report(
     check_attachable(model)
     report = ModelReport(
         kind=kind,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         luthier=__version__,
         data=dict(data),
         result=finite_or_none(dict(result)),

@@ -17,13 +17,14 @@ from luthier.errors import CorruptFile, LuthierError, RefusedInput
 from luthier.files import lock, luthier_home, new_file
 
 ENVIRONMENT = "LUTHIER_SERVER_KEY"
-_FILE = "server.key"
+KEY_FILE = "server.key"
+"""Its name in the store."""
 _VERSION = b"\x01"
 
 
 def has_server_key() -> bool:
     """Whether there is a server's key, so that :func:`server_key` makes none."""
-    return bool(os.environ.get(ENVIRONMENT)) or (luthier_home() / _FILE).exists()
+    return bool(os.environ.get(ENVIRONMENT)) or (luthier_home() / KEY_FILE).exists()
 
 
 def server_key(folder: Path | None = None) -> bytes:
@@ -39,10 +40,10 @@ def server_key(folder: Path | None = None) -> bytes:
     given = os.environ.get(ENVIRONMENT)
     if given:
         return key_of(given, ENVIRONMENT)
-    path = (folder or luthier_home()) / _FILE
+    path = (folder or luthier_home()) / KEY_FILE
     if not path.exists():
         # Of several processes that start at once, one makes it.
-        with lock(path.with_name(f"{_FILE}.lock"), wait=True):
+        with lock(path.with_name(f"{KEY_FILE}.lock"), wait=True):
             if not path.exists():
                 with new_file(path, mode=0o600) as file:
                     file.write(base64.b64encode(secrets.token_bytes(KEY_BYTES)) + b"\n")

@@ -14,7 +14,6 @@ import zlib
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -22,15 +21,14 @@ from luthier.errors import CorruptFile
 from luthier.store.accounts import Account
 from luthier.store.principals import IamRole, Principal, usable_access_key
 from luthier.store.sealing import Sealing, purpose_key
+from luthier.validation import StrictModel
 
 ASSUMED = "assumed-role"
 """Beginning of what stands for the user's name in a session of a role: no user's name has a slash."""
 
 
-class TemporarySession(BaseModel):
+class TemporarySession(StrictModel):
     """What one set of temporary credentials stands for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     account: str
     """Of the user who began it."""

@@ -31,15 +31,23 @@ from luthier.errors import CorruptFile, RunConflict
 from luthier.files import TEMPORARY, disk_errors, lock, read_json, sweep
 from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Database
-from luthier.store.jobs import ENDED, Job
+from luthier.store.database import DATABASE_FILE, Database
+from luthier.store.jobs import ENDED, Job, job_of_run
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectPiece
+from luthier.store.sealing import KEY_FILE
 
 OBJECTS = "objects"
 _NAME = "backup"
 _LOCK = f"{_NAME}.lock"
-_LEFT_OUT = (OBJECTS, ENCRYPTION, "server.key", "luthier.db", "luthier.db-wal", "luthier.db-shm")
+_LEFT_OUT = (
+    OBJECTS,
+    ENCRYPTION,
+    KEY_FILE,
+    DATABASE_FILE,
+    f"{DATABASE_FILE}-wal",
+    f"{DATABASE_FILE}-shm",
+)
 """What is not taken with all other files of the store: objects are by their rows."""
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 _RECORDS = {MANIFEST: "files", "state.json": "sha256"}
@@ -238,9 +246,9 @@ def _removable(name: Path, finished: dict[str, bool]) -> bool:
         case ("jobs", job):
             return job in finished
         case ("distillations", _, run):
-            return run.removeprefix("job-") in finished
+            return job_of_run(run) in finished
         case ("runs", _, run):
-            return not finished.get(run.removeprefix("job-"), True)
+            return not finished.get(job_of_run(run), True)
     return False
 
 

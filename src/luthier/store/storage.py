@@ -112,6 +112,24 @@ def _check(used: Mapping[str, int], quotas: AccountQuotas, adds: Mapping[str, in
             raise quota_exceeded(name, quota, used[name])
 
 
+def check_count(used: int, quotas: AccountQuotas, name: str, what: str, remedy: str) -> None:
+    """Refuse one more of what is no column of :class:`Storage`, and counted by the rows there are.
+
+    Args:
+        used: how many the account has.
+        quotas: what it may have.
+        name: of the quota.
+        what: is counted, in the plural.
+        remedy: what its people can do.
+
+    Raises:
+        QuotaExceeded: where it has as many as it may have.
+    """
+    quota = getattr(quotas, name)
+    if used >= quota:
+        raise QuotaExceeded(f"The account has {quota:,} {what} (quota {name}). {remedy}", name)
+
+
 def quota_exceeded(name: str, quota: int, used: int) -> QuotaExceeded:
     """The refusal of what would be more of ``name`` than ``quota``."""
     return QuotaExceeded(

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import ObjectRefused
 from luthier.store import storage
-from luthier.store.database import Base, Database, now
+from luthier.store.database import Base, Database, now, page_of
 from luthier.store.ids import random_id
 from luthier.store.object_files import FileWriter, WrittenFile
 from luthier.store.objects import UPLOADS, ObjectMetadata, Objects
@@ -157,15 +157,13 @@ class UploadedFiles:
         wanted = _there(account)
         if purpose is not None:
             wanted = wanted.where(UploadedFile.purpose == purpose)
-        order = UploadedFile.seq.asc() if ascending else UploadedFile.seq.desc()
         with self.database.read() as session:
-            if after is not None:
-                place = _place(session, account, after)
-                if place is None:
-                    return None
-                behind = UploadedFile.seq > place if ascending else UploadedFile.seq < place
-                wanted = wanted.where(behind)
-            return list(session.scalars(wanted.order_by(order).limit(limit)))
+            place = None if after is None else _place(session, account, after)
+            if place is None and after is not None:
+                return None
+            return page_of(
+                session, wanted, UploadedFile.seq, limit=limit, position=place, ascending=ascending
+            )
 
     def read(self, row: UploadedFile) -> Iterator[bytes]:
         """The bytes of a file, in pieces."""

@@ -25,11 +25,10 @@ from luthier.models.characters import character_tokenizer
 from luthier.models.heads import Head
 from luthier.models.layouts import MOST_IMAGES
 from luthier.models.load import catalogue_config, read_config
-from luthier.models.manifest import MANIFEST
 from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
-from luthier.store.models import base_folder, chat_format, find
+from luthier.store.models import chat_format, find, is_base_here
 
 Config = Callable[[Head], Any]
 """Gives transformers' configuration of a network for a head."""
@@ -70,7 +69,7 @@ def capabilities(model_id: str) -> Capabilities:
     size = choose_machine().dtype.itemsize
     available = available_memory()
     entry = CATALOG.get(model_id)
-    here = entry is None or (base_folder(model_id) / MANIFEST).is_file()
+    here = entry is None or is_base_here(model_id)
     config: Config
     if entry is not None and not here:
         config = partial(catalogue_config, entry)

@@ -44,6 +44,7 @@ from luthier.evaluation.significance import (
     Statistic,
     as_gain,
     paired_differences,
+    perplexity_of,
 )
 from luthier.serving.evaluation import (
     BUDGET,
@@ -496,7 +497,7 @@ def _drift(base: _States, tuned: _States, samples: int) -> Drift:
 
     def perplexity(loss_R: NDArray[np.float64]) -> Statistic:
         return Statistic.of(
-            lambda row_K: math.exp(min(float(loss_R[row_K].sum() / tokens_R[row_K].sum()), 700.0)),
+            lambda row_K: perplexity_of(float(loss_R[row_K].sum() / tokens_R[row_K].sum())),
             samples,
             is_share=False,
         )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from luthier import __version__
 from luthier.data.chat import ChatFormat
 from luthier.engine.runs import Run
 from luthier.errors import LuthierError, RecipeError
-from luthier.models.manifest import Manifest
+from luthier.models.manifest import Manifest, created_now
 from luthier.recipe import check_name
 from luthier.store.models import StoredModel, text_format
 
@@ -49,7 +48,7 @@ def new_manifest(run: Run, source: StoredModel, chat: ChatFormat, **fields: Any)
         root=source.root,
         tokenizer_from=source.tokenizer_from,
         licence=source.manifest.licence,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         luthier=__version__,
         torch=torch.__version__,
         format=text_format(chat),

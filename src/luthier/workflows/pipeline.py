@@ -40,7 +40,8 @@ from luthier.files import read_toml
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives.capabilities import other_models
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.recipe import ModelName, Recipe, StrictModel, parse, with_paths
+from luthier.recipe import ModelName, Recipe, parse, with_paths
+from luthier.validation import StrictModel
 from luthier.workflows.distil.recipe import DistilRecipe
 
 if TYPE_CHECKING:

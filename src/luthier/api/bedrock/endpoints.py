@@ -32,10 +32,10 @@ from luthier.api.identifiers import (
     find_foundation,
     find_model,
 )
-from luthier.errors import NameInUse, QuotaExceeded
-from luthier.store import custom_models, tags
+from luthier.errors import NameInUse
+from luthier.store import custom_models, storage, tags
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import lock_by_name, new_id, now
+from luthier.store.database import count_rows, lock_by_name, new_id, now
 from luthier.store.endpoints import (
     CREATING,
     DEPLOYMENT,
@@ -99,11 +99,9 @@ def _create(
         row = fields(session)
         lock_by_name(session, f"endpoints {request.account}")  # from here on nobody else counts
         _check_name(request, session, kind, name)
-        quota = getattr(request.control.quotas(request.account), kind.quota)
-        own = select(func.count()).where(*_own(request, kind))
-        if (session.scalar(own) or 0) >= quota:
-            text = f"The account has {quota} {kind.plural}, which is its quota."
-            raise QuotaExceeded(text)
+        own = count_rows(session, *_own(request, kind))
+        quotas = request.control.quotas(request.account)
+        storage.check_count(own, quotas, kind.quota, kind.plural, "Delete some of them.")
         moment = now()
         endpoint = Endpoint(
             id=new_id(),

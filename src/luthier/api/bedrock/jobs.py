@@ -35,7 +35,6 @@ from luthier.jobs.submit import (
     DISTILLATION,
     FINE_TUNING,
     REINFORCEMENT,
-    BaseModel,
     Submission,
     submit,
 )
@@ -43,7 +42,7 @@ from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
 from luthier.store import tags
 from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
-from luthier.store.foundation import FoundationModel
+from luthier.store.foundation import AnyModel, FoundationModel
 from luthier.store.jobs import Job
 
 _CONFIGS = {DISTILLATION: "distillationConfig", REINFORCEMENT: "rftConfig"}
@@ -153,7 +152,7 @@ def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return config
 
 
-def _base(request: ControlRequest, kind: str) -> BaseModel:
+def _base(request: ControlRequest, kind: str) -> AnyModel:
     identifier = request["baseModelIdentifier"]
     base = find_foundation(request.arns, identifier)
     if base is not None:

@@ -24,8 +24,9 @@ from luthier.encryption.keys import hand_over
 from luthier.jobs.data import base_reads_media, fetch_references
 from luthier.jobs.processes import worker_environment
 from luthier.jobs.submit import Submission, check_client_grader, recipe_of
-from luthier.setting_names import SettingName, in_all, with_setting_names
+from luthier.setting_names import SettingName, with_setting_names
 from luthier.store.custom_models import CustomModel
+from luthier.types import map_texts
 
 AT_ONCE = 2
 """Reports and estimates that run at the same time; more are asked to come again."""
@@ -232,4 +233,4 @@ def _run_command(
     if done.returncode not in codes or not out or "error" in answer:
         message = answer.get("error", {}).get("message") or "It failed without a word."
         raise Fault("Validation", with_setting_names(message, name)[-4000:])
-    return in_all(answer, name)
+    return map_texts(answer, lambda text: with_setting_names(text, name))

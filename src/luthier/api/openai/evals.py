@@ -42,7 +42,7 @@ from luthier.graders import JsonSchema
 from luthier.limits import ServerLimits
 from luthier.store import evaluations as store
 from luthier.store import storage
-from luthier.store.database import Database, now
+from luthier.store.database import Database, now, page_of
 from luthier.store.evaluations import Eval, EvaluationRow, EvaluationRun
 
 FACE = "openai"
@@ -268,14 +268,16 @@ class Evals:
             query = select(EvaluationRun).where(EvaluationRun.eval_id == row.id)
             if status is not None:
                 query = query.where(EvaluationRun.status == one_of("status", status, _STATUSES))
+            position = None
             if after is not None:
                 place = store.get_run(session, row.account, after)
                 if place is None or place.eval_id != row.id:
                     raise invalid(f"No such run: {after}.", "after")
-                seq = EvaluationRun.seq
-                query = query.where(seq > place.seq if ascending else seq < place.seq)
-            order = EvaluationRun.seq.asc() if ascending else EvaluationRun.seq.desc()
-            found = list(session.scalars(query.order_by(order).limit(limit + 1)))
+                position = place.seq
+            found = page_of(
+                session, query, EvaluationRun.seq,
+                limit=limit + 1, position=position, ascending=ascending,
+            )  # fmt: skip
         return page(found, limit, lambda run: run_object(run, request))
 
     def retrieve_run(self, request: Request) -> Response:

@@ -40,6 +40,7 @@ from luthier.sdk.imports.files import (
     parse_yaml,
     read_text,
 )
+from luthier.types import map_texts
 
 MOST_ROWS = 100_000
 MOST_STEPS = 100
@@ -381,7 +382,7 @@ class _Configuration:
         def missing(name: str) -> None:
             self.without.setdefault(name, {})[where] = None
 
-        return lambda value: _fill(value, variables, missing)
+        return lambda value: map_texts(value, lambda text: _fill(text, variables, missing))
 
     def _note_the_rest(self) -> None:
         if self.embeds:
@@ -517,21 +518,17 @@ def _template(text: str) -> tuple[Any, frozenset[str]]:
     )
 
 
-def _fill(value: Any, variables: Mapping[str, Any], missing: Callable[[str], None]) -> Any:
-    """``value`` with the variables put into its texts."""
+def _fill(text: str, variables: Mapping[str, Any], missing: Callable[[str], None]) -> str:
+    """``text`` with the variables put into it."""
     from jinja2 import TemplateError
 
-    if isinstance(value, list):
-        return [_fill(each, variables, missing) for each in value]
-    if isinstance(value, Mapping):
-        return {name: _fill(each, variables, missing) for name, each in value.items()}
-    if not isinstance(value, str) or ("{{" not in value and "{%" not in value):
-        return value
+    if "{{" not in text and "{%" not in text:
+        return text
     try:
-        template, names = _template(value)
+        template, names = _template(text)
         for name in sorted(names - variables.keys()):
             missing(name)
-        return template.render(variables)
+        return str(template.render(variables))
     except (
         TemplateError,
         ValueError,

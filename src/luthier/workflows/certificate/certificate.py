@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +26,7 @@ from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, BaseRun, Run
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import lock, read_json, sha256_of, write_bytes
-from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record
+from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.printable import finite_or_none
 from luthier.store.models import StoredModel, ancestors, content_hash, find
 from luthier.store.reports import ModelReport, reports_of
@@ -169,7 +168,7 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
     on_gpu = actual.get("device", "cpu") != "cpu"
     return Certificate(
         id=model.id,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         luthier=__version__,
         content_sha256=content_hash(model),
         record_sha256=sha256_of(model.folder / MANIFEST),

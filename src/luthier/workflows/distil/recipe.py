@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from luthier.chat_models.base import ModelSpec, SamplingSpec, address_fields
 from luthier.graders import AnyGrader
-from luthier.recipe import Recipe, StrictModel, parse
+from luthier.recipe import Recipe, parse
+from luthier.validation import StrictModel
 
 OBJECTIVE_OF = {
     "logits": "logit_distillation",

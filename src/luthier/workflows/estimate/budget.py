@@ -13,8 +13,7 @@ from pydantic import Field, ValidationError
 from luthier.errors import DoesNotFit, RecipeError
 from luthier.files import luthier_home, read_toml
 from luthier.printable import format_duration
-from luthier.recipe import StrictModel
-from luthier.validation import describe_constraint
+from luthier.validation import StrictModel, describe_constraint
 from luthier.workflows.estimate.estimate import Estimate
 
 EXAMPLE = """\

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from luthier.engine import checkpoints
 from luthier.engine.actuals import PARTS, estimates_folder
 from luthier.engine.metrics import Reporter
 from luthier.files import write_json
+from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
 from luthier.workflows.estimate.history import Correction, PastRun, correction, past
 from luthier.workflows.estimate.trial import Measurement, measure
@@ -196,7 +196,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
     return Estimate(
         key=measured.key,
         machine=measured.machine,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=created_now(),
         base=job.base.id,
         objective=job.data.objective.method,
         adaptation=job.recipe.adaptation.method,
