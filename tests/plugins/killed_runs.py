@@ -118,8 +118,7 @@ model_writer.save_adapter = half
     "after storing, before the result is recorded": "train.Run.finish = die",
     "after the result is recorded": """
 from luthier.engine import runs
-runs.shutil.rmtree = die
-checkpoints._remove = lambda path: None
+runs.Run.drop_working_files = die
 """,
 }
 

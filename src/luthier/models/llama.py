@@ -115,7 +115,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        frequencies = _inverse_frequencies(config.rope_parameters, config.head_dim)
+        frequencies = _inverse_frequencies(config.rope, config.head_dim)
         self.register_buffer("inv_freq", frequencies, persistent=False)
 
     @torch.no_grad()

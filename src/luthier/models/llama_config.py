@@ -44,7 +44,8 @@ class LlamaConfig(BaseModel):
     head_dim: _Count
     max_position_embeddings: _Count
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    rope_parameters: RopeParameters = RopeParameters()
+    rope_parameters: dict[str, Any]
+    """The fields of :class:`RopeParameters` as the file has them, by the names of transformers 5."""
     hidden_act: Literal["silu"] = "silu"
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -54,7 +55,8 @@ class LlamaConfig(BaseModel):
     eos_token_id: int | list[int] | None = None
 
     @model_validator(mode="after")
-    def _check_heads(self) -> LlamaConfig:
+    def _check(self) -> LlamaConfig:
+        RopeParameters.model_validate(self.rope_parameters, strict=True)
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError("heads do not share keys evenly")
         return self
@@ -70,6 +72,11 @@ class LlamaConfig(BaseModel):
         mlp = 3 * width * inner + ((2 * inner + width) if self.mlp_bias else 0)
         tables = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         return tables + self.num_hidden_layers * (attention + mlp + 2 * width) + width
+
+    @property
+    def rope(self) -> RopeParameters:
+        """How positions are turned."""
+        return RopeParameters.model_validate(self.rope_parameters, strict=True)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields."""
@@ -99,6 +106,7 @@ class LlamaConfig(BaseModel):
             heads = known["num_attention_heads"]
             known.setdefault("num_key_value_heads", heads)
             known.setdefault("head_dim", known["hidden_size"] // heads)
+            rope = {"rope_theta": 10_000.0, "rope_type": "default"} | rope
             return LlamaConfig.model_validate(known | {"rope_parameters": rope}, strict=True)
         except (ValidationError, KeyError, TypeError, ValueError, ZeroDivisionError):
             return None  # transformers says what is wrong
