@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import luthier
 from luthier.adaptations import ADAPTATIONS
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.models.description import check_folder, described_network
@@ -206,19 +207,22 @@ def test_a_configuration_of_more_than_is_stored_is_refused(
     assert next(sketch_llama(LlamaConfig.of(fields)).parameters()).device.type == "meta"  # type: ignore[arg-type]
 
 
-def test_generating_imports_no_transformers(tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_generating_imports_no_transformers(
+    is_adapter: bool, tiny_model_folder: Path, luthier_home: Path, tmp_path: Path
+) -> None:
+    model = str(tiny_model_folder)
+    if is_adapter:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "Hello", "completion": "Hi"}\n' * 4)
+        model = luthier.tune(rows, base=model, name="x", training__max_steps=1).id
     code = (
         "import sys; from luthier.cli.app import app\n"
-        f"sys.argv = ['luthier', 'generate', {str(tiny_model_folder)!r}, 'Hi', '--max-tokens', '4']\n"
+        f"sys.argv = ['luthier', 'generate', {model!r}, 'Hi', '--max-tokens', '4']\n"
         "try: app()\n"
         "except SystemExit as ended: assert not ended.code, ended.code\n"
-        "print({'transformers', 'torch._dynamo'} & {*sys.modules})"
+        "print({'transformers', 'peft', 'torch._dynamo'} & {*sys.modules})"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={"LUTHIER_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.rstrip().endswith("set()")

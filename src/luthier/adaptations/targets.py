@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -36,15 +37,17 @@ def linear_targets(
         RecipeError: for a name or number that is not there, and where no layer is meant.
     """
     from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
+    # Where transformers was not imported no layer is its transposed one.
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    linear = (nn.Linear,) if loaded is None else (nn.Linear, loaded.Conv1D)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     others = (*head_modules(model), *frozen_parts(model))
 
     def is_linear(module: nn.Module) -> bool:
         if isinstance(module, nn.Conv2d):
             return convolutions and module.groups == 1
-        return isinstance(module, nn.Linear | Conv1D)
+        return isinstance(module, linear)
 
     names = [
         name
