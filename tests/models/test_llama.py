@@ -215,7 +215,7 @@ def test_generating_imports_no_transformers(
     if is_adapter:
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"prompt": "Hello", "completion": "Hi"}\n' * 4)
-        model = luthier.tune(rows, base=model, name="x", training__max_steps=1).id
+        model = luthier.tune(rows, base=model, name="x", training__max_steps=1).model_id
     code = (
         "import sys; from luthier.cli.app import app\n"
         f"sys.argv = ['luthier', 'generate', {model!r}, 'Hi', '--max-tokens', '4']\n"
