@@ -479,11 +479,10 @@ def objective_of(model: StoredModel) -> Objective:
 
 def writes(model: StoredModel) -> bool:
     """Whether it answers with text; of a folder of another tool its configuration says it."""
-    from luthier.models.heads import Head, task_in
-    from luthier.models.load import read_config
+    from luthier.models.description import described_network
 
     if model.kind is None and model.manifest.objective is None:
-        return task_in(read_config(model.folder, Head("embedding"))) == "causal_lm"
+        return described_network(model.folder).task == "causal_lm"
     return objective_of(model).task == "causal_lm"
 
 
