@@ -1,4 +1,4 @@
-"""What a base model is made from: text, a network of random weights, a tokenizer, and a training.
+"""What a base model is made from: text, a network and its tokenizer, and a training.
 
 The counterpart of :class:`luthier.recipe.Recipe` for ``luthier pretrain``: read from TOML, from the
 command line and from Python, and stored with the base model.
@@ -32,8 +32,11 @@ class Corpus(StrictModel):
 
 
 class NewNetwork(StrictModel):
-    """The network that is built."""
+    """The network that is built, or gone on with."""
 
+    base: str | None = None
+    """A model to go on from, with its weights and its tokenizer (continued pre-training); a network of
+    random weights is built when not given."""
     family: Family = "llama"
     """Kind of network; ``palm`` has parallel layers and one key head (Chowdhery et al. 2022),
     ``transfo_xl`` segments that remember (Dai et al. 2019). ELMo's is not among them: it reads
@@ -44,7 +47,8 @@ class NewNetwork(StrictModel):
     config: Path | None = None
     """A config.json to build from instead of family and size."""
     context: int | None = Field(default=None, ge=8)
-    """Longest input in tokens, and the length of the sequences it is trained on."""
+    """Longest input in tokens, and the length of the sequences it is trained on; of ``base`` the
+    length of the sequences alone, 512 when not given."""
 
 
 class NewTokenizer(StrictModel):
@@ -89,7 +93,15 @@ class PretrainRecipe(StrictModel):
     @staticmethod
     def parse(fields: dict[str, Any]) -> PretrainRecipe:
         """Build one from plain values; :class:`RecipeError` names each bad field."""
-        network = fields.get("network")
+        network, tokenizer = fields.get("network"), fields.get("tokenizer")
+        if isinstance(network, dict) and network.get("base") is not None:
+            new = [name for name in ("family", "size", "config") if name in network]
+            new += [name for name in ("vocabulary", "sample") if name in (tokenizer or {})]
+            if new:
+                raise RecipeError(
+                    f"a base that is gone on from has its own network and tokenizer: leave out "
+                    f"{', '.join(new)}, or the base"
+                )
         if (
             isinstance(network, dict)
             and "config" in network

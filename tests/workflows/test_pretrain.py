@@ -25,7 +25,7 @@ from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict, UnknownModel
 from luthier.files import read_json
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.store.models import find, objective_of
+from luthier.store.models import ancestors, find, objective_of
 from luthier.workflows import pretrain as engine
 from luthier.workflows import pretrain_defaults as defaults
 from luthier.workflows.pretrain_defaults import NetworkFacts
@@ -136,6 +136,67 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     remove_model("mine", json_=False)
     with pytest.raises(UnknownModel):
         find("mine")
+    assert not any((luthier_home / "pretraining").glob("mine"))
+
+
+def test_a_base_is_gone_on_from_with_its_tokenizer(
+    fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    made(fields({"max_steps": 4}))
+    start = find("mine")
+    more = fields({"max_steps": 30}, name="gone-on", network={"base": "mine", "context": 32})
+    heard = Heard()
+    result = made(more, reporter=heard)
+    stored = find(result.model_id)
+
+    assert stored.id == stored.root == "gone-on" and stored.manifest.parent == "mine"
+    assert stored.manifest.recipe is not None
+    assert stored.manifest.recipe["network"] == {"base": "mine", "family": "llama", "context": 32}
+    assert stored.manifest.recipe["objective"]["sequence_length"] == 32
+    assert stored.manifest.context == start.manifest.context == 64
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (stored.folder / name).read_bytes() == (start.folder / name).read_bytes()
+    assert weights_of("gone-on") != weights_of("mine")
+    metrics = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+    held = [line["loss"] for line in map(json.loads, metrics) if line["event"] == "validation"]
+    before = luthier.evaluate("mine", text).scores["loss"]
+    assert held[0] == pytest.approx(before, rel=0.1)  # it begins where the other ended
+    assert result.validation_loss is not None and result.validation_loss < held[0] - 0.2
+    assert "network.size" not in heard.choices
+    assert [each.id for each in ancestors(stored) if not isinstance(each, str)] == ["mine"]
+    assert luthier.load("gone-on").generate(["The fox sees"], max_tokens=8)[0]
+
+
+def test_it_has_the_bits_of_tuning_on_the_same_text(
+    fields: Callable[..., dict[str, Any]], text: Path
+) -> None:
+    """One document, nothing held out: the sequences of both are the same."""
+    made(fields({"max_steps": 2}))
+    training = {"max_steps": 5, "weight_decay": 0.0, "beta2": 0.999, "shuffle": False}
+    data = {"train": [str(text)], "validation_share": 0}
+    network = {"base": "mine", "context": 32}
+    result = made(fields(training, name="gone-on", network=network, data=data))
+    tuned = luthier.tune(
+        text, base="mine", name="tuned", data__validation_share=0, objective="causal_lm",
+        objective__sequence_length=32, adaptation__method="full",
+        **{f"training__{name}": value for name, value in {**TRAINING, **training}.items()},
+    )  # fmt: skip
+    assert weights_of(result.model_id) == weights_of(tuned.model_id)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"network": {"base": "mine", "size": "tiny"}}, "leave out size"),
+        ({"network": {"base": "mine"}, "tokenizer": {"vocabulary": 300}}, "leave out vocabulary"),
+        ({"network": {"base": "no-such-model"}}, "no-such-model"),
+    ],
+)
+def test_a_base_that_cannot_be_gone_on_from_is_refused(
+    more: dict[str, Any], match: str, fields: Callable[..., dict[str, Any]], luthier_home: Path
+) -> None:
+    with pytest.raises(LuthierError, match=match):
+        made(fields(**more))
     assert not any((luthier_home / "pretraining").glob("mine"))
 
 

@@ -104,6 +104,7 @@ FIELDS: Mapping[str, str] = {
     "family": "network.family",
     "config": "network.config",
     "context": "network.context",
+    "from_base": "network.base",
     "vocabulary": "tokenizer.vocabulary",
     "max_tokens": "sampling.max_tokens",
     "temperature": "sampling.temperature",

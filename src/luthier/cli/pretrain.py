@@ -22,6 +22,12 @@ def pretrain(
     ],
     name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
     size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
+    from_base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", help="Model to go on from (continued pre-training), instead of a new network."
+        ),
+    ] = None,
     family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
@@ -42,7 +48,10 @@ def pretrain(
     resume: Resume = False,
     json_: Json = False,
 ) -> None:
-    """Train a new base model from random weights on raw text, with a tokenizer of its own."""
+    """Train a base model on raw text that may exceed the memory.
+
+    It starts from random weights with a tokenizer of its own, or goes on from --base.
+    """
     options = recipe_options(locals())
     from luthier.pretrain_recipe import PretrainRecipe
 

@@ -1,4 +1,7 @@
-"""From raw text to a new base model: tokenizer, network, token file, training, store.
+"""From raw text to a base model: tokenizer, network, token file, training, store.
+
+A new network of random weights, or one that is gone on from with its own tokenizer: continued
+pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, on text of any size.
 
 Everything up to the training is made once, in the run's folder, each part whole or not at all and
 from the request alone: a run that was killed goes on where it was, to the same bits. What trains is
@@ -43,8 +46,9 @@ from luthier.models.build import build, read_configuration
 from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
+from luthier.objectives.causal_lm import CausalLM
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.recipe import DataSpec, Recipe
+from luthier.recipe import DataSpec, Recipe, Training
 from luthier.store import models as store
 from luthier.types import Example
 from luthier.workflows.certificate.certificate import certify
@@ -107,13 +111,18 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
     context = store.room_of(start)
+    if recipe.network.base is not None:
+        CausalLM().check(chat)
+        context = min(context, recipe.network.context or CausalLM().sequence_length)
     data = _dataset(recipe, run, found, chat, context, reporter)
     weights, embedding = _count(start)
-    facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])
-    training, more = choose(recipe.training, facts)
-    if note := shortage(facts, training):
-        reporter.note(note)
-    choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
+    training: Training = recipe.training
+    if recipe.network.base is None:  # what goes on from trained weights has the defaults of tuning
+        facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])
+        training, more = choose(training, facts)
+        if note := shortage(facts, training):
+            reporter.note(note)
+        choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
     whole = Recipe(
         base=start.id,
         data=DataSpec(train=str(run.folder / TOKENS / "train.bin")),
@@ -136,7 +145,14 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
     chosen = job.recipe.plain()
     filled = {"training": chosen["training"], "objective": chosen["objective"]}
-    origin = {"recipe": recipe.plain() | filled, "parameters": weights, "context": context}
+    origin = {
+        "recipe": recipe.plain() | filled,
+        "parameters": weights,
+        "context": store.room_of(start),
+    }
+    if recipe.network.base is not None:
+        origin |= {"parent": start.id, "licence": start.manifest.licence}
+        origin |= store.tokenizer_origin(start)
     return replace(job, origin=origin)
 
 
@@ -187,6 +203,8 @@ def _start(
     recipe: PretrainRecipe, run: BaseRun, found: Survey, reporter: Reporter
 ) -> store.StoredModel:
     """Tokenizer and network before the first step."""
+    if recipe.network.base is not None:
+        return store.find(recipe.network.base, reporter.stage)
     folder = run.folder / START
     if not folder.is_dir():
         fields, vocabulary = _network(recipe)
@@ -285,7 +303,7 @@ def _report_progress(
 
 def _count(start: store.StoredModel) -> tuple[int, int]:
     """Weights of the network, and those of its embedding tables."""
-    model: Any = sketch(start.folder, store.objective_of(start).head())
+    model: Any = sketch(start.network_folder, store.objective_of(start).head())
     tables = {
         id(m.weight): m.weight
         for m in (model.get_input_embeddings(), model.get_output_embeddings())

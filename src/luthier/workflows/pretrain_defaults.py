@@ -39,7 +39,7 @@ def plan(recipe: PretrainRecipe, found: Survey) -> tuple[PretrainRecipe, list[Ch
     choices: list[Choice] = []
     network, tokenizer, data = recipe.network, recipe.tokenizer, recipe.data
     tokens = found.characters // CHARACTERS_PER_TOKEN
-    if network.size is None and network.config is None:
+    if network.size is None and network.config is None and network.base is None:
         size, reason = _size(tokens)
         network = network.model_copy(update={"size": size})
         choices.append(("network.size", size, reason))
