@@ -182,7 +182,7 @@ def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -
     with pytest.raises(
         UnknownModel, match=r"1 are missing or of another shape, model\.norm\.weight"
     ):
-        load_llama(config, [path], torch.float32, CPU)
+        load_llama(config, folder, torch.float32, CPU)
     save_file(
         whole | {"model.norm.weight": torch.full_like(whole["model.norm.weight"], torch.nan)}, path
     )
@@ -193,7 +193,7 @@ def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -
         load_model(folder, torch.float32, CPU, learns=False)
     tied = config.model_copy(update={"tie_word_embeddings": True})
     save_file(whole, path)
-    assert load_llama(tied, [path], torch.float32, CPU) is None
+    assert load_llama(tied, folder, torch.float32, CPU) is None
 
 
 def test_a_configuration_of_more_than_is_stored_is_refused(

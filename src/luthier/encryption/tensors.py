@@ -6,13 +6,15 @@ An encrypted file is made and opened in memory, so that once, for a moment, its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from luthier.encryption.chunks import SealedReader
 from luthier.encryption.files import is_sealed, new_data_file, read_data
 from luthier.encryption.keys import keyring, keys_for
+from luthier.errors import CorruptFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +36,15 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """What :func:`save_tensors` wrote; errors are those of safetensors, and ``CorruptFile``."""
+    """What :func:`save_tensors` wrote.
+
+    Raises:
+        CorruptFile: for a file that cannot be read, or is none of safetensors.
+    """
     from safetensors.torch import load, load_file
 
-    if is_sealed(path):
-        opened: dict[str, Tensor] = load(read_data(path))
-        return opened
-    found: dict[str, Tensor] = load_file(path)
+    with _reading(path):
+        found: dict[str, Tensor] = load(read_data(path)) if is_sealed(path) else load_file(path)
     return found
 
 
@@ -48,17 +52,29 @@ def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
     """Type, such as ``BF16``, and shape of each tensor of a file; only its header is read.
 
     Raises:
-        SafetensorError, CorruptFile: for a file that is none.
+        CorruptFile: as :func:`load_tensors`.
     """
     from safetensors import safe_open
 
-    ring = keyring() if is_sealed(path) else None
-    if ring is None:
-        with safe_open(path, framework="np") as file:  # torch would be imported for "pt"
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    with _reading(path):
+        ring = keyring() if is_sealed(path) else None
+        if ring is None:
+            with safe_open(path, framework="np") as file:  # torch would be imported for "pt"
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     with SealedReader(path, ring) as reader:
         size = int.from_bytes(b"".join(reader.pieces(0, 8)), "little")
         header = json.loads(b"".join(reader.pieces(8, size)))
     header.pop("__metadata__", None)
     return {name: (each["dtype"], each["shape"]) for name, each in header.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of what the system or safetensors raises in the block that ``path`` cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from luthier.encryption.tensors import load_tensors, tensor_headers
-from luthier.errors import UnknownModel
 from luthier.models.attention import Attends
+from luthier.models.description import weight_files
 from luthier.models.fused import RMSNorm, SwiGLU
 from luthier.models.llama_config import LlamaConfig, RopeParameters
+from luthier.models.outside import check_complete
 
 
 class States(NamedTuple):
@@ -186,15 +187,15 @@ def sketch_llama(config: LlamaConfig) -> LlamaForCausalLM:
 
 
 def load_llama(
-    config: LlamaConfig, files: list[Path], dtype: torch.dtype, device: torch.device
+    config: LlamaConfig, folder: Path, dtype: torch.dtype, device: torch.device
 ) -> LlamaForCausalLM | None:
-    """The network with the weights in ``files``; ``None`` where transformers would tie them otherwise.
+    """The network with the weights in ``folder``; ``None`` where transformers ties them otherwise.
 
     Raises:
         UnknownModel: where a weight is missing or has another shape.
-        SafetensorError, CorruptFile: for files that cannot be read.
+        CorruptFile: for files that cannot be read.
     """
-    model = sketch_llama(config)
+    model, files = sketch_llama(config), weight_files(folder)
     if config.tie_word_embeddings and any("lm_head.weight" in tensor_headers(f) for f in files):
         return None
     wanted = {name: weight.shape for name, weight in model.named_parameters()}
@@ -204,11 +205,7 @@ def load_llama(
             if wanted.get(name) == tensor.shape:
                 # A copy: the file is mapped, and may be replaced while the network is in use.
                 found[name] = tensor.to(device, dtype, copy=True)
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise UnknownModel(
-            f"it has not all weights of the network: {len(missing)} are missing or of another shape, "
-            f"{', '.join(missing[:3])} among them"
-        )
+    check_complete(wanted.keys() - found.keys(), f"{folder} (llama)")
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

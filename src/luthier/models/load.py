@@ -42,6 +42,7 @@ from luthier.models.llama import load_llama
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
+from luthier.models.outside import check_complete
 from luthier.models.pipelines import is_pipeline
 from luthier.types import Example
 
@@ -91,13 +92,7 @@ def for_head(config: Any, head: Head) -> Any:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The precision of the weights in ``folder``, the widest where there are several."""
-    from safetensors import SafetensorError
-
-    path = weight_files(folder)[0]
-    try:
-        kinds = {kind for kind, _ in tensor_headers(path).values()}
-    except (OSError, SafetensorError) as error:
-        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    kinds = {kind for kind, _ in tensor_headers(weight_files(folder)[0]).values()}
     # Norms may be kept in float32 beside weights of fewer bits; none may lose some.
     for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
         if name in kinds:
@@ -172,12 +167,8 @@ def load_model(
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
     other = {name for name, *_ in loaded["mismatched_keys"]}
     absent = set(loaded["missing_keys"]) | other
-    if missing := sorted(absent - _head_names(model) - unused):
-        # transformers would draw them at random, with no more than a warning.
-        raise UnknownModel(
-            f"{folder} ({kind}) has not all weights of the network: {len(missing)} are missing or "
-            f"of another shape, {', '.join(missing[:3])} among them"
-        )
+    # transformers would draw them at random, with no more than a warning.
+    check_complete(absent - _head_names(model) - unused, f"{folder} ({kind})")
     _check_finite(model, folder)
     start_bias(model, head.bias, absent)
     mark_new(model, absent & head_weights(model))
@@ -189,17 +180,8 @@ def _load_without_transformers(
     folder: Path, dtype: torch.dtype, device: torch.device
 ) -> nn.Module | None:
     """The network, where it is one of those; its head is marked as a language model's."""
-    from safetensors import SafetensorError
-
     config = LlamaConfig.of(check_folder(folder))
-    if config is None:
-        return None
-    try:
-        model = load_llama(config, weight_files(folder), dtype, device)
-    except SafetensorError as error:
-        raise CorruptFile(f"the weights in {folder} cannot be read: {error}") from error
-    except UnknownModel as error:
-        raise UnknownModel(f"{folder} (llama): {error}") from error
+    model = None if config is None else load_llama(config, folder, dtype, device)
     if model is not None:
         mark(model, "causal_lm")
         _check_finite(model, folder)
@@ -313,14 +295,24 @@ def _random_images(network: Network) -> torch.Tensor:
     return images.to(network.device, network.dtype)
 
 
-def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
-    """Refuse a network of which the numbers here are not its own."""
+def _check_answer(own: torch.Tensor) -> None:
+    """Refuse a network whose own forward gives ``own``, where that is not finite."""
     if not own.isfinite().all():
         raise CorruptFile(
             "the network answers with numbers that are not finite: its weights are damaged"
         )
+
+
+def _is_rounding(error: float, dtype: torch.dtype) -> bool:
+    """Whether a relative error is one that networks of ``dtype`` have by rounding."""
+    return error < (0.1 if dtype == torch.bfloat16 else 1e-3)
+
+
+def _compare(network: Network, ours: torch.Tensor, own: torch.Tensor) -> None:
+    """Refuse a network of which the numbers here are not its own."""
+    _check_answer(own)
     error = float((ours - own).norm() / own.norm().clamp_min(1e-6))
-    if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
+    if not _is_rounding(error, network.dtype):
         raise RecipeError(
             f"networks of type {network.model.config.model_type} cannot be trained here yet: what "
             f"their head reads is not known (relative error {error:.2g})"
@@ -381,10 +373,7 @@ class _Probe:
         rows = [self._own(ids_1T.to(self.device)) for ids_1T in self.ids_2T.split(1)]
         states = task_of(self.model) == "embedding"
         out = torch.cat([row.last_hidden_state if states else row.logits for row in rows])
-        if not out.isfinite().all():
-            raise CorruptFile(
-                "the network answers with numbers that are not finite: its weights are damaged"
-            )
+        _check_answer(out)
         return out.float()
 
     def _own(self, ids_1T: torch.Tensor) -> Any:
@@ -416,7 +405,7 @@ class _Probe:
                 f"networks of type {self.model.config.model_type} cannot be trained for this yet: "
                 f"their head is not known here ({missing})"
             ) from missing
-        if not error < (0.1 if network.dtype == torch.bfloat16 else 1e-3):
+        if not _is_rounding(error, network.dtype):
             raise RecipeError(
                 f"networks of type {self.model.config.model_type} cannot be trained here yet: on a "
                 "probe, luthier's forward gave other numbers than the network's own forward (relative "

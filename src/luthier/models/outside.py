@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,15 +231,14 @@ def check_weights(folder: Path) -> int:
     Raises:
         ModelRefused: for files that are none, and for types that are no weights.
     """
-    from safetensors import SafetensorError
-
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
         try:
             headers = tensor_headers(path)
-        except (OSError, CorruptFile, SafetensorError) as error:
+        except CorruptFile as error:
+            why = error.__cause__ or error
             raise ModelRefused(
-                path.name, "model.weights", f"It is no whole safetensors file: {error}.",
+                path.name, "model.weights", f"It is no whole safetensors file: {why}.",
                 "Copy it again, and compare its size and SHA-256 with the original's.",
             ) from error  # fmt: skip
         for name, (kind, shape) in headers.items():
@@ -258,12 +257,20 @@ def read_shapes(path: Path) -> dict[str, Sequence[int]]:
     Raises:
         CorruptFile: for a file that is none.
     """
-    from safetensors import SafetensorError
+    return {name: shape for name, (_, shape) in tensor_headers(path).items()}
 
-    try:
-        return {name: shape for name, (_, shape) in tensor_headers(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise CorruptFile(f"{path} cannot be read as safetensors: {error}") from error
+
+def check_complete(missing: Collection[str], where: str) -> None:
+    """Refuse a network of which weights are ``missing`` in the files; ``where`` names it.
+
+    Raises:
+        UnknownModel: naming some of them.
+    """
+    if missing:
+        raise UnknownModel(
+            f"{where} has not all weights of the network: {len(missing)} are missing or of another "
+            f"shape, {', '.join(sorted(missing)[:3])} among them"
+        )
 
 
 def check_lone_weights(path: Path) -> None:

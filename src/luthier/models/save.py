@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from luthier.data.processors import save_processor
 from luthier.encryption.files import seal
 from luthier.encryption.keys import keys_for
@@ -71,11 +69,7 @@ def save_adapter(
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The weights of a saved adapter, by the names they have in the file."""
-    try:
-        saved: dict[str, Tensor] = load_tensors(folder / ADAPTER)
-    except (OSError, SafetensorError) as error:
-        raise CorruptFile(f"{folder / ADAPTER} cannot be read: {error}") from error
-    return saved
+    return load_tensors(folder / ADAPTER)
 
 
 def load_adapter(model: nn.Module, adaptation: Adaptation, folder: Path) -> None:

@@ -439,8 +439,6 @@ def _serial(entry: _Entry) -> SerialModel:
 
 def _weights(stored: StoredModel, base: _Entry | None) -> int:
     """Bytes that a model takes in memory, beside its base, without what its sequences keep."""
-    from safetensors import SafetensorError
-
     from luthier.encryption.tensors import tensor_headers
     from luthier.engine.machine import choose_machine
     from luthier.models.save import ADAPTER
@@ -455,8 +453,7 @@ def _weights(stored: StoredModel, base: _Entry | None) -> int:
     for path in files:
         try:
             numbers += sum(prod(shape) for _, shape in tensor_headers(path).values())
-        except (OSError, SafetensorError, LuthierError) as error:
-            text = f"The model cannot be loaded: {path} cannot be read: {error}"
-            raise InferenceFailed("ModelError", text) from error
+        except LuthierError as error:
+            raise InferenceFailed("ModelError", f"The model cannot be loaded: {error}") from error
     times = _LOADED_TWICE if base is None else _STACKED
     return int(times * choose_machine().dtype.itemsize * numbers)

@@ -116,7 +116,7 @@ def test_what_is_no_vgg_is_said_before_it_is_copied(tmp_path: Path, luthier_home
     with pytest.raises(UnknownModel, match=f"a model in a folder.* name the folder: {tmp_path}"):
         find(str(file))
     file.write_bytes(b"no weights")
-    with pytest.raises(CorruptFile, match="cannot be read as safetensors"):
+    with pytest.raises(CorruptFile, match="cannot be read: "):
         find(str(file))
     assert not (luthier_home / "models").exists()
     with pytest.raises(ValueError, match="11, 13, 16, 19 layers, and not 12"):
