@@ -45,10 +45,6 @@ class Norms(Adaptation):
         for name, weight in model.named_parameters():
             weight.requires_grad_("norm" in name.lower())
 
-    def adapter_config(self, model, base):
-        """A file of luthier's own."""
-        return self.own_config(base)
-
     def learning_rate(self, hidden):
         """As for other few weights."""
         return 3e-3, "few weights train"

@@ -10,7 +10,7 @@ training the layer norms beside them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -67,10 +67,6 @@ class Adapters(Adaptation):
         hidden = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
         width = max(1, round(hidden / self.reduction_factor))
         replace_modules(model, names, lambda base: Bottleneck(base, hidden, width, self.activation))
-
-    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """Only the bottlenecks are stored; PEFT has no such method, so the file is luthier's own."""
-        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning, inside what Houlsby et al. search (3e-5 to 3e-3)."""

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
 from luthier.errors import RecipeError
 from luthier.validation import StrictModel
 
@@ -24,8 +26,17 @@ each other). Each time it yields, weights that require a gradient hold that of t
 ``grad``; it is gone when the next row is asked for."""
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration of PEFT as JSON holds it: sets as sorted lists."""
+def peft_config(kind: Any, model: nn.Module, base: str, **fields: Any) -> dict[str, Any]:
+    """The configuration that PEFT itself writes for an adapter of ``kind``, sets as sorted lists."""
+    from luthier.models.heads import head_modules, peft_task
+
+    config = kind(
+        task_type=peft_task(model),
+        modules_to_save=head_modules(model) or None,
+        base_model_name_or_path=base,
+        inference_mode=True,
+        **fields,
+    )
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
 
 
@@ -118,12 +129,8 @@ class Adaptation(StrictModel):
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """``adapter_config.json``, unless the whole network is stored.
 
-        PEFT's own configuration where PEFT has the method.
+        PEFT's own where PEFT has the method (:func:`peft_config`), else one of luthier.
         """
-        raise NotImplementedError
-
-    def own_config(self, base: str) -> dict[str, Any]:
-        """``adapter_config.json`` of a method that PEFT does not have: a file of luthier's own."""
         return {"luthier": self.model_dump(mode="json"), "base_model_name_or_path": base}
 
     def stored_name(self, name: str) -> str:
@@ -133,3 +140,23 @@ class Adaptation(StrictModel):
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Default rate and the reason for it; ``hidden`` is the width of the network."""
         raise NotImplementedError
+
+
+class VirtualTokens(Adaptation):
+    """Base of the adaptations that put something learned before every row, and touch nothing else."""
+
+    virtual_tokens: int = Field(default=20, ge=1, le=100_000)
+    """Vectors, or keys and values in each layer, before each row; they take room in the context."""
+
+    takes_media: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = False
+
+    @property
+    def added_tokens(self) -> int:
+        """Positions that they take of the context."""
+        return self.virtual_tokens
+
+    @property
+    def shares_base(self) -> bool:
+        """They are read with the prompt, and what is written does not meet them."""
+        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from luthier.adaptations.base import Adaptation
 from luthier.errors import RecipeError
@@ -34,10 +34,6 @@ class BitFit(Adaptation):
             )
         for bias in biases:
             bias.requires_grad_(True)
-
-    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """Only the biases are stored; PEFT has no such method, so the file is luthier's own."""
-        return self.own_config(base)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the paper's search range of 1e-4 to 1e-3, which is for a network 12 times as large.

@@ -42,10 +42,6 @@ class FeatureExtraction(Adaptation):
             )
         head.requires_grad_(True)
 
-    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """Only the head is stored; PEFT has no such method, so the file is luthier's own."""
-        return self.own_config(base)
-
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Above the 1e-3 of Peters et al. (2019, arXiv:1903.05987), at which few steps do not suffice.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from luthier.adaptations.base import Adaptation, full_rate, plain_config
+from luthier.adaptations.base import Adaptation, full_rate, peft_config
 from luthier.adaptations.targets import ALL_LINEAR, linear_targets
 from luthier.errors import RecipeError
 from luthier.models.layers import modules_of, replace_modules
@@ -89,16 +89,18 @@ class LoRA(Adaptation):
         from peft import LoraConfig
 
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
-        from luthier.models.heads import head_modules, peft_task
 
         wrapped = modules_of(model, (LoRALinear, LoRAConv2d))
         ends = {name.rpartition(".")[2] for name in wrapped}
         if any(end.isdigit() for end in ends):  # convolutions in a Sequential are called "0"
             ends = {*wrapped}
-        config = LoraConfig(
+        return peft_config(
+            LoraConfig,
+            model,
+            base,
             r=self.rank,
             # PEFT types this as a whole number, but takes and stores any.
-            lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,  # type: ignore[arg-type]
+            lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             use_dora=self.dora,
@@ -107,12 +109,7 @@ class LoRA(Adaptation):
             target_modules=sorted(
                 ends if self.targets in (None, ALL_LINEAR) else _ends(self.targets)
             ),
-            task_type=peft_task(model),
-            modules_to_save=head_modules(model) or None,
-            base_model_name_or_path=base,
-            inference_mode=True,
         )
-        return plain_config(config)
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""

@@ -10,11 +10,9 @@ helps some tasks and harms others), and PEFT's random start.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from luthier.adaptations.base import Adaptation, Gradients, plain_config
+from luthier.adaptations.base import Gradients, VirtualTokens, peft_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,26 +20,10 @@ if TYPE_CHECKING:
     from luthier.models.network import Network
 
 
-class Prefix(Adaptation):
+class Prefix(VirtualTokens):
     """Train keys and values that every layer sees before each row."""
 
     method: Literal["prefix"] = "prefix"
-
-    takes_media: ClassVar[bool] = False
-    virtual_tokens: int = Field(default=20, ge=1, le=100_000)
-    """Keys and values in each layer; they take room in the context."""
-
-    mergeable: ClassVar[bool] = False
-
-    @property
-    def added_tokens(self) -> int:
-        """Positions that the prefix takes of the context."""
-        return self.virtual_tokens
-
-    @property
-    def shares_base(self) -> bool:
-        """The keys and values come before those of the prompt."""
-        return True
 
     def adapt(self, model: nn.Module) -> None:
         """Put a prefix of zeros into each layer; freeze everything else."""
@@ -63,24 +45,21 @@ class Prefix(Adaptation):
         """The configuration PEFT itself writes for this prefix."""
         from peft import PrefixTuningConfig
 
-        from luthier.models.heads import head_modules, peft_task
         from luthier.models.prefix import KeyValuePrefix
 
         prefix = next(m for m in model.modules() if isinstance(m, KeyValuePrefix))
         layers, heads, size = prefix.shape
-        config = PrefixTuningConfig(
+        return peft_config(
+            PrefixTuningConfig,
+            model,
+            base,
             num_virtual_tokens=self.virtual_tokens,
             num_layers=layers,
             num_attention_heads=heads,
             token_dim=heads * size,
             encoder_hidden_size=heads * size,
             num_transformer_submodules=1,
-            task_type=peft_task(model),
-            modules_to_save=head_modules(model) or None,
-            base_model_name_or_path=base,
-            inference_mode=True,
         )
-        return plain_config(config)
 
     def stored_name(self, name: str) -> str:
         """PEFT keeps the prefix under one name of its own."""

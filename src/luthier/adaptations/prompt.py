@@ -8,11 +8,9 @@ and cannot be merged. arXiv:2104.08691.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
-
-from luthier.adaptations.base import Adaptation, plain_config
+from luthier.adaptations.base import VirtualTokens, peft_config
 from luthier.errors import RecipeError
 from luthier.models.heads import prompt_ids
 from luthier.models.layers import replace_modules
@@ -21,30 +19,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _same(module: nn.Module, embedding: nn.Embedding) -> bool:
-    return isinstance(module, type(embedding)) and module.weight is embedding.weight
-
-
-class Prompt(Adaptation):
+class Prompt(VirtualTokens):
     """Train a prompt of vectors."""
 
     method: Literal["prompt"] = "prompt"
-
-    takes_media: ClassVar[bool] = False
-    virtual_tokens: int = Field(default=20, ge=1, le=100_000)
-    """Vectors in the prompt; they take room in the context."""
-
-    mergeable: ClassVar[bool] = False
-
-    @property
-    def added_tokens(self) -> int:
-        """Tokens that each row grows by."""
-        return self.virtual_tokens
-
-    @property
-    def shares_base(self) -> bool:
-        """The vectors are read with the prompt, and tokens that are written do not meet them."""
-        return True
 
     def adapt(self, model: nn.Module) -> None:
         """Put the prompt behind the vocabulary of the input embedding; freeze everything else."""
@@ -73,9 +51,9 @@ class Prompt(Adaptation):
         model.requires_grad_(False)
         # An encoder-decoder has one for each side, of the same weight.
         names = [
-            n
-            for n, module in model.named_modules(remove_duplicate=False)
-            if _same(module, embedding)
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, type(embedding)) and module.weight is embedding.weight
         ]
         prompt = PromptEmbedding(embedding, self.virtual_tokens)
         replace_modules(model, names, lambda _: prompt)
@@ -84,17 +62,13 @@ class Prompt(Adaptation):
         """The configuration PEFT itself writes for this prompt."""
         from peft import PromptTuningConfig
 
-        from luthier.models.heads import head_modules, peft_task
-
-        config = PromptTuningConfig(
+        return peft_config(
+            PromptTuningConfig,
+            model,
+            base,
             num_virtual_tokens=self.virtual_tokens,
-            task_type=peft_task(model),
             num_transformer_submodules=1,  # of an encoder-decoder, the encoder's
-            modules_to_save=head_modules(model) or None,
-            base_model_name_or_path=base,
-            inference_mode=True,
         )
-        return plain_config(config)
 
     def stored_name(self, name: str) -> str:
         """PEFT keeps the prompt under one name of its own."""

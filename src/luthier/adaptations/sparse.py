@@ -90,10 +90,6 @@ class Sparse(Adaptation):
 
         replace_modules(model, modules_of(model, SparseLinear), SparseLinear.merge)
 
-    def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """Places and values are stored; PEFT has no such method, so the file is luthier's own."""
-        return self.own_config(base)
-
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning; not fitted, measured in ``docs/results.md``."""
         reason = "few weights must move further: ten times the rate of full fine-tuning"
