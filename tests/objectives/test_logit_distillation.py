@@ -21,7 +21,7 @@ from luthier.models.load import as_network
 from luthier.models.network import Network
 from luthier.objectives import LogitDistillation
 from luthier.objectives.distillation import note_sizes
-from luthier.objectives.teacher import TopK
+from luthier.objectives.teacher import TopK, whole_distribution
 from luthier.recipe import Recipe
 from luthier.types import Example, Message
 
@@ -119,11 +119,11 @@ def test_a_soft_prompt_of_the_student_is_not_read_by_the_teacher(
     network = pair(tiny_llama(), tiny_llama(seed=4))
     teacher = network.others["teacher"]
     (batch,) = network.batches(examples, 1000)
-    before = objective()._distribution(network, batch)(slice(0, 5))[1]
+    before = whole_distribution(network, teacher, batch, 1.0)(slice(0, 5))[1]
     Prompt(virtual_tokens=3).attach(network.model)
     (batch,) = network.batches(examples, 1000)
     assert len(batch.tree) > len(next(teacher.batches(examples, 1000)).tree) - 1
-    assert torch.equal(objective()._distribution(network, batch)(slice(0, 5))[1], before)
+    assert torch.equal(whole_distribution(network, teacher, batch, 1.0)(slice(0, 5))[1], before)
 
 
 def keep(network: Network, learner: LogitDistillation, rows: list[Example], folder: Path) -> str:

@@ -157,7 +157,8 @@ def test_windows_of_too_few_values_are_not_judged(tmp_path: Path) -> None:
     answers: list[Any] = fitted.predict(network, batch)
     of_row = {example.row: each for example, each in zip(batch.tree.examples, answers, strict=True)}
     assert [of_row[n]["anomalous"] for n in range(20)] == [None] * 5 + [False] * 15
-    assert fitted.threshold == max(of_row[n]["score"] for n in range(5, 20))
+    highest = max(of_row[n]["score"] for n in range(5, 20))
+    assert fitted.threshold == pytest.approx(highest)  # of other batches: the last bit may differ
 
 
 @torch.no_grad()

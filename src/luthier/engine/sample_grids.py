@@ -15,12 +15,8 @@ from luthier.encryption.files import new_data_file
 from luthier.engine.runs import GRIDS
 from luthier.models.network import Network
 from luthier.objectives.base import Objective
-from luthier.objectives.capabilities import (
-    DenoisingSettings,
-    SupportsDenoising,
-    SupportsSampling,
-)
-from luthier.objectives.generative import STEPS, Generative, images_at_once
+from luthier.objectives.capabilities import SupportsSampling
+from luthier.objectives.generative import Generative, images_at_once, in_few_steps
 from luthier.types import Example
 
 IMAGES = 30
@@ -53,19 +49,15 @@ class SampleGrids:
             chat.media, ImageProcessor
         ):
             return None
-        if isinstance(objective, SupportsDenoising):
-            steps = min(STEPS, objective.most_steps)
-            objective = objective.with_sampling(DenoisingSettings(steps=steps))
+        maker = in_few_steps(objective)
         count = min(IMAGES, images_at_once(chat.media))
-        labels = [*objective.sample_labels[: min(MOST_CLASSES, count)]]
+        labels = [*maker.sample_labels[: min(MOST_CLASSES, count)]]
         if labels:
             labels *= count // len(labels)
         elif isinstance(objective, Generative) and examples:
             own = [objective.label_of(each, chat) for each in examples[:count]]
             labels = [own[index % len(own)] for index in range(count)]
-        return SampleGrids(
-            run_folder / GRIDS, network, objective, chat.media, labels or [""] * count
-        )
+        return SampleGrids(run_folder / GRIDS, network, maker, chat.media, labels or [""] * count)
 
     @torch.no_grad()
     def draw(self, step: int) -> None:

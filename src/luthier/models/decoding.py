@@ -299,6 +299,12 @@ class Completion:
     stopped: bool
     """Whether a stop token ended it, and not the limit of tokens."""
 
+    @property
+    def text_ids(self) -> list[int]:
+        """Its tokens without the one that ended it."""
+        ids: list[int] = self.ids_T[: len(self.ids_T) - self.stopped].tolist()
+        return ids
+
 
 @torch.no_grad()
 def sample(

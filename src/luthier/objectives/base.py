@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from luthier.errors import RecipeError, RowRefused
 from luthier.evaluation.significance import RowScores
 from luthier.models.heads import Head, Task
 from luthier.objectives.capabilities import SupportsPacking, longest_completion
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 from luthier.validation import StrictModel
 
 if TYPE_CHECKING:
@@ -300,6 +300,21 @@ class Objective(StrictModel):
         return ""
 
 
+class WritesReplies(Objective):
+    """Base of the objectives whose networks write replies to prompts."""
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """How a row becomes text: the model's chat template, or prompt and reply as they are."""
+
+    def check(self, chat: ChatFormat) -> None:
+        """Refuse networks that do not write."""
+        check_writes(self, chat)
+
+    def format(self, chat: ChatFormat) -> ChatFormat:
+        """Apply ``template``, keeping the base model's own choice for ``auto``."""
+        return chat.with_template(self.template)
+
+
 _Part = tuple[Sequence[int], float, dict[str, float], dict[str, list[list[float]]]]
 """Place, weight, sums and ratios of a micro-batch, which processes exchange as JSON."""
 
@@ -399,3 +414,20 @@ def cut_end(example: Example, context: int) -> Example:
         source_T = np.append(source_T[: context - 1], source_T[-1])
     ids_T, weight_T = example.ids_T[:context], example.weight_T[:context]
     return replace(example, ids_T=ids_T, weight_T=weight_T, source_T=source_T)
+
+
+def cut_text(example: Example, context: int) -> Example:
+    """Its first ``context - 1`` tokens and the last, which closes the text for encoders."""
+    if len(example) <= context:
+        return example
+    return take_tokens(example, np.r_[0 : context - 1, len(example) - 1])
+
+
+def take_tokens(example: Example, places: slice | IntArray) -> Example:
+    """``example`` with some of its tokens; its target stays."""
+    return replace(
+        example,
+        ids_T=example.ids_T[places],
+        weight_T=example.weight_T[places],
+        word_T=None if example.word_T is None else example.word_T[places],
+    )

@@ -19,7 +19,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, take_tokens
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -143,13 +143,6 @@ def _pieces(example: Example, size: int) -> list[Example]:
             end = int(inside[-1])
         part = slice(first, end)
         if example.weight_T[part].any():
-            pieces.append(
-                replace(
-                    example,
-                    ids_T=example.ids_T[part],
-                    weight_T=example.weight_T[part],
-                    target=target[part],
-                )
-            )
+            pieces.append(replace(take_tokens(example, part), target=target[part]))
         first = end
     return pieces

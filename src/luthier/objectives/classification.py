@@ -21,7 +21,7 @@ from luthier.data.shapes import Labelled
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import Objective, TrainingDefaults, cut_text
 from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
 from luthier.types import Example, FloatArray, IntArray, Loss, Row
 
@@ -234,8 +234,10 @@ class Classification(Objective):
         return f"the new head starts from logistic regression on {len(chosen):,} rows"
 
     def describe(self, example: Example) -> str:
-        """The labels of the row."""
+        """The labels of the row, where it has one."""
         target = np.asarray(example.target)
+        if NO_LABEL in target:
+            return "without a label"
         chosen = np.flatnonzero(target) if self.multi_label else target
         return ", ".join((self.labels or ())[int(index)] for index in chosen)
 
@@ -263,14 +265,3 @@ def class_of(place: int) -> IntArray:
 
 def _accuracy(right_R: Tensor) -> dict[str, tuple[ArrayLike, ArrayLike]]:
     return {"accuracy": (right_R.tolist(), [1] * len(right_R))}
-
-
-def cut_text(example: Example, context: int) -> Example:
-    """Keep the first ``context - 1`` tokens and the last, which closes the text for encoders."""
-    kept = np.r_[0 : context - 1, len(example) - 1]
-    return replace(
-        example,
-        ids_T=example.ids_T[kept],
-        weight_T=example.weight_T[kept],
-        word_T=None if example.word_T is None else example.word_T[kept],
-    )

@@ -40,8 +40,7 @@ from luthier.evaluation.retrieval import number_keys
 from luthier.evaluation.thresholds import are_apart, draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import derive_seed, draw_seed, drawn_from
-from luthier.objectives.base import Objective, TrainingDefaults
-from luthier.objectives.classification import cut_text
+from luthier.objectives.base import Objective, TrainingDefaults, cut_text
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -148,10 +147,7 @@ class Contrastive(Objective):
 
     def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
-        anchor, partner = (
-            cut_text(side, context) if len(side) > context else side
-            for side in self.sequences(example)
-        )
+        anchor, partner = (cut_text(side, context) for side in self.sequences(example))
         return replace(anchor, row=example.row, target=partner.ids_T)
 
     def sequences(self, example: Example) -> list[Example]:

@@ -127,11 +127,9 @@ class Diffusion(Generative):
     reads_texts: bool = False
     """Whether the base model has a text encoder, which reads captions whole; as it has one."""
 
-    approach: ClassVar[str] = "unsupervised"
     task: ClassVar[Task] = "denoising"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.objectives.base import Objective
-from luthier.objectives.sft import SFT
-from luthier.types import Example, Row
+from luthier.objectives.base import Objective, WritesReplies
+from luthier.objectives.sft import encode_replies
+from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network
-    from luthier.objectives.divergence import Divergence
+    from luthier.models.network import Network, TreeBatch
+    from luthier.objectives.divergence import Distribution
 
 DivergenceName = Literal["forward", "reverse", "jsd"]
 
@@ -56,7 +56,7 @@ class Taught(Objective):
         return examples
 
 
-class TokenDivergence(Objective):
+class TokenDivergence(WritesReplies):
     """Base of the objectives that draw the distribution over the next token to another."""
 
     divergence: DivergenceName = "forward"
@@ -65,30 +65,23 @@ class TokenDivergence(Objective):
     """Weight of the teacher in the mixture of ``jsd``; 0.5 in GKD's symmetric case."""
     temperature: float = Field(default=1.0, gt=0, le=1000)
     """The logits of both are divided by it: 1 in GKD; higher shows more of what it thinks unlikely."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a row becomes text: the model's chat template, or prompt and completion as they are."""
 
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
 
-    @property
-    def distance(self) -> Divergence:
-        """The divergence asked for."""
-        from luthier.objectives.divergence import Divergence
+    def divergence_loss(
+        self, network: Network, batch: TreeBatch, distribution: Distribution, mix: float = 0.0
+    ) -> Loss:
+        """Summed divergence from ``distribution``, and ``mix`` times the data's own cross-entropy."""
+        from luthier.objectives.divergence import CHUNK, Divergence
+        from luthier.objectives.logprobs import chunked_loss
 
-        return Divergence(self.divergence, self.beta, self.temperature)
-
-    @property
-    def _rows(self) -> SFT:
-        """Rows become tokens as in supervised fine-tuning."""
-        return SFT(template=self.template)
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        return self._rows.format(chat)
+        distance = Divergence(self.divergence, self.beta, self.temperature)
+        compare = distance.compare(batch, distribution, mix)
+        return Loss(chunked_loss(network, batch, compare, CHUNK))
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """Weight 1 on each token of each reply, 0 on the rest."""
-        return self._rows.encode(row, index, chat)
+        """Weight 1 on each token of each reply, 0 on the rest, as in supervised fine-tuning."""
+        return encode_replies(row, index, chat)
 
     def parity_loss(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """The cross-entropy of the rows, which asks no teacher."""

@@ -52,9 +52,9 @@ class DPO(ReferenceObjective, Pairwise):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the pairs."""
-        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.logprobs import row_logps
 
-        logp_R = row_sums(batch, token_logps(network, batch))
+        logp_R = row_logps(network, batch)
         length_R, sides = answer_lengths(batch), Sides.of(batch)
         reward_R = self.beta * self._ratios(logp_R, batch.extra, length_R)
         each_P = self._of_margin(reward_R[sides.chosen_P] - reward_R[sides.rejected_P])

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
-from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text
+from luthier.objectives.base import Objective, cut_text
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.distillation import Taught
 from luthier.types import Example, Loss, Row

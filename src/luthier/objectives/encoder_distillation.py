@@ -159,12 +159,6 @@ class EncoderDistillation(Taught, Classification):
         known = [replace(e, target=np.maximum(np.asarray(e.target), 0)) for e in examples]
         return Classification(labels=self.labels).mean_loss(network, known, budget)
 
-    def describe(self, example: Example) -> str:
-        """The label of the row, where it has one."""
-        if int(np.asarray(example.target)[0]) == NO_LABEL:
-            return "without a label"
-        return super().describe(example)
-
 
 def _apart(network: Network, batch: TreeBatch, ours_NH: Tensor, theirs_MH: Tensor) -> Tensor:
     """``1 - cos`` between the hidden states of both, its means over the tokens of each row summed."""

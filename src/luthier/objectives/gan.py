@@ -38,7 +38,7 @@ from luthier.models.heads import Head, Task
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Means, TrainingDefaults
 from luthier.objectives.conditions import class_target, classes_of
-from luthier.objectives.generative import MOST_COMPARED, Generative, draw_noise
+from luthier.objectives.generative import MOST_COMPARED, Generative, draw_latents, draw_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -80,11 +80,9 @@ class GAN(Generative):
     labels: tuple[str, ...] | None = None
     """The classes in the order of the network; from the training rows when not given."""
 
-    approach: ClassVar[str] = "unsupervised"
     task: ClassVar[Task] = "adversarial"
     shapes: ClassVar[frozenset[str]] = frozenset({"image"})
     further_shapes: ClassVar[frozenset[str]] = frozenset({"captioned_image", "labelled_image"})
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     chosen_by_shape: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
@@ -286,8 +284,7 @@ class GAN(Generative):
         import torch
 
         size = int(network.model.config.latent_size)
-        # Each by itself: what torch draws for the first rows else depends on how many there are.
-        latent_RZ = torch.stack([torch.randn(size, generator=generator) for _ in labels])
+        latent_RZ = draw_latents(len(labels), size, generator)
         class_R = None
         if self.labels:
             known = [self.labels.index(label) for label in labels]

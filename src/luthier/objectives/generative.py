@@ -10,7 +10,7 @@ the same noise each time, and compares both in what the classifier's head reads
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from luthier.objectives.capabilities import DenoisingSettings, SupportsDenoising
 from luthier.types import Example
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -37,7 +38,7 @@ AT_ONCE = 32
 PIXELS_AT_ONCE = 1 << 20
 """Pixels of all that are made at once: four images of 512 x 512."""
 STEPS = 20
-"""From noise to an image that is compared, or drawn as training goes: a few are enough to see."""
+"""Of :func:`in_few_steps`, from noise to an image: a few are enough to see."""
 
 
 class Generative(Objective):
@@ -45,6 +46,9 @@ class Generative(Objective):
 
     feature_model: str | None = None
     """Classifier of images, in whose features the Fréchet distance of made images is measured."""
+
+    approach: ClassVar[str] = "unsupervised"
+    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def other_models(self) -> Mapping[str, str]:
@@ -87,10 +91,7 @@ class Generative(Objective):
         assert isinstance(self, SupportsSampling)
         chat = chat_of(network)
         assert isinstance(chat.media, ImageProcessor)
-        maker, to_pixels = self, chat.media.to_pixels
-        if isinstance(maker, SupportsDenoising):
-            steps = min(STEPS, maker.most_steps)
-            maker = maker.with_sampling(DenoisingSettings(steps=steps))
+        maker, to_pixels = in_few_steps(self), chat.media.to_pixels
         generator = torch.Generator().manual_seed(0)
         at_once = images_at_once(chat.media)
         real_RD: list[NDArray[np.float32]] = []
@@ -112,6 +113,21 @@ class Generative(Objective):
         if not self.sample_labels or example.target is None:
             return ""
         return self.sample_labels[int(example.target[0])]
+
+
+def in_few_steps(maker: SupportsSampling) -> SupportsSampling:
+    """``maker`` as it makes images that are only compared, or drawn as training goes."""
+    if not isinstance(maker, SupportsDenoising):
+        return maker
+    return maker.with_sampling(DenoisingSettings(steps=min(STEPS, maker.most_steps)))
+
+
+def draw_latents(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """What ``count`` new images are made of, ``[R, size]``; each by itself, as what torch draws for
+    the first rows else depends on how many there are."""
+    import torch
+
+    return torch.stack([torch.randn(size, generator=generator) for _ in range(count)])
 
 
 def draw_noise(generators: Sequence[np.random.Generator], size: int) -> Tensor:

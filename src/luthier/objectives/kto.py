@@ -86,23 +86,23 @@ class KTO(ReferenceObjective, Judged):
 
     def _reference_point(self, network: Network, examples: Sequence[Example], budget: int) -> float:
         """``z``: the mean reward of mismatched answers before ``beta``, at least 0."""
-        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.logprobs import row_logps
 
         rows = mismatch_answers(examples)
         if not rows:
             return 0.0
         total = 0.0
         for batch in network.batches(rows, budget):
-            logp_R = row_sums(batch, token_logps(network, batch))
+            logp_R = row_logps(network, batch)
             total += float((logp_R - reference_logps(network, batch)).sum())
         return max(0.0, network.processes.sum(total) / len(rows))
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed loss over the rows."""
-        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.logprobs import row_logps
 
         reference_R, point = batch.extra
-        logp_R = row_sums(batch, token_logps(network, batch))
+        logp_R = row_logps(network, batch)
         wanted_R = logp_R.new_tensor([bool(row.desirable) for row in batch.tree.examples]).bool()
         ratio_R = logp_R - reference_R
         each_R = self._losses(ratio_R, wanted_R, point)

@@ -63,9 +63,9 @@ class ListwiseDPO(ReferenceObjective, Judged):
         """
         import torch
 
-        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.logprobs import row_logps
 
-        logp_R = row_sums(batch, token_logps(network, batch))
+        logp_R = row_logps(network, batch)
         reward_R = self.beta * (logp_R - batch.extra)
         places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for place, row in enumerate(batch.tree.examples):

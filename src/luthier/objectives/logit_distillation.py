@@ -64,16 +64,11 @@ class LogitDistillation(Distillation):
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed divergence and cross-entropy of the learned tokens."""
-        from luthier.objectives.divergence import CHUNK
-        from luthier.objectives.logprobs import chunked_loss
-
-        compare = self.distance.compare(batch, self._distribution(network, batch), self.mix)
-        return Loss(chunked_loss(network, batch, compare, CHUNK))
-
-    def _distribution(self, network: Network, batch: TreeBatch) -> Distribution:
         from luthier.objectives.teacher import whole_distribution
 
         if network.cache is not None:
-            found: Distribution = network.cache.distribution(batch)
-            return found
-        return whole_distribution(network, network.others["teacher"], batch, self.temperature)
+            distribution: Distribution = network.cache.distribution(batch)
+        else:
+            teacher = network.others["teacher"]
+            distribution = whole_distribution(network, teacher, batch, self.temperature)
+        return self.divergence_loss(network, batch, distribution, self.mix)

@@ -38,6 +38,31 @@ overwritten.
 """
 
 
+class _HeadGradients:
+    """Gradients by hidden states, head and bias, made chunk by chunk from those by the logits.
+
+    Of the head and its bias they are summed in float32.
+    """
+
+    def __init__(self, hidden_SH: Tensor, head_VH: Tensor, wanted: Sequence[bool]) -> None:
+        """``wanted`` says for each of the three whether it is asked for."""
+        self._hidden_SH, self._head_VH = hidden_SH, head_VH
+        by_hidden, by_head, by_bias = wanted
+        self.hidden_SH = torch.empty_like(hidden_SH) if by_hidden else None
+        self.head_VH = torch.zeros(head_VH.shape, device=head_VH.device) if by_head else None
+        self.bias_V = torch.zeros(len(head_VH), device=head_VH.device) if by_bias else None
+
+    def add(self, rows: slice, grad_CV: Tensor) -> None:
+        """Those of the positions ``rows``."""
+        if self.bias_V is not None:
+            self.bias_V += grad_CV.sum(0)
+        grad_CV = grad_CV.to(self._head_VH.dtype)
+        if self.hidden_SH is not None:
+            torch.mm(grad_CV, self._head_VH, out=self.hidden_SH[rows])
+        if self.head_VH is not None:
+            self.head_VH += torch.mm(grad_CV.t(), self._hidden_SH[rows])
+
+
 class _Chunked(torch.autograd.Function):
     """A loss of the logits, summed over all positions chunk by chunk (a scalar), with its gradients."""
 
@@ -51,27 +76,17 @@ class _Chunked(torch.autograd.Function):
         compare: Compare,
         size: int,
     ) -> Tensor:
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-        gradient = needs_hidden or needs_head or needs_bias
-        dhidden_SH = torch.empty_like(hidden_SH) if needs_hidden else None
-        dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
-        dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
-        chunk = CHUNK_TRAINED if needs_head else size
+        wanted = ctx.needs_input_grad[:3]
+        gradients = _HeadGradients(hidden_SH, head_VH, wanted)
+        chunk = size if gradients.head_VH is None else CHUNK_TRAINED
         total = torch.zeros((), dtype=torch.float64, device=hidden_SH.device)
         for rows, edges in _chunks(len(hidden_SH), source_E, chunk):
             logits_CV = scores(hidden_SH[rows], head_VH, bias_V)
-            part, grad_CV = compare(rows, edges, logits_CV, gradient)
+            part, grad_CV = compare(rows, edges, logits_CV, any(wanted))
             total += part
-            if grad_CV is None:
-                continue
-            if dbias_V is not None:
-                dbias_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(head_VH.dtype)
-            if dhidden_SH is not None:
-                torch.mm(grad_CV, head_VH, out=dhidden_SH[rows])
-            if dhead_VH is not None:
-                dhead_VH += torch.mm(grad_CV.t(), hidden_SH[rows])
-        ctx.save_for_backward(dhidden_SH, dhead_VH, dbias_V)
+            if grad_CV is not None:
+                gradients.add(rows, grad_CV)
+        ctx.save_for_backward(gradients.hidden_SH, gradients.head_VH, gradients.bias_V)
         ctx.head_dtype = head_VH.dtype
         return total.float()
 
@@ -86,6 +101,15 @@ class _Chunked(torch.autograd.Function):
         return dhidden, dhead, dbias, None, None, None
 
 
+def _learned_states(network: Network, batch: TreeBatch, hidden_NH: Tensor | None = None) -> Tensor:
+    """States ``[S, H]`` as the head takes them; several predictions of one stand behind each other.
+
+    ``hidden_NH`` are the network's states, where known.
+    """
+    hidden_NH = network.hidden(batch) if hidden_NH is None else hidden_NH
+    return network.before_vocabulary(hidden_NH[batch.source_S]).flatten(0, -2)
+
+
 def chunked_loss(
     network: Network, batch: TreeBatch, compare: Compare, size: int | None = None
 ) -> Tensor:
@@ -94,10 +118,8 @@ def chunked_loss(
     The gradient is computed with the loss, while the logits of a chunk of ``size`` positions (``CHUNK``
     when not given) are there. The total is accumulated in float64 and returned in float32.
     """
-    hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S])
-    hidden_SH = hidden_SH.flatten(0, -2)  # several predictions from one state, one after the other
     total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        hidden_SH,
+        _learned_states(network, batch),
         network.head_VH,
         network.head_bias_V,
         batch.edge_source_E,
@@ -181,26 +203,17 @@ class _TokenLogps(torch.autograd.Function):
 def _again(ctx: Any, grad_E: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients by hidden states, head and bias, from logits that are computed once more."""
     hidden_SH, head_VH, bias_V, source_E, target_E, _ = ctx.saved_tensors
-    needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
-    dhidden_SH = torch.empty_like(hidden_SH) if needs_hidden else None
-    dhead_VH = torch.zeros(head_VH.shape, device=head_VH.device) if needs_head else None
-    dbias_V = torch.zeros(len(head_VH), device=head_VH.device) if needs_bias else None
+    gradients = _HeadGradients(hidden_SH, head_VH, ctx.needs_input_grad[:3])
     for rows, edges in _chunks(len(hidden_SH), source_E, CHUNK_TRAINED):
         logits_CV = scores(hidden_SH[rows], head_VH, bias_V, ctx.temperature)
         position, part_E = source_E[edges] - rows.start, grad_E[edges]
         sum_C = part_E.new_zeros(len(logits_CV)).index_add_(0, position, part_E)
         grad_CV = torch.softmax(logits_CV, -1).mul_(-sum_C[:, None])
         grad_CV.index_put_((position, target_E[edges]), part_E, accumulate=True)
-        if dbias_V is not None:
-            dbias_V += grad_CV.sum(0)
-        grad_CV = grad_CV.to(head_VH.dtype)
-        if dhidden_SH is not None:
-            torch.mm(grad_CV, head_VH, out=dhidden_SH[rows])
-        if dhead_VH is not None:
-            dhead_VH += torch.mm(grad_CV.t(), hidden_SH[rows])
-    dtype = head_VH.dtype
+        gradients.add(rows, grad_CV)
+    dtype, dhead_VH, dbias_V = head_VH.dtype, gradients.head_VH, gradients.bias_V
     return (
-        dhidden_SH,
+        gradients.hidden_SH,
         None if dhead_VH is None else dhead_VH.to(dtype),
         None if dbias_V is None else dbias_V.to(dtype),
     )
@@ -238,10 +251,8 @@ def token_logps(
     Tokens are those with a weight, in the order of ``batch.learned_edges``; weights do not enter.
     Logits are divided by ``temperature`` first. ``hidden_NH`` are the network's states, where known.
     """
-    hidden_NH = network.hidden(batch) if hidden_NH is None else hidden_NH
-    hidden_SH = network.before_vocabulary(hidden_NH[batch.source_S])
     logp_E: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_SH.flatten(0, -2),
+        _learned_states(network, batch, hidden_NH),
         network.head_VH,
         network.head_bias_V,
         batch.edge_source_E,
@@ -254,7 +265,7 @@ def token_logps(
 @torch.no_grad()
 def greedy_token_logps(network: Network, batch: TreeBatch) -> tuple[Tensor, Tensor]:
     """As :func:`token_logps`, and ``[M]`` whether each token is the likeliest; without a gradient."""
-    hidden_SH = network.before_vocabulary(network.hidden(batch)[batch.source_S]).flatten(0, -2)
+    hidden_SH = _learned_states(network, batch)
     logp_E = torch.empty(len(batch.target_E), device=hidden_SH.device)
     best_E = torch.empty(len(batch.target_E), device=hidden_SH.device, dtype=torch.bool)
     for rows, edges in _chunks(len(hidden_SH), batch.edge_source_E, CHUNK):
@@ -271,6 +282,11 @@ def row_sums(batch: TreeBatch, value_M: Tensor) -> Tensor:
     """Sums ``[R]`` over the learned tokens of each row, rows in the order of the tree."""
     row_M = batch.learned_edges[0]
     return value_M.new_zeros(len(batch.tree.examples)).index_add(0, row_M, value_M)
+
+
+def row_logps(network: Network, batch: TreeBatch) -> Tensor:
+    """Log-probability ``[R]`` of the learned tokens of each row, summed."""
+    return row_sums(batch, token_logps(network, batch))
 
 
 def mean_nll(network: Network, examples: Sequence[Example], budget: int) -> float:

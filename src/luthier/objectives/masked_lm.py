@@ -18,7 +18,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Objective, take_tokens
 from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -144,12 +144,5 @@ def _pieces(example: Example, size: int) -> list[Example]:
     pieces = []
     for start in range(inside[0], inside[-1] + 1, step):
         kept = np.concatenate([before, np.arange(start, min(start + step, inside[-1] + 1)), after])
-        pieces.append(
-            replace(
-                example,
-                ids_T=example.ids_T[kept],
-                weight_T=example.weight_T[kept],
-                target=words[kept],
-            )
-        )
+        pieces.append(replace(take_tokens(example, kept), target=words[kept]))
     return pieces

@@ -70,12 +70,18 @@ class OwnAnswers(TokenDivergence):
         """Weight 1 on each token of each reply, 0 on the rest; the row stays with it, to be shown."""
         return replace(super().encode(row, index, chat), given=row)
 
-    def annotate_answered(
-        self, network: Network, rows: Sequence[Example], asked: Sequence[bool], budget: int
+    def asked(self, count: int) -> Sequence[bool]:
+        """Which of ``count`` rows of a step the student answers itself."""
+        return [True] * count
+
+    def annotate(
+        self, network: Network, examples: Sequence[Example], budget: int
     ) -> list[TreeBatch]:
-        """Micro-batches of ``rows``, those that are ``asked`` with the student's answers."""
-        rows = list(rows)
-        chosen = [place for place, own in enumerate(asked) if own]
+        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
+        rows = list(examples)
+        if not network.model.training:
+            return [*network.batches(rows, budget)]
+        chosen = [place for place, own in enumerate(self.asked(len(rows))) if own]
         written: dict[int, Completion] = {}
         for place, answer in zip(
             chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
@@ -135,30 +141,24 @@ class OnPolicyDistillation(OwnAnswers, Distillation):
     student_share: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
 
-    def annotate(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> list[TreeBatch]:
-        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
-        if not network.model.training:
-            return [*network.batches(examples, budget)]
+    def asked(self, count: int) -> Sequence[bool]:
+        """Rows are drawn, each by itself."""
         import torch
 
-        asked = (torch.rand(len(examples)) < self.student_share).tolist()
-        return self.annotate_answered(network, examples, asked, budget)
+        drawn: list[bool] = (torch.rand(count) < self.student_share).tolist()
+        return drawn
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed divergence at the tokens of the answers."""
-        from luthier.objectives.divergence import CHUNK
-        from luthier.objectives.logprobs import chunked_loss
         from luthier.objectives.teacher import whole_distribution
 
         teacher = network.others["teacher"]
         distribution = whole_distribution(network, teacher, batch, self.temperature)
-        return Loss(chunked_loss(network, batch, self.distance.compare(batch, distribution), CHUNK))
+        return self.divergence_loss(network, batch, distribution)
 
 
 def _record(row: Row, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
-    text = chat.decode(answer.ids_T[: len(answer.ids_T) - answer.stopped].tolist())
+    text = chat.decode(answer.text_ids)
     return sample_record(row, text, len(answer.ids_T), answer.stopped)
 
 

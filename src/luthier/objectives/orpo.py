@@ -32,9 +32,9 @@ class ORPO(Pairwise):
         """Summed loss over the pairs."""
         from torch.nn.functional import logsigmoid
 
-        from luthier.objectives.logprobs import row_sums, token_logps
+        from luthier.objectives.logprobs import row_logps
 
-        logp_R = row_sums(batch, token_logps(network, batch))
+        logp_R = row_logps(network, batch)
         mean_R, sides = logp_R / answer_lengths(batch), Sides.of(batch)
         log_odds_R = mean_R - _log_one_minus_exp(mean_R)
         ratio_P = log_odds_R[sides.chosen_P] - log_odds_R[sides.rejected_P]

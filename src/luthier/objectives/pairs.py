@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.shapes import Preference, pair_answers
 from luthier.errors import RowRefused
-from luthier.objectives.base import Objective, TrainingDefaults, check_writes, cut_end
+from luthier.objectives.base import TrainingDefaults, WritesReplies, check_writes, cut_end
 from luthier.types import Example, FloatArray, Message, Row
 
 if TYPE_CHECKING:
@@ -26,15 +26,12 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class Judged(Objective):
+class Judged(WritesReplies):
     """Base of the objectives whose network writes, learned from answers that people judged.
 
     It learned to write before, so steps are smaller than in supervised learning: Zephyr takes 1/40
     (Tunstall et al. 2023, arXiv:2310.16944, section 4), TRL's defaults 1/20, ORPO's authors about 1/3.
     """
-
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a row becomes text: the model's chat template, or prompt and answer as they are."""
 
     approach: ClassVar[str] = "supervised"
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(learning_rate_multiplier=0.1)
@@ -42,10 +39,6 @@ class Judged(Objective):
     def check(self, chat: ChatFormat) -> None:
         """Refuse networks that do not write; most encoders' tokenizers know no end of a text."""
         check_writes(self, chat, "reward_model, or ")
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        return chat.with_template(self.template)
 
     def truncate(self, example: Example, context: int) -> Example:
         """Cut the end of each text off; a row with nothing learned left on one side weighs nothing."""

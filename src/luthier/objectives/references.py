@@ -27,13 +27,13 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
     """Log-probability ``[R]`` of each row's learned tokens, summed, under the reference model."""
     import torch
 
-    from luthier.objectives.logprobs import row_sums, token_logps
+    from luthier.objectives.logprobs import row_logps
 
     known = [row.reference for row in batch.tree.examples]
     if None not in known:
         return torch.tensor(known, device=batch.target_E.device, dtype=torch.float32)
     with network.at_start():
-        return row_sums(batch, token_logps(network, batch))
+        return row_logps(network, batch)
 
 
 def with_reference_logps(

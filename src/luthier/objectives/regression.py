@@ -18,8 +18,7 @@ import numpy as np
 from luthier.data.shapes import RatedText
 from luthier.errors import RowRefused
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text
+from luthier.objectives.base import Objective, cut_text
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:

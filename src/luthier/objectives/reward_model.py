@@ -20,8 +20,7 @@ from pydantic import Field
 
 from luthier.data.shapes import Preference, pair_answers
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective
-from luthier.objectives.classification import cut_text
+from luthier.objectives.base import Objective, cut_text
 from luthier.objectives.pairs import Sides, check_different, sides_of
 from luthier.types import Example, Loss, Row
 
@@ -69,8 +68,8 @@ class RewardModel(Objective):
     def truncate(self, example: Example, context: int) -> Example:
         """Keep start and closing token of both sides."""
         partner = example.partner
-        partner = None if partner is None else _cut(partner, context)
-        return replace(_cut(example, context), partner=partner)
+        partner = None if partner is None else cut_text(partner, context)
+        return replace(cut_text(example, context), partner=partner)
 
     def sequences(self, example: Example) -> list[Example]:
         """Both answers as rows of their own, numbered ``2 row`` and ``2 row + 1``."""
@@ -108,7 +107,3 @@ def _read(row: Row, index: int, chat: ChatFormat) -> Example:
         weight_T[-1] = 1.0
         return Example(ids_T, weight_T, index, target=np.zeros(0))
     return replace(chat.encode_input(row, index), word_T=None)
-
-
-def _cut(example: Example, context: int) -> Example:
-    return cut_text(example, context) if len(example) > context else example

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
@@ -26,7 +26,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.graders import Answer, AnyGrader, Exact, Grader, OnError, grade_answers
 from luthier.objectives import rollout_checks
-from luthier.objectives.base import Objective, TrainingDefaults, check_writes
+from luthier.objectives.base import Objective, TrainingDefaults, WritesReplies, chat_of
 from luthier.objectives.scoring import LocalModels, check_grader_model, silent
 from luthier.types import Example, FloatArray, IntArray, Row
 
@@ -172,7 +172,7 @@ class _OpenGrader:
     grader: Grader
 
 
-class Reinforcement(Objective):
+class Reinforcement(WritesReplies):
     """Base of the objectives that learn from rewards."""
 
     grader: AnyGrader = Exact()
@@ -185,8 +185,6 @@ class Reinforcement(Objective):
     """Tokens of a completion at most (TRL's default)."""
     temperature: float = Field(default=1.0, gt=0, le=1000)
     """Divides the logits, of sampler and trainer alike; 1 samples from the policy itself."""
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a prompt becomes text: the model's chat template, or the prompt as it is."""
     force: bool = False
     """Train although the samples before the first step advise against it."""
 
@@ -217,7 +215,7 @@ class Reinforcement(Objective):
         The models that the grader names are opened later.
         """
         self.grader.check()
-        check_writes(self, chat)
+        super().check(chat)
 
     def bind_model(self, name: str, other: Objective, width: int) -> Self:
         """Refuse a model that cannot do what the grader asks of it."""
@@ -240,10 +238,6 @@ class Reinforcement(Objective):
     def _tries(self) -> int:
         """Completions of each prompt before the first step."""
         return max(4, self.generations)
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        return chat.with_template(self.template)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The prompt, of no weight; refuses a row that the grader cannot compare with."""
@@ -289,8 +283,7 @@ class Reinforcement(Objective):
         from luthier.models.random_numbers import draw_seeds
         from luthier.models.sampling import Sampling
 
-        chat = network.chat
-        assert chat is not None
+        chat = chat_of(network)
         prompts = [e.ids_T if e.source_T is None else e.source_T for e in examples]
         found = sample(
             network,
@@ -301,7 +294,7 @@ class Reinforcement(Objective):
             seeds=draw_seeds(len(prompts), generator),
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
-        replies = [chat.decode(c.ids_T[: len(c.ids_T) - c.stopped].tolist()) for _, c in pairs]
+        replies = [chat.decode(c.text_ids) for _, c in pairs]
         answers = [graded_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)]
         processes = network.processes
         grades = grade_answers(

@@ -23,6 +23,7 @@ from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.graders.base import Embedder
 from luthier.models.heads import task_of
+from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.reward_model import RewardModel
 from luthier.types import Message
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.models.heads import Task
     from luthier.models.network import Network
-    from luthier.objectives.base import Objective
     from luthier.types import IntArray
 
 READ_AT_ONCE = 2048
@@ -96,8 +96,7 @@ def write_replies(
     from luthier.models.prefix import prefix_tokens
     from luthier.models.sampling import Sampling
 
-    chat, model = network.chat, network.model
-    assert chat is not None
+    chat, model = chat_of(network), network.model
     prompts = [_prompt(chat, turns) for turns in conversations]
     context = network.context
     if decoder_of(model) is None:  # an encoder's text takes no room of the reply
@@ -118,8 +117,7 @@ def write_replies(
         batch_size=batch_size,
     )
     for place, (completion,) in zip(able, completions, strict=True):
-        ids_T = completion.ids_T
-        found[place] = chat.decode(ids_T[: len(ids_T) - completion.stopped].tolist())
+        found[place] = chat.decode(completion.text_ids)
     return found
 
 
@@ -160,8 +158,7 @@ def embeddings(network: Network, texts: Sequence[str]) -> NDArray[np.float32]:
     """Where an encoder places texts, ``[N, H]`` of length 1; of a long one it reads the beginning."""
     import torch
 
-    encoder, chat = Contrastive(), network.chat
-    assert chat is not None
+    encoder, chat = Contrastive(), chat_of(network)
     rows = [RawText("text", number, text) for number, text in enumerate(texts)]
     examples = [
         encoder.truncate(encoder.encode(row, place, chat), network.context)
@@ -180,8 +177,7 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
     """
     import torch
 
-    objective, chat = RewardModel(), network.chat
-    assert chat is not None
+    objective, chat = RewardModel(), chat_of(network)
     context = network.context
     examples = []
     for place, answer in enumerate(answers):

@@ -24,14 +24,13 @@ Held-out rows are measured on their own replies. Of a conversation the last repl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import field_validator
 
-from luthier.objectives.base import check_writes, cut_end
+from luthier.objectives.base import cut_end
 from luthier.objectives.on_policy_distillation import OwnAnswers, answer_of, with_answer
 from luthier.types import Example, Loss, Message, Row
 
@@ -59,10 +58,6 @@ class SDFT(OwnAnswers):
         if REPLY not in text:
             raise ValueError(f"must hold {REPLY}, where the teacher reads the reply of the row")
         return text
-
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that do not write."""
-        check_writes(self, chat)
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The row with its last reply learned; beside it, what the teacher reads before the answer."""
@@ -101,21 +96,11 @@ class SDFT(OwnAnswers):
         own = cut_end(example, min(context, len(example) - max(0, over)))
         return replace(own, partner=cut_end(example.partner, context))
 
-    def annotate(
-        self, network: Network, examples: Sequence[Example], budget: int
-    ) -> list[TreeBatch]:
-        """In a step, rows with the student's answers; in a measurement, the rows as they are."""
-        if not network.model.training:
-            return [*network.batches(examples, budget)]
-        return self.annotate_answered(network, examples, [True] * len(examples), budget)
-
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed divergence at the tokens of the answers."""
-        from luthier.objectives.divergence import CHUNK
-        from luthier.objectives.logprobs import chunked_loss
         from luthier.objectives.teacher import whole_distribution
 
         shown = [with_answer(e.partner, answer_of(e)) for e in batch.tree.examples if e.partner]
         with network.at_start():
             distribution = whole_distribution(network, network, batch, self.temperature, shown)
-        return Loss(chunked_loss(network, batch, self.distance.compare(batch, distribution), CHUNK))
+        return self.divergence_loss(network, batch, distribution)

@@ -165,12 +165,6 @@ class SemiSupervised(Classification):
             (each_R * weight_R).sum(), ratios={"accuracy": (parts_R.tolist(), known_R.tolist())}
         )
 
-    def describe(self, example: Example) -> str:
-        """The label of the row, where it has one."""
-        if _label(example) == NO_LABEL:
-            return "without a label"
-        return super().describe(example)
-
 
 def _label(example: Example) -> int:
     assert example.target is not None

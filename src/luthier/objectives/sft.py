@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from luthier.data.shapes import JudgedAnswers
-from luthier.objectives.base import Objective, check_writes
+from luthier.objectives.base import WritesReplies
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -20,34 +20,28 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
 
 
-class SFT(Objective):
+class SFT(WritesReplies):
     """Supervised fine-tuning on prompt and completion pairs or conversations."""
 
     method: Literal["sft"] = "sft"
-    template: Literal["auto", "chat", "plain"] = "auto"
-    """How a row becomes text: the model's chat template, or prompt and completion as they are."""
-
     shapes: ClassVar[frozenset[str]] = frozenset({"prompt", "messages"})
     approach: ClassVar[str] = "supervised"
     further_shapes: ClassVar[frozenset[str]] = frozenset({"rated"})
 
-    def check(self, chat: ChatFormat) -> None:
-        """Refuse networks that do not write."""
-        check_writes(self, chat)
-
-    def format(self, chat: ChatFormat) -> ChatFormat:
-        """Apply ``template``, keeping the base model's own choice for ``auto``."""
-        return chat.with_template(self.template)
-
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """Weight 1 on each token of each reply, 0 on the rest."""
-        given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
-        encoded = chat.encode_reply(row.turns(), given, row.tools)
-        weight_T = encoded.learned_T.astype(np.float32)
-        return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)
+        return encode_replies(row, index, chat)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy of the learned tokens."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
+
+
+def encode_replies(row: Row, index: int, chat: ChatFormat) -> Example:
+    """Weight 1 on each token of each reply, 0 on the rest."""
+    given = len(row.messages) if isinstance(row, JudgedAnswers) else 0
+    encoded = chat.encode_reply(row.turns(), given, row.tools)
+    weight_T = encoded.learned_T.astype(np.float32)
+    return Example(encoded.ids_T, weight_T, index, source_T=encoded.source_T)

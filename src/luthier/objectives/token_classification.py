@@ -19,7 +19,7 @@ from luthier.data.shapes import TaggedWords
 from luthier.errors import RowRefused
 from luthier.evaluation.labels import tag_scores
 from luthier.models.heads import Head, Task
-from luthier.objectives.base import Objective, TrainingDefaults
+from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.shares import check_shares, shares_of, softmax_bias
 from luthier.types import Example, Loss, Row
 
@@ -116,12 +116,7 @@ class TokenClassification(Objective):
         """Keep the start and the closing token; the words behind lose their tags."""
         kept = np.r_[0 : context - 1, len(example) - 1]
         target = None if example.target is None else example.target[kept]
-        return replace(
-            example,
-            ids_T=example.ids_T[kept],
-            weight_T=example.weight_T[kept],
-            target=target,
-        )
+        return replace(take_tokens(example, kept), target=target)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy over the first pieces of all words."""

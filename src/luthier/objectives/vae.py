@@ -31,7 +31,7 @@ from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import TrainingDefaults
-from luthier.objectives.generative import Generative, draw_noise
+from luthier.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -61,13 +61,11 @@ class VAE(Generative):
     threshold: float | None = None
     """Score above which a row is anomalous; from held-out rows after training when not given."""
 
-    approach: ClassVar[str] = "unsupervised"
     task: ClassVar[Task] = "autoencoding"
     shapes: ClassVar[frozenset[str]] = frozenset({"window"})
     further_shapes: ClassVar[frozenset[str]] = frozenset(
         {"captioned_image", "image", "labelled_image"}
     )
-    evaluation_shapes: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
         min_epochs=3,
         max_epochs=20,
@@ -187,11 +185,8 @@ class VAE(Generative):
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """New images ``[R, C, H, W]``, of latents drawn from where all of them lie."""
-        import torch
-
         size = int(network.model.config.latent_size)
-        # Each by itself: what torch draws for the first rows else depends on how many there are.
-        latent_RZ = torch.stack([torch.randn(size, generator=generator) for _ in labels])
+        latent_RZ = draw_latents(len(labels), size, generator)
         images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
         return images
 

@@ -221,7 +221,7 @@ class Prompting:
             self.network, prompts, 1, Sampling(max_tokens=longest + ROOM),
             stop_ids=self.chat.stop_ids, batch_size=32, done=done,
         )  # fmt: skip
-        replies = [self.chat.decode(found.ids_T.tolist()) for (found,) in written]
+        replies = [self.chat.decode(found.text_ids) for (found,) in written]
         return RowScores.of([
             reply.strip() == answer.strip()
             for reply, (_, answer) in zip(replies, pairs, strict=True)
