@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.models.backends import llama_cpp_library
+from luthier.models.modalities import head_size
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -447,7 +448,7 @@ def _add_settings(writer: GGUFWriter, config: Any, name: str) -> None:
         raise RecipeError(
             f"llama.cpp does not compute the activation of {name}, {config.hidden_act}"
         )
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None

@@ -142,3 +142,14 @@ def context_length(config: Mapping[str, Any]) -> int:
     if "vocab_size" not in config and "image_size" in config:
         return 1
     raise RecipeError("config.json names no context length (max_position_embeddings)")
+
+
+def head_size(config: Any) -> int:
+    """Numbers in an attention head of networks of this configuration."""
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def key_heads(config: Any) -> int:
+    """Attention heads of keys and values, which heads of queries may share."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

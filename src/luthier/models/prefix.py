@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.models.heads import decoder_of
 from luthier.models.layouts import reads_tree
+from luthier.models.modalities import head_size, key_heads
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
@@ -75,10 +76,7 @@ def add_prefix(model: Any, places: int) -> None:
             f"a prefix is keys and values for each layer, and networks of type {config.model_type} "
             "have no place for them. Use prompt, which is tokens for the lowest one, or lora."
         )
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    size = int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads, size = key_heads(config), head_size(config)
     like = next(model.parameters())
     weight = nn.Parameter(like.new_zeros(places, len(layers) * 2 * heads * size))
     for module in layers:

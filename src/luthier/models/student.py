@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import RecipeError
 from luthier.models import width
 from luthier.models.layers import layer_names
+from luthier.models.units import check_size
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,12 +160,9 @@ def _depth(teacher: Any, shape: StudentShape) -> tuple[dict[str, tuple[int, ...]
 
 def _layers_to_keep(kind: str, count: int, shape: StudentShape) -> tuple[int, ...]:
     if shape.keep is None:
-        if (shape.layers or 0) > count:
-            raise RecipeError(
-                f"--layers {shape.layers} is more than the {count} layers of the teacher; give "
-                f"{count} or fewer"
-            )
-        return spread(count, shape.layers or count)
+        layers = shape.layers or count
+        check_size(layers, f"{count} layers", count, "--layers")
+        return spread(count, layers)
     kept = shape.keep
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise RecipeError(
@@ -191,12 +189,9 @@ def _repeats(config: Any, count: int, shape: StudentShape) -> int:
             f"an ALBERT of {config.num_hidden_groups} groups of layers cannot be cut here, only one "
             "whose layers are all the same"
         )
-    if (shape.layers or 0) > count:
-        raise RecipeError(
-            f"--layers {shape.layers} is more than the {count} layers of the teacher; give {count} or "
-            "fewer"
-        )
-    return shape.layers or count
+    layers = shape.layers or count
+    check_size(layers, f"{count} layers", count, "--layers")
+    return layers
 
 
 def _set_depth(config: Any, stacks: dict[str, tuple[int, ...]], depth: tuple[int, int]) -> None:

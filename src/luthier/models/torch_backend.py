@@ -48,7 +48,7 @@ from luthier.models.kv_cache import (
 from luthier.models.layers import first_layer_alone
 from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
-from luthier.models.modalities import text_config
+from luthier.models.modalities import head_size, key_heads, text_config
 from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
 from luthier.models.row_adapters import Adapter, SharedBase
@@ -153,9 +153,7 @@ class FlatBackend:
         self._open.enter_context(packed_linears(network.model))
         self._banks = Banks()
         config = network.model.config
-        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        numbers = 2 * int(config.num_hidden_layers) * int(key_heads) * int(size)
+        numbers = 2 * int(config.num_hidden_layers) * key_heads(config) * head_size(config)
         self._bytes = numbers * network.dtype.itemsize
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
@@ -166,7 +164,7 @@ class FlatBackend:
         self.divisible = True
         """Whether a prompt has the same bits wherever its chunks begin, whatever is read beside it."""
         if exact:
-            large = int(config.num_attention_heads) * int(size) * STEP > SMALL
+            large = int(config.num_attention_heads) * head_size(config) * STEP > SMALL
             with first_layer_alone(network.model):
                 self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
                 self.divisible = len(self.sizes) > 1 and self._probe_chunks()

@@ -38,10 +38,26 @@ def select(state: dict[str, Tensor], name: str, axis: int, kept: Tensor) -> None
         state[name] = state[name].index_select(axis, kept)
 
 
+def select_outputs(state: dict[str, Tensor], module: str, kept: Tensor) -> None:
+    """Keep only the outputs ``kept`` of a module: the rows of its weight, and of its bias."""
+    select(state, f"{module}.weight", 0, kept)
+    select(state, f"{module}.bias", 0, kept)
+
+
 def set_size(config: Any, field: str, size: int, before: int, option: str) -> None:
     """Write a size into a configuration; refuses one above ``before``, naming ``option``."""
+    check_size(size, f"{before}", before, option)
+    setattr(config, field, size)
+
+
+def check_size(size: int, teachers: str, before: int, option: str) -> None:
+    """Refuse a size above ``before``, which are ``teachers`` of the teacher, naming ``option``."""
     if size > before:
         raise RecipeError(
-            f"{option} {size} is more than the {before} of the teacher; give {before} or fewer"
+            f"{option} {size} is more than the {teachers} of the teacher; give {before} or fewer"
         )
-    setattr(config, field, size)
+
+
+def nearest_multiple(size: int, of: int) -> int:
+    """The multiple of ``of`` that is nearest to ``size``; at least one."""
+    return max(of, round(size / of) * of)

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
 from luthier.models import width_bert
-from luthier.models.units import gain, largest, select, set_size, unit_size
+from luthier.models.modalities import head_size
+from luthier.models.units import (
+    gain,
+    largest,
+    nearest_multiple,
+    select,
+    select_outputs,
+    set_size,
+    unit_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,7 +94,7 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
     heads, groups, channels = (
         config.num_attention_heads, config.num_key_value_heads, config.hidden_size
     )  # fmt: skip
-    config.head_dim = _head_width(config)
+    config.head_dim = head_size(config)
     if sizes.heads is not None:
         share = heads // groups
         if sizes.heads % share:
@@ -102,7 +111,7 @@ def configure(model: Any, sizes: Sizes, config: Any, layers: Sequence[str]) -> N
         raise RecipeError(
             f"a hidden size of {config.hidden_size} is no multiple of {config.num_attention_heads} "
             f"heads, which transformers asks of a {kind}; give --hidden "
-            f"{_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads"
+            f"{nearest_multiple(config.hidden_size, config.num_attention_heads)}, or other --heads"
         )
 
 
@@ -172,15 +181,14 @@ def _cut_heads(model: Any, layer: str, heads: int, state: dict[str, Tensor]) -> 
     import torch
 
     config, attention = model.config, f"{layer}.self_attn"
-    wide, groups = _head_width(config), config.num_key_value_heads
+    wide, groups = head_size(config), config.num_key_value_heads
     share = config.num_attention_heads // groups
     written = unit_size(state, f"{attention}.v_proj", 0).view(groups, -1).amax(dim=1)
     read = unit_size(state, f"{attention}.o_proj", 1, bias=False).view(groups, -1).amax(dim=1)
     kept = largest(written * read, heads // share)
     for name, size in (("q_proj", share * wide), ("k_proj", wide), ("v_proj", wide)):
         rows = (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
-        select(state, f"{attention}.{name}.weight", 0, rows)
-        select(state, f"{attention}.{name}.bias", 0, rows)
+        select_outputs(state, f"{attention}.{name}", rows)
         if name == "q_proj":
             select(state, f"{attention}.o_proj.weight", 1, rows)
 
@@ -205,8 +213,7 @@ def _cut_channels(model: Any, hidden: int, state: dict[str, Tensor], layers: Seq
         for name in _READERS:
             select(state, f"{layer}.{name}.weight", 1, kept)
         for name in _WRITERS:
-            select(state, f"{layer}.{name}.weight", 0, kept)
-            select(state, f"{layer}.{name}.bias", 0, kept)
+            select_outputs(state, f"{layer}.{name}", kept)
     scale = (model.config.hidden_size / hidden) ** 0.5
     for name in norms:
         select(state, f"{name}.weight", 0, kept)
@@ -226,12 +233,3 @@ def _outside(model: Any) -> tuple[list[str], list[str], str]:
         if isinstance(module, nn.Linear) and module.in_features == model.config.hidden_size
     ] if prefix else []  # fmt: skip
     return [f"{prefix}embed_tokens"], tops, f"{prefix}norm"
-
-
-def _head_width(config: Any) -> int:
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
-
-
-def _multiple(size: int, of: int) -> int:
-    return max(of, round(size / of) * of)

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import RecipeError
-from luthier.models.units import gain, largest, select, set_size, unit_size
+from luthier.models.units import (
+    gain,
+    largest,
+    nearest_multiple,
+    select,
+    select_outputs,
+    set_size,
+    unit_size,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +57,7 @@ def configure(config: Any, heads: int | None, hidden: int | None) -> None:
     if hidden % wide or hidden < wide:
         raise RecipeError(
             f"--hidden {hidden}: the heads of this {config.model_type} have {wide} channels each; give "
-            f"a multiple, such as {max(wide, round(hidden / wide) * wide)}"
+            f"a multiple, such as {nearest_multiple(hidden, wide)}"
         )
     before = config.num_attention_heads
     set_size(config, "hidden_size", hidden, config.hidden_size, "--hidden")
@@ -66,20 +74,19 @@ def cut(model: Any, hidden: int, state: dict[str, Tensor], layers: Sequence[str]
     kept = largest(_importance(prefix, layers, state), hidden)
     for name in _TABLES:
         select(state, f"{prefix}embeddings.{name}.weight", 1, kept)
-    _select_norm(state, f"{prefix}embeddings.LayerNorm", kept)
+    select_outputs(state, f"{prefix}embeddings.LayerNorm", kept)
     for layer in layers:
         for name in (*_QKV, "intermediate.dense"):
             select(state, f"{layer}.{name}.weight", 1, kept)
         for name in _WRITERS:
-            select(state, f"{layer}.{name}.weight", 0, kept)
-            select(state, f"{layer}.{name}.bias", 0, kept)
-            _select_norm(state, f"{layer}.{name.removesuffix('.dense')}.LayerNorm", kept)
+            select_outputs(state, f"{layer}.{name}", kept)
+            select_outputs(state, f"{layer}.{name.removesuffix('.dense')}.LayerNorm", kept)
     for name, axes in _TOPS.items():
         top = f"{prefix}{name}" if name.startswith("pooler") else name
-        for axis in axes:
-            select(state, f"{top}.weight", axis, kept)
         if 0 in axes:
-            select(state, f"{top}.bias", 0, kept)
+            select_outputs(state, top, kept)
+        if 1 in axes:
+            select(state, f"{top}.weight", 1, kept)
 
 
 def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> None:
@@ -91,8 +98,7 @@ def _cut_heads(layer: str, heads: int, wide: int, state: dict[str, Tensor]) -> N
     kept = largest(written * read, heads)
     rows = (kept[:, None] * wide + torch.arange(wide, device=kept.device)).flatten()
     for name in _QKV:
-        select(state, f"{layer}.{name}.weight", 0, rows)
-        select(state, f"{layer}.{name}.bias", 0, rows)
+        select_outputs(state, f"{layer}.{name}", rows)
     select(state, f"{layer}.{_WRITERS[0]}.weight", 1, rows)
 
 
@@ -111,8 +117,3 @@ def _importance(prefix: str, layers: Sequence[str], state: dict[str, Tensor]) ->
     import torch
 
     return torch.stack(written).square().sum(0) * torch.stack(read).square().sum(0)
-
-
-def _select_norm(state: dict[str, Tensor], norm: str, kept: Tensor) -> None:
-    select(state, f"{norm}.weight", 0, kept)
-    select(state, f"{norm}.bias", 0, kept)
