@@ -210,6 +210,25 @@ def test_a_prompt_is_the_beginning_of_its_row(
 SWITCHED = "{% if loud %}LOUD {{ who }}{% endif %}{{ messages[0].content }}{{ level + 1 }}"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only users speak') }}",
+        "{{ '%(a)s' % {} }}",
+        "{{ 'a'.encode('nope') }}",
+        "{{ 1 | xmlattr }}",
+        "{% break %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_whatever_a_template_runs_into_is_a_refusal(
+    template: str, new_tokenizer: Callable[..., Any]
+) -> None:
+    chat = ChatFormat.of(new_tokenizer(template))
+    with pytest.raises(RecipeError, match=r"refuses this conversation: .+"):
+        chat.prompt_text([Message("user", "Hi")])
+
+
 def test_names_that_a_template_reads_get_defaults(new_tokenizer: Callable[..., Any]) -> None:
     made = new_tokenizer(SWITCHED)
     chat = ChatFormat.of(made).with_template_kwargs(

@@ -76,6 +76,7 @@ def test_templates_of_families_are_rendered_alike(family: str, count: int, tools
         "{{ messages | tojson(separators=(',', ':'), ensure_ascii=true) }}",
         "{% for m in messages %}\n  {% if loop.last %}{% break %}{% endif %}\n{{ m.role }}{% endfor %}",
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
         "{{ raise_exception('no') }}",
         "{{ strftime_now('%Y-%m-%d') }}",
         "{% set ns = namespace(a=1, self=2) %}{% set ns.a = 3 %}{{ ns.a + ns.self }}",

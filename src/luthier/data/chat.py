@@ -579,8 +579,6 @@ class ChatFormat:
         ``reply`` ends it where the assistant begins, and ``kwargs`` are further names that the template
         reads. Raises :class:`RecipeError` where the template refuses it.
         """
-        from jinja2 import TemplateError
-
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [*turns],
@@ -589,10 +587,13 @@ class ChatFormat:
                 add_generation_prompt=reply,
                 **(kwargs or {}),
             )
-        # The template is a program, and works on what a client says: a text where it wants a number.
-        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except MemoryError:  # who runs it bounds that, and says so
+            raise
+        # The template is a program that came with a model, and works on what a client says: it may run
+        # into whatever programs do.
+        except Exception as error:
             raise RecipeError(
-                f"the model's chat template refuses this conversation: {error}"
+                f"the model's chat template refuses this conversation: {error or type(error).__name__}"
             ) from error
         return text
 

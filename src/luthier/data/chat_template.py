@@ -16,6 +16,7 @@ from jinja2 import Environment, TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Scope
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -31,8 +32,9 @@ class _GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012 - an attribute of instances in Jinja
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body).set_lineno(line)  # what is set inside stays inside
 
 
 _EXTENSIONS: list[str | type[Extension]] = [_GenerationTag, "jinja2.ext.loopcontrols"]
@@ -62,8 +64,8 @@ def render_template(
     """The text that ``template`` makes of a conversation; ``names`` are what else it may read.
 
     Raises:
-        TemplateError, TypeError, ValueError, ArithmeticError: the template's own; also for a
-            conversation without turns.
+        ValueError: for a conversation without turns.
+        Exception: whatever the template, which is a program, runs into.
     """
     if not turns:
         raise ValueError("a conversation has at least one message")

@@ -224,7 +224,8 @@ class FastTokenizer:
         """The text of a conversation; ``names`` are what else its template may read.
 
         Raises:
-            ValueError: without a template, or for what it refuses; see :func:`render_template`.
+            ValueError: without a template.
+            Exception: whatever the template runs into; see :func:`render_template`.
         """
         template = self.chat_template
         if tokenize or not isinstance(template, str):
