@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.models.row_adapters import RowUpdate
+from luthier.models.row_adapters import LayerWrapper, RowUpdate
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(LayerWrapper):
     """A frozen projection and the residual bottleneck after it; ``[..., in]`` to ``[..., hidden]``."""
 
     def __init__(self, base: nn.Module, hidden: int, width: int, activation: str) -> None:
-        super().__init__()
-        weight: Tensor = base.weight  # type: ignore[assignment]
-        like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        self.base_layer = base
+        super().__init__(base)
+        like: dict[str, Any] = {"dtype": self.weight.dtype, "device": self.weight.device}
         self.adapter_down = nn.Linear(hidden, width, **like)
         self.adapter_up = nn.Linear(width, hidden, **like)
         self.activation = nn.GELU() if activation == "gelu" else nn.ReLU()
@@ -30,12 +28,6 @@ class Bottleneck(nn.Module):
             self.adapter_down.bias.zero_()
             self.adapter_up.weight.zero_()
             self.adapter_up.bias.zero_()
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen projection's weight, for networks that ask for its type (T5)."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of ``x`` plus the bottleneck of it."""

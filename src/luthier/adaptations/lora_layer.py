@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from luthier.models.packing import packed_weight
 from luthier.models.rounding import Rounding
-from luthier.models.row_adapters import RowUpdate
+from luthier.models.row_adapters import LayerWrapper, RowUpdate
 
 
 class FrozenWeight(Protocol):
@@ -87,12 +87,11 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, None, None, da, db, None
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LayerWrapper):
     """A frozen linear layer with a trained low-rank branch. Weight names are PEFT's."""
 
     def __init__(self, base: Any, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base_layer = base
+        super().__init__(base)
         weight_OI = self.weight_OI
         like: dict[str, Any] = {"dtype": weight_OI.dtype, "device": weight_OI.device}
         outputs, inputs = weight_OI.shape
@@ -112,12 +111,6 @@ class LoRALinear(nn.Module):
         """The frozen weight as ``[out, in]``; GPT-2's ``Conv1D`` keeps it the other way round."""
         weight: Tensor = self.base_layer.weight
         return weight if isinstance(self.base_layer, nn.Linear) else weight.t()
-
-    @property
-    def weight(self) -> Tensor | None:
-        """The frozen weight as the layer keeps it, for networks that ask for its type (T5)."""
-        weight: Tensor | None = self.base_layer.weight
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
@@ -164,15 +157,14 @@ def _branches(x_PMI: Tensor, a_PIr: Tensor, b_PrO: Tensor) -> Tensor:
     return torch.bmm(torch.bmm(x_PMI, a_PIr), b_PrO)
 
 
-class LoRAConv2d(nn.Module):
+class LoRAConv2d(LayerWrapper):
     """A frozen convolution with a trained low-rank branch: the kernels of ``A``, then 1 x 1 of ``B``.
 
     As PEFT has it; a convolution of groups has few weights and stays as it is.
     """
 
     def __init__(self, base: nn.Conv2d, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base_layer = base
+        super().__init__(base)
         like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
         places: dict[str, Any] = {
             name: getattr(base, name) for name in ("stride", "padding", "dilation")
@@ -189,11 +181,6 @@ class LoRAConv2d(nn.Module):
             self.lora_A.weight.copy_(start)
             self.lora_B.weight.zero_()
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen kernels: vision transformers ask for their type before they call the layer."""
-        return self.base_layer.weight
-
     def forward(self, x: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', H', W']``."""
         y: Tensor = self.base_layer(x) + self.lora_B(self.lora_A(self.dropout(x))) * self.scale
@@ -206,7 +193,8 @@ class LoRAConv2d(nn.Module):
             update = torch.einsum("or,rikl->oikl", b, a) * self.scale
             whole = self.base_layer.weight.float() + update
             self.base_layer.weight.data = rounding(whole, self.base_layer.weight.dtype)
-        return self.base_layer
+        base: nn.Module = self.base_layer
+        return base
 
 
 class DoRALinear(LoRALinear):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from luthier.models.row_adapters import LayerWrapper
 
-class PromptEmbedding(nn.Module):
+
+class PromptEmbedding(LayerWrapper):
     """Ids below the vocabulary's size are its tokens, those from there on the prompt's vectors."""
 
     def __init__(self, base: nn.Embedding, count: int) -> None:
-        super().__init__()
-        self.base_layer = base
+        super().__init__(base)
         vocabulary, hidden = base.weight.shape
         self.prompt_ids = tuple(range(vocabulary, vocabulary + count))
         """What :class:`luthier.models.network.Network` puts before each row."""
@@ -20,11 +21,6 @@ class PromptEmbedding(nn.Module):
             drawn = torch.randint(vocabulary, (count,))
             with torch.no_grad():
                 self.prompt_embeddings.copy_(base.weight[drawn.to(base.weight.device)])
-
-    @property
-    def weight(self) -> Tensor:
-        """The vocabulary's own embeddings, to which an output head may be tied."""
-        return self.base_layer.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embeddings ``[..., H]`` of ``ids [...]``."""

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.row_adapters import LayerWrapper
 
-class SparseLinear(nn.Module):
+
+class SparseLinear(LayerWrapper):
     """``x W^T + b``, where the weights at ``places [k]`` are ``values [k]`` and train.
 
     Places count through the base layer's weight as it lies in memory, ascending: those of the largest
@@ -25,8 +27,7 @@ class SparseLinear(nn.Module):
     places: Tensor
 
     def __init__(self, base: Any, share: float) -> None:
-        super().__init__()
-        self.base_layer = base
+        super().__init__(base)
         weight = base.weight.detach()
         count = max(1, round(share * weight.numel()))
         self.values = nn.Parameter(weight.new_empty(count))
@@ -42,7 +43,7 @@ class SparseLinear(nn.Module):
         self.places.copy_(chosen)
         self.values.copy_(self.base_layer.weight.detach().reshape(-1)[chosen])
 
-    def weight(self) -> Tensor:
+    def whole_weight(self) -> Tensor:
         """A new copy of the base layer's weight with the values in their places."""
         weight: Tensor = self.base_layer.weight.detach().clone(
             memory_format=torch.contiguous_format
@@ -63,7 +64,7 @@ class SparseLinear(nn.Module):
 
     def merge(self) -> nn.Module:
         """The base layer with the values in their places."""
-        self.base_layer.weight.data = self.weight()
+        self.base_layer.weight.data = self.whole_weight()
         base: nn.Module = self.base_layer
         return base
 
@@ -75,7 +76,7 @@ class _SparseProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, layer: SparseLinear) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.layer = layer
-        weight = layer.weight()
+        weight = layer.whole_weight()
         return torch.mm(x, weight if layer.transposed else weight.t())
 
     @staticmethod
@@ -86,5 +87,5 @@ class _SparseProduct(torch.autograd.Function):
         dvalues = dweight.view(-1)[layer.places]
         if not ctx.needs_input_grad[0]:
             return None, dvalues, None
-        weight = layer.weight()
+        weight = layer.whole_weight()
         return torch.mm(grad, weight.t() if layer.transposed else weight), dvalues, None

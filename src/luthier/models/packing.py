@@ -10,8 +10,9 @@ may be other ones afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,24 @@ SMALLEST = 1 << 16
 _NAME = "packed_weight"
 
 
+class _BranchedProduct:
+    """``[x, x A^T] [W, B]^T + b``: a weight with a low-rank branch, as one product, rounded once.
+
+    Of a few rows each further product takes half as long as the whole.
+    """
+
+    def __init__(
+        self, weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, bias: Tensor | None = None
+    ) -> None:
+        self._a = _reorder(a_rI)
+        self._wide = _reorder(torch.cat([weight_OI.detach(), b_Or.detach()], 1))
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = _product(torch.cat([x, _product(x, self._a, None)], -1), self._wide, None)
+        return y if self._bias is None else y + self._bias
+
+
 class PackedWeight:
     """The weight of a linear layer in the kernels' order."""
 
@@ -32,7 +51,7 @@ class PackedWeight:
         """``branched`` where one low-rank branch belongs to it, the same in every call."""
         self._layer, self.branched = layer, branched
         self._packed: Tensor | None = None
-        self._branch: tuple[Tensor, Tensor] | None = None
+        self._branch: _BranchedProduct | None = None
         self.group: PackedGroup | None = None
         """What holds a copy of the weight, too, while no other product is asked for."""
 
@@ -64,19 +83,15 @@ class PackedWeight:
     def with_branch(self, x_NI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:
         """``x W^T + scale x A^T B^T``, rounded once.
 
-        It is one product, ``[x, x A^T] [W, scale B]^T``: of a few rows each further one takes half as
-        long as the whole. That copies the weight, so it is done for a branch alone that stays.
+        One product of both copies the weight, so it is taken for a branch alone that stays.
         """
         if not self.branched:
             return self.plus(x_NI, torch.mm(torch.mm(x_NI, a_rI.t()) * scale, b_Or.t()))
         branch = self._branch
         if branch is None:
             self._release_group()
-            wide = torch.cat([self._layer.weight.detach(), b_Or.detach() * scale], 1)
-            branch = self._branch = _reorder(a_rI), _reorder(wide)
-        packed_a, packed_wide = branch
-        z_Nr = _product(x_NI, packed_a, None)
-        return _product(torch.cat([x_NI, z_Nr], 1), packed_wide, None)
+            branch = self._branch = _BranchedProduct(self._layer.weight, a_rI, b_Or * scale)
+        return branch(x_NI)
 
     def plus(self, x_NI: Tensor, update_NO: Tensor) -> Tensor:
         """``x W^T + update``, rounded once."""
@@ -104,7 +119,7 @@ class PackedGroup:
             member.group = self
             self._members.append(member)
         self._outputs = [plain.weight.shape[0] for plain in self._plain]
-        self._packed: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        self._packed: Callable[[Tensor], Tensor] | None = None
 
     @staticmethod
     def takes(layer: Any) -> bool:
@@ -128,25 +143,10 @@ class PackedGroup:
             for member in self._members:
                 member.release()
             packed = self._packed = self._pack()
-        weight, branch_a, bias = packed
-        if branch_a is None:
-            return _product(x, weight, bias)
-        y = _product(torch.cat([x, _product(x, branch_a, None)], -1), weight, None)
-        return y if bias is None else y + bias
+        return packed(x)
 
-    def _pack(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _pack(self) -> Callable[[Tensor], Tensor]:
         weight = torch.cat([plain.weight.detach() for plain in self._plain])
-        branches = [layer for layer in self._layers if "lora_A" in layer._modules]
-        branch_a = None
-        if branches:
-            b_blocks = [
-                layer.lora_B.weight.detach() * layer.scale
-                if layer in branches
-                else weight.new_zeros(outputs, 0)
-                for layer, outputs in zip(self._layers, self._outputs, strict=True)
-            ]
-            weight = torch.cat([weight, torch.block_diag(*b_blocks)], 1)
-            branch_a = _reorder(torch.cat([layer.lora_A.weight for layer in branches]))
         bias = None
         if any(plain.bias is not None for plain in self._plain):
             bias = torch.cat(
@@ -155,7 +155,17 @@ class PackedGroup:
                     for plain, outputs in zip(self._plain, self._outputs, strict=True)
                 ]
             )
-        return _reorder(weight), branch_a, bias
+        branches = [layer for layer in self._layers if "lora_A" in layer._modules]
+        if not branches:
+            return partial(_product, packed=_reorder(weight), bias=bias)
+        b_blocks = [
+            layer.lora_B.weight.detach() * layer.scale
+            if layer in branches
+            else weight.new_zeros(outputs, 0)
+            for layer, outputs in zip(self._layers, self._outputs, strict=True)
+        ]
+        a_rI = torch.cat([layer.lora_A.weight for layer in branches])
+        return _BranchedProduct(weight, a_rI, torch.block_diag(*b_blocks), bias)
 
 
 def linear_plus(layer: Any, x_NI: Tensor, update_NO: Tensor) -> Tensor:

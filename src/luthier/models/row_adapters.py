@@ -51,6 +51,22 @@ class RowUpdate:
     """Whether it follows from what the layer gives, and not from what it reads."""
 
 
+class LayerWrapper(nn.Module):
+    """What stands in the place of a frozen layer, which it holds under PEFT's name."""
+
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self) -> Any:
+        """The frozen weight as the layer keeps it: networks ask for its type before they call a layer
+        (T5, vision transformers), and an output head may be tied to it."""
+        return self.base_layer.weight
+
+
 @runtime_checkable
 class RowLayer(Protocol):
     """What an adapter puts around a frozen layer, where it changes each row by itself."""
@@ -214,20 +230,13 @@ class _Step:
         return torch.tensor([found.get(row, first) for row in range(rows)])
 
 
-class StackedLayer(nn.Module):
+class StackedLayer(LayerWrapper):
     """A frozen layer in a network whose rows have adapters."""
 
     def __init__(self, base_layer: nn.Module, name: str, shared: SharedBase) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self._name, self._shared = name, shared
         self._adds_inside = _adds_inside(base_layer, shared.sizes)
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, for networks that ask for its type."""
-        weight: Tensor = self.base_layer.weight  # type: ignore[assignment]
-        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
