@@ -303,8 +303,7 @@ class _Course:
 
     def advice(self, outcome: Outcome, training: Training) -> str:
         """What to change in a further run."""
-        rate = training.learning_rate or 0.0
-        lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
+        lower = _rate(training, 1 / 4)
         if outcome == "learned":
             return ""
         if outcome == "still_improving":
@@ -333,10 +332,9 @@ class _Course:
             return f"The rate is too high: try {lower}, or let `luthier search` find one"
         if training.max_steps is not None and self.kept is self.last:
             return f"It was best at the last step, so more steps may help: {self._twice(training)}"
-        higher = f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})"
         return (
             "Unless the model knew the data already, the rate is too low or the steps are too few: try "
-            f"{higher}, or let `luthier search` find one"
+            f"{_rate(training, 4)}, or let `luthier search` find one"
         )
 
     def training_learned(self) -> bool:
@@ -347,10 +345,9 @@ class _Course:
     def advice_to_learn(self, training: Training) -> str:
         """What to change where the training rows themselves were not learned."""
         first, last = _ends(self.train)
-        rate = training.learning_rate or 0.0
         moved = f"The training loss hardly moved, from {first:.3f} to {last:.3f}"
         if self._risen(self.train):
-            lower = f"`training.learning_rate={rate / 4:.1e}` (it was {rate:.1e})"
+            lower = _rate(training, 1 / 4)
             moved = f"The training loss rose from {first:.3f} to {last:.3f}"
             return (
                 f"{moved}, so the rate is too high: try {lower}, or let `luthier search` find one"
@@ -360,7 +357,7 @@ class _Course:
             longer = f"`training.max_steps={4 * self.train[-1]['step']}`"
         tries = [
             f"more steps, {longer}",
-            f"`training.learning_rate={rate * 4:.1e}` (it was {rate:.1e})",
+            _rate(training, 4),
         ]
         if training.batch_size is not None and training.batch_size < SMALL_BATCH:
             tries.append(f"`training.batch_size={SMALL_BATCH}`, as steps of few rows are noisy")
@@ -427,6 +424,12 @@ class _Course:
         if error := line.get(f"{self.measure}_error", 0.0):
             value += f" ± {error:.3f}"
         return f"{value} ({', '.join(texts)})" if texts else value
+
+
+def _rate(training: Training, times: float) -> str:
+    """How to train at so many times the rate of this run."""
+    rate = training.learning_rate or 0.0
+    return f"`training.learning_rate={rate * times:.1e}` (it was {rate:.1e})"
 
 
 def _ends(lines: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

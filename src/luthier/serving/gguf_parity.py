@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,16 +176,6 @@ class LlamaCpp:
             raise LuthierError(f"llama.cpp does not answer: {error}") from error
 
 
-@contextmanager
-def open_gguf(file: Path, adapter: Path | None = None) -> Iterator[LlamaCpp]:
-    """``file`` in llama.cpp while the block runs."""
-    opened = LlamaCpp(file, adapter)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
 @torch.no_grad()
 def compare_gguf(
     file: Path,
@@ -205,7 +195,7 @@ def compare_gguf(
         RecipeError: with the first text or token that differs, or where llama.cpp computes otherwise.
     """
     network.eval()
-    with open_gguf(file, adapter) as opened:
+    with closing(LlamaCpp(file, adapter)) as opened:
         texts = []
         for prompt in PROMPTS:
             ids_T = _same_prompt(opened, chat, (Message("user", prompt),))

@@ -121,6 +121,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not path.exists():
+            write_bytes(path, b"")
         self.replies = _read(path)
 
     @staticmethod
@@ -128,8 +130,6 @@ class Journal:
     def open(path: Path) -> Iterator[Journal]:
         """Read the journal and keep other processes from asking the same; waits for them."""
         with lock(path.with_suffix(".lock"), wait=True):
-            if not path.exists():
-                write_bytes(path, b"")
             yield Journal(path)
 
     def append(self, key: str, reply: Reply) -> None:
@@ -179,8 +179,6 @@ def evaluation_journal(stored: StoredModel, about: Mapping[str, Any]) -> Iterato
         if not free:
             yield None
             return
-        if not path.exists():
-            write_bytes(path, b"")
         journal, whole = Journal(path), False
         try:
             yield journal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
 
 
-def likeliest(scores: Mapping[str, float], top: int) -> dict[str, float]:
-    """The ``top`` classes with the highest scores, the highest first."""
-    return dict(sorted(scores.items(), key=lambda item: -item[1])[:top])
+def keep_likeliest(answers: Sequence[dict[str, Any]], top: int | None) -> None:
+    """Leave the ``top`` classes in the ``scores`` of each, the likeliest first; ``None`` leaves all."""
+    for answer in answers:
+        if top is not None and "scores" in answer:
+            likeliest = sorted(answer["scores"].items(), key=lambda item: -item[1])
+            answer["scores"] = dict(likeliest[:top])
 
 
 class Predictor:
@@ -109,10 +112,7 @@ class Predictor:
         share = len(rows) / max(1, len(texts))
         read = iter(self.read(examples, lambda finished: done(round(share * finished))))
         answers = [self._answer_of([next(read) for _ in own]) for own in sides]
-        if top is not None:
-            for answer in answers:
-                if "scores" in answer:
-                    answer["scores"] = likeliest(answer["scores"], top)
+        keep_likeliest(answers, top)
         return answers
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

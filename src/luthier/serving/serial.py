@@ -217,13 +217,10 @@ class SerialModel:
             InferenceRefused: for an image or a sound that cannot be decoded.
             InferenceFailed: where it takes too long, too many requests wait, or nobody waits for it.
         """
-        from luthier.serving.prediction import likeliest
+        from luthier.serving.prediction import keep_likeliest
 
         answers = self._read(examples, work)
-        if top is not None:
-            for answer in answers:
-                if "scores" in answer:
-                    answer["scores"] = likeliest(answer["scores"], top)
+        keep_likeliest(answers, top)
         return answers
 
     def reconstruct(self, images: Sequence[Media], work: Work) -> list[Reconstruction]:

@@ -54,26 +54,27 @@ class StopFinder:
             self.found = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
             at = starts[self.found]
         else:
-            at = len(self._held) - self._possible_stop()
+            at = len(self._held) - overlap(self._held, self._stops)
         return self._pass(at)
 
     def end(self) -> str:
         """What is left when no more comes."""
         return self._pass(len(self._held)) if self.found is None else ""
 
-    def _possible_stop(self) -> int:
-        """How much at the end may begin a stop sequence."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-size:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return size
-        return 0
-
     def _pass(self, count: int) -> str:
         shown, self._held = self._held[:count], self._held[count:]
         self.passed += len(shown)
         return shown
+
+
+def overlap(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that one of ``marks`` begins with, and is longer than."""
+    longest = max(map(len, marks), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        end = text[-size:]
+        if any(len(mark) > size and mark.startswith(end) for mark in marks):
+            return size
+    return 0
 
 
 class AnswerText:

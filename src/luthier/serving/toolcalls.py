@@ -10,6 +10,7 @@ from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
 from luthier.errors import RecipeError
 from luthier.serving.constraints import check_depth
 from luthier.serving.inference import Chat, InferenceRefused
+from luthier.serving.text import overlap
 from luthier.store.ids import random_id
 from luthier.types import CALL_OPEN, Tool, ToolCall
 
@@ -83,7 +84,7 @@ class CallSplitter:
         if at >= 0:
             self._calling = True
         else:
-            at = len(self._held) - _overlap(self._held, CALL_OPEN)
+            at = len(self._held) - overlap(self._held, [CALL_OPEN])
         shown, self._held = self._held[:at], self._held[at:]
         if self._calling and not shown.strip():
             shown = ""
@@ -99,11 +100,3 @@ class CallSplitter:
             found = parse_calls(self._held, self._tools, known=True)
         calls = [replace(call, id=new_call_id()) for call in found]
         return ("" if calls or self.incomplete else self._held), calls
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of ``text`` that ``mark`` begins with, and is longer than."""
-    for size in range(min(len(text), len(mark) - 1), 0, -1):
-        if mark.startswith(text[-size:]):
-            return size
-    return 0

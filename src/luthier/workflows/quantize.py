@@ -12,6 +12,7 @@ Where llama.cpp is installed each file is written for a moment and its speed mea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from luthier.models.load import read_config
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
 from luthier.serving.evaluation import fit_rows, text_logps
-from luthier.serving.gguf_parity import open_gguf
+from luthier.serving.gguf_parity import LlamaCpp
 from luthier.store.models import (
     StoredModel,
     ancestors,
@@ -289,5 +290,5 @@ def _speed(network: Any, chat: ChatFormat, kind: Quantization) -> float | None:
     with plain as folder, disk_errors(Path(folder)):
         file = Path(folder) / "model.gguf"
         write_gguf(network, chat, file, kind)
-        with open_gguf(file) as opened:
+        with closing(LlamaCpp(file)) as opened:
             return max(opened.write(ids_T, TOKENS).tokens_per_second for _ in range(3))
