@@ -137,5 +137,5 @@ def test_an_index_of_pickled_weights_is_refused(folder: Path, shards: Any) -> No
 
 def test_a_part_that_is_missing_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(UnknownModel, match=r"scheduler_config\.json is missing"):
+    with pytest.raises(UnknownModel, match=r"scheduler has no scheduler_config\.json"):
         check_folder(folder)

@@ -145,6 +145,14 @@ def common_length(ids_T: IntArray, other_T: IntArray) -> int:
     return int(differ.argmax()) if differ.any() else size
 
 
+def reply_room(prompt: int, context: int, beside: bool) -> int:
+    """Tokens that a reply to a prompt of so many may have; below 1 where the prompt does not fit.
+
+    ``beside`` where an encoder reads the prompt, which takes no room of the reply then.
+    """
+    return context if beside and prompt <= context else context - prompt
+
+
 def read_prompts(
     backend: Backend, prompts: Sequence[IntArray], copies: int
 ) -> tuple[list[State], Tensor]:

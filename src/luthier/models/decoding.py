@@ -26,8 +26,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.models import heads
-from luthier.models.backends import backend_of, read_prompts
-from luthier.models.prefix import prefix_tokens
+from luthier.models.backends import backend_of, read_prompts, reply_room
 
 if TYPE_CHECKING:
     from luthier.models.backends import Backend, State
@@ -428,16 +427,15 @@ def _check(network: Network, prompts: Sequence[IntArray], max_tokens: int) -> in
             f"networks of type {model.config.model_type} with this head do not write text, so "
             "there is nothing to sample. Take a base model that generates."
         )
-    before = prefix_tokens(model) + len(heads.prompt_ids(model))
-    context = network.context
-    beside = heads.decoder_of(model) is not None  # the encoder's prompt takes no room
+    before, context = network.tokens_before, network.context
+    beside = heads.decoder_of(model) is not None
     for index, prompt_T in enumerate(prompts):
-        sizes = [before + len(prompt_T), max_tokens]
+        size = before + len(prompt_T)
         if not len(prompt_T):
             raise RecipeError(f"prompt {index + 1} has no tokens to go on from")
-        if (max(sizes) if beside else sum(sizes)) > context:
+        if max_tokens > reply_room(size, context, beside):
             raise RecipeError(
-                f"prompt {index + 1} has {sizes[0]} tokens; with {max_tokens} for the completion that "
+                f"prompt {index + 1} has {size} tokens; with {max_tokens} for the completion that "
                 f"is more than the model's context of {context}. Shorten it, or allow fewer tokens."
             )
     return context

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.media import MOST_PIXELS
-from luthier.errors import CorruptFile, ModelRefused, UnknownModel
-from luthier.files import read_json
+from luthier.errors import ModelRefused, UnknownModel
 from luthier.models.bounds import drawing_bounds, refuse_configuration
 from luthier.models.heads import Head, Task, task_in
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config
-from luthier.models.outside import check_layers, check_shards, check_sizes, check_weights
+from luthier.models.outside import (
+    check_layers,
+    check_sizes,
+    check_weights,
+    read_network_fields,
+    weight_files,
+)
 from luthier.models.pipelines import NETWORKS, is_pipeline, read_pipeline
 
 
@@ -33,7 +38,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
             the one whose weights lie in the folder. Nothing was built then.
     """
-    fields = _read_fields(folder)
+    fields = _read_folder(folder)
     try:
         described_network(folder)
     except ModelRefused as refused:  # whose file is named as seen from the folder
@@ -43,21 +48,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_fields(folder: Path) -> dict[str, Any]:
-    if is_pipeline(folder):
-        return read_pipeline(folder)
-    if not (folder / "config.json").is_file():
-        raise UnknownModel(f"{folder} has no config.json, so it is not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
-        raise UnknownModel(
-            f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
-            "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
-        )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise CorruptFile(f"{folder / 'config.json'} is no configuration")
-    check_shards(folder)
-    return config
+def _read_folder(folder: Path) -> dict[str, Any]:
+    return read_pipeline(folder) if is_pipeline(folder) else read_network_fields(folder)
 
 
 @dataclass(frozen=True)
@@ -98,11 +90,6 @@ def _parts(folder: Path) -> list[Path]:
     return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of its weights, in order."""
-    return sorted(folder.glob("*.safetensors"))
-
-
 _HEADS_LEFT_OUT: tuple[Task, ...] = (
     "masked_lm", "bidirectional_lm", "sequence_classification", "token_classification"
 )  # fmt: skip
@@ -111,7 +98,7 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 
 @lru_cache(maxsize=64)
 def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
-    fields = _read_fields(folder)
+    fields = _read_folder(folder)
     check_layers(fields)
     if (llama := LlamaConfig.of(fields)) is not None:
         check_sizes(llama.numbers, 0, check_weights(folder))

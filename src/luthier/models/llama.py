@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from luthier.encryption.tensors import load_tensors, tensor_headers
 from luthier.models.attention import Attends
-from luthier.models.description import weight_files
 from luthier.models.fused import RMSNorm, SwiGLU
 from luthier.models.llama_config import LlamaConfig, RopeParameters
-from luthier.models.outside import check_complete
+from luthier.models.outside import check_complete, weight_files
 
 
 class States(NamedTuple):

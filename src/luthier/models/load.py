@@ -17,7 +17,7 @@ from luthier.models import nets
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CatalogEntry
 from luthier.models.convolutions import mend_convolutions
-from luthier.models.description import check_folder, weight_files
+from luthier.models.description import check_folder
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
@@ -42,7 +42,7 @@ from luthier.models.llama import load_llama
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
-from luthier.models.outside import check_complete
+from luthier.models.outside import check_complete, weight_files
 from luthier.models.pipelines import is_pipeline
 from luthier.types import Example
 

@@ -170,6 +170,11 @@ class Network:
         except RecipeError:
             return 1 << 30
 
+    @property
+    def tokens_before(self) -> int:
+        """Places of the context that a prefix and a soft prompt take before every row."""
+        return prefix_tokens(self.model) + len(heads.prompt_ids(self.model))
+
     @cached_property
     def width(self) -> int:
         """Numbers in a hidden state, ``H``."""

@@ -167,6 +167,45 @@ def check_texts(folder: Path) -> dict[str, Any]:
     return config
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of its weights, in order."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def read_network_fields(folder: Path) -> dict[str, Any]:
+    """The configuration of the network in ``folder``; refuses one without weights in safetensors.
+
+    Raises:
+        UnknownModel: for such a folder, and one without a configuration.
+        CorruptFile: for a file that cannot be read.
+    """
+    fields = read_fields(folder / CONFIG)
+    if not weight_files(folder):
+        raise UnknownModel(
+            f"{folder} has no .safetensors file. Pickled weights (.bin, .pt) can run code and are "
+            "never loaded; convert them with save_pretrained(..., safe_serialization=True)."
+        )
+    check_shards(folder)
+    return fields
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """A configuration.
+
+    Raises:
+        UnknownModel: where it is not there.
+        CorruptFile: where it is none.
+    """
+    if not path.is_file():
+        raise UnknownModel(
+            f"{path.parent} has no {path.name}, so it is not a whole Hugging Face model folder"
+        )
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise CorruptFile(f"{path} is no configuration")
+    return fields
+
+
 def check_shards(folder: Path) -> None:
     """Refuse an index of weights that names another file than one of safetensors.
 
@@ -232,7 +271,7 @@ def check_weights(folder: Path) -> int:
         ModelRefused: for files that are none, and for types that are no weights.
     """
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             headers = tensor_headers(path)
         except CorruptFile as error:

@@ -14,8 +14,7 @@ from typing import Any
 
 from luthier.data.processors import ImageProcessor
 from luthier.errors import CorruptFile, UnknownModel
-from luthier.files import read_json
-from luthier.models.outside import check_shards
+from luthier.models.outside import read_fields, read_network_fields
 
 MODEL_INDEX = "model_index.json"
 PIPELINE = "StableDiffusionPipeline"
@@ -62,7 +61,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         UnknownModel: for another pipeline, or one with parts that are not known or pickled.
         CorruptFile: for a file that cannot be read.
     """
-    index = _read_fields(folder / MODEL_INDEX)
+    index = read_fields(folder / MODEL_INDEX)
     if index.get("_class_name") != PIPELINE:
         raise UnknownModel(
             f"{folder} is a {index.get('_class_name', 'pipeline without a name')}, and of pipelines of "
@@ -76,7 +75,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
                 f"the {part} of the pipeline in {folder} is of class {found}, and {known[0]} is known "
                 "here"
             )
-    unet, vae, text_encoder = (_read_part(folder / part) for part in NETWORKS)
+    unet, vae, text_encoder = (read_network_fields(folder / part) for part in NETWORKS)
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise UnknownModel(
             f"the unet in {folder} reads {unet.get('in_channels')} channels, and latents have "
@@ -87,7 +86,7 @@ def read_pipeline(folder: Path) -> dict[str, Any]:
         raise UnknownModel(f"the vae in {folder} has {odd[0]}={vae[odd[0]]}, and images have 3")
     if further := [name for name in _FURTHER_INPUTS if unet.get(name) is not None]:
         raise UnknownModel(f"the unet in {folder} has {further[0]}, which is not known here")
-    scheduler = _read_fields(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_fields(folder / "scheduler" / "scheduler_config.json")
     if unread := [name for name in _UNREAD_NOISE if scheduler.get(name)]:
         raise UnknownModel(f"the scheduler in {folder} has {unread[0]}, which is not known here")
     scale = vae.get("scaling_factor", 1)
@@ -148,23 +147,3 @@ def pipeline_processor(fields: dict[str, Any]) -> ImageProcessor:
     """How images are read that a pipeline of these ``fields`` makes: pixels from -1 to 1."""
     height, width = fields["image_size"]
     return ImageProcessor(height, width, (0.5,) * 3, (0.5,) * 3, "lanczos")
-
-
-def _read_part(folder: Path) -> dict[str, Any]:
-    """The configuration of a network of the pipeline; refuses one without safetensors."""
-    if not list(folder.glob("*.safetensors")):
-        raise UnknownModel(
-            f"{folder} has no .safetensors file. Pickled weights (.bin) can run code and are never "
-            "loaded; write the pipeline anew with save_pretrained(..., safe_serialization=True)"
-        )
-    check_shards(folder)
-    return _read_fields(folder / "config.json")
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UnknownModel(f"{path} is missing, so {path.parent} is not whole")
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise CorruptFile(f"{path} is no configuration")
-    return fields

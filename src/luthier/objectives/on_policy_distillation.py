@@ -190,12 +190,7 @@ def with_answer(example: Example, ids_T: IntArray) -> Example:
 
 def _room(network: Network, example: Example) -> int:
     """Tokens that fit into the context behind the prompt of a row."""
-    from luthier.models import heads
-    from luthier.models.prefix import prefix_tokens
-
-    context = network.context
-    before = prefix_tokens(network.model) + len(heads.prompt_ids(network.model))
-    return context - before - _reply_start(example)
+    return network.context - network.tokens_before - _reply_start(example)
 
 
 def _match_completions(

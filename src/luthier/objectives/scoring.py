@@ -22,7 +22,7 @@ from luthier.data.shapes import Conversation, RawText
 from luthier.errors import RecipeError
 from luthier.graders import Answer, Scorer
 from luthier.graders.base import Embedder
-from luthier.models.heads import task_of
+from luthier.models.heads import decoder_of, task_of
 from luthier.objectives.base import Objective, chat_of
 from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.objectives.reward_model import RewardModel
@@ -91,17 +91,18 @@ def write_replies(
 
     The same for the same conversation and seed, whatever else is asked.
     """
+    from luthier.models.backends import reply_room
     from luthier.models.decoding import sample
-    from luthier.models.heads import decoder_of, prompt_ids
-    from luthier.models.prefix import prefix_tokens
     from luthier.models.sampling import Sampling
 
-    chat, model = chat_of(network), network.model
+    chat = chat_of(network)
     prompts = [_prompt(chat, turns) for turns in conversations]
-    context = network.context
-    if decoder_of(model) is None:  # an encoder's text takes no room of the reply
-        context -= sampling.max_tokens + prefix_tokens(model) + len(prompt_ids(model))
-    able = [place for place, prompt_T in enumerate(prompts) if len(prompt_T) <= context]
+    before, beside = network.tokens_before, decoder_of(network.model) is not None
+    able = [
+        place
+        for place, prompt_T in enumerate(prompts)
+        if sampling.max_tokens <= reply_room(before + len(prompt_T), network.context, beside)
+    ]
     found: list[str | Failure] = [
         Failure(
             "judge.refused", f"{len(prompt_T):,} tokens are more than the judge's context holds"

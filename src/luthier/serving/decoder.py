@@ -23,7 +23,7 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
-from luthier.models.backends import ReusesKeyValues
+from luthier.models.backends import ReusesKeyValues, reply_room
 from luthier.models.decoding import TokenSampler, seed_of
 from luthier.models.kv_cache import CHUNK
 from luthier.serving.inference import (
@@ -99,17 +99,6 @@ class RunningRequest:
         self.cancelled = False
         self.unread = False
         """Whether its client reads too slowly for more to be written."""
-
-    def add(
-        self,
-        chat: ChatFormat,
-        token_bytes: TokenBytes,
-        seed: int,
-        index: int,
-        matcher: Matcher | None,
-    ) -> None:
-        """One more answer to it."""
-        self.answers.append(RunningAnswer(self, chat, token_bytes, seed, index, matcher))
 
 
 class RunningAnswer:
@@ -357,9 +346,8 @@ class Decoder:
         # First: a schema that is refused is not tokenized as a part of the prompt.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
-        beside = self.chat.start_id is not None  # an encoder's prompt takes no room of the answer
-        room = self.context - (0 if beside else len(ids_T))
-        if room < 1 or len(ids_T) > self.context:
+        room = reply_room(len(ids_T), self.context, beside=self.chat.start_id is not None)
+        if room < 1:
             raise self._limit.too_long()
         if any(not 0 <= token < self.vocabulary for token in request.logit_bias):
             raise InferenceRefused("logit_bias names ids that are no tokens.", "logit_bias")
@@ -387,7 +375,8 @@ class Decoder:
         seed = seed_of(request)
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
-            job.add(self.chat, self.constraints.token_bytes, seed, index, own)
+            answer = RunningAnswer(job, self.chat, self.constraints.token_bytes, seed, index, own)
+            job.answers.append(answer)
         return job
 
     def _matcher(self, request: GenerationRequest) -> Matcher | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.models.backends import reply_room
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import AdaptedBackend, FlatBackend
@@ -160,10 +161,9 @@ class Generator:
         return np.concatenate([self.prompt_ids, ids_T])
 
     def _refusal(self, ids_T: IntArray, sampling: Sampling) -> str | None:
-        beside = self.chat.start_id is not None  # the encoder's prompt takes no room of the reply
         reply = self.max_tokens(sampling)
-        sizes = [len(ids_T), reply]
-        if (max(sizes) if beside else sum(sizes)) <= self.context:
+        beside = self.chat.start_id is not None
+        if reply <= reply_room(len(ids_T), self.context, beside):
             return None
         return (
             f"has {len(ids_T)} tokens; with {reply} for the reply that is more than the "
