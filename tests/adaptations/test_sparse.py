@@ -168,3 +168,8 @@ def test_a_file_of_another_share_is_refused(tiny_llama: Callable[..., Any], tmp_
     save_adapter(model, SPARSE, SPARSE.adapter_config(model, "some/base"), tmp_path)
     with pytest.raises(CorruptFile, match="does not fit the network"):
         load_adapter(tiny_llama(), Sparse(share=0.1), tmp_path)
+
+
+def test_networks_that_ask_for_the_type_of_a_layer_see_the_frozen_weight() -> None:
+    base = torch.nn.Linear(4, 3)
+    assert SparseLinear(base, 0.5).weight is base.weight

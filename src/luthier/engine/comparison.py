@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -161,17 +160,18 @@ def _states(
     until: float,
 ) -> list[Tensor]:
     """Those ``[K, H]`` of each of the first rows, as many as are read until then and can be held."""
+
+    def read_batch(batch: TreeBatch) -> list[Tensor]:
+        states = [state_KH.float().cpu() for state_KH in read(batch)]
+        on_read(len(states))
+        return states
+
     found: list[Tensor] = []
     numbers = 0
     for start in range(0, len(examples), CHUNK):
         if time.monotonic() > until or numbers > LARGEST_STATES:
             break
-        chunk = [replace(e, row=i) for i, e in enumerate(examples[start : start + CHUNK])]
-        states: list[Tensor] = [torch.empty(0)] * len(chunk)
-        for batch in network.batches(chunk, budget):
-            for example, state_KH in zip(batch.tree.examples, read(batch), strict=True):
-                states[example.row] = state_KH.float().cpu()
-            on_read(len(batch.tree.examples))
+        states = network.read_rows(examples[start : start + CHUNK], budget, read_batch)
         numbers += sum(each.numel() for each in states)
         found += states
     return found
@@ -189,13 +189,7 @@ def measure_tuned(
     assert isinstance(objective, SupportsPrediction)
     network.model.eval()
     views = [view for example in held.examples for view in objective.sequences(example)]
-    examples = [replace(view, row=index) for index, view in enumerate(views)]
-    answers: list[Mapping[str, Any]] = [{} for _ in examples]
-    for batch in network.batches(examples, budget):
-        for example, answer in zip(
-            batch.tree.examples, objective.predict(network, batch), strict=True
-        ):
-            answers[example.row] = answer
+    answers = network.read_rows(views, budget, partial(objective.predict, network))
     if pairs := of_shape(TextPair, held.rows):
         embeddings = [answer["embedding"] for answer in answers]
         partners = [row.positive for row in pairs]

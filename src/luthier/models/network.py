@@ -7,11 +7,11 @@ or a ``[B, T, V]`` tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from luthier.types import Example, IntArray
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,24 @@ class Network:
             )
             for place, part, is_filler in own
         )
+
+    def read_rows(
+        self,
+        examples: Sequence[Example],
+        budget: int,
+        read: Callable[[TreeBatch], Iterable[_Read]],
+        side_by_side: bool = False,
+    ) -> list[_Read]:
+        """What ``read`` gives for the rows of a micro-batch, one for each of ``examples`` in order.
+
+        ``Example.row`` is the row's place there. This process reads all of them.
+        """
+        placed = [replace(example, row=place) for place, example in enumerate(examples)]
+        found: dict[int, _Read] = {}
+        with self.whole_work():
+            for batch in self.batches(placed, budget, side_by_side):
+                found.update(zip(batch.tree.row_R.tolist(), read(batch), strict=True))
+        return [found[place] for place in range(len(placed))]
 
     @property
     def processes(self) -> ProcessGroup:

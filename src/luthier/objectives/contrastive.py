@@ -300,11 +300,7 @@ class Contrastive(Objective):
         if self.threshold is not None or any(row.given is not None for row in rows):
             return self
         sides = [side for row in rows for side in self.sequences(row)]
-        found: list[Any] = [None] * len(sides)
-        for batch in network.batches(sides, budget):
-            embedded = self.embed(network, batch).cpu()
-            for side, embedding_H in zip(batch.tree.examples, embedded, strict=True):
-                found[side.row] = embedding_H
+        found = network.read_rows(sides, budget, lambda batch: self.embed(network, batch).cpu())
         scores_PP = (torch.stack(found[::2]) @ torch.stack(found[1::2]).t()).numpy()
         text_V = number_keys([side.ids_T.tobytes() for side in sides])
         others = scores_PP[are_apart(text_V[::2], text_V[1::2])]

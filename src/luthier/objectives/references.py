@@ -45,13 +45,13 @@ def with_reference_logps(
     bits.
     """
     texts = [side for example in examples for side in example.sides]
-    placed = [replace(text, row=place) for place, text in enumerate(texts)]
-    logp = [0.0] * len(placed)
-    for start in range(0, len(placed), AT_ONCE):
-        for batch in network.batches(placed[start : start + AT_ONCE], budget):
-            found_R = reference_logps(network, batch).tolist()
-            for row, value in zip(batch.tree.examples, found_R, strict=True):
-                logp[row.row] = value
+    logp: list[float] = []
+    for start in range(0, len(texts), AT_ONCE):
+        logp += network.read_rows(
+            texts[start : start + AT_ONCE],
+            budget,
+            lambda batch: reference_logps(network, batch).tolist(),
+        )
     known = (replace(text, reference=value) for text, value in zip(texts, logp, strict=True))
     return [Example.of_sides([next(known) for _ in example.sides]) for example in examples]
 

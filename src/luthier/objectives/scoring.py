@@ -185,11 +185,10 @@ def rewards(network: Network, answers: Sequence[Answer]) -> list[float]:
         turns = (*answer.prompt, Message("assistant", answer.reply))
         row = Conversation(answer.row.file, answer.row.line, turns)
         examples.append(objective.truncate(objective.encode(row, place, chat), context))
-    found = [0.0] * len(answers)
     network.model.eval()
     with torch.no_grad():
-        for batch in network.batches(examples, READ_AT_ONCE):
-            scores = network.row_scores(batch).float()[:, 0].tolist()
-            for example, score in zip(batch.tree.examples, scores, strict=True):
-                found[example.row] = score
-    return found
+        return network.read_rows(
+            examples,
+            READ_AT_ONCE,
+            lambda batch: network.row_scores(batch).float()[:, 0].tolist(),
+        )

@@ -40,6 +40,7 @@ from luthier.data.shapes import LabelledText
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective, TrainingDefaults
 from luthier.objectives.classification import NO_LABEL, Classification
+from luthier.objectives.contrastive import Contrastive, read_embeddings
 from luthier.types import Example, Loss, Row
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ class SemiSupervised(Classification):
         """Give texts the label that spreads to them, where it is sure enough."""
         import torch
 
-        graph_NN = neighbour_graph(_embeddings(network, examples, budget), self.neighbours)
+        # Mean states, of both ways or not: without dropout.
+        points_NH = read_embeddings(network, Contrastive(pooling="mean"), examples, budget)
+        graph_NN = neighbour_graph(points_NH, self.neighbours)
         known_N = torch.tensor([_label(example) for example in examples], device=network.device)
 
         def spread(labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,19 +183,6 @@ def _fold(known_N: Tensor, fold: int) -> Tensor:
         if label != NO_LABEL:
             chosen_N[(known_N == label).nonzero()[fold::FOLDS, 0]] = True
     return chosen_N
-
-
-def _embeddings(network: Network, examples: Sequence[Example], budget: int) -> Tensor:
-    """The mean state of each row ``[N, H]``, float32 and of length 1, without dropout."""
-    import torch
-    from torch.nn.functional import normalize
-
-    placed = [replace(example, row=place) for place, example in enumerate(examples)]
-    states_NH = torch.zeros(len(placed), network.width, device=network.device)
-    for batch in network.batches(placed, budget):
-        rows = [example.row for example in batch.tree.examples]
-        states_NH[rows] = network.row_states(batch, "mean").float()
-    return normalize(states_NH, dim=-1)
 
 
 def neighbour_graph(points_NH: Tensor, neighbours: int) -> Tensor:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import KillHandle, cancellable
@@ -243,8 +243,7 @@ class RowBatcher:
         hook = self._predictor.network.model.register_forward_pre_hook(check)
         try:
             check()
-            placed = [replace(row.example, row=place) for place, row in enumerate(rows)]
-            answers = self._predictor.read(placed, side_by_side=True)
+            answers = self._predictor.read([row.example for row in rows], side_by_side=True)
         except Exception as error:
             return error
         finally:

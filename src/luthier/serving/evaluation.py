@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -54,7 +54,7 @@ from luthier.types import Example, Row
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
     from luthier.graders import Grader, OnError
-    from luthier.models.network import Network
+    from luthier.models.network import Network, TreeBatch
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.serving.inference import Chat
@@ -438,17 +438,18 @@ def choice_likelihoods(
 
     from luthier.objectives.logprobs import greedy_token_logps, row_sums
 
-    texts = [replace(text, row=place) for place, text in enumerate(chain(*choices))]
-    found: dict[int, ChoiceLikelihood] = {}
+    def read(batch: TreeBatch) -> Iterator[ChoiceLikelihood]:
+        logp_M, best_M = greedy_token_logps(network, batch)
+        logp_R = row_sums(batch, logp_M).tolist()
+        missed_R = row_sums(batch, (~best_M).float()).tolist()
+        return (
+            ChoiceLikelihood(logp, not missed)
+            for logp, missed in zip(logp_R, missed_R, strict=True)
+        )
+
     with torch.no_grad():
-        for batch in network.batches(texts, BUDGET):
-            logp_M, best_M = greedy_token_logps(network, batch)
-            logp_R = row_sums(batch, logp_M).tolist()
-            missed_R = row_sums(batch, (~best_M).float()).tolist()
-            for row, logp, missed in zip(batch.tree.row_R.tolist(), logp_R, missed_R, strict=True):
-                found[row] = ChoiceLikelihood(logp, not missed)
-    each = iter(range(len(texts)))
-    return [[found[next(each)] for _ in of_row] for of_row in choices]
+        found = iter(network.read_rows([*chain(*choices)], BUDGET, read))
+    return [[next(found) for _ in of_row] for of_row in choices]
 
 
 def text_logps(network: Network, texts: Sequence[Example]) -> list[float]:

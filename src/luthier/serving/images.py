@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from luthier.data.chat import ChatFormat
     from luthier.data.media import Pixels
-    from luthier.models.network import Network
+    from luthier.models.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.store.models import StoredModel
     from luthier.types import Row
@@ -166,21 +166,23 @@ class ImageGenerator:
         """
         import torch
 
-        objective = self._reconstructor()
+        objective, finished = self._reconstructor(), 0
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
-        found: dict[int, Reconstruction] = {}
+
+        def read(batch: TreeBatch) -> list[Reconstruction]:
+            nonlocal finished
+            copies = self._pixels(objective.reconstruct(self.network, batch))
+            found = []
+            for original, copy in zip(self._pixels(batch.plan), copies, strict=True):
+                difference = (original.astype(np.float64) - copy) / 255
+                error = float(np.square(difference).mean())
+                found.append(Reconstruction(original, copy, error))
+            finished += len(found)
+            done(finished)
+            return found
+
         with torch.inference_mode():
-            for batch in self.network.batches(examples, images_at_once(self.processor)):
-                copies = self._pixels(objective.reconstruct(self.network, batch))
-                originals = self._pixels(batch.plan)
-                for example, original, copy in zip(
-                    batch.tree.examples, originals, copies, strict=True
-                ):
-                    difference = (original.astype(np.float64) - copy) / 255
-                    error = float(np.square(difference).mean())
-                    found[example.row] = Reconstruction(original, copy, error)
-                done(len(found))
-        return [found[index] for index in range(len(rows))]
+            return self.network.read_rows(examples, images_at_once(self.processor), read)
 
     def interpolate(self, rows: Sequence[Row], steps: int) -> list[list[Pixels]]:
         """``steps`` images on the way from each image to the next, both ends among them.

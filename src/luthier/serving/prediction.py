@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.network import Network
+    from luthier.models.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.store.models import StoredModel
 
@@ -174,8 +173,7 @@ class Predictor:
         rows = measured.rows
         count = len(measured.examples[0]) if rows else 1
         flat = [text for texts in measured.examples for text in texts]
-        numbered = [replace(text, row=index) for index, text in enumerate(flat)]
-        found = self.read(numbered, lambda finished: done(finished // count))
+        found = self.read(flat, lambda finished: done(finished // count))
         sides = [found[side::count] for side in range(count)]
         scored: tuple[tuple[type[Row], str, Callable[..., Evaluation]], ...] = (
             (JudgedAnswers, "reward", self._score_rewards),
@@ -297,23 +295,24 @@ class Predictor:
         done: Callable[[int], None] = lambda count: None,
         side_by_side: bool = False,
     ) -> list[dict[str, Any]]:
-        """Answers to ``examples``, which are numbered in their order.
+        """Answers to ``examples``, in their order.
 
         ``side_by_side``: see :meth:`luthier.models.network.Network.batches`.
         """
         import torch
 
         assert isinstance(self.objective, SupportsPrediction)
-        answers: list[dict[str, Any]] = [{} for _ in examples]
-        finished = 0
+        objective, finished = self.objective, 0
+
+        def predict(batch: TreeBatch) -> list[dict[str, Any]]:
+            nonlocal finished
+            found = objective.predict(self.network, batch)
+            finished += len(found)
+            done(finished)
+            return found
+
         with torch.inference_mode():
-            for batch in self.network.batches(examples, BUDGET, side_by_side):
-                found = self.objective.predict(self.network, batch)
-                for example, answer in zip(batch.tree.examples, found, strict=True):
-                    answers[example.row] = answer
-                finished += len(found)
-                done(finished)
-        return answers
+            return self.network.read_rows(examples, BUDGET, predict, side_by_side)
 
     def encode(self, row: Row, index: int) -> Example:
         """``row`` as it is read, whatever it says itself; ``index`` becomes ``Example.row``.
