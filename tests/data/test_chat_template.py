@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from enum import Enum
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from jinja2 import TemplateError
 
@@ -38,6 +40,14 @@ TOOLS: list[dict[str, Any]] = [
         },
     }
 ]
+
+
+class Kind(str, Enum):  # noqa: UP042 - of which str() gives the name
+    A = "a kind"
+
+
+class Two(NamedTuple):
+    first: str
 
 
 def rendered(render: Any) -> str:
@@ -78,7 +88,8 @@ def test_templates_of_families_are_rendered_alike(family: str, count: int, tools
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
         "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
         "{{ raise_exception('no') }}",
-        "{{ strftime_now('%Y-%m-%d') }}",
+        "{{ strftime_now('%Y-%m-%d') }}{{ strftime_now(format='%Y') }}",
+        "{{ kind }}{{ share + 1 }}{{ two.first }}",
         "{% set ns = namespace(a=1, self=2) %}{% set ns.a = 3 %}{{ ns.a + ns.self }}",
         "{{ dict(a=1) | tojson }}{{ dict.fromkeys(['b'], 2) | tojson }}",
         "{{ thing }}{{ number + 1 }}{{ pair[1] }}{{ tools is none }}{{ documents is none }}",
@@ -88,7 +99,10 @@ def test_templates_of_families_are_rendered_alike(family: str, count: int, tools
     ],
 )
 def test_what_templates_use_is_there(template: str) -> None:
-    names = {"thing": object(), "number": 2, "pair": (1, "two")}
+    names = {
+        "thing": object(), "number": 2, "pair": (1, "two"), "kind": Kind.A,
+        "share": np.float32(0.5), "two": Two("a"),
+    }  # fmt: skip
     expected = rendered(lambda: theirs(template, TURNS, **names))
     assert rendered(lambda: render_template(template, TURNS, None, False, names)) == expected
 
@@ -128,6 +142,12 @@ def test_a_template_sees_copies(tmp_path: Any) -> None:
     assert shown == f"<{type(tmp_path).__name__}>"
     with pytest.raises(ValueError, match="at least one message"):
         render_template("", [], None, False, {})
+
+
+def test_what_is_constant_is_not_computed_to_read_names() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jinja2.nodes.BinExpr.as_const", lambda *_: pytest.fail("it was computed"))
+        assert names_read("{{ a }}{% if false %}{{ 'a' * 3000000000 }}{% endif %}") == {"a"}
 
 
 def test_names_that_a_template_reads() -> None:

@@ -160,10 +160,29 @@ def test_a_large_vocabulary_of_mistral_is_read_by_transformers(
 ) -> None:
     monkeypatch.setattr("luthier.models.fast_tokenizer._PATCHED", 100)
     path = change(folder, tmp_path / "large", "tokenizer_config.json")
+    assert FastTokenizer.open(path) is None
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert FastTokenizer.open(path) is not None
-    (path / "config.json").write_text(json.dumps({"model_type": "mistral3"}))
+
+
+@pytest.mark.parametrize("kind", ["mistral3", "qwen2", "siglip2", "new_kind", None])
+def test_families_for_which_transformers_takes_another_class(
+    kind: str | None, folder: Path, tmp_path: Path
+) -> None:
+    path = change(folder, tmp_path / "kind", "tokenizer_config.json")
+    assert FastTokenizer.open(path) is not None
+    (path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert FastTokenizer.open(path) is None
+
+
+def test_a_template_with_lines_of_windows(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    path = change(folder, tmp_path / "windows", "tokenizer_config.json")
+    (path / "chat_template.jinja").write_bytes(b"{{ messages }}\r\nend\r")
+    fast = FastTokenizer.open(path)
+    assert fast is not None
+    assert fast.chat_template == AutoTokenizer.from_pretrained(path).chat_template
 
 
 def test_tokenizers_of_other_classes_are_those_of_transformers(

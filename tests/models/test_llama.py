@@ -142,6 +142,21 @@ def test_adapters_find_their_places(
         {"attention_dropout": 0.1},
         {"pretraining_tp": 2},
         {"vocab_size": None},
+        {"rope_parameters": {k: v for k, v in LLAMA3.items() if k != "factor"}},
+        {
+            "rope_parameters": {
+                k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"
+            }
+        },
+        {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
+        {"rope_parameters": [["rope_type", "default"]]},
+        {"attention_bias": None},
+        {"rms_norm_eps": None},
+        {"rms_norm_eps": 1},
+        {"use_cache": "x"},
+        {"initializer_range": -5},
+        {"dtype": "nope"},
+        {"pad_token_id": 320},
         {"something_new": 1},
     ],
 )
@@ -179,10 +194,9 @@ def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -
     assert config is not None
 
     save_file({n: w for n, w in whole.items() if n != "model.norm.weight"}, path)
-    with pytest.raises(
-        UnknownModel, match=r"1 are missing or of another shape, model\.norm\.weight"
-    ):
-        load_llama(config, folder, torch.float32, CPU)
+    assert load_llama(config, folder, torch.float32, CPU) is None  # transformers says which
+    with pytest.raises(UnknownModel, match=r"missing or of another shape, model\.norm\.weight"):
+        load_model(folder, torch.float32, CPU, learns=False)
     save_file(
         whole | {"model.norm.weight": torch.full_like(whole["model.norm.weight"], torch.nan)}, path
     )
@@ -194,6 +208,76 @@ def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -
     tied = config.model_copy(update={"tie_word_embeddings": True})
     save_file(whole, path)
     assert load_llama(tied, folder, torch.float32, CPU) is None
+
+
+def test_other_files_beside_the_weights_are_not_read(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama()
+    whole = load_file(folder / "model.safetensors")
+    expected = written(load_model(folder, torch.float32, CPU), torch.float32, exact=False)
+    for name in ("zz", "adapter_model", "model_old"):
+        others = {name: torch.zeros_like(weight) for name, weight in whole.items()}
+        save_file(others, folder / f"{name}.safetensors")
+    ours = load_model(folder, torch.float32, CPU, learns=False)
+    assert torch.equal(written(ours, torch.float32, exact=False), expected)
+    # In shards: those that the index names. Without one, transformers says what is missing.
+    (folder / "model.safetensors").unlink()
+    halves = [{n: w for i, (n, w) in enumerate(whole.items()) if i % 2 == half} for half in (0, 1)]
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, folder / name)
+    places = {key: name for name, half in zip(names, halves, strict=True) for key in half}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours = load_model(folder, torch.float32, CPU, learns=False)
+    assert isinstance(ours, LlamaForCausalLM)
+    assert torch.equal(written(ours, torch.float32, exact=False), expected)
+    (folder / "model.safetensors.index.json").unlink()
+    config = LlamaConfig.of(json.loads((folder / "config.json").read_text()))
+    assert config is not None and load_llama(config, folder, torch.float32, CPU) is None
+
+
+def test_weights_by_other_names_are_loaded_by_transformers(
+    write_llama: Callable[..., Path],
+) -> None:
+    folder = write_llama(tie_word_embeddings=True)
+    path = folder / "model.safetensors"
+    expected = written(load_model(folder, torch.float32, CPU), torch.float32, exact=False)
+    bare = {name.removeprefix("model."): weight for name, weight in load_file(path).items()}
+    save_file(bare, path, metadata={"format": "pt"})
+    loaded = load_model(folder, torch.float32, CPU, learns=False)
+    assert not isinstance(loaded, LlamaForCausalLM)
+    assert torch.equal(written(loaded, torch.float32, exact=False), expected)
+
+
+def test_a_network_that_answers_no_numbers_is_refused(write_llama: Callable[..., Path]) -> None:
+    folder = write_llama()
+    path = folder / "model.safetensors"
+    huge = {n: w * 1e37 if "proj" in n else w for n, w in load_file(path).items()}
+    save_file(huge, path, metadata={"format": "pt"})
+    loaded = load_model(folder, torch.float32, CPU, learns=False)
+    with pytest.raises(CorruptFile, match="answers with numbers that are not finite"):
+        as_network(loaded.eval(), CPU, torch.float32)
+
+
+def test_threads_import_transformers_one_after_the_other(
+    write_llama: Callable[..., Path], tiny_model_folder: Path
+) -> None:
+    code = (
+        "import threading, torch; from pathlib import Path\n"
+        "from luthier.models.load import load_model\n"
+        "from luthier.models.tokenizer import load_tokenizer\n"
+        f"folder, texts = Path({str(write_llama())!r}), Path({str(tiny_model_folder)!r})\n"
+        "failed = []\n"
+        "def run(work):\n"
+        "    try: work()\n"
+        "    except BaseException as error: failed.append(repr(error))\n"
+        "load = lambda: load_model(folder, torch.float32, torch.device('cpu'), learns=True)\n"
+        "read = lambda: load_tokenizer(texts)(['a', 'b'])\n"
+        "threads = [threading.Thread(target=run, args=[each]) for each in (load, read, read)]\n"
+        "[each.start() for each in threads]; [each.join() for each in threads]; print(failed)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
 
 
 def test_a_configuration_of_more_than_is_stored_is_refused(

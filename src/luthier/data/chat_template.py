@@ -12,10 +12,11 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, TemplateError
+import numpy as np
+from jinja2 import Environment, TemplateError, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
+from jinja2.meta import TrackingCodeGenerator
 from jinja2.nodes import Scope
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -46,12 +47,18 @@ def names_read(template: str) -> frozenset[str]:
 
     A template that is no Jinja reads none; who renders it is told why.
     """
-    environment = Environment(extensions=_EXTENSIONS)  # noqa: S701 - parsed and never rendered
+    # Else what is constant would be computed, such as a text of three gigabytes: what finalizes values
+    # is asked at run time only, and no optimizer goes over the expressions.
+    environment = Environment(  # noqa: S701 - parsed and never rendered
+        extensions=_EXTENSIONS, finalize=pass_context(lambda _, value: value)
+    )
     try:
-        found = find_undeclared_variables(environment.parse(template))
+        tracker = TrackingCodeGenerator(environment)
+        tracker.optimizer = None
+        tracker.visit(environment.parse(template))
     except (TemplateError, RecursionError):
         return frozenset()
-    return frozenset(found - _FUNCTIONS)
+    return frozenset(tracker.undeclared_identifiers - _FUNCTIONS)
 
 
 def render_template(
@@ -90,15 +97,22 @@ def _copy_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy(value: Any) -> Any:
     """Plain values alone: methods of others may be none that the sandbox knows to be dangerous."""
-    for plain in (bool, str, int, float):
-        if isinstance(value, plain):
-            return plain(value)
-    if value is None:
-        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # an enumeration's own gives its name
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
     if isinstance(value, Mapping):
         return {_copy(key): _copy(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(each) for each in value)
+    if isinstance(value, list):
+        return [_copy(each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(_copy(each) for each in value)
     return f"<{type(value).__name__}>"
 
 
@@ -158,7 +172,7 @@ def _compile(template: str) -> Any:
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": lambda format: datetime.now().strftime(format),
         "dict": _Dict(),
         "namespace": _Namespace,
     }

@@ -106,7 +106,11 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     from luthier.models.layouts import is_flat
     from luthier.models.load import configuration, draw, for_head
 
-    _import_libraries(folder)
+    import_transformers()
+    if is_pipeline(folder):
+        from luthier.models.nets.stable_diffusion import part_classes
+
+        part_classes()
     kind = fields.get("model_type", "of unknown type")
     with (
         drawing_bounds(memory),
@@ -128,12 +132,13 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     return DescribedNetwork(task, numbers, is_flat(network))
 
 
-def _import_libraries(folder: Path) -> None:
-    """Have what a network of any family imports, which is not to count as its own."""
-    import transformers.models.auto.modeling_auto
-    import transformers.models.llama.modeling_llama  # noqa: F401
+_IMPORTING = threading.Lock()
 
-    if is_pipeline(folder):
-        from luthier.models.nets.stable_diffusion import part_classes
 
-        part_classes()
+def import_transformers() -> None:
+    """Have what networks of any family import of transformers, which is not to count as their own.
+
+    Its names are found as they are first asked for, and threads that ask at once get some too early.
+    """
+    with _IMPORTING:
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401

@@ -8,6 +8,7 @@ save) is answered by transformers' tokenizer, made of the same files when it is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.chat_template import render_template
 from luthier.files import read_json
+from luthier.models.description import import_transformers
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Encoding, Tokenizer
 
 _CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 """Classes that take ``tokenizer.json`` as it is; others of transformers build it anew."""
+_KINDS = frozenset({"", "llama", "gpt2"})
+"""Families of networks of which that is certain: for some, transformers takes another class anyway."""
 _SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
@@ -85,9 +89,9 @@ class FastTokenizer:
         self.backend_tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         self.backend_tokenizer.encode_special_tokens = False
         template = files.get("chat_template.jinja")
-        self.chat_template: Any = (
-            config.get("chat_template") if template is None else template.decode()
-        )
+        # Lines end as in files that are opened as text.
+        text = None if template is None else "\n".join(re.split("\r\n?", template.decode()))
+        self.chat_template: Any = config.get("chat_template") if text is None else text
         self.model_max_length = config.get("model_max_length") or _UNLIMITED
         self.special_tokens_map: dict[str, str] = {
             name: config[name] for name in _SPECIAL if config.get(name) is not None
@@ -105,16 +109,19 @@ class FastTokenizer:
         kind = ""
         if (folder / "config.json").is_file():
             kind = str(read_json(folder / "config.json").get("model_type"))
+        if kind not in _KINDS:
+            return None
         try:
             config = json.loads(files["tokenizer_config.json"])
             contents = json.loads(files["tokenizer.json"])
             return FastTokenizer(files) if _is_plain(config, contents, kind) else None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None  # transformers says what is wrong
 
     @cached_property
     def transformers_tokenizer(self) -> Any:
         """transformers' own of the same files."""
+        import_transformers()
         from transformers import AutoTokenizer
 
         with TemporaryDirectory() as folder:
@@ -255,7 +262,9 @@ def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str)
     model = contents["model"]
     if config.get("clean_up_tokenization_spaces") and model.get("type") != "BPE":
         return False
-    if len(model["vocab"]) > _PATCHED and (not kind or "tral" in kind):
+    if len(model["vocab"]) + len(contents["added_tokens"]) > _PATCHED and not kind:
+        return False
+    if not isinstance(config.get("extra_special_tokens") or [], list):
         return False
     added = {
         str(each["id"]): {k: v for k, v in each.items() if k != "id"}

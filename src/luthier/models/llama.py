@@ -20,7 +20,7 @@ from luthier.encryption.tensors import load_tensors, tensor_headers
 from luthier.models.attention import Attends
 from luthier.models.fused import RMSNorm, SwiGLU
 from luthier.models.llama_config import LlamaConfig, RopeParameters
-from luthier.models.outside import check_complete, weight_files
+from luthier.models.outside import loaded_files
 
 
 class States(NamedTuple):
@@ -99,6 +99,7 @@ def _inverse_frequencies(rope: RopeParameters, size: int) -> Tensor:
         return frequencies
     # Waves longer than the original context are stretched, short ones stay, those between blend.
     low, high = rope.low_freq_factor, rope.high_freq_factor
+    assert rope.factor and low and high and rope.original_max_position_embeddings
     length = 2 * math.pi / frequencies
     original = rope.original_max_position_embeddings
     stretched = torch.where(length > original / low, frequencies / rope.factor, frequencies)
@@ -188,13 +189,14 @@ def sketch_llama(config: LlamaConfig) -> LlamaForCausalLM:
 def load_llama(
     config: LlamaConfig, folder: Path, dtype: torch.dtype, device: torch.device
 ) -> LlamaForCausalLM | None:
-    """The network with the weights in ``folder``; ``None`` where transformers ties them otherwise.
+    """The network with the weights in ``folder``.
+
+    ``None`` where they are not there by these names and shapes, which transformers may know to read.
 
     Raises:
-        UnknownModel: where a weight is missing or has another shape.
         CorruptFile: for files that cannot be read.
     """
-    model, files = sketch_llama(config), weight_files(folder)
+    model, files = sketch_llama(config), loaded_files(folder)
     if config.tie_word_embeddings and any("lm_head.weight" in tensor_headers(f) for f in files):
         return None
     wanted = {name: weight.shape for name, weight in model.named_parameters()}
@@ -204,7 +206,8 @@ def load_llama(
             if wanted.get(name) == tensor.shape:
                 # A copy: the file is mapped, and may be replaced while the network is in use.
                 found[name] = tensor.to(device, dtype, copy=True)
-    check_complete(wanted.keys() - found.keys(), f"{folder} (llama)")
+    if wanted.keys() != found.keys():
+        return None
     model.load_state_dict(found, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

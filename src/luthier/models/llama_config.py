@@ -15,6 +15,9 @@ _UNREAD = frozenset(
 )  # fmt: skip
 """Fields of ``config.json`` that decide nothing, or nothing with the values that are taken here."""
 
+_MAY_BE_NULL = frozenset({"head_dim", "num_key_value_heads", "rope_parameters", "rope_scaling"})
+_TYPES = frozenset({None, "float32", "bfloat16", "float16"})
+
 
 class RopeParameters(BaseModel):
     """How positions are turned: Su et al. 2021 (arXiv:2104.09864), and Llama 3.1's longer contexts."""
@@ -23,10 +26,20 @@ class RopeParameters(BaseModel):
 
     rope_theta: float = Field(default=10_000.0, gt=0)
     rope_type: Literal["default", "llama3"] = "default"
-    factor: float = Field(default=1.0, gt=0)
-    low_freq_factor: float = Field(default=1.0, gt=0)
-    high_freq_factor: float = Field(default=4.0, gt=0)
-    original_max_position_embeddings: _Count = 8192
+    factor: float | None = Field(default=None, gt=0)
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    high_freq_factor: float | None = Field(default=None, gt=0)
+    original_max_position_embeddings: _Count | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> RopeParameters:
+        longer = (
+            self.factor, self.low_freq_factor, self.high_freq_factor,
+            self.original_max_position_embeddings,
+        )  # fmt: skip
+        if any((each is None) == (self.rope_type == "llama3") for each in longer):
+            raise ValueError("llama3 has all four fields, and others have none of them")
+        return self
 
 
 class LlamaConfig(BaseModel):
@@ -59,6 +72,8 @@ class LlamaConfig(BaseModel):
         RopeParameters.model_validate(self.rope_parameters, strict=True)
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError("heads do not share keys evenly")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError("the padding is no token")
         return self
 
     @property
@@ -93,12 +108,24 @@ class LlamaConfig(BaseModel):
         }  # fmt: skip
         if any(fields.get(name, value) != value for name, value in plain.items()):
             return None
-        known = {n: v for n, v in fields.items() if n not in _UNREAD and v is not None}
+        # What transformers refuses is for it to refuse, also in fields that decide nothing.
+        if type(fields.get("use_cache", True)) is not bool or not all(
+            type(fields.get(name, 0.02)) is float for name in ("initializer_range", "rms_norm_eps")
+        ):
+            return None
+        if {fields.get("dtype"), fields.get("torch_dtype")} - _TYPES:
+            return None
+        known = {
+            name: value
+            for name, value in fields.items()
+            if name not in _UNREAD and (value is not None or name not in _MAY_BE_NULL)
+        }
         ends = ("pad_token_id", "bos_token_id", "eos_token_id")
         known |= {name: fields[name] for name in ends if name in fields}
         try:
             # Before transformers 5 rotary positions had two fields.
-            rope = dict(known.pop("rope_parameters", None) or known.pop("rope_scaling", None) or {})
+            given = known.pop("rope_parameters", None) or known.pop("rope_scaling", None) or {}
+            rope = {**given}
             if "type" in rope:
                 rope.setdefault("rope_type", rope.pop("type"))
             if "rope_theta" in known:

@@ -17,7 +17,7 @@ from luthier.models import nets
 from luthier.models.bounds import DOES_NOT_RUN, refuse_configuration
 from luthier.models.catalog import CatalogEntry
 from luthier.models.convolutions import mend_convolutions
-from luthier.models.description import check_folder
+from luthier.models.description import check_folder, import_transformers
 from luthier.models.fused import fuse
 from luthier.models.heads import (
     CAUSAL_LM,
@@ -52,6 +52,7 @@ SMALL_SCORE = 0.25
 
 def configuration(folder: Path, fields: dict[str, Any]) -> Any:
     """transformers' configuration of the network in ``folder``, of the ``fields`` of its file."""
+    import_transformers()
     from transformers import AutoConfig
 
     nets.register(fields.get("model_type"))
@@ -138,6 +139,7 @@ def load_model(
         own = _load_without_transformers(folder, dtype, device)
         if own is not None:
             return own
+    import_transformers()
     from transformers.utils import logging
 
     config = read_config(folder, head)
@@ -233,7 +235,9 @@ def _checked_network(model: nn.Module, device: torch.device, dtype: torch.dtype)
             _check_classifier(network)
         return network
     if reads_tree(model):
-        return Network(model, device, dtype)
+        network = Network(model, device, dtype)
+        _check_answer(_Probe(model, device).ours(network)[0])
+        return network
     probe = _Probe(model, device)
     expected = probe.plain()
     network = Network(model, device, dtype, probe.sees_ahead())

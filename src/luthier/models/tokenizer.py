@@ -10,6 +10,7 @@ from luthier.data.processors import read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
+from luthier.models.description import import_transformers
 from luthier.models.fast_tokenizer import FastTokenizer
 from luthier.models.modalities import text_fields
 from luthier.models.pipelines import (
@@ -25,6 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     folder = tokenizer_folder(folder)
     if (fast := FastTokenizer.open(folder)) is not None:
         return fast
+    import_transformers()
     from transformers import AutoTokenizer
 
     if (folder / "config.json").is_file():  # transformers looks up the network's type there
