@@ -1,10 +1,11 @@
 """Peak memory of ``luthier pretrain`` on a corpus larger than it: the file grows, the memory does not.
 
-    python benchmarks/pretrain_memory.py DATA/tinyshakespeare/train.jsonl --megabytes 50 1000
+    python benchmarks/pretrain_memory.py DATA/tinyshakespeare/train.jsonl --megabytes 50 500 [--base ID]
 
 Each corpus is the text of the rows again and again, each time under a heading of its own, in one
 plain-text file.
-It is checked, a tokenizer is trained, all of it is written as tokens, and two steps are taken.
+It is checked, a tokenizer is trained (that of ``--base`` is taken), all of it is written as tokens, and
+two steps are taken.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ class Stages(Reporter):
     def stage(self, text):
         self.seen.append((text, time.monotonic(), peak_memory()))
 stages = Stages()
-result = luthier.pretrain(sys.argv[1], name="x", reporter=stages, network__size="tiny",
-                          tokenizer__vocabulary=4096, training__max_steps=2,
-                          data__validation_share=0)
+start = {"network__size": "tiny", "tokenizer__vocabulary": 4096}
+if sys.argv[2]:
+    start = {"network__base": sys.argv[2], "network__context": 128, "training__batch_size": 4}
+result = luthier.pretrain(sys.argv[1], name="x", reporter=stages, **start,
+                          training__max_steps=2, data__validation_share=0)
 stages.stage("end")
 rows = [(text, b - a, m) for (text, a, _), (_, b, m) in zip(stages.seen, stages.seen[1:])]
 print(json.dumps({"stages": rows, "tokens": result.tokens, "peak": peak_memory()}))
@@ -54,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 1000])
+    parser.add_argument("--base", default="", help="a model to go on from, in place of a new one")
     arguments = parser.parse_args()
     print(
         "| text, MB | peak, MB | seconds | stages: seconds, peak so far |\n| --- | --- | --- | --- |"
@@ -64,7 +68,7 @@ def main() -> None:
             corpus(arguments.rows, size * 10**6, path)
             started = time.monotonic()
             done = subprocess.run(
-                [sys.executable, "-c", ONE, str(path)],
+                [sys.executable, "-c", ONE, str(path), arguments.base],
                 env={**os.environ, "LUTHIER_HOME": folder}, check=True, capture_output=True,
             )  # fmt: skip
             found = json.loads(done.stdout.splitlines()[-1])

@@ -7,13 +7,9 @@ python docs/generate.py [--check]
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import sys
-import textwrap
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +38,7 @@ from luthier.pretrain_recipe import (
     PretrainTraining,
 )
 from luthier.recipe import DataSpec, MixSpec, Recipe, Training
+from luthier.validation import field_docstrings
 from luthier.workflows.capabilities import Capability, family_table
 from luthier.workflows.certificate.certificate import certificate_schema
 from luthier.workflows.distil.insights import RULES as INSIGHT_RULES
@@ -345,31 +342,9 @@ def _field(prefix: str, name: str, cls: type[BaseModel]) -> tuple[str, str, str,
     return f"{prefix}{name}", kind, default, _meaning(cls, name)
 
 
-@cache
-def _attribute_docstrings(cls: type) -> dict[str, str]:
-    """The docstrings that stand below the fields of ``cls`` in its file.
-
-    pydantic's ``use_attribute_docstrings`` reads them when a class is made: for a third of a second of
-    every command.
-    """
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-    }
-
-
 def _meaning(cls: type[BaseModel], name: str) -> str:
     """What a field of ``cls`` is for, in one line."""
-    found = (
-        _attribute_docstrings(each).get(name) for each in cls.__mro__ if issubclass(each, BaseModel)
-    )
-    own = cls.model_fields[name].description
-    text = own or next((each for each in found if each), "")
-    return text.replace("\n", " ")
+    return field_docstrings(cls).get(name, "").replace("\n", " ")
 
 
 def _fields(rows: list[tuple[str, str, str, str]]) -> list[str]:

@@ -31,6 +31,7 @@ from luthier.recipe import (
     set_field,
     to_toml,
 )
+from luthier.validation import field_docstrings
 from luthier.workflows.pipeline import Pipeline
 
 DATA = {"train": "rows.jsonl"}
@@ -345,7 +346,7 @@ def test_every_field_has_one_line_of_documentation(part: type[BaseModel]) -> Non
         field = schema["properties"][name]
         if "const" in field:  # the method: the class documents itself
             continue
-        text = field.get("description", "")
+        text = field_docstrings(part).get(name, "")
         assert text, f"{part.__name__}.{name} has no documentation"
         assert "\n" not in text.strip()
         assert text.strip().endswith("."), text

@@ -38,6 +38,12 @@ from luthier.store.snapshot import remove_orphaned_snapshots, snapshot
 
 
 @pytest.fixture
+def database_url(luthier_home: Path) -> str:
+    """SQLite's, which is in a backup as it is; a backup of PostgreSQL has tests of its own."""
+    return f"sqlite:///{luthier_home / 'luthier.db'}"
+
+
+@pytest.fixture
 def store(database: Database, luthier_home: Path) -> Path:
     """A store with an account, a key and some files."""
     with database.write() as session:
