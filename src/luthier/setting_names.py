@@ -50,11 +50,11 @@ _BOUNDARY = re.compile(r"((?<=[.;!?])[ \t]+|(?<=Fix:)[ \t]+|\n+)")
 _OR = ", or "
 
 
-def dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_items(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values of nested tables with their names, such as ``training.epochs``."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            yield from dotted(value, f"{prefix}{key}.")
+            yield from dotted_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -32,7 +32,7 @@ from luthier.files import (
 from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
-from luthier.setting_names import dotted
+from luthier.setting_names import dotted_items
 from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
@@ -265,7 +265,7 @@ def same_request(
     ``data`` of both are SHA-256 by source. ``asked_at``, in seconds of the epoch, is when ``before``
     was asked for: files that are newer are named where the data is no longer the same.
     """
-    old, new = dict(dotted(before)), dict(dotted(now))
+    old, new = dict(dotted_items(before)), dict(dotted_items(now))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     sources = [key for key in changed if key.startswith("data.") and key in old and key in new]
     if changed and sources == changed:

@@ -23,7 +23,7 @@ from luthier.models.llama_config import LlamaConfig, RopeParameters
 from luthier.models.outside import loaded_files
 
 
-class States(NamedTuple):
+class LlamaOutput(NamedTuple):
     """What the layers give."""
 
     last_hidden_state: Tensor
@@ -141,13 +141,15 @@ class LlamaModel(nn.Module):
         self.norm = _norm(config)
         self.rotary_emb = RotaryEmbedding(config)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, tree: Attends, **_: Any) -> States:
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, tree: Attends, **_: Any
+    ) -> LlamaOutput:
         """States of the tokens ``[1, N]``."""
         x_1NH = self.embed_tokens(input_ids)
         cos, sin = (each[:, None] for each in self.rotary_emb(x_1NH, position_ids=position_ids))
         for layer in self.layers:
             x_1NH = layer(x_1NH, cos, sin, tree)
-        return States(self.norm(x_1NH))
+        return LlamaOutput(self.norm(x_1NH))
 
 
 class LlamaForCausalLM(nn.Module):

@@ -70,7 +70,7 @@ class OwnAnswers(TokenDivergence):
         """Weight 1 on each token of each reply, 0 on the rest; the row stays with it, to be shown."""
         return replace(super().encode(row, index, chat), given=row)
 
-    def asked(self, count: int) -> Sequence[bool]:
+    def draw_answered(self, count: int) -> Sequence[bool]:
         """Which of ``count`` rows of a step the student answers itself."""
         return [True] * count
 
@@ -81,7 +81,7 @@ class OwnAnswers(TokenDivergence):
         rows = list(examples)
         if not network.model.training:
             return [*network.batches(rows, budget)]
-        chosen = [place for place, own in enumerate(self.asked(len(rows))) if own]
+        chosen = [place for place, own in enumerate(self.draw_answered(len(rows))) if own]
         written: dict[int, Completion] = {}
         for place, answer in zip(
             chosen, self._answers(network, [rows[place] for place in chosen]), strict=True
@@ -141,7 +141,7 @@ class OnPolicyDistillation(OwnAnswers, Distillation):
     student_share: float = Field(default=1.0, ge=0, le=1)
     """Share of rows that the student answers itself; lambda in GKD, 1 being purely on-policy."""
 
-    def asked(self, count: int) -> Sequence[bool]:
+    def draw_answered(self, count: int) -> Sequence[bool]:
         """Rows are drawn, each by itself."""
         import torch
 

@@ -333,7 +333,7 @@ class SerialModel:
                 while not request.is_done:
                     self._read_pass(request)
             if not request.is_done:
-                raise _unloaded()
+                raise _unloaded_failure()
             return request.answers()
         except RowFailed as failed:
             error = failed.__cause__
@@ -343,7 +343,7 @@ class SerialModel:
                 raise _refusal_of(failed.place, media.media, error.message) from error
             raise error from None
         except Cancelled:
-            raise _unloaded() from None
+            raise _unloaded_failure() from None
         finally:
             self._batcher.remove(request)
 
@@ -373,21 +373,21 @@ class SerialModel:
                 finally:
                     hook.remove()
         except Cancelled:
-            raise _unloaded() from None
+            raise _unloaded_failure() from None
 
     @contextmanager
     def _network_turn(self, is_over: Callable[[], bool]) -> Iterator[Counter[str]]:
         """The network, when it is the turn of the thread's client: see :meth:`FairScheduler.work`."""
         with self._scheduler.work(current_client(), self, is_over) as parts, self._lock:
             if self._closed:
-                raise _unloaded()
+                raise _unloaded_failure()
             try:
                 yield parts
             finally:
                 release_workers()
 
 
-def _unloaded() -> InferenceFailed:
+def _unloaded_failure() -> InferenceFailed:
     return InferenceFailed("ServiceUnavailable", "The model is being unloaded.")
 
 

@@ -125,7 +125,7 @@ class ControlRequest:
         """The same for making something."""
         self.allow(self.arns.of(self.account, kind, "*"))
 
-    def sent(self, names: Iterable[str]) -> dict[str, Any]:
+    def members_sent(self, names: Iterable[str]) -> dict[str, Any]:
         """Those of the members ``names`` that were sent, to be told again."""
         return {name: self.members[name] for name in names if name in self.members}
 

@@ -44,7 +44,7 @@ def create_model(request: ControlRequest) -> dict[str, Any]:
         return answer
     given, source = tags_of(request.get("modelTags")), _source(request)
     request.control.locations.folder(request.account, source)
-    shown, quotas = request.sent(_SHOWN), request.control.quotas(request.account)
+    shown, quotas = request.members_sent(_SHOWN), request.control.quotas(request.account)
 
     def make(session: Session) -> dict[str, Any]:
         name = request["modelName"]

@@ -115,7 +115,7 @@ def create_job(request: ControlRequest) -> dict[str, Any]:
             request.request.caller,
             face=FACE,
             name=name,
-            request=request.sent(_SHOWN),
+            request=request.members_sent(_SHOWN),
             application=application,
             run_id=new_id(),
         )

@@ -134,7 +134,7 @@ def _submission(request: ControlRequest) -> Submission:
         teacher=teacher,
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
-        request=request.sent(_SHOWN),
+        request=request.members_sent(_SHOWN),
         without_effect=hyperparameters.without_effect(typed),
     )
 

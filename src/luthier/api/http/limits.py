@@ -267,7 +267,7 @@ def _busy() -> Fault:
     return Fault("Throttling", text, retry_after=2)
 
 
-def _throttled(text: str, wait: float) -> Fault:
+def _throttling_fault(text: str, wait: float) -> Fault:
     """The refusal of who has to ``wait`` so many seconds, which clients are told in whole ones."""
     return Fault("Throttling", text, retry_after=max(1, round(wait + 0.5)))
 
@@ -314,7 +314,7 @@ class RateLimits:
             missing = self._take(caller.account, rate, version)
         if missing > 0:
             text = "Too many requests, please wait before trying again."
-            raise _throttled(text, missing / rate if rate > 0 else 60)
+            raise _throttling_fault(text, missing / rate if rate > 0 else 60)
 
     def _take(self, account: str, rate: float, version: str) -> float:
         """Take a token; tokens that are missing, 0 where there was one."""
@@ -361,7 +361,7 @@ class RequestPace:
         if (wait := self._next.get(address, 0.0) - moment - ADDRESS_BURST_SECONDS) > WAIT_SECONDS:
             self._spent_until[address] = moment + SPENT_SECONDS
             text = "Too many requests from this address, please wait before trying again."
-            raise _throttled(text, wait)
+            raise _throttling_fault(text, wait)
         if len(self._next) > PACED_ADDRESSES:
             self._next = {each: at for each, at in self._next.items() if at > moment}
             self._spent_until = {k: at for k, at in self._spent_until.items() if at > moment}
@@ -406,7 +406,7 @@ class UselessBodies:
                 "Too many large requests whose signature was wrong, or that could not be used. Please "
                 "wait before trying again."
             )
-            raise _throttled(text, wait)
+            raise _throttling_fault(text, wait)
 
     def count(self, address: str, sender: str) -> None:
         """A body was read for nothing."""

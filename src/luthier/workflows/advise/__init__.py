@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.recipe import to_toml, toml_value
-from luthier.setting_names import OPTIONS, dotted
+from luthier.setting_names import OPTIONS, dotted_items
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -67,7 +67,7 @@ def tuning_command(data: str, flags: Mapping[str, Any], settings: Sequence[str])
 def command_of(data: str, fields: Mapping[str, Any]) -> str:
     """The same for plain values of the recipe by dotted name; tables of them are taken apart."""
     methods = {name: f"{name}.method" for name in ("objective", "adaptation")}
-    flat = {methods.get(name, name): value for name, value in dotted(fields)}
+    flat = {methods.get(name, name): value for name, value in dotted_items(fields)}
     flags = {key: flat.pop(key) for key in OPTIONS if key in flat}
     return tuning_command(data, flags, [f"{key}={_literal(value)}" for key, value in flat.items()])
 

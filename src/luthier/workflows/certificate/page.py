@@ -11,7 +11,7 @@ from typing import Any
 from luthier import __version__
 from luthier.pages import Table, interval_text, render_page, shorten
 from luthier.printable import format_duration
-from luthier.setting_names import dotted
+from luthier.setting_names import dotted_items
 from luthier.workflows.certificate.certificate import Certificate, Forecast, KeptReport
 
 BOX, GAP, HEIGHT, LINE = 230, 44, 46, 78
@@ -141,7 +141,7 @@ def _rule_table(report: Mapping[str, Any] | None) -> Table | None:
 
 
 def _recipe_table(recipe: Mapping[str, Any] | None) -> Table | None:
-    rows = [] if recipe is None else [[name, _short(value)] for name, value in dotted(recipe)]
+    rows = [] if recipe is None else [[name, _short(value)] for name, value in dotted_items(recipe)]
     return Table.of("Recipe", {"field": "code", "value": "text"}, rows) if rows else None
 
 
@@ -157,7 +157,7 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
     record = certificate.record
     if record.parity is not None:
         kept = {name: each for name, each in record.parity.items() if each is not None}
-        measured = dotted(kept)
+        measured = dotted_items(kept)
         rows = [[name.replace("_", " "), _short(each)] for name, each in measured]
         yield Table.of("As trained and as read back", {"": "name", "value": "number"}, rows)
     files = [[name, digest] for name, digest in record.files.items()]
@@ -246,7 +246,7 @@ def _result_table(result: Mapping[str, Any]) -> Table | None:
         return Table.of("All that were compared", columns, rows)
     values = [
         [name.replace("_", " "), _short(value)]
-        for name, value in dotted(result)
+        for name, value in dotted_items(result)
         if isinstance(value, str | int | float) and name != "verdict"
     ]
     further = max(0, len(values) - MOST_VALUES)
