@@ -79,7 +79,7 @@ def test_a_recipe_file_names_texts_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "name: is required"),
+        ([], "say what the base model that is made is called: --name"),
         (["--name", "x", "--vocabulary", "100"], "must be 257 or more"),
         (["--name", "x", "--size", "7b"], "network.size"),
         (["--name", "x", "--family", "rwkv"], "network.family"),

@@ -168,7 +168,7 @@ def test_an_unknown_custom_model_lists_those_there_are(name: str) -> None:
 
 def test_a_name_cannot_lead_out_of_the_store(luthier_home: Path) -> None:
     write_json(luthier_home / "models" / "custom" / MANIFEST, {"id": "x", "saved": "network"})
-    with pytest.raises(UnknownModel, match="There are none yet"):
+    with pytest.raises(UnknownModel, match="There are none that can be used so"):
         find(f"{BASE}:..")
 
 

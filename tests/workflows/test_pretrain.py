@@ -190,11 +190,14 @@ def test_it_has_the_bits_of_tuning_on_the_same_text(
         ({"network": {"base": "mine", "size": "tiny"}}, "leave out size"),
         ({"network": {"base": "mine"}, "tokenizer": {"vocabulary": 300}}, "leave out vocabulary"),
         ({"network": {"base": "no-such-model"}}, "no-such-model"),
+        ({"network": {"base": "first", "context": 65}}, "first reads 64 tokens at most"),
     ],
 )
 def test_a_base_that_cannot_be_gone_on_from_is_refused(
     more: dict[str, Any], match: str, fields: Callable[..., dict[str, Any]], luthier_home: Path
 ) -> None:
+    if more["network"]["base"] == "first":
+        made(fields({"max_steps": 1}, name="first"))
     with pytest.raises(LuthierError, match=match):
         made(fields(**more))
     assert not any((luthier_home / "pretraining").glob("mine"))

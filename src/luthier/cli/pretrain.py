@@ -10,6 +10,7 @@ import typer
 
 from luthier.cli.console import heavy_imports, new_console, print_json
 from luthier.cli.options import Json, LearningRate, Resume, recipe_fields, recipe_options
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -55,7 +56,10 @@ def pretrain(
     options = recipe_options(locals())
     from luthier.pretrain_recipe import PretrainRecipe
 
-    recipe = PretrainRecipe.parse(recipe_fields(data, options, set_))
+    given = recipe_fields(data, options, set_)
+    if "name" not in given:
+        raise RecipeError("say what the base model that is made is called: --name my-base")
+    recipe = PretrainRecipe.parse(given)
     # Loads torch, which takes seconds: only for a recipe that parses.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter

@@ -127,6 +127,8 @@ def _train_first(
         try:
             if not resume:
                 run.check_free()  # before the rows are read, which can take minutes
+            elif run.request_value("luthier") is None:
+                reporter.note(f"no run {run.model_id} was interrupted, so it begins now")
             # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
             budget = run.request_value("micro_batch_tokens") if resume else None
             with clock.part("data"):

@@ -192,15 +192,16 @@ def judge_run(
         headline, advice = f"as right as {started}", ""
     if uninformative and outcome not in ("still_improving", "worse"):
         advice = (
-            "To answer every row alike is no worse, so nothing shows that the rows tell their answers: "
-            "check what they are labelled with"
+            "It is not measurably better than to answer every row alike, so nothing shows yet that the "
+            "rows tell their answers: check what they are labelled with, or measure on more rows"
         )
         if not fitted_head and not course.training_learned():
             advice = course.advice_to_learn(training)
         elif informed:
             advice = (
-                f"To answer every row alike is no worse, yet {informed} tells the rows apart: it is "
-                "the base model that does not know what they hold, such as their language. "
+                f"To answer every row alike is not measurably worse, yet {informed} tells the rows "
+                "apart: it is the base model that does not know what they hold, such as their "
+                "language. "
             )
             advice += other_base or "Try one that does: `--base ID`."
             advice += " With this base, the baseline is the better choice"

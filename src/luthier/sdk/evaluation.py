@@ -177,8 +177,8 @@ def _row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> 
             )
     if repeats := repeated_rows(rows):
         remarks.append(
-            f"{len(repeats):,} of {len(rows):,} rows repeat others word for word: the scores are as "
-            f"sure as those of {len(rows) - len(repeats):,} rows, and not as their errors say"
+            f"{len(repeats):,} of {len(rows):,} rows repeat others word for word and say nothing "
+            f"new: the intervals are those of {len(rows):,} different rows, and too narrow for these"
         )
     return remarks
 

@@ -232,7 +232,7 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     import difflib
 
     if not known:
-        return "There are none yet."
+        return "There are none that can be used so."
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)

@@ -113,6 +113,11 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     context = store.room_of(start)
     if recipe.network.base is not None:
         CausalLM().check(chat)
+        if (recipe.network.context or 0) > context:
+            raise RecipeError(
+                f"{start.id} reads {context:,} tokens at most, and network.context is "
+                f"{recipe.network.context:,}. Leave it out, or take a shorter one"
+            )
         context = min(context, recipe.network.context or CausalLM().sequence_length)
     data = _dataset(recipe, run, found, chat, context, reporter)
     weights, embedding = _count(start)
