@@ -232,7 +232,9 @@ def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> 
     twice = home / "twice.jsonl"
     twice.write_text((home / "test.jsonl").read_text() * 2)
     (remark,) = luthier.evaluate(ID, twice, max_tokens=2).remarks
-    assert remark.startswith("6 of 12 rows repeat others") and "those of 12 different rows" in remark
+    assert (
+        remark.startswith("6 of 12 rows repeat others") and "those of 12 different rows" in remark
+    )
 
 
 def test_weights_below_an_adapter_and_reports_are_checked(home: Path) -> None:
