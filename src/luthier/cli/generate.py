@@ -24,6 +24,7 @@ from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
+    from luthier.serving.generation import Pieces
     from luthier.types import Message
 
 Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
@@ -94,9 +95,7 @@ def generate(
             completion = "".join(generator.stream(prompt or "", sampling))
             print_json({"model": model, "prompt": prompt, "completion": completion})
             return
-        for piece in generator.stream(prompt or "", sampling):
-            stream_text(piece)
-        sys.stdout.write("\n")
+        _write_reply(generator.stream(prompt or "", sampling))
         return
     started = time.monotonic()
     with show_progress(len(prompts), "generate") as done:
@@ -115,6 +114,23 @@ def generate(
         print_json(report | ({"output": str(output)} if output else {"completions": replies}))
     elif output is not None:
         print_written(len(replies), "replies", output)
+
+
+def _write_reply(pieces: Pieces) -> str:
+    """Write a reply as it is decoded, and say on standard error where the limit cut it off."""
+    reply, finished = "", False
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as ended:
+            finished = ended.value
+            break
+        stream_text(piece)
+        reply += piece
+    sys.stdout.write("\n")
+    if not finished:
+        typer.echo("(cut off: --max-tokens allows more)", err=True)
+    return reply
 
 
 def _read_schema(path: Path) -> Any:
@@ -205,9 +221,4 @@ def chat(
             history = []
             continue
         history = [*history, Message("user", text)] if several else [Message("user", text)]
-        reply = ""
-        for piece in generator.stream(history, sampling):
-            stream_text(piece)
-            reply += piece
-        sys.stdout.write("\n")
-        history.append(Message("assistant", reply))
+        history.append(Message("assistant", _write_reply(generator.stream(history, sampling))))

@@ -8,7 +8,8 @@ not change its answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as PyGenerator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,10 @@ Prompt = Chat | str | Sequence[Message]
 """A conversation, with tools where it has some, or what a user says."""
 MAX_TOKENS = 256
 """Of a reply, where nothing else is said."""
+
+
+Pieces = PyGenerator[str, None, bool]
+"""Of a reply as it is decoded; in the end whether it is finished."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,8 @@ class Generator:
         """Tokens that are read for an answer to ``prompt``."""
         return len(self._prompt_ids(prompt))
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[str]:
-        """The reply to one prompt, in pieces as they are decoded.
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Pieces:
+        """The reply to one prompt, in pieces as they are decoded; returns what is ``finished``.
 
         A piece is given out once the text before it can no longer change, so characters of more
         than one token arrive whole.
@@ -144,6 +149,7 @@ class Generator:
             piece, _ = text.end()
             if piece:
                 yield piece
+            return _is_finished(decoding.rows[0], text)
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)
@@ -180,7 +186,7 @@ class Generator:
         return [
             GeneratedReply(
                 shown[row] + texts[row].end()[0],
-                row.stopped or row.complete or texts[row].stop is not None,
+                _is_finished(row, texts[row]),
                 texts[row].tokens,
             )
             for row in decoding.rows
@@ -212,3 +218,8 @@ class Generator:
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )
+
+
+def _is_finished(row: RunningCompletion, text: AnswerText) -> bool:
+    """Whether the model, a stop sequence or a grammar ended the reply; else the limit cut it off."""
+    return row.stopped or row.complete or text.stop is not None
