@@ -156,6 +156,7 @@ def test_adapters_find_their_places(
         {"use_cache": "x"},
         {"initializer_range": -5},
         {"dtype": "nope"},
+        {"dtype": ["float32"]},
         {"pad_token_id": 320},
         {"something_new": 1},
     ],
@@ -278,6 +279,27 @@ def test_threads_import_transformers_one_after_the_other(
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
+
+
+def test_networks_are_imported_before_any_is_drawn() -> None:
+    """What they import is not to count as the memory of the one that is drawn."""
+    code = (
+        "import sys; from luthier.models.description import import_transformers\n"
+        "sys.modules['torch'] = None\n"
+        "import_transformers(networks=False)  # a process that reads texts alone has no torch\n"
+        "del sys.modules['torch']\n"
+        "print('transformers.models.llama.modeling_llama' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "False", ended.stderr
+    code = (
+        "import sys; from luthier.models.description import import_transformers\n"
+        "import_transformers()\n"
+        "print({'transformers.models.auto.modeling_auto', 'transformers.models.llama.modeling_llama'}"
+        " <= {*sys.modules})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.strip() == "True", ended.stderr
 
 
 def test_a_configuration_of_more_than_is_stored_is_refused(

@@ -23,6 +23,7 @@ from luthier.errors import RecipeError
 from luthier.files import read_toml
 from luthier.gate.checks import CHECKS, rules_named
 from luthier.gate.rules import ENCODING_RULES, READING_RULES, SEVERITIES, TOO_LONG, SeverityChoice
+from luthier.setting_names import dotted_items
 
 _FIXED = {*READING_RULES, *ENCODING_RULES} - {TOO_LONG.id}
 """Rules that refuse training itself. What becomes of long rows is for ``data.long_rows``."""
@@ -66,7 +67,7 @@ def read_policy(path: Path) -> GatePolicy:
 def parse_policy(severity: Mapping[str, Any], skip: Iterable[str] = ()) -> GatePolicy:
     """A policy from plain values; dotted names may also be nested, as TOML nests them."""
     chosen: dict[str, SeverityChoice] = {}
-    for name, value in _flatten(severity):
+    for name, value in dotted_items(severity):
         if value not in CHOICES:
             raise RecipeError(f"{name}: a severity is one of {', '.join(CHOICES)}, not {value!r}")
         rules = [rule for rule in rules_named(name) if rule.id not in _FIXED]
@@ -91,11 +92,3 @@ def parse_severity(text: str) -> dict[str, str]:
             f"got {text!r}"
         )
     return {name.strip(): value.strip()}
-
-
-def _flatten(fields: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,17 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
 
 
 _IMPORTING = threading.Lock()
+_NETWORKS = ("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama")
 
 
-def import_transformers() -> None:
+def import_transformers(networks: bool = True) -> None:
     """Have what networks of any family import of transformers, which is not to count as their own.
 
     Its names are found as they are first asked for, and threads that ask at once get some too early.
+    Without ``networks``, what reads texts alone, for which torch need not be there.
     """
     with _IMPORTING:
         from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
+        for name in _NETWORKS if networks else ():
+            import_module(name)

@@ -81,7 +81,7 @@ class FastTokenizer:
     is_fast = True
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        """``files`` are those of a folder that :meth:`reads`, by name."""
+        """``files`` are those of a folder that :meth:`open` takes, by name."""
         from tokenizers import Tokenizer
 
         self._files = dict(files)
@@ -101,15 +101,13 @@ class FastTokenizer:
     @staticmethod
     def open(folder: Path) -> FastTokenizer | None:
         """The tokenizer in ``folder``; ``None`` where it is not certain to be transformers' own."""
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-            return None
-        if any((folder / name).exists() for name in _OTHER_FILES):
-            return None
         kind = ""
         if (folder / "config.json").is_file():
             kind = str(read_json(folder / "config.json").get("model_type"))
-        if kind not in _KINDS:
+        if kind not in _KINDS or any((folder / name).exists() for name in _OTHER_FILES):
+            return None
+        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
             return None
         try:
             config = json.loads(files["tokenizer_config.json"])
@@ -121,7 +119,7 @@ class FastTokenizer:
     @cached_property
     def transformers_tokenizer(self) -> Any:
         """transformers' own of the same files."""
-        import_transformers()
+        import_transformers(networks=False)
         from transformers import AutoTokenizer
 
         with TemporaryDirectory() as folder:

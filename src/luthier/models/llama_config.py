@@ -16,7 +16,7 @@ _UNREAD = frozenset(
 """Fields of ``config.json`` that decide nothing, or nothing with the values that are taken here."""
 
 _MAY_BE_NULL = frozenset({"head_dim", "num_key_value_heads", "rope_parameters", "rope_scaling"})
-_TYPES = frozenset({None, "float32", "bfloat16", "float16"})
+_TYPES = (None, "float32", "bfloat16", "float16")
 
 
 class RopeParameters(BaseModel):
@@ -113,7 +113,7 @@ class LlamaConfig(BaseModel):
             type(fields.get(name, 0.02)) is float for name in ("initializer_range", "rms_norm_eps")
         ):
             return None
-        if {fields.get("dtype"), fields.get("torch_dtype")} - _TYPES:
+        if any(fields.get(name) not in _TYPES for name in ("dtype", "torch_dtype")):
             return None
         known = {
             name: value

@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     folder = tokenizer_folder(folder)
     if (fast := FastTokenizer.open(folder)) is not None:
         return fast
-    import_transformers()
+    import_transformers(networks=False)
     from transformers import AutoTokenizer
 
     if (folder / "config.json").is_file():  # transformers looks up the network's type there

@@ -136,7 +136,7 @@ class Generator:
         return len(self._prompt_ids(prompt))
 
     def stream(self, prompt: Prompt, sampling: Sampling) -> Pieces:
-        """The reply to one prompt, in pieces as they are decoded; returns what is ``finished``.
+        """The reply to one prompt, in pieces as they are decoded; returns whether it is finished.
 
         A piece is given out once the text before it can no longer change, so characters of more
         than one token arrive whole.

@@ -110,15 +110,15 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
-    context = store.room_of(start)
+    context = room = store.room_of(start)
     if recipe.network.base is not None:
         CausalLM().check(chat)
-        if (recipe.network.context or 0) > context:
+        if (recipe.network.context or 0) > room:
             raise RecipeError(
-                f"{start.id} reads {context:,} tokens at most, and network.context is "
+                f"{start.id} reads {room:,} tokens at most, and network.context is "
                 f"{recipe.network.context:,}. Leave it out, or take a shorter one"
             )
-        context = min(context, recipe.network.context or CausalLM().sequence_length)
+        context = min(room, recipe.network.context or CausalLM().sequence_length)
     data = _dataset(recipe, run, found, chat, context, reporter)
     weights, embedding = _count(start)
     training: Training = recipe.training
@@ -153,7 +153,7 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
     origin = {
         "recipe": recipe.plain() | filled,
         "parameters": weights,
-        "context": store.room_of(start),
+        "context": room,
     }
     if recipe.network.base is not None:
         origin |= {"parent": start.id, "licence": start.manifest.licence}
