@@ -13,6 +13,7 @@ import io
 import lzma
 import os
 import re
+import sqlite3
 import struct
 import wave
 import zipfile
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -48,8 +50,8 @@ MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Of one encoded image or sound."""
-MOST_DIGESTS = 1_000_000
-"""Hashes of files that are remembered, in some 150 bytes each."""
+MOST_DIGESTS = 5_000_000
+"""Hashes of files that are remembered, in some 150 bytes each of a temporary file."""
 MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
@@ -134,15 +136,14 @@ class Media:
         if (version := self.version()) is None:
             return hashlib.sha256(self.read()).hexdigest()
         # Asked for by each check of the data, and again to encode the row.
-        path, member, modified, size = version
-        key = (path, member) if member else path  # no tuple for each of a million files
-        state = f"{modified} {size} ".encode()
-        known = _digests().get(key, b"")
-        if not known.startswith(state):
-            known = state + hashlib.sha256(self.read()).digest()
-            if len(_digests()) < MOST_DIGESTS or key in _digests():
-                _digests()[key] = known
-        return known[len(state) :].hex()
+        known = _digests(
+            os.getpid()
+        )  # no process may use the file of the one that it was forked from
+        found = known.get(version)
+        if found is None:
+            found = hashlib.sha256(self.read()).digest()
+            known.put(version, found)
+        return found.hex()
 
     def version(self) -> tuple[str, str, int, int] | None:
         """What tells one content of its file from another without reading it; ``None`` without one."""
@@ -339,10 +340,45 @@ def _check_length(frames: int, rate: int, channels: int, most: int) -> None:
         raise _refusal("too_large", text)
 
 
+class _Digests:
+    """SHA-256 of files as they were last seen, in a temporary file of which 2 MB are in memory."""
+
+    def __init__(self) -> None:
+        self._lock, self._count = Lock(), 0
+        # SQLite removes what has no name with the connection. Threads decode images.
+        self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute(
+            "CREATE TABLE digests (name BLOB PRIMARY KEY, modified INTEGER, size INTEGER, sha256 BLOB)"
+            " WITHOUT ROWID"
+        )
+
+    def get(self, version: tuple[str, str, int, int]) -> bytes | None:
+        """The hash of a file that has not changed since it was :meth:`put`."""
+        path, member, *state = version
+        with self._lock:
+            found = self._database.execute(
+                "SELECT sha256 FROM digests WHERE name = ? AND modified = ? AND size = ?",
+                (os.fsencode(f"{path}\0{member}"), *state),
+            ).fetchone()
+        return found[0] if found else None
+
+    def put(self, version: tuple[str, str, int, int], sha256: bytes) -> None:
+        """Remember a hash, in the place of an older one of the file."""
+        path, member, *state = version
+        if self._count < MOST_DIGESTS:
+            with self._lock:
+                self._count += 1
+                self._database.execute(
+                    "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)",
+                    (os.fsencode(f"{path}\0{member}"), *state, sha256),
+                )
+
+
 @lru_cache(maxsize=1)
-def _digests() -> dict[str | tuple[str, str], bytes]:
-    """Time and size of a file and the SHA-256 it had then, by its path."""
-    return {}
+def _digests(process: int) -> _Digests:
+    """The hashes that ``process`` has computed."""
+    return _Digests()
 
 
 @lru_cache(maxsize=4)

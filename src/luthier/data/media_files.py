@@ -14,7 +14,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from luthier.data.media import MEDIA_ENDINGS, Media, MediaKind, media_kind
 from luthier.data.parsing import Record, Unreadable, quote
+from luthier.data.spool import spool
 from luthier.files import names_below
 
 MOST_MEMBERS = 2_000_000
@@ -88,10 +89,10 @@ def holds_media(folder: Path) -> bool:
     return any(map(is_media, names_below(folder)))
 
 
-def media_below(folder: Path) -> list[str]:
+def media_below(folder: Path) -> Sequence[str]:
     """Names of all images and sounds below ``folder``, hidden ones left out, in their order."""
     names = filter(is_media, names_below(folder))
-    return [name for name in names if not is_hidden(name.split("/"))]
+    return spool(name for name in names if not is_hidden(name.split("/")))
 
 
 OnRecord = Callable[[int, int], None]

@@ -7,7 +7,7 @@ whole, with every problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from luthier.data.shapes import (
     TextPair,
 )
 from luthier.data.sources import Source, files_of
+from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.printable import nearest_name
 from luthier.types import Row
@@ -57,6 +58,8 @@ _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
 _MOST_KNOWN = 100
+MOST_IDS = 1_000_000
+"""Ids of a file that are remembered: those of one that is larger than memory would not fit either."""
 MOST_PATH = 4096
 """Characters that a path may have, where a text could be one."""
 PREDICTED = "predicted"
@@ -226,9 +229,11 @@ class Checker(FieldChecker):
         self.report("row.mixed_shapes", message, fix)
 
     def check_id(self, value: object) -> None:
-        """Report an id that an earlier row has."""
+        """Report an id that an earlier row has: one of the first :data:`MOST_IDS` of the file."""
         # By exact type: True is an int in Python and would collide with 1.
         if type(value) is not str and type(value) is not int:
+            return
+        if len(self.line_of_id) >= MOST_IDS and value not in self.line_of_id:
             return
         first = self.line_of_id.setdefault(value, self.line)
         if first != self.line:
@@ -568,9 +573,9 @@ class RowReader:
         message = f"{problem}; the keys are {list_keys(record)}."
         self.problems.append(Problem(row.file, row.line, "column.missing", message, fix))
 
-    def read_all(self) -> list[Row]:
-        """All rows; raise ``DataError`` with every problem if there is any."""
-        rows = list(self)
+    def read_all(self) -> Sequence[Row]:
+        """All rows, on disk where they are many; ``DataError`` with every problem if there is any."""
+        rows = spool(self)
         if self.problems:
             raise DataError(self.problems)
         return rows
@@ -592,7 +597,7 @@ def _piece(path: Path, record: Record) -> Row | None:
 
 def load_rows(
     source: Source, columns: Columns | None = None, checker: type[Checker] = Checker
-) -> list[Row]:
+) -> Sequence[Row]:
     """Read and check a whole source; raise ``DataError`` with every problem if there is any."""
     return RowReader(source, columns, checker).read_all()
 

@@ -34,6 +34,7 @@ from luthier.data.fields import (
 )
 from luthier.data.media import PLURAL, Media, MediaKind
 from luthier.data.parsing import Record, json_kind, quote
+from luthier.data.spool import spool
 from luthier.data.tools import describe_tool
 from luthier.errors import DataError, Problem, RowRefused
 from luthier.types import Message, Part, Row, Text, Tool
@@ -1258,7 +1259,7 @@ def of_shape(kind: type[Kind], rows: Sequence[Row]) -> Sequence[Kind] | None:
     return cast(Sequence[Kind], rows) if all(isinstance(row, kind) for row in rows) else None
 
 
-def pair_answers(rows: Sequence[Row]) -> list[Preference]:
+def pair_answers(rows: Sequence[Row]) -> Sequence[Preference]:
     """Judged answers as pairs; rows that are pairs stay as they are, ranked ones become all of theirs.
 
     Every two answers to one prompt with different ratings are a pair (Ouyang et al. 2022, section
@@ -1274,15 +1275,7 @@ def pair_answers(rows: Sequence[Row]) -> list[Preference]:
     problems = [found for group in groups.values() if (found := _incomparable(group))]
     if problems:
         raise DataError(problems)
-    pairs: list[Preference] = []
-    for row in rows:
-        if not isinstance(row, JudgedAnswers):
-            continue
-        sides = list(combinations(row.answers(), 2))
-        if isinstance(row, JudgedReply):
-            group = groups[row.messages]
-            sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
-        pairs += [Preference(row.file, row.line, row.messages, *both) for both in sides]
+    pairs = spool(_pairs(rows, groups))
     problems = [
         Problem(
             pair.file,
@@ -1297,6 +1290,21 @@ def pair_answers(rows: Sequence[Row]) -> list[Preference]:
     if problems:
         raise DataError(problems)
     return pairs
+
+
+def _pairs(
+    rows: Iterable[Row], groups: Mapping[Turns, Sequence[JudgedReply]]
+) -> Iterator[Preference]:
+    """A pair of each better answer with each worse one; ``groups`` are single answers by prompt."""
+    for row in rows:
+        if not isinstance(row, JudgedAnswers):
+            continue
+        sides = list(combinations(row.answers(), 2))
+        if isinstance(row, JudgedReply):
+            group = groups[row.messages]
+            sides = [(row.reply, other.reply) for other in group if other.worth < row.worth]
+        for better, worse in sides:
+            yield Preference(row.file, row.line, row.messages, better, worse)
 
 
 def _incomparable(group: Sequence[JudgedReply]) -> Problem | None:

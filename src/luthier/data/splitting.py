@@ -5,6 +5,7 @@ A function of the rows and the seed alone, so that a run that goes on holds out 
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -89,35 +90,54 @@ def _quotas(wanted_S: np.ndarray, goal: int) -> IntArray:
     return quotas
 
 
+ROWS_PER_COMPLETION = 8
+"""Rows for each different completion, from which on completions are taken for labels."""
+MOST_COMPLETIONS = 100_000
+"""Different completions beyond which they are none, where nobody knows how many rows will come."""
+
+
 class Strata:
     """What rows count as, collected in order: a label, the rarest one of several, a judgement, or the
-    completion, where there are at least eight rows for each different one."""
+    completion, where there are at least :data:`ROWS_PER_COMPLETION` for each different one.
 
-    def __init__(self) -> None:
-        self._names: list[tuple[str, ...]] = []
+    A number is held for each row, and each different set of labels once.
+    """
+
+    def __init__(self, rows: int | None = None) -> None:
+        """``rows`` is how many will come, where that is known."""
+        self._most = MOST_COMPLETIONS if rows is None else rows // ROWS_PER_COMPLETION
+        self._number_N = array("L")
+        self._numbers: dict[tuple[str, ...], int] = {}
         self._counts = Counter[str]()
-        self._completions = True
+        self._completions, self._are_texts = True, False
 
     def add(self, rows: Iterable[Row]) -> None:
         """Take in the next rows."""
         for row in rows:
-            names = row.classes()
-            self._counts.update(names)
-            self._names.append(names)
             self._completions &= row.shape == PromptCompletion.shape
+            names = () if self._are_texts else row.classes()
+            self._counts.update(names)
+            self._number_N.append(self._numbers.setdefault(names, len(self._numbers)))
+            if self._completions and len(self._counts) > self._most:
+                self._are_texts = True  # texts of which each is another would fill the memory
+                self._counts.clear()
+                self._numbers = {(): 0}
 
     def names(self) -> list[str]:
         """``[N]`` stratum of each row; empty where there is nothing to tell rows apart by."""
-        if self._completions and 8 * len(self._counts) > len(self._names):
-            return [""] * len(self._names)
-        return [
+        rows = len(self._number_N)
+        few = self._completions and ROWS_PER_COMPLETION * len(self._counts) > rows
+        if self._are_texts or few:
+            return [""] * rows
+        found = [
             min(names, key=lambda name: (self._counts[name], name), default="")
-            for names in self._names
+            for names in self._numbers
         ]
+        return [found[number] for number in self._number_N]
 
 
 def strata_of(rows: Sequence[Row]) -> list[str]:
-    """:class:`Strata` of rows in memory."""
-    strata = Strata()
+    """:class:`Strata` of rows that are there already."""
+    strata = Strata(len(rows))
     strata.add(rows)
     return strata.names()

@@ -10,7 +10,7 @@ It is read, not mapped: mapped pages stay in the process for as long as the syst
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, overload
@@ -18,7 +18,7 @@ from typing import Any, Self, overload
 import numpy as np
 
 from luthier.errors import CorruptFile
-from luthier.types import Example
+from luthier.types import Example, IntArray
 
 SMALL, LARGE = "<u2", "<u4"
 
@@ -26,6 +26,19 @@ SMALL, LARGE = "<u2", "<u4"
 def id_type(vocabulary: int) -> str:
     """The smallest type that holds the ids of ``vocabulary`` tokens."""
     return SMALL if vocabulary <= 1 << 16 else LARGE
+
+
+def cut_stream(documents: Iterable[IntArray], size: int) -> Iterator[IntArray]:
+    """The tokens of all documents, one behind the other, in pieces of ``size``; the last may be shorter."""
+    rest_T = np.zeros(0, np.int64)
+    for ids_T in documents:
+        stream_T = np.concatenate([rest_T, ids_T])
+        whole = len(stream_T) // size * size
+        # Copies: a view would hold all of its document.
+        yield from (stream_T[start : start + size].copy() for start in range(0, whole, size))
+        rest_T = stream_T[whole:].copy()
+    if len(rest_T):
+        yield rest_T
 
 
 class TokenWriter:

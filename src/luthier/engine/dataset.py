@@ -14,11 +14,12 @@ import numpy as np
 
 from luthier.data.augmentation import Augmentation
 from luthier.data.chat import ChatFormat
-from luthier.data.loader import MixedSet, total_tokens
+from luthier.data.loader import MixedSet
 from luthier.data.media import PLURAL
 from luthier.data.rows import Checker, PromptChecker, Recognition, RowReader, load_rows
 from luthier.data.shapes import SHAPES, MediaRow, describe_shapes
 from luthier.data.splitting import split_rows, strata_of
+from luthier.data.spool import concatenate, select, spool
 from luthier.engine.defaults import Choice, validation_share
 from luthier.errors import DataError, RecipeError, RowRefused
 from luthier.evaluation.baselines import MOST_ROWS, ComparedRows
@@ -114,7 +115,7 @@ def prepare(
             ("objective", objective.method, f"the rows are {describe_shapes([rows[0].shape])}")
         )
     check_base(objective, chat)
-    check_shapes(rows, held, [*chain(*further)], objective, chat)
+    check_shapes(rows, held, concatenate(further), objective, chat)
     try:
         chat.check_reads(SHAPES[rows[0].shape].reads)  # once, where else each row would be refused
     except RowRefused as bad:
@@ -122,21 +123,21 @@ def prepare(
     if spec.augmentation:
         _check_augmentation(spec.augmentation, objective, chat)
     # As the files are: a held-out part of one file is not yet split from it.
-    splits = {"train": [*rows, *chain(*further)], "validation": held}
+    splits = {"train": concatenate([rows, *further]), "validation": held}
     report = inspect_job(
         spec, {name: each for name, each in splits.items() if each}, objective, chat, on_row
     )
-    rows, held, *further = [list(objective.regroup(each)) for each in (rows, held, *further)]
+    rows, held, *further = [objective.regroup(each) for each in (rows, held, *further)]
     rows, chosen, tested = _split(spec, rows, reader.group_of, seed, choices, refit)
     if spec.train_share is not None and spec.train_share < 1:
         # Drawn by the same seed, the rows of a smaller share are among those of a larger one.
         left_out = [1 - spec.train_share]
         part_N, _ = split_rows(strata_of(rows), group_related(rows), left_out, seed)
-        rows = [rows[i] for i in part_N.tolist()]
+        rows = select(rows, part_N)
     held_out = {"validation": _lines(chosen), "test": _lines(tested)}
     held = held if spec.validation else chosen
     try:
-        objective = objective.fit([*rows, *chain(*further)], chat)
+        objective = objective.fit(concatenate([rows, *further]), chat)
     except RowRefused as bad:
         raise DataError([bad.at(str(spec.train), 0)]) from bad
     encoder = RowEncoder(objective, chat)
@@ -145,22 +146,23 @@ def prepare(
     refused, capped = refusals(report)
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
-    encoded = [*chain(*sets)]
-    read = [view for example in encoded for view in objective.sequences(example)]
-    counts = {
-        "rows": len(encoded),
-        "validation_rows": len(validation),
-        "tokens": total_tokens(read),
-        "learned_tokens": int(sum(np.count_nonzero(e.weight_T) for e in read)),
-    }
-    learned = [(own[e.row], e) for own, es in zip((rows, *further), sets, strict=True) for e in es]
+    encoded = concatenate(sets)
+    counts = {"rows": len(encoded), "validation_rows": len(validation), "tokens": 0}
+    counts["learned_tokens"] = 0
+    for view in chain.from_iterable(map(objective.sequences, encoded)):
+        counts["tokens"] += view.tokens
+        counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
+    mask = None
+    if objective.task == "causal_lm":
+        mask = loss_mask(chain.from_iterable(map(objective.sequences, encoded)), chat)
     able = objective.compared_shapes
     answers = isinstance(objective, SupportsPrediction) and (
         able is None or {row.shape for row in rows} <= able
     )
+    learned = concatenate(map(_rows_of, (rows, *further), sets)) if answers else ()
     compared = (
-        ComparedRows.of(learned if answers else (), seed),
-        ComparedRows.of([(held[e.row], e) for e in validation], seed, MOST_ROWS // 5),
+        ComparedRows.of(learned, encoded if answers else (), seed),
+        ComparedRows.of(_rows_of(held, validation), validation, seed, MOST_ROWS // 5),
     )
     if isinstance(objective, SupportsPacking):
         sets = [objective.pack(each, context) if each else [] for each in sets]
@@ -171,21 +173,26 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(row.tokens for e in train for row in objective.sequences(e))
+        longest=max(row.tokens for row in chain.from_iterable(map(objective.sequences, train)))
         + longest_completion(objective),
         hashes={str(path): sha256_of(path) for path in spec.files}
-        | _hash_named_media(spec, [*rows, *held, *chain(*further)]),
+        | _hash_named_media(spec, chain(rows, held, *further)),
         choices=choices,
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
-        mask=loss_mask(read, chat) if objective.task == "causal_lm" else None,
+        mask=mask,
         mixed=mixed,
         report=report,
         recognized=recognized,
         compared=compared,
         held_out={name: lines for name, lines in held_out.items() if lines},
     )
+
+
+def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:
+    """The row that each of ``examples`` was made of."""
+    return select(rows, np.fromiter((e.row for e in examples), np.int64, len(examples)))
 
 
 NAMED_MEDIA = "images and sounds that rows name"
@@ -237,7 +244,7 @@ def _split(
     seed: int,
     choices: list[Choice],
     refit: bool,
-) -> list[list[Row]]:
+) -> list[Sequence[Row]]:
     """Rows to learn from, to measure on, and to leave for a test; a chosen share joins ``choices``.
 
     Each label has its share of all parts, and rows that ask the same or nearly the same stay together.
@@ -251,7 +258,7 @@ def _split(
         choices.append(("data.validation_share", round(share, 4), reason))
     shares = [share, spec.test_share or 0.0]
     if not any(shares) or len(rows) < 2:
-        return [list(rows), [], []]
+        return [rows, [], []]
     if spec.group_column is None:
         train_N, held_N, test_N = split_rows(strata_of(rows), group_related(rows), shares, seed)
     else:
@@ -262,7 +269,7 @@ def _split(
         choices.append(("data.group_column", spec.group_column, reason))
     if refit:
         train_N, held_N = np.sort(np.concatenate([train_N, held_N])), held_N[:0]
-    return [[rows[i] for i in part_N.tolist()] for part_N in (train_N, held_N, test_N)]
+    return [select(rows, part_N) for part_N in (train_N, held_N, test_N)]
 
 
 MOST_DRAWS = 100
@@ -297,14 +304,13 @@ def _split_groups(
     )
 
 
-def loss_mask(examples: Sequence[Example], chat: ChatFormat) -> LossMask | None:
+def loss_mask(examples: Iterable[Example], chat: ChatFormat) -> LossMask | None:
     """Which tokens of ``examples`` are learned; ``None`` where none is its own target."""
-    learned = [e for e in examples if e.target is None and e.media is None and e.weight_T.any()]
-    if not learned:
-        return None
     digest, opening_K = hashlib.sha256(), chat.reply_opening()
     stretches = behind = stopped = 0
-    for each in learned:
+    for each in examples:
+        if each.target is not None or each.media is not None or not each.weight_T.any():
+            continue
         digest.update(each.ids_T.tobytes())
         digest.update(each.weight_T.tobytes())
         edge_E = np.flatnonzero(np.diff(each.weight_T != 0, prepend=False, append=False))
@@ -313,6 +319,8 @@ def loss_mask(examples: Sequence[Example], chat: ChatFormat) -> LossMask | None:
             before_K = each.ids_T[max(0, start - len(opening_K)) : start]
             behind += np.array_equal(before_K, opening_K)
             stopped += int(each.ids_T[end - 1]) in chat.stop_ids
+    if not stretches:
+        return None
     return LossMask(
         sha256=digest.hexdigest(), stretches=stretches, behind_opening=behind, with_stop=stopped
     )
@@ -327,14 +335,15 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def _mix(
-    spec: DataSpec, sets: Sequence[list[Example]]
-) -> tuple[list[Example], tuple[MixedSet, ...]]:
+    spec: DataSpec, sets: Sequence[Sequence[Example]]
+) -> tuple[Sequence[Example], tuple[MixedSet, ...]]:
     """All examples, those of the main set first, and how many of each further set a pass takes."""
     files = [spec.train, *(each.train for each in spec.mix)]
     for path, examples in zip(files, sets, strict=True):
         if not examples:
             raise RecipeError(f"no row of {path} is left to train on")
-    train, mixed = list(sets[0]), list[MixedSet]()
+    parts, mixed = [sets[0]], list[MixedSet]()
+    after = max(example.row for example in sets[0]) + 1
     for each, examples in zip(spec.mix, sets[1:], strict=True):
         drawn = round(each.weight * len(sets[0]))
         if not drawn:
@@ -343,9 +352,9 @@ def _mix(
                 f"pass over the {len(sets[0])} of {spec.train}; use {1 / len(sets[0]):.2g} or more"
             )
         mixed.append(MixedSet(len(examples), drawn))
-        after = max(example.row for example in train) + 1
-        train += [replace(example, row=after + number) for number, example in enumerate(examples)]
-    return train, tuple(mixed)
+        parts.append(spool(replace(e, row=after + number) for number, e in enumerate(examples)))
+        after += len(examples)
+    return concatenate(parts), tuple(mixed)
 
 
 def _shares(spec: DataSpec, mixed: Sequence[MixedSet], main: int) -> list[Choice]:

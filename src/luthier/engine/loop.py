@@ -39,7 +39,7 @@ from luthier.models.heads import head_weights
 from luthier.models.layers import layer_names
 from luthier.models.network import Network, TreeBatch
 from luthier.models.process_group import ALONE, ProcessGroup
-from luthier.models.random_numbers import derive_seed, drawn_from
+from luthier.models.random_numbers import derive_seed, drawn_from, seed_torch
 from luthier.models.save import adapter_buffers
 from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
 from luthier.objectives.base import Means, Objective
@@ -237,7 +237,7 @@ class Loop:
         if isinstance(objective, SupportsSchedule):
             objective = objective.at(self.progress.step / self.steps)
         # What is drawn in a step follows from seed and step, as its rows do.
-        torch.manual_seed(derive_seed(self.training.seed, self.progress.step))
+        seed_torch(derive_seed(self.training.seed, self.progress.step))
         with torch.no_grad(), self._reading(chosen), self.network.split_work():
             batches = objective.annotate(self.network, chosen, self.budget)
         self._upcoming = None

@@ -252,11 +252,16 @@ class ComparedRows:
         return len(self.rows)
 
     @staticmethod
-    def of(pairs: Sequence[tuple[Row, Example]], seed: int, most: int = MOST_ROWS) -> ComparedRows:
-        """Those of ``pairs`` that can be compared; a row that was cut says more than is read of it."""
-        able = [(row, example) for row, example in pairs if is_comparable(row, example)]
-        order = np.random.default_rng(seed).permutation(len(able))[:most].tolist()
-        return ComparedRows([able[i][0] for i in order], [able[i][1] for i in order])
+    def of(
+        rows: Sequence[Row], examples: Sequence[Example], seed: int, most: int = MOST_ROWS
+    ) -> ComparedRows:
+        """Those of ``rows``, each encoded as one of ``examples``, that can be compared.
+
+        A row that was cut says more than is read of it.
+        """
+        able_N = np.fromiter(map(is_comparable, rows, examples), np.bool_, len(rows)).nonzero()[0]
+        order = able_N[np.random.default_rng(seed).permutation(len(able_N))[:most]].tolist()
+        return ComparedRows([rows[i] for i in order], [examples[i] for i in order])
 
 
 def fit_and_score(

@@ -40,7 +40,6 @@ from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
 from luthier.gate.clean_plan import CleaningPlan, pseudonym_key
 from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
-from luthier.gate.scan import StreamChecker
 from luthier.gate.selection import Selection, Selector
 from luthier.types import Row, map_texts
 
@@ -295,7 +294,7 @@ def _rows_reader(source: Source) -> Callable[[], Iterable[Row]]:
 
     def rows() -> Iterator[Row]:
         problems = BoundedProblems()
-        yield from RowReader(source, None, StreamChecker, problems=problems)
+        yield from RowReader(source, problems=problems)
         problems.refuse()
 
     return rows
@@ -332,7 +331,7 @@ class EditPass:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # A text that is a file is one row: a telephone number may stand across any cut.
-        self.reader = RowReader(source, columns, StreamChecker, whole=True, on_progress=on_progress)
+        self.reader = RowReader(source, columns, whole=True, on_progress=on_progress)
         self.edits: list[Edit] = edits_for(context)
         self.refused = BoundedProblems()
         """Rows that no edit could mend, and whatever else ends the cleaning."""

@@ -6,12 +6,14 @@ same words.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import describe_shapes
+from luthier.data.spool import spool
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.gate.rules import NOTHING_LEARNED, SHAPE, TEMPLATE, TOO_FEW
 from luthier.objectives import Objective
@@ -72,28 +74,30 @@ class RowEncoder:
         except RecipeError as error:
             raise RowRefused(TEMPLATE.id, str(error), TEMPLATE.fix) from error
 
-    def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> list[Example]:
+    def encode_all(self, rows: Sequence[Row], context: int, long_rows: str) -> Sequence[Example]:
         """The rows of a job; ``long_rows`` says whether what does not fit is refused, dropped or cut.
 
         What is refused joins ``problems``.
         """
-        examples: list[Example] = []
+        return spool(self._encode_each(rows, context, long_rows))
+
+    def _encode_each(self, rows: Iterable[Row], context: int, long_rows: str) -> Iterator[Example]:
         for index, row in enumerate(rows):
             try:
                 example = self.encode(row, index)
                 too_long = self.objective.length_problem(example, context)
-                if too_long is None:
-                    examples.append(example)
-                elif long_rows == "error":
+                if too_long is not None and long_rows == "error":
                     raise too_long
-                elif long_rows == "drop":
+                if too_long is not None and long_rows == "drop":
                     self.dropped += 1
-                else:
-                    examples.append(self._cut(example, context))
+                    continue
+                if too_long is not None:
+                    example = self._cut(example, context)
                     self.truncated += 1
             except RowRefused as bad:
                 self.problems.append(bad.at(row.file, row.line))
-        return examples
+            else:
+                yield example
 
     def _cut(self, example: Example, context: int) -> Example:
         """Cut from the end; a row that loses all its learned tokens is a problem, not a row."""
@@ -133,7 +137,7 @@ def check_shapes(
     problems: list[Problem] = []
     if len(rows) == 1 and (bad := refuse_single(rows[0])):
         problems.append(bad.at(rows[0].file, rows[0].line))
-    for beside, some in ((False, (*rows, *held)), (True, further)):
+    for beside, some in ((False, chain(rows, held)), (True, further)):
         encoder = RowEncoder(objective, chat, beside)
         for row in some:
             try:

@@ -143,14 +143,12 @@ class RelatedRows:
     def add(self, rows: Sequence[Row]) -> None:
         """Take in the next rows; the first ones show what all are written in."""
         for start in range(0, len(rows), BATCH):
-            texts = [normalize(question_of(row)) for row in rows[start : start + BATCH]]
+            batch = rows[start : start + BATCH]
+            texts = [normalize(question_of(row)) for row in batch]
             if self._common is None:
                 self._common = common_shingles(texts)
             self._table.append("asked", key_column(map(hash_texts, texts), len(texts)))
-            partners = [
-                partner_of(row) or text
-                for row, text in zip(rows[start : start + BATCH], texts, strict=True)
-            ]
+            partners = [partner_of(row) or text for row, text in zip(batch, texts, strict=True)]
             self._table.append("partner", key_column(map(hash_texts, partners), len(partners)))
             self._near.add(sketch(texts, self._common))
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from luthier.data.containers import PACKED
 from luthier.data.read import source_size
-from luthier.data.rows import Checker, Columns, RowReader
+from luthier.data.rows import Columns, RowReader
 from luthier.data.shapes import MediaRow, describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, Problem
@@ -44,8 +44,6 @@ MEDIA_ROWS = 32
 """Images or sounds of a batch at most: to decode them takes the time."""
 KEY = 16
 """Bytes of a text's key and quotes, about."""
-IDS = 1_000_000
-"""Ids that are remembered."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def inspect_sources(
     refused: list[Problem] = []
     for split, source in sources.items():
         try:
-            readers[split] = RowReader(source, columns, StreamChecker, whole=False)
+            readers[split] = RowReader(source, columns, whole=False)
         except DataError as error:
             refused += error.problems
     total = sum(reader.size for reader in readers.values())
@@ -113,7 +111,7 @@ def inspect_sources(
         files = {split: [str(path) for path in reader.files] for split, reader in readers.items()}
         report = gate.report({split: [str(sources[split])] for split in sources} | files)
         progress(gate.progress(total, total))  # with what only all rows together show
-    again = (RowReader(sources[split], columns, StreamChecker, whole=False) for split in readers)
+    again = (RowReader(sources[split], columns, whole=False) for split in readers)
     quote_rows(report.findings, again)
     return replace(report, sources={split: str(source) for split, source in sources.items()})
 
@@ -128,15 +126,6 @@ def is_large(readers: Iterable[RowReader]) -> bool:
 
 
 _OF_MEDIA = (".zip", ".npz")
-
-
-class StreamChecker(Checker):
-    """Remembers the first ids only: those of a file larger than memory would not fit either."""
-
-    def check_id(self, value: object) -> None:
-        """Report an id that one of the first :data:`IDS` rows has."""
-        if len(self.line_of_id) < IDS or value in self.line_of_id:
-            super().check_id(value)
 
 
 class Gate:

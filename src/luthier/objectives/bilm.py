@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
+from luthier.data.spool import spool
 from luthier.errors import RecipeError
 from luthier.models.characters import SPECIAL, WORD_START, word_starts
 from luthier.models.heads import Head, Task
@@ -90,11 +92,11 @@ class BiLM(Objective):
         ids_T = np.asarray(encoded["input_ids"], dtype=np.int64)
         return Example(ids_T, weight_T, index, target=target_T2)
 
-    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Cut documents between words; a word that is longer than a piece is cut itself."""
         size = min(self.sequence_length, context)
-        pieces = [piece for example in examples for piece in _pieces(example, size)]
-        return [replace(piece, row=number) for number, piece in enumerate(pieces)]
+        pieces = chain.from_iterable(_pieces(example, size) for example in examples)
+        return spool(replace(piece, row=number) for number, piece in enumerate(pieces))
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int

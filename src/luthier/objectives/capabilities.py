@@ -77,7 +77,7 @@ class SupportsModelCheck(Protocol):
 class SupportsPacking(Protocol):
     """Cuts rows to size, so that no row is too long."""
 
-    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Regroup encoded rows into rows of at most ``context`` tokens, the model's limit."""
 
 

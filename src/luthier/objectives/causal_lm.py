@@ -7,15 +7,17 @@ those before it in its sequence. Left out: a mask between documents of one seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from luthier.data.spool import spool
+from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError
 from luthier.objectives.base import Objective, check_writes
-from luthier.types import Example, Loss, Row
+from luthier.types import Example, IntArray, Loss, Row
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
@@ -46,21 +48,31 @@ class CausalLM(Objective):
         ids_T = chat.encode_text(row.plain_text())
         return Example(ids_T, _all_but_first(len(ids_T)), index)
 
-    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Join the documents and cut them; ``row`` becomes the number of the sequence."""
         size = min(self.sequence_length, context)
-        stream = np.concatenate([example.ids_T for example in examples])
-        pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
-        if len(pieces) > 1 and len(pieces[-1]) == 1:
-            # One token alone has nothing before it to be predicted from: give it its neighbour.
-            pieces[-2:] = [pieces[-2][:-1], stream[-2:]]
-        return [Example(ids, _all_but_first(len(ids)), row) for row, ids in enumerate(pieces)]
+        pieces = enumerate(_never_alone(cut_stream((each.ids_T for each in examples), size)))
+        return spool(Example(ids, _all_but_first(len(ids)), row) for row, ids in pieces)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy of all tokens but the first of each sequence."""
         from luthier.objectives.logprobs import weighted_nll
 
         return Loss(weighted_nll(network, batch))
+
+
+def _never_alone(pieces: Iterable[IntArray]) -> Iterator[IntArray]:
+    """``pieces``; one token alone has nothing before it to be predicted from: give it its neighbour."""
+    before: IntArray | None = None
+    for piece in pieces:
+        if before is not None and len(piece) == 1:
+            piece = np.concatenate([before[-1:], piece])
+            before = before[:-1]
+        if before is not None:
+            yield before
+        before = piece
+    if before is not None:
+        yield before
 
 
 def _all_but_first(size: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -10,14 +10,16 @@ gradient; the batch is the whole of a step, not the micro-batch. A batch of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from luthier.data.shapes import Preference, ThumbedReply
+from luthier.data.spool import spool
 from luthier.errors import RowRefused
 from luthier.objectives.pairs import Judged, encode_answer
 from luthier.objectives.references import ReferenceObjective, reference_logps
@@ -47,16 +49,7 @@ class KTO(ReferenceObjective, Judged):
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
-        singles: list[Row] = []
-        for row in rows:
-            if not isinstance(row, Preference):
-                singles.append(row)
-                continue
-            singles += [
-                ThumbedReply(row.file, row.line, row.messages, answer, answer is row.chosen)
-                for answer in row.answers()
-            ]
-        return singles
+        return spool(chain.from_iterable(map(_thumbed, rows)))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that there are thumbs of both kinds."""
@@ -128,6 +121,15 @@ class KTO(ReferenceObjective, Judged):
     def describe(self, example: Example) -> str:
         """The thumb of the row."""
         return "thumb up" if example.desirable else "thumb down"
+
+
+def _thumbed(row: Row) -> Iterator[Row]:
+    """The answers of a pair, one by one; other rows as they are."""
+    if not isinstance(row, Preference):
+        yield row
+        return
+    for answer in row.answers():
+        yield ThumbedReply(row.file, row.line, row.messages, answer, answer is row.chosen)
 
 
 def mismatch_answers(examples: Sequence[Example]) -> list[Example]:

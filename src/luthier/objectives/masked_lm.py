@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 
+from luthier.data.spool import spool
 from luthier.errors import RecipeError
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
@@ -70,11 +72,11 @@ class MaskedLM(Objective):
         word_T = np.asarray(words, dtype=np.int64)
         return Example(ids_T, (word_T >= 0).astype(np.float32), index, target=word_T)
 
-    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Cut each document into pieces, each between the special tokens the tokenizer puts around."""
         size = min(self.sequence_length, context)
-        pieces = [piece for example in examples for piece in _pieces(example, size)]
-        return [replace(piece, row=number) for number, piece in enumerate(pieces)]
+        pieces = chain.from_iterable(_pieces(example, size) for example in examples)
+        return spool(replace(piece, row=number) for number, piece in enumerate(pieces))
 
     def annotate(
         self, network: Network, examples: Sequence[Example], budget: int

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field
 
+from luthier.data.spool import spool
+from luthier.data.tokens import cut_stream
 from luthier.errors import RecipeError, RowRefused
 from luthier.models.random_numbers import draw_seed, row_generators
 from luthier.objectives.base import Objective
@@ -78,7 +80,7 @@ class SpanCorruption(Objective):
             raise RowRefused("row.empty", "the text gives no tokens.", "Write some text.")
         return Example(ids_T, np.ones(len(ids_T), dtype=np.float32), index)
 
-    def pack(self, examples: Sequence[Example], context: int) -> list[Example]:
+    def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Join the documents and cut them into pieces; ``row`` becomes the number of the piece."""
         size = min(self.sequence_length, context - 2)
         most = len(self.sentinels or ())
@@ -87,11 +89,9 @@ class SpanCorruption(Objective):
                 f"pieces of {size} tokens have {needed - 1} spans, which take {needed} sentinels, and "
                 f"there are {most}. Use a smaller objective.sequence_length or longer spans."
             )
-        stream = np.concatenate([example.ids_T for example in examples])
-        pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
-        if len(pieces) > 1 and len(pieces[-1]) < 2:
-            pieces.pop()  # the closing token of the last document alone: nothing to take out
-        return [self._piece(ids_T, row) for row, ids_T in enumerate(pieces)]
+        pieces = enumerate(cut_stream((example.ids_T for example in examples), size))
+        # The closing token of the last document alone: nothing to take out.
+        return spool(self._piece(ids_T, row) for row, ids_T in pieces if not row or len(ids_T) > 1)
 
     def _piece(self, ids_T: IntArray, row: int) -> Example:
         """``ids_T`` with as much weight as its target will have."""

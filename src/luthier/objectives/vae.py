@@ -27,6 +27,7 @@ from pydantic import Field
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import BareWindow
+from luthier.data.spool import spool
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
 from luthier.models.random_numbers import draw_seed, row_generators
@@ -79,7 +80,7 @@ class VAE(Generative):
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The images, or windows of time series, alone."""
-        return [row.bare() for row in rows]
+        return spool(row.bare() for row in rows)
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """What suits the rows: windows of a time series have few values, of deviation 1."""

@@ -694,7 +694,7 @@ class _Contest:
         def encode(some: Sequence[Row]) -> list[Example]:
             return encode_cut(encoder, [row.bare() for row in some], chat, room)
 
-        known = ComparedRows.of([*zip(train, encode(train), strict=True)], SEED)
+        known = ComparedRows.of(train, encode(train), SEED)
         asked = ComparedRows(rows, encode(rows))
         cut = sum(not is_comparable(*each) for each in zip(rows, asked.examples, strict=True))
         if tagged and cut:  # words without a state

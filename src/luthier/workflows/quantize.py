@@ -266,7 +266,7 @@ def _losses_by_type(
     return found
 
 
-def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> list[Example]:
+def _encode(rows: Sequence[Row], chat: ChatFormat, context: int) -> Sequence[Example]:
     """The rows as the model would learn them, each a text; raw text in pieces of the context."""
     objective = objective_for(rows[0], chat)
     if objective.method not in ("sft", "causal_lm"):

@@ -153,7 +153,7 @@ def prompts_of(model: StoredModel, data: str | Path | None, count: int) -> list[
         raise RecipeError(
             f"the rows that {model.id} was measured on are not here; name others with prompts as data"
         )
-    rows: list[Row] = load_rows(str(source), recipe.get("columns") if data is None else None)
+    rows: Sequence[Row] = load_rows(str(source), recipe.get("columns") if data is None else None)
     if data is None and held:
         kept = [row for row in rows if row.line in held.get(row.file, ())]
         rows = kept or rows
