@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from luthier.engine.dataset import loss_mask, prepare
+from luthier.data import spool
+from luthier.engine.dataset import Dataset, loss_mask, prepare
 from luthier.objectives import OBJECTIVES
 from luthier.recipe import DataSpec
 from luthier.store.models import chat_format, find
@@ -67,3 +69,50 @@ def test_a_mask_that_is_off_by_one_token_shows(tmp_path: Path, tiny_model_folder
     assert (shifted.behind_opening, shifted.with_stop) == (0, 0)
     nothing = [replace(each, weight_T=np.zeros_like(each.weight_T)) for each in train]
     assert loss_mask(nothing, chat) is None
+
+
+@pytest.mark.parametrize("method", ["sft", "causal_lm", "dpo", "kto"])
+def test_rows_on_disk_are_split_mixed_packed_and_encoded_as_those_in_memory(
+    method: str, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, count: int) -> Path:
+        rows = [{"text": f"{name} {n} " + "word " * (n % 9)} for n in range(count)]
+        if method == "sft":
+            rows = [{"prompt": f"{name} {n}?", "completion": f"{n % 3}"} for n in range(count)]
+        if method in ("dpo", "kto"):
+            rows = [
+                {"prompt": f"{name} {n}?", "chosen": f"a{n}", "rejected": "b"} for n in range(count)
+            ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    chat = chat_format(find(str(tiny_model_folder)))
+    fields = {"sequence_length": 32} if method == "causal_lm" else {}
+    spec = DataSpec(
+        train=write("main", 60),
+        mix=[{"train": write("more", 17), "weight": 0.5}],  # type: ignore[list-item]
+        validation_share=0.1,
+        test_share=0.1,
+        train_share=0.8,
+    )
+
+    def made() -> Dataset:
+        return prepare(spec, OBJECTIVES[method](**fields), chat, 256, 3)
+
+    in_memory = made()
+    monkeypatch.setattr(spool, "MEMORY_LIMIT", 0)
+    on_disk = made()
+    assert isinstance(in_memory.train, list) and not isinstance(on_disk.train, list)
+    for name in ("counts", "mask", "mixed", "held_out", "longest", "hashes", "choices", "dropped"):
+        assert getattr(on_disk, name) == getattr(in_memory, name), name
+    for part in ("train", "validation"):
+        one, other = getattr(in_memory, part), getattr(on_disk, part)
+        assert len(one) == len(other) > 0
+        for left, right in zip(one, other, strict=True):
+            assert left.row == right.row and len(left.sides) == len(right.sides)
+            for first, second in zip(left.sides, right.sides, strict=True):
+                np.testing.assert_array_equal(first.ids_T, second.ids_T)
+                np.testing.assert_array_equal(first.weight_T, second.weight_T)
+    assert in_memory.report is not None and on_disk.report is not None
+    assert in_memory.report.findings.counts == on_disk.report.findings.counts

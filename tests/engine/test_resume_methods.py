@@ -2,7 +2,7 @@
 
 The run ends by an exception in the middle of a step, which leaves what a kill leaves (kills
 themselves are in ``test_resume.py``); then it is resumed and compared with one that was never
-broken.
+broken. The unbroken one has its rows in lists, the other one on disk, as large data sets are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from luthier.data import spool
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.loop import Loop
 from luthier.engine.metrics import Reporter
@@ -197,6 +198,7 @@ def test_a_broken_run_ends_with_the_bits_of_an_unbroken_one(
         )
 
     whole = train(recipe("whole"))
+    monkeypatch.setattr(spool, "MEMORY_LIMIT", 0)
     with pytest.raises(Broken):
         train(recipe("broken"), reporter=BreakingReporter(8))
     run = luthier_home / "runs" / family / "broken"

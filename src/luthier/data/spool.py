@@ -26,7 +26,7 @@ from luthier.types import IntArray
 
 T = TypeVar("T")
 MEMORY_LIMIT = 16 << 20
-"""Bytes, pickled, of a sequence that stays in memory; as objects they take two or three times as many."""
+"""Bytes, pickled, of a sequence that stays in memory, where it takes two or three times as many."""
 SAMPLED = 32
 """One item in so many is pickled to see how large they are."""
 BUFFER = 1 << 20

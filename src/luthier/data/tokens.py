@@ -29,7 +29,7 @@ def id_type(vocabulary: int) -> str:
 
 
 def cut_stream(documents: Iterable[IntArray], size: int) -> Iterator[IntArray]:
-    """The tokens of all documents, one behind the other, in pieces of ``size``; the last may be shorter."""
+    """The tokens of all documents, joined, in pieces of ``size``; the last may be shorter."""
     rest_T = np.zeros(0, np.int64)
     for ids_T in documents:
         stream_T = np.concatenate([rest_T, ids_T])

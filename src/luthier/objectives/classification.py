@@ -115,10 +115,9 @@ class Classification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""
-        labelled = [row for row in rows if isinstance(row, Labelled)]
-        several = any(isinstance(row.label, tuple) for row in labelled)
+        several = any(isinstance(row.label, tuple) for row in rows if isinstance(row, Labelled))
         multi = several if self.multi_label is None else self.multi_label
-        seen = Counter(name for row in labelled for name in row.labels)
+        seen = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
         found = self.labels or tuple(sorted(seen))
         if len(found) < (1 if multi else 2):
             only = (

@@ -112,11 +112,11 @@ class Contrastive(Objective):
                 "single texts are learned from two views under dropout, which this kind of network "
                 'has none of. Give pairs: {"anchor": "...", "positive": "..."}.'
             )
-        labelled = [row for row in rows if isinstance(row, Labelled)]
-        if labelled and len(labelled) == len(rows) and len({row.label for row in labelled}) == 1:
+        labels = {row.label if isinstance(row, Labelled) else None for row in rows}
+        if len(labels) == 1 and None not in labels:
             raise RowRefused(
                 "label.one_class",
-                f"all rows have the label {labelled[0].label!r}, so all are to be near each other.",
+                f"all rows have the label {labels.pop()!r}, so all are to be near each other.",
                 "Add rows of at least one other class, or leave the labels out.",
             )
         captions = of_shape(CaptionedImage, rows)

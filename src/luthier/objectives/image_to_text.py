@@ -84,7 +84,7 @@ class ImageToText(Objective):
         """How long texts are."""
         if self.max_tokens is not None:
             return self
-        texts = [row.caption for row in rows if isinstance(row, CaptionedImage)]
+        texts = (row.caption for row in rows if isinstance(row, CaptionedImage))
         longest = max(len(chat.tokens(text, first=False)) for text in texts)
         return self.model_copy(update={"max_tokens": int(LENGTH_MARGIN * longest) + 1})
 

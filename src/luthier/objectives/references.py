@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
+from luthier.data.spool import spool
 from luthier.objectives.base import Objective
 from luthier.types import Example
 
@@ -38,22 +40,23 @@ def reference_logps(network: Network, batch: TreeBatch) -> Tensor:
 
 def with_reference_logps(
     network: Network, examples: Sequence[Example], budget: int
-) -> list[Example]:
+) -> Sequence[Example]:
     """``examples``, all sides of them, with :attr:`Example.reference` filled in.
 
     Rows are computed in the same micro-batches at each start of a run, so a resumed one sees the same
     bits.
     """
-    texts = [side for example in examples for side in example.sides]
-    logp: list[float] = []
-    for start in range(0, len(texts), AT_ONCE):
+    logp = list[float]()
+    texts = (side for example in examples for side in example.sides)
+    while part := [*islice(texts, AT_ONCE)]:
         logp += network.read_rows(
-            texts[start : start + AT_ONCE],
-            budget,
-            lambda batch: reference_logps(network, batch).tolist(),
+            part, budget, lambda batch: reference_logps(network, batch).tolist()
         )
-    known = (replace(text, reference=value) for text, value in zip(texts, logp, strict=True))
-    return [Example.of_sides([next(known) for _ in example.sides]) for example in examples]
+    values = iter(logp)
+    return spool(
+        Example.of_sides([replace(side, reference=next(values)) for side in example.sides])
+        for example in examples
+    )
 
 
 class ReferenceObjective(Objective):
