@@ -73,7 +73,8 @@ def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, 
     answer = AnswerText(lambda ids: "".join(words[i] for i in ids), [stop])
     shown, scores = "", []
     for token, word in enumerate(words):
-        more, found = answer.feed(token, Score(word.encode(), -1.0))
+        delta = answer.feed(token, Score(word.encode(), -1.0))
+        more, found = delta.text, delta.scores
         shown, scores = shown + more, scores + found
         if answer.stop:
             break

@@ -116,6 +116,10 @@ class SandboxedFormat(ChatFormat):
         text: str = self.tokenizer.ask("decode", ids=[int(i) for i in ids])
         return text
 
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        """As :meth:`decode`: the process knows the marks that are special tokens."""
+        return self.decode(ids)
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """See :meth:`ChatFormat.pieces`."""
         found: list[str] = self.tokenizer.ask("pieces", ids=[int(i) for i in ids])
