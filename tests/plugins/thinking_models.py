@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import luthier
 
@@ -26,18 +27,22 @@ IS_OPENED = ASKS_ITSELF.replace(
 """As QwQ's and DeepSeek-R1's: the prompt opens it."""
 TEMPLATES = {"asks itself": ASKS_ITSELF, "is opened": IS_OPENED}
 THOUGHT = "Grün 日本\nand bear 👋"
-CALL = '{"name": "paint", "arguments": {"colour": "red"}}'
-SAID = {"sky?": "blue", "rose?": CALL, "how many?": '{"mood": "good", "age": 7}'}
+SAID = {"sky?": "blue", "how many?": '{"mood": "good", "age": 7}'}
 """What is asked, and what is said behind the thought."""
+CALLS = "rose?"
+"""What is answered by a call of the tool below, behind the same thought."""
+PAINT = {
+    "name": "paint",
+    "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}},
+}
 
 
-def make_thinking_model(folder: Path, home: Path, make_network: Any, tokenizer: Any) -> str:
-    """Tune a network on the rows above; the id of the custom model, which is in ``home``."""
-    network = make_network(eos_token_id=tokenizer.eos_token_id)
+def make_thinking_model(folder: Path, network: Any, tokenizer: Any) -> Path:
+    """Tune a network on the rows above; the custom model as a Hugging Face directory."""
     network.generation_config.eos_token_id = tokenizer.eos_token_id
     network.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "messages": [
                 {"role": "user", "content": asked},
@@ -46,11 +51,20 @@ def make_thinking_model(folder: Path, home: Path, make_network: Any, tokenizer: 
         }
         for asked, said in SAID.items()
     ]
+    call = {"name": PAINT["name"], "arguments": '{"colour": "red"}'}
+    calling = {"role": "assistant", "content": "", "reasoning_content": THOUGHT,
+               "tool_calls": [{"id": "1", "type": "function", "function": call}]}  # fmt: skip
+    tools = [{"type": "function", "function": PAINT}]
+    rows.append({"messages": [{"role": "user", "content": CALLS}, calling], "tools": tools})
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tuned = luthier.tune(
-        data, data__validation=str(data), base=str(folder / "base"), name="thinker", adaptation="full",
-        training__max_steps=120, training__batch_size=3, training__learning_rate=3e-3,
-        training__schedule="constant", training__evaluate_every=60,
-    )  # fmt: skip
-    return tuned.model_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(folder / "home"))
+        tuned = luthier.tune(
+            data, data__validation=str(data), base=str(folder / "base"), name="thinker",
+            adaptation="full", training__max_steps=80, training__batch_size=3,
+            training__learning_rate=5e-3, training__schedule="constant",
+            training__evaluate_every=80, training__threads=1,
+        )  # fmt: skip
+        luthier.export(tuned.model_id, folder / "thinker")
+    return folder / "thinker"
