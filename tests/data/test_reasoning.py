@@ -1,4 +1,4 @@
-"""Marks of reasoning are found in what templates render, and text is parted by them however it comes."""
+"""Marks of reasoning are found in what templates render, and part a text however it comes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ SWITCH = TURN.replace("CONTENT", "{{ m.content }}").replace(
     "assistant\n{{ '<think>' if thinking else '</think>' }}{% endif %}",
 )
 """As DeepSeek-V3.1's: either mark stands in the prompt."""
-BRACKETS = TURN.replace("CONTENT", "{{ '[THINK]' ~ m.reasoning_content ~ '[/THINK]' }}{{ m.content }}")
+BRACKETS = TURN.replace(
+    "CONTENT", "{{ '[THINK]' ~ m.reasoning_content ~ '[/THINK]' }}{{ m.content }}"
+)
 ANY_NAME = CUTS.replace("think", "seed:thoughts")
 
 
@@ -113,7 +115,9 @@ def test_marks_that_are_tokens_are_kept_in_texts(
     chat = ChatFormat.of(tokenizer)
     marks = chat.reasoning_marks
     assert marks is not None
-    assert [marks.open_id, marks.close_id] == tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    assert [marks.open_id, marks.close_id] == tokenizer.convert_tokens_to_ids(
+        ["<think>", "</think>"]
+    )
     assert len(marks.special) == (2 if special else 0)
     text = "<think>\nhm 日本\n</think>\n\nblue"
     ids = chat.tokens(text + "<|im_end|>", first=False).tolist()
@@ -163,7 +167,9 @@ def test_reasoning_and_answer(written: str, begun: bool, reasoning: str, said: s
 
 
 PIECES = st.lists(
-    st.one_of(st.sampled_from(["<think>", "</think>", "<", "/think>", "\n", " "]), st.text(max_size=3)),
+    st.one_of(
+        st.sampled_from(["<think>", "</think>", "<", "/think>", "\n", " "]), st.text(max_size=3)
+    ),
     max_size=12,
 )
 

@@ -1,4 +1,4 @@
-"""Models that were tuned to think before they answer: what they think stands apart from what they say."""
+"""Models that were tuned to think before they answer: both stand apart."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_an_answer_may_be_cut_off_within_its_reasoning(thinker: Decoder) -> None
     for limit in range(1, whole.tokens):
         cut = answer(thinker, asked(chat("sky?"), max_tokens=limit))
         assert (cut.reason, cut.tokens) == ("length", limit)
-        if cut.text and not cut.reasoning:  # half of the opening mark, which may begin a text as well
+        if (
+            cut.text and not cut.reasoning
+        ):  # half of the opening mark, which may begin a text as well
             assert "<think>".startswith(cut.text)
             continue
         assert cut.reasoning_tokens == min(limit, whole.reasoning_tokens)

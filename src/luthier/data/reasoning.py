@@ -1,7 +1,7 @@
 """Reasoning in what a model writes: the marks around it, and the answer behind it.
 
 Which marks those are, and whether there are any, is read from the chat template of a model by what it
-renders, as Qwen3, DeepSeek-R1, QwQ, GLM 4.5 and SmolLM3 write them: ``<think>`` and ``</think>``, or any
+renders, as those of Qwen3, DeepSeek-R1, QwQ, GLM 4.5 and SmolLM3: ``<think>`` and ``</think>``, or any
 other name in angle or square brackets. The text of a model whose template has none stays as it is.
 """
 

@@ -73,7 +73,11 @@ def test_the_stream_has_the_same_blocks(client: Any) -> None:
     assert stops == [0, 1]
     assert events[-1]["metadata"]["usage"] == whole["usage"]
     cut = streamed(client, **said("sky?", inferenceConfig={"maxTokens": 20}))
-    assert [[*event][0] for event in cut][-3:] == ["contentBlockStop", "messageStop", "metadata"]
+    assert [next(iter(event)) for event in cut][-3:] == [
+        "contentBlockStop",
+        "messageStop",
+        "metadata",
+    ]
     assert not any("text" in e.get("contentBlockDelta", {}).get("delta", {}) for e in cut)
 
 

@@ -22,9 +22,7 @@ def chat(client: openai.OpenAI, *messages: Any, **changes: Any) -> Any:
 
 
 def respond(client: openai.OpenAI, given: Any = "sky?", **changes: Any) -> Any:
-    return client.responses.create(
-        input=given, **{"max_output_tokens": 120, **SETTINGS, **changes}
-    )
+    return client.responses.create(input=given, **{"max_output_tokens": 120, **SETTINGS, **changes})
 
 
 def test_a_chat(client: openai.OpenAI) -> None:
@@ -141,7 +139,7 @@ def test_the_events_of_a_response(client: openai.OpenAI) -> None:
     done = next(event for event in events if event.type == "response.reasoning_text.done")
     assert (done.text, done.output_index, done.content_index) == (THOUGHT, 0, 0)
     assert {event.item_id for event in deltas} == {done.item_id}
-    reasoning, message = events[-1].response.output
+    reasoning, _ = events[-1].response.output
     assert (reasoning.id, reasoning.content[0].text) == (done.item_id, THOUGHT)
     with client.responses.stream(input="sky?", max_output_tokens=120, **SETTINGS) as stream:
         final = stream.get_final_response()
@@ -166,4 +164,3 @@ def test_items_of_a_response_are_sent_along(client: openai.OpenAI) -> None:
     output = {"type": "function_call_output", "call_id": called[1]["call_id"], "output": "done"}
     items = [{"role": "user", "content": CALLS}, *called, output]
     assert respond(client, items, tools=tools, max_output_tokens=1).usage.input_tokens > read
-
