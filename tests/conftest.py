@@ -8,6 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def thinking_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``thinking_folder(kind)``: the directory of a model that was tuned to think before it answers."""
+
+    @cache
+    def make(kind: str) -> Path:
+        from thinking_models import TEMPLATES, make_thinking_model
+
+        tokenizer = make_tokenizer(TEMPLATES[kind])
+        network = make_llama(eos_token_id=tokenizer.eos_token_id)
+        return make_thinking_model(tmp_path_factory.mktemp("thinking"), network, tokenizer)
+
+    return make
 
 
 @pytest.fixture(scope="session")

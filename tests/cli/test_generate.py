@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import COLOURS, MODEL, ROWS, Answer, jsonl, start
 from stored_files import files_in
+from thinking_models import THOUGHT
 
+from luthier.cli.console import stream_reasoning
 from luthier.files import read_json
 from luthier.models.manifest import MANIFEST
+from luthier.printable import printable
 
 
 def test_generate_answers_one_prompt(home: Path) -> None:
@@ -147,7 +152,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     def work(*arguments: Any) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr(Generator, "replies", work)
+    monkeypatch.setattr(Generator, "answers", work)
     given = ["--input", str(data)] if command == "generate" else [str(data)]
     for target, text in ((tmp_path, "is a folder"), (data / "below", "is not a folder")):
         answer = Answer(command, MODEL, *given, "--output", str(target))
@@ -180,6 +185,51 @@ def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
     assert process.returncode == 0, err
     assert "green" in out
     assert err == ""
+
+
+@pytest.fixture
+def thinker(thinking_folder: Callable[[str], Path]) -> str:
+    """A model that thinks before it answers."""
+    return str(thinking_folder("is opened"))
+
+
+def test_reasoning_is_no_part_of_what_is_printed_or_graded(thinker: str, tmp_path: Path) -> None:
+    answer = Answer("generate", thinker, "sky?", "--max-tokens", "120").good()
+    assert (answer.out, answer.err) == ("blue\n", THOUGHT + "\n\n")
+    cut = Answer("generate", thinker, "sky?", "--max-tokens", "9").good()
+    thought, _, note = cut.err.partition("(")
+    assert THOUGHT.startswith(thought.strip()) and note.startswith("cut off") and cut.out == "\n"
+    answer = Answer("generate", thinker, "sky?", "--max-tokens", "120", "--json").good()
+    assert answer.json() == {
+        "model": thinker, "prompt": "sky?", "completion": "blue", "reasoning": THOUGHT
+    }  # fmt: skip
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    jsonl(source, {"prompt": "sky?", "completion": "blue", "reasoning": "its own"})
+    options = ["--input", str(source), "--max-tokens", "120"]
+    Answer("generate", thinker, *options, "--output", str(target)).good()
+    assert json.loads(target.read_text()) == {
+        "prompt": "sky?", "completion": "blue", "expected": "blue", "reasoning": THOUGHT
+    }  # fmt: skip
+    report = Answer("generate", thinker, *options, "--json").good().json()
+    assert (report["completions"], report["reasoning"]) == (["blue"], [THOUGHT])
+    graded = Answer("evaluate", thinker, str(source), "--max-tokens", "120", "--json").good().json()
+    assert graded["scores"] == {"exact": 1.0}
+
+
+def test_chat_shows_reasoning_apart_and_dims_it(
+    thinker: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "sky?\n\nhow many?\n"
+    answer = Answer("chat", thinker, "--max-tokens", "120", text=text).good()
+    assert answer.err.count(THOUGHT) == 2 and THOUGHT not in answer.out
+    assert "blue\n" in answer.out and '{"mood": "good", "age": 7}\n' in answer.out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream_reasoning("hm\x1b[2J")
+    assert capsys.readouterr().err == "\x1b[2mhm" + printable("\x1b[2J") + "\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream_reasoning("hm")
+    assert capsys.readouterr().err == "hm"
 
 
 def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.data.reasoning import ReasoningMarks
 from luthier.data.tools import in_words, missing_from, parse_calls, template_turns
 from luthier.errors import RecipeError, RowRefused
 from luthier.types import Message, Tool, ToolCall
@@ -333,6 +334,14 @@ def test_a_request_goes_before_what_was_stored(chats: dict[str, ChatFormat]) -> 
     silent = chats["SmolLM2"]
     assert silent.prompt_text([ASK], (), off) == silent.prompt_text([ASK])
     assert thinking.prompt_text([ASK]) == thinking.with_template_kwargs({}).prompt_text([ASK])
+
+
+def test_the_families_that_think_have_marks(chats: dict[str, ChatFormat]) -> None:
+    marked = {family for family, chat in chats.items() if chat.reasoning_marks is not None}
+    assert marked == {"Qwen3", "GLM-4.5"}
+    assert {chats[family].reasoning_marks for family in marked} == {
+        ReasoningMarks("<think>", "</think>")
+    }
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "GLM-4.5"])

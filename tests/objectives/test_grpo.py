@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.data.reasoning import DecodedReply
 from luthier.data.shapes import PromptCompletion
 from luthier.models.decoding import Completion
 from luthier.models.load import as_network, load_model
@@ -61,7 +62,7 @@ def written(
         for size, score, stopped in zip(SIZES[p], scores[p], STOPPED[p], strict=True):
             ids_T = draw.integers(5, 300, size)
             completion = Completion(ids_T, np.zeros(size, dtype=np.float32), stopped)
-            each.append(Rollout(prompt, completion, "", score))
+            each.append(Rollout(prompt, completion, DecodedReply("", ""), score))
     return Rollouts(each, 3)
 
 
@@ -272,7 +273,9 @@ def test_a_batch_of_nothing_but_masked_completions_moves_nothing(
     objective = GRPO(num_generations=3, mask_truncated=True, beta=0.1)
     rollouts = written(objective, network)
     cut = [
-        Rollout(r.prompt, Completion(r.completion.ids_T, r.completion.logp_T, False), "", r.score)
+        Rollout(
+            r.prompt, Completion(r.completion.ids_T, r.completion.logp_T, False), r.reply, r.score
+        )
         for r in rollouts.each
     ]
     fixed(monkeypatch, Rollouts(cut, 3))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.data.reasoning import DecodedReply
 from luthier.data.shapes import PromptOnly
 from luthier.graders import Regex
 from luthier.models.decoding import Completion
@@ -51,7 +52,7 @@ def written(prompted: list[Example]) -> Rollouts:
     for prompt, size, score, stopped in zip(prompted, SIZES, SCORES, STOPPED, strict=True):
         ids_T = draw.integers(5, 300, size)
         completion = Completion(ids_T, np.zeros(size, dtype=np.float32), stopped)
-        each.append(Rollout(prompt, completion, "", score))
+        each.append(Rollout(prompt, completion, DecodedReply("", ""), score))
     return Rollouts(each, 1)
 
 

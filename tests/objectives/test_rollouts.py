@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from thinking_models import THOUGHT
 from typer.testing import CliRunner
 
 import luthier
+from luthier.chat_models.base import SamplingSpec
 from luthier.cli.app import app
+from luthier.data.reasoning import DecodedReply
 from luthier.data.shapes import Conversation, PromptCompletion, PromptOnly
 from luthier.engine.dataset import prepare
 from luthier.engine.metrics import Reporter
@@ -26,7 +29,8 @@ from luthier.models.network import Network
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import GRPO, PPO, logprobs
 from luthier.objectives.rollout_checks import advice, precheck
-from luthier.objectives.rollouts import Reinforcement, fixed_generator
+from luthier.objectives.rollouts import Reinforcement, fixed_generator, sample_record
+from luthier.objectives.scoring import write_replies
 from luthier.recipe import DataSpec, Recipe
 from luthier.types import Example, Message
 
@@ -156,6 +160,24 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     assert table.exit_code == 0 and "16-20" in table.stdout
 
 
+def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str], Path]) -> None:
+    """By rewards, and by a judge that is a model of this machine."""
+    network = network_of(thinking_folder("is opened"))
+    objective = GRPO(
+        grader=GRADERS.built_in["exact"](), max_completion_tokens=120, temperature=1e-9
+    )
+    assert network.chat is not None
+    row = PromptCompletion("f.jsonl", 1, prompt="sky?", completion="blue")
+    examples = [objective.encode(row, 0, network.chat)]
+    (rollout, other) = objective.roll_out(network, examples, 2, fixed_generator()).each
+    assert (rollout.reply, rollout.score) == (DecodedReply(THOUGHT, "blue"), 1.0)
+    assert len(rollout) > len(network.chat.tokens("blue", first=False)) and other.score == 1.0
+    record = sample_record(row, rollout.reply, len(rollout), True)
+    assert (record["completion"], record["reasoning"]) == ("blue", THOUGHT)
+    sampling = SamplingSpec(max_tokens=120, temperature=0)
+    assert write_replies(network, sampling, 2, [[Message("user", "sky?")]]) == ["blue"]
+
+
 def test_ppo_learns_and_leaves_its_value_head_behind(
     family_folder: Callable[[str], Path], rows_file: Path
 ) -> None:
@@ -181,7 +203,9 @@ def test_samples_change_with_the_weights_and_only_with_them(tiny_model_folder: P
     examples = prompts(objective, network)
 
     def replies() -> list[str]:
-        return [r.reply for r in objective.roll_out(network, examples, 2, fixed_generator()).each]
+        return [
+            r.reply.text for r in objective.roll_out(network, examples, 2, fixed_generator()).each
+        ]
 
     before = replies()
     assert replies() == before

@@ -115,8 +115,12 @@ def runtime_pool() -> Iterator[ModelPool]:
 def runtime_service(
     runtime_pool: ModelPool, tiny_model_folder: Path
 ) -> Iterator[tuple[Service, str]]:
-    models = {MODEL: str(tiny_model_folder), "arn:aws:a/b": str(tiny_model_folder)}
-    made = Service(runtime_pool, models)
+    yield from serve(runtime_pool, str(tiny_model_folder))
+
+
+def serve(pool: ModelPool, folder: str) -> Iterator[tuple[Service, str]]:
+    """A service of the model in ``folder`` behind a server, and its address."""
+    made = Service(pool, {MODEL: folder, "arn:aws:a/b": folder})
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

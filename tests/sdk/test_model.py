@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinking_models import THOUGHT
 
 import luthier
 from luthier.errors import RecipeError
@@ -27,6 +28,30 @@ def test_conversations_are_lists_of_messages(tiny_model_folder: Path) -> None:
     for wrong in ([{"role": "user"}], [{**turn, "name": "x"}], [[1]], [3]):
         with pytest.raises(RecipeError, match=r"a message has|a prompt is"):
             model.generate(wrong, **sampling)
+
+
+def test_replies_have_their_reasoning_apart(thinking_folder: Callable[[str], Path]) -> None:
+    model = luthier.load(str(thinking_folder("asks itself")))
+    sampling: dict[str, Any] = {"max_tokens": 120}
+    assert model.generate("sky?", **sampling) == "blue"
+    assert model.generate(["sky?"], **sampling) == ["blue"]
+    reply = model.reply("sky?", **sampling)
+    assert (reply.reasoning, reply.text, reply.finished) == (THOUGHT, "blue", True)
+    assert 0 < reply.reasoning_tokens < reply.tokens == len(reply.ids)
+    assert model.reply(["sky?", [{"role": "user", "content": "sky?"}]], **sampling) == [reply] * 2
+    thoughts: list[str] = []
+    assert "".join(model.stream("sky?", on_reasoning=thoughts.append, **sampling)) == "blue"
+    assert "".join(thoughts) == THOUGHT
+    assert model.generate("sky?", regex="green|grey", **sampling) in ("green", "grey")
+
+
+def test_a_custom_model_keeps_the_marks_of_its_base(
+    thinking_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was tuned, before it was exported: its template is stored with it."""
+    home = thinking_folder("asks itself").parent / "home"
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    assert luthier.load("base:thinker").reply("sky?", max_tokens=120).reasoning == THOUGHT
 
 
 def test_what_is_no_text_is_refused(family_folder: Callable[[str], Path], tmp_path: Path) -> None:

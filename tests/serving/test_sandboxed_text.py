@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLMatcher
+from thinking_models import IS_OPENED
+from tokenizers import AddedToken
 
 from luthier.data.chat import ChatFormat
+from luthier.data.reasoning import DecodedReply
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
 from luthier.serving import sandboxed_text
@@ -67,6 +70,38 @@ def alive(chat: SandboxedFormat) -> int:
     child = chat.tokenizer._child
     assert child is not None
     return child.pid
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_is_told_apart_as_elsewhere(
+    special: bool, new_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = new_tokenizer(IS_OPENED)
+    tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<think>", "</think>")], special)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    plain, limited = load_chat_format(tmp_path), sandboxed_format(tmp_path)
+    ids = plain.tokens("hm\n</think>\n\nblue", first=False).tolist()
+    prompt_T = plain.encode_prompt([Message("user", "sky?")])
+    for chat in (plain, limited):
+        marks = chat.reasoning_marks
+        assert marks is not None and (marks.open, marks.close) == ("<think>", "</think>")
+        assert [marks.open_id, marks.close_id] == [320, 321]
+        assert chat.decode(ids) == "hm\n</think>\n\nblue"
+        assert chat.decode_reply(prompt_T, ids) == DecodedReply("hm", "blue")
+    limited.close()
+
+
+def test_a_template_that_takes_too_much_has_no_marks(
+    hostile: Callable[..., SandboxedFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandboxed_text, "SECONDS", 1)
+    chat = hostile(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}</think>"
+    )
+    assert chat.reasoning_marks is None
+    assert not chat.tokenizer.alive
+    assert chat.reasoning_marks is None and not chat.tokenizer.alive  # it is not tried again
 
 
 class TestItIsTheSame:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from luthier.data.reasoning import Reasoning, ReasoningMarks
 from luthier.serving.inference import Score
 from luthier.serving.text import BROKEN, AnswerText, Detokenizer, StopFinder
 
@@ -73,12 +74,28 @@ def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, 
     answer = AnswerText(lambda ids: "".join(words[i] for i in ids), [stop])
     shown, scores = "", []
     for token, word in enumerate(words):
-        more, found = answer.feed(token, Score(word.encode(), -1.0))
+        delta = answer.feed(token, Score(word.encode(), -1.0))
+        more, found = delta.text, delta.scores
         shown, scores = shown + more, scores + found
         if answer.stop:
             break
-    more, found = answer.end()
+    delta = answer.end()
+    more, found = delta.text, delta.scores
     assert shown + more == text
     expected = 1 if stop == "cd" else tokens
     assert answer.tokens == expected
     assert [score.text.decode() for score in scores + found] == words[:expected]
+
+
+def test_a_token_that_closes_the_reasoning_and_begins_the_answer_is_the_answer_s() -> None:
+    words = ["<thi", "nk>hm", "\n</", "think>\nab", "c", "d"]
+    way = Reasoning(ReasoningMarks("<think>", "</think>"), begun=False)
+    answer = AnswerText(lambda ids: "".join(words[i] for i in ids), ["d"], way)
+    deltas = [answer.feed(n, Score(word.encode(), -1.0)) for n, word in enumerate(words)]
+    deltas.append(answer.end())
+    assert "".join(delta.reasoning for delta in deltas) == "hm"
+    assert "".join(delta.text for delta in deltas) == "abc"
+    assert (answer.tokens, answer.reasoning_tokens, answer.stop) == (5, 3, "d")
+    before = [score.text.decode() for delta in deltas for score in delta.reasoning_scores]
+    behind = [score.text.decode() for delta in deltas for score in delta.scores]
+    assert (before, behind) == (words[:3], words[3:5])

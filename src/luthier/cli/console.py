@@ -87,6 +87,14 @@ def stream_text(piece: str) -> None:
     sys.stdout.flush()
 
 
+def stream_reasoning(piece: str) -> None:
+    """Print a piece of what a model thinks, dimmed, on standard error: it is no part of the answer."""
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    text = printable(piece) if sys.stderr.isatty() else piece
+    sys.stderr.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
+    sys.stderr.flush()
+
+
 def new_console(**options: Any) -> Console:
     """A console of rich; of what it prints nothing but its own styles acts on a terminal."""
     if os.environ.get("NO_COLOR"):

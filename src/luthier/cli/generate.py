@@ -16,6 +16,7 @@ from luthier.cli.console import (
     print_json,
     print_text,
     print_written,
+    stream_reasoning,
     stream_text,
 )
 from luthier.cli.options import Json
@@ -24,7 +25,8 @@ from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
-    from luthier.serving.generation import Pieces
+    from luthier.models.sampling import Sampling
+    from luthier.serving.generation import GeneratedReply, Generator, Prompt
     from luthier.types import Message
 
 Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
@@ -32,6 +34,8 @@ ReplyTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
 ]
+REASONING = "reasoning"
+"""Key of what a model thought before its completion, in what is printed and written."""
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 
 
@@ -92,32 +96,57 @@ def generate(
         generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
     if input_ is None:
         if json_:
-            completion = "".join(generator.stream(prompt or "", sampling))
-            print_json({"model": model, "prompt": prompt, "completion": completion})
+            (answer,) = generator.answers([prompt or ""], sampling)
+            completion = {"completion": answer.text, **_reasoning_of(answer)}
+            print_json({"model": model, "prompt": prompt, **completion})
             return
-        _write_reply(generator.stream(prompt or "", sampling))
+        _write_reply(generator, prompt or "", sampling)
         return
     started = time.monotonic()
     with show_progress(len(prompts), "generate") as done:
         questions = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
-        replies = generator.replies(questions, sampling, done=done)
-    text = "".join(
-        json.dumps({"prompt": prompt, "completion": reply, **beside}, ensure_ascii=False) + "\n"
-        for (prompt, beside), reply in zip(rows, replies, strict=True)
-    )
+        answers = generator.answers(questions, sampling, done=done)
+    lines = [
+        {"prompt": prompt, "completion": answer.text, **beside, **_reasoning_of(answer)}
+        for (prompt, beside), answer in zip(rows, answers, strict=True)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if output is not None:
         write_bytes(output, text.encode())
     elif not json_:
         sys.stdout.write(printable_json(text))
     if json_:
-        report: dict[str, Any] = {"rows": len(replies), "seconds": time.monotonic() - started}
-        print_json(report | ({"output": str(output)} if output else {"completions": replies}))
+        report: dict[str, Any] = {"rows": len(answers), "seconds": time.monotonic() - started}
+        if output:
+            report["output"] = str(output)
+        else:
+            report["completions"] = [answer.text for answer in answers]
+            if any(answer.reasoning for answer in answers):
+                report[REASONING] = [answer.reasoning for answer in answers]
+        print_json(report)
     elif output is not None:
-        print_written(len(replies), "replies", output)
+        print_written(len(answers), "replies", output)
 
 
-def _write_reply(pieces: Pieces) -> str:
-    """Write a reply as it is decoded, and say on standard error where the limit cut it off."""
+def _reasoning_of(answer: GeneratedReply) -> dict[str, str]:
+    """The reasoning under its key, where there is some."""
+    return {REASONING: answer.reasoning} if answer.reasoning else {}
+
+
+def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
+    """Write a reply as it is decoded, and say on standard error where the limit cut it off.
+
+    What the model thinks before stands on standard error, too.
+    """
+    from luthier.types import Message
+
+    thoughts: list[str] = []
+
+    def show_reasoning(piece: str) -> None:
+        thoughts.append(piece)
+        stream_reasoning(piece)
+
+    pieces = generator.stream(prompt, sampling, show_reasoning)
     reply, finished = "", False
     while True:
         try:
@@ -125,12 +154,14 @@ def _write_reply(pieces: Pieces) -> str:
         except StopIteration as ended:
             finished = ended.value
             break
+        if thoughts and not reply:
+            typer.echo("\n", err=True)
         stream_text(piece)
         reply += piece
     sys.stdout.write("\n")
     if not finished:
         typer.echo("(cut off: --max-tokens allows more)", err=True)
-    return reply
+    return Message("assistant", reply, reasoning="".join(thoughts))
 
 
 def _read_schema(path: Path) -> Any:
@@ -221,4 +252,4 @@ def chat(
             history = []
             continue
         history = [*history, Message("user", text)] if several else [Message("user", text)]
-        history.append(Message("assistant", _write_reply(generator.stream(history, sampling))))
+        history.append(_write_reply(generator, history, sampling))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +29,13 @@ from luthier.data.processors import (
     ImageProcessor,
     MediaInput,
     Processor,
+)
+from luthier.data.reasoning import (
+    DecodedReply,
+    ReasoningMarks,
+    find_marks,
+    reasoning_after,
+    split_reply,
 )
 from luthier.data.shapes import InputKind, MediaRow
 from luthier.data.tools import (
@@ -263,7 +269,7 @@ class ChatFormat:
         """
         if not kwargs:
             return self
-        if unread := sorted({*kwargs} - {*self._read_kwargs(kwargs)}):
+        if unread := sorted({*kwargs} - {*self.read_kwargs(kwargs)}):
             raise RecipeError(
                 f"the model's chat template reads no `{unread[0]}`; leave it out of "
                 "`data.chat_template_kwargs`, or use a model whose template has it"
@@ -284,7 +290,7 @@ class ChatFormat:
         )
         return replace(self, tokenizer=tokenizer)
 
-    def _read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
+    def read_kwargs(self, kwargs: TemplateKwargs) -> TemplateKwargs:
         """Those of ``kwargs`` that the template reads."""
         return {
             name: value
@@ -323,7 +329,12 @@ class ChatFormat:
         """The text that :meth:`encode_prompt` makes tokens of."""
         if self.start_id is not None or self.template == "plain":
             return _plain_prompt(in_words(messages, tools))
-        return self._render(messages, tools, reply=True, kwargs=self._read_kwargs(kwargs or {}))
+        return self.render_turns(messages, tools, reply=True, kwargs=self.read_kwargs(kwargs or {}))
+
+    @cached_property
+    def reasoning_marks(self) -> ReasoningMarks | None:
+        """What the model writes around its reasoning; ``None`` where its template knows of none."""
+        return None if self.start_id is not None else find_marks(self)
 
     @cached_property
     def takes_system(self) -> bool:
@@ -394,8 +405,8 @@ class ChatFormat:
         places: list[tuple[str, str]] = []
         rewrites, done = False, ""
         for index in answers:
-            before = self._render(messages[:index], tools, reply=True)
-            after = self._render(messages[: index + 1], tools, reply=False)
+            before = self.render_turns(messages[:index], tools, reply=True)
+            after = self.render_turns(messages[: index + 1], tools, reply=False)
             if not (before.startswith(done) and after.startswith(before)):
                 rewrites, places = True, self._places_in_whole(messages, answers, tools)
                 break
@@ -412,9 +423,8 @@ class ChatFormat:
             if missing and learns and index == answers[-1]:
                 raise _cannot_write(missing, index)
             # An empty block of thoughts is what templates put where there are none: nobody wrote it.
-            thoughtless = (
-                re.match(r"<think>\s*</think>\s*", reply) if not message.reasoning else None
-            )
+            marks = None if message.reasoning else self.reasoning_marks
+            thoughtless = marks.empty_block.match(reply) if marks else None
             unlearned = thoughtless[0] if thoughtless else ""
             segments += [
                 (before[len(done) :] + unlearned, False),
@@ -434,12 +444,12 @@ class ChatFormat:
         For templates that write a turn otherwise once others follow. Where a turn begins cannot be
         told for every one of them; such a turn is empty here.
         """
-        whole = self._render(messages[: answers[-1] + 1], tools, reply=False)
+        whole = self.render_turns(messages[: answers[-1] + 1], tools, reply=False)
         stops = [str(name) for name in self.tokenizer.convert_ids_to_tokens([*self.stop_ids])]
         places: list[tuple[str, str]] = []
         done = ""
         for index in answers:
-            before = self._render(messages[:index], tools, reply=True)
+            before = self.render_turns(messages[:index], tools, reply=True)
             ends = [at + len(s) for s in stops if (at := whole.find(s, len(before))) >= 0]
             if whole.startswith(before) and before.startswith(done) and ends:
                 done = whole[: min(ends)]
@@ -482,10 +492,28 @@ class ChatFormat:
         return self.stop_ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a reply, without stop tokens and other special tokens."""
+        """Text of a reply, without stop tokens and other special tokens but the marks of reasoning."""
+        special = self.reasoning_marks.special if self.reasoning_marks else {}
+        if special.keys().isdisjoint(ids):
+            return self.decode_tokens(ids)
+        texts, start = [], 0
+        for at in [at for at, token in enumerate(ids) if token in special]:
+            texts += [self.decode_tokens(ids[start:at]), special[ids[at]]]
+            start = at + 1
+        return "".join([*texts, self.decode_tokens(ids[start:])])
+
+    def decode_tokens(self, ids: Sequence[int]) -> str:
+        """Text of tokens, without any special ones."""
         with panics_refused():
             text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def decode_reply(self, prompt_T: IntArray, ids: Sequence[int]) -> DecodedReply:
+        """A reply to a conversation that is ``prompt_T``: its reasoning, and what it says.
+
+        What is graded, compared and shown of a reply is the latter.
+        """
+        return split_reply(reasoning_after(self, prompt_T), self.decode(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token, for showing them one after the other."""
@@ -606,7 +634,7 @@ class ChatFormat:
             ids = ids[:-1]
         return np.asarray(ids, dtype=np.int64)
 
-    def _render(
+    def render_turns(
         self,
         messages: Sequence[Message],
         tools: Sequence[Tool],
@@ -614,6 +642,7 @@ class ChatFormat:
         reply: bool,
         kwargs: TemplateKwargs | None = None,
     ) -> str:
+        """Our turns and tools as the chat template writes them; see :meth:`render`."""
         if uses_tools(messages, tools) and takes_tools(self.template_text):
             described = [describe_tool(tool) for tool in tools]
             return self.render(

@@ -47,7 +47,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of tokens."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, and are no part of it."""
+    """Texts that end an answer, and are no part of it; its reasoning is not searched for them."""
     seed: int | None = 0
     """Seed of the draws, the same for every prompt; a random one where it is ``None``."""
     schema: Mapping[str, Any] | bool | None = None

@@ -157,9 +157,9 @@ class OnPolicyDistillation(OwnAnswers, Distillation):
         return self.divergence_loss(network, batch, distribution)
 
 
-def _record(row: Row, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
-    text = chat.decode(answer.text_ids)
-    return sample_record(row, text, len(answer.ids_T), answer.stopped)
+def _record(row: Row, prompt_T: IntArray, answer: Completion, chat: ChatFormat) -> dict[str, Any]:
+    reply = chat.decode_reply(prompt_T, answer.text_ids)
+    return sample_record(row, reply, len(answer.ids_T), answer.stopped)
 
 
 def _reply_start(example: Example) -> int:
@@ -201,5 +201,9 @@ def _match_completions(
         len(own),
         sum(int(np.count_nonzero(row.weight_T)) for row, _ in own),
         sum(answer.stopped for _, answer in own),
-        [_record(row.given, answer, chat) for row, answer in own if row.given and chat],
+        [
+            _record(row.given, prompt_of(row), answer, chat)
+            for row, answer in own
+            if row.given and chat
+        ],
     )

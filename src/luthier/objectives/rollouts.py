@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.data.reasoning import DecodedReply
     from luthier.models.decoding import Completion
     from luthier.models.network import Network, TreeBatch
 
@@ -48,13 +49,14 @@ def graded_answer(example: Example, reply: str) -> Answer:
     return Answer.of(example.given, reply)
 
 
-def sample_record(row: Row, reply: str, tokens: int, stopped: bool) -> dict[str, Any]:
+def sample_record(row: Row, reply: DecodedReply, tokens: int, stopped: bool) -> dict[str, Any]:
     """A text that the network wrote in training, as ``samples.jsonl`` keeps it."""
     return {
         "line": row.line,
         "prompt": row.prompt_turns()[-1].content,
         "expected": row.expected_reply(),
-        "completion": reply,
+        **({"reasoning": reply.reasoning} if reply.reasoning else {}),
+        "completion": reply.text,
         "tokens": tokens,
         "stopped": stopped,
     }
@@ -66,7 +68,7 @@ class Rollout:
 
     prompt: Example
     completion: Completion
-    reply: str
+    reply: DecodedReply
     score: float
 
     def __len__(self) -> int:
@@ -294,8 +296,14 @@ class Reinforcement(WritesReplies):
             seeds=draw_seeds(len(prompts), generator),
         )
         pairs = [(e, c) for e, row in zip(examples, found, strict=True) for c in row]
-        replies = [chat.decode(c.text_ids) for _, c in pairs]
-        answers = [graded_answer(e, reply) for (e, _), reply in zip(pairs, replies, strict=True)]
+        replies = [
+            chat.decode_reply(prompt_T, c.text_ids)
+            for prompt_T, row in zip(prompts, found, strict=True)
+            for c in row
+        ]
+        answers = [
+            graded_answer(e, reply.text) for (e, _), reply in zip(pairs, replies, strict=True)
+        ]
         processes = network.processes
         grades = grade_answers(
             self._open_grader(network),

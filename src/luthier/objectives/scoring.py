@@ -118,7 +118,7 @@ def write_replies(
         batch_size=batch_size,
     )
     for place, (completion,) in zip(able, completions, strict=True):
-        found[place] = chat.decode(completion.text_ids)
+        found[place] = chat.decode_reply(prompts[place], completion.text_ids).text
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from luthier.serving.generation import Generator
+    from luthier.serving.generation import GeneratedReply, Generator
     from luthier.serving.images import ImageGenerator, Reconstruction, SampledImage
     from luthier.serving.nearest import Neighbour
     from luthier.store.models import StoredModel
@@ -118,19 +118,48 @@ class Model:
 
         A conversation is a list of messages, each ``{"role": ..., "content": ...}`` or a
         :class:`~luthier.types.Message`. Keywords as :class:`luthier.models.sampling.Sampling`.
+        A reply has no reasoning in it; :meth:`reply` has both.
+        """
+        replies = self.reply(prompts, **sampling)
+        if isinstance(replies, list):
+            return [reply.text for reply in replies]
+        return replies.text
+
+    @overload
+    def reply(self, prompts: str | Conversation, **sampling: Any) -> GeneratedReply: ...
+    @overload
+    def reply(
+        self, prompts: Sequence[str | Conversation], **sampling: Any
+    ) -> list[GeneratedReply]: ...
+    def reply(
+        self, prompts: str | Conversation | Sequence[str | Conversation], **sampling: Any
+    ) -> GeneratedReply | list[GeneratedReply]:
+        """As :meth:`generate`, with more than the ``text`` of each reply.
+
+        ``reasoning`` is what the model thought before, where its chat template has a place for that;
+        ``finished`` is whether it ended by itself, and ``tokens`` and ``reasoning_tokens`` count.
         """
         from luthier.models.sampling import Sampling
 
         chosen = Sampling(**sampling)
         if isinstance(prompts, str) or _is_conversation(prompts):
-            return self.generator.replies([_prompt(prompts)], chosen)[0]
-        return self.generator.replies([_prompt(each) for each in prompts], chosen)
+            return self.generator.answers([_prompt(prompts)], chosen)[0]
+        return self.generator.answers([_prompt(each) for each in prompts], chosen)
 
-    def stream(self, prompt: str | Conversation, **sampling: Any) -> Iterator[str]:
-        """The reply to one prompt or conversation in pieces, as it is decoded."""
+    def stream(
+        self,
+        prompt: str | Conversation,
+        *,
+        on_reasoning: Callable[[str], None] = lambda piece: None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The reply to one prompt or conversation in pieces, as it is decoded.
+
+        ``on_reasoning`` is called with the pieces of what the model thinks before.
+        """
         from luthier.models.sampling import Sampling
 
-        return self.generator.stream(_prompt(prompt), Sampling(**sampling))
+        return self.generator.stream(_prompt(prompt), Sampling(**sampling), on_reasoning)
 
     # A text is a sequence of texts to a type checker; to people it is one.
     @overload

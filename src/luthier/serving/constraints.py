@@ -34,6 +34,7 @@ from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
+    from luthier.data.reasoning import Reasoning
     from luthier.models.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -205,17 +206,21 @@ class Constraints:
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
-    def matcher(self, constraint: Constraint) -> Matcher:
-        """A matcher for texts that meet ``constraint``.
+    def matcher(self, constraint: Constraint, reasoning: Reasoning | None = None) -> Matcher:
+        """A matcher for texts that meet ``constraint``, behind ``reasoning`` of any kind.
 
         Raises:
             InferenceRefused: where it is not well-formed, or has what cannot be enforced.
         """
         grammar = _grammar_of(constraint, self._trials.characters)
-        return self._matcher(grammar, constraint.kind)
+        return self._matcher(grammar, constraint.kind, reasoning)
 
-    def calls(self, tools: Sequence[Tool], marked: bool) -> Matcher:
+    def calls(
+        self, tools: Sequence[Tool], marked: bool, reasoning: Reasoning | None = None
+    ) -> Matcher:
         """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
+
+        Before the call is what ``reasoning`` allows.
 
         Raises:
             InferenceRefused: as :meth:`matcher`.
@@ -227,12 +232,11 @@ class Constraints:
         else:
             schema = {"anyOf": [_call(tool, f"#/anyOf/{i}") for i, tool in enumerate(tools)]}
         if not marked:
-            return self._matcher(_schema_grammar(schema, self._trials.characters))
+            grammar = _schema_grammar(schema, self._trials.characters)
+            return self._matcher(grammar, reasoning=reasoning)
         body = _serialize({**schema, "x-guidance": _FORM}, self._trials.characters)
         lark = f'start: "{CALL_OPEN}\\n" call "\\n{CALL_CLOSE}"\ncall: %json {body}\n'
-        from llguidance import LLMatcher
-
-        return self._matcher(LLMatcher.grammar_from_lark(lark))
+        return self._matcher(_named_lark(lark), reasoning=reasoning)
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; a special one, its name."""
@@ -248,12 +252,16 @@ class Constraints:
     def _trials(self) -> GrammarTrials:
         return self._own_trials or own_trials()
 
-    def _matcher(self, grammar: str, kind: str = "schema") -> Matcher:
+    def _matcher(
+        self, grammar: str, kind: str = "schema", reasoning: Reasoning | None = None
+    ) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits
 
         with self._lock:
             tokenizer = self._tokens()
         self._trials.check(grammar, kind)
+        if reasoning is not None:
+            grammar = _behind_reasoning(grammar, reasoning)
         # None is kept for the next answer: copies share what they learn of texts, some 5 kB a token,
         # which only goes with the last of them. To compile it again takes 2 to 40 ms as a rule, and a
         # second where somebody wants it to: hence the turns.
@@ -300,8 +308,40 @@ def _grammar_of(constraint: Constraint, characters: int) -> str:
     if kind == "regex":
         grammar: str = LLMatcher.grammar_from_regex(text)
         return grammar
+    return _named_lark(text)
+
+
+def _named_lark(text: str) -> str:
     # Named, as a text of JSON would else be read as a grammar in the library's own form.
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
+
+
+def _behind_reasoning(grammar: str, reasoning: Reasoning) -> str:
+    """``grammar`` for what follows the reasoning, which may be any text up to its closing mark.
+
+    Where the prompt has not begun it, an answer may do without. The marks are the tokens that they are;
+    a model that writes them letter by letter has them as texts.
+    """
+    marks = reasoning.marks
+    opening, close = json.dumps(marks.open), json.dumps(marks.close)
+    if marks.open_id is not None:
+        opening = f"<[{marks.open_id}]>"
+    if marks.close_id is None:
+        thought = f"thought[suffix={close}]: /(?s:.*)/"
+        thoughts = "thought"
+    else:
+        letters = re.escape(marks.close).replace("/", "\\/")
+        thought = f"THOUGHT: /(?s:.+)/ & ~/(?s:.*){letters}(?s:.*)/"
+        thoughts = f"THOUGHT? <[{marks.close_id}]>"
+    lines = r'"\n"~0..2'
+    start = (
+        f"{opening}? {thoughts} {lines} @answer"
+        if reasoning.begun
+        else f"({opening} {thoughts} {lines})? @answer"
+    )
+    (answer,) = json.loads(grammar)["grammars"]
+    around = {"lark_grammar": f"start: {start}\n{thought}\n"}
+    return json.dumps({"grammars": [around, {**answer, "name": "answer"}]}, ensure_ascii=False)
 
 
 def _schema_grammar(schema: Any, characters: int) -> str:

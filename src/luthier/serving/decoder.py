@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from luthier.data.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.backends import ReusesKeyValues, reply_room
@@ -34,6 +35,7 @@ from luthier.serving.inference import (
     InferenceRefused,
     Prompt,
     Reason,
+    ReasoningChunk,
     Score,
     Stream,
     TokenChunk,
@@ -49,7 +51,7 @@ from luthier.serving.scheduler import (
     current_client,
     discount,
 )
-from luthier.serving.text import AnswerText
+from luthier.serving.text import AnswerDelta, AnswerText
 from luthier.serving.toolcalls import CallSplitter
 from luthier.types import Message
 
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.data.reasoning import Reasoning
     from luthier.models.network import Network
     from luthier.serving.constraints import GrammarTrials, Matcher
     from luthier.serving.opened_model import OpenedModel
@@ -112,6 +115,7 @@ class RunningAnswer:
         seed: int,
         index: int,
         matcher: Matcher | None,
+        reasoning: Reasoning | None,
     ) -> None:
         request, self.job, self.index = job.request, job, index
         self.state: Any = None
@@ -121,7 +125,7 @@ class RunningAnswer:
         self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
         self._matcher = matcher
-        self._text = AnswerText(chat.decode, request.stop)
+        self._text = AnswerText(chat.decode, request.stop, reasoning)
         self._splitter: CallSplitter | None = None
         prompt = request.prompt
         if isinstance(prompt, Chat) and prompt.tools and prompt.tool_choice != "none":
@@ -141,7 +145,7 @@ class RunningAnswer:
             return self._end("stop")
         if matcher is not None:
             matcher.take(self.last)
-        self._show(*self._text.feed(self.last, self._score(logits_V)))
+        self._show(self._text.feed(self.last, self._score(logits_V)))
         self.count += 1
         if self._text.stop is not None:
             return self._end("stop_sequence")
@@ -165,8 +169,12 @@ class RunningAnswer:
             self._token_bytes(self.last), own, tuple((self._token_bytes(i), v) for i, v in top)
         )
 
-    def _show(self, text: str, scores: list[Score]) -> None:
-        self._scores += scores
+    def _show(self, delta: AnswerDelta) -> None:
+        if delta.reasoning or delta.reasoning_scores:
+            scores = tuple(delta.reasoning_scores)
+            self.job.events.put(ReasoningChunk(self.index, delta.reasoning, scores))
+        text = delta.text
+        self._scores += delta.scores
         if self._splitter is not None:
             text = self._splitter.feed(text)
         if text or (self._scores and self._splitter is None):
@@ -175,7 +183,9 @@ class RunningAnswer:
 
     def _end(self, reason: Reason) -> None:
         self.done = True
-        self._show(*self._text.end())
+        self._show(self._text.end())
+        if self._text.stop is not None:
+            reason = "stop_sequence"
         if self._splitter is not None:
             left, calls = self._splitter.end(cut=reason in ("length", "context"))
             if left:
@@ -184,7 +194,10 @@ class RunningAnswer:
                 self.job.events.put(ToolCallEvent(self.index, call))
             if calls and not self._splitter.incomplete:
                 reason = "tool_calls"
-        self.job.events.put(FinishEvent(self.index, reason, self._text.tokens, self._text.stop))
+        text = self._text
+        self.job.events.put(
+            FinishEvent(self.index, reason, text.tokens, text.stop, text.reasoning_tokens)
+        )
 
 
 class Decoder:
@@ -346,6 +359,9 @@ class Decoder:
         # First: a schema that is refused is not tokenized as a part of the prompt.
         matcher = self._matcher(request)
         ids_T = self.encode(request.prompt)
+        reasoning = reasoning_after(self.chat, ids_T) if isinstance(request.prompt, Chat) else None
+        if matcher is not None and reasoning is not None:
+            matcher = self._matcher(request, reasoning)
         room = reply_room(len(ids_T), self.context, beside=self.chat.start_id is not None)
         if room < 1:
             raise self._limit.too_long()
@@ -375,24 +391,28 @@ class Decoder:
         seed = seed_of(request)
         for index in range(request.n):
             own = matcher if index == 0 or matcher is None else matcher.copy()
-            answer = RunningAnswer(job, self.chat, self.constraints.token_bytes, seed, index, own)
+            answer = RunningAnswer(
+                job, self.chat, self.constraints.token_bytes, seed, index, own, reasoning
+            )
             job.answers.append(answer)
         return job
 
-    def _matcher(self, request: GenerationRequest) -> Matcher | None:
+    def _matcher(
+        self, request: GenerationRequest, reasoning: Reasoning | None = None
+    ) -> Matcher | None:
         from luthier.serving.toolcalls import marks_calls
 
         chat = request.prompt if isinstance(request.prompt, Chat) else None
         if chat is None or not chat.tools or chat.tool_choice in ("auto", "none"):
             constraint = request.constraint
-            return None if constraint is None else self.constraints.matcher(constraint)
+            return None if constraint is None else self.constraints.matcher(constraint, reasoning)
         chosen = chat.tools
         if chat.tool_choice != "required":
             name = chat.tool_choice.removeprefix("name:")
             chosen = tuple(tool for tool in chat.tools if tool.name == name)
             if not chosen:
                 raise InferenceRefused(f"There is no tool {name!r} to choose.", "tool_choice")
-        return self.constraints.calls(chosen, marks_calls(self.chat))
+        return self.constraints.calls(chosen, marks_calls(self.chat), reasoning)
 
     def _cancel(self, job: RunningRequest) -> None:
         with self._wake:

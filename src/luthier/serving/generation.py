@@ -8,7 +8,7 @@ not change its answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as PyGenerator
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from luthier.data.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.models.backends import reply_room
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
@@ -24,7 +25,7 @@ from luthier.models.torch_backend import AdaptedBackend, FlatBackend
 from luthier.serving.constraints import Constraints
 from luthier.serving.inference import Chat
 from luthier.serving.opened_model import OpenedModel, open_model
-from luthier.serving.text import AnswerText
+from luthier.serving.text import AnswerDelta, AnswerText
 from luthier.types import Message
 
 if TYPE_CHECKING:
@@ -52,7 +53,13 @@ class GeneratedReply:
     finished: bool
     """Whether the model, a stop sequence or a grammar ended it; else the limit of tokens cut it off."""
     tokens: int
-    """Tokens of the text."""
+    """Tokens of reasoning and text."""
+    reasoning: str = ""
+    """What the model thought before it answered, where its chat template has a place for that."""
+    reasoning_tokens: int = 0
+    """Tokens of the reasoning, with the marks around it."""
+    ids: tuple[int, ...] = ()
+    """All that was written, as tokens, without the one that ended it."""
 
 
 class Generator:
@@ -105,7 +112,10 @@ class Generator:
         batch_size: int = 32,
         done: Callable[[int], None] = lambda count: None,
     ) -> list[str]:
-        """One reply to each prompt, in the order given. ``done`` hears how many are finished."""
+        """One reply to each prompt, in the order given, without its reasoning.
+
+        ``done`` hears how many are finished.
+        """
         return [answer.text for answer in self.answers(prompts, sampling, batch_size, done)]
 
     def answers(
@@ -115,7 +125,7 @@ class Generator:
         batch_size: int = 32,
         done: Callable[[int], None] = lambda count: None,
     ) -> list[GeneratedReply]:
-        """As :meth:`replies`, with how each of them ended."""
+        """As :meth:`replies`, with the reasoning of each, and how it ended."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
         answers: dict[int, GeneratedReply] = {}
@@ -135,21 +145,35 @@ class Generator:
         """Tokens that are read for an answer to ``prompt``."""
         return len(self._prompt_ids(prompt))
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Pieces:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        on_reasoning: Callable[[str], None] = lambda piece: None,
+    ) -> Pieces:
         """The reply to one prompt, in pieces as they are decoded; returns whether it is finished.
 
         A piece is given out once the text before it can no longer change, so characters of more
-        than one token arrive whole.
+        than one token arrive whole. ``on_reasoning`` hears the pieces of what the model thinks before.
         """
-        with closing(self._decoding([self._encode(prompt, sampling, 0)], sampling)) as decoding:
-            text = AnswerText(self.chat.decode, sampling.stop)
-            while rows := decoding.step():
-                if piece := self._read(decoding, rows[0], text):
-                    yield piece
-            piece, _ = text.end()
-            if piece:
-                yield piece
+        ids_T = self._encode(prompt, sampling, 0)
+        with closing(self._decoding([ids_T], sampling)) as decoding:
+            text = self._answer_text(ids_T, sampling)
+            for delta in self._deltas(decoding, text):
+                if delta.reasoning:
+                    on_reasoning(delta.reasoning)
+                if delta.text:
+                    yield delta.text
             return _is_finished(decoding.rows[0], text)
+
+    def _deltas(self, decoding: Decoding, text: AnswerText) -> Iterator[AnswerDelta]:
+        """What the tokens of the only reply add, as they are written."""
+        while rows := decoding.step():
+            yield self._read(decoding, rows[0], text)
+        yield text.end()
+
+    def _answer_text(self, ids_T: IntArray, sampling: Sampling) -> AnswerText:
+        return AnswerText(self.chat.decode, sampling.stop, reasoning_after(self.chat, ids_T))
 
     def _encode(self, prompt: Prompt, sampling: Sampling, index: int) -> IntArray:
         ids_T = self._prompt_ids(prompt)
@@ -178,34 +202,46 @@ class Generator:
 
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[GeneratedReply]:
         with closing(self._decoding(prompts, sampling)) as decoding:
-            texts = {row: AnswerText(self.chat.decode, sampling.stop) for row in decoding.rows}
-            shown = dict.fromkeys(decoding.rows, "")
+            texts = {
+                row: self._answer_text(ids_T, sampling)
+                for row, ids_T in zip(decoding.rows, prompts, strict=True)
+            }
+            parts = {row: [AnswerDelta()] for row in decoding.rows}
             while rows := decoding.step():
                 for row in rows:
-                    shown[row] += self._read(decoding, row, texts[row])
+                    parts[row].append(self._read(decoding, row, texts[row]))
+        for row, text in texts.items():
+            parts[row].append(text.end())
         return [
             GeneratedReply(
-                shown[row] + texts[row].end()[0],
-                _is_finished(row, texts[row]),
-                texts[row].tokens,
+                "".join(part.text for part in parts[row]),
+                _is_finished(row, text),
+                text.tokens,
+                "".join(part.reasoning for part in parts[row]),
+                text.reasoning_tokens,
+                tuple(row.ids[: len(row.ids) - row.stopped]),
             )
-            for row in decoding.rows
+            for row, text in texts.items()
         ]
 
-    def _read(self, decoding: Decoding, row: RunningCompletion, text: AnswerText) -> str:
+    def _read(self, decoding: Decoding, row: RunningCompletion, text: AnswerText) -> AnswerDelta:
         """What the token that was just written to ``row`` shows; a stop sequence ends the row."""
         if row.stopped:
-            return ""
-        piece, _ = text.feed(row.ids[-1], None)
+            return AnswerDelta()
+        delta = text.feed(row.ids[-1], None)
         if text.stop is not None:
             decoding.end(row)
-        return piece
+        return delta
 
     def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Decoding:
         masks = None
         if sampling.constraint is not None:
-            matcher = self._constraints.matcher(sampling.constraint)
-            masks = [matcher.copy() for _ in prompts]
+            reasonings = [reasoning_after(self.chat, ids_T) for ids_T in prompts]
+            matchers = {
+                reasoning: self._constraints.matcher(sampling.constraint, reasoning)
+                for reasoning in dict.fromkeys(reasonings)
+            }
+            masks = [matchers[reasoning].copy() for reasoning in reasonings]
         return Decoding(
             self.backend,
             prompts,

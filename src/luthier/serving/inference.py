@@ -160,6 +160,16 @@ class TokenChunk:
 
 
 @dataclass(frozen=True)
+class ReasoningChunk:
+    """The next characters of what a model thinks before it answers."""
+
+    index: int
+    text: str
+    scores: tuple[Score, ...] = ()
+    """Of its tokens, those of the marks around it included, where they were asked for."""
+
+
+@dataclass(frozen=True)
 class ToolCallEvent:
     """A call of a tool, whole."""
 
@@ -181,9 +191,11 @@ class FinishEvent:
     """Tokens of the answer, without a stop token and without those of a stop sequence."""
     stop: str | None = None
     """The stop sequence that ended it."""
+    reasoning_tokens: int = 0
+    """Those of the tokens that stand before the answer: the reasoning with its marks."""
 
 
-Event = TokenChunk | ToolCallEvent | FinishEvent
+Event = TokenChunk | ReasoningChunk | ToolCallEvent | FinishEvent
 
 
 @dataclass
@@ -196,6 +208,9 @@ class GenerationResult:
     reason: Reason = "stop"
     tokens: int = 0
     stop: str | None = None
+    reasoning: str = ""
+    reasoning_scores: list[Score] = field(default_factory=list)
+    reasoning_tokens: int = 0
 
     def take(self, event: Event) -> None:
         """Add what came."""
@@ -203,10 +218,14 @@ class GenerationResult:
             case TokenChunk():
                 self.text += event.text
                 self.scores += event.scores
+            case ReasoningChunk():
+                self.reasoning += event.text
+                self.reasoning_scores += event.scores
             case ToolCallEvent():
                 self.calls.append(event.call)
             case FinishEvent():
                 self.reason, self.tokens, self.stop = event.reason, event.tokens, event.stop
+                self.reasoning_tokens = event.reasoning_tokens
 
 
 ENDED: Any = None
@@ -293,7 +312,7 @@ class Stream:
             self._left -= 1
             if not self._left:
                 self.close()
-        assert isinstance(event, TokenChunk | ToolCallEvent | FinishEvent)
+        assert isinstance(event, Event)
         return event
 
     def close(self) -> None:

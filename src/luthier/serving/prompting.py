@@ -221,7 +221,10 @@ class Prompting:
             self.network, prompts, 1, Sampling(max_tokens=longest + ROOM),
             stop_ids=self.chat.stop_ids, batch_size=32, done=done,
         )  # fmt: skip
-        replies = [self.chat.decode(found.text_ids) for (found,) in written]
+        replies = [
+            self.chat.decode_reply(prompt_T, found.text_ids).text
+            for prompt_T, (found,) in zip(prompts, written, strict=True)
+        ]
         return RowScores.of([
             reply.strip() == answer.strip()
             for reply, (_, answer) in zip(replies, pairs, strict=True)

@@ -75,9 +75,8 @@ class PromptLimit:
             raise self.too_long()
         left = self.bytes
         for turn in chat.turns:
-            left -= len(turn.content) + sum(
-                _json_length(dict(call.arguments)) for call in turn.calls
-            )
+            left -= len(turn.content) + len(turn.reasoning)
+            left -= sum(_json_length(dict(call.arguments)) for call in turn.calls)
             if left < 0:
                 raise self.too_long()
         for tool in chat.tools if chat.tool_choice != "none" else ():

@@ -10,6 +10,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,11 @@ import numpy as np
 
 from luthier.data.chat import ChatFormat
 from luthier.data.processors import read_processor
+from luthier.data.reasoning import ReasoningMarks
 from luthier.errors import RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
 from luthier.models.save import ADAPTER
-from luthier.serving.sandboxed_process import SandboxedProcess
+from luthier.serving.sandboxed_process import SandboxedProcess, WorkInterrupted
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -110,6 +112,17 @@ class SandboxedFormat(ChatFormat):
         ids, words = self.tokenizer.ask("words", text=text)
         word_T = None if words is None else np.array(words, dtype=np.int64)
         return np.array(ids, dtype=np.int64), word_T
+
+    @cached_property
+    def reasoning_marks(self) -> ReasoningMarks | None:
+        """See :attr:`ChatFormat.reasoning_marks`; none of a template that takes too much for it."""
+        try:
+            found = self.tokenizer.ask("reasoning_marks")
+        except WorkInterrupted:
+            raise
+        except RecipeError:
+            return None
+        return None if found is None else ReasoningMarks(**found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :meth:`ChatFormat.decode`."""

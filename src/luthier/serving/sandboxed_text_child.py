@@ -130,6 +130,13 @@ def _words_of(chat: ChatFormat, text: str) -> tuple[list[int], list[int] | None]
     return ids_T.tolist(), None if word_T is None else word_T.tolist()
 
 
+def _reasoning_marks(chat: ChatFormat) -> dict[str, str | int | None] | None:
+    """Without those that are special tokens, which :func:`_decode` keeps."""
+    if (marks := chat.reasoning_marks) is None:
+        return None
+    return {name: getattr(marks, name) for name in ("open", "close", "open_id", "close_id")}
+
+
 def _vocabulary(chat: ChatFormat, size: int) -> dict[str, Any]:
     """Bytes of every token, in base64, and which tokens are no text."""
     known = chat.grammar_tokens(size)
@@ -144,6 +151,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "render": lambda chat, turns, **given: chat.render(turns, **given),
     "tokens": lambda chat, text, first: chat.tokens(text, first=first).tolist(),
     "words": _words_of,
+    "reasoning_marks": _reasoning_marks,
     "decode": _decode,
     "pieces": _pieces,
     "vocabulary": _vocabulary,

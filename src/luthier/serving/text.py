@@ -1,9 +1,11 @@
-"""From tokens to the text that is shown: whole characters, nothing of a stop sequence."""
+"""From tokens to what is shown: whole characters, reasoning apart, nothing of a stop sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from luthier.data.reasoning import Reasoning, ReasoningSplitter, overlap
 from luthier.serving.inference import Score
 
 BROKEN = "\ufffd"
@@ -67,24 +69,35 @@ class StopFinder:
         return shown
 
 
-def overlap(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that one of ``marks`` begins with, and is longer than."""
-    longest = max(map(len, marks), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        end = text[-size:]
-        if any(len(mark) > size and mark.startswith(end) for mark in marks):
-            return size
-    return 0
+@dataclass(frozen=True)
+class AnswerDelta:
+    """What a token adds to an answer, and the scores of the tokens that begin in it."""
+
+    text: str = ""
+    scores: list[Score] = field(default_factory=list)
+    reasoning: str = ""
+    reasoning_scores: list[Score] = field(default_factory=list)
+    """Those of the marks around it included."""
 
 
 class AnswerText:
-    """The text of one answer, and the tokens that belong to what was shown of it."""
+    """The text of one answer, and the tokens that belong to what was shown of it.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]) -> None:
+    Stop sequences end what is said behind the reasoning, and not the reasoning itself.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str],
+        reasoning: Reasoning | None = None,
+    ) -> None:
         self._characters, self._stops = Detokenizer(decode), StopFinder(stops)
+        self._splitter = ReasoningSplitter(reasoning)
         self._came = 0
         self._begins: list[tuple[int, Score | None]] = []
         self._given = 0
+        self._reasoning_tokens: int | None = None
 
     @property
     def stop(self) -> str | None:
@@ -96,20 +109,45 @@ class AnswerText:
         """Tokens that begin in what was shown; all of them where no stop sequence cut it off."""
         if self.stop is None:
             return len(self._begins)
-        return self._until(self._stops.passed)
+        return self._until((self._splitter.answer_start or 0) + self._stops.passed)
 
-    def feed(self, token: int, score: Score | None) -> tuple[str, list[Score]]:
-        """The next token; the text to show, and the scores of the tokens that begin in it."""
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that stand before the answer: the reasoning with its marks."""
+        start = self._splitter.answer_start
+        if start is None:
+            return len(self._begins)
+        if self._reasoning_tokens is None:
+            count = sum(begin < start for begin, _ in self._begins)
+            ends = [*(begin for begin, _ in self._begins), self._came]
+            # A token may close the reasoning and begin the answer; it is one of the answer then.
+            self._reasoning_tokens = count - bool(count and ends[count] > start)
+        return self._reasoning_tokens
+
+    def feed(self, token: int, score: Score | None) -> AnswerDelta:
+        """The next token."""
         self._begins.append((self._came, score))
         text = self._characters.feed(token)
         self._came += len(text)
-        shown = self._stops.feed(text)
-        return shown, self._scores(self._until(self._stops.passed))
+        reasoning, said = self._splitter.feed(text)
+        return self._delta(reasoning, self._stops.feed(said), self._stops.passed)
 
-    def end(self) -> tuple[str, list[Score]]:
+    def end(self) -> AnswerDelta:
         """What is left when no more comes."""
-        shown = self._stops.end()
-        return shown, self._scores(self.tokens)
+        reasoning, said = self._splitter.end()
+        shown = self._stops.feed(said) + self._stops.end()
+        return self._delta(reasoning, shown, None)
+
+    def _delta(self, reasoning: str, shown: str, passed: int | None) -> AnswerDelta:
+        """``passed`` characters of the answer were shown; ``None`` for all that ever will be."""
+        start, thought = self._splitter.answer_start, []
+        if start is None:
+            if reasoning or passed is None:
+                thought = self._scores(len(self._begins))
+            return AnswerDelta("", [], reasoning, thought)
+        thought = self._scores(self.reasoning_tokens)
+        until = self.tokens if passed is None else self._until(start + passed)
+        return AnswerDelta(shown, self._scores(until), reasoning, thought)
 
     def _until(self, place: int) -> int:
         """How many tokens begin before the character ``place``."""

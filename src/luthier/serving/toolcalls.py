@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from luthier.data.reasoning import overlap
 from luthier.data.tools import parse_calls, parse_cut_calls, takes_tools
 from luthier.errors import RecipeError
 from luthier.serving.constraints import check_depth
 from luthier.serving.inference import Chat, InferenceRefused
-from luthier.serving.text import overlap
 from luthier.store.ids import random_id
 from luthier.types import CALL_OPEN, Tool, ToolCall
 

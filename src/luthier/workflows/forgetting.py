@@ -350,6 +350,16 @@ def _answers(generator: Generator) -> list[Example]:
     )
     found: list[Example] = []
     for prompt, reply in zip(prompts, replies, strict=True):
+        if (
+            reply.reasoning
+        ):  # whether or not it came to an end: the template might write it otherwise
+            ids_T = np.concatenate(
+                [chat.encode_prompt(prompt), np.array(reply.ids, dtype=np.int64)]
+            )
+            weight_T = np.zeros(len(ids_T), dtype=np.float32)
+            weight_T[len(ids_T) - len(reply.ids) :] = 1.0
+            found.append(Example(ids_T, weight_T, len(found)))
+            continue
         if not reply.text.strip():
             continue
         encoded = chat.encode_reply([*prompt, Message("assistant", reply.text)])

@@ -146,6 +146,12 @@ def tiny_base(luthier_home: Path, tiny_model_folder: Path) -> str:
 
 
 @pytest.fixture
+def thinking_base(luthier_home: Path, thinking_folder: Callable[[str], Path]) -> str:
+    """A base model in the store that thinks before it answers."""
+    return _base("thinker", "causal_lm", thinking_folder("asks itself"))
+
+
+@pytest.fixture
 def tiny_encoder(luthier_home: Path, family_folder: Callable[[str], Path]) -> str:
     """A base model in the store that reads."""
     return _base("tiny-encoder", "encoder", family_folder("bert"))

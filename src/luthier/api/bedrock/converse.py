@@ -26,9 +26,9 @@ from luthier.serving.inference import (
     MOST_PENALTY,
     MOST_TOKENS,
     Chat,
-    FinishEvent,
     GenerationRequest,
     GenerationResult,
+    ReasoningChunk,
     Stream,
     TokenChunk,
     ToolCallEvent,
@@ -193,6 +193,7 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
             "to the content field and try again.",
         )
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[ToolCall] = []
     results: list[Message] = []
     for index, block in enumerate(message["content"]):
@@ -204,13 +205,19 @@ def _turns(message: Mapping[str, Any], at: str) -> list[Message]:
         elif name == "toolResult" and role == "user":
             parts = [_result(part) for part in value["content"]]
             results.append(Message("tool", "\n".join(parts), call_id=value["toolUseId"]))
-        elif name in ("toolUse", "toolResult"):
+        elif name == "reasoningContent" and role == "assistant":
+            ((kind, thought),) = value.items()
+            if kind != "reasoningText":  # encrypted by another service
+                raise _unsupported_field(kind)
+            thoughts.append(thought["text"])
+        elif name in ("toolUse", "toolResult", "reasoningContent"):
             text = f"The {role} role cannot have the {name} block at {where}."
             raise Fault("Validation", text)
         elif (said := _block_text(block)) is not None:
             texts.append(_text(said, where))
     if texts or calls or not results:
-        results.append(Message(role, "\n".join(texts), calls=tuple(calls)))
+        reasoning = "\n".join(thoughts)
+        results.append(Message(role, "\n".join(texts), calls=tuple(calls), reasoning=reasoning))
     return results
 
 
@@ -283,7 +290,11 @@ def usage(read: int, written: int) -> dict[str, int]:
 
 def message_of(answer: GenerationResult) -> dict[str, Any]:
     """An answer as a message."""
-    content: list[dict[str, Any]] = [{"text": answer.text}] if answer.text else []
+    content: list[dict[str, Any]] = []
+    if answer.reasoning:
+        content.append({"reasoningContent": {"reasoningText": {"text": answer.reasoning}}})
+    if answer.text:
+        content.append({"text": answer.text})
     content += [{"toolUse": {**_use(call), "input": dict(call.arguments)}} for call in answer.calls]
     return {"role": "assistant", "content": content or [{"text": ""}]}
 
@@ -317,25 +328,25 @@ def events_of(
 
 def named_events(paths: Sequence[str], stream: Stream) -> Iterator[tuple[str, dict[str, Any]]]:
     """The events of an answer, without the time it took; ``paths`` as the request has them."""
-    answer, index, opened = GenerationResult(), 0, False
+    answer, index = GenerationResult(), 0
+    opened: type[TokenChunk | ReasoningChunk] | None = None
     yield "messageStart", {"role": "assistant"}
     for each in stream:
         answer.take(each)
-        if isinstance(each, TokenChunk) and each.text:
-            opened = True
-            yield "contentBlockDelta", {"delta": {"text": each.text}, "contentBlockIndex": index}
+        if opened is not None and not isinstance(each, opened):
+            yield "contentBlockStop", {"contentBlockIndex": index}
+            index, opened = index + 1, None
+        if isinstance(each, TokenChunk | ReasoningChunk):
+            if each.text:
+                opened, delta = type(each), {"text": each.text}
+                own = delta if opened is TokenChunk else {"reasoningContent": delta}
+                yield "contentBlockDelta", {"delta": own, "contentBlockIndex": index}
         elif isinstance(each, ToolCallEvent):
-            if opened:
-                yield "contentBlockStop", {"contentBlockIndex": index}
-                index, opened = index + 1, False
             yield from _call_events(each.call, index)
             index += 1
-        elif isinstance(each, FinishEvent):
-            if not opened and not answer.calls:
-                opened = True
-                yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
-            if opened:
-                yield "contentBlockStop", {"contentBlockIndex": index}
+        elif not index:  # the model said nothing at all
+            yield "contentBlockDelta", {"delta": {"text": ""}, "contentBlockIndex": index}
+            yield "contentBlockStop", {"contentBlockIndex": index}
     stop: dict[str, Any] = {"stopReason": STOP_REASONS[answer.reason]}
     fields = _additional_fields(paths, stream, answer)
     if fields:

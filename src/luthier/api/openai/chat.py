@@ -34,6 +34,8 @@ from luthier.serving.inference import (
     FinishEvent,
     GenerationRequest,
     GenerationResult,
+    ReasoningChunk,
+    Score,
     Stream,
     TokenChunk,
     ToolCallEvent,
@@ -77,11 +79,17 @@ class ChatMessage(Body):
     content: str | Annotated[list[ContentPart], Field(max_length=TURNS)] | None = None
     tool_calls: Annotated[list[AskedCall], Field(max_length=TURNS)] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """Of DeepSeek and vLLM: what the assistant thought before. Templates may leave it out again."""
+    reasoning: str | None = None
+    """The same, as newer versions of vLLM call it."""
 
     def turn(self, where: str) -> Message:
         """The same for the engine."""
-        content = self._text(where)
-        if content is None and not (self.role == "assistant" and self.tool_calls):
+        content, reasoning = self._text(where), ""
+        if self.role == "assistant":
+            reasoning = self.reasoning_content or self.reasoning or ""
+        if content is None and not (self.role == "assistant" and (self.tool_calls or reasoning)):
             raise invalid(
                 f"Invalid value for '{where}.content': it must be text.", f"{where}.content"
             )
@@ -96,7 +104,8 @@ class ChatMessage(Body):
             for i, call in enumerate(self.tool_calls or ())
         )
         role = _ROLES.get(self.role, self.role)
-        return Message(role, content or "", calls=calls, call_id=self.tool_call_id or "")
+        call_id = self.tool_call_id or ""
+        return Message(role, content or "", calls=calls, call_id=call_id, reasoning=reasoning)
 
     def _text(self, where: str) -> str | None:
         if not isinstance(self.content, list):
@@ -330,7 +339,7 @@ def _completion(parameters: ChatRequest, stream: Stream) -> dict[str, Any]:
     return {
         **completion_head("chatcmpl", "chat.completion", parameters.model),
         "choices": [_choice(index, each, parameters) for index, each in enumerate(answers)],
-        "usage": usage([stream], tokens),
+        "usage": usage([stream], tokens, sum(each.reasoning_tokens for each in answers)),
     }
 
 
@@ -341,14 +350,25 @@ def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> di
         "refusal": None,
         "annotations": [],
     }
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
     if answer.calls:
         message["tool_calls"] = [_call(each) for each in answer.calls]
+    scores = _logprobs(answer.scores, answer.reasoning_scores) if parameters.logprobs else None
     return {
         "index": index,
         "message": message,
-        "logprobs": chat_logprobs(answer.scores) if parameters.logprobs else None,
+        "logprobs": scores,
         "finish_reason": FINISH.get(answer.reason, "stop"),
     }
+
+
+def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[str, Any]:
+    """How likely the tokens of a message were; DeepSeek names the member for those of its reasoning."""
+    told: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
+    if reasoning:
+        told["reasoning_content"] = chat_logprobs(reasoning)
+    return told
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -372,21 +392,25 @@ class _Chunks:
 
     def of(self, events: Iterable[Event], stream: Stream) -> Iterator[Mapping[str, Any]]:
         """All chunks of all answers, each answer's in its order; ``events`` are those of ``stream``."""
-        written = 0
+        written = reasoning = 0
         for index in range(self._parameters.n or 1):
             yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
         for event in events:
             if isinstance(event, TokenChunk):
-                scores = chat_logprobs(event.scores) if self._parameters.logprobs else None
+                scores = _logprobs(event.scores) if self._parameters.logprobs else None
                 yield self._chunk(event.index, {"content": event.text}, scores)
+            elif isinstance(event, ReasoningChunk):
+                scores = _logprobs((), event.scores) if self._parameters.logprobs else None
+                yield self._chunk(event.index, {"reasoning_content": event.text}, scores)
             elif isinstance(event, ToolCallEvent):
                 yield from self._call_chunks(event)
             elif isinstance(event, FinishEvent):
                 written += event.tokens
+                reasoning += event.reasoning_tokens
                 reason = FINISH.get(event.reason, "stop")
                 yield self._chunk(event.index, {}, finish=reason)
         if self._parameters.wants_usage:
-            yield {**self._head, "choices": [], "usage": usage([stream], written)}
+            yield {**self._head, "choices": [], "usage": usage([stream], written, reasoning)}
 
     def _call_chunks(self, event: ToolCallEvent) -> Iterator[Mapping[str, Any]]:
         """A call: its name first, then its arguments."""

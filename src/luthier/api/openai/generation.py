@@ -327,8 +327,8 @@ def event(value: Mapping[str, Any]) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def usage(streams: Iterable[Stream], completion: int) -> dict[str, Any]:
-    """Tokens that were read for ``streams``, which have ended, and written."""
+def usage(streams: Iterable[Stream], completion: int, reasoning: int = 0) -> dict[str, Any]:
+    """Tokens that were read for ``streams``, which have ended, and written, some of them reasoning."""
     streams = [*streams]
     prompt = sum(stream.prompt_tokens for stream in streams)
     cached = sum(stream.cached() for stream in streams)
@@ -338,7 +338,7 @@ def usage(streams: Iterable[Stream], completion: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": reasoning,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
@@ -351,18 +351,15 @@ def token_text(token: bytes) -> str:
     return token.decode("utf-8", "replace")
 
 
-def chat_logprobs(scores: Sequence[Score]) -> dict[str, Any]:
+def chat_logprobs(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """How likely each token was, as chat completions tell it."""
-    return {
-        "content": [
-            {
-                **_token(score.text, score.logprob),
-                "top_logprobs": [_token(text, value) for text, value in score.top],
-            }
-            for score in scores
-        ],
-        "refusal": None,
-    }
+    return [
+        {
+            **_token(score.text, score.logprob),
+            "top_logprobs": [_token(text, value) for text, value in score.top],
+        }
+        for score in scores
+    ]
 
 
 def _token(text: bytes, logprob: float) -> dict[str, Any]:

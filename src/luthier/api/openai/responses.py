@@ -7,6 +7,7 @@ conversations, work in the background, tools that the server would have to run.
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import time
@@ -44,6 +45,7 @@ from luthier.serving.inference import (
     Chat,
     FinishEvent,
     GenerationRequest,
+    ReasoningChunk,
     Stream,
     TokenChunk,
     ToolCallEvent,
@@ -51,7 +53,7 @@ from luthier.serving.inference import (
 from luthier.types import Message, Tool, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"
-_TEXTS = ("input_text", "output_text", "text")
+_TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 _ELSEWHERE = {
     "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
     "conversation": "Conversations are not kept here: send the earlier items in 'input'",
@@ -201,7 +203,10 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
     if item.type == "message":
         role = _require(item.role, f"{where}.role")
         content = _text(_require(item.content, f"{where}.content"), f"{where}.content")
-        turns.append(Message("system" if role == "developer" else role, content))
+        if role == "assistant" and turns and _is_reasoning_alone(turns[-1]):
+            turns[-1] = replace(turns[-1], content=content)
+        else:
+            turns.append(Message("system" if role == "developer" else role, content))
     elif item.type == "function_call":
         call = ToolCall(
             _require(item.call_id, f"{where}.call_id"),
@@ -218,8 +223,16 @@ def _add(turns: list[Message], item: InputItem, where: str) -> None:
             raise invalid(text, "input")
         output = _text(_require(item.output, f"{where}.output"), f"{where}.output")
         turns.append(Message("tool", output, call_id=call_id))
-    elif item.type != "reasoning":  # of a model that thinks aloud elsewhere; nothing to go on from
+    elif item.type == "reasoning":
+        # That of a model elsewhere may be encrypted, or a summary: nothing to go on from.
+        if reasoning := _text(item.content or "", f"{where}.content"):
+            turns.append(Message("assistant", reasoning=reasoning))
+    else:
         raise invalid(f"Items of the type '{item.type}' are not taken.", f"{where}.type")
+
+
+def _is_reasoning_alone(turn: Message) -> bool:
+    return bool(turn.reasoning) and not (turn.content or turn.calls)
 
 
 def _require(value: Any, where: str) -> Any:
@@ -302,7 +315,10 @@ class _Response:
         yield self._event("response.created", response=self.to_dict())
         yield self._event("response.in_progress", response=self.to_dict())
         for event in self._stream:
-            if isinstance(event, TokenChunk):
+            if isinstance(event, ReasoningChunk):
+                if event.text:
+                    yield from self._reasoning_piece(event.text)
+            elif isinstance(event, TokenChunk):
                 yield from self._piece(event)
             elif isinstance(event, ToolCallEvent):
                 yield from self._finish("completed")
@@ -312,7 +328,7 @@ class _Response:
         cut = self._end is not None and self._end.reason in ("length", "context")
         self._status = "incomplete" if cut else "completed"
         if not self._items:
-            yield from self._open()
+            yield from self._open("message")
         yield from self._finish(self._status)
         yield self._event(f"response.{self._status}", response=self.to_dict())
 
@@ -373,7 +389,9 @@ class _Response:
                 "cache_write_tokens": 0,
             },
             "output_tokens": written,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {
+                "reasoning_tokens": self._end.reasoning_tokens if self._end else 0
+            },
             "total_tokens": read + written,
         }
 
@@ -382,53 +400,65 @@ class _Response:
         return {"type": kind, "sequence_number": self._number - 1, **members}
 
     @property
-    def _message(self) -> JsonObject | None:
-        """The message that is being written."""
+    def _open_item(self) -> JsonObject | None:
+        """The message or the reasoning that is being written."""
         last = self._items[-1] if self._items else None
-        return last if last and last["type"] == "message" else None
+        return last if last and last.get("status") == "in_progress" else None
 
-    def _open(self) -> Iterator[JsonObject]:
-        """Begin a message."""
-        item: JsonObject = {
-            "type": "message",
-            "id": f"msg_{secrets.token_hex(24)}",
-            "role": "assistant",
-        }
+    def _open(self, kind: Literal["message", "reasoning"]) -> Iterator[JsonObject]:
+        """Begin a message, or the reasoning before it."""
+        item: JsonObject
+        if kind == "reasoning":
+            item = {"type": kind, "id": f"rs_{secrets.token_hex(24)}", "summary": []}
+            part: JsonObject = {"type": "reasoning_text", "text": ""}
+        else:
+            item = {"type": kind, "id": f"msg_{secrets.token_hex(24)}", "role": "assistant"}
+            part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
         item |= {"status": "in_progress", "content": []}
         self._items.append(item)
         index = len(self._items) - 1
         yield self._event("response.output_item.added", output_index=index, item={**item})
-        part: JsonObject = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
-        item["content"] = [part]
         where = self._where(item, content_index=0)
-        yield self._event("response.content_part.added", **where, part={**part, "logprobs": []})
+        yield self._event("response.content_part.added", **where, part=copy.deepcopy(part))
+        item["content"] = [part]
+
+    def _reasoning_piece(self, text: str) -> Iterator[JsonObject]:
+        if self._open_item is None:
+            yield from self._open("reasoning")
+        item = self._items[-1]
+        item["content"][0]["text"] += text
+        where = self._where(item, content_index=0)
+        yield self._event("response.reasoning_text.delta", **where, delta=text)
 
     def _piece(self, piece: TokenChunk) -> Iterator[JsonObject]:
-        if self._message is None:
-            yield from self._open()
-        message = self._message
-        assert message is not None
+        if self._open_item is None or self._open_item["type"] == "reasoning":
+            yield from self._finish("completed")
+            yield from self._open("message")
+        message = self._items[-1]
         part = message["content"][0]
-        scores = chat_logprobs(piece.scores)["content"] if self._parameters.wants_logprobs else []
+        scores = chat_logprobs(piece.scores) if self._parameters.wants_logprobs else []
         part["text"] += piece.text
         part["logprobs"] += scores
         where = self._where(message, content_index=0)
         yield self._event("response.output_text.delta", **where, delta=piece.text, logprobs=scores)
 
     def _finish(self, status: str) -> Iterator[JsonObject]:
-        """End the message that is being written, if one is."""
-        message = self._message
-        if message is None or message["status"] != "in_progress":
+        """End the message or the reasoning that is being written, if there is one."""
+        item = self._open_item
+        if item is None:
             return
-        message["status"] = status
-        (part,) = message["content"]
-        where = self._where(message, content_index=0)
-        yield self._event(
-            "response.output_text.done", **where, text=part["text"], logprobs=part["logprobs"]
-        )
+        item["status"] = status
+        (part,) = item["content"]
+        where = self._where(item, content_index=0)
+        if item["type"] == "reasoning":
+            yield self._event("response.reasoning_text.done", **where, text=part["text"])
+        else:
+            yield self._event(
+                "response.output_text.done", **where, text=part["text"], logprobs=part["logprobs"]
+            )
         yield self._event("response.content_part.done", **where, part=part)
         yield self._event(
-            "response.output_item.done", output_index=where["output_index"], item=message
+            "response.output_item.done", output_index=where["output_index"], item=item
         )
 
     def _add_call(self, call: ToolCall) -> Iterator[JsonObject]:
