@@ -141,6 +141,7 @@ def test_what_is_stored_must_be_what_was_trained(
     assert train.train(spec, resume=True).steps == 6
     parity = find("tiny-llama:x").manifest.parity
     assert parity is not None
-    said = parity["next_tokens"]
-    assert said["tokens"] > 10
-    assert said["agreement"] == 1 and said["mean_kl"] == pytest.approx(0, abs=1e-6)
+    said = parity.next_tokens
+    assert said is not None
+    assert said.tokens > 10
+    assert said.agreement == 1 and said.mean_kl == pytest.approx(0, abs=1e-6)

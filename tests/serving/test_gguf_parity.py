@@ -36,7 +36,7 @@ def test_llama_cpp_answers_as_the_model_does(
     lossy = compare_gguf(path, model, chat, "q4_0")
     assert lossy.mean_kl > 100 * found.mean_kl and lossy.agreement < found.agreement
     assert lossy.rounded_kl < lossy.mean_kl / 5
-    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.summary()
+    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.describe()
 
 
 def test_heads_in_the_wrong_order_are_seen(

@@ -25,10 +25,10 @@ from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, BaseRun, Run
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import lock, read_json, sha256_of, write_bytes
+from luthier.files import read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.printable import finite_or_none
-from luthier.store.models import StoredModel, ancestors, content_hash, find
+from luthier.store.models import StoredModel, ancestors, content_hash, find, lock_record
 from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
@@ -279,7 +279,8 @@ def certify(model_id: str) -> None:
     if (model.folder / SIGNATURE).exists():
         return
     # Of two that judge it at once neither may leave out the other's report.
-    with lock(model.folder / MANIFEST, wait=True):
+    with lock_record(model):
+        model = find(model_id)
         there = _stored_certificate(model)
         made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
         same = {"created": there.created, "sha256": there.sha256}
