@@ -42,6 +42,9 @@ SAME_KL = 1e-3
 of a merge in float32."""
 ROUNDED_KL = 0.03
 """The same where merged weights are rounded: 0.0011 was seen, where the base itself is 3.2 away."""
+STEPPED_KL = 5e-3
+"""The same where nothing is merged, but an adapter steps beside its base in fewer than 32 bits: 1.4e-4
+was seen."""
 MOST_LOGPS = 1 << 23
 """Log-probabilities of one network that are held for the comparison."""
 GREEDY_TOKENS = 16
@@ -277,10 +280,11 @@ def check_parity(parity: Parity, text_of: Callable[[int], str] | None = None) ->
             f"loss {parity.reloaded:.4f} after reloading, {parity.trained:.4f} before, on "
             f"{parity.rows} rows"
         )
+    stepped = STEPPED_KL if parity.rounded else SAME_KL
     for where, found, limit in (
         ("in these rows", parity.next_tokens, most),
         ("along what it writes greedily", parity.greedy, most),
-        ("along what it writes greedily beside its base", parity.greedy_beside_base, SAME_KL),
+        ("along what it writes greedily beside its base", parity.greedy_beside_base, stepped),
     ):
         if not reason and found is not None and not found.mean_kl <= limit:
             reason = f"{where} {found.describe()}, where {limit:g} is rounding"

@@ -294,14 +294,18 @@ def is_recorded(model: StoredModel) -> bool:
 def lock_record(model: StoredModel) -> Iterator[None]:
     """Hold what is said of ``model``: its record, and the certificate made of it.
 
-    The lock lies beside the folder, as a file that is replaced while it is locked holds off nobody.
+    Raises:
+        CorruptFile: where the record is not there any more.
     """
-    with lock(model.folder.parent / f".{model.folder.name}.lock", wait=True):
+    record = model.folder / MANIFEST
+    if not record.is_file():
+        raise CorruptFile(f"{record} is missing; {_RESTORE}")
+    with lock(record, wait=True):
         yield
 
 
 def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) -> StoredModel:
-    """Write what ``change`` makes of the record as it stands now; the model with it.
+    """Write what ``change`` makes of the record as it stands now; returns the model with it.
 
     Of several that change it at once, each changes what the one before it wrote.
 

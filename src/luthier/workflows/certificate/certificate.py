@@ -144,6 +144,19 @@ def certificate_schema() -> dict[str, Any]:
     }
 
 
+def check_recorded(model: StoredModel) -> None:
+    """Refuse a model that luthier has no record of.
+
+    Raises:
+        RecipeError: always for such a one.
+    """
+    if not (model.folder / MANIFEST).is_file() or not model.manifest.created:
+        raise RecipeError(
+            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
+            "it made or imported"
+        )
+
+
 def make_certificate(model: StoredModel, watts: float | None = None) -> Certificate:
     """Gather what is known of ``model``; ``watts`` is the measured power of the machine in its run.
 
@@ -151,12 +164,8 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         RecipeError: for a model that luthier has no record of.
         CorruptFile: for a report that is no longer what was written.
     """
+    check_recorded(model)
     manifest = model.manifest
-    if not (model.folder / MANIFEST).is_file() or not manifest.created:
-        raise RecipeError(
-            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
-            "it made or imported"
-        )
     base, colon, name = model.id.partition(":")
     run = Run(base, name) if colon else BaseRun(model.id)
     actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
