@@ -100,7 +100,7 @@ def test_the_gate_compares_tokens_and_names_the_first_other_one(
         check_parity(parity, lambda token: {12: "yes", 345: "no"}[token])
     assert (
         "the first other token is in row 2 at position 17: 345 ('no'), and not 12 ('yes'), which the "
-        "model finds 0.5 nats likelier, there by 0.25 nats less. It was not stored"
+        "model finds 0.5 nats likelier and the other 0.25 nats less likely. It was not stored"
     ) in str(caught.value)
 
 

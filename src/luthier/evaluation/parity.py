@@ -272,28 +272,31 @@ def check_parity(parity: Parity, text_of: Callable[[int], str] | None = None) ->
 
     ``text_of`` gives the text of a token for the message.
     """
-    reason = ""
     allowed = ROUNDED if parity.rounded else SAME
     most = ROUNDED_KL if parity.rounded else SAME_KL
+    stepped = STEPPED_KL if parity.rounded else SAME_KL
+    compared = [
+        (where, found, limit)
+        for where, found, limit in (
+            ("in these rows", parity.next_tokens, most),
+            ("along what it writes greedily", parity.greedy, most),
+            ("along what it writes greedily beside its base", parity.greedy_beside_base, stepped),
+        )
+        if found is not None
+    ]
+    too_far = [each for each in compared if not each[1].mean_kl <= each[2]]
     if not abs(parity.trained - parity.reloaded) <= allowed * max(1.0, abs(parity.trained)):
         reason = (
             f"loss {parity.reloaded:.4f} after reloading, {parity.trained:.4f} before, on "
             f"{parity.rows} rows"
         )
-    stepped = STEPPED_KL if parity.rounded else SAME_KL
-    for where, found, limit in (
-        ("in these rows", parity.next_tokens, most),
-        ("along what it writes greedily", parity.greedy, most),
-        ("along what it writes greedily beside its base", parity.greedy_beside_base, stepped),
-    ):
-        if not reason and found is not None and not found.mean_kl <= limit:
-            reason = f"{where} {found.describe()}, where {limit:g} is rounding"
-    if not reason:
+    elif too_far:
+        where, found, limit = too_far[0]
+        reason = f"{where} {found.describe()}, where {limit:g} is rounding"
+    else:
         return
-    told = (parity.next_tokens, parity.greedy, parity.greedy_beside_base)
-    first = next((each for each in told if each is not None and each.first_difference), None)
-    further = "" if first is None else first.difference_text(text_of)
+    texts = (found.difference_text(text_of) for _, found, _ in (*too_far, *compared))
     raise LuthierError(
-        f"the saved model is not the trained one: {reason}{further}. It was not stored; the run and "
-        "its checkpoints are kept."
+        f"the saved model is not the trained one: {reason}{next(filter(None, texts), '')}. It was not "
+        "stored; the run and its checkpoints are kept."
     )

@@ -109,7 +109,9 @@ class TokenDifference(Record):
         def name(token: int) -> str:
             return str(token) if text_of is None else f"{token} ({text_of(token)!r})"
 
-        back = "" if self.other_margin is None else f", there by {self.other_margin:.2g} nats less"
+        back = ""
+        if self.other_margin is not None:
+            back = f" and the other {self.other_margin:.2g} nats less likely"
         return (
             f"the first other token is in row {self.row} at position {self.position}: "
             f"{name(self.other_token)}, and not {name(self.token)}, which the model finds "
