@@ -278,20 +278,34 @@ def _sweep_unlocked(path: Path) -> None:
 def lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock file ``path``; yields whether it was free. ``wait`` waits until it is.
 
-    The kernel lets go of it when the process ends, however it ends.
+    The kernel lets go of it when the process ends, however it ends. Who holds a file that is more than
+    a lock may replace it, as the last thing: those that waited then wait for the new one.
     """
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    while True:
+        with disk_errors(path.parent):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if wait and not _is_open_at(handle, path):
+                continue
             yield True
-    finally:
-        os.close(handle)
+            return
+        finally:
+            os.close(handle)
+
+
+def _is_open_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one at ``path``, and was not replaced."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def sweep(folder: Path, name: str = "") -> None:

@@ -227,7 +227,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
     assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text
     installed = find_spec("xllamacpp") is not None
-    assert ("the greedy token is the same at" in text) == installed
+    assert ("the likeliest token is the same at" in text) == installed
     monkeypatch.setattr("luthier.serving.export.llama_cpp_library", lambda: None)
     text = Answer("models", "export", MODEL, str(tmp_path / "two"), *given).good().out
     assert "Not compared with llama.cpp, which is not installed" in text

@@ -67,6 +67,11 @@ def test_each_row_is_the_path_to_its_leaf(rows: IdsAndWeights) -> None:
         path = tree.path(int(leaf))
         assert tuple(tree.ids_N[path].tolist()) == rows[row][0]
         assert path[-1] == leaf and sorted(set(path.tolist())) == path.tolist()
+        # A node that rows share is told of one of them, at the same place.
+        for node in path.tolist():
+            first, at = tree.place_of(node)
+            assert rows[first][0][: at + 1] == rows[row][0][: at + 1]
+            assert len(path) > at == path.tolist().index(node)
 
 
 @PROPERTY

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from short_runs import manifest_of
+from short_runs import manifest_of, write_rows
 from stored_files import files_in
 
 from luthier.engine import model_writer, train
 from luthier.errors import DoesNotFit, LuthierError, UnknownModel
 from luthier.files import read_json, write_json
-from luthier.models import manifest
+from luthier.models import manifest, row_adapters
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -141,6 +141,40 @@ def test_what_is_stored_must_be_what_was_trained(
     assert train.train(spec, resume=True).steps == 6
     parity = find("tiny-llama:x").manifest.parity
     assert parity is not None
-    said = parity["next_tokens"]
-    assert said["tokens"] > 10
-    assert said["agreement"] == 1 and said["mean_kl"] == pytest.approx(0, abs=1e-6)
+    said = parity.next_tokens
+    assert said is not None
+    assert said.tokens > 10
+    assert said.agreement == 1 and said.mean_kl == pytest.approx(0, abs=1e-6)
+    greedy, beside = parity.greedy, parity.greedy_beside_base
+    assert greedy is not None and greedy.tokens > 10 and parity.greedy_skipped is None
+    assert greedy.agreement == 1 and greedy.mean_kl == pytest.approx(0, abs=1e-6)
+    assert (beside is not None) == (adaptation == "lora")
+    if beside is not None:
+        assert beside.tokens == greedy.tokens and beside.first_difference is None
+
+
+def test_an_adapter_that_has_no_effect_beside_its_base_is_refused(
+    recipe: Callable[..., Recipe], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged it answers as it was trained; the steps that serving takes leave it out."""
+    monkeypatch.setattr(
+        row_adapters.SharedBase, "model_of", lambda shared, adapters: shared.network.model
+    )
+    with pytest.raises(
+        LuthierError, match=r"greedily beside its base .*; the first other token is in row \d at"
+    ):
+        train.train(recipe({"learning_rate": 0.05, "max_steps": 8}))
+    assert not [name for name in files_in(luthier_home) if name.startswith("models")]
+
+
+def test_what_does_not_write_says_so_in_its_record(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(4) for word in ("fox", "dog")]
+    data = write_rows(tmp_path / "labels.jsonl", rows)
+    result = train.train(recipe(data={"train": str(data), "validation_share": 0}))
+    parity = find(result.model_id).manifest.parity
+    assert parity is not None and parity.greedy is None and parity.next_tokens is None
+    assert parity.greedy_skipped == (
+        "a network for sequence classification does not write from texts"
+    )

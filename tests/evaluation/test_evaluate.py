@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,7 +20,6 @@ from luthier.evaluation.evaluate import (
     load_graded,
     questions,
 )
-from luthier.evaluation.parity import Parity, TokenParity
 from luthier.evaluation.significance import standard_error
 from luthier.graders import (
     Answer,
@@ -231,59 +228,3 @@ def test_what_cannot_be_graded_is_refused(tmp_path: Path) -> None:
 def test_models_that_make_images_are_not_evaluated_on_rows(method: str) -> None:
     with pytest.raises(RecipeError, match=f"objective {method} answer nothing.*luthier sample"):
         check_shapes([TEXT], OBJECTIVES[method].model_validate({}))
-
-
-@pytest.mark.parametrize(
-    ("trained", "reloaded", "rounded", "good"),
-    [
-        (2.0, 2.0, False, True),
-        (2.0, 2.009, False, True),
-        (2.0, 2.011, False, False),
-        (2.0, 1.989, False, False),
-        (0.1, 0.1049, False, True),
-        (0.1, 0.1051, False, False),
-        (2.0, 2.059, True, True),
-        (2.0, 2.061, True, False),
-        (2.0, float("nan"), True, False),
-        (2.0, float("inf"), True, False),
-        (float("nan"), float("nan"), True, False),
-    ],
-)
-def test_the_parity_gate(trained: float, reloaded: float, rounded: bool, good: bool) -> None:
-    from luthier.errors import LuthierError
-
-    gate: Any = Parity(16, trained, reloaded, rounded)
-    if good:
-        gate.check()
-    else:
-        with pytest.raises(LuthierError, match="not the trained one") as caught:
-            gate.check()
-        assert caught.value.exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("mean_kl", "rounded", "good"),
-    [(1e-6, False, True), (2e-3, False, False), (2e-3, True, True), (0.04, True, False),
-     (float("nan"), True, False)],
-)  # fmt: skip
-def test_the_parity_gate_compares_what_is_written_next(
-    mean_kl: float, rounded: bool, good: bool
-) -> None:
-    from luthier.errors import LuthierError
-
-    gate = Parity(16, 2.0, 2.0, rounded, TokenParity(64, 0.75, mean_kl, 1.0))
-    if good:
-        gate.check()
-    else:
-        with pytest.raises(LuthierError, match=r"nats away.*75\.0% of 64 places"):
-            gate.check()
-
-
-def test_token_parity_is_the_divergence_of_both() -> None:
-    import torch
-
-    one = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]))
-    other = torch.log(torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]))
-    found = TokenParity.of(one, other)
-    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    assert found == TokenParity(2, 0.5, pytest.approx(expected / 2), pytest.approx(expected))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from luthier.errors import CorruptFile
-from luthier.models.manifest import MANIFEST, DataRecord, Manifest, TextFormat
+from luthier.files import write_json
+from luthier.models.manifest import MANIFEST, DataRecord, ExportRecord, Manifest, TextFormat
 
 
 def test_what_is_written_is_read_back_without_what_does_not_concern_it(tmp_path: Path) -> None:
@@ -60,3 +61,36 @@ def test_a_record_that_makes_no_sense_names_the_field(
     (tmp_path / MANIFEST).write_text(json.dumps(fields))
     with pytest.raises(CorruptFile, match=rf"{MANIFEST} is no record of a model: {where}: "):
         Manifest.read(tmp_path)
+
+
+def test_parity_of_older_versions_is_read(tmp_path: Path) -> None:
+    tokens = {"tokens": 9, "agreement": 1.0, "mean_kl": 0.0, "max_kl": 0.0}
+    old: dict[str, Any] = {"rows": 16, "trained": 2.0, "reloaded": 2.0}
+    for parity in (old, {**old, "rounded": True, "next_tokens": tokens}):
+        write_json(tmp_path / MANIFEST, {"id": "a:b", "parity": parity})
+        read = Manifest.read(tmp_path).parity
+        assert read is not None and read.rows == 16
+        assert read.greedy is None and read.greedy_beside_base is None
+    assert read.next_tokens is not None and read.next_tokens.first_difference is None
+
+
+def test_an_export_takes_the_place_of_the_one_before_it(tmp_path: Path) -> None:
+    def export(day: int, **fields: Any) -> ExportRecord:
+        plain = {"format": "gguf", "created": f"2026-11-{day}", "luthier": "1", "files": {}}
+        return ExportRecord.model_validate({**plain, "compared_in": None, **fields})
+
+    record = Manifest(id="a:b")
+    for each in (
+        export(1, quantization="f16"),
+        export(2, quantization="q8_0"),
+        export(3, quantization="f32", is_adapter=True),
+        export(4, format="onnx"),
+        export(5, quantization="q8_0"),
+    ):
+        record = record.with_export(each)
+    record.write(tmp_path)
+    read = Manifest.read(tmp_path)
+    assert read == record
+    assert [(e.name, e.created[-1]) for e in read.exports or ()] == [
+        ("gguf f16", "1"), ("gguf f32 adapter", "3"), ("onnx", "4"), ("gguf q8_0", "5"),
+    ]  # fmt: skip

@@ -20,6 +20,7 @@ from luthier.data.processors import read_processor
 from luthier.data.shapes import BareImage, RawText
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
+from luthier.files import hashes_of
 from luthier.models import gguf
 from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
@@ -357,7 +358,9 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
     onnxruntime = pytest.importorskip("onnxruntime")
     label_texts(tmp_path, str(family_folder("bert")), "texts")
     stored = named("texts")
-    assert export_onnx(stored, tmp_path / "onnx") < 1e-4
+    record = export_onnx(stored, tmp_path / "onnx")
+    assert record.score_error is not None and record.score_error < 1e-4 < (record.tolerance or 0)
+    assert record.name == "onnx" and record.files == hashes_of(tmp_path / "onnx")
 
     from transformers import AutoTokenizer
 
@@ -428,7 +431,9 @@ def test_onnx_is_for_classifiers_whose_scores_come_out(
 
 
 def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
-    parity = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", quantization="Q8_0")
+    record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", quantization="Q8_0")
+    parity = record.tokens
+    assert record.name == "gguf q8_0" and record.files == hashes_of(tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["Modelfile", "tiny-llama-adapter-Q8_0.gguf"]
     lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
@@ -445,7 +450,9 @@ def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:
 def test_a_lora_adapter_goes_alone_into_gguf(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parity = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", merged=False)
+    record = export_gguf(find("tiny-llama:adapter"), tmp_path / "out", merged=False)
+    parity = record.tokens
+    assert record.name == "gguf f32 adapter"
     folder = tmp_path / "out"
     adapter = "tiny-llama-adapter-F32-LoRA.gguf"
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", adapter]

@@ -14,9 +14,15 @@ from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
 from luthier.models import gguf
 from luthier.models.gguf import write_gguf
-from luthier.serving.gguf_parity import LlamaCpp, compare_gguf
+from luthier.serving.gguf_parity import PROMPTS, LlamaCpp, compare_gguf
+from luthier.types import Message
 
 pytest.importorskip("xllamacpp")
+
+
+def tiny_again(family: str, tiny_llama: Callable[..., Any], tiny_gpt2: Callable[..., Any]) -> Any:
+    """The model as it was before a comparison rounded its weights."""
+    return (tiny_gpt2() if family == "gpt2" else tiny_llama(tied=family == "tied")).eval()
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "gpt2"])
@@ -36,7 +42,18 @@ def test_llama_cpp_answers_as_the_model_does(
     lossy = compare_gguf(path, model, chat, "q4_0")
     assert lossy.mean_kl > 100 * found.mean_kl and lossy.agreement < found.agreement
     assert lossy.rounded_kl < lossy.mean_kl / 5
-    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.summary()
+    first = lossy.first_difference
+    assert first is not None and first.margin > 0
+    assert first.other_margin is None or first.other_margin > 0
+    prompt_T = chat.encode_prompt((Message("user", PROMPTS[first.row]),))
+    # In row 0 it stands behind what both would have written, which the model writes alone.
+    if first.row == 0:
+        whole = torch.tensor([prompt_T.tolist()])
+        while whole.shape[1] <= first.position:
+            token = int(tiny_again(family, tiny_llama, tiny_gpt2)(whole).logits[0, -1].argmax())
+            whole = torch.cat([whole, torch.tensor([[token]])], 1)
+        assert int(whole[0, -1]) == first.token != first.other_token
+    assert f"{lossy.agreement:.1%} of {lossy.tokens} places" in lossy.describe()
 
 
 def test_heads_in_the_wrong_order_are_seen(
@@ -49,7 +66,9 @@ def test_heads_in_the_wrong_order_are_seen(
     model, chat, path = tiny_llama(), ChatFormat.of(tokenizer), tmp_path / "wrong.gguf"
     monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
     write_gguf(model, chat, path, "f32")
-    with pytest.raises(RecipeError, match=r"answers otherwise: .* is no rounding"):
+    with pytest.raises(
+        RecipeError, match=r"otherwise: .* is no rounding; the first other token is in row 0 at"
+    ):
         compare_gguf(path, model, chat, "f32")
 
 

@@ -19,7 +19,7 @@ from luthier.files import hashes_of, write_json
 from luthier.models.catalog import CATALOG
 from luthier.models.description import check_folder
 from luthier.models.kinds import sole_objective
-from luthier.models.manifest import MANIFEST
+from luthier.models.manifest import MANIFEST, Manifest
 from luthier.objectives import Objective
 from luthier.serving.generation import Generator
 from luthier.serving.images import ImageGenerator
@@ -400,3 +400,26 @@ def test_a_folder_without_a_record_is_known_by_its_network(
     assert sole_objective(kind) == method
     if method is not None:
         assert store.objective_of(folder).method == method
+
+
+def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
+    """By threads and by processes, each of which reads the record before it writes it."""
+    make_custom("tiny", "x", "tiny")
+    code = (
+        "import sys\nfrom luthier.models.manifest import ExportRecord\n"
+        "from luthier.store.models import find, update_record\n"
+        "for number in range(20):\n"
+        "    export = ExportRecord(format='gguf', quantization=f'{sys.argv[1]}-{number}', luthier='1',"
+        " created='', files={}, compared_in=None)\n"
+        "    update_record(find('tiny:x'), lambda record: record.with_export(export))\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "abc"]
+    assert [writer.wait(120) for writer in writers] == [0, 0, 0]
+    found = {each.quantization for each in find("tiny:x").manifest.exports or ()}
+    assert found == {f"{name}-{number}" for name in "abc" for number in range(20)}
+    folder = custom_folder("tiny", "x")
+    shutil.rmtree(folder)
+    gone = store.StoredModel("tiny:x", folder, Manifest(id="tiny:x"))
+    with pytest.raises(CorruptFile, match="is missing"):
+        store.update_record(gone, lambda record: record)
+    assert not folder.exists()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import hashes_of, read_json, write_json
+from luthier.files import hashes_of, read_json, sha256_of, write_json
+from luthier.models import gguf
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.store.models import StoredModel, content_hash, find
 from luthier.store.reports import reports_of, write_report
@@ -314,6 +316,57 @@ def test_commands(home: Path) -> None:
     assert (
         not (home / "out" / "certificate.json").exists() and not (home / "out" / "reports").exists()
     )
+
+
+def test_exports_stand_in_the_record_and_the_certificate(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
+) -> None:
+    before = content_hash(find(ID))
+    for name, quantization in (("a", "q8_0"), ("b", "f16"), ("c", "q8_0")):
+        written = luthier.export(ID, tmp_path / name, format="gguf", quantization=quantization)
+        assert written.is_recorded and written.record is not None
+    made = read_certificate(find(ID))
+    exports = {each.name: each for each in made.record.exports or ()}
+    assert list(exports) == ["gguf f16", "gguf q8_0"] and made.record == find(ID).manifest
+    assert exports["gguf q8_0"] == written.record
+    assert exports["gguf q8_0"].files == hashes_of(tmp_path / "c")
+    assert luthier.verify(ID).is_intact and content_hash(find(ID)) == before
+    assert made.content_sha256 == before and len(made.reports) == 2
+    installed = find_spec("xllamacpp") is not None
+    told = "the likeliest token is the same at" if installed else "not compared"
+    said = CliRunner().invoke(app, ["certificate", ID]).stdout
+    assert f"written as gguf q8_0 on {written.record.created[:10]}: " in said and told in said
+    html = page(made)
+    assert "Written for other software" in html and told in html
+    assert exports["gguf f16"].files["tiny-x-F16.gguf"] in html
+    jsonschema.validate(json.loads(made.text()), certificate_schema())
+    # A signature holds: the record of a signed model stays as it is.
+    (folder(home) / "model.sig").write_text("{}")
+    record = (folder(home) / MANIFEST).read_bytes()
+    assert not luthier.export(ID, tmp_path / "d", format="gguf").is_recorded
+    assert (folder(home) / MANIFEST).read_bytes() == record
+
+
+def test_a_file_that_answers_otherwise_enters_no_record(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
+) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    with pytest.raises(RecipeError, match="the first other token is in row"):
+        luthier.export(ID, tmp_path / "wrong", format="gguf")
+    assert find(ID).manifest.exports is None and not (tmp_path / "wrong").exists()
+
+
+def test_an_export_of_a_model_that_was_made_anew_meanwhile_enters_no_record(
+    home: Path, tmp_path: Path, in_float32: None
+) -> None:
+    stored = find(ID)
+    path = folder(home) / "README.md"
+    path.write_text("of another one")
+    files = {**stored.manifest.files, "README.md": sha256_of(path)}
+    stored.manifest.model_copy(update={"files": files}).write(stored.folder)
+    luthier.export(stored, tmp_path / "old", format="gguf")
+    assert find(ID).manifest.exports is None
 
 
 def lines(text: str) -> list[Any]:

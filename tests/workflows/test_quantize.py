@@ -16,7 +16,9 @@ from luthier.cli.app import app
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.evaluation.significance import RowScores
+from luthier.files import sha256_of
 from luthier.recipe import Recipe
+from luthier.store.models import find
 from luthier.workflows.quantize import QuantizationReport, QuantizedScores
 
 WORDS = ("fox", "dog", "cat", "owl", "bee", "ant", "cow", "hen")
@@ -72,6 +74,16 @@ def test_a_strong_tune_survives_what_erases_a_light_one(rows: Path) -> None:
     # The network is what it was before, so its own loss is.
     again = luthier.quantize("tiny-llama:strong", rows, ("q8_0",))
     assert again.loss.value == strong.loss.value
+    # The record says it, too: of each type what was measured last.
+    written = find("tiny-llama:strong").manifest.quantized or []
+    assert [each.quantization for each in written] == ["q4_0", "q8_0"]
+    assert [each.difference for each in written] == [
+        strong.differences["q4_0"].value,
+        again.differences["q8_0"].value,
+    ]
+    assert written[0].data == {str(rows): sha256_of(rows)} and not written[0].erases
+    (lost,) = find("tiny-llama:light").manifest.quantized or []
+    assert lost.erases and "which erases the tune" in lost.describe()
 
 
 def test_the_command_shows_losses_and_the_verdict(rows: Path) -> None:

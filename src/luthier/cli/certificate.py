@@ -88,6 +88,10 @@ def certificate(
     if found.kilowatt_hours is not None:
         how = "assumed" if found.watts_assumed else "measured"
         print_text(f"{found.kilowatt_hours:.3g} kWh, at {how} {found.watts:,.0f} W")
+    for export in made.record.exports or ():
+        print_text(f"written as {export.name} on {export.created[:10]}: {export.describe()}")
+    for weights in made.record.quantized or ():
+        print_text(f"with weights of {weights.quantization}: {weights.describe()}")
     for each in made.reports:
         print_text(f"with {each.report.kind} of {each.report.created[:10]} ({each.file})")
     for line in made.missing:

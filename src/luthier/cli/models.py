@@ -22,6 +22,7 @@ from luthier.cli.options import Json
 from luthier.errors import CorruptFile, RecipeError
 
 if TYPE_CHECKING:
+    from luthier.models.manifest import ExportRecord
     from luthier.sdk.export import Export
     from luthier.store.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
@@ -367,12 +368,12 @@ def export_model(
         print_json(written.plain())
         return
     print_text(f"{model} was written to {folder}")
-    if written.format == "onnx":
-        print_text(
-            f"ONNX Runtime gives the same scores, to {written.difference:.1g} of the largest"
-        )
-    elif written.format == "gguf":
+    if written.record is not None:
+        _print_record(written, written.record)
+    if written.format == "gguf":
         _print_gguf(written, quantization)
+    elif written.format == "onnx":
+        return
     elif written.of_diffusers:
         whole = (folder / "model_index.json").is_file()
         call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
@@ -391,18 +392,28 @@ def export_model(
         )
 
 
-def _print_gguf(written: Export, quantization: str | None) -> None:
-    """Its files, how llama.cpp answers, and how Ollama takes it."""
-    from luthier.serving.ollama import FROM_BASE
-
-    for path in sorted(written.folder.glob("*.gguf")):
-        print_text(f"  {path.name} ({path.stat().st_size / 1e6:,.1f} MB)")
-    if written.parity is None:
+def _print_record(written: Export, record: ExportRecord) -> None:
+    """Its files, and how near the answers from them are."""
+    for name in record.files:
+        if name.endswith((".gguf", ".onnx")):
+            size = (written.folder / name).stat().st_size
+            print_text(f"  {name} ({size / 1e6:,.1f} MB)")
+    if record.compared_in is None:
         print_text(
             "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
         )
     else:
-        print_text(f"Compared: {written.parity.summary()}")
+        print_text(f"Compared: {record.describe()}")
+    if not written.is_recorded:
+        print_text(
+            "The record of the model does not say so: it is signed, or not one of this store."
+        )
+
+
+def _print_gguf(written: Export, quantization: str | None) -> None:
+    """What its type costs, and how Ollama takes it."""
+    from luthier.serving.ollama import FROM_BASE
+
     if quantization and quantization.lower() not in ("f32", "f16", "bf16"):
         command = f"luthier quantize {written.model} DATA --to {quantization}"
         print_text(f"What that costs on rows of your own: {command}")

@@ -74,6 +74,11 @@ class TokenTree:
         """What the rows are to give, in the order of the tree."""
         return [e.target for e in self.examples if e.target is not None]
 
+    def place_of(self, node: int) -> tuple[int, int]:
+        """The data-set index of the first row that has ``node``, and the tokens before it there."""
+        row = int(np.searchsorted(self.leaf_R, node))  # nodes are laid out row by row
+        return int(self.row_R[row]), int(self.depth_N[node])
+
     def path(self, node: int) -> IntArray:
         """Flat indices from the root down to ``node``, itself included."""
         path = np.empty(int(self.depth_N[node]) + 1, dtype=np.int64)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from luthier import __version__
 from luthier.adaptations import ADAPTATIONS
@@ -21,12 +23,24 @@ from luthier.engine.runs import Result, Run
 from luthier.engine.verdict import Refit, RunVerdict
 from luthier.errors import LuthierError
 from luthier.evaluation.baselines import Comparison
-from luthier.evaluation.parity import Parity, TokenParity, learned_logps
+from luthier.evaluation.parity import (
+    GREEDY_TOKENS,
+    GreedyText,
+    LearnedLogps,
+    check_parity,
+    compare_greedy,
+    greedy_prompts,
+    learned_logps,
+    write_greedily,
+)
 from luthier.files import folder_size, hashes_of, new_folder
 from luthier.gate.report import manifest_record
+from luthier.models.backends import Backend
+from luthier.models.heads import prompt_ids
 from luthier.models.load import as_network
-from luthier.models.manifest import UNMEASURED, DataRecord, Manifest, created_now
+from luthier.models.manifest import UNMEASURED, DataRecord, Manifest, Parity, created_now
 from luthier.models.network import Network
+from luthier.models.prefix import prefix_tokens
 from luthier.models.save import (
     adapter_tensors,
     read_adapter,
@@ -34,12 +48,27 @@ from luthier.models.save import (
     save_format,
     save_network,
 )
+from luthier.models.torch_backend import torch_backend
 from luthier.objectives import OBJECTIVES
 from luthier.store import models as store
 from luthier.types import Example
 
 PARITY_ROWS = 16
 TOKEN_PARITY_ROWS = 4
+"""Of which the next tokens are compared, and behind as many prompts greedy texts."""
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkAnswers:
+    """What the network answers, as it was trained: what is read back is held beside it."""
+
+    loss: float
+    logps: LearnedLogps | None
+    """What it says next in a few rows; ``None`` of one that does not write."""
+    greedy: GreedyText | None
+    """What it writes behind a few prompts."""
+    greedy_skipped: str | None
+    """Why it writes nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +93,19 @@ class ModelWriter:
     def write(self, network: Network) -> Result:
         """Save, let go of the network, load what was saved, compare, and only then make it a model."""
         run = self.run
-        trained, logps = self._loss(network), self._logps(network)
+        trained = self._answers(network)
         with new_folder(run.model_folder) as fresh:
             manifest = self._save(network, fresh)
             network.close()
             return_freed_memory()  # of the activations, before a second network is loaded
-            parity = self._parity(fresh, manifest, trained, logps)
+            parity = self._parity(fresh, manifest, trained)
             title = run.model_id
             if self.refit:
                 title += f", measured before the refit on all {self.refit.rows:,} rows"
             pictures = draw_curves(self.lines, fresh, title)
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
-            checked = {"parity": asdict(parity), "metrics": metrics, "files": hashes_of(fresh)}
+            checked = {"parity": parity, "metrics": metrics, "files": hashes_of(fresh)}
             manifest.model_copy(update=checked).write(fresh)
         for name in pictures:
             shutil.copyfile(run.model_folder / name, run.folder / name)
@@ -149,7 +178,8 @@ class ModelWriter:
 
     def _sample(self) -> list[Example]:
         """The rows that parity is measured on, held-out ones first."""
-        return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
+        rows = islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS)
+        return list(rows)
 
     @property
     def _budget(self) -> int:
@@ -159,33 +189,86 @@ class ModelWriter:
         with torch.no_grad():
             return self.job.data.objective.parity_loss(network, self._sample(), self._budget)
 
-    def _logps(self, network: Network) -> Tensor | None:
+    def _logps(self, network: Network) -> LearnedLogps | None:
         """What the network says next in a few of the rows; ``None`` of one that does not write."""
         if self.job.data.objective.task != "causal_lm":
             return None
-        logp_PV = learned_logps(network, self._sample()[:TOKEN_PARITY_ROWS], self._budget)
-        return logp_PV if len(logp_PV) else None
+        rows = [replace(row, row=place) for place, row in enumerate(self._few_rows())]
+        return learned_logps(network, rows, self._budget)
 
-    def _parity(
-        self, folder: Path, manifest: Manifest, trained: float, logp_PV: Tensor | None
-    ) -> Parity:
+    def _few_rows(self) -> list[Example]:
+        return self._sample()[:TOKEN_PARITY_ROWS]
+
+    def _answers(self, network: Network) -> NetworkAnswers:
+        """What it answers as it was trained."""
+        loss, logps = self._loss(network), self._logps(network)
+        skipped = self._why_not_greedy(network)
+        if skipped:
+            return NetworkAnswers(loss, logps, None, skipped)
+        # Beside the texts a soft prompt and a prefix stand in the context.
+        room = network.context - network.tokens_before - GREEDY_TOKENS
+        soft = list(prompt_ids(network.model))
+        prompts = [
+            np.array([*soft, *ids_T], dtype=np.int64)
+            for ids_T in greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
+        ]
+        if not prompts:
+            return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
+        with _opened(network) as backend:
+            greedy = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
+        return NetworkAnswers(loss, logps, greedy, None)
+
+    def _why_not_greedy(self, network: Network) -> str | None:
+        """Why the network writes nothing to compare; ``None`` where it does."""
+        task = self.job.data.objective.task
+        if task != "causal_lm" or network.both_ways:
+            return f"a network for {task.replace('_', ' ')} does not write from texts"
+        return None
+
+    def _parity(self, folder: Path, manifest: Manifest, trained: NetworkAnswers) -> Parity:
         """Load what was written as serving will, and compare."""
         parent = self.job.base if manifest.saved == "adapter" else None
         if parent and fingerprint(read_adapter(folder)) != manifest.trained_weights_sha256:
             raise LuthierError("the saved adapter has not the bits of the trained one")
         stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
-        again = store.load(stored, self.job.machine.dtype, self.job.machine.device, head)
-        network = as_network(again, self.job.machine.device, self.job.machine.dtype)
-        rounded = parent is not None and self.job.machine.dtype != torch.float32
-        reloaded, again_PV = self._loss(network), self._logps(network)
-        tokens = None
-        if logp_PV is not None and again_PV is not None:
-            tokens = TokenParity.of(logp_PV, again_PV)
-        parity = Parity(len(self._sample()), trained, reloaded, rounded, tokens)
-        parity.check()
-        if store.chat_format(stored).stop_ids != self.job.chat.stop_ids:
+        device, dtype = self.job.machine.device, self.job.machine.dtype
+        network = as_network(store.load(stored, dtype, device, head), device, dtype)
+        logps, greedy = self._logps(network), None
+        if trained.greedy is not None:
+            with _opened(network) as backend:
+                greedy = compare_greedy(trained.greedy, backend)
+        parity = Parity(
+            rows=len(self._sample()),
+            trained=trained.loss,
+            reloaded=self._loss(network),
+            rounded=parent is not None and dtype != torch.float32,
+            next_tokens=trained.logps.beside(logps) if trained.logps and logps else None,
+            greedy=greedy,
+            greedy_skipped=trained.greedy_skipped,
+        )
+        network.close()
+        if parent and trained.greedy is not None and store.shares_base(stored):
+            below = as_network(store.load(parent, dtype, device, head, learns=False), device, dtype)
+            network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
+            with _opened(network) as backend:
+                beside = compare_greedy(trained.greedy, backend)
+            parity = parity.model_copy(update={"greedy_beside_base": beside})
+            network.close()
+            below.close()
+        chat = self.job.chat
+        check_parity(parity, (lambda token: chat.decode([token])) if chat.has_tokenizer else None)
+        if store.chat_format(stored).stop_ids != chat.stop_ids:
             raise LuthierError(
                 "the saved tokenizer has other stop tokens than the one trained with"
             )
         return parity
+
+
+@contextmanager
+def _opened(network: Network) -> Iterator[Backend]:
+    """The network as it writes in torch, without a second copy of its weights."""
+    network.model.eval()
+    context = network.context - prefix_tokens(network.model)
+    with closing(torch_backend(network, context, packs=False)) as backend, torch.no_grad():
+        yield backend

@@ -1,23 +1,30 @@
 """The parity gate: a custom model is stored only if what is on disk is what was trained.
 
-The saved files are loaded as serving loads them, adapters merged, and the loss on held-out rows is
-compared with that of the network in memory. A whole network must give the same loss. A merged
-adapter differs by the rounding of each merged weight, half a percent of the loss at most as seen so
-far (rounding to nearest, which forgets, gives three to eleven). (The saved adapter itself is compared
-bit for bit, by the engine.) Of a network that writes, the probabilities of the next token at places of
-these rows are compared, too: :func:`learned_logps`.
+The saved files are loaded as serving loads them, and held beside the network in memory:
+
+- the loss on held-out rows. A whole network must give the same. A merged adapter differs by the
+  rounding of each merged weight, half a percent of the loss at most as seen so far (rounding to
+  nearest, which forgets, gives three to eleven). The saved adapter itself is compared bit for bit, by
+  the engine;
+- of a network that writes, the probabilities of the next token at places of these rows;
+- and along what it writes greedily behind a few prompts, step by step, as it is served: merged, and
+  where serving lets the adapter stand beside its base, so, too.
 
 A backend that computes with other kernels, or from a file with weights of another type, is compared
-with torch token by token: :func:`compare_backends`.
+with torch in the same way: :func:`compare_backends`. All of them add up their places in a
+:class:`TokenComparison`, which also finds the first place where another token is likeliest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from luthier.errors import LuthierError
+from luthier.models.manifest import Parity, TokenDifference, TokenParity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,40 +42,108 @@ SAME_KL = 1e-3
 of a merge in float32."""
 ROUNDED_KL = 0.03
 """The same where merged weights are rounded: 0.0011 was seen, where the base itself is 3.2 away."""
+STEPPED_KL = 5e-3
+"""The same where nothing is merged, but an adapter steps beside its base in fewer than 32 bits: 1.4e-4
+was seen."""
 MOST_LOGPS = 1 << 23
 """Log-probabilities of one network that are held for the comparison."""
+GREEDY_TOKENS = 16
+"""Tokens that are written behind each prompt."""
+PROMPT_TOKENS = 128
+"""Tokens of a prompt that are read at most: the first ones."""
 
 
-@dataclass(frozen=True)
-class TokenParity:
-    """How a network answers beside another that should be the same."""
+class TokenComparison:
+    """Adds up, place by place, how a network and another find the next token."""
 
-    tokens: int
-    """Tokens that were compared, each behind the same ones."""
-    agreement: float
-    """Share of them of which both name the same one as likeliest."""
-    mean_kl: float
-    """KL divergence of the next token, in nats, on average."""
-    max_kl: float
+    def __init__(self) -> None:
+        self._same: list[bool] = []
+        self._kl: list[float] = []
+        self._first: TokenDifference | None = None
 
-    @staticmethod
-    def of(logp_NV: Tensor, other_NV: Tensor) -> TokenParity:
-        """From log-probabilities of both at the same ``N`` places, at least one."""
+    def add(
+        self,
+        row: int,
+        position: int,
+        tokens: tuple[int, int],
+        margins: tuple[float, float | None],
+        kl: float | None,
+    ) -> None:
+        """A place with what both find likeliest and by how much, as :class:`TokenDifference` says.
+
+        ``kl`` is ``None`` where the divergence is not known.
+        """
+        self._same.append(tokens[0] == tokens[1])
+        if kl is not None:
+            self._kl.append(kl)
+        first = self._first
+        if tokens[0] == tokens[1] or (first and (first.row, first.position) < (row, position)):
+            return
+        self._first = TokenDifference(
+            row=row,
+            position=position,
+            token=tokens[0],
+            other_token=tokens[1],
+            margin=margins[0],
+            other_margin=margins[1],
+        )
+
+    def add_logps(
+        self, places: Sequence[tuple[int, int]], logp_NV: Tensor, other_NV: Tensor
+    ) -> None:
+        """``N`` places, each a row and a position, from the log-probabilities of both."""
         kl_N = (logp_NV.double().exp() * (logp_NV.double() - other_NV.double())).sum(-1)
-        same_N = logp_NV.argmax(-1) == other_NV.argmax(-1)
+        token_N1, other_N1 = (logp.argmax(-1, keepdim=True) for logp in (logp_NV, other_NV))
+        margin_N1 = logp_NV.gather(-1, token_N1) - logp_NV.gather(-1, other_N1)
+        back_N1 = other_NV.gather(-1, other_N1) - other_NV.gather(-1, token_N1)
+        columns = (each.flatten().tolist() for each in (token_N1, other_N1, margin_N1, back_N1))
+        for (row, position), kl, token, other, margin, back in zip(
+            places, kl_N.tolist(), *columns, strict=True
+        ):
+            self.add(row, position, (token, other), (margin, back), kl)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no divergence is known of any place."""
+        return not self._kl
+
+    def parity(self) -> TokenParity:
+        """What it comes to, of one divergence at least."""
         return TokenParity(
-            len(kl_N), float(same_N.double().mean()), float(kl_N.mean()), float(kl_N.max())
+            tokens=len(self._same),
+            agreement=float(np.mean(self._same)),
+            mean_kl=float(np.mean(self._kl)),
+            max_kl=float(np.max(self._kl)),
+            first_difference=self._first,
         )
 
 
-def learned_logps(network: Network, examples: Sequence[Example], budget: int) -> Tensor:
-    """Log-probabilities ``[P, V]`` of the token behind the first ``P`` places that carry loss.
+@dataclass(frozen=True, eq=False)
+class LearnedLogps:
+    """Log-probabilities of the token behind places that carry loss."""
 
-    There are as many places as :data:`MOST_LOGPS` allows; micro-batches have ``budget`` tokens.
+    places: list[tuple[int, int]]
+    """Row and position of that token."""
+    logp_PV: Tensor
+
+    def beside(self, other: LearnedLogps) -> TokenParity:
+        """How another network gives the same places."""
+        comparison = TokenComparison()
+        comparison.add_logps(self.places, self.logp_PV, other.logp_PV)
+        return comparison.parity()
+
+
+def learned_logps(
+    network: Network, examples: Sequence[Example], budget: int
+) -> LearnedLogps | None:
+    """Of the first places that carry loss, as many as :data:`MOST_LOGPS` allows.
+
+    ``None`` where there are none. Micro-batches have ``budget`` tokens.
     """
     import torch
 
     network.model.eval()
+    places: list[tuple[int, int]] = []
     parts: list[Tensor] = []
     left = max(1, MOST_LOGPS // len(network.head_VH))
     with torch.no_grad():
@@ -79,40 +154,60 @@ def learned_logps(network: Network, examples: Sequence[Example], budget: int) ->
                 place_S = batch.source_S.unique()[:left]
                 logits_SV = network.logits(network.hidden(batch)[place_S]).float()
                 parts.append(torch.log_softmax(logits_SV, -1).cpu())
+                places += [batch.tree.place_of(node) for node in place_S.tolist()]
                 left -= len(place_S)
-    return torch.cat(parts) if parts else torch.empty(0, 0)
+    return LearnedLogps([(row, at + 1) for row, at in places], torch.cat(parts)) if parts else None
 
 
-@dataclass(frozen=True)
-class Parity:
-    """Loss on the same rows before and after saving, in nats per learned token."""
+@dataclass(frozen=True, eq=False)
+class GreedyText:
+    """What a network writes greedily behind a few prompts, which others are held beside."""
 
-    rows: int
-    trained: float
-    reloaded: float
-    rounded: bool = False
-    """Whether weights were merged and rounded on the way."""
-    next_tokens: TokenParity | None = None
-    """Of a network that writes, what it says next in these rows."""
+    prompts: Sequence[IntArray]
+    tokens: list[list[int]]
+    """Behind each prompt; one that ends a reply is the last."""
+    logps: list[Tensor]
+    """``[T, V]`` of each prompt: what the network gives each next token."""
 
-    def check(self) -> None:
-        """Refuse a model that does not answer as the trained network does."""
-        allowed = ROUNDED if self.rounded else SAME
-        if not abs(self.trained - self.reloaded) <= allowed * max(1.0, abs(self.trained)):
-            raise LuthierError(
-                f"the saved model is not the trained one: loss {self.reloaded:.4f} after reloading, "
-                f"{self.trained:.4f} before, on {self.rows} rows. It was not stored; the run and its "
-                "checkpoints are kept."
-            )
-        most = ROUNDED_KL if self.rounded else SAME_KL
-        if self.next_tokens is not None and not self.next_tokens.mean_kl <= most:
-            raise LuthierError(
-                f"the saved model is not the trained one: the probabilities of its next token are "
-                f"{self.next_tokens.mean_kl:.2g} nats away, where {most:g} is rounding, and the "
-                f"likeliest is the same at {self.next_tokens.agreement:.1%} of "
-                f"{self.next_tokens.tokens} places. It was not stored; the run and its checkpoints "
-                "are kept."
-            )
+
+def write_greedily(
+    backend: Backend, prompts: Sequence[IntArray], count: int, stop_ids: Collection[int] = ()
+) -> GreedyText:
+    """The likeliest ``count`` tokens behind each prompt, of which one of ``stop_ids`` is the last."""
+    import torch
+
+    text = GreedyText(prompts, [[] for _ in prompts], [])
+    logps: list[list[Tensor]] = [[] for _ in prompts]
+
+    def choose(row: int, logp_V: Tensor) -> int | None:
+        token = int(logp_V.argmax())
+        logps[row].append(logp_V)
+        text.tokens[row].append(token)
+        return None if len(text.tokens[row]) == count or token in stop_ids else token
+
+    _follow(backend, prompts, choose)
+    text.logps.extend(map(torch.stack, logps))
+    return text
+
+
+def compare_greedy(text: GreedyText, backend: Backend) -> TokenParity:
+    """How ``backend`` goes on in each place of ``text``, which it reads step by step.
+
+    As far as it agrees it would have written the same. Behind another token it reads on in ``text``, so
+    that one near tie counts once.
+    """
+    comparison = TokenComparison()
+    read = [0 for _ in text.prompts]
+
+    def choose(row: int, logp_V: Tensor) -> int | None:
+        at, own = read[row], text.tokens[row]
+        place = row, len(text.prompts[row]) + at
+        comparison.add_logps([place], text.logps[row][at][None], logp_V[None])
+        read[row] += 1
+        return own[at] if read[row] < len(own) else None
+
+    _follow(backend, text.prompts, choose)
+    return comparison.parity()
 
 
 def compare_backends(
@@ -120,36 +215,88 @@ def compare_backends(
 ) -> TokenParity:
     """Both read what ``reference`` writes behind each prompt, its likeliest ``tokens`` tokens.
 
-    All sequences step together. What was opened in the backends is freed.
+    What was opened in the backends is freed.
     """
+    return compare_greedy(write_greedily(reference, prompts, tokens), other)
+
+
+def _follow(
+    backend: Backend,
+    prompts: Sequence[IntArray],
+    choose: Callable[[int, Tensor], int | None],
+) -> None:
+    """Step all sequences together; ``choose`` gives the next token of a row, or ``None`` at its end."""
     import torch
 
     from luthier.models.backends import read_prompts
 
-    backends = (reference, other)
-    states: list[list[State]] = [[] for _ in backends]
-    logits_RV = [torch.empty(0) for _ in backends]
-    found: list[TokenParity] = []
+    states: list[State] = []
     try:
-        for which, backend in enumerate(backends):
-            states[which], logits_RV[which] = read_prompts(backend, prompts, 1)
-        for place in range(tokens):
-            logp_RV, other_RV = (torch.log_softmax(each.double().cpu(), -1) for each in logits_RV)
-            found.append(TokenParity.of(logp_RV, other_RV))
-            chosen_R = logp_RV.argmax(-1)
-            if place + 1 < tokens:
-                logits_RV = [
-                    backend.step(own, chosen_R.tolist())
-                    for backend, own in zip(backends, states, strict=True)
-                ]
+        states, logits_RV = read_prompts(backend, prompts, 1)
+        rows = [*range(len(prompts))]
+        while rows:
+            logp_RV = torch.log_softmax(logits_RV.float().cpu(), -1)
+            chosen = {row: choose(row, logp_V) for row, logp_V in zip(rows, logp_RV, strict=True)}
+            going = {row: token for row, token in chosen.items() if token is not None}
+            rows = [*going]
+            if rows:
+                logits_RV = backend.step([states[row] for row in rows], [*going.values()])
     finally:
-        for backend, own in zip(backends, states, strict=True):
-            for state in own:
-                backend.free(state)
-    # Each step has as many sequences.
-    return TokenParity(
-        sum(each.tokens for each in found),
-        sum(each.agreement for each in found) / len(found),
-        sum(each.mean_kl for each in found) / len(found),
-        max(each.max_kl for each in found),
+        for state in states:
+            backend.free(state)
+
+
+def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[IntArray]:
+    """Prompts of ``examples``: what stands before the first learned token, or half of raw text.
+
+    Different ones, ``count`` at most, each of ``room`` tokens at most.
+    """
+    found: dict[bytes, IntArray] = {}
+    for example in examples:
+        learned_N = np.flatnonzero(example.weight_T)
+        if example.source_T is not None:
+            ids_T = example.source_T
+        elif not len(learned_N):
+            ids_T = example.ids_T
+        else:
+            end = int(learned_N[0])
+            ids_T = example.ids_T[: end if end > 1 else max(1, len(example) // 2)]
+        ids_T = np.asarray(ids_T[: min(room, PROMPT_TOKENS)], dtype=np.int64)
+        if len(ids_T) and len(found) < count:
+            found.setdefault(ids_T.tobytes(), ids_T)
+    return [*found.values()]
+
+
+def check_parity(parity: Parity, text_of: Callable[[int], str] | None = None) -> None:
+    """Refuse a model that does not answer as the trained network does.
+
+    ``text_of`` gives the text of a token for the message.
+    """
+    allowed = ROUNDED if parity.rounded else SAME
+    most = ROUNDED_KL if parity.rounded else SAME_KL
+    stepped = STEPPED_KL if parity.rounded else SAME_KL
+    compared = [
+        (where, found, limit)
+        for where, found, limit in (
+            ("in these rows", parity.next_tokens, most),
+            ("along what it writes greedily", parity.greedy, most),
+            ("along what it writes greedily beside its base", parity.greedy_beside_base, stepped),
+        )
+        if found is not None
+    ]
+    too_far = [each for each in compared if not each[1].mean_kl <= each[2]]
+    if not abs(parity.trained - parity.reloaded) <= allowed * max(1.0, abs(parity.trained)):
+        reason = (
+            f"loss {parity.reloaded:.4f} after reloading, {parity.trained:.4f} before, on "
+            f"{parity.rows} rows"
+        )
+    elif too_far:
+        where, found, limit = too_far[0]
+        reason = f"{where} {found.describe()}, where {limit:g} is rounding"
+    else:
+        return
+    texts = (found.difference_text(text_of) for _, found, _ in (*too_far, *compared))
+    raise LuthierError(
+        f"the saved model is not the trained one: {reason}{next(filter(None, texts), '')}. It was not "
+        "stored; the run and its checkpoints are kept."
     )

@@ -5,6 +5,7 @@ It is what the certificate of a custom model is made of. A model is a model once
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -86,6 +87,173 @@ class DataRecord(Record):
     """Further files: their path and weight, their rows, and rows in each pass."""
 
 
+class TokenDifference(Record):
+    """A place where two that should be the same find another token likeliest."""
+
+    row: int
+    """Number of the row or prompt among those that were compared, from 0."""
+    position: int
+    """Tokens of the row before it."""
+    token: int
+    """What the model itself finds likeliest: as it was trained, or in torch."""
+    other_token: int
+    """What the other finds likeliest: what was read back, or other software."""
+    margin: float
+    """Nats by which the model finds its own token likelier than the other's."""
+    other_margin: float | None
+    """Nats by which the other finds its token likelier than the model's; ``None`` where unknown."""
+
+    def describe(self, text_of: Callable[[int], str] | None = None) -> str:
+        """In words; ``text_of`` gives the text of a token, where texts may be shown."""
+
+        def name(token: int) -> str:
+            return str(token) if text_of is None else f"{token} ({text_of(token)!r})"
+
+        back = ""
+        if self.other_margin is not None:
+            back = f" and the other {self.other_margin:.2g} nats less likely"
+        return (
+            f"the first other token is in row {self.row} at position {self.position}: "
+            f"{name(self.other_token)}, and not {name(self.token)}, which the model finds "
+            f"{self.margin:.2g} nats likelier{back}"
+        )
+
+
+class TokenParity(Record):
+    """How a network answers beside another that should be the same."""
+
+    tokens: int
+    """Places that were compared, each behind the same tokens."""
+    agreement: float
+    """Share of them in which both find the same token likeliest."""
+    mean_kl: float
+    """KL divergence of the next token, in nats, on average."""
+    max_kl: float
+    first_difference: TokenDifference | None = None
+    """``None`` where there is none, and in records of older versions."""
+
+    def describe(self) -> str:
+        """Agreement and divergence, in words."""
+        return (
+            f"the likeliest token is the same at {self.agreement:.1%} of {self.tokens} places, and its "
+            f"probabilities are {self.mean_kl:.2g} nats a token from the model's (largest "
+            f"{self.max_kl:.2g})"
+        )
+
+    def difference_text(self, text_of: Callable[[int], str] | None = None) -> str:
+        """The first difference, behind what was said of the whole; empty where there is none."""
+        first = self.first_difference
+        return "" if first is None else f"; {first.describe(text_of)}"
+
+
+class GgufParity(TokenParity):
+    """How near llama.cpp's answers are to the model's own, in each place of what llama.cpp wrote behind
+    a few prompts. Tokens that are unlikely to it count as one."""
+
+    rounded_kl: float
+    """The mean with the model's weights rounded as in the file: what llama.cpp computes otherwise."""
+
+
+class Parity(Record):
+    """The network as it was trained beside what was read back from disk."""
+
+    rows: int
+    trained: float
+    """Loss as trained, in nats per learned token; ``reloaded`` is that of what was read back."""
+    reloaded: float
+    rounded: bool = False
+    """Whether weights were merged and rounded on the way."""
+    next_tokens: TokenParity | None = None
+    """Of a network that writes, what it says next in these rows."""
+    greedy: TokenParity | None = None
+    """The same behind a few prompts along what the trained network writes greedily, step by step."""
+    greedy_beside_base: TokenParity | None = None
+    """The same of an adapter that is served beside its base without being merged."""
+    greedy_skipped: str | None = None
+    """Why no greedy texts were compared."""
+
+
+class ExportRecord(Record):
+    """A form in which the model was written for other software, and how near it answers there."""
+
+    format: Literal["gguf", "onnx"]
+    quantization: str | None = None
+    """Type of the weights of a GGUF file."""
+    is_adapter: bool = False
+    """Whether it is an adapter alone, without its base."""
+    created: str
+    """ISO 8601, UTC."""
+    luthier: str
+    """Version that wrote it."""
+    files: dict[str, str]
+    """SHA-256 of each file that was written, by name."""
+    compared_in: str | None
+    """The software that answered from the file, with its version; ``None`` if it was not there."""
+    tolerance: float | None = None
+    """Largest ``tokens.rounded_kl`` or ``score_error`` with which a file is not refused."""
+    tokens: GgufParity | None = None
+    """Of a GGUF file."""
+    score_error: float | None = None
+    """Of an ONNX file: the largest difference of a score, beside the largest score."""
+
+    @property
+    def name(self) -> str:
+        """The form; a model has one record of each."""
+        parts = (self.format, self.quantization, "adapter" if self.is_adapter else None)
+        return " ".join(part for part in parts if part)
+
+    def describe(self) -> str:
+        """How near it is, in words."""
+        if self.tokens is not None:
+            return (
+                f"in {self.compared_in} {self.tokens.describe()}; with the same weights they are "
+                f"{self.tokens.rounded_kl:.2g} nats away, where {self.tolerance:g} are allowed"
+                f"{self.tokens.difference_text()}"
+            )
+        if self.score_error is not None:
+            return (
+                f"in {self.compared_in} scores differ by up to {self.score_error:.1g} of the largest, "
+                f"where {self.tolerance:g} is allowed"
+            )
+        return "not compared, as its software was not installed"
+
+
+class QuantizationRecord(Record):
+    """What the model loses with weights of one type, on rows of the user."""
+
+    quantization: str
+    created: str
+    """ISO 8601, UTC."""
+    luthier: str
+    """Version that measured it."""
+    data: dict[str, str]
+    """SHA-256 of the files it was measured on, by path."""
+    rows: int
+    loss: float
+    """Nats a learned token, with these weights."""
+    difference: float
+    """From the loss unquantized; above 0 is worse."""
+    error: float
+    """Standard error of the difference."""
+    kept_share: float | None
+    """Of what tuning gained, how much is left; ``None`` where it gained nothing for sure."""
+    erases: bool
+    """Whether the model is no better for sure than the base any more."""
+    file_bytes: int
+    """Of the weights in a GGUF file."""
+
+    def describe(self) -> str:
+        """In words."""
+        if self.erases:
+            kept = ", which erases the tune"
+        else:
+            kept = "" if self.kept_share is None else f", {self.kept_share:.0%} of the tune is left"
+        return (
+            f"{self.difference:+.4f} ± {self.error:.4f} nats a token on {self.rows:,} rows{kept}, "
+            f"{self.file_bytes / 1e6:,.1f} MB"
+        )
+
+
 class Manifest(Record):
     """The record of one model. What does not concern it is ``None``."""
 
@@ -131,8 +299,12 @@ class Manifest(Record):
     """The models whose weights it is the mean of, and its share between them and their base."""
     trained_weights_sha256: str | None = None
     """Of the weights that moved, by name."""
-    parity: dict[str, Any] | None = None
-    """The loss as trained and as read back from disk."""
+    parity: Parity | None = None
+    """The network as trained beside what was read back from disk."""
+    exports: list[ExportRecord] | None = None
+    """Forms in which it was written for other software, one of each."""
+    quantized: list[QuantizationRecord] | None = None
+    """What it loses with weights of fewer bits, one of each type."""
     metrics: dict[str, Any] | None = None
     """The result of the run."""
     withheld: str | None = None
@@ -176,6 +348,17 @@ class Manifest(Record):
     def plain(self) -> dict[str, Any]:
         """The record as JSON-ready values, what does not concern the model left out."""
         return {k: v for k, v in self.model_dump(mode="json").items() if v is not None}
+
+    def with_export(self, export: ExportRecord) -> Self:
+        """The record with ``export`` in the place of an earlier one of the same form."""
+        others = [each for each in self.exports or () if each.name != export.name]
+        return self.model_copy(update={"exports": [*others, export]})
+
+    def with_quantized(self, measured: Sequence[QuantizationRecord]) -> Self:
+        """The record with ``measured`` in the place of earlier ones of the same types."""
+        types = {each.quantization for each in measured}
+        others = [each for each in self.quantized or () if each.quantization not in types]
+        return self.model_copy(update={"quantized": [*others, *measured]})
 
     def write(self, folder: Path) -> None:
         """Write it into the model's folder, which makes the model one."""

@@ -76,13 +76,18 @@ PREFILL_TOKENS = 8192
 NOTHING: IntArray = np.zeros(0, dtype=np.int64)
 
 
-def torch_backend(network: Network, context: int, exact: bool = False) -> Backend:
-    """See :data:`luthier.models.backends.OpenBackend`."""
+def torch_backend(
+    network: Network, context: int, exact: bool = False, packs: bool = True
+) -> Backend:
+    """See :data:`luthier.models.backends.OpenBackend`.
+
+    Without ``packs`` there is no second copy of the weights, and steps take twice as long.
+    """
     if not isinstance(network.layout, Flat):
         return ForwardBackend(network, context)
     if network.base is None:
-        return FlatBackend(network, context, exact)
-    alone = FlatBackend(network.base, context, exact)
+        return FlatBackend(network, context, exact, packs)
+    alone = FlatBackend(network.base, context, exact, packs)
     return AdaptedBackend(alone, network, context, alone=True)
 
 
@@ -139,7 +144,9 @@ class FlatBackend:
 
     sequences = sys.maxsize
 
-    def __init__(self, network: Network, context: int, exact: bool = False) -> None:
+    def __init__(
+        self, network: Network, context: int, exact: bool = False, packs: bool = True
+    ) -> None:
         window = getattr(network.model.config, "sliding_window", None)
         # Attention here sees everything; where a network would forget, a sequence ends.
         self.context = min(context, window) if isinstance(window, int) and window else context
@@ -150,7 +157,8 @@ class FlatBackend:
         # Rows that fill up, guesses and probes may stand behind it, where a table of positions ends.
         self._last = self._first + network.context - 1
         self._open = ExitStack()
-        self._open.enter_context(packed_linears(network.model))
+        if packs:
+            self._open.enter_context(packed_linears(network.model))
         self._banks = Banks()
         config = network.model.config
         numbers = 2 * int(config.num_hidden_layers) * key_heads(config) * head_size(config)

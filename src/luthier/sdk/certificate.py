@@ -31,15 +31,23 @@ def certificate(
     Raises:
         RecipeError: for a model that luthier has no record of, or a key that cannot sign.
     """
-    from luthier.workflows.certificate.certificate import make_certificate, write_certificate
+    from luthier.store.models import find, lock_record
+    from luthier.workflows.certificate.certificate import (
+        check_recorded,
+        make_certificate,
+        write_certificate,
+    )
     from luthier.workflows.certificate.signature import Signer
 
     stored = stored_model(model)
+    check_recorded(stored)
     signer = None if sign is None else Signer(Path(sign))
-    made = make_certificate(stored, watts)
-    write_certificate(stored, made)
-    if signer is not None:
-        signer.sign(stored)
+    with lock_record(stored):
+        stored = find(stored.id)  # its record may have been changed since it was opened
+        made = make_certificate(stored, watts)
+        write_certificate(stored, made)
+        if signer is not None:
+            signer.sign(stored)
     return made
 
 

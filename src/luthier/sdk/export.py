@@ -11,8 +11,8 @@ from luthier.errors import RecipeError, data_errors
 from luthier.sdk.model import stored_model
 
 if TYPE_CHECKING:
+    from luthier.models.manifest import ExportRecord, Manifest
     from luthier.sdk.model import Model
-    from luthier.serving.gguf_parity import GgufParity
     from luthier.store.models import StoredModel
     from luthier.workflows.quantize import QuantizationReport
 
@@ -34,10 +34,11 @@ class Export:
     """Its type, as transformers calls it."""
     of_diffusers: bool = False
     """Whether diffusers loads it, and not transformers."""
-    difference: float | None = None
-    """Of an ONNX file: the largest difference of a score, beside the largest score."""
-    parity: GgufParity | None = None
-    """Of a GGUF file: how near llama.cpp's answers are; ``None`` where it is not installed."""
+    record: ExportRecord | None = None
+    """Of a GGUF or ONNX file: its hashes, and how near the answers from it are."""
+    is_recorded: bool = False
+    """Whether the record of the model and its certificate say so from now on: not of models that
+    luthier did not make, nor of signed ones, whose signature would no longer hold."""
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -49,10 +50,11 @@ class Export:
         }  # fmt: skip
         if self.format == "safetensors":
             found["own_network"] = self.network in NETS and not self.of_diffusers
-        if self.format == "onnx":
-            found["difference"] = self.difference
-        if self.format == "gguf":
-            found["parity"] = None if self.parity is None else self.parity.plain()
+        if self.record is not None and self.format == "onnx":
+            found["difference"] = self.record.score_error
+        if self.record is not None and self.format == "gguf":
+            parity = self.record.tokens
+            found["parity"] = None if parity is None else parity.model_dump()
         return found
 
 
@@ -94,18 +96,37 @@ def export(
         )
     stored, target = check_active(stored_model(model)), Path(folder).expanduser()
     network = read_config(stored.network_folder, objective_of(stored).head()).model_type
-    difference = parity = None
+    record = None
     if format == "onnx":
         if merged is False:
             raise RecipeError("ONNX files hold whole networks; export the adapter merged")
-        difference = export_onnx(stored, target)
+        record = export_onnx(stored, target)
     elif format == "gguf":
-        parity = export_gguf(stored, target, merged is not False, quantization)
+        record = export_gguf(stored, target, merged is not False, quantization)
     else:
         export_safetensors(stored, target, bool(merged))
+    is_recorded = record is not None and _record(stored, lambda each: each.with_export(record))
     files = sorted(path.name for path in target.iterdir())
     pipeline = is_pipeline(stored.network_folder)
-    return Export(stored.id, target, format, files, network, pipeline, difference, parity)
+    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded)
+
+
+def _record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
+    """Change the record of the model that was measured, and its certificate; whether it was."""
+    from luthier.models.manifest import SIGNATURE
+    from luthier.store.models import is_recorded, update_record
+    from luthier.workflows.certificate.certificate import certify
+
+    if not is_recorded(stored) or (stored.folder / SIGNATURE).exists():
+        return False
+
+    def change_same(manifest: Manifest) -> Manifest:
+        # Meanwhile another model may have been made under its name.
+        return change(manifest) if manifest.files == stored.manifest.files else manifest
+
+    update_record(stored, change_same)
+    certify(stored.id)
+    return True
 
 
 @data_errors("nothing was quantized")
@@ -128,9 +149,14 @@ def quantize(
 
     Returns:
         For each type the loss with its interval, the size, and whether it erases what tuning gained;
-        ``verdict()`` in words.
+        ``verdict()`` in words. The record of the model says it, too, as of :func:`export`.
     """
     from luthier.data.rows import load_rows
+    from luthier.store.reports import hashes_of_data
     from luthier.workflows.quantize import measure_quantization
 
-    return measure_quantization(stored_model(model), load_rows(data, columns), to, note)
+    stored = stored_model(model)
+    found = measure_quantization(stored, load_rows(data, columns), to, note)
+    measured = found.records(hashes_of_data(data))
+    _record(stored, lambda manifest: manifest.with_quantized(measured))
+    return found

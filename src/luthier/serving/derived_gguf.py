@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import ValidationError
 
 from luthier.encryption.files import is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import CorruptFile, RecipeError
-from luthier.evaluation.parity import TokenParity, compare_backends
+from luthier.evaluation.parity import compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
+from luthier.models.manifest import Record, TokenParity
 from luthier.serving.gguf_parity import PROMPTS, TOKENS, largest_divergence
 from luthier.serving.sandboxed_text import serving_format
 from luthier.store.models import StoredModel, check_mergeable, content_hash, gguf_folder, room_of
@@ -38,6 +39,20 @@ TYPE_SETTING = "LUTHIER_GGUF_TYPE"
 DEFAULT_TYPE = "f16"
 """What answers as the model does: the tokens of SmolLM2 are 3e-6 nats from torch's (q8_0: 4e-3)."""
 FILE, RECORD = "model.gguf", "parity.json"
+
+
+class DerivedFile(Record):
+    """What is kept beside a file."""
+
+    model: str
+    type: str
+    """Of its weights."""
+    sha256: str
+    llama_cpp: str
+    """Version that it was compared in."""
+    parity: TokenParity
+    refusal: str
+    """Why the file is not used, and was not kept; empty where it is."""
 
 
 def gguf_type() -> Quantization:
@@ -72,8 +87,8 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
         record = _read(folder)
         if record is None:
             record = _derive(stored, kind, folder, open_file)
-    if refusal := record["refusal"]:
-        raise RecipeError(refusal)
+    if record.refusal:
+        raise RecipeError(record.refusal)
     return folder / FILE
 
 
@@ -84,19 +99,19 @@ def _weights(stored: StoredModel) -> Iterator[Path]:
         model = model.parent
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> DerivedFile | None:
     """The record of a file that is whole and was compared with this version of the library."""
     try:
-        record: dict[str, Any] = read_json(folder / RECORD)
-        whole = record["refusal"] or sha256_of(folder / FILE) == record["sha256"]
-        return record if whole and record["llama_cpp"] == LLAMA_CPP_VERSION else None
-    except (CorruptFile, OSError, KeyError, TypeError):
+        record = DerivedFile.model_validate(read_json(folder / RECORD))
+        whole = record.refusal or sha256_of(folder / FILE) == record.sha256
+        return record if whole and record.llama_cpp == LLAMA_CPP_VERSION else None
+    except (CorruptFile, OSError, ValidationError):
         return None
 
 
 def _derive(
     stored: StoredModel, kind: Quantization, folder: Path, open_file: OpenFile
-) -> dict[str, Any]:
+) -> DerivedFile:
     from luthier.engine.machine import open_network
     from luthier.models.gguf import GeneralMetadata, file_size, write_gguf
     from luthier.models.torch_backend import torch_backend
@@ -117,16 +132,16 @@ def _derive(
                     other.close()
             finally:
                 reference.close()
-            record = {
-                "model": stored.id,
-                "type": kind,
-                "sha256": sha256_of(fresh / FILE),
-                "llama_cpp": LLAMA_CPP_VERSION,
-                "parity": asdict(parity),
-                "refusal": _refusal(parity, kind),
-            }
-            write_json(fresh / RECORD, record)
-            if record["refusal"]:
+            record = DerivedFile(
+                model=stored.id,
+                type=kind,
+                sha256=sha256_of(fresh / FILE),
+                llama_cpp=LLAMA_CPP_VERSION,
+                parity=parity,
+                refusal=_refusal(parity, kind),
+            )
+            write_json(fresh / RECORD, record.model_dump())
+            if record.refusal:
                 (fresh / FILE).unlink()
     finally:
         network.close()
@@ -149,7 +164,6 @@ def _refusal(parity: TokenParity, kind: Quantization) -> str:
     if parity.mean_kl <= limit:
         return ""
     return (
-        f"its GGUF file ({kind}) answers otherwise than the model: its probabilities are "
-        f"{parity.mean_kl:.2g} nats a token from the model's, and more than {limit:g} is no "
-        f"rounding; the greedy token is the same at {parity.agreement:.1%} of {parity.tokens} places"
+        f"its GGUF file ({kind}) answers otherwise than the model: {parity.describe()}, and more than "
+        f"{limit:g} is no rounding{parity.difference_text()}"
     )

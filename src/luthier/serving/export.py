@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier import __version__
 from luthier.adaptations import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
@@ -20,8 +22,8 @@ from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
-from luthier.files import need_disk, new_folder, write_bytes
-from luthier.models.backends import llama_cpp_library
+from luthier.files import hashes_of, need_disk, new_folder, write_bytes
+from luthier.models.backends import LLAMA_CPP, llama_cpp_library
 from luthier.models.gguf import (
     GeneralMetadata,
     check_quantization,
@@ -31,11 +33,11 @@ from luthier.models.gguf import (
     write_lora,
 )
 from luthier.models.load import read_config
-from luthier.models.manifest import OWN_FILES
+from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
 from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
-from luthier.serving.gguf_parity import GgufParity, compare_gguf
+from luthier.serving.gguf_parity import compare_gguf, largest_divergence
 from luthier.serving.ollama import MODELFILE, modelfile
 from luthier.store.models import (
     StoredModel,
@@ -158,14 +160,14 @@ def _new_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
 
 def export_gguf(
     stored: StoredModel, target: Path, merged: bool = True, quantization: str | None = None
-) -> GgufParity | None:
+) -> ExportRecord:
     """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama beside it.
 
     The weights are those that luthier serves, in the type that ``quantization`` names (f16 when not
     given), with tokenizer, chat template and stop tokens in the same file. With ``merged`` false, it
     is a LoRA adapter alone, in float32, for the GGUF file of its base. Where llama.cpp is installed it
     has loaded the file before the folder is there, and its answers were compared with the model's:
-    returns how near they are, or ``None`` where it is not installed.
+    what is returned says how near they are.
 
     Raises:
         RecipeError: for a model that llama.cpp cannot run, or that answers otherwise there.
@@ -209,7 +211,18 @@ def export_gguf(
                 parity = compare_gguf(base, network, chat, "f32", fresh / adapter)
                 base.unlink()
         write_bytes(fresh / MODELFILE, modelfile(chat, file, adapter).encode())
-    return parity
+        weights = kind if merged else "f32"
+        return ExportRecord(
+            format="gguf",
+            quantization=weights,
+            is_adapter=not merged,
+            created=created_now(),
+            luthier=__version__,
+            files=hashes_of(fresh),
+            compared_in=None if parity is None else f"llama.cpp ({LLAMA_CPP} {version(LLAMA_CPP)})",
+            tolerance=largest_divergence(weights),
+            tokens=parity,
+        )
 
 
 def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
@@ -256,8 +269,8 @@ ONNX_ERROR = 1e-3
 
 
 @torch.no_grad()
-def export_onnx(stored: StoredModel, target: Path) -> float:
-    """Write a classifier to the new folder ``target`` for ONNX Runtime; returns the largest difference.
+def export_onnx(stored: StoredModel, target: Path) -> ExportRecord:
+    """Write a classifier to the new folder ``target`` for ONNX Runtime; what it is and how near.
 
     ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
     ``[batch, tokens]``, and gives ``logits`` ``[batch, classes]``, in float32. Beside it lie the
@@ -294,7 +307,15 @@ def export_onnx(stored: StoredModel, target: Path) -> float:
             raise RecipeError(f"ONNX Runtime answers otherwise: scores differ by up to {error:.2g}")
         model.config.save_pretrained(fresh)
         save_format(chat, fresh)
-    return error
+        return ExportRecord(
+            format="onnx",
+            created=created_now(),
+            luthier=__version__,
+            files=hashes_of(fresh),
+            compared_in=f"ONNX Runtime {version('onnxruntime')}",
+            tolerance=ONNX_ERROR,
+            score_error=error,
+        )
 
 
 def _onnx_inputs(model: Any, chat: ChatFormat, rows: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError, URLError
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from luthier.errors import LuthierError, RecipeError
-from luthier.evaluation.parity import TokenParity
+from luthier.evaluation.parity import TokenComparison
 from luthier.models.gguf import Quantization, round_weights, shown_bytes
+from luthier.models.manifest import GgufParity
 from luthier.types import IntArray, Message
 
 if TYPE_CHECKING:
@@ -72,27 +73,6 @@ class Continuation:
     """What is known of some of them, in their order: llama.cpp tells nothing of tokens that end within
     a character."""
     tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class GgufParity(TokenParity):
-    """How near llama.cpp's answers are to the model's own: behind a few prompts, in each place of what
-    llama.cpp wrote. Tokens that are unlikely to it count as one."""
-
-    rounded_kl: float
-    """The mean with the model's weights rounded as in the file: what llama.cpp computes otherwise."""
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """In a sentence."""
-        return (
-            f"in llama.cpp the greedy token is the same at {self.agreement:.1%} of {self.tokens} "
-            f"places, and its probabilities are {self.mean_kl:.2g} nats from the model's "
-            f"(largest {self.max_kl:.2g})"
-        )
 
 
 class LlamaCpp:
@@ -202,39 +182,46 @@ def compare_gguf(
             room = min(CONTEXT, network.config.max_position_embeddings) - len(ids_T)
             if room > 0:
                 texts.append((ids_T, opened.write(ids_T, min(TOKENS, room))))
-    same, divergences = _compare(network, chat, texts)
-    if not divergences:
+    found = _compare(network, chat, texts)
+    if found.is_empty:
         raise RecipeError("llama.cpp wrote nothing behind any prompt")
+    as_it_is = found.parity()
     round_weights(network, quantization)
-    as_read = float(np.mean(_compare(network, chat, texts)[1]))
+    rounded = _compare(network, chat, texts).parity()
     limit = largest_divergence(quantization)
-    if not as_read <= limit:
+    if not rounded.mean_kl <= limit:
         raise RecipeError(
-            f"llama.cpp answers otherwise: with the same weights, its probabilities are {as_read:.2g} "
-            f"nats a token from the model's, and more than {limit:g} is no rounding; the greedy token "
-            f"is the same at {np.mean(same):.1%} of {len(same)} places"
+            f"llama.cpp answers otherwise: with the same weights, {rounded.describe()}, and more than "
+            f"{limit:g} is no rounding{rounded.difference_text(lambda token: chat.decode([token]))}"
         )
-    mean, worst = float(np.mean(divergences)), float(np.max(divergences))
-    return GgufParity(len(same), float(np.mean(same)), mean, worst, as_read)
+    return GgufParity(**as_it_is.model_dump(), rounded_kl=rounded.mean_kl)
 
 
 def _compare(
     network: Any, chat: ChatFormat, texts: Sequence[tuple[IntArray, Continuation]]
-) -> tuple[list[bool], list[float]]:
-    """Whether the greedy token is the same, in each place, and divergences where they are known."""
-    same: list[bool] = []
-    divergences: list[float] = []
-    for ids_T, written in texts:
+) -> TokenComparison:
+    """What both find likeliest in each place, and divergences where they are known."""
+    comparison = TokenComparison()
+    for row, (ids_T, written) in enumerate(texts):
         whole_T = torch.tensor([*ids_T.tolist(), *written.tokens])
         logits_TV = network(input_ids=whole_T[None]).logits[0, len(ids_T) - 1 : -1].float()
         logp_TV = torch.log_softmax(logits_TV, -1)
-        same += (logp_TV.argmax(-1) == whole_T[len(ids_T) :]).tolist()
-        places = _places(written, chat)
-        divergences += [
-            _divergence(logp_TV[place], each.logps)
-            for place, each in zip(places, written.token_logps, strict=True)
-        ]
-    return same, divergences
+        known = dict(zip(_places(written, chat), written.token_logps, strict=True))
+        for place, theirs in enumerate(written.tokens):
+            logp_V, logps = logp_TV[place], known[place].logps if place in known else {}
+            ours = int(logp_V.argmax())
+            both_known = ours in logps and theirs in logps
+            comparison.add(
+                row,
+                len(ids_T) + place,
+                (ours, theirs),
+                (
+                    float(logp_V[ours] - logp_V[theirs]),
+                    logps[theirs] - logps[ours] if both_known else None,
+                ),
+                _divergence(logp_V, logps) if logps else None,
+            )
+    return comparison
 
 
 def _same_prompt(opened: LlamaCpp, chat: ChatFormat, messages: Sequence[Message]) -> IntArray:

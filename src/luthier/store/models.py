@@ -14,7 +14,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,6 +283,39 @@ def _read_record(folder: Path, model_id: str) -> Manifest:
             "model of its own. Name it as it was, or remove it"
         )
     return manifest
+
+
+def is_recorded(model: StoredModel) -> bool:
+    """Whether luthier made or imported it, and keeps its record in this store."""
+    return model.folder.is_relative_to(luthier_home()) and bool(model.manifest.created)
+
+
+@contextmanager
+def lock_record(model: StoredModel) -> Iterator[None]:
+    """Hold what is said of ``model``: its record, and the certificate made of it.
+
+    Raises:
+        CorruptFile: where the record is not there any more.
+    """
+    record = model.folder / MANIFEST
+    if not record.is_file():
+        raise CorruptFile(f"{record} is missing; {_RESTORE}")
+    with lock(record, wait=True):
+        yield
+
+
+def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) -> StoredModel:
+    """Write what ``change`` makes of the record as it stands now; returns the model with it.
+
+    Of several that change it at once, each changes what the one before it wrote.
+
+    Raises:
+        CorruptFile: where the record is not there any more, or cannot be read.
+    """
+    with lock_record(model):
+        manifest = change(_read_record(model.folder, model.id))
+        manifest.write(model.folder)
+    return replace(model, manifest=manifest)
 
 
 def load(

@@ -11,7 +11,7 @@ Where llama.cpp is installed each file is written for a moment and its speed mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from luthier import __version__
 from luthier.encryption.keys import keyring
 from luthier.encryption.memory import new_plain_folder
 from luthier.engine.machine import choose_machine, open_network
@@ -38,6 +39,7 @@ from luthier.models.gguf import (
     write_gguf,
 )
 from luthier.models.load import read_config
+from luthier.models.manifest import QuantizationRecord, created_now
 from luthier.objectives import CausalLM
 from luthier.objectives.by_shape import objective_for
 from luthier.serving.evaluation import fit_rows, text_logps
@@ -165,6 +167,25 @@ class QuantizationReport:
                 "they do not say whether fewer bits erase it."
             )
         return " ".join(said)
+
+    def records(self, data: Mapping[str, str]) -> list[QuantizationRecord]:
+        """What the record of the model says of each type; ``data`` are hashes of the files."""
+        return [
+            QuantizationRecord(
+                quantization=each.quantization,
+                created=created_now(),
+                luthier=__version__,
+                data=dict(data),
+                rows=len(self.loss),
+                loss=each.loss.value,
+                difference=self.differences[each.quantization].value,
+                error=self.differences[each.quantization].error,
+                kept_share=self.kept_share(each),
+                erases=self.erases(each),
+                file_bytes=each.file_bytes,
+            )
+            for each in self.types
+        ]
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

@@ -19,7 +19,7 @@ from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
 from luthier.models.process_group import ProcessGroup
-from luthier.store.models import StoredModel, find
+from luthier.store.models import StoredModel, find, update_record
 from luthier.store.reports import hashes_of_data, write_report
 from luthier.workflows.certificate.certificate import certify
 from luthier.workflows.forgetting import Forgetting, load_probes, measure_forgetting
@@ -114,5 +114,4 @@ def _activate_within(stored: StoredModel, limits: ForgettingLimits, reporter: Re
 
 
 def _mark(stored: StoredModel, **fields: str | None) -> StoredModel:
-    stored.manifest.model_copy(update=fields).write(stored.folder)
-    return find(stored.id)
+    return update_record(stored, lambda manifest: manifest.model_copy(update=fields))

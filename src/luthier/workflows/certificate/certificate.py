@@ -25,10 +25,10 @@ from luthier.engine.actuals import ACTUAL
 from luthier.engine.metrics import MetricsFile
 from luthier.engine.runs import METRICS, BaseRun, Run
 from luthier.errors import CorruptFile, RecipeError
-from luthier.files import lock, read_json, sha256_of, write_bytes
+from luthier.files import read_json, sha256_of, write_bytes
 from luthier.models.manifest import CERTIFICATE, MANIFEST, SIGNATURE, Manifest, Record, created_now
 from luthier.printable import finite_or_none
-from luthier.store.models import StoredModel, ancestors, content_hash, find
+from luthier.store.models import StoredModel, ancestors, content_hash, find, lock_record
 from luthier.store.reports import ModelReport, reports_of
 from luthier.validation import describe_constraint
 from luthier.workflows.certificate.compute import Compute, measure_compute
@@ -144,6 +144,19 @@ def certificate_schema() -> dict[str, Any]:
     }
 
 
+def check_recorded(model: StoredModel) -> None:
+    """Refuse a model that luthier has no record of.
+
+    Raises:
+        RecipeError: always for such a one.
+    """
+    if not (model.folder / MANIFEST).is_file() or not model.manifest.created:
+        raise RecipeError(
+            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
+            "it made or imported"
+        )
+
+
 def make_certificate(model: StoredModel, watts: float | None = None) -> Certificate:
     """Gather what is known of ``model``; ``watts`` is the measured power of the machine in its run.
 
@@ -151,12 +164,8 @@ def make_certificate(model: StoredModel, watts: float | None = None) -> Certific
         RecipeError: for a model that luthier has no record of.
         CorruptFile: for a report that is no longer what was written.
     """
+    check_recorded(model)
     manifest = model.manifest
-    if not (model.folder / MANIFEST).is_file() or not manifest.created:
-        raise RecipeError(
-            f"luthier has no record of {model.id}, so there is nothing to certify; name a model that "
-            "it made or imported"
-        )
     base, colon, name = model.id.partition(":")
     run = Run(base, name) if colon else BaseRun(model.id)
     actual = read_json(run.folder / ACTUAL) if (run.folder / ACTUAL).is_file() else {}
@@ -279,7 +288,8 @@ def certify(model_id: str) -> None:
     if (model.folder / SIGNATURE).exists():
         return
     # Of two that judge it at once neither may leave out the other's report.
-    with lock(model.folder / MANIFEST, wait=True):
+    with lock_record(model):
+        model = find(model_id)
         there = _stored_certificate(model)
         made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
         same = {"created": there.created, "sha256": there.sha256}

@@ -156,10 +156,25 @@ def _tables(certificate: Certificate) -> Iterator[Table]:
         yield Table.of("Estimate and what it took", columns, rows)
     record = certificate.record
     if record.parity is not None:
-        kept = {name: each for name, each in record.parity.items() if each is not None}
-        measured = dotted_items(kept)
+        measured = dotted_items(record.parity.model_dump(exclude_none=True))
         rows = [[name.replace("_", " "), _short(each)] for name, each in measured]
         yield Table.of("As trained and as read back", {"": "name", "value": "number"}, rows)
+    if record.exports:
+        columns = {"form": "code", "written": "text", "how near": "text", "files": "code"}
+        rows = [
+            [
+                each.name,
+                each.created[:10],
+                each.describe(),
+                ", ".join(f"{name} {digest}" for name, digest in each.files.items()),
+            ]
+            for each in record.exports
+        ]
+        yield Table.of("Written for other software", columns, rows)
+    if record.quantized:
+        columns = {"weights": "code", "measured": "text", "what they cost": "text"}
+        rows = [[e.quantization, e.created[:10], e.describe()] for e in record.quantized]
+        yield Table.of("With weights of fewer bits", columns, rows)
     files = [[name, digest] for name, digest in record.files.items()]
     files.append(["luthier.json", certificate.record_sha256])
     files += [[each.file, each.sha256] for each in certificate.reports]
