@@ -203,7 +203,9 @@ def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer()
         for n, text in enumerate(captions, 1)
     ]
     report = inspect_rows({"train": rows}, chosen)
-    assert {"privacy.email", "encoding.mojibake", "marker.other_template"} <= {*report.findings.counts}
+    assert {"privacy.email", "encoding.mojibake", "marker.other_template"} <= {
+        *report.findings.counts
+    }
     assert not any("ann.doe" in line for found in messages(report).values() for line in found)
     assert not {"privacy", "encoding", "markers", "language", "lengths"} & {*report.left_out}
 
