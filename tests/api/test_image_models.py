@@ -225,6 +225,7 @@ def test_an_autoencoder_finds_odd_images_and_gives_them_back(server: Server) -> 
     assert status == 200 and {*found["answers"][0]} == {"score", "anomalous"}
     status, found = server.post("vae/reconstructions", {"images": [text_of(png(image))] * 3})
     assert status == 200 and len(found["images"]) == 3
+    assert found["compression_ratio"] > 1
     copy = pixels_of(found["images"][0]["png"])
     assert copy.shape == image.shape
     error = float(np.square((image.astype(float) - copy) / 255).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,10 +159,16 @@ def reconstruct(
         report |= {
             "error": sum(each.error for each in found) / len(found),
             "errors": [each.error for each in found],
+            "compression": {
+                **asdict(found[0].compression),
+                "ratio": found[0].compression.ratio,
+                "bytes_ratio": found[0].compression.bytes_ratio,
+            },
         }
     if json_:
         print_json(report)
         return
     if "error" in report:
         print_text(f"mean squared error {report['error']:.5f}, of pixels from 0 to 1")
+        print_text(f"each image: {found[0].compression}")
     print_written(len(rows), "images", output)

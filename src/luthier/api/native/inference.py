@@ -125,6 +125,8 @@ class ReconstructionsView(View):
 
     model: str
     images: list[ReconstructionView]
+    compression_ratio: float
+    """Numbers of an image for each that the model keeps of it."""
 
 
 def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
@@ -209,7 +211,10 @@ class _Inference:
             ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error)
             for each in found
         ]
-        return ReconstructionsView(model=request.params["model"], images=views)
+        ratio = found[0].compression.ratio
+        return ReconstructionsView(
+            model=request.params["model"], images=views, compression_ratio=ratio
+        )
 
     def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is asked, where the policies let the caller."""
