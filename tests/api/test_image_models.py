@@ -26,6 +26,7 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from served import served
 
+from luthier.api.bedrock.invoke import ImageBody
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.engine.train import train
@@ -342,6 +343,15 @@ def test_a_model_of_diffusion_takes_steps_and_guidance(server: Server) -> None:
     assert other["png"] != made["png"]
     status, error = server.post("gan/images", {"steps": 2})
     assert (status, error["parameter"]) == (400, "steps")
+    status, error = server.post("unet/images", {**body, "negative_prompt": "dog"})
+    assert (status, error["parameter"]) == (400, "negative_prompt")
+    assert "learned from captions" in str(error)
+
+
+def test_bedrock_s_negative_text_is_the_negative_prompt() -> None:
+    params = {"text": "a cat", "negativeText": "a dog"}
+    asked = ImageBody.of({"taskType": "TEXT_IMAGE", "textToImageParams": params}).request()
+    assert (asked.label, asked.negative_prompt) == ("a cat", "a dog")
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -448,7 +458,12 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"taskType": "INPAINTING"}, "#/taskType"),
     ({"taskType": 3}, "#/taskType"),
     ({"textToImageParams": {"text": "cow"}}, "#/textToImageParams/text: this model cannot make"),
-    ({"textToImageParams": {"text": "cat", "negativeText": "dog"}}, "negativeText"),
+    (
+        {"textToImageParams": {"text": "cat", "negativeText": "dog"}},
+        "#/textToImageParams/negativeText: this model makes an image in one go",
+    ),
+    ({"textToImageParams": {"text": "cat", "negativeText": 3}}, "negativeText"),
+    ({"textToImageParams": {"text": "cat", "negativeText": "x" * 1025}}, "negativeText"),
     ({"textToImageParams": {"text": "cat", "conditionImage": IMAGE}}, "conditionImage"),
     ({"textToImageParams": None}, "textToImageParams"),
     ({"imageGenerationConfig": {"numberOfImages": 6}}, "numberOfImages"),

@@ -35,6 +35,10 @@ def sample(
         str | None,
         typer.Option(help="What the images are to show, for models that learned captions."),
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="Of diffusion: what they are to be unlike, for models of captions."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Of diffusion: steps from noise to an image.")
@@ -63,7 +67,7 @@ def sample(
         from luthier.cli.progress import show_progress
 
         generator = ImageGenerator.open(check_active(find(model, is_able=ImageGenerator.is_able)))
-    settings = DenoisingSettings(steps, guidance_scale, eta)
+    settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
     started = time.monotonic()
     with show_progress(count, "sample") as done:
         made = generator.sample(count, seed, label, done, settings=settings, prompt=prompt)

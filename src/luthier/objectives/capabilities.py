@@ -291,6 +291,8 @@ class DenoisingSettings:
     """How much is made of what is asked for; 1 is as in the training rows."""
     eta: float | None = None
     """Share of new noise in each step."""
+    negative_prompt: str | None = None
+    """What the images are moved away from, in the place of images of anything."""
 
 
 @runtime_checkable

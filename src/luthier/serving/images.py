@@ -123,8 +123,9 @@ class ImageGenerator:
         if settings is not None and settings != DenoisingSettings():
             if not isinstance(objective, SupportsDenoising):
                 raise RecipeError(
-                    f"{self.name} makes an image in one go: steps, guidance_scale and eta are for "
-                    "models that were trained with `objective.method=diffusion`",
+                    f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
+                    "negative_prompt are for models that were trained with "
+                    "`objective.method=diffusion`",
                     next(name for name, value in asdict(settings).items() if value is not None),
                 )
             objective = objective.with_sampling(settings)
