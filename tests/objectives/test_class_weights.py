@@ -155,13 +155,17 @@ def test_a_mixed_image_counts_as_the_shares_of_its_classes(family_folder: Family
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "heavy"])
 def test_weights_that_are_none_are_refused(weight: Any) -> None:
-    with pytest.raises(RecipeError, match=r"objective\.class_weights"):
-        Recipe.parse(
-            {
-                "data": {"train": "-"},
-                "objective": {"method": "classification", "class_weights": {"fox": weight}},
-            }
-        )
+    for given, words in (
+        ({"fox": weight}, "the weight of 'fox'"),
+        (weight, "must be balanced, or"),
+    ):
+        with pytest.raises(RecipeError, match=rf"objective\.class_weights`: {words}"):
+            Recipe.parse(
+                {
+                    "data": {"train": "-"},
+                    "objective": {"method": "classification", "class_weights": given},
+                }
+            )
 
 
 def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder) -> None:

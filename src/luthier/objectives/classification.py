@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.data.shapes import Labelled
 from luthier.errors import RecipeError, RowRefused
@@ -47,11 +47,10 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 """Target of a row without a label, which torch's cross-entropy passes over."""
+LARGEST_WEIGHT = 1_000_000
+"""Of a class."""
 PROBED_ROWS = 10_000
 """Rows that a new head starts from at most; more hardly move so few weights."""
-
-
-ClassWeight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class Classification(Objective):
@@ -66,7 +65,7 @@ class Classification(Objective):
     """Whether a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
-    class_weights: Literal["balanced"] | dict[str, ClassWeight] | None = None
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
     """How much rows of each label count, 1 of those not named; ``balanced`` for all labels the same."""
     pooling: Literal["first", "mean"] | None = None
     """What of a BERT the head reads; ``mean`` where the base was trained for it, else ``first``."""
@@ -87,6 +86,23 @@ class Classification(Objective):
     def min_steps(self) -> int:
         """More for many classes: a head that starts at random sees few rows of each in a step."""
         return 300 + 6 * len(self.labels or ())
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _check_class_weights(cls, given: Any) -> Any:
+        """Say what is wrong with a weight by the name of its label."""
+        if not isinstance(given, Mapping):
+            if given not in (None, "balanced"):
+                raise ValueError("must be balanced, or a table of labels and what they count")
+            return given
+        for name, weight in given.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight <= LARGEST_WEIGHT:
+                raise ValueError(
+                    f"the weight of {name!r} must be a number above 0 and at most {LARGEST_WEIGHT:,}, "
+                    f"and is {weight!r}"
+                )
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
