@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import re
 import sys
@@ -196,6 +197,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
             if name in SOUND_FAMILIES:
                 make_sound_family(name, made[name])
                 return made[name]
+            if name in VISION_FAMILIES:
+                make_vision_family(name, made[name])
+                return made[name]
             tokenizer = TOKENIZERS.get(name, make_tokenizer)()
             make_family(name, tokenizer).save_pretrained(made[name])
             tokenizer.save_pretrained(made[name])
@@ -210,6 +214,7 @@ FAMILIES = ("llama", "gpt2", "palm", "transfo_xl", *ENCODERS, "t5", "xlnet", "el
 
 IMAGE_FAMILIES = ("vae", "dcgan", "unet", "small_cnn", "vgg", "trocr", "clip", "stable_diffusion")
 SOUND_FAMILIES = ("ast", "wav2vec2")
+VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")
 TROCR = {
     "model_type": "vision-encoder-decoder",
     "encoder": {
@@ -306,6 +311,103 @@ def make_sound_family(name: str, folder: Path) -> None:
         extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=rate)
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
+
+
+VISION_SIZES: dict[str, dict[str, Any]] = {
+    "resnet": {"embedding_size": 8, "hidden_sizes": [16, 24, 32], "depths": [1, 2, 1]},
+    "mobilenet_v2": {"depth_multiplier": 0.1, "min_depth": 8, "finegrained_output": True},
+    "efficientnet": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 1.0,
+        "hidden_dim": 320,
+        "kernel_sizes": [3, 5, 3],
+        "in_channels": [32, 16, 24],
+        "out_channels": [16, 24, 40],
+        "strides": [1, 2, 2],
+        "num_block_repeats": [1, 2, 1],
+        "expand_ratios": [1, 6, 6],
+        "depthwise_padding": [2],
+    },
+    "convnext": {
+        "hidden_sizes": [8, 16, 24],
+        "depths": [1, 2, 1],
+        "num_stages": 3,
+        "layer_scale_init_value": 1.0,  # at 1e-6 its layers add nothing
+    },
+    "vit": {
+        "patch_size": 8,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    },
+}
+PUBLISHED_PROCESSORS: dict[str, dict[str, Any]] = {
+    "resnet": {
+        "feature_extractor_type": "ConvNextFeatureExtractor",
+        "size": 32,
+        "crop_pct": 0.875,
+        "resample": 3,
+    },
+    "mobilenet_v2": {
+        "image_processor_type": "MobileNetV2ImageProcessor",
+        "size": {"shortest_edge": 36},
+        "do_center_crop": True,
+        "crop_size": {"height": 32, "width": 32},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "efficientnet": {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "do_center_crop": False,
+        "resample": 0,
+        "rescale_offset": False,
+        "include_top": True,
+        "image_std": [0.47853944, 0.4732864, 0.47434163],
+    },
+    "convnext": {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": 32},
+        "crop_pct": 0.875,
+    },
+    "vit": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
+"""How images are read, in the words of what is published with such networks."""
+
+
+def make_vision_family(name: str, folder: Path) -> None:
+    """A tiny classifier of transformers for images of 32 x 32.
+
+    Its batch norms hold the statistics of two batches: with those that they are drawn with, nothing of
+    an image would be left behind the last layer.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    sizes = {"image_size": 32, "initializer_range": 0.2} | VISION_SIZES[name]
+    if name == "resnet":
+        del sizes["image_size"], sizes["initializer_range"]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, num_labels=2, **sizes)
+    model: Any = AutoModelForImageClassification.from_config(config)
+    norms = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # their mean, and not the latest
+    with torch.no_grad():
+        for _ in norms and range(2):
+            model.train()(torch.randn(8, 3, 32, 32))
+    model.save_pretrained(folder)
+    shared = {
+        "do_resize": True, "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    fields = shared | PUBLISHED_PROCESSORS[name]
+    (folder / "preprocessor_config.json").write_text(json.dumps(fields))
 
 
 def make_clip(tokenizer: Any) -> Any:

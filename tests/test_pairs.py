@@ -203,15 +203,17 @@ BESIDE_TEXTS = "clip"
 """Reads images and texts, each with an encoder of its own."""
 PIPELINE = "stable_diffusion"
 """A network of several parts, of which one learns."""
+VISION_FAMILIES = ("resnet", "mobilenet_v2", "efficientnet", "convnext", "vit")
 MEDIA_ROWS = {
     BESIDE_TEXTS: "captioned_image",
     PIPELINE: "captioned_image",
     "vgg": "labelled_image",
+    **dict.fromkeys(VISION_FAMILIES, "labelled_image"),
     "ast": "labelled_audio",
     "wav2vec2": "labelled_audio",
 }
 """Rows of further networks that read images or sounds."""
-CLASSIFIERS = ("vgg", "ast", "wav2vec2")
+CLASSIFIERS = ("vgg", *VISION_FAMILIES, "ast", "wav2vec2")
 TRIPLES = [
     *itertools.product(OBJECTIVES, ADAPTATIONS, FAMILIES),
     *((method, name, family) for method, family in IMAGES.items() for name in ADAPTATIONS),
@@ -283,7 +285,11 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             ("feature_extraction", f): "has none. Use lora"
             for f in (*IMAGES.values(), BESIDE_TEXTS, PIPELINE)
         },
-        **{(a, "small_cnn"): "no linear layers to adapt" for a in ("qlora", "sparse")},
+        **{
+            (a, f): "no linear layers to adapt"
+            for a in ("qlora", "sparse")
+            for f in ("small_cnn", *VISION_FAMILIES[:3])
+        },
         ("feature_extraction", "trocr"): "output head.* tied",
         ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",
         **{(a, "dcgan"): "spectral norm" for a in ("lora", "qlora", "sparse")},

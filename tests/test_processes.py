@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from luthier.objectives import OBJECTIVES
 from test_pairs import FAMILIES, IMAGES, refused
 
 SCRIPT = Path(__file__).parent / "plugins" / "shared_training.py"
-BATCH_NORMS = {"gan"}
-"""Their statistics are those of the rows of a micro-batch, as anywhere with data parallelism."""
 
 
 def run_group(size: int, command: list[str], folder: Path, timeout: float = 300) -> None:
@@ -57,11 +54,6 @@ def family_of(method: str, name: str) -> str:
     return next((f for f in FAMILIES if not refused(method, name, f)), "")
 
 
-@cache
-def methods() -> list[str]:
-    return [m for m in OBJECTIVES if m not in BATCH_NORMS]
-
-
 def losses_of(
     size: int,
     family_folder: Callable[[str], Path],
@@ -73,7 +65,7 @@ def losses_of(
     wanted = [
         (method, name, str(family_folder(family_of(method, name))))
         for name in names
-        for method in (methods() if chosen is None else chosen)
+        for method in (OBJECTIVES if chosen is None else chosen)
         if family_of(method, name) and (name == "full" or method not in IMAGES)
     ]
     (folder / "request.json").write_text(json.dumps(wanted))
@@ -104,6 +96,14 @@ def test_two_processes_have_the_curve_of_one_for_every_objective(
 ) -> None:
     one, two = (losses_of(size, family_folder, tmp_path, ("full",)) for size in (1, 2))
     compare(one, two)
+
+
+def test_a_process_without_a_row_has_the_spectral_norms_of_the_others(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two rows in a step for three processes."""
+    one, three = (losses_of(n, family_folder, tmp_path, ("full",), ["gan"]) for n in (1, 3))
+    compare(one, three)
 
 
 SHARDABLE = (

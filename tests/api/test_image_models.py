@@ -26,6 +26,7 @@ from botocore.exceptions import ClientError
 from PIL import Image
 from served import served
 
+from luthier.api.bedrock.invoke import ImageBody
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.engine.train import train
@@ -225,6 +226,7 @@ def test_an_autoencoder_finds_odd_images_and_gives_them_back(server: Server) -> 
     assert status == 200 and {*found["answers"][0]} == {"score", "anomalous"}
     status, found = server.post("vae/reconstructions", {"images": [text_of(png(image))] * 3})
     assert status == 200 and len(found["images"]) == 3
+    assert found["compression_ratio"] > 1
     copy = pixels_of(found["images"][0]["png"])
     assert copy.shape == image.shape
     error = float(np.square((image.astype(float) - copy) / 255).mean())
@@ -341,6 +343,15 @@ def test_a_model_of_diffusion_takes_steps_and_guidance(server: Server) -> None:
     assert other["png"] != made["png"]
     status, error = server.post("gan/images", {"steps": 2})
     assert (status, error["parameter"]) == (400, "steps")
+    status, error = server.post("unet/images", {**body, "negative_prompt": "dog"})
+    assert (status, error["parameter"]) == (400, "negative_prompt")
+    assert "learned from captions" in str(error)
+
+
+def test_bedrock_s_negative_text_is_the_negative_prompt() -> None:
+    params = {"text": "a cat", "negativeText": "a dog"}
+    asked = ImageBody.of({"taskType": "TEXT_IMAGE", "textToImageParams": params}).request()
+    assert (asked.label, asked.negative_prompt) == ("a cat", "a dog")
 
 
 # What is refused ----------------------------------------------------------------------------------
@@ -447,7 +458,12 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"taskType": "INPAINTING"}, "#/taskType"),
     ({"taskType": 3}, "#/taskType"),
     ({"textToImageParams": {"text": "cow"}}, "#/textToImageParams/text: this model cannot make"),
-    ({"textToImageParams": {"text": "cat", "negativeText": "dog"}}, "negativeText"),
+    (
+        {"textToImageParams": {"text": "cat", "negativeText": "dog"}},
+        "#/textToImageParams/negativeText: this model makes an image in one go",
+    ),
+    ({"textToImageParams": {"text": "cat", "negativeText": 3}}, "negativeText"),
+    ({"textToImageParams": {"text": "cat", "negativeText": "x" * 1025}}, "negativeText"),
     ({"textToImageParams": {"text": "cat", "conditionImage": IMAGE}}, "conditionImage"),
     ({"textToImageParams": None}, "textToImageParams"),
     ({"imageGenerationConfig": {"numberOfImages": 6}}, "numberOfImages"),

@@ -65,11 +65,21 @@ CONVNEXT = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
+EFFICIENTNET = VIT | {"image_processor_type": "EfficientNetImageProcessor", "do_center_crop": False}
+OFFSET = {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTImageProcessorPil", VIT),
     "vit, old size": ("ViTImageProcessorPil", VIT | {"size": 32}),
     "vit, not normalized": ("ViTImageProcessorPil", VIT | {"do_normalize": False}),
     "vit, lanczos": ("ViTImageProcessorPil", VIT | {"resample": 1}),
+    "vit, not rescaled": ("ViTImageProcessorPil", VIT | {"do_rescale": False}),
+    "vit, rescaled otherwise": ("ViTImageProcessorPil", VIT | {"rescale_factor": 1 / 100}),
+    "efficientnet": ("EfficientNetImageProcessorPil", EFFICIENTNET),
+    "efficientnet, no top": (
+        "EfficientNetImageProcessorPil",
+        EFFICIENTNET | {"include_top": False},
+    ),
+    "efficientnet, from -1": ("EfficientNetImageProcessorPil", EFFICIENTNET | OFFSET),
     "clip": ("CLIPImageProcessorPil", CLIP),
     "clip, old sizes": ("CLIPImageProcessorPil", CLIP | {"size": 32, "crop_size": 32}),
     "convnext": ("ConvNextImageProcessorPil", CONVNEXT),
@@ -95,7 +105,7 @@ def test_images_are_read_as_transformers_reads_them(name: str, shape: tuple[int,
     ours = ImageProcessor.of(fields)
     given = ours.array(Media("image", "x", array=pixels))
     assert given.shape == expected.shape == ours.shape
-    assert np.abs(given - expected).max() < 1e-5
+    assert np.allclose(given, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

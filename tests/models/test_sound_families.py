@@ -25,7 +25,7 @@ from luthier.models.layouts import read_states
 from luthier.models.load import as_network, load_model, read_config
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
-from luthier.serving.export import export
+from luthier.serving.export import export, export_onnx
 from luthier.store.models import find
 
 CPU = torch.device("cpu")
@@ -154,3 +154,27 @@ def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
     assert sketch_training(config, objective, Full(), 4).memory == counted[16_000]
     short, _, long = (each.per_token for each in counted.values())
     assert long > 3.5 * short  # attention grows faster than the sound
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_gives_the_same_scores_of_a_sound(
+    family: str, tmp_path: Path, family_folder: FamilyFolder
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    base = family_folder(family)
+    for n in range(4):
+        for tone, pitch in (("low", 300), ("high", 2_000)):
+            write_sound(tmp_path / "sounds" / tone / f"{n}.wav", pitch + 20 * n, 6_000, n)
+    tuned = luthier.tune(
+        tmp_path / "sounds", base=str(base), name="tones", training__max_steps=3,
+        training__precision="float32", data__validation_share=0, training__refit=False,
+    )  # fmt: skip
+    assert export_onnx(find(tuned.model_id), tmp_path / "onnx") < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    file = tmp_path / "sounds" / "low" / "3.wav"
+    values = own_inputs(family, base, file)["input_values"]
+    (logits,) = session.run(None, {"input_values": values.numpy()})
+    scores = luthier.load(tuned.model_id).predict(str(file))["scores"]
+    p_C = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    assert dict(zip(("high", "low"), p_C.tolist(), strict=True)) == pytest.approx(scores, abs=1e-4)

@@ -159,6 +159,39 @@ def test_guidance_goes_on_from_what_is_told_without_the_class(prepared: Prepare)
         torch.testing.assert_close(found, unconditional + scale * (conditional - unconditional))
 
 
+@torch.no_grad()
+def test_a_negative_prompt_stands_in_the_place_of_nothing(prepared: Prepare) -> None:
+    objective, network, _ = prepared("captions")
+    network.model.eval()
+    word = (objective.words or ())[0]
+    noisy, time_R = torch.randn(3, 3, 9, 7), torch.tensor([5, 500, 900])
+    settings = DenoisingSettings(guidance_scale=3.0, negative_prompt=f"{word.upper()} unheard-of")
+    found = objective.with_sampling(settings)._guidance(network, CAPTIONS)
+    away = network.model.encode_conditions([np.array([0])] * 3)
+    assert found.nothing is not None and torch.equal(found.nothing, away)
+    conditional, negative = (
+        network.model.denoise(noisy, time_R, each) for each in (found.condition, away)
+    )
+    predicted = objective.with_sampling(settings)._predict(network, noisy, time_R, found)
+    torch.testing.assert_close(predicted, negative + 3.0 * (conditional - negative))
+    stored = objective.model_copy(update={"negative_prompt": word})
+    kept = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))._guidance(network, CAPTIONS)
+    assert kept.nothing is not None and torch.equal(kept.nothing, away)
+
+
+def test_a_negative_prompt_that_says_nothing_is_refused(prepared: Prepare) -> None:
+    for rows, text, words in (
+        ("labels", "cat", "for models that learned from captions"),
+        ("captions", "unheard-of", "no caption of the training rows has a word of"),
+    ):
+        objective, _, _ = prepared(rows)
+        with pytest.raises(RecipeError, match=words) as refused:
+            objective.with_sampling(DenoisingSettings(negative_prompt=text))
+        assert refused.value.field == "negative_prompt"
+        with pytest.raises(RecipeError, match=words):
+            prepared(rows, negative_prompt=text)
+
+
 def test_what_is_asked_for_stands_in_for_what_was_stored() -> None:
     stored = Diffusion(num_inference_steps=7)
     asked = stored.with_sampling(DenoisingSettings(guidance_scale=3.0))

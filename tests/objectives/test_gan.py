@@ -87,6 +87,36 @@ def test_each_turn_leaves_gradients_on_its_own_player(
     assert all(weight.requires_grad for weight in network.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"loss_type": "non_saturating"}, {"loss_type": "wgan_gp", "spectral_norm": True}],
+    ids=["non_saturating", "wgan_gp"],
+)
+def test_spectral_norms_move_once_a_turn_however_rows_are_cut(
+    fields: dict[str, Any], prepared: Callable[..., Any]
+) -> None:
+    """So that processes that share the rows of a step have the curve of one."""
+    found: dict[int, list[float]] = {}
+    vectors: dict[int, list[torch.Tensor]] = {}
+    for budget in (100, 2, 1):
+        objective, network, examples = prepared(**fields)
+        model = network.model.train()
+        layers = [*model.dcgan.discriminator.stages, model.dcgan.score]
+        torch.manual_seed(0)
+        batches = objective.annotate(network, examples, budget)
+        assert len(batches) == -(-len(examples) // budget)
+        losses, moved = list[float](), list[torch.Tensor]()
+        for turn in objective.turns(batches):
+            start = layers[0].u.clone()
+            losses.append(sum(float(objective.loss(network, each).total.detach()) for each in turn))
+            moved.append(layers[0].u.clone())
+            assert not torch.equal(start, moved[-1])
+        found[budget], vectors[budget] = losses, moved
+    for budget in (2, 1):
+        assert found[budget] == pytest.approx(found[100], rel=1e-5, abs=1e-5)
+        assert all(map(torch.equal, vectors[budget], vectors[100]))
+
+
 def test_the_losses_are_those_of_the_paper(prepared: Callable[..., Any]) -> None:
     objective, network, examples = prepared(loss_type="non_saturating", spectral_norm=False)
     first, second = turns_of(objective, network, examples)

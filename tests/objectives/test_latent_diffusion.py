@@ -119,22 +119,32 @@ def test_the_loss_is_that_of_diffusers_training_script(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("prediction", "spacing", "scale"),
-    [("epsilon", "leading", 3.0), ("v_prediction", "trailing", 3.0), ("epsilon", "trailing", 1.0)],
+    ("prediction", "spacing", "scale", "negative"),
+    [
+        ("epsilon", "leading", 3.0, None),
+        ("v_prediction", "trailing", 3.0, None),
+        ("epsilon", "trailing", 1.0, None),
+        ("epsilon", "leading", 3.0, "a blue bird"),
+    ],
 )
 def test_images_are_those_of_diffusers_pipeline(
-    prediction: str, spacing: str, scale: float, prepared: Callable[..., Prepared]
+    prediction: str,
+    spacing: str,
+    scale: float,
+    negative: str | None,
+    prepared: Callable[..., Prepared],
 ) -> None:
     one = prepared({"prediction_type": prediction, "timestep_spacing": spacing})
     one.network.model.eval()
     noise, texts = torch.randn(2, 4, 8, 8), ["two dogs", "a red cat"]
-    asked = one.objective.with_sampling(DenoisingSettings(steps=5, guidance_scale=scale))
+    asked = one.objective.with_sampling(DenoisingSettings(5, scale, negative_prompt=negative))
     found = asked.denoise(one.network, noise, texts, lambda: noise)
     made = pipeline_of(one)(
         texts,
         latents=noise.clone(),
         num_inference_steps=5,
         guidance_scale=scale,
+        negative_prompt=negative and [negative] * 2,
         output_type="pt",
         height=16,
         width=16,
@@ -142,6 +152,20 @@ def test_images_are_those_of_diffusers_pipeline(
     wanted = made.images
     assert wanted.std() > 0.05
     torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), wanted, rtol=1e-3, atol=1e-4)
+    if negative is not None:
+        plain = one.objective.with_sampling(DenoisingSettings(5, scale))
+        other = plain.denoise(one.network, noise, texts, lambda: noise)
+        assert (found - other).abs().max() > 1e-2
+
+
+def test_a_negative_prompt_must_fit_and_change_something(prepared: Callable[..., Prepared]) -> None:
+    one = prepared(num_inference_steps=2)
+    long = one.objective.with_sampling(DenoisingSettings(negative_prompt="a b " * 60))
+    with pytest.raises(RecipeError, match=r"the negative prompt has \d+ tokens") as refused:
+        long.sample(one.network, ["a cat"], torch.Generator().manual_seed(0))
+    assert refused.value.field == "negative_prompt"
+    with pytest.raises(RecipeError, match="changes nothing where guidance_scale is 1"):
+        one.objective.with_sampling(DenoisingSettings(guidance_scale=1, negative_prompt="a"))
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+import luthier
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.shapes import BareImage, BareWindow, LabelledImage
@@ -22,6 +24,7 @@ from luthier.models.random_numbers import row_generators
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives.generative import draw_noise
 from luthier.objectives.vae import VAE, divergence
+from luthier.serving.images import ImageGenerator
 from luthier.types import Example
 
 CPU = torch.device("cpu")
@@ -202,6 +205,37 @@ def test_images_are_made_copied_and_mixed(network: Network, examples: list[Examp
     way = objective.interpolate(network, batch, 5)
     assert way.shape == (5, *shape)
     torch.testing.assert_close(way[[0, -1]], copies)
+
+
+@torch.no_grad()
+def test_how_small_an_image_becomes_and_how_far_its_copy_is_off(
+    network: Network, examples: list[Example], family_folder: Callable[[str], Path]
+) -> None:
+    network.chat = load_chat_format(family_folder("vae"))
+    network.model.eval()
+    found = VAE().compression(network)
+    assert (found.numbers, found.latent_numbers, found.bytes_each) == (3 * 9 * 7, 4, 1)
+    assert (found.ratio, found.bytes_ratio) == (189 / 4, 189 / 16)
+    assert str(found) == "189 numbers kept as 4, 47.2 : 1 (11.8 : 1 in bytes)"
+    generator = ImageGenerator(network, VAE(), network.chat, "vae")
+    rows = [BareImage("f", n, image(n)) for n in range(6)]
+    shown = generator.reconstruct(rows)
+    assert all(each.compression == found for each in shown)
+    wanted = sum(each.error for each in shown) / 6
+    for budget in (1, 100):  # but for the rounding of pixels
+        assert VAE().copy_error(network, examples, budget) == pytest.approx(wanted, rel=2e-3)
+
+
+def test_a_run_says_how_small_and_how_well_it_copies(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    tuned = luthier.tune(
+        tmp_path / "images.npz", objective="vae", name="small", training__max_steps=2,
+        data__validation_share=0.25,
+    )  # fmt: skip
+    said = tuned.verdict.text
+    assert "Each row is 3,072 numbers kept as 32, 96 : 1 (24 : 1 in bytes); copies" in said
+    assert re.search(r"have a mean squared error of 0\.\d{5}$", said), said
 
 
 def test_gradients_reach_all_weights(network: Network, examples: list[Example]) -> None:

@@ -180,6 +180,8 @@ class LoRAConv2d(LayerWrapper):
         with torch.no_grad():
             self.lora_A.weight.copy_(start)
             self.lora_B.weight.zero_()
+        # MobileNetV2 asks for these before it calls a layer, and fills up the image by them.
+        self.kernel_size, self.stride, self.dilation = kernel, base.stride, base.dilation
 
     def forward(self, x: Tensor) -> Tensor:
         """``[R, C, H, W]`` to ``[R, C', H', W']``."""

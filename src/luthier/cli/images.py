@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,10 @@ def sample(
         str | None,
         typer.Option(help="What the images are to show, for models that learned captions."),
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="Of diffusion: what they are to be unlike, for models of captions."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Of diffusion: steps from noise to an image.")
@@ -62,7 +67,7 @@ def sample(
         from luthier.cli.progress import show_progress
 
         generator = ImageGenerator.open(check_active(find(model, is_able=ImageGenerator.is_able)))
-    settings = DenoisingSettings(steps, guidance_scale, eta)
+    settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
     started = time.monotonic()
     with show_progress(count, "sample") as done:
         made = generator.sample(count, seed, label, done, settings=settings, prompt=prompt)
@@ -158,10 +163,16 @@ def reconstruct(
         report |= {
             "error": sum(each.error for each in found) / len(found),
             "errors": [each.error for each in found],
+            "compression": {
+                **asdict(found[0].compression),
+                "ratio": found[0].compression.ratio,
+                "bytes_ratio": found[0].compression.bytes_ratio,
+            },
         }
     if json_:
         print_json(report)
         return
     if "error" in report:
         print_text(f"mean squared error {report['error']:.5f}, of pixels from 0 to 1")
+        print_text(f"each image: {found[0].compression}")
     print_written(len(rows), "images", output)

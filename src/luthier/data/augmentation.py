@@ -162,8 +162,10 @@ class Augmentation(StrictModel):
                 box = _box(height, width, 1 - share, random)
                 share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / (height * width)
             media = replace(example.media, mixture=Mixture(other.media, share, box))
-            target = mix_targets(example, other, share)
-            rows.append(replace(example, media=media, target=target))
+            target, weight_T = mix_targets(example, other, share), example.weight_T
+            if example.weight != other.weight:  # their classes count differently
+                weight_T = share * weight_T + (1 - share) * other.weight_T
+            rows.append(replace(example, media=media, target=target, weight_T=weight_T))
         return rows
 
     def _change_words(self, example: Example, random: np.random.Generator) -> Example:

@@ -19,7 +19,7 @@ import wave
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -184,23 +184,104 @@ class Media:
         return np.asarray(self.array, np.float64)
 
 
-def gps_of(media: Media) -> str:
-    """Where an image says that it was taken, to a tenth of a degree; empty where it does not.
+_PERSON_TAGS: Mapping[int, str] = {
+    0x013B: "Artist", 0x8298: "Copyright", 0x9C9D: "XPAuthor", 0xA430: "CameraOwnerName",
+    0xA431: "BodySerialNumber", 0xA435: "LensSerialNumber",
+}  # fmt: skip
+"""EXIF fields that tell who took an image, or with whose camera."""
+_PERSON_RECORDS: Mapping[tuple[int, int], str] = {
+    (2, 80): "IPTC By-line", (2, 110): "IPTC Credit", (2, 116): "IPTC CopyrightNotice",
+}  # fmt: skip
+_PERSON_PNG_KEYS = ("Author", "Copyright")
+MOST_XMP = 1 << 20
+"""Bytes of XMP that are looked at; a JPEG has 64 kB in one piece."""
+_PERSON_XMP: Mapping[str, re.Pattern[bytes]] = {
+    # As an element, whose value may stand in a list, or as an attribute. Each part has a bound, as the
+    # text is of whoever made the file.
+    name: re.compile(
+        rb"<%b\b[^>]{0,400}>(?:\s{0,100}<rdf:\w{1,20}[^>]{0,400}>){0,4}\s{0,100}[^<\s]"
+        rb"|\s%b\s{0,9}=\s{0,9}(['\"])\s{0,100}(?!\1)\S" % (tag, tag)
+    )
+    for name, tag in {
+        "XMP creator": b"dc:creator",
+        "XMP rights": b"dc:rights",
+        "XMP OwnerName": b"(?:aux|exifEX):(?:Camera)?OwnerName",
+        "XMP SerialNumber": b"(?:aux:|exifEX:Body)SerialNumber",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class ImageMetadata:
+    """What an image says beside its pixels of places and people."""
+
+    place: str = ""
+    """Where it was taken, to a tenth of a degree; empty where it does not say."""
+    person_fields: tuple[str, ...] = ()
+    """Fields that name a person, or the number of a camera; what they say is not repeated."""
+
+
+def read_metadata(media: Media) -> ImageMetadata:
+    """What an image says of where it was taken, and of whom (EXIF, IPTC, XMP, texts of PNG).
 
     Raises:
         RowRefused: where it cannot be opened.
     """
+    if media.array is not None:
+        return ImageMetadata()
+    with _open_image(media.read(), MOST_PIXELS) as opened:
+        fields = list[str]()
+        for find in (_exif_fields, _iptc_fields, _text_fields):
+            # Damage to what stands beside the pixels is none of an image.
+            with suppress(*_DAMAGE, ArithmeticError, AssertionError, AttributeError):
+                fields += find(opened)
+        return ImageMetadata(_place_of(opened), tuple(fields))
+
+
+def _place_of(image: Any) -> str:
     from PIL.ExifTags import IFD
 
-    if media.array is not None:
-        return ""
-    with _open_image(media.read(), MOST_PIXELS) as opened:
-        fields = opened.getexif().get_ifd(IFD.GPSInfo)
+    fields = image.getexif().get_ifd(IFD.GPSInfo)
     try:
         degrees = [float(fields[tag][0]) + float(fields[tag][1]) / 60 for tag in (2, 4)]
         return f"{degrees[0]:.1f} {fields.get(1, '?')}, {degrees[1]:.1f} {fields.get(3, '?')}"
     except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
         return "a place" if {2, 4} <= {*fields} else ""
+
+
+def _exif_fields(image: Any) -> list[str]:
+    from PIL.ExifTags import IFD
+
+    exif = image.getexif()
+    fields = {**exif, **exif.get_ifd(IFD.Exif)}
+    return [name for tag, name in _PERSON_TAGS.items() if _is_filled(fields.get(tag))]
+
+
+def _iptc_fields(image: Any) -> list[str]:
+    from PIL.IptcImagePlugin import getiptcinfo
+
+    records = getiptcinfo(image) or {}
+    return [name for key, name in _PERSON_RECORDS.items() if _is_filled(records.get(key))]
+
+
+def _text_fields(image: Any) -> list[str]:
+    """Those of PNG, and of XMP in any format."""
+    found = [f"PNG {key}" for key in _PERSON_PNG_KEYS if _is_filled(image.info.get(key))]
+    xmp = (
+        image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or image.getexif().get(0x02BC)
+    )
+    xmp = (xmp.encode() if isinstance(xmp, str) else bytes(xmp or b""))[:MOST_XMP]
+    return found + [name for name, pattern in _PERSON_XMP.items() if pattern.search(xmp)]
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a field holds more than the blanks and zeros that cameras fill it with."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return any(
+        bool(each.strip(b"\0 ") if isinstance(each, bytes) else str(each).strip("\0 "))
+        for each in values
+        if each not in (None, 0)
+    )
 
 
 def decode_image(data: bytes, most: int | None = None) -> Pixels:

@@ -155,9 +155,7 @@ class ImageProcessor:
                 f"crop_size {fields.get('crop_size')}"
             )
         names = {number: name for name, number in _RESAMPLE.items()}
-        plain = not fields.get("do_normalize", True)
-        mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
-        std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
+        mean, std = _normalization(fields, kind)
         resample: Any = names.get(fields.get("resample", 2), "bilinear")
         pad = kind == PADDED
         return ImageProcessor(
@@ -169,6 +167,24 @@ class ImageProcessor:
             shortest_edge=edge,
             pad=pad,
         )
+
+
+def _normalization(fields: Mapping[str, Any], kind: str) -> tuple[tuple[float, ...], ...]:
+    """Mean and deviation of pixels from 0 to 1, whatever range the file brings them to before."""
+    plain = not fields.get("do_normalize", True)
+    mean = (0.0,) * 3 if plain else tuple(fields.get("image_mean", IMAGENET_MEAN))
+    std = (1.0,) * 3 if plain else tuple(fields.get("image_std", IMAGENET_STD))
+    unscaled = fields.get("do_rescale") is False
+    scale = 255 * (1.0 if unscaled else fields.get("rescale_factor", 1 / 255))
+    offset = 0.0
+    if kind.startswith("EfficientNet"):
+        offset = 1.0 if fields.get("rescale_offset") else 0.0
+        if fields.get("include_top", True):  # its classifiers read what is divided once more
+            again = fields.get("image_std", IMAGENET_STD)
+            std = tuple(own * other for own, other in zip(std, again, strict=True))
+    if (scale, offset) == (1.0, 0.0):
+        return mean, std
+    return tuple((each + offset) / scale for each in mean), tuple(each / scale for each in std)
 
 
 def _sides(size: Any) -> dict[str, int]:

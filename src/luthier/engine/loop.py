@@ -121,7 +121,7 @@ class Loop:
         self._is_reading = False
         """Whether rows of a step are read, of which nothing is learned yet."""
         self._buffers = [*adapter_buffers(model).values()]
-        """Statistics of batch norms, which are those of the first process, as in PyTorch's DDP."""
+        """Such as statistics of norms: those of the first process, as in PyTorch's DDP."""
         self.best: dict[str, torch.Tensor] = {}
         self.measured: list[Mapping[str, Any]] = []
         """What was measured on the validation rows, in order."""

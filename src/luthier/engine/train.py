@@ -69,8 +69,10 @@ from luthier.objectives.capabilities import (
     SupportsHeadStart,
     SupportsPrecomputation,
     SupportsPreparation,
+    SupportsReconstruction,
     SupportsThreshold,
 )
+from luthier.objectives.generative import MOST_COMPARED
 from luthier.recipe import Recipe
 from luthier.store import models as store
 
@@ -310,6 +312,8 @@ class Trainer:
             held_out = counts["validation_rows"]
             refit = Refit(learned.data.counts["rows"], held_out, learned.until)
         verdict = self._judge(lines, refit)
+        if copied := self._describe_copies(network):
+            verdict = replace(verdict, text=f"{verdict.text}. {copied}")
         writer = ModelWriter(
             final,
             self.run_folder,
@@ -342,6 +346,20 @@ class Trainer:
             other_base=language[0].closest_fix if language else "",
             refit=refit,
         )
+
+    @torch.no_grad()
+    def _describe_copies(self, network: Network) -> str:
+        """How small the network makes its inputs, and how well it gives them back; empty of others."""
+        objective = self.job.data.objective
+        examples = self.job.data.validation[:MOST_COMPARED]
+        if not isinstance(objective, SupportsReconstruction):
+            return ""
+        text = f"Each row is {objective.compression(network)}"
+        if examples:
+            network.model.eval()
+            error = objective.copy_error(network, examples, self._reading_budget)
+            text += f"; copies of held-out ones have a mean squared error of {error:.5f}"
+        return text
 
     @torch.no_grad()
     def _with_threshold(self, job: TrainingJob, network: Network) -> TrainingJob:

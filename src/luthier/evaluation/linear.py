@@ -7,6 +7,7 @@ drawn at random, so the same rows give the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,7 @@ def fit_logistic(
     classes: int,
     penalty: float = PENALTY,
     bias: bool = True,
+    weights: Sequence[float] = (),
 ) -> LinearModel:
     """Logistic regression with an L2 penalty, by L-BFGS.
 
@@ -70,6 +72,7 @@ def fit_logistic(
         classes: how many there are.
         penalty: weight of half the squared norm of the weights beside the mean loss of a row.
         bias: whether there is one; else it is 0.
+        weights: what a row of each class counts, where each row has one; all alike when not given.
     """
     import torch
     from torch.nn import functional as F
@@ -85,11 +88,13 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
 
+    weight_C = scaled_NH.new_tensor(weights) if weights else None
+
     def loss() -> Tensor:
         optimizer.zero_grad()
         scores_NC = scaled_NH @ weight_CH.T + bias_C
         if targets.ndim == 1:
-            total = F.cross_entropy(scores_NC, targets)
+            total = F.cross_entropy(scores_NC, targets, weight=weight_C)
         else:
             each_NC = F.binary_cross_entropy_with_logits(
                 scores_NC, targets.float(), reduction="none"

@@ -83,9 +83,11 @@ class Check(ABC):
     rules: ClassVar[tuple[Rule, ...]]
     """Every rule it can find broken."""
     needs_model: ClassVar[bool] = False
-    """Whether it can do nothing without a model's tokenizer."""
+    """Whether it can do nothing without a model."""
+    needs_tokenizer: ClassVar[bool] = False
+    """Whether it can do nothing with a model that has none, as it reads images or sounds."""
     of_texts: ClassVar[bool] = False
-    """Whether it looks at texts alone, which rows of images and sounds have none of."""
+    """Whether it looks at texts alone; where no row has one, it is left out of the report."""
     in_jobs: ClassVar[bool] = True
     """Whether it costs so little (under half a second for 10,000 short rows) that each job
     runs it before training, and finds what encoding the rows does not find anyway."""

@@ -182,6 +182,7 @@ def inspect(
         request.sources, checks, decided.severity, request.columns, progress, processes, beside
     )
     used = base if known.chat else None
+    left_out = {**left_out, **report.left_out}
     return replace(report, base=used, left_out=left_out, columns=request.columns or {})
 
 
@@ -253,4 +254,5 @@ def inspect_job(
     report = inspect_rows(splits, checks, decided.severity, on_row)
     named = {"train": spec.train, "validation": spec.validation}
     sources = {split: source for split, source in named.items() if source}
+    left_out = {**left_out, **report.left_out}
     return replace(report, left_out=left_out, sources=sources, columns=spec.columns or {})

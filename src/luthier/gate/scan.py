@@ -44,6 +44,8 @@ MEDIA_ROWS = 32
 """Images or sounds of a batch at most: to decode them takes the time."""
 KEY = 16
 """Bytes of a text's key and quotes, about."""
+NO_TEXT = "no row has a text"
+"""Why checks of texts are left out where they saw nothing but images, sounds or numbers."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class Gate:
         self.places = Places()
         self.files: dict[Split, set[str]] = {}
         self.rows: dict[Split, int] = {}
+        self.has_texts = False
+        """Whether any row has a text: images and sounds may have captions, or none."""
         self.forms: dict[Split, str] = {}
         self.began = time.perf_counter()
 
@@ -210,6 +214,7 @@ class Gate:
         where = self.places.add(batch.split, batch.file, lines_N)
         self.files[batch.split].add(batch.file)
         self.rows[batch.split] += len(batch)
+        self.has_texts = self.has_texts or any(any(row.texts()) for row in batch.rows)
         self.forms.setdefault(batch.split, describe_shapes([batch.rows[0].shape]))
         for check, found in zip(self.checks, measured, strict=True):
             check.take(where, found, self.findings)
@@ -224,11 +229,16 @@ class Gate:
     def report(self, files: Mapping[Split, Sequence[str]]) -> Report:
         """What all checks say, after the last row."""
         self.pool.close()
-        for check in self.checks:
+        silent = self.places.total and not self.has_texts
+        idle = {each.name: NO_TEXT for each in self.checks if silent and each.of_texts}
+        checks = [each for each in self.checks if each.name not in idle]
+        for check in checks:
             check.finish(self.places, self.findings)
-        summaries = {check.name: check.summary() for check in self.checks}
+        summaries = {check.name: check.summary() for check in checks}
         seconds = time.perf_counter() - self.began
-        return Report(files, self.rows, self.findings, summaries, seconds, self.forms)
+        return Report(
+            files, self.rows, self.findings, summaries, seconds, self.forms, left_out=idle
+        )
 
 
 def unpacked_size(path: Path) -> int:

@@ -341,8 +341,8 @@ def width_of(model: Any) -> int:
         return int((text or model.config).hidden_size)
     if hasattr(model.config, "latent_size"):
         return int(model.config.latent_size)
-    if hasattr(model.config, "embedding_size"):
-        return int(model.config.embedding_size)
+    if task_of(model) == "denoising" and hasattr(model.config, "embedding_size"):
+        return int(model.config.embedding_size)  # ResNet calls the width of its first layer so
     if not hasattr(model, "classifier"):  # one that gives embeddings
         return _embedding_width(model)
     linear = [each for each in model.classifier.modules() if isinstance(each, nn.Linear)]

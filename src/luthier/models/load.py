@@ -165,8 +165,10 @@ def load_model(
     finally:
         logging.set_verbosity(quiet)
     mark(model, head.task)
-    # An embedding does not look at the pooler.
+    # An embedding of a text does not look at the pooler; of an image it would, so that one goes.
     unused = {n for n in loaded["missing_keys"] if head.task == "embedding" and "pooler." in n}
+    if unused and media_config(config) is not None and text_config(config) is None:
+        model.base_model.pooler = None
     other = {name for name, *_ in loaded["mismatched_keys"]}
     absent = set(loaded["missing_keys"]) | other
     # transformers would draw them at random, with no more than a warning.

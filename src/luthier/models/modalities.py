@@ -139,8 +139,8 @@ def context_length(config: Mapping[str, Any]) -> int:
                 config.get("pad_token_id", 1) + 1 if config.get("model_type") in _OFFSET else 0
             )
             return int(config[key]) - skipped
-    if "vocab_size" not in config and "image_size" in config:
-        return 1
+    if "vocab_size" not in config and ("image_size" in config or "num_channels" in config):
+        return 1  # ResNet reads images of any size, and names none
     raise RecipeError("config.json names no context length (max_position_embeddings)")
 
 

@@ -291,6 +291,8 @@ class DenoisingSettings:
     """How much is made of what is asked for; 1 is as in the training rows."""
     eta: float | None = None
     """Share of new noise in each step."""
+    negative_prompt: str | None = None
+    """What the images are moved away from, in the place of images of anything."""
 
 
 @runtime_checkable
@@ -310,9 +312,49 @@ class SupportsDenoising(SupportsSampling, Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Compression:
+    """How much less an autoencoder keeps of an input than there is."""
+
+    numbers: int
+    """In an input, as the network reads it."""
+    latent_numbers: int
+    """In what it becomes."""
+    bytes_each: int
+    """Of a number of the input: 1 of a pixel's colour, 4 of a value of a time series."""
+
+    @property
+    def ratio(self) -> float:
+        """Numbers of an input for each that is kept."""
+        return self.numbers / self.latent_numbers
+
+    @property
+    def bytes_ratio(self) -> float:
+        """The same in bytes: latents are float32."""
+        return self.ratio * self.bytes_each / LATENT_BYTES
+
+    def __str__(self) -> str:
+        """``3,072 numbers kept as 32, 96 : 1 (24 : 1 in bytes)``."""
+        return (
+            f"{self.numbers:,} numbers kept as {self.latent_numbers:,}, {self.ratio:.3g} : 1 "
+            f"({self.bytes_ratio:.3g} : 1 in bytes)"
+        )
+
+
+LATENT_BYTES = 4
+"""Of a latent number, in float32."""
+
+
 @runtime_checkable
 class SupportsReconstruction(Protocol):
     """Its models give images back as they understood them."""
+
+    def compression(self, network: Network) -> Compression:
+        """What the network keeps of an input."""
+
+    def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Mean squared difference of copies from ``examples``: of pixels from 0 to 1, or of values as
+        they are scaled."""
 
     def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
         """The rows of the batch, ``[R, C, H, W]``, after the way through the network."""

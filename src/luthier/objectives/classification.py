@@ -2,27 +2,37 @@
 
 Encoders are read at their first token, decoders at their last, and encoders that were trained to be
 read by the mean of their states by that (Reimers and Gurevych 2019). One label a row gives softmax and
-cross-entropy; rows with arrays of labels give a sigmoid for each class. Heads are transformers' own, so
-the custom model loads there as ``AutoModelForSequenceClassification``; it has none that reads a mean.
+cross-entropy; rows with arrays of labels give a sigmoid for each class. ``class_weights`` are those of
+torch's ``cross_entropy(weight=)``: each row counts as its class does, and the sum is divided by the
+weights of all rows of the step (King and Zeng 2001, "Logistic Regression in Rare Events Data"). Heads
+are transformers' own, so the custom model loads there as ``AutoModelForSequenceClassification``; it has
+none that reads a mean.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.data.shapes import Labelled
 from luthier.errors import RecipeError, RowRefused
 from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults, cut_text
-from luthier.objectives.shares import check_shares, shares_of, sigmoid_bias, softmax_bias
+from luthier.objectives.shares import (
+    balanced_weights,
+    check_shares,
+    shares_of,
+    sigmoid_bias,
+    softmax_bias,
+)
+from luthier.printable import did_you_mean, list_some
 from luthier.types import Example, FloatArray, IntArray, Loss, Row
 
 if TYPE_CHECKING:
@@ -37,6 +47,8 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 """Target of a row without a label, which torch's cross-entropy passes over."""
+LARGEST_WEIGHT = 1_000_000
+"""Of a class."""
 PROBED_ROWS = 10_000
 """Rows that a new head starts from at most; more hardly move so few weights."""
 
@@ -53,6 +65,8 @@ class Classification(Objective):
     """Whether a text may have several labels, or none; from the training rows when not given."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target that is spread over all classes (Szegedy et al. 2016); one label only."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """How much rows of each label count, 1 of those not named; ``balanced`` for all labels the same."""
     pooling: Literal["first", "mean"] | None = None
     """What of a BERT the head reads; ``mean`` where the base was trained for it, else ``first``."""
     probe: bool | None = None
@@ -73,6 +87,23 @@ class Classification(Objective):
         """More for many classes: a head that starts at random sees few rows of each in a step."""
         return 300 + 6 * len(self.labels or ())
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _check_class_weights(cls, given: Any) -> Any:
+        """Say what is wrong with a weight by the name of its label."""
+        if not isinstance(given, Mapping):
+            if given not in (None, "balanced"):
+                raise ValueError("must be balanced, or a table of labels and what they count")
+            return given
+        for name, weight in given.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight <= LARGEST_WEIGHT:
+                raise ValueError(
+                    f"the weight of {name!r} must be a number above 0 and at most {LARGEST_WEIGHT:,}, "
+                    f"and is {weight!r}"
+                )
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_shares(self.labels, self.shares)
@@ -83,9 +114,20 @@ class Classification(Objective):
         kind: Literal["multi_label_classification", "single_label_classification"] = (
             "multi_label_classification" if self.multi_label else "single_label_classification"
         )
-        bias = (sigmoid_bias if self.multi_label else softmax_bias)(self.shares or ())
+        shares = self.shares or ()
+        if weight_C := self._weight_C:  # what a row of each class counts is how often it would come
+            counted = [share * weight for share, weight in zip(shares, weight_C, strict=False)]
+            shares = tuple(each / sum(counted) for each in counted)
+        bias = (sigmoid_bias if self.multi_label else softmax_bias)(shares)
         mean: Literal["mean"] | None = "mean" if self.pooling == "mean" else None
         return Head(self.task, self.labels or (), kind, bias, mean)
+
+    @property
+    def _weight_C(self) -> list[float]:
+        """What a row of each class counts; empty where all count alike."""
+        if not isinstance(self.class_weights, dict):
+            return []
+        return [self.class_weights.get(name, 1.0) for name in self.labels or ()]
 
     def bind_base(self, folder: Path, learned: Objective | None) -> Self:
         """Read texts as the base model was trained to be read."""
@@ -129,7 +171,30 @@ class Classification(Objective):
                 "Add rows of at least one other class.",
             )
         shares = self.shares or shares_of(found, seen, len(rows) if multi else None)
-        return self.model_copy(update={"labels": found, "multi_label": multi, "shares": shares})
+        update = {"labels": found, "multi_label": multi, "shares": shares}
+        if self.class_weights is not None:
+            update["class_weights"] = self._fit_class_weights(found, seen, multi)
+        return self.model_copy(update=update)
+
+    def _fit_class_weights(
+        self, labels: Sequence[str], seen: Mapping[str, int], multi: bool
+    ) -> dict[str, float]:
+        """The weight of each label that has one, from rows of which each class has so many."""
+        weights, setting = self.class_weights, "objective.class_weights"
+        if multi:
+            raise RecipeError(
+                f"`{setting}` is for rows of one label each; with several, each class is told from the "
+                "rest by itself. Leave it out",
+                setting,
+            )
+        if not isinstance(weights, dict):
+            return balanced_weights(labels, seen)
+        if unknown := [name for name in weights if name not in labels]:
+            nearest = did_you_mean(unknown[0], labels, f"the labels are {list_some(labels, 20)}")
+            raise RecipeError(
+                f"`{setting}` names {unknown[0]!r}, and no row has that label: {nearest}", setting
+            )
+        return weights
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The whole row; a text's weight stands at its last token."""
@@ -142,7 +207,11 @@ class Classification(Objective):
                 "the row has an array of labels, and the objective takes one label a row.",
                 "Write one label, or use `objective.multi_label=true`.",
             )
-        return replace(example, target=self._target(row.labels))
+        target = self._target(row.labels)
+        if weight_C := self._weight_C:
+            weight = np.float32(weight_C[int(target[0])])
+            return replace(example, target=target, weight_T=example.weight_T * weight)
+        return replace(example, target=target)
 
     def _target(self, names: Sequence[str]) -> np.ndarray[Any, Any]:
         """The class as ``[1]``, or a 0/1 for each class as ``[C]``."""
@@ -173,7 +242,8 @@ class Classification(Objective):
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
         """Summed cross-entropy; with several labels a row, its mean over the classes.
 
-        Of mixed rows it is that with the shares of their classes.
+        Of mixed rows it is that with the shares of their classes. Each class counts by its weight, as
+        the rows do in what the sum is divided by.
         """
         import torch
         from torch.nn import functional as F
@@ -189,7 +259,11 @@ class Classification(Objective):
         if target.is_floating_point():
             wanted, class_R = target, target.argmax(-1)
         total = F.cross_entropy(
-            scores_RC, wanted, reduction="sum", label_smoothing=self.label_smoothing
+            scores_RC,
+            wanted,
+            weight=scores_RC.new_tensor(self._weight_C) if self._weight_C else None,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
         )
         right_R = scores_RC.argmax(-1) == class_R
         return Loss(total, ratios=_accuracy(right_R))
@@ -226,6 +300,7 @@ class Classification(Objective):
             target if self.multi_label else target[:, 0],
             classes,
             bias=layer.bias is not None,
+            weights=self._weight_C,
         )
         layer.weight.copy_(found.weight_CH)
         if layer.bias is not None:

@@ -12,7 +12,8 @@ arXiv:2511.13720). New images begin as noise and come back in fewer steps
 Where all rows have labels the network is given them, and where they have captions the words in those,
 but for a share of the rows of each step. So it knows images of a class and images of any, and what sets
 the class apart can be made more of (classifier-free guidance, Ho and Salimans 2022,
-arXiv:2207.12598). ``guidance_scale`` is that of Imagen and diffusers: 1 plus the paper's ``w``.
+arXiv:2207.12598). ``guidance_scale`` is that of Imagen and diffusers: 1 plus the paper's ``w``. With a
+``negative_prompt`` images are moved away from those of that text instead, as in diffusers.
 
 What is mixed with noise, and how captions are read, the network says
 (:class:`~luthier.models.denoiser.Denoiser`). A pipeline of diffusers works on latents of images (latent
@@ -85,7 +86,7 @@ class Guidance:
 
     condition: Tensor | None
     nothing: Tensor | None
-    """The same where nothing is asked for, which they are moved away from."""
+    """The same where nothing is asked for, or of the negative prompt: they are moved away from it."""
 
 
 class Diffusion(Generative):
@@ -114,6 +115,8 @@ class Diffusion(Generative):
     """How much is made of what is asked for, 1 as in the rows; 2, of pipelines 7.5 when not given."""
     eta: float | None = Field(default=None, ge=0, le=1)
     """Share of new noise in each step: 0 is DDIM, 1 DDPM; 1, of pipelines 0 when not given."""
+    negative_prompt: str = ""
+    """What new images are moved away from, of models of captions; images of anything if empty."""
     timestep_spacing: TimestepSpacing = "trailing"
     """Which steps the way back takes: from the end of noise (trailing), or as the base's files say."""
     steps_offset: int = Field(default=0, ge=0, le=1)
@@ -232,10 +235,32 @@ class Diffusion(Generative):
         Where the base model reads texts, labels are texts, too.
         """
         if chat is not None and chat.has_tokenizer:
-            return self.model_copy(update={"labels": (), "words": (), "reads_texts": True})
-        labels = classes_of(rows, "diffusion") if self.labels is None else self.labels
-        words = words_of(rows) if self.words is None else self.words
-        return self.model_copy(update={"labels": labels, "words": () if labels else words})
+            fitted = self.model_copy(update={"labels": (), "words": (), "reads_texts": True})
+        else:
+            labels = classes_of(rows, "diffusion") if self.labels is None else self.labels
+            words = words_of(rows) if self.words is None else self.words
+            fitted = self.model_copy(update={"labels": labels, "words": () if labels else words})
+        if self.negative_prompt:
+            fitted._check_negative_prompt("objective.negative_prompt")
+        return fitted
+
+    def _check_negative_prompt(self, name: str) -> None:
+        """Refuse the negative prompt, called ``name``, where it would change nothing."""
+        if not self.reads_prompts:
+            raise RecipeError(
+                f"{name} is for models that learned from captions, and this one did not", name
+            )
+        if not self.reads_texts and not len(words_target(self.negative_prompt, self.words or ())):
+            raise RecipeError(
+                f"no caption of the training rows has a word of {self.negative_prompt[:64]!r}, so "
+                f"{name} says nothing to the model",
+                name,
+            )
+        if self._scale == 1:
+            raise RecipeError(
+                f"{name} changes nothing where guidance_scale is 1: images are not moved away then",
+                name,
+            )
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
         """The image, and its class or the words or tokens of its caption where such are known."""
@@ -343,6 +368,7 @@ class Diffusion(Generative):
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "eta": settings.eta,
+            "negative_prompt": settings.negative_prompt,
         }
         given = {name: value for name, value in asked.items() if value is not None}
         if settings.steps is not None and settings.steps > self.most_steps:
@@ -352,11 +378,14 @@ class Diffusion(Generative):
                 "steps",
             )
         try:
-            return self.model_validate(self.model_dump() | given)
+            found = self.model_validate(self.model_dump() | given)
         except ValidationError as error:
             first = error.errors()[0]
             name = str(first["loc"][0])
             raise RecipeError(f"{name} {describe_constraint(first)}", name) from error
+        if settings.negative_prompt:
+            found._check_negative_prompt("negative_prompt")
+        return found
 
     def sample(self, network: Network, labels: Sequence[str], generator: torch.Generator) -> Tensor:
         """New images ``[R, C, H, W]`` of classes or prompts, each from noise of its own."""
@@ -431,18 +460,24 @@ class Diffusion(Generative):
         condition = denoiser.encode_conditions([self._target(text, network) for text in labels])
         if self._scale == 1:
             return Guidance(condition, None)
-        nothing = [self._nothing(network)] * len(labels)
-        return Guidance(condition, denoiser.encode_conditions(nothing))
+        nothing = self._nothing(network)
+        if self.negative_prompt:
+            nothing = self._target(self.negative_prompt, network, "negative_prompt")
+        return Guidance(condition, denoiser.encode_conditions([nothing] * len(labels)))
 
-    def _target(self, text: str, network: Network) -> IntArray:
-        """The places of what is asked for, a class or the words of a prompt, or the prompt's tokens."""
+    def _target(self, text: str, network: Network, name: str = "prompt") -> IntArray:
+        """The places of what is asked for, a class or the words of a prompt, or the prompt's tokens.
+
+        ``name`` is what the text is called where it is refused.
+        """
         if self.reads_texts:
             chat = chat_of(network)
             ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
             if len(ids_T) > most:
                 raise RecipeError(
-                    f"the prompt has {len(ids_T)} tokens, and the text encoder reads {most}",
-                    "prompt",
+                    f"the {name.replace('_', ' ')} has {len(ids_T)} tokens, and the text encoder reads "
+                    f"{most}",
+                    name,
                 )
             return ids_T
         if self.labels:

@@ -49,6 +49,8 @@ class EncoderDistillation(Taught, Classification):
     """The classes in the order of the head; the teacher's."""
     multi_label: Literal[False] = False
     """A text has one label."""
+    class_weights: None = None
+    """All labels count alike."""
     temperature: float = Field(default=2.0, gt=0, le=1000)
     """Scores of both are divided by it; 2 in the authors' training."""
     soft: float = Field(default=5.0, gt=0, le=1e6)

@@ -65,6 +65,8 @@ class Game:
     """Where between real and made images the gradient is looked at, in each turn."""
     player: Literal["discriminator", "generator", "both"] = "both"
     """Whose turn it is; ``both`` to measure, without a gradient."""
+    ends_turn: bool = False
+    """Whether it is the last micro-batch that this process has in the turn."""
 
 
 class GAN(Generative):
@@ -185,9 +187,10 @@ class GAN(Generative):
                         player=player,
                         latent_TRZ=batch.extra.latent_TRZ[turn : turn + 1],
                         between_TR=batch.extra.between_TR[turn : turn + 1],
+                        ends_turn=number == len(batches),
                     ),
                 )
-                for batch in batches
+                for number, batch in enumerate(batches, 1)
             ]
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -197,12 +200,16 @@ class GAN(Generative):
         """
         game: Game = batch.extra
         if game.player == "generator":
-            return self._generator_loss(network, game)
-        found = self._discriminator_loss(network, batch, game)
-        if game.player == "discriminator":
-            return found
-        other = self._generator_loss(network, game)
-        return Loss(found.total + other.total, {**found.metrics, **other.metrics})
+            found = self._generator_loss(network, game)
+        else:
+            found = self._discriminator_loss(network, batch, game)
+        if game.player == "both":
+            other = self._generator_loss(network, game)
+            return Loss(found.total + other.total, {**found.metrics, **other.metrics})
+        if game.ends_turn and self._spectral:
+            # In each process alike, so that all have the norms of one.
+            network.model.iterate_norms()
+        return found
 
     def _generator_loss(self, network: Network, game: Game) -> Loss:
         from torch.nn import functional as F
@@ -223,7 +230,6 @@ class GAN(Generative):
         with torch.no_grad():
             images = model.generate(game.latent_TRZ[0], game.class_R)
         class_2R = None if game.class_R is None else torch.cat([game.class_R] * 2)
-        # One pass for both, so that the estimate of the spectral norms is the same.
         both_2R = model.discriminate(torch.cat([batch.plan, images]), class_2R, self._spectral)
         real_R, made_R = both_2R.float().chunk(2)
         right = (real_R > made_R).sum()  # the score of wgan_gp has no zero

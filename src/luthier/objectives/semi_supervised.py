@@ -67,6 +67,8 @@ class SemiSupervised(Classification):
     method: Literal["semi_supervised"] = "semi_supervised"  # type: ignore[assignment]
     multi_label: Literal[False] = False
     """A text has one label."""
+    class_weights: None = None
+    """All labels count alike."""
     threshold: float = Field(default=0.5, ge=0, le=1)
     """Share of a text's likeliest label from which on it is learned."""
     unlabelled_weight: float = Field(default=1.0, gt=0, le=1e6)

@@ -37,6 +37,16 @@ def check_shares(labels: Sequence[str] | None, shares: Sequence[float] | None) -
         raise ValueError("a share is a number between 0 and 1, the ends left out")
 
 
+def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str, float]:
+    """Weight of each of ``labels``: rows / (classes * rows of its class), as scikit-learn's "balanced".
+
+    The mean weight of a row is 1. A class without rows has weight 1, and counts as none.
+    """
+    counts = {name: seen[name] for name in labels if seen.get(name)}
+    mean = sum(counts.values()) / max(1, len(counts))
+    return {name: mean / counts[name] if name in counts else 1.0 for name in labels}
+
+
 def softmax_bias(shares: Sequence[float]) -> tuple[float, ...]:
     """Scores whose softmax are the shares; 0 for the most frequent, and for all of equal ones."""
     return tuple(math.log(share / max(shares)) for share in shares)

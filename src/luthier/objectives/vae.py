@@ -26,12 +26,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from luthier.data.chat import ChatFormat
+from luthier.data.processors import ImageProcessor
 from luthier.data.shapes import BareWindow
 from luthier.data.spool import spool
 from luthier.evaluation.thresholds import draw_threshold
 from luthier.models.heads import Task
+from luthier.models.modalities import input_shape
 from luthier.models.random_numbers import draw_seed, row_generators
-from luthier.objectives.base import TrainingDefaults
+from luthier.objectives.base import TrainingDefaults, chat_of
+from luthier.objectives.capabilities import Compression
 from luthier.objectives.generative import Generative, draw_latents, draw_noise
 from luthier.types import Example, Loss, Row
 
@@ -190,6 +193,33 @@ class VAE(Generative):
         latent_RZ = draw_latents(len(labels), size, generator)
         images: Tensor = network.model.decode(latent_RZ.to(network.device, network.dtype))
         return images
+
+    def compression(self, network: Network) -> Compression:
+        """Numbers of an input, and latents."""
+        channels, height, width = input_shape(network.model.config)
+        is_image = isinstance(chat_of(network).media, ImageProcessor)
+        return Compression(
+            channels * height * width, int(network.model.config.latent_size), 1 if is_image else 4
+        )
+
+    def copy_error(self, network: Network, examples: Sequence[Example], budget: int) -> float:
+        """Mean squared difference of :meth:`reconstruct` from the rows, which stay as they are read."""
+        import torch
+
+        processor = chat_of(network).media
+        # Pixels have a deviation for each colour, and are cut off at black and white.
+        spread = torch.ones(1)
+        low, high = torch.tensor(-math.inf), torch.tensor(math.inf)
+        if isinstance(processor, ImageProcessor):
+            mean = torch.tensor(processor.mean)[:, None, None]
+            spread = torch.tensor(processor.std)[:, None, None]
+            low, high = -mean / spread, (1 - mean) / spread
+        errors: list[float] = []
+        for batch in network.batches(examples, budget):
+            pair = (self.reconstruct(network, batch), batch.plan)
+            copies, rows = (each.float().cpu().clamp(low, high) * spread for each in pair)
+            errors += (copies - rows).square().flatten(1).mean(1).tolist()
+        return math.fsum(errors) / len(errors)
 
     def reconstruct(self, network: Network, batch: TreeBatch) -> Tensor:
         """The copies ``[R, C, H, W]`` of the rows, at the means of their latents."""

@@ -80,17 +80,19 @@ class Model:
         steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
+        negative_prompt: str | None = None,
     ) -> list[SampledImage]:
         """New images, each with ``pixels`` ``[H, W, 3]`` and a ``label``, from a model that makes them.
 
         The same ``seed`` gives the same images. ``label`` asks for those of a class; a model that knows
         classes makes as many of each in turn where it is not given. ``prompt`` says what they are to
         show, for a model that learned from captions. ``steps``, ``guidance_scale`` and ``eta`` are for
-        diffusion models, in the place of what they were stored with.
+        diffusion models, in the place of what they were stored with, and so is ``negative_prompt`` for
+        those that learned from captions: what the images are to be unlike.
         """
         from luthier.objectives.capabilities import DenoisingSettings
 
-        settings = DenoisingSettings(steps, guidance_scale, eta)
+        settings = DenoisingSettings(steps, guidance_scale, eta, negative_prompt)
         return self.image_generator.sample(count, seed, label, settings=settings, prompt=prompt)
 
     @data_errors("nothing was reconstructed")

@@ -13,6 +13,7 @@ import numpy as np
 from luthier.data.processors import ImageProcessor
 from luthier.errors import RecipeError
 from luthier.objectives.capabilities import (
+    Compression,
     DenoisingSettings,
     SupportsDenoising,
     SupportsPrompts,
@@ -56,6 +57,8 @@ class Reconstruction:
     copy: Pixels
     error: float
     """Mean squared difference of pixels from 0 to 1."""
+    compression: Compression
+    """How much less the model keeps of the image than there is."""
 
 
 class ImageGenerator:
@@ -120,8 +123,9 @@ class ImageGenerator:
         if settings is not None and settings != DenoisingSettings():
             if not isinstance(objective, SupportsDenoising):
                 raise RecipeError(
-                    f"{self.name} makes an image in one go: steps, guidance_scale and eta are for "
-                    "models that were trained with `objective.method=diffusion`",
+                    f"{self.name} makes an image in one go: steps, guidance_scale, eta and "
+                    "negative_prompt are for models that were trained with "
+                    "`objective.method=diffusion`",
                     next(name for name, value in asdict(settings).items() if value is not None),
                 )
             objective = objective.with_sampling(settings)
@@ -167,6 +171,7 @@ class ImageGenerator:
         import torch
 
         objective, finished = self._reconstructor(), 0
+        compression = objective.compression(self.network)
         examples = [self.chat.encode_input(row.bare(), index) for index, row in enumerate(rows)]
 
         def read(batch: TreeBatch) -> list[Reconstruction]:
@@ -176,7 +181,7 @@ class ImageGenerator:
             for original, copy in zip(self._pixels(batch.plan), copies, strict=True):
                 difference = (original.astype(np.float64) - copy) / 255
                 error = float(np.square(difference).mean())
-                found.append(Reconstruction(original, copy, error))
+                found.append(Reconstruction(original, copy, error, compression))
             finished += len(found)
             done(finished)
             return found

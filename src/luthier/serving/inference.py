@@ -124,6 +124,8 @@ class ImageRequest:
     """From noise to image, of a model that takes several."""
     guidance_scale: float | None = None
     """How much such a model makes of what is asked for."""
+    negative_prompt: str = ""
+    """What the images of such a model are to be unlike, where it learned from captions."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

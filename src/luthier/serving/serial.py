@@ -274,7 +274,11 @@ class SerialModel:
                 f"This model makes images of {width}x{height} (width x height), and no others.",
                 "size",
             )
-        settings = DenoisingSettings(request.steps, request.guidance_scale)
+        settings = DenoisingSettings(
+            request.steps,
+            request.guidance_scale,
+            negative_prompt=request.negative_prompt or None,
+        )
         try:
             return generator.sample(
                 request.count, seed, label, done, lambda: self._turn(work), settings, prompt

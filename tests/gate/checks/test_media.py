@@ -15,9 +15,9 @@ from PIL import Image
 from luthier.data.chat import ChatFormat
 from luthier.data.media import Media
 from luthier.data.processors import AudioProcessor, FeatureExtractor, ImageProcessor
-from luthier.data.shapes import LabelledAudio, LabelledImage
+from luthier.data.shapes import CaptionedImage, LabelledAudio, LabelledImage
 from luthier.gate.check import CheckContext
-from luthier.gate.checks import CHECKS, checks_for
+from luthier.gate.checks import checks_for
 from luthier.gate.checks.duplicates import Duplicates
 from luthier.gate.checks.media import MediaFiles
 from luthier.gate.report import Report, next_steps
@@ -183,12 +183,40 @@ def test_rows_of_texts_are_passed_over() -> None:
     assert not report.findings.counts and not report.summaries["media"]["splits"]
 
 
-def test_checks_of_texts_are_left_out_for_a_base_that_reads_images() -> None:
+def test_a_person_named_in_the_metadata_is_told_and_not_repeated() -> None:
+    fields = Image.Exif()
+    fields[0x13B] = "Ann Doe"
+    fields.get_ifd(0x8769)[0xA431] = "0123"
+    report = check(image(encoded(noise(1), "JPEG", exif=fields)))
+    assert messages(report) == {
+        "media.person": ["t:1: 1.png has the metadata Artist, BodySerialNumber."]
+    }
+
+
+def test_captions_are_checked_as_texts_are_also_for_a_base_without_a_tokenizer() -> None:
     known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
-    chosen, left = checks_for(known)
-    names = {each.name for each in chosen}
-    assert "media" in names and "duplicates" in names and not names & {"language", "privacy"}
-    assert {name for name, why in left.items() if why == "reads texts"} <= {*CHECKS}
+    chosen, left = checks_for(known, skip=["learning"])
+    assert "base_language" in left and "tokenizer" not in left["base_language"]
+    captions = ["<|im_end|> a red disc", "Call ann.doe@nowhere.de", "a caf\u00c3\u00a9", "As an AI"]
+    rows = [
+        CaptionedImage("t", n, Media("image", f"{n}.png", array=noise(n)), text)
+        for n, text in enumerate(captions, 1)
+    ]
+    report = inspect_rows({"train": rows}, chosen)
+    assert {"privacy.email", "encoding.mojibake", "marker.other_template"} <= {
+        *report.findings.counts
+    }
+    assert not any("ann.doe" in line for found in messages(report).values() for line in found)
+    assert not {"privacy", "encoding", "markers", "language", "lengths"} & {*report.left_out}
+
+
+def test_where_no_row_has_a_text_checks_of_texts_are_left_out_of_the_report() -> None:
+    known = CheckContext(chat=ChatFormat.reading(ImageProcessor(8, 8)))
+    chosen, _ = checks_for(known, skip=["learning", "amount", "balance"])
+    report = inspect_rows({"train": [image(noise(1))]}, chosen)
+    assert {*report.left_out} == {"encoding", "language", "lengths", "markers", "privacy"}
+    assert not {*report.left_out} & {*report.summaries} and "media" in report.summaries
+    assert not report.findings.counts
 
 
 def test_every_rule_is_met_here() -> None:

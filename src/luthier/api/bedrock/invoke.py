@@ -190,7 +190,8 @@ class TextToImage(NativeBody):
     text: Annotated[str, Field(max_length=1024)] = ""
     """Name of a class that the model knows. AWS wants at least a character; here a model that knows no
     classes takes none, and another makes each class in turn."""
-    negativeText: Literal[""] = ""
+    negativeText: Annotated[str, Field(max_length=1024)] = ""
+    """What they are to be unlike, for a model of diffusion that learned from captions."""
 
 
 class ImageConfig(NativeBody):
@@ -206,7 +207,6 @@ class ImageConfig(NativeBody):
 
 
 _WITHOUT = {
-    "negativeText": "#/textToImageParams/negativeText: no model here can be told what to leave out",
     "conditionImage": "#/textToImageParams/conditionImage: no model here is guided by an image",
     "quality": "#/imageGenerationConfig/quality: a model has one, which is standard",
 }
@@ -245,7 +245,12 @@ class ImageBody(NativeBody):
             size = config.height, config.width
         text = self.textToImageParams.text
         return ImageRequest(
-            config.numberOfImages, text, config.seed, size, guidance_scale=config.cfgScale
+            config.numberOfImages,
+            text,
+            config.seed,
+            size,
+            guidance_scale=config.cfgScale,
+            negative_prompt=self.textToImageParams.negativeText,
         )
 
     @staticmethod
@@ -269,6 +274,7 @@ _IMAGE_MEMBERS = {
     "size": "imageGenerationConfig",
     "seed": "imageGenerationConfig/seed",
     "guidance_scale": "imageGenerationConfig/cfgScale",
+    "negative_prompt": "textToImageParams/negativeText",
 }
 
 

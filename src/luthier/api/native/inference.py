@@ -82,6 +82,8 @@ class SampleRequest(Input):
     """From noise to image, of a diffusion model; as it was stored when not given."""
     guidance_scale: StrictFloat | StrictInt | None = Field(default=None, ge=0, le=100)
     """How much such a model makes of what is asked for."""
+    negative_prompt: str = Field(default="", max_length=1024)
+    """What the images are to be unlike, of such a model that learned from captions."""
 
 
 class SampleView(View):
@@ -125,6 +127,8 @@ class ReconstructionsView(View):
 
     model: str
     images: list[ReconstructionView]
+    compression_ratio: float
+    """Numbers of an image for each that the model keeps of it."""
 
 
 def operations(context: Context, pool: ModelPool) -> list[NativeOperation]:
@@ -178,8 +182,9 @@ class _Inference:
         stored_id = self._model(request, "SampleImages")
         with inference_faults():
             wanted = ImageRequest(
-                asked.count, asked.label, asked.seed, None, asked.steps, asked.guidance_scale
-            )
+                asked.count, asked.label, asked.seed, None, asked.steps, asked.guidance_scale,
+                asked.negative_prompt,
+            )  # fmt: skip
             made = self.pool.sample(stored_id, wanted)
         pixels = [each.pixels for each in made.images]
         if _wants_picture(request):
@@ -209,7 +214,10 @@ class _Inference:
             ReconstructionView(png=_base64(encode_png(each.copy)), error=each.error)
             for each in found
         ]
-        return ReconstructionsView(model=request.params["model"], images=views)
+        ratio = found[0].compression.ratio
+        return ReconstructionsView(
+            model=request.params["model"], images=views, compression_ratio=ratio
+        )
 
     def _model(self, request: Request, action: str) -> str:
         """The stored id of the model that is asked, where the policies let the caller."""

@@ -68,8 +68,8 @@ def checks_for(
             left[name] = "not run in jobs"
         elif kind.needs_model and known.chat is None:
             left[name] = "needs a base model"
-        elif kind.of_texts and known.chat is not None and not known.chat.has_tokenizer:
-            left[name] = "reads texts"
+        elif kind.needs_tokenizer and known.chat is not None and not known.chat.has_tokenizer:
+            left[name] = "needs a base model that reads texts"
         else:
             chosen.append(kind.of(known))
     return chosen, left

@@ -35,7 +35,8 @@ UNEVEN = Rule(
     "note",
     "One class has nine of ten training rows, or a hundred times those of another.",
     "Accuracy is high for a model that knows one answer only.",
-    "Compare by macro F1, which `luthier evaluate` prints too; add rows of the rare classes.",
+    "Compare by macro F1, which `luthier evaluate` prints too; add rows of the rare classes, or let "
+    "them count more with `objective.class_weights=balanced` (of `objective.method=classification`).",
     whole=True,
 )
 FEWEST = 8

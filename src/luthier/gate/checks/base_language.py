@@ -162,6 +162,7 @@ class BaseLanguage(Check):
     of_texts: ClassVar[bool] = True
     rules: ClassVar[tuple[Rule, ...]] = (UNTRAINED,)
     needs_model: ClassVar[bool] = True
+    needs_tokenizer: ClassVar[bool] = True
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:

@@ -120,7 +120,7 @@ class Markers(SpotCheck):
     @classmethod
     def of(cls, known: CheckContext) -> Self:
         """With the special tokens of the model, where there is one."""
-        return cls(known.chat)
+        return cls(known.chat if known.chat is not None and known.chat.has_tokenizer else None)
 
     def __init__(self, chat: ChatFormat | None = None) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ batch norms would let the images of a micro-batch see each other; the generator 
 convolves (Odena et al. 2016). Where there are classes, an embedding of the class is added to the
 generator's noise, and how well image and class agree to the discriminator's score (Miyato and Koyama
 2018, arXiv:1802.05637). Each weight of the discriminator can be divided by its spectral norm (Miyato et
-al. 2018, arXiv:1802.05957), which one step of power iteration in each training step keeps up with.
+al. 2018, arXiv:1802.05957), which one step of power iteration in each turn keeps up with.
 """
 
 from __future__ import annotations
@@ -50,17 +50,20 @@ class DCGANOutput(ModelOutput):
 def spectral_weight(layer: Any) -> Tensor:
     """The weight of a layer divided by an estimate of its largest singular value.
 
-    The vector ``u`` that it is estimated by is a buffer of the layer; in training, one step of power
-    iteration moves it.
+    The estimate is one step of power iteration away from the vector ``u``, a buffer of the layer, which
+    stays: all micro-batches of a turn see one weight, however many there are and in whichever process.
     """
     weight: Tensor = layer.weight
     flat = weight.flatten(1)
-    with torch.no_grad():
-        v = F.normalize(flat.T @ layer.u, dim=0)
-        u = F.normalize(flat @ v, dim=0)
-        if layer.training:
-            layer.u.copy_(u)
+    u, v = _iterate(flat, layer.u)
     return weight / (u @ (flat @ v)).clamp_min(1e-4)
+
+
+@torch.no_grad()
+def _iterate(flat: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of power iteration from ``u``: singular vectors of ``flat``."""
+    v = F.normalize(flat.T @ u, dim=0)
+    return F.normalize(flat @ v, dim=0), v
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -221,6 +224,13 @@ class DCGANForPreTraining(DCGANPreTrainedModel):
         if self.known and class_R is not None:
             score_R = score_R + (features_RH * self.class_features(class_R)).sum(-1)
         return score_R
+
+    @torch.no_grad()
+    def iterate_norms(self) -> None:
+        """Move the vectors that spectral norms are estimated by one step on: once in each turn."""
+        for module in self.modules():
+            if isinstance(module, SpectralConv2d | SpectralLinear):
+                module.u.copy_(_iterate(module.weight.flatten(1), module.u)[0])
 
     def forward(self, pixel_values: Tensor, **_: Any) -> DCGANOutput:
         """What the discriminator says of images ``[R, C, H, W]``, and of as many generated ones."""

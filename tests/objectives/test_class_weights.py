@@ -1,0 +1,230 @@
+"""How much rows of each class count: torch's weighted cross-entropy, scikit-learn's formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import luthier
+from luthier.data.augmentation import Augmentation
+from luthier.data.shapes import LabelledText
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.loop import Loop
+from luthier.engine.metrics import MetricsFile, Reporter
+from luthier.errors import RecipeError
+from luthier.evaluation.linear import fit_logistic
+from luthier.models.load import as_network, load_model
+from luthier.models.tokenizer import load_chat_format
+from luthier.objectives import Classification
+from luthier.recipe import Recipe, Training
+from luthier.types import Example, Row
+from test_pairs import ROWS
+
+CPU = torch.device("cpu")
+ROWS_OF = {"bert": "label", "vit": "labelled_image", "ast": "labelled_audio"}
+NAMES = ("fox", "dog", "dog", "card")
+
+FamilyFolder = Callable[[str], Path]
+
+
+def rows_of(family: str) -> list[Row]:
+    """Four rows of three classes, of which one has two."""
+    return [
+        replace(row, label=name) for row, name in zip(ROWS[ROWS_OF[family]], NAMES, strict=True)
+    ]
+
+
+def encode(
+    objective: Classification, folder: Path, rows: Sequence[Row]
+) -> tuple[Classification, Any, list[Example]]:
+    chat = load_chat_format(folder)
+    fitted = objective.fit(rows, chat)
+    torch.manual_seed(0)
+    model = load_model(folder, torch.float32, CPU, fitted.head())
+    network = as_network(model, CPU, torch.float32)
+    network.chat = chat
+    return fitted, network, [fitted.encode(row, n, chat) for n, row in enumerate(rows)]
+
+
+def test_balanced_is_the_formula_of_scikit_learn(family_folder: FamilyFolder) -> None:
+    """n_samples / (n_classes * np.bincount(y)), and weights of a table as they are."""
+    rows = rows_of("bert")
+    chat = load_chat_format(family_folder("bert"))
+    balanced = Classification(class_weights="balanced").fit(rows, chat)
+    y = np.array([["card", "dog", "fox"].index(name) for name in NAMES])
+    expected = len(y) / (3 * np.bincount(y))
+    assert balanced.labels == ("card", "dog", "fox")
+    assert balanced.class_weights == pytest.approx(
+        dict(zip(balanced.labels, expected, strict=True))
+    )
+    # One more of each is counted for the shares that a new head starts with: 2, 3 and 2 of 7 rows.
+    assert balanced.head().bias == pytest.approx((0, np.log(3 / 4), 0))
+    given = Classification(class_weights={"dog": 0.5}).fit(rows, chat)
+    assert given.class_weights == {"dog": 0.5}
+    more = Classification(labels=("card", "cow", "dog", "fox"), class_weights="balanced")
+    assert more.fit(rows, chat).class_weights == {**balanced.class_weights, "cow": 1.0}  # type: ignore[dict-item]
+    assert Classification().fit(rows, chat).class_weights is None
+    even = [LabelledText("f", n, text="a", label="ab"[n % 2]) for n in range(20)]
+    assert Classification(class_weights="balanced").fit(even, chat).head().bias == (0, 0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("family", ROWS_OF)
+def test_the_loss_is_the_weighted_mean_of_torch_however_rows_are_cut(
+    family: str, smoothing: float, tmp_path: Path, family_folder: FamilyFolder
+) -> None:
+    weights = {"fox": 5.0, "dog": 0.25}
+    objective, network, examples = encode(
+        Classification(class_weights=weights, label_smoothing=smoothing),
+        family_folder(family),
+        rows_of(family),
+    )
+    assert [each.weight for each in examples] == [5.0, 0.25, 0.25, 1.0]
+    with torch.no_grad():
+        scores_RC = torch.tensor(
+            network.read_rows(examples, 1000, lambda batch: network.row_scores(batch).tolist())
+        )
+    target_R = torch.tensor([2, 1, 1, 0])
+    weight_C = torch.tensor([1.0, 0.25, 5.0])
+    expected = F.cross_entropy(
+        scores_RC, target_R, weight=weight_C, label_smoothing=smoothing
+    )  # a weighted mean
+    for budget in (1, 1000):
+        assert objective.parity_loss(network, examples, budget) == pytest.approx(
+            float(expected), rel=1e-5
+        )
+    plain = F.cross_entropy(scores_RC, target_R, label_smoothing=smoothing)
+    assert abs(float(expected - plain)) > 1e-3
+    for module in network.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    lines = [first_step(network, objective, examples, budget, tmp_path) for budget in (1, 1000)]
+    for line in lines:
+        assert line["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert lines[0]["gradient_norm"] == pytest.approx(lines[1]["gradient_norm"], rel=1e-4)
+
+
+def first_step(
+    network: Any, objective: Classification, examples: list[Example], budget: int, folder: Path
+) -> dict[str, Any]:
+    """What a step on all rows measures, in micro-batches of so many tokens; the weights stay."""
+    training = Training(
+        batch_size=len(examples), learning_rate=1e-30, warmup_ratio=0.0, micro_batch_tokens=budget
+    )
+    loop = Loop(
+        network=network,
+        objective=objective,
+        training=training,
+        examples=examples,
+        validation=[],
+        steps=1,
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        metrics=MetricsFile(folder / f"{budget}.jsonl"),
+        reporter=Reporter(),
+    )
+    loop.run()
+    (line,) = [line for line in loop.metrics.read() if line["event"] == "train"]
+    return line
+
+
+def test_a_mixed_image_counts_as_the_shares_of_its_classes(family_folder: FamilyFolder) -> None:
+    objective, network, examples = encode(
+        Classification(class_weights={"fox": 5.0}), family_folder("vit"), rows_of("vit")
+    )
+    mixed = Augmentation(mixup_alpha=1.0).mix(
+        examples, objective.mix_targets, np.random.default_rng(3)
+    )
+    weight_C = torch.tensor([1.0, 1.0, 5.0])
+    target_RC = torch.from_numpy(np.stack([np.asarray(each.target) for each in mixed]))
+    assert [each.weight for each in mixed] == pytest.approx((target_RC @ weight_C).tolist())
+    with torch.no_grad():
+        scores_RC = torch.tensor(
+            network.read_rows(mixed, 1000, lambda batch: network.row_scores(batch).tolist())
+        )
+        total = F.cross_entropy(scores_RC, target_RC, weight=weight_C, reduction="sum")
+    expected = float(total / (target_RC @ weight_C).sum())
+    assert objective.parity_loss(network, mixed, 1) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "heavy"])
+def test_weights_that_are_none_are_refused(weight: Any) -> None:
+    for given, words in (
+        ({"fox": weight}, "the weight of 'fox'"),
+        (weight, "must be balanced, or"),
+    ):
+        with pytest.raises(RecipeError, match=rf"objective\.class_weights`: {words}"):
+            Recipe.parse(
+                {
+                    "data": {"train": "-"},
+                    "objective": {"method": "classification", "class_weights": given},
+                }
+            )
+
+
+def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder) -> None:
+    chat = load_chat_format(family_folder("bert"))
+    rows = rows_of("bert")
+    with pytest.raises(RecipeError, match=r"names 'foxx', and no row has that label: .* fox\?"):
+        Classification(class_weights={"foxx": 2.0}).fit(rows, chat)
+    with pytest.raises(RecipeError, match="the labels are card, dog, fox"):
+        Classification(class_weights={"xyz": 2.0}).fit(rows, chat)
+    several = [LabelledText("f", n, text="a", label=("a", "b")[: n % 3]) for n in range(4)]
+    with pytest.raises(RecipeError, match="rows of one label each"):
+        Classification(class_weights="balanced").fit(several, chat)
+    for method in ("semi_supervised", "encoder_distillation"):
+        with pytest.raises(RecipeError, match="class_weights"):
+            Recipe.parse(
+                {
+                    "data": {"train": "-"},
+                    "objective": {"method": method, "class_weights": "balanced"},
+                }
+            )
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_a_rare_class_is_found_with_it_and_not_without(
+    tmp_path: Path, family_folder: FamilyFolder
+) -> None:
+    """Where texts say nothing of the class, the frequent one is the best answer but for its weight."""
+    lines = [
+        f'{{"text": "the lazy dog", "label": "{"often" if n % 5 else "rare"}"}}' for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    share = {}
+    for weights in (None, "balanced"):
+        objective: dict[str, Any] = {"method": "classification"}
+        if weights is not None:
+            objective["class_weights"] = weights
+        tuned = luthier.tune(
+            tmp_path / "rows.jsonl", base=str(family_folder("bert")), name=f"by-{weights}".lower(),
+            objective=objective, training__max_steps=20, training__precision="float32",
+            training__batch_size=40, data__validation_share=0, training__refit=False,
+        )  # fmt: skip
+        share[weights] = luthier.load(tuned.model_id).predict("the lazy dog")["scores"]["rare"]
+    assert share[None] == pytest.approx(0.2, abs=0.07)
+    assert share["balanced"] == pytest.approx(0.5, abs=0.07)
+
+
+def test_regression_with_weights_is_that_of_rows_that_come_as_often() -> None:
+    random = torch.Generator().manual_seed(0)
+    features_NH = torch.randn(12, 4, generator=random)
+    features_NH -= features_NH.mean(0)
+    target_N = torch.arange(12) % 3
+    weights = [1.0, 3.0, 2.0]
+    found = fit_logistic(features_NH, target_N, 3, weights=weights)
+    often = torch.tensor(weights)[target_N].long()
+    score_NC = found.scores(features_NH).requires_grad_(True)
+    F.cross_entropy(
+        score_NC.repeat_interleave(often, dim=0), target_N.repeat_interleave(often)
+    ).backward()
+    assert score_NC.grad is not None
+    # At the minimum the gradient of the bias, which has no penalty, is 0.
+    assert score_NC.grad.sum(0).abs().max() < 1e-3
+    assert fit_logistic(features_NH, target_N, 3).bias_C.sub(found.bias_C).abs().max() > 0.1
