@@ -89,10 +89,13 @@ class ModelLimits(StrictModel):
     """Of a model's work that one request has for images and sounds; one that takes longer is ended.
     Waiting for a turn does not count."""
     account_share: float = Field(default=0.75, gt=0, le=1)
-    """Part of answers, cache memory, model_requests, streams and transfers that one account has at
-    most; one request alone may take more of the first two."""
+    """Part of answers, cache memory, pinned memory, model_requests, streams and transfers that one
+    account has at most; one request alone may take more of the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
+    pinned_share: float = Field(default=0.5, ge=0, le=1)
+    """Part of the memory for weights that pinned models take at most, so that others can still be
+    asked; one account has account_share of it."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
     """Part of the same for keys and values of what models read and write, and for the passes of models
     that label and embed."""
