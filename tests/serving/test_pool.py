@@ -342,6 +342,27 @@ def test_embeddings_do_not_depend_on_their_batch(
     large.close()
 
 
+def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(folders: list[str]) -> None:
+    pool = ModelPool(1 << 30, cache=1 << 28, limits=ModelLimits(queue_seconds=0.2))
+    expected = pool.embed(folders[0], ["fox"])
+    reader = pool._entries[folders[0]].reader
+    done: list[Any] = []
+
+    def wait() -> None:
+        with working_for("", background=True):
+            done.append(pool.embed(folders[0], ["fox"]))
+
+    patient = threading.Thread(target=wait)
+    with pool._scheduler.work("bob", reader):
+        patient.start()
+        with pytest.raises(InferenceFailed, match="busy") as refused:
+            pool.embed(folders[0], ["fox"])
+        assert refused.value.code == "Throttling" and not done
+    patient.join(20)
+    assert done == [expected] == [pool.embed(folders[0], ["fox"])]
+    pool.close()
+
+
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320, 10**6]])
 def test_ids_that_are_no_tokens_have_no_embedding(
     pool: ModelPool, folders: list[str], ids: list[int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import weakref
@@ -10,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import cancellable
@@ -31,7 +31,7 @@ from luthier.serving.inference import (
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import prompt_tokenized
-from luthier.serving.scheduler import FairScheduler
+from luthier.serving.scheduler import FairScheduler, in_background
 from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class ModelPool:
             reader = self._reader(entry)
             examples = reader.texts(texts)
             prompt_tokenized()
-            found = reader.embed(examples)
+            found = reader.embed(examples, self._work(math.inf))
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -254,8 +254,10 @@ class ModelPool:
             text = f"One request has from 1 to {most} of {parameter}, and this one {count:,}."
             raise InferenceRefused(text, parameter)
 
-    def _work(self) -> Work:
-        return Work(self.limits.image_seconds)
+    def _work(self, seconds: float | None = None) -> Work:
+        """What a model reads or draws for one request, for ``image_seconds`` where none are given."""
+        queue_seconds = math.inf if in_background() else self.limits.queue_seconds
+        return Work(self.limits.image_seconds if seconds is None else seconds, queue_seconds)
 
     def load(self, model_id: str) -> None:
         """Have a model in memory before it is asked.
@@ -604,7 +606,7 @@ def _weights(stored: StoredModel, shares_base: bool) -> int:
     numbers = 0
     for path in files:
         try:
-            numbers += sum(prod(shape) for _, shape in tensor_headers(path).values())
+            numbers += sum(math.prod(shape) for _, shape in tensor_headers(path).values())
         except LuthierError as error:
             raise InferenceFailed("ModelError", f"The model cannot be loaded: {error}") from error
     times = _STACKED if shares_base else _LOADED_TWICE
