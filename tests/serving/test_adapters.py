@@ -24,6 +24,7 @@ from luthier.models.row_adapters import StackedLayer
 from luthier.models.sampling import Sampling
 from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
+from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.serving.pool import ModelPool
@@ -137,6 +138,26 @@ def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
     assert {each.id for each in pool.loaded_models()} >= {base, *NAMES[:2]}
     assert next(each.requests for each in pool.loaded_models() if each.id == base) == 0
     pool.close()
+
+
+def test_no_garbage_is_collected_while_an_adapter_is_loaded(
+    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.load(base)
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    enabled: list[bool] = []
+    honest = Decoder.open
+    monkeypatch.setattr(
+        Decoder, "open", lambda *given: (enabled.append(gc.isenabled()), honest(*given))[1]
+    )
+    pool.load(NAMES[0])
+    assert enabled == [False] and gc.isenabled()
+    pool.unload(NAMES[0])
+    assert gc.get_freeze_count() > 0
+    network = weakref.ref(pool._entries[base].model.network.model)
+    pool.unload(base)
+    gc.collect()
+    assert network() is None and not gc.get_freeze_count()
 
 
 def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:
