@@ -210,7 +210,7 @@ class QuotaExceeded(RefusedInput):
 
 
 class WrongState(RefusedInput):
-    """What is asked of a job is not possible in the state it is in."""
+    """What is asked of a job or a model is not possible in the state it is in."""
 
 
 class LocationRefused(RefusedInput):

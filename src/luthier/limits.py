@@ -75,6 +75,15 @@ class ModelLimits(StrictModel):
     waiting_requests: int = Field(default=256, ge=1)
     """Requests of one account, or of one address as long as the account is not known, that wait for one
     model or for anything else that is shared here; further ones are answered 429."""
+    queue_seconds: float = Field(default=300, gt=0)
+    """For which a request may wait for one of model_requests, and again for its turn at the model; then
+    it is answered 429. Half of what the `openai` client waits by default: it learns that the server is
+    busy, and has time to ask again. boto3 hangs up after 60 s, which ends its wait. Lines of batches
+    and rows of evals wait as long as it takes."""
+    answer_seconds: float = Field(default=3600, gt=0)
+    """From the end of that wait to the end of the answer, pauses for others counted; a longer one ends
+    with an error (Bedrock: `ModelTimeoutException`, OpenAI: 504 `timeout`). Twice what 8,192 tokens
+    take beside 63 other streams of a model of 135 million weights on two cores."""
     logprobs: int = Field(default=500_000, ge=1)
     """Log probabilities that the answers to one request may have in all, a few hundred bytes each; a
     request that may need more is answered 400."""
@@ -89,10 +98,13 @@ class ModelLimits(StrictModel):
     """Of a model's work that one request has for images and sounds; one that takes longer is ended.
     Waiting for a turn does not count."""
     account_share: float = Field(default=0.75, gt=0, le=1)
-    """Part of answers, cache memory, model_requests, streams and transfers that one account has at
-    most; one request alone may take more of the first two."""
+    """Part of answers, cache memory, pinned memory, model_requests, streams and transfers that one
+    account has at most; one request alone may take more of the first two."""
     weights_share: float = Field(default=0.45, gt=0, le=1)
     """Part of the memory that is free at the start for the weights of models."""
+    pinned_share: float = Field(default=0.5, ge=0, le=1)
+    """Part of the memory for weights that pinned models take at most, so that others can still be
+    asked; one account has account_share of it."""
     cache_share: float = Field(default=0.15, gt=0, le=1)
     """Part of the same for keys and values of what models read and write, and for the passes of models
     that label and embed."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from luthier.adaptations import Adapters, LoRA, Prefix, Prompt
 from luthier.errors import RecipeError
@@ -225,3 +226,65 @@ def test_adapters_come_and_go_while_others_are_written(
     assert equal(found, alone[1:])
     (bank,) = base._shared._banks.values()
     assert len(bank.adapters) == len(others) + 1
+
+
+def tensor_bytes(*owners: Any) -> dict[int, int]:
+    """Bytes of the memory that tensors of networks and banks have, by its address."""
+    found: dict[int, int] = {}
+    for owner in owners:
+        if isinstance(owner, torch.nn.Module):
+            tensors = [*owner.parameters(), *owner.buffers()]
+        else:
+            tensors = [stack for stacks in owner.stacks.values() for stack in stacks]
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[4]], ids=lambda kind: kind.method)
+def test_an_adapter_takes_twice_its_file_at_most_however_many_write(
+    kind: Any, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512, exact=True)
+    backends = [base.with_adapter(network.with_adapter(drawn(kind, n)), 512) for n in range(29)]
+    frozen = tensor_bytes(network.model)
+    own = {
+        name: weight.contiguous()
+        for name, weight in backends[0].network.model.named_parameters()
+        if weight.untyped_storage().data_ptr() not in frozen
+    }
+    save_file(own, tmp_path / "adapter")
+    size = (tmp_path / "adapter").stat().st_size
+
+    def excess(loaded: list[Any]) -> int:
+        """Bytes beyond twice the files of the adapters that are in memory."""
+        banks = [*base._shared._banks.values()]
+        found = tensor_bytes(*(each.network.model for each in loaded), *banks)
+        return sum(found[each] for each in found.keys() - frozen.keys()) - 2 * size * len(loaded)
+
+    states: list[Any] = []
+    for backend in backends:
+        states += backend.fork(read(backend), 1)
+        assert excess(backends) <= 0
+    while states:
+        base.free(states.pop(len(states) // 2))
+        assert excess(backends) <= 0
+    for backend in backends[:20]:
+        states += backend.fork(read(backend), 1)
+    for state in states[::2]:
+        base.free(state)
+    for count, backend in enumerate(backends[:20:2], 1):
+        backend.close()
+        assert excess([*backends[1:20:2], *backends[2 * count : 20 : 2], *backends[20:]]) <= 0
+    for state in states[1::2]:
+        base.free(state)
+
+
+def read(backend: Any) -> Any:
+    """Its state once a prompt is read."""
+    state = backend.open(PROMPTS[1])
+    while backend.prefill([state])[0] is None:
+        pass
+    return state

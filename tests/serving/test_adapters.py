@@ -17,12 +17,14 @@ import torch
 
 from luthier.encryption.tensors import save_tensors
 from luthier.engine.train import train
-from luthier.errors import CorruptFile
+from luthier.errors import CorruptFile, QuotaExceeded, WrongState
+from luthier.limits import ModelLimits
 from luthier.models.manifest import MANIFEST
 from luthier.models.row_adapters import StackedLayer
 from luthier.models.sampling import Sampling
 from luthier.models.save import ADAPTER, read_adapter
 from luthier.recipe import Recipe
+from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.inference import Chat, GenerationRequest, InferenceFailed, TokenChunk
 from luthier.serving.pool import ModelPool
@@ -114,6 +116,48 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
     threads = {pool._entries[name].model._thread for name in (*SHARING, base)}
     assert len(threads) == 1, "one decoder writes all of them"
     assert pool._entries[NAMES[-1]].model._thread not in threads
+
+
+def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
+    sizes = ModelPool(1 << 30, cache=1 << 28)
+    for name in NAMES[:2]:
+        sizes.load(name)
+    room = {each.id: each.bytes for each in sizes.loaded_models()}
+    assert [each.base for each in sizes.loaded_models()] == [base, base, None]
+    sizes.close()
+    limits = ModelLimits(account_share=1)
+    most = 2 * (room[base] + room[NAMES[0]] + room[NAMES[1]])
+    pool = ModelPool(most, cache=1 << 28, limits=limits)
+    pool.pin(NAMES[0], "anna")
+    pool.pin(NAMES[1], "bob")
+    with pytest.raises(QuotaExceeded):
+        pool.pin(NAMES[2], "bob")
+    text_of(pool, NAMES[-1])  # has a network of its own
+    with pytest.raises(WrongState):
+        pool.unload(base)
+    assert {each.id for each in pool.loaded_models()} >= {base, *NAMES[:2]}
+    assert next(each.requests for each in pool.loaded_models() if each.id == base) == 0
+    pool.close()
+
+
+def test_no_garbage_is_collected_while_an_adapter_is_loaded(
+    pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.load(base)
+    assert gc.isenabled() and gc.get_freeze_count() > 0
+    enabled: list[bool] = []
+    honest = Decoder.open
+    monkeypatch.setattr(
+        Decoder, "open", lambda *given: (enabled.append(gc.isenabled()), honest(*given))[1]
+    )
+    pool.load(NAMES[0])
+    assert enabled == [False] and gc.isenabled()
+    pool.unload(NAMES[0])
+    assert gc.get_freeze_count() > 0
+    network = weakref.ref(pool._entries[base].model.network.model)
+    pool.unload(base)
+    gc.collect()
+    assert network() is None and not gc.get_freeze_count()
 
 
 def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:

@@ -35,7 +35,7 @@ from luthier.serving.inference import (
     TooLong,
 )
 from luthier.serving.memory import CacheBudget
-from luthier.serving.scheduler import WaitingRequests
+from luthier.serving.scheduler import WaitingRequests, working_for
 from luthier.store.models import chat_format, find, load
 from luthier.types import Message
 
@@ -525,3 +525,41 @@ def test_generators_of_other_shapes(family_folder: Callable[[str], Path]) -> Non
         found = [made.submit(asked("What is it?", max_tokens=12, n=2)).whole()[1]]
         assert found[0].text == expected.rstrip("\ufffd")
         made.close()
+
+
+def test_who_waits_too_long_is_told_that_the_model_is_busy(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = ModelLimits(answers=1, queue_seconds=0.2)
+    monkeypatch.setattr(opened, "limits", limits)
+    endless = asked("Hi", max_tokens=900, logit_bias={1: -100.0})
+    busy = opened.submit(endless)
+    next(busy)
+    late = opened.submit(asked("Hi"))
+    with working_for("", background=True):
+        patient = opened.submit(asked("Hi"))
+    with pytest.raises(InferenceFailed, match=r"busy.*0\.2 seconds") as refused:
+        late.whole()
+    assert refused.value.code == "Throttling"
+    assert next(busy)
+    busy.close()
+    assert patient.whole()[0].tokens > 0
+    assert settled(opened)
+
+
+def test_an_answer_that_takes_too_long_ends_and_others_go_on(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answer(opened, asked("fox"))
+    endless = asked("Hi", max_tokens=900, logit_bias={1: -100.0}, n=2)
+    late = opened.submit(endless)
+    next(late)
+    (job,) = opened._at_work()
+    other = opened.submit(asked("fox"))
+    job.began -= opened.limits.answer_seconds
+    pieces: list[Any] = []
+    with pytest.raises(InferenceFailed, match="not whole after 3600 seconds") as ended:
+        pieces.extend(late)
+    assert ended.value.code == "ModelTimeout"
+    assert other.whole()[0] == expected
+    assert settled(opened)

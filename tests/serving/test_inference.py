@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, Stream
+from luthier.serving.inference import (
+    FinishEvent,
+    GenerationRequest,
+    InferenceFailed,
+    InferenceRefused,
+    Stream,
+    TokenChunk,
+)
 
 WRONG: list[dict[str, Any]] = [
     {"max_tokens": 0}, {"temperature": 2.1}, {"temperature": float("nan")}, {"top_p": -0.1},
@@ -39,3 +46,36 @@ def test_whole_answers_of_a_stream_that_was_closed_before() -> None:
     with pytest.raises(InferenceFailed, match="given up") as failed:
         stream.whole()
     assert failed.value.code == "ServiceUnavailable"
+
+
+def test_the_first_piece_of_a_stream_can_be_waited_for() -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    pieces = [TokenChunk(0, "a"), TokenChunk(0, "b"), FinishEvent(0, "stop", 2)]
+    for piece in pieces:
+        events.put(piece)
+    stream.wait()
+    stream.wait()
+    assert [*stream] == pieces
+    stream.wait()  # it has ended, and nothing is waited for
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_stream_that_will_have_no_first_piece(closes: bool) -> None:
+    events: SimpleQueue[Any] = SimpleQueue()
+    stream = Stream(events, prompt_tokens=3, n=1)
+    if closes:
+        stream.close()
+        stream.wait()
+    else:
+        events.put(InferenceFailed.busy(3))
+        with pytest.raises(InferenceFailed, match="busy"):
+            stream.wait()
+    assert [*stream] == []
+
+
+def test_a_stream_that_is_interrupted_while_its_first_piece_is_waited_for() -> None:
+    stream = Stream(SimpleQueue(), prompt_tokens=3, n=1)
+    stream.interrupt()
+    with pytest.raises(InferenceFailed, match="is ending"):
+        stream.wait()

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from luthier.cancellation import cancelled_by
-from luthier.errors import UnknownModel
+from luthier.errors import QuotaExceeded, UnknownModel, WrongState
+from luthier.limits import MIB, ModelLimits
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import GenerationRequest, InferenceFailed, InferenceRefused, TooLong
-from luthier.serving.pool import ModelPool
+from luthier.serving.pool import RECENT, ModelPool
 from luthier.serving.scheduler import working_for
 
 REQUEST = GenerationRequest("The quick", max_tokens=4, temperature=0)
@@ -95,6 +96,112 @@ def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     assert pool.loaded_ids() == [folders[2], folders[1]]
     busy[1].close()
     assert [entry.uses for entry in pool._entries.values()] == [0, 0]
+
+
+def test_a_model_that_is_loaded_ahead_answers_without_loading(
+    pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.load(folders[0])
+    (loaded,) = pool.loaded_models()
+    assert (loaded.id, loaded.base, loaded.requests, loaded.pinned) == (folders[0], None, 0, False)
+    assert loaded.bytes == pool.weight_bytes() and loaded.loaded <= loaded.last_used
+    monkeypatch.setattr(Decoder, "open", None)
+    busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0}))
+    (asked,) = pool.loaded_models()
+    assert asked.requests == 1 and asked.last_used > loaded.last_used
+    pool.unload(folders[0])
+    assert not pool.loaded_models() and next(busy)
+    threads = decoder_threads()
+    busy.close()
+    assert not any(thread.is_alive() for thread in threads)
+    pool.unload(folders[0])  # it is not there, which is no error
+
+
+def decoder_threads() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "luthier-decoder"]
+
+
+def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
+    pool: ModelPool, folders: list[str]
+) -> None:
+    bias = {1: -100.0}
+    busy = pool.submit(folders[0], GenerationRequest("x", max_tokens=900, logit_bias=bias))
+    pool.submit(folders[1], REQUEST).whole()
+    with pytest.raises(InferenceFailed, match="at work") as refused:
+        pool.load(folders[2])
+    assert refused.value.code == "ModelNotReady"
+    assert pool.loaded_ids() == folders[:2]
+    for entry in pool._entries.values():
+        entry.last_used -= 2 * RECENT
+    pool.load(folders[2])
+    assert pool.loaded_ids() == [folders[0], folders[2]]
+    busy.close()
+
+
+def test_a_pinned_model_makes_room_for_nobody(folders: list[str]) -> None:
+    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
+    limits = ModelLimits(account_share=1)
+    pool = ModelPool(int(2.5 * size), cache=1 << 28, limits=limits)
+    pool.pin(folders[0], "anna")
+    pool.pin(folders[0], "anna")
+    for folder in (folders[1], folders[2], folders[1]):
+        assert pool.submit(folder, REQUEST).whole()[0].tokens == 4
+    assert [(each.id, each.pinned) for each in pool.loaded_models()] == [
+        (folders[0], True),
+        (folders[1], False),
+    ]
+    with pytest.raises(WrongState, match="Unpin"):
+        pool.unload(folders[0])
+    needed, left = (
+        pool._entries[folders[0]].bytes,
+        pool.budget // 2 - pool._entries[folders[0]].bytes,
+    )
+    figures = rf"takes {needed / MIB:.1f} MiB, and {left / MIB:.1f} MiB may still be pinned"
+    with pytest.raises(QuotaExceeded, match=figures):
+        pool.pin(folders[1], "bob")
+    pool.unpin(folders[0])
+    pool.submit(folders[2], REQUEST).whole()
+    assert pool.loaded_ids() == [folders[1], folders[2]]
+    pool.pin(folders[1], "bob")
+    pool.forget(folders[1])
+    pool.pin(folders[2], "bob")
+    pool.close()
+
+
+def test_one_account_has_a_part_of_what_may_be_pinned(folders: list[str]) -> None:
+    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
+    limits = ModelLimits(pinned_share=0.75, account_share=0.5)
+    pool = ModelPool(4 * size, cache=1 << 28, limits=limits)
+    pool.pin(folders[0], "anna")
+    with pytest.raises(QuotaExceeded):
+        pool.pin(folders[1], "anna")
+    pool.pin(folders[1], "bob")
+    pool.close()
+
+
+def test_a_model_larger_than_what_is_not_pinned_is_refused_with_the_figures(
+    folders: list[str],
+) -> None:
+    size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
+    limits = ModelLimits(pinned_share=1, account_share=1)
+    pool = ModelPool(int(1.5 * size), cache=1 << 28, limits=limits)
+    pool.pin(folders[0], "anna")
+    with pytest.raises(InferenceFailed, match="MiB are not pinned to others") as refused:
+        pool.submit(folders[1], REQUEST)
+    assert refused.value.code == "ModelNotReady"
+    pool.close()
+
+
+def test_what_cannot_be_loaded_is_not_pinned(pool: ModelPool, folders: list[str]) -> None:
+    weights = Path(folders[0]) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InferenceFailed, match="cannot be loaded"):
+        pool.pin(folders[0], "anna")
+    weights.write_bytes(whole)
+    assert not pool._pins
+    with pytest.raises(UnknownModel):
+        pool.pin("nothing-like-it", "anna")
 
 
 def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it_is_loaded(
@@ -233,6 +340,27 @@ def test_embeddings_do_not_depend_on_their_batch(
         large.submit("reader", REQUEST)
     assert not large.writes("reader")
     large.close()
+
+
+def test_who_waits_too_long_to_be_read_is_told_that_the_model_is_busy(folders: list[str]) -> None:
+    pool = ModelPool(1 << 30, cache=1 << 28, limits=ModelLimits(queue_seconds=0.2))
+    expected = pool.embed(folders[0], ["fox"])
+    reader = pool._entries[folders[0]].reader
+    done: list[Any] = []
+
+    def wait() -> None:
+        with working_for("", background=True):
+            done.append(pool.embed(folders[0], ["fox"]))
+
+    patient = threading.Thread(target=wait)
+    with pool._scheduler.work("bob", reader):
+        patient.start()
+        with pytest.raises(InferenceFailed, match="busy") as refused:
+            pool.embed(folders[0], ["fox"])
+        assert refused.value.code == "Throttling" and not done
+    patient.join(20)
+    assert done == [expected] == [pool.embed(folders[0], ["fox"])]
+    pool.close()
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**63], [10**30], [320, 10**6]])

@@ -230,7 +230,7 @@ class EvaluationRunner(BackgroundRunner[EvaluationRun, GradedRow]):
             self.count_tokens(run.account, model, read, written)
 
         self.count(run.account, "", Usage(requests=1))
-        with meter(count), working_for(run.account):
+        with meter(count), working_for(run.account, background=True):
             try:
                 graded = task.grade(caller, number, row)
             except Fault as fault:

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from luthier import __version__
 from luthier.api.audit import AuditTrail
 from luthier.api.authentication import Authenticator
-from luthier.api.bedrock.activation import Activation
+from luthier.api.bedrock.activation import Activation, check_and_load
 from luthier.api.bedrock.control import Control
 from luthier.api.bedrock.evaluation_tasks import JobParts
 from luthier.api.bedrock.evaluations import FACE as EVALUATION_JOB
@@ -107,7 +108,8 @@ class Service:
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
         )
-        self.activation = Activation(self.database)
+        self.activation = Activation(self.database, partial(check_and_load, self.pool))
+        self._pinning = ThreadPoolExecutor(1, "pinning")
         capacity = Capacity()
         self.scheduler = Scheduler(
             self.database,
@@ -146,6 +148,7 @@ class Service:
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
         self.activation.resume()
+        self._pin_models()
         self.openai.start()
         self.memory.start()
         if work:
@@ -160,6 +163,7 @@ class Service:
         self.scheduler.stop(give_back)
         self.openai.close()
         self.activation.close()
+        self._pinning.shutdown(cancel_futures=True)
         self.trail.close()
         self.meter.close()
         self.pool.close()
@@ -175,6 +179,21 @@ class Service:
         except SQLAlchemyError:
             return "the database cannot be reached"
         return None
+
+    def _pin_models(self) -> None:
+        """Load the models that were pinned, one after the other, while requests are answered."""
+        query = select(CustomModel).where(CustomModel.pinned).order_by(CustomModel.seq)
+        with self.database.read() as session:
+            pinned = [*session.scalars(query)]
+        for model in pinned:
+            self._pinning.submit(self._pin, model)
+
+    def _pin(self, model: CustomModel) -> None:
+        try:
+            self.pool.pin(model.stored_id or "", model.account)
+        except Exception as error:
+            # It stays pinned in the database: another start may have the room.
+            _log.warning("%s is not pinned: %s", model.stored_id, error)
 
     def _recount(self) -> None:
         """Count what is stored: it may be wrong after an upgrade or a restored backup."""

@@ -39,9 +39,14 @@ EXACT_TOKENS = 512
 class Work:
     """What a model does for one request: in turns, and for so many seconds in all."""
 
-    def __init__(self, seconds: float = math.inf) -> None:
-        """It is given up when the client of the thread hangs up."""
+    def __init__(self, seconds: float = math.inf, queue_seconds: float = math.inf) -> None:
+        """It is given up when the client of the thread hangs up, or its first turn has not come within
+        ``queue_seconds``."""
         self._seconds, self._used, self._began = seconds, 0.0, 0.0
+        self.queue_seconds = queue_seconds
+        self._turn_until = time.monotonic() + queue_seconds
+        self.has_begun = False
+        """Whether its first turn has come."""
         self._gone = threading.Event()
         cancellable(KillHandle(self._gone.set))
 
@@ -50,6 +55,11 @@ class Work:
         """Whether nobody waits for it any more."""
         return self._gone.is_set()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it has waited too long for its first turn."""
+        return not self.has_begun and time.monotonic() > self._turn_until
+
     @contextmanager
     def count_time(self) -> Iterator[None]:
         """Count the time of the block, unless all is used up.
@@ -57,7 +67,7 @@ class Work:
         Raises:
             InferenceFailed: where it is.
         """
-        self._began = time.monotonic()
+        self._began, self.has_begun = time.monotonic(), True
         self.check_within(0)
         try:
             yield
@@ -276,6 +286,7 @@ class RowBatcher:
                     rows.append(row)
                     read.add(request)
                     request.unread.popleft()
+                    request.work.has_begun = True
                     room -= row.cost
             for request in read:
                 self._waiting.move_to_end(request)

@@ -50,6 +50,7 @@ from luthier.serving.scheduler import (
     WaitingRequests,
     current_client,
     discount,
+    in_background,
 )
 from luthier.serving.text import AnswerDelta, AnswerText
 from luthier.serving.toolcalls import CallSplitter
@@ -99,6 +100,10 @@ class RunningRequest:
         """While its prompt is read."""
         self.cached_tokens = 0
         """Of its prompt, which an earlier one had read."""
+        self.arrived = self.began = time.perf_counter()
+        """When it came, and when it was let in."""
+        self.background = in_background()
+        """Whether it waits for its turn as long as it takes."""
         self.cancelled = False
         self.unread = False
         """Whether its client reads too slowly for more to be written."""
@@ -315,7 +320,8 @@ class Decoder:
 
         Raises:
             InferenceRefused: for a request that is wrong; nothing was begun.
-            InferenceFailed: where too many requests wait.
+            InferenceFailed: where too many requests wait. The stream raises ``Throttling`` where its
+                turn has not come within ``queue_seconds``, ``ModelTimeout`` after ``answer_seconds``.
         """
         job = self._job(request)
         writer = self._base or self
@@ -502,18 +508,27 @@ class Decoder:
             return False
         if not self.memory.take(job.client, job.memory):
             return False
+        job.began = time.perf_counter()
         self._answers[job.client] += job.request.n
         self._scheduler.enter(job.client)
         self._reading.append(job)
         return True
 
     def _sweep(self) -> None:
-        """Forget the requests of clients who hung up."""
+        """Forget the requests of clients who hung up, and those whose time is over."""
+        now, limits = time.perf_counter(), self.limits
         with self._wake:
             for job in self._waiting:
-                if job.cancelled:
+                late = now - job.arrived > limits.queue_seconds and not job.background
+                if late:
+                    job.events.put(InferenceFailed.busy(limits.queue_seconds))
+                if late or job.cancelled:
                     self._waiting.remove(job)
         for job in self._at_work():
+            if now - job.began > limits.answer_seconds and not job.cancelled:
+                text = f"The answer is not whole after {limits.answer_seconds:g} seconds."
+                job.events.put(InferenceFailed("ModelTimeout", f"{text} Ask for fewer tokens."))
+                job.cancelled = True
             if job.cancelled:
                 self._forget(job)
 

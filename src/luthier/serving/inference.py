@@ -44,12 +44,18 @@ class TooLong(InferenceRefused):
 
 class InferenceFailed(LuthierError):
     """A request that could not be answered. ``code`` is Bedrock's word for why:
-    ``Throttling``, ``ModelNotReady``, ``ModelError``, ``ServiceUnavailable``.
+    ``Throttling``, ``ModelNotReady``, ``ModelError``, ``ModelTimeout``, ``ServiceUnavailable``.
     """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+    @staticmethod
+    def busy(seconds: float) -> InferenceFailed:
+        """Its turn has not come within so many seconds."""
+        text = f"The model is busy: the request has waited {seconds:g} seconds. Try again soon."
+        return InferenceFailed("Throttling", text)
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ class GenerationResult:
                 self.reasoning_tokens = event.reasoning_tokens
 
 
-ENDED: Any = None
+ENDED: Any = object()
 """Stands behind the last event of a stream that was cut short."""
 
 
@@ -286,6 +292,8 @@ class Stream:
         self._events, self._n, self._left = events, n, n
         self._at_end: list[Callable[[], None]] = []
         self._interruption: InferenceFailed | None = None
+        self._first: Any = None
+        """The first event, where somebody waited for it."""
 
     def at_end(self, act: Callable[[], None]) -> None:
         """Call ``act`` once, when the last answer ended or the stream was closed."""
@@ -302,7 +310,8 @@ class Stream:
         """
         if not self._left:
             raise StopIteration
-        event = self._interruption or self._events.get()
+        event, self._first = self._first, None
+        event = self._interruption or event or self._events.get()
         # What was written before it waits in the queue, and an answer that is cut needs none of it.
         event = self._interruption or event
         if isinstance(event, BaseException):
@@ -316,6 +325,21 @@ class Stream:
                 self.close()
         assert isinstance(event, Event)
         return event
+
+    def wait(self) -> None:
+        """Block until the first piece is there, which stays to be read, or the stream is closed.
+
+        Raises:
+            InferenceFailed: where there will be none.
+        """
+        if self._first is not None or not self._left:
+            return
+        event = self._events.get()
+        event = self._interruption or event
+        if isinstance(event, BaseException):
+            self.close()
+            raise event
+        self._first = event
 
     def close(self) -> None:
         """Let go of it; the answers that are not whole are not written further. Any thread may."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import secrets
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
-from luthier.errors import LuthierError, UnknownModel
-from luthier.limits import ModelLimits
+from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
+from luthier.limits import MIB, ModelLimits
 from luthier.serving.batcher import Work
 from luthier.serving.inference import (
     GenerationRequest,
@@ -30,7 +32,7 @@ from luthier.serving.inference import (
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import prompt_tokenized
-from luthier.serving.scheduler import FairScheduler
+from luthier.serving.scheduler import FairScheduler, in_background
 from luthier.serving.serial import Embedding, ImageSamples, ModelInput, SerialModel
 
 if TYPE_CHECKING:
@@ -43,10 +45,13 @@ if TYPE_CHECKING:
 
 LOADING_SECONDS = 300.0
 """How long a request waits for its model to be loaded."""
+RECENT = timedelta(minutes=1)
+"""A model that was asked so lately stays where another one is loaded that nobody has asked yet."""
 _LOADED_TWICE = 2.5
 """Of the weights' bytes: they are kept a second time in the kernels' order."""
 _STACKED = 2.0
-"""The same of an adapter beside its base: weights are stacked with others' while it writes."""
+"""The same of an adapter beside its base: its own, and a place in the stack of those that write, which
+has never more places than there are adapters. DoRA has vectors of its outputs on top."""
 
 
 @dataclass(eq=False)
@@ -64,8 +69,11 @@ class _Entry:
     """The entry of the model whose network it shares, which it uses as long as it has a place."""
     error: Exception | None = None
     uses: int = 0
+    """Requests that it answers, and adapters on it."""
     gone: bool = False
     """Whether it is let go of once nothing is asked of it."""
+    loaded: datetime | None = None
+    last_used: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def close(self) -> None:
         """End its work, as far as it was loaded."""
@@ -73,6 +81,32 @@ class _Entry:
             self.model.close()
         if self.reader is not None and self.reader is not self.model:
             self.reader.close()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is in memory."""
+
+    id: str
+    bytes: int
+    """Memory that its weights are reckoned to take, beside those of its base."""
+    base: str | None
+    """Id of the model whose network it shares."""
+    loaded: datetime
+    last_used: datetime
+    """When it was loaded or asked last, or ended an answer."""
+    requests: int
+    """Those that it answers now."""
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class _Pin:
+    """Keeps a model, and the one that it stands on, in memory."""
+
+    client: str
+    sizes: dict[str, int]
+    """Bytes of both, by their ids."""
 
 
 class ModelPool:
@@ -97,6 +131,7 @@ class ModelPool:
         self._prefixes = PrefixCache(self.memory)
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()
         # While transformers builds a network it changes what holds for the whole process, such as the
         # type of new tensors: a second one beside it would lack weights, or have others.
@@ -163,7 +198,7 @@ class ModelPool:
             reader = self._reader(entry)
             examples = reader.texts(texts)
             prompt_tokenized()
-            found = reader.embed(examples)
+            found = reader.embed(examples, self._work(math.inf))
         count_tokens(model_id, sum(each.tokens for each in found))
         return found
 
@@ -221,11 +256,90 @@ class ModelPool:
             text = f"One request has from 1 to {most} of {parameter}, and this one {count:,}."
             raise InferenceRefused(text, parameter)
 
-    def _work(self) -> Work:
-        return Work(self.limits.image_seconds)
+    def _work(self, seconds: float | None = None) -> Work:
+        """What a model reads or draws for one request, for ``image_seconds`` where none are given."""
+        queue_seconds = math.inf if in_background() else self.limits.queue_seconds
+        return Work(self.limits.image_seconds if seconds is None else seconds, queue_seconds)
+
+    def load(self, model_id: str) -> None:
+        """Have a model in memory before it is asked.
+
+        Models that nobody has asked for :data:`RECENT` make room for it, those in use do not.
+
+        Raises:
+            UnknownModel: where there is no such model.
+            InferenceFailed: ``ModelNotReady`` where there is no room now, ``ModelError`` where it
+                cannot be loaded.
+        """
+        with self._borrow(model_id, unasked=True):
+            pass
+
+    def unload(self, model_id: str) -> None:
+        """Let go of a model, and of adapters on it, as soon as their last answers have ended.
+
+        Raises:
+            WrongState: where it is pinned, or one of them.
+        """
+        with self._lock:
+            if any(model_id in pin.sizes for pin in self._pins.values()):
+                raise WrongState("The model is pinned, or an adapter on it is. Unpin that first.")
+        self.forget(model_id)
+
+    def pin(self, model_id: str, client: str) -> None:
+        """Load a model and keep it, whoever needs room, until it is unpinned or deleted.
+
+        Of the memory for weights ``pinned_share`` may be pinned, and ``account_share`` of that by one
+        client. The base of an adapter counts once.
+
+        Raises:
+            QuotaExceeded: with the figures, where it would be more; nothing was loaded.
+            UnknownModel, InferenceFailed: as :meth:`load`; it is not pinned then.
+        """
+        from luthier.store import models as store
+
+        stored = store.find(model_id)
+        shares = store.shares_base(stored)
+        sizes = {model_id: _weights(stored, shares)}
+        if shares:
+            assert stored.parent is not None
+            sizes[stored.parent.id] = _weights(stored.parent, False)
+        pin = _Pin(client, sizes)
+        with self._lock:
+            if model_id in self._pins:
+                return
+            self._check_pin(pin)
+            self._pins[model_id] = pin
+        try:
+            self.load(model_id)
+        except BaseException:
+            self.unpin(model_id)
+            raise
+
+    def unpin(self, model_id: str) -> None:
+        """Let a model go again when others need the room."""
+        with self._lock:
+            self._pins.pop(model_id, None)
+
+    def _check_pin(self, pin: _Pin) -> None:
+        """Refuse a pin that leaves others too little. Called with the lock."""
+        own = [each for each in self._pins.values() if each.client == pin.client]
+        most = int(self.limits.pinned_share * self.budget)
+        for pins, limit in (
+            (own, self.limits.share_of(most)),
+            ([*self._pins.values()], most),
+        ):
+            left = limit - _pinned_bytes(pins)
+            needed = _pinned_bytes([*pins, pin]) - _pinned_bytes(pins)
+            if needed > left:
+                free, total = max(left, 0) / MIB, self.budget / MIB
+                raise QuotaExceeded(
+                    f"To pin this model takes {needed / MIB:,.1f} MiB, and {free:,.1f} MiB may still "
+                    f"be pinned of {total:,.1f} MiB for models, as others need the rest. Unpin one."
+                )
 
     def forget(self, model_id: str) -> None:
         """Let go of a model that was deleted, as soon as nothing is asked of it or of its adapters."""
+        self.unpin(model_id)
         with self._lock:
             first = self._entries.get(model_id)
             gone = [each for each in self._entries.values() if first and first in (each, each.base)]
@@ -245,21 +359,39 @@ class ModelPool:
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.model is not None]
 
+    def loaded_models(self) -> list[LoadedModel]:
+        """The models in memory, the longest unused first."""
+        with self._lock:
+            adapters = Counter(each.base.id for each in self._entries.values() if each.base)
+            return [
+                LoadedModel(
+                    id=entry.id,
+                    bytes=entry.bytes,
+                    base=None if entry.base is None else entry.base.id,
+                    loaded=entry.loaded,
+                    last_used=entry.last_used,
+                    requests=max(0, entry.uses - adapters[entry.id]),
+                    pinned=entry.id in self._pins,
+                )
+                for entry in self._entries.values()
+                if entry.loaded is not None
+            ]
+
     def weight_bytes(self) -> int:
         """Memory that the weights of the loaded models are reckoned to take."""
         with self._lock:
             return sum(entry.bytes for entry in self._entries.values())
 
     @contextmanager
-    def _borrow(self, model_id: str) -> Iterator[_Entry]:
-        entry = self._acquire(model_id)
+    def _borrow(self, model_id: str, unasked: bool = False) -> Iterator[_Entry]:
+        entry = self._acquire(model_id, unasked)
         try:
             yield entry
         finally:
             self._release(entry)
 
-    def _acquire(self, model_id: str) -> _Entry:
-        """The loaded model, not to be let go of until it is released."""
+    def _acquire(self, model_id: str, unasked: bool = False) -> _Entry:
+        """The loaded model, not to be let go of until it is released; see :meth:`_reserve`."""
         with self._lock:
             entry = self._use(model_id)
         first = entry is None
@@ -271,9 +403,10 @@ class ModelPool:
             base = None
             if store.shares_base(stored):
                 assert stored.parent is not None
-                base = self._acquire(stored.parent.id)
+                base = self._acquire(stored.parent.id, unasked)
             try:
-                entry, first = self._reserve(model_id, _weights(stored, base), base)
+                size = _weights(stored, base is not None)
+                entry, first = self._reserve(model_id, size, base, unasked)
             except BaseException:
                 if base is not None:
                     self._release(base)
@@ -304,19 +437,29 @@ class ModelPool:
         """It is the latest in use; its base comes behind it, which has to stay for longer."""
         for each in (entry, entry.base):
             if each is not None and self._entries.get(each.id) is each:
+                each.last_used = datetime.now(UTC)
                 self._entries.move_to_end(each.id)
 
-    def _reserve(self, model_id: str, size: int, base: _Entry | None) -> tuple[_Entry, bool]:
+    def _reserve(
+        self, model_id: str, size: int, base: _Entry | None, unasked: bool
+    ) -> tuple[_Entry, bool]:
         """A place for the model, made free where needed, and whether it has to be loaded.
 
-        With it goes the use of its ``base``, unless there is a place already.
+        With it goes the use of its ``base``, unless there is a place already. Where it is ``unasked``
+        models that were asked lately keep their places.
         """
+        recent = datetime.now(UTC) - RECENT
         with self._lock:
             entry = self._use(model_id)
             if entry is not None:
                 return entry, False
             if size > self.budget:
                 text = f"{size >> 20} MiB of memory, and {self.budget >> 20} MiB are there."
+                raise InferenceFailed("ModelNotReady", f"The model needs {text}")
+            pinned = _pinned_bytes(pin for pin in self._pins.values() if model_id not in pin.sizes)
+            if size > self.budget - pinned:
+                left = max(self.budget - pinned, 0) >> 20
+                text = f"{size >> 20} MiB of memory, and {left} MiB are not pinned to others."
                 raise InferenceFailed("ModelNotReady", f"The model needs {text}")
             # What is being loaded is not taken yet, and jobs may have taken what was free at the start.
             loading = sum(each.bytes for each in self._entries.values() if not each.ready.is_set())
@@ -326,7 +469,8 @@ class ModelPool:
             evicted: list[_Entry] = []
             for other in self._entries.values():
                 adapters = sum(each.base is other for each in evicted)
-                if excess > 0 and other.uses == adapters:
+                stays = other.id in self._pins or (unasked and other.last_used > recent)
+                if excess > 0 and other.uses == adapters and not stays:
                     evicted.append(other)
                     excess -= other.bytes
             free += sum(each.bytes for each in evicted)
@@ -351,7 +495,7 @@ class ModelPool:
 
         try:
             stored = store.check_active(store.find(model_id))
-            with self._loading:
+            with self._loading, _collector_paused():
                 if store.writes(stored):
                     from luthier.serving.decoder import Decoder
 
@@ -372,6 +516,10 @@ class ModelPool:
                         stored, self.limits, self._scheduler, self.memory
                     )
                     entry.reader = entry.model
+            if entry.base is None:
+                # A full collection looks at the 300,000 objects of libraries and base, for 0.2 s.
+                gc.collect()
+                gc.freeze()
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
@@ -385,6 +533,8 @@ class ModelPool:
                 if self._entries.get(model_id) is entry:
                     del self._entries[model_id]
             self._close(entry)
+        else:
+            entry.loaded = datetime.now(UTC)
         entry.ready.set()
 
     def _reader(self, entry: _Entry) -> SerialModel:
@@ -404,6 +554,7 @@ class ModelPool:
     def _release(self, entry: _Entry) -> None:
         with self._lock:
             entry.uses -= 1
+            entry.last_used = datetime.now(UTC)
             last = entry.gone and not entry.uses
         if last:
             self._close(entry)
@@ -414,12 +565,28 @@ class ModelPool:
         base, entry.base = entry.base, None
         if base is not None:
             self._release(base)
+        else:
+            gc.unfreeze()  # else cycles of the network would stay for ever
 
 
 def _close_all(entries: OrderedDict[str, _Entry]) -> None:
     while entries:
         _, entry = entries.popitem()
         entry.close()
+    gc.unfreeze()
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection while a model is loaded: to make an adapter's 14,000 objects sets off a
+    full one in each eighth load, which takes three times as long as the load."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _writer(entry: _Entry) -> Decoder:
@@ -437,13 +604,22 @@ def _serial(entry: _Entry) -> SerialModel:
     return entry.model
 
 
-def _weights(stored: StoredModel, base: _Entry | None) -> int:
-    """Bytes that a model takes in memory, beside its base, without what its sequences keep."""
+def _pinned_bytes(pins: Iterable[_Pin]) -> int:
+    """What they hold together, each model once."""
+    sizes: dict[str, int] = {}
+    for pin in pins:
+        sizes |= pin.sizes
+    return sum(sizes.values())
+
+
+def _weights(stored: StoredModel, shares_base: bool) -> int:
+    """Bytes that a model takes in memory, without what its sequences keep; those of the network that
+    it shares are its base's."""
     from luthier.encryption.tensors import tensor_headers
     from luthier.engine.machine import choose_machine
     from luthier.models.save import ADAPTER
 
-    if base is None:
+    if not shares_base:
         files = list(stored.network_folder.rglob("*.safetensors"))
     else:
         files = [stored.folder / ADAPTER]
@@ -452,8 +628,8 @@ def _weights(stored: StoredModel, base: _Entry | None) -> int:
     numbers = 0
     for path in files:
         try:
-            numbers += sum(prod(shape) for _, shape in tensor_headers(path).values())
+            numbers += sum(math.prod(shape) for _, shape in tensor_headers(path).values())
         except LuthierError as error:
             raise InferenceFailed("ModelError", f"The model cannot be loaded: {error}") from error
-    times = _LOADED_TWICE if base is None else _STACKED
+    times = _STACKED if shares_base else _LOADED_TWICE
     return int(times * choose_machine().dtype.itemsize * numbers)

@@ -34,21 +34,31 @@ StepSize = tuple[int, int]
 
 
 _client: ContextVar[str] = ContextVar("client", default="")
+_background: ContextVar[bool] = ContextVar("background", default=False)
 
 
 @contextmanager
-def working_for(client: str) -> Iterator[None]:
-    """What is done in the block is done for ``client``, such as an account."""
-    token = _client.set(client)
+def working_for(client: str, background: bool = False) -> Iterator[None]:
+    """What is done in the block is done for ``client``, such as an account.
+
+    In the ``background`` nobody is there to ask again later: it waits for its turn as long as it takes.
+    """
+    token, background_token = _client.set(client), _background.set(background)
     try:
         yield
     finally:
         _client.reset(token)
+        _background.reset(background_token)
 
 
 def current_client() -> str:
     """Whom the thread is :func:`working_for`; empty where nobody has said."""
     return _client.get()
+
+
+def in_background() -> bool:
+    """Whether nobody is there to be told that a model is busy."""
+    return _background.get()
 
 
 def discount(counts: Counter[str], client: str, by: int = 1) -> None:

@@ -337,7 +337,7 @@ class SerialModel:
                 while not request.is_done:
                     self._read_pass(request)
             if not request.is_done:
-                raise _unloaded_failure()
+                raise _failure_of(work)
             return request.answers()
         except RowFailed as failed:
             error = failed.__cause__
@@ -354,7 +354,7 @@ class SerialModel:
     def _read_pass(self, request: ReadRequest) -> None:
         """Read some of the rows that wait, those of ``request`` first, when it is its turn."""
         with (
-            self._network_turn(lambda: request.is_done or request.work.is_cancelled) as parts,
+            self._network_turn(lambda: request.is_done or _is_over(request.work)) as parts,
             self._batcher.next_pass(request) as rows,
         ):
             for row in rows:
@@ -368,7 +368,7 @@ class SerialModel:
     def _turn(self, work: Work) -> Iterator[None]:
         """The network for one request, for as long as the block takes."""
         try:
-            with self._network_turn(lambda: work.is_cancelled), work.count_time():
+            with self._network_turn(lambda: _is_over(work)), work.count_time():
                 # A model that takes many passes for an image is ended between two of them; the passes
                 # of other turns are not those of this work.
                 hook = self._network.model.register_forward_pre_hook(lambda *_: work.check())
@@ -377,7 +377,7 @@ class SerialModel:
                 finally:
                     hook.remove()
         except Cancelled:
-            raise _unloaded_failure() from None
+            raise _failure_of(work) from None
 
     @contextmanager
     def _network_turn(self, is_over: Callable[[], bool]) -> Iterator[Counter[str]]:
@@ -389,6 +389,16 @@ class SerialModel:
                 yield parts
             finally:
                 release_workers()
+
+
+def _is_over(work: Work) -> bool:
+    """Whether there is no use in waiting for a turn."""
+    return work.is_cancelled or work.is_late
+
+
+def _failure_of(work: Work) -> InferenceFailed:
+    """Why work was given up before it was done."""
+    return InferenceFailed.busy(work.queue_seconds) if work.is_late else _unloaded_failure()
 
 
 def _unloaded_failure() -> InferenceFailed:

@@ -49,6 +49,8 @@ class CustomModel(Base):
     which models made from it have, too."""
     stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
     """Of its own files, once they are there; none of a model of an earlier version until a start."""
+    pinned: Mapped[bool] = mapped_column(default=False)
+    """Whether servers keep it in memory; each loads it when it starts."""
     created: Mapped[datetime]
 
     def arn(self, arns: Arns) -> str:

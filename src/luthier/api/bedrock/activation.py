@@ -1,4 +1,4 @@
-"""Endpoints become usable: their models are made ready in the background."""
+"""Endpoints become usable: their models are checked and loaded in the background."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from sqlalchemy import select
 from luthier.api.identifiers import stored_id_of
 from luthier.errors import DoesNotFit
 from luthier.files import verify
+from luthier.serving.inference import InferenceFailed
+from luthier.serving.pool import ModelPool
 from luthier.store import models
 from luthier.store.database import Database
 from luthier.store.endpoints import Endpoint, unfinished_ids
@@ -34,11 +36,28 @@ def check_files(stored_id: str) -> None:
         found = found.parent
 
 
+def check_and_load(pool: ModelPool, stored_id: str) -> None:
+    """Check the files of a model, and load it, so that its first request does not wait for that.
+
+    Where there is no room for it now nothing is asked of others: its first request loads it.
+
+    Raises:
+        LuthierError: as :func:`check_files`, and where it cannot be loaded at all.
+    """
+    check_files(stored_id)
+    try:
+        pool.load(stored_id)
+    except InferenceFailed as failed:
+        if failed.code != "ModelNotReady":
+            raise
+        _log.info("%s answers, and is loaded when it is first asked: %s", stored_id, failed)
+
+
 class Activation:
     """Prepares models one after the other; what comes of it is written where it was asked for."""
 
     def __init__(self, database: Database, prepare: Prepare = check_files) -> None:
-        """``prepare`` may load the model, too; else it is loaded when it is first asked."""
+        """``prepare`` is :func:`check_and_load` in a server that answers."""
         self.database, self.prepare = database, prepare
         self._threads = ThreadPoolExecutor(_THREADS, "activation")
 

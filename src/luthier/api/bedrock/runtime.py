@@ -46,6 +46,8 @@ _MID_STREAM = {
     "Validation": "validationException",
 }
 """Exceptions as events; everything else is ``internalServerException``."""
+_MID_CONVERSE = {**_MID_STREAM, "ModelTimeout": "modelStreamErrorException"}
+"""The same of ConverseStream, whose events have no word for time: clients could not read it."""
 
 _log = logging.getLogger("luthier.api")
 
@@ -94,7 +96,7 @@ class _Runtime:
         timer, stored_id = AnswerTimer(), self._model(request, STREAM)
         members = body_members(operation_models()["ConverseStream"], json_object(request))
         stream = self._begin(stored_id, partial(converse.generation_request, members))
-        events = _with_failure(converse.events_of(members, stream, timer.latency))
+        events = _with_failure(converse.events_of(members, stream, timer.latency), _MID_CONVERSE)
         pieces = GeneratedPieces(events, [stream])
         return Response(200, pieces, {"Content-Type": CONTENT_TYPE})
 
@@ -197,12 +199,14 @@ class _Runtime:
         return form.answer([encode_png(each.pixels) for each in made.images])
 
 
-def _with_failure(frames: Iterator[bytes]) -> Iterator[bytes]:
+def _with_failure(
+    frames: Iterator[bytes], kinds: Mapping[str, str] = _MID_STREAM
+) -> Iterator[bytes]:
     """The messages of an event stream; a failure is the last one, as an exception."""
     try:
         yield from frames
     except InferenceFailed as failed:
-        yield exception(_MID_STREAM.get(failed.code, "internalServerException"), str(failed))
+        yield exception(kinds.get(failed.code, "internalServerException"), str(failed))
     except Exception:
         _log.exception("a stream failed")
         yield exception("internalServerException", "Something failed inside the service.")

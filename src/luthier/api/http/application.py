@@ -40,6 +40,7 @@ from luthier.api.http.messages import (
     address_of,
     check_text,
     head_of,
+    inference_faults,
     service_of,
 )
 from luthier.api.http.metrics import Metrics, RequestRecord
@@ -47,6 +48,7 @@ from luthier.api.http.routing import Face, Operation, Route
 from luthier.api.http.streams import (
     ClientDisconnected,
     ConnectionGuard,
+    GeneratedPieces,
     Receive,
     RequestBody,
     Run,
@@ -209,6 +211,8 @@ class Application:
         request_id = exchange.record.request_id
         try:
             response = await self._respond(exchange)
+            if isinstance(response.body, GeneratedPieces):
+                await self._wait_for_first(exchange, response.body)
         except ClientDisconnected:
             raise
         except (Exception, asyncio.CancelledError) as error:
@@ -271,8 +275,9 @@ class Application:
                 assert signed is not None
                 exchange.identify(signed)
                 exchange.record.operation, client = operation.name, signed.caller.account
-                # Who waits with a large body holds memory that others want.
-                seconds = self.limits.idle_seconds if len(data) > small else None
+                seconds = self.limits.queue_seconds
+                if len(data) > small:  # who waits with a large body holds memory that others want
+                    seconds = min(seconds, self.limits.idle_seconds)
                 await turns.enter_async_context(slots.turn(client, seconds=seconds))
             await turns.enter_async_context(admission.large_body(client, len(data)))
             # One thread does all of it: to change threads costs as much as to look something up.
@@ -330,6 +335,22 @@ class Application:
         if gone:
             raise ClientDisconnected
         return response
+
+    async def _wait_for_first(self, exchange: _Exchange, pieces: GeneratedPieces) -> None:
+        """Send no status before a model has begun to write: what fails until then has its own."""
+        guard = ConnectionGuard(exchange.receive, self._wait)
+        guard.take(pieces)
+        gone = False
+        try:
+            with inference_faults():
+                await self._wait(pieces.wait)
+        except BaseException:
+            await self._wait(pieces.close)
+            raise
+        finally:
+            gone = await guard.end()
+        if gone:
+            raise ClientDisconnected
 
     async def _stream(
         self, exchange: _Exchange, route: Route, signed: Signed | None, body: RequestBody

@@ -289,6 +289,13 @@ class Fault(LuthierError):
         field = error.field if isinstance(error, RecipeError) else None
         return Fault(code, str(error), parameter=field, refused=True)
 
+    @staticmethod
+    def of_inference(failed: InferenceFailed) -> Fault:
+        """What a failure of a model becomes; who is told to come again is told when."""
+        passes = failed.code in ("Throttling", "ModelNotReady", "ServiceUnavailable")
+        details: dict[str, Any] = {"retry_after": 1} if passes else {}
+        return Fault(failed.code, str(failed), **details)
+
     def in_words_of(self, name: SettingName) -> Fault:
         """The same in the words of a face, where it is a refusal of the parts below."""
         if not self.details.get("refused"):
@@ -308,7 +315,7 @@ def inference_faults() -> Iterator[None]:
     except UnknownModel as refused:
         raise Fault("ResourceNotFound", "The model is no longer there.") from refused
     except InferenceFailed as failed:
-        raise Fault(failed.code, str(failed)) from failed
+        raise Fault.of_inference(failed) from failed
 
 
 def head_of(scope: Scope) -> RequestHead:

@@ -198,6 +198,14 @@ class GeneratedPieces:
     def __next__(self) -> bytes:
         return next(self._pieces)
 
+    def wait(self) -> None:
+        """Block until the first stream has a piece, or is closed.
+
+        Raises:
+            InferenceFailed: where it will have none.
+        """
+        self._streams[0].wait()
+
     def interrupt(self) -> None:
         """Make an error the next piece, and the last: the service ends."""
         for stream in self._streams:

@@ -72,6 +72,8 @@ _SAME = {
     "Predict": "InvokeModel",
     "SampleImages": "InvokeModel",
     "ReconstructImages": "InvokeModel",
+    "LoadModel": "InvokeModel",
+    "PinModel": "InvokeModel",
 }
 """Operations of Bedrock that come to the same: who is denied those is denied these."""
 

@@ -182,7 +182,7 @@ class BatchRunner(BackgroundRunner[Batch, Answered]):
             caller = self.caller_of(batch)
             self.count(batch.account, "", Usage(requests=1))
             count = partial(self.count_tokens, batch.account)
-            with meter(count), working_for(batch.account):
+            with meter(count), working_for(batch.account, background=True):
                 answer = self.endpoints[batch.endpoint](caller, members["body"])
         except Fault as fault:
             refused = fault

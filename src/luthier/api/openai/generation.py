@@ -165,7 +165,7 @@ class Inference:
         except InferenceRefused as refused:
             raise invalid(str(refused), where, "invalid_value") from refused
         except InferenceFailed as failed:
-            raise Fault(failed.code, str(failed)) from failed
+            raise Fault.of_inference(failed) from failed
 
     def judge(self, caller: Caller) -> Judge:
         """Finds models that grade, where the caller may have them answer."""
@@ -298,7 +298,7 @@ def refusals(model: str, member: str = "messages", structured: bool = False) -> 
     except UnknownModel as refused:
         raise model_not_found(model) from refused
     except InferenceFailed as failed:
-        raise Fault(failed.code, str(failed)) from failed
+        raise Fault.of_inference(failed) from failed
 
 
 def stream_events(

@@ -108,6 +108,7 @@ def upgrade() -> None:
         sa.Column("failure", sa.String(), nullable=True),
         sa.Column("details", Plain, nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("pinned", sa.Boolean(), nullable=False),
         sa.Column("created", Moment(), nullable=False),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("account", "name"),

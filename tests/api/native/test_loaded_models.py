@@ -1,0 +1,247 @@
+"""Models in memory through the native face: each account its own, over a real server."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import torch
+from served import served
+from sqlalchemy import select
+
+from luthier.api.bedrock.activation import check_and_load
+from luthier.api.service import Service
+from luthier.api.settings import Settings
+from luthier.engine import machine as machines
+from luthier.engine.train import train
+from luthier.errors import CorruptFile
+from luthier.limits import ServerLimits
+from luthier.recipe import Recipe
+from luthier.serving.inference import InferenceFailed
+from luthier.serving.pool import ModelPool
+from luthier.store.arns import Arns
+from luthier.store.audit import AuditEntry
+from luthier.store.custom_models import ACTIVE, CustomModel
+from luthier.store.database import new_id, now
+
+OWN, OTHER = "000000000000", "111111111111"
+MODELS = {"support": OWN, "sales": OWN, "theirs": OTHER}
+FOUNDATION = "huggingfacetb.smollm2-135m-instruct"
+BASE = f"arn:aws:bedrock:us-east-1::foundation-model/{FOUNDATION}"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """A store with adapters on one base: two of one account, one of another."""
+    home = tmp_path_factory.mktemp("home")
+    rows = home / "rows.jsonl"
+    rows.write_text('{"prompt": "say fox", "completion": "fox fox"}\n' * 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_HOME", str(home))
+        service = Service(Settings())
+        for name, account in MODELS.items():
+            fields: dict[str, Any] = {
+                "base": str(tiny_model_folder), "name": name,
+                "data": {"train": str(rows), "validation_share": 0},
+                "adaptation": {"method": "lora", "rank": 4},
+                "training": {"max_steps": 1, "precision": "float32", "threads": 1},
+            }  # fmt: skip
+            with service.database.write() as session:
+                session.add(
+                    CustomModel(
+                        id=new_id(),
+                        account=account,
+                        name=name,
+                        foundation=FOUNDATION,
+                        root=FOUNDATION,
+                        base_model=BASE,
+                        stored_id=train(Recipe.parse(fields)).model_id,
+                        status=ACTIVE,
+                        created=now(),
+                    )
+                )
+        assert service.issued is not None
+        (home / "keys.json").write_text(json.dumps(vars(service.issued)))
+        service.close()
+    return home
+
+
+@pytest.fixture(autouse=True)
+def store(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    machine = machines.Machine(torch.device("cpu"), torch.float32, 1, "a test")
+    monkeypatch.setattr(machines, "choose_machine", lambda *arguments: machine)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    made = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
+    with made.database.write() as session:
+        for model in session.scalars(select(CustomModel)):
+            model.pinned = False
+    made.start(work=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url(service: Service) -> Iterator[str]:
+    with served(service.application) as url:
+        yield url
+
+
+@pytest.fixture
+def call(url: str, home: Path) -> Callable[..., Any]:
+    """``call(method, path)``: what the server answers to the root user, or its refusal."""
+    key = json.loads((home / "keys.json").read_text())["api_key"]
+
+    def ask(method: str, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        request = urllib.request.Request(f"{url}/api/v1/{path}", None, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as refused:
+            return refused.code, json.loads(refused.read())["error"]
+
+    return ask
+
+
+def actions(service: Service) -> list[str]:
+    with service.database.read() as session:
+        found = session.scalars(select(AuditEntry).order_by(AuditEntry.seq))
+        return [each.action for each in found if each.action.endswith("Model")]
+
+
+def test_a_model_is_loaded_pinned_and_let_go_of(service: Service, call: Callable[..., Any]) -> None:
+    assert call("GET", "loaded-models") == {"models": []}
+    made = call("POST", "models/support/load")
+    assert (made["loaded"], made["pinned"], made["base"], made["requests"]) == (
+        True,
+        False,
+        BASE,
+        0,
+    )
+    assert made["memory_bytes"] > 0 and made["loaded_at"] <= made["last_used"]
+    pinned = call("POST", "models/sales/pin")
+    assert (pinned["loaded"], pinned["pinned"]) == (True, True)
+    listed = call("GET", "loaded-models")["models"]
+    assert [(each["name"], each["pinned"]) for each in listed] == [
+        ("support", False),
+        ("sales", True),
+    ]
+    status, refused = call("POST", "models/sales/unload")
+    assert (status, refused["code"]) == (409, "Conflict") and "Unpin" in refused["message"]
+    assert call("POST", "models/support/unload")["loaded"] is False
+    assert call("POST", "models/sales/unpin")["pinned"] is False
+    assert call("POST", "models/sales/unload")["loaded"] is False
+    assert actions(service) == [
+        "luthier:LoadModel",
+        "luthier:PinModel",
+        "luthier:UnloadModel",
+        "luthier:UnpinModel",
+        "luthier:UnloadModel",
+    ]
+
+
+def test_an_account_touches_and_sees_its_own_models_alone(
+    service: Service, call: Callable[..., Any]
+) -> None:
+    with service.database.read() as session:
+        theirs = session.scalars(select(CustomModel).filter_by(account=OTHER)).one()
+    assert theirs.stored_id is not None
+    service.pool.pin(theirs.stored_id, OTHER)
+    assert call("GET", "loaded-models") == {"models": []}
+    for name in ("theirs", theirs.id, theirs.arn(Arns()), "nothing"):
+        for action in ("load", "unload", "pin", "unpin"):
+            quoted = urllib.request.quote(name, safe="")  # type: ignore[attr-defined]
+            status, refused = call("POST", f"models/{quoted}/{action}")
+            assert (status, refused["code"]) == (404, "ResourceNotFound")
+    status, refused = call("POST", f"models/{FOUNDATION}/pin")
+    assert status == 400 and "all accounts share" in refused["message"]
+    (loaded,) = [each for each in service.pool.loaded_models() if each.base]
+    assert loaded.pinned
+
+
+def test_a_pin_without_room_is_refused_with_the_figures(
+    service: Service, call: Callable[..., Any]
+) -> None:
+    service.pool.budget = 1 << 10
+    status, refused = call("POST", "models/support/pin")
+    assert (status, refused["code"]) == (400, "ServiceQuotaExceeded")
+    assert "MiB may still be pinned" in refused["message"]
+    assert call("GET", "loaded-models") == {"models": []}
+
+
+def test_a_server_that_starts_loads_what_was_pinned(call: Callable[..., Any]) -> None:
+    call("POST", "models/support/pin")
+    again = Service(Settings(work=False, limits=ServerLimits(account_share=1)))
+    again.start(work=False)
+    try:
+        end = time.monotonic() + 30
+        while not any(each.pinned for each in again.pool.loaded_models()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        again.close()
+
+
+def test_a_deployment_that_is_active_has_its_model_in_memory(
+    service: Service, url: str, home: Path
+) -> None:
+    keys = json.loads((home / "keys.json").read_text())
+    client = boto3.client(
+        "bedrock", endpoint_url=url, region_name="us-east-1",
+        aws_access_key_id=keys["access_key"],
+        aws_secret_access_key=keys["secret"],
+    )  # fmt: skip
+    arn = client.get_custom_model(modelIdentifier="support")["modelArn"]
+
+    def deploy(name: str) -> Any:
+        made = client.create_custom_model_deployment(modelDeploymentName=name, modelArn=arn)
+        named = {"customModelDeploymentIdentifier": made["customModelDeploymentArn"]}
+        end = time.monotonic() + 30
+        while (found := client.get_custom_model_deployment(**named))["status"] == "Creating":
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        client.delete_custom_model_deployment(**named)
+        return found
+
+    assert deploy("warm")["status"] == "Active"
+    assert [each.base is not None for each in service.pool.loaded_models()] == [True, False]
+    for each in service.pool.loaded_ids():
+        service.pool.forget(each)
+    service.pool.budget = 1 << 10  # now there is no room
+    cold = deploy("cold")
+    assert cold["status"] == "Active" and "failureMessage" not in cold
+    assert service.pool.loaded_models() == []
+
+
+def test_what_cannot_be_loaded_does_not_become_active(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = service.pool
+    with service.database.read() as session:
+        stored_id = session.scalars(select(CustomModel.stored_id)).first()
+    assert stored_id is not None
+
+    def fail(model_id: str) -> None:
+        raise InferenceFailed("ModelError", "It cannot be loaded.")
+
+    monkeypatch.setattr(ModelPool, "load", lambda pool, model_id: fail(model_id))
+    with pytest.raises(InferenceFailed):
+        check_and_load(pool, stored_id)
+    monkeypatch.setattr("luthier.api.bedrock.activation.check_files", corrupt)
+    with pytest.raises(CorruptFile):
+        check_and_load(pool, stored_id)
+
+
+def corrupt(stored_id: str) -> None:
+    raise CorruptFile("It is cut.")

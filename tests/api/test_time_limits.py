@@ -1,0 +1,149 @@
+"""A model that is busy, and answers that take too long: what unmodified clients are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from botocore.exceptions import ClientError, EventStreamError
+from luthier_server import BASE, KEYS, ONE, Served, home_with_tiny
+
+PROMPT = "Tell me of the sea."
+TURNS = [{"role": "user", "content": PROMPT}]
+CONVERSE: dict[str, Any] = {
+    "modelId": BASE,
+    "messages": [{"role": "user", "content": [{"text": PROMPT}]}],
+}
+ENDLESS = {"temperature": 0}
+
+
+@pytest.fixture
+def server(tmp_path: Path, tiny_model_folder: Path) -> Iterator[Served]:
+    """A server whose model writes for minutes: greedily, it never comes to an end."""
+    made = Served(home_with_tiny(tmp_path, tiny_model_folder))
+    path = tmp_path / "models" / "base" / "tiny" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "max_position_embeddings": 200_000}))
+    yield made
+    assert made.process is not None
+    made.kill()
+
+
+@pytest.fixture
+def client(server: Served) -> Callable[[], openai.OpenAI]:
+    """Makes a client of OpenAI's that asks once."""
+
+    def make() -> openai.OpenAI:
+        key = str(KEYS[ONE]["api_key"])
+        return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+    return make
+
+
+def start(server: Served, *limits: str) -> Any:
+    """Start it with ``limits``; a client of Bedrock's runtime that asks once."""
+    server.start(*(part for limit in limits for part in ("--limit", limit)))
+    return server.client("bedrock-runtime", tries=1)
+
+
+def refusal_of(call: Callable[..., Any], **members: Any) -> tuple[str, int, Any]:
+    """Code, status and headers of what is refused before anything of an answer came."""
+    with pytest.raises(ClientError) as refused:
+        call(**members)
+    assert not isinstance(refused.value, EventStreamError)
+    answer: Any = refused.value.response
+    about = answer["ResponseMetadata"]
+    return answer["Error"]["Code"], about["HTTPStatusCode"], about["HTTPHeaders"]
+
+
+def test_who_waits_too_long_is_told_that_the_model_is_busy(
+    server: Served, client: Callable[[], openai.OpenAI]
+) -> None:
+    runtime = start(server, "answers=1", "queue_seconds=0.5")
+    bodies = {"modelId": BASE, "body": json.dumps({"prompt": PROMPT})}
+    with closing(runtime), client() as ask:
+        chat = ask.chat.completions
+        busy = chat.create(model="tiny", messages=TURNS, stream=True, **ENDLESS)  # type: ignore[call-overload]
+        assert len(list(islice(busy, 3))) == 3
+        calls = (
+            (runtime.converse, CONVERSE),
+            (runtime.converse_stream, CONVERSE),
+            (runtime.invoke_model, bodies),
+            (runtime.invoke_model_with_response_stream, bodies),
+        )
+        for call, members in calls:
+            code, status, headers = refusal_of(call, **members)
+            assert (code, status) == ("ThrottlingException", 429)
+            assert int(headers["retry-after"]) > 0
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError, match="busy") as refused:
+                chat.create(model="tiny", messages=TURNS, stream=stream)  # type: ignore[call-overload]
+            assert int(refused.value.response.headers["retry-after"]) > 0
+        assert len(list(islice(busy, 3))) == 3
+        busy.close()
+        answer = runtime.converse(**CONVERSE, inferenceConfig={"maxTokens": 3, **ENDLESS})
+        assert answer["usage"]["outputTokens"] == 3
+
+
+def read(begin: Callable[[], Any], kind: type[Exception], words: str) -> None:
+    """Read a stream that ends as this error, behind some pieces."""
+    pieces = []
+
+    def to_the_end() -> None:
+        with closing(begin()) as stream:
+            for piece in stream:
+                pieces.append(piece)
+
+    with pytest.raises(kind, match=words):
+        to_the_end()
+    assert len(pieces) > 3
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error(
+    server: Served, client: Callable[[], openai.OpenAI]
+) -> None:
+    runtime = start(server, "answer_seconds=1")
+    endless: Any = {**CONVERSE, "inferenceConfig": ENDLESS}
+    with closing(runtime), client() as ask:
+        chat = ask.chat.completions
+        code, status, _ = refusal_of(runtime.converse, **endless)
+        assert (code, status) == ("ModelTimeoutException", 408)
+        read(
+            lambda: runtime.converse_stream(**endless)["stream"],
+            EventStreamError,
+            "modelStreamErrorException.*not whole",
+        )
+        body = json.dumps({"prompt": PROMPT, "max_gen_len": 190_000, "temperature": 0})
+        read(
+            lambda: runtime.invoke_model_with_response_stream(modelId=BASE, body=body)["body"],
+            EventStreamError,
+            "modelTimeoutException.*not whole",
+        )
+        with pytest.raises(openai.InternalServerError, match="not whole after 1 seconds") as late:
+            chat.create(model="tiny", messages=TURNS, **ENDLESS)  # type: ignore[call-overload]
+        assert (late.value.status_code, late.value.code) == (504, "timeout")
+        read(
+            lambda: chat.create(model="tiny", messages=TURNS, stream=True, **ENDLESS),  # type: ignore[call-overload]
+            openai.APIError,
+            "not whole after 1 seconds",
+        )
+        short = chat.create(model="tiny", messages=TURNS, max_tokens=3, **ENDLESS)  # type: ignore[call-overload]
+        assert short.usage.completion_tokens == 3
+
+
+def test_before_its_first_token_a_stream_that_takes_too_long_has_a_status(
+    server: Served, client: Callable[[], openai.OpenAI]
+) -> None:
+    runtime = start(server, "answer_seconds=0.00001")
+    with closing(runtime), client() as ask:
+        code, status, _ = refusal_of(runtime.converse_stream, **CONVERSE)
+        assert (code, status) == ("ModelTimeoutException", 408)
+        with pytest.raises(openai.APIStatusError) as late:
+            ask.responses.create(model="tiny", input=PROMPT, stream=True)
+        assert (late.value.status_code, late.value.code) == (504, "timeout")
