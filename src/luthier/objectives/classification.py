@@ -280,10 +280,12 @@ class Classification(Objective):
         from luthier.models.heads import score_layer
 
         layer, classes = score_layer(network.model), len(self.labels or ())
-        labelled = [each for each in examples if np.asarray(each.target).min() != NO_LABEL]
-        if not self.starts_head or layer is None or not labelled:
+        if not self.starts_head or layer is None:
             return ""
-        chosen = labelled[:: -(-len(labelled) // PROBED_ROWS)]
+        labelled = [n for n, e in enumerate(examples) if np.asarray(e.target).min() != NO_LABEL]
+        if not labelled:
+            return ""
+        chosen = [examples[row] for row in labelled[:: -(-len(labelled) // PROBED_ROWS)]]
         features, targets = list[torch.Tensor](), list[np.ndarray[Any, Any]]()
         tap = layer.register_forward_pre_hook(
             lambda _, given: features.append(given[0].flatten(0, -2).float().cpu())
