@@ -275,17 +275,19 @@ def _sweep_unlocked(path: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, wait: bool = False) -> Iterator[bool]:
+def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path``; yields whether it was free. ``wait`` waits until it is.
 
     The kernel lets go of it when the process ends, however it ends. Who holds a file that is more than
-    a lock may replace it, as the last thing: those that waited then wait for the new one.
+    a lock may replace it, as the last thing: those that waited then wait for the new one. Without
+    ``create`` it is a ``FileNotFoundError`` where there is none.
     """
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if create:
+        with disk_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with disk_errors(path.parent):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -16,7 +16,7 @@ from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import (
     CANDIDATES,
     DecodedReply,
-    Reasoning,
+    ReasoningFormat,
     ReasoningMarks,
     ReasoningSplitter,
     reasoning_after,
@@ -93,8 +93,8 @@ def test_only_chat_templates_have_marks(new_tokenizer: Callable[..., Any]) -> No
 
 def test_a_prompt_may_begin_or_close_it(new_tokenizer: Callable[..., Any]) -> None:
     opens, asks = format_of(new_tokenizer, IS_OPENED), format_of(new_tokenizer, ASKS_ITSELF)
-    assert reasoning_after(asks, asks.encode_prompt(ASK)) == Reasoning(THINK, begun=False)
-    assert reasoning_after(opens, opens.encode_prompt(ASK)) == Reasoning(THINK, begun=True)
+    assert reasoning_after(asks, asks.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=False)
+    assert reasoning_after(opens, opens.encode_prompt(ASK)) == ReasoningFormat(THINK, is_open=True)
     for chat in (opens, asks):
         quiet = chat.encode_prompt(ASK, (), {"enable_thinking": False})
         assert reasoning_after(chat, quiet) is None
@@ -103,7 +103,7 @@ def test_a_prompt_may_begin_or_close_it(new_tokenizer: Callable[..., Any]) -> No
     switched = format_of(new_tokenizer, SWITCH)
     assert reasoning_after(switched, switched.encode_prompt(ASK)) is None
     thinking = switched.encode_prompt(ASK, (), {"thinking": True})
-    assert reasoning_after(switched, thinking) == Reasoning(THINK, begun=True)
+    assert reasoning_after(switched, thinking) == ReasoningFormat(THINK, is_open=True)
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -152,7 +152,7 @@ def test_marks_that_are_tokens_are_kept_in_texts(
     ],
 )
 def test_reasoning_and_answer(written: str, begun: bool, reasoning: str, said: str) -> None:
-    way = Reasoning(THINK, begun)
+    way = ReasoningFormat(THINK, begun)
     assert split_reply(way, written) == DecodedReply(reasoning, said)
     assert split_reply(None, written) == DecodedReply("", written)
     splitter = ReasoningSplitter(way)
@@ -179,7 +179,7 @@ PIECES = st.lists(
 def test_how_the_text_is_cut_into_pieces_makes_no_difference(
     pieces: list[str], begun: bool
 ) -> None:
-    way = Reasoning(THINK, begun)
+    way = ReasoningFormat(THINK, begun)
     whole = split_reply(way, "".join(pieces))
     splitter = ReasoningSplitter(way)
     parts = [*(splitter.feed(piece) for piece in pieces), splitter.end()]
@@ -190,7 +190,7 @@ def test_how_the_text_is_cut_into_pieces_makes_no_difference(
 
 
 def test_no_more_is_held_back_than_may_be_a_mark() -> None:
-    splitter = ReasoningSplitter(Reasoning(THINK, begun=False))
+    splitter = ReasoningSplitter(ReasoningFormat(THINK, is_open=False))
     assert splitter.feed("<th") == ("", "")
     assert splitter.feed("ink>one </th") == ("one", "")
     assert splitter.feed("e two") == (" </the two", "")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from luthier.data.reasoning import Reasoning, ReasoningMarks
+from luthier.data.reasoning import ReasoningFormat, ReasoningMarks
 from luthier.serving.inference import Score
 from luthier.serving.text import BROKEN, AnswerText, Detokenizer, StopFinder
 
@@ -89,7 +89,7 @@ def test_tokens_are_counted_that_begin_in_what_is_shown(stop: str, tokens: int, 
 
 def test_a_token_that_closes_the_reasoning_and_begins_the_answer_is_the_answer_s() -> None:
     words = ["<thi", "nk>hm", "\n</", "think>\nab", "c", "d"]
-    way = Reasoning(ReasoningMarks("<think>", "</think>"), begun=False)
+    way = ReasoningFormat(ReasoningMarks("<think>", "</think>"), is_open=False)
     answer = AnswerText(lambda ids: "".join(words[i] for i in ids), ["d"], way)
     deltas = [answer.feed(n, Score(word.encode(), -1.0)) for n, word in enumerate(words)]
     deltas.append(answer.end())

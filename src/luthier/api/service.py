@@ -190,7 +190,10 @@ class Service:
 
     def _pin(self, model: CustomModel) -> None:
         try:
-            self.pool.pin(model.stored_id or "", model.account)
+            with self.database.read() as session:  # it may have been unpinned or deleted meanwhile
+                found = session.get(CustomModel, model.seq)
+            if found is not None and found.pinned:
+                self.pool.pin(found.stored_id or "", found.account)
         except Exception as error:
             # It stays pinned in the database: another start may have the room.
             _log.warning("%s is not pinned: %s", model.stored_id, error)

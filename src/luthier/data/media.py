@@ -50,8 +50,8 @@ MOST_PIXELS = 64_000_000
 """Of one image; a compressed file of some kilobytes can claim any number."""
 MOST_MEDIA_BYTES = 64 * 1024 * 1024
 """Of one encoded image or sound."""
-MOST_DIGESTS = 5_000_000
-"""Hashes of files that are remembered, in some 150 bytes each of a temporary file."""
+MOST_DIGEST_PAGES = 1 << 18
+"""Pages of 4 KiB that hashes of files take in a temporary file at most: those of some 8 million."""
 MOST_SECONDS = 600
 """Of one sound."""
 MOST_SAMPLES = 64_000_000
@@ -196,11 +196,11 @@ _PERSON_PNG_KEYS = ("Author", "Copyright")
 MOST_XMP = 1 << 20
 """Bytes of XMP that are looked at; a JPEG has 64 kB in one piece."""
 _PERSON_XMP: Mapping[str, re.Pattern[bytes]] = {
-    # As an element, whose value may stand in a list, or as an attribute. Each part has a bound, as the
-    # text is of whoever made the file.
+    # As an element, whose value may stand in a list, or as an attribute. Each part has a bound and is
+    # never tried again in another length (``+`` behind it), as the text is of whoever made the file.
     name: re.compile(
-        rb"<%b\b[^>]{0,400}>(?:\s{0,100}<rdf:\w{1,20}[^>]{0,400}>){0,4}\s{0,100}[^<\s]"
-        rb"|\s%b\s{0,9}=\s{0,9}(['\"])\s{0,100}(?!\1)\S" % (tag, tag)
+        rb"<%b\b[^>]{0,400}+>(?:\s{0,100}+<rdf:\w{1,20}+[^>]{0,400}+>){0,4}+\s{0,100}+[^<\s]"
+        rb"|\s%b\s{0,9}+=\s{0,9}+(['\"])\s{0,100}+(?!\1)\S" % (tag, tag)
     )
     for name, tag in {
         "XMP creator": b"dc:creator",
@@ -425,35 +425,33 @@ class _Digests:
     """SHA-256 of files as they were last seen, in a temporary file of which 2 MB are in memory."""
 
     def __init__(self) -> None:
-        self._lock, self._count = Lock(), 0
+        self._lock = Lock()
         # SQLite removes what has no name with the connection. Threads decode images.
         self._database = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute(f"PRAGMA max_page_count = {MOST_DIGEST_PAGES}")
         self._database.execute(
-            "CREATE TABLE digests (name BLOB PRIMARY KEY, modified INTEGER, size INTEGER, sha256 BLOB)"
-            " WITHOUT ROWID"
+            "CREATE TABLE digests (name BLOB PRIMARY KEY, state TEXT, sha256 BLOB) WITHOUT ROWID"
         )
 
     def get(self, version: tuple[str, str, int, int]) -> bytes | None:
         """The hash of a file that has not changed since it was :meth:`put`."""
-        path, member, *state = version
-        with self._lock:
+        path, member, modified, size = version
+        with self._lock, suppress(sqlite3.Error):  # what cannot be remembered is computed
             found = self._database.execute(
-                "SELECT sha256 FROM digests WHERE name = ? AND modified = ? AND size = ?",
-                (os.fsencode(f"{path}\0{member}"), *state),
+                "SELECT sha256 FROM digests WHERE name = ? AND state = ?",
+                (os.fsencode(f"{path}\0{member}"), f"{modified} {size}"),
             ).fetchone()
-        return found[0] if found else None
+            return found[0] if found else None
+        return None
 
     def put(self, version: tuple[str, str, int, int], sha256: bytes) -> None:
-        """Remember a hash, in the place of an older one of the file."""
-        path, member, *state = version
-        if self._count < MOST_DIGESTS:
-            with self._lock:
-                self._count += 1
-                self._database.execute(
-                    "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)",
-                    (os.fsencode(f"{path}\0{member}"), *state, sha256),
-                )
+        """Remember a hash, in the place of an older one of the file, where there is room."""
+        path, member, modified, size = version
+        with self._lock, suppress(sqlite3.Error):
+            self._database.execute(
+                "INSERT OR REPLACE INTO digests VALUES (?, ?, ?)",
+                (os.fsencode(f"{path}\0{member}"), f"{modified} {size}", sha256),
+            )
 
 
 @lru_cache(maxsize=1)

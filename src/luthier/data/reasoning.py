@@ -51,11 +51,11 @@ class ReasoningMarks:
 
 
 @dataclass(frozen=True)
-class Reasoning:
+class ReasoningFormat:
     """How an answer may reason: between which marks, and whether its prompt has begun it."""
 
     marks: ReasoningMarks
-    begun: bool
+    is_open: bool
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _render(
     return text if len(text) <= CHARACTERS else ""
 
 
-def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> Reasoning | None:
+def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> ReasoningFormat | None:
     """How an answer to a prompt may reason; ``None`` where it does not, or the prompt has closed it."""
     marks = chat.reasoning_marks
     if marks is None:
@@ -153,7 +153,7 @@ def reasoning_after(chat: ChatFormat, prompt_T: IntArray) -> Reasoning | None:
     end = "".join(chat.pieces(prompt_T[-TAIL:].tolist())).rstrip()
     if end.endswith(marks.close):
         return None
-    return Reasoning(marks, end.endswith(marks.open))
+    return ReasoningFormat(marks, end.endswith(marks.open))
 
 
 def overlap(text: str, marks: Sequence[str]) -> int:
@@ -173,7 +173,7 @@ class ReasoningSplitter:
     a mark is held back until that is known. How the text is cut into pieces makes no difference.
     """
 
-    def __init__(self, reasoning: Reasoning | None) -> None:
+    def __init__(self, reasoning: ReasoningFormat | None) -> None:
         """``None`` for an answer without reasoning: all of it is said."""
         self._reasoning = reasoning
         self._state: Literal["opening", "reasoning", "closed", "answer"] = (
@@ -212,20 +212,20 @@ class ReasoningSplitter:
         self._held = ""
         if reasoning is None:
             return "", ""
-        if self._state == "opening" and not reasoning.begun:
+        if self._state == "opening" and not reasoning.is_open:
             self.answer_start, self._state = 0, "answer"
             return "", held
         if self._state in ("opening", "reasoning"):
             return (held.rstrip() if self._shown else held.strip()), ""
         return "", ""
 
-    def _open(self, reasoning: Reasoning) -> None:
-        mark, begun = reasoning.marks.open, self._held.lstrip()
-        if begun.startswith(mark):
+    def _open(self, reasoning: ReasoningFormat) -> None:
+        mark, text = reasoning.marks.open, self._held.lstrip()
+        if text.startswith(mark):
             # A model may write it although its prompt has, too.
-            self._held, self._state = begun[len(mark) :], "reasoning"
-        elif not mark.startswith(begun):
-            if reasoning.begun:
+            self._held, self._state = text[len(mark) :], "reasoning"
+        elif not mark.startswith(text):
+            if reasoning.is_open:
                 self._state = "reasoning"
             else:
                 self._begin_answer()
@@ -248,7 +248,7 @@ class ReasoningSplitter:
         self.answer_start, self._state = self._came - len(self._held), "answer"
 
 
-def split_reply(reasoning: Reasoning | None, text: str) -> DecodedReply:
+def split_reply(reasoning: ReasoningFormat | None, text: str) -> DecodedReply:
     """A whole reply, parted."""
     splitter = ReasoningSplitter(reasoning)
     parts = [splitter.feed(text), splitter.end()]

@@ -21,14 +21,15 @@ from typing import IO, Any, TypeVar, overload
 
 from luthier.data.media import Media
 from luthier.data.processors import Processor
+from luthier.errors import LuthierError
 from luthier.files import disk_errors
 from luthier.types import IntArray
 
 T = TypeVar("T")
 MEMORY_LIMIT = 16 << 20
 """Bytes, pickled, of a sequence that stays in memory, where it takes two or three times as many."""
-SAMPLED = 32
-"""One item in so many is pickled to see how large they are."""
+SAMPLE_EVERY = 32
+"""At least one item in so many is pickled to see how large they are."""
 BUFFER = 1 << 20
 """Bytes that are written, and read in order, at once."""
 
@@ -40,14 +41,16 @@ def spool(items: Iterable[T], limit: int | None = None) -> Sequence[T]:
         DiskFull: where the temporary file finds no room.
     """
     limit = MEMORY_LIMIT if limit is None else limit
-    held, size = list[T](), 0
+    held, size, weighed, step = list[T](), 0, 0, 1
     source = iter(items)
     for item in source:
         held.append(item)
-        if len(held) % SAMPLED == 1:
-            size += SAMPLED * len(pickle.dumps(item))
+        if len(held) == weighed + step:
+            one = len(pickle.dumps(item))
+            size, weighed = size + step * one, len(held)
             if size > limit:
                 return _OnDisk(chain(_drain(held), source))
+            step = max(1, min(SAMPLE_EVERY, limit // (64 * one)))  # each of large ones
     return held
 
 
@@ -130,24 +133,31 @@ class _OnDisk(_Lazy[T]):
     """
 
     def __init__(self, items: Iterable[T]) -> None:
-        # Not buffered: what a full disk refused would be written once more when the file is closed.
-        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long
+        try:
+            self._folder = Path(tempfile.gettempdir())
+        except FileNotFoundError as error:
+            raise LuthierError(
+                "the rows are too many for memory, and no folder for temporary files can be written. "
+                "Set TMPDIR to one"
+            ) from error
+        with disk_errors(self._folder):
+            # Not buffered: what a full disk refused would be written once more when the file is closed.
+            self._file: IO[bytes] = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long
         weakref.finalize(self, self._file.close)
         self._ends = array("Q")
         self._shared: list[Any] = []
         numbers: dict[int, int] = {}
         scratch, written = io.BytesIO(), 0
-        with disk_errors(Path(tempfile.gettempdir())):
-            for item in items:
-                _Pickler(scratch, self._shared, numbers).dump(item)
-                self._ends.append(written + scratch.tell())
-                if scratch.tell() >= BUFFER:
-                    written = self._append(scratch)
-            self._append(scratch)
+        for item in items:
+            _Pickler(scratch, self._shared, numbers).dump(item)
+            self._ends.append(written + scratch.tell())
+            if scratch.tell() >= BUFFER:
+                written = self._append(scratch)
+        self._append(scratch)
 
     def _append(self, scratch: io.BytesIO) -> int:
         """Move what ``scratch`` holds to the end of the file; the size of the file."""
-        with scratch.getbuffer() as data:
+        with scratch.getbuffer() as data, disk_errors(self._folder):
             left = data[: scratch.tell()]
             while left:
                 left = left[self._file.write(left) :]

@@ -62,7 +62,7 @@ class Dataset:
     mixed: tuple[MixedSet, ...] = ()
     """Further sets, whose examples stand behind those of the main one in ``train``."""
     report: Report | None = None
-    """What the data gate says of the rows; ``None`` where they were never in memory."""
+    """What the data gate says of the rows; ``None`` where it did not look at them."""
     recognized: Recognition | None = None
     """What the main source was taken for."""
     compared: tuple[ComparedRows, ComparedRows] = (ComparedRows(), ComparedRows())

@@ -214,7 +214,7 @@ class ModelWriter:
         ]
         if not prompts:
             return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
-        with _opened(network) as backend:
+        with _open_backend(network) as backend:
             greedy = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
         return NetworkAnswers(loss, logps, greedy, None)
 
@@ -236,7 +236,7 @@ class ModelWriter:
         network = as_network(store.load(stored, dtype, device, head), device, dtype)
         logps, greedy = self._logps(network), None
         if trained.greedy is not None:
-            with _opened(network) as backend:
+            with _open_backend(network) as backend:
                 greedy = compare_greedy(trained.greedy, backend)
         parity = Parity(
             rows=len(self._sample()),
@@ -251,7 +251,7 @@ class ModelWriter:
         if parent and trained.greedy is not None and store.shares_base(stored):
             below = as_network(store.load(parent, dtype, device, head, learns=False), device, dtype)
             network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
-            with _opened(network) as backend:
+            with _open_backend(network) as backend:
                 beside = compare_greedy(trained.greedy, backend)
             parity = parity.model_copy(update={"greedy_beside_base": beside})
             network.close()
@@ -266,7 +266,7 @@ class ModelWriter:
 
 
 @contextmanager
-def _opened(network: Network) -> Iterator[Backend]:
+def _open_backend(network: Network) -> Iterator[Backend]:
     """The network as it writes in torch, without a second copy of its weights."""
     network.model.eval()
     context = network.context - prefix_tokens(network.model)

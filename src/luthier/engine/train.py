@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from luthier.data.media import PLURAL
+from luthier.data.spool import concatenate
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
@@ -370,7 +371,7 @@ class Trainer:
         examples, wanted = self.job.data.validation, objective.rows_for_threshold
         count, again = len(examples), job is not self.job
         if count < wanted:
-            examples = [*examples, *job.data.train]
+            examples = concatenate([examples, job.data.train])
         network.model.eval()
         done = objective.with_threshold(network, examples, self._reading_budget)
         if done is objective:

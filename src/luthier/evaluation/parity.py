@@ -261,7 +261,7 @@ def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[I
         else:
             end = int(learned_N[0])
             ids_T = example.ids_T[: end if end > 1 else max(1, len(example) // 2)]
-        ids_T = np.asarray(ids_T[: min(room, PROMPT_TOKENS)], dtype=np.int64)
+        ids_T = np.asarray(ids_T[: max(0, min(room, PROMPT_TOKENS))], dtype=np.int64)
         if len(ids_T) and len(found) < count:
             found.setdefault(ids_T.tobytes(), ids_T)
     return [*found.values()]

@@ -174,7 +174,7 @@ class RelatedRows:
 
 
 def group_related(rows: Sequence[Row], values: Sequence[str] | None = None) -> IntArray:
-    """``[N]`` groups of rows in memory; see :meth:`RelatedRows.groups`.
+    """``[N]`` groups of rows that were read already; see :meth:`RelatedRows.groups`.
 
     Rows with one of ``values`` stay together whatever else they are. Related rows of different values
     do too, unless more than half of all rows would then be one group.

@@ -64,7 +64,7 @@ def inspect_rows(
     overrides: Mapping[str, SeverityChoice] | None = None,
     on_row: Callable[[int, int], None] = lambda done, count: None,
 ) -> Report:
-    """The gate on rows that are in memory already, as in a job.
+    """The gate on rows that were read already, as in a job.
 
     ``on_row`` is given how many rows of how many were looked at.
     """

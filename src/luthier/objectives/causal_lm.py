@@ -51,7 +51,7 @@ class CausalLM(Objective):
     def pack(self, examples: Sequence[Example], context: int) -> Sequence[Example]:
         """Join the documents and cut them; ``row`` becomes the number of the sequence."""
         size = min(self.sequence_length, context)
-        pieces = enumerate(_never_alone(cut_stream((each.ids_T for each in examples), size)))
+        pieces = enumerate(_merge_last_token(cut_stream((each.ids_T for each in examples), size)))
         return spool(Example(ids, _all_but_first(len(ids)), row) for row, ids in pieces)
 
     def loss(self, network: Network, batch: TreeBatch) -> Loss:
@@ -61,7 +61,7 @@ class CausalLM(Objective):
         return Loss(weighted_nll(network, batch))
 
 
-def _never_alone(pieces: Iterable[IntArray]) -> Iterator[IntArray]:
+def _merge_last_token(pieces: Iterable[IntArray]) -> Iterator[IntArray]:
     """``pieces``; one token alone has nothing before it to be predicted from: give it its neighbour."""
     before: IntArray | None = None
     for piece in pieces:

@@ -26,6 +26,7 @@ from luthier.files import read_json
 from luthier.models.heads import MEAN_POOLED, Head, Task, declared_pooling
 from luthier.objectives.base import Objective, TrainingDefaults, cut_text
 from luthier.objectives.shares import (
+    LARGEST_WEIGHT,
     balanced_weights,
     check_shares,
     shares_of,
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 """Target of a row without a label, which torch's cross-entropy passes over."""
-LARGEST_WEIGHT = 1_000_000
-"""Of a class."""
 PROBED_ROWS = 10_000
 """Rows that a new head starts from at most; more hardly move so few weights."""
 

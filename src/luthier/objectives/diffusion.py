@@ -242,6 +242,8 @@ class Diffusion(Generative):
             fitted = self.model_copy(update={"labels": labels, "words": () if labels else words})
         if self.negative_prompt:
             fitted._check_negative_prompt("objective.negative_prompt")
+            if fitted.reads_texts:
+                _check_length(self.negative_prompt, chat, "objective.negative_prompt")
         return fitted
 
     def _check_negative_prompt(self, name: str) -> None:
@@ -471,15 +473,7 @@ class Diffusion(Generative):
         ``name`` is what the text is called where it is refused.
         """
         if self.reads_texts:
-            chat = chat_of(network)
-            ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
-            if len(ids_T) > most:
-                raise RecipeError(
-                    f"the {name.replace('_', ' ')} has {len(ids_T)} tokens, and the text encoder reads "
-                    f"{most}",
-                    name,
-                )
-            return ids_T
+            return _check_length(text, chat_of(network), name)
         if self.labels:
             return np.array([self.labels.index(text)])
         return words_target(text, self.words or ())
@@ -524,6 +518,17 @@ def _text_that_fits(ids_T: IntArray, chat: ChatFormat) -> str:
     while len(_tokens(text, chat)) > chat.tokenizer.model_max_length:
         text = text[:-1]
     return text
+
+
+def _check_length(text: str, chat: ChatFormat, name: str) -> IntArray:
+    """The tokens of ``text``, called ``name``; refused where they are more than are read."""
+    ids_T, most = _tokens(text, chat), chat.tokenizer.model_max_length
+    if len(ids_T) > most:
+        raise RecipeError(
+            f"the {name.replace('_', ' ')} has {len(ids_T)} tokens, and the text encoder reads {most}",
+            name,
+        )
+    return ids_T
 
 
 def _target_of(example: Example) -> IntArray:

@@ -49,7 +49,7 @@ class KTO(ReferenceObjective, Judged):
 
     def regroup(self, rows: Sequence[Row]) -> Sequence[Row]:
         """A pair becomes two rows: its chosen answer with a thumb up, the other with one down."""
-        return spool(chain.from_iterable(map(_thumbed, rows)))
+        return spool(chain.from_iterable(map(_split_pair, rows)))
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Check that there are thumbs of both kinds."""
@@ -123,7 +123,7 @@ class KTO(ReferenceObjective, Judged):
         return "thumb up" if example.desirable else "thumb down"
 
 
-def _thumbed(row: Row) -> Iterator[Row]:
+def _split_pair(row: Row) -> Iterator[Row]:
     """The answers of a pair, one by one; other rows as they are."""
     if not isinstance(row, Preference):
         yield row

@@ -14,6 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+LARGEST_WEIGHT = 1_000_000
+"""Of a class."""
+
 
 def shares_of(
     labels: Sequence[str], seen: Mapping[str, int], rows: int | None = None
@@ -40,11 +43,14 @@ def check_shares(labels: Sequence[str] | None, shares: Sequence[float] | None) -
 def balanced_weights(labels: Sequence[str], seen: Mapping[str, int]) -> dict[str, float]:
     """Weight of each of ``labels``: rows / (classes * rows of its class), as scikit-learn's "balanced".
 
-    The mean weight of a row is 1. A class without rows has weight 1, and counts as none.
+    The mean weight of a row is 1. A class without rows has weight 1, and counts as none. None is above
+    :data:`LARGEST_WEIGHT`.
     """
     counts = {name: seen[name] for name in labels if seen.get(name)}
     mean = sum(counts.values()) / max(1, len(counts))
-    return {name: mean / counts[name] if name in counts else 1.0 for name in labels}
+    return {
+        name: min(mean / counts[name], LARGEST_WEIGHT) if name in counts else 1.0 for name in labels
+    }
 
 
 def softmax_bias(shares: Sequence[float]) -> tuple[float, ...]:

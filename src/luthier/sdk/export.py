@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from luthier.errors import RecipeError, data_errors
+from luthier.errors import LuthierError, RecipeError, data_errors
 from luthier.sdk.model import stored_model
 
 if TYPE_CHECKING:
@@ -112,21 +113,35 @@ def export(
 
 
 def _record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
-    """Change the record of the model that was measured, and its certificate; whether it was."""
+    """Change the record of the model that was measured, and its certificate; whether it was.
+
+    What was exported or measured stands, also where the record cannot be written.
+    """
     from luthier.models.manifest import SIGNATURE
     from luthier.store.models import is_recorded, update_record
     from luthier.workflows.certificate.certificate import certify
 
-    if not is_recorded(stored) or (stored.folder / SIGNATURE).exists():
+    if not is_recorded(stored):
         return False
+    is_changed = False
 
     def change_same(manifest: Manifest) -> Manifest:
-        # Meanwhile another model may have been made under its name.
-        return change(manifest) if manifest.files == stored.manifest.files else manifest
+        # Meanwhile it may have been signed, or another model made under its name.
+        nonlocal is_changed
+        signed = (stored.folder / SIGNATURE).exists()
+        is_changed = manifest.files == stored.manifest.files and not signed
+        return change(manifest) if is_changed else manifest
 
-    update_record(stored, change_same)
-    certify(stored.id)
-    return True
+    try:
+        update_record(stored, change_same)
+        if is_changed:
+            certify(stored.id)
+    except (LuthierError, OSError) as error:
+        logging.getLogger(__name__).warning(
+            "the record of %s does not say it: %s", stored.id, error
+        )
+        return False
+    return is_changed
 
 
 @data_errors("nothing was quantized")

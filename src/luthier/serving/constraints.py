@@ -34,7 +34,7 @@ from luthier.types import CALL_CLOSE, CALL_OPEN, Tool
 
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
-    from luthier.data.reasoning import Reasoning
+    from luthier.data.reasoning import ReasoningFormat
     from luthier.models.sampling import Constraint
 
 _NAMED = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -206,7 +206,7 @@ class Constraints:
         self._tokenizer: Any = None
         self._lock = threading.Lock()
 
-    def matcher(self, constraint: Constraint, reasoning: Reasoning | None = None) -> Matcher:
+    def matcher(self, constraint: Constraint, reasoning: ReasoningFormat | None = None) -> Matcher:
         """A matcher for texts that meet ``constraint``, behind ``reasoning`` of any kind.
 
         Raises:
@@ -216,7 +216,7 @@ class Constraints:
         return self._matcher(grammar, constraint.kind, reasoning)
 
     def calls(
-        self, tools: Sequence[Tool], marked: bool, reasoning: Reasoning | None = None
+        self, tools: Sequence[Tool], marked: bool, reasoning: ReasoningFormat | None = None
     ) -> Matcher:
         """A matcher for one call of one of ``tools``; ``marked`` ones stand between tags.
 
@@ -253,7 +253,7 @@ class Constraints:
         return self._own_trials or own_trials()
 
     def _matcher(
-        self, grammar: str, kind: str = "schema", reasoning: Reasoning | None = None
+        self, grammar: str, kind: str = "schema", reasoning: ReasoningFormat | None = None
     ) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits
 
@@ -316,7 +316,7 @@ def _named_lark(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]}, ensure_ascii=False)
 
 
-def _behind_reasoning(grammar: str, reasoning: Reasoning) -> str:
+def _behind_reasoning(grammar: str, reasoning: ReasoningFormat) -> str:
     """``grammar`` for what follows the reasoning, which may be any text up to its closing mark.
 
     Where the prompt has not begun it, an answer may do without. The marks are the tokens that they are;
@@ -336,7 +336,7 @@ def _behind_reasoning(grammar: str, reasoning: Reasoning) -> str:
     lines = r'"\n"~0..2'
     start = (
         f"{opening}? {thoughts} {lines} @answer"
-        if reasoning.begun
+        if reasoning.is_open
         else f"({opening} {thoughts} {lines})? @answer"
     )
     (answer,) = json.loads(grammar)["grammars"]

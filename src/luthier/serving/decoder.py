@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.data.reasoning import Reasoning
+    from luthier.data.reasoning import ReasoningFormat
     from luthier.models.network import Network
     from luthier.serving.constraints import GrammarTrials, Matcher
     from luthier.serving.opened_model import OpenedModel
@@ -120,7 +120,7 @@ class RunningAnswer:
         seed: int,
         index: int,
         matcher: Matcher | None,
-        reasoning: Reasoning | None,
+        reasoning: ReasoningFormat | None,
     ) -> None:
         request, self.job, self.index = job.request, job, index
         self.state: Any = None
@@ -404,7 +404,7 @@ class Decoder:
         return job
 
     def _matcher(
-        self, request: GenerationRequest, reasoning: Reasoning | None = None
+        self, request: GenerationRequest, reasoning: ReasoningFormat | None = None
     ) -> Matcher | None:
         from luthier.serving.toolcalls import marks_calls
 

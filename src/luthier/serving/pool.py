@@ -8,8 +8,8 @@ import secrets
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
+from luthier.files import waits_for_disk
 from luthier.limits import MIB, ModelLimits
 from luthier.serving.batcher import Work
 from luthier.serving.inference import (
@@ -283,7 +284,9 @@ class ModelPool:
         with self._lock:
             if any(model_id in pin.sizes for pin in self._pins.values()):
                 raise WrongState("The model is pinned, or an adapter on it is. Unpin that first.")
-        self.forget(model_id)
+            gone = self._take_out(model_id)
+        for entry in gone:
+            self._release(entry)
 
     def pin(self, model_id: str, client: str) -> None:
         """Load a model and keep it, whoever needs room, until it is unpinned or deleted.
@@ -305,14 +308,15 @@ class ModelPool:
             sizes[stored.parent.id] = _weights(stored.parent, False)
         pin = _Pin(client, sizes)
         with self._lock:
-            if model_id in self._pins:
-                return
-            self._check_pin(pin)
-            self._pins[model_id] = pin
+            is_new = model_id not in self._pins
+            if is_new:
+                self._check_pin(pin)
+                self._pins[model_id] = pin
         try:
-            self.load(model_id)
+            self.load(model_id)  # also where another request has pinned it, and is loading it still
         except BaseException:
-            self.unpin(model_id)
+            if is_new:
+                self.unpin(model_id)
             raise
 
     def unpin(self, model_id: str) -> None:
@@ -339,16 +343,27 @@ class ModelPool:
 
     def forget(self, model_id: str) -> None:
         """Let go of a model that was deleted, as soon as nothing is asked of it or of its adapters."""
-        self.unpin(model_id)
         with self._lock:
-            first = self._entries.get(model_id)
-            gone = [each for each in self._entries.values() if first and first in (each, each.base)]
-            for entry in gone:
-                del self._entries[entry.id]
-                entry.uses += 1
-                entry.gone = True
+            self._pins.pop(model_id, None)
+            gone = self._take_out(model_id)
         for entry in gone:
             self._release(entry)
+
+    def _take_out(self, model_id: str) -> list[_Entry]:
+        """Give up the places of a model and its adapters; called with the lock. Release them after."""
+        first = self._entries.get(model_id)
+        gone = [each for each in self._entries.values() if first and first in (each, each.base)]
+        for entry in gone:
+            del self._entries[entry.id]
+            entry.uses += 1
+            entry.gone = True
+        return gone
+
+    def keep_pins(self, model_ids: Container[str]) -> None:
+        """Unpin all models but these: another server may have unpinned or deleted some."""
+        with self._lock:
+            for model_id in [each for each in self._pins if each not in model_ids]:
+                del self._pins[model_id]
 
     def close(self) -> None:
         """End all work and let go of everything."""
@@ -479,7 +494,9 @@ class ModelPool:
                 raise InferenceFailed("ModelNotReady", f"The model needs {text} Try again later.")
             if excess > 0:
                 raise InferenceFailed(
-                    "ModelNotReady", "Other models are at work in all memory. Try again soon."
+                    "ModelNotReady",
+                    f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than models at "
+                    "work, pinned or asked lately leave. Try again soon.",
                 )
             for other in evicted:
                 del self._entries[other.id]
@@ -495,7 +512,7 @@ class ModelPool:
 
         try:
             stored = store.check_active(store.find(model_id))
-            with self._loading, _collector_paused():
+            with self._loading, nullcontext() if entry.base is None else _collector_paused():
                 if store.writes(stored):
                     from luthier.serving.decoder import Decoder
 
@@ -523,8 +540,11 @@ class ModelPool:
         except LuthierError as error:
             entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
         except Exception as error:
+            # What has no room now may have some later.
+            short = isinstance(error, MemoryError) or waits_for_disk(error)
             entry.error = InferenceFailed(
-                "ModelError", f"The model cannot be loaded: {type(error).__name__}."
+                "ModelNotReady" if short else "ModelError",
+                f"The model cannot be loaded: {type(error).__name__}.",
             )
             entry.error.__cause__ = error
         release_workers()  # of the thread that asked: a decoder has its own

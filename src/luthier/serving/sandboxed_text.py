@@ -10,7 +10,6 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,16 +112,20 @@ class SandboxedFormat(ChatFormat):
         word_T = None if words is None else np.array(words, dtype=np.int64)
         return np.array(ids, dtype=np.int64), word_T
 
-    @cached_property
+    @property
     def reasoning_marks(self) -> ReasoningMarks | None:
         """See :attr:`ChatFormat.reasoning_marks`; none of a template that takes too much for it."""
-        try:
-            found = self.tokenizer.ask("reasoning_marks")
-        except WorkInterrupted:
-            raise
-        except RecipeError:
-            return None
-        return None if found is None else ReasoningMarks(**found)
+        # Not functools.cached_property: in Python 3.11 all models would wait for one slow template.
+        known: dict[str, ReasoningMarks | None] = self.__dict__
+        if "known_marks" not in known:
+            try:
+                found = self.tokenizer.ask("reasoning_marks")
+            except WorkInterrupted:
+                raise
+            except RecipeError:
+                found = None
+            known["known_marks"] = None if found is None else ReasoningMarks(**found)
+        return known["known_marks"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :meth:`ChatFormat.decode`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from luthier.data.reasoning import Reasoning, ReasoningSplitter, overlap
+from luthier.data.reasoning import ReasoningFormat, ReasoningSplitter, overlap
 from luthier.serving.inference import Score
 
 BROKEN = "\ufffd"
@@ -90,7 +90,7 @@ class AnswerText:
         self,
         decode: Callable[[Sequence[int]], str],
         stops: Sequence[str],
-        reasoning: Reasoning | None = None,
+        reasoning: ReasoningFormat | None = None,
     ) -> None:
         self._characters, self._stops = Detokenizer(decode), StopFinder(stops)
         self._splitter = ReasoningSplitter(reasoning)

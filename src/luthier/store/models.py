@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -298,9 +298,11 @@ def lock_record(model: StoredModel) -> Iterator[None]:
         CorruptFile: where the record is not there any more.
     """
     record = model.folder / MANIFEST
-    if not record.is_file():
-        raise CorruptFile(f"{record} is missing; {_RESTORE}")
-    with lock(record, wait=True):
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(record, wait=True, create=False))
+        except FileNotFoundError as error:
+            raise CorruptFile(f"{record} is missing; {_RESTORE}") from error
         yield
 
 

@@ -154,8 +154,9 @@ def test_a_model_is_loaded_pinned_and_let_go_of(service: Service, call: Callable
 def test_an_account_touches_and_sees_its_own_models_alone(
     service: Service, call: Callable[..., Any]
 ) -> None:
-    with service.database.read() as session:
+    with service.database.write() as session:
         theirs = session.scalars(select(CustomModel).filter_by(account=OTHER)).one()
+        theirs.pinned = True
     assert theirs.stored_id is not None
     service.pool.pin(theirs.stored_id, OTHER)
     assert call("GET", "loaded-models") == {"models": []}
@@ -168,6 +169,18 @@ def test_an_account_touches_and_sees_its_own_models_alone(
     assert status == 400 and "all accounts share" in refused["message"]
     (loaded,) = [each for each in service.pool.loaded_models() if each.base]
     assert loaded.pinned
+
+
+def test_a_pin_that_another_server_took_back_holds_no_longer(
+    service: Service, call: Callable[..., Any]
+) -> None:
+    call("POST", "models/sales/pin")
+    with service.database.write() as session:
+        model = session.scalars(select(CustomModel).filter_by(name="sales")).one()
+        model.pinned = False
+    listed = call("GET", "loaded-models")["models"]
+    assert [(each["name"], each["pinned"]) for each in listed] == [("sales", False)]
+    assert call("POST", "models/sales/unload")["loaded"] is False
 
 
 def test_a_pin_without_room_is_refused_with_the_figures(

@@ -54,7 +54,7 @@ def check_and_load(pool: ModelPool, stored_id: str) -> None:
 
 
 class Activation:
-    """Prepares models one after the other; what comes of it is written where it was asked for."""
+    """Prepares models in the background; what comes of it is written where it was asked for."""
 
     def __init__(self, database: Database, prepare: Prepare = check_files) -> None:
         """``prepare`` is :func:`check_and_load` in a server that answers."""

@@ -79,6 +79,7 @@ class _LoadedModels:
 
     def list_models(self, request: Request) -> LoadedModelsView:
         self.context.allow(request, "ListLoadedModels", "*")
+        self._refresh_pins()
         loaded = {each.id: each for each in self.pool.loaded_models()}
         own = select(CustomModel).where(
             CustomModel.account == request.account,
@@ -105,14 +106,28 @@ class _LoadedModels:
 
     def pin(self, request: Request) -> LoadedModelView:
         model, stored_id = self._model(request, "PinModel")
-        with inference_faults():
-            self.pool.pin(stored_id, request.account)
-        return self._current_view(self._write_pinned(model, True), stored_id)
+        self._refresh_pins()
+        # Before it is pinned here: else another request's look at the rows would unpin it.
+        pinned = self._write_pinned(model, True)
+        try:
+            with inference_faults():
+                self.pool.pin(stored_id, request.account)
+        except BaseException:
+            if not model.pinned:
+                self._write_pinned(model, False)
+            raise
+        return self._current_view(pinned, stored_id)
 
     def unpin(self, request: Request) -> LoadedModelView:
         model, stored_id = self._model(request, "UnpinModel")
         self.pool.unpin(stored_id)
         return self._current_view(self._write_pinned(model, False), stored_id)
+
+    def _refresh_pins(self) -> None:
+        """Forget pins of models that another server has unpinned or deleted."""
+        with self.context.database.read() as session:
+            pinned = session.scalars(select(CustomModel.stored_id).where(CustomModel.pinned))
+            self.pool.keep_pins({each for each in pinned if each is not None})
 
     def _model(self, request: Request, action: str) -> tuple[CustomModel, str]:
         """The account's model and its id in the store, where the policies let the caller."""
@@ -136,10 +151,11 @@ class _LoadedModels:
         """Note it for servers that start; as the row is now."""
         with self.context.database.write() as session:
             found = session.get(CustomModel, model.seq, with_for_update=True)
-            if found is None:  # deleted meanwhile, by another server perhaps
-                self.pool.forget(model.stored_id or "")
-                raise Fault("ResourceNotFound", f"There is no model {model.name!r}.")
-            found.pinned = pinned
+            if found is not None:
+                found.pinned = pinned
+        if found is None:  # deleted meanwhile, by another server perhaps
+            self.pool.forget(model.stored_id or "")
+            raise Fault("ResourceNotFound", f"There is no model {model.name!r}.")
         return found
 
     def _current_view(self, model: CustomModel, stored_id: str) -> LoadedModelView:

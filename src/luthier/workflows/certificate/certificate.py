@@ -284,12 +284,11 @@ def certify(model_id: str) -> None:
 
     One that is signed stays: who signed it makes another one. Power that was measured is taken over.
     """
-    model = find(model_id)
-    if (model.folder / SIGNATURE).exists():
-        return
     # Of two that judge it at once neither may leave out the other's report.
-    with lock_record(model):
+    with lock_record(find(model_id)):
         model = find(model_id)
+        if (model.folder / SIGNATURE).exists():
+            return
         there = _stored_certificate(model)
         made = make_certificate(model, None if there.compute.watts_assumed else there.compute.watts)
         same = {"created": there.created, "sha256": there.sha256}
