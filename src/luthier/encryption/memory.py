@@ -62,7 +62,7 @@ def hold_temporary_files() -> None:
 
     What processes left there that are gone is removed.
     """
-    if keyring() is None:
+    if keyring() is None or Path(tempfile.gettempdir()).is_relative_to(memory()):
         return
     import psutil
 

@@ -15,6 +15,7 @@ import torch
 
 from luthier.data.media import PLURAL
 from luthier.data.spool import concatenate
+from luthier.encryption.memory import hold_temporary_files
 from luthier.engine.actuals import Clock, record_actual
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
 from luthier.engine.comparison import describe_quicker, fit_baselines, measure_tuned
@@ -94,6 +95,7 @@ def train(
         RefusedInput: before any training, for data, recipe, model, memory, disk or name.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
+    hold_temporary_files()  # rows of large data sets lie there
     group = ProcessGroup.of_environment()
     resume = resume or started_again()
     if recipe.training.fully_shard and group.size > 1:

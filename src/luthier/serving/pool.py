@@ -495,8 +495,8 @@ class ModelPool:
             if excess > 0:
                 raise InferenceFailed(
                     "ModelNotReady",
-                    f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than models at "
-                    "work, pinned or asked lately leave. Try again soon.",
+                    f"The model needs {size >> 20} MiB of memory, {excess >> 20} MiB more than is left "
+                    "beside models at work, pinned or asked lately. Try again soon.",
                 )
             for other in evicted:
                 del self._entries[other.id]
