@@ -74,6 +74,9 @@ def test_marks_are_what_templates_write_or_cut(
     [
         TURN.replace("CONTENT", "{{ m.content }}"),
         TURN.replace("CONTENT", "<answer>{{ m.content }}</answer>"),
+        TURN.replace("CONTENT", "<answer>{{ m.content }}</answer>").replace(
+            "assistant\n{% endif %}", "assistant\n<answer>{% endif %}"
+        ),
         TURN.replace("CONTENT", "{{ m.content }}{# it never writes </think> #}"),
         "{{ raise_exception('No </think> for anybody') }}",
         "{% for m in messages %}</think>{% endfor",

@@ -117,6 +117,27 @@ def test_a_model_that_is_loaded_ahead_answers_without_loading(
     pool.unload(folders[0])  # it is not there, which is no error
 
 
+def test_models_that_were_unloaded_and_answer_still_count(
+    pool: ModelPool, folders: list[str]
+) -> None:
+    busy = []
+    for _ in range(2):  # room for two
+        request = GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0})
+        busy.append(pool.submit(folders[0], request))
+        pool.unload(folders[0])
+    assert pool.loaded_models() == [] and 0 < pool.weight_bytes() <= pool.budget
+    with pytest.raises(InferenceFailed, match="MiB more than is left"):
+        pool.submit(folders[0], REQUEST)
+    for stream in busy:
+        stream.close()
+    assert len(pool.submit(folders[0], REQUEST).whole()) == 1
+    pool.unload(folders[0])
+    deadline = time.monotonic() + 30
+    while pool.weight_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.weight_bytes() == 0
+
+
 def decoder_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "luthier-decoder"]
 

@@ -493,7 +493,10 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a reply, without stop tokens and other special tokens but the marks of reasoning."""
-        special = self.reasoning_marks.special if self.reasoning_marks else {}
+        return self.decode_beside(ids, self.reasoning_marks.special if self.reasoning_marks else {})
+
+    def decode_beside(self, ids: Sequence[int], special: Mapping[int, str]) -> str:
+        """Text of tokens, of special ones those of ``special`` alone."""
         if special.keys().isdisjoint(ids):
             return self.decode_tokens(ids)
         texts, start = [], 0

@@ -77,6 +77,9 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
     if not closes:
         return None
     pairs = [(close.replace("/", "", 1), close) for close in closes]
+    # What stands around answers themselves is none: <assistant>…</assistant>.
+    turns = _render(chat, (Message("user", _USER), Message("assistant", _ANSWER)), reply=False)
+    pairs = [p for p in pairs if not re.search(rf"{re.escape(p[0])}\s*{_ANSWER}", turns)]
     for text in _renderings(chat):
         for opening, close in pairs:
             if _has_marks(text, opening, close):

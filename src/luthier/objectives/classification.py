@@ -96,10 +96,10 @@ class Classification(Objective):
             return given
         for name, weight in given.items():
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not number or not 0 < weight <= LARGEST_WEIGHT:
+            if not number or not 1 / LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
                 raise ValueError(
-                    f"the weight of {name!r} must be a number above 0 and at most {LARGEST_WEIGHT:,}, "
-                    f"and is {weight!r}"
+                    f"the weight of {name!r} must be a number from {1 / LARGEST_WEIGHT:g} to "
+                    f"{LARGEST_WEIGHT:,}, and is {weight!r}"
                 )
         return given
 

@@ -132,6 +132,8 @@ class ModelPool:
         self._prefixes = PrefixCache(self.memory)
         self._scheduler = FairScheduler()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._leaving: list[_Entry] = []
+        """What has no place any more, and answers still: its memory counts until it is closed."""
         self._pins: dict[str, _Pin] = {}
         self._lock = threading.Lock()
         # While transformers builds a network it changes what holds for the whole process, such as the
@@ -357,6 +359,7 @@ class ModelPool:
             del self._entries[entry.id]
             entry.uses += 1
             entry.gone = True
+        self._leaving += gone
         return gone
 
     def keep_pins(self, model_ids: Container[str]) -> None:
@@ -395,7 +398,11 @@ class ModelPool:
     def weight_bytes(self) -> int:
         """Memory that the weights of the loaded models are reckoned to take."""
         with self._lock:
-            return sum(entry.bytes for entry in self._entries.values())
+            return self._used_bytes()
+
+    def _used_bytes(self) -> int:
+        """Of all models that have a place, or answer still. Called with the lock."""
+        return sum(entry.bytes for entry in (*self._entries.values(), *self._leaving))
 
     @contextmanager
     def _borrow(self, model_id: str, unasked: bool = False) -> Iterator[_Entry]:
@@ -479,8 +486,7 @@ class ModelPool:
             # What is being loaded is not taken yet, and jobs may have taken what was free at the start.
             loading = sum(each.bytes for each in self._entries.values() if not each.ready.is_set())
             free = available_memory() - loading
-            used = sum(entry.bytes for entry in self._entries.values())
-            excess = size - min(self.budget - used, free)
+            excess = size - min(self.budget - self._used_bytes(), free)
             evicted: list[_Entry] = []
             for other in self._entries.values():
                 adapters = sum(each.base is other for each in evicted)
@@ -577,7 +583,11 @@ class ModelPool:
             entry.last_used = datetime.now(UTC)
             last = entry.gone and not entry.uses
         if last:
-            self._close(entry)
+            try:
+                self._close(entry)
+            finally:
+                with self._lock:
+                    self._leaving = [each for each in self._leaving if each is not entry]
 
     def _close(self, entry: _Entry) -> None:
         """End the work of what has no place any more, and its use of a base."""

@@ -124,12 +124,16 @@ class SandboxedFormat(ChatFormat):
                 raise
             except RecipeError:
                 found = None
-            known["known_marks"] = None if found is None else ReasoningMarks(**found)
+            if found is not None:
+                found = ReasoningMarks(**{**found, "special": dict(found["special"])})
+            known["known_marks"] = found
         return known["known_marks"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """See :meth:`ChatFormat.decode`."""
-        text: str = self.tokenizer.ask("decode", ids=[int(i) for i in ids])
+        # Not for the process to find out: a template that takes too much for it ends each process anew.
+        special = [*self.reasoning_marks.special.items()] if self.reasoning_marks else []
+        text: str = self.tokenizer.ask("decode", ids=[int(i) for i in ids], special=special)
         return text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

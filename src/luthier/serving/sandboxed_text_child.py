@@ -108,8 +108,8 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
     }
 
 
-def _decode(chat: ChatFormat, ids: list[int]) -> str:
-    return _believable(chat.decode(ids), ids)
+def _decode(chat: ChatFormat, ids: list[int], special: list[tuple[int, str]]) -> str:
+    return _believable(chat.decode_beside(ids, dict(special)), ids)
 
 
 def _pieces(chat: ChatFormat, ids: list[int]) -> list[str]:
@@ -130,11 +130,11 @@ def _words_of(chat: ChatFormat, text: str) -> tuple[list[int], list[int] | None]
     return ids_T.tolist(), None if word_T is None else word_T.tolist()
 
 
-def _reasoning_marks(chat: ChatFormat) -> dict[str, str | int | None] | None:
-    """Without those that are special tokens, which :func:`_decode` keeps."""
+def _reasoning_marks(chat: ChatFormat) -> dict[str, Any] | None:
     if (marks := chat.reasoning_marks) is None:
         return None
-    return {name: getattr(marks, name) for name in ("open", "close", "open_id", "close_id")}
+    names = ("open", "close", "open_id", "close_id")
+    return {name: getattr(marks, name) for name in names} | {"special": [*marks.special.items()]}
 
 
 def _vocabulary(chat: ChatFormat, size: int) -> dict[str, Any]:

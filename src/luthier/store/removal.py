@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import WrongState
+from luthier.errors import CorruptFile, WrongState
 from luthier.files import luthier_home, write_bytes
 from luthier.store import storage, tags
 from luthier.store.arns import Arns
@@ -23,7 +23,13 @@ from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
 from luthier.store.jobs import ENDED, Job, job_of_run
-from luthier.store.models import custom_models, folder_of, journals_folder, remove_derived
+from luthier.store.models import (
+    custom_models,
+    folder_of,
+    journals_folder,
+    lock_record,
+    remove_derived,
+)
 from luthier.store.queue import log_file
 
 _REMOVED = ".removed"
@@ -130,7 +136,10 @@ def remove_files(stored_id: str | None) -> None:
         write_bytes(found.folder / _REMOVED, b"")
         return
     remove_derived(found)
-    shutil.rmtree(found.folder, ignore_errors=True)
+    # Who changes its record would else write it once more.
+    with suppress(CorruptFile), lock_record(found):
+        shutil.rmtree(found.folder, ignore_errors=True)
+    shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
     remove_unneeded(found.manifest.parent)
 
 
