@@ -145,12 +145,15 @@ def reconstruct(
         if is_media(input_) and Path(input_).is_file():
             rows = [input_row(input_, "the command line")]
         else:
-            rows = [row for _, row in load_inputs(input_, parse_columns(columns))][:count]
+            rows = [row for _, row in load_inputs(input_, parse_columns(columns))]
+    there, rows = len(rows), rows[:count]
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
         generator = ImageGenerator.open(check_active(find(model)))
-    report: dict[str, Any] = {"model": model, "images": len(rows), "output": str(output)}
+    report: dict[str, Any] = {
+        "model": model, "images": len(rows), "of": there, "output": str(output)
+    }  # fmt: skip
     if between is not None:
         ways = generator.interpolate(rows, between)
         write_bytes(output, encode_png(grid([each for way in ways for each in way], between)))
@@ -175,4 +178,6 @@ def reconstruct(
     if "error" in report:
         print_text(f"mean squared error {report['error']:.5f}, of pixels from 0 to 1")
         print_text(f"each image: {found[0].compression}")
+    if len(rows) < there:
+        print_text(f"the first {len(rows):,} of {there:,} images; --count {there} takes all")
     print_written(len(rows), "images", output)

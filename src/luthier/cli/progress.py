@@ -52,7 +52,7 @@ class ProgressLines:
         self._ended = done >= total
         start, first = self._began
         left = ""
-        if first < done < total:
+        if first < done < total and done >= total / 100:  # less tells nothing of the time
             left = f", {format_duration((now - start) / (done - first) * (total - done))} left"
         part = f"{done / max(1, total):.0%}" if self.percent else f"{done:,} of {total:,}"
         shown = f"  {self.name} {part}{left}"

@@ -204,7 +204,9 @@ _PERSON_XMP: Mapping[str, re.Pattern[bytes]] = {
     )
     for name, tag in {
         "XMP creator": b"dc:creator",
-        "XMP rights": b"dc:rights",
+        "XMP rights": b"(?:dc:rights|xmpRights:(?:Owner|UsageTerms))",
+        "XMP PersonInImage": b"(?:Iptc4xmpExt:PersonInImage|mwg-rs:Name)",
+        "XMP Credit": b"photoshop:Credit",
         "XMP OwnerName": b"(?:aux|exifEX):(?:Camera)?OwnerName",
         "XMP SerialNumber": b"(?:aux:|exifEX:Body)SerialNumber",
     }.items()

@@ -128,7 +128,8 @@ def choose(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Choice]]:
     steps = steps_of(recipe.model_copy(update={"training": training}), facts.rows, facts.mixed)
     if facts.validation_rows:
         every = max(1, round(steps / 8))
-        fill("evaluate_every", every, f"about eight measurements in {steps} steps")
+        reason = f"about eight measurements in {steps} steps"
+        fill("evaluate_every", every, reason if every > 1 else "a measurement after each step")
     rows = facts.rows + facts.held_out
     if (
         facts.held_out

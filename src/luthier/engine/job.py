@@ -57,6 +57,8 @@ from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
 
+MANY_ROWS = 5_000
+"""Rows from which on looking at them shows how far it is."""
 LARGE = 50_000_000
 """Bytes of rows from which on reading shows how far it is."""
 
@@ -225,8 +227,9 @@ def prepare_job(
             reporter.progress(done // 1_000_000, size // 1_000_000, "MB read")
 
     def on_row(done: int, count: int) -> None:
-        if reads is not None:
-            reporter.progress(done, count, f"{PLURAL[reads.kind]} looked at")
+        if reads is not None or count >= MANY_ROWS:
+            what = "rows" if reads is None else PLURAL[reads.kind]
+            reporter.progress(done, count, f"{what} looked at")
 
     seed = recipe.training.seed
     data = prepare(recipe.data, objective, chat, room, seed, on_progress, refit, on_row)

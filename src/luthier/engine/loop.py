@@ -53,6 +53,8 @@ from luthier.recipe import Training
 from luthier.types import Example
 
 _BEST, _BUFFER = "best.", "buffer."
+MANY_HELD_OUT = 50
+"""Held-out rows whose first measurement is said to begin: of long ones it takes minutes."""
 ADVICE_EVERY = 10
 """Steps between looks at the course of a run."""
 ADVICE_LINES = 200
@@ -171,6 +173,10 @@ class Loop:
             self.processes.send_first([masters[n] for n, w in weights.items() if not is_sharded(w)])
             self.optimizer.publish()
         if self.progress.step == 0:
+            if len(self.validation) >= MANY_HELD_OUT:
+                self.reporter.stage(
+                    f"Measuring {len(self.validation):,} held-out rows, as it begins"
+                )
             self.evaluate()
         with _stop_on_signal(lambda: self._is_reading) as stopped:
             while self.progress.step < self.until and not self._patience_spent():

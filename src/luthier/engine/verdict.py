@@ -42,6 +42,8 @@ LEAST_CHANGE = 0.05
 LAST_PART = 0.6
 """Where the last part of a run begins, which tells whether it still improves. It is a large one, as the
 rate that falls to 0 makes the very end flat, whether there is more to learn or not."""
+FEWEST_STEPS = 6
+"""Steps below which a loss that falls or rises from step to step is that of other rows."""
 RISEN = 0.1
 """Share of a loss by which it must end above its beginning to have risen."""
 LEARNED = 0.1
@@ -323,6 +325,8 @@ class _Course:
                 "The later steps only learned the training rows by heart: more rows help, or fewer "
                 "passes, or fewer weights"
             )
+        if len(self.train) < FEWEST_STEPS:
+            return f"{len(self.train)} steps are too few to tell why: {self._twice(training)}"
         if self._training_moved() < 0 and not self._risen(self.train):
             return (
                 "The training loss fell, so the rows were learned, and what they teach does not help "

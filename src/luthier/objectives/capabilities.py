@@ -334,10 +334,10 @@ class Compression:
         return self.ratio * self.bytes_each / LATENT_BYTES
 
     def __str__(self) -> str:
-        """``3,072 numbers kept as 32, 96 : 1 (24 : 1 in bytes)``."""
+        """``3,072 numbers, as the network reads them, kept as 32: 96 : 1 (24 : 1 in bytes)``."""
         return (
-            f"{self.numbers:,} numbers kept as {self.latent_numbers:,}, {self.ratio:.3g} : 1 "
-            f"({self.bytes_ratio:.3g} : 1 in bytes)"
+            f"{self.numbers:,} numbers, as the network reads them, kept as {self.latent_numbers:,}: "
+            f"{self.ratio:.3g} : 1 ({self.bytes_ratio:.3g} : 1 in bytes)"
         )
 
 

@@ -92,7 +92,10 @@ class Classification(Objective):
         """Say what is wrong with a weight by the name of its label."""
         if not isinstance(given, Mapping):
             if given not in (None, "balanced"):
-                raise ValueError("must be balanced, or a table of labels and what they count")
+                raise ValueError(
+                    "must be balanced, or a table of labels and what they count, such as "
+                    "`objective.class_weights.rare=5`"
+                )
             return given
         for name, weight in given.items():
             number = isinstance(weight, int | float) and not isinstance(weight, bool)

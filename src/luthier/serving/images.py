@@ -91,7 +91,8 @@ class ImageGenerator:
         if not isinstance(objective, SupportsSampling):
             raise RecipeError(
                 f"{stored.id} was not trained to make images; train one with "
-                "`objective.method=vae`, `gan` or `diffusion`"
+                "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
+                "`objective.method=diffusion`"
             )
         chat = chat_format(stored)
         return ImageGenerator(open_network(stored), objective, chat, name or stored.id)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.data.shapes import JudgedAnswers
+from luthier.data.shapes import JudgedAnswers, MediaRow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
@@ -111,6 +111,6 @@ def _parts(row: Row) -> tuple[int, int, int]:
     says = row.targets()
     if row.annotated:
         return 0, hash_texts("named", *asks), hash_texts(*says)
-    if not says:
+    if not says or isinstance(row, MediaRow):  # of one caption there are many images
         return len(_KINDS), hash_texts("bare", *asks), 0
     return 2, hash_texts("written", *asks), hash_texts(*says)
