@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 import re
 import zipfile
 import zlib
@@ -177,7 +178,7 @@ def _without_common_folders(names: list[str]) -> list[str]:
 
 
 def _kind_of(names: Iterable[str]) -> MediaKind:
-    endings = {PurePosixPath(name).suffix.lower() for name in names}
+    endings = {os.path.splitext(name)[1].lower() for name in names}  # paths intern their parts
     kinds = set(map(media_kind, endings))
     if {"image", "audio"} <= kinds:
         message = f"It holds images and sounds: {', '.join(sorted(endings))}."
@@ -187,7 +188,7 @@ def _kind_of(names: Iterable[str]) -> MediaKind:
 
 def _has_labels(names: Iterable[str]) -> bool:
     """Whether the files lie in folders; all must, or none."""
-    inside = {len(PurePosixPath(name).parts) > 1: name for name in names}
+    inside = {"/" in name: name for name in names}
     if len(inside) > 1:
         message = f"{quote(inside[False])} lies in no folder, and {quote(inside[True])} does."
         fix = "The folder of a file is its label: move it into one, or all files out of theirs."
@@ -197,7 +198,7 @@ def _has_labels(names: Iterable[str]) -> bool:
 
 def _record(media: Media, name: str, labelled: bool) -> Record:
     record: Record = {media.kind: media}
-    return record | ({"label": PurePosixPath(name).parts[0]} if labelled else {})
+    return record | ({"label": name.partition("/")[0]} if labelled else {})
 
 
 def read_npz(

@@ -85,7 +85,7 @@ def open_network(stored: StoredModel, head: Head | None = None, precise: bool = 
     from luthier.store.models import load
 
     machine = choose_machine()
-    size = folder_size(stored.network_folder, "**/*.safetensors") if precise else 0
+    size = folder_size(stored.network_folder, ".safetensors") if precise else 0
     wide = precise and 4 * size < available_memory()
     dtype = torch.float32 if wide else machine.dtype
     model = load(stored, dtype, machine.device, head, learns=False)

@@ -169,7 +169,7 @@ class ModelWriter:
             peak_memory_bytes=peak_memory(),
             trained_weights=self.trained,
             weights=self.weights,
-            saved_bytes=folder_size(stored, "**/*.safetensors"),
+            saved_bytes=folder_size(stored, ".safetensors"),
             rows_seen=progress.rows,
             verdict=self.verdict,
             comparison=self.comparison,

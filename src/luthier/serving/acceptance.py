@@ -77,7 +77,7 @@ def memory_needed(
     if chosen.adapter:
         base = _base_for(adapter_fields(folder), base_of)
         # Under PEFT, and as it is served.
-        beside = 2 * folder_size(base.network_folder, "**/*.safetensors")
+        beside = 2 * folder_size(base.network_folder, ".safetensors")
     return _LOADED * (chosen.weights + beside) + _PROCESS
 
 

@@ -500,7 +500,7 @@ def _contender(
     seconds: float, memory: int, name: str = "", prompt_tokens: float | None = None,
 ) -> Contender:  # fmt: skip
     folders = {stored.network_folder, stored.folder}
-    size = sum(folder_size(folder, "**/*.safetensors") for folder in folders)
+    size = sum(folder_size(folder, ".safetensors") for folder in folders)
     trained = _training_seconds(stored) if technique.startswith("fine-tuning") else 0.0
     return Contender(
         f"{stored.id} {name}".strip(), technique, score, dict(scores), seconds, prompt_tokens, size,

@@ -246,7 +246,7 @@ class _Averaging:
             model_id=self.run.model_id,
             model_dir=str(self.run.model_folder),
             saved=manifest.saved,
-            saved_bytes=folder_size(self.run.model_folder, "**/*.safetensors"),
+            saved_bytes=folder_size(self.run.model_folder, ".safetensors"),
             head_of_tuned=sorted(self._new) if "_network" in self.__dict__ else [],
         )
 

@@ -148,7 +148,7 @@ def _store(draft: _Draft, run: Run, stage: Callable[[str], None]) -> Student:
         kept=next(iter(draft.planned.stacks.values()), None),
         weights=draft.weights,
         teacher_weights=draft.teacher_weights,
-        saved_bytes=folder_size(run.model_folder, "*.safetensors"),
+        saved_bytes=folder_size(run.model_folder, ".safetensors"),
     )
 
 
