@@ -151,7 +151,9 @@ def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
         samples: sketch_training(config, objective, Full(), 4, reads=(1, 1, samples)).memory
         for samples in (8_000, 16_000, 32_000)
     }
-    assert sketch_training(config, objective, Full(), 4).memory == counted[16_000]
+    assert config.layerdrop > 0  # which layers are left out is drawn, and all of them are counted
+    for _ in range(8):
+        assert sketch_training(config, objective, Full(), 4).memory == counted[16_000]
     short, _, long = (each.per_token for each in counted.values())
     assert long > 3.5 * short  # attention grows faster than the sound
 
@@ -170,7 +172,8 @@ def test_onnx_gives_the_same_scores_of_a_sound(
         tmp_path / "sounds", base=str(base), name="tones", training__max_steps=3,
         training__precision="float32", data__validation_share=0, training__refit=False,
     )  # fmt: skip
-    assert export_onnx(find(tuned.model_id), tmp_path / "onnx") < 1e-4
+    error = export_onnx(find(tuned.model_id), tmp_path / "onnx").score_error
+    assert error is not None and error < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     file = tmp_path / "sounds" / "low" / "3.wav"
     values = own_inputs(family, base, file)["input_values"]

@@ -153,11 +153,19 @@ def activation_bytes(model: Any, bytes_per_number: int, reads: Shape | None = No
         longest = min(LONGEST_WRITTEN, context_length(model.config.to_dict()))
         name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
         texts[name] = torch.zeros(2, longest, dtype=torch.int64, device="meta")
+    config: Any = model.config
+    dropped = getattr(config, "layerdrop", 0.0)
     with (
-        refuse_configuration(UnknownModel, DOES_NOT_RUN.format(model.config.model_type)),
+        refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        run_media(model.train(), arrays, **texts)
+        if dropped:
+            config.layerdrop = 0.0  # layers that are left out at random take memory in other steps
+        try:
+            run_media(model.train(), arrays, **texts)
+        finally:
+            if dropped:
+                config.layerdrop = dropped
     return (sum(sizes) + 4 * max(sizes, default=0)) // 2 * bytes_per_number
 
 

@@ -19,12 +19,12 @@ from luthier.data.shapes import SHAPES, LabelledText, MediaRow, describe_shapes
 from luthier.data.sources import Source
 from luthier.errors import DataError, DownloadError, RefusedInput
 from luthier.gate.check import CheckContext, Split
-from luthier.gate.checks import BASE_MISSING, checks_for
+from luthier.gate.checks import BASE_MISSING, NO_READER, checks_for
 from luthier.gate.checks.base_language import UNSPACED, language_name, main_language
 from luthier.gate.policy import load_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
-from luthier.gate.scan import ScanProgress, inspect_rows, inspect_sources, is_large
+from luthier.gate.scan import NO_TEXT, ScanProgress, inspect_rows, inspect_sources, is_large
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.models.kinds import sole_objective
 from luthier.objectives import OBJECTIVES, Objective
@@ -182,6 +182,8 @@ def inspect(
         request.sources, checks, decided.severity, request.columns, progress, processes, beside
     )
     used = base if known.chat else None
+    if report.left_out:  # where no row has a text, no base would help
+        left_out = {n: NO_TEXT if why == NO_READER else why for n, why in left_out.items()}
     left_out = {**left_out, **report.left_out}
     return replace(report, base=used, left_out=left_out, columns=request.columns or {})
 

@@ -91,7 +91,11 @@ def first_layer_alone(model: nn.Module) -> Iterator[None]:
     """
     from torch import nn
 
-    names = layer_names(model)
+    try:
+        names = layer_names(model)
+    except RecipeError:  # it has one layer, or none that are alike
+        yield
+        return
     stack, *further = {parent_of(model, name)[0] for name in names}
     shapes = {
         tuple((each, weight.shape) for each, weight in model.get_submodule(name).named_parameters())

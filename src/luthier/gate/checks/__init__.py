@@ -50,6 +50,10 @@ BASE_MISSING = Rule(
 )
 
 
+NO_READER = "needs a base model that reads texts"
+"""Why checks are left out that need a tokenizer."""
+
+
 def checks_for(
     known: CheckContext, skip: Collection[str] = (), in_jobs: bool = False
 ) -> tuple[list[Check], dict[str, str]]:
@@ -69,7 +73,7 @@ def checks_for(
         elif kind.needs_model and known.chat is None:
             left[name] = "needs a base model"
         elif kind.needs_tokenizer and known.chat is not None and not known.chat.has_tokenizer:
-            left[name] = "needs a base model that reads texts"
+            left[name] = NO_READER
         else:
             chosen.append(kind.of(known))
     return chosen, left
