@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.types import Example, IntArray
+from luthier.types import IntArray
 
 _PLACES, _FURTHER = 2, 3
 """Last numbers of seeds, which keep draws for different ends apart."""
@@ -101,8 +100,3 @@ def _draw_rows(order: RowOrder, each: MixedSet, epoch: int, number: int) -> IntA
     rows = np.concatenate([order.one_pass(each.rows, turn, number) for turn in passes])
     skipped = passes.start * each.rows
     return rows[start - skipped : end - skipped]
-
-
-def total_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of all examples, shared prefixes counted in each."""
-    return sum(example.tokens for example in examples)

@@ -136,9 +136,8 @@ class Media:
         if (version := self.version()) is None:
             return hashlib.sha256(self.read()).hexdigest()
         # Asked for by each check of the data, and again to encode the row.
-        known = _digests(
-            os.getpid()
-        )  # no process may use the file of the one that it was forked from
+        # No process may use the file of the one that it was forked from.
+        known = _digests(os.getpid())
         found = known.get(version)
         if found is None:
             found = hashlib.sha256(self.read()).digest()

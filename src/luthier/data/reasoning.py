@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from luthier.errors import RecipeError
@@ -77,10 +78,11 @@ def find_marks(chat: ChatFormat) -> ReasoningMarks | None:
     if not closes:
         return None
     pairs = [(close.replace("/", "", 1), close) for close in closes]
+    renderings = _renderings(chat)
+    thoughtful, plain = next(renderings), next(renderings)
     # What stands around answers themselves is none: <assistant>…</assistant>.
-    turns = _render(chat, (Message("user", _USER), Message("assistant", _ANSWER)), reply=False)
-    pairs = [p for p in pairs if not re.search(rf"{re.escape(p[0])}\s*{_ANSWER}", turns)]
-    for text in _renderings(chat):
+    pairs = [p for p in pairs if not re.search(rf"{re.escape(p[0])}\s*{_ANSWER}", plain)]
+    for text in chain((thoughtful, plain), renderings):
         for opening, close in pairs:
             if _has_marks(text, opening, close):
                 return _known_marks(chat, opening, close)
@@ -99,7 +101,7 @@ def _known_marks(chat: ChatFormat, opening: str, close: str) -> ReasoningMarks:
 
 
 def _renderings(chat: ChatFormat) -> Iterator[str]:
-    """Turns with and without reasoning, and prompts by each switch that the template has."""
+    """A turn with and one without reasoning, then prompts by each switch that the template has."""
     question = Message("user", _USER)
     for answer in (
         Message("assistant", _ANSWER, reasoning=_THOUGHT),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -147,14 +147,15 @@ def prepare(
     if problems := [*encoder.problems, *refused]:
         raise DataError(problems, capped=capped)
     encoded = concatenate(sets)
-    counts = {"rows": len(encoded), "validation_rows": len(validation), "tokens": 0}
-    counts["learned_tokens"] = 0
-    for view in chain.from_iterable(map(objective.sequences, encoded)):
+    counts = {
+        "rows": len(encoded),
+        "validation_rows": len(validation),
+        "tokens": 0,
+        "learned_tokens": 0,
+    }
+    for view in _sequences(objective, encoded):
         counts["tokens"] += view.tokens
         counts["learned_tokens"] += int(np.count_nonzero(view.weight_T))
-    mask = None
-    if objective.task == "causal_lm":
-        mask = loss_mask(chain.from_iterable(map(objective.sequences, encoded)), chat)
     able = objective.compared_shapes
     answers = isinstance(objective, SupportsPrediction) and (
         able is None or {row.shape for row in rows} <= able
@@ -173,7 +174,7 @@ def prepare(
         objective=objective,
         train=train,
         validation=validation,
-        longest=max(row.tokens for row in chain.from_iterable(map(objective.sequences, train)))
+        longest=max(view.tokens for view in _sequences(objective, train))
         + longest_completion(objective),
         hashes={str(path): sha256_of(path) for path in spec.files}
         | _hash_named_media(spec, chain(rows, held, *further)),
@@ -181,13 +182,22 @@ def prepare(
         dropped=encoder.dropped,
         truncated=encoder.truncated,
         counts={**counts, "examples": len(train)},
-        mask=mask,
+        mask=(
+            loss_mask(_sequences(objective, encoded), chat)
+            if objective.task == "causal_lm"
+            else None
+        ),
         mixed=mixed,
         report=report,
         recognized=recognized,
         compared=compared,
         held_out={name: lines for name, lines in held_out.items() if lines},
     )
+
+
+def _sequences(objective: Objective, examples: Iterable[Example]) -> Iterator[Example]:
+    """What the network is to see of ``examples``, one after the other."""
+    return chain.from_iterable(map(objective.sequences, examples))
 
 
 def _rows_of(rows: Sequence[Row], examples: Sequence[Example]) -> Sequence[Row]:

@@ -178,8 +178,7 @@ class ModelWriter:
 
     def _sample(self) -> list[Example]:
         """The rows that parity is measured on, held-out ones first."""
-        rows = islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS)
-        return list(rows)
+        return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
 
     @property
     def _budget(self) -> int:

@@ -365,10 +365,10 @@ def _choice(index: int, answer: GenerationResult, parameters: ChatRequest) -> di
 
 def _logprobs(scores: Sequence[Score], reasoning: Sequence[Score] = ()) -> dict[str, Any]:
     """How likely the tokens of a message were; DeepSeek names the member for those of its reasoning."""
-    told: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
+    logprobs: dict[str, Any] = {"content": chat_logprobs(scores), "refusal": None}
     if reasoning:
-        told["reasoning_content"] = chat_logprobs(reasoning)
-    return told
+        logprobs["reasoning_content"] = chat_logprobs(reasoning)
+    return logprobs
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
