@@ -6,13 +6,14 @@ import base64
 import io
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
+from imported_models import BUCKET, create, deployed, ended, put
 from luthier_server import KEYS, ONE, Served, home_with_tiny, until
 from PIL import Image, ImageDraw
 
@@ -38,7 +39,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
     made = Served(home_with_tiny(tmp_path_factory.mktemp("service"), tiny_model_folder))
     made.start()
     s3 = made.client("s3")
-    s3.create_bucket(Bucket="data")
+    for bucket in ("data", BUCKET):
+        s3.create_bucket(Bucket=bucket)
     for number in range(24):
         shape = [*CLASSES][number % 2]
         s3.put_object(
@@ -131,3 +133,66 @@ def test_a_series_becomes_a_model_that_judges_its_values(server: Served) -> None
             "POST", f"/api/v1/models/{model}/predictions", {"inputs": inputs}
         )
         assert status == 200 and {*answer["answers"][0]} == {"score", "anomalous"}, answer
+
+
+def test_a_pipeline_from_outside_learns_and_makes_images(
+    server: Served, family_folder: Callable[[str], Path]
+) -> None:
+    source = put(server, family_folder("stable_diffusion"), "sd")
+    found = ended(server, create(server, "painter", source))
+    assert found["modelStatus"] == "Active", found
+    bedrock, runtime = server.client("bedrock"), server.client("bedrock-runtime")
+    rows = [
+        {"image-ref": f"s3://data/photos/{shape}/{number}.png", "caption": f"a {shape}"}
+        for number, shape in enumerate([*CLASSES] * 8)
+    ]
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    server.client("s3").put_object(Bucket="data", Key="captions.jsonl", Body=body)
+    bedrock.create_model_customization_job(
+        roleArn=ROLE, baseModelIdentifier=found["modelArn"], jobName="style",
+        customModelName="style", trainingDataConfig={"s3Uri": "s3://data/captions.jsonl"},
+        outputDataConfig={"s3Uri": "s3://data/out/"},
+        hyperParameters={"epochCount": "2", "batchSize": "4"},
+    )  # fmt: skip
+    asked = lambda: bedrock.get_model_customization_job(jobIdentifier="style")  # noqa: E731
+    until(lambda: asked()["status"] != "InProgress")
+    assert asked()["status"] == "Completed", asked().get("failureMessage")
+    asked_for = {
+        "taskType": "TEXT_IMAGE", "textToImageParams": {"text": "a disc"},
+        "imageGenerationConfig": {"seed": 1, "cfgScale": 3.0},
+    }  # fmt: skip
+    made = {}
+    for name in ("painter", "style"):
+        arn = bedrock.get_custom_model(modelIdentifier=name)["modelArn"]
+        answer = runtime.invoke_model(
+            modelId=deployed(server, name, arn), body=json.dumps(asked_for)
+        )
+        (image,) = json.loads(answer["body"].read())["images"]
+        made[name] = Image.open(io.BytesIO(base64.b64decode(image)))
+    assert made["painter"].size == made["style"].size
+    assert made["painter"].tobytes() != made["style"].tobytes()
+
+
+def test_lines_of_writing_become_a_reader(server: Served) -> None:
+    s3, bedrock, rows = server.client("s3"), server.client("bedrock"), []
+    for number in range(16):
+        image = Image.new("L", (96, 24), 255)
+        ImageDraw.Draw(image).text((4, 6), f"no {number % 4}", fill=0)
+        stream = io.BytesIO()
+        image.save(stream, format="PNG")
+        s3.put_object(Bucket="data", Key=f"lines/{number}.png", Body=stream.getvalue())
+        rows.append({"image": f"s3://data/lines/{number}.png", "text": f"no {number % 4}"})
+    body = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    s3.put_object(Bucket="data", Key="lines.jsonl", Body=body)
+    arn = bedrock.create_model_customization_job(
+        roleArn=ROLE, baseModelIdentifier="luthier.small-ocr", jobName="reader",
+        customModelName="reader", trainingDataConfig={"s3Uri": "s3://data/lines.jsonl"},
+        outputDataConfig={"s3Uri": "s3://data/out/"}, hyperParameters={"epochCount": "1"},
+    )["jobArn"]  # fmt: skip
+    asked = lambda: bedrock.get_model_customization_job(jobIdentifier=arn)  # noqa: E731
+    until(lambda: asked()["status"] != "InProgress")
+    assert asked()["status"] == "Completed", asked().get("failureMessage")
+    image = base64.b64encode(s3.get_object(Bucket="data", Key="lines/1.png")["Body"].read())
+    inputs = [{"image": image.decode()}]
+    status, answer = server.ask("POST", "/api/v1/models/reader/predictions", {"inputs": inputs})
+    assert status == 200 and isinstance(answer["answers"][0]["text"], str), answer

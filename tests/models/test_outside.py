@@ -114,3 +114,27 @@ def test_a_tokenizer_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> N
     for check in (check_tokenizer, check_texts):
         with pytest.raises(ModelRefused, match="gguf_file"):
             check(tmp_path)
+
+
+PIPELINE = [
+    ("model_index.json", 10), ("unet/config.json", 10),
+    ("unet/diffusion_pytorch_model.safetensors", 100), ("vae/config.json", 10),
+    ("vae/diffusion_pytorch_model.safetensors", 50), ("text_encoder/config.json", 10),
+    ("text_encoder/model.safetensors", 40), ("tokenizer/vocab.json", 10),
+    ("tokenizer/merges.txt", 10), ("scheduler/scheduler_config.json", 10),
+]  # fmt: skip
+
+
+def test_of_a_pipeline_the_folders_of_its_parts_are_taken() -> None:
+    further = ["v1-5-pruned.safetensors", "README.md", "unet/README.md", "tokenizer/x.py"]
+    chosen = choose([*PIPELINE, *((name, 1) for name in further)])
+    assert list(chosen.files) == PIPELINE and list(chosen.left) == further
+    assert (chosen.weights, chosen.adapter) == (190, False)
+    assert rule(*PIPELINE, ("unet/a.bin", 1)) == ("unet/a.bin", "model.pickle")
+    assert rule(*[e for e in PIPELINE if "safetensors" not in e[0]])[1] == "model.weights"
+    assert rule(*PIPELINE, ("vae/config.json", 10_000_001)) == ("vae/config.json", "model.size")
+
+
+def test_what_reads_images_needs_no_tokenizer() -> None:
+    entries = [*WHOLE[:2], ("preprocessor_config.json", 10)]
+    assert list(choose(entries).files) == entries

@@ -23,9 +23,10 @@ def put(server: Served, folder: Path, prefix: str, **changed: bytes | None) -> s
 def put_into(
     s3: Any, bucket: str, folder: Path, prefix: str, changes: Mapping[str, bytes | None]
 ) -> None:
-    for path in folder.iterdir():
-        if path.name not in changes:
-            s3.put_object(Bucket=bucket, Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in changes:
+            s3.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=path.read_bytes())
     for name, content in changes.items():
         if content is not None:
             s3.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=content)

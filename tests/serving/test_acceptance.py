@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,58 @@ def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None
     assert caught.value.problem.rule == rule and said in str(caught.value)
     assert caught.value.problem.file == "config.json" and "Fix: " in str(caught.value)
     assert time.process_time() - began < 20
+
+
+ACCEPTED = {
+    "resnet": ("image_encoder", {"dimensions"}), "vit": ("image_encoder", {"dimensions"}),
+    "vgg": ("image_encoder", {"dimensions"}), "ast": ("audio_encoder", {"dimensions"}),
+    "wav2vec2": ("audio_encoder", {"dimensions"}), "clip": ("image_text_encoder", {"dimensions"}),
+    "bert": ("encoder", {"dimensions", "layout"}), "vae": ("autoencoding", {"made", "pixels"}),
+    "dcgan": ("adversarial", {"made", "pixels"}), "unet": ("denoising", {"made", "pixels"}),
+    "stable_diffusion": ("denoising", {"made", "pixels"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ACCEPTED)
+def test_networks_of_images_and_sounds_are_tried_as_they_are_served(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    found = accept_network(family_folder(family), "imported:x").manifest
+    assert (found.kind, {*(found.checks or {})}) == ACCEPTED[family]
+    with_texts = family in ("bert", "clip", "stable_diffusion")
+    assert found.tokenizer_from == ("imported:x" if with_texts else None)
+
+
+def test_what_is_wrong_with_a_part_of_a_pipeline_is_named(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(family_folder("stable_diffusion"), folder)
+    config = folder / "vae" / "config.json"
+    text = config.read_text()
+    config.write_text("[]")
+    with pytest.raises(ModelRefused, match=r"^vae/config\.json: \[model\.config"):
+        accept_network(folder, "imported:x")
+    config.write_text(text)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ModelRefused, match=r"^unet/diffusion_\S+: \[model\.weights"):
+        accept_network(folder, "imported:x")
+
+
+@pytest.mark.parametrize("family", ["clip", "trocr"])
+def test_a_network_for_images_and_texts_needs_its_tokenizer(
+    family: str, family_folder: Callable[[str], Path], tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / family
+    shutil.copytree(family_folder(family), folder)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelRefused, match=r"model\.tokenizer\].*texts beside images"):
+        accept_network(folder, "imported:x")
+    tokenizer.save_pretrained(folder)
+    found = accept_network(folder, "imported:x").manifest
+    assert found.kind == {"clip": "image_text_encoder", "trocr": "image_to_text"}[family]
 
 
 def test_a_process_that_was_killed_says_nothing_of_the_model(

@@ -19,8 +19,11 @@ from tokenizers import AddedToken
 
 from luthier.data.chat import ChatFormat
 from luthier.data.reasoning import DecodedReply
+from luthier.data.shapes import PromptCompletion, TaggedWords
 from luthier.errors import RecipeError
 from luthier.models.tokenizer import load_chat_format
+from luthier.objectives.reward_model import RewardModel
+from luthier.objectives.token_classification import TokenClassification
 from luthier.serving import sandboxed_text
 from luthier.serving.sandboxed_text import SandboxedFormat, sandboxed_format
 from luthier.types import Message
@@ -127,6 +130,19 @@ class TestItIsTheSame:
             return [*found, chat.decode(found[0]), chat.pieces(found[0])]
 
         assert read(limited) == read(plain)
+
+    @pytest.mark.parametrize("objective", [TokenClassification(), RewardModel()])
+    def test_rows_of_objectives_that_ask_the_tokenizer(
+        self, plain: ChatFormat, limited: SandboxedFormat, objective: Any
+    ) -> None:
+        row = (
+            TaggedWords("rows", 1, ("Anna", "lives"), None)
+            if objective.task == "token_classification"
+            else PromptCompletion("rows", 1, "Hi", "Hello")
+        )
+        ours, theirs = (objective.encode(row, 0, chat) for chat in (limited, plain))
+        np.testing.assert_array_equal(ours.ids_T, theirs.ids_T)
+        np.testing.assert_array_equal(ours.weight_T, theirs.weight_T)
 
     def test_conversations(self, plain: ChatFormat, limited: SandboxedFormat) -> None:
         turns = [Message("user", "Hi"), Message("assistant", "Yes?"), Message("user", "Why 'x'?")]

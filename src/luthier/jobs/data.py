@@ -15,7 +15,6 @@ from luthier.data.containers import Container, container_of
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import REFERENCES, is_media, media_references, object_name
 from luthier.data.parsing import Unreadable
-from luthier.data.processors import PREPROCESSOR_CONFIG
 from luthier.data.read import read_records
 from luthier.encryption.files import open_folder, seal_folder
 from luthier.encryption.memory import working
@@ -23,6 +22,7 @@ from luthier.errors import DataError, LocationRefused, Problem
 from luthier.files import luthier_home, new_folder, read_json, sweep, write_json
 from luthier.jobs.folders import JobFolders
 from luthier.models.catalog import CATALOG
+from luthier.models.tokenizer import load_processor
 from luthier.store.jobs import Job
 from luthier.store.models import find
 
@@ -119,7 +119,7 @@ def base_reads_media(base: str) -> bool:
     """Whether the rows of a base model are images or sounds; no base is fetched to know."""
     if base in CATALOG:
         return CATALOG[base].media is not None
-    return (find(base).network_folder / PREPROCESSOR_CONFIG).is_file()
+    return load_processor(find(base).network_folder) is not None
 
 
 def _check_lines(data: JobData) -> None:

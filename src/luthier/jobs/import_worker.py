@@ -31,6 +31,7 @@ from luthier.errors import (
     DoesNotFit,
     Interrupted,
     LeaseLost,
+    LocationRefused,
     LuthierError,
     ModelRefused,
     QuotaExceeded,
@@ -50,7 +51,8 @@ from luthier.jobs.processes import LOST
 from luthier.jobs.runners import free
 from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest, created_now
-from luthier.models.outside import ImportedFiles, choose, is_weights
+from luthier.models.outside import MODEL_INDEX, ImportedFiles, choose, is_weights
+from luthier.models.pipelines import FOLDERS
 from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
     AcceptedModel,
@@ -153,7 +155,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
 
     def _store(self, found: ModelImport) -> tuple[dict[str, Any], dict[str, Any]]:
         """Store the model; what changes of its row, and its details."""
-        chosen = choose(self.locations.folder(found.account, found.source))
+        chosen = choose(self._entries(found))
         with self.database.read() as session:
             quotas = quotas_of(session, found.account, self.quotas)
             storage.check(session, found.account, quotas, stored_bytes=chosen.size)
@@ -173,6 +175,22 @@ class ImportWorker(Worker[ModelImport, Locations]):
         else:
             changes["root"] = f"luthier.{IMPORTED}-{self.row_id}"
         return changes, {"kind": accepted.manifest.kind}
+
+    def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
+        """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""
+        entries = self.locations.folder(found.account, found.source)
+        if MODEL_INDEX in dict(entries):
+            for part in FOLDERS:
+                place = f"{found.source.rstrip('/')}/{part}"
+                try:
+                    below = self.locations.folder(found.account, place)
+                except LocationRefused as error:
+                    raise ModelRefused(
+                        part, "model.pipeline", f"It cannot be read: {error}",
+                        f"Copy the whole folder of the pipeline, {', '.join(FOLDERS)} among it.",
+                    ) from error  # fmt: skip
+                entries += [(f"{part}/{name}", size) for name, size in below]
+        return entries
 
     @contextmanager
     def _working_folder(self, fresh: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from luthier.store import imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
 from luthier.store.database import count_rows, lock_by_name, new_id, now
-from luthier.store.foundation import AnyModel, FoundationModel, root_of, writes
+from luthier.store.foundation import AnyModel, FoundationModel, kind_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
 from luthier.store.queue import next_turn
 
@@ -259,10 +259,8 @@ def recipe_of(submission: Submission, job_id: str) -> Recipe:
         objective = {"method": method, **objective}
     elif kind != FINE_TUNING:
         raise RecipeError(f"unknown customization type {kind!r}; there are {', '.join(TYPES)}")
-    elif (root := root_of(submission.base)) is not None:
-        own = sole_objective(root.kind)
-        if own is not None:
-            objective = {"method": own, **objective}
+    elif (own := sole_objective(kind_of(submission.base))) is not None:
+        objective = {"method": own, **objective}
     # Fine-tuning goes by its rows: what is preferred is learned by DPO.
     if objective:
         fields["objective"] = objective

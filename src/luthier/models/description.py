@@ -27,7 +27,7 @@ from luthier.models.outside import (
     read_network_fields,
     weight_files,
 )
-from luthier.models.pipelines import NETWORKS, is_pipeline, read_pipeline
+from luthier.models.pipelines import is_pipeline, network_folders, read_pipeline
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
             the one whose weights lie in the folder. Nothing was built then.
     """
-    fields = _read_folder(folder)
+    fields = read_folder(folder)
     try:
         described_network(folder)
     except ModelRefused as refused:  # whose file is named as seen from the folder
@@ -49,7 +49,13 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _read_folder(folder: Path) -> dict[str, Any]:
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The model's ``config.json``, or one made of those of a pipeline; its networks are not looked at.
+
+    Raises:
+        UnknownModel: for a folder of no model that is known.
+        CorruptFile: for a file that cannot be read.
+    """
     return read_pipeline(folder) if is_pipeline(folder) else read_network_fields(folder)
 
 
@@ -78,17 +84,14 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     # owner, whose own memory the bounds protect: what others give to a server is copied first, to
     # where they cannot write.
     files = [
-        path for part in _parts(folder) for path in (part / "config.json", *weight_files(part))
+        path
+        for part in network_folders(folder)
+        for path in (part / "config.json", *weight_files(part))
     ]
     versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
     if memory is None:
         memory = threading.active_count() == 1
     return _draw_described(folder, versions, memory)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Folders with weights: a pipeline has one for each of its networks."""
-    return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
 
 
 _HEADS_LEFT_OUT: tuple[Task, ...] = (
@@ -99,7 +102,7 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 
 @lru_cache(maxsize=64)
 def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
-    fields = _read_folder(folder)
+    fields = read_folder(folder)
     check_layers(fields)
     if (llama := LlamaConfig.of(fields)) is not None:
         check_sizes(llama.numbers, 0, check_weights(folder))
@@ -129,7 +132,7 @@ def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwo
     numbers = sum(weight.numel() for weight in network.parameters())
     if not fields.get("quantization_config"):  # its files hold several numbers in one
         tables = sum(table.nbytes for table in network.buffers())
-        check_sizes(numbers, tables, sum(map(check_weights, _parts(folder))))
+        check_sizes(numbers, tables, sum(map(check_weights, network_folders(folder))))
     return DescribedNetwork(task, numbers, is_flat(network))
 
 

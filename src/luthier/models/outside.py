@@ -1,8 +1,9 @@
 """Models that were made elsewhere: which files of their folder are taken, and what rules they keep.
 
-Taken are weights in safetensors, the configuration and the tokenizer, of a Hugging Face model or of a
-PEFT adapter. A pickle can run code when it is read, so that a folder with one is refused as a whole:
-nobody should believe that it was looked at. Code (``.py``) and everything else is left where it is.
+Taken are weights in safetensors, the configuration, the tokenizer and what says how images or sounds
+are read, of a Hugging Face model, of a pipeline of diffusers or of a PEFT adapter. A pickle can run
+code when it is read, so that a folder with one is refused as a whole: nobody should believe that it was
+looked at. Code (``.py``) and everything else is left where it is.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from luthier.data.processors import PREPROCESSOR_CONFIG
 from luthier.encryption.tensors import tensor_headers
 from luthier.errors import CorruptFile, ModelRefused, UnknownModel
 from luthier.files import read_json
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+MODEL_INDEX = "model_index.json"
+"""What makes a folder one of a pipeline, whose parts lie in folders of their own."""
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = 200_000_000_000
 """Of all files of a model together."""
@@ -39,13 +43,16 @@ _LAYERS_OF_STAGES = frozenset(("blocks", "depth"))
 _OWN_CONFIG = "Take the config.json that belongs to the weights."
 _TEXTS = frozenset(
     (
-        CONFIG, ADAPTER_CONFIG, INDEX, "generation_config.json", "tokenizer.json",
+        CONFIG, ADAPTER_CONFIG, INDEX, "diffusion_pytorch_model.safetensors.index.json",
+        "scheduler_config.json", PREPROCESSOR_CONFIG, "generation_config.json", "tokenizer.json",
         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
         "vocab.txt", "merges.txt",
         "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
         "chat_template.json",
     )
 )  # fmt: skip
+_OF_PIPELINES = frozenset((MODEL_INDEX, PREPROCESSOR_CONFIG))
+"""What is taken right from the folder of a pipeline."""
 _TOKENIZERS = frozenset(
     (
         "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
@@ -81,7 +88,7 @@ class ImportedFiles:
     def adapter(self) -> bool:
         """Whether it is an adapter on another model."""
         names = {name for name, _ in self.files}
-        return ADAPTER_CONFIG in names and CONFIG not in names
+        return ADAPTER_CONFIG in names and not names & {CONFIG, MODEL_INDEX}
 
 
 def is_weights(name: str) -> bool:
@@ -91,6 +98,8 @@ def is_weights(name: str) -> bool:
 
 def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> ImportedFiles:
     """Which of the files right in a folder, by names and sizes, make the model.
+
+    Of a pipeline, those in the folders of its parts are among them (``unet/config.json``).
 
     Raises:
         ModelRefused: where one must not be there, one is missing, or they are too large.
@@ -103,12 +112,14 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
                 "Delete it; weights are saved by save_pretrained(..., safe_serialization=True) as "
                 ".safetensors.",
             )  # fmt: skip
-    taken = [e for e in entries if e[0] in _TEXTS or re.fullmatch(r"[\w.-]+\.safetensors", e[0])]
+    is_pipeline = MODEL_INDEX in {name for name, _ in entries}
+    taken = [each for each in entries if _is_taken(each[0], is_pipeline)]
     chosen = ImportedFiles(tuple(taken), tuple(n for n, s in entries if (n, s) not in taken))
-    names = {name for name, _ in taken}
+    names = {PurePosixPath(name).name for name, _ in taken}
     if not names & {CONFIG, ADAPTER_CONFIG}:
         raise ModelRefused(
-            CONFIG, "model.config", "It is missing, and so is adapter_config.json.",
+            CONFIG, "model.config",
+            "It is missing, and so are adapter_config.json and model_index.json.",
             "Name the folder itself in which save_pretrained wrote the model.",
         )  # fmt: skip
     if {CONFIG, ADAPTER_CONFIG} <= names:
@@ -121,14 +132,17 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
             "model.safetensors", "model.weights", "There is no .safetensors file beside config.json.",
             "Save the model with save_pretrained(..., safe_serialization=True) into the folder.",
         )  # fmt: skip
-    if not chosen.adapter and not names & _TOKENIZERS:
+    if not chosen.adapter and not names & {*_TOKENIZERS, PREPROCESSOR_CONFIG}:
         raise ModelRefused(
-            "tokenizer.json", "model.tokenizer", "The folder has no tokenizer.",
-            "Call tokenizer.save_pretrained(folder) with the tokenizer of the model.",
+            "tokenizer.json", "model.tokenizer",
+            f"The folder has no tokenizer, and no {PREPROCESSOR_CONFIG} of a network that reads images "
+            "or sounds.",
+            "Call save_pretrained(folder) of the model's tokenizer, image processor or feature "
+            "extractor.",
         )  # fmt: skip
     for name, size in taken:
-        may = MOST_TEXT if name in (*_TOKENIZERS, "merges.txt") else MOST_CONFIG
-        if name in _TEXTS and size > may:
+        may = MOST_TEXT if PurePosixPath(name).name in (*_TOKENIZERS, "merges.txt") else MOST_CONFIG
+        if not is_weights(name) and size > may:
             raise ModelRefused(
                 name, "model.size", f"It has {size:,} bytes, and {may:,} are taken.",
                 "Save configuration and tokenizer anew.",
@@ -141,6 +155,14 @@ def choose(entries: Iterable[tuple[str, int]], most: int = MOST_BYTES) -> Import
     return chosen
 
 
+def _is_taken(name: str, is_pipeline: bool) -> bool:
+    """Whether the file of this name is; of a pipeline only what lies in the folders of its parts."""
+    part, _, file = name.rpartition("/")
+    if is_pipeline and not part:
+        return file in _OF_PIPELINES
+    return file in _TEXTS or re.fullmatch(r"[\w.-]+\.safetensors", file) is not None
+
+
 def check_texts(folder: Path) -> dict[str, Any]:
     """The configuration in ``folder``, after a look at what can be seen before anything is loaded.
 
@@ -149,12 +171,12 @@ def check_texts(folder: Path) -> dict[str, Any]:
             networks of more layers than are taken.
     """
     config = _object(folder, CONFIG)
-    if (folder / INDEX).is_file():
-        shards = _object(folder, INDEX).get("weight_map")
+    for index in sorted(path.name for path in folder.glob("*.safetensors.index.json")):
+        shards = _object(folder, index).get("weight_map")
         named = set(shards.values()) if isinstance(shards, dict) else {None}
         if missing := sorted(str(n) for n in named if not _is_file_of(folder, n)):
             raise ModelRefused(
-                INDEX, "model.shards", f"It names {missing[0]}, which is not in the folder.",
+                index, "model.shards", f"It names {missing[0]}, which is not in the folder.",
                 "Copy all shards of the model into the folder.",
             )  # fmt: skip
     check_tokenizer(folder)

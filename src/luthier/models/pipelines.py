@@ -14,9 +14,8 @@ from typing import Any
 
 from luthier.data.processors import ImageProcessor
 from luthier.errors import CorruptFile, UnknownModel
-from luthier.models.outside import read_fields, read_network_fields
+from luthier.models.outside import MODEL_INDEX, read_fields, read_network_fields
 
-MODEL_INDEX = "model_index.json"
 PIPELINE = "StableDiffusionPipeline"
 MODEL_TYPE = "stable_diffusion"
 """Of the network here that a pipeline is read into."""
@@ -30,6 +29,8 @@ PARTS = {
 """Classes that each part may have."""
 NETWORKS = ("unet", "vae", "text_encoder")
 """Parts that have weights."""
+FOLDERS = (*PARTS, "scheduler")
+"""Folders in that of a pipeline of which anything is read."""
 _LATENT_SIZE = 64
 """Sides of the latents where the U-Net names none."""
 _LARGEST_SIDE = 8192
@@ -47,6 +48,11 @@ _UNREAD_NOISE = ("trained_betas", "rescale_betas_zero_snr")
 def is_pipeline(folder: Path) -> bool:
     """Whether ``folder`` is one of a pipeline."""
     return (folder / MODEL_INDEX).is_file()
+
+
+def network_folders(folder: Path) -> list[Path]:
+    """Folders with the weights of the model in ``folder``: a pipeline has one for each network."""
+    return [folder / name for name in NETWORKS] if is_pipeline(folder) else [folder]
 
 
 def tokenizer_folder(folder: Path) -> Path:

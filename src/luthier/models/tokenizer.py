@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.chat import ChatFormat, Template
-from luthier.data.processors import read_processor
+from luthier.data.processors import Processor, read_processor
 from luthier.errors import RecipeError, UnknownModel
 from luthier.files import read_json
 from luthier.models import nets
@@ -60,25 +60,38 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
 
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
-    processor = read_processor(folder)
-    # Beside networks of sounds lies the tokenizer of what they once transcribed.
-    reads_alone = processor is not None and processor.kind == "audio"
-    pipeline = read_pipeline(folder) if is_pipeline(folder) else None
-    if pipeline is not None:
-        processor = processor or pipeline_processor(pipeline)
-    elif processor is not None and (reads_alone or not _has_tokenizer(folder)):
+    processor = load_processor(folder)
+    if processor is not None and not reads_texts(folder):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
-    if pipeline is not None:  # files of older pipelines do not say how long a text may be
-        tokenizer.model_max_length = pipeline["max_position_embeddings"]
+    if is_pipeline(folder):  # files of older pipelines do not say how long a text may be
+        tokenizer.model_max_length = read_pipeline(folder)["max_position_embeddings"]
     path = folder / "generation_config.json"
     stops = read_json(path).get("eos_token_id") if path.is_file() else None
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     return ChatFormat.of(tokenizer, template, listed, _start_id(folder), processor)
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+def load_processor(folder: Path) -> Processor | None:
+    """How the model in ``folder`` reads images or sounds; ``None`` where it reads texts alone.
+
+    A pipeline need not say it: its networks do.
+    """
+    processor = read_processor(folder)
+    if processor is None and is_pipeline(folder):
+        return pipeline_processor(read_pipeline(folder))
+    return processor
+
+
+def reads_texts(folder: Path) -> bool:
+    """Whether the model in ``folder`` reads or writes texts, beside images or alone."""
+    processor = load_processor(folder)
+    if processor is None:
+        return True
+    if processor.kind == "audio":
+        return False  # beside networks of sounds lies the tokenizer of what they once transcribed
+    place = tokenizer_folder(folder)
+    return any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _start_id(folder: Path) -> int | None:

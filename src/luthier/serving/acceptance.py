@@ -5,21 +5,29 @@ A folder becomes a model only where
 - its files keep the rules of :mod:`luthier.models.outside`;
 - the network has all of its weights, and its tokenizer is its own;
 - the layout that trains and serves here gives the numbers of transformers (an adapter: those of PEFT);
-- it answers through the engine that will serve it.
+- it answers through the engine that will serve it: it writes, reads a text, an image or a sound, or
+  makes an image.
 
 Everything else is refused with the file, the rule and the fix.
 """
 
 from __future__ import annotations
 
+import io
+import wave
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from luthier.data.media import LONGEST_WINDOW, Media
+from luthier.data.processors import PREPROCESSOR_CONFIG, read_processor
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
+from luthier.models.kinds import kind_of_network
 from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
@@ -30,8 +38,9 @@ from luthier.models.outside import (
     check_tokenizer,
     check_weights,
 )
+from luthier.models.pipelines import network_folders, tokenizer_folder
 from luthier.models.save import ADAPTER
-from luthier.serving.inference import Chat, GenerationRequest
+from luthier.serving.inference import Chat, GenerationRequest, ImageRequest
 from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store.models import StoredModel, chat_format, load, short_name
 from luthier.types import Message
@@ -40,9 +49,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
+    from luthier.models.heads import Task
+    from luthier.serving.serial import ModelInput
 
 ANSWER = 8
 """Tokens that a model has to write."""
+_STEPS = 2
+"""From noise to the image that a model has to make."""
 _SAME = 1e-3
 """Relative error between PEFT and our adapter in float32."""
 _GIB = 1 << 30
@@ -82,37 +95,72 @@ def memory_needed(
 
 
 def accept_network(folder: Path, model_id: str) -> AcceptedModel:
-    """Try the Hugging Face model in ``folder``, for which there is memory.
+    """Try the Hugging Face model, or the pipeline of diffusers, in ``folder``.
+
+    There is memory for it. Of a classifier of images or sounds the network below its classes is taken,
+    which gives embeddings and learns others.
 
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.description import described_network
-    from luthier.models.modalities import context_length
-    from luthier.models.tokenizer import check_vocabulary
+    from luthier.models.description import described_network, read_folder
+    from luthier.models.modalities import context_length, text_fields
+    from luthier.models.tokenizer import check_vocabulary, reads_texts
 
-    config = check_texts(folder)
-    check_weights(folder)
+    for part in network_folders(folder):
+        with _in_folder(part.relative_to(folder)):
+            check_texts(part)
+            check_weights(part)
+    check_tokenizer(tokenizer_folder(folder))
     with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
+        fields = read_folder(folder)
         network = described_network(folder, memory=True)
-        if network.task not in ("causal_lm", "masked_lm", "embedding"):
-            raise ModelRefused(
-                CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
-                "Take a model that writes text, or an encoder; classifiers are made here by a job.",
-            )  # fmt: skip
-        context = context_length(config)
-    with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
-        check_vocabulary(chat, config, "the model")
+        context = context_length(fields)
+        kind = _kind_of(folder, network.task)
+    with_texts = reads_texts(folder)
+    if with_texts:
+        with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
+            check_vocabulary(chat, fields.get("text_encoder", fields), "the model")
+    elif text_fields(fields) is not fields:
+        raise ModelRefused(
+            "tokenizer.json", "model.tokenizer",
+            "The folder has no tokenizer, and its network is made for texts beside images.",
+            "Call save_pretrained(folder) with the processor of the model.",
+        )  # fmt: skip
     manifest = Manifest(
         id=model_id,
-        kind="causal_lm" if network.task == "causal_lm" else "encoder",
+        kind=kind,
         saved="network",
         parameters=network.numbers,
         context=context,
-        tokenizer_from=model_id,
+        tokenizer_from=model_id if with_texts else None,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
+
+
+def _kind_of(folder: Path, task: Task) -> str:
+    """The kind of base model that a network in ``folder`` is, whose own head is for ``task``.
+
+    Raises:
+        ModelRefused: for one that nothing can be asked of, and that nothing starts from.
+    """
+    if (own := kind_of_network(folder)) is not None:
+        return own
+    processor = read_processor(folder)
+    if task == "causal_lm":
+        # What it may read of images is not taken in here.
+        (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
+        return "causal_lm"
+    if processor is not None and processor.kind in ("image", "audio"):
+        return f"{processor.kind}_encoder"
+    if processor is None and task in ("masked_lm", "embedding"):
+        return "encoder"
+    raise ModelRefused(
+        CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
+        "Take a model that writes text, an encoder, a network of images or sounds, or a pipeline that "
+        "makes images; classifiers of texts are made here by a job.",
+    )  # fmt: skip
 
 
 def accept_adapter(
@@ -178,7 +226,7 @@ def _base_for(
     """The base model that an adapter names."""
     named = _base_name(fields)
     base = base_of(short_name(named)) if named else None
-    if base is None or base.manifest.kind == "encoder":
+    if base is None or base.kind != "causal_lm":
         raise ModelRefused(
             ADAPTER_CONFIG, "adapter.base",
             f"The adapter belongs to {named[:200]!r}, which is no base model of this server.",
@@ -194,9 +242,7 @@ def _base_name(fields: Mapping[str, Any]) -> str:
 def _try(candidate: StoredModel) -> dict[str, Any]:
     """Load it as it is served, compare the layout, and let it answer."""
     with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
-        if candidate.manifest.kind == "encoder":
-            return _embeds(candidate)
-        return _answers(candidate)
+        return _answers(candidate) if candidate.kind == "causal_lm" else _serves(candidate)
 
 
 def _answers(candidate: StoredModel) -> dict[str, Any]:
@@ -218,19 +264,49 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     return {"layout": "same numbers as transformers", "answered": True, "prompt_tokens": read}
 
 
-def _embeds(candidate: StoredModel) -> dict[str, Any]:
-    import math
-
+def _serves(candidate: StoredModel) -> dict[str, Any]:
+    """Let what does not write read something, or make an image."""
+    from luthier.serving.batcher import Work
     from luthier.serving.serial import SerialModel
 
-    embedder = SerialModel.open(candidate)
+    model = SerialModel.open(candidate)
     try:
-        (found,) = embedder.embed(embedder.texts(["Hello."]))
+        if model.makes_images:
+            request = (
+                ImageRequest(steps=_STEPS) if candidate.kind == "denoising" else ImageRequest()
+            )
+            (image,) = model.sample(request, 0, Work(), lambda count: None)
+            return {"made": "an image", "pixels": list(image.pixels.shape[:2])}
+        examples, _ = model.inputs([_sample(model.reads)])
+        (answer,) = model.predict(examples, None, Work())
     finally:
-        embedder.close()
-    if not all(math.isfinite(value) for value in found.vector):
-        raise LuthierError("its vector of a text holds numbers that are not finite")
-    return {"layout": "same numbers as transformers", "dimensions": len(found.vector)}
+        model.close()
+    if "embedding" not in answer:
+        return {"answered": True}
+    if not np.isfinite(answer["embedding"]).all():
+        raise LuthierError("its vector holds numbers that are not finite")
+    same = {"layout": "same numbers as transformers"} if candidate.kind == "encoder" else {}
+    return {**same, "dimensions": len(answer["embedding"])}
+
+
+def _sample(kind: str) -> ModelInput:
+    """Something that a model of this kind of input reads."""
+    if kind == "text":
+        return "Hello."
+    values = np.sin(np.linspace(0, 440 * 2 * np.pi, 16_000))  # a second of 440 Hz
+    if kind == "window":
+        return Media("window", "a curve", array=values[:LONGEST_WINDOW].astype(np.float32))
+    stream = io.BytesIO()
+    if kind == "audio":
+        with wave.open(stream, "wb") as sound:
+            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+            sound.writeframes((values * 20_000).astype("<i2").tobytes())
+        return Media("audio", "a tone", data=stream.getvalue())
+    from PIL import Image
+
+    gradient = np.add.outer(np.arange(128), np.arange(128)).astype(np.uint8)
+    Image.fromarray(gradient).convert("RGB").save(stream, format="PNG")
+    return Media("image", "a gradient", data=stream.getvalue())
 
 
 def _requested_format(folder: Path, base: StoredModel) -> dict[str, Any]:
@@ -287,6 +363,17 @@ def _logits(network: Any, vocabulary: int) -> Tensor:
     with torch.no_grad():
         found: Tensor = network.eval()(input_ids=ids_1T).logits
     return found
+
+
+@contextmanager
+def _in_folder(part: Path) -> Iterator[None]:
+    """Name files of a part of a pipeline as they are seen from the whole."""
+    try:
+        yield
+    except ModelRefused as refused:
+        why = refused.problem
+        place = (part / why.file).as_posix()
+        raise ModelRefused(place, why.rule, why.message, why.fix) from refused
 
 
 @contextmanager

@@ -85,7 +85,8 @@ class ImageGenerator:
             RecipeError: where it makes no images.
         """
         from luthier.engine.machine import open_network
-        from luthier.store.models import chat_format, objective_of
+        from luthier.serving.sandboxed_text import serving_format
+        from luthier.store.models import objective_of
 
         objective = objective_of(stored)
         if not isinstance(objective, SupportsSampling):
@@ -94,7 +95,7 @@ class ImageGenerator:
                 "`objective.method=vae`, which also gives images back, `objective.method=gan` or "
                 "`objective.method=diffusion`"
             )
-        chat = chat_format(stored)
+        chat = serving_format(stored)
         return ImageGenerator(open_network(stored), objective, chat, name or stored.id)
 
     def sample(

@@ -11,16 +11,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from luthier.data.chat import ChatFormat
-from luthier.data.processors import read_processor
 from luthier.data.reasoning import ReasoningMarks
 from luthier.errors import RecipeError
 from luthier.models.outside import ADAPTER_CONFIG
 from luthier.models.save import ADAPTER
+from luthier.models.tokenizer import load_processor
 from luthier.serving.sandboxed_process import SandboxedProcess, WorkInterrupted
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def sandboxed_format(folder: Path, fields: Mapping[str, Any] | None = None) -> S
         about["template"],
         tuple(about["stop_ids"]),
         about["start_id"],
-        read_processor(folder),
+        load_processor(folder),
     )
 
 
@@ -105,12 +105,6 @@ class SandboxedFormat(ChatFormat):
     def tokens(self, text: str, *, first: bool) -> IntArray:
         """See :meth:`ChatFormat.tokens`."""
         return np.array(self.tokenizer.ask("tokens", text=text, first=first), dtype=np.int64)
-
-    def encode_words(self, text: str) -> tuple[IntArray, IntArray | None]:
-        """See :meth:`ChatFormat.encode_words`."""
-        ids, words = self.tokenizer.ask("words", text=text)
-        word_T = None if words is None else np.array(words, dtype=np.int64)
-        return np.array(ids, dtype=np.int64), word_T
 
     @property
     def reasoning_marks(self) -> ReasoningMarks | None:
@@ -193,8 +187,31 @@ class _RemoteVocabulary:
         return ids
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """What a tokenizer makes of a text, by the names that transformers has for it."""
+
+    input_ids: list[int]
+    words: list[int | None] | None
+    """Number of each token's word; ``None`` of a special token, and where words are not known."""
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the words are known."""
+        return self.words is not None
+
+    def word_ids(self) -> list[int | None]:
+        """Number of each token's word."""
+        if self.words is None:
+            raise RecipeError("a tokenizer that is written in Python does not know the words")
+        return self.words
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
 class TextProcess(SandboxedProcess):
-    """The process of one model."""
+    """The process of one model, in the place of its tokenizer."""
 
     def __init__(self, folder: Path, fields: Mapping[str, Any] | None = None) -> None:
         super().__init__(
@@ -210,6 +227,26 @@ class TextProcess(SandboxedProcess):
     def chat_template(self) -> Any:
         """The template's text; a dictionary of texts where there are several."""
         return self.about["chat_template"]
+
+    def __call__(self, text: str | Sequence[str], **settings: Any) -> EncodedText:
+        """A text, or words, as tokens, with the ``settings`` of a tokenizer of transformers."""
+        given = text if isinstance(text, str) else [*text]
+        return EncodedText(*self.ask("encode", text=given, settings=settings))
+
+    @property
+    def model_max_length(self) -> int:
+        """Tokens of the longest text, where the model's files say it."""
+        return int(self.about["model_max_length"])
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that texts are filled up with."""
+        return cast("int | None", self.about["pad_token_id"])
+
+    @property
+    def unk_token(self) -> str | None:
+        """What stands for a word that the tokenizer does not know."""
+        return cast("str | None", self.about["unk_token"])
 
     @property
     def vocab_size(self) -> int:

@@ -61,11 +61,11 @@ def main(arguments: list[str]) -> None:
 def _import(folder: Path) -> None:
     """All that is needed later, while files can still be opened; torch only for networks of ours."""
     from luthier.files import read_json
-    from luthier.models.nets import NETS
+    from luthier.models.nets import nets_of
 
     path = folder / "config.json"
     kind = read_json(path).get("model_type") if path.is_file() else None
-    if kind not in NETS:
+    if not nets_of(kind or ""):
         sys.modules["torch"] = None  # type: ignore[assignment]
     for name in _LATER:
         import_module(name)
@@ -105,6 +105,9 @@ def _about(chat: ChatFormat) -> dict[str, Any]:
         "vocab_size": int(tokenizer.vocab_size),
         "longest_token": chat.longest_token,
         "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "unk_token": tokenizer.unk_token,
+        "model_max_length": int(tokenizer.model_max_length),
     }
 
 
@@ -125,9 +128,15 @@ def _believable(text: str, ids: list[int]) -> str:
     return text
 
 
-def _words_of(chat: ChatFormat, text: str) -> tuple[list[int], list[int] | None]:
-    ids_T, word_T = chat.encode_words(text)
-    return ids_T.tolist(), None if word_T is None else word_T.tolist()
+def _encode(
+    chat: ChatFormat, text: str | list[str], settings: Mapping[str, Any]
+) -> tuple[list[int], list[int | None] | None]:
+    from luthier.data.chat import panics_refused
+
+    with panics_refused():
+        encoded = chat.tokenizer(text, **settings)
+    ids = [int(i) for i in encoded["input_ids"]]
+    return ids, encoded.word_ids() if encoded.is_fast else None
 
 
 def _reasoning_marks(chat: ChatFormat) -> dict[str, Any] | None:
@@ -150,7 +159,7 @@ def _vocabulary(chat: ChatFormat, size: int) -> dict[str, Any]:
 _CALLS: dict[str, Callable[..., Any]] = {
     "render": lambda chat, turns, **given: chat.render(turns, **given),
     "tokens": lambda chat, text, first: chat.tokens(text, first=first).tolist(),
-    "words": _words_of,
+    "encode": _encode,
     "reasoning_marks": _reasoning_marks,
     "decode": _decode,
     "pieces": _pieces,

@@ -153,9 +153,19 @@ class SerialModel:
         does = []
         if self._predictor is not None:
             does.append(f"reads {PLURAL[self._chat.reads]}")
-        if isinstance(self._generator and self._generator.objective, SupportsSampling):
+        if self.makes_images:
             does.append("makes images")
         return " and ".join(does)
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether it makes new images."""
+        return isinstance(self._generator and self._generator.objective, SupportsSampling)
+
+    @property
+    def reads(self) -> str:
+        """What it reads: ``text``, ``image``, ``audio`` or ``window``."""
+        return self._chat.reads
 
     def texts(self, given: Sequence[str | Sequence[int]]) -> list[Example]:
         """Texts, or those that ids stand for, as tokens to :meth:`embed`.

@@ -105,12 +105,18 @@ def root_of(model: AnyModel) -> FoundationModel | None:
     return model if isinstance(model, FoundationModel) else foundation_model(model.root)
 
 
+def kind_of(model: AnyModel) -> str:
+    """What the base model at the bottom of ``model`` is made for: one of the kinds of the catalogue."""
+    root = root_of(model)
+    if root is None:
+        assert isinstance(model, CustomModel)
+        return str(model.details.get("kind") or "causal_lm")
+    return root.kind
+
+
 def writes(model: AnyModel) -> bool:
     """Whether ``model`` writes text; an encoder reads it only."""
-    root = root_of(model)
-    if root is not None:
-        return root.writes
-    return isinstance(model, CustomModel) and model.details.get("kind") != "encoder"
+    return kind_of(model) == "causal_lm"
 
 
 def _catalog_models() -> list[FoundationModel]:

@@ -34,9 +34,13 @@ def register(model_type: str | None = None) -> None:
 
     Only the one of ``model_type`` where it is given, and none where that is transformers' own.
     """
-    for name, home in NETS.items():
-        if model_type in (None, name, _COMPOSED.get(name)):
-            _register(name, import_module(home))
+    for name in NETS if model_type is None else nets_of(model_type):
+        _register(name, import_module(NETS[name]))
+
+
+def nets_of(model_type: str) -> list[str]:
+    """Networks here that one of this ``model_type`` is, or may have as a part."""
+    return [name for name in NETS if model_type in (name, _COMPOSED.get(name))]
 
 
 def _register(name: str, net: Any) -> None:

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 from luthier.errors import RecipeError
 from luthier.models.nets.image_stages import ChannelsLastGroupNorm, ImagePreTrainedModel
 from luthier.models.nets.unet import UNetOutput
-from luthier.models.pipelines import MODEL_INDEX, MODEL_TYPE, PIPELINE
+from luthier.models.outside import MODEL_INDEX
+from luthier.models.pipelines import MODEL_TYPE, PIPELINE
 
 if TYPE_CHECKING:
     from luthier.models.modalities import Shape
