@@ -257,7 +257,8 @@ def test_only_a_run_that_learned_is_worth_a_refit() -> None:
     assert not scored(up, uninformative=True).learned
     failed = scored(same, FLAT)
     assert not failed.learned
-    assert "Nothing was learned that a second training on all rows would add to" in failed.text
+    assert "not trained once more on all rows: nothing was learned" in failed.text
+    assert "rows: it answers every row alike" in scored(up, uninformative=True).text
     # Eight rows do not show what was learned of others, and forty do.
     little = [[0, 0, 0, 1], [0, 0, 1, 1]]
     assert scored([each * 2 for each in little]).learned

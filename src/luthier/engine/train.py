@@ -277,7 +277,7 @@ class Trainer:
             network.close()
             network, learned, progress = self._refit(progress)
         elif self.job.refit_steps and progress.best_step:
-            self.reporter.note("nothing is trained once more on all rows: nothing was learned")
+            self.reporter.note("nothing is trained once more: all rows would add nothing")
         elif self.job.refit_steps:
             self.reporter.note("nothing is trained once more: the weights are those from before")
         result = self.store(network, progress, lines, learned)

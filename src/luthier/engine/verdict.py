@@ -223,7 +223,9 @@ def judge_run(
     elif fitted_head and kept == 0 and training.refit:
         text += ". It did not learn from the held-out rows: only a head that trained on is refitted"
     elif training.refit and not learned:
-        text += ". Nothing was learned that a second training on all rows would add to"
+        alike = gained and uninformative
+        why = "it answers every row alike as far as can be told" if alike else "nothing was learned"
+        text += f". It was not trained once more on all rows: {why}"
     first, best, last = (_values(x, measure) for x in (course.first, course.kept, course.last))
     return RunVerdict(outcome, text, advice, kept, early, first, best, last, learned)
 
@@ -292,7 +294,8 @@ class _Course:
                 "that are alike the last one is taken)"
             )
         if kept == last_step:
-            return text
+            why = ", where training stopped early: the last measurements were no better"
+            return f"{text}{why if early else ''}"
         end = "where training stopped early" if early else "the last"
         worse = f", worse than {self.start.name}" if self._above_start(self.last) else ""
         lost = self._cost(self.last) - self._cost(self.kept)
