@@ -12,9 +12,10 @@ import torch
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.parity import PROMPTS
 from luthier.models import gguf
 from luthier.models.gguf import write_gguf
-from luthier.serving.gguf_parity import PROMPTS, LlamaCpp, compare_gguf
+from luthier.serving.gguf_parity import LlamaCpp, compare_gguf
 from luthier.types import Message
 
 pytest.importorskip("xllamacpp")

@@ -31,6 +31,7 @@ from luthier.evaluation.parity import (
     compare_greedy,
     greedy_prompts,
     learned_logps,
+    reference_answers,
     write_greedily,
 )
 from luthier.files import folder_size, hashes_of, new_folder
@@ -38,7 +39,14 @@ from luthier.gate.report import manifest_record
 from luthier.models.backends import Backend
 from luthier.models.heads import prompt_ids
 from luthier.models.load import as_network
-from luthier.models.manifest import UNMEASURED, DataRecord, Manifest, Parity, created_now
+from luthier.models.manifest import (
+    UNMEASURED,
+    DataRecord,
+    Manifest,
+    Parity,
+    ReferenceAnswer,
+    created_now,
+)
 from luthier.models.network import Network
 from luthier.models.prefix import prefix_tokens
 from luthier.models.save import (
@@ -69,6 +77,8 @@ class NetworkAnswers:
     """What it writes behind a few prompts."""
     greedy_skipped: str | None
     """Why it writes nothing."""
+    reference: list[ReferenceAnswer] | None = None
+    """What it writes behind prompts that are the same for all models."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ class ModelWriter:
             result = self._result(fresh)
             metrics = {k: v for k, v in asdict(result).items() if not k.endswith("_dir")}
             checked = {"parity": parity, "metrics": metrics, "files": hashes_of(fresh)}
+            checked["reference"] = trained.reference
             manifest.model_copy(update=checked).write(fresh)
         for name in pictures:
             shutil.copyfile(run.model_folder / name, run.folder / name)
@@ -215,7 +226,8 @@ class ModelWriter:
             return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
         with _open_backend(network) as backend:
             greedy = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
-        return NetworkAnswers(loss, logps, greedy, None)
+            reference = reference_answers(backend, self.job.chat, soft, room)
+        return NetworkAnswers(loss, logps, greedy, None, reference or None)
 
     def _why_not_greedy(self, network: Network) -> str | None:
         """Why the network writes nothing to compare; ``None`` where it does."""

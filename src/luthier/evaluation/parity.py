@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from luthier.errors import LuthierError
-from luthier.models.manifest import Parity, TokenDifference, TokenParity
+from luthier.models.manifest import Parity, ReferenceAnswer, TokenDifference, TokenParity
+from luthier.types import Message
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from luthier.data.chat import ChatFormat
     from luthier.models.backends import Backend, State
     from luthier.models.network import Network
     from luthier.types import Example, IntArray
@@ -51,6 +53,16 @@ GREEDY_TOKENS = 16
 """Tokens that are written behind each prompt."""
 PROMPT_TOKENS = 128
 """Tokens of a prompt that are read at most: the first ones."""
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short story about a dog that finds a key.",
+    "Compute 12345 + 6789, and say how you did it.",
+    "def add(a, b):\n    return a + b\n\nWhat does this  do?",
+    "Wie heißt der höchste Berg der Welt? Est-ce l’Everest ?",
+    "北京在哪里? どこですか 🙂",
+)
+"""What every model that writes can be tried with: words, numbers, code with its spaces, other
+scripts."""
 
 
 class TokenComparison:
@@ -244,6 +256,37 @@ def _follow(
     finally:
         for state in states:
             backend.free(state)
+
+
+def reference_answers(
+    backend: Backend, chat: ChatFormat, soft: Sequence[int], room: int
+) -> list[ReferenceAnswer]:
+    """What a network writes behind :data:`PROMPTS`, as far as they fit ``room`` and it writes any.
+
+    ``soft`` stands before each prompt: the tokens of a soft prompt.
+    """
+    turns = [[Message("user", text)] for text in PROMPTS]
+    known = {
+        text: ids_T.tolist()
+        for text, ids_T in zip(PROMPTS, map(chat.encode_prompt, turns), strict=True)
+        if 0 < len(ids_T) <= room
+    }
+    if not known:
+        return []
+    prompts = [np.array([*soft, *ids], dtype=np.int64) for ids in known.values()]
+    written = write_greedily(backend, prompts, GREEDY_TOKENS, chat.stop_ids)
+    answers = []
+    for (text, prompt_ids), ids, logp_TV in zip(
+        known.items(), written.tokens, written.logps, strict=True
+    ):
+        if ids[-1] in chat.stop_ids:
+            ids = ids[:-1]
+        logps = [round(float(logp_TV[at, token]), 5) for at, token in enumerate(ids)]
+        if ids:
+            answers.append(
+                ReferenceAnswer(prompt=text, prompt_ids=prompt_ids, ids=ids, logps=logps)
+            )
+    return answers
 
 
 def greedy_prompts(examples: Sequence[Example], count: int, room: int) -> list[IntArray]:

@@ -173,6 +173,19 @@ class Parity(Record):
     """Why no greedy texts were compared."""
 
 
+class ReferenceAnswer(Record):
+    """What the trained network writes greedily behind one of the prompts that are the same for all
+    models: a server that has the model ready compares its own answer with it."""
+
+    prompt: str
+    prompt_ids: list[int]
+    """Its tokens in the model's template."""
+    ids: list[int]
+    """Tokens that were written, without one that ends the reply."""
+    logps: list[float]
+    """Natural logarithm of the probability of each."""
+
+
 class ExportRecord(Record):
     """A form in which the model was written for other software, and how near it answers there."""
 
@@ -301,6 +314,9 @@ class Manifest(Record):
     """Of the weights that moved, by name."""
     parity: Parity | None = None
     """The network as trained beside what was read back from disk."""
+    reference: list[ReferenceAnswer] | None = None
+    """What a server compares its answers with; ``None`` of models that do not write, and of records of
+    older versions."""
     exports: list[ExportRecord] | None = None
     """Forms in which it was written for other software, one of each."""
     quantized: list[QuantizationRecord] | None = None

@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from luthier.encryption.files import is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import CorruptFile, RecipeError
-from luthier.evaluation.parity import compare_backends
+from luthier.evaluation.parity import PROMPTS, compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
-from luthier.serving.gguf_parity import PROMPTS, TOKENS, largest_divergence
+from luthier.serving.gguf_parity import TOKENS, largest_divergence
 from luthier.serving.sandboxed_text import serving_format
 from luthier.store.models import StoredModel, check_mergeable, content_hash, gguf_folder, room_of
 from luthier.types import Message

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from luthier.errors import LuthierError, RecipeError
-from luthier.evaluation.parity import TokenComparison
+from luthier.evaluation.parity import PROMPTS, TokenComparison
 from luthier.models.gguf import Quantization, round_weights, shown_bytes
 from luthier.models.manifest import GgufParity
 from luthier.types import IntArray, Message
@@ -28,15 +28,6 @@ from luthier.types import IntArray, Message
 if TYPE_CHECKING:
     from luthier.data.chat import ChatFormat
 
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a short story about a dog that finds a key.",
-    "Compute 12345 + 6789, and say how you did it.",
-    "def add(a, b):\n    return a + b\n\nWhat does this  do?",
-    "Wie heißt der höchste Berg der Welt? Est-ce l’Everest ?",
-    "北京在哪里? どこですか 🙂",
-)
-"""What a file is tried with: words, numbers, code with its spaces, other scripts."""
 TOKENS = 24
 """Tokens that are written behind each prompt."""
 CONTEXT = 512

@@ -160,10 +160,14 @@ class ModelPool:
         prompt_tokenized()
         return cancellable(metered_stream(stream, model_id))
 
-    def count(self, model_id: str, prompt: Prompt) -> int:
+    def encode(self, model_id: str, prompt: Prompt) -> list[int]:
         """Tokens of ``prompt`` as the model reads it; ``TooLong`` for twice its context and more."""
         with self._borrow(model_id) as entry:
-            return len(_writer(entry).encode(prompt))
+            return [int(token) for token in _writer(entry).encode(prompt)]
+
+    def count(self, model_id: str, prompt: Prompt) -> int:
+        """How many those are."""
+        return len(self.encode(model_id, prompt))
 
     def token_bytes(self, model_id: str, ids: Sequence[int]) -> list[bytes]:
         """What tokens of a model stand for; ``TooLong`` for more than a prompt may have."""

@@ -13,6 +13,7 @@ from luthier.errors import DoesNotFit
 from luthier.files import verify
 from luthier.serving.inference import InferenceFailed
 from luthier.serving.pool import ModelPool
+from luthier.serving.served_parity import NotAsTrained, check_served
 from luthier.store import models
 from luthier.store.database import Database
 from luthier.store.endpoints import Endpoint, unfinished_ids
@@ -37,18 +38,23 @@ def check_files(stored_id: str) -> None:
 
 
 def check_and_load(pool: ModelPool, stored_id: str) -> None:
-    """Check the files of a model, and load it, so that its first request does not wait for that.
+    """Check the files of a model, load it, and see whether it answers as it did when it was trained.
 
-    Where there is no room for it now nothing is asked of others: its first request loads it.
+    So its first request does not wait for that. Where there is no room for it now nothing is asked of
+    others: its first request loads it.
 
     Raises:
         LuthierError: as :func:`check_files`, and where it cannot be loaded at all.
+        NotAsTrained: where it answers otherwise.
     """
     check_files(stored_id)
     try:
         pool.load(stored_id)
+        parity = check_served(pool, models.find(stored_id))
+        if parity is not None:
+            _log.info("%s answers as it was trained: %s", stored_id, parity.describe())
     except InferenceFailed as failed:
-        if failed.code != "ModelNotReady":
+        if failed.code == "ModelError":
             raise
         _log.info("%s answers, and is loaded when it is first asked: %s", stored_id, failed)
 
@@ -103,6 +109,8 @@ class Activation:
             self.prepare(stored_id)
         except DoesNotFit as error:
             return str(error)
+        except NotAsTrained as error:
+            return f"{error}."
         except Exception:
             # Names of files are for those who run the service.
             _log.exception("%s cannot be used", model)
