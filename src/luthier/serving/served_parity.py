@@ -78,8 +78,8 @@ def check_served(pool: ModelPool, stored: StoredModel) -> ServedParity | None:
         allowed += largest_divergence(gguf_type())
     if not parity.divergence <= allowed:
         raise NotAsTrained(
-            f"its answers are not those of the trained model: {parity.describe()}, where {allowed:g} is "
-            "rounding"
+            f"its answers are not those of the trained model: {parity.describe()}, where {allowed:g} "
+            "is rounding"
         )
     return parity
 
