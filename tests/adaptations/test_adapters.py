@@ -67,10 +67,17 @@ def test_a_bottleneck_ends_each_sublayer(
         ("houlsby", "wav2vec2", 6, 0),
         ("pfeiffer", "convnext", 4, 0),
         ("pfeiffer", "resnet", 0, 4),
+        ("houlsby", "resnet", 0, 12),
+        (None, "resnet", 0, 12),
+        (None, "vit", 3, 0),
+        (None, "vgg", 0, 8),
         ("pfeiffer", "mobilenet_v2", 0, 17),
+        ("houlsby", "mobilenet_v2", 0, 33),
         ("pfeiffer", "efficientnet", 0, 4),
+        ("houlsby", "efficientnet", 0, 7),
         ("pfeiffer", "vgg", 0, 8),
         ("pfeiffer", "small_cnn", 0, 2),
+        ("houlsby", "small_cnn", 0, 4),
     ],
 )
 def test_a_bottleneck_ends_each_block_of_a_network_of_images_or_sounds(
@@ -123,7 +130,7 @@ def test_a_residual_block_has_one_behind_its_last_convolution(
     family_folder: Callable[[str], Path],
 ) -> None:
     model = load_model(family_folder("resnet"), torch.float32, CPU, Head("embedding"))
-    Adapters(reduction_factor=8).attach(model)
+    Adapters(placement="pfeiffer", reduction_factor=8).attach(model)
     names = [n for n, m in model.named_modules() if isinstance(m, ConvBottleneck)]
     assert [name.partition("stages.")[2] for name in names] == [
         f"{stage}.layers.{layer}.layer.2.convolution"
@@ -134,9 +141,13 @@ def test_a_residual_block_has_one_behind_its_last_convolution(
     ]  # fmt: skip
 
 
-def test_houlsby_wants_attention(family_folder: Callable[[str], Path]) -> None:
-    model = load_model(family_folder("resnet"), torch.float32, CPU, Head("embedding"))
-    with pytest.raises(RecipeError, match=r"type resnet end\. Use placement=pfeiffer or lora"):
+@pytest.mark.parametrize("family", ["vgg", "convnext"])
+def test_houlsby_wants_more_than_one_end_of_a_block(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
+    said = rf"type {family} end\. Use placement=pfeiffer or lora"
+    with pytest.raises(RecipeError, match=said):
         Adapters(placement="houlsby").attach(model)
 
 

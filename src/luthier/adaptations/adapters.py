@@ -2,12 +2,13 @@
 
 A bottleneck ``y + up(act(down(y)))`` follows the last projection of each sublayer. ``houlsby`` puts
 one after attention and one after the feed-forward part of each layer, ``pfeiffer`` (Pfeiffer et al.
-2021, arXiv:2005.00247) only the latter. In networks of convolutions it follows the last convolution of
-each residual block, in front of the norm, and each convolution where there are no such blocks: the
-series adapters of Rebuffi et al. (2017, arXiv:1705.08045; 2018, arXiv:1803.10082), of 1 x 1
-convolutions, with Houlsby's narrow middle and bend where theirs are linear and as wide as the maps.
-``up`` is zero at the start, so that training begins at the base model. Being non-linear they cannot be
-merged: served and exported models keep them. Left out: training the norms beside them.
+2021, arXiv:2005.00247) only the latter. In networks of convolutions it is the series adapter of
+Rebuffi et al. (2017, arXiv:1705.08045; 2018, arXiv:1803.10082), of 1 x 1 convolutions in front of the
+norm, with Houlsby's narrow middle and bend where theirs is linear and as wide as the maps: ``houlsby``
+puts one after each convolution of a residual block, as they do, ``pfeiffer`` only after the last, with which
+less is learned (docs/results.md). Convolutions of groups have none, and where there are no such blocks,
+each has one. ``up`` is zero at the start, so that training begins at the base model. Being non-linear
+they cannot be merged: served and exported models keep them. Left out: training the norms beside them.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ _CONVOLUTION = re.compile(
     r"|project\.0|conv2|features\.\d+|(encoder|decoder|stages)\.\d+\.(conv|linear))$"
 )
 """Convolutions that end a block; of those that have one in common, the last does."""
+_INNER_CONVOLUTION = re.compile(
+    r"(^|\.)(layers\.\d+\.layer\.\d+\.convolution|expand_1x1\.convolution|expand_conv|expand\.0|conv1)$"
+)
 
 
 class Adapters(Adaptation):
-    """Train a bottleneck after the sublayers of each layer, or after each block of convolutions."""
+    """Train a bottleneck after the sublayers of each layer, or after convolutions."""
 
     method: Literal["adapters"] = "adapters"
 
-    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
-    """After attention and feed-forward, or after feed-forward only; blocks of convolutions have one."""
+    placement: Literal["houlsby", "pfeiffer"] | None = None
+    """After both sublayers and each convolution, or the last; houlsby of convolutions if not given."""
     reduction_factor: float = Field(default=16.0, gt=0, le=100_000)
     """The bottleneck is so many times narrower than what it reads."""
     activation: Literal["gelu", "relu"] = "gelu"
@@ -63,19 +67,21 @@ class Adapters(Adaptation):
         """Wrap the last layer of each sublayer or block; freeze everything else."""
         from luthier.adaptations.adapter_layer import bottleneck_after
 
-        below = [*_ends(model, _FEED_FORWARD), *_ends(model, _CONVOLUTION)]
-        attention = _ends(model, _ATTENTION) if self.placement == "houlsby" else []
-        if not below or (self.placement == "houlsby" and not attention):
+        last = [*_ends(model, _FEED_FORWARD), *_ends(model, _CONVOLUTION)]
+        inner = [name for name in _ends(model, _INNER_CONVOLUTION) if name not in last]
+        placement = self.placement or ("houlsby" if inner else "pfeiffer")
+        first = [*_ends(model, _ATTENTION), *inner] if placement == "houlsby" else []
+        if not last or (placement == "houlsby" and not first):
             family = getattr(getattr(model, "config", None), "model_type", "this type")
-            other = "placement=pfeiffer or lora" if below else "lora"
+            other = "placement=pfeiffer or lora" if last else "lora"
             raise RecipeError(
-                f"{self.placement} adapters do not know where the sublayers of networks of type "
+                f"{placement} adapters do not know where the sublayers of networks of type "
                 f"{family} end. Use {other}."
             )
         model.requires_grad_(False)
         replace_modules(
             model,
-            [*below, *attention],
+            [*last, *first],
             lambda base: bottleneck_after(base, self.reduction_factor, self.activation),
         )
 
@@ -98,7 +104,7 @@ def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:
     last = dict[str, str]()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        is_layer = isinstance(weight, Tensor) and weight.dim() > 1  # and no norm
+        is_layer = isinstance(weight, Tensor) and weight.dim() in (2, 4)  # and no norm
         if is_layer and (found := kind.search(name)) and not is_inside(name, others):
             block = found.groupdict().get("block")
             last[name[: found.end("block")] if block else name] = name

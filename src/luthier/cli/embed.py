@@ -25,8 +25,8 @@ def embed(
     output: Annotated[
         Path,
         typer.Option(
-            help="File to write: .jsonl or .parquet, the rows with `embedding` beside; .npy, an array of "
-            "float32 alone, in their order."
+            help="File to write: .jsonl or .parquet, the rows with `embedding` beside; .npy, an array "
+            "of float32 alone, in their order."
         ),
     ],
     columns: Columns = None,
