@@ -6,9 +6,10 @@ one after attention and one after the feed-forward part of each layer, ``pfeiffe
 Rebuffi et al. (2017, arXiv:1705.08045; 2018, arXiv:1803.10082), of 1 x 1 convolutions in front of the
 norm, with Houlsby's narrow middle and bend where theirs is linear and as wide as the maps: ``houlsby``
 puts one after each convolution of a residual block, as they do, ``pfeiffer`` only after the last, with
-which less is learned (docs/results.md). Convolutions of groups have none, and where there are no such blocks,
-each has one. ``up`` is zero at the start, so that training begins at the base model. Being non-linear
-they cannot be merged: served and exported models keep them. Left out: training the norms beside them.
+which less is learned (docs/results.md). Convolutions of groups have none, and where there are no such
+blocks, each has one. ``up`` is zero at the start, so that training begins at the base model. Being
+non-linear they cannot be merged: served and exported models keep them. Left out: training the norms
+beside them.
 """
 
 from __future__ import annotations
