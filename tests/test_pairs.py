@@ -278,7 +278,7 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
         ("prompt", "transfo_xl"): "no gradient flows back over the borders of segments",
         **{
             (a, f): "works among the tokens of a text"
-            for a in ("adapters", "prompt", "prefix")
+            for a in ("prompt", "prefix")
             for f in (*IMAGES.values(), *MEDIA_ROWS)
         },
         **{
@@ -291,7 +291,10 @@ def adaptation_refusals() -> dict[tuple[str, str], str]:
             for f in ("small_cnn", *VISION_FAMILIES[:3])
         },
         ("feature_extraction", "trocr"): "output head.* tied",
-        ("freeze", "dcgan"): "leaves the (generator|discriminator) no weights",
+        **{
+            (a, "dcgan"): "leaves the (generator|discriminator) no weights"
+            for a in ("freeze", "adapters")
+        },
         **{(a, "dcgan"): "spectral norm" for a in ("lora", "qlora", "sparse")},
     }
 

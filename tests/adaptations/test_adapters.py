@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from luthier.adaptations import Adapters, BitFit
-from luthier.adaptations.adapter_layer import Bottleneck
+from luthier.adaptations.adapter_layer import Bottleneck, ConvBottleneck
 from luthier.errors import RecipeError
+from luthier.models.heads import Head
 from luthier.models.load import load_model
+from luthier.models.modalities import input_shape, run_media
 from luthier.objectives import MaskedLM
 
 CPU = torch.device("cpu")
@@ -52,6 +54,128 @@ def test_a_bottleneck_ends_each_sublayer(
     assert all(m.adapter_down.weight.shape == (4, 32) for m in found)
     # Zero at the start: the network is the base network.
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("placement", "family", "projections", "convolutions"),
+    [
+        ("pfeiffer", "vit", 3, 0),
+        ("houlsby", "vit", 6, 0),
+        ("pfeiffer", "ast", 3, 0),
+        ("houlsby", "ast", 6, 0),
+        ("pfeiffer", "wav2vec2", 3, 0),
+        ("houlsby", "wav2vec2", 6, 0),
+        ("pfeiffer", "convnext", 4, 0),
+        ("pfeiffer", "resnet", 0, 4),
+        ("houlsby", "resnet", 0, 12),
+        (None, "resnet", 0, 12),
+        (None, "vit", 3, 0),
+        (None, "vgg", 0, 8),
+        ("pfeiffer", "mobilenet_v2", 0, 17),
+        ("houlsby", "mobilenet_v2", 0, 33),
+        ("pfeiffer", "efficientnet", 0, 4),
+        ("houlsby", "efficientnet", 0, 7),
+        ("pfeiffer", "vgg", 0, 8),
+        ("pfeiffer", "small_cnn", 0, 2),
+        ("houlsby", "small_cnn", 0, 4),
+    ],
+)
+def test_a_bottleneck_ends_each_block_of_a_network_of_images_or_sounds(
+    placement: Any,
+    family: str,
+    projections: int,
+    convolutions: int,
+    family_folder: Callable[[str], Path],
+) -> None:
+    head = Head("sequence_classification", ("a", "b", "c"))
+    model = load_model(family_folder(family), torch.float32, CPU, head)
+    torch.manual_seed(0)
+    arrays = torch.randn(2, *input_shape(model.config))
+    model.eval()
+    before = run_media(model, arrays).logits
+    Adapters(placement=placement, reduction_factor=4).attach(model)
+    kinds = [type(module) for module in model.modules()]
+    assert kinds.count(Bottleneck) == projections
+    assert kinds.count(ConvBottleneck) == convolutions
+    assert torch.equal(run_media(model, arrays).logits, before)
+    heads = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert heads and all(
+        "adapter_" in n or n.startswith(("classifier", "projector")) for n in heads
+    )
+
+
+def test_both_encoders_of_a_clip_have_bottlenecks_of_their_own_width(
+    family_folder: Callable[[str], Path],
+) -> None:
+    model = load_model(family_folder("clip"), torch.float32, CPU, Head("embedding"))
+    Adapters(placement="houlsby", reduction_factor=8).attach(model)
+    widths = {
+        name.partition(".")[0]: module.adapter_down.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, Bottleneck)
+    }
+    assert widths == {"text_model": (2, 16), "vision_model": (3, 24)}
+
+
+def test_a_pipeline_has_them_in_its_u_net_alone(family_folder: Callable[[str], Path]) -> None:
+    model = load_model(family_folder("stable_diffusion"), torch.float32, CPU, Head("denoising"))
+    Adapters().attach(model)
+    kinds = (Bottleneck, ConvBottleneck)
+    found = [(n, type(m)) for n, m in model.named_modules() if isinstance(m, kinds)]
+    assert {kind for _, kind in found} == {*kinds}
+    assert all(name.startswith("unet.") for name, _ in found)
+
+
+def test_a_residual_block_has_one_behind_its_last_convolution(
+    family_folder: Callable[[str], Path],
+) -> None:
+    model = load_model(family_folder("resnet"), torch.float32, CPU, Head("embedding"))
+    Adapters(placement="pfeiffer", reduction_factor=8).attach(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, ConvBottleneck)]
+    assert [name.partition("stages.")[2] for name in names] == [
+        f"{stage}.layers.{layer}.layer.2.convolution"
+        for stage, layer in ((0, 0), (1, 0), (1, 1), (2, 0))
+    ]
+    assert [model.get_submodule(n).adapter_down.weight.shape for n in names] == [
+        (2, 16, 1, 1), (3, 24, 1, 1), (3, 24, 1, 1), (4, 32, 1, 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["vgg", "convnext"])
+def test_houlsby_wants_more_than_one_end_of_a_block(
+    family: str, family_folder: Callable[[str], Path]
+) -> None:
+    model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
+    said = rf"type {family} end\. Use placement=pfeiffer or lora"
+    with pytest.raises(RecipeError, match=said):
+        Adapters(placement="houlsby").attach(model)
+
+
+def test_adapters_on_a_model_that_has_some(family_folder: Callable[[str], Path]) -> None:
+    model = network(family_folder("gpt2"), "gpt2")
+    Adapters(reduction_factor=8).attach(model)
+    Adapters(reduction_factor=4).attach(model)
+    outer = [
+        m
+        for m in model.modules()
+        if isinstance(m, Bottleneck) and m.adapter_up.weight.requires_grad
+    ]
+    assert [m.adapter_down.weight.shape for m in outer] == [(8, 32)] * 3
+    assert all(isinstance(m.base_layer, Bottleneck) for m in outer)
+
+
+def test_the_bottleneck_of_a_convolution_by_its_formula() -> None:
+    torch.manual_seed(0)
+    base = nn.Conv2d(3, 4, 3, stride=2)
+    layer = ConvBottleneck(base, 4, 2, "gelu")
+    for weight in layer.parameters():
+        nn.init.normal_(weight)
+    x = torch.randn(2, 3, 7, 9)
+    y = base(x).movedim(1, -1)
+    down, up = layer.adapter_down, layer.adapter_up
+    narrow = nn.functional.gelu(y @ down.weight[:, :, 0, 0].t() + down.bias)
+    expected = y + narrow @ up.weight[:, :, 0, 0].t() + up.bias
+    torch.testing.assert_close(layer(x), expected.movedim(-1, 1))
 
 
 def test_the_bottleneck_by_its_formula() -> None:

@@ -282,3 +282,27 @@ def test_an_unknown_id_is_refused_with_the_nearest(own_home: Path) -> None:
     folder = own_home / "models" / "base" / "smollm2-135m-instruct"
     folder.mkdir(parents=True)
     assert f"delete {folder}" in Answer("models", "remove", folder.name).refused()
+
+
+def test_an_adapter_that_peft_lacks_is_exported_with_a_word_about_it(
+    luthier_home: Path, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import numpy as np
+
+    np.savez(
+        tmp_path / "rows.npz",
+        images=np.arange(4 * 9 * 7, dtype=np.uint8).reshape(4, 9, 7),
+        labels=np.array(["a", "b"] * 2),
+    )
+    base = str(family_folder("small_cnn"))
+    tuned = Answer(
+        "tune", str(tmp_path / "rows.npz"), "--base", base, "--name", "x", "--adaptation", "adapters",
+        "--set", "training.max_steps=1", "--set", "data.validation_share=0", "--json",
+    )  # fmt: skip
+    assert tuned.code == 0, tuned.err
+    model_id, target = json.loads(tuned.out)["model_id"], tmp_path / "out"
+    answer = Answer("models", "export", model_id, str(target))
+    assert answer.code == 0 and "PEFT has no adapter of this kind" in answer.out, answer.err
+    assert read_json(target / "adapter_config.json")["luthier"]["method"] == "adapters"
+    refused = Answer("models", "export", model_id, str(tmp_path / "whole"), "--merged")
+    assert refused.code == 2 and "which cannot be merged" in refused.err

@@ -1,4 +1,4 @@
-"""The bottleneck of the adapters method."""
+"""The bottlenecks of the adapters method."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from luthier.models.row_adapters import LayerWrapper, RowUpdate
 
 
-class Bottleneck(LayerWrapper):
-    """A frozen projection and the residual bottleneck after it; ``[..., in]`` to ``[..., hidden]``."""
+class _ResidualBottleneck(LayerWrapper):
+    """A frozen layer, and after it ``y + up(activation(down(y)))``."""
 
-    def __init__(self, base: nn.Module, hidden: int, width: int, activation: str) -> None:
+    adapter_down: Any
+    adapter_up: Any
+
+    def __init__(self, base: nn.Module, down: nn.Module, up: nn.Module, activation: str) -> None:
         super().__init__(base)
-        like: dict[str, Any] = {"dtype": self.weight.dtype, "device": self.weight.device}
-        self.adapter_down = nn.Linear(hidden, width, **like)
-        self.adapter_up = nn.Linear(width, hidden, **like)
+        self.adapter_down, self.adapter_up = down, up
         self.activation = nn.GELU() if activation == "gelu" else nn.ReLU()
         # Drawn in float32, so that a seed gives the same start in every precision.
-        start = torch.empty(width, hidden).normal_(std=0.02)
+        start = torch.empty(self.adapter_down.weight.shape).normal_(std=0.02)
         with torch.no_grad():
             self.adapter_down.weight.copy_(start)
             self.adapter_down.bias.zero_()
@@ -30,11 +31,20 @@ class Bottleneck(LayerWrapper):
             self.adapter_up.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The projection of ``x`` plus the bottleneck of it."""
+        """What the layer gives of ``x``, plus the bottleneck of it."""
         y: Tensor = self.base_layer(x)
         narrow = self.activation(self.adapter_down(y))
         widened: Tensor = self.adapter_up(narrow)
         return y + widened
+
+
+class Bottleneck(_ResidualBottleneck):
+    """After a projection; ``[..., in]`` to ``[..., hidden]``."""
+
+    def __init__(self, base: Any, hidden: int, width: int, activation: str) -> None:
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        down, up = nn.Linear(hidden, width, **like), nn.Linear(width, hidden, **like)
+        super().__init__(base, down, up, activation)
 
     def row_updates(self) -> Sequence[RowUpdate]:
         """The bottleneck of what the projection gives (see :mod:`luthier.models.row_adapters`)."""
@@ -42,6 +52,30 @@ class Bottleneck(LayerWrapper):
         weights = down.weight.t(), down.bias[None], up.weight.t(), up.bias[None]
         kind = Bottleneck, type(self.activation)
         return [RowUpdate(partial(_bottlenecks, self.activation), weights, kind, reads_output=True)]
+
+
+class ConvBottleneck(_ResidualBottleneck):
+    """After a convolution, of 1 x 1 convolutions; ``[R, C, H, W]`` to ``[R, C', H', W']``."""
+
+    def __init__(self, base: Any, channels: int, width: int, activation: str) -> None:
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        down, up = nn.Conv2d(channels, width, 1, **like), nn.Conv2d(width, channels, 1, **like)
+        super().__init__(base, down, up, activation)
+        # MobileNetV2 asks for these before it calls a layer, and fills up the image by them.
+        self.kernel_size, self.stride, self.dilation = base.kernel_size, base.stride, base.dilation
+
+
+def bottleneck_after(
+    base: Any, reduction_factor: float, activation: str
+) -> Bottleneck | ConvBottleneck:
+    """One after ``base``, so many times narrower than what that gives."""
+    layer = base
+    while isinstance(layer, LayerWrapper):  # the base of this model has bottlenecks of its own
+        layer = layer.base_layer
+    # GPT-2's Conv1D keeps its weight the other way round.
+    outputs = int(getattr(layer, "nf", layer.weight.shape[0]))
+    kind = ConvBottleneck if base.weight.dim() == 4 else Bottleneck
+    return kind(base, outputs, max(1, round(outputs / reduction_factor)), activation)
 
 
 def _bottlenecks(

@@ -2,9 +2,14 @@
 
 A bottleneck ``y + up(act(down(y)))`` follows the last projection of each sublayer. ``houlsby`` puts
 one after attention and one after the feed-forward part of each layer, ``pfeiffer`` (Pfeiffer et al.
-2021, arXiv:2005.00247) only the latter. ``up`` is zero at the start, so that training begins at the
-base model. Being non-linear they cannot be merged: served and exported models keep them. Left out:
-training the layer norms beside them.
+2021, arXiv:2005.00247) only the latter. In networks of convolutions it is the series adapter of
+Rebuffi et al. (2017, arXiv:1705.08045; 2018, arXiv:1803.10082), of 1 x 1 convolutions in front of the
+norm, with Houlsby's narrow middle and bend where theirs is linear and as wide as the maps: ``houlsby``
+puts one after each convolution of a residual block, as they do, ``pfeiffer`` only after the last, with
+which less is learned (docs/results.md). Convolutions of groups have none, and where there are no such
+blocks, each has one. ``up`` is zero at the start, so that training begins at the base model. Being
+non-linear they cannot be merged: served and exported models keep them. Left out: training the norms
+beside them.
 """
 
 from __future__ import annotations
@@ -16,29 +21,39 @@ from pydantic import Field
 
 from luthier.adaptations.base import Adaptation, full_rate
 from luthier.errors import RecipeError
+from luthier.models.heads import frozen_parts, head_modules, is_inside
 from luthier.models.layers import replace_modules
 
 if TYPE_CHECKING:
     from torch import nn
 
 _ATTENTION = re.compile(
-    r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|Attention\.o)$"
+    r"(o_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|Attention\.o|att(n|ention)\.out_proj"
+    r"|attention_output|attn\d\.to_out\.0)$"
 )
 _FEED_FORWARD = re.compile(
-    r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output|DenseReluDense\.wo|ff\.layer_2)$"
+    r"(down_proj|(?<!attention\.)output\.dense|mlp\.c_proj|ffn_output|DenseReluDense\.wo|ff\.layer_2"
+    r"|(mlp|layers\.\d+)\.fc2|feed_forward\.output_dense|layers\.\d+\.linear2|pwconv2|ff\.net\.2)$"
+)
+_CONVOLUTION = re.compile(
+    r"(^|\.)((?P<block>layers\.\d+)\.layer\.\d+\.convolution|reduce_1x1\.convolution|project_conv"
+    r"|project\.0|conv2|features\.\d+|(encoder|decoder|stages)\.\d+\.(conv|linear))$"
+)
+"""Convolutions that end a block; of those that have one in common, the last does."""
+_INNER_CONVOLUTION = re.compile(
+    r"(^|\.)(layers\.\d+\.layer\.\d+\.convolution|expand_1x1\.convolution|expand_conv|expand\.0|conv1)$"
 )
 
 
 class Adapters(Adaptation):
-    """Train a bottleneck after the sublayers of each layer."""
+    """Train a bottleneck after the sublayers of each layer, or after convolutions."""
 
     method: Literal["adapters"] = "adapters"
 
-    takes_media: ClassVar[bool] = False
-    placement: Literal["houlsby", "pfeiffer"] = "pfeiffer"
-    """After attention and feed-forward, or after feed-forward only."""
+    placement: Literal["houlsby", "pfeiffer"] | None = None
+    """After both sublayers and each convolution, or the last; houlsby of convolutions if not given."""
     reduction_factor: float = Field(default=16.0, gt=0, le=100_000)
-    """The bottleneck is so many times narrower than the network."""
+    """The bottleneck is so many times narrower than what it reads."""
     activation: Literal["gelu", "relu"] = "gelu"
     """What bends the bottleneck."""
 
@@ -50,23 +65,26 @@ class Adapters(Adaptation):
         return True
 
     def adapt(self, model: nn.Module) -> None:
-        """Wrap the last projection of each sublayer; freeze everything else."""
-        from luthier.adaptations.adapter_layer import Bottleneck
+        """Wrap the last layer of each sublayer or block; freeze everything else."""
+        from luthier.adaptations.adapter_layer import bottleneck_after
 
-        kinds = [_FEED_FORWARD, *([_ATTENTION] if self.placement == "houlsby" else [])]
-        found = [[n for n, _ in model.named_modules() if kind.search(n)] for kind in kinds]
-        if not all(found):
+        last = [*_ends(model, _FEED_FORWARD), *_ends(model, _CONVOLUTION)]
+        inner = [name for name in _ends(model, _INNER_CONVOLUTION) if name not in last]
+        placement = self.placement or ("houlsby" if inner else "pfeiffer")
+        first = [*_ends(model, _ATTENTION), *inner] if placement == "houlsby" else []
+        if not last or (placement == "houlsby" and not first):
             family = getattr(getattr(model, "config", None), "model_type", "this type")
-            other = "placement=pfeiffer or lora" if found[0] else "lora"
+            other = "placement=pfeiffer or lora" if last else "lora"
             raise RecipeError(
-                f"{self.placement} adapters do not know where the sublayers of networks of type "
+                f"{placement} adapters do not know where the sublayers of networks of type "
                 f"{family} end. Use {other}."
             )
-        names = [name for names in found for name in names]
         model.requires_grad_(False)
-        hidden = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        width = max(1, round(hidden / self.reduction_factor))
-        replace_modules(model, names, lambda base: Bottleneck(base, hidden, width, self.activation))
+        replace_modules(
+            model,
+            [*last, *first],
+            lambda base: bottleneck_after(base, self.reduction_factor, self.activation),
+        )
 
     def learning_rate(self, hidden: int) -> tuple[float, str]:
         """Ten times that of full fine-tuning, inside what Houlsby et al. search (3e-5 to 3e-3)."""
@@ -74,3 +92,21 @@ class Adapters(Adaptation):
             "new bottlenecks learn faster than tuned weights: ten times the rate of full tuning"
         )
         return float(f"{10 * full_rate(hidden):.1e}"), reason
+
+
+def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:
+    """Names of the layers that end a sublayer of ``kind``, in the order of the network.
+
+    Heads have none, nor what only prepares what the network reads.
+    """
+    from torch import Tensor
+
+    others = (*head_modules(model), *frozen_parts(model))
+    last = dict[str, str]()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_layer = isinstance(weight, Tensor) and weight.dim() in (2, 4)  # and no norm
+        if is_layer and (found := kind.search(name)) and not is_inside(name, others):
+            block = found.groupdict().get("block")
+            last[name[: found.end("block")] if block else name] = name
+    return [*last.values()]

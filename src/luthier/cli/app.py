@@ -21,6 +21,7 @@ from luthier.cli.console import CommandGroup
 from luthier.cli.data import clean, convert, inspect, split
 from luthier.cli.demo import demo
 from luthier.cli.distil import distil, student
+from luthier.cli.embed import embed
 from luthier.cli.estimate import estimate
 from luthier.cli.evaluate import evaluate, judge
 from luthier.cli.forgetting import canaries, forgetting
@@ -56,8 +57,9 @@ app.add_typer(admin_app, name="admin")
 app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
-    inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, nearest, evaluate,
-    judge, forgetting, canaries, learning_curve, quantize, certificate, verify, serve, demo, plugins,
+    inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
+    evaluate, judge, forgetting, canaries, learning_curve, quantize, certificate, verify, serve, demo,
+    plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

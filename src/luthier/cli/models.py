@@ -360,6 +360,7 @@ def export_model(
     json_: Json = False,
 ) -> None:
     """Write a model for other software, and try it there where that is installed."""
+    from luthier.files import read_json
     from luthier.models.nets import NETS
     from luthier.sdk.export import export
 
@@ -378,6 +379,10 @@ def export_model(
         whole = (folder / "model_index.json").is_file()
         call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
         print_text(f"diffusers loads it: {call}({str(folder)!r})")
+    elif "adapter_config.json" in written.files and "luthier" in read_json(
+        folder / "adapter_config.json"
+    ):
+        print_text("PEFT has no adapter of this kind, so other software does not read it.")
     elif written.network not in NETS:
         return
     elif "adapter_config.json" in written.files:

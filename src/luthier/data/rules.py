@@ -87,7 +87,7 @@ PROMPT_RULES: Mapping[str, str] = {
     "prompt.mixed": "Some rows are prompts and others conversations.",
     "grader.no_reference": "A grader is to compare with the row's own reply, and there is none.",
     "prompt.unasked": "Without its last assistant turn, a conversation asks nothing.",
-    "row.predicted": "Predictions are asked for, and the row has a field `predicted` already.",
+    "row.predicted": "A row has the field where the answer is to stand: `predicted`, `embedding`.",
 }
 """Rules of rows that a model is to answer; those of the texts are the same as of other rows."""
 

@@ -102,9 +102,10 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
     """
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA):
+        whole = "export the whole pipeline with --merged"
         raise RecipeError(
-            f"{lora.method} is no adapter that diffusers has; export the whole pipeline with "
-            "--merged"
+            f"{lora.method} is no adapter that diffusers has; "
+            f"{whole if lora.mergeable else 'it cannot be merged either, so tune with lora'}"
         )
     prefix = lora.stored_name("")
     tensors = {

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from luthier.data.shapes import MediaRow
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import write_bytes
+from luthier.serving.embeddings import check_embeds
 
 if TYPE_CHECKING:
-    from luthier.objectives import Objective
     from luthier.serving.prediction import Predictor
     from luthier.store.models import StoredModel
     from luthier.types import Row
@@ -78,11 +78,11 @@ def find_nearest(
     Raises:
         RecipeError: for an index of another model, or too large a collection.
         CorruptFile: for an index that cannot be read.
-        RowRefused: for rows that the model cannot read.
+        DataError: for rows that the model cannot read.
     """
     from luthier.evaluation.retrieval import nearest
 
-    _check_embeds(stored, predictor.objective)
+    check_embeds(stored, predictor.objective)
     if not rows or not queries:
         raise RecipeError("there is nothing to look up, or nothing to look among")
     if len(rows) > MOST_ROWS:
@@ -91,7 +91,7 @@ def find_nearest(
         raise RecipeError(f"count must be at least 1, and is {count}")
     queries, rows = [row.bare() for row in queries], [row.bare() for row in rows]
     embeddings = EmbeddingIndex.open(index, stored)
-    asked_QH = _embed(predictor, queries)
+    asked_QH = predictor.embed_rows(queries)
     row_NH, embedded = embeddings.of(predictor, rows, on_progress)
     places_QK, scores_QK = nearest(asked_QH, row_NH, count)
     found = [
@@ -162,7 +162,7 @@ class EmbeddingIndex:
             if digest not in self._places
         }
         if new:
-            self._add([*new], _embed(predictor, [*new.values()], on_progress))
+            self._add([*new], predictor.embed_rows([*new.values()], on_progress))
         return self._known_NH[[self._places[digest] for digest in digests]], len(new)
 
     def _add(self, digests: Sequence[bytes], new_NH: NDArray[np.float32]) -> None:
@@ -186,28 +186,3 @@ def _digest(row: Row) -> bytes:
     if isinstance(row, MediaRow):
         return bytes.fromhex(row.media.digest())
     return hashlib.sha256(row.plain_text().encode("utf-8", "surrogatepass")).digest()
-
-
-def _embed(
-    predictor: Predictor,
-    rows: Sequence[Row],
-    on_progress: Callable[[int], None] = lambda count: None,
-) -> NDArray[np.float32]:
-    answers = predictor.answers(rows, on_progress)
-    return np.array([answer["embedding"] for answer in answers], dtype=np.float32)
-
-
-def _check_embeds(stored: StoredModel, objective: Objective) -> None:
-    """Refuse a model without embeddings.
-
-    Raises:
-        RecipeError: naming the base model it was made from, where that one has them.
-    """
-    from luthier.store.models import find, objective_of
-
-    if objective.task == "embedding":
-        return
-    base = stored.root
-    embeds = base != stored.id and objective_of(find(base)).task == "embedding"
-    named = f"the base model it was made from, {base}" if embeds else "a model that does"
-    raise RecipeError(f"{stored.id} gives no embeddings; name {named}")

@@ -18,7 +18,7 @@ from luthier.data.shapes import (
     TextPair,
     of_shape,
 )
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.evaluation.breakdown import Calibration
 from luthier.evaluation.evaluate import Evaluation, check_shapes
 from luthier.evaluation.significance import RowScores
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from luthier.models.network import Network, TreeBatch
     from luthier.objectives import Objective
     from luthier.store.models import StoredModel
+
+
+_BLOCK = 4096
+"""Rows whose embeddings are Python's numbers for a while, each of eight times the size."""
 
 
 def keep_likeliest(answers: Sequence[dict[str, Any]], top: int | None) -> None:
@@ -90,29 +94,51 @@ class Predictor:
         ``top`` leaves so many classes in ``scores``, the likeliest first.
 
         Raises:
-            DataError: naming every row that is longer than the context.
+            DataError: naming every row that cannot be read, or is longer than the context.
         """
         sides = [self._sides(row) for row in rows]
-        owners = [row for row, own in zip(rows, sides, strict=True) for _ in own]
         texts = [side for own in sides for side in own]
-        examples = [self.encode(side, index) for index, side in enumerate(texts)]
-        if problems := [
-            Problem(
-                row.file,
-                row.line,
-                "row.too_long",
-                f"{len(example)} tokens are more than the model's context of {self.context}.",
-                "Shorten the text.",
-            )
-            for row, example in zip(owners, examples, strict=True)
-            if len(example) > self.context
-        ]:
-            raise DataError(problems, "nothing was predicted")
+        examples = self._encode_whole(texts)
         share = len(rows) / max(1, len(texts))
         read = iter(self.read(examples, lambda finished: done(round(share * finished))))
         answers = [self._answer_of([next(read) for _ in own]) for own in sides]
         keep_likeliest(answers, top)
         return answers
+
+    def embed_rows(
+        self, rows: Sequence[Row], done: Callable[[int], None] = lambda count: None
+    ) -> NDArray[np.float32]:
+        """Embeddings ``[N, H]`` of bare rows, from a model that gives them.
+
+        Raises:
+            DataError: naming every row that cannot be read, or is longer than the context.
+        """
+        examples = self._encode_whole(rows)
+        found: list[NDArray[np.float32]] = []
+        for start in range(0, len(examples), _BLOCK):
+
+            def done_before(count: int, before: int = start) -> None:
+                done(before + count)
+
+            answers = self.read(examples[start : start + _BLOCK], done_before)
+            found.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
+        return np.concatenate(found)
+
+    def _encode_whole(self, rows: Sequence[Row]) -> list[Example]:
+        """``rows`` as they are read; :class:`DataError` with every one that cannot be."""
+        examples, problems = list[Example](), list[Problem]()
+        for index, row in enumerate(rows):
+            try:
+                example = self.encode(row, index)
+                if len(example) > self.context:
+                    size = f"{len(example)} tokens are more than the model's context of {self.context}."
+                    raise RowRefused("row.too_long", size, "Shorten the text.")
+                examples.append(example)
+            except RowRefused as bad:
+                problems.append(bad.at(row.file, row.line))
+        if problems:
+            raise DataError(problems, "nothing was predicted")
+        return examples
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings ``[N, H]`` of texts, each cut to the context.

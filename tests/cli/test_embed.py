@@ -1,0 +1,165 @@
+"""``luthier embed``: what each form of file holds, and what is refused before anything is embedded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from command_line import Answer
+from PIL import Image
+
+import luthier
+
+TEXTS = ["the quick brown fox", "my card has not arrived", "the lazy dog", "what is the capital"]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Texts with a number and a language each."""
+    path = tmp_path / "rows.jsonl"
+    lines = ({"id": n, "text": text, "lang": "en"} for n, text in enumerate(TEXTS))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two pictures of each of two classes."""
+    for label, part in (("above", np.s_[:4]), ("left", np.s_[:, :3])):
+        for number in range(2):
+            pixels = np.full((9, 7, 3), 20 * number, np.uint8)
+            pixels[part] = 250
+            path = tmp_path / "photos" / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tuned(family_folder: Callable[[str], Path], luthier_home: Path) -> Callable[..., str]:
+    """Ids of models that learned by contrast for two steps."""
+
+    def tune(data: Path, family: str) -> str:
+        fields: dict[str, Any] = {"training__max_steps": 2, "data__validation_share": 0}
+        return luthier.tune(
+            data, base=str(family_folder(family)), name="x", objective="contrastive", **fields
+        ).model_id
+
+    return tune
+
+
+def test_texts_keep_their_fields_beside_the_embedding(
+    tuned: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
+    model_id = tuned(rows, "bert")
+    expected = luthier.load(model_id).embed(TEXTS)
+    target = tmp_path / "vectors.jsonl"
+    answer = Answer("embed", model_id, str(rows), "--output", str(target))
+    assert answer.code == 0, answer.err
+    assert answer.out == f"4 embeddings of 32 numbers by {model_id} written to {target}\n"
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [{**row, "embedding": None} for row in found] == [
+        {"id": n, "text": text, "lang": "en", "embedding": None} for n, text in enumerate(TEXTS)
+    ]
+    assert np.array_equal(np.array([row["embedding"] for row in found], np.float32), expected)
+
+    packed = tmp_path / "vectors.jsonl.gz"
+    answer = Answer("embed", model_id, str(rows), "--output", str(packed), "--json")
+    report = json.loads(answer.out)
+    assert report.pop("seconds") > 0
+    assert report == {"model": model_id, "rows": 4, "dimension": 32, "output": str(packed)}
+    assert gzip.decompress(packed.read_bytes()) == target.read_bytes()
+
+    array = tmp_path / "vectors.npy"
+    assert Answer("embed", model_id, str(rows), "--output", str(array)).code == 0
+    found_NH = np.load(array, allow_pickle=False)
+    assert found_NH.dtype == np.float32 and np.array_equal(found_NH, expected)
+
+    table = tmp_path / "vectors.parquet"
+    assert Answer("embed", model_id, str(rows), "--output", str(table)).code == 0
+    read = pyarrow.parquet.read_table(table)
+    assert read.column_names == ["id", "text", "lang", "embedding"]
+    assert str(read.schema.field("embedding").type.value_type) == "float"
+    assert read["text"].to_pylist() == TEXTS
+    assert np.array_equal(np.array(read["embedding"].to_pylist(), np.float32), expected)
+
+
+def test_images_are_named_with_their_class(
+    tuned: Callable[..., str], photos: Path, tmp_path: Path
+) -> None:
+    model_id, target = tuned(photos, "small_cnn"), tmp_path / "vectors.jsonl"
+    answer = Answer("embed", model_id, str(photos), "--output", str(target))
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("4 embeddings of 32 numbers by ")
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    names = [f"photos/{label}/{n}.png" for label in ("above", "left") for n in range(2)]
+    assert [row["image"] for row in found] == names
+    assert [row["label"] for row in found] == ["above", "above", "left", "left"]
+    expected = luthier.load(model_id).embed([str(tmp_path / name) for name in names])
+    assert np.array_equal(np.array([row["embedding"] for row in found], np.float32), expected)
+    refused = Answer("embed", model_id, str(photos), "--output", str(photos / "vectors.npy"))
+    assert refused.code == 2 and "would be read as a part of" in refused.err
+
+
+def test_rows_that_cannot_be_embedded_are_named(
+    tuned: Callable[..., str], rows: Path, photos: Path, tmp_path: Path
+) -> None:
+    model_id, target = tuned(rows, "bert"), tmp_path / "out.jsonl"
+    odd = tmp_path / "odd.jsonl"
+
+    def refusal(*lines: dict[str, Any], output: Path = target) -> str:
+        odd.write_text("".join(json.dumps({"text": "fine"} | line) + "\n" for line in lines))
+        answer = Answer("embed", model_id, str(odd), "--output", str(output))
+        assert answer.code == 2 and not output.exists(), answer.out
+        assert "nothing was embedded" in answer.err
+        return answer.err
+
+    said = refusal({}, {"text": "word " * 3_000})
+    assert "odd.jsonl:2: [row.too_long]" in said
+    said = refusal({}, {}, {"embedding": [0.5]})
+    assert 'odd.jsonl:3: [row.predicted] The row has a field "embedding"' in said
+    said = refusal({}, {"other": "another text"})
+    assert "odd.jsonl:2: [row.ambiguous] The row has two sides to embed" in said
+    said = refusal({}, {"text": " "})
+    assert "odd.jsonl:2: [field.empty]" in said
+    table = tmp_path / "out.parquet"
+    said = refusal({"from": {"page": 3}}, output=table)
+    assert "odd.jsonl:1:" in said and "or the embeddings alone (.npy)" in said
+    said = refusal({}, {"page": 3}, output=table)
+    assert 'odd.jsonl:1: [convert.container] The row has no "page"' in said
+    answer = Answer("embed", model_id, str(photos), "--output", str(target))
+    assert answer.code == 2 and "photos:1: [" in answer.err and not target.exists()
+    answer = Answer("embed", model_id, str(tmp_path / "gone.jsonl"), "--output", str(target))
+    assert answer.code == 2 and "gone.jsonl" in answer.err
+
+
+def test_a_pair_is_embedded_where_one_side_is_set_aside(
+    tuned: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
+    model_id, target = tuned(rows, "bert"), tmp_path / "out.npy"
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"text": TEXTS[1], "other": "another text"}) + "\n")
+    answer = Answer("embed", model_id, str(pairs), "--map", "other=", "--output", str(target))
+    assert answer.code == 0, answer.err
+    assert np.array_equal(np.load(target), luthier.load(model_id).embed(TEXTS[1:2]))
+
+
+@pytest.mark.parametrize("name", ["vectors.csv", "vectors.npy.gz", "vectors", "vectors.pkl"])
+def test_the_ending_names_the_form(rows: Path, tmp_path: Path, name: str) -> None:
+    answer = Answer("embed", "any", str(rows), "--output", str(tmp_path / name))
+    assert answer.code == 2 and "name a file that ends with .jsonl or .parquet" in answer.err
+
+
+def test_a_model_that_writes_is_refused(
+    tiny_model_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    answer = Answer("embed", str(tiny_model_folder), str(rows), "--output", str(tmp_path / "x.npy"))
+    assert answer.code == 2 and "gives no embeddings; name a model that does" in answer.err
+    answer = Answer("embed", "none:such", str(rows), "--output", str(tmp_path / "x.npy"))
+    assert answer.code == 2 and "none:such" in answer.err
