@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ from luthier.engine.metrics import Reporter
 from luthier.engine.processes import train_in_processes
 from luthier.engine.runs import Result
 from luthier.engine.train import train
-from luthier.errors import LuthierError
+from luthier.errors import Interrupted, LuthierError, RunConflict
 from luthier.recipe import Recipe
 from luthier.store.models import find
 
@@ -31,10 +33,10 @@ CHECKPOINT = 10
 
 
 class Faults(Reporter):
-    """Calls ``faults[n]`` with the processes by rank, the n-th time that step 12 is done."""
+    """Calls each fault once, with the processes by rank: after step 12, 32, 52 and so on."""
 
     def __init__(self, *faults: Callable[[Mapping[int, psutil.Process]], None]) -> None:
-        self.faults = list(faults)
+        self.faults = {12 + 20 * number: fault for number, fault in enumerate(faults)}
         self.notes: list[str] = []
         self.steps: list[int] = []
         self.at = 0.0
@@ -46,9 +48,9 @@ class Faults(Reporter):
         if line["event"] != "train":
             return
         self.steps.append(line["step"])
-        if line["step"] == 12 and self.faults:
+        if line["step"] in self.faults:
             self.at = time.monotonic()
-            self.faults.pop(0)(processes_by_rank())
+            self.faults.pop(line["step"])(processes_by_rank())
 
 
 def processes_by_rank() -> dict[int, psutil.Process]:
@@ -76,27 +78,58 @@ def test_each_process_can_be_killed_and_no_bit_is_lost(
     faults = Faults(*(send(rank, signal.SIGKILL) for rank in ranks))
     killed = train_in_processes(recipe(**SETTINGS, name="killed"), 2, reporter=faults)
     assert faults.steps.count(CHECKPOINT) == 1
-    assert faults.steps.count(CHECKPOINT + 1) == 1 + len(ranks)
+    assert faults.steps.count(CHECKPOINT + 1) == 2  # there is one checkpoint by then
     assert weights_of(killed) == weights_of(whole)
     found = [re.search(r"process (\d) of 2 .*ended by surprise", note) for note in faults.notes]
     assert [int(each[1]) for each in found if each] == ranks
     assert sum("all go on from the last checkpoint" in note for note in faults.notes) == len(ranks)
 
 
-def test_a_process_that_is_killed_before_the_run_has_begun_takes_no_other_run_for_its_own(
+def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
     luthier_home: Path, recipe: Recipes
 ) -> None:
     """Without a name a run is called by its data; an earlier one has the same request."""
     settings = {"training": {"max_steps": 2, "refit": False}, "name": None}
     earlier = train(recipe(**settings))
 
-    class AtStart(Faults):
-        def stage(self, text: str) -> None:
-            if text == "Checking the data" and self.faults:
-                self.faults.pop(0)(processes_by_rank())
+    def kill_one() -> None:  # before it has read anything
+        while not (found := processes_by_rank()):
+            time.sleep(0.05)
+        found[0].kill()
 
-    later = train_in_processes(recipe(**settings), 2, reporter=AtStart(send(1, signal.SIGKILL)))
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    later = train_in_processes(recipe(**settings), 2)
+    killer.join()
     assert later.model_id != earlier.model_id
+
+
+def test_a_launch_goes_on_with_its_own_run_alone(
+    luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a node joins or leaves, torchrun starts all processes again and counts no restart."""
+
+    class Stopping(Faults):
+        def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+            super().metrics(line, steps)
+            if line["event"] == "train" and line["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    asked = recipe(training={"max_steps": 6, "refit": False})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(Interrupted):
+        train(asked, reporter=Stopping())
+    for other in ("two", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        with pytest.raises(RunConflict, match="there is an unfinished run"):
+            train(asked)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    resumed = Faults()
+    done = train(asked, reporter=resumed)
+    assert resumed.steps == [4, 5, 6]
+    assert train(asked, reporter=resumed) == done  # a node may come after the last step
+    assert resumed.steps == [4, 5, 6]
 
 
 @pytest.mark.slow
