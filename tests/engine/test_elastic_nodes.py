@@ -76,7 +76,7 @@ def test_a_node_comes_late_is_lost_and_comes_back(
     training = {"max_steps": 100_000, "patience": 0, "learning_rate": 1e-4, "refit": False}
     training |= {"micro_batch_tokens": 64, "evaluate_every": 100_000}
     file = tmp_path / "recipe.toml"
-    file.write_text(to_toml(recipe(training=training)))
+    file.write_text(to_toml(recipe(training=training).plain()))
     metrics = luthier_home / "runs" / tiny_model_folder.name / "x" / "metrics.jsonl"
 
     def goes_on() -> bool:
