@@ -136,11 +136,11 @@ def work(folder: Path) -> None:
     first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
     if first and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        reason = "a process ended by surprise"
+        reason = "a process ended by surprise; all go on from the last checkpoint"
         if (folder / _LOST).is_file():
             reason = read_json(folder / _LOST)
             (folder / _LOST).unlink()
-        reporter.note(f"warning: {reason}; all go on from the last checkpoint")
+        reporter.note(f"warning: {reason}")
     try:
         recipe = Recipe.parse(request["recipe"])
         result = train(recipe, request["resume"], reporter, request["lineage"])

@@ -46,6 +46,7 @@ TIMEOUT = "LUTHIER_COLLECTIVE_TIMEOUT"
 TIMEOUT_SECONDS = 1800.0
 REPORT_SECONDS = 5.0
 """Which the processes of a group have to say what became of them, after an exchange has failed."""
+_GOES_ON = "Started again, the run goes on from its last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -384,26 +385,24 @@ def _explain(
             continue
         reason = restore_error(report["error"], f"{met.name(rank)}: {report['message']}")
         if reason is None:  # nobody raised it on purpose
-            return ProcessLost(
-                f"{met.name(rank)} failed: {report['error']}: {report['message']}", [rank]
-            )
+            text = f"{met.name(rank)} failed: {report['error']}: {report['message']}. {_GOES_ON}"
+            return ProcessLost(text, [rank])
         return reason
     lost = [rank for rank in range(group.size) if rank != group.rank and rank not in reports]
     if not lost:
-        return ProcessLost(f"the {group.size} processes lost touch with each other: {error}")
+        text = f"the {group.size} processes lost touch with each other: {error}. {_GOES_ON}"
+        return ProcessLost(text)
     names = list_some([met.name(rank) for rank in lost], 3)
     if "imed out" in str(error):
-        return ProcessLost(
+        text = (
             f"{names} gave no answer for {met.seconds:g} seconds ({TIMEOUT}), so it hangs or its "
-            "machine does. Look there, and end what is left of it; started again, the run goes on "
-            "from its last checkpoint",
-            lost,
+            f"machine does: look there, and end what is left of it. {_GOES_ON}"
         )
-    return ProcessLost(
-        f"{names} ended by surprise: it was killed, as for want of memory, or its machine is gone. "
-        "Started again, the run goes on from its last checkpoint",
-        lost,
+        return ProcessLost(text, lost)
+    text = (
+        f"{names} ended by surprise: it was killed, as for want of memory, or its machine is gone"
     )
+    return ProcessLost(f"{text}. {_GOES_ON}", lost)
 
 
 @contextmanager
