@@ -64,9 +64,7 @@ def test_all_others_name_the_process_that_fails(
         last = size - 1
         pid = (tmp_path / f"pid-{last}").read_text()
         assert name == kind
-        assert re.search(
-            rf"process {last} of {size} \(number {pid} on {socket.gethostname()}\)", said
-        )
+        assert re.search(rf"process {last} of {size} \(pid {pid} on {socket.gethostname()}\)", said)
         assert re.search(words, said)
         assert ranks == ([last] if kind == "ProcessLost" else [])
 

@@ -2,9 +2,8 @@
 
 Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. Where one ends by surprise
 or hangs the agent ends the others and starts all of them again, and they go on from the last
-checkpoint. The
-processes print nothing: the first writes what its reporter hears into a file, which is repeated here as
-it grows.
+checkpoint. The processes print nothing: the first writes what its reporter hears into a file, which is
+repeated here as it grows.
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ def work(folder: Path) -> None:
     if _outcomes(folder):
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
-    end_with(request["agent"])
+    watch_agent(request["agent"])
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
@@ -183,19 +182,19 @@ def _check_number(processes: int, reporter: Reporter) -> None:
         )
 
 
-def end_with(agent: int) -> None:
+def watch_agent(agent: int) -> None:
     """End this process as soon as ``agent``, which started it, is gone: no signal tells of it.
 
     Else all would wait for each other for as long as a collective may take, with their memory; or it
     would train on beside those that are started in its place.
     """
 
-    def watch() -> None:
+    def wait() -> None:
         while os.getppid() == agent:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def launch_id() -> str:

@@ -112,12 +112,12 @@ class Run:
         begun = (self.folder / _REQUEST).is_file()
         if not (begun and resume):
             self.check_free()
-            self._note_launch(launch)
+            self._record_launch(launch)
             write_json(self.folder / _REQUEST, dict(request))
             return None
         asked = self.folder / _REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
-        self._note_launch(launch)
+        self._record_launch(launch)
         if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
             return Result.parse(read_json(self.folder / _RESULT))
         return None
@@ -135,11 +135,11 @@ class Run:
         if stored:
             raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
 
-    def _note_launch(self, launch: str) -> None:
+    def _record_launch(self, launch: str) -> None:
         if launch:
             write_json(self.folder / _LAUNCH, launch)
 
-    def launched_by(self) -> str | None:
+    def read_launch(self) -> str | None:
         """The id of the launch that worked on it last; ``None`` where it had none."""
         path = self.folder / _LAUNCH
         return read_json(path) if path.is_file() else None

@@ -125,7 +125,7 @@ def _train_first(
     launch, name = launch_id(), recipe.name
     if launch:  # nodes that join and leave start all processes again, too
         before = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume=True))
-        resume = resume or before.launched_by() == launch
+        resume = resume or before.read_launch() == launch
     run = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:

@@ -26,7 +26,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class Rendezvous:
     def name(self, rank: int) -> str:
         """The process of that rank, for people."""
         member = self.members[rank]
-        return f"process {rank} of {len(self.members)} (number {member['pid']} on {member['host']})"
+        return f"process {rank} of {len(self.members)} (pid {member['pid']} on {member['host']})"
 
 
 _rendezvous: Rendezvous | None = None
@@ -163,13 +163,14 @@ class ProcessGroup:
                 raise
             if not self.is_connected:
                 if isinstance(error, LuthierError) and not isinstance(error, ProcessLost):
-                    self.agree(error)  # the others wait to hear whether it begins
+                    with suppress(ProcessLost):
+                        self.agree(error)  # the others wait to hear whether it begins
                 raise
             if _rendezvous is None:  # somebody else connected this process, and looks after it
                 raise
             # Its frames hold the connections, and the others wait as long as those are open.
             traceback.clear_frames(error.__traceback__)
-            with _deaf_to_end():
+            with _ignore_sigterm():
                 if not _is_exchange_failure(error):
                     if waits_for_disk(error):  # whose disk that is, its path alone does not say
                         kind = ReadOnlyDisk if isinstance(error, ReadOnlyDisk) else DiskFull
@@ -338,7 +339,7 @@ def _is_exchange_failure(error: BaseException) -> bool:
 
 
 def _collect_reports(
-    group: ProcessGroup, met: Rendezvous, error: Exception | None, wait: bool
+    group: ProcessGroup, rendezvous: Rendezvous, error: Exception | None, wait: bool
 ) -> Mapping[int, Mapping[str, str]]:
     """Leave word of ``error``, end the connections, and read what the others left, by rank.
 
@@ -354,13 +355,13 @@ def _collect_reports(
     def collect() -> None:
         deadline = time.monotonic() + REPORT_SECONDS
         try:
-            met.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
-            met.store.set(f"report/{group.rank}", json.dumps(report))
+            rendezvous.store.set_timeout(timedelta(seconds=REPORT_SECONDS))
+            rendezvous.store.set(f"report/{group.rank}", json.dumps(report))
             distributed.destroy_process_group()  # those that wait for this one hear of it now
             while True:
                 for rank in others:
-                    if rank not in reports and met.store.check([f"report/{rank}"]):
-                        reports[rank] = json.loads(met.store.get(f"report/{rank}"))
+                    if rank not in reports and rendezvous.store.check([f"report/{rank}"]):
+                        reports[rank] = json.loads(rendezvous.store.get(f"report/{rank}"))
                 if not wait or len(reports) == len(others) or time.monotonic() > deadline:
                     return
                 time.sleep(0.05)
@@ -375,7 +376,7 @@ def _collect_reports(
 
 def _explain(
     group: ProcessGroup,
-    met: Rendezvous,
+    rendezvous: Rendezvous,
     error: Exception,
     reports: Mapping[int, Mapping[str, str]],
 ) -> LuthierError:
@@ -383,20 +384,20 @@ def _explain(
     for rank, report in sorted(reports.items()):
         if not report:
             continue
-        reason = restore_error(report["error"], f"{met.name(rank)}: {report['message']}")
+        reason = restore_error(report["error"], f"{rendezvous.name(rank)}: {report['message']}")
         if reason is None:  # nobody raised it on purpose
-            text = f"{met.name(rank)} failed: {report['error']}: {report['message']}. {_GOES_ON}"
+            text = f"{rendezvous.name(rank)} failed: {report['error']}: {report['message']}. {_GOES_ON}"
             return ProcessLost(text, [rank])
         return reason
     lost = [rank for rank in range(group.size) if rank != group.rank and rank not in reports]
     if not lost:
         text = f"the {group.size} processes lost touch with each other: {error}. {_GOES_ON}"
         return ProcessLost(text)
-    names = list_some([met.name(rank) for rank in lost], 3)
+    names = list_some([rendezvous.name(rank) for rank in lost], 3)
     if "imed out" in str(error):
         text = (
-            f"{names} gave no answer for {met.seconds:g} seconds ({TIMEOUT}), so it hangs or its "
-            f"machine does: look there, and end what is left of it. {_GOES_ON}"
+            f"{names} gave no answer for {rendezvous.seconds:g} seconds ({TIMEOUT}), so it hangs or "
+            f"its machine does: look there, and end what is left of it. {_GOES_ON}"
         )
         return ProcessLost(text, lost)
     text = (
@@ -406,8 +407,8 @@ def _explain(
 
 
 @contextmanager
-def _deaf_to_end() -> Iterator[None]:
-    """Hear no SIGTERM: whoever ends all processes because of one would else end what names it."""
+def _ignore_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM: an agent that ends all processes because of one would else end what names it."""
     try:
         before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except ValueError:  # only the main thread hears of any

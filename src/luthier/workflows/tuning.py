@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING
 
 from luthier.engine.metrics import Reporter
-from luthier.engine.processes import end_with, train_in_processes
+from luthier.engine.processes import train_in_processes, watch_agent
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
@@ -48,7 +48,7 @@ def tune(
         load_probes(limits.probes)  # refused before anything is trained
     group = ProcessGroup.of_environment()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with(os.getppid())
+        watch_agent(os.getppid())
     if processes != 1:
         if group.size > 1:
             raise RecipeError(
