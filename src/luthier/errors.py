@@ -20,6 +20,7 @@
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
     ├── Diverged                the loss is no longer a finite number
+    ├── ProcessLost             another process of the run is gone or hangs; a new start goes on
     ├── LeaseLost               a worker no longer holds its job; it must not write
     └── Interrupted             exit 130: stopped by the user; the run can be resumed
 
@@ -225,6 +226,17 @@ class ObjectRefused(RefusedInput):
         self.code, self.message = code, message
 
 
+class ProcessLost(LuthierError):
+    """Another process of the same run is gone, hangs, or failed; a new start of all goes on.
+
+    ``ranks`` are those of the processes, where they are known.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = frozenset(ranks)
+
+
 class LeaseLost(LuthierError):
     """A worker wrote for a job that it no longer holds; nothing was written."""
 
@@ -262,3 +274,16 @@ class Interrupted(LuthierError):
     """Stopped by the user at a step boundary; a checkpoint was written."""
 
     exit_code = 130
+
+
+def restore_error(name: str, message: str) -> LuthierError | None:
+    """The error of another process, by the name of its class; ``None`` where it was none on purpose.
+
+    Of those that carry more than words, and of those from outside, it is the branch.
+    """
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, LuthierError)) or kind is ProcessLost:
+        return None
+    if kind.__init__ not in (LuthierError.__init__, RecipeError.__init__):
+        kind = RefusedInput if issubclass(kind, RefusedInput) else LuthierError
+    return kind(message)

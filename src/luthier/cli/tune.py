@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json
+from luthier.cli.console import heavy_imports, new_console, note, print_json
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -30,7 +30,7 @@ from luthier.cli.options import (
     read_recipe,
     recipe_options,
 )
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, ProcessLost
 from luthier.models.process_group import ProcessGroup
 
 if TYPE_CHECKING:
@@ -103,10 +103,13 @@ def tune(
         from luthier.store.models import find
         from luthier.workflows.tuning import tune as run
 
-    if ProcessGroup.of_environment().rank:  # a launcher started several; the first one speaks
+    group = ProcessGroup.of_environment()
+    if group.rank:  # a launcher started several; the first one speaks
         try:
             run(recipe, resume, processes=processes)
         except LuthierError as error:
+            if isinstance(error, ProcessLost) and error.ranks >= {*range(group.rank)}:
+                note(f"luthier: {error}")  # those before it are gone, and say nothing
             raise typer.Exit(error.exit_code) from error
         return
     with LiveReporter() as reporter:

@@ -1,9 +1,9 @@
 """One training by several processes of this machine, which PyTorch's elastic agent starts and watches.
 
 Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. Where one ends by surprise
-the agent ends the others and starts all of them again, and they go on from the last checkpoint. The
-processes print nothing: the first writes what its reporter hears into a file, which is repeated here as
-it grows.
+or hangs the agent ends the others and starts all of them again, and they go on from the last
+checkpoint. The processes print nothing: the first writes what its reporter hears into a file, which is
+repeated here as it grows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from luthier import errors
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
-from luthier.errors import Interrupted, LuthierError, RecipeError, RefusedInput
+from luthier.errors import (
+    Interrupted,
+    LuthierError,
+    ProcessLost,
+    RecipeError,
+    restore_error,
+)
 from luthier.files import read_json, write_json
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import format_exit
@@ -42,6 +47,8 @@ PROCESS_BYTES = 400 << 20
 ERROR_GRACE_SECONDS = 10
 """How long another process waits for the first one to report an error, before it reports its own."""
 _REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome-{}.json"
+_LOST = "lost.json"
+"""What one process has to say of another that is gone or hangs, until all were started again."""
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
 
@@ -123,16 +130,25 @@ def work(folder: Path) -> None:
     if _outcomes(folder):
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
-    threading.Thread(target=_end_with, args=(request["agent"],), daemon=True).start()
+    watch_agent(request["agent"])
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
-    if started_again():
-        reporter.note("warning: a process ended by surprise; all go on from the last checkpoint")
+    if first and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        reason = "a process ended by surprise; all go on from the last checkpoint"
+        if (folder / _LOST).is_file():
+            reason = read_json(folder / _LOST)
+            (folder / _LOST).unlink()
+        reporter.note(f"warning: {reason}")
     try:
         recipe = Recipe.parse(request["recipe"])
         result = train(recipe, request["resume"], reporter, request["lineage"])
         outcome: dict[str, Any] = {"result": asdict(result)}
+    except ProcessLost as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent may know by now, too
+        write_json(folder / _LOST, str(error))
+        print(error, file=sys.stderr)
+        sys.exit(1)
     except LuthierError as error:  # which no new start would mend
         outcome = {"error": type(error).__name__, "message": str(error)}
     if first:
@@ -166,19 +182,33 @@ def _check_number(processes: int, reporter: Reporter) -> None:
         )
 
 
-def _end_with(agent: int) -> None:
-    """End this process as soon as the one that started it is gone, which no signal tells of.
+def watch_agent(agent: int) -> None:
+    """End this process as soon as ``agent``, which started it, is gone: no signal tells of it.
 
-    Else all would wait for each other for as long as a collective may take, with their memory.
+    Else all would wait for each other for as long as a collective may take, with their memory; or it
+    would train on beside those that are started in its place.
     """
-    while os.getppid() == agent:
-        time.sleep(1)
-    os._exit(1)
+
+    def wait() -> None:
+        while os.getppid() == agent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def launch_id() -> str:
+    """What names this launch, the same in all its starts and on all nodes: torchrun's ``--rdzv-id``.
+
+    Empty where there is none.
+    """
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if given == "none" else given  # what torchrun says without one
 
 
 def started_again() -> bool:
-    """Whether this process stands for one of a group that ended by surprise, as torchrun tells."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether this process stands for one that failed, as an agent of torchrun without an id says."""
+    return not launch_id() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 class _EventWriter(Reporter):
@@ -282,11 +312,9 @@ def _quiet_agent(processes: int) -> Iterator[None]:
 
 
 def _error_of(outcome: Mapping[str, str]) -> LuthierError:
-    """The error that a process ended with; of those that carry more than words, the branch."""
-    found: type[LuthierError] = getattr(errors, outcome["error"], LuthierError)
-    if found.__init__ not in (LuthierError.__init__, RecipeError.__init__):
-        found = RefusedInput if issubclass(found, RefusedInput) else LuthierError
-    return found(outcome["message"])
+    """The error that a process ended with."""
+    message = outcome["message"]
+    return restore_error(outcome["error"], message) or LuthierError(message)
 
 
 def _outcomes(folder: Path) -> list[Path]:

@@ -36,6 +36,8 @@ from luthier.setting_names import dotted_items
 from luthier.store.models import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
+_LAUNCH = "launch.json"
+"""Which launch of several processes works on the run, where one does that has an id."""
 SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
 GRIDS = "grids"
@@ -100,19 +102,22 @@ class Run:
         self.model_folder = rehearsal / "model" if rehearsal else custom_folder(base, name)
         self.model_id = f"{short_name(base)}:{name}"
 
-    def begin(self, request: Mapping[str, Any], resume: bool) -> Result | None:
+    def begin(self, request: Mapping[str, Any], resume: bool, launch: str = "") -> Result | None:
         """Claim the name for ``request``; the result, where the run is already done.
 
         Without ``resume`` the name must be free. With it, an unfinished run must have been asked
-        for in the same words; where there is none, the run simply starts.
+        for in the same words; where there is none, the run simply starts. ``launch`` is the id of the
+        launch whose processes work on it from now on.
         """
         begun = (self.folder / _REQUEST).is_file()
         if not (begun and resume):
             self.check_free()
+            self._record_launch(launch)
             write_json(self.folder / _REQUEST, dict(request))
             return None
         asked = self.folder / _REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
+        self._record_launch(launch)
         if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
             return Result.parse(read_json(self.folder / _RESULT))
         return None
@@ -129,6 +134,15 @@ class Run:
             )
         if stored:
             raise RunConflict(f"there is a model {self.model_id} already; choose another --name")
+
+    def _record_launch(self, launch: str) -> None:
+        if launch:
+            write_json(self.folder / _LAUNCH, launch)
+
+    def read_launch(self) -> str | None:
+        """The id of the launch that worked on it last; ``None`` where it had none."""
+        path = self.folder / _LAUNCH
+        return read_json(path) if path.is_file() else None
 
     def request_value(self, field: str) -> Any:
         """A field of the request this run began with; ``None`` where it has not begun."""

@@ -39,7 +39,7 @@ from luthier.engine.machine import (
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
 from luthier.engine.perplexity import find_unfamiliar_text
-from luthier.engine.processes import started_again
+from luthier.engine.processes import launch_id, started_again
 from luthier.engine.runs import (
     ACTIVATIONS,
     METRICS,
@@ -52,7 +52,7 @@ from luthier.engine.runs import (
 )
 from luthier.engine.sample_grids import SampleGrids
 from luthier.engine.verdict import Refit, RunVerdict, judge_run
-from luthier.errors import CorruptFile, LuthierError, RecipeError, RefusedInput, RowRefused
+from luthier.errors import CorruptFile, RecipeError, RefusedInput, RowRefused
 from luthier.evaluation.baselines import Comparison, FittedBaselines
 from luthier.files import folder_size, need_disk
 from luthier.gate.checks.base_language import UNTRAINED
@@ -103,15 +103,10 @@ def train(
     else:
         keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    if group.rank:
-        return _train_beside(recipe, machine, group)
-    reporter = reporter or Reporter()
-    try:
-        return _train_first(recipe, resume, reporter, lineage, machine, group)
-    except LuthierError as error:
-        if not group.is_connected:
-            group.agree(error)  # the others wait to hear whether it begins
-        raise
+    with group.shared_errors():
+        if group.rank:
+            return _train_beside(recipe, machine, group)
+        return _train_first(recipe, resume, reporter or Reporter(), lineage, machine, group)
 
 
 def _train_first(
@@ -127,7 +122,11 @@ def _train_first(
     base = store.find(recipe.base, reporter.stage)
     clock = Clock()
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
-    run = Run(base.root, recipe.name or automatic_name(base.root, recipe.data.train, resume))
+    launch, name = launch_id(), recipe.name
+    if launch:  # nodes that join and leave start all processes again, too
+        before = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume=True))
+        resume = resume or before.read_launch() == launch
+    run = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:
             if not resume:
@@ -139,7 +138,7 @@ def _train_first(
             with clock.part("data"):
                 job = prepare_job(recipe, base, machine, reporter, budget, processes=group.size)
             job = replace(job, origin={**job.origin, **(lineage or {})})
-            done = run.begin(job.request(), resume)
+            done = run.begin(job.request(), resume, launch)
             if done is None:
                 run.hold_out(job.data.held_out)
         except BaseException:
@@ -173,13 +172,9 @@ def _train_first(
 
 def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
     """:func:`train` in a process that takes a part of the work and keeps nothing."""
-    try:
-        recipe = with_base(recipe, Reporter())
-        base = store.find(recipe.base)
-        job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
-    except LuthierError as error:
-        group.agree(error)
-        raise
+    recipe = with_base(recipe, Reporter())
+    base = store.find(recipe.base)
+    job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
     group.agree()
     folder, budget, resume, done = group.first(None)
     if done is None:

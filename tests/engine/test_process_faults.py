@@ -1,0 +1,218 @@
+"""Faults under a run of several processes: kills, a process that hangs, disks that are full."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from short_runs import metrics_of
+from small_disk import Disk
+
+from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.metrics import Reporter
+from luthier.engine.processes import train_in_processes
+from luthier.engine.runs import Result
+from luthier.engine.train import train
+from luthier.errors import Interrupted, LuthierError, RunConflict
+from luthier.recipe import Recipe
+from luthier.store.models import find
+
+Recipes = Callable[..., Recipe]
+# Steps take some 10 ms, and what is told of them comes ten times a second.
+SETTINGS = {"training": {"max_steps": 80, "refit": False, "patience": 0}}
+CHECKPOINT = 10
+"""The step after which the first checkpoint is written."""
+
+
+class Faults(Reporter):
+    """Calls each fault once, with the processes by rank: after step 12, 32, 52 and so on."""
+
+    def __init__(self, *faults: Callable[[Mapping[int, psutil.Process]], None]) -> None:
+        self.faults = {12 + 20 * number: fault for number, fault in enumerate(faults)}
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+        self.at = 0.0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        if line["event"] != "train":
+            return
+        self.steps.append(line["step"])
+        if line["step"] in self.faults:
+            self.at = time.monotonic()
+            self.faults.pop(line["step"])(processes_by_rank())
+
+
+def processes_by_rank() -> dict[int, psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    found = [each for each in children if "luthier.engine.processes" in each.cmdline()]
+    return {int(each.environ()["RANK"]): each for each in found}
+
+
+def send(rank: int, number: signal.Signals) -> Callable[[Mapping[int, psutil.Process]], None]:
+    return lambda processes: processes[rank].send_signal(number)
+
+
+def weights_of(result: Result) -> str:
+    files = find(result.model_id).manifest.files
+    return files.get("adapter_model.safetensors") or files["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "ranks", [pytest.param([0]), pytest.param([1, 0, 1], marks=pytest.mark.slow)]
+)
+def test_each_process_can_be_killed_and_no_bit_is_lost(
+    luthier_home: Path, recipe: Recipes, ranks: list[int]
+) -> None:
+    whole = train_in_processes(recipe(**SETTINGS, name="whole"), 2)
+    faults = Faults(*(send(rank, signal.SIGKILL) for rank in ranks))
+    killed = train_in_processes(recipe(**SETTINGS, name="killed"), 2, reporter=faults)
+    assert faults.steps.count(CHECKPOINT) == 1
+    assert faults.steps.count(CHECKPOINT + 1) == 2  # there is one checkpoint by then
+    assert weights_of(killed) == weights_of(whole)
+    found = [re.search(r"process (\d) of 2 .*ended by surprise", note) for note in faults.notes]
+    assert [int(each[1]) for each in found if each] == ranks
+    assert sum("goes on from its last checkpoint" in note for note in faults.notes) == len(ranks)
+
+
+def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
+    luthier_home: Path, recipe: Recipes
+) -> None:
+    """Without a name a run is called by its data; an earlier one has the same request."""
+    settings = {"training": {"max_steps": 2, "refit": False}, "name": None}
+    earlier = train(recipe(**settings))
+
+    def kill_one() -> None:  # before it has read anything
+        while not (found := processes_by_rank()):
+            time.sleep(0.05)
+        found[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    later = train_in_processes(recipe(**settings), 2)
+    killer.join()
+    assert later.model_id != earlier.model_id
+
+
+def test_a_launch_goes_on_with_its_own_run_alone(
+    luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a node joins or leaves, torchrun starts all processes again and counts no restart."""
+
+    class Stopping(Faults):
+        def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+            super().metrics(line, steps)
+            if line["event"] == "train" and line["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    asked = recipe(training={"max_steps": 6, "refit": False})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(Interrupted):
+        train(asked, reporter=Stopping())
+    for other in ("two", "none"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other)
+        with pytest.raises(RunConflict, match="there is an unfinished run"):
+            train(asked)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    resumed = Faults()
+    done = train(asked, reporter=resumed)
+    assert resumed.steps == [4, 5, 6]
+    assert train(asked, reporter=resumed) == done  # a node may come after the last step
+    assert resumed.steps == [4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named_and_the_run_goes_on(
+    luthier_home: Path, recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent waits for half a minute before it kills what does not end."""
+    whole = train_in_processes(recipe(**SETTINGS, name="whole"), 2)
+    monkeypatch.setenv("LUTHIER_COLLECTIVE_TIMEOUT", "20")
+    for rank in (0, 1):
+        faults = Faults(send(rank, signal.SIGSTOP))
+        done = train_in_processes(recipe(**SETTINGS, name=f"hung-{rank}"), 2, reporter=faults)
+        words = rf"process {rank} of 2 .*gave no answer for 20 seconds.*LUTHIER_COLLECTIVE_TIMEOUT"
+        assert any(re.search(words, note) for note in faults.notes), faults.notes
+        assert faults.steps.count(CHECKPOINT + 1) == 2
+        assert weights_of(done) == weights_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_survive_each_kind_of_end(luthier_home: Path, recipe: Recipes, rank: int) -> None:
+    training = {**SETTINGS["training"], "fully_shard": True}
+    settings: dict[str, Any] = {"training": training, "adaptation": {"method": "full"}}
+    whole = train_in_processes(recipe(**settings, name="whole"), 2)
+    faults = Faults(send(rank, signal.SIGKILL))
+    killed = train_in_processes(recipe(**settings, name="killed"), 2, reporter=faults)
+    assert faults.steps.count(CHECKPOINT + 1) == 2
+    assert any(f"process {rank} of 2" in note for note in faults.notes)
+    assert weights_of(killed) == weights_of(whole)
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    """The store of the test, on a disk of its own."""
+    home = tmp_path / "small"
+    home.mkdir()
+    monkeypatch.setenv("LUTHIER_HOME", str(home))
+    disk = Disk(home)
+    if not disk.mount("size=32000000"):
+        pytest.skip("this user may not mount a file system")
+    yield disk
+    disk.unmount()
+
+
+def check_resumed(settings: dict[str, Any], recipe: Recipes, folder: Path) -> None:
+    """What lies in the run's ``folder`` is whole, and any number of processes goes on with it."""
+    present = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert present == [f"step-{CHECKPOINT:08d}"]
+    found = Checkpoints(folder / "checkpoints").latest()
+    assert found is not None and found[0].step == CHECKPOINT
+    resumed = Faults()
+    done = train(recipe(**settings, name="x"), True, resumed)
+    assert resumed.steps[0] == CHECKPOINT + 1
+    whole = train(recipe(**settings, name="whole"))
+    for mine, theirs in zip(metrics_of(whole), metrics_of(done), strict=True):
+        assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
+
+
+def test_a_full_disk_of_the_first_process_ends_all_and_the_run_can_be_resumed(
+    disk: Disk, recipe: Recipes, tiny_model_folder: Path
+) -> None:
+    faults = Faults(lambda _: disk.fill())
+    with pytest.raises(LuthierError, match=r"process 0 of 2 .*disk of .*small.* is full"):
+        train_in_processes(recipe(**SETTINGS, name="x"), 2, reporter=faults)
+    assert faults.steps.count(12) == 1  # no new start would mend it
+    assert not processes_by_rank()
+    disk.free()
+    check_resumed(SETTINGS, recipe, disk.folder / "runs" / tiny_model_folder.name / "x")
+
+
+def test_a_full_disk_of_another_process_ends_all_and_the_run_can_be_resumed(
+    luthier_home: Path, recipe: Recipes, tiny_model_folder: Path
+) -> None:
+    """Files of one process alone may grow no more, which is how a quota or a full disk shows."""
+
+    def limit(processes: Mapping[int, psutil.Process]) -> None:
+        size = 2000  # its metrics have more by now
+        psutil.Process(processes[1].pid).rlimit(psutil.RLIMIT_FSIZE, (size, size))
+
+    faults = Faults(limit)
+    with pytest.raises(LuthierError, match=r"process 1 of 2 .*luthier-process-.*File too large"):
+        train_in_processes(recipe(**SETTINGS, name="x"), 2, reporter=faults)
+    assert time.monotonic() - faults.at < 60
+    assert faults.steps.count(12) == 1
+    assert not processes_by_rank()
+    check_resumed(SETTINGS, recipe, luthier_home / "runs" / tiny_model_folder.name / "x")
