@@ -35,7 +35,9 @@ from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import new_id, now
 
 MINUTES = float(os.environ.get("LUTHIER_TEST_MINUTES", "30"))
-ADAPTERS = 4
+ADAPTERS, NUMBERS = 4, 100
+"""So many different words are in the texts: a tokenizer keeps the first 10,000 that it meets in pieces,
+which would look like a leak until they are there."""
 MIB = 1 << 20
 GROWTH = 16 * MIB
 """A request that left one kilobyte would exceed it within minutes."""
@@ -126,7 +128,7 @@ class Clients:
 
     def chat(self, source: str, turn: int, tokens: int, pieces: int | None = None) -> None:
         model = BASE if turn % 2 else f"adapter-{turn % ADAPTERS}"
-        message = {"role": "user", "content": f"Say fox {turn} times."}
+        message = {"role": "user", "content": f"Say fox {turn % NUMBERS} times."}
         body = {
             "model": model, "messages": [message], "max_tokens": tokens, "stream": True,
             "logit_bias": {"1": -100},
@@ -134,7 +136,7 @@ class Clients:
         self.ask(source, "/v1/chat/completions", body, pieces)
 
     def embed(self, source: str, turn: int) -> None:
-        texts = [f"The quick brown fox {turn} {number}" for number in range(1 + turn % 8)]
+        texts = [f"The quick brown fox {turn % NUMBERS} {number}" for number in range(1 + turn % 8)]
         self.ask(source, "/v1/embeddings", {"model": BASE, "input": texts})
 
     def change_adapters(self, source: str, turn: int) -> None:
