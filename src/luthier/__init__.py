@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
     from luthier.sdk.export import export, quantize
+    from luthier.sdk.hub import push
     from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
     from luthier.sdk.training import (
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "plant_canaries",
     "pretrain",
+    "push",
     "quantize",
     "soup",
     "split",
@@ -70,6 +72,7 @@ _HOMES = {
         "sdk.data": ["clean", "convert", "inspect", "plant_canaries", "split"],
         "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
         "sdk.export": ["export", "quantize"],
+        "sdk.hub": ["push"],
         "sdk.imports": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],
         "sdk.training": [

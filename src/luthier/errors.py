@@ -245,6 +245,10 @@ class DownloadError(LuthierError):
     """A source could not be read, or its bytes are not the pinned ones."""
 
 
+class UploadError(LuthierError):
+    """A model could not be put where others fetch it; what arrived there is not sent again."""
+
+
 class CorruptFile(LuthierError):
     """A stored file no longer matches the hash recorded beside it."""
 

@@ -11,7 +11,7 @@ from luthier.errors import UnknownModel
 from luthier.files import write_json
 from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.kinds import KINDS, sole_objective
-from luthier.models.manifest import MANIFEST
+from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.foundation import foundation_model, foundation_models
 from luthier.store.models import base_folder, find, objective_of
 
@@ -82,3 +82,34 @@ def test_a_kind_that_is_not_known_is_refused_and_not_offered(luthier_home: Path)
         objective_of(find("odd"))
     with pytest.raises(UnknownModel, match="'oracle'"):
         replace(CATALOG[ALIAS], kind="oracle")
+
+
+def test_models_made_here_are_read_once_and_again_after_a_change(
+    luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = base_folder("words") / MANIFEST
+    write_json(made, {"id": "words", "kind": "masked_lm"})
+    read: list[Path] = []
+    plain = Manifest.read
+    monkeypatch.setattr(Manifest, "read", lambda folder: read.append(folder) or plain(folder))
+    for _ in range(3):
+        found = foundation_model("words")
+        assert found is not None and found.kind == "masked_lm"
+        assert foundation_model("luthier.words") == found
+    assert read == [made.parent]
+    write_json(made, {"id": "words", "kind": "causal_lm"})
+    found = foundation_model("words")
+    assert found is not None and found.kind == "causal_lm"
+    write_json(base_folder("texts") / MANIFEST, {"id": "texts", "kind": "causal_lm"})
+    assert foundation_model("texts") is not None
+    made.unlink()
+    assert foundation_model("words") is None and foundation_model("texts") is not None
+
+
+def test_a_model_of_the_catalogue_that_is_deleted_is_gone(luthier_home: Path) -> None:
+    (name, *_) = [name for name in CATALOG if isinstance(CATALOG[name].source, HubSource)]
+    record = base_folder(name) / MANIFEST
+    write_json(record, {"id": name, "kind": CATALOG[name].kind})
+    assert foundation_model(name) is not None
+    record.unlink()
+    assert foundation_model(name) is None

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
-from sqlalchemy import or_, select
+from sqlalchemy import BindParameter, Select, and_, bindparam, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from luthier.api.bedrock.shapes import matches, operation_models
 from luthier.api.http.messages import Fault
 from luthier.store.arns import Arn, Arns
-from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import CREATING, DEPLOYMENT, FAILED, PROVISIONED, Endpoint
 from luthier.store.evaluations import EvaluationRun, get_run
@@ -27,8 +27,11 @@ JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-
 EVALUATION = "evaluation-job"
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
+Columns = TypeVarTuple("Columns")
 Name = InstrumentedAttribute[Any]
 """A column with names or ids that are unique in an account."""
+_MODEL_NAMES: Sequence[Name] = (CustomModel.id, CustomModel.openai_id, CustomModel.name)
+"""A model may be called as another one's id: ids come first."""
 
 
 def job_arn(arns: Arns, job: Job) -> str:
@@ -71,8 +74,7 @@ def find_model(
 
     One of a job that has not ended is not there yet.
     """
-    # A model may be called as another one's id: ids come first.
-    columns = (CustomModel.id, CustomModel.openai_id, CustomModel.name)
+    columns = _MODEL_NAMES
     found = _find(session, CustomModel, _model_arn, arns, account, MODEL, identifier, columns, lock)
     return found if found and found.status != RESERVED else None
 
@@ -118,8 +120,7 @@ def _find(
             return None
         query = query.where(table.id == arn.id)
     else:
-        query = query.where(or_(*(column == identifier for column in columns)))
-        query = query.order_by(*((column == identifier).desc() for column in columns[:-1]))
+        query = _where_named(query, columns, identifier)
     if table is Endpoint:
         query = query.where(Endpoint.kind == kind)
     if lock:
@@ -127,6 +128,15 @@ def _find(
     found = session.scalars(query).first()
     # The foundation model that an ARN names has to be right, too.
     return None if found and arn and str(arn) != arn_of(arns, found) else found
+
+
+def _where_named(
+    query: Select[*Columns], columns: Sequence[Name], identifier: Any
+) -> Select[*Columns]:
+    """Rows of ``query`` that are called so, by the first of ``columns`` before those by the next."""
+    query = query.where(or_(*(column == identifier for column in columns)))
+    # PostgreSQL has what a column without a value compares to, nothing, before true.
+    return query.order_by(*((column == identifier).desc().nulls_last() for column in columns[:-1]))
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,54 @@ def invoked_arn(arns: Arns, model_id: str) -> str:
     return arns.foundation_model(found.id if found else model_id)
 
 
-def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invocable:
+_ACCOUNT: BindParameter[str] = bindparam("account")
+_IDENTIFIER: BindParameter[str] = bindparam("identifier")
+_OWN = select(
+    CustomModel.id, CustomModel.foundation, CustomModel.status, CustomModel.stored_id
+).where(CustomModel.account == _ACCOUNT)
+_OWN_BY_ID = _OWN.where(CustomModel.id == _IDENTIFIER)
+_OWN_BY_NAME = _where_named(_OWN, _MODEL_NAMES, _IDENTIFIER)
+_ENDPOINT = (
+    select(Endpoint.status, Endpoint.model, CustomModel.stored_id)
+    .where(
+        Endpoint.account == _ACCOUNT,
+        Endpoint.kind == bindparam("kind"),
+        Endpoint.id == _IDENTIFIER,
+    )
+    .outerjoin(
+        CustomModel,
+        and_(
+            CustomModel.account == Endpoint.account,
+            # The ARN of a custom model ends with the twelve letters of its id.
+            CustomModel.id == func.substr(Endpoint.model, func.length(Endpoint.model) - 11),
+        ),
+    )
+)
+
+
+def invocable_model(
+    database: Database, arns: Arns, account: str, identifier: str
+) -> Invocable | None:
+    """The account's custom model as :func:`find_model` finds it, where it can be asked.
+
+    Each request for a model comes here or to :func:`invocable`: one small query. What it finds is not
+    remembered, as any server on this database may delete a model, or give its name to another one.
+    """
+    named = None
+    if identifier.startswith("arn:"):
+        named = own(arns, account, MODEL, identifier)
+        if named is None:
+            return None
+        found = database.first(_OWN_BY_ID, account=account, identifier=named.id)
+    else:
+        found = database.first(_OWN_BY_NAME, account=account, identifier=identifier)
+    if found is None or found.status != ACTIVE or found.stored_id is None:
+        return None
+    arn = arns.custom_model(account, found.foundation, found.id)
+    return Invocable(found.stored_id, arn, arn) if named is None or arn == identifier else None
+
+
+def invocable(database: Database, arns: Arns, account: str, model_id: str) -> Invocable:
     """What answers to ``modelId``: a foundation model, deployment or provisioned throughput.
 
     Raises:
@@ -163,28 +220,33 @@ def invocable(session: Session, arns: Arns, account: str, model_id: str) -> Invo
     if base is not None:
         arn = arns.foundation_model(base.id)
         return Invocable(base.base, arn, arn)
-    if find_model(session, arns, account, model_id) is not None:
-        raise Fault(
-            "Validation",
-            f"Invocation of model ID {model_id} with on-demand throughput isn’t supported. Retry your "
-            "request with the ARN of a custom model deployment or of provisioned throughput that "
-            "contains this model.",
-        )
-    arn_parts = Arn.parse(model_id)
-    if arn_parts is None or arn_parts.kind not in _ENDPOINTS:
+    named = Arn.parse(model_id)
+    if named is None or named.kind not in _ENDPOINTS:
+        with database.read() as session:
+            is_custom_model = find_model(session, arns, account, model_id) is not None
+        if is_custom_model:
+            raise Fault(
+                "Validation",
+                f"Invocation of model ID {model_id} with on-demand throughput isn’t supported. Retry "
+                "your request with the ARN of a custom model deployment or of provisioned throughput "
+                "that contains this model.",
+            )
         raise _unknown(model_id)
-    endpoint = find_endpoint(session, arns, account, arn_parts.kind, model_id)
-    if endpoint is None:
+    found = None
+    if model_id == arns.of(account, named.kind, named.id):
+        found = database.first(_ENDPOINT, account=account, kind=named.kind, identifier=named.id)
+    if found is None:
         raise _unknown(model_id)
-    text = _ENDPOINTS[endpoint.kind]
-    if endpoint.status == CREATING:
+    text = _ENDPOINTS[named.kind]
+    if found.status == CREATING:
         raise Fault("ModelNotReady", f"The {text} is being created. Try again in a moment.")
-    if endpoint.status == FAILED:
+    if found.status == FAILED:
         raise Fault("Validation", f"The {text} is Failed and cannot answer.")
-    stored_id = stored_id_of(session, endpoint.model)
+    base = foundation_model(found.model)
+    stored_id = found.stored_id if base is None else base.base
     if stored_id is None:
         raise _unknown(model_id)
-    return Invocable(stored_id, model_id, endpoint.model)
+    return Invocable(stored_id, model_id, found.model)
 
 
 def stored_id_of(session: Session, model: str) -> str | None:
@@ -209,8 +271,7 @@ class ModelIds:
 
     def stored_id(self, account: str, model_id: str) -> str:
         """Id in the store of what answers to ``model_id``; see :func:`invocable`."""
-        with self.database.read() as session:
-            return invocable(session, self.arns, account, model_id).stored_id
+        return invocable(self.database, self.arns, account, model_id).stored_id
 
     def resource(self, model_id: str) -> str:
         """The ARN that a policy decides on; see :func:`invoked_arn`."""

@@ -26,7 +26,7 @@ from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.application import Application
 from luthier.api.http.connections import Connections
 from luthier.api.http.limits import RateLimits
-from luthier.api.http.metrics import Meter, Metrics
+from luthier.api.http.metrics import LatencyMetrics, Meter, Metrics
 from luthier.api.http.routing import Face
 from luthier.api.identifiers import ModelIds
 from luthier.api.native.face import native_face
@@ -46,7 +46,9 @@ from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
 from luthier.limits import AccountQuotas
+from luthier.models.catalog import CATALOG
 from luthier.serving.constraints import SUBJECT, GrammarTrials
+from luthier.serving.latency import OTHER, LatencyTable
 from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
 from luthier.serving.sandbox_pool import SandboxPool
@@ -58,6 +60,7 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
+from luthier.store.models import StoredModel
 from luthier.store.object_files import UNNAMED_SECONDS
 from luthier.store.objects import Objects
 from luthier.store.principals import matching_server_key
@@ -103,7 +106,8 @@ class Service:
             FairTurns(limits.schema_checks_at_once, limits.schema_wait_seconds),
             limits.schema_characters,
         )
-        self.pool = ModelPool(trials=self.trials, limits=limits)
+        latencies = LatencyTable(partial(_metric_label, settings.metrics_by_account))
+        self.pool = ModelPool(trials=self.trials, limits=limits, latencies=latencies)
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
@@ -127,7 +131,7 @@ class Service:
             Metrics(
                 self._gauges,
                 self.meter.count,
-                self.meter if settings.metrics_by_account else None,
+                (LatencyMetrics(latencies), *([self.meter] if settings.metrics_by_account else [])),
             ),
             self.trail,
             self.missing,
@@ -301,6 +305,17 @@ class Service:
                 "keys_and_values_limit": float(self.pool.memory.total),
             },
         }
+
+
+def _metric_label(by_account: bool, stored: StoredModel) -> str:
+    """What ``/metrics``, which answers to everybody, calls a model.
+
+    Names that an account gave are told with metrics by account alone: else a model counts as the base
+    model of the catalogue at its bottom, if it has one.
+    """
+    if by_account:
+        return stored.id
+    return stored.root if stored.root in CATALOG else OTHER
 
 
 def _checked_runner(settings: Settings, database: Database) -> Runner:

@@ -36,6 +36,7 @@ from luthier.cli.pipeline import pipeline
 from luthier.cli.plugins import plugins
 from luthier.cli.predict import predict
 from luthier.cli.pretrain import pretrain
+from luthier.cli.push import push
 from luthier.cli.quantize import quantize
 from luthier.cli.samples import samples
 from luthier.cli.search import search
@@ -58,8 +59,8 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, judge, forgetting, canaries, learning_curve, quantize, certificate, verify, serve, demo,
-    plugins,
+    evaluate, judge, forgetting, canaries, learning_curve, quantize, certificate, verify, push, serve,
+    demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from luthier.models.kv_cache import KeyValues
     from luthier.models.network import Network
+    from luthier.models.speculation import Speculation
     from luthier.types import IntArray
 
 SETTING = "LUTHIER_BACKEND"
@@ -123,6 +124,15 @@ class ReusesKeyValues(Protocol):
 
     def key_values(self, state: State, start: int, end: int) -> KeyValues:
         """A copy of those of a prompt that was read, for tokens from ``start`` to ``end``."""
+        ...
+
+
+@runtime_checkable
+class Speculates(Protocol):
+    """A backend whose steps check guesses of what their sequences write next."""
+
+    def speculation(self, state: State) -> Speculation:
+        """What was guessed for a sequence so far."""
         ...
 
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 NGRAMS = (3, 2)
 """So many tokens have to stand in both places, the most first."""
 PATIENCE = 4
 """Guesses that fail one after the other before there is a pause of as many tokens, then of twice."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How much was guessed, and how well: ``accepted / proposed`` is the acceptance rate."""
+
+    proposed: int = 0
+    """Tokens that a network checked before they were to be written."""
+    accepted: int = 0
+    """Those that were written, which cost no step of their own."""
+
+    def __add__(self, other: Speculation) -> Speculation:
+        return Speculation(self.proposed + other.proposed, self.accepted + other.accepted)
 
 
 class PromptLookup:

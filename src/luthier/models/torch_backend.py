@@ -52,7 +52,7 @@ from luthier.models.modalities import head_size, key_heads, text_config
 from luthier.models.packing import packed_linears, packed_weight
 from luthier.models.prefix import prefix_cache, prefix_tokens
 from luthier.models.row_adapters import Adapter, SharedBase
-from luthier.models.speculation import PromptLookup
+from luthier.models.speculation import PromptLookup, Speculation
 from luthier.types import Example
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class _FlatSequence:
         """``[V]`` behind each of them."""
         self.right = 0
         """How many of the guess were written."""
+        self.proposed = self.accepted = 0
+        """Of all guesses, the tokens and those of them that were written."""
 
     @property
     def unread(self) -> int:
@@ -131,6 +133,7 @@ class _FlatSequence:
         if self.guess and self.guess[0] == token:
             self.span.length += 1
             self.right += 1
+            self.accepted += 1
             del self.guess[0]
             return self.logits.pop(0)
         if self.logits or self.right:
@@ -373,6 +376,10 @@ class FlatBackend:
                     logits[place] = row_V
         return torch.stack([row_V for row_V in logits if row_V is not None])
 
+    def speculation(self, state: Any) -> Speculation:
+        """What was guessed for a sequence so far."""
+        return Speculation(state.proposed, state.accepted)
+
     def free(self, state: Any) -> None:
         """Give its place in the bank back."""
         with self._lock, torch.no_grad():
@@ -423,6 +430,7 @@ class FlatBackend:
             share = spare // (len(states) - place)
             state.guess = state.lookup.guess(min(share, room))
             spare -= len(state.guess)
+            state.proposed += len(state.guess)
 
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
@@ -579,6 +587,10 @@ class AdaptedBackend:
     def step(self, states: Sequence[State], tokens: Sequence[int]) -> Tensor:
         """One token for each, whatever adapters they have."""
         return self._base.step(states, tokens)
+
+    def speculation(self, state: State) -> Speculation:
+        """What was guessed for a sequence so far."""
+        return self._base.speculation(state)
 
     def free(self, state: State) -> None:
         """Give its place in the bank back."""

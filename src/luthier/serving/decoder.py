@@ -24,9 +24,10 @@ import torch
 from luthier.data.reasoning import reasoning_after
 from luthier.errors import RecipeError
 from luthier.limits import ModelLimits
-from luthier.models.backends import ReusesKeyValues, reply_room
+from luthier.models.backends import ReusesKeyValues, Speculates, reply_room
 from luthier.models.decoding import TokenSampler, seed_of
 from luthier.models.kv_cache import CHUNK
+from luthier.models.speculation import Speculation
 from luthier.serving.inference import (
     Chat,
     FinishEvent,
@@ -41,6 +42,7 @@ from luthier.serving.inference import (
     TokenChunk,
     ToolCallEvent,
 )
+from luthier.serving.latency import AnswerLatency
 from luthier.serving.memory import RETRY_SECONDS, CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import PromptLimit
@@ -127,6 +129,8 @@ class RunningAnswer:
         self.last, self.count, self.done = 0, 0, False
         self.last_step = 0
         """The number of the model's step that wrote its last token."""
+        self.written: float | None = None
+        """When that was; ``None`` before the first."""
         self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
         self._matcher = matcher
@@ -218,13 +222,15 @@ class Decoder:
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
+        latency: AnswerLatency | None = None,
     ) -> None:
         """What sequences keep is taken from ``memory``; ``opened`` is closed with this.
 
         ``trials`` are of schemas and grammars before they are read here. The clients of all models that
         share a ``scheduler`` have equal parts of their time together. Prompts that begin as an earlier
         one go on from what ``prefixes`` has of it. Where ``opened`` is an adapter on the network of
-        ``base``, that decoder's thread writes the answers, together with its own.
+        ``base``, that decoder's thread writes the answers, together with its own. How soon tokens are
+        written, and how well they are guessed, is counted in ``latency``.
         """
         from luthier.serving.constraints import Constraints
 
@@ -238,6 +244,10 @@ class Decoder:
         self._limit = PromptLimit(chat, self.context, self.limits)
         backend = opened.backend
         self._reuse = backend if isinstance(backend, ReusesKeyValues) else None
+        self._speculates = backend if isinstance(backend, Speculates) else None
+        self.latency = latency or AnswerLatency()
+        self.speculation = Speculation()
+        """What was guessed for its own answers that have ended."""
         self._prefixes = prefixes
         self._wake = threading.Condition()
         self._scheduler, self._costs = scheduler or FairScheduler(), StepCosts()
@@ -264,6 +274,7 @@ class Decoder:
         scheduler: FairScheduler | None = None,
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
+        latency: AnswerLatency | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine.
 
@@ -277,7 +288,7 @@ class Decoder:
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
             chat = serving_format(stored, None if base is None else base.chat)
             opening.callback(chat.close)
-            made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base)
+            made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base, latency)
             opening.pop_all()
         return made
 
@@ -560,6 +571,8 @@ class Decoder:
             if unread != job.unread:
                 job.unread = unread
                 (self._scheduler.leave if unread else self._scheduler.enter)(job.client)
+                for answer in job.answers:
+                    answer.written = time.perf_counter()
 
     def _read(self) -> None:
         """A few chunks of prompts, in turns; one where another request has come meanwhile."""
@@ -687,13 +700,28 @@ class Decoder:
                 failed = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
             answer.job.events.put(failed)
             answer.job.cancelled = answer.done = True
+        self._measure(answer)
         if answer.done:
             self._end_state(answer)
 
+    def _measure(self, answer: RunningAnswer) -> None:
+        """A token of it was written."""
+        moment, latency = time.perf_counter(), answer.job.model.latency
+        if answer.written is not None:
+            latency.between_tokens.observe(moment - answer.written)
+        elif answer.index == 0:
+            latency.first_token.observe(moment - answer.job.arrived)
+        answer.written = moment
+
     def _end_state(self, answer: RunningAnswer) -> None:
         state, answer.state = answer.state, None
-        if state is not None:
-            self._backend.free(state)
+        if state is None:
+            return
+        if self._speculates is not None:
+            found, model = self._speculates.speculation(state), answer.job.model
+            model.speculation += found
+            model.latency.add_speculation(found)
+        self._backend.free(state)
 
     def _settle(self, job: RunningRequest) -> None:
         if job in self._writing and all(answer.done for answer in job.answers):

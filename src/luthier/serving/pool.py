@@ -19,6 +19,7 @@ from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
 from luthier.files import waits_for_disk
 from luthier.limits import MIB, ModelLimits
+from luthier.models.speculation import Speculation
 from luthier.serving.batcher import Work
 from luthier.serving.inference import (
     GenerationRequest,
@@ -30,6 +31,7 @@ from luthier.serving.inference import (
     count_tokens,
     metered_stream,
 )
+from luthier.serving.latency import LatencyTable
 from luthier.serving.memory import CacheBudget
 from luthier.serving.prefix_cache import PrefixCache
 from luthier.serving.prompts import prompt_tokenized
@@ -99,6 +101,8 @@ class LoadedModel:
     requests: int
     """Those that it answers now."""
     pinned: bool
+    speculation: Speculation | None = None
+    """What was guessed for its answers that have ended; ``None`` of one that only reads."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,14 @@ class ModelPool:
         cache: int | None = None,
         trials: GrammarTrials | None = None,
         limits: ModelLimits | None = None,
+        latencies: LatencyTable | None = None,
     ) -> None:
         """``budget`` bytes for the weights of all models together, ``cache`` for what they keep of
         sequences; by default shares of the free memory. ``trials`` are of what unknown clients
-        send to keep answers to, and ``limits`` hold for each model.
+        send to keep answers to, and ``limits`` hold for each model. How soon models write is counted
+        in ``latencies``.
         """
+        self.latencies = latencies or LatencyTable()
         self._trials, self.limits = trials, limits or ModelLimits()
         free = available_memory()
         self.budget = int(self.limits.weights_share * free) if budget is None else budget
@@ -394,6 +401,7 @@ class ModelPool:
                     last_used=entry.last_used,
                     requests=max(0, entry.uses - adapters[entry.id]),
                     pinned=entry.id in self._pins,
+                    speculation=_speculation(entry),
                 )
                 for entry in self._entries.values()
                 if entry.loaded is not None
@@ -534,6 +542,7 @@ class ModelPool:
                         self._scheduler,
                         self._prefixes,
                         None if entry.base is None else _writer(entry.base),
+                        self.latencies.of(stored),
                     )
                     # Takes off the truncation that a tokenizer's file may name: later no two threads
                     # may do so at once.
@@ -629,6 +638,12 @@ def _writer(entry: _Entry) -> Decoder:
     if not isinstance(entry.model, Decoder):
         raise InferenceRefused(f"This model {entry.model.purpose} and writes no text.", "model")
     return entry.model
+
+
+def _speculation(entry: _Entry) -> Speculation | None:
+    from luthier.serving.decoder import Decoder
+
+    return entry.model.speculation if isinstance(entry.model, Decoder) else None
 
 
 def _serial(entry: _Entry) -> SerialModel:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
 
+from luthier.files import luthier_home
 from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import is_base_here, pretrained_models, short_name
+from luthier.store.models import (
+    is_base_here,
+    pretrained_models,
+    pretrained_versions,
+    short_name,
+)
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
@@ -92,11 +102,14 @@ def foundation_model(identifier: str) -> FoundationModel | None:
     if arn is not None and (arn.kind, arn.account) != ("foundation-model", ""):
         return None
     # Those of the catalogue first: each request asks, and the others stand on the disk.
-    for models in (_catalog_models, _pretrained_here):
-        for model in models():
-            # An alias is no part of an ARN.
-            if identifier in (model.id, model.base) if arn is None else arn.path == model.id:
-                return model
+    known = identifier if arn is None else arn.path
+    for model in _catalog_entries():
+        # An alias is no part of an ARN.
+        if (known == model.id or (arn is None and known == model.base)) and _is_offered(model):
+            return model
+    for model in _pretrained_here():
+        if known == model.id or (arn is None and known == model.base):
+            return model
     return None
 
 
@@ -119,21 +132,35 @@ def writes(model: AnyModel) -> bool:
     return kind_of(model) == "causal_lm"
 
 
-def _catalog_models() -> list[FoundationModel]:
+def _catalog_models() -> Iterator[FoundationModel]:
+    return filter(_is_offered, _catalog_entries())
+
+
+def _is_offered(model: FoundationModel) -> bool:
+    """Whether a model of the catalogue is here, or is fetched where it is asked for."""
+    return isinstance(CATALOG[model.base].source, PackageSource | RandomSource) or is_base_here(
+        model.base
+    )
+
+
+@cache
+def _catalog_entries() -> tuple[FoundationModel, ...]:
     found = []
     for base, (prefix, provider, name) in _PROVIDERS.items():
-        entry = CATALOG[base]
-        kind, windows = entry.kind, entry.media == "window"
-        fetchable = isinstance(entry.source, PackageSource | RandomSource)
-        if fetchable or is_base_here(base):
-            model_id = f"{prefix}.{base}"
-            found.append(
-                FoundationModel(model_id, base, provider, name, kind, reads_windows=windows)
-            )
-    return found
+        kind, windows = CATALOG[base].kind, CATALOG[base].media == "window"
+        model_id = f"{prefix}.{base}"
+        found.append(FoundationModel(model_id, base, provider, name, kind, reads_windows=windows))
+    return tuple(found)
 
 
-def _pretrained_here() -> list[FoundationModel]:
+def _pretrained_here() -> tuple[FoundationModel, ...]:
+    # Each request for a custom model asks, and to read the records takes longer than all its rest.
+    return _read_pretrained(luthier_home(), pretrained_versions())
+
+
+@lru_cache(maxsize=8)
+def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationModel, ...]:
+    """Those that are in the store ``home``, whose records have these ``versions``."""
     # A record that another version of luthier wrote may name a kind that this one cannot use.
     found = []
     for each in pretrained_models():
@@ -146,4 +173,4 @@ def _pretrained_here() -> list[FoundationModel]:
         found.append(
             FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)
         )
-    return found
+    return tuple(found)

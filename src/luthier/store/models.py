@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -250,6 +251,21 @@ def pretrained_models() -> list[StoredModel]:
     return [model for model in found if model.id not in CATALOG]
 
 
+def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
+    """Names of the base models that were made in this store, each with the version of its record.
+
+    Two that are the same say that :func:`pretrained_models` would give the same, and cost no reading.
+    """
+    found: list[tuple[str | int, ...]] = []
+    with suppress(FileNotFoundError), os.scandir(base_folder("")) as folders:
+        for folder in folders:
+            if folder.name.startswith(".") or folder.name in CATALOG:
+                continue
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found.append((folder.name, *_version(os.stat(f"{folder.path}/{MANIFEST}"))))
+    return tuple(sorted(found))
+
+
 def custom_models() -> list[StoredModel]:
     """All custom models of this store, oldest first.
 
@@ -379,10 +395,13 @@ _RESTORE = "restore it from a backup, or remove the model and make or fetch it a
 
 
 def _stored_hash(path: Path) -> str:
-    status = path.stat()
+    return _hash_of_version(path, _version(path.stat()))
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was changed."""
     # Whoever changes a file can set its time of modification back; not that of its change.
-    version = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return _hash_of_version(path, version)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @lru_cache(maxsize=1024)

@@ -54,8 +54,7 @@ def active(bedrock: Any, identifier: str) -> None:
 
 def asked(service: Service, model_id: str, account: str = ALICE) -> Any:
     """What would answer to ``modelId``."""
-    with service.database.read() as session:
-        return invocable(session, service.control.arns, account, model_id)
+    return invocable(service.database, service.control.arns, account, model_id)
 
 
 def not_asked(service: Service, model_id: str, account: str = ALICE) -> tuple[str, str]:

@@ -6,9 +6,12 @@ import http.client
 import json
 import shutil
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,15 @@ from urllib.parse import quote, urlsplit
 import pytest
 from served import served
 
+from luthier.api.http.application import Application
 from luthier.api.service import Service
 from luthier.api.settings import Settings
 from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
 from luthier.serving.decoder import Decoder
+from luthier.store.accounts import create_account
 from luthier.store.models import base_folder
+from luthier.store.principals import create_api_key, create_user
 
 N, TOKENS = 48, 900
 """So much takes far longer than a test may."""
@@ -130,8 +136,88 @@ def test_who_stays_gets_the_whole_answer(service: Service, address: tuple[str, s
     assert all(found["usage"]["completion_tokens"] == 60 for _, found in calls)
 
 
-def post(host: str, key: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    with closing(http.client.HTTPConnection(host, timeout=60)) as connection:
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_streams_that_are_abandoned_leave_nothing(
+    service: Service, address: tuple[str, str], count: int
+) -> None:
+    host, key = address
+    path, asked = LONG["chat"][0], chat(model="tiny", max_tokens=TOKENS)
+    honest = {**asked, "max_tokens": 4}
+    with service.database.write() as session:
+        create_account(session, "111111111111")
+        other = create_api_key(session, create_user(session, "111111111111", "anna", role="admin"))
+    other_key = other[1]
+    assert post(host, key, path, honest)[0] == 200
+    model, application = decoder(service), service.application
+    until(lambda: model.idle, 5)
+    reserved, sizes = service.pool.memory.reserved_bytes, service.pool.weight_bytes()
+    answers: list[tuple[int, Any]] = []
+    done = threading.Event()
+
+    def stay() -> None:
+        while not done.is_set():
+            answers.append(post(host, other_key, path, honest, "127.0.0.9"))
+
+    staying = threading.Thread(target=stay)
+    staying.start()
+    body = json.dumps({**asked, "stream": True}).encode()
+    with ThreadPoolExecutor(50) as clients:
+        statuses = [*clients.map(lambda n: abandon(host, key, path, body, n), range(count))]
+    during = len(answers)
+    done.set()
+    staying.join()
+    assert statuses == [200] * count
+    assert during and all(status == 200 for status, _ in answers)
+    assert all(found["usage"]["completion_tokens"] == 4 for _, found in answers)
+    until(lambda: model.idle, 10)
+    assert isinstance(application, Application)
+    admission = application._admission
+    slots = (admission.streams, admission._long, admission._short, admission._receiving)
+    until(lambda: not any(each._held.total() for each in slots), 10)
+    until(lambda: not busy_threads(), 10)
+    assert (service.pool.memory.reserved_bytes, service.pool.weight_bytes()) == (reserved, sizes)
+    assert (model._answers.total(), service.pool._entries["tiny"].uses) == (0, 0)
+    assert post(host, key, path, honest)[0] == 200
+
+
+def abandon(host: str, key: str, path: str, body: bytes, number: int) -> int:
+    """Status of a stream that its client leaves behind the first tokens, each other time by a reset.
+
+    An address may leave few of its requests; so each comes from another one.
+    """
+    name, _, port = host.partition(":")
+    source = f"127.0.{1 + number // 250}.{1 + number % 250}", 0
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with closing(socket.create_connection((name, int(port)), 60, source)) as client:
+        client.sendall(head.encode() + body)
+        seen = b""
+        while seen.count(b"data: ") < 1 + number % 4 and (piece := client.recv(1 << 16)):
+            seen += piece
+        if number % 2:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return int(seen.split(b" ", 2)[1])
+
+
+def busy_threads() -> list[str]:
+    """Names of the application's threads that do not wait for something to do."""
+    frames = sys._current_frames()
+    return [
+        each.name
+        for each in threading.enumerate()
+        if each.name.startswith(("request", "stream"))
+        and each.ident in frames
+        and frames[each.ident].f_code.co_name != "_worker"
+    ]
+
+
+def post(
+    host: str, key: str, path: str, body: dict[str, Any], source: str = "127.0.0.1"
+) -> tuple[int, Any]:
+    connected = http.client.HTTPConnection(host, timeout=60, source_address=(source, 0))
+    with closing(connected) as connection:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         connection.request("POST", path, json.dumps(body), headers)
         answer = connection.getresponse()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
+from pathlib import Path
 
 import pytest
 from principals_of import FIRST
@@ -11,7 +12,11 @@ from sqlalchemy import select
 
 from luthier.api.http import metrics
 from luthier.api.http.metrics import Meter
+from luthier.api.service import Service
+from luthier.api.settings import Settings
+from luthier.models.manifest import Manifest
 from luthier.store.database import Database
+from luthier.store.models import StoredModel
 from luthier.store.usage import DailyUsage, Usage
 
 BEFORE, AFTER = datetime(2026, 1, 1, 23, 59, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
@@ -56,3 +61,22 @@ def test_what_could_not_be_written_before_midnight_stays_with_its_day(
     meter.count(FIRST, "", Usage(requests=5))
     meter.write()
     assert requests(database) == {BEFORE.date(): 3, AFTER.date(): 5}
+
+
+@pytest.mark.parametrize(
+    ("by_account", "expected"),
+    [
+        (False, ["all-minilm-l6-v2", "all-minilm-l6-v2", "other", "other"]),
+        (True, ["all-minilm-l6-v2", "all-minilm-l6-v2:jobs", "made-here", "imported:theirs"]),
+    ],
+)
+def test_metrics_name_models_of_accounts_only_where_they_name_accounts(
+    luthier_home: Path, by_account: bool, expected: list[str]
+) -> None:
+    base = "all-minilm-l6-v2"
+    roots = {base: None, f"{base}:jobs": base, "made-here": None, "imported:theirs": None}
+    service = Service(Settings(metrics_by_account=by_account))
+    for name, root in roots.items():
+        service.pool.latencies.of(StoredModel(name, Path(), Manifest(id=name, root=root)))
+    assert list(service.pool.latencies.labels()) == list(dict.fromkeys(expected))
+    service.close()

@@ -13,6 +13,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from served import served
 from sqlalchemy import select
 
@@ -258,3 +259,40 @@ def test_what_cannot_be_loaded_does_not_become_active(
 
 def corrupt(stored_id: str) -> None:
     raise CorruptFile("It is cut.")
+
+
+def test_guessed_tokens_are_told_of_each_model(
+    service: Service, url: str, home: Path, call: Callable[..., Any]
+) -> None:
+    call("POST", "models/support/load")
+    key = json.loads((home / "keys.json").read_text())["api_key"]
+    body = {
+        "model": "support", "messages": [{"role": "user", "content": "fox"}], "max_tokens": 60,
+        "temperature": 0, "logit_bias": {"7": 100},
+    }  # fmt: skip
+    headers = {"Authorization": f"Bearer {key}"}
+    asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        details = json.loads(answer.read())["usage"]["completion_tokens_details"]
+    # Those are of a prediction that the client sent, which nobody did.
+    assert details["accepted_prediction_tokens"] == details["rejected_prediction_tokens"] == 0
+    deadline = time.monotonic() + 20
+    while (model := call("GET", "loaded-models")["models"][0])["proposed_tokens"] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert 20 < model["accepted_tokens"] <= model["proposed_tokens"]
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+    assert "support" not in text
+    found = {
+        (each.name, each.labels.get("model"), each.labels.get("le")): each.value
+        for family in text_string_to_metric_families(text)
+        for each in family.samples
+    }
+    names = "time_to_first_token_seconds", "inter_token_latency_seconds"
+    for name, count in zip(names, (1, 59), strict=True):
+        assert found[f"luthier_{name}_count", "other", None] == count
+        assert found[f"luthier_{name}_bucket", "other", "+Inf"] == count
+        assert found[f"luthier_{name}_sum", "other", None] > 0
+    guessed = {name: found[f"luthier_speculative_{name}_total", "other", None] for name in (
+        "proposed_tokens", "accepted_tokens")}  # fmt: skip
+    assert guessed == {name: model[name] for name in guessed}

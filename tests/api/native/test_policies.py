@@ -114,7 +114,7 @@ def test_a_model_has_one_set_of_names_on_every_face(context: Context, arn: str) 
     openai_id = "ft:smollm2:org-1::x1"
     with context.database.write() as session:
         model = session.query(CustomModel).one()
-        model.status, model.openai_id = ACTIVE, openai_id
+        model.status, model.openai_id, model.stored_id = ACTIVE, openai_id, "smollm2:model"
         arn, own_id = model.arn(context.arns), model.id
     deny = {"Effect": "Deny", "Action": "luthier:*", "Resource": arn}
     catalogue = Catalogue(context.database, context.arns)

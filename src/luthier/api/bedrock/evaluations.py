@@ -167,8 +167,7 @@ def _check_model(request: ControlRequest, models: list[Mapping[str, Any]]) -> No
 def _check_invocable(request: ControlRequest, identifier: str) -> None:
     arn = invoked_arn(request.arns, identifier)
     request.control.authorize(request.request.caller, "bedrock:InvokeModel", arn)
-    with request.control.database.read() as session:
-        found = invocable(session, request.arns, request.account, identifier)
+    found = invocable(request.control.database, request.arns, request.account, identifier)
     if not writes(find(found.stored_id)):
         raise invalid("modelIdentifier", f"The model {identifier} writes no text.")
 

@@ -12,27 +12,32 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
 from luthier.api.http.streams import Receive, Send
+from luthier.serving.latency import BOUNDS, OTHER, Histogram, LatencyTable
 from luthier.store.database import Database, now
 from luthier.store.storage import Storage
 from luthier.store.usage import CountUsage, Usage, add_usage, training_seconds
 
 if TYPE_CHECKING:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
     from prometheus_client.registry import Collector
 
 WRITE_SECONDS = 60.0
 """How often counts are written."""
 MOST_ACCOUNTS = 1000
 """Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
-OTHER = "other"
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 """Seconds: from a read of the control plane to a long answer of a model."""
 
@@ -100,14 +105,14 @@ class Metrics:
     """Counts and logs requests; ``gauges`` are read when somebody looks."""
 
     def __init__(
-        self, gauges: Gauges, count: CountUsage | None = None, collector: Collector | None = None
+        self, gauges: Gauges, count: CountUsage | None = None, collectors: Sequence[Collector] = ()
     ) -> None:
         """Begin to count.
 
         Args:
             gauges: gives values by label, by the name of the gauge: ``jobs`` by state, ...
             count: told what each account used.
-            collector: further metrics.
+            collectors: further metrics.
         """
         from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -122,7 +127,7 @@ class Metrics:
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
         self._count = count
-        if collector is not None:
+        for collector in collectors:
             self._registry.register(collector)
 
     def count_request(self, record: RequestRecord, seconds: float) -> None:
@@ -169,6 +174,52 @@ class _Gauges:
                 family.add_metric([label] if labels else [], value)
             families.append(family)
         return families
+
+
+class LatencyMetrics:
+    """How soon models write their tokens, and how well these are guessed, by the label of the model."""
+
+    def __init__(self, table: LatencyTable) -> None:
+        self._table = table
+
+    def collect(self) -> Iterator[HistogramMetricFamily | CounterMetricFamily]:
+        """Histograms of seconds, and counts of tokens of the answers that have ended."""
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        first = HistogramMetricFamily(
+            "luthier_time_to_first_token_seconds",
+            "From a request, its prompt tokenized, to the first token of its answer.",
+            labels=["model"],
+        )
+        between = HistogramMetricFamily(
+            "luthier_inter_token_latency_seconds",
+            "From one token of an answer to the next.",
+            labels=["model"],
+        )
+        proposed = CounterMetricFamily(
+            "luthier_speculative_proposed_tokens",
+            "Tokens that were guessed before the model wrote them.",
+            labels=["model"],
+        )
+        accepted = CounterMetricFamily(
+            "luthier_speculative_accepted_tokens",
+            "Those of them that the model wrote.",
+            labels=["model"],
+        )
+        for label, latency in self._table.labels().items():
+            first.add_metric([label], *_cumulated(latency.first_token))
+            between.add_metric([label], *_cumulated(latency.between_tokens))
+            guessed = latency.speculation
+            proposed.add_metric([label], guessed.proposed)
+            accepted.add_metric([label], guessed.accepted)
+        yield from (first, between, proposed, accepted)
+
+
+def _cumulated(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """Its buckets as Prometheus has them, each with all that is below it, and the sum."""
+    counts, seconds = histogram.read()
+    names = (*map(str, BOUNDS), "+Inf")
+    return [(n, float(c)) for n, c in zip(names, accumulate(counts), strict=True)], seconds
 
 
 class JsonLines(logging.Formatter):

@@ -226,11 +226,7 @@ class _Inference:
         if base is not None:
             context.allow_base(request, action, base)
             return base.base
-        with context.database.read() as session:
-            found = context.asked_model(request, session, action, active=True)
-        if found.stored_id is None:
-            raise Fault("ResourceNotFound", f"There is no model {name!r}.")
-        return found.stored_id
+        return context.invoked_model(request, action).stored_id
 
 
 def _uploaded_input(request: Request) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class LoadedModelView(View):
     """When it was loaded or asked last, or ended an answer."""
     requests: int = 0
     """Those that it answers now."""
+    proposed_tokens: int | None = None
+    """Tokens of its answers that were guessed before it wrote them, since it was loaded, of those that
+    have ended; of a model that writes."""
+    accepted_tokens: int | None = None
+    """Those that it then wrote."""
 
 
 class LoadedModelsView(View):
@@ -164,6 +169,7 @@ class _LoadedModels:
 
     def _view(self, model: CustomModel, loaded: LoadedModel | None) -> LoadedModelView:
         arn = model.arn(self.context.arns)
+        guessed = None if loaded is None else loaded.speculation
         if loaded is None:
             return LoadedModelView(
                 id=model.id, name=model.name, arn=arn, loaded=False, pinned=model.pinned
@@ -179,4 +185,6 @@ class _LoadedModels:
             loaded_at=loaded.loaded,
             last_used=loaded.last_used,
             requests=loaded.requests,
+            proposed_tokens=None if guessed is None else guessed.proposed,
+            accepted_tokens=None if guessed is None else guessed.accepted,
         )

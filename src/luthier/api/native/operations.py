@@ -24,7 +24,7 @@ from luthier.api.http.messages import (
     Response,
 )
 from luthier.api.http.routing import Authorize, Operation, Route, Router
-from luthier.api.identifiers import find_foundation, find_model
+from luthier.api.identifiers import Invocable, find_foundation, find_model, invocable_model
 from luthier.api.policies import refusals_naming, refuse_denied
 from luthier.jobs.submit import SETTABLE_DATA
 from luthier.limits import AccountQuotas
@@ -357,6 +357,17 @@ class Context:
         if model is None:
             raise _no_model(name)
         return model
+
+    def invoked_model(self, request: Request, action: str) -> Invocable:
+        """The same of a model that is to answer, found as fast as can be."""
+        name = request.params["model"]
+        found = invocable_model(self.database, self.arns, request.account, name)
+        shown = f"custom-model/{name}"
+        path = shown if found is None else found.arn.rpartition(":")[2]
+        self.allow(request, action, path, shown)
+        if found is None:
+            raise _no_model(name)
+        return found
 
     def custom(
         self, session: Session, account: str, identifier: str, active: bool = False

@@ -9,7 +9,13 @@ from sqlalchemy import select
 
 from luthier.api.http.messages import Fault, Request, Response
 from luthier.api.http.routing import Operation
-from luthier.api.identifiers import Invocable, find_foundation, find_model, invocable
+from luthier.api.identifiers import (
+    Invocable,
+    find_foundation,
+    find_model,
+    invocable,
+    invocable_model,
+)
 from luthier.api.openai.protocol import Access, model_not_found, page, seconds
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -39,18 +45,15 @@ class Catalogue:
         Raises:
             Fault: ModelNotReady, where an endpoint of this ARN is being made ready.
         """
-        found = self.find(account, name)
-        if isinstance(found, FoundationModel):
-            arn = self.arns.foundation_model(found.id)
-            return Invocable(found.base, arn, arn)
-        if found is not None and found.stored_id is not None:
-            arn = found.arn(self.arns)
-            return Invocable(found.stored_id, arn, arn)
-        if not name.startswith("arn:"):
-            return None
+        base = find_foundation(self.arns, name)
+        if base is not None:
+            arn = self.arns.foundation_model(base.id)
+            return Invocable(base.base, arn, arn)
+        found = invocable_model(self.database, self.arns, account, name)
+        if found is not None or not name.startswith("arn:"):
+            return found
         try:
-            with self.database.read() as session:
-                return invocable(session, self.arns, account, name)
+            return invocable(self.database, self.arns, account, name)
         except Fault as fault:
             if fault.code in ("ResourceNotFound", "Validation"):
                 return None

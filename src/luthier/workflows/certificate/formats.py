@@ -83,8 +83,11 @@ def _objective(certificate: Certificate) -> str:
     return str((certificate.record.objective or {}).get("method", ""))
 
 
-def model_card(certificate: Certificate) -> str:
-    """``README.md`` of a model on the Hugging Face hub: metadata with ``model-index``, then text."""
+def model_card(certificate: Certificate, library: str | None = None) -> str:
+    """``README.md`` of a model on the Hugging Face hub: metadata with ``model-index``, then text.
+
+    ``library`` loads it, as the hub calls it; that of the form in which it is stored when not given.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
     record = certificate.record
@@ -104,9 +107,9 @@ def model_card(certificate: Certificate) -> str:
     licence = _licence(certificate)
     data = ModelCardData(
         model_name=certificate.id,
-        base_model=_hub_name(parents[0]) if parents else None,
+        base_model=hub_name(parents[0]) if parents else None,
         license=licence.lower() if licence else None,
-        library_name="peft" if record.saved == "adapter" else "transformers",
+        library_name=library or ("peft" if record.saved == "adapter" else "transformers"),
         pipeline_tag=task,
         tags=["luthier", *([method] if (method := _objective(certificate)) else [])],
         eval_results=results or None,
@@ -114,17 +117,20 @@ def model_card(certificate: Certificate) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n{_card_text(certificate)}"
 
 
-def _hub_name(each: Relative) -> str:
-    """The repository of a model of the hub; the id of any other."""
+def hub_name(each: Relative) -> str:
+    """The repository of a model of the hub; else its id, of a folder the last name alone."""
     kind, _, place = (each.source or "").partition(":")
-    return place if kind == "hub" and place else each.id
+    if kind == "hub" and place:
+        return place
+    # A card is read elsewhere: the folders of this machine say nothing there, and are private.
+    return PurePath(each.id).name if PurePath(each.id).is_absolute() else each.id
 
 
 def _card_text(certificate: Certificate) -> str:
     record, compute = certificate.record, certificate.compute
     lines = [f"# {certificate.id}", ""]
     if parents := certificate.parents:
-        lines += [f"Made from {', from '.join(each.id for each in parents)}.", ""]
+        lines += [f"Made from {', from '.join(map(hub_name, parents))}.", ""]
     if verdict := ((record.metrics or {}).get("verdict") or {}).get("text"):
         lines += [f"{verdict}.", ""]
     if record.limits_text:

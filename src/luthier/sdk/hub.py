@@ -1,0 +1,180 @@
+"""Models for others: ``push`` uploads one to the Hugging Face hub, with a card from its certificate."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import RecipeError, UploadError
+from luthier.files import read_json, write_json
+from luthier.sdk.export import Export, Format, export
+from luthier.sdk.model import stored_model
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+    from luthier.sdk.model import Model
+    from luthier.store.models import StoredModel
+
+SCHEME = "hub:"
+CARD, PEFT_CONFIG = "README.md", "adapter_config.json"
+_REPOSITORY = re.compile(rf"{SCHEME}([\w.-]+/[\w.-]+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Push:
+    """A model that was uploaded."""
+
+    model: str
+    repository: str
+    """``owner/name``."""
+    url: str
+    commit: str
+    """Of the hub, with all files."""
+    private: bool
+    """Whether only its owner sees it."""
+    files: list[str]
+    """Their names, sorted."""
+    format: Format
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"id": self.model, **{k: v for k, v in vars(self).items() if k != "model"}}
+
+
+def push(
+    model: str | Model | StoredModel,
+    to: str,
+    *,
+    format: Format = "safetensors",
+    merged: bool | None = None,
+    quantization: str | None = None,
+    public: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Push:
+    """Upload a model to a repository of the Hugging Face hub, as :func:`luthier.export` writes it.
+
+    The card, ``README.md``, is made from the model's certificate. The repository is made, and private,
+    where it is not there; files of other names in it stay. The token is that of ``HF_TOKEN``, or of
+    ``hf auth login``. After a failure the same call sends what is missing.
+
+    Args:
+        model: an id, a model in memory, or one on this machine that luthier has a record of.
+        to: ``hub:owner/name``; of the hub, or of the one that ``HF_ENDPOINT`` names.
+        format: as of :func:`luthier.export`.
+        merged: as of :func:`luthier.export`.
+        quantization: as of :func:`luthier.export`.
+        public: whether everybody may see it; asked for where the repository is public already, too.
+        note: hears what is done.
+
+    Raises:
+        RecipeError: without a token, for an address that is none, for a public repository without
+            ``public``, and as :func:`luthier.export`; nothing was sent.
+        UploadError: where the hub does not answer, or refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    from luthier import __version__
+    from luthier.workflows.certificate.certificate import check_recorded, make_certificate
+    from luthier.workflows.certificate.formats import hub_name, model_card
+
+    found = _REPOSITORY.fullmatch(to)
+    if found is None:
+        raise RecipeError(f"{to!r} is no repository of the hub: write {SCHEME}owner/name")
+    repository, token = found[1], get_token()
+    if token is None:
+        raise RecipeError(
+            "uploading to the hub needs a token that may write: set HF_TOKEN to one of "
+            "https://huggingface.co/settings/tokens, or run `hf auth login`"
+        )
+    stored, api = stored_model(model), HfApi(token=token)
+    check_recorded(stored)
+    with _upload_errors(repository, api.endpoint):
+        private = _visibility(api, repository)
+    if private is False and not public:
+        raise RecipeError(
+            f"{repository} is there already, and public: everybody would see the model. Give --public "
+            "(public=True), or name another repository"
+        )
+    with tempfile.TemporaryDirectory(prefix="luthier-push-") as scratch:
+        note(f"Writing {stored.id} for upload")
+        folder = Path(scratch) / "model"
+        written = export(stored, folder, format=format, merged=merged, quantization=quantization)
+        certificate = make_certificate(stored)
+        card = model_card(certificate, library_name(written))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if PEFT_CONFIG in written.files:
+            # It names the folder of the base in this store.
+            config = read_json(folder / PEFT_CONFIG)
+            config["base_model_name_or_path"] = hub_name(certificate.parents[0])
+            write_json(folder / PEFT_CONFIG, config)
+        files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        note(f"Uploading {len(files)} files to {repository}")
+        with _upload_errors(repository, api.endpoint):
+            if private is None:
+                api.create_repo(repository, private=not public, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                commit_message=f"Upload {stored.id} by luthier {__version__}",
+            )
+    url = f"{api.endpoint}/{repository}"
+    is_private = not public if private is None else private
+    return Push(stored.id, repository, url, str(commit.oid), is_private, files, format)
+
+
+def library_name(written: Export) -> str:
+    """The library that loads what was written, as the hub calls it."""
+    if written.format != "safetensors":
+        return written.format
+    if written.of_diffusers:
+        return "diffusers"
+    return "peft" if PEFT_CONFIG in written.files else "transformers"
+
+
+def _visibility(api: HfApi, repository: str) -> bool | None:
+    """Whether a repository is private; ``None`` where there is none that the token may see."""
+    import httpx2
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from luthier.models.catalog import ANSWER_SECONDS, CONNECT_SECONDS
+
+    # The one request with a time limit goes first: the client waits without one for the others.
+    limit: Any = httpx2.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
+    try:
+        return bool(api.model_info(repository, timeout=limit).private)
+    except RepositoryNotFoundError:
+        return None
+
+
+@contextmanager
+def _upload_errors(repository: str, endpoint: str) -> Iterator[None]:
+    """What goes wrong between here and the hub, as :class:`UploadError`."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    again = "Nothing that has arrived is sent again by the next `luthier push`"
+    try:
+        yield
+    except HFValidationError as error:
+        raise RecipeError(f"{repository!r} is no repository of the hub: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise UploadError("HF_HUB_OFFLINE is set; unset it to upload") from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+        # A file that fails among others is wrapped once, by a text that names the file alone.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        file = f"{error} " if cause is not error else ""
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        fix = again
+        if status in (401, 403):
+            fix = "Use a token that may write there (https://huggingface.co/settings/tokens)"
+        lines = [line.strip().rstrip(".") for line in str(cause).splitlines() if line.strip()]
+        reason = f"{file}{[*lines, repr(cause)][0]}"
+        raise UploadError(
+            f"{repository} could not be uploaded to {endpoint}: {reason}. {fix}"
+        ) from error

@@ -1,0 +1,186 @@
+"""``luthier push`` by the hub's real client, over HTTP, to a hub on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import MODEL, Answer, memorise
+from hub_uploads import TOKEN, HubUploads, hub_uploads
+from huggingface_hub import ModelCard, constants
+
+from luthier.sdk.export import export
+from luthier.store.models import find
+
+REPOSITORY = "anna/colours"
+# huggingface_hub 2.4.0 hands large files to its HTTP client by a name that this gives up.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def hub() -> Iterator[HubUploads]:
+    with hub_uploads() as made:
+        yield made
+
+
+@pytest.fixture
+def online(hub: HubUploads, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client read from the environment when it was imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+
+def push(*options: str, model: str = MODEL) -> Answer:
+    answer = Answer("push", model, "--to", f"hub:{REPOSITORY}", *options)
+    assert TOKEN not in answer.out + answer.err
+    return answer
+
+
+def uploaded(hub: HubUploads) -> dict[str, bytes]:
+    return {name.removeprefix(f"{REPOSITORY}/"): data for name, data in hub.files.items()}
+
+
+def test_the_command_uploads_a_model_as_it_is_exported_with_its_card(
+    hub: HubUploads, home: Path, tmp_path: Path
+) -> None:
+    environment = {
+        **os.environ, "LUTHIER_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"),
+        # The storage that the hub itself has for large files has no server but the hub's own.
+        "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+    }  # fmt: skip
+    del environment["HF_HUB_OFFLINE"]
+    command = ["push", MODEL, "--to", f"hub:{REPOSITORY}", "--json"]
+    process = subprocess.run(
+        [sys.executable, "-m", "luthier", *command],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert TOKEN not in process.stdout + process.stderr
+    done = json.loads(process.stdout)
+    export(find(MODEL), tmp_path / "exported")
+    expected = {
+        path.relative_to(tmp_path / "exported").as_posix(): path.read_bytes()
+        for path in (tmp_path / "exported").rglob("*")
+    }
+    found = uploaded(hub)
+    card = ModelCard(found.pop("README.md").decode())
+    assert found == expected and "model.safetensors" in found
+    assert hub.private == {REPOSITORY: True}
+    assert done["private"] is True and done["url"] == f"{hub.url}/{REPOSITORY}"
+    assert done["files"] == sorted([*expected, "README.md"]) and len(done["commit"]) == 40
+    assert card.data.library_name == "transformers" and "luthier" in (card.data.tags or [])
+    assert f"# {MODEL}" in card.text
+    (message,) = hub.commits
+    assert MODEL in message
+
+
+@pytest.mark.usefixtures("online")
+def test_a_second_time_no_large_file_is_sent(hub: HubUploads) -> None:
+    for number in (1, 2):
+        assert "only its owner sees it" in push().good().out
+        assert (len(hub.puts), len(hub.commits)) == (1, number)
+
+
+@pytest.mark.usefixtures("online")
+def test_what_fails_is_named_and_the_rest_is_sent_by_the_next_try(hub: HubUploads) -> None:
+    hub.refused = {"upload"}
+    failed = push()
+    assert failed.code == 1
+    assert "model.safetensors" in failed.err and "the disk of this hub is full" in failed.err
+    assert not hub.files and not hub.objects
+    hub.refused = {"commit"}
+    failed = push()
+    assert failed.code == 1
+    assert "you may not write to main" in failed.err and "token" in failed.err
+    (digest,) = hub.objects
+    assert hub.puts == [digest, digest] and not hub.files
+    hub.refused = set()
+    push().good()
+    assert hub.puts == [digest, digest]
+    assert hashlib.sha256(uploaded(hub)["model.safetensors"]).hexdigest() == digest
+
+
+@pytest.mark.usefixtures("online")
+def test_without_a_token_nothing_is_sent(hub: HubUploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    refused = push().refused()
+    assert "HF_TOKEN" in refused and "hf auth login" in refused
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    failed = push()
+    assert failed.code == 1 and "token that may write" in failed.err
+    assert not hub.private and not hub.files
+
+
+@pytest.mark.usefixtures("online")
+def test_a_public_repository_is_asked_for(hub: HubUploads) -> None:
+    hub.private[REPOSITORY] = False
+    assert "--public" in push().refused()
+    assert not hub.files and not hub.objects
+    assert "everybody sees it" in push("--public").good().out
+    del hub.private[REPOSITORY]
+    assert push("--public", "--json").good().json()["private"] is False
+    assert hub.private == {REPOSITORY: False}
+
+
+@pytest.mark.usefixtures("online")
+def test_an_adapter_names_its_base_and_no_folder_of_this_machine(
+    hub: HubUploads, own_home: Path, data: Path, tiny_model_folder: Path
+) -> None:
+    Answer(*memorise(tiny_model_folder, data, "thin", "lora", 0.01)).good()
+    done = push("--json", model="tiny-llama:thin").good().json()
+    assert "adapter_model.safetensors" in done["files"] and "model.safetensors" not in done["files"]
+    found = uploaded(hub)
+    config = json.loads(found["adapter_config.json"])
+    assert config["base_model_name_or_path"] == tiny_model_folder.name
+    card = ModelCard(found["README.md"].decode())
+    assert (card.data.library_name, card.data.base_model) == ("peft", tiny_model_folder.name)
+    small = [content for name, content in found.items() if not name.endswith(".safetensors")]
+    for folder in (tiny_model_folder.parent, own_home, data.parent):
+        assert not any(str(folder).encode() in content for content in small)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_gguf_file_is_uploaded_with_its_library(hub: HubUploads) -> None:
+    done = push("--format", "gguf", "--quantization", "q8_0", "--json").good().json()
+    (file,) = [name for name in done["files"] if name.endswith(".gguf")]
+    assert "Modelfile" in done["files"] and uploaded(hub)[file].startswith(b"GGUF")
+    card = ModelCard(uploaded(hub)["README.md"].decode())
+    assert card.data.library_name == "gguf"
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    failed = push()
+    assert failed.code == 1 and "http://127.0.0.1:9" in failed.err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed = push()
+    assert failed.code == 1 and "unset it" in failed.err
+
+
+@pytest.mark.parametrize(
+    "to", ["anna/colours", "hub:colours", "hub:a/b/c", "hub:../etc", "hub:a/..", "s3://a/b"]
+)
+def test_an_address_that_is_none_is_refused(
+    home: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert "no repository of the hub" in Answer("push", MODEL, "--to", to).refused()
+
+
+def test_a_model_without_a_record_has_no_card(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    refused: Any = Answer("push", str(tiny_model_folder), "--to", "hub:a/b").refused()
+    assert "record" in refused
