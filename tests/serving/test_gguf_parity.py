@@ -12,7 +12,7 @@ import torch
 
 from luthier.data.chat import ChatFormat
 from luthier.errors import LuthierError, RecipeError
-from luthier.evaluation.parity import PROMPTS
+from luthier.evaluation.parity import REFERENCE_PROMPTS
 from luthier.models import gguf
 from luthier.models.gguf import write_gguf
 from luthier.serving.gguf_parity import LlamaCpp, compare_gguf
@@ -46,7 +46,7 @@ def test_llama_cpp_answers_as_the_model_does(
     first = lossy.first_difference
     assert first is not None and first.margin > 0
     assert first.other_margin is None or first.other_margin > 0
-    prompt_T = chat.encode_prompt((Message("user", PROMPTS[first.row]),))
+    prompt_T = chat.encode_prompt((Message("user", REFERENCE_PROMPTS[first.row]),))
     # In row 0 it stands behind what both would have written, which the model writes alone.
     if first.row == 0:
         whole = torch.tensor([prompt_T.tolist()])

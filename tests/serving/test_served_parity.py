@@ -15,7 +15,7 @@ from luthier.engine.train import train
 from luthier.models.manifest import ReferenceAnswer
 from luthier.recipe import Recipe
 from luthier.serving.pool import ModelPool
-from luthier.serving.served_parity import NotAsTrained, check_served, measure_served
+from luthier.serving.served_parity import NotAsTrained, check_served
 from luthier.store.models import StoredModel, find, update_record
 
 METHODS: dict[str, Any] = {
@@ -23,6 +23,7 @@ METHODS: dict[str, Any] = {
     "two": {"method": "lora", "rank": 4},
     "soft": {"method": "prompt", "virtual_tokens": 4},
     "whole": {"method": "full"},
+    "brief": {"method": "full"},
 }
 
 
@@ -33,12 +34,17 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
         for name, adaptation in METHODS.items():
-            rows = [{"prompt": f"say {w}", "completion": (w + name) * 3} for w in ("fox", "dog")]
+            rows = [
+                {"prompt": f"say {w}", "completion": "x" if name == "brief" else (w + name) * 3}
+                for w in ("fox", "dog")
+            ]
             data.write_text("\n".join(map(json.dumps, rows)))
             fields = {
                 "base": str(tiny_model_folder), "name": name, "adaptation": adaptation,
                 "data": {"train": str(data), "validation_share": 0},
-                "training": {"max_steps": 8, "learning_rate": 0.03, "threads": 1},
+                "training": {
+                    "max_steps": 30 if name == "brief" else 8, "learning_rate": 0.03, "threads": 1
+                },
             }  # fmt: skip
             train(Recipe.parse(fields))
     return home
@@ -58,7 +64,7 @@ def pool() -> Iterator[ModelPool]:
 
 def reference(name: str) -> list[ReferenceAnswer]:
     found = find(f"tiny-llama:{name}").manifest.reference
-    assert found is not None and all(each.ids for each in found)
+    assert found is not None and len(found) == 6
     return found
 
 
@@ -69,7 +75,7 @@ def with_reference(stored: StoredModel, answers: list[ReferenceAnswer]) -> Store
 @pytest.mark.parametrize("name", METHODS)
 def test_what_was_trained_is_served(name: str, pool: ModelPool) -> None:
     found = check_served(pool, find(f"tiny-llama:{name}"))
-    assert found is not None and found.tokens > len(reference(name))
+    assert found is not None and found.tokens > len(reference(name)) and not found.other_ends
     assert found.divergence < 1e-3 and found.agreement > 0.9
 
 
@@ -88,11 +94,25 @@ def test_another_template_is_told(pool: ModelPool) -> None:
         check_served(pool, with_reference(find("tiny-llama:one"), [other]))
 
 
-def test_a_reply_that_ends_too_early_is_no_agreement(pool: ModelPool) -> None:
-    first = reference("one")[0]
-    longer = first.model_copy(update={"ids": [*first.ids, 5] * 9, "logps": [*first.logps, 0.0] * 9})
-    found = measure_served(pool, "tiny-llama:one", [longer])
-    assert found.agreement < 1 and found.first_difference
+def test_replies_that_end_elsewhere_are_told(pool: ModelPool) -> None:
+    stored, own = find("tiny-llama:brief"), reference("brief")
+    assert any(each.stops for each in own)
+    one = find("tiny-llama:one")
+    cut = [
+        each.model_copy(update={"ids": each.ids[:1], "logps": each.logps[:1], "stops": True})
+        for each in reference("one")
+    ]
+    with pytest.raises(NotAsTrained, match=r"was the end of the reply .* replies end elsewhere"):
+        check_served(pool, with_reference(one, cut))
+    stops = [each for each in own if each.stops][:1] * 2
+    longer = [
+        each.model_copy(update={"ids": [*each.ids, each.ids[0]], "logps": [*each.logps, -1.0]})
+        for each in stops
+    ]
+    with pytest.raises(
+        NotAsTrained, match=r"here is the end of the reply.*2 replies end elsewhere"
+    ):
+        check_served(pool, with_reference(stored, longer))
 
 
 def test_models_without_a_record_of_it_are_not_judged(

@@ -53,7 +53,7 @@ GREEDY_TOKENS = 16
 """Tokens that are written behind each prompt."""
 PROMPT_TOKENS = 128
 """Tokens of a prompt that are read at most: the first ones."""
-PROMPTS = (
+REFERENCE_PROMPTS = (
     "What is the capital of France?",
     "Write a short story about a dog that finds a key.",
     "Compute 12345 + 6789, and say how you did it.",
@@ -261,14 +261,14 @@ def _follow(
 def reference_answers(
     backend: Backend, chat: ChatFormat, soft: Sequence[int], room: int
 ) -> list[ReferenceAnswer]:
-    """What a network writes behind :data:`PROMPTS`, as far as they fit ``room`` and it writes any.
+    """What a network writes behind :data:`REFERENCE_PROMPTS`, as far as they fit ``room``.
 
     ``soft`` stands before each prompt: the tokens of a soft prompt.
     """
-    turns = [[Message("user", text)] for text in PROMPTS]
+    turns = [[Message("user", text)] for text in REFERENCE_PROMPTS]
     known = {
         text: ids_T.tolist()
-        for text, ids_T in zip(PROMPTS, map(chat.encode_prompt, turns), strict=True)
+        for text, ids_T in zip(REFERENCE_PROMPTS, map(chat.encode_prompt, turns), strict=True)
         if 0 < len(ids_T) <= room
     }
     if not known:
@@ -279,13 +279,12 @@ def reference_answers(
     for (text, prompt_ids), ids, logp_TV in zip(
         known.items(), written.tokens, written.logps, strict=True
     ):
-        if ids[-1] in chat.stop_ids:
-            ids = ids[:-1]
+        stops = ids[-1] in chat.stop_ids
+        ids = ids[:-1] if stops else ids
         logps = [round(float(logp_TV[at, token]), 5) for at, token in enumerate(ids)]
-        if ids:
-            answers.append(
-                ReferenceAnswer(prompt=text, prompt_ids=prompt_ids, ids=ids, logps=logps)
-            )
+        answers.append(
+            ReferenceAnswer(prompt=text, prompt_ids=prompt_ids, ids=ids, logps=logps, stops=stops)
+        )
     return answers
 
 

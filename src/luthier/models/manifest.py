@@ -5,12 +5,13 @@ It is what the certificate of a custom model is made of. A model is a model once
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from luthier.errors import CorruptFile
 from luthier.files import read_json, write_json
@@ -184,6 +185,14 @@ class ReferenceAnswer(Record):
     """Tokens that were written, without one that ends the reply."""
     logps: list[float]
     """Natural logarithm of the probability of each."""
+    stops: bool
+    """Whether the reply ended behind them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.ids) != len(self.logps) or not all(map(math.isfinite, self.logps)):
+            raise ValueError("it has one finite number for each token")
+        return self
 
 
 class ExportRecord(Record):

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from luthier.encryption.files import is_sealed
 from luthier.encryption.keys import keyring
 from luthier.errors import CorruptFile, RecipeError
-from luthier.evaluation.parity import PROMPTS, compare_backends
+from luthier.evaluation.parity import REFERENCE_PROMPTS, compare_backends
 from luthier.files import lock, need_disk, new_folder, read_json, sha256_of, write_json
 from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
@@ -152,7 +152,7 @@ def _prompts(stored: StoredModel, longest: int) -> list[IntArray]:
     """Sample prompts as the model reads them."""
     chat = serving_format(stored)
     try:
-        found = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
+        found = [chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS]
     finally:
         chat.close()
     return [np.asarray(ids_T[:longest], dtype=np.int64) for ids_T in found]

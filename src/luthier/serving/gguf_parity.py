@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from luthier.errors import LuthierError, RecipeError
-from luthier.evaluation.parity import PROMPTS, TokenComparison
+from luthier.evaluation.parity import REFERENCE_PROMPTS, TokenComparison
 from luthier.models.gguf import Quantization, round_weights, shown_bytes
 from luthier.models.manifest import GgufParity
 from luthier.types import IntArray, Message
@@ -168,7 +168,7 @@ def compare_gguf(
     network.eval()
     with closing(LlamaCpp(file, adapter)) as opened:
         texts = []
-        for prompt in PROMPTS:
+        for prompt in REFERENCE_PROMPTS:
             ids_T = _same_prompt(opened, chat, (Message("user", prompt),))
             room = min(CONTEXT, network.config.max_position_embeddings) - len(ids_T)
             if room > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,8 @@ Prepare = Callable[[str], None]
 """Makes the model of an id ready to answer; raises :class:`LuthierError` where it cannot."""
 
 _THREADS = 2
+_BUSY_SECONDS = (1.0, 5.0, 25.0)
+"""Between two tries to ask a model that is busy with others."""
 _log = logging.getLogger("luthier.api")
 
 
@@ -50,11 +53,18 @@ def check_and_load(pool: ModelPool, stored_id: str) -> None:
     check_files(stored_id)
     try:
         pool.load(stored_id)
-        parity = check_served(pool, models.find(stored_id))
+        for seconds in (*_BUSY_SECONDS, None):
+            try:
+                parity = check_served(pool, models.find(stored_id))
+                break
+            except InferenceFailed as failed:
+                if failed.code != "Throttling" or seconds is None:
+                    raise
+                time.sleep(seconds)
         if parity is not None:
             _log.info("%s answers as it was trained: %s", stored_id, parity.describe())
     except InferenceFailed as failed:
-        if failed.code == "ModelError":
+        if failed.code != "ModelNotReady":
             raise
         _log.info("%s answers, and is loaded when it is first asked: %s", stored_id, failed)
 
