@@ -161,6 +161,12 @@ def test_a_pipeline_from_outside_learns_and_makes_images(
         "taskType": "TEXT_IMAGE", "textToImageParams": {"text": "a disc"},
         "imageGenerationConfig": {"seed": 1, "cfgScale": 3.0},
     }  # fmt: skip
+    status, drawn = server.ask(
+        "POST", "/api/v1/models/painter/images", {"prompt": "a disc", "seed": 1, "steps": 2}
+    )
+    assert status == 200 and len(drawn["images"]) == 1, drawn
+    job = bedrock.get_model_customization_job(jobIdentifier="style")
+    assert job["baseModelArn"] == found["modelArn"]
     made = {}
     for name in ("painter", "style"):
         arn = bedrock.get_custom_model(modelIdentifier=name)["modelArn"]

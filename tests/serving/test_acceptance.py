@@ -103,9 +103,9 @@ def test_a_hostile_configuration_costs_little(name: str, tmp_path: Path) -> None
 
 
 ACCEPTED = {
-    "resnet": ("image_encoder", {"dimensions"}), "vit": ("image_encoder", {"dimensions"}),
-    "vgg": ("image_encoder", {"dimensions"}), "ast": ("audio_encoder", {"dimensions"}),
-    "wav2vec2": ("audio_encoder", {"dimensions"}), "clip": ("image_text_encoder", {"dimensions"}),
+    "resnet": ("image_encoder", {"classes", "dimensions"}), "vit": ("image_encoder", {"classes", "dimensions"}),
+    "vgg": ("image_encoder", {"dimensions"}), "ast": ("audio_encoder", {"classes", "dimensions"}),
+    "wav2vec2": ("audio_encoder", {"classes", "dimensions"}), "clip": ("image_text_encoder", {"dimensions"}),
     "bert": ("encoder", {"dimensions", "layout"}), "vae": ("autoencoding", {"made", "pixels"}),
     "dcgan": ("adversarial", {"made", "pixels"}), "unet": ("denoising", {"made", "pixels"}),
     "stable_diffusion": ("denoising", {"made", "pixels"}),
@@ -152,6 +152,33 @@ def test_a_network_for_images_and_texts_needs_its_tokenizer(
     tokenizer.save_pretrained(folder)
     found = accept_network(folder, "imported:x").manifest
     assert found.kind == {"clip": "image_text_encoder", "trocr": "image_to_text"}[family]
+
+
+def test_inputs_that_take_far_more_than_the_weights_are_refused(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "resnet"
+    shutil.copytree(family_folder("resnet"), folder)
+    path = folder / "preprocessor_config.json"
+    fields = json.loads(path.read_text())
+    fields["size"] = {"height": 8192, "width": 8192}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ModelRefused, match=r"^preprocessor_config.json: \[model.input\].*8,192 x"):
+        accept_network(folder, "imported:x")
+    path.write_text("{}")
+    with pytest.raises(ModelRefused, match=r"^preprocessor_config.json: \[model.input\]"):
+        accept_network(folder, "imported:x")
+
+
+def test_a_pipeline_whose_images_are_no_numbers_is_refused(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(family_folder("stable_diffusion"), folder)
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1e-300}))
+    with pytest.raises(ModelRefused, match=r"model.load.*invalid value"):
+        accept_network(folder, "imported:x")
 
 
 def test_a_process_that_was_killed_says_nothing_of_the_model(

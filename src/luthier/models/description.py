@@ -21,6 +21,7 @@ from luthier.models.heads import Head, Task, task_in
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config
 from luthier.models.outside import (
+    CONFIG,
     check_layers,
     check_sizes,
     check_weights,
@@ -83,6 +84,8 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
     # owner, whose own memory the bounds protect: what others give to a server is copied first, to
     # where they cannot write.
+    if any(not (part / CONFIG).is_file() for part in network_folders(folder)):
+        read_folder(folder)  # says which file is missing
     files = [
         path
         for part in network_folders(folder)

@@ -192,6 +192,8 @@ class ReferenceAnswer(Record):
     def _check(self) -> Self:
         if len(self.ids) != len(self.logps) or not all(map(math.isfinite, self.logps)):
             raise ValueError("it has one finite number for each token")
+        if not (self.ids or self.stops):
+            raise ValueError("it has a token, or ends at once")
         return self
 
 

@@ -14,6 +14,7 @@ Everything else is refused with the file, the rule and the fix.
 from __future__ import annotations
 
 import io
+import math
 import wave
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.data.media import LONGEST_WINDOW, Media
-from luthier.data.processors import PREPROCESSOR_CONFIG, read_processor
+from luthier.data.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
 from luthier.models.kinds import kind_of_network
@@ -32,13 +33,14 @@ from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
     CONFIG,
+    MODEL_INDEX,
     ImportedFiles,
     adapter_fields,
     check_texts,
     check_tokenizer,
     check_weights,
 )
-from luthier.models.pipelines import network_folders, tokenizer_folder
+from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_folder
 from luthier.models.save import ADAPTER
 from luthier.serving.inference import Chat, GenerationRequest, ImageRequest
 from luthier.serving.sandboxed_process import WorkInterrupted
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 
 ANSWER = 8
 """Tokens that a model has to write."""
+MOST_INPUT = 3 << 20
+"""Numbers of what a network reads at once: an image of 1,024 x 1,024 in three colours."""
 _STEPS = 2
 """From noise to the image that a model has to make."""
 _SAME = 1e-3
@@ -112,11 +116,20 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
             check_texts(part)
             check_weights(part)
     check_tokenizer(tokenizer_folder(folder))
-    with _as(CONFIG, "model.network", "Take a family of networks that transformers has built in."):
+    fix = "Save the image processor or feature extractor of the model into the folder."
+    with _as(PREPROCESSOR_CONFIG, "model.input", fix):
+        _check_input(read_processor(folder))
+    index, fix = CONFIG, "Take a family of networks that transformers has built in."
+    if is_pipeline(folder):
+        index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
+    with _as(index, "model.network", fix):
         fields = read_folder(folder)
         network = described_network(folder, memory=True)
         context = context_length(fields)
         kind = _kind_of(folder, network.task)
+    if kind == "causal_lm":
+        # What it may read of images is not taken in here.
+        (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
     with_texts = reads_texts(folder)
     if with_texts:
         with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
@@ -136,7 +149,22 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
         tokenizer_from=model_id if with_texts else None,
     )
     checks = _try(StoredModel(model_id, folder, manifest))
+    if network.task == "sequence_classification":
+        checks["classes"] = "left out, as it gives embeddings"
     return AcceptedModel(manifest.model_copy(update={"checks": checks}), None)
+
+
+def _check_input(processor: Processor | None) -> None:
+    """Refuse inputs that would take far more memory than the weights tell of.
+
+    Raises:
+        LuthierError: for such a processor.
+    """
+    if processor is not None and math.prod(processor.shape) > MOST_INPUT:
+        height, width = processor.shape[-2:]
+        raise LuthierError(
+            f"it makes inputs of {height:,} x {width:,} numbers, and {MOST_INPUT:,} are taken"
+        )
 
 
 def _kind_of(folder: Path, task: Task) -> str:
@@ -149,8 +177,6 @@ def _kind_of(folder: Path, task: Task) -> str:
         return own
     processor = read_processor(folder)
     if task == "causal_lm":
-        # What it may read of images is not taken in here.
-        (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
         return "causal_lm"
     if processor is not None and processor.kind in ("image", "audio"):
         return f"{processor.kind}_encoder"
@@ -275,7 +301,8 @@ def _serves(candidate: StoredModel) -> dict[str, Any]:
             request = (
                 ImageRequest(steps=_STEPS) if candidate.kind == "denoising" else ImageRequest()
             )
-            (image,) = model.sample(request, 0, Work(), lambda count: None)
+            with np.errstate(invalid="raise"):  # numbers that are not finite are no pixels
+                (image,) = model.sample(request, 0, Work(), lambda count: None)
             return {"made": "an image", "pixels": list(image.pixels.shape[:2])}
         examples, _ = model.inputs([_sample(model.reads)])
         (answer,) = model.predict(examples, None, Work())

@@ -20,7 +20,14 @@ from luthier.models.backends import chosen_backend
 from luthier.models.manifest import ReferenceAnswer
 from luthier.serving.derived_gguf import gguf_type
 from luthier.serving.gguf_parity import largest_divergence
-from luthier.serving.inference import Chat, GenerationRequest, InferenceRefused
+from luthier.serving.inference import (
+    Chat,
+    GenerationRequest,
+    GenerationResult,
+    InferenceFailed,
+    InferenceRefused,
+    Stream,
+)
 from luthier.serving.pool import ModelPool
 from luthier.store.models import StoredModel
 from luthier.types import Message
@@ -100,17 +107,25 @@ def measure_served(
     pool: ModelPool, model_id: str, reference: Sequence[ReferenceAnswer]
 ) -> ServedParity:
     """Ask all prompts at once, and compare the answers token by token."""
+    results: list[GenerationResult] = []
     with ExitStack() as opened:
-        streams = []
+        streams: list[Stream] = []
         for answer in reference:
             # One token more than was written, to see whether it ends there.
             asked = GenerationRequest(
                 _prompt(answer), max_tokens=len(answer.ids) + answer.stops, temperature=0.0,
                 top_logprobs=_LIKELIEST,
             )  # fmt: skip
-            streams.append(pool.submit(model_id, asked))
+            try:
+                streams.append(pool.submit(model_id, asked))
+            except InferenceFailed as failed:
+                if failed.code != "Throttling" or not streams:
+                    raise
+                # Fewer may wait than there are prompts.
+                results += [stream.whole()[0] for stream in streams]
+                streams = [pool.submit(model_id, asked)]
             opened.callback(streams[-1].close)
-        results = [stream.whole()[0] for stream in streams]
+        results += [stream.whole()[0] for stream in streams]
     same: list[bool] = []
     apart: list[float] = []
     other_ends, difference = 0, ""

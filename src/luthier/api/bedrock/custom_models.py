@@ -125,7 +125,6 @@ def _model_details(request: ControlRequest, model: CustomModel, job: Job | None)
         "modelName": model.name,
         "jobName": job.name if job else None,
         "jobArn": job_arn(request.arns, job) if job else None,
-        # A whole network from outside has none; lists promise one to their readers.
         "baseModelArn": model.base_model or None,
         "modelKmsKeyArn": sent.get("modelKmsKeyArn"),
         "creationTime": model.created,
@@ -140,7 +139,8 @@ def _summary(request: ControlRequest, model: CustomModel, job: Job | None) -> di
         "modelArn": model.arn(request.arns),
         "modelName": model.name,
         "creationTime": model.created,
-        "baseModelArn": model.base_model or request.arns.foundation_model(model.bottom),
+        # A whole network from outside has none, and readers of lists are promised one.
+        "baseModelArn": model.base_model or model.arn(request.arns),
         "baseModelName": model.bottom,
         "customizationType": job.customization_type if job else "IMPORTED",
         "ownerAccountId": model.account,

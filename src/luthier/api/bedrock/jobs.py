@@ -41,7 +41,7 @@ from luthier.jobs.submit import (
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
 from luthier.store import tags
-from luthier.store.custom_models import ACTIVE, RESERVED, CustomModel
+from luthier.store.custom_models import ACTIVE, IMPORTED, RESERVED, CustomModel
 from luthier.store.foundation import AnyModel, FoundationModel
 from luthier.store.jobs import Job
 
@@ -265,11 +265,17 @@ def job_details(request: ControlRequest, job: Job) -> dict[str, Any]:
         "creationTime": job.created,
         "lastModifiedTime": job.modified,
         "endTime": job.ended,
-        "baseModelArn": request.arns.foundation_model(job.foundation),
+        "baseModelArn": _base_arn(request, job),
         "vpcConfig": sent.get("vpcConfig"),
         "outputModelKmsKeyArn": _key_arn(request, sent.get("customModelKmsKeyId")),
         **customization_details(job),
     }
+
+
+def _base_arn(request: ControlRequest, job: Job) -> str:
+    """Of the foundation model at the bottom; where that is from outside, of what the job began with."""
+    imported = job.foundation.startswith(f"luthier.{IMPORTED}")
+    return job.base_model if imported else request.arns.foundation_model(job.foundation)
 
 
 def customization_details(job: Job) -> dict[str, Any]:
@@ -292,7 +298,7 @@ def customization_details(job: Job) -> dict[str, Any]:
 def _summary(request: ControlRequest, job: Job, model: CustomModel | None) -> dict[str, Any]:
     return {
         "jobArn": job_arn(request.arns, job),
-        "baseModelArn": request.arns.foundation_model(job.foundation),
+        "baseModelArn": _base_arn(request, job),
         "jobName": job.name,
         "status": _STATUS[job.state],
         "statusDetails": _details(job),

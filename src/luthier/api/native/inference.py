@@ -77,7 +77,9 @@ class SampleRequest(Input):
     seed: StrictInt | None = Field(default=None, ge=0, lt=2**63)
     """The same one gives the same images; drawn, and told, when not given."""
     label: str = Field(default="", max_length=1024)
-    """Name of a class, or what the images show; as many of each class in turn when not given."""
+    """Name of a class; as many of each class in turn when not given."""
+    prompt: str = Field(default="", max_length=1024)
+    """What the images show, of a model that learned from captions."""
     steps: StrictInt | None = Field(default=None, ge=1, le=10_000)
     """From noise to image, of a diffusion model; as it was stored when not given."""
     guidance_scale: StrictFloat | StrictInt | None = Field(default=None, ge=0, le=100)
@@ -182,8 +184,8 @@ class _Inference:
         stored_id = self._model(request, "SampleImages")
         with inference_faults():
             wanted = ImageRequest(
-                asked.count, asked.label, asked.seed, None, asked.steps, asked.guidance_scale,
-                asked.negative_prompt,
+                asked.count, asked.prompt or asked.label, asked.seed, None, asked.steps,
+                asked.guidance_scale, asked.negative_prompt,
             )  # fmt: skip
             made = self.pool.sample(stored_id, wanted)
         pixels = [each.pixels for each in made.images]

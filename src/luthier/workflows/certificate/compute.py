@@ -8,7 +8,7 @@ which each token meets each weight once.
 
 from __future__ import annotations
 
-from luthier.models.catalog import CATALOG
+from luthier.models.catalog import CATALOG, RandomSource
 from luthier.models.manifest import Manifest, Record
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.capabilities import SupportsRollouts
@@ -78,6 +78,8 @@ def base_flops(base: StoredModel | str) -> tuple[float | None, str]:
     name = base if isinstance(base, str) else base.id
     if name in CATALOG:
         entry = CATALOG[name]
+        if isinstance(entry.source, RandomSource):
+            return None, f"none: all weights of {name} are random"
         if entry.training_tokens is None:
             return None, f"unknown: on how many tokens {name} was trained is not in the catalogue"
         weights, tokens = entry.parameters, entry.training_tokens
