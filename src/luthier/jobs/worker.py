@@ -204,7 +204,7 @@ class Worker(ABC, Generic[Work, Places]):
         for number in range(1, TRIES + 1):
             try:
                 return action()
-            except (RefusedInput, Interrupted):
+            except (RefusedInput, Interrupted, LeaseLost):
                 raise
             except (LuthierError, OSError) as error:
                 if number == TRIES:
