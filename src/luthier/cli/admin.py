@@ -186,8 +186,9 @@ def back_up(
 
     if shared_store() is not None:
         raise RefusedInput(
-            "LUTHIER_SHARED_STORE is set: this folder does not hold all that the database names. Back up "
-            "the database by pg_dump, and the shared store by its own means, such as versions of a bucket"
+            "LUTHIER_SHARED_STORE is set: LUTHIER_HOME does not hold all that the database names. Back "
+            "up the database by pg_dump, and the shared store by its own means, such as a bucket's "
+            "versions"
         )
     if database is None and not (luthier_home() / DATABASE_FILE).is_file():
         raise RefusedInput(

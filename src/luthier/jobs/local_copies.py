@@ -54,7 +54,8 @@ class LocalCopy:
     """When it was last used, in seconds of the epoch."""
     size: int
     """Bytes."""
-    drop: Callable[[], None]
+    drop: Callable[[], bool]
+    """Drops it; whether that was possible."""
 
 
 class LocalCopies:
@@ -173,8 +174,7 @@ class LocalCopies:
         for copy in found:
             if dropped >= over or time.time() - copy.used < IDLE:
                 break
-            copy.drop()
-            dropped += copy.size
+            dropped += copy.size if copy.drop() else 0
         if dropped:
             _log.info("%d bytes of copies of the shared store were dropped", dropped)
         return dropped
@@ -211,9 +211,11 @@ class LocalCopies:
                 continue
             account, file_id = path.parent.parent.name, path.name
 
-            def drop(account: str = account, file_id: str = file_id) -> None:
-                if files.is_shared(account, file_id):
+            def drop(account: str = account, file_id: str = file_id) -> bool:
+                is_shared = files.is_shared(account, file_id)
+                if is_shared:
                     files.path(account, file_id).unlink(missing_ok=True)
+                return is_shared
 
             yield LocalCopy(found.st_mtime, found.st_size, drop)
 

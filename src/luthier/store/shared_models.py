@@ -121,8 +121,8 @@ def copies() -> Iterator[tuple[str, Path, float]]:
         yield stored_id, _local_folder(stored_id), mark.stat().st_mtime
 
 
-def drop_copy(stored_id: str) -> None:
-    """Remove the copy of a model on this machine; what the shared store has of it stays."""
+def drop_copy(stored_id: str) -> bool:
+    """Remove the copy of a model on this machine, which is then gone; the shared store's stays."""
     folder = _local_folder(stored_id)
     if folder.parent.is_dir():
         with lock(folder.parent / f".{folder.name}.lock", wait=True):
@@ -132,6 +132,7 @@ def drop_copy(stored_id: str) -> None:
                 shutil.rmtree(doomed, ignore_errors=True)
             (folder.parent / f".{folder.name}.lock").unlink(missing_ok=True)
     _mark_of(stored_id).unlink(missing_ok=True)
+    return True
 
 
 def mark_removal(stored_id: str) -> bool:
