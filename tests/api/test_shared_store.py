@@ -135,7 +135,7 @@ def test_a_mixed_queue_under_random_kills_loses_nothing(
     s3.put_object(Bucket="training", Key="rows.jsonl", Body=body)
     for path in tiny_model_folder.iterdir():
         s3.upload_file(str(path), "training", f"tiny/{path.name}")
-    methods = ("lora", "full", "bitfit")
+    methods = ("lora", "full", "adapters")
     for method in methods:
         submit(one, f"whole-{method}", "s3://training/rows.jsonl", method)
     until(lambda: all(job.state in ENDED for job in machines.jobs()), 600)

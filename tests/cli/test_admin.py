@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from luthier.cli.admin import admin_app
 from luthier.cli.audit import audit_app
+from luthier.errors import RefusedInput
 from luthier.store import principals
 from luthier.store.database import Database
 from luthier.store.sealing import Sealing, server_key
@@ -228,6 +229,17 @@ def test_backup_and_restore(
     assert admin("keys", "list")["keys"][0]["id"] == access["access_key_id"]
     assert run(audit_app, "verify", "--json")["intact"] is True
     admin("restore", str(tmp_path / "backup"), code=2)
+
+
+def test_no_backup_is_made_of_half_a_store(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_SHARED_STORE", str(tmp_path / "shared"))
+    with pytest.raises(RefusedInput, match="LUTHIER_SHARED_STORE is set: LUTHIER_HOME does not hold"):
+        CliRunner().invoke(
+            admin_app, ["backup", str(tmp_path / "backup")], catch_exceptions=False
+        )
+    assert not (tmp_path / "backup").exists()
 
 
 def test_a_new_database_gets_its_tables(tmp_path: Path) -> None:
