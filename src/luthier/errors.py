@@ -233,6 +233,10 @@ class DownloadError(LuthierError):
     """A source could not be read, or its bytes are not the pinned ones."""
 
 
+class SharedStoreAway(DownloadError):
+    """The shared store of several machines cannot be reached, read or written now."""
+
+
 class CorruptFile(LuthierError):
     """A stored file no longer matches the hash recorded beside it."""
 

@@ -15,7 +15,7 @@ from job_checks import SLOWLY, bits, check_history, running
 
 from luthier.encryption import keys, memory
 from luthier.encryption.files import is_sealed
-from luthier.errors import CorruptFile, DownloadError, LeaseLost
+from luthier.errors import CorruptFile, LeaseLost, SharedStoreAway
 from luthier.files import hashes_of, luthier_home
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.local_copies import LocalCopies
@@ -152,11 +152,11 @@ def test_training_goes_on_where_the_shared_store_is_away(
     folders.data.mkdir(parents=True)
 
     def fail(action: Callable[[], None]) -> None:
-        raise DownloadError("the shared store could not be written")
+        raise SharedStoreAway("the shared store could not be written")
 
     SharedRun(folders, fail).share_checkpoint()
     assert "the checkpoint is on this machine alone" in caplog.text
-    with pytest.raises(DownloadError):
+    with pytest.raises(SharedStoreAway):
         SharedRun(folders, fail).share()
 
 
@@ -296,3 +296,30 @@ def test_files_elsewhere_are_not_shared(tmp_path: Path, move: Move, database: An
         writing.finish()
     store = shared_store()
     assert store is not None and not [*store.list("objects")]
+
+
+def test_a_job_waits_for_a_shared_store_that_is_away(
+    queue: Any, move: Move, tmp_path: Path
+) -> None:
+    move("first")
+    away = f"""
+from pathlib import Path
+from luthier.errors import SharedStoreAway
+from luthier.store.shared import DirectoryStore
+put = DirectoryStore.put
+def fail(self, key, content):
+    if key.startswith("records/models") and not Path({str(tmp_path / "back")!r}).exists():
+        raise SharedStoreAway("the shared store s3://secret could not be written")
+    put(self, key, content)
+DirectoryStore.put = fail
+"""
+    queue.scheduler(environment={"LUTHIER_TEST_BEFORE": away})
+    waiting = queue.submit("one")
+    job = queue.until(waiting, lambda job: job.attempts == 2)
+    assert job.failure is None and job.result is None
+    with queue.database.read() as session:
+        events = [event.message for event in session.query(JobEvent).filter_by(job_id=waiting)]
+    assert any("does not answer. The job goes on" in message for message in events), events
+    assert not any("secret" in message for message in events)
+    (tmp_path / "back").touch()
+    assert queue.ended(waiting).state == "Completed"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from moto_server import KEYS, moto_client, moto_server
 
-from luthier.errors import CorruptFile, DownloadError, RefusedInput
+from luthier.errors import CorruptFile, RefusedInput, SharedStoreAway
 from luthier.store import shared
 from luthier.store.shared import (
     FolderRecord,
@@ -175,5 +175,7 @@ def test_a_store_that_cannot_be_reached_says_what_to_check(
     monkeypatch.setenv(shared.ENVIRONMENT, "s3://nobodys-bucket/x")
     store = shared_store()
     assert store is not None
-    with pytest.raises(DownloadError, match="the shared store s3://nobodys-bucket/x could not be"):
+    with pytest.raises(
+        SharedStoreAway, match="the shared store s3://nobodys-bucket/x could not be"
+    ):
         check_writable(store)

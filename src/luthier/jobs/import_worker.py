@@ -36,6 +36,7 @@ from luthier.errors import (
     ModelRefused,
     QuotaExceeded,
     RefusedInput,
+    SharedStoreAway,
 )
 from luthier.files import (
     TEMPORARY,
@@ -124,7 +125,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         sweep(self.folders.model.parent, self.folders.model.name)
         try:
             changes, details = self._store(row)
-        except (Interrupted, LeaseLost):
+        except (Interrupted, LeaseLost, SharedStoreAway):
             raise
         except WorkInterrupted:
             raise  # says nothing of the model: another worker tries, as after a crash

@@ -46,7 +46,7 @@ class SharedRun:
 
         Raises:
             LeaseLost: where somebody else has the job by now.
-            DownloadError: where the shared store cannot be written.
+            SharedStoreAway: where the shared store cannot be written.
         """
         if self._shared is None:
             return
@@ -74,7 +74,7 @@ class SharedRun:
 
         Raises:
             CorruptFile: where the shared store does not have what its record names.
-            DownloadError: where it cannot be read.
+            SharedStoreAway: where it cannot be read.
             DoesNotFit: where the disk has no room for it.
         """
         if self._shared is None:

@@ -27,17 +27,18 @@ from luthier.errors import (
     LeaseLost,
     LuthierError,
     QuotaExceeded,
+    SharedStoreAway,
     UnknownModel,
     WrongState,
 )
-from luthier.files import folder_size, verify, waits_for_disk
+from luthier.files import folder_size, verify
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, JobLocations, fetch_data
 from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
 from luthier.jobs.shared_runs import SharedRun
-from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
+from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_wait, waits_for_room
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
@@ -245,9 +246,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._end_interrupted(job, heartbeat, error)
-        if waits_for_disk(error):
-            _log.exception("the disk of job %s cannot be written", self.row_id)
-            message = self._rename(explain_full_disk(error))
+        if waits_for_room(error):
+            _log.exception("what job %s writes has no place now", self.row_id)
+            message = self._rename(explain_wait(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))
             return NO_DISK
         self._remove_outputs(job)
@@ -277,7 +278,11 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if job.state == STOPPED:
             self._remove_outputs(job)
         if job.state in ENDED:
-            tidy(self.database, job, self.folders)
+            try:
+                tidy(self.database, job, self.folders)
+            except SharedStoreAway as error:
+                # The job has ended all the same; a server tidies up when it can.
+                _log.warning("the files of job %s stay for now: %s", self.row_id, error)
         return 0
 
     def _remove_outputs(self, job: Job) -> None:

@@ -31,7 +31,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from luthier.data.s3 import connection_settings
-from luthier.errors import CorruptFile, DownloadError, LuthierError, RefusedInput
+from luthier.errors import CorruptFile, LuthierError, RefusedInput, SharedStoreAway
 from luthier.files import TEMPORARY, names_below, new_file, sha256_of, write_bytes
 
 ENVIRONMENT = "LUTHIER_SHARED_STORE"
@@ -54,7 +54,7 @@ class SharedEntry:
 
 
 class SharedStore(Protocol):
-    """Bytes by key. Everything raises :class:`DownloadError` where the store cannot be reached."""
+    """Bytes by key. Everything raises :class:`SharedStoreAway` where the store cannot be reached."""
 
     def put(self, key: str, content: bytes | Path) -> None:
         """Let ``key`` name these bytes, or those of a file, whole or not at all."""
@@ -195,7 +195,8 @@ class DirectoryStore:
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     found = (self._folder / prefix / name).stat()
                     modified = datetime.fromtimestamp(found.st_mtime, UTC)
-                    yield SharedEntry(f"{prefix}/{name}", found.st_size, modified)
+                    key = f"{prefix}/{name}".lstrip("/")
+                    yield SharedEntry(key, found.st_size, modified)
 
     def delete(self, keys: Iterable[str]) -> None:
         """See :class:`SharedStore`."""
@@ -283,11 +284,11 @@ class BucketStore:
         except FileNotFoundError as error:
             if "NoSuchBucket" not in str(error):
                 raise
-            raise DownloadError(
+            raise SharedStoreAway(
                 f"the shared store {self._name} could not be {done}: there is no such bucket. Create it"
             ) from None
         except (BaseError, OSError) as error:
-            raise DownloadError(
+            raise SharedStoreAway(
                 f"the shared store {self._name} could not be {done} ({type(error).__name__}). Check "
                 "bucket, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, …)"
             ) from error

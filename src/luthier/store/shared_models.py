@@ -79,7 +79,7 @@ def fetch_model(stored_id: str, folder: Path) -> bool:
 
     Raises:
         CorruptFile: where a blob is missing, or is not what was put.
-        DownloadError: where the shared store cannot be read.
+        SharedStoreAway: where the shared store cannot be read.
         DoesNotFit: where the disk has no room for it.
     """
     folders = shared_folders()
