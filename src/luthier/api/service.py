@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -38,10 +39,10 @@ from luthier.api.policies import authorize
 from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
-from luthier.encryption.keys import open_store_keys
 from luthier.encryption.memory import hold_temporary_files
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
+from luthier.jobs.local_copies import LocalCopies
 from luthier.jobs.ray_runner import RayRunner
 from luthier.jobs.runners import LocalRunner, Runner
 from luthier.jobs.scheduler import Scheduler
@@ -53,7 +54,7 @@ from luthier.serving.memory import FreedMemory, resident_bytes
 from luthier.serving.pool import ModelPool
 from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
-from luthier.store import bootstrap, removal
+from luthier.store import bootstrap, removal, shared
 from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -67,6 +68,7 @@ from luthier.store.principals import matching_server_key
 from luthier.store.quota_usage import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key
+from luthier.store.shared_keys import open_shared_keys
 
 _log = logging.getLogger("luthier.server")
 LAMBDA = re.compile(
@@ -87,7 +89,12 @@ class Service:
             CorruptFile: where there are access keys that the server's key does not open.
         """
         self.settings = settings
-        open_store_keys(settings.encryption_key)
+        if settings.shared_store:
+            # Read wherever a model is looked up, and by workers, as LUTHIER_HOME is.
+            os.environ[shared.ENVIRONMENT] = settings.shared_store
+        if store := shared.shared_store():
+            shared.check_writable(store)
+        open_shared_keys(settings.encryption_key)
         hold_temporary_files()
         self.database = Database(settings.database)
         upgrade(self.database)
@@ -111,6 +118,13 @@ class Service:
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits
+        )
+        self.copies = LocalCopies(
+            self.database,
+            self.objects,
+            settings.shared_cache_bytes,
+            self.pool.loaded_ids,
+            self.pool.forget,
         )
         self.activation = Activation(self.database, partial(check_and_load, self.pool))
         self._pinning = ThreadPoolExecutor(1, "pinning")
@@ -151,6 +165,7 @@ class Service:
         self._sweep()
         # And what is too young now to be told from the files of requests that are not done.
         self._later.start()
+        self.copies.start()
         self.activation.resume()
         self._pin_models()
         self.openai.start()
@@ -164,6 +179,7 @@ class Service:
         Workers go on, and the next server finds them; ``give_back`` makes them leave their jobs first.
         """
         self._later.cancel()
+        self.copies.stop()
         self.scheduler.stop(give_back)
         self.openai.close()
         self.activation.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,9 @@ class TrainingProgress:
 class Checkpoints:
     """The checkpoints of one run, in its folder ``checkpoints``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, on_written: Callable[[], None] = lambda: None) -> None:
+        """``on_written`` is called behind each; the time it takes spaces the later ones, too."""
+        self.folder, self._on_written = folder, on_written
         self._last = time.monotonic()
         self._cost: float | None = None
         sweep(folder)
@@ -92,6 +93,7 @@ class Checkpoints:
         for other in present:
             if other not in kept:
                 _remove(other)
+        self._on_written()
         self._cost, self._last = time.monotonic() - started, time.monotonic()
         return path
 

@@ -30,6 +30,8 @@ from luthier.store.ids import SMALL, random_id
 from luthier.store.jobs import Job, JobEvent, run_name
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
+from luthier.store.shared import shared_folders
+from luthier.store.shared_models import shared_name
 from luthier.store.snapshot import remove_orphaned_snapshots
 from luthier.store.uploaded_files import UploadedFiles
 
@@ -285,14 +287,20 @@ class Deletions:
         left = [item.name for item in _items(again, deletion)]
         files = (luthier_home() / item.name for item in items if item.kind in ("job", "model"))
         left += [path.relative_to(luthier_home()).as_posix() for path in files if path.exists()]
+        if shared := shared_folders():
+            jobs = _affected_jobs(traces, deletion)
+            names = [JobFolders(job.id).shared_run for job in jobs]
+            if deletion.models == "delete":
+                names += [shared_name(job.result["stored_id"]) for job in jobs if job.result]
+            left += [f"{name} of the shared store" for name in names if shared.read(name)]
         stored = self.objects.files
-        for name, path in (
-            (each.address, stored.path(deletion.account, piece.id))
+        for name, file_id in (
+            (each.address, piece.id)
             # As they were found at first: no row names their files now.
             for each in (*traces.objects, *again.objects)
             for piece in each.pieces
         ):
-            if path.exists():
+            if stored.exists(deletion.account, file_id):
                 left.append(name)
         return sorted(set(left))
 

@@ -36,6 +36,7 @@ from luthier.errors import (
     ModelRefused,
     QuotaExceeded,
     RefusedInput,
+    SharedStoreAway,
 )
 from luthier.files import (
     TEMPORARY,
@@ -68,6 +69,8 @@ from luthier.store.foundation import foundation_model
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel, find
+from luthier.store.shared import shared_folders
+from luthier.store.shared_models import commit_model, upload_model
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
@@ -122,7 +125,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         sweep(self.folders.model.parent, self.folders.model.name)
         try:
             changes, details = self._store(row)
-        except (Interrupted, LeaseLost):
+        except (Interrupted, LeaseLost, SharedStoreAway):
             raise
         except WorkInterrupted:
             raise  # says nothing of the model: another worker tries, as after a crash
@@ -166,6 +169,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
                 save_plain(plain, fresh)
             self._manifest(fresh, found, chosen, accepted).write(fresh)
         certify(self.folders.stored_id)
+        self.retry(self._share)
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
         if accepted.parent is not None:
@@ -175,6 +179,19 @@ class ImportWorker(Worker[ModelImport, Locations]):
         else:
             changes["root"] = f"luthier.{IMPORTED}-{self.row_id}"
         return changes, {"kind": accepted.manifest.kind}
+
+    def _share(self) -> None:
+        """Let other machines have the model, before anybody is told that it is there."""
+        shared, stored_id = shared_folders(), self.folders.stored_id
+        if shared is None:
+            return
+        record = upload_model(shared, stored_id, self.folders.model)
+
+        def commit(session: Session) -> None:
+            queue.hold(session, ModelImport, self.row_id, self.lease)
+            commit_model(shared, stored_id, record)
+
+        self.write(commit)
 
     def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
         """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""

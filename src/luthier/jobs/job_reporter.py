@@ -41,9 +41,14 @@ class Pending:
 class JobReporter(Reporter):
     """Keeps what a run says until it is written. Two threads may use it."""
 
-    def __init__(self, job: Job, rename: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        rename: Callable[[str], str],
+        on_checkpoint: Callable[[], None] = lambda: None,
+    ) -> None:
         """``rename`` puts the names that the owner knows into a text."""
-        self.job_id, self.rename = job.id, rename
+        self.job_id, self.rename, self._on_checkpoint = job.id, rename, on_checkpoint
         self.details = job.details.copy()
         self._pending = Pending()
         self._lock = threading.Lock()
@@ -110,6 +115,10 @@ class JobReporter(Reporter):
             data["train_loss"] = self._train_loss[1]
         measure = line.get("measure", "loss")
         self._add("metrics", f"Step {step}/{steps}: {event} {measure} {line[measure]:.4f}", data)
+
+    def checkpoint(self) -> None:
+        """A checkpoint was written."""
+        self._on_checkpoint()
 
     def part(self, name: str, status: str) -> None:
         """A part of the work begins, or is over: ``status`` in Bedrock's words."""

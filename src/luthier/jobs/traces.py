@@ -222,21 +222,21 @@ def _further(jobs: Sequence[Job], everything: Sequence[Job]) -> list[Job]:
     found: list[Job] = []
     # In the order they were made: none learns from a later one.
     for job in everything:
-        if job.id not in known and stored & set(_models_in(job.recipe)):
+        if job.id not in known and stored & set(models_in(job.recipe)):
             known.add(job.id)
             found.append(job)
             stored |= {job.result["stored_id"]} if job.result else set()
     return found
 
 
-def _models_in(value: Any) -> Iterator[str]:
+def models_in(value: Any) -> Iterator[str]:
     """Every text of a recipe that may be the id of a model: base, teacher, judge, reward, ..."""
     if isinstance(value, Mapping):
         for each in value.values():
-            yield from _models_in(each)
+            yield from models_in(each)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _models_in(each)
+            yield from models_in(each)
     elif isinstance(value, str):
         yield value
 

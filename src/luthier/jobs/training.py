@@ -27,24 +27,28 @@ from luthier.errors import (
     LeaseLost,
     LuthierError,
     QuotaExceeded,
+    SharedStoreAway,
     UnknownModel,
     WrongState,
 )
-from luthier.files import folder_size, verify, waits_for_disk
+from luthier.files import folder_size, verify
 from luthier.jobs import outputs
 from luthier.jobs.data import JobData, JobLocations, fetch_data
 from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
-from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_full_disk
+from luthier.jobs.shared_runs import SharedRun
+from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_wait, waits_for_room
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
-from luthier.store import jobs, models, storage
+from luthier.store import jobs, models, queue, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
 from luthier.store.models import StoredModel, find
+from luthier.store.shared import shared_folders
+from luthier.store.shared_models import commit_model, upload_model
 from luthier.workflows.pipeline import KINDS
 
 BEAT = 1.0
@@ -140,7 +144,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def work(self, row: Job) -> int:
         """Train, verify, write the outputs; the exit status."""
         self._outputs = []
-        reporter = JobReporter(row, self._rename)
+        self.shared_run = SharedRun(self.folders, self._while_held)
+        reporter = JobReporter(row, self._rename, self.shared_run.share_checkpoint)
         with self.database.read() as session:
             reporter.remember(session)
         heartbeat = JobHeartbeat(self.database, row, self.lease, reporter)
@@ -167,7 +172,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def _train(self, job: Job, reporter: JobReporter) -> JobResult:
         """Everything up to the last transaction; the result of the job."""
         reporter.part("validation", "InProgress")
+        self.retry(self.shared_run.restore)
         self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
+        self.retry(self.shared_run.share)
         kind = KINDS[job.command]
         recipe = parse(kind.recipe, recipe_fields(job, data))
         base = self.retry(lambda: find(job.recipe["base"], reporter.stage))
@@ -190,6 +197,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
             quotas = quotas_of(session, job.account, self.quotas)
             # Before its outputs are written: of a job that fails there is nothing.
             storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
+        self.retry(lambda: self._share(model))
         result = JobResult(
             stored_id=model.id,
             steps=run["steps"],
@@ -209,6 +217,21 @@ class TrainingWorker(Worker[Job, JobLocations]):
                 self.retry(write)
         return result
 
+    def _share(self, model: StoredModel) -> None:
+        """Let other machines have the model, before anybody is told that it is there."""
+        if shared := shared_folders():
+            record = upload_model(shared, model.id, model.folder)
+            self._while_held(lambda: commit_model(shared, model.id, record))
+
+    def _while_held(self, action: Callable[[], None]) -> None:
+        """``action`` while no other worker can have the lease: the row stays locked."""
+
+        def act(session: Session) -> None:
+            queue.hold(session, Job, self.row_id, self.lease)
+            action()
+
+        self.write(act)
+
     def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":
             failure = (
@@ -223,9 +246,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if isinstance(error, WrongState):
             # Stopped or paused in the last moment: its model waits in the store, or goes.
             return self._end_interrupted(job, heartbeat, error)
-        if waits_for_disk(error):
-            _log.exception("the disk of job %s cannot be written", self.row_id)
-            message = self._rename(explain_full_disk(error))
+        if waits_for_room(error):
+            _log.exception("what job %s writes has no place now", self.row_id)
+            message = self._rename(explain_wait(error))
             self._end(heartbeat, lambda s: self.give_back(s, message))
             return NO_DISK
         self._remove_outputs(job)
@@ -255,7 +278,11 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if job.state == STOPPED:
             self._remove_outputs(job)
         if job.state in ENDED:
-            tidy(self.database, job, self.folders)
+            try:
+                tidy(self.database, job, self.folders)
+            except SharedStoreAway as error:
+                # The job has ended all the same; a server tidies up when it can.
+                _log.warning("the files of job %s stay for now: %s", self.row_id, error)
         return 0
 
     def _remove_outputs(self, job: Job) -> None:

@@ -20,7 +20,13 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from luthier.errors import Interrupted, LeaseLost, LuthierError, RefusedInput
+from luthier.errors import (
+    Interrupted,
+    LeaseLost,
+    LuthierError,
+    RefusedInput,
+    SharedStoreAway,
+)
 from luthier.files import waits_for_disk
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
@@ -153,10 +159,10 @@ class Worker(ABC, Generic[Work, Places]):
                 self.write(lambda session: self.give_back(session, self.given_back))
             return 0
         except Exception as error:
-            if not waits_for_disk(error):
+            if not waits_for_room(error):
                 raise
-            _log.exception("the disk of %s cannot be written", self.row_id)
-            message = explain_full_disk(error)
+            _log.exception("what %s writes has no place now", self.row_id)
+            message = explain_wait(error)
             with suppress(LeaseLost):
                 self.write(lambda session: self.give_back(session, message))
             return NO_DISK
@@ -204,7 +210,7 @@ class Worker(ABC, Generic[Work, Places]):
         for number in range(1, TRIES + 1):
             try:
                 return action()
-            except (RefusedInput, Interrupted):
+            except (RefusedInput, Interrupted, LeaseLost):
                 raise
             except (LuthierError, OSError) as error:
                 if number == TRIES:
@@ -219,8 +225,19 @@ class Worker(ABC, Generic[Work, Places]):
             raise Interrupted("stopped before the next step")
 
 
-def explain_full_disk(error: Exception) -> str:
+def waits_for_room(error: BaseException) -> bool:
+    """Whether work failed for want of a place to write to, and not for what it is."""
+    return isinstance(error, SharedStoreAway) or waits_for_disk(error)
+
+
+def explain_wait(error: Exception) -> str:
     """Why work is back in the queue, and what lets it go on."""
+    if isinstance(error, SharedStoreAway):
+        # Its address is for no client.
+        return (
+            "The shared store of the servers does not answer. The job goes on from its last checkpoint "
+            "when it does."
+        )
     return (
         f"The server's disk cannot take what the job writes ({str(error).rstrip('.')}). "
         "The job goes on from its last checkpoint when it can."

@@ -29,6 +29,7 @@ from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
 from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
+from luthier.store.shared_models import fetch_model, note_use, refresh_model
 
 if TYPE_CHECKING:
     import torch
@@ -333,6 +334,7 @@ def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) ->
     with lock_record(model):
         manifest = change(_read_record(model.folder, model.id))
         manifest.write(model.folder)
+        refresh_model(model.id, model.folder)
     return replace(model, manifest=manifest)
 
 
@@ -590,11 +592,15 @@ def _find_custom(
     model_id: str, base: str, name: str, is_able: Callable[[Objective], bool] | None = None
 ) -> StoredModel:
     folder = custom_folder(base, name)
-    if not re.fullmatch(r"[\w.-]+", name) or not (folder / MANIFEST).is_file():
+    known = re.fullmatch(r"[\w.-]+", name) is not None
+    if known and not (folder / MANIFEST).is_file():
+        known = fetch_model(f"{short_name(base)}:{name}", folder)
+    if not known:
         others = _ids_of_able(is_able, custom_only=True)
         raise UnknownModel(
             f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
         )
     manifest = _read_record(folder, model_id)
+    note_use(manifest.id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None
     return StoredModel(manifest.id, folder, manifest, parent)

@@ -1,5 +1,8 @@
 """Bytes of objects: files with random names, by account. A key of a client never becomes a path.
 
+Where there is a shared store (``luthier.store.shared``), each file is there as well, and a machine that
+lacks one fetches it when it is read.
+
 A file is on disk before a row of the database names it, and leaves the disk only after no row does, so
 a process that dies in between leaves files that nobody names: :meth:`ObjectFiles.sweep` removes them.
 """
@@ -12,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +27,7 @@ from luthier.encryption.files import new_data_file
 from luthier.encryption.keys import keys_for, needed_keyring
 from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
 from luthier.files import disk_errors, luthier_home, room
+from luthier.store.shared import StoredFile, fetch_shared, shared_store
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
@@ -85,9 +89,18 @@ class FileWriter:
         file_id: str,
         take: Callable[[int], int] = lambda size: size,
         room: Room | None = None,
+        share: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """``take`` counts bytes in flight and says how many there are; with a ``room``, they fit."""
-        self._id, self._folder = file_id, folder
+        """Begin.
+
+        Args:
+            folder: where the file is made.
+            file_id: its name.
+            take: counts bytes in flight and says how many there are.
+            room: in which they have to fit, if given.
+            share: lets other machines have the whole file.
+        """
+        self._id, self._folder, self._share = file_id, folder, share
         self._take, self._room, self._taken = take, room, 0
         self._size = 0
         self._md5 = hashlib.md5(usedforsecurity=False)
@@ -141,9 +154,14 @@ class FileWriter:
         self._sha256.update(data)
 
     def finish(self) -> WrittenFile:
-        """Force it to disk and give it its name."""
+        """Force it to disk, give it its name, and let other machines have it."""
         self._open = False
         self._context.__exit__(None, None, None)
+        try:
+            self._share(self._folder / self._id)
+        except BaseException:
+            (self._folder / self._id).unlink(missing_ok=True)
+            raise
         return WrittenFile(self._id, self._size, self._md5.hexdigest(), self._sha256.hexdigest())
 
 
@@ -155,15 +173,40 @@ class ObjectFiles:
     """The files of all accounts below one folder: ``<account>/<first two of the id>/<id>``."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """``folder`` is ``objects`` in the store unless said otherwise."""
+        """``folder`` is ``objects`` in the store unless said otherwise; only that one is shared."""
         self.folder = folder or luthier_home() / "objects"
+        self._shared = shared_store() if folder is None else None
         self._in_flight = InFlight()
 
     def begin(self, account: str, room: Room | None = None) -> FileWriter:
         """A new file, to be used in a ``with``; without a ``room`` as large as the disk."""
         file_id = secrets.token_hex(16) + (SEALED if keys_for(self.folder) else "")
         take = partial(self._in_flight.add, account)
-        return FileWriter(self.path(account, file_id).parent, file_id, take, room)
+        share = partial(self._put, account)
+        return FileWriter(self.path(account, file_id).parent, file_id, take, room, share)
+
+    def _put(self, account: str, path: Path) -> None:
+        if self._shared is not None:
+            self._shared.put(_key(account, path.name), path)
+
+    def _fetch(self, account: str, file_id: str, expected: StoredFile | None) -> Path:
+        """Where a file is on this machine, fetched if it has to be."""
+        path = self.path(account, file_id)
+        if self._shared is None:
+            return path
+        try:
+            os.utime(path)  # its last use, of which the oldest are dropped first
+        except FileNotFoundError:
+            fetch_shared(self._shared, _key(account, file_id), path, expected)
+        return path
+
+    def is_shared(self, account: str, file_id: str) -> bool:
+        """Whether the shared store has a file, so that this machine need not."""
+        return self._shared is not None and self._shared.exists(_key(account, file_id))
+
+    def exists(self, account: str, file_id: str) -> bool:
+        """Whether a file is here, or in the shared store."""
+        return self.path(account, file_id).exists() or self.is_shared(account, file_id)
 
     def path(self, account: str, file_id: str) -> Path:
         """Where a file is."""
@@ -179,16 +222,29 @@ class ObjectFiles:
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self.path(account, file_id), target)
+            os.link(self._fetch(account, file_id, None), target)
+        try:
+            self._put(account, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
         return copy
 
     def remove(self, account: str, file_ids: Iterable[str]) -> None:
         """Remove files that no row names any more."""
-        for file_id in file_ids:
+        gone = [*file_ids]
+        for file_id in gone:
             self.path(account, file_id).unlink(missing_ok=True)
+        if self._shared is not None:
+            self._shared.delete([_key(account, file_id) for file_id in gone])
 
     def read(
-        self, account: str, files: Sequence[tuple[str, int]], start: int, length: int
+        self,
+        account: str,
+        files: Sequence[tuple[str, int]],
+        start: int,
+        length: int,
+        hashes: Mapping[str, str] | None = None,
     ) -> Iterator[bytes]:
         """``length`` bytes from ``start`` of files that stand one after the other.
 
@@ -197,10 +253,13 @@ class ObjectFiles:
             files: ids and sizes in bytes, in order.
             start: first byte, counted from 0.
             length: bytes at most; the files hold as many from ``start``.
+            hashes: SHA-256 of their contents by id; what is fetched is compared with them, where it is
+                not encrypted and so says itself that it is whole.
 
         Raises:
             FileNotFoundError: before the first piece, where a file was removed in the meantime.
-            CorruptFile: for a file that is shorter than recorded, or does not open.
+            CorruptFile: for a file that is shorter than recorded, does not open, or is not what the
+                shared store was given.
             WrongKey: for an encrypted file without its key.
         """
         for file_id, size in files:
@@ -209,7 +268,9 @@ class ObjectFiles:
                 continue
             left = min(size - start, length)
             length -= left
-            for data in _bytes(self.path(account, file_id), size, start, left):
+            digest = None if file_id.endswith(SEALED) else (hashes or {}).get(file_id)
+            path = self._fetch(account, file_id, StoredFile(digest, size) if digest else None)
+            for data in _bytes(path, size, start, left):
                 left -= len(data)
                 yield data
             if left:
@@ -226,6 +287,7 @@ class ObjectFiles:
             older_than: seconds since a file was last changed.
         """
         newest, removed = time.time() - older_than, 0
+        removed += self._sweep_shared(named, newest)
         for folder in sorted(self.folder.glob("*/??")):
             # Seen before the rows are asked: what is named by then is kept.
             seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
@@ -235,6 +297,37 @@ class ObjectFiles:
                     path.unlink(missing_ok=True)
                     removed += 1
         return removed
+
+    def _sweep_shared(self, named: Callable[[str], set[str]], newest: float) -> int:
+        """The same in the shared store; what rows name and only this machine has is put there."""
+        if self._shared is None:
+            return 0
+        present: dict[str, dict[str, str]] = {}
+        for entry in self._shared.list(_OBJECTS):
+            start, file_id = entry.key.split("/")[-2:]
+            if entry.modified.timestamp() <= newest:
+                present.setdefault(start, {})[file_id] = entry.key
+        removed = 0
+        for start, keys in present.items():
+            known = named(start)
+            gone = [key for file_id, key in keys.items() if file_id not in known]
+            self._shared.delete(gone)
+            removed += len(gone)
+        for folder in sorted(self.folder.glob("*/??")):
+            local = {path.name for path in folder.iterdir()} - present.get(folder.name, {}).keys()
+            for file_id in local & named(folder.name) if local else ():
+                account = folder.parent.name
+                if not self.is_shared(account, file_id):
+                    self._put(account, folder / file_id)
+        return removed
+
+
+_OBJECTS = "objects"
+
+
+def _key(account: str, file_id: str) -> str:
+    """Of a file in the shared store."""
+    return f"{_OBJECTS}/{account}/{file_id[:2]}/{file_id}"
 
 
 def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:

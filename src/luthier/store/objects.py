@@ -443,7 +443,8 @@ class Objects:
             found = _get_object(session, account, bucket, key)
             pieces = pieces_of(session, found)
         files = [(piece.id, piece.size) for piece in pieces]
-        return Content(found, pieces, lambda s, n: self.files.read(account, files, s, n))
+        hashes = {piece.id: piece.sha256 for piece in pieces}
+        return Content(found, pieces, lambda s, n: self.files.read(account, files, s, n, hashes))
 
     def open_range(
         self, account: str, bucket: str, key: str, span: Callable[[StoredObject], tuple[int, int]]

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import luthier_home, write_bytes
-from luthier.store import storage, tags
+from luthier.store import shared_models, storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
@@ -91,8 +91,11 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     Where the transaction fails the models are as they were.
     """
     marks: list[Path] = []
+    shared: list[str] = []
 
     def mark(stored_id: str | None) -> None:
+        if stored_id is not None and shared_models.mark_removal(stored_id):
+            shared.append(stored_id)
         folder = folder_of(stored_id)
         if folder is not None and folder.is_dir() and not (folder / _REMOVED).exists():
             marks.append(folder / _REMOVED)
@@ -103,6 +106,8 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
     except BaseException:
         for path in marks:
             path.unlink(missing_ok=True)
+        for stored_id in shared:
+            shared_models.unmark_removal(stored_id)
         raise
 
 
@@ -110,20 +115,31 @@ def finish_deletions(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
     for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
         stored_id = f"{path.parent.parent.name}:{path.parent.name}"
-        with database.read() as session:
-            known = select(CustomModel.seq).where(CustomModel.stored_id == stored_id).limit(1)
-            there = session.scalar(known) is not None
-        if there:
+        if _has_record(database, stored_id):
             path.unlink(missing_ok=True)
         else:
             remove_files(stored_id)
+    for stored_id in shared_models.marked_removals():
+        if _has_record(database, stored_id):
+            shared_models.unmark_removal(stored_id)
+        else:
+            remove_files(stored_id)
+
+
+def _has_record(database: Database, stored_id: str) -> bool:
+    with database.read() as session:
+        known = select(CustomModel.seq).where(CustomModel.stored_id == stored_id).limit(1)
+        return session.scalar(known) is not None
 
 
 def remove_files(stored_id: str | None) -> None:
     """Delete the files of a model that has no record any more, of its run, and the log of its job.
 
     Where another model stands on them the model's own stay, marked, and go with the last one that does.
+    They go from the shared store first: other machines drop their copies of what is not there.
     """
+    if stored_id is not None:
+        shared_models.remove_model(stored_id)
     stored = {each.id: each for each in custom_models()}
     found = stored.get(str(stored_id))
     if found is None:

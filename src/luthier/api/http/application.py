@@ -60,7 +60,7 @@ from luthier.api.http.streams import (
 from luthier.api.policies import record_actions
 from luthier.api.sigv4 import claim_of
 from luthier.cancellation import cancelled_by
-from luthier.errors import ReadOnlyDisk, RefusedInput
+from luthier.errors import ReadOnlyDisk, RefusedInput, SharedStoreAway
 from luthier.limits import BODY_BYTES, ServerLimits
 from luthier.serving.inference import meter
 from luthier.serving.scheduler import working_for
@@ -397,9 +397,13 @@ def _fault_of(error: BaseException, request_id: str) -> Fault:
     if isinstance(error, asyncio.CancelledError):
         text = "The service is ending. Ask again; what was asked may have been done."
         return Fault("ServiceUnavailable", text, retry_after=5)
-    if isinstance(error, OperationalError | ReadOnlyDisk):
-        # It passes when the database, or the disk, is back: clients are told to ask again.
-        _log.error("database or disk trouble", exc_info=error, extra={"request_id": request_id})
+    if isinstance(error, OperationalError | ReadOnlyDisk | SharedStoreAway):
+        # It passes when the database, disk or shared store is back: clients are told to ask again.
+        _log.error(
+            "database or disk trouble",
+            exc_info=error,
+            extra={"request_id": request_id},
+        )
         return Fault.unavailable(error)
     # What went wrong inside is told to the log alone.
     _log.error("request failed", exc_info=error, extra={"request_id": request_id})

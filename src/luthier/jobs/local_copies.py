@@ -1,0 +1,227 @@
+"""Copies of the shared store on this machine: those of what was deleted go, and those long unused.
+
+A server looks every few minutes. Whatever is dropped is in the shared store, or is of no use to
+anybody, so that a server that never looks loses room and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from sqlalchemy import select
+
+from luthier.errors import LuthierError
+from luthier.files import folder_size, luthier_home, sha256_of
+from luthier.jobs.folders import JobFolders
+from luthier.jobs.traces import models_in
+from luthier.models.manifest import MANIFEST
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import Database
+from luthier.store.imports import ModelImport
+from luthier.store.jobs import ENDED, Job, job_of_run
+from luthier.store.models import StoredModel, custom_models, find, journals_folder
+from luthier.store.objects import Objects
+from luthier.store.queue import log_file
+from luthier.store.shared import SharedFolders, shared_folders
+from luthier.store.shared_models import (
+    MODELS,
+    adopt_copy,
+    copies,
+    drop_copy,
+    put_model,
+    shared_name,
+)
+
+SECONDS = 300.0
+"""Between two looks."""
+IDLE = 600.0
+"""Seconds for which a copy was not used before it may be dropped: it may be being opened."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """Something on this machine that the shared store has, too."""
+
+    used: float
+    """When it was last used, in seconds of the epoch."""
+    size: int
+    """Bytes."""
+    drop: Callable[[], bool]
+    """Drops it; whether that was possible."""
+
+
+class LocalCopies:
+    """The thread of a server that keeps its copies right; does nothing where nothing is shared."""
+
+    def __init__(
+        self,
+        database: Database,
+        objects: Objects,
+        limit: int,
+        in_memory: Callable[[], Iterable[str]] = tuple,
+        forget: Callable[[str], None] = lambda stored_id: None,
+    ) -> None:
+        """Prepare; :meth:`start` begins.
+
+        Args:
+            database: which work is unfinished.
+            objects: of the built-in buckets.
+            limit: bytes of all copies, beyond which the least recently used are dropped.
+            in_memory: ids of the models that the server has in memory.
+            forget: takes a model that was deleted elsewhere out of the memory.
+        """
+        self.database, self.objects, self.limit = database, objects, limit
+        self._in_memory, self._forget = in_memory, forget
+        self._shared: SharedFolders | None = shared_folders()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="local copies", daemon=True)
+
+    def start(self) -> None:
+        """Look now, and from time to time, in a thread."""
+        if self._shared is not None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self.look()
+            except Exception:
+                # The shared store or the database is away; nothing but room depends on it.
+                _log.exception("copies of the shared store could not be tidied")
+            self._ending.wait(SECONDS)
+
+    def look(self) -> None:
+        """One look: models made before, models deleted elsewhere, jobs gone on elsewhere, room."""
+        if self._shared is None:
+            return
+        self._put_or_drop_unmarked(self._shared)
+        self._drop_deleted(self._shared)
+        self._drop_ended()
+        self.trim()
+
+    def _put_or_drop_unmarked(self, shared: SharedFolders) -> None:
+        """Put models from before there was a shared store; drop what a killed worker left of one."""
+        marked = {stored_id for stored_id, _, _ in copies()}
+        unmarked = [model for model in custom_models() if model.id not in marked]
+        with self.database.read() as session:
+            stored = set(session.scalars(select(CustomModel.stored_id)))
+            busy = {
+                f"job-{i}" for i in session.scalars(select(Job.id).where(Job.state.not_in(ENDED)))
+            }
+            busy |= {f"model-{i}" for i in session.scalars(select(ModelImport.id))}
+        for model in unmarked:
+            if model.id not in stored or model.folder.name in busy:
+                continue
+            record = shared.read(shared_name(model.id))
+            if record is None:
+                _log.info("%s goes into the shared store", model.id)
+                put_model(model.id, model.folder)
+            elif sha256_of(model.folder / MANIFEST) == record.files[MANIFEST].sha256:
+                adopt_copy(model.id)
+            else:
+                drop_copy(model.id)
+
+    def _drop_deleted(self, shared: SharedFolders) -> None:
+        # Marked before it is looked what is there: what is put meanwhile is marked after.
+        marked = [stored_id for stored_id, _, _ in copies()]
+        present = shared.names(MODELS)
+        for stored_id in marked:
+            if shared_name(stored_id) in present:
+                continue
+            self._forget(stored_id)
+            drop_copy(stored_id)
+            base, _, name = stored_id.partition(":")
+            shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
+            shutil.rmtree(journals_folder(stored_id), ignore_errors=True)
+            log_file(job_of_run(name)).unlink(missing_ok=True)
+            _log.info("%s was deleted on another machine", stored_id)
+
+    def _drop_ended(self) -> None:
+        """Drop what is left here of jobs that went on, and ended, on another machine."""
+        parent = luthier_home() / "jobs"
+        here = {path.name for path in parent.glob("*") if path.is_dir()}
+        here |= {path.stem for path in parent.glob("*.shared")}
+        ended = select(Job.id).where(
+            Job.id.in_(here), Job.state.in_(ENDED), Job.has_working_files.is_(False)
+        )
+        with self.database.read() as session:
+            gone = [*session.scalars(ended)]
+        for job_id in gone:
+            folders = JobFolders(job_id)
+            with folders.hold() as free:
+                if free:
+                    folders.drop_local()
+                    (folders.parent / f"{job_id}.lock").unlink(missing_ok=True)
+
+    def trim(self) -> int:
+        """Drop the least recently used copies beyond the limit; how many bytes."""
+        found = sorted([*self._models(), *self._objects()], key=lambda each: each.used)
+        over, dropped = sum(each.size for each in found) - self.limit, 0
+        for copy in found:
+            if dropped >= over or time.time() - copy.used < IDLE:
+                break
+            dropped += copy.size if copy.drop() else 0
+        if dropped:
+            _log.info("%d bytes of copies of the shared store were dropped", dropped)
+        return dropped
+
+    def _models(self) -> Iterable[LocalCopy]:
+        here = [each for each in copies() if each[1].is_dir()]
+        needed = self._needed()
+        for stored_id, folder, used in here:
+            if stored_id not in needed:
+                size = folder_size(folder)
+                yield LocalCopy(used, size, partial(drop_copy, stored_id))
+
+    def _needed(self) -> set[str]:
+        """Ids of models that are in memory or that unfinished jobs name, with those below them."""
+        with self.database.read() as session:
+            recipes = [*session.scalars(select(Job.recipe).where(Job.state.not_in(ENDED)))]
+        named = {*self._in_memory(), *(name for recipe in recipes for name in models_in(recipe))}
+        local = {stored_id for stored_id, _, _ in copies()}
+        needed: set[str] = set()
+        for name in named & local:
+            try:
+                model = find(name)
+            except LuthierError:
+                continue  # deleted or damaged
+            needed |= {model.id, *(each.id for each in _below(model))}
+        return needed
+
+    def _objects(self) -> Iterable[LocalCopy]:
+        files = self.objects.files
+        for path in files.folder.glob("*/??/*"):
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                continue
+            account, file_id = path.parent.parent.name, path.name
+
+            def drop(account: str = account, file_id: str = file_id) -> bool:
+                is_shared = files.is_shared(account, file_id)
+                if is_shared:
+                    files.path(account, file_id).unlink(missing_ok=True)
+                return is_shared
+
+            yield LocalCopy(found.st_mtime, found.st_size, drop)
+
+
+def _below(model: StoredModel) -> Iterator[StoredModel]:
+    """The models that an adapter stands on."""
+    while model.parent is not None:
+        model = model.parent
+        yield model

@@ -1,0 +1,439 @@
+"""The shared store: what servers and workers on several machines have in common beside the database.
+
+A folder, or a bucket of any S3 (``s3://bucket/prefix``), named by ``LUTHIER_SHARED_STORE`` or ``luthier
+serve --shared-store``. Each machine has a ``LUTHIER_HOME`` of its own and fetches what it lacks.
+
+    records/<name>.json        the files of a folder: names, SHA-256, sizes
+    blobs/<name>/<sha256>      their bytes, as they lie on the disk: encrypted where the store is
+    children/, removed/        which models stand on which, and whose deletion began
+    objects/<account>/…        objects of the built-in buckets
+    encryption.json            wrapped data keys, where the stores are encrypted
+
+A record is written when all its blobs are there and is removed before them, so that a folder is there
+whole or not at all. Blobs belong to one folder: what is deleted is gone whoever else has the same
+bytes, and no deletion has to read all other records, or can race with one that is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from luthier.data.s3 import connection_settings
+from luthier.errors import CorruptFile, LuthierError, RefusedInput, SharedStoreAway
+from luthier.files import TEMPORARY, names_below, new_file, sha256_of, write_bytes
+
+ENVIRONMENT = "LUTHIER_SHARED_STORE"
+"""Variable with the address; nothing is shared where it is empty or missing."""
+RECORDS, BLOBS = "records", "blobs"
+READ_SIZE = 1 << 20
+_SMALL = 1 << 20
+"""Bytes of a file that is hashed and put from one reading, as it may grow meanwhile."""
+_RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+
+
+@dataclass(frozen=True)
+class SharedEntry:
+    """What a key of the shared store names."""
+
+    key: str
+    size: int
+    """Bytes."""
+    modified: datetime
+
+
+class SharedStore(Protocol):
+    """Bytes by key. Everything raises :class:`SharedStoreAway` where the store cannot be reached."""
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Let ``key`` name these bytes, or those of a file, whole or not at all."""
+
+    def create(self, key: str, content: bytes) -> bool:
+        """The same where it names nothing yet; whether it did not."""
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """The bytes that ``key`` names.
+
+        Raises:
+            FileNotFoundError: where it names nothing.
+        """
+
+    def exists(self, key: str) -> bool:
+        """Whether ``key`` names anything."""
+
+    def list(self, prefix: str) -> Iterator[SharedEntry]:
+        """All keys below ``prefix``, a whole part of their paths, in no order."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Let ``keys`` name nothing; those that do already are no error."""
+
+
+def shared_store() -> SharedStore | None:
+    """The shared store of this process; ``None`` where nothing is shared.
+
+    Raises:
+        RefusedInput: for an address that is none, or where obstore is missing.
+    """
+    address = os.environ.get(ENVIRONMENT)
+    if not address:
+        return None
+    settings = connection_settings() if address.startswith("s3://") else {}
+    return _open(address, settings.get("endpoint", ""), settings.get("region", ""))
+
+
+@lru_cache(maxsize=4)
+def _open(address: str, endpoint: str, region: str) -> SharedStore:
+    if found := re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", address):
+        return BucketStore(found[1], (found[2] or "").strip("/"))
+    path = address.removeprefix("file://")
+    if "://" in path or not path.startswith("/"):
+        raise RefusedInput(
+            f"the shared store {address!r} is no address: write s3://bucket/prefix, or the whole path "
+            "of a folder that all machines see"
+        )
+    return DirectoryStore(Path(path))
+
+
+def check_writable(store: SharedStore) -> None:
+    """Refuse a shared store that cannot be written and read, at the start of a server.
+
+    Raises:
+        LuthierError: with the reason.
+    """
+    key, content = f"probe/{secrets.token_hex(8)}", secrets.token_bytes(16)
+    store.put(key, content)
+    try:
+        if read_shared(store, key) != content:
+            raise LuthierError("the shared store does not give back what was written to it")
+    finally:
+        store.delete([key])
+
+
+def read_shared(store: SharedStore, key: str) -> bytes | None:
+    """The bytes that ``key`` names; ``None`` where it names nothing."""
+    try:
+        return b"".join(store.pieces(key))
+    except FileNotFoundError:
+        return None
+
+
+def fetch_shared(store: SharedStore, key: str, target: Path, expected: StoredFile | None) -> None:
+    """Write what ``key`` names to ``target``, which is there whole or not at all.
+
+    Raises:
+        CorruptFile: where it is not the file that was ``expected``.
+        FileNotFoundError: where it names nothing.
+    """
+    digest, size = hashlib.sha256(), 0
+    with new_file(target) as file:
+        for piece in store.pieces(key):
+            digest.update(piece)
+            size += len(piece)
+            file.write(piece)
+        if expected is not None and StoredFile(digest.hexdigest(), size) != expected:
+            raise CorruptFile(
+                f"{key} of the shared store is not what was put there: {size:,} bytes with SHA-256 "
+                f"{digest.hexdigest()[:16]}…, not {expected.size:,} with {expected.sha256[:16]}…. "
+                "Restore it from a backup of the store, or remove what it belongs to"
+            )
+
+
+class DirectoryStore:
+    """A folder that all machines see at one path."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """See :class:`SharedStore`."""
+        if isinstance(content, bytes):
+            write_bytes(self._folder / key, content)
+            return
+        with content.open("rb") as source, new_file(self._folder / key) as file:
+            shutil.copyfileobj(source, file, READ_SIZE)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """See :class:`SharedStore`."""
+        path = self._folder / key
+        fresh = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        write_bytes(fresh, content)
+        try:
+            os.link(fresh, path)  # unlike a renaming, it replaces nothing
+        except FileExistsError:
+            return False
+        finally:
+            fresh.unlink()
+        return True
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """See :class:`SharedStore`."""
+        with (self._folder / key).open("rb") as file:
+            while piece := file.read(READ_SIZE):
+                yield piece
+
+    def exists(self, key: str) -> bool:
+        """See :class:`SharedStore`."""
+        return (self._folder / key).is_file()
+
+    def list(self, prefix: str) -> Iterator[SharedEntry]:
+        """See :class:`SharedStore`."""
+        with suppress(FileNotFoundError):
+            for name in names_below(self._folder / prefix):
+                if name.rpartition("/")[2].startswith(TEMPORARY):
+                    continue
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    found = (self._folder / prefix / name).stat()
+                    modified = datetime.fromtimestamp(found.st_mtime, UTC)
+                    key = f"{prefix}/{name}".lstrip("/")
+                    yield SharedEntry(key, found.st_size, modified)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See :class:`SharedStore`."""
+        for key in keys:
+            (self._folder / key).unlink(missing_ok=True)
+
+
+class BucketStore:
+    """A bucket of an S3, below a prefix; endpoint and credentials are those of the environment."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        try:
+            from obstore.store import S3Store
+        except ImportError:
+            text = "a shared store at s3:// needs the package obstore: pip install 'luthier[s3]'"
+            raise RefusedInput(text) from None
+        self._name = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._store = S3Store(bucket, **connection_settings(), retry_config=_RETRIES)
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        with self._errors("written"):
+            obstore.put(self._store, self._prefix + key, content)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """See :class:`SharedStore`."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._errors("written"):
+            try:
+                obstore.put(self._store, self._prefix + key, content, mode="create")
+            except AlreadyExistsError:
+                return False
+            return True
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        with self._errors("read"):
+            answer = obstore.get(self._store, self._prefix + key)
+            for piece in answer.stream(min_chunk_size=8 * READ_SIZE):
+                yield bytes(piece)
+
+    def exists(self, key: str) -> bool:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        with self._errors("read"):
+            try:
+                obstore.head(self._store, self._prefix + key)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def list(self, prefix: str) -> Iterator[SharedEntry]:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        with self._errors("read"):
+            for batch in obstore.list(self._store, prefix=self._prefix + prefix):
+                for each in batch:
+                    key = str(each["path"]).removeprefix(self._prefix)
+                    yield SharedEntry(key, int(each["size"]), each["last_modified"])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        if paths := [self._prefix + key for key in keys]:
+            with self._errors("written"):
+                obstore.delete(self._store, paths)
+
+    @contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        """Turn what S3 says into an error of ours, without keys: what is missing stays as it is."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" not in str(error):
+                raise
+            raise SharedStoreAway(
+                f"the shared store {self._name} could not be {done}: there is no such bucket. Create it"
+            ) from None
+        except (BaseError, OSError) as error:
+            raise SharedStoreAway(
+                f"the shared store {self._name} could not be {done} ({type(error).__name__}). Check "
+                "bucket, endpoint (AWS_ENDPOINT_URL) and credentials (AWS_ACCESS_KEY_ID, …)"
+            ) from error
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """What a record says of one file, as it lies on the disk."""
+
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class FolderRecord:
+    """The files of a folder in the shared store."""
+
+    files: Mapping[str, StoredFile]
+    """By their paths below the folder."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else is to be known of it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(each.size for each in self.files.values())
+
+    def plain(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        files = {name: [each.sha256, each.size] for name, each in sorted(self.files.items())}
+        return {"format": 1, "files": files, "about": dict(self.about)}
+
+    @staticmethod
+    def parse(content: bytes, key: str) -> FolderRecord:
+        """From its JSON; raises :class:`CorruptFile` where it is none, or names a file elsewhere."""
+        try:
+            record = json.loads(content)
+            if record["format"] != 1:
+                raise CorruptFile(f"{key} of the shared store is of a newer version of luthier")
+            files = {str(n): StoredFile(str(f[0]), int(f[1])) for n, f in record["files"].items()}
+            about = dict(record["about"])
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise CorruptFile(f"{key} of the shared store is no record of a folder") from error
+        for name in files:
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise CorruptFile(f"{key} of the shared store names a file outside: {name!r}")
+        return FolderRecord(files, about)
+
+
+class SharedFolders:
+    """Folders in a shared store by name, such as ``models/<base>/<name>``: whole or not there."""
+
+    def __init__(self, store: SharedStore) -> None:
+        self.store = store
+
+    def upload(
+        self,
+        name: str,
+        files: Mapping[str, Path],
+        hash_of: Callable[[Path], str] = sha256_of,
+        **about: Any,
+    ) -> FolderRecord:
+        """Put the bytes of ``files`` that are not there yet; :meth:`commit` makes them the folder.
+
+        Blobs of an earlier record stay until then, as it may be the one that is gone on from.
+        """
+        present = {each.key for each in self.store.list(f"{BLOBS}/{name}")}
+        found: dict[str, StoredFile] = {}
+        for path_below, path in files.items():
+            size = path.stat().st_size
+            content = path.read_bytes() if size <= _SMALL else path
+            if isinstance(content, bytes):
+                stored = StoredFile(hashlib.sha256(content).hexdigest(), len(content))
+            else:
+                stored = StoredFile(hash_of(path), size)
+            if (key := self._blob(name, stored)) not in present:
+                self.store.put(key, content)
+                present.add(key)
+            found[path_below] = stored
+        return FolderRecord(found, about)
+
+    def commit(self, name: str, record: FolderRecord) -> None:
+        """Let the folder be what was uploaded; blobs that it does not name go.
+
+        Whoever may not be the only one to write it holds what makes them the only one, such as the row
+        of a lease: the blobs of another's record would go.
+        """
+        self.store.put(self._record(name), json.dumps(record.plain(), indent=1).encode())
+        needed = {self._blob(name, each) for each in record.files.values()}
+        present = [each.key for each in self.store.list(f"{BLOBS}/{name}")]
+        self.store.delete([key for key in present if key not in needed])
+
+    def read(self, name: str) -> FolderRecord | None:
+        """The record of a folder; ``None`` where it is not there.
+
+        Raises:
+            CorruptFile: for what is no record.
+        """
+        key = self._record(name)
+        content = read_shared(self.store, key)
+        return None if content is None else FolderRecord.parse(content, key)
+
+    def fetch(self, name: str, record: FolderRecord, target_of: Callable[[str], Path]) -> bool:
+        """Copy the files of ``record`` to where ``target_of`` says; whether they were all there.
+
+        False where the folder was removed or replaced meanwhile.
+
+        Raises:
+            CorruptFile: where a blob is missing though its record is there, or has other bytes.
+        """
+        for path_below, stored in record.files.items():
+            key = self._blob(name, stored)
+            try:
+                fetch_shared(self.store, key, target_of(path_below), stored)
+            except FileNotFoundError:
+                if self.read(name) != record:
+                    return False
+                raise CorruptFile(
+                    f"{key} of the shared store is missing: {path_below} of {name}. Restore it from a "
+                    "backup of the store, or remove what it belongs to"
+                ) from None
+        return True
+
+    def names(self, below: str) -> set[str]:
+        """Names of the folders below a part of a name."""
+        prefix, ending = f"{RECORDS}/", ".json"
+        keys = (each.key for each in self.store.list(f"{RECORDS}/{below}"))
+        return {key.removeprefix(prefix).removesuffix(ending) for key in keys}
+
+    def remove(self, name: str) -> None:
+        """Remove a folder: its record, then its blobs. What is gone already is no error."""
+        self.store.delete([self._record(name)])
+        self.store.delete([each.key for each in self.store.list(f"{BLOBS}/{name}")])
+
+    @staticmethod
+    def _record(name: str) -> str:
+        return f"{RECORDS}/{name}.json"
+
+    @staticmethod
+    def _blob(name: str, stored: StoredFile) -> str:
+        return f"{BLOBS}/{name}/{stored.sha256}"
+
+
+def shared_folders() -> SharedFolders | None:
+    """The folders in the shared store of this process; ``None`` where nothing is shared."""
+    store = shared_store()
+    return None if store is None else SharedFolders(store)
