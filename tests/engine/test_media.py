@@ -24,11 +24,13 @@ from luthier.data.processors import ImageProcessor, MediaInput, save_processor
 from luthier.data.rows import load_rows
 from luthier.engine import comparison
 from luthier.engine.comparison import describe_quicker
+from luthier.engine.job import with_reading_defaults
 from luthier.engine.loop import Loop
 from luthier.errors import CorruptFile, DataError, Interrupted, RecipeError, RefusedInput
 from luthier.models import layouts
 from luthier.models.layouts import MediaReader
 from luthier.models.load import as_network, load_model
+from luthier.models.manifest import Manifest
 from luthier.models.nets import small_cnn as net
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
@@ -491,3 +493,20 @@ def test_a_run_on_two_views_that_was_killed_goes_on_to_the_same_bits(
     forker.start(killed, [*learn, "--resume"]).result()
     assert losses_of(killed) == losses_of(whole)
     assert weights_of(killed) == weights_of(whole) != {}
+
+
+def test_a_part_of_random_weights_is_warned_of(pictures: Path, base: Path) -> None:
+    stored = store.StoredModel("x", base, Manifest(id="x", kind="image_encoder", source="random:0"))
+
+    def notes(adaptation: str) -> list[str]:
+        fields = {"base": str(base), "data": {"train": str(pictures / "learn")}}
+        recipe = Recipe.parse({**fields, "adaptation": {"method": adaptation}})
+        reporter = Notes()
+        with_reading_defaults(recipe, stored, store.chat_format(stored), reporter)
+        return [note for note in reporter.notes if "random numbers" in note]
+
+    assert not notes("full")
+    assert notes("lora") == [
+        "warning: all weights of x are random numbers, and lora leaves most of them so. `--adaptation "
+        "full` learns them all"
+    ]

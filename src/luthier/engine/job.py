@@ -163,11 +163,16 @@ def with_reading_defaults(
     if recipe.objective is None and own is not None:
         choices.append(("objective", own, f"{base.id} is made for that"))
         recipe = recipe.model_copy(update={"objective": OBJECTIVES[own].model_validate({})})
+    full = ADAPTATIONS["full"].model_validate({})
     if base.manifest.is_random and "adaptation" not in recipe.model_fields_set:
-        full = ADAPTATIONS["full"].model_validate({})
         reason = "all weights of this base are random numbers, so all of them learn"
         choices.append(("adaptation.method", full.method, reason))
         recipe = recipe.model_copy(update={"adaptation": full})
+    elif base.manifest.is_random and type(recipe.adaptation) is not type(full):
+        reporter.note(
+            f"warning: all weights of {base.id} are random numbers, and {recipe.adaptation.method} "
+            "leaves most of them so. `--adaptation full` learns them all"
+        )
     if recipe.data.augmentation is None:
         usual = Augmentation()
         changes = recipe.objective is None or recipe.objective.allows_augmentation
