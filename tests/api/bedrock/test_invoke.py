@@ -15,7 +15,7 @@ from botocore.exceptions import ClientError
 from runtime_service import CALLER, MODEL, TOOL, said, text_of
 
 from luthier.api.bedrock.bodies import parsed_native
-from luthier.api.bedrock.invoke import PromptBody
+from luthier.api.bedrock.invoke import PromptBody, form_of
 from luthier.api.bedrock.runtime import runtime_handlers
 from luthier.api.http.messages import Fault, Request
 from luthier.api.openai.chat import InvokedChat
@@ -206,3 +206,8 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
     messages = re.findall(rb'"bytes": ?"([A-Za-z0-9+/=]+)"', b"".join(stream))
     assert len(messages) > 1
     assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}
+
+
+def test_images_to_embed_are_pointed_to_the_native_face() -> None:
+    with pytest.raises(Fault, match=r"\[inputImage\] is not taken here; POST /api/v1/models"):
+        form_of(MODEL, {"inputImage": "aGk="}, None)

@@ -299,6 +299,10 @@ def form_of(
             return chat(model_id, body)
         except Fault as fault:
             raise malformed_input(fault.message) from fault
+    if "inputImage" in body:
+        raise malformed_input(
+            "[inputImage] is not taken here; POST /api/v1/models/NAME/predictions embeds images"
+        )
     raise malformed_input("required key [prompt], [messages], [inputText] or [taskType] not found")
 
 
