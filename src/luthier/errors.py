@@ -39,6 +39,8 @@ class LuthierError(Exception):
     """Base of all errors raised on purpose. ``exit_code`` is what a command ends with."""
 
     exit_code = 1
+    reported = False
+    """Whether another process of the run raised it, and reported it to this one."""
 
 
 class RefusedInput(LuthierError):
@@ -284,14 +286,25 @@ class Interrupted(LuthierError):
     exit_code = 130
 
 
-def restore_error(name: str, message: str) -> LuthierError | None:
-    """The error of another process, by the name of its class; ``None`` where it was none on purpose.
+def report_error(error: Exception) -> dict[str, str]:
+    """What other processes are told of ``error``: the class to restore and the message, as JSON.
 
-    Of those that carry more than words, and of those from outside, it is the branch.
+    Of a class from another module it is the first of its bases that this module defines.
+    """
+    known = [kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind]
+    return {"error": (known or [type(error).__name__])[0], "message": str(error)}
+
+
+def restore_error(name: str, message: str) -> LuthierError | None:
+    """The error that :func:`report_error` names; ``None`` where nobody raised it on purpose.
+
+    Of a class that carries more than its message it is the branch.
     """
     kind = globals().get(name)
     if not (isinstance(kind, type) and issubclass(kind, LuthierError)) or kind is ProcessLost:
         return None
     if kind.__init__ not in (LuthierError.__init__, RecipeError.__init__):
         kind = RefusedInput if issubclass(kind, RefusedInput) else LuthierError
-    return kind(message)
+    error = kind(message)
+    error.reported = True
+    return error

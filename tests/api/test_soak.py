@@ -1,6 +1,6 @@
 """A server that is used for long holds no more memory than after a while.
 
-    LUTHIER_TEST_MINUTES=5 pytest -m slow tests/api/test_soak.py -s
+    LUTHIER_TEST_MINUTES=30 pytest -m slow tests/api/test_soak.py -s
 
 Streams, hang-ups, embeddings and adapters that are loaded and dropped go on together, each client from
 an address of its own. Memory is the resident set of the server's own process, read twice a second; the
@@ -34,7 +34,7 @@ from luthier.recipe import Recipe
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import new_id, now
 
-MINUTES = float(os.environ.get("LUTHIER_TEST_MINUTES", "30"))
+MINUTES = float(os.environ.get("LUTHIER_TEST_MINUTES", "4"))
 ADAPTERS, NUMBERS = 4, 100
 """So many different words are in the texts: a tokenizer keeps the first 10,000 that it meets in pieces,
 which would look like a leak until they are there."""

@@ -79,10 +79,9 @@ def test_a_node_comes_late_is_lost_and_comes_back(
     file.write_text(to_toml(recipe(training=training).plain()))
     metrics = luthier_home / "runs" / tiny_model_folder.name / "x" / "metrics.jsonl"
 
-    def goes_on() -> bool:
+    def wait_for_steps() -> None:
         before = len(lines(metrics))
-        time.sleep(1)
-        return len(lines(metrics)) > before + 2
+        wait_for(lambda: len(lines(metrics)) > before + 2, *nodes)
 
     def meetings() -> int:  # which of both says so is up to torchrun
         return sum(node.words().count("2 processes share") for node in nodes)
@@ -99,11 +98,11 @@ def test_a_node_comes_late_is_lost_and_comes_back(
             second = Node(port, file, tmp_path / f"second-{number}.log")
             nodes.append(second)
             wait_for(lambda: meetings() == number, *nodes)  # noqa: B023
-            wait_for(goes_on, *nodes)
+            wait_for_steps()
             if number == 1:
                 left = second.kill()
                 assert not psutil.wait_procs(left, timeout=30)[1]  # it trains on for nobody
-                wait_for(goes_on, *nodes)
+                wait_for_steps()
                 assert first.agent.poll() is None
                 assert "process 1 of 2" in first.words() or "process 0 of 2" in first.words()
         for node in nodes:

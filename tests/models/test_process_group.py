@@ -16,7 +16,7 @@ import pytest
 from torch.distributed import HashStore
 
 from luthier.errors import ProcessLost
-from luthier.models.process_group import _enter_round
+from luthier.models.process_group import ProcessGroup, Rendezvous, _enter_round, _explain
 
 SCRIPT = Path(__file__).parents[1] / "plugins" / "group_member.py"
 
@@ -54,6 +54,7 @@ def reports_of(fault: str, size: int, folder: Path, seconds: int) -> list[Any]:
         ("SIGSTOP", 3, 3, "ProcessLost", "gave no answer for 3 seconds.*hangs.*last checkpoint"),
         ("bug", 2, 100, "ProcessLost", "failed: KeyError: 'nothing of that name'"),
         ("refusal", 2, 100, "DiskFull", "the disk of /scratch is full"),
+        ("plugin", 2, 100, "RefusedInput", "nothing fits"),
         ("no space", 2, 100, "DiskFull", "No space left on device: '/scratch/rows'"),
     ],
 )
@@ -67,6 +68,28 @@ def test_all_others_name_the_process_that_fails(
         assert re.search(rf"process {last} of {size} \(pid {pid} on {socket.gethostname()}\)", said)
         assert re.search(words, said)
         assert ranks == ([last] if kind == "ProcessLost" else [])
+
+
+def test_a_refusal_before_they_meet_is_the_same_error_in_all(tmp_path: Path) -> None:
+    for name, said, *_ in reports_of("early refusal", 3, tmp_path, 100):
+        assert (name, said) == ("DiskFull", "process 2: the disk of /scratch is full")
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "words"),
+    [
+        (2, "Connection closed by peer", r"process 1 of 2 .* ended by surprise"),
+        (3, "Connection closed by peer", r"no word from process 1 of 3 .*, process 2 of 3"),
+        (2, "gloo: something else", r"no word from process 1 of 2"),
+    ],
+)
+def test_silence_alone_is_no_surprising_end(size: int, error: str, words: str) -> None:
+    """Who computes still has no report, either."""
+    members = [{"host": "here", "pid": rank} for rank in range(size)]
+    rendezvous = Rendezvous(HashStore(), members, 1.0)
+    lost = _explain(ProcessGroup(0, size), rendezvous, RuntimeError(error), {})
+    assert isinstance(lost, ProcessLost) and lost.ranks == {*range(1, size)}
+    assert re.search(words, str(lost))
 
 
 def enter_round(store: HashStore, rank: int, found: dict[int, Any]) -> threading.Thread:
@@ -101,3 +124,20 @@ def test_a_process_that_does_not_begin_is_named() -> None:
     assert lost.value.ranks == {1, 2}
     with pytest.raises(ProcessLost, match=r"process 1 of 3 waited.*in vain for process 0"):
         _enter_round(HashStore(), 1, 3, 0.1)
+
+
+def test_all_name_the_same_process_that_does_not_begin() -> None:
+    store = HashStore()
+    found: dict[int, Any] = {}
+
+    def enter(rank: int) -> None:
+        with pytest.raises(ProcessLost, match="in vain for process 1 to begin") as lost:
+            _enter_round(store, rank, 3, 1.0)
+        found[rank] = lost.value.ranks
+
+    threads = [threading.Thread(target=enter, args=(rank,)) for rank in (0, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: {1}, 2: {1}}

@@ -14,16 +14,22 @@ from pathlib import Path
 
 import torch
 
-from luthier.errors import DiskFull, LuthierError
+from luthier.errors import DiskFull, LuthierError, RefusedInput
 from luthier.models.process_group import ProcessGroup
 
 
+class PluginError(RefusedInput):
+    """An error that other processes do not know."""
+
+
 def fail(fault: str) -> None:
-    """What the last process does in its third exchange."""
+    """What the last process does in its third exchange, or before it meets the others."""
     if fault in ("SIGKILL", "SIGSTOP"):
         os.kill(os.getpid(), getattr(signal, fault))
     if fault == "bug":
         raise KeyError("nothing of that name")
+    if fault == "plugin":
+        raise PluginError("nothing fits")
     if fault == "no space":
         raise OSError(28, "No space left on device", "/scratch/rows")
     raise DiskFull("the disk of /scratch is full")
@@ -38,7 +44,9 @@ def main(fault: str, folder: Path) -> None:
         time.sleep(0.02)
     try:
         with group.shared_errors():
-            group.connect()
+            if fault == "early refusal" and group.rank == group.size - 1:
+                fail(fault)
+            group.agree()
             (folder / f"pid-{group.rank}").write_text(str(os.getpid()))
             for step in range(100):
                 if step == 3 and group.rank == group.size - 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from decoding import MEMORY, answer, asked
@@ -11,8 +12,9 @@ from decoding import MEMORY, answer, asked
 from luthier.models.manifest import Manifest
 from luthier.models.speculation import Speculation
 from luthier.serving import latency
-from luthier.serving.decoder import Decoder
-from luthier.serving.latency import BOUNDS, OTHER, AnswerLatency, Histogram, LatencyTable
+from luthier.serving.decoder import Decoder, RunningAnswer
+from luthier.serving.inference import InferenceFailed
+from luthier.serving.latency import BOUNDS, OTHER, AnswerLatency, LatencyHistogram, LatencyTable
 from luthier.serving.memory import CacheBudget
 from luthier.store.models import StoredModel, find
 
@@ -26,7 +28,7 @@ def decoder(tiny_model_folder: Path, in_float32: None) -> Decoder:
 
 
 def test_a_histogram_counts_up_to_each_bound() -> None:
-    made = Histogram()
+    made = LatencyHistogram()
     for seconds in (0.0, BOUNDS[0], BOUNDS[0] + 1e-9, BOUNDS[-1] + 1):
         made.observe(seconds)
     counts, total = made.read()
@@ -39,8 +41,8 @@ def test_labels_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     table = LatencyTable(lambda stored: stored.id)
     models = [StoredModel(str(n), Path(str(n)), Manifest(id=str(n))) for n in range(6)]
     found = [table.of(each) for each in models]
-    assert list(table.labels()) == ["0", "1", "2", OTHER]
-    assert found[3] is found[4] is found[5] is table.labels()[OTHER]
+    assert list(table.by_label()) == ["0", "1", "2", OTHER]
+    assert found[3] is found[4] is found[5] is table.by_label()[OTHER]
     assert table.of(models[1]) is found[1]
 
 
@@ -60,14 +62,35 @@ def test_a_wait_for_a_turn_is_part_of_the_first_token(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = decoder.memory.take
-    until = time.monotonic() + 0.3
-    monkeypatch.setattr(
-        decoder.memory, "take", lambda *each: time.monotonic() > until and taken(*each)
-    )
+    refused: list[float] = []
+
+    def take(*each: Any) -> bool:
+        if len(refused) < 3:
+            refused.append(time.perf_counter())
+            return False
+        return taken(*each)
+
+    monkeypatch.setattr(decoder.memory, "take", take)
     answer(decoder, asked("Hi", max_tokens=3, **SAME))
     decoder.close()
-    assert decoder.latency.first_token.read()[1] >= 0.25
+    assert decoder.latency.first_token.read()[1] > refused[-1] - refused[0] > 0
     assert sum(decoder.latency.between_tokens.read()[0]) == 2
+
+
+def test_a_token_that_ends_an_answer_or_fails_is_not_measured(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = decoder.chat.stop_ids[0]
+    answer(decoder, asked("Hi", logit_bias={stop: 100.0}))
+
+    def fail(*_: Any) -> None:
+        raise InferenceFailed("ModelError", "no score")
+
+    monkeypatch.setattr(RunningAnswer, "_score", fail)
+    with pytest.raises(InferenceFailed):
+        answer(decoder, asked("Hi", **SAME))
+    decoder.close()
+    assert sum(decoder.latency.first_token.read()[0]) == 0
 
 
 def test_guesses_are_counted_once_an_answer_has_ended(decoder: Decoder) -> None:

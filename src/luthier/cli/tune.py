@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -100,9 +101,12 @@ def tune(
     # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
+        from luthier.engine.processes import has_agent, watch_agent
         from luthier.store.models import find
         from luthier.workflows.tuning import tune as run
 
+    if has_agent():
+        watch_agent(os.getppid())
     group = ProcessGroup.of_environment()
     if group.rank:  # a launcher started several; the first one speaks
         try:

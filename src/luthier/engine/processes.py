@@ -31,6 +31,7 @@ from luthier.errors import (
     LuthierError,
     ProcessLost,
     RecipeError,
+    report_error,
     restore_error,
 )
 from luthier.files import read_json, write_json
@@ -134,7 +135,7 @@ def work(folder: Path) -> None:
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
-    if first and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+    if first and restart_count():
         reason = "a process ended by surprise; all go on from the last checkpoint"
         if (folder / _LOST).is_file():
             reason = read_json(folder / _LOST)
@@ -150,7 +151,7 @@ def work(folder: Path) -> None:
         print(error, file=sys.stderr)
         sys.exit(1)
     except LuthierError as error:  # which no new start would mend
-        outcome = {"error": type(error).__name__, "message": str(error)}
+        outcome = report_error(error)
     if first:
         write_json(folder / _OUTCOME.format(0), outcome)
     elif "error" in outcome:
@@ -206,9 +207,19 @@ def launch_id() -> str:
     return "" if given == "none" else given  # what torchrun says without one
 
 
+def has_agent() -> bool:
+    """Whether an agent of torchrun started this process, and is its parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restart_count() -> int:
+    """How often an agent of torchrun has started the processes of this node again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def started_again() -> bool:
     """Whether this process stands for one that failed, as an agent of torchrun without an id says."""
-    return not launch_id() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return not launch_id() and restart_count() > 0
 
 
 class _EventWriter(Reporter):

@@ -218,10 +218,13 @@ class BaseRun(Run):
             shutil.rmtree(self.folder / part, ignore_errors=True)
 
 
-def automatic_name(base: str, data: Source, resume: bool, parent: Path | None = None) -> str:
+def automatic_name(
+    base: str, data: Source, resume: bool, parent: Path | None = None, launch: str = ""
+) -> str:
     """A name for a run that was given none: the data file's, with the first free number.
 
-    With ``resume`` it is the last one that was given out, so that the same command goes on.
+    With ``resume`` it is the last one that was given out, so that the same command goes on; that of the
+    last run on which the processes of ``launch`` worked comes before it, where there is one.
     ``parent`` is the folder whose names are looked at: that of the runs, if not another.
     """
     import re
@@ -234,7 +237,12 @@ def automatic_name(base: str, data: Source, resume: bool, parent: Path | None = 
             for folder in parent.glob(f"{stem}-*")
         ]
         if taken := [int(match[1]) for match in matches if match]:
-            return f"{stem}-{max(taken)}"
+            own = [
+                number
+                for number in taken
+                if launch and Run(base, f"{stem}-{number}").read_launch() == launch
+            ]
+            return f"{stem}-{max(own or taken)}"
     number = 1
     while True:
         name = f"{stem}-{number}"

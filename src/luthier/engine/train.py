@@ -124,8 +124,10 @@ def _train_first(
     # A model tuned further keeps the name of the base model at the bottom of its lineage.
     launch, name = launch_id(), recipe.name
     if launch:  # nodes that join and leave start all processes again, too
-        before = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume=True))
-        resume = resume or before.read_launch() == launch
+        last = automatic_name(base.root, recipe.data.train, resume=True, launch=launch)
+        before = Run(base.root, name or last)
+        if before.read_launch() == launch:
+            resume, name = True, before.name
     run = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume))
     with run.lock():
         try:

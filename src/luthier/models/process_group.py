@@ -31,7 +31,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import DiskFull, LuthierError, ProcessLost, ReadOnlyDisk, restore_error
+from luthier.errors import (
+    DiskFull,
+    LuthierError,
+    ProcessLost,
+    ReadOnlyDisk,
+    report_error,
+    restore_error,
+)
 from luthier.files import waits_for_disk
 from luthier.printable import list_some
 
@@ -46,6 +53,8 @@ TIMEOUT = "LUTHIER_COLLECTIVE_TIMEOUT"
 TIMEOUT_SECONDS = 1800.0
 REPORT_SECONDS = 5.0
 """Which the processes of a group have to say what became of them, after an exchange has failed."""
+_CLOSED = ("Connection closed", "Connection reset", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say of a connection that the other side closed."""
 _GOES_ON = "Started again, the run goes on from its last checkpoint"
 
 
@@ -139,14 +148,16 @@ class ProcessGroup:
         """Connect, and go on only where no process has a ``problem``.
 
         Raises:
-            LuthierError: that of the first process that has one, where this one has none.
+            LuthierError: that of the first process that has one, where this one has none; of the
+                same class.
         """
         if self.size == 1:
             return
         self.connect()
-        for rank, message in enumerate(self.gather(str(problem) if problem else None)):
-            if message is not None and problem is None:
-                raise LuthierError(f"process {rank}: {message}")
+        for rank, report in enumerate(self.gather(report_error(problem) if problem else None)):
+            if report is not None and problem is None:
+                message = f"process {rank}: {report['message']}"
+                raise restore_error(report["error"], message) or LuthierError(message)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -172,7 +183,9 @@ class ProcessGroup:
             traceback.clear_frames(error.__traceback__)
             with _ignore_sigterm():
                 if not _is_exchange_failure(error):
-                    if waits_for_disk(error):  # whose disk that is, its path alone does not say
+                    reported = isinstance(error, LuthierError) and error.reported
+                    # Whose disk that is, its path alone does not say.
+                    if waits_for_disk(error) and not reported:
                         kind = ReadOnlyDisk if isinstance(error, ReadOnlyDisk) else DiskFull
                         full = kind(f"{_rendezvous.name(self.rank)}: {error}")
                         _collect_reports(self, _rendezvous, full, wait=False)
@@ -293,32 +306,40 @@ def _enter_round(
     wrote into it. What it tells its processes does not say which start it is: the count of restarts
     leaves out those for nodes that come and go, and is of one node alone. So the first process opens a
     round under a random name, and who enters it waits until it is among those that the first one names.
+    Meanwhile the first one publishes who is missing, so that all name the same processes.
 
     Raises:
         ProcessLost: where not all are there after ``seconds``.
     """
     own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     deadline = time.monotonic() + seconds
-    missing, entered = [0], ""
+    missing, entered = [0] if rank else [*range(1, size)], ""
     if rank == 0:
         entered = str(own["id"])
         store.set("round", entered)
     while time.monotonic() < deadline:
         if rank == 0:
-            missing = [n for n in range(1, size) if not store.check([f"{entered}/{n}"])]
-            if not missing:
+            absent = [n for n in range(1, size) if not store.check([f"{entered}/{n}"])]
+            if not absent:
                 others = [json.loads(store.get(f"{entered}/{n}")) for n in range(1, size)]
                 store.set(f"{entered}/members", json.dumps([own, *others]))
                 return entered, [own, *others]
+            if absent != missing:
+                missing = absent
+                store.set(f"{entered}/missing", json.dumps(missing))
         elif store.check(["round"]):
             opened = store.get("round").decode()
             if opened != entered:
                 store.set(f"{opened}/{rank}", json.dumps(own))
-                entered = opened
+                entered, missing = opened, [0]
             if store.check([f"{opened}/members"]):
                 members = json.loads(store.get(f"{opened}/members"))
                 if own in members:  # else it is a round of processes that were here before
                     return opened, members
+            elif store.check([f"{opened}/missing"]):
+                absent = json.loads(store.get(f"{opened}/missing"))
+                # Who would miss this one, which is there, has gone itself.
+                missing = [0] if rank in absent else absent
         time.sleep(0.02)
     raise ProcessLost(
         f"process {rank} of {size} waited {seconds:g} seconds ({TIMEOUT}) in vain for "
@@ -348,7 +369,7 @@ def _collect_reports(
     """
     from torch import distributed
 
-    report = {} if error is None else {"error": type(error).__name__, "message": str(error)}
+    report = {} if error is None else report_error(error)
     reports: dict[int, Mapping[str, str]] = {}
     others = [rank for rank in range(group.size) if rank != group.rank]
 
@@ -400,9 +421,11 @@ def _explain(
             f"its machine does: look there, and end what is left of it. {_GOES_ON}"
         )
         return ProcessLost(text, lost)
-    text = (
-        f"{names} ended by surprise: it was killed, as for want of memory, or its machine is gone"
-    )
+    if len(lost) == 1 and any(words in str(error) for words in _CLOSED):
+        cause = "it was killed, as for want of memory, or its machine is gone"
+        text = f"{names} ended by surprise: {cause}"
+    else:  # one of them may be computing still
+        text = f"no word from {names} after an exchange failed: {error}. Look at the output there"
     return ProcessLost(f"{text}. {_GOES_ON}", lost)
 
 

@@ -129,8 +129,9 @@ class RunningAnswer:
         self.last, self.count, self.done = 0, 0, False
         self.last_step = 0
         """The number of the model's step that wrote its last token."""
-        self.written: float | None = None
-        """When that was; ``None`` before the first."""
+        self.last_token_at: float | None = None
+        """When that was, or a pause ended in which its client read too slowly, in seconds of
+        ``time.perf_counter``; ``None`` before the first token."""
         self._stop_ids, self._token_bytes = frozenset(chat.stop_ids), token_bytes
         self._sampler = TokenSampler(request, seed, index, job.ids_T, matcher)
         self._matcher = matcher
@@ -572,7 +573,7 @@ class Decoder:
                 job.unread = unread
                 (self._scheduler.leave if unread else self._scheduler.enter)(job.client)
                 for answer in job.answers:
-                    answer.written = time.perf_counter()
+                    answer.last_token_at = time.perf_counter()
 
     def _read(self) -> None:
         """A few chunks of prompts, in turns; one where another request has come meanwhile."""
@@ -687,6 +688,7 @@ class Decoder:
     def _advance(self, answer: RunningAnswer, logits_V: Tensor, best: int | None) -> None:
         if answer.job.cancelled:  # between any two answers: one may take long
             return
+        count = answer.count
         try:
             answer.advance(logits_V, best)
         except Exception as error:
@@ -700,18 +702,19 @@ class Decoder:
                 failed = InferenceFailed("ModelError", f"The model failed: {type(error).__name__}.")
             answer.job.events.put(failed)
             answer.job.cancelled = answer.done = True
-        self._measure(answer)
+        if answer.count > count:  # a token that ends an answer is none of it
+            self._measure(answer)
         if answer.done:
             self._end_state(answer)
 
     def _measure(self, answer: RunningAnswer) -> None:
-        """A token of it was written."""
+        """Observe the time of a token that was written to it."""
         moment, latency = time.perf_counter(), answer.job.model.latency
-        if answer.written is not None:
-            latency.between_tokens.observe(moment - answer.written)
+        if answer.last_token_at is not None:
+            latency.between_tokens.observe(moment - answer.last_token_at)
         elif answer.index == 0:
             latency.first_token.observe(moment - answer.job.arrived)
-        answer.written = moment
+        answer.last_token_at = moment
 
     def _end_state(self, answer: RunningAnswer) -> None:
         state, answer.state = answer.state, None

@@ -1,4 +1,5 @@
-"""How soon models write, and how well that is guessed, as monitoring reads it: by a label of the model.
+"""What monitoring reads of models by label: the latency of their tokens, and how many of the tokens
+that were proposed ahead (speculative decoding) the model accepted.
 
 Labels are few whatever clients ask for: who makes the table says which model has which, and those
 beyond :data:`MOST_LABELS` are counted together.
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
 
 BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Seconds: from a token that was guessed right to a first one behind a long prompt and a queue."""
+"""Upper bounds of the buckets of all histograms, in seconds: from a token that was guessed right, or a
+read of the control plane, to a long answer of a model."""
 MOST_LABELS = 100
 OTHER = "other"
 
 
-class Histogram:
+class LatencyHistogram:
     """How often something took how long. Safe to share between threads."""
 
     def __init__(self) -> None:
@@ -47,9 +49,9 @@ class AnswerLatency:
     """What is measured of all answers of one label. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self.first_token = Histogram()
+        self.first_token = LatencyHistogram()
         """From a request, its prompt tokenized, to its first token: it waits, its prompt is read."""
-        self.between_tokens = Histogram()
+        self.between_tokens = LatencyHistogram()
         """From one token of an answer to its next; no pause while its client reads too slowly."""
         self._lock = threading.Lock()
         self._speculation = Speculation()
@@ -82,7 +84,7 @@ class LatencyTable:
                 label = OTHER
             return self._labels.setdefault(label, AnswerLatency())
 
-    def labels(self) -> dict[str, AnswerLatency]:
+    def by_label(self) -> dict[str, AnswerLatency]:
         """All there are."""
         with self._lock:
             return {**self._labels}

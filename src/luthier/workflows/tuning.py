@@ -11,11 +11,10 @@ are off where they are not asked for: measuring takes as long as a small tuning 
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from luthier.engine.metrics import Reporter
-from luthier.engine.processes import train_in_processes, watch_agent
+from luthier.engine.processes import train_in_processes
 from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
@@ -47,8 +46,6 @@ def tune(
     if limits is not None:
         load_probes(limits.probes)  # refused before anything is trained
     group = ProcessGroup.of_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        watch_agent(os.getppid())
     if processes != 1:
         if group.size > 1:
             raise RecipeError(

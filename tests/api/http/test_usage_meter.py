@@ -78,5 +78,5 @@ def test_metrics_name_models_of_accounts_only_where_they_name_accounts(
     service = Service(Settings(metrics_by_account=by_account))
     for name, root in roots.items():
         service.pool.latencies.of(StoredModel(name, Path(), Manifest(id=name, root=root)))
-    assert list(service.pool.latencies.labels()) == list(dict.fromkeys(expected))
+    assert list(service.pool.latencies.by_label()) == list(dict.fromkeys(expected))
     service.close()

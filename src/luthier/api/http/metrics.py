@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 
 from luthier.api.http.streams import Receive, Send
-from luthier.serving.latency import BOUNDS, OTHER, Histogram, LatencyTable
+from luthier.serving.latency import BOUNDS, OTHER, LatencyHistogram, LatencyTable
 from luthier.store.database import Database, now
 from luthier.store.storage import Storage
 from luthier.store.usage import CountUsage, Usage, add_usage, training_seconds
@@ -38,8 +38,6 @@ WRITE_SECONDS = 60.0
 """How often counts are written."""
 MOST_ACCOUNTS = 1000
 """Accounts that metrics tell apart; all others are one, so that no scrape grows without end."""
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-"""Seconds: from a read of the control plane to a long answer of a model."""
 
 _COUNTERS = {
     "requests": "Requests of the account's keys, and lines of its batches.",
@@ -123,7 +121,7 @@ class Metrics:
         )  # fmt: skip
         self._seconds = Histogram(
             "luthier_request_seconds", "From the first byte of a request to the last of its answer.",
-            ["face", "operation"], buckets=_BUCKETS, registry=self._registry,
+            ["face", "operation"], buckets=BOUNDS, registry=self._registry,
         )  # fmt: skip
         self._registry.register(_Gauges(gauges))
         self._count = count
@@ -206,16 +204,16 @@ class LatencyMetrics:
             "Those of them that the model wrote.",
             labels=["model"],
         )
-        for label, latency in self._table.labels().items():
-            first.add_metric([label], *_cumulated(latency.first_token))
-            between.add_metric([label], *_cumulated(latency.between_tokens))
+        for label, latency in self._table.by_label().items():
+            first.add_metric([label], *_cumulative_buckets(latency.first_token))
+            between.add_metric([label], *_cumulative_buckets(latency.between_tokens))
             guessed = latency.speculation
             proposed.add_metric([label], guessed.proposed)
             accepted.add_metric([label], guessed.accepted)
         yield from (first, between, proposed, accepted)
 
 
-def _cumulated(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+def _cumulative_buckets(histogram: LatencyHistogram) -> tuple[list[tuple[str, float]], float]:
     """Its buckets as Prometheus has them, each with all that is below it, and the sum."""
     counts, seconds = histogram.read()
     names = (*map(str, BOUNDS), "+Inf")
