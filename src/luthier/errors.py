@@ -17,6 +17,7 @@
     │   └── ObjectRefused       what the object store does not do; carries S3's name for it
     ├── ReadOnlyDisk            the disk takes no more writes; when it does again it would go on
     ├── DownloadError           a source could not be read, or gave other bytes than pinned
+    ├── UploadError             a model could not be put where others fetch it
     ├── CorruptFile             a stored file no longer matches its recorded hash
     ├── GradingFailed           a grader raised, hung, or gave no score; carries each problem
     ├── Diverged                the loss is no longer a finite number

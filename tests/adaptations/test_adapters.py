@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import luthier
 from luthier.adaptations import Adapters, BitFit
 from luthier.adaptations.adapter_layer import Bottleneck, ConvBottleneck
 from luthier.errors import RecipeError
@@ -17,6 +18,7 @@ from luthier.models.heads import Head
 from luthier.models.load import load_model
 from luthier.models.modalities import input_shape, run_media
 from luthier.objectives import MaskedLM
+from luthier.store.models import adaptation_of, find
 
 CPU = torch.device("cpu")
 
@@ -204,3 +206,24 @@ def test_bitfit_says_what_to_use_where_there_are_no_biases(
 ) -> None:
     with pytest.raises(RecipeError, match=r"type llama have none\. Use lora"):
         BitFit().attach(tiny_llama())
+
+
+def test_the_record_names_the_placement_that_was_taken(
+    family_folder: Callable[[str], Path], luthier_home: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "row {n}", "label": "{n % 2}"}}\n' for n in range(8)))
+    recipe = luthier.Recipe.parse(
+        {
+            "base": str(family_folder("bert")), "name": "x", "adaptation": {"method": "adapters"},
+            "data": {"train": str(rows), "validation_share": 0},
+            "training": {"max_steps": 1, "precision": "float32", "threads": 1},
+        }
+    )  # fmt: skip
+    stored = find(luthier.tune(recipe).model_id)
+    assert adaptation_of(stored).placement == "pfeiffer"
+    for family, placement in {"resnet": "houlsby", "vgg": "pfeiffer"}.items():
+        model = load_model(family_folder(family), torch.float32, CPU, Head("embedding"))
+        assert Adapters().bind_network(model).placement == placement
+        given = Adapters(placement="pfeiffer").bind_network(model)
+        assert given.placement == "pfeiffer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from command_line import Answer
 from PIL import Image
 
 import luthier
+from luthier.models.catalog import CATALOG, pull
 
 TEXTS = ["the quick brown fox", "my card has not arrived", "the lazy dog", "what is the capital"]
 
@@ -133,10 +135,75 @@ def test_rows_that_cannot_be_embedded_are_named(
     assert "odd.jsonl:1:" in said and "or the embeddings alone (.npy)" in said
     said = refusal({}, {"page": 3}, output=table)
     assert 'odd.jsonl:1: [convert.container] The row has no "page"' in said
+    said = refusal({"page": 3}, {"page": 4.5}, {"page": "five"}, output=table)
+    assert "odd.jsonl:3: [convert.container] The row has a value that does not fit" in said
+    assert 'the column "page"' in said and "odd.jsonl:1" not in said
     answer = Answer("embed", model_id, str(photos), "--output", str(target))
     assert answer.code == 2 and "photos:1: [" in answer.err and not target.exists()
     answer = Answer("embed", model_id, str(tmp_path / "gone.jsonl"), "--output", str(target))
     assert answer.code == 2 and "gone.jsonl" in answer.err
+
+
+def test_tables_keep_what_their_cells_hold(
+    tuned: Callable[..., str], rows: Path, tmp_path: Path
+) -> None:
+    model_id, given = tuned(rows, "bert"), tmp_path / "given.parquet"
+    days = [[date(2026, 1, day)] for day in (1, 2)]
+    columns = {"text": TEXTS[:2], "days": days, "share": [0.5, float("nan")], "note": [None, None]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), given)
+    target = tmp_path / "out.jsonl"
+    for command in (["embed", model_id], ["predict", model_id, "--input"]):
+        refused = Answer(*command, str(given), "--output", str(target)).refused()
+        assert 'given.parquet:2: [convert.container] The row has a value in the field "share"' in (
+            refused
+        )
+        said = "embedded" if command[0] == "embed" else "predicted"
+        assert f"nothing was {said}" in refused and not target.exists()
+    table = tmp_path / "out.parquet"
+    Answer("embed", model_id, str(given), "--output", str(table)).good()
+    first, second = pyarrow.parquet.read_table(table).to_pylist()
+    assert first["days"] == ["2026-01-01"] and first["note"] is None
+    assert np.isnan(second["share"]) and len(second["embedding"]) == 32
+
+    # What predict wrote has a field that only predict reserves.
+    predicted = tmp_path / "predicted.jsonl"
+    Answer("predict", model_id, "--input", str(rows), "--output", str(predicted)).good()
+    Answer("embed", model_id, str(predicted), "--output", str(target)).good()
+    assert {"predicted", "embedding"} <= json.loads(target.read_text().splitlines()[0]).keys()
+
+
+def test_all_files_that_cannot_be_read_are_named(
+    tuned: Callable[..., str], photos: Path, tmp_path: Path
+) -> None:
+    model_id, target = tuned(photos, "small_cnn"), tmp_path / "out.npy"
+    (photos / "above" / "1.png").write_bytes(b"no image")
+    whole = (photos / "left" / "0.png").read_bytes()
+    (photos / "left" / "0.png").write_bytes(whole[: len(whole) // 2])
+    refused = Answer("embed", model_id, str(photos), "--output", str(target)).refused()
+    assert "2 problems in the data; nothing was embedded" in refused
+    assert "photos/above/1.png: " in refused and "photos/left/0.png: " in refused
+    assert "Replace the file" in refused and not target.exists()
+    query = str(photos / "left" / "1.png")
+    refused = Answer("nearest", model_id, str(photos), query).refused()
+    assert "2 problems in the data; nothing was looked up" in refused
+    refused = Answer("predict", model_id, "--input", str(photos)).refused()
+    assert "2 problems in the data; nothing was predicted" in refused
+
+
+def test_embeddings_of_random_weights_are_remarked(
+    tuned: Callable[..., str], photos: Path, luthier_home: Path, tmp_path: Path
+) -> None:
+    folder = luthier_home / "models" / "base" / "small-cnn"
+    pull(CATALOG["small-cnn"], folder, lambda text: None)
+    target, query = tmp_path / "out.npy", str(photos / "left" / "1.png")
+    for command in (
+        ["embed", "small-cnn", str(photos), "--output", str(target)],
+        ["nearest", "small-cnn", str(photos), query],
+    ):
+        assert "small-cnn has random weights" in Answer(*command).good().err
+    model_id = tuned(photos, "small_cnn")
+    answer = Answer("embed", model_id, str(photos), "--output", str(target)).good()
+    assert "random" not in answer.err
 
 
 def test_a_pair_is_embedded_where_one_side_is_set_aside(

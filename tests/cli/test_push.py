@@ -133,11 +133,21 @@ def test_a_public_repository_is_asked_for(hub: HubUploads) -> None:
 
 
 @pytest.mark.usefixtures("online")
+def test_a_private_repository_does_not_become_public(hub: HubUploads) -> None:
+    hub.private[REPOSITORY] = True
+    refused = push("--public").refused()
+    assert f"{REPOSITORY} is there already, and private" in refused and "--public" in refused
+    assert hub.private == {REPOSITORY: True} and not hub.files and not hub.objects
+
+
+@pytest.mark.usefixtures("online")
 def test_an_adapter_names_its_base_and_no_folder_of_this_machine(
     hub: HubUploads, own_home: Path, data: Path, tiny_model_folder: Path
 ) -> None:
     Answer(*memorise(tiny_model_folder, data, "thin", "lora", 0.01)).good()
-    done = push("--json", model="tiny-llama:thin").good().json()
+    answer = push("--json", model="tiny-llama:thin").good()
+    assert f"{tiny_model_folder.name}, which the adapter needs, is no repository" in answer.err
+    done = answer.json()
     assert "adapter_model.safetensors" in done["files"] and "model.safetensors" not in done["files"]
     found = uploaded(hub)
     config = json.loads(found["adapter_config.json"])

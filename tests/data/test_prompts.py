@@ -145,7 +145,7 @@ def test_rows_that_nothing_can_be_read_of_are_named(
     path: Path, row: dict[str, Any], rule: str, fix: str
 ) -> None:
     with pytest.raises(DataError) as refused:
-        load_inputs(write(path, {"text": "fine"}, row))
+        load_inputs(write(path, {"text": "fine"}, row), reserved="predicted")
     (problem,) = refused.value.problems
     assert (problem.line, problem.rule) == (2, rule)
     assert fix in problem.fix

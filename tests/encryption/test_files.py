@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,15 @@ def test_a_folder_goes_to_the_store_and_back(
 
 def test_a_plain_store_works_in_place(luthier_home: Path) -> None:
     assert memory.working(luthier_home / "jobs/x") == luthier_home / "jobs/x"
+    with memory.scratch_folder() as scratch:
+        assert scratch.is_relative_to(tempfile.gettempdir())
+
+
+def test_scratch_of_an_encrypted_store_is_in_memory(ring: Keyring) -> None:
+    with memory.scratch_folder() as scratch:
+        assert scratch.is_relative_to(memory.memory())
+        (scratch / "x").write_bytes(b"plain")
+    assert not scratch.exists()
 
 
 def test_a_folder_that_is_not_in_memory_is_refused(

@@ -23,18 +23,21 @@ from luthier.cli.app import app
 from luthier.errors import CorruptFile, RecipeError
 from luthier.files import hashes_of, read_json, sha256_of, write_json
 from luthier.models import gguf
+from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST, OWN_FILES, Manifest
 from luthier.store.models import StoredModel, content_hash, find
 from luthier.store.reports import reports_of, write_report
 from luthier.workflows.certificate import certificate
 from luthier.workflows.certificate.certificate import (
     Certificate,
+    Relative,
     certificate_schema,
     make_certificate,
     read_certificate,
 )
 from luthier.workflows.certificate.compute import base_flops, training_flops
 from luthier.workflows.certificate.endpoint import prompts_of
+from luthier.workflows.certificate.formats import hub_name
 from luthier.workflows.certificate.page import page
 
 ID = "tiny:x"
@@ -385,6 +388,20 @@ def test_a_model_card_is_read_by_the_hub_s_own_library(home: Path) -> None:
     assert card.data.base_model == "tiny" and card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-generation"
     assert made.content_sha256 in card.text and "rows.jsonl" in card.text
+
+
+def test_a_base_from_a_package_is_named_by_its_repository() -> None:
+    for name, repository in {
+        "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+        "small-cnn": "small-cnn",
+    }.items():
+        known = CATALOG[name].manifest()
+        assert hub_name(Relative(id=name, part="parent", source=known.source)) == repository
+    # Something else was put under the name.
+    other = Relative(id="all-minilm-l6-v2", part="parent", source="hub:anna/other")
+    assert hub_name(other) == "anna/other"
+    assert hub_name(other.model_copy(update={"source": None})) == "all-minilm-l6-v2"
 
 
 def test_a_bill_of_materials_follows_the_schema_of_cyclonedx(home: Path) -> None:

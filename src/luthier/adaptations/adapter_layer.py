@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,16 @@ from luthier.models.row_adapters import LayerWrapper, RowUpdate
 class _ResidualBottleneck(LayerWrapper):
     """A frozen layer, and after it ``y + up(activation(down(y)))``."""
 
+    new_layer: ClassVar[Callable[..., nn.Module]]
+    """Makes one of its two layers, of inputs and outputs."""
     adapter_down: Any
     adapter_up: Any
 
-    def __init__(self, base: nn.Module, down: nn.Module, up: nn.Module, activation: str) -> None:
+    def __init__(self, base: Any, hidden: int, width: int, activation: str) -> None:
         super().__init__(base)
-        self.adapter_down, self.adapter_up = down, up
+        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
+        self.adapter_down = self.new_layer(hidden, width, **like)
+        self.adapter_up = self.new_layer(width, hidden, **like)
         self.activation = nn.GELU() if activation == "gelu" else nn.ReLU()
         # Drawn in float32, so that a seed gives the same start in every precision.
         start = torch.empty(self.adapter_down.weight.shape).normal_(std=0.02)
@@ -41,10 +45,7 @@ class _ResidualBottleneck(LayerWrapper):
 class Bottleneck(_ResidualBottleneck):
     """After a projection; ``[..., in]`` to ``[..., hidden]``."""
 
-    def __init__(self, base: Any, hidden: int, width: int, activation: str) -> None:
-        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
-        down, up = nn.Linear(hidden, width, **like), nn.Linear(width, hidden, **like)
-        super().__init__(base, down, up, activation)
+    new_layer = nn.Linear
 
     def row_updates(self) -> Sequence[RowUpdate]:
         """The bottleneck of what the projection gives (see :mod:`luthier.models.row_adapters`)."""
@@ -57,10 +58,10 @@ class Bottleneck(_ResidualBottleneck):
 class ConvBottleneck(_ResidualBottleneck):
     """After a convolution, of 1 x 1 convolutions; ``[R, C, H, W]`` to ``[R, C', H', W']``."""
 
+    new_layer = staticmethod(partial(nn.Conv2d, kernel_size=1))
+
     def __init__(self, base: Any, channels: int, width: int, activation: str) -> None:
-        like: dict[str, Any] = {"dtype": base.weight.dtype, "device": base.weight.device}
-        down, up = nn.Conv2d(channels, width, 1, **like), nn.Conv2d(width, channels, 1, **like)
-        super().__init__(base, down, up, activation)
+        super().__init__(base, channels, width, activation)
         # MobileNetV2 asks for these before it calls a layer, and fills up the image by them.
         self.kernel_size, self.stride, self.dilation = base.kernel_size, base.stride, base.dilation
 

@@ -15,7 +15,7 @@ beside them.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -64,14 +64,19 @@ class Adapters(Adaptation):
         """Bottlenecks change each row by itself."""
         return True
 
+    def bind_network(self, model: nn.Module) -> Self:
+        """With the placement that the blocks of the network ask for."""
+        placement = self.placement or ("houlsby" if _inner_convolutions(model) else "pfeiffer")
+        return self.model_copy(update={"placement": placement})
+
     def adapt(self, model: nn.Module) -> None:
         """Wrap the last layer of each sublayer or block; freeze everything else."""
         from luthier.adaptations.adapter_layer import bottleneck_after
 
         last = [*_ends(model, _FEED_FORWARD), *_ends(model, _CONVOLUTION)]
-        inner = [name for name in _ends(model, _INNER_CONVOLUTION) if name not in last]
-        placement = self.placement or ("houlsby" if inner else "pfeiffer")
-        first = [*_ends(model, _ATTENTION), *inner] if placement == "houlsby" else []
+        placement = self.bind_network(model).placement
+        inner = [*_ends(model, _ATTENTION), *_inner_convolutions(model)]
+        first = inner if placement == "houlsby" else []
         if not last or (placement == "houlsby" and not first):
             family = getattr(getattr(model, "config", None), "model_type", "this type")
             other = "placement=pfeiffer or lora" if last else "lora"
@@ -92,6 +97,12 @@ class Adapters(Adaptation):
             "new bottlenecks learn faster than tuned weights: ten times the rate of full tuning"
         )
         return float(f"{10 * full_rate(hidden):.1e}"), reason
+
+
+def _inner_convolutions(model: nn.Module) -> list[str]:
+    """Names of the convolutions of blocks that are not the last of theirs."""
+    last = _ends(model, _CONVOLUTION)
+    return [name for name in _ends(model, _INNER_CONVOLUTION) if name not in last]
 
 
 def _ends(model: nn.Module, kind: re.Pattern[str]) -> list[str]:

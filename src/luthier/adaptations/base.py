@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -80,6 +80,10 @@ class Adaptation(StrictModel):
         :class:`~luthier.models.row_adapters.RowLayer`.
         """
         return False
+
+    def bind_network(self, model: nn.Module) -> Self:
+        """This adaptation with what was left open and follows from the network as it is before."""
+        return self
 
     def attach(self, model: nn.Module) -> None:
         """Add what is added, and mark what trains by ``requires_grad``.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_json, print_text
+from luthier.cli.console import check_output, heavy_imports, note, print_json, print_text
 from luthier.cli.options import Columns, Json
 from luthier.errors import data_errors
 
@@ -36,16 +36,24 @@ def embed(
     from luthier.data.rows import load_inputs
     from luthier.data.writers import check_target
     from luthier.recipe import parse_columns
-    from luthier.serving.embeddings import check_embeds, embedding_writer, format_of
+    from luthier.serving.embeddings import (
+        EMBEDDING,
+        check_embeds,
+        embedding_format,
+        embedding_writer,
+        random_weights_note,
+    )
     from luthier.store.models import check_active, find, objective_of
 
-    format_of(output)
+    embedding_format(output)
     check_output(output)
     with data_errors("nothing was embedded"):
         check_target(output, [], [data], replace=True)
-        rows = load_inputs(data, parse_columns(columns))
+        rows = load_inputs(data, parse_columns(columns), EMBEDDING)
         stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
         check_embeds(stored, objective_of(stored))
+        if text := random_weights_note(stored):
+            note(text)
         with embedding_writer(output, rows) as write:
             with heavy_imports():
                 from luthier.cli.progress import show_progress

@@ -66,14 +66,17 @@ def nearest(
     rows = [row for _, row in records]
     with heavy_imports():
         from luthier.cli.progress import show_progress
+        from luthier.serving.embeddings import random_weights_note
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
         stored = check_active(find(model, is_able=Predictor.is_able))
         predictor = Predictor.open(stored)
+    if text := random_weights_note(stored):
+        note(text)
     asked = input_row(query, "the command line")
     started = time.monotonic()
-    with show_progress(len(rows), "embed") as done:
+    with show_progress(len(rows), "embed") as done, data_errors("nothing was looked up"):
         found = find_nearest(predictor, stored, [asked], rows, top, index, done)
     report = [
         {"name": each.name, "score": each.score, **_id_and_label(records[each.place][0])}

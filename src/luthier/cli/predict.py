@@ -51,6 +51,7 @@ def predict(
 ) -> None:
     """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
     from luthier.data.rows import PREDICTED, input_row, load_inputs
+    from luthier.data.writers import json_records
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
@@ -72,7 +73,9 @@ def predict(
         rows = [({}, input_row(text or "", "the command line"))]
     else:
         with data_errors("nothing was predicted"):
-            rows = load_inputs(input_, parse_columns(columns))
+            rows = load_inputs(input_, parse_columns(columns), PREDICTED)
+    with data_errors("nothing was predicted"):
+        records = json_records(rows)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -80,12 +83,11 @@ def predict(
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
     started = time.monotonic()
-    with show_progress(len(rows), "predict") as done:
+    with show_progress(len(rows), "predict") as done, data_errors("nothing was predicted"):
         answers = predictor.answers([row for _, row in rows], done, top)
-    # Dates and the like, which a table may hold, become text.
     lines = "".join(
-        json.dumps({**record, PREDICTED: answer}, ensure_ascii=False, default=str) + "\n"
-        for (record, _), answer in zip(rows, answers, strict=True)
+        json.dumps({**record, PREDICTED: answer}, ensure_ascii=False) + "\n"
+        for record, answer in zip(records, answers, strict=True)
     )
     if output is not None:
         write_bytes(output, lines.encode())

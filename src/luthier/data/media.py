@@ -481,5 +481,7 @@ def _reason(error: Exception) -> str:
 
 def _refusal(rule: str, message: str, fix: str = "") -> RowRefused:
     return RowRefused(
-        f"media.{rule}", message, fix or "Remove the row, or bring the file into a usual form."
+        f"media.{rule}",
+        message,
+        fix or "Replace the file by one in a usual form, or remove it and its row.",
     )

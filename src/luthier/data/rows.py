@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
@@ -406,8 +406,18 @@ class InputChecker(Checker):
     an anchor and a positive), words, a prompt with its reply, an image (and ``other``, a text) or a
     sound.
 
-    Labels and all other keys may be anything but :data:`PREDICTED`.
+    Labels and all other keys may be anything but ``reserved``, under which an answer is written.
     """
+
+    def __init__(
+        self,
+        file: str,
+        problems: list[Problem],
+        columns: Columns | None = None,
+        reserved: str | None = None,
+    ) -> None:
+        super().__init__(file, problems, columns)
+        self.reserved = reserved
 
     def row(self, line: int, record: Record) -> Row | None:
         """Return what is read; None only when a problem was reported."""
@@ -415,8 +425,8 @@ class InputChecker(Checker):
         own = self._rename_columns(record, self.columns) if self.columns else record
         if own is None:
             return None
-        if PREDICTED in record:
-            message = f'The row has a field "{PREDICTED}", where the answer is to stand.'
+        if self.reserved in record:
+            message = f'The row has a field "{self.reserved}", where the answer is to stand.'
             self.report("row.predicted", message, "Rename or remove that field.")
             return None
         # Forms of texts are left as they are: a row keeps its fields beside the answer.
@@ -675,21 +685,25 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     return [row for _, row in _load_lines(source, PromptChecker, columns, "prompt", PromptOnly)]
 
 
-def load_inputs(source: Source, columns: Columns | None = None) -> list[tuple[Record, Row]]:
+def load_inputs(
+    source: Source, columns: Columns | None = None, reserved: str | None = None
+) -> list[tuple[Record, Row]]:
     """Read a whole source for what models that read take of it: each record, and what is read of it.
 
     That is a ``text``, the words under ``tokens``, or a ``prompt`` and its ``completion``; in a
-    plain-text file each line that is not blank is a text. Records are as in the file.
+    plain-text file each line that is not blank is a text. Records are as in the file; none may have the
+    field ``reserved``.
 
     Raises:
         DataError: with every problem if there is any.
     """
-    return _load_lines(source, InputChecker, columns, "text", RawText)
+    checker = partial(InputChecker, reserved=reserved)
+    return _load_lines(source, checker, columns, "text", RawText)
 
 
 def _load_lines(
     source: Source,
-    checker_type: type[Checker],
+    make_checker: Callable[[str, list[Problem], Columns | None], Checker],
     columns: Columns | None,
     key: str,
     shape: Callable[[str, int, str], Row],
@@ -697,7 +711,7 @@ def _load_lines(
     """Records and their rows; of plain text each line is one, with its text under ``key``."""
     problems: list[Problem] = []
     files = files_of(source)
-    checker = checker_type(str(files[0]), problems, columns)
+    checker = make_checker(str(files[0]), problems, columns)
     found: list[tuple[Record, Row]] = []
     for path in files:
         checker.begin(str(path))

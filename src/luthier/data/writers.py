@@ -6,7 +6,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -16,8 +17,9 @@ from luthier.data.parsing import Record, json_kind, quote
 from luthier.data.shapes import SHAPES
 from luthier.data.sources import Source, files_of
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
-from luthier.errors import RecipeError, RowRefused
+from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file
+from luthier.types import Row
 
 _BATCH_ROWS = 1000
 
@@ -122,6 +124,31 @@ class _Array:
         self.text.write("[]\n" if self.before == "[\n" else "\n]\n")
 
 
+def json_records(rows: Sequence[tuple[Record, Row]], finite: bool = True) -> list[Record]:
+    """The records with dates and the like, which a table may hold, as text.
+
+    Raises:
+        DataError: naming every row that JSON has no place for; with ``finite`` those with NaN, too.
+    """
+    problems, found = list[Problem](), list[Record]()
+    for record, row in rows:
+        made = dict(record)
+        for name, value in record.items():
+            if value is None or isinstance(value, str | int):
+                continue
+            try:
+                made[name] = json.loads(json.dumps(value, default=str, allow_nan=not finite))
+            except (TypeError, ValueError) as error:
+                said = str(error).split(":", 1)[0]
+                bad = _no_place("JSON", f"a value in the field {quote(name)} ({said})")
+                fix = "Remove that field, or mend its value."
+                problems.append(Problem(row.file, row.line, bad.rule, bad.message, fix))
+        found.append(made)
+    if problems:
+        raise DataError(problems)
+    return found
+
+
 def _to_json(record: Record) -> str:
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -224,6 +251,55 @@ def _parquet(file: BinaryIO, names: Sequence[str]) -> Iterator[Writer]:
         writer.flush()
     finally:
         writer.close()
+
+
+def arrow_columns(
+    records: Sequence[Record], refuse: Callable[[int, RowRefused], None]
+) -> dict[str, Any]:
+    """Columns of Parquet that hold ``records``, by name, each of one type.
+
+    ``refuse`` hears the number of a record that has no place in them, and why.
+
+    Raises:
+        RecipeError: where pyarrow is missing.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise _missing("pyarrow", "parquet", "Parquet") from None
+    names = ColumnNames()
+    for check in (names.write, lambda record: check_columns(record, [*names.names])):
+        for number, record in enumerate(records):
+            try:
+                check(record)
+            except RowRefused as bad:
+                refuse(number, bad)
+    columns = dict[str, Any]()
+    for name in names.names:
+        values = [record.get(name) for record in records]
+        try:
+            column = pyarrow.array(values)
+        except (pyarrow.ArrowException, TypeError, OverflowError) as error:
+            said = str(error).split("\n", 1)[0]
+            what = f"a value that does not fit the column {quote(name)} ({said})"
+            refuse(_first_misfit(values, pyarrow), _no_place("a Parquet column", what))
+            continue
+        is_empty = str(column.type) == "null"
+        columns[name] = column.cast(pyarrow.string()) if is_empty else column
+    return columns
+
+
+def _first_misfit(values: Sequence[object], arrow: Any) -> int:
+    """The place of the first value that makes no column with those before it."""
+
+    def is_refused(count: int) -> bool:
+        try:
+            arrow.array(values[:count])
+        except (arrow.ArrowException, TypeError, OverflowError):
+            return True
+        return False
+
+    return bisect_left(range(1, len(values) + 1), True, key=is_refused)
 
 
 class _Parquet:

@@ -106,6 +106,13 @@ def new_plain_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for plain files, gone after the block: in memory where the store is encrypted."""
+    with tempfile.TemporaryDirectory() if keyring() is None else new_plain_folder() as folder:
+        yield Path(folder)
+
+
 def _new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{os.getpid()}-", dir=memory()))
 

@@ -371,7 +371,7 @@ def resolve_job(
     config = read_config(base.network_folder, data.objective.head())
     reads = chat.media.shape if chat.media is not None else None
     drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
-    model = drawn.model
+    model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
     others = _others(data.objective, chat, reporter)
     if recipe.training.dropout is not None:
         check_dropout(model)

@@ -218,6 +218,8 @@ class TrainingSketch:
 
     model: nn.Module
     memory: MemoryEstimate
+    adaptation: Adaptation
+    """With what was left open and follows from the network."""
 
 
 def sketch_training(
@@ -243,6 +245,7 @@ def sketch_training(
 
     model = sketch_of(config, head or objective.head())
     plain = weight_bytes(model, size)
+    adaptation = adaptation.bind_network(model)
     with torch.device("meta"):
         adaptation.attach(model)
         if isinstance(objective, SupportsExtraWeights):
@@ -250,7 +253,7 @@ def sketch_training(
     objective.check_network(model)
     memory = estimate_memory(model, size, plain, adaptation.calibration_bytes(model), reads)
     start = trained_numbers(model) * size if objective.uses_reference else 0
-    return TrainingSketch(model, memory.beside(start))
+    return TrainingSketch(model, memory.beside(start), adaptation)
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,8 @@ class CatalogEntry:
     """What it reads in place of texts; a decoder behind it may write some."""
     training_tokens: float | None = None
     """Tokens it was trained on, as its makers say; ``None`` where they do not."""
+    hub: str | None = None
+    """Repository of the Hugging Face hub with the same network, where ``source`` is another one."""
 
     def __post_init__(self) -> None:
         """Refuse an entry of a kind that there is not, by :class:`UnknownModel`."""
@@ -333,6 +335,7 @@ _ENTRIES = (
         download_bytes=92_871_040,
         disk_bytes=700_000_000,
         about="SmolLM2-135M-Instruct (Hugging Face, 2024), English chat, from a Q4_1 GGUF file",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         training_tokens=2e12,  # Ben Allal et al. 2025, arXiv:2502.02737, section 6
         config={
             "model_type": "llama",
@@ -361,6 +364,7 @@ _ENTRIES = (
         download_bytes=83_506_384,
         disk_bytes=300_000_000,
         about="all-MiniLM-L6-v2 (sentence-transformers), English sentence encoder",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
         config={
             "model_type": "bert",
             "hidden_size": 384,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.encryption.memory import scratch_folder
 from luthier.errors import RecipeError, UploadError
 from luthier.files import read_json, write_json
 from luthier.sdk.export import Export, Format, export
@@ -69,12 +68,12 @@ def push(
         format: as of :func:`luthier.export`.
         merged: as of :func:`luthier.export`.
         quantization: as of :func:`luthier.export`.
-        public: whether everybody may see it; asked for where the repository is public already, too.
+        public: whether everybody may see it; as it is already, where the repository is there.
         note: hears what is done.
 
     Raises:
         RecipeError: without a token, for an address that is none, for a public repository without
-            ``public``, and as :func:`luthier.export`; nothing was sent.
+            ``public`` or a private one with it, and as :func:`luthier.export`; nothing was sent.
         UploadError: where the hub does not answer, or refuses.
     """
     from huggingface_hub import HfApi, get_token
@@ -101,9 +100,15 @@ def push(
             f"{repository} is there already, and public: everybody would see the model. Give --public "
             "(public=True), or name another repository"
         )
-    with tempfile.TemporaryDirectory(prefix="luthier-push-") as scratch:
+    if private and public:
+        raise RecipeError(
+            f"{repository} is there already, and private, and an upload does not change that. Leave "
+            "--public (public=True) out, make it public in its settings on the hub, or name another "
+            "repository"
+        )
+    with scratch_folder() as scratch:
         note(f"Writing {stored.id} for upload")
-        folder = Path(scratch) / "model"
+        folder = scratch / "model"
         written = export(stored, folder, format=format, merged=merged, quantization=quantization)
         certificate = make_certificate(stored)
         card = model_card(certificate, library_name(written))
@@ -111,8 +116,14 @@ def push(
         if PEFT_CONFIG in written.files:
             # It names the folder of the base in this store.
             config = read_json(folder / PEFT_CONFIG)
-            config["base_model_name_or_path"] = hub_name(certificate.parents[0])
+            base = hub_name(certificate.parents[0])
+            config["base_model_name_or_path"] = base
             write_json(folder / PEFT_CONFIG, config)
+            if _REPOSITORY.fullmatch(SCHEME + base) is None:
+                note(
+                    f"{base}, which the adapter needs, is no repository of the hub: whoever loads it "
+                    f"sets base_model_name_or_path in {PEFT_CONFIG}"
+                )
         files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         note(f"Uploading {len(files)} files to {repository}")
         with _upload_errors(repository, api.endpoint):

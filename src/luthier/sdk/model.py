@@ -220,7 +220,7 @@ class Model:
         if not texts:
             return []
         problems: list[Problem] = []
-        checker = InputChecker("predict()", problems, columns)
+        checker = InputChecker("predict()", problems, columns, PREDICTED)
         rows: list[Row | None] = []
         for index, text in enumerate(texts, 1):
             if isinstance(text, str):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.parsing import Record
 from luthier.data.shapes import CaptionedImage, TextPair
-from luthier.data.writers import ColumnNames, writer_of
+from luthier.data.writers import arrow_columns, json_records, writer_of
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file
 from luthier.types import Row
@@ -24,14 +24,11 @@ if TYPE_CHECKING:
 
 EMBEDDING = "embedding"
 """The field that is written beside those of a row."""
-Format = Literal["jsonl", "parquet", "npy"]
-
-
-class EmbeddingWriter(Protocol):
-    """Takes the embeddings of all rows."""
-
-    def __call__(self, row_NH: NDArray[np.float32]) -> None:
-        """Write them; :class:`DataError` where a row cannot be written."""
+EmbeddingFormat = Literal["jsonl", "parquet", "npy"]
+EmbeddingWriter = Callable[[NDArray[np.float32]], None]
+"""Writes the embeddings ``[N, H]`` of all rows; :class:`DataError` where one cannot be written."""
+_GROUP_ROWS = 10_000
+"""Of Parquet, which holds the vectors of so many rows in one piece."""
 
 
 def check_embeds(stored: StoredModel, objective: Objective) -> None:
@@ -50,7 +47,17 @@ def check_embeds(stored: StoredModel, objective: Objective) -> None:
     raise RecipeError(f"{stored.id} gives no embeddings; name {named}")
 
 
-def format_of(target: Path) -> Format:
+def random_weights_note(stored: StoredModel) -> str:
+    """What people are told of embeddings by a model that was never trained; empty for others."""
+    if not stored.manifest.is_random:
+        return ""
+    return (
+        f"{stored.id} has random weights: how near its embeddings are says little of what rows mean. "
+        "Train it first, with luthier tune"
+    )
+
+
+def embedding_format(target: Path) -> EmbeddingFormat:
     """What the ending of ``target`` names; :class:`RecipeError` where it names none."""
     if Path(unpacked_name(target.name)).suffix in JSON_LINES:
         return "jsonl"
@@ -77,61 +84,64 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
         RecipeError: for an ending that names no form, or where the library that writes it is missing.
         DataError: naming every row that has two sides, or a field that cannot be written.
     """
-    form = format_of(target)
-    problems = [problem for record, row in rows if (problem := _problem_of(record, row))]
+    form = embedding_format(target)
+    _check_sides(rows)
     if form == "npy":
-        _raise_any(problems)
         with new_file(target) as file:
             yield lambda row_NH: np.save(file, row_NH, allow_pickle=False)
         return
-    columns = ColumnNames()
-    # Images, dates and the like become text.
-    records = [{key: _plain(value) for key, value in record.items()} for record, _ in rows]
+    records = json_records(rows, finite=form == "jsonl")
     if form == "parquet":
-        for record, (_, row) in zip(records, rows, strict=True):
-            try:
-                columns.write(record)
-            except RowRefused as bad:
-                problems.append(_without_place(bad, row))
-    _raise_any(problems)
-    with writer_of(form, target, [*columns.names, EMBEDDING]) as writer:
+        with _parquet(target, records, rows) as write:
+            yield write
+        return
+    with writer_of(form, target, []) as writer:
+
+        def write_lines(row_NH: NDArray[np.float32]) -> None:
+            for record, (_, row), row_H in zip(records, rows, row_NH, strict=True):
+                try:
+                    writer.write({**record, EMBEDDING: row_H.tolist()})
+                except RowRefused as bad:  # the model gave NaN
+                    raise DataError([bad.at(row.file, row.line)]) from bad
+
+        yield write_lines
+
+
+@contextmanager
+def _parquet(
+    target: Path, records: Sequence[Record], rows: Sequence[tuple[Record, Row]]
+) -> Iterator[EmbeddingWriter]:
+    """The same for Parquet: the columns of ``records`` are made first, so their types are known."""
+    problems = list[Problem]()
+
+    def refuse(number: int, bad: RowRefused) -> None:
+        row = rows[number][1]
+        fix = "Write JSON Lines (.jsonl), or the embeddings alone (.npy), or remove that field."
+        problems.append(Problem(row.file, row.line, bad.rule, bad.message, fix))
+
+    columns = arrow_columns(records, refuse)
+    if problems:
+        raise DataError(problems)
+    from pyarrow import FixedSizeListArray, parquet, table
+
+    with new_file(target) as file:
 
         def write(row_NH: NDArray[np.float32]) -> None:
-            for record, (_, row), row_H in zip(records, rows, row_NH, strict=True):
-                # Arrow takes the type of an array over, and JSON knows lists.
-                vector: Any = row_H if form == "parquet" else row_H.tolist()
-                try:
-                    writer.write({**record, EMBEDDING: vector})
-                except RowRefused as bad:
-                    raise DataError([_without_place(bad, row)]) from bad
+            vectors = FixedSizeListArray.from_arrays(row_NH.reshape(-1), row_NH.shape[1])
+            made = table({**columns, EMBEDDING: vectors})
+            parquet.write_table(made, file, row_group_size=_GROUP_ROWS)
 
         yield write
 
 
-def _problem_of(record: Record, row: Row) -> Problem | None:
-    """Why no embedding can stand beside a row."""
-    if EMBEDDING in record:
-        message = f'The row has a field "{EMBEDDING}", where the embedding is to stand.'
-        return Problem(row.file, row.line, "row.predicted", message, "Rename or remove that field.")
-    if isinstance(row, TextPair | CaptionedImage):
-        message = "The row has two sides to embed, and one embedding is written for each row."
-        fix = "Set one aside, as with `--map other=` (empty), or write each into a row of its own."
-        return Problem(row.file, row.line, "row.ambiguous", message, fix)
-    return None
-
-
-def _plain(value: object) -> object:
-    return (
-        value if value is None or isinstance(value, str | int | float | list | dict) else str(value)
-    )
-
-
-def _without_place(bad: RowRefused, row: Row) -> Problem:
-    """A row with a field that the form cannot hold."""
-    fix = "Write JSON Lines (.jsonl), or the embeddings alone (.npy), or remove that field."
-    return Problem(row.file, row.line, bad.rule, bad.message, fix)
-
-
-def _raise_any(problems: Sequence[Problem]) -> None:
+def _check_sides(rows: Sequence[tuple[Record, Row]]) -> None:
+    """Refuse rows of two sides, which have an embedding each."""
+    message = "The row has two sides to embed, and one embedding is written for each row."
+    fix = "Set one aside, as with `--map other=` (empty), or write each into a row of its own."
+    problems = [
+        Problem(row.file, row.line, "row.ambiguous", message, fix)
+        for _, row in rows
+        if isinstance(row, TextPair | CaptionedImage)
+    ]
     if problems:
         raise DataError(problems)

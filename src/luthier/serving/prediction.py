@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from luthier.data.shapes import (
     History,
     JudgedAnswers,
     Labelled,
+    MediaRow,
     RawText,
     TaggedWords,
     TextPair,
@@ -98,9 +100,10 @@ class Predictor:
         """
         sides = [self._sides(row) for row in rows]
         texts = [side for own in sides for side in own]
-        examples = self._encode_whole(texts)
+        examples = self._encode_rows(texts)
         share = len(rows) / max(1, len(texts))
-        read = iter(self.read(examples, lambda finished: done(round(share * finished))))
+        with self._unreadable_media(texts):
+            read = iter(self.read(examples, lambda finished: done(round(share * finished))))
         answers = [self._answer_of([next(read) for _ in own]) for own in sides]
         keep_likeliest(answers, top)
         return answers
@@ -113,18 +116,41 @@ class Predictor:
         Raises:
             DataError: naming every row that cannot be read, or is longer than the context.
         """
-        examples = self._encode_whole(rows)
+        examples = self._encode_rows(rows)
         found: list[NDArray[np.float32]] = []
         for start in range(0, len(examples), _BLOCK):
 
             def done_before(count: int, before: int = start) -> None:
                 done(before + count)
 
-            answers = self.read(examples[start : start + _BLOCK], done_before)
+            with self._unreadable_media(rows):
+                answers = self.read(examples[start : start + _BLOCK], done_before)
             found.append(np.array([answer["embedding"] for answer in answers], dtype=np.float32))
         return np.concatenate(found)
 
-    def _encode_whole(self, rows: Sequence[Row]) -> list[Example]:
+    @contextmanager
+    def _unreadable_media(self, rows: Sequence[Row]) -> Iterator[None]:
+        """Where a file cannot be read, :class:`DataError` with all of ``rows`` that cannot be.
+
+        To decode all before takes as long as some networks do, so it is done where one failed.
+        """
+        try:
+            yield
+        except RowRefused as refused:
+            processor, problems = self.chat.media, list[Problem]()
+            for row in rows:
+                if not isinstance(row, MediaRow) or processor is None:
+                    continue
+                try:
+                    processor.array(row.media)
+                except RowRefused as bad:
+                    message = f"{row.media.name}: {bad.message}"
+                    problems.append(Problem(row.file, row.line, bad.rule, message, bad.fix))
+            if not problems:
+                raise
+            raise DataError(problems) from refused
+
+    def _encode_rows(self, rows: Sequence[Row]) -> list[Example]:
         """``rows`` as they are read; :class:`DataError` with every one that cannot be."""
         examples, problems = list[Example](), list[Problem]()
         for index, row in enumerate(rows):
@@ -137,7 +163,7 @@ class Predictor:
             except RowRefused as bad:
                 problems.append(bad.at(row.file, row.line))
         if problems:
-            raise DataError(problems, "nothing was predicted")
+            raise DataError(problems)
         return examples
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

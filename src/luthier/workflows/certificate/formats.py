@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from luthier import __version__
 from luthier.errors import RecipeError
+from luthier.models.catalog import CATALOG
 from luthier.models.manifest import MANIFEST
 from luthier.objectives import OBJECTIVES
 from luthier.workflows.certificate.certificate import Certificate, Relative
@@ -122,6 +123,9 @@ def hub_name(each: Relative) -> str:
     kind, _, place = (each.source or "").partition(":")
     if kind == "hub" and place:
         return place
+    entry = CATALOG.get(each.id)
+    if entry is not None and entry.hub and entry.source.provenance["source"] == each.source:
+        return entry.hub
     # A card is read elsewhere: the folders of this machine say nothing there, and are private.
     return PurePath(each.id).name if PurePath(each.id).is_absolute() else each.id
 
