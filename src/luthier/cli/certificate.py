@@ -73,8 +73,8 @@ def certificate(
     print_text(f"content {made.content_sha256}")
     if stored.manifest.limits_text:
         print_text(stored.manifest.limits_text)
-    if verdict := ((made.record.metrics or {}).get("verdict") or {}).get("text"):
-        print_text(verdict)
+    if made.record.verdict:
+        print_text(made.record.verdict)
     if sign is not None:
         print_text(f"signed: {stored.folder / SIGNATURE}")
     if made.parents:

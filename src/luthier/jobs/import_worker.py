@@ -53,7 +53,7 @@ from luthier.jobs.runners import free
 from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest, created_now
 from luthier.models.outside import MODEL_INDEX, ImportedFiles, choose, is_weights
-from luthier.models.pipelines import FOLDERS
+from luthier.models.pipelines import PART_FOLDERS
 from luthier.models.save import save_plain
 from luthier.serving.acceptance import (
     AcceptedModel,
@@ -197,14 +197,14 @@ class ImportWorker(Worker[ModelImport, Locations]):
         """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""
         entries = self.locations.folder(found.account, found.source)
         if MODEL_INDEX in dict(entries):
-            for part in FOLDERS:
+            for part in PART_FOLDERS:
                 place = f"{found.source.rstrip('/')}/{part}"
                 try:
                     below = self.locations.folder(found.account, place)
                 except LocationRefused as error:
                     raise ModelRefused(
                         part, "model.pipeline", f"It cannot be read: {error}",
-                        f"Copy the whole folder of the pipeline, {', '.join(FOLDERS)} among it.",
+                        f"Copy the whole folder of the pipeline, {', '.join(PART_FOLDERS)} among it.",
                     ) from error  # fmt: skip
                 entries += [(f"{part}/{name}", size) for name, size in below]
         return entries

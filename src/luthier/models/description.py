@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         UnknownModel, ModelRefused: also for a configuration that describes no network, or another than
             the one whose weights lie in the folder. Nothing was built then.
     """
-    fields = read_folder(folder)
+    fields = read_model_fields(folder)
     try:
         described_network(folder)
     except ModelRefused as refused:  # whose file is named as seen from the folder
@@ -50,7 +50,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def read_folder(folder: Path) -> dict[str, Any]:
+def read_model_fields(folder: Path) -> dict[str, Any]:
     """The model's ``config.json``, or one made of those of a pipeline; its networks are not looked at.
 
     Raises:
@@ -85,7 +85,7 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     # owner, whose own memory the bounds protect: what others give to a server is copied first, to
     # where they cannot write.
     if any(not (part / CONFIG).is_file() for part in network_folders(folder)):
-        read_folder(folder)  # says which file is missing
+        read_model_fields(folder)  # says which file is missing
     files = [
         path
         for part in network_folders(folder)
@@ -105,7 +105,7 @@ _HEADS_LEFT_OUT: tuple[Task, ...] = (
 
 @lru_cache(maxsize=64)
 def _draw_described(folder: Path, versions: Any, memory: bool) -> DescribedNetwork:
-    fields = read_folder(folder)
+    fields = read_model_fields(folder)
     check_layers(fields)
     if (llama := LlamaConfig.of(fields)) is not None:
         check_sizes(llama.numbers, 0, check_weights(folder))

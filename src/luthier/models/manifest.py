@@ -368,6 +368,11 @@ class Manifest(Record):
         return f"Accepted outside its limits: {self.accepted}." if self.accepted else ""
 
     @property
+    def verdict(self) -> str:
+        """What came of its run, in a sentence; empty where that is not known."""
+        return str(((self.metrics or {}).get("verdict") or {}).get("text", ""))
+
+    @property
     def objective(self) -> dict[str, Any] | None:
         """Fields of the objective it was trained with."""
         return (self.recipe or {}).get("objective")

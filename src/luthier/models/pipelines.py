@@ -29,7 +29,7 @@ PARTS = {
 """Classes that each part may have."""
 NETWORKS = ("unet", "vae", "text_encoder")
 """Parts that have weights."""
-FOLDERS = (*PARTS, "scheduler")
+PART_FOLDERS = (*PARTS, "scheduler")
 """Folders in that of a pipeline of which anything is read."""
 _LATENT_SIZE = 64
 """Sides of the latents where the U-Net names none."""

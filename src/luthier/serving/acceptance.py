@@ -107,7 +107,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.description import described_network, read_folder
+    from luthier.models.description import described_network, read_model_fields
     from luthier.models.modalities import context_length, text_fields
     from luthier.models.tokenizer import check_vocabulary, reads_texts
 
@@ -123,7 +123,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     if is_pipeline(folder):
         index, fix = MODEL_INDEX, "Take a Stable Diffusion 1 or 2, as diffusers saves it."
     with _as(index, "model.network", fix):
-        fields = read_folder(folder)
+        fields = read_model_fields(folder)
         network = described_network(folder, memory=True)
         context = context_length(fields)
         kind = _kind_of(folder, network.task)
@@ -268,7 +268,7 @@ def _base_name(fields: Mapping[str, Any]) -> str:
 def _try(candidate: StoredModel) -> dict[str, Any]:
     """Load it as it is served, compare the layout, and let it answer."""
     with _as("*.safetensors", "model.load", "Save the whole model anew with save_pretrained."):
-        return _answers(candidate) if candidate.kind == "causal_lm" else _serves(candidate)
+        return _answers(candidate) if candidate.kind == "causal_lm" else _try_serial(candidate)
 
 
 def _answers(candidate: StoredModel) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _answers(candidate: StoredModel) -> dict[str, Any]:
     return {"layout": "same numbers as transformers", "answered": True, "prompt_tokens": read}
 
 
-def _serves(candidate: StoredModel) -> dict[str, Any]:
+def _try_serial(candidate: StoredModel) -> dict[str, Any]:
     """Let what does not write read something, or make an image."""
     from luthier.serving.batcher import Work
     from luthier.serving.serial import SerialModel
@@ -304,7 +304,7 @@ def _serves(candidate: StoredModel) -> dict[str, Any]:
             with np.errstate(invalid="raise"):  # numbers that are not finite are no pixels
                 (image,) = model.sample(request, 0, Work(), lambda count: None)
             return {"made": "an image", "pixels": list(image.pixels.shape[:2])}
-        examples, _ = model.inputs([_sample(model.reads)])
+        examples, _ = model.inputs([_sample_input(model.reads)])
         (answer,) = model.predict(examples, None, Work())
     finally:
         model.close()
@@ -316,7 +316,7 @@ def _serves(candidate: StoredModel) -> dict[str, Any]:
     return {**same, "dimensions": len(answer["embedding"])}
 
 
-def _sample(kind: str) -> ModelInput:
+def _sample_input(kind: str) -> ModelInput:
     """Something that a model of this kind of input reads."""
     if kind == "text":
         return "Hello."

@@ -135,8 +135,8 @@ def _card_text(certificate: Certificate) -> str:
     lines = [f"# {certificate.id}", ""]
     if parents := certificate.parents:
         lines += [f"Made from {', from '.join(map(hub_name, parents))}.", ""]
-    if verdict := ((record.metrics or {}).get("verdict") or {}).get("text"):
-        lines += [f"{verdict}.", ""]
+    if record.verdict:
+        lines += [f"{record.verdict}.", ""]
     if record.limits_text:
         lines += [record.limits_text, ""]
     if record.data is not None:

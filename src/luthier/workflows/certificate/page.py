@@ -39,7 +39,7 @@ def page(certificate: Certificate) -> str:
         recipe=_recipe_table(record.recipe),
         compute=_compute_table(certificate),
         reports=[_report(each) for each in certificate.reports],
-        verdict=((record.metrics or {}).get("verdict") or {}).get("text", ""),
+        verdict=record.verdict,
         limits=record.limits_text,
     )
 
