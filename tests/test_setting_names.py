@@ -23,7 +23,7 @@ from luthier.types import map_texts
 FACES: dict[str, SettingName] = {"bedrock": bedrock, "openai": openai, "native": native}
 SOURCE = Path(luthier.__file__).parent
 OPTION = re.compile(r"(?:^|\s|\()--[a-z]")
-COMMANDS = ("cli", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
+COMMANDS = ("cli", "sdk/hub", "sdk/imports", "workflows/advise", "workflows/estimate", "limits.py",
             "pretrain_recipe.py", "api/http/server.py", "setting_names.py")  # fmt: skip
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ class Faults(Reporter):
 
 
 def processes_by_rank() -> dict[int, psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    found = [each for each in children if "luthier.engine.processes" in each.cmdline()]
-    return {int(each.environ()["RANK"]): each for each in found}
+    found = {}
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended, or another test has left it so
+            if "luthier.engine.processes" in each.cmdline():
+                found[int(each.environ()["RANK"])] = each
+    return found
 
 
 def send(rank: int, number: signal.Signals) -> Callable[[Mapping[int, psutil.Process]], None]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from threading import RLock
 from unittest.mock import patch
 from urllib.parse import urlsplit
 
@@ -26,15 +27,21 @@ HOST = "models.example:8080"
 CALLER = Caller("000000000000", "root", ())
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
 
+_ONE_AT_A_TIME = RLock()
+
 
 @contextmanager
 def clock(at: datetime) -> Iterator[None]:
-    """botocore's time; clients sign by awscrt where it is installed."""
+    """botocore's time; clients sign by awscrt where it is installed.
+
+    One thread at a time: two that patch would leave the time of one behind.
+    """
 
     def now(remove_tzinfo: bool = True) -> datetime:
         return at.replace(tzinfo=None) if remove_tzinfo else at
 
     with (
+        _ONE_AT_A_TIME,
         patch("botocore.auth.get_current_datetime", now),
         patch("botocore.crt.auth.get_current_datetime", now),
     ):
