@@ -39,6 +39,7 @@ Move = Callable[[str], Path]
 @pytest.fixture
 def move(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> Move:
     """Go to the machine of a name: its store has the base model, and else what was left there."""
+    (tmp_path / "shared").mkdir()
     monkeypatch.setenv(shared.ENVIRONMENT, str(tmp_path / "shared"))
     bases, first = luthier_home() / "models" / "base", luthier_home()
 

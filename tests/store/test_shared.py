@@ -11,6 +11,7 @@ from moto_server import KEYS, moto_client, moto_server
 from luthier.errors import CorruptFile, RefusedInput, SharedStoreAway
 from luthier.store import shared
 from luthier.store.shared import (
+    DirectoryStore,
     FolderRecord,
     SharedFolders,
     SharedStore,
@@ -34,6 +35,7 @@ def store(
 ) -> SharedStore:
     """An empty store of each kind, named as a server's is."""
     if request.param == "folder":
+        (tmp_path / "shared").mkdir()
         monkeypatch.setenv(shared.ENVIRONMENT, f"file://{tmp_path}/shared")
     else:
         use_bucket(request.getfixturevalue("moto"), tmp_path.name, monkeypatch)
@@ -179,3 +181,18 @@ def test_a_store_that_cannot_be_reached_says_what_to_check(
         SharedStoreAway, match="the shared store s3://nobodys-bucket/x could not be"
     ):
         check_writable(store)
+
+
+def test_a_folder_that_is_missing_is_away_and_not_empty(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "mount" / "shared")
+    for use in (
+        lambda: [*store.list("records")],
+        lambda: read_shared(store, "a"),
+        lambda: store.exists("a"),
+        lambda: store.put("a", b"x"),
+        lambda: store.create("a", b"x"),
+        lambda: store.delete(["a"]),
+    ):
+        with pytest.raises(SharedStoreAway, match="of the shared store is missing. Mount it"):
+            use()
+    assert not (tmp_path / "mount").exists()

@@ -175,7 +175,8 @@ class ObjectFiles:
     def __init__(self, folder: Path | None = None) -> None:
         """``folder`` is ``objects`` in the store unless said otherwise; only that one is shared."""
         self.folder = folder or luthier_home() / "objects"
-        self._shared = shared_store() if folder is None else None
+        self.shared = shared_store() if folder is None else None
+        """Where its files are, too; ``None`` where nothing is shared."""
         self._in_flight = InFlight()
 
     def begin(self, account: str, room: Room | None = None) -> FileWriter:
@@ -186,23 +187,23 @@ class ObjectFiles:
         return FileWriter(self.path(account, file_id).parent, file_id, take, room, share)
 
     def _put(self, account: str, path: Path) -> None:
-        if self._shared is not None:
-            self._shared.put(_key(account, path.name), path)
+        if self.shared is not None:
+            self.shared.put(_key(account, path.name), path)
 
     def _fetch(self, account: str, file_id: str, expected: StoredFile | None) -> Path:
         """Where a file is on this machine, fetched if it has to be."""
         path = self.path(account, file_id)
-        if self._shared is None:
+        if self.shared is None:
             return path
         try:
             os.utime(path)  # its last use, of which the oldest are dropped first
         except FileNotFoundError:
-            fetch_shared(self._shared, _key(account, file_id), path, expected)
+            fetch_shared(self.shared, _key(account, file_id), path, expected)
         return path
 
     def is_shared(self, account: str, file_id: str) -> bool:
         """Whether the shared store has a file, so that this machine need not."""
-        return self._shared is not None and self._shared.exists(_key(account, file_id))
+        return self.shared is not None and self.shared.exists(_key(account, file_id))
 
     def exists(self, account: str, file_id: str) -> bool:
         """Whether a file is here, or in the shared store."""
@@ -235,8 +236,8 @@ class ObjectFiles:
         gone = [*file_ids]
         for file_id in gone:
             self.path(account, file_id).unlink(missing_ok=True)
-        if self._shared is not None:
-            self._shared.delete([_key(account, file_id) for file_id in gone])
+        if self.shared is not None:
+            self.shared.delete([_key(account, file_id) for file_id in gone])
 
     def read(
         self,
@@ -300,10 +301,10 @@ class ObjectFiles:
 
     def _sweep_shared(self, named: Callable[[str], set[str]], newest: float) -> int:
         """The same in the shared store; what rows name and only this machine has is put there."""
-        if self._shared is None:
+        if self.shared is None:
             return 0
         present: dict[str, dict[str, str]] = {}
-        for entry in self._shared.list(_OBJECTS):
+        for entry in self.shared.list(_OBJECTS):
             start, file_id = entry.key.split("/")[-2:]
             if entry.modified.timestamp() <= newest:
                 present.setdefault(start, {})[file_id] = entry.key
@@ -311,7 +312,7 @@ class ObjectFiles:
         for start, keys in present.items():
             known = named(start)
             gone = [key for file_id, key in keys.items() if file_id not in known]
-            self._shared.delete(gone)
+            self.shared.delete(gone)
             removed += len(gone)
         for folder in sorted(self.folder.glob("*/??")):
             local = {path.name for path in folder.iterdir()} - present.get(folder.name, {}).keys()

@@ -26,6 +26,7 @@ from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Base, Database, now
 from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
+from luthier.store.shared_identity import check_identity
 from luthier.store.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
@@ -529,7 +530,13 @@ class Objects:
         self.files.remove(account, [each for each in ids if each not in named])
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove the files that a killed process left; how many there were. Done at each start."""
+        """Remove the files that a killed process left; how many there were. Done at each start.
+
+        Raises:
+            RefusedInput: where the shared store is not the one of the database.
+        """
+        if self.files.shared is not None:
+            check_identity(self.database, self.files.shared)
         return self.files.sweep(self._files_of_rows, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:

@@ -150,10 +150,19 @@ def fetch_shared(store: SharedStore, key: str, target: Path, expected: StoredFil
 
 
 class DirectoryStore:
-    """A folder that all machines see at one path."""
+    """A folder that all machines see at one path. It is never made: one that is missing is away."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._root = folder
+
+    @property
+    def _folder(self) -> Path:
+        if not self._root.is_dir():
+            raise SharedStoreAway(
+                f"the folder {self._root} of the shared store is missing. Mount it, or create it where "
+                "it is to be a new one"
+            )
+        return self._root
 
     def put(self, key: str, content: bytes | Path) -> None:
         """See :class:`SharedStore`."""
@@ -188,15 +197,18 @@ class DirectoryStore:
 
     def list(self, prefix: str) -> Iterator[SharedEntry]:
         """See :class:`SharedStore`."""
-        with suppress(FileNotFoundError):
-            for name in names_below(self._folder / prefix):
+        folder = self._folder / prefix
+        try:
+            for name in names_below(folder):
                 if name.rpartition("/")[2].startswith(TEMPORARY):
                     continue
                 with suppress(FileNotFoundError):  # deleted meanwhile
-                    found = (self._folder / prefix / name).stat()
+                    found = (folder / name).stat()
                     modified = datetime.fromtimestamp(found.st_mtime, UTC)
                     key = f"{prefix}/{name}".lstrip("/")
                     yield SharedEntry(key, found.st_size, modified)
+        except FileNotFoundError:
+            _ = self._folder  # gone meanwhile, it is away as well
 
     def delete(self, keys: Iterable[str]) -> None:
         """See :class:`SharedStore`."""
