@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -213,17 +213,26 @@ class ObjectFiles:
         """Where a file is."""
         return self.folder / account / file_id[:2] / file_id
 
-    def link(self, account: str, file_id: str) -> str:
+    def link(self, account: str, file_id: str, size: int, digest: str) -> str:
         """Id of a second name for the bytes of a file, which live as long as either.
+
+        Args:
+            account: whose it is.
+            file_id: its id.
+            size: of its content, in bytes.
+            digest: SHA-256 of its content, which is compared as in :meth:`read`.
 
         Raises:
             FileNotFoundError: where the file has been removed in the meantime.
+            CorruptFile: where it had to be fetched, and is not what the shared store was given.
         """
-        copy = secrets.token_hex(16) + (SEALED if file_id.endswith(SEALED) else "")
+        sealed = file_id.endswith(SEALED)
+        copy = secrets.token_hex(16) + (SEALED if sealed else "")
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._fetch(account, file_id, None), target)
+            source = self._fetch(account, file_id, None if sealed else StoredFile(digest, size))
+            os.link(source, target)
         try:
             self._put(account, target)
         except BaseException:
@@ -287,12 +296,18 @@ class ObjectFiles:
             named: given the first two of their ids, the ids that rows name.
             older_than: seconds since a file was last changed.
         """
+        removed = self._sweep_shared(named, time.time() - older_than)
+        return removed + self.sweep_here(lambda start, ids: named(start), older_than)
+
+    def sweep_here(
+        self, named: Callable[[str, Set[str]], set[str]], older_than: float = UNNAMED_SECONDS
+    ) -> int:
+        """The same on this machine alone; ``named`` is also given the ids that are asked for."""
         newest, removed = time.time() - older_than, 0
-        removed += self._sweep_shared(named, newest)
         for folder in sorted(self.folder.glob("*/??")):
             # Seen before the rows are asked: what is named by then is kept.
             seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
-            known = named(folder.name) if seen else set()
+            known = named(folder.name, {path.name for path in seen}) if seen else set()
             for path in seen:
                 if path.name not in known:
                     path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ class SharedStoreIdentity(Base):
 
 
 def agree_identity(database: Database, store: SharedStore) -> None:
-    """Have one id in both where neither has one; else as :func:`check_identity`. At a server's start."""
+    """Have one id in both where neither has one; else do as :func:`check_identity`."""
     with database.write() as session:
         if not database.is_sqlite:
             # Servers that start together do this one after the other.
