@@ -16,18 +16,20 @@ from job_checks import SLOWLY, bits, check_history, running
 
 from luthier.encryption import keys, memory
 from luthier.encryption.files import is_sealed
-from luthier.errors import CorruptFile, LeaseLost, RefusedInput, SharedStoreAway
+from luthier.errors import CorruptFile, LeaseLost, RefusedInput, SharedStoreAway, UnknownModel
 from luthier.files import hashes_of, luthier_home
 from luthier.jobs import local_copies
+from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import JobFolders
+from luthier.jobs.kinds import TRAINING
 from luthier.jobs.local_copies import LocalCopies
 from luthier.jobs.shared_runs import SharedRun
 from luthier.models.manifest import Manifest, created_now
-from luthier.store import removal, shared, shared_models
+from luthier.store import jobs, removal, shared, shared_models
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import now
-from luthier.store.jobs import JobEvent
+from luthier.store.jobs import Job, JobEvent
 from luthier.store.models import custom_folder, custom_models, find
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectMetadata, Objects
@@ -512,3 +514,32 @@ def test_what_killed_uploads_left_in_the_shared_store_is_removed_in_time(
     assert len([*store.list("blobs")]) == 3
     (child,) = store.list("children")
     assert child.key.endswith(f"job-{unfinished}")
+
+
+def test_a_shared_store_that_is_away_keeps_no_other_job_from_its_estimate(
+    queue: Any, move: Move, tmp_path: Path
+) -> None:
+    move("first")
+    ended, new = queue.submit("ended"), queue.submit("new")
+    with queue.database.write() as session:
+        job = jobs.stop(session, session.query(Job).filter_by(id=ended).one())
+        job.has_working_files = True  # as of a worker that died then
+    shutil.rmtree(tmp_path / "shared")
+    TRAINING.prepare(queue.database)
+    assert queue.job(new).memory > 1
+    assert queue.job(ended).has_working_files
+    (tmp_path / "shared").mkdir()
+    TRAINING.prepare(queue.database)
+    assert not queue.job(ended).has_working_files
+
+
+def test_no_model_is_fetched_for_an_estimate(database: Any, move: Move) -> None:
+    move("second")
+    below = local_model(database, "below")
+    child = local_model(database, "child", parent=below)
+    for stored_id in (below, child):
+        shared_models.put_model(stored_id, custom_folder(*stored_id.split(":")))
+    move("first")
+    with pytest.raises(UnknownModel, match="tiny:child is not on this machine"):
+        memory_of("tune", {"base": child, "data": {"train": ""}, "name": "x"})
+    assert custom_models() == [] and marked() == set()
