@@ -98,14 +98,14 @@ def test_a_folder_is_whole_or_not_there(store: SharedStore, tmp_path: Path) -> N
     folders, source = SharedFolders(store), tmp_path / "source"
     source.mkdir()
     (source / "x").write_bytes(b"x")
-    (source / "big").write_bytes(b"big" * 1_000_000)
+    (source / "big").write_bytes(b"big" * 4_000_000)
     files = {name: source / name for name in ("x", "big")}
     record = folders.upload("models/base/one", {**files, "deep/x": source / "x"}, parent=None)
     assert folders.read("models/base/one") is None and folders.names("models") == set()
     folders.commit("models/base/one", record)
     assert folders.names("models") == {"models/base/one"}
     found = folders.read("models/base/one")
-    assert found == record and found.size == 3_000_002
+    assert found == record and found.size == 12_000_002
     assert folders.fetch("models/base/one", found, (tmp_path / "copy").joinpath)
     assert (tmp_path / "copy/deep/x").read_bytes() == b"x"
     assert (tmp_path / "copy/big").read_bytes() == (source / "big").read_bytes()

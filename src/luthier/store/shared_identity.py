@@ -71,7 +71,8 @@ def _refuse_other(token: str | None, shared: str | None) -> None:
         raise RefusedInput(
             f"the shared store has no {IDENTITY}, and the database belongs to the one with {token}: "
             "this bucket, prefix or folder is another one, was emptied, or is not mounted. Name or "
-            "mount the one that the servers of this database use, or copy its content here"
+            "mount the one that the servers of this database use, or copy its content here; where "
+            f"it is that one, and what it lost is lost, put {token} under its key {IDENTITY}"
         )
     if token is None:
         raise RefusedInput(
