@@ -33,9 +33,10 @@ def database(tmp_path: Path, name: str) -> Database:
 
 
 def test_the_first_server_ties_a_shared_store_to_its_database(
-    store: DirectoryStore, tmp_path: Path
+    store: DirectoryStore, database_url: str
 ) -> None:
-    first = database(tmp_path, "first.db")
+    first = Database(database_url)
+    upgrade(first)
     check_identity(first, store)
     agree_identity(first, store)
     token = read_shared(store, IDENTITY)
@@ -43,6 +44,7 @@ def test_the_first_server_ties_a_shared_store_to_its_database(
     agree_identity(first, store)
     check_identity(first, store)
     assert read_shared(store, IDENTITY) == token
+    first.close()
 
 
 def test_an_empty_database_sweeps_nothing_of_the_store_of_another(
