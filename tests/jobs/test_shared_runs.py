@@ -7,6 +7,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,25 @@ from job_checks import SLOWLY, bits, check_history, running
 
 from luthier.encryption import keys, memory
 from luthier.encryption.files import is_sealed
-from luthier.errors import CorruptFile, LeaseLost, SharedStoreAway
+from luthier.errors import CorruptFile, LeaseLost, RefusedInput, SharedStoreAway, UnknownModel
 from luthier.files import hashes_of, luthier_home
+from luthier.jobs import local_copies
+from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import JobFolders
+from luthier.jobs.kinds import TRAINING
 from luthier.jobs.local_copies import LocalCopies
 from luthier.jobs.shared_runs import SharedRun
-from luthier.store import removal, shared
+from luthier.models.manifest import Manifest, created_now
+from luthier.store import jobs, removal, shared, shared_models
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.jobs import JobEvent
-from luthier.store.models import custom_models, find
+from luthier.store.database import now
+from luthier.store.jobs import Job, JobEvent
+from luthier.store.models import custom_folder, custom_models, find
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.shared import shared_folders, shared_store
+from luthier.store.shared_identity import IDENTITY, agree_identity
 from luthier.store.shared_keys import open_shared_keys
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -39,6 +46,7 @@ Move = Callable[[str], Path]
 @pytest.fixture
 def move(tmp_path: Path, tiny_base: str, monkeypatch: pytest.MonkeyPatch) -> Move:
     """Go to the machine of a name: its store has the base model, and else what was left there."""
+    (tmp_path / "shared").mkdir()
     monkeypatch.setenv(shared.ENVIRONMENT, str(tmp_path / "shared"))
     bases, first = luthier_home() / "models" / "base", luthier_home()
 
@@ -306,12 +314,12 @@ def test_a_job_waits_for_a_shared_store_that_is_away(
 from pathlib import Path
 from luthier.errors import SharedStoreAway
 from luthier.store.shared import DirectoryStore
-put = DirectoryStore.put
+put = DirectoryStore.put_once
 def fail(self, key, content):
     if key.startswith("records/models") and not Path({str(tmp_path / "back")!r}).exists():
         raise SharedStoreAway("the shared store s3://secret could not be written")
     put(self, key, content)
-DirectoryStore.put = fail
+DirectoryStore.put_once = fail
 """
     queue.scheduler(environment={"LUTHIER_TEST_BEFORE": away})
     waiting = queue.submit("one")
@@ -323,3 +331,215 @@ DirectoryStore.put = fail
     assert not any("secret" in message for message in events)
     (tmp_path / "back").touch()
     assert queue.ended(waiting).state == "Completed"
+
+
+def local_model(
+    database: Any, name: str, parent: str | None = None, row: bool = True, weights: str = "x"
+) -> str:
+    """A model on this machine, with a row where one is wanted; its id."""
+    folder = custom_folder("tiny", name)
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(weights)
+    made = Manifest(
+        id=f"tiny:{name}", created=created_now(), parent=parent, files=hashes_of(folder)
+    )
+    made.write(folder)
+    if row:
+        with database.write() as session:
+            session.add(
+                CustomModel(
+                    id=name, account=ACCOUNT, name=name, foundation="x", root="x", base_model="x",
+                    stored_id=made.id, status="Active", details={}, pinned=False, created=now(),
+                )
+            )  # fmt: skip
+    return made.id
+
+
+def marked() -> set[str]:
+    return {stored_id for stored_id, _, _ in shared_models.copies()}
+
+
+def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
+    database: Any, move: Move, tmp_path: Path
+) -> None:
+    move("first")
+    below = local_model(database, "below", row=False)
+    child = local_model(database, "child", parent=below)
+    gone = local_model(database, "gone", row=False)
+    for stored_id in (below, child, gone):
+        shared_models.put_model(stored_id, custom_folder(*stored_id.split(":")))
+    (luthier_home() / "runs/tiny/child").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "shared")
+    copies = LocalCopies(database, Objects(database), 0)
+    with pytest.raises(SharedStoreAway):  # it is not mounted
+        copies.look()
+    assert marked() == {below, child, gone} == {each.id for each in custom_models()}
+    (tmp_path / "shared").mkdir()
+    copies.look()
+    assert {each.id for each in custom_models()} == {below, child} == marked()
+    assert (luthier_home() / "runs/tiny/child").is_dir()
+    folders = shared_folders()
+    assert folders is not None
+    assert folders.names("models") == {"models/tiny/below", "models/tiny/child"}
+
+
+def test_a_store_of_another_database_changes_no_copies(database: Any, move: Move) -> None:
+    move("first")
+    store = shared_store()
+    assert store is not None
+    agree_identity(database, store)
+    gone = local_model(database, "gone", row=False)
+    shared_models.put_model(gone, custom_folder("tiny", "gone"))
+    shared_models.remove_model(gone)
+    shared_models.adopt_copy(gone)
+    store.put(IDENTITY, b"another")
+    with pytest.raises(RefusedInput, match="belongs to another database"):
+        LocalCopies(database, Objects(database), 0).look()
+    assert marked() == {gone} == {each.id for each in custom_models()}
+
+
+def test_a_model_that_another_machine_made_anew_replaces_what_a_killed_worker_left(
+    database: Any, move: Move
+) -> None:
+    move("second")
+    stored_id = local_model(database, "one", weights="of the second")
+    shared_models.put_model(stored_id, custom_folder("tiny", "one"))
+    move("first")
+    local_model(database, "one", row=False)
+    there: list[bool] = []
+
+    def forget(stored_id: str) -> None:
+        there.append(custom_folder("tiny", "one").is_dir())
+
+    LocalCopies(database, Objects(database), 10**12, forget=forget).look()
+    assert there == [True]  # forgotten, and then dropped
+    assert (find(stored_id).folder / "weights").read_text() == "of the second"
+
+
+def test_a_copy_that_is_used_again_before_it_is_dropped_stays(
+    database: Any, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move("first")
+    stored_id = local_model(database, "one")
+    shared_models.put_model(stored_id, custom_folder("tiny", "one"))
+    (mark,) = (luthier_home() / "shared").rglob("one")
+    hour = time.time() - 3600
+    os.utime(mark, (hour, hour))
+
+    def size_while_it_is_used(folder: Path) -> int:
+        find(stored_id)
+        return 10
+
+    monkeypatch.setattr(local_copies, "folder_size", size_while_it_is_used)
+    copies = LocalCopies(database, Objects(database), 0)
+    assert copies.trim() == 0 and custom_models() and marked() == {stored_id}
+    os.utime(mark, (hour, hour))
+    monkeypatch.setattr(local_copies, "folder_size", lambda folder: 10)
+    assert copies.trim() == 10 and not custom_models() and not marked()
+
+
+def test_a_run_that_made_its_model_keeps_the_checkpoint_that_was_put(
+    database: Any, move: Move
+) -> None:
+    move("first")
+    folders = JobFolders("x")
+    run = luthier_home() / "runs" / "tiny" / "job-x"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "10").write_text("state")
+    shared_run = SharedRun(folders, lambda action: action())
+    shared_run.share()
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").write_text("{}")
+    local_model(database, "job-x", row=False)
+    shared_run.share()
+    SharedRun(folders, lambda action: action()).share()
+    move("second")
+    SharedRun(JobFolders("x"), lambda action: action()).restore()
+    assert (luthier_home() / "runs/tiny/job-x/checkpoints/10").read_text() == "state"
+
+
+def test_a_copied_object_that_had_to_be_fetched_is_compared_with_its_row(
+    database: Any, move: Move
+) -> None:
+    objects = Objects(database)
+    objects.create_bucket(ACCOUNT, "bucket")
+    put(objects, "key", b"some bytes")
+    store = shared_store()
+    assert store is not None
+    (stored,) = store.list("objects")
+    store.put(stored.key, b"other byte")
+    move("second")
+    with pytest.raises(CorruptFile, match="is not what was put there"):
+        Objects(database).copy(
+            ACCOUNT, ("bucket", "key"), ("bucket", "copy"), lambda found: ObjectMetadata()
+        )
+
+
+def test_an_object_deleted_on_one_machine_goes_from_the_others(
+    database: Any, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move("first")
+    objects = Objects(database)
+    objects.create_bucket(ACCOUNT, "bucket")
+    gone, stays = put(objects, "gone", b"some bytes"), put(objects, "stays", b"some bytes")
+    move("second")
+    Objects(database).delete(ACCOUNT, "bucket", ["gone"])
+    move("first")
+    copies = LocalCopies(database, objects, 10**12)
+    copies.look()
+    assert objects.files.path(ACCOUNT, gone).exists()  # it may be of a request that is not done
+    assert objects.drop_deleted_copies(older_than=-60) == 1
+    assert not objects.files.path(ACCOUNT, gone).exists()
+    assert objects.files.path(ACCOUNT, stays).exists()
+
+
+def test_what_killed_uploads_left_in_the_shared_store_is_removed_in_time(
+    queue: Any, move: Move, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move("first")
+    unfinished = queue.submit("one")
+    local_model(queue.database, "below")
+    store = shared_store()
+    assert store is not None
+    for name in (f"jobs/{unfinished}", f"models/tiny/job-{unfinished}", "models/tiny/below"):
+        store.put(f"blobs/{name}/blob", b"x")
+    store.put("blobs/jobs/ended/blob", b"x")
+    store.put("children/models/tiny/below/tiny/killed", b"")
+    store.put(f"children/models/tiny/below/tiny/job-{unfinished}", b"")
+    copies = LocalCopies(queue.database, Objects(queue.database), 10**12)
+    assert copies.sweep() == 0
+    monkeypatch.setattr(shared, "LEFTOVER", timedelta(days=-1))
+    monkeypatch.setattr(shared_models, "LEFTOVER", timedelta(days=-1))
+    assert copies.sweep() == 1
+    assert len([*store.list("blobs")]) == 3
+    (child,) = store.list("children")
+    assert child.key.endswith(f"job-{unfinished}")
+
+
+def test_a_shared_store_that_is_away_keeps_no_other_job_from_its_estimate(
+    queue: Any, move: Move, tmp_path: Path
+) -> None:
+    move("first")
+    ended, new = queue.submit("ended"), queue.submit("new")
+    with queue.database.write() as session:
+        job = jobs.stop(session, session.query(Job).filter_by(id=ended).one())
+        job.has_working_files = True  # as of a worker that died then
+    shutil.rmtree(tmp_path / "shared")
+    TRAINING.prepare(queue.database)
+    assert queue.job(new).memory > 1
+    assert queue.job(ended).has_working_files
+    (tmp_path / "shared").mkdir()
+    TRAINING.prepare(queue.database)
+    assert not queue.job(ended).has_working_files
+
+
+def test_no_model_is_fetched_for_an_estimate(database: Any, move: Move) -> None:
+    move("second")
+    below = local_model(database, "below")
+    child = local_model(database, "child", parent=below)
+    for stored_id in (below, child):
+        shared_models.put_model(stored_id, custom_folder(*stored_id.split(":")))
+    move("first")
+    with pytest.raises(UnknownModel, match="tiny:child is not on this machine"):
+        memory_of("tune", {"base": child, "data": {"train": ""}, "name": "x"})
+    assert custom_models() == [] and marked() == set()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moto_server import KEYS, moto_client, moto_server
 
 from luthier.errors import CorruptFile, RefusedInput, SharedStoreAway
+from luthier.files import sha256_of
 from luthier.store import shared
 from luthier.store.shared import (
+    BucketStore,
+    DirectoryStore,
     FolderRecord,
     SharedFolders,
     SharedStore,
@@ -34,6 +40,7 @@ def store(
 ) -> SharedStore:
     """An empty store of each kind, named as a server's is."""
     if request.param == "folder":
+        (tmp_path / "shared").mkdir()
         monkeypatch.setenv(shared.ENVIRONMENT, f"file://{tmp_path}/shared")
     else:
         use_bucket(request.getfixturevalue("moto"), tmp_path.name, monkeypatch)
@@ -91,14 +98,14 @@ def test_a_folder_is_whole_or_not_there(store: SharedStore, tmp_path: Path) -> N
     folders, source = SharedFolders(store), tmp_path / "source"
     source.mkdir()
     (source / "x").write_bytes(b"x")
-    (source / "big").write_bytes(b"big" * 1_000_000)
+    (source / "big").write_bytes(b"big" * 4_000_000)
     files = {name: source / name for name in ("x", "big")}
     record = folders.upload("models/base/one", {**files, "deep/x": source / "x"}, parent=None)
     assert folders.read("models/base/one") is None and folders.names("models") == set()
     folders.commit("models/base/one", record)
     assert folders.names("models") == {"models/base/one"}
     found = folders.read("models/base/one")
-    assert found == record and found.size == 3_000_002
+    assert found == record and found.size == 12_000_002
     assert folders.fetch("models/base/one", found, (tmp_path / "copy").joinpath)
     assert (tmp_path / "copy/deep/x").read_bytes() == b"x"
     assert (tmp_path / "copy/big").read_bytes() == (source / "big").read_bytes()
@@ -117,8 +124,10 @@ def test_what_a_folder_no_longer_names_goes_and_the_rest_is_not_put_again(
     folders.commit("jobs/a", folders.upload("jobs/a", both))
     after = {each.key: each.modified for each in store.list("blobs/jobs/a")}
     assert len(after) == 2 and before.items() <= after.items()
+    store.put("blobs/jobs/a/upload", b"of somebody who uploads now")
     folders.commit("jobs/a", folders.upload("jobs/a", {"2": tmp_path / "two"}))
-    assert len([*store.list("blobs/jobs/a")]) == 1
+    assert len([*store.list("blobs/jobs/a")]) == 2
+    assert store.exists("blobs/jobs/a/upload")
     folders.remove("jobs/a")
     folders.remove("jobs/a")
     assert folders.names("jobs") == {"jobs/b"} and not [*store.list("blobs/jobs/a")]
@@ -179,3 +188,137 @@ def test_a_store_that_cannot_be_reached_says_what_to_check(
         SharedStoreAway, match="the shared store s3://nobodys-bucket/x could not be"
     ):
         check_writable(store)
+
+
+def test_a_folder_that_is_missing_is_away_and_not_empty(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "mount" / "shared")
+    for use in (
+        lambda: [*store.list("records")],
+        lambda: read_shared(store, "a"),
+        lambda: store.exists("a"),
+        lambda: store.put("a", b"x"),
+        lambda: store.create("a", b"x"),
+        lambda: store.delete(["a"]),
+    ):
+        with pytest.raises(SharedStoreAway, match="of the shared store is missing"):
+            use()
+    assert not (tmp_path / "mount").exists()
+
+
+def test_within_the_fence_is_one_put_that_is_tried_again_outside(
+    store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_PAUSE", 0.0)
+    folders = SharedFolders(store)
+    for number in range(2):
+        (tmp_path / "x").write_text(str(number))
+        record = folders.upload("jobs/a", {"x": tmp_path / "x"})
+        if not number:
+            folders.commit("jobs/a", record)
+    calls: list[str] = []
+    put_once = store.put_once
+
+    def note(name: str, use: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            calls.append(name)
+            return use(*arguments)
+
+        return noted
+
+    def fail_once(key: str, content: bytes) -> None:
+        monkeypatch.setattr(store, "put_once", note("put_once", put_once))
+        calls.append("put_once")
+        raise SharedStoreAway("away")
+
+    for name in ("put", "list", "delete", "exists", "pieces"):
+        monkeypatch.setattr(store, name, note(name, getattr(store, name)))
+    monkeypatch.setattr(store, "put_once", fail_once)
+
+    def fence(action: Callable[[], None]) -> None:
+        calls.append("begin")
+        try:
+            action()
+        finally:
+            calls.append("end")
+
+    folders.commit("jobs/a", record, fence)
+    one_try = ["begin", "put_once", "end"]
+    first, last = calls.index("begin"), len(calls) - calls[::-1].index("end")
+    assert calls[first:last] == one_try * 2
+    assert "delete" in calls[last:] and len([*store.list("blobs/jobs/a")]) == 1
+
+
+def test_who_commits_deletes_no_blobs_of_another_that_uploads(
+    store: SharedStore, tmp_path: Path
+) -> None:
+    for name in ("base", "one", "two"):
+        (tmp_path / name).write_text(name)
+    one, two = SharedFolders(store), SharedFolders(store)
+    one.commit("m/a/b", one.upload("m/a/b", {"x": tmp_path / "base"}))
+    first = one.upload("m/a/b", {"x": tmp_path / "one"})
+    second = two.upload("m/a/b", {"x": tmp_path / "two", "y": tmp_path / "base"})
+    one.commit("m/a/b", first)
+    # Its own blob is still there; the one that it took from the first record is not, and it says so.
+    with pytest.raises(SharedStoreAway, match="were removed"):
+        two.commit("m/a/b", second)
+    second = two.upload("m/a/b", {"x": tmp_path / "two", "y": tmp_path / "base"})
+    two.commit("m/a/b", second)
+    assert two.fetch("m/a/b", second, (tmp_path / "copy").joinpath)
+
+
+def test_the_blobs_of_killed_uploads_are_old_and_named_by_nothing(
+    store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = SharedFolders(store)
+    (tmp_path / "x").write_text("x")
+    folders.commit("models/b/n", folders.upload("models/b/n", {"x": tmp_path / "x"}))
+    store.put("blobs/models/b/n/left", b"left")
+    store.put("blobs/models/b/lost/blob", b"its record was lost")
+    store.put("blobs/jobs/gone/blob", b"killed")
+    assert folders.old_blobs() == {}
+    monkeypatch.setattr(shared, "LEFTOVER", timedelta(days=-1))
+    found = folders.old_blobs()
+    assert folders.drop_unnamed("models/b/n", found["models/b/n"], True) == 1
+    assert folders.drop_unnamed("models/b/lost", found["models/b/lost"], True) == 0
+    assert folders.drop_unnamed("jobs/gone", found["jobs/gone"], False) == 1
+    store.put("records/models/b/lost.json", b"damaged")
+    assert folders.drop_unnamed("models/b/lost", found["models/b/lost"], False) == 0
+    assert set(found) == {"models/b/n", "models/b/lost", "jobs/gone"}
+    assert len([*store.list("blobs")]) == 2
+
+
+def test_a_blob_is_under_the_hash_of_what_was_sent(store: SharedStore, tmp_path: Path) -> None:
+    folders, large = SharedFolders(store), tmp_path / "large"
+    large.write_bytes(b"0123456789" * 200_000)
+    hashed: list[str] = []
+
+    def hash_before_it_grows(path: Path) -> str:
+        hashed.append(sha256_of(path))
+        if len(hashed) == 1:
+            with path.open("ab") as file:
+                file.write(b"more")
+        return hashed[-1]
+
+    record = folders.upload("jobs/a", {"large": large}, hash_before_it_grows)
+    (blob,) = store.list("blobs/jobs/a")
+    assert blob.key.endswith(hashed[1]) and blob.size == 2_000_004
+    folders.commit("jobs/a", record)
+    assert folders.fetch("jobs/a", record, (tmp_path / "copy").joinpath)
+    with pytest.raises(CorruptFile, match="changes while it is put"):
+        folders.upload("jobs/b", {"large": large}, lambda path: "0" * 64)
+    assert not [*store.list("blobs/jobs/b")]
+
+
+def test_a_record_is_put_in_one_short_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in KEYS.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(shared, "ONCE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(SharedStoreAway, match="could not be written"):
+            BucketStore("bucket", "").put_once("records/a.json", b"x")
+        silent.settimeout(5)
+        silent.accept()[0].close()
+        silent.settimeout(0)
+        with pytest.raises(BlockingIOError):  # it asked once
+            silent.accept()

@@ -19,6 +19,7 @@ from luthier.store.shared_keys import open_shared_keys
 @pytest.fixture
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Folder of the stores of machines; the first one's is used."""
+    (tmp_path / "shared").mkdir()
     monkeypatch.setenv(shared.ENVIRONMENT, str(tmp_path / "shared"))
     monkeypatch.setenv("LUTHIER_HOME", str(tmp_path / "first"))
     yield tmp_path
@@ -27,7 +28,7 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_plain_store_stays_plain(machines: Path) -> None:
     assert open_shared_keys(None) is None
-    assert not (luthier_home() / keys.STORE).exists() and not (machines / "shared").exists()
+    assert not (luthier_home() / keys.STORE).exists() and not [*(machines / "shared").iterdir()]
 
 
 def test_a_further_machine_has_the_keys_of_the_first_and_needs_the_same_master_key(

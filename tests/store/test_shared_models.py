@@ -26,6 +26,7 @@ from luthier.store.shared_models import (
 
 @pytest.fixture(autouse=True)
 def shared_folder(tmp_path: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "shared").mkdir()
     monkeypatch.setenv(shared.ENVIRONMENT, str(tmp_path / "shared"))
     return tmp_path / "shared"
 
@@ -159,4 +160,4 @@ def test_without_a_shared_store_nothing_is_put(
     assert shared_store() is None
     assert find(model("one")).folder.is_dir()
     removal.remove_files("tiny:one")
-    assert not shared_folder.exists() and not (luthier_home / "shared").exists()
+    assert not [*shared_folder.iterdir()] and not (luthier_home / "shared").exists()

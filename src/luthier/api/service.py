@@ -68,6 +68,7 @@ from luthier.store.principals import matching_server_key
 from luthier.store.quota_usage import measure_models, recount
 from luthier.store.schema import upgrade
 from luthier.store.sealing import Sealing, purpose_key
+from luthier.store.shared_identity import agree_identity
 from luthier.store.shared_keys import open_shared_keys
 
 _log = logging.getLogger("luthier.server")
@@ -85,6 +86,7 @@ class Service:
 
         Raises:
             LuthierError: where the database cannot be reached, or is of a newer version.
+            RefusedInput: where the shared store belongs to another database.
             WrongKey: where the store is encrypted, and not under the key that was given.
             CorruptFile: where there are access keys that the server's key does not open.
         """
@@ -94,10 +96,17 @@ class Service:
             os.environ[shared.ENVIRONMENT] = settings.shared_store
         if store := shared.shared_store():
             shared.check_writable(store)
-        open_shared_keys(settings.encryption_key)
-        hold_temporary_files()
         self.database = Database(settings.database)
-        upgrade(self.database)
+        try:
+            upgrade(self.database)
+            if store:
+                # Before its keys are taken, or ours put there.
+                agree_identity(self.database, store)
+            open_shared_keys(settings.encryption_key)
+        except BaseException:
+            self.database.close()
+            raise
+        hold_temporary_files()
         with self.database.read() as session:
             key = matching_server_key(session)
         self.issued = bootstrap.prepare(self.database, Sealing(key), settings.account)

@@ -118,9 +118,11 @@ class Run:
         asked = self.folder / _REQUEST
         same_request(read_json(asked), request, self.model_id, asked.stat().st_mtime)
         self._record_launch(launch)
-        if (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file():
-            return Result.parse(read_json(self.folder / _RESULT))
-        return None
+        return Result.parse(read_json(self.folder / _RESULT)) if self.has_ended() else None
+
+    def has_ended(self) -> bool:
+        """Whether it has a result, and its model is there."""
+        return (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file()
 
     def check_free(self) -> None:
         """Raise :class:`RunConflict` where a model or a run has the name already."""

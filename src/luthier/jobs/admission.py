@@ -31,10 +31,11 @@ class Capacity:
 def memory_of(command: str, recipe: dict[str, Any]) -> int:
     """Estimated peak in bytes, by the engine's own estimate.
 
-    Networks that are not on this machine are described by the catalogue; nothing is fetched.
+    Networks that are not on this machine are described by the catalogue; no custom model is fetched.
 
     Raises:
-        LuthierError: where the job cannot work at all; the worker says why.
+        LuthierError: where the job cannot work at all, as the worker says; or where a custom model is
+            not on this machine.
     """
     # Many jobs of a queue differ in what they are called and what they read only.
     alike = {**recipe, "name": None, "data": {"train": ""}}
@@ -52,13 +53,13 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.objectives import OBJECTIVES
     from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
-    from luthier.store.models import find, is_base_here, objective_of
+    from luthier.store.models import find_here, is_base_here, objective_of
     from luthier.workflows.pipeline import KINDS
 
     def config(model_id: str, head: Any) -> Any:
         if model_id in CATALOG and not is_base_here(model_id):
             return catalogue_config(CATALOG[model_id], head)
-        return read_config(find(model_id).network_folder, head)
+        return read_config(find_here(model_id).network_folder, head)
 
     recipe = json.loads(fields)
     parsed = parse(KINDS[command].recipe, recipe)
@@ -76,6 +77,6 @@ def _memory_of(command: str, fields: str) -> int:
     for other in others:
         head = OBJECTIVES["causal_lm"].model_validate({}).head()
         if ":" in other:
-            head = objective_of(find(other)).head()
+            head = objective_of(find_here(other)).head()
         memory = memory.beside(weight_bytes(sketch_of(config(other, head), head), size))
     return memory.peak(TOKENS)

@@ -124,6 +124,11 @@ class ImportFolders(JobFolders):
         self.model = custom_folder(IMPORTED, name)
         self.stored_id = f"{IMPORTED}:{name}"
 
+    def drop_here(self) -> None:
+        """Remove what this machine has of the model; whoever calls holds the lock."""
+        sweep(self.model.parent, self.model.name)
+        shutil.rmtree(self.model, ignore_errors=True)
+
     def drop(self, *, model: bool) -> None:
         """Remove what only the import needed; the ``model``, too, where none came of it.
 
@@ -132,7 +137,7 @@ class ImportFolders(JobFolders):
         sweep(self.model.parent, self.model.name)
         if model:
             remove_model(self.stored_id)
-            shutil.rmtree(self.model, ignore_errors=True)
+            self.drop_here()
         self.drop_working_files()
 
 

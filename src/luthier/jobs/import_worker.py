@@ -70,7 +70,7 @@ from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel, find
 from luthier.store.shared import shared_folders
-from luthier.store.shared_models import commit_model, upload_model
+from luthier.store.shared_models import share_model
 from luthier.workflows.certificate.certificate import certify
 
 SECONDS = 3600
@@ -147,12 +147,19 @@ class ImportWorker(Worker[ModelImport, Locations]):
         self.folders.log.unlink(missing_ok=True)
 
     def _fail(self, error: Exception, found: ModelImport) -> None:
-        # Nothing of it may be left when its owner reads that it failed.
-        self.folders.drop(model=True)
+        # Nothing of it may be left here when its owner reads that it failed. What the shared store has
+        # may be the model that another worker made, until it is sure that none did.
+        self.folders.drop_here()
         if not isinstance(error, RefusedInput):
             _log.exception("model %s failed", self.row_id, exc_info=error)
         failure = self._explain(error, found.source)
         self._end(lambda s: imports.fail(s, self.row_id, self.lease, failure))
+        try:
+            self.folders.drop(model=True)
+        except SharedStoreAway as away:
+            # It has failed all the same; a server tidies up when it can.
+            _log.warning("what model %s left stays for now: %s", self.row_id, away)
+            return
         if isinstance(error, RefusedInput):
             self.folders.log.unlink(missing_ok=True)
 
@@ -169,7 +176,10 @@ class ImportWorker(Worker[ModelImport, Locations]):
                 save_plain(plain, fresh)
             self._manifest(fresh, found, chosen, accepted).write(fresh)
         certify(self.folders.stored_id)
-        self.retry(self._share)
+        if shared := shared_folders():
+            # Other machines have the model before anybody is told that it is there.
+            stored_id, folder = self.folders.stored_id, self.folders.model
+            self.retry(lambda: share_model(shared, stored_id, folder, self.while_held))
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}
         if accepted.parent is not None:
@@ -179,19 +189,6 @@ class ImportWorker(Worker[ModelImport, Locations]):
         else:
             changes["root"] = f"luthier.{IMPORTED}-{self.row_id}"
         return changes, {"kind": accepted.manifest.kind}
-
-    def _share(self) -> None:
-        """Let other machines have the model, before anybody is told that it is there."""
-        shared, stored_id = shared_folders(), self.folders.stored_id
-        if shared is None:
-            return
-        record = upload_model(shared, stored_id, self.folders.model)
-
-        def commit(session: Session) -> None:
-            queue.hold(session, ModelImport, self.row_id, self.lease)
-            commit_model(shared, stored_id, record)
-
-        self.write(commit)
 
     def _entries(self, found: ModelImport) -> list[tuple[str, int]]:
         """Names and sizes of the files in the folder of a model, and in those of a pipeline's parts."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import select
 
+from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import ImportFolders, JobFolders, tidy
@@ -68,8 +69,13 @@ def _prepare_jobs(database: Database) -> None:
     for job in untidy:
         folders = JobFolders(job.id)
         with folders.hold() as free:
-            if free:
+            if not free:
+                continue
+            try:
                 tidy(database, job, folders)
+            except (LuthierError, OSError) as error:
+                # Such as a shared store that is away: other jobs begin all the same.
+                _log.warning("the files of job %s stay for now: %s", job.id, error)
     for job in unknown:
         try:
             memory = memory_of(job.command, job.recipe)
@@ -96,7 +102,11 @@ def _prepare_imports(database: Database) -> None:
                     continue
                 made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
                 has_model = session.scalar(made) is not None
-            folders.drop(model=not has_model)
+            try:
+                folders.drop(model=not has_model)
+            except (LuthierError, OSError) as error:
+                _log.warning("what model %s left stays for now: %s", model_id, error)
+                continue
             # Its process died: the model's failure says more.
             folders.log.unlink(missing_ok=True)
 

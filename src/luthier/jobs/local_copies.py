@@ -16,30 +16,36 @@ from functools import partial
 
 from sqlalchemy import select
 
-from luthier.errors import LuthierError
-from luthier.files import folder_size, luthier_home, sha256_of
+from luthier.errors import LuthierError, SharedStoreAway
+from luthier.files import folder_size, luthier_home, sha256_of, verify
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.traces import models_in
 from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
-from luthier.store.jobs import ENDED, Job, job_of_run
+from luthier.store.jobs import ENDED, Job, job_of_run, run_name
 from luthier.store.models import StoredModel, custom_models, find, journals_folder
 from luthier.store.objects import Objects
 from luthier.store.queue import log_file
 from luthier.store.shared import SharedFolders, shared_folders
+from luthier.store.shared_identity import check_identity
 from luthier.store.shared_models import (
     MODELS,
     adopt_copy,
     copies,
     drop_copy,
     put_model,
+    remove_model,
     shared_name,
+    sweep_children,
+    unmark_copy,
 )
 
 SECONDS = 300.0
 """Between two looks."""
+SWEEP_SECONDS = 6 * 3600.0
+"""Between two searches of the shared store for what killed uploads left."""
 IDLE = 600.0
 """Seconds for which a copy was not used before it may be dropped: it may be being opened."""
 
@@ -56,6 +62,16 @@ class LocalCopy:
     """Bytes."""
     drop: Callable[[], bool]
     """Drops it; whether that was possible."""
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """What the database says of models."""
+
+    stored: frozenset[str]
+    """Ids of those that have a row."""
+    unfinished: frozenset[str]
+    """Names of the folders of unfinished jobs, of their runs and models, and of imports."""
 
 
 class LocalCopies:
@@ -81,6 +97,7 @@ class LocalCopies:
         self.database, self.objects, self.limit = database, objects, limit
         self._in_memory, self._forget = in_memory, forget
         self._shared: SharedFolders | None = shared_folders()
+        self._swept = -SWEEP_SECONDS
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="local copies", daemon=True)
 
@@ -105,42 +122,99 @@ class LocalCopies:
             self._ending.wait(SECONDS)
 
     def look(self) -> None:
-        """One look: models made before, models deleted elsewhere, jobs gone on elsewhere, room."""
+        """One look: models deleted elsewhere, models made before, jobs gone on elsewhere, room.
+
+        Raises:
+            RefusedInput: where the shared store is not the one of the database.
+        """
         if self._shared is None:
             return
-        self._put_or_drop_unmarked(self._shared)
+        check_identity(self.database, self._shared.store)
         self._drop_deleted(self._shared)
+        self._put_or_drop_unmarked(self._shared)
         self._drop_ended()
+        self.objects.drop_deleted_copies()
         self.trim()
+        if time.monotonic() - self._swept > SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self.sweep()
+
+    def sweep(self) -> int:
+        """Remove from the shared store what killed uploads left there; how many blobs."""
+        if self._shared is None:
+            return 0
+        found = self._shared.old_blobs()
+        rows = self._rows()
+        dropped = 0
+        for name, blobs in found.items():
+            if name.rpartition("/")[2] not in rows.unfinished:
+                has_row = name in {shared_name(stored_id) for stored_id in rows.stored}
+                dropped += self._shared.drop_unnamed(name, blobs, has_row)
+        sweep_children(
+            lambda child: child in rows.stored or child.partition(":")[2] in rows.unfinished
+        )
+        return dropped
+
+    def _rows(self) -> ModelRows:
+        with self.database.read() as session:
+            stored = {each for each in session.scalars(select(CustomModel.stored_id)) if each}
+            jobs = {*session.scalars(select(Job.id).where(Job.state.not_in(ENDED)))}
+            imported = {*session.scalars(select(ModelImport.id))}
+        names = {*jobs, *map(run_name, jobs), *(f"model-{each}" for each in imported)}
+        return ModelRows(frozenset(stored), frozenset(names))
 
     def _put_or_drop_unmarked(self, shared: SharedFolders) -> None:
         """Put models from before there was a shared store; drop what a killed worker left of one."""
         marked = {stored_id for stored_id, _, _ in copies()}
-        unmarked = [model for model in custom_models() if model.id not in marked]
-        with self.database.read() as session:
-            stored = set(session.scalars(select(CustomModel.stored_id)))
-            busy = {
-                f"job-{i}" for i in session.scalars(select(Job.id).where(Job.state.not_in(ENDED)))
-            }
-            busy |= {f"model-{i}" for i in session.scalars(select(ModelImport.id))}
-        for model in unmarked:
-            if model.id not in stored or model.folder.name in busy:
+        local = custom_models()
+        rows = self._rows()
+        needed = _with_those_below(rows.stored, local)
+        for model in local:
+            if model.id in marked or model.id not in needed or model.folder.name in rows.unfinished:
                 continue
-            record = shared.read(shared_name(model.id))
-            if record is None:
-                _log.info("%s goes into the shared store", model.id)
-                put_model(model.id, model.folder)
-            elif sha256_of(model.folder / MANIFEST) == record.files[MANIFEST].sha256:
-                adopt_copy(model.id)
-            else:
-                drop_copy(model.id)
+            try:
+                self._put_or_drop(shared, model)
+            except SharedStoreAway:
+                raise
+            except LuthierError:
+                # It is damaged; the others are no worse for it.
+                _log.exception("%s does not go into the shared store", model.id)
+
+    def _put_or_drop(self, shared: SharedFolders, model: StoredModel) -> None:
+        record = shared.read(shared_name(model.id))
+        if record is None:
+            verify(model.folder, model.manifest.files)
+            _log.info("%s goes into the shared store", model.id)
+            put_model(model.id, model.folder)
+            if model.id not in _with_those_below(self._rows().stored, custom_models()):
+                remove_model(model.id)  # deleted meanwhile
+        elif sha256_of(model.folder / MANIFEST) == record.files[MANIFEST].sha256:
+            adopt_copy(model.id)
+        else:
+            # Another machine made it anew, after the worker here was killed.
+            self._forget(model.id)
+            drop_copy(model.id)
+            _log.info("%s is fetched as another machine made it", model.id)
 
     def _drop_deleted(self, shared: SharedFolders) -> None:
+        """Drop the copies of what neither the shared store nor the database has any more.
+
+        What only the shared store lacks is no copy: it is put there once more, and never dropped.
+        """
         # Marked before it is looked what is there: what is put meanwhile is marked after.
         marked = [stored_id for stored_id, _, _ in copies()]
         present = shared.names(MODELS)
-        for stored_id in marked:
-            if shared_name(stored_id) in present:
+        missing = [stored_id for stored_id in marked if shared_name(stored_id) not in present]
+        # Rows last: whoever deletes a model deletes its row before its files.
+        rows, local = self._rows(), custom_models() if missing else []
+        unmarked = {each.id for each in local} - {*marked}
+        needed = _with_those_below(rows.stored | unmarked, local)
+        for stored_id in missing:
+            if stored_id in needed or stored_id.partition(":")[2] in rows.unfinished:
+                _log.error(
+                    "the shared store does not have %s, though it was not deleted", stored_id
+                )
+                unmark_copy(stored_id)
                 continue
             self._forget(stored_id)
             drop_copy(stored_id)
@@ -185,7 +259,7 @@ class LocalCopies:
         for stored_id, folder, used in here:
             if stored_id not in needed:
                 size = folder_size(folder)
-                yield LocalCopy(used, size, partial(drop_copy, stored_id))
+                yield LocalCopy(used, size, partial(drop_copy, stored_id, used))
 
     def _needed(self) -> set[str]:
         """Ids of models that are in memory or that unfinished jobs name, with those below them."""
@@ -218,6 +292,18 @@ class LocalCopies:
                 return is_shared
 
             yield LocalCopy(found.st_mtime, found.st_size, drop)
+
+
+def _with_those_below(stored_ids: Iterable[str], local: Iterable[StoredModel]) -> set[str]:
+    """These ids with those of the models of this machine that they stand on; nothing is fetched."""
+    parents = {model.id: model.manifest.parent for model in local}
+    found: set[str] = set()
+    for stored_id in stored_ids:
+        each: str | None = stored_id
+        while each is not None and each not in found:
+            found.add(each)
+            each = parents.get(each)
+    return found
 
 
 def _below(model: StoredModel) -> Iterator[StoredModel]:

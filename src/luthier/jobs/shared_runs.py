@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from luthier.encryption.memory import working
-from luthier.engine.runs import ACTIVATIONS, PRECOMPUTED
+from luthier.engine.runs import ACTIVATIONS, PRECOMPUTED, Run
 from luthier.files import (
     TEMPORARY,
     luthier_home,
@@ -24,13 +24,10 @@ from luthier.files import (
     write_bytes,
 )
 from luthier.jobs.folders import JobFolders
-from luthier.store.shared import FolderRecord, SharedFolders, shared_folders
+from luthier.store.shared import Fence, FolderRecord, SharedFolders, shared_folders
 
 _RECOMPUTED = frozenset({ACTIVATIONS, PRECOMPUTED, ".lock"})
 _log = logging.getLogger(__name__)
-
-Fence = Callable[[Callable[[], None]], None]
-"""Does something while the lease of the job is held for certain; raises where it is lost."""
 
 
 class SharedRun:
@@ -42,21 +39,28 @@ class SharedRun:
         self._hashes: dict[tuple[Any, ...], str] = {}
 
     def share(self) -> None:
-        """Put what there is now; nothing without a shared store.
+        """Put what there is now; nothing without a shared store, or once the model is made.
+
+        The run has no checkpoints then: before the model itself is there, another machine goes on from
+        the last one that was put.
 
         Raises:
             LeaseLost: where somebody else has the job by now.
             SharedStoreAway: where the shared store cannot be written.
         """
-        if self._shared is None:
+        if self._shared is None or self._has_model():
             return
         files = {name: luthier_home() / name for name in self._names()}
         record = self._shared.upload(
             self._folders.shared_run, files, self._hash, roots=[str(root) for root in _roots()]
         )
-        shared = self._shared
-        self._fence(lambda: shared.commit(self._folders.shared_run, record))
+        self._shared.commit(self._folders.shared_run, record, self._fence)
         self._note(record)
+
+    def _has_model(self) -> bool:
+        """Whether training has ended, as :meth:`luthier.engine.runs.Run.begin` sees it."""
+        runs = self._folders.below("runs")
+        return any(Run(each.parent.name, each.name).has_ended() for each in runs)
 
     def share_checkpoint(self) -> None:
         """The same after a checkpoint: training goes on where the shared store is away for a while."""

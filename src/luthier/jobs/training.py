@@ -42,13 +42,13 @@ from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_wait, waits_
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
-from luthier.store import jobs, models, queue, storage
+from luthier.store import jobs, models, storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
 from luthier.store.models import StoredModel, find
 from luthier.store.shared import shared_folders
-from luthier.store.shared_models import commit_model, upload_model
+from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
 
 BEAT = 1.0
@@ -144,7 +144,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def work(self, row: Job) -> int:
         """Train, verify, write the outputs; the exit status."""
         self._outputs = []
-        self.shared_run = SharedRun(self.folders, self._while_held)
+        self.shared_run = SharedRun(self.folders, self.while_held)
         reporter = JobReporter(row, self._rename, self.shared_run.share_checkpoint)
         with self.database.read() as session:
             reporter.remember(session)
@@ -197,7 +197,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
             quotas = quotas_of(session, job.account, self.quotas)
             # Before its outputs are written: of a job that fails there is nothing.
             storage.check(session, job.account, quotas, stored_bytes=self._model_bytes)
-        self.retry(lambda: self._share(model))
+        if shared := shared_folders():
+            # Other machines have the model before anybody is told that it is there.
+            self.retry(lambda: share_model(shared, model.id, model.folder, self.while_held))
         result = JobResult(
             stored_id=model.id,
             steps=run["steps"],
@@ -216,21 +218,6 @@ class TrainingWorker(Worker[Job, JobLocations]):
 
                 self.retry(write)
         return result
-
-    def _share(self, model: StoredModel) -> None:
-        """Let other machines have the model, before anybody is told that it is there."""
-        if shared := shared_folders():
-            record = upload_model(shared, model.id, model.folder)
-            self._while_held(lambda: commit_model(shared, model.id, record))
-
-    def _while_held(self, action: Callable[[], None]) -> None:
-        """``action`` while no other worker can have the lease: the row stays locked."""
-
-        def act(session: Session) -> None:
-            queue.hold(session, Job, self.row_id, self.lease)
-            action()
-
-        self.write(act)
 
     def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":

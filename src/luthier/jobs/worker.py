@@ -205,6 +205,15 @@ class Worker(ABC, Generic[Work, Places]):
                 _log.warning("the database does not answer: %s", error)
                 time.sleep(1)
 
+    def while_held(self, action: Callable[[], None]) -> None:
+        """``action``, which is short, while no other worker can have the lease: the row is locked."""
+
+        def act(session: Session) -> None:
+            queue.hold(session, self.table, self.row_id, self.lease)
+            action()
+
+        self.write(act)
+
     def retry(self, action: Callable[[], Done]) -> Done:
         """``action``, tried again where it failed for a reason that may pass."""
         for number in range(1, TRIES + 1):

@@ -164,6 +164,22 @@ def find(
     )
 
 
+def find_here(model_id: str) -> StoredModel:
+    """As :func:`find`, where no custom model has to be fetched from the shared store for it.
+
+    Raises:
+        UnknownModel: for one that is not on this machine, or stands on one that is not.
+    """
+    below: str | None = model_id
+    while below is not None and ":" in below and not Path(below).exists():
+        folder = folder_of(below)
+        if folder is None or not (folder / MANIFEST).is_file():
+            raise UnknownModel(f"{below} is not on this machine")
+        manifest = _read_record(folder, below)
+        below = manifest.parent if manifest.saved == "adapter" else None
+    return find(model_id)
+
+
 def check_active(model: StoredModel) -> StoredModel:
     """``model``, which is to be used and not only measured.
 

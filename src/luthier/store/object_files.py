@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -175,7 +175,8 @@ class ObjectFiles:
     def __init__(self, folder: Path | None = None) -> None:
         """``folder`` is ``objects`` in the store unless said otherwise; only that one is shared."""
         self.folder = folder or luthier_home() / "objects"
-        self._shared = shared_store() if folder is None else None
+        self.shared = shared_store() if folder is None else None
+        """Where its files are, too; ``None`` where nothing is shared."""
         self._in_flight = InFlight()
 
     def begin(self, account: str, room: Room | None = None) -> FileWriter:
@@ -186,23 +187,23 @@ class ObjectFiles:
         return FileWriter(self.path(account, file_id).parent, file_id, take, room, share)
 
     def _put(self, account: str, path: Path) -> None:
-        if self._shared is not None:
-            self._shared.put(_key(account, path.name), path)
+        if self.shared is not None:
+            self.shared.put(_key(account, path.name), path)
 
     def _fetch(self, account: str, file_id: str, expected: StoredFile | None) -> Path:
         """Where a file is on this machine, fetched if it has to be."""
         path = self.path(account, file_id)
-        if self._shared is None:
+        if self.shared is None:
             return path
         try:
             os.utime(path)  # its last use, of which the oldest are dropped first
         except FileNotFoundError:
-            fetch_shared(self._shared, _key(account, file_id), path, expected)
+            fetch_shared(self.shared, _key(account, file_id), path, expected)
         return path
 
     def is_shared(self, account: str, file_id: str) -> bool:
         """Whether the shared store has a file, so that this machine need not."""
-        return self._shared is not None and self._shared.exists(_key(account, file_id))
+        return self.shared is not None and self.shared.exists(_key(account, file_id))
 
     def exists(self, account: str, file_id: str) -> bool:
         """Whether a file is here, or in the shared store."""
@@ -212,17 +213,26 @@ class ObjectFiles:
         """Where a file is."""
         return self.folder / account / file_id[:2] / file_id
 
-    def link(self, account: str, file_id: str) -> str:
+    def link(self, account: str, file_id: str, size: int, digest: str) -> str:
         """Id of a second name for the bytes of a file, which live as long as either.
+
+        Args:
+            account: whose it is.
+            file_id: its id.
+            size: of its content, in bytes.
+            digest: SHA-256 of its content, which is compared as in :meth:`read`.
 
         Raises:
             FileNotFoundError: where the file has been removed in the meantime.
+            CorruptFile: where it had to be fetched, and is not what the shared store was given.
         """
-        copy = secrets.token_hex(16) + (SEALED if file_id.endswith(SEALED) else "")
+        sealed = file_id.endswith(SEALED)
+        copy = secrets.token_hex(16) + (SEALED if sealed else "")
         target = self.path(account, copy)
         with disk_errors(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._fetch(account, file_id, None), target)
+            source = self._fetch(account, file_id, None if sealed else StoredFile(digest, size))
+            os.link(source, target)
         try:
             self._put(account, target)
         except BaseException:
@@ -235,8 +245,8 @@ class ObjectFiles:
         gone = [*file_ids]
         for file_id in gone:
             self.path(account, file_id).unlink(missing_ok=True)
-        if self._shared is not None:
-            self._shared.delete([_key(account, file_id) for file_id in gone])
+        if self.shared is not None:
+            self.shared.delete([_key(account, file_id) for file_id in gone])
 
     def read(
         self,
@@ -286,12 +296,18 @@ class ObjectFiles:
             named: given the first two of their ids, the ids that rows name.
             older_than: seconds since a file was last changed.
         """
+        removed = self._sweep_shared(named, time.time() - older_than)
+        return removed + self.sweep_here(lambda start, ids: named(start), older_than)
+
+    def sweep_here(
+        self, named: Callable[[str, Set[str]], set[str]], older_than: float = UNNAMED_SECONDS
+    ) -> int:
+        """The same on this machine alone; ``named`` is also given the ids that are asked for."""
         newest, removed = time.time() - older_than, 0
-        removed += self._sweep_shared(named, newest)
         for folder in sorted(self.folder.glob("*/??")):
             # Seen before the rows are asked: what is named by then is kept.
             seen = [path for path in folder.iterdir() if _change_time(path) <= newest]
-            known = named(folder.name) if seen else set()
+            known = named(folder.name, {path.name for path in seen}) if seen else set()
             for path in seen:
                 if path.name not in known:
                     path.unlink(missing_ok=True)
@@ -300,10 +316,10 @@ class ObjectFiles:
 
     def _sweep_shared(self, named: Callable[[str], set[str]], newest: float) -> int:
         """The same in the shared store; what rows name and only this machine has is put there."""
-        if self._shared is None:
+        if self.shared is None:
             return 0
         present: dict[str, dict[str, str]] = {}
-        for entry in self._shared.list(_OBJECTS):
+        for entry in self.shared.list(_OBJECTS):
             start, file_id = entry.key.split("/")[-2:]
             if entry.modified.timestamp() <= newest:
                 present.setdefault(start, {})[file_id] = entry.key
@@ -311,7 +327,7 @@ class ObjectFiles:
         for start, keys in present.items():
             known = named(start)
             gone = [key for file_id, key in keys.items() if file_id not in known]
-            self._shared.delete(gone)
+            self.shared.delete(gone)
             removed += len(gone)
         for folder in sorted(self.folder.glob("*/??")):
             local = {path.name for path in folder.iterdir()} - present.get(folder.name, {}).keys()

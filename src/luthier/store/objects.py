@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -26,6 +26,7 @@ from luthier.store import storage
 from luthier.store.accounts import quotas_of
 from luthier.store.database import Base, Database, now
 from luthier.store.object_files import UNNAMED_SECONDS, FileWriter, ObjectFiles, Room, WrittenFile
+from luthier.store.shared_identity import check_identity
 from luthier.store.storage import FreedStorage
 
 Key = Text().with_variant(Text(collation="C"), "postgresql")
@@ -487,7 +488,10 @@ class Objects:
         try:
             for piece in content.pieces:
                 written = WrittenFile(
-                    self.files.link(account, piece.id), piece.size, piece.md5, piece.sha256
+                    self.files.link(account, piece.id, piece.size, piece.sha256),
+                    piece.size,
+                    piece.md5,
+                    piece.sha256,
                 )
                 pieces.append(ObjectPiece.of(account, piece.number, written, piece.checksums))
         except Exception as error:
@@ -529,8 +533,24 @@ class Objects:
         self.files.remove(account, [each for each in ids if each not in named])
 
     def sweep(self, older_than: float = UNNAMED_SECONDS) -> int:
-        """Remove the files that a killed process left; how many there were. Done at each start."""
+        """Remove the files that a killed process left; how many there were. Done at each start.
+
+        Raises:
+            RefusedInput: where the shared store is not the one of the database.
+        """
+        if self.files.shared is not None:
+            check_identity(self.database, self.files.shared)
         return self.files.sweep(self._files_of_rows, older_than)
+
+    def drop_deleted_copies(self, older_than: float = UNNAMED_SECONDS) -> int:
+        """Remove from this machine the files of what was deleted on another; how many there were."""
+
+        def named(start: str, ids: Set[str]) -> set[str]:
+            query = select(ObjectPiece.id).where(ObjectPiece.id.in_(ids))
+            with self.database.read() as session:
+                return set(session.scalars(query))
+
+        return self.files.sweep_here(named, older_than)
 
     def _files_of_rows(self, start: str) -> set[str]:
         with self.database.read() as session:

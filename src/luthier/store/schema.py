@@ -23,6 +23,7 @@ from luthier.store import (
     jobs,
     objects,
     principals,
+    shared_identity,
     storage,
     tags,
     uploaded_files,
@@ -32,7 +33,7 @@ from luthier.store.database import Base, Database
 
 _MODULES = (
     accounts, audit, batches, custom_models, endpoints, evaluations, idempotency,
-    imports, jobs, objects, principals, storage, tags, uploaded_files, usage,
+    imports, jobs, objects, principals, shared_identity, storage, tags, uploaded_files, usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

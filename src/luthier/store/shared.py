@@ -3,6 +3,7 @@
 A folder, or a bucket of any S3 (``s3://bucket/prefix``), named by ``LUTHIER_SHARED_STORE`` or ``luthier
 serve --shared-store``. Each machine has a ``LUTHIER_HOME`` of its own and fetches what it lacks.
 
+    store-id                   which database it belongs to
     records/<name>.json        the files of a folder: names, SHA-256, sizes
     blobs/<name>/<sha256>      their bytes, as they lie on the disk: encrypted where the store is
     children/, removed/        which models stand on which, and whose deletion began
@@ -22,6 +23,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +43,17 @@ READ_SIZE = 1 << 20
 _SMALL = 1 << 20
 """Bytes of a file that is hashed and put from one reading, as it may grow meanwhile."""
 _RETRIES = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+ONCE_SECONDS = 5.0
+"""That a record may take to be put: a transaction of the database is open meanwhile."""
+_TRIES = 3
+"""How often a record, or a file that changes meanwhile, is put."""
+_PAUSE = 1.0
+"""Seconds between these tries."""
+LEFTOVER = timedelta(days=1)
+"""Age of a blob that no record names, from which on no upload is at work on it."""
+
+Fence = Callable[[Callable[[], None]], None]
+"""Does something while the lease of the work is held for certain; raises where it is lost."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,11 @@ class SharedEntry:
 class SharedStore(Protocol):
     """Bytes by key. Everything raises :class:`SharedStoreAway` where the store cannot be reached."""
 
-    def put(self, key: str, content: bytes | Path) -> None:
-        """Let ``key`` name these bytes, or those of a file, whole or not at all."""
+    def put(self, key: str, content: bytes | Path | Iterator[bytes]) -> None:
+        """Let ``key`` name these bytes, those of a file or of pieces, whole or not at all."""
+
+    def put_once(self, key: str, content: bytes) -> None:
+        """The same in one try of ``ONCE_SECONDS``: while a transaction of the database is open."""
 
     def create(self, key: str, content: bytes) -> bool:
         """The same where it names nothing yet; whether it did not."""
@@ -150,18 +166,34 @@ def fetch_shared(store: SharedStore, key: str, target: Path, expected: StoredFil
 
 
 class DirectoryStore:
-    """A folder that all machines see at one path."""
+    """A folder that all machines see at one path. It is never made: one that is missing is away."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._root = folder
 
-    def put(self, key: str, content: bytes | Path) -> None:
+    @property
+    def _folder(self) -> Path:
+        if not self._root.is_dir():
+            raise SharedStoreAway(
+                f"the folder {self._root} of the shared store is missing. Mount it, or create it where "
+                "it is to be a new one"
+            )
+        return self._root
+
+    def put(self, key: str, content: bytes | Path | Iterator[bytes]) -> None:
         """See :class:`SharedStore`."""
         if isinstance(content, bytes):
             write_bytes(self._folder / key, content)
-            return
-        with content.open("rb") as source, new_file(self._folder / key) as file:
-            shutil.copyfileobj(source, file, READ_SIZE)
+        elif isinstance(content, Path):
+            with content.open("rb") as source, new_file(self._folder / key) as file:
+                shutil.copyfileobj(source, file, READ_SIZE)
+        else:
+            with new_file(self._folder / key) as file:
+                file.writelines(content)
+
+    def put_once(self, key: str, content: bytes) -> None:
+        """See :class:`SharedStore`; how long a mounted volume takes is its own affair."""
+        write_bytes(self._folder / key, content)
 
     def create(self, key: str, content: bytes) -> bool:
         """See :class:`SharedStore`."""
@@ -188,15 +220,18 @@ class DirectoryStore:
 
     def list(self, prefix: str) -> Iterator[SharedEntry]:
         """See :class:`SharedStore`."""
-        with suppress(FileNotFoundError):
-            for name in names_below(self._folder / prefix):
+        folder = self._folder / prefix
+        try:
+            for name in names_below(folder):
                 if name.rpartition("/")[2].startswith(TEMPORARY):
                     continue
                 with suppress(FileNotFoundError):  # deleted meanwhile
-                    found = (self._folder / prefix / name).stat()
+                    found = (folder / name).stat()
                     modified = datetime.fromtimestamp(found.st_mtime, UTC)
                     key = f"{prefix}/{name}".lstrip("/")
                     yield SharedEntry(key, found.st_size, modified)
+        except FileNotFoundError:
+            _ = self._folder  # gone meanwhile, it is away as well
 
     def delete(self, keys: Iterable[str]) -> None:
         """See :class:`SharedStore`."""
@@ -215,14 +250,26 @@ class BucketStore:
             raise RefusedInput(text) from None
         self._name = f"s3://{bucket}/{prefix}".rstrip("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._store = S3Store(bucket, **connection_settings(), retry_config=_RETRIES)
+        settings = connection_settings()
+        self._store = S3Store(bucket, **settings, retry_config=_RETRIES)
+        limit = timedelta(seconds=ONCE_SECONDS)
+        options = {**settings.pop("client_options", {}), "timeout": limit, "connect_timeout": limit}
+        once = {"max_retries": 0, "retry_timeout": limit}
+        self._once = S3Store(bucket, **settings, client_options=options, retry_config=once)
 
-    def put(self, key: str, content: bytes | Path) -> None:
+    def put(self, key: str, content: bytes | Path | Iterator[bytes]) -> None:
         """See :class:`SharedStore`."""
         import obstore
 
         with self._errors("written"):
             obstore.put(self._store, self._prefix + key, content)
+
+    def put_once(self, key: str, content: bytes) -> None:
+        """See :class:`SharedStore`."""
+        import obstore
+
+        with self._errors("written"):
+            obstore.put(self._once, self._prefix + key, content)
 
     def create(self, key: str, content: bytes) -> bool:
         """See :class:`SharedStore`."""
@@ -339,11 +386,30 @@ class FolderRecord:
         return FolderRecord(files, about)
 
 
+class _HashedPieces:
+    """The bytes of a file as they are sent, and then what they were."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.stored: StoredFile | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        digest, size = hashlib.sha256(), 0
+        with self._path.open("rb") as file:
+            while piece := file.read(8 * READ_SIZE):
+                digest.update(piece)
+                size += len(piece)
+                yield piece
+        self.stored = StoredFile(digest.hexdigest(), size)
+
+
 class SharedFolders:
     """Folders in a shared store by name, such as ``models/<base>/<name>``: whole or not there."""
 
     def __init__(self, store: SharedStore) -> None:
         self.store = store
+        self._uploaded: set[str] = set()
+        """Blobs that were put here, so that what failed goes on where it stood."""
 
     def upload(
         self,
@@ -354,33 +420,107 @@ class SharedFolders:
     ) -> FolderRecord:
         """Put the bytes of ``files`` that are not there yet; :meth:`commit` makes them the folder.
 
-        Blobs of an earlier record stay until then, as it may be the one that is gone on from.
+        Blobs of an earlier record stay until then, as it may be the one that is gone on from. What is
+        neither named by it nor put by this object is put anew: somebody may be about to delete it.
+
+        Raises:
+            CorruptFile: where a file changes all the time.
         """
-        present = {each.key for each in self.store.list(f"{BLOBS}/{name}")}
+        before = self._read_whole(name)
+        own = self._uploaded | (self._blobs(name, before) if before else set())
+        present = {each.key for each in self.store.list(f"{BLOBS}/{name}") if each.key in own}
         found: dict[str, StoredFile] = {}
         for path_below, path in files.items():
+            found[path_below] = self._put_file(name, path, hash_of, present)
+        return FolderRecord(found, about)
+
+    def _put_file(
+        self, name: str, path: Path, hash_of: Callable[[Path], str], present: set[str]
+    ) -> StoredFile:
+        """Put a file unless ``present`` has its blob; a blob is under the hash of what was sent."""
+        for _ in range(_TRIES):
             size = path.stat().st_size
-            content = path.read_bytes() if size <= _SMALL else path
-            if isinstance(content, bytes):
+            content = path.read_bytes() if size <= _SMALL else None
+            if content is not None:
                 stored = StoredFile(hashlib.sha256(content).hexdigest(), len(content))
             else:
                 stored = StoredFile(hash_of(path), size)
-            if (key := self._blob(name, stored)) not in present:
-                self.store.put(key, content)
+            key = self._blob(name, stored)
+            if key in present:
+                return stored
+            sent = _HashedPieces(path)
+            self.store.put(key, iter(sent) if content is None else content)
+            if content is not None or sent.stored == stored:
                 present.add(key)
-            found[path_below] = stored
-        return FolderRecord(found, about)
+                self._uploaded.add(key)
+                return stored
+            self.store.delete([key])
+        raise CorruptFile(
+            f"{path} changes while it is put into the shared store; end what writes it"
+        )
 
-    def commit(self, name: str, record: FolderRecord) -> None:
-        """Let the folder be what was uploaded; blobs that it does not name go.
+    def commit(
+        self, name: str, record: FolderRecord, fence: Fence = lambda action: action()
+    ) -> None:
+        """Let the folder be what was uploaded; blobs of the record before it that it lacks go.
 
-        Whoever may not be the only one to write it holds what makes them the only one, such as the row
-        of a lease: the blobs of another's record would go.
+        Within the ``fence`` is one put of the record, which is tried again outside of it. Other blobs
+        stay, as they may be those of somebody who uploads now: see :meth:`drop_unnamed`.
+
+        Raises:
+            SharedStoreAway: where it could not be put, or blobs went meanwhile: upload it again.
         """
-        self.store.put(self._record(name), json.dumps(record.plain(), indent=1).encode())
-        needed = {self._blob(name, each) for each in record.files.values()}
-        present = [each.key for each in self.store.list(f"{BLOBS}/{name}")]
-        self.store.delete([key for key in present if key not in needed])
+        key, content = self._record(name), json.dumps(record.plain(), indent=1).encode()
+        before = self._read_whole(name)
+        for left in reversed(range(_TRIES)):
+            try:
+                fence(lambda: self.store.put_once(key, content))
+                break
+            except SharedStoreAway:
+                if not left:
+                    raise
+                time.sleep(_PAUSE)
+        needed = self._blobs(name, record)
+        self._uploaded -= needed
+        if self._read_whole(name) != record:
+            return  # another is next, and may need what this one replaced
+        if before is not None:
+            self.store.delete(self._blobs(name, before) - needed)
+        if needed - {each.key for each in self.store.list(f"{BLOBS}/{name}")}:
+            raise SharedStoreAway(
+                f"blobs of {name} were removed from the shared store by another server"
+            )
+
+    def old_blobs(self) -> dict[str, set[str]]:
+        """Keys of the blobs that nobody uploads any more, by the names of their folders."""
+        newest, found = datetime.now(UTC) - LEFTOVER, dict[str, set[str]]()
+        for each in self.store.list(BLOBS):
+            if each.modified < newest:
+                name = each.key.removeprefix(f"{BLOBS}/").rpartition("/")[0]
+                found.setdefault(name, set()).add(each.key)
+        return found
+
+    def drop_unnamed(self, name: str, blobs: set[str], has_row: bool) -> int:
+        """Delete those of these blobs that the record does not name; how many.
+
+        Where there is no record, all: unless the folder ``has_row``, as they may be all that is left.
+        """
+        try:
+            record = self.read(name)
+        except CorruptFile:
+            return 0  # it may name them
+        if record is None and has_row:
+            return 0
+        gone = blobs - (self._blobs(name, record) if record else set())
+        self.store.delete(gone)
+        return len(gone)
+
+    def _read_whole(self, name: str) -> FolderRecord | None:
+        """As :meth:`read`; ``None`` for what is no record, too, which is replaced."""
+        try:
+            return self.read(name)
+        except CorruptFile:
+            return None
 
     def read(self, name: str) -> FolderRecord | None:
         """The record of a folder; ``None`` where it is not there.
@@ -427,6 +567,9 @@ class SharedFolders:
     @staticmethod
     def _record(name: str) -> str:
         return f"{RECORDS}/{name}.json"
+
+    def _blobs(self, name: str, record: FolderRecord) -> set[str]:
+        return {self._blob(name, each) for each in record.files.values()}
 
     @staticmethod
     def _blob(name: str, stored: StoredFile) -> str:

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
-from luthier.errors import CorruptFile
+from luthier.errors import CorruptFile, SharedStoreAway
 from luthier.files import TEMPORARY, lock, luthier_home, names_below, need_disk, new_folder
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.store.shared import FolderRecord, SharedFolders, read_shared, shared_folders
+from luthier.store.shared import (
+    LEFTOVER,
+    Fence,
+    SharedFolders,
+    read_shared,
+    shared_folders,
+)
 
 MODELS, CHILDREN, REMOVED = "models", "children", "removed"
 
@@ -43,29 +50,34 @@ def _mark_of(stored_id: str) -> Path:
     return luthier_home() / "shared" / MODELS / base / name
 
 
-def upload_model(folders: SharedFolders, stored_id: str, folder: Path) -> FolderRecord:
-    """Put the bytes of a whole model of this machine; :func:`commit_model` makes it one there."""
+def share_model(
+    folders: SharedFolders,
+    stored_id: str,
+    folder: Path,
+    fence: Fence = lambda action: action(),
+) -> None:
+    """Let all machines have a whole model of this one; see :meth:`SharedFolders.commit`."""
     names = [n for n in names_below(folder) if not n.startswith((TEMPORARY, f".{REMOVED}"))]
-    parent = Manifest.read(folder).parent
-    files = {name: folder / name for name in names}
-    return folders.upload(
-        shared_name(stored_id), files, parent=parent if ":" in str(parent) else None
-    )
-
-
-def commit_model(folders: SharedFolders, stored_id: str, record: FolderRecord) -> None:
-    """Let all machines have the model that was uploaded; see :meth:`SharedFolders.commit`."""
-    if parent := record.about["parent"]:
+    made_from = Manifest.read(folder).parent
+    parent = made_from if made_from and ":" in made_from else None
+    if parent is not None:
         # Before the record: a parent is never without a child that stands on it.
         folders.store.put(_child_key(parent, stored_id), b"")
-    folders.commit(shared_name(stored_id), record)
+    files, name = {each: folder / each for each in names}, shared_name(stored_id)
+    folders.commit(name, folders.upload(name, files, parent=parent), fence)
     _touch(_mark_of(stored_id))
 
 
 def put_model(stored_id: str, folder: Path) -> None:
     """Put a model that nobody else writes, if there is a shared store."""
     if folders := shared_folders():
-        commit_model(folders, stored_id, upload_model(folders, stored_id, folder))
+        for last in (False, True):
+            try:
+                share_model(folders, stored_id, folder)
+                return
+            except SharedStoreAway:  # away, or another server changed it in the same moment
+                if last:
+                    raise
 
 
 def refresh_model(stored_id: str, folder: Path) -> None:
@@ -121,11 +133,21 @@ def copies() -> Iterator[tuple[str, Path, float]]:
         yield stored_id, _local_folder(stored_id), mark.stat().st_mtime
 
 
-def drop_copy(stored_id: str) -> bool:
-    """Remove the copy of a model on this machine, which is then gone; the shared store's stays."""
+def unmark_copy(stored_id: str) -> None:
+    """A model here that the shared store does not have, so that it is no copy, and is not dropped."""
+    _mark_of(stored_id).unlink(missing_ok=True)
+
+
+def drop_copy(stored_id: str, used: float | None = None) -> bool:
+    """Remove the copy of a model on this machine; the shared store's stays. Whether it is gone.
+
+    It stays where its last use is another one than ``used``, if that is given.
+    """
     folder = _local_folder(stored_id)
     if folder.parent.is_dir():
         with lock(folder.parent / f".{folder.name}.lock", wait=True):
+            if used is not None and _last_use(stored_id) != used:
+                return False
             if folder.is_dir():
                 doomed = folder.with_name(f"{TEMPORARY}{folder.name}~dropped")
                 os.replace(folder, doomed)  # at once: nobody opens a half of it
@@ -133,6 +155,13 @@ def drop_copy(stored_id: str) -> bool:
             (folder.parent / f".{folder.name}.lock").unlink(missing_ok=True)
     _mark_of(stored_id).unlink(missing_ok=True)
     return True
+
+
+def _last_use(stored_id: str) -> float | None:
+    try:
+        return _mark_of(stored_id).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def mark_removal(stored_id: str) -> bool:
@@ -194,6 +223,25 @@ def remove_models_of_run(name: str) -> None:
         for each in folders.names(MODELS):
             if each.rpartition("/")[2] == name:
                 remove_model(stored_id_of(each))
+
+
+def sweep_children(is_needed: Callable[[str], bool]) -> None:
+    """Let parents forget the children that a killed worker never made; those of others go then.
+
+    ``is_needed`` says of a model whether it has a row, or whether unfinished work makes it.
+    """
+    folders = shared_folders()
+    newest = datetime.now(UTC) - LEFTOVER
+    for entry in folders.store.list(CHILDREN) if folders else ():
+        _, models, *names = entry.key.split("/")
+        if folders is None or models != MODELS or len(names) != 4 or entry.modified > newest:
+            continue
+        parent, child = ":".join(names[:2]), ":".join(names[2:])
+        if is_needed(child) or folders.read(shared_name(child)) is not None:
+            continue
+        folders.store.delete([entry.key])
+        if folders.store.exists(_removal_key(parent)):
+            remove_model(parent)
 
 
 def _child_key(parent: str, child: str) -> str:

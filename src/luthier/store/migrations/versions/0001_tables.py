@@ -210,6 +210,12 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
+        "shared_store",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("token", sa.String(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_table(
         "storage",
         sa.Column("account", sa.String(), nullable=False),
         sa.Column("stored_bytes", sa.BigInteger(), nullable=False),

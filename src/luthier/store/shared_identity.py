@@ -1,0 +1,86 @@
+"""Which shared store belongs to which database.
+
+Both hold one random id, made when a server first opens them together. Files that no row names are
+removed, so a store that is opened with another database would lose all that it holds: it is refused.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from luthier.errors import RefusedInput
+from luthier.store.database import Base, Database
+from luthier.store.ids import random_id
+from luthier.store.shared import SharedStore, read_shared
+
+IDENTITY = "store-id"
+"""Key of the id in the shared store."""
+_LOCK = 7015123
+"""Number of PostgreSQL's lock."""
+
+
+class SharedStoreIdentity(Base):
+    """One row, with the id of the shared store that holds the files of this database."""
+
+    __tablename__ = "shared_store"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    token: Mapped[str]
+
+
+def agree_identity(database: Database, store: SharedStore) -> None:
+    """Have one id in both where neither has one; else do as :func:`check_identity`."""
+    with database.write() as session:
+        if not database.is_sqlite:
+            # Servers that start together do this one after the other.
+            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        token, shared = _identities(session, store)
+        if token is None and shared is None:
+            token = shared = random_id(32)
+            session.add(SharedStoreIdentity(id=1, token=token))
+            session.flush()
+            if not store.create(IDENTITY, token.encode()):
+                _, shared = _identities(session, store)
+        _refuse_other(token, shared)
+
+
+def check_identity(database: Database, store: SharedStore) -> None:
+    """Refuse a shared store that is not the one of this database. Before anything is swept.
+
+    Raises:
+        RefusedInput: with the reason.
+        SharedStoreAway: where the shared store cannot be read.
+    """
+    with database.read() as session:
+        token, shared = _identities(session, store)
+    _refuse_other(token, shared)
+
+
+def _identities(session: Session, store: SharedStore) -> tuple[str | None, str | None]:
+    """The ids that the database and the shared store have."""
+    content = read_shared(store, IDENTITY)
+    token = session.scalar(select(SharedStoreIdentity.token))
+    return token, None if content is None else content.decode(errors="replace").strip()
+
+
+def _refuse_other(token: str | None, shared: str | None) -> None:
+    if token == shared:
+        return
+    if shared is None:
+        raise RefusedInput(
+            f"the shared store has no {IDENTITY}, and the database belongs to the one with {token}: "
+            "this bucket, prefix or folder is another one, was emptied, or is not mounted. Name or "
+            "mount the one that the servers of this database use, or copy its content here; where "
+            f"it is that one, and what it lost is lost, put {token} under its key {IDENTITY}"
+        )
+    if token is None:
+        raise RefusedInput(
+            f"the shared store belongs to another database: it has the {IDENTITY} {shared}, and this "
+            "database has none. Name the database of its servers by --database, or another bucket, "
+            f"prefix or folder; where nothing in it is needed any more, delete its key {IDENTITY}"
+        )
+    raise RefusedInput(
+        f"the shared store belongs to another database: its {IDENTITY} is {shared}, and this database "
+        f"belongs to the one with {token}. Name the database or the shared store that goes with it"
+    )
