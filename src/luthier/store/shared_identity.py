@@ -77,7 +77,7 @@ def _refuse_other(token: str | None, shared: str | None) -> None:
     if token is None:
         raise RefusedInput(
             f"the shared store belongs to another database: it has the {IDENTITY} {shared}, and this "
-            "database has none. Name the database of its servers by --database, or another bucket, "
+            "database has none. Name the database of its servers (LUTHIER_DATABASE), or another bucket, "
             f"prefix or folder; where nothing in it is needed any more, delete its key {IDENTITY}"
         )
     raise RefusedInput(
