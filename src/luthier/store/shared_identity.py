@@ -77,8 +77,9 @@ def _refuse_other(token: str | None, shared: str | None) -> None:
     if token is None:
         raise RefusedInput(
             f"the shared store belongs to another database: it has the {IDENTITY} {shared}, and this "
-            "database has none. Name the database of its servers (LUTHIER_DATABASE), or another bucket, "
-            f"prefix or folder; where nothing in it is needed any more, delete its key {IDENTITY}"
+            "database has none. Name the database of its servers (LUTHIER_DATABASE), or another "
+            "bucket, prefix or folder; where nothing in it is needed any more, delete its key "
+            f"{IDENTITY}"
         )
     raise RefusedInput(
         f"the shared store belongs to another database: its {IDENTITY} is {shared}, and this database "
