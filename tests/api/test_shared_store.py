@@ -43,7 +43,8 @@ class Machines:
         self.database, self.moto = Database(url), moto
         self.bucket = moto_client(moto)
         self.bucket.create_bucket(Bucket=BUCKET)
-        self.options = ["--database", url, "--shared-store", f"s3://{BUCKET}/production"]
+        self.prefix = secrets.token_hex(4)  # a shared store belongs to one database
+        self.options = ["--database", url, "--shared-store", f"s3://{BUCKET}/{self.prefix}"]
         self.variables = {
             **KEYS,
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{moto}",
@@ -76,7 +77,7 @@ class Machines:
 
     def keys(self, below: str = "") -> list[str]:
         pages = self.bucket.get_paginator("list_objects_v2")
-        found = pages.paginate(Bucket=BUCKET, Prefix=f"production/{below}")
+        found = pages.paginate(Bucket=BUCKET, Prefix=f"{self.prefix}/{below}")
         return [each["Key"] for page in found for each in page.get("Contents", ())]
 
 
