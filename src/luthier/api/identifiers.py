@@ -27,7 +27,7 @@ JOB, MODEL, FOUNDATION = "model-customization-job", "custom-model", "foundation-
 EVALUATION = "evaluation-job"
 
 Row = TypeVar("Row", Job, CustomModel, Endpoint)
-Columns = TypeVarTuple("Columns")
+Ts = TypeVarTuple("Ts")
 Name = InstrumentedAttribute[Any]
 """A column with names or ids that are unique in an account."""
 _MODEL_NAMES: Sequence[Name] = (CustomModel.id, CustomModel.openai_id, CustomModel.name)
@@ -130,9 +130,7 @@ def _find(
     return None if found and arn and str(arn) != arn_of(arns, found) else found
 
 
-def _where_named(
-    query: Select[*Columns], columns: Sequence[Name], identifier: Any
-) -> Select[*Columns]:
+def _where_named(query: Select[*Ts], columns: Sequence[Name], identifier: Any) -> Select[*Ts]:
     """Rows of ``query`` that are called so, by the first of ``columns`` before those by the next."""
     query = query.where(or_(*(column == identifier for column in columns)))
     # PostgreSQL has what a column without a value compares to, nothing, before true.

@@ -145,11 +145,11 @@ class LocalCopies:
             return 0
         found = self._shared.old_blobs()
         rows = self._rows()
+        with_rows = set(map(shared_name, rows.stored))
         dropped = 0
         for name, blobs in found.items():
             if name.rpartition("/")[2] not in rows.unfinished:
-                has_row = name in {shared_name(stored_id) for stored_id in rows.stored}
-                dropped += self._shared.drop_unnamed(name, blobs, has_row)
+                dropped += self._shared.drop_unnamed(name, blobs, name in with_rows)
         sweep_children(
             lambda child: child in rows.stored or child.partition(":")[2] in rows.unfinished
         )

@@ -84,14 +84,14 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     # What is loaded is read once more, a moment later. Whoever writes to the folder in between is its
     # owner, whose own memory the bounds protect: what others give to a server is copied first, to
     # where they cannot write.
-    if any(not (part / CONFIG).is_file() for part in network_folders(folder)):
-        read_model_fields(folder)  # says which file is missing
     files = [
-        path
-        for part in network_folders(folder)
-        for path in (part / "config.json", *weight_files(part))
+        path for part in network_folders(folder) for path in (part / CONFIG, *weight_files(part))
     ]
-    versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
+    try:
+        versions = tuple((each.name, (s := each.stat()).st_mtime_ns, s.st_size) for each in files)
+    except FileNotFoundError:
+        read_model_fields(folder)  # says which file is missing
+        raise
     if memory is None:
         memory = threading.active_count() == 1
     return _draw_described(folder, versions, memory)

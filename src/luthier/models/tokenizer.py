@@ -61,7 +61,7 @@ def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     Stop tokens are those of ``generation_config.json`` and the tokenizer's own end-of-text token.
     """
     processor = load_processor(folder)
-    if processor is not None and not reads_texts(folder):
+    if processor is not None and not reads_texts(folder, processor):
         return ChatFormat.reading(processor)
     tokenizer = load_tokenizer(folder)
     if is_pipeline(folder):  # files of older pipelines do not say how long a text may be
@@ -83,9 +83,8 @@ def load_processor(folder: Path) -> Processor | None:
     return processor
 
 
-def reads_texts(folder: Path) -> bool:
-    """Whether the model in ``folder`` reads or writes texts, beside images or alone."""
-    processor = load_processor(folder)
+def reads_texts(folder: Path, processor: Processor | None) -> bool:
+    """Whether the model in ``folder`` has texts, beside what its ``processor`` reads or alone."""
     if processor is None:
         return True
     if processor.kind == "audio":

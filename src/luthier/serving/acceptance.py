@@ -109,7 +109,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     """
     from luthier.models.description import described_network, read_model_fields
     from luthier.models.modalities import context_length, text_fields
-    from luthier.models.tokenizer import check_vocabulary, reads_texts
+    from luthier.models.tokenizer import check_vocabulary, load_processor, reads_texts
 
     for part in network_folders(folder):
         with _in_folder(part.relative_to(folder)):
@@ -130,7 +130,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     if kind == "causal_lm":
         # What it may read of images is not taken in here.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
-    with_texts = reads_texts(folder)
+    with_texts = reads_texts(folder, load_processor(folder))
     if with_texts:
         with _format(folder, None, "Save the model's own tokenizer into the folder.") as chat:
             check_vocabulary(chat, fields.get("text_encoder", fields), "the model")

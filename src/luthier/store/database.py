@@ -45,7 +45,7 @@ from luthier.store.ids import SMALL, random_id
 from luthier.store.text import dump_storable, storable
 
 Row = TypeVar("Row")
-Columns = TypeVarTuple("Columns")
+Ts = TypeVarTuple("Ts")
 DATABASE_FILE = "luthier.db"
 """SQLite's file in the store."""
 BUSY_SECONDS = 30
@@ -197,7 +197,7 @@ class Database:
                 session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
             yield session
 
-    def first(self, query: Select[*Columns], **values: str) -> RowOfColumns[*Columns] | None:
+    def first(self, query: Select[*Ts], **values: str) -> RowOfColumns[*Ts] | None:
         """The first row of ``query`` with these ``values``, as it is now; ``None`` where there is none.
 
         For what each request asks. One statement sees one state without a transaction around it, which
