@@ -170,4 +170,4 @@ def test_memory_stays_flat(server: Served) -> None:
     print(f"resident, MiB by quarter: {medians}; {dict(clients.answers)}")
     assert not clients.failures, clients.failures[:5]
     assert len(clients.answers) == 4
-    assert medians[3] - medians[1] <= GROWTH / MIB
+    assert medians[3] - medians[1] <= GROWTH / MIB, medians

@@ -170,6 +170,48 @@ def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:
     for backend, own in zip(rows, together, strict=True):
         assert equal(write([backend], PROMPTS[1:2], 4)[0], own)
     assert not equal(together[1], together[2])
+    # Rows of one adapter alone, and beside those of another, read its weights once where they may.
+    for count in (1, 3, 30):
+        many = write([*[backends[0]] * count, backends[1]], prompts[:1] * (count + 1), 4)
+        same = write([backends[0]] * count, prompts[:1] * count, 4)
+        assert all(equal(own, together[1]) for own in [*many[:-1], *same])
+        assert equal(many[-1], together[2])
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        # Adapter and how many places, for each product; no adapter where it is that of several.
+        ([0] * 8, [(0, 8)]),
+        ([0, 1, 2, 3], [(None, 4)]),
+        ([2, 0, 2, 1], [(None, 8)]),
+        ([0] * 61 + [1, 2, 3], [(0, 61), (None, 4)]),
+        ([0] * 30 + [1], [(None, 60)]),
+    ],
+)
+def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
+    rows: list[int], expected: list[tuple[int | None, int]], tiny_llama: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(row_adapters, "_mixes", lambda *given: True)
+    monkeypatch.setattr(row_adapters, "_joins", lambda *given: True)
+    network = as_network(tiny_llama().eval(), CPU, torch.float32)
+    shared = row_adapters.SharedBase(network, (4, 8))
+    adapters = [shared.add(network.with_adapter(drawn(LoRA(rank=4), s))) for s in range(4)]
+    for adapter in adapters[: 2 if rows[-1] == 1 and len(rows) > 8 else 4]:
+        shared.enter(adapter)
+    shared.model_of([adapters[index] for index in rows])
+    parts = shared.step.parts
+    assert [(part.slot, part.row_PM.numel()) for part in parts] == expected
+    assert [part.in_order for part in parts] == [len({*rows}) == 1] * len(parts)
+    computed = {}
+    for part, places in zip(parts, shared.step.places, strict=True):
+        per = part.row_PM.shape[1]
+        assert part.row_PM.flatten()[[*places.values()]].tolist() == [*places]
+        computed |= {
+            row: place // per if part.slot is None else part.slot for row, place in places.items()
+        }
+    assert computed == dict(enumerate(rows))
 
 
 def test_the_backend_of_an_adapted_network_gives_the_same_texts(

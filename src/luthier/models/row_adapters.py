@@ -5,8 +5,8 @@ from weights of its own, which lie stacked with those of other adapters of the s
 product serves them all. Only steps mix: a prompt is read alone, through a network that holds the
 adapter's layers and shares all others with the base.
 
-A row's bits do not depend on its neighbours: products are taken together, and updates added inside the
-frozen product, only where that was seen to change none.
+A row's bits do not depend on its neighbours: products are taken together, rows of one adapter read its
+weights once, and updates are added inside the frozen product, only where that was seen to change none.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ ALONE = 64
 """Rows of one adapter in each product, filled up, where those of several cannot run as one."""
 MOSTLY = 4
 """A product of a whole stack is taken where at least one in so many of its adapters has a row."""
+PART, ROW = 12.0, 0.06
+"""What another product costs, and another row in one, where reading an adapter's weights costs 1."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ class AdapterBank:
         self.computes = {place: update.compute for place, update in like.updates()}
         self.mixes = _mixes(like)
         """Whether rows of several run in one product."""
+        self.joins = self.mixes and _joins(like)
+        """Whether several rows of one do, as one matrix."""
         self.divides = _divides(like)
         self._capacity = 0
 
@@ -199,9 +203,11 @@ class _Part:
     """The step's row at each place; any where there is none."""
     slot: int | None
     """The adapter that all ``P`` are of; without one, the first ``P`` of the bank."""
+    in_order: bool = False
+    """Whether all rows of the step, in their order, are those of one matrix."""
 
     def update(self, place: Place, x_RI: Tensor) -> Tensor:
-        """What the adapters add at ``place``, ``[P * M, O]``."""
+        """What the adapters add at ``place``, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
         count, first = len(self.row_PM), self.slot or 0
         weights = [
             stack[:count]
@@ -209,7 +215,9 @@ class _Part:
             else stack[first : first + 1].expand(count, *stack.shape[1:])
             for stack in self.bank.stacks[place]
         ]
-        return self.bank.computes[place](x_RI[self.row_PM], *weights).flatten(0, 1)
+        # Rows that fill a step up stand behind the others, and may have any update.
+        x_PMI = x_RI[None] if self.in_order else x_RI[self.row_PM]
+        return self.bank.computes[place](x_PMI, *weights).flatten(0, 1)
 
 
 @dataclass(eq=False)
@@ -219,6 +227,8 @@ class _Step:
     parts: list[_Part] = field(default_factory=list)
     places: list[dict[int, int]] = field(default_factory=list)
     """For each part, where it has the rows of the step."""
+    rows: int = 0
+    """How many there are, without those that fill it up."""
     _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def update(self, place: Place, x_RI: Tensor) -> Tensor | None:
@@ -229,18 +239,22 @@ class _Step:
         if not present:
             return None
         made = [self.parts[index].update(place, x_RI) for index in present]
-        # Rows without an adapter here get the zeros behind all others.
-        made.append(made[0].new_zeros(1, made[0].shape[-1]))
+        if self.parts[present[0]].in_order:
+            return made[0]
         if present not in self._places_R:
             self._places_R[present] = self._places_of(present, len(x_RI)).to(x_RI.device)
-        return torch.cat(made)[self._places_R[present]]
+        if sum(len(self.places[index]) for index in present) < self.rows:
+            # Rows without an adapter here get the zeros behind all others.
+            made.append(made[0].new_zeros(1, made[0].shape[-1]))
+        return (made[0] if len(made) == 1 else torch.cat(made))[self._places_R[present]]
 
     def _places_of(self, present: tuple[int, ...], rows: int) -> Tensor:
         first, found = 0, dict[int, int]()
         for index in present:
             found |= {row: first + place for row, place in self.places[index].items()}
             first += self.parts[index].row_PM.numel()
-        return torch.tensor([found.get(row, first) for row in range(rows)])
+        nowhere = first if len(found) < self.rows else 0
+        return torch.tensor([found.get(row, nowhere) for row in range(rows)])
 
 
 class StackedLayer(LayerWrapper):
@@ -332,13 +346,16 @@ class SharedBase:
                 rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
         if not rows:
             return self.network.model
-        self.step = _Step()
+        self.step = _Step(rows=len(adapters))
         for shapes, own in rows.items():
             self._divide(self._banks[shapes], own)
         return self.mixed
 
     def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """The parts that rows of the adapters of one bank are computed in."""
+        if bank.joins:
+            self._divide_joined(bank, rows)
+            return
         left = {adapter: [*own] for adapter, own in rows.items()}
         if not bank.mixes:
             for adapter, own in left.items():
@@ -356,11 +373,72 @@ class SharedBase:
         for adapter, own in left.items():
             self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slot)
 
+    def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
+        """One product of the whole stack for adapters of few rows, one more for each other adapter."""
+        places = len(bank.adapters)
+
+        def cost(most: int) -> float:
+            apart = sum(len(own) > most for own in rows.values())
+            together = PART + places * (1 + most * ROW) if apart < len(rows) else 0.0
+            return apart * (PART + 1) + together
+
+        most = min({0, *map(len, rows.values())}, key=cost)
+        row_PM = [[-1] * most for _ in range(places)]
+        for adapter, own in rows.items():
+            if len(own) > most:
+                self._append(bank, [own], adapter.slot)
+            else:
+                row_PM[adapter.slot] = own + own[:1] * (most - len(own))
+        if any(len(own) <= most for own in rows.values()):
+            self._append(bank, row_PM, None)
+
     def _append(self, bank: AdapterBank, row_PM: list[list[int]], slot: int | None) -> None:
         rows = [row for part in row_PM for row in part]
         self.step.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         index_PM = torch.tensor(row_PM).clamp(min=0).to(self.network.device)
-        self.step.parts.append(_Part(bank, index_PM, slot))
+        in_order = bank.joins and slot is not None and rows == [*range(self.step.rows)]
+        self.step.parts.append(_Part(bank, index_PM, slot, in_order))
+
+
+def _random_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
+    """Each kind of update of ``adapter``, with rows ``[P, 1, I]`` and weights for it at random."""
+    generator = torch.Generator().manual_seed(0)
+    seen: set[Hashable] = set()
+
+    def random_like(like: Tensor, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(like.device, like.dtype)
+
+    for (name, _), update in adapter.updates():
+        key = (update.kind, tuple(weight.shape for weight in update.weights))
+        if key in seen:
+            continue
+        seen.add(key)
+        frozen: Tensor = adapter.layers[name].base_layer.weight
+        x_P1I = random_like(frozen, COUNTS[-1], 1, len(update.weights[0]))
+        stacks = [random_like(weight, COUNTS[-1], *weight.shape) for weight in update.weights]
+        yield update, x_P1I, stacks
+
+
+@torch.no_grad()
+def _joins(adapter: Adapter) -> bool:
+    """Whether a row has the same bits in a matrix of any number of rows of its adapter.
+
+    Beside those of other adapters in one product, too.
+    """
+    for update, x_P1I, stacks in _random_updates(adapter):
+        one = [stack[:1] for stack in stacks]
+        alone = [stack.expand(len(x_P1I), *stack.shape[1:]) for stack in one]
+        expected_MO = update.compute(x_P1I, *alone)[:, 0]
+        x_MI = x_P1I[:, 0]
+        for count in (1, *COUNTS):
+            if not torch.equal(update.compute(x_MI[None, :count], *one)[0], expected_MO[:count]):
+                return False
+            for others in (2, 7):
+                beside = [stack[:others] for stack in stacks]
+                x_PMI = x_MI[:count].expand(others, count, -1)
+                if not torch.equal(update.compute(x_PMI, *beside)[0], expected_MO[:count]):
+                    return False
+    return True
 
 
 @torch.no_grad()
@@ -369,20 +447,7 @@ def _mixes(adapter: Adapter) -> bool:
 
     And beside the same one again. One row alone is another kind of product, and is never taken.
     """
-    generator = torch.Generator().manual_seed(0)
-    seen: set[Hashable] = set()
-    for (name, _), update in adapter.updates():
-        key = (update.kind, tuple(weight.shape for weight in update.weights))
-        if key in seen:
-            continue
-        seen.add(key)
-
-        def random_like(like: Tensor, *shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(like.device, like.dtype)
-
-        frozen: Tensor = adapter.layers[name].base_layer.weight
-        x_P1I = random_like(frozen, COUNTS[-1], 1, len(update.weights[0]))
-        stacks = [random_like(weight, COUNTS[-1], *weight.shape) for weight in update.weights]
+    for update, x_P1I, stacks in _random_updates(adapter):
         expected = update.compute(x_P1I, *stacks)
         for count in COUNTS:
             beside = update.compute(x_P1I[:count], *(stack[:count] for stack in stacks))
