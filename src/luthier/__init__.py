@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.sdk.certificate import certificate, verify
     from luthier.sdk.data import clean, convert, inspect, plant_canaries, split
     from luthier.sdk.evaluation import compare, evaluate, forgetting, judge
-    from luthier.sdk.export import export, quantize
+    from luthier.sdk.export import backend_speeds, export, quantize
     from luthier.sdk.hub import push
     from luthier.sdk.imports import import_openai, import_promptfoo
     from luthier.sdk.model import Model, load
@@ -37,6 +37,7 @@ __all__ = [
     "Recipe",
     "__version__",
     "advise",
+    "backend_speeds",
     "certificate",
     "clean",
     "compare",
@@ -71,7 +72,7 @@ _HOMES = {
         "sdk.certificate": ["certificate", "verify"],
         "sdk.data": ["clean", "convert", "inspect", "plant_canaries", "split"],
         "sdk.evaluation": ["compare", "evaluate", "forgetting", "judge"],
-        "sdk.export": ["export", "quantize"],
+        "sdk.export": ["backend_speeds", "export", "quantize"],
         "sdk.hub": ["push"],
         "sdk.imports": ["import_openai", "import_promptfoo"],
         "sdk.model": ["Model", "load"],

@@ -15,6 +15,7 @@ import typer
 from luthier.cli.admin import admin_app
 from luthier.cli.advise import advise
 from luthier.cli.audit import audit_app
+from luthier.cli.backends import backends
 from luthier.cli.certificate import certificate, verify
 from luthier.cli.compare import compare
 from luthier.cli.console import CommandGroup
@@ -59,8 +60,8 @@ app.add_typer(audit_app, name="audit")
 for command in (
     tune, pipeline, pretrain, student, soup, split, estimate, launch, advise, compare, search, distil,
     inspect, clean, convert, generate, sample, reconstruct, samples, chat, predict, embed, nearest,
-    evaluate, judge, forgetting, canaries, learning_curve, quantize, certificate, verify, push, serve,
-    demo, plugins,
+    evaluate, judge, forgetting, canaries, learning_curve, quantize, backends, certificate, verify,
+    push, serve, demo, plugins,
 ):  # fmt: skip
     app.command()(command)
 # What ends it by surprise goes into its log with its traceback.

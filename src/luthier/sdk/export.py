@@ -1,4 +1,5 @@
-"""Models for other software: ``export`` writes them, ``quantize`` says what fewer bits would lose."""
+"""Models for other software: ``export`` writes them, ``quantize`` says what fewer bits would lose,
+``backend_speeds`` what runs them fastest."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from luthier.sdk.model import stored_model
 if TYPE_CHECKING:
     from luthier.models.manifest import ExportRecord, Manifest
     from luthier.sdk.model import Model
+    from luthier.serving.backend_speed import BackendSpeeds
     from luthier.store.models import StoredModel
     from luthier.workflows.quantize import QuantizationReport
 
@@ -175,3 +177,29 @@ def quantize(
     measured = found.records(hashes_of_data(data))
     _record(stored, lambda manifest: manifest.with_quantized(measured))
     return found
+
+
+def backend_speeds(
+    model: str | Model | StoredModel,
+    streams: Sequence[int] = (1, 8, 32),
+    to: Sequence[str] = ("f16", "q8_0"),
+    *,
+    note: Callable[[str], None] = lambda text: None,
+) -> BackendSpeeds:
+    """Measure which backend writes a model fastest on this machine.
+
+    Args:
+        model: an id, a model in memory, or one on this machine; one that writes.
+        streams: numbers of answers that are written at once, up to 64.
+        to: types of llama.cpp's weights, as of :func:`export`.
+        note: hears what is measured.
+
+    Returns:
+        Tokens a second of torch and of llama.cpp with each type, ``advice()`` in words and the setting
+        that chooses the fastest, ``best(streams).setting``.
+    """
+    from luthier.models.gguf import check_quantization
+    from luthier.serving import backend_speed
+
+    types = [check_quantization(each) for each in to]
+    return backend_speed.backend_speeds(stored_model(model), streams, types, note)

@@ -92,6 +92,11 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     return folder / FILE
 
 
+def parity_of(file: Path) -> TokenParity:
+    """How the file that :func:`gguf_of` gave answers beside torch."""
+    return DerivedFile.model_validate(read_json(file.with_name(RECORD))).parity
+
+
 def _weights(stored: StoredModel) -> Iterator[Path]:
     model: StoredModel | None = stored
     while model is not None:

@@ -96,7 +96,7 @@ def open_model(
     from luthier.engine.machine import open_network
     from luthier.models.description import check_folder
     from luthier.serving.derived_gguf import gguf_of, gguf_type
-    from luthier.store.models import attach_adapter, objective_of, room_of, shares_base
+    from luthier.store.models import room_of
 
     entry = chosen_backend()
     if entry.open_file is not None:
@@ -111,6 +111,16 @@ def open_model(
                 _log.warning("%s is run by torch, not by %s: %s", stored.id, entry.id, error)
         else:
             return OpenedModel(backend, vocabulary, lambda: open_network(stored))
+    return open_by_torch(stored, exact, base)
+
+
+def open_by_torch(
+    stored: StoredModel, exact: bool = False, base: OpenedModel | None = None
+) -> OpenedModel:
+    """As :func:`open_model`, whatever backend runs files."""
+    from luthier.engine.machine import open_network
+    from luthier.store.models import attach_adapter, objective_of, shares_base
+
     if not shares_base(stored):
         return OpenedModel.of(open_network(stored), exact)
     assert stored.parent is not None
