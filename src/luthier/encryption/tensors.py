@@ -19,6 +19,9 @@ from luthier.errors import CorruptFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+READ_WHOLE = 64 << 20
+"""Bytes of a file that is read and not mapped, such as an adapter's, which is loaded again and again."""
+
 
 def save_tensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
@@ -44,7 +47,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     with _reading(path):
-        found: dict[str, Tensor] = load(read_data(path)) if is_sealed(path) else load_file(path)
+        # safetensors 0.8 leaks two integers with each tensor of a mapped file, and reads small ones slower.
+        whole = is_sealed(path) or path.stat().st_size <= READ_WHOLE
+        found: dict[str, Tensor] = load(read_data(path)) if whole else load_file(path)
     return found
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data.media import MOST_PIXELS
+from luthier.data.processors import read_processor
 from luthier.errors import ModelRefused, UnknownModel
 from luthier.models.bounds import drawing_bounds, refuse_configuration
 from luthier.models.heads import Head, Task, task_in
+from luthier.models.kinds import kind_of_network
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config
 from luthier.models.outside import (
@@ -95,6 +97,24 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
     if memory is None:
         memory = threading.active_count() == 1
     return _draw_described(folder, versions, memory)
+
+
+def described_kind(folder: Path, memory: bool | None = None) -> str | None:
+    """The kind of base model that the network in ``folder`` is; ``None`` for one that is none.
+
+    Such as a classifier of texts, whose classes are another's.
+
+    Raises:
+        UnknownModel, ModelRefused: as :func:`described_network` does.
+    """
+    if (own := kind_of_network(folder)) is not None:
+        return own
+    task, processor = described_network(folder, memory).task, read_processor(folder)
+    if task == "causal_lm":
+        return task
+    if processor is not None and processor.kind in ("image", "audio"):
+        return f"{processor.kind}_encoder"
+    return "encoder" if processor is None and task in ("masked_lm", "embedding") else None
 
 
 _HEADS_LEFT_OUT: tuple[Task, ...] = (

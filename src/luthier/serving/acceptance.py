@@ -28,7 +28,6 @@ from luthier.data.media import LONGEST_WINDOW, Media
 from luthier.data.processors import PREPROCESSOR_CONFIG, Processor, read_processor
 from luthier.errors import DoesNotFit, Interrupted, LuthierError, ModelRefused
 from luthier.files import folder_size
-from luthier.models.kinds import kind_of_network
 from luthier.models.manifest import Manifest, TextFormat
 from luthier.models.outside import (
     ADAPTER_CONFIG,
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.data.chat import ChatFormat
-    from luthier.models.heads import Task
     from luthier.serving.serial import ModelInput
 
 ANSWER = 8
@@ -107,7 +105,7 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
     Raises:
         ModelRefused: where it cannot be taken.
     """
-    from luthier.models.description import described_network, read_model_fields
+    from luthier.models.description import described_kind, described_network, read_model_fields
     from luthier.models.modalities import context_length, text_fields
     from luthier.models.tokenizer import check_vocabulary, load_processor, reads_texts
 
@@ -126,7 +124,13 @@ def accept_network(folder: Path, model_id: str) -> AcceptedModel:
         fields = read_model_fields(folder)
         network = described_network(folder, memory=True)
         context = context_length(fields)
-        kind = _kind_of(folder, network.task)
+        kind = described_kind(folder, memory=True)
+        if kind is None:
+            raise ModelRefused(
+                CONFIG, "model.task", f"The network is a {network.task.replace('_', ' ')} model.",
+                "Take a model that writes text, an encoder, a network of images or sounds, or a "
+                "pipeline that makes images; classifiers of texts are made here by a job.",
+            )  # fmt: skip
     if kind == "causal_lm":
         # What it may read of images is not taken in here.
         (folder / PREPROCESSOR_CONFIG).unlink(missing_ok=True)
@@ -165,28 +169,6 @@ def _check_input(processor: Processor | None) -> None:
         raise LuthierError(
             f"it makes inputs of {height:,} x {width:,} numbers, and {MOST_INPUT:,} are taken"
         )
-
-
-def _kind_of(folder: Path, task: Task) -> str:
-    """The kind of base model that a network in ``folder`` is, whose own head is for ``task``.
-
-    Raises:
-        ModelRefused: for one that nothing can be asked of, and that nothing starts from.
-    """
-    if (own := kind_of_network(folder)) is not None:
-        return own
-    processor = read_processor(folder)
-    if task == "causal_lm":
-        return "causal_lm"
-    if processor is not None and processor.kind in ("image", "audio"):
-        return f"{processor.kind}_encoder"
-    if processor is None and task in ("masked_lm", "embedding"):
-        return "encoder"
-    raise ModelRefused(
-        CONFIG, "model.task", f"The network is a {task.replace('_', ' ')} model.",
-        "Take a model that writes text, an encoder, a network of images or sounds, or a pipeline that "
-        "makes images; classifiers of texts are made here by a job.",
-    )  # fmt: skip
 
 
 def accept_adapter(

@@ -540,11 +540,14 @@ def check_mergeable(model: StoredModel, need: str) -> None:
 
 def objective_of(model: StoredModel) -> Objective:
     """The objective a custom model was trained with; for a base model, what its kind is made for."""
+    from luthier.models.description import described_kind
     from luthier.objectives import OBJECTIVES
 
     fields = model.manifest.objective
     if fields is None:
-        objective = OBJECTIVES[base_kind(model.kind).objective].model_validate({})
+        # A folder of another tool has no record that says it.
+        kind = model.kind or described_kind(model.folder)
+        objective = OBJECTIVES[base_kind(kind).objective].model_validate({})
         # A pipeline says itself how it makes images.
         return objective.bind_base(model.folder, None) if is_pipeline(model.folder) else objective
     return _method(OBJECTIVES, fields, model).model_validate(fields)
