@@ -39,9 +39,9 @@ def test_a_damaged_file_is_named(
     save_tensors({"a": torch.randn(3, 500)}, tmp_path / "x.safetensors")
     content = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(content[:-100])
-    with pytest.raises(CorruptFile, match="x.safetensors cannot be read"):
+    with pytest.raises(CorruptFile, match=r"x\.safetensors cannot be read"):
         load_tensors(tmp_path / "x.safetensors")
-    with pytest.raises(CorruptFile, match="y.safetensors cannot be read"):
+    with pytest.raises(CorruptFile, match=r"y\.safetensors cannot be read"):
         load_tensors(tmp_path / "y.safetensors")
 
 

@@ -150,12 +150,38 @@ def test_where_products_of_several_give_other_bits_each_adapter_runs_apart(
     backends = [
         base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
     ]
-    assert all(not bank.mixes for bank in base._shared._banks.values())
+    assert all(not bank.bits.mixes for bank in base._shared._banks.values())
     assert [each.reusable(300) for each in backends] == [256, 256]  # type: ignore[attr-defined]
     rows: list[Backend] = [base, *backends, backends[0]]
     together = write(rows, PROMPTS[:4], 4)
     for backend, prompt, own in zip(rows, PROMPTS[:4], together, strict=True):
         assert equal(write([backend], [prompt], 4)[0], own)
+
+
+def test_shapes_are_tried_once_though_their_adapters_go(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[row_adapters.Adapter] = []
+
+    def trial(adapter: row_adapters.Adapter) -> bool:
+        tried.append(adapter)
+        return True
+
+    monkeypatch.setattr(row_adapters, "_divides", trial)
+    monkeypatch.setattr(row_adapters, "SHAPES", 2)
+    network = base_network(family_folder("llama"))
+    shared = row_adapters.SharedBase(network, (4, 8))
+
+    def come_and_go(rank: int) -> None:
+        shared.remove(shared.add(network.with_adapter(drawn(LoRA(rank=rank), 0))))
+        assert not shared._banks
+
+    for rank in (2, 2, 4, 2, 4):
+        come_and_go(rank)
+    assert len(tried) == 2
+    come_and_go(8)  # in the place of 2, which is tried anew
+    come_and_go(2)
+    assert len(tried) == 4 and len(shared._bits) == 2
 
 
 def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:

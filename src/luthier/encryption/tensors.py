@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ_WHOLE = 64 << 20
-"""Bytes of a file that is read and not mapped, such as an adapter's, which is loaded again and again."""
+"""Bytes of a file that is read and not mapped, such as an adapter's: it is loaded again and again."""
 
 
 def save_tensors(
@@ -47,7 +47,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load, load_file
 
     with _reading(path):
-        # safetensors 0.8 leaks two integers with each tensor of a mapped file, and reads small ones slower.
+        # safetensors 0.8 leaks two integers with each tensor of a mapped file, which takes longer, too.
         whole = is_sealed(path) or path.stat().st_size <= READ_WHOLE
         found: dict[str, Tensor] = load(read_data(path)) if whole else load_file(path)
     return found

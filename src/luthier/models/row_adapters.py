@@ -34,6 +34,8 @@ ALONE = 64
 """Rows of one adapter in each product, filled up, where those of several cannot run as one."""
 MOSTLY = 4
 """A product of a whole stack is taken where at least one in so many of its adapters has a row."""
+SHAPES = 16
+"""Of adapters, of which is known how their rows may be computed."""
 PART, ROW = 12.0, 0.06
 """What another product costs, and another row in one, where reading an adapter's weights costs 1."""
 
@@ -132,6 +134,24 @@ class Adapter:
         )
 
 
+@dataclass(frozen=True)
+class RowBits:
+    """What changes no row's bits, for adapters of the same shapes; tried with numbers at random."""
+
+    mixes: bool
+    """Whether rows of several run in one product."""
+    joins: bool
+    """Whether several rows of one do, as one matrix."""
+    divides: bool
+    """Whether a prompt has the same bits however it is divided."""
+
+    @staticmethod
+    def of(adapter: Adapter) -> RowBits:
+        """Try it."""
+        mixes = _mixes(adapter)
+        return RowBits(mixes, mixes and _joins(adapter), _divides(adapter))
+
+
 class AdapterBank:
     """Adapters of the same shapes that have sequences: their weights, stacked layer by layer.
 
@@ -139,17 +159,13 @@ class AdapterBank:
     average none takes more than twice what its own weights take.
     """
 
-    def __init__(self, like: Adapter) -> None:
+    def __init__(self, like: Adapter, bits: RowBits) -> None:
         self.adapters: list[Adapter] = []
         self.loaded = 0
         """Adapters of these shapes that are in memory, with sequences or without."""
         self.stacks: dict[Place, tuple[Tensor, ...]] = {}
         self.computes = {place: update.compute for place, update in like.updates()}
-        self.mixes = _mixes(like)
-        """Whether rows of several run in one product."""
-        self.joins = self.mixes and _joins(like)
-        """Whether several rows of one do, as one matrix."""
-        self.divides = _divides(like)
+        self.bits = bits
         self._capacity = 0
 
     def add(self, adapter: Adapter) -> None:
@@ -289,6 +305,8 @@ class SharedBase:
         self.mixed: Any = None
         """The base with a layer for rows of several adapters wherever one of them has its own."""
         self._banks: dict[Hashable, AdapterBank] = {}
+        self._bits: dict[Hashable, RowBits] = {}
+        """Of shapes that came last."""
 
     def add(self, network: Network) -> Adapter:
         """Take in what makes ``network`` another one than the base.
@@ -305,7 +323,12 @@ class SharedBase:
                     stacked = partial(StackedLayer, name=name, shared=self)
                     replace_modules(self.mixed, [name], stacked)
             if adapter.shapes not in self._banks:
-                self._banks[adapter.shapes] = AdapterBank(adapter)
+                # To try it takes longer than to load an adapter.
+                bits = self._bits.pop(adapter.shapes, None) or RowBits.of(adapter)
+                self._bits[adapter.shapes] = bits
+                if len(self._bits) > SHAPES:
+                    del self._bits[next(iter(self._bits))]
+                self._banks[adapter.shapes] = AdapterBank(adapter, bits)
             self._banks[adapter.shapes].loaded += 1
         return adapter
 
@@ -336,7 +359,7 @@ class SharedBase:
 
     def divides(self, adapter: Adapter) -> bool:
         """Whether its layers give a token of a prompt the same bits whatever is read at once."""
-        return not adapter.layers or self._banks[adapter.shapes].divides
+        return not adapter.layers or self._banks[adapter.shapes].bits.divides
 
     def model_of(self, adapters: Sequence[Adapter]) -> Any:
         """The network that runs a step of rows with these adapters."""
@@ -353,11 +376,11 @@ class SharedBase:
 
     def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """The parts that rows of the adapters of one bank are computed in."""
-        if bank.joins:
+        if bank.bits.joins:
             self._divide_joined(bank, rows)
             return
         left = {adapter: [*own] for adapter, own in rows.items()}
-        if not bank.mixes:
+        if not bank.bits.mixes:
             for adapter, own in left.items():
                 for first in range(0, len(own), ALONE):
                     some = own[first : first + ALONE]
@@ -396,7 +419,7 @@ class SharedBase:
         rows = [row for part in row_PM for row in part]
         self.step.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         index_PM = torch.tensor(row_PM).clamp(min=0).to(self.network.device)
-        in_order = bank.joins and slot is not None and rows == [*range(self.step.rows)]
+        in_order = bank.bits.joins and slot is not None and rows == [*range(self.step.rows)]
         self.step.parts.append(_Part(bank, index_PM, slot, in_order))
 
 
