@@ -423,3 +423,16 @@ def test_changes_of_a_record_wait_for_each_other(luthier_home: Path) -> None:
     with pytest.raises(CorruptFile, match="is missing"):
         store.update_record(gone, lambda record: record)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "causal_lm"), ("bert", "contrastive"), ("resnet", "contrastive")],
+)
+def test_a_folder_of_another_tool_is_what_its_network_is(
+    family: str, method: str, family_folder: Callable[[str], Path]
+) -> None:
+    stored = find(str(family_folder(family)))
+    assert stored.manifest.kind is None
+    assert store.objective_of(stored).method == method
+    assert store.writes(stored) == (method == "causal_lm")

@@ -290,7 +290,7 @@ def _own(module: nn.Module, model: Any) -> bool:
 def head_weights(model: nn.Module) -> set[str]:
     """Names of the weights of :func:`head_modules`, those shared with the network left out."""
     modules = tuple(f"{name}." for name in head_modules(model))
-    return {n for n, _ in model.named_parameters() if modules and n.startswith(modules)}
+    return {n for n, _ in model.named_parameters() if n.startswith(modules)} if modules else set()
 
 
 def score_layer(model: Any) -> nn.Linear | None:

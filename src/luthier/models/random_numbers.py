@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,6 +53,30 @@ def row_generators(rows: Sequence[Example], seed: int | None) -> list[np.random.
     if seed is None:
         return [np.random.default_rng(int(row.ids_T[0])) for row in rows]
     return [np.random.default_rng([seed, row.row]) for row in rows]
+
+
+@contextmanager
+def leave_undrawn() -> Iterator[None]:
+    """Let weights that are made in the block be what their memory held, where others follow at once.
+
+    Of what this thread draws with torch's own generator: not what a generator is named for.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            given = kwargs or {}
+            if function in drawing and given.get("generator") is None:
+                return given["tensor"] if "tensor" in given else args[0]
+            return function(*args, **given)
+
+    init, tensor = torch.nn.init, torch.Tensor
+    drawing = {init.kaiming_uniform_, init.normal_, init.uniform_, tensor.normal_, tensor.uniform_}
+    with Undrawn():
+        yield
 
 
 def seed_torch(seed: int) -> None:

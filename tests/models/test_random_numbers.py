@@ -1,0 +1,20 @@
+"""What is drawn, and what is not because other numbers follow at once."""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.models import random_numbers
+
+
+def test_weights_that_others_follow_are_not_drawn() -> None:
+    torch.manual_seed(0)
+    with random_numbers.leave_undrawn():
+        layer = torch.nn.Linear(3, 2)
+        torch.nn.init.zeros_(layer.bias)
+        drawn = torch.empty(4).normal_(generator=torch.Generator().manual_seed(1))
+    assert layer.bias.tolist() == [0, 0]
+    assert torch.equal(drawn, torch.empty(4).normal_(generator=torch.Generator().manual_seed(1)))
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), after)
