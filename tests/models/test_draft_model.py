@@ -67,8 +67,9 @@ def drawn(adaptation: Any, seed: int = 0) -> Callable[[Any], None]:
     return attach
 
 
-def draft_of(network: Any, vocabulary: int = 320, context: int = 1024) -> DraftModel:
-    return DraftModel("draft", FlatBackend(network, context), vocabulary)
+def draft_of(network: Any, context: int = 1024, target: Any = None) -> DraftModel:
+    """``network`` as a draft; of a target with another vocabulary, ``target``."""
+    return DraftModel("draft", FlatBackend(network, context), target or network)
 
 
 class Texts:
@@ -212,7 +213,7 @@ def test_a_vocabulary_that_is_filled_up_otherwise(
     draft = network(vocab_size=vocabulary, seed=3)
     draft.model.lm_head.weight[-40:] *= 50  # it would write none but the last ones
     backend = FlatBackend(network(), 1024, exact=True)
-    backend.set_speculation(True, draft_of(draft))
+    backend.set_speculation(True, draft_of(draft, target=network()))
     plain, found = (Texts(each) for each in (FlatBackend(network(), 1024, exact=True), backend))
     for texts in (plain, found):
         texts.add(0, np.array([319, 318, 5, 300, 310]))
@@ -331,7 +332,7 @@ def test_a_draft_is_closed_with_what_it_guesses_for(network: Made) -> None:
 
     def draft(name: str) -> DraftModel:
         backend = FlatBackend(network(), 1024)
-        return DraftModel(name, backend, 320, lambda: closed.append(name))
+        return DraftModel(name, backend, network(), lambda: closed.append(name))
 
     made = network()
     base = FlatBackend(made, 1024, exact=True)

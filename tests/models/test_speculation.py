@@ -132,7 +132,7 @@ def steps() -> Steps:
 
 
 def test_a_cheap_draft_that_is_right_guesses_many(steps: Steps) -> None:
-    length = DraftLength()
+    length = DraftLength(cost=0.0)
     found = steps(length, 200, right=99, draft=0.02)
     assert found[:2] == [0, 0], "first it is seen what a step takes without it"
     assert found[-20:].count(LONGEST_DRAFT) >= 19
@@ -141,7 +141,7 @@ def test_a_cheap_draft_that_is_right_guesses_many(steps: Steps) -> None:
 
 
 def test_fewer_are_guessed_where_fewer_are_right(steps: Steps) -> None:
-    last = [max(steps(DraftLength(), 300, right, 0.05)[-30:]) for right in (1, 3, 6)]
+    last = [max(steps(DraftLength(cost=0.0), 300, right, 0.05)[-30:]) for right in (1, 3, 6)]
     assert 0 < last[0] < last[1] < last[2] <= LONGEST_DRAFT
 
 
@@ -157,7 +157,7 @@ def test_fewer_are_guessed_where_fewer_are_right(steps: Steps) -> None:
     ],
 )
 def test_a_draft_that_does_not_pay_is_not_asked(settings: dict[str, float], steps: Steps) -> None:
-    length = DraftLength()
+    length = DraftLength(cost=0.0)
     found = steps(length, 1000, **settings)
     if settings.get("sequences") == 32:
         found = [guesses for guesses in found if guesses > 1]
@@ -166,8 +166,13 @@ def test_a_draft_that_does_not_pay_is_not_asked(settings: dict[str, float], step
         assert not length.pays
 
 
+def test_one_that_is_as_large_is_not_tried_at_all(steps: Steps) -> None:
+    assert not any(steps(DraftLength(cost=1.0), 300, right=99, draft=0.01))
+    assert any(steps(DraftLength(cost=0.5), 30, right=99, draft=0.01))
+
+
 def test_it_is_tried_again_ever_later_and_goes_on_once_it_pays(steps: Steps) -> None:
-    length = DraftLength()
+    length = DraftLength(cost=0.0)
     found = steps(length, 6000, right=0, draft=0.3)
     tried = [at for at in range(1, len(found)) if found[at] and not found[at - 1]]
     pauses = [later - at for at, later in pairwise(tried)]
@@ -179,4 +184,4 @@ def test_it_is_tried_again_ever_later_and_goes_on_once_it_pays(steps: Steps) -> 
 
 def test_with_more_streams_a_step_has_no_more_rows_than_it_can(steps: Steps) -> None:
     for sequences, others in ((8, 0), (20, 10), (32, 31), (64, 0)):
-        steps(DraftLength(), 50, 99, 0.001, sequences, others)
+        steps(DraftLength(cost=0.0), 50, 99, 0.001, sequences, others)

@@ -28,6 +28,7 @@ from luthier.models.speculation import LONGEST_DRAFT, DraftLength
 
 if TYPE_CHECKING:
     from luthier.models.kv_cache import StepRow
+    from luthier.models.network import Network
     from luthier.models.torch_backend import FlatBackend
     from luthier.types import IntArray
 
@@ -73,15 +74,18 @@ class DraftModel:
         self,
         id: str,
         backend: FlatBackend,
-        vocabulary: int,
+        target: Network,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """``vocabulary`` is the size of the target's; ``on_close`` is called when it is closed."""
-        self.id, self.backend, self.length = id, backend, DraftLength()
+        """``on_close`` is called when it is closed; a base may be the ``target`` of its adapters."""
+        self.id, self.backend = id, backend
         model = backend.network.model
+        # Steps of few rows take as long as their weights take to be read.
+        mine, theirs = (sum(w.numel() for w in m.parameters()) for m in (model, target.model))
+        self.length = DraftLength(mine / theirs)
         self._soft_T = np.array(prompt_ids(model), dtype=np.int64)
         self._known = int(model.config.vocab_size)
-        self._vocabulary = min(vocabulary, self._known)
+        self._vocabulary = min(int(target.model.config.vocab_size), self._known)
         self._on_close = on_close
         self._sequences: list[DraftSequence] = []
 

@@ -22,7 +22,7 @@ LONGEST_DRAFT = 12
 """Tokens that a draft model guesses of one sequence before they are checked, at most."""
 DECAY = 0.98
 """What an observation counts after each further one: the last fifty decide."""
-PRIOR = (4.0, 1.0)
+PRIOR = (2.0, 0.5)
 """Right and wrong guesses that are taken for granted of a draft model before any was observed."""
 MARGIN = 1.05
 """By how much more tokens a second a draft model has to pay."""
@@ -144,7 +144,9 @@ class DraftLength:
     What depends on the clock is how fast a text is written, and never the text.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost: float) -> None:
+        """``cost`` is what a step of the draft is expected to take of one of the target."""
+        self._cost = cost
         self.pays = True
         """Whether its guesses were worth their time when that was last asked."""
         self._rounds = self._idle = 0
@@ -192,7 +194,7 @@ class DraftLength:
         plain = self._target.seconds(size(sequences + others))
         if most < 1 or plain is None:
             return 0
-        draft = self._draft.seconds(size(sequences)) or 0.0  # not known yet: to be tried
+        draft = self._draft.seconds(size(sequences)) or self._cost * plain
         alpha, written = self.acceptance, 1.0
         best, gained = 0, MARGIN * (sequences * (1 + self._looked_up) + others) / plain
         for length in range(1, most + 1):

@@ -96,7 +96,7 @@ class OpenedModel:
             return
         draft = find_draft(stored, speculation)
         assert isinstance(self.backend, Speculates)  # what was just looked at runs by torch
-        model = _open_draft(draft, self.vocabulary)
+        model = _open_draft(draft, self.network)
         if self.backend.set_speculation(True, model):
             self.draft_model = draft.id
             return
@@ -167,8 +167,8 @@ def resolve_speculation(settings: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _open_draft(stored: StoredModel, vocabulary: int) -> DraftModel:
-    """``stored`` as the draft of a network with so many tokens."""
+def _open_draft(stored: StoredModel, target: Network) -> DraftModel:
+    """``stored`` as the draft of ``target``."""
     from luthier.engine.machine import open_network
     from luthier.models.draft_model import DraftModel
     from luthier.models.prefix import prefix_tokens
@@ -176,7 +176,7 @@ def _open_draft(stored: StoredModel, vocabulary: int) -> DraftModel:
 
     network = open_network(stored)
     backend = FlatBackend(network, network.context - prefix_tokens(network.model))
-    return DraftModel(stored.id, backend, vocabulary, network.close)
+    return DraftModel(stored.id, backend, target, network.close)
 
 
 def open_model(

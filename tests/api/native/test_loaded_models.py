@@ -284,7 +284,11 @@ def test_guessed_tokens_are_told_of_each_model(
     text = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     assert "support" not in text
     found = {
-        (each.name, each.labels.get("model"), each.labels.get("le")): each.value
+        (
+            each.name,
+            each.labels.get("model"),
+            each.labels.get("le") or each.labels.get("method"),
+        ): each.value
         for family in text_string_to_metric_families(text)
         for each in family.samples
     }
@@ -293,6 +297,7 @@ def test_guessed_tokens_are_told_of_each_model(
         assert found[f"luthier_{name}_count", "other", None] == count
         assert found[f"luthier_{name}_bucket", "other", "+Inf"] == count
         assert found[f"luthier_{name}_sum", "other", None] > 0
-    guessed = {name: found[f"luthier_speculative_{name}_total", "other", None] for name in (
-        "proposed_tokens", "accepted_tokens")}  # fmt: skip
-    assert guessed == {name: model[name] for name in guessed}
+    for name in ("proposed_tokens", "accepted_tokens"):
+        assert found[f"luthier_speculative_{name}_total", "other", "ngram"] == model[name]
+        assert found[f"luthier_speculative_{name}_total", "other", "draft_model"] == 0
+    assert "draft_model" not in model and "draft_proposed_tokens" not in model
