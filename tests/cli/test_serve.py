@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from luthier.api.service import LAMBDA
 from luthier.cli.app import app
-from luthier.cli.serve import parse_graders
+from luthier.cli.serve import parse_graders, parse_speculation
 from luthier.errors import RefusedInput
 from luthier.store.database import Database
 
@@ -72,6 +72,17 @@ def test_graders_are_named_and_checked(tmp_path: Path) -> None:
     ):
         with pytest.raises(RefusedInput):
             parse_graders([given])
+
+
+def test_who_guesses_is_named_and_checked(tiny_model_folder: Path) -> None:
+    given = ["support=off", "a:b=c:d", "/x=y/z=ngram"]
+    assert parse_speculation(given) == {"support": "off", "a:b": "c:d", "/x=y/z": "ngram"}
+    for wrong in (["support"], ["=off"], ["support="], ["a=off", "a=ngram"]):
+        with pytest.raises(RefusedInput, match="--speculation"):
+            parse_speculation(wrong)
+    assert "there is no model 'nobody'" in refused(
+        "--port", "0", "--speculation", f"{tiny_model_folder}=nobody"
+    )
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ from luthier.models.catalog import CATALOG
 from luthier.serving.constraints import SUBJECT, GrammarTrials
 from luthier.serving.latency import OTHER, LatencyTable
 from luthier.serving.memory import FreedMemory, resident_bytes
+from luthier.serving.opened_model import resolve_speculation
 from luthier.serving.pool import ModelPool
 from luthier.serving.sandbox_pool import SandboxPool
 from luthier.serving.scheduler import FairTurns
@@ -103,6 +104,7 @@ class Service:
                 # Before its keys are taken, or ours put there.
                 agree_identity(self.database, store)
             open_shared_keys(settings.encryption_key)
+            speculation = resolve_speculation(settings.speculation)
         except BaseException:
             self.database.close()
             raise
@@ -123,7 +125,12 @@ class Service:
             limits.schema_characters,
         )
         latencies = LatencyTable(partial(_metric_label, settings.metrics_by_account))
-        self.pool = ModelPool(trials=self.trials, limits=limits, latencies=latencies)
+        self.pool = ModelPool(
+            trials=self.trials,
+            limits=limits,
+            latencies=latencies,
+            speculation=speculation,
+        )
         self.memory = FreedMemory()
         self.locations = Locations(
             self.database, settings.s3_endpoint, settings.file_roots, quotas=limits

@@ -46,5 +46,7 @@ class Settings:
     """GPUs that each training reserves there."""
     work: bool = True
     """Whether this server works on the queue."""
+    speculation: Mapping[str, str] = field(default_factory=dict)
+    """Who guesses the next tokens, by the ids of models in the store; ``ngram`` for all others."""
     limits: ServerLimits = field(default_factory=ServerLimits)
     """What the server takes on, of one client and in all."""

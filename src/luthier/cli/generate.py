@@ -19,13 +19,14 @@ from luthier.cli.console import (
     stream_reasoning,
     stream_text,
 )
-from luthier.cli.options import Json
+from luthier.cli.options import Json, Speculation
 from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.models.sampling import Sampling
+    from luthier.models.speculation import Speculation as SpeculationCounts
     from luthier.serving.generation import GeneratedReply, Generator, Prompt
     from luthier.types import Message
 
@@ -64,6 +65,7 @@ def generate(
     grammar: Annotated[
         Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
     ] = None,
+    speculation: Speculation = "ngram",
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
@@ -93,12 +95,14 @@ def generate(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
+        stored = check_active(find(model, is_able=Generator.is_able))
+        generator = Generator.open(stored, speculation)
     if input_ is None:
         if json_:
             (answer,) = generator.answers([prompt or ""], sampling)
             completion = {"completion": answer.text, **_reasoning_of(answer)}
-            print_json({"model": model, "prompt": prompt, **completion})
+            guesses = _draft_report(generator)
+            print_json({"model": model, "prompt": prompt, **completion, **guesses})
             return
         _write_reply(generator, prompt or "", sampling)
         return
@@ -117,6 +121,7 @@ def generate(
         sys.stdout.write(printable_json(text))
     if json_:
         report: dict[str, Any] = {"rows": len(answers), "seconds": time.monotonic() - started}
+        report |= _draft_report(generator)
         if output:
             report["output"] = str(output)
         else:
@@ -124,13 +129,43 @@ def generate(
             if any(answer.reasoning for answer in answers):
                 report[REASONING] = [answer.reasoning for answer in answers]
         print_json(report)
-    elif output is not None:
+        return
+    if output is not None:
         print_written(len(answers), "replies", output)
+    _print_draft(generator, generator.speculation)
 
 
 def _reasoning_of(answer: GeneratedReply) -> dict[str, str]:
     """The reasoning under its key, where there is some."""
     return {REASONING: answer.reasoning} if answer.reasoning else {}
+
+
+def _draft_report(generator: Generator) -> dict[str, Any]:
+    """How well a draft model guessed all that was written, where there is one."""
+    if generator.draft_model is None:
+        return {}
+    found = generator.speculation
+    return {
+        "draft_model": generator.draft_model,
+        "draft_proposed": found.draft_proposed,
+        "draft_accepted": found.draft_accepted,
+        "draft_skipped": found.draft_skipped,
+    }
+
+
+def _print_draft(generator: Generator, found: SpeculationCounts) -> None:
+    """Say on standard error how well a draft model guessed, where there is one."""
+    if generator.draft_model is None:
+        return
+    rate = found.draft_acceptance_rate
+    text = f"draft model {generator.draft_model}: "
+    if rate is None:
+        text += "no guesses"
+    else:
+        text += f"{found.draft_accepted} of {found.draft_proposed} guesses accepted ({rate:.0%})"
+    if found.draft_skipped:
+        text += f"; {found.draft_skipped} tokens written without it, as it did not pay"
+    typer.echo(f"({text})", err=True)
 
 
 def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Message:
@@ -141,6 +176,7 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
     from luthier.types import Message
 
     thoughts: list[str] = []
+    before = generator.speculation
 
     def show_reasoning(piece: str) -> None:
         thoughts.append(piece)
@@ -161,6 +197,7 @@ def _write_reply(generator: Generator, prompt: Prompt, sampling: Sampling) -> Me
     sys.stdout.write("\n")
     if not finished:
         typer.echo("(cut off: --max-tokens allows more)", err=True)
+    _print_draft(generator, generator.speculation - before)
     return Message("assistant", reply, reasoning="".join(thoughts))
 
 
@@ -229,6 +266,7 @@ def chat(
     model: Model,
     max_tokens: ReplyTokens = None,
     temperature: Temperature = 0.0,
+    speculation: Speculation = "ngram",
 ) -> None:
     """Talk to a model. An empty line starts anew, Ctrl-D ends."""
     from luthier.models.sampling import Sampling
@@ -238,7 +276,8 @@ def chat(
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     with heavy_imports():
-        generator = Generator.open(check_active(find(model, is_able=Generator.is_able)))
+        stored = check_active(find(model, is_able=Generator.is_able))
+        generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"
     print_text(f"{model} is ready. An empty line starts anew, Ctrl-D ends.")
     history: list[Message] = []

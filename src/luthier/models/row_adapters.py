@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
+from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK, CHUNK_STEP
 from luthier.models.layers import replace_modules, share_layers
 from luthier.models.packing import linear_plus
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
+    from luthier.models.draft_model import DraftModel
     from luthier.models.network import Network
 
 COUNTS = (2, 3, 7, 16, 33, 64)
@@ -100,10 +102,23 @@ class Adapter:
     """Those that rows meet in steps, by their places; none of a soft prompt or a prefix."""
     before: int = 0
     """Keys and values of a prefix."""
+    soft: int = 0
+    """Tokens of a soft prompt, which its prompts begin with."""
     sequences: int = 0
     """Of it, that were begun and not freed."""
+    looks_up: bool = True
+    """Whether its sequences guess what followed the same tokens before (prompt lookup)."""
+    draft: DraftModel | None = None
+    """What else guesses for them."""
     slot: int = -1
     """Its place in a bank, while it has sequences."""
+
+    @staticmethod
+    def base(network: Network) -> Adapter:
+        """What stands for the network itself: an adapter without layers."""
+        return Adapter(
+            network, network.model, {}, prefix_tokens(network.model), len(prompt_ids(network.model))
+        )
 
     @staticmethod
     def of(network: Network, base: Network) -> Adapter:
@@ -117,7 +132,9 @@ class Adapter:
         for name, layer in layers.items():
             if base.model.get_submodule(name) is not layer.base_layer:
                 raise RecipeError(f"the adapter's {name} is not a layer of the base network")
-        return Adapter(network, network.model, layers, prefix_tokens(network.model))
+        own = Adapter.base(network)
+        own.layers = layers
+        return own
 
     def updates(self) -> Iterator[tuple[Place, RowUpdate]]:
         """What it adds to its rows, by the places."""

@@ -55,6 +55,24 @@ def check_vocabulary(chat: ChatFormat, config: dict[str, Any], model_id: str) ->
         )
 
 
+def tokenizer_difference(one: ChatFormat, other: ChatFormat) -> str | None:
+    """How the tokens of two models differ; ``None`` where what one writes the other reads.
+
+    Tokens that only the larger vocabulary has are let be: models add some that no row uses.
+    """
+    first, second = one.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    shared = first.keys() & second.keys()
+    moved = [token for token in sorted(shared) if first[token] != second[token]]
+    lacking = min(len(first), len(second)) - len(shared)
+    if not moved and not lacking:
+        return None
+    example = f" ({moved[0]!r} is {first[moved[0]]} and {second[moved[0]]})" if moved else ""
+    return (
+        f"{len(first):,} and {len(second):,} tokens, {lacking:,} of the fewer without a counterpart, "
+        f"{len(moved):,} with another id{example}"
+    )
+
+
 def load_chat_format(folder: Path, template: Template = "auto") -> ChatFormat:
     """Tokenizer, template and stop tokens of a model folder.
 

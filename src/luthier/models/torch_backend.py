@@ -10,7 +10,8 @@ not. Prompts are read in chunks, several prompts at once, and from where an earl
 if that gives the same bits; else each alone, from multiples of :data:`CHUNK` on.
 
 The rows that fill up a step of few sequences check guesses of what these write next
-(:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own.
+(:mod:`luthier.models.speculation`): a token that was guessed right costs no step of its own. Where a
+draft model guesses (:mod:`luthier.models.draft_model`), there are as many such rows as pay.
 
 Networks that have no flat layout run by their own forward and cache.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from torch import Tensor
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.models import heads
 from luthier.models.attention import AttentionPlan
+from luthier.models.backends import common_length
 from luthier.models.kv_cache import (
     CHUNK,
     CHUNK_STEP,
@@ -41,6 +44,7 @@ from luthier.models.kv_cache import (
     KeyValues,
     Span,
     StepAttention,
+    StepRow,
     keys_for,
     room_for,
     step_order,
@@ -50,13 +54,14 @@ from luthier.models.layouts import Flat
 from luthier.models.llama_forward import LlamaForward
 from luthier.models.modalities import head_size, key_heads, text_config
 from luthier.models.packing import packed_linears, packed_weight
-from luthier.models.prefix import prefix_cache, prefix_tokens
+from luthier.models.prefix import prefix_cache
 from luthier.models.row_adapters import Adapter, SharedBase
 from luthier.models.speculation import PromptLookup, Speculation
 from luthier.types import Example
 
 if TYPE_CHECKING:
     from luthier.models.backends import Backend, State
+    from luthier.models.draft_model import DraftModel, DraftSequence
     from luthier.models.network import Network
     from luthier.types import IntArray
 
@@ -122,6 +127,14 @@ class _FlatSequence:
         """How many of the guess were written."""
         self.proposed = self.accepted = 0
         """Of all guesses, the tokens and those of them that were written."""
+        self.draft: DraftSequence | None = None
+        """What the draft model has read, once it was to guess."""
+        self.drafted = False
+        """Whether the guess is the draft model's."""
+        self.looked_up: list[int] = []
+        """What the lookup would have guessed in its place."""
+        self.draft_proposed = self.draft_accepted = self.skipped = 0
+        """See :class:`Speculation`."""
 
     @property
     def unread(self) -> int:
@@ -134,12 +147,26 @@ class _FlatSequence:
             self.span.length += 1
             self.right += 1
             self.accepted += 1
+            self.draft_accepted += self.drafted
             del self.guess[0]
             return self.logits.pop(0)
         if self.logits or self.right:
-            self.lookup.learn(self.right)
+            self._learn()
         self.guess, self.logits, self.right = [], [], 0
+        self.drafted, self.looked_up = False, []
         return None
+
+    def _learn(self) -> None:
+        """Tell those who guessed how much of it was right, now that the token behind it is written."""
+        right, draft = self.right, self.adapter.draft
+        if self.drafted and draft is not None:
+            written = np.array(self.lookup.ids[-1 - right :])
+            looked_up = common_length(np.array(self.looked_up), written)
+            draft.length.observe_guess(right, bool(self.guess), looked_up)
+            if not self.looked_up:
+                return
+            right = looked_up
+        self.lookup.learn(right)
 
 
 class FlatBackend:
@@ -168,19 +195,31 @@ class FlatBackend:
         self._bytes = numbers * network.dtype.itemsize
         # A step moves sequences in the banks: no other thread may be looking.
         self._lock = threading.RLock()
-        self._base = Adapter(network, network.model, {}, prefix_tokens(network.model))
+        self._base = Adapter.base(network)
         self._llama: LlamaForward | None = None
         self._llama = self._llama_forward(grouped=not exact)
         self.sizes: tuple[int, ...] = SIZES
         self.divisible = True
         """Whether a prompt has the same bits wherever its chunks begin, whatever is read beside it."""
         if exact:
-            large = int(config.num_attention_heads) * head_size(config) * STEP > SMALL
+            self.sizes = self._exact_sizes()
             with first_layer_alone(network.model):
-                self.sizes = self._probe() if large or network.dtype == torch.float32 else (1,)
                 self.divisible = len(self.sizes) > 1 and self._probe_chunks()
-        self.rows = self.sizes[-1]
+        self.rows, self._exact = self.sizes[-1], exact
         self._shared = SharedBase(network, self.sizes)
+
+    def set_speculation(
+        self, looks_up: bool, draft: DraftModel | None = None, adapter: Adapter | None = None
+    ) -> bool:
+        """See :meth:`luthier.models.backends.Speculates.set_speculation`."""
+        adapter = adapter or self._base
+        if draft is not None and not self._exact:
+            # How many rows a step has follows from the clock then, and no text may follow from that.
+            self._exact = self._exact_sizes() == self.sizes
+            if not self._exact:
+                draft = None
+        adapter.looks_up, adapter.draft = looks_up, draft if self.rows > 1 else None
+        return adapter.draft is not None
 
     def with_adapter(self, network: Network, context: int) -> Backend:
         """A backend for ``network``, which is this one's with an adapter; both step together."""
@@ -189,7 +228,9 @@ class FlatBackend:
     def add_adapter(self, network: Network) -> Adapter:
         """Take in what makes ``network`` another one than the base."""
         with self._lock:
-            return self._shared.add(network)
+            adapter = self._shared.add(network)
+        adapter.looks_up, adapter.draft = self._base.looks_up, self._base.draft
+        return adapter
 
     def remove_adapter(self, adapter: Adapter) -> None:
         """Let go of an adapter that nothing new is asked of."""
@@ -198,8 +239,10 @@ class FlatBackend:
 
     def bytes_of(self, tokens: int, adapter: Adapter | None = None) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
-        tokens += (adapter or self._base).before + CHUNK_STEP
-        return max(room_for(tokens), keys_for(tokens)) * self._bytes
+        adapter = adapter or self._base
+        draft = 0 if adapter.draft is None else adapter.draft.bytes_of(tokens)
+        tokens += adapter.before + CHUNK_STEP
+        return max(room_for(tokens), keys_for(tokens)) * self._bytes + draft
 
     def open(
         self, ids_T: IntArray, start: KeyValues | None = None, adapter: Adapter | None = None
@@ -378,7 +421,13 @@ class FlatBackend:
 
     def speculation(self, state: Any) -> Speculation:
         """What was guessed for a sequence so far."""
-        return Speculation(state.proposed, state.accepted)
+        return Speculation(
+            state.proposed,
+            state.accepted,
+            state.draft_proposed,
+            state.draft_accepted,
+            state.skipped,
+        )
 
     def free(self, state: Any) -> None:
         """Give its place in the bank back."""
@@ -386,51 +435,95 @@ class FlatBackend:
             try:  # to give the place back takes memory, and may fail
                 state.span.bank.remove(state.span)
             finally:
-                self._shared.leave(state.adapter)
+                draft, state.draft = state.draft, None
+                try:
+                    if draft is not None and state.adapter.draft is not None:
+                        state.adapter.draft.free(draft)
+                finally:
+                    self._shared.leave(state.adapter)
+
+    def reserve(self, state: Any, tokens: int) -> None:
+        """Have room for so many tokens behind those that a sequence has."""
+        state.span = self._banks.with_room(state.span, tokens)
 
     def close(self) -> None:
         """Let go of all keys and values, and of the packed weights."""
         self._open.close()
+        if self._base.draft is not None:
+            self._base.draft.close()
         self._banks, self._shared = Banks(), SharedBase(self.network, self.sizes)
 
     def _step(self, states: Sequence[Any], tokens: Sequence[int]) -> list[Tensor]:
         """Logits ``[V]`` behind a token of each; those behind what is guessed stay with the states."""
-        count = len(states)
-        if count < GUESSING and GUESSING in self.sizes:
-            self._guess(states, GUESSING - count)
+        self._guess(states)
         rows, row_tokens = [(state.span, 0) for state in states], [*tokens]
         adapters = [state.adapter for state in states]
         for state in states:
             rows += [(state.span, ahead) for ahead in range(1, len(state.guess) + 1)]
             row_tokens += state.guess
             adapters += [state.adapter] * len(state.guess)
+        began = time.perf_counter()
+        logits = self.step_rows(rows, row_tokens, adapters)
+        drafts = _drafts_of(states)
+        if drafts and self.device.type != "cpu":
+            torch.accelerator.synchronize(
+                self.device
+            )  # else it is the next one that takes the time
+        for draft in drafts:
+            seconds = time.perf_counter() - began
+            draft.length.observe_target(self._size_for(len(rows)), seconds)
+        behind = iter(logits[len(states) :])
+        for state in states:
+            state.span.length += 1
+            state.logits = [next(behind) for _ in state.guess]
+        return logits[: len(states)]
+
+    def step_rows(
+        self,
+        rows: Sequence[StepRow],
+        tokens: Sequence[int],
+        adapters: Sequence[Adapter] | None = None,
+    ) -> list[Tensor]:
+        """Logits ``[V]`` behind a token in each row, whose keys and values are written to its place.
+
+        The sequences get no longer by it. There are at most ``self.rows``, and room for them.
+        """
+        adapters = adapters or [self._base] * len(rows)
         order = step_order(rows)
-        size = self._size_for(len(rows))
-        fill = [0] * (size - len(rows))
+        fill = [0] * (self._size_for(len(rows)) - len(rows))
         positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
         hidden_NH = self._run(
             self._shared.model_of([adapters[i] for i in order]),
-            torch.tensor([*(row_tokens[i] for i in order), *fill]),
+            torch.tensor([*(tokens[i] for i in order), *fill]),
             torch.tensor([*positions, *fill]),
             StepAttention([rows[i] for i in order], self.network.device, self.network.dtype),
         )
         # Rows that only fill the step up stand behind the others.
         row_of = dict(zip(order, self._logits(hidden_NH), strict=False))
-        logits = [row_of[place] for place in range(len(rows))]
-        behind = iter(logits[count:])
-        for state in states:
-            state.span.length += 1
-            state.logits = [next(behind) for _ in state.guess]
-        return logits[:count]
+        return [row_of[place] for place in range(len(rows))]
 
-    def _guess(self, states: Sequence[Any], spare: int) -> None:
-        """Have ``states`` guess what they write next, ``spare`` tokens together at most."""
-        for place, state in enumerate(states):
+    def _guess(self, states: Sequence[Any]) -> None:
+        """Have ``states`` guess what they write next, in rows that the step has to spare."""
+        rows = len(states)
+        for draft in _drafts_of(states):
+            own = [state for state in states if state.adapter.draft is draft]
+            draft.guess(own, rows - len(own), self.sizes)
+            rows += sum(len(state.guess) for state in own)
+            for state in own:
+                state.drafted = bool(state.guess)
+        few = GUESSING in self.sizes and len(states) < GUESSING
+        spare = GUESSING - rows
+        asked = [state for state in states if few and state.adapter.looks_up]
+        for place, state in enumerate(asked):
+            if state.drafted:
+                state.looked_up = state.lookup.guess(len(state.guess))
+                continue
             room = state.span.bank.room - state.span.length - 1
-            share = spare // (len(states) - place)
-            state.guess = state.lookup.guess(min(share, room))
+            state.guess = state.lookup.guess(min(spare // (len(asked) - place), room))
             spare -= len(state.guess)
+        for state in states:
             state.proposed += len(state.guess)
+            state.draft_proposed += state.drafted * len(state.guess)
 
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
@@ -468,6 +561,15 @@ class FlatBackend:
         if head is None:
             return self.network.logits(hidden_NH)
         return head.product(self.network.before_vocabulary(hidden_NH))
+
+    def _exact_sizes(self) -> tuple[int, ...]:
+        """The numbers of rows that a step may have where no row may have other bits by it."""
+        config = self.network.model.config
+        large = int(config.num_attention_heads) * head_size(config) * STEP > SMALL
+        if not large and self.network.dtype != torch.float32:
+            return (1,)
+        with first_layer_alone(self.network.model):
+            return self._probe()
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, ...]:
@@ -543,6 +645,12 @@ class FlatBackend:
         )
 
 
+def _drafts_of(states: Sequence[Any]) -> list[DraftModel]:
+    """The draft models that guess for them."""
+    drafts = dict.fromkeys(state.adapter.draft for state in states)
+    return [draft for draft in drafts if draft is not None]
+
+
 class AdaptedBackend:
     """A :class:`FlatBackend` for one adapter, whose sequences step with all others on the base."""
 
@@ -555,6 +663,14 @@ class AdaptedBackend:
         self.context = min(context, base.context)
         self._base, self._alone = base, alone
         self._adapter = base.add_adapter(network)
+        self._draft: DraftModel | None = None
+        """One for this adapter alone."""
+
+    def set_speculation(self, looks_up: bool, draft: DraftModel | None = None) -> bool:
+        """Where it is not called, what the base was set to holds."""
+        has_draft = self._base.set_speculation(looks_up, draft, self._adapter)
+        self._draft = self._adapter.draft
+        return has_draft
 
     def bytes_of(self, tokens: int) -> int:
         """Memory that a sequence of ``tokens`` takes at most."""
@@ -598,6 +714,8 @@ class AdaptedBackend:
 
     def close(self) -> None:
         """Let go of the adapter, and of all keys and values where nobody else asks the base."""
+        if self._draft is not None:
+            self._draft.close()
         if self._alone:
             self._base.close()
         else:

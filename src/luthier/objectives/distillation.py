@@ -120,22 +120,15 @@ class Distillation(Taught, TokenDivergence):
 
 
 def check_same_tokens(teacher: ChatFormat, student: ChatFormat) -> None:
-    """Refuse a teacher whose tokens are not the student's.
+    """Refuse a teacher whose tokens are not the student's."""
+    from luthier.models.tokenizer import tokenizer_difference
 
-    Tokens that only the larger vocabulary has are let be: models add some that no row uses.
-    """
-    theirs, ours = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
-    shared = theirs.keys() & ours.keys()
-    moved = [token for token in sorted(shared) if theirs[token] != ours[token]]
-    lacking = min(len(theirs), len(ours)) - len(shared)
-    if not moved and not lacking:
+    if (difference := tokenizer_difference(teacher, student)) is None:
         return
-    example = f" ({moved[0]!r} is {theirs[moved[0]]} and {ours[moved[0]]})" if moved else ""
     raise RecipeError(
         "teacher and student have different tokenizers, so their distributions are over other tokens: "
-        f"{len(theirs):,} and {len(ours):,} tokens, {lacking:,} of the fewer without a counterpart, "
-        f"{len(moved):,} with another id{example}. Let the student learn from what the teacher writes "
-        "(`method=responses`), or take a student of the teacher's family."
+        f"{difference}. Let the student learn from what the teacher writes (`method=responses`), or "
+        "take a student of the teacher's family."
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from luthier.data.reasoning import reasoning_after
-from luthier.errors import RecipeError
+from luthier.errors import LuthierError, RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.backends import ReusesKeyValues, Speculates, reply_room
 from luthier.models.decoding import TokenSampler, seed_of
@@ -276,10 +276,14 @@ class Decoder:
         prefixes: PrefixCache | None = None,
         base: Decoder | None = None,
         latency: AnswerLatency | None = None,
+        speculation: str | None = None,
     ) -> Decoder:
         """Load ``stored``, which writes text, on the best device of this machine.
 
         ``base`` is the decoder of its parent, where ``stored`` is an adapter that shares its network.
+        Its tokens are guessed as ``speculation`` says (:mod:`luthier.models.speculation`), by default
+        as those of ``base``. A draft model that is gone, or cannot be one, is left out with a warning:
+        texts are the same without it.
         """
         from luthier.serving.opened_model import open_model
         from luthier.serving.sandboxed_text import serving_format
@@ -287,6 +291,11 @@ class Decoder:
         with ExitStack() as opening:
             opened = open_model(stored, exact=True, base=None if base is None else base._opened)
             opening.callback(opened.close)  # else an adapter stays in its base where this fails
+            if speculation is not None:
+                try:
+                    opened.set_speculation(stored, speculation)
+                except LuthierError as error:
+                    _log.warning("%s is served without a draft model: %s", stored.id, error)
             chat = serving_format(stored, None if base is None else base.chat)
             opening.callback(chat.close)
             made = Decoder(opened, chat, memory, trials, limits, scheduler, prefixes, base, latency)
@@ -297,6 +306,11 @@ class Decoder:
     def network(self) -> Network:
         """The network in torch, to read with beside what is written; weights do not change."""
         return self._opened.network
+
+    @property
+    def draft_model(self) -> str | None:
+        """Id of the draft model that guesses what it writes."""
+        return self._opened.draft_model
 
     @property
     def idle(self) -> bool:

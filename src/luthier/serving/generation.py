@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as PyGenerator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from luthier.errors import RecipeError
 from luthier.models.backends import reply_room
 from luthier.models.decoding import Decoding, RunningCompletion, seed_of
 from luthier.models.sampling import Sampling
+from luthier.models.speculation import NGRAM, Speculation
 from luthier.models.torch_backend import AdaptedBackend, FlatBackend
 from luthier.serving.constraints import Constraints
 from luthier.serving.inference import Chat
@@ -77,6 +78,8 @@ class Generator:
         self.context = self.backend.context
         """Tokens of prompt and reply together: what a prefix leaves of the network's context, and no
         more than a window of its attention."""
+        self.speculation = Speculation()
+        """What was guessed for all replies that have ended."""
         self._constraints = Constraints(chat, opened.vocabulary)
 
     @property
@@ -84,14 +87,26 @@ class Generator:
         """The network in torch."""
         return self._opened.network
 
+    @property
+    def draft_model(self) -> str | None:
+        """Id of the draft model that guesses what it writes."""
+        return self._opened.draft_model
+
     @staticmethod
     def is_able(objective: Objective) -> bool:
         """Whether models of ``objective`` write text."""
         return objective.task == "causal_lm"
 
     @staticmethod
-    def open(stored: StoredModel) -> Generator:
-        """Load ``stored`` on the best device of this machine."""
+    def open(stored: StoredModel, speculation: str = NGRAM) -> Generator:
+        """Load ``stored`` on the best device of this machine.
+
+        Its tokens are guessed as ``speculation`` says (:mod:`luthier.models.speculation`).
+
+        Raises:
+            UnknownModel, RecipeError: for a model that writes no text, or cannot be found; the same of
+                a draft model.
+        """
         from luthier.store.models import chat_format, objective_of
 
         if not Generator.is_able(objective_of(stored)):
@@ -99,7 +114,14 @@ class Generator:
                 f"{stored.id} does not write text: it was trained for "
                 f"{objective_of(stored).method}. Use luthier predict."
             )
-        return Generator(open_model(stored), chat_format(stored))
+        with ExitStack() as opening:
+            opened = open_model(stored)
+            opening.callback(opened.close)
+            if speculation != NGRAM:
+                opened.set_speculation(stored, speculation)
+            made = Generator(opened, chat_format(stored))
+            opening.pop_all()
+        return made
 
     def max_tokens(self, sampling: Sampling) -> int:
         """Tokens of a reply at most; where that is not said, half of the context is the prompt's."""
@@ -157,7 +179,7 @@ class Generator:
         than one token arrive whole. ``on_reasoning`` hears the pieces of what the model thinks before.
         """
         ids_T = self._encode(prompt, sampling, 0)
-        with closing(self._decoding([ids_T], sampling)) as decoding:
+        with self._decoding([ids_T], sampling) as decoding:
             text = self._answer_text(ids_T, sampling)
             for delta in self._deltas(decoding, text):
                 if delta.reasoning:
@@ -201,7 +223,7 @@ class Generator:
         )
 
     def _batch(self, prompts: Sequence[IntArray], sampling: Sampling) -> list[GeneratedReply]:
-        with closing(self._decoding(prompts, sampling)) as decoding:
+        with self._decoding(prompts, sampling) as decoding:
             texts = {
                 row: self._answer_text(ids_T, sampling)
                 for row, ids_T in zip(decoding.rows, prompts, strict=True)
@@ -233,7 +255,8 @@ class Generator:
             decoding.end(row)
         return delta
 
-    def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Decoding:
+    @contextmanager
+    def _decoding(self, prompts: Sequence[IntArray], sampling: Sampling) -> Iterator[Decoding]:
         masks = None
         if sampling.constraint is not None:
             reasonings = [reasoning_after(self.chat, ids_T) for ids_T in prompts]
@@ -242,7 +265,7 @@ class Generator:
                 for reasoning in dict.fromkeys(reasonings)
             }
             masks = [matchers[reasoning].copy() for reasoning in reasonings]
-        return Decoding(
+        decoding = Decoding(
             self.backend,
             prompts,
             1,
@@ -254,6 +277,11 @@ class Generator:
             together=not isinstance(self.backend, FlatBackend | AdaptedBackend),
             masks=masks,
         )
+        try:
+            with closing(decoding):
+                yield decoding
+        finally:
+            self.speculation += decoding.speculation
 
 
 def _is_finished(row: RunningCompletion, text: AnswerText) -> bool:

@@ -197,20 +197,30 @@ class LatencyMetrics:
         proposed = CounterMetricFamily(
             "luthier_speculative_proposed_tokens",
             "Tokens that were guessed before the model wrote them.",
-            labels=["model"],
+            labels=["model", "method"],
         )
         accepted = CounterMetricFamily(
             "luthier_speculative_accepted_tokens",
             "Those of them that the model wrote.",
+            labels=["model", "method"],
+        )
+        skipped = CounterMetricFamily(
+            "luthier_speculative_skipped_tokens",
+            "Tokens written without asking the draft model, as its guesses did not pay.",
             labels=["model"],
         )
         for label, latency in self._table.by_label().items():
             first.add_metric([label], *_cumulative_buckets(latency.first_token))
             between.add_metric([label], *_cumulative_buckets(latency.between_tokens))
             guessed = latency.speculation
-            proposed.add_metric([label], guessed.proposed)
-            accepted.add_metric([label], guessed.accepted)
-        yield from (first, between, proposed, accepted)
+            by_draft = guessed.draft_proposed, guessed.draft_accepted
+            for family, whole, drafted in zip(
+                (proposed, accepted), (guessed.proposed, guessed.accepted), by_draft, strict=True
+            ):
+                family.add_metric([label, "ngram"], whole - drafted)
+                family.add_metric([label, "draft_model"], drafted)
+            skipped.add_metric([label], guessed.draft_skipped)
+        yield from (first, between, proposed, accepted, skipped)
 
 
 def _cumulative_buckets(histogram: LatencyHistogram) -> tuple[list[tuple[str, float]], float]:
