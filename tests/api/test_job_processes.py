@@ -23,13 +23,13 @@ def losses(server: Served, name: str) -> list[float]:
 
 
 def train(server: Served, name: str) -> dict[str, Any]:
-    settings = {"training": {"max_steps": 12, "batch_size": 4, "precision": "float32"}}
+    settings = {"training": {"max_steps": 6, "batch_size": 4, "precision": "float32"}}
     rows = "s3://training/rows.jsonl"
     asked = {"name": name, "model_name": f"{name}-model", "base": "tiny", "training": [rows]}
     status, body = server.ask("POST", "/api/v1/jobs", {**asked, "settings": settings})
     assert status == 201, body
     path = f"/api/v1/jobs/{name}"
-    until(lambda: server.ask("GET", path)[1]["state"] not in ("Queued", "Running"), 280)
+    until(lambda: server.ask("GET", path)[1]["state"] not in ("Queued", "Running"), 1200)
     ended: dict[str, Any] = server.ask("GET", path)[1]
     return ended
 

@@ -423,6 +423,13 @@ def test_the_time_of_several_processes_says_what_they_send() -> None:
     assert "sends" not in size_job(found, LaunchRequest("slurm"), PROCESSOR).reasons["time"]
 
 
+def test_threads_of_a_process_are_those_of_all_on_its_node(recipe: Callable[..., Recipe]) -> None:
+    given = recipe(training={"threads": 2})
+    text = launch_file(given, FOUND, LaunchRequest("slurm", processes=4), PROCESSOR)
+    assert recipe_in("slurm", text)["training"]["threads"] == 8
+    assert "--cpus-per-task=8" in text
+
+
 def test_a_time_that_is_given_is_the_limit() -> None:
     sizing = size_job(FOUND, LaunchRequest("slurm", seconds=90), PROCESSOR)
     assert sizing.seconds == 90 and sizing.reasons["time"] == "Time: 90 s as asked for."

@@ -212,6 +212,10 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
     models = {} if shared else _copied_models(base)
     files = sum(path.stat().st_size for path in recipe.data.files)
     sizing = size_job(found, request, machine, files + folder_size(base.network_folder))
+    if recipe.training.threads:  # of one process here, and of all that share a node there
+        threads = {"threads": recipe.training.threads * request.processes}
+        training = recipe.training.model_copy(update=threads)
+        recipe = recipe.model_copy(update={"training": training})
     home = str(luthier_home())
     image = request.image or ("" if shared else IMAGE)
     values = {
