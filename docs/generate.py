@@ -235,7 +235,8 @@ def _pretraining() -> list[str]:
         "## Recipe of a pre-training",
         "",
         "Fields of a TOML recipe for `luthier pretrain`, of its `--set NAME=VALUE` and of",
-        "`luthier.pretrain(…)`. Fields of `training.` that are not here are those above.",
+        "`luthier.pretrain(…)`. Fields of `training.` that are not here are those above. With",
+        "`network.base`, `adaptation.` is an [adaptation](#adaptations) of that base.",
         "",
     ]
     rows = [_field("", "name", PretrainRecipe)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from luthier.adaptations import ADAPTATIONS
 from luthier.objectives import OBJECTIVES
 from test_pairs import FAMILIES, IMAGES, refused
 
@@ -63,12 +64,28 @@ def losses_of(
     sharded: bool = False,
 ) -> dict[str, Any]:
     wanted = [
-        (method, name, str(family_folder(family_of(method, name))))
+        (method, {"method": name}, str(family_folder(family_of(method, name))))
         for name in names
         for method in (OBJECTIVES if chosen is None else chosen)
         if family_of(method, name) and (name == "full" or method not in IMAGES)
     ]
-    (folder / "request.json").write_text(json.dumps(wanted))
+    return train_all(size, wanted, folder, sharded)
+
+
+def train_all(
+    size: int, wanted: list[tuple[str, dict[str, Any], str]], folder: Path, sharded: bool = False
+) -> dict[str, Any]:
+    """What so many processes measure of each objective, adaptation and network of ``wanted``."""
+    named = [
+        (
+            f"{method} {' '.join(f'{key}={value}' for key, value in how.items())}",
+            method,
+            how,
+            family,
+        )
+        for method, how, family in wanted
+    ]
+    (folder / "request.json").write_text(json.dumps(named))
     output = folder / f"{size}.json"
     command = [str(SCRIPT), str(folder / "request.json"), str(output), *["sharded"] * sharded]
     run_group(size, command, folder)
@@ -96,6 +113,42 @@ def test_two_processes_have_the_curve_of_one_for_every_objective(
 ) -> None:
     one, two = (losses_of(size, family_folder, tmp_path, ("full",)) for size in (1, 2))
     compare(one, two)
+
+
+HOW: tuple[dict[str, Any], ...] = (
+    {"method": "full"},
+    *({"method": "freeze", "frozen": part} for part in ("bottom", "top", "alternate", "interval")),
+    {"method": "feature_extraction"},
+    {"method": "lora", "rank": 4},
+    {"method": "lora", "rank": 4, "rslora": True},
+    {"method": "lora", "rank": 4, "dora": True},
+    *({"method": "qlora", "quantization": number} for number in ("nf4", "fp4", "int8")),
+    {"method": "bitfit"},
+    *({"method": "adapters", "placement": place} for place in ("houlsby", "pfeiffer")),
+    {"method": "prompt"},
+    {"method": "prefix"},
+    *({"method": "sparse", "mask": mask} for mask in ("magnitude", "fisher")),
+)
+"""Every adaptation, with the settings that make it another one."""
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_have_the_curve_of_one_for_every_adaptation(
+    family_folder: Callable[[str], Path], tmp_path: Path, size: int
+) -> None:
+    """Of texts that are written and of labels, whose head is new; with four some have no row."""
+    assert {how["method"] for how in HOW} == {*ADAPTATIONS}
+    plain = {how["method"]: how for how in HOW}.values()
+    wanted = [
+        (method, how, str(family_folder(family_of(method, how["method"]))))
+        for method, hows in (("sft", HOW), ("classification", plain))
+        for how in hows
+    ]
+    one, several = (train_all(n, wanted, tmp_path) for n in (1, size))
+    compare(one, several)
+    for name, lines in several.items():
+        trained = [line["loss"] for line in lines if line["event"] == "train"]
+        assert len({*trained}) == len(trained) == 3, name
 
 
 def test_a_process_without_a_row_has_the_spectral_norms_of_the_others(

@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
+from luthier.adaptations import Adaptation, Full
 from luthier.errors import RecipeError
 from luthier.models.bpe import SMALLEST
 from luthier.models.catalog import CATALOG
 from luthier.models.presets import Family, Size
 from luthier.objectives.causal_lm import CausalLM
-from luthier.recipe import ModelName, Training, parse
+from luthier.recipe import ModelName, Training, adaptation_of, parse
 from luthier.validation import StrictModel
 
 
@@ -73,13 +74,16 @@ class PretrainRecipe(StrictModel):
     """Everything that decides what a new base model becomes."""
 
     name: ModelName
-    """Id of the base model."""
+    """Id of the base model; of an adapter, the id is ``base:name``."""
     data: Corpus
     """What is learned from."""
     network: NewNetwork = NewNetwork()
     """What is built."""
     tokenizer: NewTokenizer = NewTokenizer()
     """How text becomes tokens."""
+    adaptation: SerializeAsAny[Adaptation] = Full()
+    """Which weights of ``network.base`` move: all, and the result is a base model; or an adapter beside
+    them, and the result is a custom model of that base."""
     training: PretrainTraining = PretrainTraining()
     """How it is trained."""
 
@@ -89,6 +93,16 @@ class PretrainRecipe(StrictModel):
         if name in CATALOG:
             raise ValueError("this is a base model of the catalogue; choose another name")
         return name
+
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _adaptation(cls, value: Any) -> Any:
+        return adaptation_of(value)
+
+    @property
+    def makes_adapter(self) -> bool:
+        """Whether what is stored is an adapter of ``network.base``, and no network."""
+        return not self.adaptation.stores_network
 
     @staticmethod
     def parse(fields: dict[str, Any]) -> PretrainRecipe:
@@ -110,7 +124,14 @@ class PretrainRecipe(StrictModel):
             raise RecipeError(
                 "a config.json says family and size itself: give --config, or --family and --size"
             )
-        return parse(PretrainRecipe, fields)
+        found = parse(PretrainRecipe, fields)
+        if found.adaptation.method != "full" and found.network.base is None:
+            raise RecipeError(
+                f"`adaptation` {found.adaptation.method} trains beside a network that has learned, and "
+                "this one starts from random weights. Give the base that is gone on from "
+                "(`network.base`), or leave the adaptation out"
+            )
+        return found
 
     def plain(self) -> dict[str, Any]:
         """The recipe as JSON-ready values, unset fields left out."""

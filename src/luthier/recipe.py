@@ -191,7 +191,7 @@ class Training(StrictModel):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number type of matrix products; ``auto`` is bfloat16 where the machine has it natively."""
     threads: int | None = Field(default=None, ge=1, le=4096)
-    """CPU threads; all cores when not given."""
+    """CPU threads, which processes on one machine share; all cores when not given."""
     fully_shard: bool = False
     """Whether several processes cut the layers into shards (FSDP2), of which each holds one."""
 
@@ -237,7 +237,7 @@ class Recipe(StrictModel):
     @field_validator("adaptation", mode="before")
     @classmethod
     def _adaptation(cls, value: Any) -> Any:
-        return _from_table(value, ADAPTATIONS, "adaptation")
+        return adaptation_of(value)
 
     @staticmethod
     def parse(fields: Mapping[str, Any]) -> Recipe:
@@ -398,6 +398,11 @@ def assign(fields: dict[str, Any], path: Sequence[str], value: Any) -> None:
             fields[group] = child
         fields = child
     fields[last] = value
+
+
+def adaptation_of(value: Any) -> Any:
+    """An adaptation of a name or of its fields, for a recipe that is being read."""
+    return _from_table(value, ADAPTATIONS, "adaptation")
 
 
 def _from_table(value: Any, table: Mapping[str, type[Any]], kind: str) -> Any:

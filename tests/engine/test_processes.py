@@ -222,8 +222,8 @@ def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
     monkeypatch.setattr("luthier.engine.processes.ERROR_GRACE_SECONDS", 0)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    request = {"recipe": recipe().plain(), "resume": False, "lineage": {}, "agent": os.getppid()}
-    write_json(tmp_path / "request.json", request)
+    request = {"recipe": recipe().plain(), "resume": False, "lineage": {}}
+    write_json(tmp_path / "request.json", {**request, "agent": os.getppid(), "keys": ""})
     with pytest.raises(SystemExit):
         work(tmp_path)
     said = {"error": "CorruptFile", "message": "row 3 cannot be read any more"}

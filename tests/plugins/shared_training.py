@@ -1,4 +1,4 @@
-"""What several processes of a group train, for tests: every objective on a small network.
+"""What several processes of a group train, for tests: objectives and adaptations on small networks.
 
 ``python shared_training.py REQUEST OUTPUT`` in each process of a group; the first writes the losses.
 With ``sharded`` behind them the processes share the layers, too.
@@ -19,7 +19,7 @@ import test_pairs as pairs
 from luthier.adaptations import ADAPTATIONS
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.job import check_shardable
-from luthier.engine.loop import Loop
+from luthier.engine.loop import Loop, row_gradients
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.models.load import as_network, load_model
 from luthier.models.process_group import ProcessGroup
@@ -33,11 +33,14 @@ STEPS = 3
 
 
 def train(
-    method: str, name: str, folder: Path, own: Path, group: ProcessGroup, sharded: bool
+    method: str, how: dict[str, Any], folder: Path, own: Path, group: ProcessGroup, sharded: bool
 ) -> list[Any]:
-    """The lines of the metrics of three steps, without what depends on the clock."""
+    """The lines of the metrics of three steps, without what depends on the clock.
+
+    ``how`` has the fields of the adaptation.
+    """
     objective = OBJECTIVES[method](**pairs.SETTINGS.get(method, {}))
-    adaptation = ADAPTATIONS[name](**pairs.SETTINGS.get(name, {}))
+    adaptation = ADAPTATIONS[how["method"]](**{**pairs.SETTINGS.get(how["method"], {}), **how})
     chat = objective.format(load_chat_format(folder))
     rows = pairs.rows_of(objective, folder)
     objective = objective.fit(rows, chat)
@@ -57,13 +60,16 @@ def train(
     pairs.join_others(network, objective, folder, examples, own / "cache")
     if isinstance(objective, SupportsExtraWeights):
         objective.add_weights(model)
+    training = pairs.training_of(examples).model_copy(update={"learning_rate": 1e-4})
+    gradients = row_gradients(network, objective, examples, training, Reporter())
+    adaptation.calibrate(network, gradients)
     if sharded:
         check_shardable(model, objective, adaptation)
         shard_layers(network, group, CPU)
     loop = Loop(
         network=network,
         objective=objective,
-        training=pairs.training_of(examples).model_copy(update={"learning_rate": 1e-4}),
+        training=training,
         examples=examples,
         validation=examples,
         steps=STEPS,
@@ -103,9 +109,9 @@ def main(request: Path, output: Path, sharded: bool) -> None:
     group = ProcessGroup.of_environment()
     group.connect()
     lines = {}
-    for method, name, folder in json.loads(request.read_text()):
+    for name, method, how, folder in json.loads(request.read_text()):
         with TemporaryDirectory() as own:
-            lines[f"{method} {name}"] = train(method, name, Path(folder), Path(own), group, sharded)
+            lines[name] = train(method, how, Path(folder), Path(own), group, sharded)
     if group.rank == 0:
         output.write_text(json.dumps(lines))
 

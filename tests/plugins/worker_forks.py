@@ -112,7 +112,11 @@ def _work(job: dict[str, Any]) -> None:
         configure_logging(JobFolders(options["--id"]))
         database = Database(os.environ["LUTHIER_DATABASE"])
         folders = Folders(Locations(database))
-        code = TrainingWorker(database, folders, options["--id"], options["--lease"]).run()
+        processes = int(options.get("--processes", "1"))
+        worker = TrainingWorker(
+            database, folders, options["--id"], options["--lease"], processes=processes
+        )
+        code = worker.run()
     except BaseException:
         import traceback
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.launch import launch
+from luthier.engine.communication import data_parallel
 from luthier.engine.machine import Machine
 from luthier.errors import RecipeError, UnknownModel
 from luthier.recipe import Recipe
@@ -412,6 +413,21 @@ def test_a_gpu_takes_its_name_from_the_machine_of_the_estimate() -> None:
     assert size_job(found, LaunchRequest("ray", gpu="none"), CARD).gpus == 0
     with pytest.raises(RecipeError, match="name the GPU"):
         size_job(replace(FOUND, machine="a thing"), LaunchRequest("ray"), CARD)
+
+
+def test_the_time_of_several_processes_says_what_they_send() -> None:
+    found = replace(FOUND, exchange=data_parallel(250_000_000))
+    several = LaunchRequest("slurm", nodes=2, processes=4)
+    reason = size_job(found, several, PROCESSOR).reasons["time"]
+    assert "Each of 8 processes sends 1.8 GB in a step, 0.14 s at 12.5 GB/s and 0.037 s" in reason
+    assert "sends" not in size_job(found, LaunchRequest("slurm"), PROCESSOR).reasons["time"]
+
+
+def test_threads_of_a_process_are_those_of_all_on_its_node(recipe: Callable[..., Recipe]) -> None:
+    given = recipe(training={"threads": 2})
+    text = launch_file(given, FOUND, LaunchRequest("slurm", processes=4), PROCESSOR)
+    assert recipe_in("slurm", text)["training"]["threads"] == 8
+    assert "--cpus-per-task=8" in text
 
 
 def test_a_time_that_is_given_is_the_limit() -> None:

@@ -22,10 +22,17 @@ from luthier.data.corpus import Survey
 from luthier.engine import model_writer
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter
-from luthier.errors import DataError, LuthierError, RecipeError, RunConflict, UnknownModel
+from luthier.errors import (
+    DataError,
+    Interrupted,
+    LuthierError,
+    RecipeError,
+    RunConflict,
+    UnknownModel,
+)
 from luthier.files import read_json
 from luthier.pretrain_recipe import PretrainRecipe
-from luthier.store.models import ancestors, find, objective_of
+from luthier.store.models import adaptation_of, ancestors, find, objective_of
 from luthier.workflows import pretrain as engine
 from luthier.workflows import pretrain_defaults as defaults
 from luthier.workflows.pretrain_defaults import NetworkFacts
@@ -69,8 +76,13 @@ def fields(text: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return build
 
 
-def made(fields: dict[str, Any], resume: bool = False, reporter: Reporter | None = None) -> Any:
-    return engine.pretrain(PretrainRecipe.parse(fields), resume, reporter)
+def made(
+    fields: dict[str, Any],
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    processes: int = 1,
+) -> Any:
+    return engine.pretrain(PretrainRecipe.parse(fields), resume, reporter, processes)
 
 
 class Heard(Reporter):
@@ -167,21 +179,77 @@ def test_a_base_is_gone_on_from_with_its_tokenizer(
     assert luthier.load("gone-on").generate(["The fox sees"], max_tokens=8)[0]
 
 
+@pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_it_has_the_bits_of_tuning_on_the_same_text(
-    fields: Callable[..., dict[str, Any]], text: Path
+    fields: Callable[..., dict[str, Any]], text: Path, adaptation: str
 ) -> None:
     """One document, nothing held out: the sequences of both are the same."""
     made(fields({"max_steps": 2}))
     training = {"max_steps": 5, "weight_decay": 0.0, "beta2": 0.999, "shuffle": False}
     data = {"train": [str(text)], "validation_share": 0}
     network = {"base": "mine", "context": 32}
-    result = made(fields(training, name="gone-on", network=network, data=data))
+    more = {"network": network, "adaptation": adaptation}
+    result = made(fields(training, name="gone-on", data=data, **more))
     tuned = luthier.tune(
         text, base="mine", name="tuned", data__validation_share=0, objective="causal_lm",
-        objective__sequence_length=32, adaptation__method="full",
+        objective__sequence_length=32, adaptation__method=adaptation,
         **{f"training__{name}": value for name, value in {**TRAINING, **training}.items()},
     )  # fmt: skip
     assert weights_of(result.model_id) == weights_of(tuned.model_id)
+
+
+def test_an_adapter_of_a_base_is_a_custom_model(
+    fields: Callable[..., dict[str, Any]], luthier_home: Path
+) -> None:
+    made(fields({"max_steps": 4}))
+    before = weights_of("mine")
+    lora = {"method": "lora", "rank": 4}
+    more = fields(name="more", network={"base": "mine", "context": 32}, adaptation=lora)
+    result = made(more)
+    stored = find("mine:more")
+    assert result.model_id == stored.id and stored.manifest.saved == "adapter"
+    assert stored.manifest.parity is not None and stored.manifest.parity.greedy_beside_base
+    assert (stored.root, stored.manifest.parent) == ("mine", "mine")
+    assert adaptation_of(stored).rank == 4
+    assert result.trained_weights < result.weights / 5 and weights_of("mine") == before
+    assert not (Path(result.run_dir) / "tokens").exists()
+    assert not (luthier_home / "pretraining" / "more").exists()
+    assert made(more, resume=True) == result
+    assert luthier.load("mine:more").generate(["The fox sees"], max_tokens=8)[0]
+    certificate = luthier.certificate("mine:more")
+    assert certificate.curves["train"]
+    remove_model("mine:more", json_=False)
+    with pytest.raises(RecipeError, match="this one starts from random weights"):
+        made(fields(adaptation="lora"))
+
+
+def train_losses(result: Any) -> list[float]:
+    text = (Path(result.run_dir) / "metrics.jsonl").read_text()
+    return [line["loss"] for line in map(json.loads, text.splitlines())]
+
+
+def test_two_processes_have_the_curve_of_one_and_go_on_where_they_were_stopped(
+    fields: Callable[..., dict[str, Any]],
+) -> None:
+    training = {"max_steps": 40, "evaluate_every": 20, "patience": 0}
+    one = made(fields(training, name="one"))
+    stopping, heard = Heard(), Heard()
+
+    def stop(line: Any, steps: int) -> None:
+        if line["event"] == "train" and line["step"] == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping.metrics = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="goes on"):
+        made(fields(training, name="two"), reporter=stopping, processes=2)
+    assert "2 processes share the rows of each step" in stopping.notes
+    two = made(fields(training, name="two"), resume=True, reporter=heard, processes=2)
+    assert any(note.startswith("going on after step") for note in heard.notes)
+    assert len(train_losses(one)) == 43
+    assert train_losses(two) == pytest.approx(train_losses(one), rel=1e-5)
+    assert (two.steps, two.tokens) == (one.steps, one.tokens)
+    assert find("two").manifest.recipe == {**(find("one").manifest.recipe or {}), "name": "two"}
+    assert made(fields(training, name="two"), resume=True, processes=2) == two
 
 
 @pytest.mark.parametrize(

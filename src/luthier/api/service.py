@@ -40,6 +40,8 @@ from luthier.api.s3.face import S3Face
 from luthier.api.settings import Settings
 from luthier.api.sts import STSFace
 from luthier.encryption.memory import hold_temporary_files
+from luthier.engine.processes import check_room
+from luthier.errors import RecipeError, RefusedInput
 from luthier.jobs.admission import Capacity
 from luthier.jobs.deletion import Deletions, remove_orphans
 from luthier.jobs.local_copies import LocalCopies
@@ -150,6 +152,7 @@ class Service:
             capacity,
             options=_worker_options(settings, capacity),
             runner=_checked_runner(settings, self.database),
+            shared_by=settings.job_processes,
         )
         self.trail = AuditTrail(self.database)
         self.connections = Connections(settings.limits)
@@ -352,6 +355,17 @@ def _metric_label(by_account: bool, stored: StoredModel) -> str:
 
 def _checked_runner(settings: Settings, database: Database) -> Runner:
     """Where training runs, refused at the start where it could not."""
+    if settings.job_processes != 1 and settings.work:
+        option = f"--job-processes {settings.job_processes} (LUTHIER_JOB_PROCESSES)"
+        if settings.ray_address is not None:
+            raise RefusedInput(
+                f"{option} is for jobs of this machine: on a Ray cluster each is trained by one "
+                "process. Leave it out, or --runner ray"
+            )
+        try:
+            check_room(settings.job_processes)
+        except RecipeError as error:
+            raise RefusedInput(f"{option}: {error}") from error
     if settings.ray_address is None:
         return LocalRunner()
     runner = RayRunner(settings.ray_address, settings.ray_gpus)

@@ -44,6 +44,8 @@ class Settings:
     """Head of the Ray cluster whose nodes do the training; on this machine where it is ``None``."""
     ray_gpus: float = 0.0
     """GPUs that each training reserves there."""
+    job_processes: int = 1
+    """Processes of this machine that share the training of each job."""
     work: bool = True
     """Whether this server works on the queue."""
     speculation: Mapping[str, str] = field(default_factory=dict)

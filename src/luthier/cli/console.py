@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from luthier.errors import DataError, LuthierError, RecipeError, RefusedInput
+from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
 from luthier.files import nearest_existing, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
@@ -62,11 +62,33 @@ class CommandGroup(typer.Typer):
 def check_processes(command: str) -> None:
     """Refuse a command that a launcher has started several times, and that does not share its work."""
     size = ProcessGroup.of_environment().size
-    if size > 1 and command != "tune":
+    if size > 1 and command not in ("tune", "pretrain"):
         raise RefusedInput(
-            f"a launcher started {size} processes (WORLD_SIZE), and `luthier tune` alone shares work "
-            "among several. Start this command once, without the launcher"
+            f"a launcher started {size} processes (WORLD_SIZE), and `luthier tune` and `luthier "
+            "pretrain` alone share work among several. Start this command once, without the launcher"
         )
+
+
+def took_part(train: Callable[[], object]) -> bool:
+    """Whether this is a process that a launcher started beside the first: then it has run ``train``.
+
+    The first one speaks for all; of those beside it one does that lost those before it. Where an agent
+    of torchrun started this process, it ends with it.
+    """
+    from luthier.engine.processes import has_agent, watch_agent
+
+    if has_agent():
+        watch_agent(os.getppid())
+    rank = ProcessGroup.of_environment().rank
+    if rank == 0:
+        return False
+    try:
+        train()
+    except LuthierError as error:
+        if isinstance(error, ProcessLost) and error.ranks >= {*range(rank)}:
+            note(f"luthier: {error}")  # those before it are gone, and say nothing
+        raise typer.Exit(error.exit_code) from error
+    return True
 
 
 def print_json(value: Any) -> None:

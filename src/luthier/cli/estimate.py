@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +29,7 @@ from luthier.errors import RecipeError
 from luthier.printable import format_duration
 
 if TYPE_CHECKING:
+    from luthier.engine.communication import Scaling
     from luthier.recipe import Recipe
     from luthier.workflows.estimate.budget import Prices as PriceTable
     from luthier.workflows.estimate.estimate import Estimate
@@ -58,6 +61,17 @@ def estimate(
     prices_example: Annotated[
         bool, typer.Option("--prices-example", help="Print a price table to begin with.")
     ] = False,
+    processes: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Also say how a step goes on so many; may be repeated."),
+    ] = None,
+    bandwidth: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="GB/s that each process sends; 12.5 (Ethernet of 100 Gb/s), 50 (InfiniBand of 400 "
+            "Gb/s) and 450 (NVLink 4) if not given. May be repeated."
+        ),
+    ] = None,
     history: Annotated[
         bool, typer.Option("--history", help="Earlier estimates beside what came of them.")
     ] = False,
@@ -81,13 +95,25 @@ def estimate(
     table = read_prices(prices)
     if finish_by and within:
         raise RecipeError("give --finish-by or --within, not both")
+    if any(not 0 < each < math.inf for each in bandwidth or ()):
+        raise RecipeError("--bandwidth is a number of GB/s above 0, such as 50")
     _seconds(finish_by, within)  # refused before the minutes that a trial takes
     found = run_estimate(recipe)
     until = _seconds(finish_by, within)  # what the trial took is over
+    scaling = []
+    if processes or bandwidth:
+        from luthier.engine.communication import BANDWIDTHS, PROCESSES, predict_scaling
+
+        assert found.exchange is not None
+        counts, speeds = processes or PROCESSES, bandwidth or BANDWIDTHS
+        scaling = predict_scaling(found.exchange, found.step_seconds, counts, speeds)
     if json_:
-        print_json(as_plain(found, table, until))
+        more = {"scaling": [asdict(each) for each in scaling]} if scaling else {}
+        print_json(as_plain(found, table, until) | more)
         return
     show(found, table)
+    if scaling:
+        _show_scaling(found, scaling)
     if until is not None:
         _show_plan(found, until, f"To finish by {finish_by}" if finish_by else f"Within {within}")
 
@@ -193,6 +219,27 @@ def show(found: Estimate, prices: PriceTable | None) -> None:
             style="dim",
             soft_wrap=True,
         )
+
+
+def _show_scaling(found: Estimate, scaling: Sequence[Scaling]) -> None:
+    out, columns = new_console(highlight=False), ("GB/s", "each sends", "exchange", "step", "rows")
+    out.print(
+        f"  a step of {found.step_seconds:.3g} s for each process, as on this machine, and its "
+        "exchange:",
+        style="dim",
+        soft_wrap=True,
+    )
+    table = new_table("  processes", *columns, numbers=columns)
+    for each in scaling:
+        table.add_row(
+            f"  {each.processes}",
+            f"{each.bandwidth:g}",
+            f"{each.sent / 1e6:,.1f} MB",
+            f"{each.exchange_seconds:.2g} s",
+            f"{each.seconds:.3g} s",
+            f"x {each.processes * each.efficiency:.3g} ({each.efficiency:.0%})",
+        )
+    print_table(table)
 
 
 def _show_plan(found: Estimate, seconds: float, when: str) -> None:

@@ -76,6 +76,9 @@ Documents = Annotated[
 ]
 Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
+]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]

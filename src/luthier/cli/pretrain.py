@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json
-from luthier.cli.options import Json, LearningRate, Resume, recipe_fields, recipe_options
+from luthier.cli.console import heavy_imports, new_console, print_json, took_part
+from luthier.cli.options import (
+    Adaptation,
+    Json,
+    LearningRate,
+    Processes,
+    Resume,
+    recipe_fields,
+    recipe_options,
+)
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ def pretrain(
             "--base", help="Model to go on from (continued pre-training), instead of a new network."
         ),
     ] = None,
+    adaptation: Adaptation = None,
     family: Annotated[str | None, typer.Option(help="llama, gpt2, palm or transfo_xl.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json to build from, instead of size and family.")
@@ -47,11 +56,13 @@ def pretrain(
         typer.Option("--set", help="Any field of the recipe: KEY=VALUE, e.g. training.beta2=0.99."),
     ] = None,
     resume: Resume = False,
+    processes: Processes = 1,
     json_: Json = False,
 ) -> None:
     """Train a base model on raw text that may exceed the memory.
 
-    It starts from random weights with a tokenizer of its own, or goes on from --base.
+    It starts from random weights with a tokenizer of its own, or goes on from --base, whose weights all
+    move where --adaptation names no adapter beside them.
     """
     options = recipe_options(locals())
     from luthier.pretrain_recipe import PretrainRecipe
@@ -66,8 +77,10 @@ def pretrain(
         from luthier.evaluation.significance import perplexity_of
         from luthier.workflows.pretrain import pretrain as train
 
+    if took_part(lambda: train(recipe, resume, processes=processes)):
+        return
     with LiveReporter() as reporter:
-        result = train(recipe, resume, reporter)
+        result = train(recipe, resume, reporter, processes)
     loss = result.validation_loss
     perplexity = None if loss is None else perplexity_of(loss)
     if json_:
@@ -83,9 +96,8 @@ def _print(result: Result, perplexity: float | None) -> None:
     held = ""
     if perplexity is not None:
         held = f", validation {result.validation_loss:.4f} (perplexity {perplexity:.1f})"
-    out.print(
-        f"\n[bold green]{result.model_id}[/bold green] is a base model here, stored and verified"
-    )
+    kind = "an adapter" if ":" in result.model_id else "a base model here"
+    out.print(f"\n[bold green]{result.model_id}[/bold green] is {kind}, stored and verified")
     speed = result.tokens / max(result.seconds, 1e-9)
     out.print(
         f"  {result.steps:,} steps, {result.tokens:,} tokens in {result.seconds:.0f} s "

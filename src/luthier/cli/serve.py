@@ -132,6 +132,13 @@ def serve(
     ray_gpus: Annotated[
         float, typer.Option(help="GPUs that each training reserves on a node.")
     ] = 0.0,
+    job_processes: Annotated[
+        int,
+        typer.Option(
+            envvar="LUTHIER_JOB_PROCESSES",
+            help="Processes of this machine that share the training of each job.",
+        ),
+    ] = 1,
     no_workers: Annotated[
         bool, typer.Option("--no-workers", help="Take jobs, and leave the work to other servers.")
     ] = False,
@@ -194,6 +201,7 @@ def serve(
             metrics_by_account=metrics_by_account,
             ray_address=ray_address,
             ray_gpus=ray_gpus,
+            job_processes=job_processes,
             work=not no_workers,
             encryption_key=keys.key_file(encryption_key) if encryption_key else keys.master_key(),
         )

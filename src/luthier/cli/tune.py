@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, note, print_json
+from luthier.cli.console import heavy_imports, new_console, print_json, took_part
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -25,14 +24,13 @@ from luthier.cli.options import (
     Name,
     Objective,
     Prices,
+    Processes,
     Resume,
     Settings,
     Validation,
     read_recipe,
     recipe_options,
 )
-from luthier.errors import LuthierError, ProcessLost
-from luthier.models.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from luthier.engine.runs import Result
@@ -55,9 +53,7 @@ def tune(
     seed: Annotated[int | None, typer.Option(help="Seed of the row order and new weights.")] = None,
     set_: Settings = None,
     resume: Resume = False,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
-    ] = 1,
+    processes: Processes = 1,
     estimate_: Annotated[
         bool, typer.Option("--estimate", help="First say what it will take, from a few steps.")
     ] = False,
@@ -101,20 +97,10 @@ def tune(
     # Loads torch, which takes seconds: only for a recipe that parses, and data that is there.
     with heavy_imports():
         from luthier.cli.progress import LiveReporter
-        from luthier.engine.processes import has_agent, watch_agent
         from luthier.store.models import find
         from luthier.workflows.tuning import tune as run
 
-    if has_agent():
-        watch_agent(os.getppid())
-    group = ProcessGroup.of_environment()
-    if group.rank:  # a launcher started several; the first one speaks
-        try:
-            run(recipe, resume, processes=processes)
-        except LuthierError as error:
-            if isinstance(error, ProcessLost) and error.ranks >= {*range(group.rank)}:
-                note(f"luthier: {error}")  # those before it are gone, and say nothing
-            raise typer.Exit(error.exit_code) from error
+    if took_part(lambda: run(recipe, resume, processes=processes)):
         return
     with LiveReporter() as reporter:
         result = run(recipe, resume, reporter, processes)

@@ -35,6 +35,9 @@ def worker(
         list[Path] | None, typer.Option(help="Folder that file:// may name; may be repeated.")
     ] = None,
     limit: Quotas = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine that share a training.")
+    ] = 1,
     until_stdin_closes: Annotated[
         bool, typer.Option(help="End at once where standard input does: its starter is gone.")
     ] = False,
@@ -60,8 +63,9 @@ def worker(
     locations = Locations(database, s3_endpoint, file_root or (), quotas=quotas)
     capacity = Capacity() if memory is None else Capacity(memory)
     made = worker_class(
-        database, locations, row_id, lease, arns=Arns(region), capacity=capacity, quotas=quotas
-    )
+        database, locations, row_id, lease,
+        arns=Arns(region), capacity=capacity, quotas=quotas, processes=processes,
+    )  # fmt: skip
     raise typer.Exit(made.run())
 
 

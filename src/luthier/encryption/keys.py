@@ -207,22 +207,48 @@ def hand_over() -> Iterator[tuple[dict[str, str], list[int]]]:
         os.close(reading)
 
 
+@contextmanager
+def memory_file() -> Iterator[str]:
+    """Path of the keys in this process's memory, for processes that a library starts and starts again.
+
+    They give it to :func:`take_over`; nobody opens it but this user, and it is gone with this process.
+    Empty where the store is not encrypted.
+    """
+    ring = keyring()
+    if ring is None:
+        yield ""
+        return
+    handle = os.memfd_create("keys")
+    try:
+        os.write(handle, _serialize(ring))
+        yield f"/proc/{os.getpid()}/fd/{handle}"
+    finally:
+        os.close(handle)
+
+
 def _pipe(ring: Keyring) -> int:
     """The reading end of a pipe that holds the keys."""
-    keys = {key_id: base64.b64encode(key).decode() for key_id, key in ring.keys.items()}
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:
         # A pipe takes 64 KiB without a reader: hundreds of keys.
-        file.write(json.dumps({"current": ring.current, "keys": keys}).encode())
+        file.write(_serialize(ring))
     return reading
 
 
-def take_over() -> None:
-    """Use the keys that whoever started this process handed over, if any."""
+def _serialize(ring: Keyring) -> bytes:
+    keys = {key_id: base64.b64encode(key).decode() for key_id, key in ring.keys.items()}
+    return json.dumps({"current": ring.current, "keys": keys}).encode()
+
+
+def take_over(path: str = "") -> None:
+    """Use the keys that whoever started this process handed over, if any.
+
+    They are at ``path`` (:func:`memory_file`), or in a pipe that the environment names.
+    """
     number = os.environ.pop(HANDED, None)
-    if number is None:
+    if not path and number is None:
         return
-    with os.fdopen(int(number), "rb") as file:
+    with open(path or int(number or 0), "rb") as file:
         record = json.loads(file.read())
     keys = {key_id: base64.b64decode(key) for key_id, key in record["keys"].items()}
     use_keyring(Keyring(record["current"], keys))

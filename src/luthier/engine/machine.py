@@ -44,16 +44,18 @@ class Machine:
 def choose_machine(precision: Precision = "auto", threads: int | None = None) -> Machine:
     """Pick the device and the widest type it multiplies natively; set the thread count.
 
+    Of ``threads`` each of several processes on this machine has its share.
+
     bfloat16 is used where the processor has it in silicon (AVX512-BF16, AMX, ARM BF16, a GPU of
     compute capability 8 or later) and float32 elsewhere, where emulation would be slower.
     """
     import torch
 
+    group = ProcessGroup.of_environment()
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, threads // group.local_size))
     count = torch.get_num_threads()
     if torch.cuda.is_available():
-        group = ProcessGroup.of_environment()
         device = torch.device("cuda")
         if group.size > 1:
             device = torch.device("cuda", group.local_rank % torch.cuda.device_count())

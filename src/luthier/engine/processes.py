@@ -3,7 +3,7 @@
 Each process runs :func:`luthier.engine.train.train` as under ``torchrun``. Where one ends by surprise
 or hangs the agent ends the others and starts all of them again, and they go on from the last
 checkpoint. The processes print nothing: the first writes what its reporter hears into a file, which is
-repeated here as it grows.
+repeated here as it grows. What they print all the same is in the log of this process when they ended.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from luthier.encryption import keys
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
 from luthier.engine.runs import Result
@@ -45,13 +46,21 @@ SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
 PROCESS_BYTES = 400 << 20
 """What a process takes before it has read a row or a weight: its libraries."""
+ORPHAN_SECONDS = 20.0
+"""How long processes wait for those of an agent that was killed: these end within a second or two."""
 ERROR_GRACE_SECONDS = 10
 """How long another process waits for the first one to report an error, before it reports its own."""
 _REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome-{}.json"
+_SEEN = "checkpoints-seen"
+"""As many bytes as checkpoints that the reporter has heard of."""
 _LOST = "lost.json"
 """What one process has to say of another that is gone or hangs, until all were started again."""
 _LAST_WORDS = 2_000
 """Bytes of what a process wrote to standard error that are looked at when it ended by surprise."""
+_LOGGED = 100_000
+"""Bytes of what a process printed, the last ones, that go into the log of whoever started it."""
+
+_log = logging.getLogger(__name__)
 
 
 def train_in_processes(
@@ -63,24 +72,45 @@ def train_in_processes(
 ) -> Result:
     """Carry out ``recipe`` by so many processes of this machine; the same result as from one.
 
+    One trains in this process itself. ``lineage`` is as for :func:`luthier.engine.train.train`.
+
     Raises:
-        RecipeError: for fewer processes than 1, or more than have room in memory.
         RefusedInput, Interrupted: as :func:`luthier.engine.train.train` does.
+        RecipeError, LuthierError: as :func:`run_in_processes`.
+    """
+    if processes == 1:
+        from luthier.engine.train import train
+
+        return train(recipe, resume, reporter, lineage)
+    request = {"recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {})}
+    return run_in_processes("luthier.engine.processes", request, processes, reporter or Reporter())
+
+
+def run_in_processes(
+    module: str, request: Mapping[str, Any], processes: int, reporter: Reporter
+) -> Result:
+    """What comes of ``request``, plain values for JSON, in so many processes of this machine.
+
+    Each is ``python -m module``, which is to call :func:`main`; ``reporter`` hears of the first.
+
+    Raises:
+        RecipeError: for fewer processes than 1, more than have room in memory, and below a launcher.
+        RefusedInput, Interrupted: as the training does.
         LuthierError: where a process ended by surprise more than :data:`MAX_RESTARTS` times.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    reporter = reporter or Reporter()
+    if ProcessGroup.of_environment().size > 1:
+        raise RecipeError("a launcher has started several processes already: leave `processes` out")
     _check_number(processes, reporter)
-    with TemporaryDirectory(prefix="luthier-processes-") as path:
+    with (
+        TemporaryDirectory(prefix="luthier-processes-") as path,
+        keys.memory_file() as keys_path,
+    ):
         folder = Path(path)
-        request = {
-            "recipe": recipe.plain(), "resume": resume, "lineage": dict(lineage or {}),
-            "agent": os.getpid(),
-        }  # fmt: skip
-        write_json(folder / _REQUEST, request)
+        write_json(folder / _REQUEST, {**request, "agent": os.getpid(), "keys": keys_path})
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -102,7 +132,7 @@ def train_in_processes(
                 _quiet_agent(processes),
                 _repeat_events(folder / _EVENTS, reporter),
             ):
-                elastic_launch(config, sys.executable)("-m", "luthier.engine.processes", path)
+                elastic_launch(config, sys.executable)("-m", module, path)
         except ChildFailedError as error:
             if _outcomes(folder):
                 raise _error_of(read_json(_outcomes(folder)[0])) from error
@@ -118,20 +148,41 @@ def train_in_processes(
                 raise Interrupted(
                     "stopped before the first checkpoint; the run begins anew when it is resumed"
                 ) from error
+        finally:
+            _log_output(folder)
         outcome = read_json(_outcomes(folder)[0])
     if "result" in outcome:
         return Result.parse(outcome["result"])
     raise _error_of(outcome)
 
 
-def work(folder: Path) -> None:
-    """What each process does: train, and say in a file what came of it."""
+Training = Callable[[Mapping[str, Any], Reporter], Result]
+"""What a process does with the request that it was started with."""
+
+
+def _train(request: Mapping[str, Any], reporter: Reporter) -> Result:
     from luthier.engine.train import train
 
+    recipe = Recipe.parse(request["recipe"])
+    return train(recipe, request["resume"], reporter, request["lineage"])
+
+
+def main(train: Training) -> None:
+    """One of the processes of :func:`run_in_processes`, whose command line names their folder."""
+    folder = Path(sys.argv[1])
+    with _log_of(folder, os.environ["RANK"]).open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    work(folder, train)
+
+
+def work(folder: Path, train: Training = _train) -> None:
+    """What each process does: train, and say in a file what came of it."""
     if _outcomes(folder):
         return  # one of them met what no new start would mend
     request = read_json(folder / _REQUEST)
     watch_agent(request["agent"])
+    keys.take_over(request["keys"])
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
     reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
@@ -142,9 +193,7 @@ def work(folder: Path) -> None:
             (folder / _LOST).unlink()
         reporter.note(f"warning: {reason}")
     try:
-        recipe = Recipe.parse(request["recipe"])
-        result = train(recipe, request["resume"], reporter, request["lineage"])
-        outcome: dict[str, Any] = {"result": asdict(result)}
+        outcome: dict[str, Any] = {"result": asdict(train(request, reporter))}
     except ProcessLost as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent may know by now, too
         write_json(folder / _LOST, str(error))
@@ -163,10 +212,12 @@ def work(folder: Path) -> None:
             sys.exit(1)
 
 
-def _check_number(processes: int, reporter: Reporter) -> None:
-    """Refuse more processes than have room, which would take the machine down; warn of idle ones."""
-    import torch
+def check_room(processes: int) -> None:
+    """Refuse more processes than have room in this machine's memory, which would take it down.
 
+    Raises:
+        RecipeError: with how many have, also for fewer than 1.
+    """
     room = available_memory() // PROCESS_BYTES
     if not 1 <= processes <= room:
         raise RecipeError(
@@ -174,6 +225,13 @@ def _check_number(processes: int, reporter: Reporter) -> None:
             f"takes {PROCESS_BYTES / 1e9:.1f} GB before it has read anything. Take one for each "
             "GPU, or for each socket"
         )
+
+
+def _check_number(processes: int, reporter: Reporter) -> None:
+    """Refuse more processes than have room; warn of idle ones."""
+    import torch
+
+    check_room(processes)
     able = torch.cuda.device_count() or len(os.sched_getaffinity(0))
     if processes > able:
         kind = "GPU" if torch.cuda.is_available() else "core"
@@ -227,6 +285,7 @@ class _EventWriter(Reporter):
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
+        self._seen = path.with_name(_SEEN)
 
     def _write(self, name: str, *values: Any) -> None:
         self._file.write(json.dumps([name, *values], default=str) + "\n")
@@ -252,12 +311,20 @@ class _EventWriter(Reporter):
         """See :meth:`stage`."""
         self._write("metrics", dict(line), steps)
 
+    def checkpoint(self) -> None:
+        """See :meth:`stage`; returns when it was heard, as it may be copied elsewhere meanwhile."""
+        before = _size(self._seen)
+        self._write("checkpoint")
+        while _size(self._seen) == before:
+            time.sleep(0.01)
+
 
 @contextmanager
 def _repeat_events(path: Path, reporter: Reporter) -> Iterator[None]:
     """Tell ``reporter`` meanwhile what is written to the file at ``path``."""
     ended = threading.Event()
     place = 0
+    seen = path.with_name(_SEEN)
 
     def repeat() -> None:
         nonlocal place
@@ -270,6 +337,9 @@ def _repeat_events(path: Path, reporter: Reporter) -> Iterator[None]:
             place += len(line) + 1
             name, *values = json.loads(line)
             getattr(reporter, name)(*values)
+            if name == "checkpoint":
+                with seen.open("ab") as file:
+                    file.write(b".")
 
     def follow() -> None:
         while not ended.wait(0.1):
@@ -338,6 +408,18 @@ def _log_of(folder: Path, rank: int | str) -> Path:
     return folder / f"process-{rank}.log"
 
 
+def _log_output(folder: Path) -> None:
+    """What the processes printed, a line at a time, into the log of this one."""
+    for log in sorted(folder.glob(_log_of(folder, "*").name)):
+        for line in log.read_bytes()[-_LOGGED:].decode(errors="replace").splitlines():
+            _log.info("%s: %s", log.stem, line)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file that may not be there yet."""
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _last_words(folder: Path, rank: int) -> str:
     """The last line that process ``rank`` wrote to standard error."""
     log = _log_of(folder, rank)
@@ -346,8 +428,4 @@ def _last_words(folder: Path, rank: int) -> str:
 
 
 if __name__ == "__main__":
-    _folder = Path(sys.argv[1])
-    with _log_of(_folder, os.environ["RANK"]).open("ab") as _log:
-        os.dup2(_log.fileno(), sys.stdout.fileno())
-        os.dup2(_log.fileno(), sys.stderr.fileno())
-    work(_folder)
+    main(_train)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -170,7 +171,7 @@ class Run:
 
     def drop_working_files(self) -> None:
         """Free the disk of what only a resume would need."""
-        for name in ("checkpoints", PRECOMPUTED, REFIT):
+        for name in ("checkpoints", PRECOMPUTED, REFIT, START, TOKENS):
             remove(self.folder / name)
         for folder in (self.folder, working(self.folder)):
             (folder / ACTIVATIONS).unlink(missing_ok=True)
@@ -183,9 +184,9 @@ class Run:
         return folder
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep a second process from working on the same run."""
-        with lock_folder(self.folder, self.model_id):
+    def lock(self, wait_seconds: float = 0.0) -> Iterator[None]:
+        """Keep a second process from working on the same run; see :func:`lock_folder`."""
+        with lock_folder(self.folder, self.model_id, wait_seconds):
             sweep(self.folder)
             sweep(self.model_folder.parent, self.name)
             yield
@@ -212,12 +213,6 @@ class BaseRun(Run):
         self.base, self.name, self.model_id = name, name, name
         self.folder = luthier_home() / "pretraining" / name
         self.model_folder = base_folder(name)
-
-    def drop_working_files(self) -> None:
-        """Free the disk of what only a resume would need."""
-        super().drop_working_files()
-        for part in (START, TOKENS):
-            shutil.rmtree(self.folder / part, ignore_errors=True)
 
 
 def automatic_name(
@@ -256,12 +251,21 @@ def automatic_name(
 
 
 @contextmanager
-def lock_folder(folder: Path, what: str) -> Iterator[None]:
-    """Keep a second process from working on ``what``, which has ``folder``."""
-    with lock(folder / ".lock") as free:
-        if not free:
+def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Keep a second process from working on ``what``, which has ``folder``.
+
+    Raises:
+        RunConflict: where one does so for longer than ``wait_seconds``.
+    """
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        with lock(folder / ".lock") as free:
+            if free:
+                yield
+                return
+        if time.monotonic() >= deadline:
             raise RunConflict(f"another process is working on {what} now")
-        yield
+        time.sleep(0.1)
 
 
 def is_resumed(path: Path, request: Mapping[str, Any], what: str, resume: bool) -> bool:

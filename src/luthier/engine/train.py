@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
@@ -39,7 +39,7 @@ from luthier.engine.machine import (
 from luthier.engine.metrics import MetricsFile, Reporter
 from luthier.engine.model_writer import ModelWriter
 from luthier.engine.perplexity import find_unfamiliar_text
-from luthier.engine.processes import launch_id, started_again
+from luthier.engine.processes import ORPHAN_SECONDS, has_agent, launch_id, started_again
 from luthier.engine.runs import (
     ACTIVATIONS,
     METRICS,
@@ -129,7 +129,7 @@ def _train_first(
         if before.read_launch() == launch:
             resume, name = True, before.name
     run = Run(base.root, name or automatic_name(base.root, recipe.data.train, resume))
-    with run.lock():
+    with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
         try:
             if not resume:
                 run.check_free()  # before the rows are read, which can take minutes
@@ -146,30 +146,47 @@ def _train_first(
         except BaseException:
             run.drop_if_empty()
             raise
-        group.agree()
-        budget = job.recipe.training.micro_batch_tokens
-        known = asdict(done) if done is not None else None
-        group.first([str(run.folder), budget, resume, known])
-        if done is not None:
-            reporter.note(f"{done.model_id} was already finished")
-            return done
-        if group.size > 1:
-            reporter.note(f"{group.size} processes share the rows of each step")
-            rows = job.recipe.training.batch_size or 1
-            if rows < group.size:
-                reporter.note(
-                    f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, so "
-                    f"some may have nothing to do; take fewer processes, or "
-                    f"`training.batch_size={group.size}`"
-                )
-        try:
-            with _explain_changed_rows():
-                result = Trainer(job, run, reporter, clock, group).run(resume)
-            group.first(asdict(result))
-            return result
-        except RefusedInput:
-            run.drop_if_untrained()
-            raise
+        return train_first(None if done else job, run, done, resume, reporter, clock, group)
+
+
+def train_first(
+    job: TrainingJob | None,
+    run: Run,
+    done: Result | None,
+    resume: bool,
+    reporter: Reporter,
+    clock: Clock,
+    group: ProcessGroup,
+) -> Result:
+    """Train a job that is prepared, in the first process of ``group``, which holds ``run``'s lock.
+
+    ``job`` is ``None`` where the run was ``done`` before.
+    """
+    group.agree()
+    budget = job.recipe.training.micro_batch_tokens if job is not None else None
+    known = asdict(done) if done is not None else None
+    group.first([str(run.folder), budget, resume, known])
+    if job is None:
+        assert done is not None
+        reporter.note(f"{done.model_id} was already finished")
+        return done
+    if group.size > 1:
+        reporter.note(f"{group.size} processes share the rows of each step")
+        rows = job.recipe.training.batch_size or 1
+        if rows < group.size:
+            reporter.note(
+                f"warning: a step has {rows} row{'s' * (rows != 1)} for {group.size} processes, so "
+                f"some may have nothing to do; take fewer processes, or "
+                f"`training.batch_size={group.size}`"
+            )
+    try:
+        with _explain_changed_rows():
+            result = Trainer(job, run, reporter, clock, group).run(resume)
+        group.first(asdict(result))
+        return result
+    except RefusedInput:
+        run.drop_if_untrained()
+        raise
 
 
 def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Result:
@@ -177,13 +194,22 @@ def _train_beside(recipe: Recipe, machine: Machine, group: ProcessGroup) -> Resu
     recipe = with_base(recipe, Reporter())
     base = store.find(recipe.base)
     job = prepare_job(recipe, base, machine, Reporter(), processes=group.size)
+    return train_beside(lambda: job, group)
+
+
+def train_beside(prepare: Callable[[], TrainingJob], group: ProcessGroup) -> Result:
+    """Take part in :func:`train_first`'s training, in another process of ``group``.
+
+    ``prepare`` makes the job, after the first process has what it needs; nothing is kept of it.
+    """
     group.agree()
     folder, budget, resume, done = group.first(None)
     if done is None:
+        job = prepare()
         training = job.recipe.training.model_copy(update={"micro_batch_tokens": budget})
         job = replace(job, recipe=job.recipe.model_copy(update={"training": training}))
         with TemporaryDirectory(prefix="luthier-process-") as own:
-            run = Run(base.root, base.root, rehearsal=Path(own))
+            run = Run(job.base.root, job.base.root, rehearsal=Path(own))
             trainer = Trainer(job, run, Reporter(), group=group, first_folder=Path(folder))
             with _explain_changed_rows():
                 trainer.take_part(resume)

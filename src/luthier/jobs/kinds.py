@@ -51,6 +51,8 @@ class WorkKind:
     """Whether ``Capacity.per_account`` holds."""
     elsewhere: bool = False
     """Whether it may run on other machines, which share the database and the store alone."""
+    shared: bool = False
+    """Whether several processes may share it, where a server gives each work so many."""
 
     def worker_class(self) -> Any:
         """The class of its worker, a :class:`luthier.jobs.worker.Worker`."""
@@ -126,6 +128,7 @@ TRAINING = WorkKind(
     prepare=_prepare_jobs,
     limited_by_account=True,
     elsewhere=True,
+    shared=True,
 )
 WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
 """By name, in the order in which a scheduler looks at them: imports are few, and short."""

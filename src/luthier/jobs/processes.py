@@ -35,9 +35,10 @@ _SECRETS = (
 )  # fmt: skip
 
 
-def this_process() -> dict[str, Any]:
-    """What a lease records of the process that holds it."""
-    return {"host": host(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+def this_process(processes: int = 1) -> dict[str, Any]:
+    """What a lease records of the process that holds it, and shares the work among ``processes``."""
+    among = {"processes": processes} if processes > 1 else {}
+    return {"host": host(), "pid": os.getpid(), "born": psutil.Process().create_time(), **among}
 
 
 def host() -> str:

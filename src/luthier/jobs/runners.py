@@ -87,7 +87,7 @@ def free(session: Session, capacity: Capacity, but: str | None = None) -> FreeCa
         if row.id != but and (row.worker is None or processes.is_here(row.worker))
     ]
     memory = capacity.memory - sum(row.needed_memory for row in rows)
-    cores = capacity.cores - sum(row.cores for row in rows)
+    cores = capacity.cores - sum(row.needed_cores for row in rows)
     return FreeCapacity(memory, cores, Counter(type(row) for row in rows))
 
 

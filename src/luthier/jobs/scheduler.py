@@ -60,6 +60,7 @@ class Scheduler:
         options: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         runner: Runner | None = None,
+        shared_by: int = 1,
     ) -> None:
         """Prepare; :meth:`start` begins.
 
@@ -71,11 +72,12 @@ class Scheduler:
             options: what every worker is told beside that, such as ``--file-root DIR``.
             environment: variables that workers have beside this process's own.
             runner: where work runs of the kinds that may run elsewhere; on this machine when not given.
+            shared_by: among how many processes work is shared, of the kinds where it can be.
         """
         self.database, self.kinds = database, kinds
         self._local = LocalRunner()
         self._runner = runner or self._local
-        self.capacity = capacity or Capacity()
+        self.capacity, self.shared_by = capacity or Capacity(), shared_by
         self.command = [*command, *options]
         self.environment = {**processes.database_environment(database), **(environment or {})}
         self.children: dict[str, subprocess.Popen[bytes]] = {}
@@ -214,13 +216,16 @@ class Scheduler:
             return False
         return True
 
+    def _processes_of(self, kind: WorkKind) -> int:
+        return self.shared_by if kind.shared else 1
+
     def _runner_of(self, kind: WorkKind) -> Runner:
         return self._runner if kind.elsewhere else self._local
 
     def _claim_next(self, kind: WorkKind, runner: Runner) -> QueuedWork | None:
         """The next work of a kind that fits, held by a lease of its own; ``None`` where none does."""
         # Until the worker is there, the server stands for it.
-        process = {**processes.this_process(), "starting": True}
+        process = {**processes.this_process(self._processes_of(kind)), "starting": True}
         per_account = self.capacity.per_account if kind.limited_by_account else None
         with self.database.write() as session:
             for left in runner.free(session, self.capacity):
@@ -251,7 +256,8 @@ class Scheduler:
             full = other.at_once is not None and left.at_work[other.table] >= other.at_once
             if other is not kind and self._runner_of(other) is self._runner_of(kind) and not full:
                 per_account = self.capacity.per_account if other.limited_by_account else None
-                found.append(queue.overdue(session, other.table, per_account))
+                among = self._processes_of(other)
+                found.append(queue.overdue(session, other.table, per_account, among))
         return min((each for each in found if each), key=lambda each: each.since, default=None)
 
     def _spawn(
@@ -264,6 +270,8 @@ class Scheduler:
             log = os.open(os.devnull, os.O_WRONLY) if handed else folders.open_log()
             opened.callback(os.close, log)
             work = ["--kind", kind.name, "--id", row.id, "--lease", lease]
+            if (among := self._processes_of(kind)) > 1:
+                work += ["--processes", str(among)]
             environment: dict[str, Any] = {
                 **processes.worker_environment(),
                 **self.environment,

@@ -4,6 +4,9 @@
 
 The next worker goes on from the last checkpoint, to the same bits. What is asked of a job meanwhile
 (stop, pause) its worker hears from its heartbeat. SIGTERM makes it give the job back at a checkpoint.
+
+Where a server gives its jobs several processes, the worker starts them for the training alone
+(:mod:`luthier.engine.processes`), and all else is as with one.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from luthier.engine.metrics import MetricsFile
+from luthier.engine.processes import SHUTDOWN_SECONDS, check_room
 from luthier.engine.runs import METRICS, Run
 from luthier.errors import (
     Interrupted,
     LeaseLost,
     LuthierError,
     QuotaExceeded,
+    RecipeError,
     SharedStoreAway,
     UnknownModel,
     WrongState,
@@ -64,8 +69,16 @@ _log = logging.getLogger(__name__)
 class JobHeartbeat(Heartbeat):
     """Writes what the run reports, and stops the main thread at the next step where that is wanted."""
 
-    def __init__(self, database: Database, job: Job, lease: str, reporter: JobReporter) -> None:
+    def __init__(
+        self,
+        database: Database,
+        job: Job,
+        lease: str,
+        reporter: JobReporter,
+        ask_again_seconds: float = AGAIN,
+    ) -> None:
         super().__init__(self.beat, BEAT)
+        self.ask_again_seconds = ask_again_seconds
         self.database, self.reporter = database, reporter
         self.job_id, self.lease = job.id, lease
         self.limit, self.before = job.time_limit, job.worked
@@ -116,7 +129,7 @@ class JobHeartbeat(Heartbeat):
         if wanted is None:
             return
         self.reason = wanted
-        if time.monotonic() - self._asked > AGAIN:
+        if time.monotonic() - self._asked > self.ask_again_seconds:
             self._asked = time.monotonic()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -148,7 +161,9 @@ class TrainingWorker(Worker[Job, JobLocations]):
         reporter = JobReporter(row, self._rename, self.shared_run.share_checkpoint)
         with self.database.read() as session:
             reporter.remember(session)
-        heartbeat = JobHeartbeat(self.database, row, self.lease, reporter)
+        # A second signal would end the agent of several processes before these are at a checkpoint.
+        again = AGAIN if self.processes == 1 else SHUTDOWN_SECONDS
+        heartbeat = JobHeartbeat(self.database, row, self.lease, reporter, again)
         heartbeat.start()
         try:
             result = self._train(row, reporter)
@@ -182,7 +197,7 @@ class TrainingWorker(Worker[Job, JobLocations]):
         if "progress" in reporter.details:
             reporter.catch_up(metrics.read(), reporter.details["progress"]["steps"])
         with asking_for(job.account, run_name(job.id)):
-            run = kind.run(recipe, reporter)
+            run = kind.run(recipe, reporter, self._count_processes(reporter))
         reporter.catch_up(metrics.read(), int(run["steps"]))
         if verdict := run["verdict"]:
             reporter.note(f"{verdict['text']}. {verdict['advice']}".strip())
@@ -218,6 +233,16 @@ class TrainingWorker(Worker[Job, JobLocations]):
 
                 self.retry(write)
         return result
+
+    def _count_processes(self, reporter: JobReporter) -> int:
+        """Among how many the training is shared: one, where the machine has no room for all."""
+        if self.processes > 1:
+            try:
+                check_room(self.processes)
+            except RecipeError as error:
+                reporter.note(f"warning: the job trains on one process: {error}")
+                return 1
+        return self.processes
 
     def _end_interrupted(self, job: Job, heartbeat: JobHeartbeat, error: BaseException) -> int:
         if heartbeat.reason == "time":

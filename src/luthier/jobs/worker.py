@@ -106,6 +106,7 @@ class Worker(ABC, Generic[Work, Places]):
         arns: Arns | None = None,
         capacity: Capacity | None = None,
         quotas: AccountQuotas | None = None,
+        processes: int = 1,
     ) -> None:
         """Prepare.
 
@@ -117,11 +118,12 @@ class Worker(ABC, Generic[Work, Places]):
             arns: those of the server.
             capacity: what all workers of the machine may take together.
             quotas: of accounts without quotas of their own.
+            processes: of this machine, among which the work is shared where that can be.
         """
         self.database, self.locations = database, locations
         self.row_id, self.lease = row_id, lease
         self.arns, self.capacity = arns or Arns(), capacity or Capacity()
-        self.quotas = quotas or AccountQuotas()
+        self.quotas, self.processes = quotas or AccountQuotas(), processes
         self.folders = self.folders_type(row_id)
         self.ending = False
         """Whether the work is past being interrupted."""
@@ -172,7 +174,7 @@ class Worker(ABC, Generic[Work, Places]):
         queue.release(session, self.table, self.row_id, self.lease, message)
 
     def _begin(self) -> Work:
-        process = this_process()
+        process = this_process(self.processes)
 
         def begin(session: Session) -> Work:
             row = queue.renew(session, self.table, self.row_id, self.lease)

@@ -108,6 +108,7 @@ def pretrain(
     *,
     resume: bool = False,
     reporter: Reporter | None = None,
+    processes: int = 1,
     **fields: Any,
 ) -> Result:
     """Train a tokenizer and a network from random weights on raw text; the result is a base model.
@@ -116,6 +117,7 @@ def pretrain(
         data: one file of raw text, several, or a TOML recipe.
         resume: go on with an interrupted run of the same name and settings.
         reporter: receives progress; nothing is printed without one.
+        processes: of this machine that share the rows of each step.
         **fields: fields of :class:`luthier.pretrain_recipe.PretrainRecipe` with ``__`` for the dot, for
             example ``name="..."`` (which it needs), ``network__size="10m"``, ``training__epochs=1``.
 
@@ -131,7 +133,7 @@ def pretrain(
 
     plain = fields_of([data] if isinstance(data, str | Path) else data)
     assign_fields(plain, fields)
-    return run(PretrainRecipe.parse(plain), resume, reporter)
+    return run(PretrainRecipe.parse(plain), resume, reporter, processes)
 
 
 def student(

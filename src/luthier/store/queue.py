@@ -93,7 +93,8 @@ class QueuedWork(TakesTurns):
     crashes: Mapped[int] = mapped_column(default=0)
     """Workers that died over it."""
     worker: Mapped[dict[str, Any] | None]
-    """The process that holds the lease: ``host``, ``pid``, and when it was ``born``."""
+    """The process that holds the lease: ``host``, ``pid``, when it was ``born``, and on how many
+    ``processes`` it works, where these are several."""
 
     @classmethod
     def ready(cls) -> tuple[ColumnElement[bool], ...]:
@@ -120,9 +121,19 @@ class QueuedWork(TakesTurns):
         return "another worker goes on"
 
     @property
+    def processes(self) -> int:
+        """Among how many its worker shares the work."""
+        return int((self.worker or {}).get("processes", 1))
+
+    @property
     def needed_memory(self) -> int:
-        """Bytes that it counts for."""
-        return self.memory or self.unknown_memory
+        """Bytes that it counts for; each of several processes holds a whole network."""
+        return (self.memory or self.unknown_memory) * self.processes
+
+    @property
+    def needed_cores(self) -> int:
+        """Threads that it counts for; several processes share them, and have one each at least."""
+        return max(self.cores, self.processes if self.processes > 1 else 0)
 
 
 Row = TypeVar("Row", bound=Leased)
@@ -161,7 +172,8 @@ def claim(
     Args:
         session: one that writes.
         kind: its table.
-        worker: the process that holds the lease until the worker itself is there.
+        worker: the process that holds the lease until the worker itself is there; its ``processes``
+            are those that the work would be shared among.
         free_memory: bytes that it may take.
         free_cores: threads that it may run.
         idle: nothing else runs on this machine: what does not fit is not going to fit later, and
@@ -171,13 +183,15 @@ def claim(
         before: work of another kind that waits for memory; what came later leaves it what it needs.
     """
     lock_claims(session)
+    processes = worker.get("processes", 1)
     for row in _in_turn(session, kind, per_account, passed_over):
-        need = row.memory or kind.unknown_memory
+        need = (row.memory or kind.unknown_memory) * processes
+        cores = max(row.cores, processes if processes > 1 else 0)
         if before is not None and before.since < row.since:
             fits = need <= free_memory - before.memory
         else:
             fits = idle or need <= free_memory
-        if not (fits and (idle or row.cores <= max(free_cores, 0))):
+        if not (fits and (idle or cores <= max(free_cores, 0))):
             if now() - row.since > PATIENCE:
                 return None
             continue
@@ -191,12 +205,15 @@ def claim(
 
 
 def overdue(
-    session: Session, kind: type[QueuedWork], per_account: int | None = None
+    session: Session, kind: type[QueuedWork], per_account: int | None = None, processes: int = 1
 ) -> OverdueWork | None:
-    """The next work of known memory, where it has waited for longer than ``PATIENCE``."""
+    """The next work of known memory, where it has waited for longer than ``PATIENCE``.
+
+    It would be shared among ``processes``.
+    """
     for row in _in_turn(session, kind, per_account):
         if row.memory and now() - row.since > PATIENCE:
-            return OverdueWork(row.since, row.memory)
+            return OverdueWork(row.since, row.memory * processes)
     return None
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from luthier.data.sources import absolute
+from luthier.engine.communication import BANDWIDTHS
 from luthier.errors import RecipeError
 from luthier.files import folder_size, luthier_home
 from luthier.printable import format_duration, one_line
@@ -164,8 +165,20 @@ def _time_reason(found: Estimate, request: LaunchRequest, on_other: bool) -> str
     return (
         f"Time: {format_duration(found.seconds.high)} at most by the estimate for one process on "
         f"{found.machine}, and half as much again, or {format_duration(LEAST_SECONDS)}."
-        + " A GPU takes less."
-        * on_other
+        + " A GPU takes less." * on_other
+        + _exchange_reason(found, request.processes * request.nodes)
+    )
+
+
+def _exchange_reason(found: Estimate, processes: int) -> str:
+    """What ``processes`` send each other in a step, in words; empty for one."""
+    if processes == 1 or found.exchange is None:
+        return ""
+    slow, fast = BANDWIDTHS[:2]
+    return (
+        f" Each of {processes} processes sends {_size(found.exchange.sent(processes))} in a step, "
+        f"{found.exchange.seconds(processes, slow * 1e9):.2g} s at {slow:g} GB/s and "
+        f"{found.exchange.seconds(processes, fast * 1e9):.2g} s at {fast:g}."
     )
 
 
@@ -199,6 +212,10 @@ def launch_file(recipe: Recipe, found: Estimate, request: LaunchRequest, machine
     models = {} if shared else _copied_models(base)
     files = sum(path.stat().st_size for path in recipe.data.files)
     sizing = size_job(found, request, machine, files + folder_size(base.network_folder))
+    if recipe.training.threads:  # of one process here, and of all that share a node there
+        threads = {"threads": recipe.training.threads * request.processes}
+        training = recipe.training.model_copy(update=threads)
+        recipe = recipe.model_copy(update={"training": training})
     home = str(luthier_home())
     image = request.image or ("" if shared else IMAGE)
     values = {

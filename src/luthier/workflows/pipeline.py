@@ -114,8 +114,9 @@ class _Kind:
     recipe: type[Fields]
     start: str | None
     """The field that names the model it starts from."""
-    run: Callable[[Any, Reporter], dict[str, Any]]
-    """What comes of it, ready for JSON; what is done is not done again."""
+    run: Callable[[Any, Reporter, int], dict[str, Any]]
+    """What comes of it, ready for JSON; what is done is not done again. So many processes of this
+    machine share its training."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Pipeline:
         outcomes = []
         for number, stage in enumerate(self.stages, 1):
             reporter.note(f"stage {number} of {len(self.stages)}: {stage.name} -> {stage.model_id}")
-            details = KINDS[stage.command].run(stage.recipe, reporter)
+            details = KINDS[stage.command].run(stage.recipe, reporter, 1)
             outcomes.append(StageOutcome(stage.name, stage.model_id, details))
         return outcomes
 
@@ -214,7 +215,10 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
         recipe = parse(kind.recipe, fields)
     except RecipeError as error:
         raise RecipeError(f"stage {each.name}: {error}") from error
-    model_id = f"{_root(fields[kind.start], before)}:{name}" if kind.start else name
+    root = fields[kind.start] if kind.start else None
+    if isinstance(recipe, PretrainRecipe) and recipe.makes_adapter:
+        root = recipe.network.base
+    model_id = f"{_root(root, before)}:{name}" if root is not None else name
     return Stage(each.name, each.command, model_id, recipe, tuple(dict.fromkeys(needed)))
 
 
@@ -253,26 +257,26 @@ def _with_paths(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     return fields
 
 
-def _tune(recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+def _tune(recipe: Recipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.workflows.tuning import tune
 
-    return asdict(tune(recipe, True, reporter))
+    return asdict(tune(recipe, True, reporter, processes))
 
 
-def _pretrain(recipe: PretrainRecipe, reporter: Reporter) -> dict[str, Any]:
+def _pretrain(recipe: PretrainRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.workflows.pretrain import pretrain
 
-    return asdict(pretrain(recipe, True, reporter))
+    return asdict(pretrain(recipe, True, reporter, processes))
 
 
-def _distil(recipe: DistilRecipe, reporter: Reporter) -> dict[str, Any]:
+def _distil(recipe: DistilRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.workflows.distil import distil
 
-    found = distil(recipe, True, reporter)
+    found = distil(recipe, True, reporter, processes)
     return {**asdict(found.result), "distillation": found.details}
 
 
-def _student(recipe: StudentRecipe, reporter: Reporter) -> dict[str, Any]:
+def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.models.student import StudentShape
     from luthier.store.models import find, short_name
     from luthier.workflows.student import make_student

@@ -1,7 +1,8 @@
 """From raw text to a base model: tokenizer, network, token file, training, store.
 
 A new network of random weights, or one that is gone on from with its own tokenizer: continued
-pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, on text of any size.
+pre-training (Gururangan et al. 2020, arXiv:2004.10964) of all weights, or of an adapter beside them,
+on text of any size.
 
 Everything up to the training is made once, in the run's folder, each part whole or not at all and
 from the request alone: a run that was killed goes on where it was, to the same bits. What trains is
@@ -10,29 +11,43 @@ the engine that tunes: the network of random weights is its base, every weight m
     pretraining/<name>/survey.json   what the files hold
     pretraining/<name>/start/        tokenizer, configuration and random weights
     pretraining/<name>/tokens/       the text as token ids
+
+An adapter is a custom model of its base, and its run lies with theirs, in ``runs/<base>/<name>``.
+
+Several processes share the rows of each step as in :mod:`luthier.engine.train`, where the order of
+sequences follows from seed and step alone. The first one makes the parts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 from luthier import __version__
-from luthier.adaptations.full import Full
 from luthier.data.chat import ChatFormat
 from luthier.data.corpus import CorpusPiece, HeldOut, Survey, pieces, sample, survey
 from luthier.data.read import find_container
 from luthier.data.sources import files_of
 from luthier.data.tokens import TokenFile, TokenWriter, id_type
+from luthier.engine.actuals import Clock
 from luthier.engine.dataset import Dataset
 from luthier.engine.job import TrainingJob, resolve_job
 from luthier.engine.machine import Machine, choose_machine, keep_freed_memory
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import START, TOKENS, BaseRun, Result
-from luthier.engine.train import Trainer
+from luthier.engine.processes import (
+    ORPHAN_SECONDS,
+    has_agent,
+    launch_id,
+    main,
+    run_in_processes,
+    started_again,
+)
+from luthier.engine.runs import START, TOKENS, BaseRun, Result, Run
+from luthier.engine.train import train_beside, train_first
 from luthier.errors import DataError, Problem, RecipeError, RefusedInput
 from luthier.files import (
     need_disk,
@@ -46,6 +61,7 @@ from luthier.models.build import build, read_configuration
 from luthier.models.load import sketch
 from luthier.models.manifest import Manifest
 from luthier.models.presets import SHAPES, configuration
+from luthier.models.process_group import ProcessGroup
 from luthier.objectives.causal_lm import CausalLM
 from luthier.pretrain_recipe import PretrainRecipe
 from luthier.recipe import DataSpec, Recipe, Training
@@ -62,34 +78,78 @@ BATCH = 16
 
 
 def pretrain(
-    recipe: PretrainRecipe, resume: bool = False, reporter: Reporter | None = None
+    recipe: PretrainRecipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    processes: int = 1,
 ) -> Result:
     """Carry out ``recipe``; the base model is stored under its name and verified.
+
+    With ``processes`` so many of this machine share the work; under a launcher such as torchrun all
+    that it started do.
 
     Raises:
         RefusedInput: before any training, for text, recipe, memory, disk or name.
         Interrupted: on Ctrl-C or SIGTERM, after a checkpoint.
     """
     reporter = reporter or Reporter()
+    if processes == 1:
+        result = _train(recipe, resume, reporter)
+    else:
+        run = _run_of(recipe, reporter)
+        with run.lock():
+            if _begin(recipe, run, resume) is None:
+                # Once for all of them: no process waits for as long as a large text takes.
+                with _dropped_if_refused(run):
+                    _make_parts(recipe, run, reporter)
+        request = {"recipe": recipe.plain(), "resume": True}
+        result = run_in_processes("luthier.workflows.pretrain", request, processes, reporter)
+    if ProcessGroup.of_environment().rank == 0:
+        certify(result.model_id)
+    return result
+
+
+def _train(recipe: PretrainRecipe, resume: bool, reporter: Reporter) -> Result:
+    """:func:`pretrain` in one process, which a launcher may have started with others."""
+    group = ProcessGroup.of_environment()
     keep_freed_memory()
     machine = choose_machine(recipe.training.precision, recipe.training.threads)
-    run = BaseRun(recipe.name)
-    with run.lock():
-        try:
-            done = run.begin(_request(recipe), resume)
-        except BaseException:
-            run.drop_if_empty()
-            raise
-        if done is not None:
-            reporter.note(f"{done.model_id} was already finished")
-            return done
-        try:
-            result = Trainer(_job(recipe, run, machine, reporter), run, reporter).run(resume)
-            certify(result.model_id)
-            return result
-        except RefusedInput:
-            run.drop_if_untrained()
-            raise
+    run = _run_of(recipe, reporter)
+    with group.shared_errors():
+        if group.rank:
+            silent = Reporter()
+            return train_beside(lambda: _job(recipe, run, machine, silent, group), group)
+        with run.lock(ORPHAN_SECONDS if has_agent() else 0.0):
+            done = _begin(recipe, run, resume)
+            with _dropped_if_refused(run):
+                job = None if done else _job(recipe, run, machine, reporter, group)
+            return train_first(job, run, done, run.has_metrics(), reporter, Clock(), group)
+
+
+def _run_of(recipe: PretrainRecipe, reporter: Reporter) -> Run:
+    if recipe.makes_adapter:
+        return Run(store.find(str(recipe.network.base), reporter.stage).root, recipe.name)
+    return BaseRun(recipe.name)
+
+
+def _begin(recipe: PretrainRecipe, run: Run, resume: bool) -> Result | None:
+    launch = launch_id()
+    # Nodes that join and leave start all processes again, too.
+    resume = resume or started_again() or bool(launch and run.read_launch() == launch)
+    try:
+        return run.begin(_request(recipe), resume, launch)
+    except BaseException:
+        run.drop_if_empty()
+        raise
+
+
+@contextmanager
+def _dropped_if_refused(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except RefusedInput:
+        run.drop_if_untrained()
+        raise
 
 
 def _request(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -104,13 +164,28 @@ def _request(recipe: PretrainRecipe) -> dict[str, Any]:
     return {"recipe": recipe.plain(), "data": hashes, "luthier": __version__}
 
 
-def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Reporter) -> TrainingJob:
-    """Make or find everything that is trained with, and decide what is left open."""
+@dataclass(frozen=True)
+class _Parts:
+    """What is made once, from the request alone."""
+
+    recipe: PretrainRecipe
+    """With the size of network and tokenizer."""
+    choices: list[tuple[str, Any, str]]
+    """What was left open of it: name, value, reason."""
+    start: store.StoredModel
+    chat: ChatFormat
+    context: int
+    """Tokens of a sequence."""
+    data: Dataset
+
+
+def _make_parts(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> _Parts:
+    """Make or find what the run's folder has of it."""
     found = _survey(recipe, run, reporter)
     recipe, choices = plan(recipe, found)
     start = _start(recipe, run, found, reporter)
     chat = store.chat_format(start)
-    context = room = store.room_of(start)
+    context = room = store.room_of(start, recipe.adaptation)
     if recipe.network.base is not None:
         CausalLM().check(chat)
         if (recipe.network.context or 0) > room:
@@ -120,50 +195,64 @@ def _job(recipe: PretrainRecipe, run: BaseRun, machine: Machine, reporter: Repor
             )
         context = min(room, recipe.network.context or CausalLM().sequence_length)
     data = _dataset(recipe, run, found, chat, context, reporter)
+    return _Parts(recipe, choices, start, chat, context, data)
+
+
+def _job(
+    recipe: PretrainRecipe, run: Run, machine: Machine, reporter: Reporter, group: ProcessGroup
+) -> TrainingJob:
+    """Make or find everything that is trained with, and decide what is left open."""
+    parts = _make_parts(recipe, run, reporter)
+    recipe, choices, start, data = parts.recipe, parts.choices, parts.start, parts.data
     weights, embedding = _count(start)
     training: Training = recipe.training
     if recipe.network.base is None:  # what goes on from trained weights has the defaults of tuning
-        facts = NetworkFacts(weights, embedding, context, data.counts["tokens"])
+        facts = NetworkFacts(weights, embedding, parts.context, data.counts["tokens"])
         training, more = choose(training, facts)
         if note := shortage(facts, training):
             reporter.note(note)
-        choices += [("weights", f"{weights:,}", f"and {context} tokens of context"), *more]
+        learned = ("weights", f"{weights:,}", f"and {parts.context} tokens of context")
+        choices = [*choices, learned, *more]
     whole = Recipe(
         base=start.id,
         data=DataSpec(train=str(run.folder / TOKENS / "train.bin")),
         objective=data.objective,
-        adaptation=Full(),
+        adaptation=recipe.adaptation,
         training=training,
     )
     settled = read_json(run.folder / SETTLED) if (run.folder / SETTLED).is_file() else {}
     job = resolve_job(
         whole,
         start,
-        chat,
+        parts.chat,
         replace(data, choices=choices),
         machine,
         reporter,
         settled.get("micro_batch_tokens"),
+        group.size,
     )
-    # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
-    budget = job.recipe.training.micro_batch_tokens
-    write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
+    if group.rank == 0:
+        # Micro-batches are part of the arithmetic: a resumed run keeps those it began with.
+        budget = job.recipe.training.micro_batch_tokens
+        write_json(run.folder / SETTLED, {"micro_batch_tokens": budget})
     chosen = job.recipe.plain()
-    filled = {"training": chosen["training"], "objective": chosen["objective"]}
-    origin = {
-        "recipe": recipe.plain() | filled,
-        "parameters": weights,
-        "context": room,
-    }
+    names = ("training", "objective", "adaptation")
+    filled = {name: chosen[name] for name in names}
+    origin: dict[str, Any] = {"recipe": recipe.plain() | filled}
     if recipe.network.base is not None:
-        origin |= {"parent": start.id, "licence": start.manifest.licence}
-        origin |= store.tokenizer_origin(start)
+        origin |= {"parent": start.id, **store.tokenizer_origin(start)}
+    if recipe.makes_adapter:
+        origin |= {"root": start.root}
+    else:
+        licence = start.manifest.licence if recipe.network.base is not None else None
+        context = store.room_of(start)
+        origin |= {"parameters": weights, "context": context, "licence": licence}
     return replace(job, origin=origin)
 
 
 def _dataset(
     recipe: PretrainRecipe,
-    run: BaseRun,
+    run: Run,
     found: Survey,
     chat: ChatFormat,
     context: int,
@@ -194,7 +283,7 @@ def _dataset(
     )
 
 
-def _survey(recipe: PretrainRecipe, run: BaseRun, reporter: Reporter) -> Survey:
+def _survey(recipe: PretrainRecipe, run: Run, reporter: Reporter) -> Survey:
     path = run.folder / SURVEY
     if not path.is_file():
         reporter.stage("Checking the text")
@@ -205,7 +294,7 @@ def _survey(recipe: PretrainRecipe, run: BaseRun, reporter: Reporter) -> Survey:
 
 
 def _start(
-    recipe: PretrainRecipe, run: BaseRun, found: Survey, reporter: Reporter
+    recipe: PretrainRecipe, run: Run, found: Survey, reporter: Reporter
 ) -> store.StoredModel:
     """Tokenizer and network before the first step."""
     if recipe.network.base is not None:
@@ -256,7 +345,7 @@ def _network(recipe: PretrainRecipe) -> tuple[dict[str, Any], int]:
 
 
 def _tokens(
-    recipe: PretrainRecipe, run: BaseRun, found: Survey, chat: ChatFormat, reporter: Reporter
+    recipe: PretrainRecipe, run: Run, found: Survey, chat: ChatFormat, reporter: Reporter
 ) -> dict[str, Any]:
     """Write the text as tokens, once; what ``tokens.json`` says of them."""
     folder = run.folder / TOKENS
@@ -321,3 +410,13 @@ def _spread(held: TokenFile) -> Sequence[Example]:
     """Validation sequences, evenly spaced where there are more than are measured on."""
     stride = max(1, -(-len(held) // MOST_VALIDATION))
     return held[::stride]
+
+
+def _train_request(request: Mapping[str, Any], reporter: Reporter) -> Result:
+    # It was parsed before, and has its defaults by now, which nobody may give beside others.
+    recipe = PretrainRecipe.model_validate(request["recipe"])
+    return _train(recipe, request["resume"], reporter)
+
+
+if __name__ == "__main__":
+    main(_train_request)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import train_in_processes
-from luthier.engine.train import train
 from luthier.errors import RecipeError
 from luthier.models.manifest import UNMEASURED
 from luthier.models.process_group import ProcessGroup
@@ -46,14 +45,7 @@ def tune(
     if limits is not None:
         load_probes(limits.probes)  # refused before anything is trained
     group = ProcessGroup.of_environment()
-    if processes != 1:
-        if group.size > 1:
-            raise RecipeError(
-                "a launcher has started several processes already: leave `processes` out"
-            )
-        result = train_in_processes(recipe, processes, resume, reporter)
-    else:
-        result = train(recipe, resume, reporter)
+    result = train_in_processes(recipe, processes, resume, reporter)
     if group.rank:
         return result  # the first process does the rest
     if limits is not None:

@@ -13,6 +13,8 @@ import luthier
 from luthier.errors import RecipeError
 from luthier.files import luthier_home
 from luthier.store.models import find
+from luthier.workflows.distil import distil
+from luthier.workflows.distil.recipe import DistilRecipe
 
 QUICK = {
     "training__max_steps": 2, "training__batch_size": 4, "training__threads": 1,
@@ -66,6 +68,27 @@ def test_bare_prompts_are_answered_by_the_teacher_first(
     answers = luthier_home() / "distillations" / "tiny-llama" / "pupil" / "train.jsonl"
     assert found.result.rows == len(answers.read_text().splitlines()) >= 2
     assert find(found.result.model_id).manifest.others == {"teacher": teacher}
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_training_make_the_student_of_one(
+    teacher: str, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "prompts.jsonl", [{"prompt": f"question {n}"} for n in range(6)])
+    training = {"max_steps": 3, "batch_size": 4, "threads": 2, "precision": "float32"}
+    fields = {
+        "data": {"train": str(file), "validation_share": 0.0}, "base": str(tiny_model_folder),
+        "teacher": teacher, "method": "logits", "training": training,
+        "insights": {"minimum": 2}, "sampling": {"max_tokens": 200},
+    }  # fmt: skip
+    one, two = (
+        distil(DistilRecipe.parse({**fields, "name": f"by-{count}"}), processes=count)
+        for count in (1, 2)
+    )
+    assert two.result.train_loss == pytest.approx(one.result.train_loss, rel=1e-5)
+    records = [find(each.result.model_id).manifest for each in (one, two)]
+    assert records[0].others == records[1].others == {"teacher": teacher}
+    assert records[1].plain()["distillation"] == two.details
 
 
 def test_what_a_method_cannot_have_is_refused(

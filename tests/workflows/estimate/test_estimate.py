@@ -270,12 +270,23 @@ def test_the_command_line_estimates_runs_and_tells_the_history(
     assert "No run was estimated" in invoke("estimate", "--history").stdout
     luthier_home.mkdir()
     (luthier_home / "prices.toml").write_text('currency = "CHF"\nper_hour = 3.6')
-    body = json.loads(invoke("estimate", *given, "--within", "1s", "--json").stdout)
+    several = ("--processes", "8", "--processes", "64", "--bandwidth", "50")
+    body = json.loads(invoke("estimate", *given, "--within", "1s", *several, "--json").stdout)
+    assert [(each["processes"], each["bandwidth"]) for each in body["scaling"]] == [
+        (8, 50), (64, 50)
+    ]  # fmt: skip
+    reduced = body["exchange"]["reduced"]
+    assert body["scaling"][0]["sent"] == 2 * 7 / 8 * reduced and reduced > 1000
+    step = body["parts"]["steps"]["value"] / body["steps"]
+    eight, many = body["scaling"]
+    assert eight["seconds"] == pytest.approx(step + eight["exchange_seconds"])
+    assert 0 < many["efficiency"] < eight["efficiency"] < 1
     assert body["cost"]["currency"] == "CHF"
     assert body["cost"]["value"] == pytest.approx(body["seconds"]["value"] / 1000)
     assert body["plan"]["fits"] == (body["seconds"]["high"] <= 1)
 
-    shown = invoke("estimate", *given, "--within", "9h").stdout
+    shown = invoke("estimate", *given, "--within", "9h", *several).stdout
+    assert "each sends" in shown and f"{reduced * 2 * 7 / 8 / 1e6:,.1f} MB" in shown
     assert "peak memory" in shown and "CHF" in shown and "all of it fits" in shown
     refused = invoke("tune", *given, "--max-minutes", "0.0001", "--json")
     assert refused.exit_code == 2
@@ -303,6 +314,8 @@ def test_the_command_line_refuses_what_it_cannot_plan_before_it_tries_any_step(
         [data, "--finish-by", "noon"],
         [data, "--within", "1h", "--finish-by", "18:00"],
         [data, "--prices", "none.toml"],
+        [data, "--bandwidth", "0"],
+        [data, "--processes", "1"],
     ):
         assert invoke("estimate", *wrong).exit_code == 2
 

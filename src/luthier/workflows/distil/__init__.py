@@ -28,9 +28,14 @@ METHODS = ("responses", *OBJECTIVE_OF)
 
 
 def distil(
-    recipe: DistilRecipe, resume: bool = False, reporter: Reporter | None = None
+    recipe: DistilRecipe,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    processes: int = 1,
 ) -> Distilled:
     """Carry out ``recipe`` by the method it names; the student is stored and verified.
+
+    So many ``processes`` of this machine share its training; a teacher is asked by this one.
 
     Raises:
         RefusedInput: before the teacher is asked, for what cannot work; after, where too few of its
@@ -41,18 +46,20 @@ def distil(
     if recipe.method not in METHODS:
         raise RecipeError(f"unknown method {recipe.method!r}; there are {', '.join(METHODS)}")
     method = by_responses if recipe.method == "responses" else by_objective
-    made = method(recipe, resume, reporter or Reporter())
+    made = method(recipe, resume, reporter or Reporter(), processes)
     certify(made.result.model_id)
     return made
 
 
-def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:
+def by_objective(
+    recipe: DistilRecipe, resume: bool, reporter: Reporter, processes: int = 1
+) -> Distilled:
     """Train the student with the objective of ``recipe.method``, the teacher beside it."""
     objective = _objective(recipe)
     recipe = recipe.model_copy(update={"objective": objective})
     if _has_bare_prompts(recipe, objective):
-        return by_responses(recipe, resume, reporter)
-    from luthier.engine.train import train
+        return by_responses(recipe, resume, reporter, processes)
+    from luthier.engine.processes import train_in_processes
 
     rows = recipe.data.train
     lineage = {
@@ -60,7 +67,8 @@ def by_objective(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Dist
         "teacher": {"model": recipe.teacher.model},
         "rows": {"file": str(rows), "sha256": hash_of(rows)},
     }
-    result = train(recipe.tuning_recipe(), resume, reporter, {"distillation": lineage})
+    further = {"distillation": lineage}
+    result = train_in_processes(recipe.tuning_recipe(), processes, resume, reporter, further)
     return Distilled(result, lineage)
 
 

@@ -65,13 +65,15 @@ from luthier.workflows.distil.recipe import DistilRecipe, TeacherSpec
 INSIGHTS, ANSWERS, _REQUEST = "insights.jsonl", "train.jsonl", "request.json"
 
 
-def by_responses(recipe: DistilRecipe, resume: bool, reporter: Reporter) -> Distilled:
-    """Ask the teacher, sort its answers, train the student on them."""
+def by_responses(
+    recipe: DistilRecipe, resume: bool, reporter: Reporter, processes: int = 1
+) -> Distilled:
+    """Ask the teacher, sort its answers, train the student on them, by so many processes."""
     student = find(recipe.base, reporter.stage)
     parent = luthier_home() / "distillations" / short_name(student.root)
     name = recipe.name or automatic_name(student.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
-    work = _Responses(recipe, student, parent / name, reporter)
+    work = _Responses(recipe, student, parent / name, reporter, processes)
     with lock_folder(work.folder, f"the distillation {name}"):
         return work.run(resume)
 
@@ -80,11 +82,16 @@ class _Responses:
     """One distillation in its folder."""
 
     def __init__(
-        self, recipe: DistilRecipe, student: StoredModel, folder: Path, reporter: Reporter
+        self,
+        recipe: DistilRecipe,
+        student: StoredModel,
+        folder: Path,
+        reporter: Reporter,
+        processes: int,
     ) -> None:
         self.recipe, self.student, self.folder = recipe, student, folder
         self.working = working(folder)
-        self.reporter = reporter
+        self.reporter, self.processes = reporter, processes
         self.graders: Mapping[str, Grader] = {}
         self.training = Run(student.root, str(recipe.name))
 
@@ -277,11 +284,12 @@ class _Responses:
         }
 
     def _train(self, resume: bool, lineage: dict[str, Any]) -> Result:
-        from luthier.engine.train import train
+        from luthier.engine.processes import train_in_processes
 
         data = self.recipe.data.model_copy(update={"train": str(self.working / ANSWERS)})
         recipe = self.recipe.tuning_recipe(data=data)
-        return train(recipe, resume, self.reporter, {"distillation": lineage})
+        further = {"distillation": lineage}
+        return train_in_processes(recipe, self.processes, resume, self.reporter, further)
 
     def _write(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -11,6 +11,7 @@ import numpy as np
 
 from luthier.engine import checkpoints
 from luthier.engine.actuals import PARTS, estimates_folder
+from luthier.engine.communication import StepExchange
 from luthier.engine.metrics import Reporter
 from luthier.files import write_json
 from luthier.models.manifest import created_now
@@ -149,6 +150,14 @@ class Estimate:
     correction: Correction
     tried: list[tuple[int, float]]
     """Distinct tokens and seconds of each step that was run."""
+    exchange: StepExchange | None = None
+    """What several processes would exchange in a step; older estimates have none."""
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step of one process."""
+        of_steps = self.parts["steps"].value if "steps" in self.parts else self.raw_seconds
+        return of_steps / max(1, self.steps + self.refit_steps) * self.correction.seconds
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -215,6 +224,7 @@ def estimate_from(measured: Measurement, runs: Sequence[PastRun] = ()) -> Estima
         modelled_memory=job.expected_memory,
         correction=known,
         tried=[(trial.batches[each.batch].tokens, each.seconds) for each in trial.tries],
+        exchange=trial.exchange,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.actuals import Clock, estimates_folder, request_key
+from luthier.engine.communication import StepExchange, data_parallel, fully_sharded
 from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
@@ -29,6 +30,7 @@ from luthier.engine.machine import (
     machine_name,
     peak_memory,
 )
+from luthier.engine.memory import trained_numbers
 from luthier.engine.metrics import Reporter
 from luthier.engine.model_writer import PARITY_ROWS
 from luthier.engine.runs import PRECOMPUTED, Run
@@ -53,6 +55,7 @@ class StepSize:
     largest: int
     sizes: frozenset[int]
     """Sizes of the micro-batches as they are computed. Matrix kernels are made for one size each."""
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def step_of(job: TrainingJob, rows: Sequence[Example], shares: bool) -> StepSize
         for part in (split_to_budget(seen, budget, shares) if seen else [])
     ]
     rounded = frozenset(-(-size // SIZE_STEP) for size in sizes)
-    return StepSize(sum(sizes), max(sizes, default=0), rounded)
+    return StepSize(sum(sizes), max(sizes, default=0), rounded, max(1, len(sizes)))
 
 
 def _largest(job: TrainingJob, rows: Sequence[Example]) -> list[Example]:
@@ -186,6 +189,8 @@ class TrialRun:
     model_bytes: int
     run_bytes: int
     """Of what else is left of the run: curves, metrics, the request."""
+    exchange: StepExchange
+    """What several processes would exchange in such a step."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,10 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
     batches = [[job.data.train[row] for row in loop.order.batch(step)] for step in range(count)]
     steps = [step_of(job, batch, network.shares) for batch in batches]
     kept = network.bottom.bytes if network.bottom is not None else 0
+    exchange = data_parallel(trained_numbers(network.model))
+    if job.recipe.training.fully_shard:
+        passes = round(sum(step.micro_batches for step in steps) / len(steps))
+        exchange = fully_sharded(network.model, job.machine.dtype.itemsize, passes)
     loop.evaluate()
     tries = _tries(loop, count, trainer.reporter)
     before = loop.clock.parts["validation"]
@@ -288,6 +297,7 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
         checkpoint_bytes=sizes[0],
         model_bytes=model,
         run_bytes=folder_size(folder.folder) - model - sum(sizes),
+        exchange=exchange,
     )
 
 
