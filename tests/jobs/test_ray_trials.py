@@ -142,7 +142,7 @@ def process_of(number: int | str, home: Path) -> psutil.Process | None:
     return None
 
 
-def when(condition: Callable[[], Any], seconds: float = 300) -> Any:
+def when(condition: Callable[[], Any], seconds: float = 900) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -201,11 +201,14 @@ class TestOnCluster:
         second, third = (folder / each / "metrics.jsonl" for each in ("002", "003"))
         # Trials that were cut short are others to the study, with numbers of their own.
         for number, names in ((signal.SIGTERM, (1, 2)), (signal.SIGKILL, (3, 4))):
-            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-            when(lambda: second.is_file() and third.is_file())
-            workers = [when(lambda n=n: process_of(n, luthier_home)) for n in names]
-            process.send_signal(number)
-            _, errors = process.communicate()
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    when(lambda: second.is_file() and third.is_file())
+                    workers = [when(lambda n=n: process_of(n, luthier_home)) for n in names]
+                    process.send_signal(number)
+                    _, errors = process.communicate()
+                finally:
+                    process.kill()
             if number == signal.SIGTERM:
                 assert "Interrupted: stopped; the same command with --resume goes on" in errors
                 assert not any(each.is_running() for each in workers)

@@ -34,7 +34,7 @@ from luthier.store.model_folders import custom_folder
 from luthier.store.models import custom_models, find
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectMetadata, Objects
-from luthier.store.shared import IDENTITY, shared_folders, shared_store
+from luthier.store.shared import IDENTITY, read_shared, shared_folders, shared_store
 from luthier.store.shared_identity import agree_identity
 from luthier.store.shared_keys import open_shared_keys
 
@@ -364,6 +364,11 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
     database: Any, move: Move, tmp_path: Path
 ) -> None:
     move("first")
+    store = shared_store()
+    assert store is not None
+    agree_identity(database, store)
+    token = read_shared(store, IDENTITY)
+    assert token is not None
     below = local_model(database, "below", row=False)
     child = local_model(database, "child", parent=below)
     gone = local_model(database, "gone", row=False)
@@ -376,6 +381,10 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
         copies.look()
     assert marked() == {below, child, gone} == {each.id for each in custom_models()}
     (tmp_path / "shared").mkdir()
+    with pytest.raises((SharedStoreAway, RefusedInput)):  # by number or id it is another one
+        copies.look()
+    assert marked() == {below, child, gone} == {each.id for each in custom_models()}
+    (tmp_path / "shared" / IDENTITY).write_bytes(token)
     copies.look()
     assert {each.id for each in custom_models()} == {below, child} == marked()
     assert (luthier_home() / "runs/tiny/child").is_dir()
@@ -424,11 +433,12 @@ def test_copies_that_stay_count_to_the_limit(database: Any, move: Move) -> None:
     hour = time.time() - 3600
     for mark in (luthier_home() / "shared").rglob("models/tiny/*"):
         os.utime(mark, (hour, hour))
-    size = folder_size(custom_folder("tiny", "used"))
     # A record that cannot be read keeps what is in memory no less from being dropped.
     (custom_folder("tiny", "used") / MANIFEST).write_text("{")
-    copies = LocalCopies(database, Objects(database), 2 * size, in_memory=lambda: ["tiny:used"])
-    copies.limit = size + size // 2
+    size = folder_size(custom_folder("tiny", "used")) + folder_size(custom_folder("tiny", "old"))
+    copies = LocalCopies(database, Objects(database), size, in_memory=lambda: ["tiny:used"])
+    assert copies.trim() == 0
+    copies.limit = size - 1
     assert copies.trim() > 0
     assert marked() == {"tiny:used"}
 

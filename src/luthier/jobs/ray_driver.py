@@ -148,6 +148,8 @@ class Driver:
         while os.read(0, 1024):
             pass
         self.asked_to_end = True
+        if self.actor is None:
+            os._exit(0)  # nothing runs yet, and a head that is gone is waited for
 
     def _place(self) -> str | None:
         """Have the worker started by an actor; why not, where no node took it."""
