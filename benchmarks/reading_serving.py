@@ -237,7 +237,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     from luthier.sdk.export import export
-    from luthier.store.models import base_folder, find
+    from luthier.store.model_folders import base_folder
+    from luthier.store.models import find
 
     find(BASE, print)
     lines = options.rows.read_text(encoding="utf-8").split("\n")[TRAINED:]

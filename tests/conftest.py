@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-pytest_plugins = ["openai_endpoint", "postgres", "principals_of"]
+pytest_plugins = ["openai_endpoint", "postgres", "principals_of", "ray_cluster"]
 
 torch.set_num_threads(1)
 

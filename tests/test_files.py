@@ -17,17 +17,85 @@ from luthier.errors import CorruptFile, DiskFull, DoesNotFit, LuthierError
 from luthier.files import (
     disk_errors,
     hashes_of,
+    lock,
     luthier_home,
     need_disk,
+    new_file,
     new_folder,
     read_json,
     sha256_of,
     sweep,
+    sweep_file,
     verify,
     waits_for_disk,
     write_bytes,
     write_json,
 )
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_lock_whose_file_was_removed_meanwhile_is_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
+    path = tmp_path / "lock"
+    flock = files.fcntl.flock
+
+    def remove_first(handle: int, how: int) -> None:
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        path.unlink()  # by the one who held it, as the last thing
+        flock(handle, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", remove_first)
+    with lock(path, wait=wait) as free:
+        assert free
+        with lock(path) as free_again:
+            assert not free_again
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_that_of_a_living_one_stays(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "out [1].jsonl"
+    script = (
+        "import os, sys; from pathlib import Path; from luthier.files import new_file\n"
+        "with new_file(Path(sys.argv[1])) as file: file.write(b'half'); file.flush(); "
+        "os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".tmp-out [1].jsonl~")
+    (tmp_path / ".tmp-other.jsonl~1").write_text("of another file")
+    with new_file(path) as file:
+        file.write(b"whole")
+        sweep_file(path)
+        assert not left.exists()
+    assert path.read_bytes() == b"whole"
+    assert names(tmp_path) == [".tmp-other.jsonl~1", "out [1].jsonl"]
+
+
+@pytest.mark.parametrize("how", ["locked", "removed"])
+def test_a_file_that_is_swept_as_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    flock = files.fcntl.flock
+
+    def sweep_first(handle: int, kind: int) -> None:
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        (temporary,) = tmp_path.iterdir()
+        temporary.unlink()
+        if how == "locked":
+            raise BlockingIOError(errno.EAGAIN, "swept")
+        flock(handle, kind)
+
+    monkeypatch.setattr(files.fcntl, "flock", sweep_first)
+    write_bytes(tmp_path / "out", b"whole")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == b"whole"
+
+
+def test_a_file_with_the_longest_name_is_written(tmp_path: Path) -> None:
+    write_bytes(tmp_path / ("ü" * 127), b"whole")
+    assert names(tmp_path) == ["ü" * 127]
 
 
 def names(folder: Path) -> list[str]:

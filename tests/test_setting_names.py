@@ -28,8 +28,8 @@ COMMANDS = ("cli", "sdk/hub", "sdk/imports", "workflows/advise", "workflows/esti
 """What only commands run, the start of a server, and the home of these names."""
 FURTHER = (
     "data/convert.py", "data/writers.py", "serving/export.py", "workflows/learning_curve.py",
-    "workflows/pretrain.py", "workflows/search.py", "workflows/space.py", "workflows/trials.py",
-    "workflows/launch.py",
+    "workflows/pretrain.py", "workflows/search.py", "workflows/space.py",
+    "workflows/trial_processes.py", "workflows/launch.py",
     "models/build.py", "models/student.py", "models/width.py", "models/width_bert.py",
     "gate/clean.py", "gate/clean_plan.py", "gate/edits.py", "gate/policy.py", "gate/report.py",
     "gate/selection.py", "gate/splits.py", "api/http/cors.py", "store/audit.py", "store/backup.py",

@@ -2,7 +2,8 @@
 
 Every file and folder of the store is first written beside its place under a temporary name, forced
 to disk, and then renamed. A process that dies in the middle leaves only a name that starts with
-``.tmp-``, which nothing reads and :func:`sweep` removes, of a folder also who writes it next.
+``.tmp-``, which nothing reads and :func:`sweep` removes; of a folder also who writes it next, and
+:func:`sweep_file` of a file.
 """
 
 from __future__ import annotations
@@ -141,18 +142,49 @@ def new_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         return
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        name, handle = _new_temporary(path, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, path)
+                os.replace(name, path)
         except BaseException:
             name.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
+
+
+def _new_temporary(path: Path, mode: int) -> tuple[Path, int]:
+    """A temporary file beside ``path``, open, and locked as of a living process."""
+    # By its name :func:`sweep_file` finds it; a name may have 255 bytes.
+    own = f"{path.name}~" if len(os.fsencode(path.name)) < 200 else ""
+    while True:
+        name = path.parent / f"{TEMPORARY}{own}{secrets.token_hex(8)}"
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            swept = True  # by somebody who sweeps right now
+        except OSError:
+            swept = False  # some file systems know no locks
+        else:
+            swept = not _is_open_at(handle, name)
+        if not swept:
+            return name, handle
+        os.close(handle)
+
+
+def sweep_file(path: Path) -> None:
+    """Remove what killed processes left that were writing the file ``path``."""
+    for left in path.parent.glob(f"{glob.escape(TEMPORARY + path.name)}~*"):
+        with suppress(OSError):  # of a living process, a folder, or gone by now
+            handle = os.open(left, os.O_WRONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
 
 
 class Sink(Protocol):
@@ -277,8 +309,8 @@ def _sweep_unlocked(path: Path) -> None:
 def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path``; yields whether it was free. ``wait`` waits until it is.
 
-    The kernel lets go of it when the process ends, however it ends. Who holds a file that is more than
-    a lock may replace it, as the last thing: those that waited then wait for the new one. Without
+    The kernel lets go of it when the process ends, however it ends. Who holds it may replace or remove
+    the file, as the last thing: those that opened it before then take the new one. Without
     ``create`` it is a ``FileNotFoundError`` where there is none.
     """
     if create:
@@ -293,8 +325,8 @@ def lock(path: Path, wait: bool = False, create: bool = True) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            if wait and not _is_open_at(handle, path):
-                continue
+            if not _is_open_at(handle, path):
+                continue  # replaced or removed between the two calls
             yield True
             return
         finally:

@@ -18,7 +18,7 @@ from luthier.gate.scan import ScanProgress
 from luthier.models.manifest import MANIFEST
 from luthier.models.tokenizer import load_chat_format
 from luthier.recipe import Recipe
-from luthier.store.models import base_folder
+from luthier.store.model_folders import base_folder
 
 
 def written(path: Path, *rows: Any) -> Path:

@@ -24,7 +24,7 @@ from luthier.store.arns import Arns
 from luthier.store.database import Base, Database
 from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
-from luthier.store.models import base_folder
+from luthier.store.model_folders import base_folder
 
 FORKS = Path(__file__).parents[1] / "plugins" / "worker_forks.py"
 ACCOUNT = "000000000000"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from job_checks import bits, running
+from ray_cluster import Cluster
 
 from luthier.errors import RefusedInput
 from luthier.jobs.ray_runner import RayRunner
@@ -28,87 +22,7 @@ pytestmark = [
     pytest.mark.parametrize("database_url", ["sqlite"], indirect=True),
 ]
 ACCOUNT = "000000000000"
-RAY = Path(sys.executable).with_name("ray")
-MEMORY = 2_000_000_000
 STEPS = 300
-
-
-class Cluster:
-    """Nodes on this machine, each with one CPU; the first is the head and takes no work."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        self.start("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={folder}")
-        self.address = f"127.0.0.1:{port}"
-
-    def start(self, *options: str) -> subprocess.Popen[bytes]:
-        """One more node, as a process that ends when its raylet does."""
-        command = [str(RAY), "start", *options, "--block", "--disable-usage-stats"]
-        command += ["--include-dashboard=false"] if "--head" in options else []
-        command += [f"--memory={MEMORY}", "--object-store-memory=80000000"]
-        path = self.folder / f"node-{len(self.nodes)}.log"
-        with path.open("wb") as log:
-            node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        self.nodes.append(node)
-        return node
-
-    def add(self) -> subprocess.Popen[bytes]:
-        """One more node that takes work."""
-        return self.start(f"--address={self.address}", "--num-cpus=1")
-
-    def wait_for(self, count: int, seconds: float = 300) -> None:
-        """Wait until so many nodes take work."""
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                found = [node for node in RayRunner(self.address).nodes() if node.cores]
-            except Exception:  # it is starting
-                found = None
-            if found is not None and len(found) == count:
-                return
-            assert self.nodes[0].poll() is None, (self.folder / "node-0.log").read_text()
-            assert time.monotonic() < deadline, f"{found} instead of {count} nodes"
-            time.sleep(0.5)
-
-    def wait_for_idle(self, count: int, seconds: float = 60) -> None:
-        """Wait until so many nodes have all of their resources free."""
-        deadline = time.monotonic() + seconds
-        while sum(n.idle for n in RayRunner(self.address).nodes() if n.cores) != count:
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-    def close(self) -> None:
-        """End all nodes."""
-        for node in reversed(self.nodes):
-            if node.poll() is None:
-                node.terminate()
-        for node in self.nodes:
-            try:
-                node.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(node.pid, 9)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head and two nodes that take a job each."""
-    # Its sockets lie below, and their names may have 107 characters: pytest's folders are too long.
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.
-    made = Cluster(folder, 21000 + os.getpid() % 10000)
-    try:
-        made.wait_for(0)
-        for count in (
-            1,
-            2,
-        ):  # of two that start at once on one machine one may take the other's port
-            made.add()
-            made.wait_for(count)
-        yield made
-    finally:
-        made.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def scheduler(queue: Any, cluster: Cluster) -> Scheduler:
@@ -165,8 +79,8 @@ def test_killed_workers_and_a_killed_node_change_no_bit(queue: Any, cluster: Clu
     assert jobs[1].attempts >= 4
     assert bits(queue.job(whole)) == bits(queue.job(broken))
     assert trained_steps(queue, broken) == list(range(1, STEPS + 1))
-    cluster.add()
-    cluster.wait_for(2)
+    cluster.wait_for(1)
+    cluster.add_until(2)
 
 
 def test_a_stopped_job_ends_and_its_node_is_free_again(queue: Any, cluster: Cluster) -> None:

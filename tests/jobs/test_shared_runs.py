@@ -17,24 +17,25 @@ from job_checks import SLOWLY, bits, check_history, running
 from luthier.encryption import keys, memory
 from luthier.encryption.files import is_sealed
 from luthier.errors import CorruptFile, LeaseLost, RefusedInput, SharedStoreAway, UnknownModel
-from luthier.files import hashes_of, luthier_home
+from luthier.files import folder_size, hashes_of, luthier_home
 from luthier.jobs import local_copies
 from luthier.jobs.admission import memory_of
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.kinds import TRAINING
 from luthier.jobs.local_copies import LocalCopies
 from luthier.jobs.shared_runs import SharedRun
-from luthier.models.manifest import Manifest, created_now
+from luthier.models.manifest import MANIFEST, Manifest, created_now
 from luthier.store import jobs, removal, shared, shared_models
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobEvent
-from luthier.store.models import custom_folder, custom_models, find
+from luthier.store.model_folders import custom_folder
+from luthier.store.models import custom_models, find
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectMetadata, Objects
-from luthier.store.shared import shared_folders, shared_store
-from luthier.store.shared_identity import IDENTITY, agree_identity
+from luthier.store.shared import IDENTITY, read_shared, shared_folders, shared_store
+from luthier.store.shared_identity import agree_identity
 from luthier.store.shared_keys import open_shared_keys
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -363,6 +364,11 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
     database: Any, move: Move, tmp_path: Path
 ) -> None:
     move("first")
+    store = shared_store()
+    assert store is not None
+    agree_identity(database, store)
+    token = read_shared(store, IDENTITY)
+    assert token is not None
     below = local_model(database, "below", row=False)
     child = local_model(database, "child", parent=below)
     gone = local_model(database, "gone", row=False)
@@ -375,6 +381,10 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
         copies.look()
     assert marked() == {below, child, gone} == {each.id for each in custom_models()}
     (tmp_path / "shared").mkdir()
+    with pytest.raises((SharedStoreAway, RefusedInput)):  # by number or id it is another one
+        copies.look()
+    assert marked() == {below, child, gone} == {each.id for each in custom_models()}
+    (tmp_path / "shared" / IDENTITY).write_bytes(token)
     copies.look()
     assert {each.id for each in custom_models()} == {below, child} == marked()
     assert (luthier_home() / "runs/tiny/child").is_dir()
@@ -414,6 +424,23 @@ def test_a_model_that_another_machine_made_anew_replaces_what_a_killed_worker_le
     LocalCopies(database, Objects(database), 10**12, forget=forget).look()
     assert there == [True]  # forgotten, and then dropped
     assert (find(stored_id).folder / "weights").read_text() == "of the second"
+
+
+def test_copies_that_stay_count_to_the_limit(database: Any, move: Move) -> None:
+    move("first")
+    for name in ("used", "old"):
+        shared_models.put_model(local_model(database, name), custom_folder("tiny", name))
+    hour = time.time() - 3600
+    for mark in (luthier_home() / "shared").rglob("models/tiny/*"):
+        os.utime(mark, (hour, hour))
+    # A record that cannot be read keeps what is in memory no less from being dropped.
+    (custom_folder("tiny", "used") / MANIFEST).write_text("{")
+    size = folder_size(custom_folder("tiny", "used")) + folder_size(custom_folder("tiny", "old"))
+    copies = LocalCopies(database, Objects(database), size, in_memory=lambda: ["tiny:used"])
+    assert copies.trim() == 0
+    copies.limit = size - 1
+    assert copies.trim() > 0
+    assert marked() == {"tiny:used"}
 
 
 def test_a_copy_that_is_used_again_before_it_is_dropped_stays(

@@ -25,7 +25,8 @@ from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.memory import CacheBudget
 from luthier.serving.pool import ModelPool
-from luthier.store.models import content_hash, find, gguf_folder, remove_derived
+from luthier.store.model_folders import gguf_folder
+from luthier.store.models import content_hash, find, remove_derived
 
 try:
     BACKENDS["llama.cpp"].check()

@@ -13,7 +13,8 @@ from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.kinds import KINDS, sole_objective
 from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.foundation import foundation_model, foundation_models
-from luthier.store.models import base_folder, find, objective_of
+from luthier.store.model_folders import base_folder
+from luthier.store.models import find, objective_of
 
 ALIAS = "smollm2-135m-instruct"
 ID = f"huggingfacetb.{ALIAS}"

@@ -25,7 +25,8 @@ from luthier.serving.generation import Generator
 from luthier.serving.images import ImageGenerator
 from luthier.serving.prediction import Predictor
 from luthier.store import models as store
-from luthier.store.models import custom_folder, custom_models, find, load, short_name
+from luthier.store.model_folders import base_folder, custom_folder, short_name
+from luthier.store.models import custom_models, find, load
 
 BASE = "smollm2-135m-instruct"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -40,7 +41,7 @@ def make_custom(base: str, name: str, parent: str, saved: str = "network", **fie
 
 
 def make_base(model_id: str) -> Path:
-    folder = store.base_folder(model_id)
+    folder = base_folder(model_id)
     write_json(folder / MANIFEST, {"id": model_id, "kind": "causal_lm"})
     return folder
 
@@ -142,7 +143,7 @@ def test_a_catalogue_model_that_is_not_here_is_fetched(monkeypatch: pytest.Monke
         write_json(target / MANIFEST, {"id": entry.id})
 
     monkeypatch.setattr(store, "pull", pull)
-    assert find(BASE).folder == store.base_folder(BASE)
+    assert find(BASE).folder == base_folder(BASE)
     assert find(BASE).manifest.id == BASE
     assert fetched == [BASE]
 

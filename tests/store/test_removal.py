@@ -15,7 +15,8 @@ from luthier.store import removal
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, now
-from luthier.store.models import custom_folder, custom_models
+from luthier.store.model_folders import custom_folder
+from luthier.store.models import custom_models
 from luthier.store.removal import remove_files, remove_unneeded
 from luthier.store.schema import upgrade
 

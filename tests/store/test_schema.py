@@ -51,6 +51,37 @@ def test_a_database_of_a_newer_version_is_left_alone() -> None:
         upgrade(database)
 
 
+def test_a_database_from_before_shared_stores_had_ids_is_brought_up_to_date() -> None:
+    database = Database()
+    upgrade(database)
+    with database.write() as session:
+        session.connection().exec_driver_sql("DROP TABLE shared_store")
+        session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    upgrade(database)
+    assert "shared_store" in database.tables()
+    # For a while the table came with the first revision.
+    with database.write() as session:
+        session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    upgrade(database)
+    assert "shared_store" in database.tables()
+
+
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ("DROP TABLE batch_lines", "the table batch_lines"),
+        ("ALTER TABLE custom_models DROP COLUMN pinned", "custom_models.pinned"),
+    ],
+)
+def test_a_database_that_lacks_what_no_migration_adds_is_refused(change: str, lacking: str) -> None:
+    database = Database()
+    upgrade(database)
+    with database.write() as session:
+        session.connection().exec_driver_sql(change)
+    with pytest.raises(LuthierError, match=f"not released, and lacks {lacking}. Use another"):
+        upgrade(database)
+
+
 @pytest.mark.parametrize("url", ["mysql://a/b", "nonsense", "sqlite://", "sqlite:///:memory:"])
 def test_other_databases_are_refused(url: str) -> None:
     with pytest.raises(RefusedInput):

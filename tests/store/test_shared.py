@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,6 +18,7 @@ from luthier.errors import CorruptFile, RefusedInput, SharedStoreAway
 from luthier.files import sha256_of
 from luthier.store import shared
 from luthier.store.shared import (
+    IDENTITY,
     BucketStore,
     DirectoryStore,
     FolderRecord,
@@ -203,6 +207,51 @@ def test_a_folder_that_is_missing_is_away_and_not_empty(tmp_path: Path) -> None:
         with pytest.raises(SharedStoreAway, match="of the shared store is missing"):
             use()
     assert not (tmp_path / "mount").exists()
+
+
+def test_an_empty_folder_in_the_place_of_the_store_is_away(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    store = DirectoryStore(tmp_path / "shared")
+    store.put("records/one.json", b"x")
+    store.create(IDENTITY, b"id")
+    (tmp_path / "shared").rename(tmp_path / "unmounted")
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(SharedStoreAway, match="is another one than before, without store-id"):
+        read_shared(store, "records/one.json")
+    with pytest.raises(SharedStoreAway, match="Mount what was mounted there"):
+        store.put("records/one.json", b"y")
+    assert not [*(tmp_path / "shared").iterdir()]
+    # Mounted again it may have another number.
+    (tmp_path / "shared").rmdir()
+    shutil.copytree(tmp_path / "unmounted", tmp_path / "shared")
+    assert read_shared(store, "records/one.json") == b"x"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_a_volume_that_does_not_answer_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = DirectoryStore(tmp_path)
+    store.put("a", b"x")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
+    monkeypatch.setattr(Path, "unlink", fail)
+    for use in (
+        lambda: read_shared(store, "a"),
+        lambda: store.put("a", b"y"),
+        lambda: store.put_once("a", b"y"),
+        lambda: store.delete(["a"]),
+    ):
+        with pytest.raises(SharedStoreAway, match="does not answer"):
+            use()
+    monkeypatch.setattr(Path, "stat", fail)
+    for look in (lambda: store.exists("a"), lambda: [*store.list("")]):
+        with pytest.raises(SharedStoreAway, match="does not answer"):
+            look()
 
 
 def test_within_the_fence_is_one_put_that_is_tried_again_outside(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from luthier.errors import CorruptFile, UnknownModel
+from luthier import files
+from luthier.errors import CorruptFile, SharedStoreAway, UnknownModel
 from luthier.files import hashes_of
 from luthier.models.manifest import MANIFEST, Manifest, created_now
-from luthier.store import removal, shared
+from luthier.store import removal, shared, shared_models
 from luthier.store.database import Database
-from luthier.store.models import custom_folder, find, update_record
+from luthier.store.model_folders import custom_folder
+from luthier.store.models import find, update_record
 from luthier.store.shared import shared_folders, shared_store
 from luthier.store.shared_models import (
     copies,
@@ -85,6 +89,57 @@ def test_a_copy_that_was_dropped_is_fetched_again() -> None:
     drop_copy(stored_id)
     assert not custom_folder("tiny", "one").exists() and not [*copies()]
     assert find(stored_id).folder.is_dir()
+
+
+def test_a_copy_is_dropped_where_one_who_was_killed_had_begun_to() -> None:
+    stored_id = model("one")
+    folder = custom_folder("tiny", "one")
+    left = folder.with_name(".tmp-one~dropped")
+    (left / "deep").mkdir(parents=True)
+    (left / "deep" / "weights").write_text("of an earlier copy")
+    assert drop_copy(stored_id)
+    assert not folder.exists() and not left.exists()
+
+
+def test_a_copy_that_is_fetched_as_another_is_dropped_is_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored_id = model("one")
+
+    @contextmanager
+    def lock_and_fetch(path: Path, wait: bool = False) -> Iterator[bool]:
+        with files.lock(path, wait=wait) as free:
+            yield free
+        monkeypatch.setattr(shared_models, "lock", files.lock)
+        find(stored_id)  # by another process, as soon as the lock is free
+
+    monkeypatch.setattr(shared_models, "lock", lock_and_fetch)
+    drop_copy(stored_id)
+    assert [each[0] for each in copies()] == [stored_id]
+
+
+def test_a_copy_that_is_dropped_while_all_are_listed_is_none() -> None:
+    model("one")
+    model("two")
+    listed = copies()
+    first = next(listed)[0]
+    (other,) = {"tiny:one", "tiny:two"} - {first}
+    drop_copy(other)
+    assert [*listed] == []
+
+
+def test_a_record_that_the_shared_store_does_not_take_is_as_before(
+    shared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = find(model("one"))
+    monkeypatch.setattr(shared_models.SharedFolders, "commit", refuse)
+    with pytest.raises(SharedStoreAway):
+        update_record(stored, lambda m: m.model_copy(update={"accepted": "yes"}))
+    assert Manifest.read(stored.folder) == stored.manifest
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise SharedStoreAway("it does not answer")
 
 
 def test_a_changed_record_is_what_others_fetch(

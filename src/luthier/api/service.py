@@ -274,7 +274,13 @@ class Service:
         self.openai.evaluations.tasks[EVALUATION_JOB] = partial(job_task, parts)
         runtime = runtime_handlers(self.pool, ids.stored_id, authorize, ids.resource, InvokedChat)
         context = Context(
-            self.database, self.arns, self.locations, authorize, self._quotas, self.scheduler.wake
+            self.database,
+            self.arns,
+            self.locations,
+            authorize,
+            self._quotas,
+            self.scheduler.wake,
+            self._delete,
         )
         deletions = Deletions(
             self.database,

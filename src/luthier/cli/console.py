@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
-from luthier.files import nearest_existing, write_bytes
+from luthier.files import nearest_existing, sweep_file, write_bytes
 from luthier.models.process_group import ProcessGroup
 from luthier.printable import finite_or_none, one_line, printable, printable_json
 
@@ -245,7 +245,7 @@ def write_page(target: Path, page: str) -> None:
 
 
 def check_output(target: Path | None) -> None:
-    """Refuse a file that cannot be written before the work is done."""
+    """Refuse a file that cannot be written before the work is done; what a killed command left goes."""
     if target is None:
         return
     if target.is_dir():
@@ -255,3 +255,4 @@ def check_output(target: Path | None) -> None:
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
     if not os.access(target if target.exists() else parent, os.W_OK):
         raise RecipeError(f"{target} cannot be written: you have no right to")
+    sweep_file(target)

@@ -36,7 +36,8 @@ def list_models(json_: Json = False) -> None:
     from luthier.cli.tune import validation_result
     from luthier.data.media import PLURAL
     from luthier.models.catalog import CATALOG
-    from luthier.store.models import custom_models, is_base_here, pretrained_models
+    from luthier.store.model_folders import is_base_here
+    from luthier.store.models import custom_models, pretrained_models
 
     bases: list[dict[str, Any]] = [
         {
@@ -151,7 +152,8 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 def show_model(model: str, json_: Json = False) -> None:
     """Show what a model is, where its files are, and that they are intact."""
     from luthier.models.catalog import CATALOG
-    from luthier.store.models import described_base, find, is_base_here
+    from luthier.store.model_folders import is_base_here
+    from luthier.store.models import described_base, find
 
     entry = CATALOG.get(model)
     if entry is None or is_base_here(model):
@@ -434,13 +436,11 @@ def remove_model(model: str, json_: Json = False) -> None:
     from luthier.files import luthier_home
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
+    from luthier.store.model_folders import base_folder, journals_folder, short_name
     from luthier.store.models import (
-        base_folder,
         custom_models,
-        journals_folder,
         pretrained_models,
         remove_derived,
-        short_name,
         suggest_models,
     )
     from luthier.store.removal import remove_unneeded

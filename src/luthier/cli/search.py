@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, new_table, print_json, print_table
+from luthier.cli.console import (
+    extra,
+    heavy_imports,
+    new_console,
+    new_table,
+    print_json,
+    print_table,
+)
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -24,10 +31,12 @@ from luthier.cli.options import (
     read_recipe,
     recipe_options,
 )
+from luthier.errors import RefusedInput
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
     from luthier.workflows.search import SearchResult
+    from luthier.workflows.trial_processes import TrialRunner
 
 
 def search(
@@ -49,8 +58,21 @@ def search(
     adaptation: Adaptation = None,
     set_: Settings = None,
     parallel: Annotated[
-        int, typer.Option(min=1, help="Trials at once, each with a share of the cores.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Trials at once, each with a share of the cores. One here, on a cluster as many as "
+            "it has room for, at most five.",
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Head of a Ray cluster that runs the trials; this machine has to be a node of it.",
+        ),
+    ] = None,
+    ray_gpus: Annotated[float, typer.Option(help="GPUs that each trial reserves on a node.")] = 0.0,
     resume: Resume = False,
     range_test: Annotated[
         bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")
@@ -61,6 +83,8 @@ def search(
     from luthier.workflows.space import parse_space
 
     recipe = read_recipe(data, recipe_options(locals()), set_)
+    if ray_gpus and ray_address is None:
+        raise RefusedInput("--ray-gpus says what trials reserve on a cluster: give --ray-address")
     if range_test:
         _range_test(data, recipe, json_)
         return
@@ -70,8 +94,14 @@ def search(
         from luthier.cli.progress import LiveReporter
         from luthier.workflows.search import search as find_settings
 
+    runner: TrialRunner | None = None
+    if ray_address is not None:
+        with extra("server"):
+            from luthier.jobs.ray_trials import RayTrialRunner
+
+        runner = RayTrialRunner(ray_address, ray_gpus)
     with LiveReporter() as reporter:
-        found = find_settings(recipe, trials, ranges, resume, reporter, parallel)
+        found = find_settings(recipe, trials, ranges, resume, reporter, parallel, runner)
     if json_:
         print_json({**asdict(found), "model_id": found.result.model_id})
     else:

@@ -55,6 +55,7 @@ from luthier.objectives.capabilities import (
 )
 from luthier.recipe import Recipe
 from luthier.store import models as store
+from luthier.store.model_folders import base_folder
 from luthier.types import Example
 
 MANY_ROWS = 5_000
@@ -434,7 +435,7 @@ def resolve_job(
         config, data.objective, recipe.adaptation, size, beside, tokens, data.longest, reads, shards
     )
     check_memory(needed, estimate, available)
-    need_disk(store.base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
+    need_disk(base_folder("x"), disk_needed(model, size, recipe.adaptation), "this run")
     number = "bfloat16" if machine.dtype == torch.bfloat16 else "float32"
     reporter.settings([("precision", number, machine.reason), *data.choices, *choices])
     steps = defaults.steps_of(recipe, data.main, data.mixed)

@@ -34,7 +34,7 @@ from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted_items
-from luthier.store.models import base_folder, custom_folder, short_name
+from luthier.store.model_folders import base_folder, custom_folder, short_name
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 _LAUNCH = "launch.json"

@@ -32,7 +32,8 @@ from luthier.objectives.base import check_base
 from luthier.objectives.capabilities import SupportsPrediction
 from luthier.recipe import DataSpec, Recipe
 from luthier.store import models as store
-from luthier.store.models import StoredModel, is_base_here
+from luthier.store.model_folders import is_base_here
+from luthier.store.models import StoredModel
 from luthier.types import Row
 
 DEFAULT_BASE = str(Recipe.model_fields["base"].default)

@@ -53,7 +53,8 @@ def _memory_of(command: str, fields: str) -> int:
     from luthier.objectives import OBJECTIVES
     from luthier.objectives.capabilities import other_models
     from luthier.recipe import Recipe, parse
-    from luthier.store.models import find_here, is_base_here, objective_of
+    from luthier.store.model_folders import is_base_here
+    from luthier.store.models import find_here, objective_of
     from luthier.workflows.pipeline import KINDS
 
     def config(model_id: str, head: Any) -> Any:

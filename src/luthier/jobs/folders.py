@@ -28,7 +28,7 @@ from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
 from luthier.store.imports import files_name
 from luthier.store.jobs import COMPLETED, Job, run_name
-from luthier.store.models import custom_folder
+from luthier.store.model_folders import custom_folder
 from luthier.store.queue import log_file
 from luthier.store.shared import shared_folders
 from luthier.store.shared_models import remove_model, remove_models_of_run

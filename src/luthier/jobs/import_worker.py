@@ -70,6 +70,7 @@ from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel, find
 from luthier.store.shared import shared_folders
+from luthier.store.shared_identity import check_present
 from luthier.store.shared_models import share_model
 from luthier.workflows.certificate.certificate import certify
 
@@ -179,6 +180,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         if shared := shared_folders():
             # Other machines have the model before anybody is told that it is there.
             stored_id, folder = self.folders.stored_id, self.folders.model
+            self.retry(lambda: check_present(self.database, shared.store))
             self.retry(lambda: share_model(shared, stored_id, folder, self.while_held))
         size = folder_size(self.folders.model)
         changes: dict[str, Any] = {"stored_id": self.folders.stored_id, "stored_bytes": size}

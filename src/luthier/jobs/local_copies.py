@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,8 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import ENDED, Job, job_of_run, run_name
-from luthier.store.models import StoredModel, custom_models, find, journals_folder
+from luthier.store.model_folders import journals_folder
+from luthier.store.models import StoredModel, custom_models
 from luthier.store.objects import Objects
 from luthier.store.queue import log_file
 from luthier.store.shared import SharedFolders, shared_folders
@@ -243,8 +244,19 @@ class LocalCopies:
 
     def trim(self) -> int:
         """Drop the least recently used copies beyond the limit; how many bytes."""
-        found = sorted([*self._models(), *self._objects()], key=lambda each: each.used)
-        over, dropped = sum(each.size for each in found) - self.limit, 0
+        needed = self._needed()
+        found, held = [*self._objects()], 0
+        for stored_id, folder, used in copies():
+            try:
+                size = folder_size(folder)
+            except FileNotFoundError:
+                continue  # dropped meanwhile
+            if stored_id in needed:
+                held += size
+            else:
+                found.append(LocalCopy(used, size, partial(drop_copy, stored_id, used)))
+        found.sort(key=lambda each: each.used)
+        over, dropped = held + sum(each.size for each in found) - self.limit, 0
         for copy in found:
             if dropped >= over or time.time() - copy.used < IDLE:
                 break
@@ -253,28 +265,13 @@ class LocalCopies:
             _log.info("%d bytes of copies of the shared store were dropped", dropped)
         return dropped
 
-    def _models(self) -> Iterable[LocalCopy]:
-        here = [each for each in copies() if each[1].is_dir()]
-        needed = self._needed()
-        for stored_id, folder, used in here:
-            if stored_id not in needed:
-                size = folder_size(folder)
-                yield LocalCopy(used, size, partial(drop_copy, stored_id, used))
-
     def _needed(self) -> set[str]:
         """Ids of models that are in memory or that unfinished jobs name, with those below them."""
         with self.database.read() as session:
             recipes = [*session.scalars(select(Job.recipe).where(Job.state.not_in(ENDED)))]
         named = {*self._in_memory(), *(name for recipe in recipes for name in models_in(recipe))}
-        local = {stored_id for stored_id, _, _ in copies()}
-        needed: set[str] = set()
-        for name in named & local:
-            try:
-                model = find(name)
-            except LuthierError:
-                continue  # deleted or damaged
-            needed |= {model.id, *(each.id for each in _below(model))}
-        return needed
+        # By the records that are here: nothing is fetched for it, and one that is damaged stays.
+        return _with_those_below(named, custom_models())
 
     def _objects(self) -> Iterable[LocalCopy]:
         files = self.objects.files
@@ -304,10 +301,3 @@ def _with_those_below(stored_ids: Iterable[str], local: Iterable[StoredModel]) -
             found.add(each)
             each = parents.get(each)
     return found
-
-
-def _below(model: StoredModel) -> Iterator[StoredModel]:
-    """The models that an adapter stands on."""
-    while model.parent is not None:
-        model = model.parent
-        yield model

@@ -26,6 +26,8 @@ NO_ROOM = (NO_DISK, NO_NODE)
 """Those after which work is tried again, later each time."""
 LOST = 75
 """Exit status of a worker that lost its lease."""
+NODE_LOST = 76
+"""Exit status of a driver whose actor, or the node below it, died."""
 DATABASE = "LUTHIER_DATABASE"
 """Variable with the address of the database: it may hold a password, which no command line may."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"

@@ -1,19 +1,24 @@
-"""The process that stands on the server's machine for a worker on a Ray cluster.
+"""The process that stands on its starter's machine for a worker on a Ray cluster.
 
     lease → an actor on a node with room → the worker below it → its exit status
 
 It holds the lease until the worker is there, and gives the work back where no node takes it. When it
 dies Ray ends the actor, and the worker with it; when the actor or its node dies, it ends in turn, which
 the scheduler sees as that of any worker.
+
+Without a lease it stands for a process of a search (:mod:`luthier.jobs.ray_trials`): it waits until a
+node has room, and ends its worker where its own standard input closes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +27,14 @@ from typing import Any
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
 from luthier.jobs.kinds import WORK_KINDS
-from luthier.jobs.processes import LOG_FORMAT, LOST, NO_NODE, inherited_database, this_process
+from luthier.jobs.processes import (
+    LOG_FORMAT,
+    LOST,
+    NO_NODE,
+    NODE_LOST,
+    inherited_database,
+    this_process,
+)
 from luthier.jobs.ray_worker import RayWorker
 from luthier.jobs.worker import RENEWAL
 from luthier.store import queue
@@ -42,8 +54,28 @@ PASSED_ON = ("LUTHIER_", "HF_", "AWS_")
 _log = logging.getLogger("luthier.jobs.ray_driver")
 
 
-class LeaseHolder:
+class Starter:
+    """Who has the work until its worker is there; this one waits, and keeps it where none takes it."""
+
+    placement_seconds = math.inf
+    """Until it is given back where no node has taken it."""
+
+    def take(self) -> None:
+        """Stand for the worker."""
+
+    def renew(self) -> bool:
+        """Whether the worker has taken over."""
+        return True
+
+    def give_back(self, message: str) -> None:
+        """Say why no node takes the work."""
+        _log.error("%s", message)
+
+
+class LeaseHolder(Starter):
     """Holds the lease of a row until its worker has taken it over."""
+
+    placement_seconds = PLACEMENT_SECONDS
 
     def __init__(self, database: Database, kind: str, row_id: str, lease: str) -> None:
         self.database, self.table = database, WORK_KINDS[kind].table
@@ -79,15 +111,15 @@ class LeaseHolder:
 class Driver:
     """Runs one worker on the cluster."""
 
-    def __init__(self, options: argparse.Namespace, holder: LeaseHolder) -> None:
-        self.options, self.holder = options, holder
+    def __init__(self, options: argparse.Namespace, starter: Starter) -> None:
+        self.options, self.starter = options, starter
         self.asked_to_end = False
         self.actor: Any = None
 
     def run(self) -> int:
         """Start the worker and wait for its end; its exit status."""
         try:
-            self.holder.take()
+            self.starter.take()
             self._connect()
             refusal = self._place()
         except LeaseLost as error:
@@ -98,7 +130,7 @@ class Driver:
             _log.exception("the cluster took no worker")
             refusal = f"The Ray cluster took no worker: {_first_line(error)}"
         if refusal is not None:
-            self.holder.give_back(refusal)
+            self.starter.give_back(refusal)
             return 0 if self.asked_to_end else NO_NODE
         return self._wait()
 
@@ -110,6 +142,14 @@ class Driver:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.asked_to_end = True
+
+    def end_with_stdin(self) -> None:
+        """Wait for the end of standard input, and have the worker end."""
+        while os.read(0, 1024):
+            pass
+        self.asked_to_end = True
+        if self.actor is None:
+            os._exit(0)  # nothing runs yet, and a head that is gone is waited for
 
     def _place(self) -> str | None:
         """Have the worker started by an actor; why not, where no node took it."""
@@ -128,24 +168,28 @@ class Driver:
             name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
         }
         environment["LUTHIER_HOME"] = str(luthier_home().absolute())
-        log = WORK_KINDS[options.kind].folders(options.id).log.absolute()
-        started = self.actor.start.remote(options.command, environment, sys.executable, str(log))
-        deadline = time.monotonic() + PLACEMENT_SECONDS
+        log = options.log or WORK_KINDS[options.kind].folders(options.id).log.absolute()
+        started = self.actor.start.remote(
+            options.command, environment, sys.executable, str(log), options.needs
+        )
+        deadline = time.monotonic() + self.starter.placement_seconds
         while not ray.wait([started], timeout=LOOK)[0]:
-            self.holder.renew()
+            self.starter.renew()
             if self.asked_to_end or time.monotonic() > deadline:
                 ray.kill(self.actor)
                 if self.asked_to_end:
-                    return "The server was told to end before a node had room."
-                return f"No node of the Ray cluster had room within {PLACEMENT_SECONDS:g} seconds."
+                    return "It was to end before a node had room."
+                seconds = self.starter.placement_seconds
+                return f"No node of the Ray cluster had room within {seconds:g} seconds."
         try:
             ray.get(started)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, FileNotFoundError):
                 return (
-                    f"A node of the Ray cluster does not see {cause.filename}: the store "
-                    "(LUTHIER_HOME) has to be on storage that all nodes share, at the same path."
+                    f"A node of the Ray cluster does not see {cause.filename}: data, local base models "
+                    "and the store (LUTHIER_HOME) have to be on storage that all nodes share, at the "
+                    "same path."
                 )
             raise
         return None
@@ -162,7 +206,7 @@ class Driver:
                 self.actor.send.remote(signal.SIGTERM)
             if not begun:
                 try:
-                    begun = self.holder.renew()
+                    begun = self.starter.renew()
                 except LeaseLost as error:
                     # Its worker may have begun and ended between two looks, which its status tells.
                     _log.info("%s", error)
@@ -179,7 +223,7 @@ class Driver:
                 continue
             except ray.exceptions.RayError as error:
                 _log.error("the worker's actor or its node died: %s", _first_line(error))
-                return 1
+                return NODE_LOST
             if status is not None:
                 return int(status)
             time.sleep(LOOK)
@@ -212,6 +256,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--kind")
     parser.add_argument("--id")
     parser.add_argument("--lease")
+    parser.add_argument("--log", help="file of a worker without a lease, for what it prints")
+    parser.add_argument("--needs", action="append", default=[], help="a path its node has to see")
     parser.add_argument("command", nargs="*", help="of the worker, after --")
     options = parser.parse_args(arguments)
     os.umask(0o077)
@@ -219,6 +265,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.probe:
         connect(options.address)
         return 0
+    if options.lease is None:
+        driver = Driver(options, Starter())
+        threading.Thread(target=driver.end_with_stdin, name="starter", daemon=True).start()
+        return driver.run()
     holder = LeaseHolder(inherited_database(), options.kind, options.id, options.lease)
     return Driver(options, holder).run()
 

@@ -77,12 +77,27 @@ class RayRunner(Runner):
         """Refuse what could run no job, before the service begins.
 
         Raises:
+            RefusedInput: as :meth:`check_cluster`, or its nodes could not see the database.
+        """
+        nodes = self.check_cluster()
+        url = make_url(database.engine.url)
+        if url.get_backend_name() == "sqlite" and len({node.address for node in nodes}) > 1:
+            raise RefusedInput(
+                "SQLite serves one machine, and the Ray cluster has several: give --database "
+                "postgresql://… for all of them"
+            )
+
+    def check_cluster(self) -> list[RayNode]:
+        """The nodes that take work, where some do and this machine can start it there.
+
+        Raises:
             RefusedInput: Ray is missing, the cluster cannot be reached, this machine is not a part of
-                it, or its nodes could not see the database or the keys.
+                it, or its nodes could not see the keys.
         """
         if keyring() is not None:
             raise RefusedInput(
-                "an encrypted store needs --runner local: its keys do not leave this machine"
+                "an encrypted store needs --runner local, and a search no --ray-address: its keys do "
+                "not leave this machine"
             )
         try:
             nodes = self.nodes()
@@ -93,17 +108,12 @@ class RayRunner(Runner):
                 f"the Ray cluster at {self.address} has no node with CPUs: add one with "
                 f"`ray start --address={self.address} --num-cpus=…`"
             )
-        url = make_url(database.engine.url)
-        if url.get_backend_name() == "sqlite" and len({node.address for node in nodes}) > 1:
-            raise RefusedInput(
-                "SQLite serves one machine, and the Ray cluster has several: give --database "
-                "postgresql://… for all of them"
-            )
         self._probe()
+        return nodes
 
     def _probe(self) -> None:
         """Connect a driver as workers will have one, in a process of its own."""
-        command = [*_driver(self.address), "--probe"]
+        command = [*driver(self.address), "--probe"]
         try:
             tried = subprocess.run(
                 command, capture_output=True, timeout=PROBE_SECONDS, env=driver_environment()
@@ -115,7 +125,7 @@ class RayRunner(Runner):
             last = failure.splitlines()[-1] if failure else "nothing was said"
             raise RefusedInput(
                 f"no job can be started on the Ray cluster at {self.address} from here ({last}). "
-                "The server's machine has to be a node of it: run "
+                "This machine has to be a node of it: run "
                 f"`ray start --address={self.address} --num-cpus=0` here"
             )
 
@@ -211,17 +221,19 @@ class RayRunner(Runner):
         largest = max((node.memory for node in self._nodes), default=row.needed_memory)
         most = max((node.cores for node in self._nodes), default=float(row.cores))
         return [
-            *_driver(self.address),
+            *driver(self.address),
             *("--cores", str(min(float(max(row.cores, 1)), most))),
             *("--memory", str(min(row.needed_memory, largest))),
             *("--gpus", str(self.gpus)),
             *("--kind", kind.name, "--id", row.id, "--lease", str(row.lease)),
             "--",
             *worker,
+            "--until-stdin-closes",
         ]
 
 
-def _driver(address: str) -> list[str]:
+def driver(address: str) -> list[str]:
+    """The command of a driver of the cluster at ``address``; its options follow."""
     return [sys.executable, "-m", "luthier.jobs.ray_driver", "--address", address]
 
 

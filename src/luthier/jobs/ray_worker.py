@@ -20,21 +20,28 @@ class RayWorker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str], python: str, log: str
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        python: str,
+        log: str,
+        needs: Sequence[str] = (),
     ) -> None:
         """Start the worker; it appends what it prints to the file ``log``.
 
-        ``python`` is the server's interpreter: in its place the node's own is taken.
+        ``python`` is the starter's interpreter: in its place the node's own is taken.
 
         Raises:
-            FileNotFoundError: this node does not see the store that the log is in.
+            FileNotFoundError: this node does not see the store that the log is in, or one of ``needs``.
         """
-        # Without O_CREAT: the server has made the file, so that a node with a store of its own shows.
+        for path in needs:
+            os.stat(path)
+        # Without O_CREAT: the starter has made the file, so that a node with a store of its own shows.
         opened = os.open(log, os.O_WRONLY | os.O_APPEND)
         program = [sys.executable if part == python else part for part in command]
         try:
             self._process = subprocess.Popen(
-                [*program, "--until-stdin-closes"],
+                program,
                 stdin=subprocess.PIPE,
                 stdout=opened,
                 stderr=opened,

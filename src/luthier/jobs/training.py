@@ -52,7 +52,8 @@ from luthier.store.accounts import quotas_of
 from luthier.store.database import Database
 from luthier.store.jobs import ENDED, PAUSED, RUNNING, STOPPED, STOPPING, Job, JobResult, run_name
 from luthier.store.models import StoredModel, find
-from luthier.store.shared import shared_folders
+from luthier.store.shared import shared_folders, shared_store
+from luthier.store.shared_identity import check_present
 from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
 
@@ -187,6 +188,8 @@ class TrainingWorker(Worker[Job, JobLocations]):
     def _train(self, job: Job, reporter: JobReporter) -> JobResult:
         """Everything up to the last transaction; the result of the job."""
         reporter.part("validation", "InProgress")
+        if store := shared_store():
+            self.retry(lambda: check_present(self.database, store))
         self.retry(self.shared_run.restore)
         self.data = data = self.retry(lambda: fetch_data(job, self.folders, self.locations))
         self.retry(self.shared_run.share)

@@ -43,7 +43,8 @@ from luthier.models.pipelines import is_pipeline, network_folders, tokenizer_fol
 from luthier.models.save import ADAPTER
 from luthier.serving.inference import Chat, GenerationRequest, ImageRequest
 from luthier.serving.sandboxed_process import WorkInterrupted
-from luthier.store.models import StoredModel, chat_format, load, short_name
+from luthier.store.model_folders import short_name
+from luthier.store.models import StoredModel, chat_format, load
 from luthier.types import Message
 
 if TYPE_CHECKING:

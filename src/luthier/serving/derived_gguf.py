@@ -27,7 +27,8 @@ from luthier.models.backends import LLAMA_CPP_VERSION, OpenFile
 from luthier.models.manifest import Record, TokenParity
 from luthier.serving.gguf_parity import TOKENS, largest_divergence
 from luthier.serving.sandboxed_text import serving_format
-from luthier.store.models import StoredModel, check_mergeable, content_hash, gguf_folder, room_of
+from luthier.store.model_folders import gguf_folder
+from luthier.store.models import StoredModel, check_mergeable, content_hash, room_of
 from luthier.types import Message
 
 if TYPE_CHECKING:

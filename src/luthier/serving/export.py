@@ -39,6 +39,7 @@ from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.serving.gguf_parity import compare_gguf, largest_divergence
 from luthier.serving.ollama import MODELFILE, modelfile
+from luthier.store.model_folders import short_name
 from luthier.store.models import (
     StoredModel,
     adaptation_of,
@@ -50,7 +51,6 @@ from luthier.store.models import (
     content_hash,
     load,
     objective_of,
-    short_name,
 )
 
 

@@ -28,7 +28,8 @@ from luthier.chat_models.base import Done, Failure, ModelSpec, Reply, SamplingSp
 from luthier.encryption.files import open_line, place_of, seal_line
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import disk_errors, lock, luthier_home, write_bytes
-from luthier.store.models import content_hash, find, journals_folder
+from luthier.store.model_folders import journals_folder
+from luthier.store.models import content_hash, find
 from luthier.types import Message
 
 if TYPE_CHECKING:

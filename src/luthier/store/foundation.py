@@ -14,12 +14,8 @@ from luthier.models.catalog import CATALOG, PackageSource, RandomSource
 from luthier.models.kinds import KINDS
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
-from luthier.store.models import (
-    is_base_here,
-    pretrained_models,
-    pretrained_versions,
-    short_name,
-)
+from luthier.store.model_folders import is_base_here, short_name
+from luthier.store.models import pretrained_models, pretrained_versions
 
 _PROVIDERS = {
     "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),

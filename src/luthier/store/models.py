@@ -1,9 +1,5 @@
 """The models on this machine: base models, and the custom models made from them.
 
-    models/base/<id>/              a Hugging Face directory and ``luthier.json``
-    models/custom/imported/<name>/ a model from outside
-    models/custom/<base>/<name>/   adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
-
 A custom model's id is ``base:name``. Local directories and hub ids are opened as they are.
 """
 
@@ -21,7 +17,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.errors import CorruptFile, LuthierError, RecipeError, UnknownModel
+from luthier.errors import (
+    CorruptFile,
+    LuthierError,
+    RecipeError,
+    SharedStoreAway,
+    UnknownModel,
+)
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.kinds import base_kind, kind_of_network
@@ -29,6 +31,14 @@ from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
 from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
+from luthier.store.model_folders import (
+    base_folder,
+    custom_folder,
+    folder_of,
+    gguf_folder,
+    is_base_here,
+    short_name,
+)
 from luthier.store.shared_models import fetch_model, note_use, refresh_model
 
 if TYPE_CHECKING:
@@ -75,41 +85,9 @@ class StoredModel:
         return self.manifest.root or self.id
 
 
-def base_folder(model_id: str) -> Path:
-    """Where the files of a base model are kept: one of the catalogue, or one made here."""
-    return luthier_home() / "models" / "base" / model_id
-
-
-def is_base_here(model_id: str) -> bool:
-    """Whether the files of a base model are in the store: one of the catalogue, or one made here."""
-    return (base_folder(model_id) / MANIFEST).is_file()
-
-
 def described_base(entry: CatalogEntry) -> StoredModel:
     """A base model of the catalogue by its description, whether it was fetched or not."""
     return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
-
-
-def custom_folder(base: str, name: str) -> Path:
-    """Where a custom model is kept."""
-    return luthier_home() / "models" / "custom" / short_name(base) / name
-
-
-def folder_of(stored_id: str | None) -> Path | None:
-    """Where the custom model of this id is kept; ``None`` for what is no such id."""
-    base, _, name = (stored_id or "").partition(":")
-    return custom_folder(base, name) if name else None
-
-
-def journals_folder(model_id: str) -> Path:
-    """Where the journals of evaluations of a model are kept until these have ended."""
-    base, _, name = model_id.partition(":")
-    return luthier_home() / "evaluations" / short_name(base) / name
-
-
-def gguf_folder(digest: str, kind: str) -> Path:
-    """Where the GGUF file that a backend runs is kept: by the model's content and weights' type."""
-    return luthier_home() / "cache" / "gguf" / f"{digest}-{kind}"
 
 
 def remove_derived(model: StoredModel) -> None:
@@ -117,12 +95,6 @@ def remove_derived(model: StoredModel) -> None:
     pattern = gguf_folder(content_hash(model), "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def short_name(base: str) -> str:
-    """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
-    last = Path(base).name if "/" in base else base
-    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
 
 
 def find(
@@ -346,11 +318,18 @@ def update_record(model: StoredModel, change: Callable[[Manifest], Manifest]) ->
 
     Raises:
         CorruptFile: where the record is not there any more, or cannot be read.
+        SharedStoreAway: where the shared store does not take it: it is as before then.
     """
     with lock_record(model):
-        manifest = change(_read_record(model.folder, model.id))
+        before = _read_record(model.folder, model.id)
+        manifest = change(before)
         manifest.write(model.folder)
-        refresh_model(model.id, model.folder)
+        try:
+            refresh_model(model.id, model.folder)
+        except SharedStoreAway:
+            # A copy that is dropped for want of room would take the change with it.
+            before.write(model.folder)
+            raise
     return replace(model, manifest=manifest)
 
 

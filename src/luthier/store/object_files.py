@@ -27,7 +27,7 @@ from luthier.encryption.files import new_data_file
 from luthier.encryption.keys import keys_for, needed_keyring
 from luthier.errors import CorruptFile, DiskFull, QuotaExceeded
 from luthier.files import disk_errors, luthier_home, room
-from luthier.store.shared import StoredFile, fetch_shared, shared_store
+from luthier.store.shared import OBJECTS, StoredFile, fetch_shared, shared_store
 
 READ_SIZE = 1 << 20
 """Bytes that are held of an object while it is read."""
@@ -319,7 +319,7 @@ class ObjectFiles:
         if self.shared is None:
             return 0
         present: dict[str, dict[str, str]] = {}
-        for entry in self.shared.list(_OBJECTS):
+        for entry in self.shared.list(OBJECTS):
             start, file_id = entry.key.split("/")[-2:]
             if entry.modified.timestamp() <= newest:
                 present.setdefault(start, {})[file_id] = entry.key
@@ -338,12 +338,9 @@ class ObjectFiles:
         return removed
 
 
-_OBJECTS = "objects"
-
-
 def _key(account: str, file_id: str) -> str:
     """Of a file in the shared store."""
-    return f"{_OBJECTS}/{account}/{file_id[:2]}/{file_id}"
+    return f"{OBJECTS}/{account}/{file_id[:2]}/{file_id}"
 
 
 def _bytes(path: Path, size: int, start: int, length: int) -> Iterator[bytes]:

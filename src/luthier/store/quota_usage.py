@@ -15,7 +15,7 @@ from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database, count_rows
 from luthier.store.endpoints import DEPLOYMENT, PROVISIONED, Endpoint
 from luthier.store.evaluations import Eval, EvaluationRun
-from luthier.store.models import folder_of
+from luthier.store.model_folders import folder_of
 from luthier.store.objects import UPLOADS, Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.storage import COUNTED, Storage, lock, stored_by
 from luthier.store.uploaded_files import UploadedFile

@@ -23,13 +23,8 @@ from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
 from luthier.store.jobs import ENDED, Job, job_of_run
-from luthier.store.models import (
-    custom_models,
-    folder_of,
-    journals_folder,
-    lock_record,
-    remove_derived,
-)
+from luthier.store.model_folders import folder_of, journals_folder
+from luthier.store.models import custom_models, lock_record, remove_derived
 from luthier.store.queue import log_file
 
 _REMOVED = ".removed"

@@ -17,12 +17,14 @@ bytes, and no deletion has to read all other records, or can race with one that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,7 +40,9 @@ from luthier.files import TEMPORARY, names_below, new_file, sha256_of, write_byt
 
 ENVIRONMENT = "LUTHIER_SHARED_STORE"
 """Variable with the address; nothing is shared where it is empty or missing."""
-RECORDS, BLOBS = "records", "blobs"
+IDENTITY = "store-id"
+"""Key of the id that it has in common with its database (:mod:`luthier.store.shared_identity`)."""
+RECORDS, BLOBS, OBJECTS = "records", "blobs", "objects"
 READ_SIZE = 1 << 20
 _SMALL = 1 << 20
 """Bytes of a file that is hashed and put from one reading, as it may grow meanwhile."""
@@ -49,6 +53,11 @@ _TRIES = 3
 """How often a record, or a file that changes meanwhile, is put."""
 _PAUSE = 1.0
 """Seconds between these tries."""
+_VOLUME_AWAY = (
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETUNREACH, errno.EREMOTEIO,
+)  # fmt: skip
+"""What a mounted volume says that does not answer."""
 LEFTOVER = timedelta(days=1)
 """Age of a blob that no record names, from which on no upload is at work on it."""
 
@@ -166,77 +175,118 @@ def fetch_shared(store: SharedStore, key: str, target: Path, expected: StoredFil
 
 
 class DirectoryStore:
-    """A folder that all machines see at one path. It is never made: one that is missing is away."""
+    """A folder that all machines see at one path. It is never made: one that is missing is away.
+
+    So is an empty one in its place, which a volume that is no longer mounted leaves.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._root = folder
+        self._place: tuple[int, int] | None = None
+        """Device and number of the folder that was written or read last."""
 
     @property
     def _folder(self) -> Path:
-        if not self._root.is_dir():
+        try:
+            found = self._root.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if found is None or not stat.S_ISDIR(found.st_mode):
             raise SharedStoreAway(
                 f"the folder {self._root} of the shared store is missing. Mount it, or create it where "
                 "it is to be a new one"
             )
+        place = (found.st_dev, found.st_ino)
+        if self._place not in (None, place) and not (self._root / IDENTITY).is_file():
+            raise SharedStoreAway(
+                f"the folder {self._root} of the shared store is another one than before, without "
+                f"{IDENTITY}. Mount what was mounted there"
+            )
+        self._place = place
         return self._root
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what a volume says that does not answer into an error of ours.
+
+        What is missing, full or not allowed stays as it is.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _VOLUME_AWAY:
+                raise
+            raise SharedStoreAway(
+                f"the folder {self._root} of the shared store does not answer ({error.strerror}). "
+                "Check its volume"
+            ) from error
 
     def put(self, key: str, content: bytes | Path | Iterator[bytes]) -> None:
         """See :class:`SharedStore`."""
-        if isinstance(content, bytes):
-            write_bytes(self._folder / key, content)
-        elif isinstance(content, Path):
-            with content.open("rb") as source, new_file(self._folder / key) as file:
-                shutil.copyfileobj(source, file, READ_SIZE)
-        else:
-            with new_file(self._folder / key) as file:
-                file.writelines(content)
+        with self._errors():
+            if isinstance(content, bytes):
+                write_bytes(self._folder / key, content)
+            elif isinstance(content, Path):
+                with content.open("rb") as source, new_file(self._folder / key) as file:
+                    shutil.copyfileobj(source, file, READ_SIZE)
+            else:
+                with new_file(self._folder / key) as file:
+                    file.writelines(content)
 
     def put_once(self, key: str, content: bytes) -> None:
         """See :class:`SharedStore`; how long a mounted volume takes is its own affair."""
-        write_bytes(self._folder / key, content)
+        with self._errors():
+            write_bytes(self._folder / key, content)
 
     def create(self, key: str, content: bytes) -> bool:
         """See :class:`SharedStore`."""
-        path = self._folder / key
-        fresh = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-        write_bytes(fresh, content)
-        try:
-            os.link(fresh, path)  # unlike a renaming, it replaces nothing
-        except FileExistsError:
-            return False
-        finally:
-            fresh.unlink()
-        return True
+        with self._errors():
+            path = self._folder / key
+            fresh = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+            write_bytes(fresh, content)
+            try:
+                os.link(fresh, path)  # unlike a renaming, it replaces nothing
+            except FileExistsError:
+                return False
+            finally:
+                fresh.unlink()
+            return True
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """See :class:`SharedStore`."""
-        with (self._folder / key).open("rb") as file:
+        with self._errors(), (self._folder / key).open("rb") as file:
             while piece := file.read(READ_SIZE):
                 yield piece
 
     def exists(self, key: str) -> bool:
         """See :class:`SharedStore`."""
-        return (self._folder / key).is_file()
+        with self._errors():
+            try:
+                return stat.S_ISREG((self._folder / key).stat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def list(self, prefix: str) -> Iterator[SharedEntry]:
         """See :class:`SharedStore`."""
-        folder = self._folder / prefix
-        try:
-            for name in names_below(folder):
-                if name.rpartition("/")[2].startswith(TEMPORARY):
-                    continue
-                with suppress(FileNotFoundError):  # deleted meanwhile
-                    found = (folder / name).stat()
-                    modified = datetime.fromtimestamp(found.st_mtime, UTC)
-                    key = f"{prefix}/{name}".lstrip("/")
-                    yield SharedEntry(key, found.st_size, modified)
-        except FileNotFoundError:
-            _ = self._folder  # gone meanwhile, it is away as well
+        with self._errors():
+            folder = self._folder / prefix
+            try:
+                for name in names_below(folder):
+                    if name.rpartition("/")[2].startswith(TEMPORARY):
+                        continue
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        found = (folder / name).stat()
+                        modified = datetime.fromtimestamp(found.st_mtime, UTC)
+                        key = f"{prefix}/{name}".lstrip("/")
+                        yield SharedEntry(key, found.st_size, modified)
+            except FileNotFoundError:
+                _ = self._folder  # gone meanwhile, it is away as well
 
     def delete(self, keys: Iterable[str]) -> None:
         """See :class:`SharedStore`."""
-        for key in keys:
-            (self._folder / key).unlink(missing_ok=True)
+        with self._errors():
+            for key in keys:
+                (self._folder / key).unlink(missing_ok=True)
 
 
 class BucketStore:

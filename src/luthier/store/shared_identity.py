@@ -2,20 +2,25 @@
 
 Both hold one random id, made when a server first opens them together. Files that no row names are
 removed, so a store that is opened with another database would lose all that it holds: it is refused.
+One from before there were ids is taken for that of a database whose rows name files of it.
 """
 
 from __future__ import annotations
 
+from itertools import islice
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from luthier.errors import RefusedInput
+from luthier.errors import RefusedInput, SharedStoreAway
+from luthier.store.custom_models import CustomModel
 from luthier.store.database import Base, Database
 from luthier.store.ids import random_id
-from luthier.store.shared import SharedStore, read_shared
+from luthier.store.jobs import Job
+from luthier.store.shared import BLOBS, IDENTITY, OBJECTS, RECORDS, SharedStore, read_shared
 
-IDENTITY = "store-id"
-"""Key of the id in the shared store."""
+_LOOKED_UP = 500
+"""Files of a store without an id that are looked up at once."""
 _LOCK = 7015123
 """Number of PostgreSQL's lock."""
 
@@ -31,6 +36,10 @@ class SharedStoreIdentity(Base):
 
 def agree_identity(database: Database, store: SharedStore) -> None:
     """Have one id in both where neither has one; else do as :func:`check_identity`."""
+    with database.read() as session:
+        known = _identities(session, store)
+    if known == (None, None):
+        _refuse_unclaimed(database, store)
     with database.write() as session:
         if not database.is_sqlite:
             # Servers that start together do this one after the other.
@@ -55,6 +64,49 @@ def check_identity(database: Database, store: SharedStore) -> None:
     with database.read() as session:
         token, shared = _identities(session, store)
     _refuse_other(token, shared)
+    if token is None:
+        _refuse_unclaimed(database, store)
+
+
+def check_present(database: Database, store: SharedStore) -> None:
+    """As :func:`check_identity`, for a worker: its work waits until the store is the right one.
+
+    Raises:
+        SharedStoreAway: with the reason.
+    """
+    try:
+        check_identity(database, store)
+    except RefusedInput as error:
+        raise SharedStoreAway(str(error)) from error
+
+
+def _refuse_unclaimed(database: Database, store: SharedStore) -> None:
+    """Refuse a store without an id that holds files, of which no row of the database names any."""
+    # Objects alone look at the shared store where they are swept, by what is checked here.
+    from luthier.store.objects import ObjectPiece
+
+    keys = (each.key for prefix in (RECORDS, OBJECTS, BLOBS) for each in store.list(prefix))
+    first = None
+    while some := [*islice(keys, _LOOKED_UP)]:
+        first = first or some[0]
+        named: set[str] = set()
+        for key in some:
+            parts = key.removesuffix(".json").split("/")
+            if parts[0] == BLOBS:
+                parts.pop()
+            named |= {parts[-1], ":".join(parts[-2:])}
+        with database.read() as session:
+            for column in (CustomModel.stored_id, Job.id, ObjectPiece.id):
+                if session.scalar(select(column).where(column.in_(named)).limit(1)) is not None:
+                    return
+    if first is not None:
+        raise RefusedInput(
+            f"the shared store holds files, such as {first}, and no {IDENTITY}: an earlier version of "
+            "luthier put them there, and this database has rows of none of them. Start a server with "
+            "the database that they belong to (LUTHIER_DATABASE), which ties the two; or name another "
+            f"bucket, prefix or folder. Where they are not needed any more, delete what is below "
+            f"{RECORDS}/, {BLOBS}/ and {OBJECTS}/"
+        )
 
 
 def _identities(session: Session, store: SharedStore) -> tuple[str | None, str | None]:

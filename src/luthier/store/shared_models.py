@@ -17,6 +17,7 @@ from pathlib import Path
 from luthier.errors import CorruptFile, SharedStoreAway
 from luthier.files import TEMPORARY, lock, luthier_home, names_below, need_disk, new_folder
 from luthier.models.manifest import MANIFEST, Manifest
+from luthier.store.model_folders import custom_folder
 from luthier.store.shared import (
     LEFTOVER,
     Fence,
@@ -38,11 +39,6 @@ def stored_id_of(name: str) -> str:
     """The opposite."""
     _, base, own = name.split("/")
     return f"{base}:{own}"
-
-
-def _local_folder(stored_id: str) -> Path:
-    base, _, name = stored_id.partition(":")
-    return luthier_home() / "models" / "custom" / base / name
 
 
 def _mark_of(stored_id: str) -> Path:
@@ -129,8 +125,9 @@ def adopt_copy(stored_id: str) -> None:
 def copies() -> Iterator[tuple[str, Path, float]]:
     """Ids, folders and times of last use of the models here that are in the shared store."""
     for mark in (luthier_home() / "shared" / MODELS).glob("*/*"):
-        stored_id = f"{mark.parent.name}:{mark.name}"
-        yield stored_id, _local_folder(stored_id), mark.stat().st_mtime
+        base, name = mark.parent.name, mark.name
+        with suppress(FileNotFoundError):  # dropped meanwhile
+            yield f"{base}:{name}", custom_folder(base, name), mark.stat().st_mtime
 
 
 def unmark_copy(stored_id: str) -> None:
@@ -143,17 +140,22 @@ def drop_copy(stored_id: str, used: float | None = None) -> bool:
 
     It stays where its last use is another one than ``used``, if that is given.
     """
-    folder = _local_folder(stored_id)
-    if folder.parent.is_dir():
-        with lock(folder.parent / f".{folder.name}.lock", wait=True):
-            if used is not None and _last_use(stored_id) != used:
-                return False
-            if folder.is_dir():
-                doomed = folder.with_name(f"{TEMPORARY}{folder.name}~dropped")
-                os.replace(folder, doomed)  # at once: nobody opens a half of it
-                shutil.rmtree(doomed, ignore_errors=True)
-            (folder.parent / f".{folder.name}.lock").unlink(missing_ok=True)
-    _mark_of(stored_id).unlink(missing_ok=True)
+    base, _, name = stored_id.partition(":")
+    folder = custom_folder(base, name)
+    if not folder.parent.is_dir():
+        unmark_copy(stored_id)
+        return True
+    with lock(folder.parent / f".{folder.name}.lock", wait=True):
+        if used is not None and _last_use(stored_id) != used:
+            return False
+        if folder.is_dir():
+            doomed = folder.with_name(f"{TEMPORARY}{folder.name}~dropped")
+            shutil.rmtree(doomed, ignore_errors=True)  # of one who was killed here
+            os.replace(folder, doomed)  # at once: nobody opens a half of it
+            shutil.rmtree(doomed, ignore_errors=True)
+        # Before the lock is free: who fetches it next marks a copy of its own.
+        unmark_copy(stored_id)
+        (folder.parent / f".{folder.name}.lock").unlink(missing_ok=True)
     return True
 
 

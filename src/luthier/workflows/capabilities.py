@@ -28,7 +28,8 @@ from luthier.models.load import catalogue_config, read_config
 from luthier.models.modalities import input_shape, media_config, reads_sound, text_config
 from luthier.objectives import OBJECTIVES, Objective
 from luthier.objectives.base import check_base
-from luthier.store.models import chat_format, find, is_base_here
+from luthier.store.model_folders import is_base_here
+from luthier.store.models import chat_format, find
 
 Config = Callable[[Head], Any]
 """Gives transformers' configuration of a network for a head."""

@@ -225,7 +225,8 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
 def _root(start: str, before: list[Stage]) -> str:
     """What the ids of all models begin with that go back to the same base model as ``start``."""
     from luthier.models.catalog import CATALOG
-    from luthier.store.models import find, short_name
+    from luthier.store.model_folders import short_name
+    from luthier.store.models import find
 
     if start in {stage.model_id for stage in before}:
         return start.partition(":")[0]
@@ -278,7 +279,8 @@ def _distil(recipe: DistilRecipe, reporter: Reporter, processes: int) -> dict[st
 
 def _student(recipe: StudentRecipe, reporter: Reporter, processes: int) -> dict[str, Any]:
     from luthier.models.student import StudentShape
-    from luthier.store.models import find, short_name
+    from luthier.store.model_folders import short_name
+    from luthier.store.models import find
     from luthier.workflows.student import make_student
 
     model_id = f"{short_name(find(recipe.teacher).root)}:{recipe.name}"
@@ -336,7 +338,7 @@ def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
 
 def _manifest(model_id: str) -> Manifest | None:
     """The record of a model; ``None`` where there is none, given also where its parent is gone."""
-    from luthier.store.models import base_folder, custom_folder
+    from luthier.store.model_folders import base_folder, custom_folder
 
     base, _, name = model_id.partition(":")
     folder = custom_folder(base, name) if name else base_folder(base)

@@ -7,6 +7,7 @@ engine that runs them does not know it. What a search needs to go on after a kil
     search.json      what was asked for
     study.journal    Optuna's journal of trials, append-only
     trials/001/      metrics of each trial; its checkpoints while it runs
+    best/            what a process wrote that tuned the best on a cluster
     best.toml        the recipe found
 
 A trial's settings follow from the seed, its place and the trials finished before it, never from a
@@ -23,7 +24,6 @@ the validation loss.
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,14 @@ from luthier import __version__
 from luthier.engine.job import prepare_job, with_base
 from luthier.engine.machine import choose_machine
 from luthier.engine.metrics import Reporter
-from luthier.engine.runs import Result, Run, automatic_name, is_resumed, lock_folder
+from luthier.engine.runs import (
+    METRICS,
+    Result,
+    Run,
+    automatic_name,
+    is_resumed,
+    lock_folder,
+)
 from luthier.errors import Diverged, RefusedInput, RunConflict
 from luthier.files import lock, luthier_home, read_json, sha256_of, write_bytes, write_json
 from luthier.recipe import Recipe, portable, to_toml
@@ -49,6 +56,7 @@ from luthier.workflows.space import (
     start_of,
     with_settings,
 )
+from luthier.workflows.trial_processes import BEST, TrialRunner, run_best, side_by_side
 from luthier.workflows.trials import (
     PLACE,
     Trial,
@@ -58,7 +66,6 @@ from luthier.workflows.trials import (
     ended_trials,
     open_journal,
     pruner,
-    side_by_side,
     trial_folder,
     trial_of,
 )
@@ -91,14 +98,18 @@ def search(
     space: Sequence[str] = (),
     resume: bool = False,
     reporter: Reporter | None = None,
-    parallel: int = 1,
+    parallel: int | None = None,
+    runner: TrialRunner | None = None,
 ) -> SearchResult:
     """Try ``trials`` settings of ``recipe`` and store the best as a custom model.
 
     ``space`` holds texts for :func:`parse_space`; when empty, the learning rate is searched and, for
     LoRA, the rank. The recipe as it stands is the first trial wherever it lies in the space, so what
-    is found is at least as good on the validation rows. ``parallel`` trials run at
-    once, each in a process with its share of the cores; those of a round know of the rounds before.
+    is found is at least as good on the validation rows.
+
+    ``parallel`` trials are a round and run at once where there is room: what is tried, and what is
+    stopped, follows from the rounds before, not from who ends first. ``runner`` says where, and how
+    many where ``parallel`` does not; on this machine it is one, and several share its cores.
 
     Raises:
         RefusedInput: before any training, for space, data, recipe or name.
@@ -107,21 +118,27 @@ def search(
     reporter = reporter or Reporter()
     need_optuna()
     dimensions = parse_space(space, recipe)
+    runner = runner or TrialRunner()
     recipe = with_base(recipe, reporter)
     base = find(recipe.base, reporter.stage)
     parent = luthier_home() / "searches"
     name = recipe.name or automatic_name(base.root, recipe.data.train, resume, parent)
     recipe = recipe.model_copy(update={"name": name})
-    work = _Search(recipe, base, dimensions, trials, parent / name, reporter, parallel)
+    if runner.name:  # its processes have other working folders
+        recipe = Recipe.parse({**portable(recipe), "base": base.id, "name": name})
+    work = _Search(recipe, base, dimensions, trials, parent / name, reporter, parallel, runner)
     with lock_folder(work.folder, f"the search {name}"):
         try:
             work.begin(resume)
             found = work.run()
             certify(found.result.model_id)
             return found
-        except RefusedInput:
+        except RefusedInput as error:
             # Refused before the first trial began: nothing is there that could be resumed.
-            if not (work.folder / "trials").exists():
+            begun = (work.folder / "trials").exists()
+            if begun and not isinstance(error, RunConflict):  # a process of it was refused
+                begun = any((work.folder / "trials").glob(f"*/{METRICS}"))
+            if not begun:
                 shutil.rmtree(work.folder, ignore_errors=True)
             raise
 
@@ -143,7 +160,8 @@ class _Search:
         count: int,
         folder: Path,
         reporter: Reporter,
-        parallel: int,
+        parallel: int | None,
+        runner: TrialRunner,
     ) -> None:
         machine = choose_machine(recipe.training.precision, recipe.training.threads)
         resolved = prepare_job(recipe, base, machine, Reporter()).recipe
@@ -156,15 +174,23 @@ class _Search:
                 recipe, {"training.head_rate_multiplier": resolved.training.head_rate_multiplier}
             )
         self.recipe = recipe
-        self.reporter, self.parallel = reporter, parallel
+        self.reporter, self.runner = reporter, runner
+        self.parallel, self.threads = runner.shares(recipe, parallel)
+        self._chosen_by_runner = parallel is None
         self.run_folder = Run(base.root, str(recipe.name))
         starts = {d.key: start_of(d.key, resolved) for d in self.dimensions}
         self.start = {d.key: starts[d.key] for d in self.dimensions if starts[d.key] in d}
 
     def begin(self, resume: bool) -> None:
         """Claim the name of search and model, or check that the same is asked for again."""
-        request = self._request()
         path = self.folder / "search.json"
+        if self.runner.name and resume and path.is_file():
+            # The cluster may have grown or shrunk, and rounds and sums stay what they were.
+            before = read_json(path)
+            self.threads = before.get("threads", self.threads)
+            if self._chosen_by_runner:
+                self.parallel = before["parallel"]
+        request = self._request()
         started = self.run_folder.folder.exists() or self.run_folder.model_folder.exists()
         asked = request
         if path.is_file() and not started:
@@ -181,6 +207,11 @@ class _Search:
         """All trials that are left, and the run of the best."""
         for dimension in self.dimensions:
             self.reporter.note(f"search {dimension.key}: {dimension} ({dimension.reason})")
+        if self.runner.name and self.parallel > 1:
+            self.reporter.note(
+                f"{self.parallel} trials are a round, as --parallel {self.parallel} has it, of "
+                f"{self.threads} threads each"
+            )
         study = self._study()
         while len(ended_trials(study)) < self.count:
             self._round(study)
@@ -196,7 +227,12 @@ class _Search:
         self.reporter.note(
             f"best is trial {best.number}: {best.measurement} with {describe_trial(best)}"
         )
-        result = tune(recipe, resume=True, reporter=self.reporter)
+        reporter = self.reporter
+        if self.runner.name:
+            recipe = self._with_threads(recipe)
+            run_best(self.folder, recipe, self.runner, reporter)
+            reporter = Reporter()  # only the result is read
+        result = tune(recipe, resume=True, reporter=reporter)
         return SearchResult(str(recipe.name), str(self.folder), trials, str(file), result)
 
     def _request(self) -> dict[str, Any]:
@@ -209,13 +245,14 @@ class _Search:
             "parallel": self.parallel,
             "data": {str(path): sha256_of(path) for path in files},
             "luthier": __version__,
+            **({"runner": self.runner.name, "threads": self.threads} if self.runner.name else {}),
         }
 
     def _study(self) -> optuna.Study:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        for folder in (self.folder / "trials").glob("*"):
+        for folder in (*(self.folder / "trials").glob("*"), *self.folder.glob(BEST)):
             with lock(folder / ".lock", wait=True):  # one left over by a kill is about to stop
                 pass
         storage = optuna.storages.JournalStorage(open_journal(self.folder / "study.journal"))
@@ -243,8 +280,9 @@ class _Search:
         ]
         for trial in trials:
             self.reporter.stage(f"Trial {trial.number} of {self.count}: {describe_trial(trial)}")
-        if len(asked) > 1:
-            outcomes = side_by_side(self.folder, self._with_threads(), asked)
+        if len(asked) > 1 or self.runner.name:
+            shared = self._with_threads(self.recipe)
+            outcomes = side_by_side(self.folder, shared, asked, self.runner, self.reporter)
         else:
             recipe = with_settings(self.recipe, trials[0].settings)
             folder = trial_folder(self.folder, first + 1)
@@ -252,13 +290,10 @@ class _Search:
         for trial, each, outcome in zip(trials, asked, outcomes, strict=True):
             self._tell(study, trial, each, outcome)
 
-    def _with_threads(self) -> Recipe:
-        """The recipe for one of several trials at once, which share the cores."""
-        cores = self.recipe.training.threads or os.cpu_count() or 1
-        training = self.recipe.training.model_copy(
-            update={"threads": max(1, cores // self.parallel)}
-        )
-        return self.recipe.model_copy(update={"training": training})
+    def _with_threads(self, recipe: Recipe) -> Recipe:
+        """``recipe`` for one of several processes at once, which share the cores."""
+        training = recipe.training.model_copy(update={"threads": self.threads})
+        return recipe.model_copy(update={"training": training})
 
     def _ask(self, study: optuna.Study, place: int) -> optuna.Trial:
         """Settings for the trial at ``place``, which follow from it and the trials before its round."""

@@ -1,21 +1,9 @@
-"""Trials of a search: where they are kept, one carried out, several side by side.
-
-Side by side, each trial is a process of its own with a share of the cores (``python -m
-luthier.workflows.trials FOLDER NUMBER``). It holds the lock of its folder, so that one left over by a
-killed search ends before the next begins there, and it stops at a checkpoint when the process that
-started it is gone. How it ended it writes to ``outcome.json``; only the search itself tells the study.
-"""
+"""Trials of a search: where they are kept, and how one is carried out and reported to the study."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,10 +17,9 @@ from luthier.engine.metrics import (
 )
 from luthier.engine.runs import METRICS
 from luthier.engine.train import rehearse
-from luthier.errors import Diverged, Interrupted, LuthierError, RefusedInput
-from luthier.files import lock, read_json, write_bytes, write_json
+from luthier.errors import Diverged, RefusedInput
+from luthier.files import write_bytes
 from luthier.recipe import Recipe
-from luthier.workflows.space import with_settings
 
 if TYPE_CHECKING:
     import optuna
@@ -41,7 +28,6 @@ TRIALS_BEFORE_PRUNING = 3
 """The median of fewer says little."""
 MEASUREMENTS_BEFORE_PRUNING = 2
 """Of about eight in a run. At the first the rate has hardly left its warm-up."""
-OUTCOME, ERRORS = "outcome.json", "errors.txt"
 PLACE = "place"
 """Attribute of a trial in the study: its place in the search, from 0."""
 MEASURE = "measure"
@@ -77,11 +63,12 @@ class Trial:
 class TrialOutcome:
     """How a trial ended."""
 
-    state: Literal["complete", "pruned", "failed"]
+    state: Literal["complete", "pruned", "failed", "refused"]
+    """``refused`` is the first trial alone, whose settings are the recipe's own."""
     value: float | None = None
     """:attr:`Trial.value`, where it is complete."""
     reason: str = ""
-    """Why it failed."""
+    """Why it failed, or was refused."""
 
 
 def open_study(folder: Path) -> optuna.Study:
@@ -112,16 +99,18 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def carry_out(
-    recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter
+    recipe: Recipe, folder: Path, trial: optuna.Trial, reporter: Reporter, reported: int = 0
 ) -> TrialOutcome:
     """Rehearse ``recipe`` in ``folder``, as one trial of a study.
+
+    ``reported`` is how many measurements the study has of it, from a process that was killed.
 
     Raises:
         RefusedInput: by the first trial, whose settings are the recipe's own.
     """
     import optuna
 
-    watch = Watch(reporter, trial, folder / METRICS)
+    watch = Watch(reporter, trial, folder / METRICS, reported)
     try:
         rehearse(recipe, folder, watch)
     except optuna.TrialPruned:
@@ -134,96 +123,15 @@ def carry_out(
     return TrialOutcome("complete", watch.value)
 
 
-def side_by_side(
-    folder: Path, recipe: Recipe, trials: Sequence[optuna.Trial]
-) -> list[TrialOutcome]:
-    """Carry out trials at once, each in a process of its own; how they ended, in the same order.
-
-    Raises:
-        Interrupted: on Ctrl-C or SIGTERM, after each of them wrote a checkpoint.
-    """
-    fields = recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    write_json(folder / "trials.json", {"recipe": fields})
-    with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_start(folder, trial)) for trial in trials]
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(signal.SIGTERM, _as_interrupt)
-            codes = [process.wait() for process in started]
-        except KeyboardInterrupt:
-            # Leaving the block closes what they listen to, and waits for them.
-            raise Interrupted(
-                "stopped; the same command with --resume goes on with the trials that were running"
-            ) from None
-        finally:
-            with contextlib.suppress(ValueError):
-                signal.signal(signal.SIGTERM, before)
-    return [
-        _outcome(_folder(folder, trial), code) for trial, code in zip(trials, codes, strict=True)
-    ]
-
-
-def _start(folder: Path, trial: optuna.Trial) -> subprocess.Popen[bytes]:
-    work = _folder(folder, trial)
-    work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "luthier.workflows.trials", str(folder)]
-    with (work / ERRORS).open("wb") as errors:
-        return subprocess.Popen(
-            [*command, str(trial.number)],
-            stdin=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,  # Ctrl-C goes to the search, which lets them finish their step
-        )
-
-
-def _folder(folder: Path, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Path:
-    return trial_folder(folder, int(trial.user_attrs[PLACE]) + 1)
-
-
-def _outcome(work: Path, code: int) -> TrialOutcome:
-    if code or not (work / OUTCOME).is_file():
-        said = (work / ERRORS).read_text(errors="replace").strip().splitlines()
-        raise LuthierError(
-            f"{work.name} ended without an outcome: {said[-1] if said else f'exit status {code}'}"
-        )
-    return TrialOutcome(**read_json(work / OUTCOME))
-
-
-def _as_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def main(folder: Path, number: int) -> None:
-    """Carry out trial ``number`` of the study in ``folder``."""
-    import optuna
-
-    threading.Thread(target=_stop_when_alone, daemon=True).start()
-    study = open_study(folder)
-    frozen = study.trials[number]
-    work = _folder(folder, frozen)
-    with lock(work / ".lock", wait=True):
-        trial = optuna.Trial(study, frozen._trial_id)
-        if (work / OUTCOME).is_file():  # it ended before a kill, and the study does not know
-            Watch(Reporter(), trial, work / METRICS).report()
-            return
-        recipe = Recipe.parse(read_json(folder / "trials.json")["recipe"])
-        outcome = carry_out(with_settings(recipe, frozen.params), work, trial, Reporter())
-        write_json(work / OUTCOME, asdict(outcome))
-
-
-def _stop_when_alone() -> None:
-    """Ask this process to stop as soon as nothing holds the other end of its standard input."""
-    sys.stdin.read()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 class Watch(Reporter):
     """Hands each measurement of a trial to the study, and stops the trial when that says so."""
 
-    def __init__(self, outer: Reporter, trial: optuna.Trial, metrics: Path) -> None:
+    def __init__(
+        self, outer: Reporter, trial: optuna.Trial, metrics: Path, reported: int = 0
+    ) -> None:
+        """``reported`` is how many measurements the study has of it already."""
         self.outer, self.trial, self.file = outer, trial, MetricsFile(metrics)
-        self.reported = 0
+        self.reported = reported
         self.value: float | None = None
         """What the weights that would be kept so far cost."""
 
@@ -253,7 +161,7 @@ class Watch(Reporter):
             self.trial.set_user_attr(MEASURE, measure)
         for number, line in enumerate(measured[self.reported :], start=self.reported):
             self.trial.report(cost_of(line, measure), number)
-        self.reported = len(measured)
+        self.reported = max(self.reported, len(measured))
         self.value = cost_of(best_measurement(measured, measure), measure)
 
 
@@ -294,7 +202,3 @@ def describe_trial(trial: Trial) -> str:
     """The settings of a trial, for people."""
     shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in trial.settings.items()}
     return ", ".join(f"{key}={value}" for key, value in shown.items())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -27,7 +27,7 @@ from luthier.files import write_json
 from luthier.models.manifest import MANIFEST
 from luthier.serving.decoder import Decoder
 from luthier.store.accounts import create_account
-from luthier.store.models import base_folder
+from luthier.store.model_folders import base_folder
 from luthier.store.principals import create_api_key, create_user
 
 N, TOKENS = 48, 900

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
@@ -17,18 +18,20 @@ from luthier.api.native.face import native_face
 from luthier.api.native.operations import Context
 from luthier.api.openai.models import Catalogue
 from luthier.api.policies import authorize
+from luthier.errors import WrongState
 from luthier.files import write_json
 from luthier.jobs.deletion import Deletions
 from luthier.jobs.submit import Submission, submit
 from luthier.limits import AccountQuotas
 from luthier.serving.pool import ModelPool
+from luthier.store import removal
 from luthier.store.arns import Arns
 from luthier.store.audit import AuditEntry
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
 from luthier.store.foundation import foundation_model
 from luthier.store.jobs import Job
-from luthier.store.models import custom_folder
+from luthier.store.model_folders import custom_folder
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import ObjectMetadata, Objects, StoredObject, Upload
 from luthier.store.schema import upgrade
@@ -50,7 +53,13 @@ def context() -> Iterator[Context]:
     upgrade(database)
     nowhere: Any = SimpleNamespace()
     yield Context(
-        database, Arns(), nowhere, authorize, lambda account: AccountQuotas(), lambda: None
+        database,
+        Arns(),
+        nowhere,
+        authorize,
+        lambda account: AccountQuotas(),
+        lambda: None,
+        partial(removal.delete, database, Arns()),
     )
     database.close()
 
@@ -199,6 +208,36 @@ class Kept:
 @pytest.fixture
 def kept(context: Context, arn: str) -> Kept:
     return Kept(context, arn)
+
+
+@pytest.mark.parametrize("action", ["luthier:DeleteModel", "bedrock:DeleteCustomModel"])
+def test_a_model_is_deleted_with_its_files_where_no_policy_denies_it(
+    kept: Kept, action: str
+) -> None:
+    deny = {"Effect": "Deny", "Action": action, "Resource": kept.model}
+    path = "/api/v1/models/model"
+    with pytest.raises(Fault) as refused:
+        ask(kept.context, caller(EVERYTHING, deny), "DELETE", path)
+    assert refused.value.code == "AccessDenied" and "model" in kept.left()
+    answer = ask(kept.context, caller(EVERYTHING), "DELETE", path)
+    assert json.loads(answer.body) == {"model": kept.model}
+    assert "model" not in kept.left() and not [*custom_folder("x", "y").parent.iterdir()]
+    with pytest.raises(Fault) as refused:
+        ask(kept.context, caller(EVERYTHING), "DELETE", path)
+    assert refused.value.code == "ResourceNotFound"
+
+
+def test_a_model_in_use_is_not_deleted(kept: Kept) -> None:
+    asked = Submission(
+        ACCOUNT, "native", "next", "further", "FINE_TUNING", foundation_model("smollm2-135m-instruct"),
+        ["s3://a/b"],
+    )  # fmt: skip
+    with kept.context.database.write() as session:
+        job = submit(session, asked, kept.context.arns)
+        job.base_model = kept.model
+    with pytest.raises(WrongState, match="A job that has not ended starts from the model model"):
+        ask(kept.context, caller(EVERYTHING), "DELETE", "/api/v1/models/model")
+    assert "model" in kept.left()
 
 
 def test_what_a_policy_denies_is_not_deleted_with_its_data_either(kept: Kept) -> None:

@@ -38,6 +38,7 @@ def test_an_estimate_reads_all_held_out_rows_and_tells_no_path(
         lambda *given: None,
         lambda account: AccountQuotas(),
         lambda: None,
+        lambda model: None,
     )
     seen: list[str] = []
 

@@ -30,7 +30,7 @@ from luthier.serving.pool import ModelPool
 from luthier.store.accounts import Account
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database, now
-from luthier.store.models import base_folder
+from luthier.store.model_folders import base_folder
 from luthier.store.objects import Objects
 from luthier.store.principals import User
 from luthier.store.schema import METADATA

@@ -17,7 +17,8 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.files import luthier_home, write_json
 from luthier.models.manifest import MANIFEST
 from luthier.serving.export import export
-from luthier.store.models import base_folder, find
+from luthier.store.model_folders import base_folder
+from luthier.store.models import find
 
 WORDS = ("sky", "grass", "coal", "snow", "rose", "sea")
 COLOURS = ("blue", "green", "black", "white", "red", "dark")

@@ -42,6 +42,13 @@ class ModelsView(View):
     models: list[ModelView]
 
 
+class DeletedModelView(View):
+    """A model that was deleted."""
+
+    model: str
+    """Its ARN."""
+
+
 class CertificateView(View):
     """The certificate of a custom model, and what it goes back to."""
 
@@ -61,6 +68,11 @@ def operations(context: Context) -> list[NativeOperation]:
             ModelsView,
         ),
         NativeOperation("getModel", "GET", one, models.get, "One model by id, name or ARN.", ModelView),
+        NativeOperation(
+            "deleteModel", "DELETE", one, models.delete,
+            "Delete a custom model that nothing answers with and no job starts from; its job stays.",
+            DeletedModelView,
+        ),
         NativeOperation(
             "getCertificate", "GET", f"{one}/certificate", models.certificate,
             "What is certified of a custom model, and its lineage.", CertificateView,
@@ -91,6 +103,12 @@ class _Models:
             self.context.authorize(request.caller, "luthier:GetModel", arn)
             return self._foundation(found)
         return self._custom(found)
+
+    def delete(self, request: Request) -> DeletedModelView:
+        with self.context.database.read() as session:
+            model = self.context.asked_model(request, session, "DeleteModel")
+        self.context.delete_model(model)
+        return DeletedModelView(model=model.arn(self.context.arns))
 
     def certificate(self, request: Request) -> CertificateView:
         from luthier.store.models import find

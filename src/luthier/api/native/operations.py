@@ -68,6 +68,7 @@ _SAME = {
     "PauseJob": "StopModelCustomizationJob",
     "ListJobs": "ListModelCustomizationJobs",
     "GetModel": "GetCustomModel",
+    "DeleteModel": "DeleteCustomModel",
     "ListModels": "ListCustomModels",
     "Predict": "InvokeModel",
     "SampleImages": "InvokeModel",
@@ -313,6 +314,8 @@ class Context:
     """Of an account."""
     wake: Callable[[], None]
     """Tells the scheduler that there is something to do."""
+    delete_model: Callable[[CustomModel], None]
+    """Deletes a model, wherever it is; raises ``WrongState`` where it is in use."""
 
     def allow(self, request: Request, action: str, path: str, shown: str | None = None) -> None:
         """Refuse a caller who may not; ``path`` is the end of an ARN, or ``*`` for everything.

@@ -41,14 +41,8 @@ from luthier.serving.journal import (
     journal_path,
     key_of,
 )
-from luthier.store.models import (
-    StoredModel,
-    chat_format,
-    content_hash,
-    find,
-    room_of,
-    short_name,
-)
+from luthier.store.model_folders import short_name
+from luthier.store.models import StoredModel, chat_format, content_hash, find, room_of
 from luthier.types import Message, Row
 from luthier.workflows.distil.insights import (
     Insight,

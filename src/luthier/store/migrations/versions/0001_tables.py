@@ -1,4 +1,4 @@
-"""All tables. Until the first release they are changed here; afterwards by a migration of their own."""
+"""The tables of the first databases. What is changed of them has a migration of its own."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -205,12 +205,6 @@ def upgrade() -> None:
     op.create_index("ix_model_imports_seq", "model_imports", ["seq"])
     op.create_table(
         "principals_version",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("token", sa.String(), nullable=False),
-        sa.PrimaryKeyConstraint("id"),
-    )
-    op.create_table(
-        "shared_store",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("token", sa.String(), nullable=False),
         sa.PrimaryKeyConstraint("id"),

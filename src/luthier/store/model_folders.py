@@ -1,0 +1,53 @@
+"""Where models are kept on this machine, and what else is kept of them.
+
+models/base/<id>/              a Hugging Face directory and ``luthier.json``
+models/custom/imported/<name>/ a model from outside
+models/custom/<base>/<name>/   adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
+evaluations/, cache/gguf/      journals of evaluations, and what backends run
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from luthier.files import luthier_home
+from luthier.models.manifest import MANIFEST
+
+
+def base_folder(model_id: str) -> Path:
+    """Where the files of a base model are kept: one of the catalogue, or one made here."""
+    return luthier_home() / "models" / "base" / model_id
+
+
+def is_base_here(model_id: str) -> bool:
+    """Whether the files of a base model are in the store: one of the catalogue, or one made here."""
+    return (base_folder(model_id) / MANIFEST).is_file()
+
+
+def custom_folder(base: str, name: str) -> Path:
+    """Where a custom model is kept."""
+    return luthier_home() / "models" / "custom" / short_name(base) / name
+
+
+def folder_of(stored_id: str | None) -> Path | None:
+    """Where the custom model of this id is kept; ``None`` for what is no such id."""
+    base, _, name = (stored_id or "").partition(":")
+    return custom_folder(base, name) if name else None
+
+
+def journals_folder(model_id: str) -> Path:
+    """Where the journals of evaluations of a model are kept until these have ended."""
+    base, _, name = model_id.partition(":")
+    return luthier_home() / "evaluations" / short_name(base) / name
+
+
+def gguf_folder(digest: str, kind: str) -> Path:
+    """Where the GGUF file that a backend runs is kept: by the model's content and weights' type."""
+    return luthier_home() / "cache" / "gguf" / f"{digest}-{kind}"
+
+
+def short_name(base: str) -> str:
+    """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
+    last = Path(base).name if "/" in base else base
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"

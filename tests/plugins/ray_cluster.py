@@ -1,0 +1,120 @@
+"""A real Ray cluster: nodes that are processes of this machine, started by `ray start`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from luthier.jobs.ray_runner import RayRunner
+
+RAY = Path(sys.executable).with_name("ray")
+MEMORY = 2_000_000_000
+STARTS = 6
+"""How often a node is started: it ends by itself where its agents take more than 15 s to begin."""
+
+
+class NodeEnded(Exception):
+    """A node did not start; with what it printed."""
+
+
+class Cluster:
+    """Nodes on this machine, each with one CPU; the first is the head and takes no work."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.folder, self.port = folder, port
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.address = f"127.0.0.1:{port}"
+        head = ("--head", f"--port={port}", "--num-cpus=0", f"--temp-dir={folder}")
+        self._start(lambda: self.start(*head), 0)
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        """One more node, as a process that ends when its raylet does."""
+        command = [str(RAY), "start", *options, "--block", "--disable-usage-stats"]
+        command += ["--include-dashboard=false"] if "--head" in options else []
+        command += [f"--memory={MEMORY}", "--object-store-memory=80000000"]
+        path = self.folder / f"node-{len(self.nodes)}.log"
+        with path.open("wb") as log:
+            node = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        self.nodes.append(node)
+        return node
+
+    def add_until(self, count: int) -> None:
+        """One more node that takes work; wait until so many do."""
+        self._start(lambda: self.start(f"--address={self.address}", "--num-cpus=1"), count)
+
+    def _start(self, start: Callable[[], subprocess.Popen[bytes]], count: int) -> None:
+        """Start a node and wait for ``count`` that take work."""
+        for left in reversed(range(STARTS)):
+            node = start()
+            try:
+                self.wait_for(count, node=node)
+                return
+            except NodeEnded:
+                if not left:
+                    raise
+
+    def wait_for(
+        self, count: int, seconds: float = 300, node: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        """Wait until so many nodes take work; ``node`` is one that has to live meanwhile."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if node is not None:
+                said = (self.folder / f"node-{len(self.nodes) - 1}.log").read_text()
+                if node.poll() is not None:
+                    raise NodeEnded(said)
+                if "Ray runtime started" not in said:
+                    assert time.monotonic() < deadline, said
+                    time.sleep(0.5)
+                    continue
+            try:
+                found = [each for each in RayRunner(self.address).nodes() if each.cores]
+            except Exception:  # it is starting
+                found = None
+            if found is not None and len(found) == count:
+                return
+            assert time.monotonic() < deadline, f"{found} instead of {count} nodes"
+            time.sleep(0.5)
+
+    def wait_for_idle(self, count: int, seconds: float = 60) -> None:
+        """Wait until so many nodes have all of their resources free."""
+        deadline = time.monotonic() + seconds
+        while sum(n.idle for n in RayRunner(self.address).nodes() if n.cores) != count:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        """End all nodes."""
+        for node in reversed(self.nodes):
+            if node.poll() is None:
+                node.terminate()
+        for node in self.nodes:
+            try:
+                node.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(node.pid, 9)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A head and two nodes that take a job each."""
+    # Its sockets lie below, and their names may have 107 characters: pytest's folders are too long.
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    # Ray's workers listen from 10002 to 19999, and connections go out from 32768 on.
+    made = Cluster(folder, 21000 + os.getpid() % 10000)
+    try:
+        # Of two that start at once on one machine one may take the other's port.
+        made.add_until(1)
+        made.add_until(2)
+        yield made
+    finally:
+        made.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,150 @@
+"""Processes of a search, without what they carry out: ends, new starts, what they report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.engine.metrics import Reporter
+from luthier.errors import Interrupted, LuthierError
+from luthier.recipe import Recipe
+from luthier.workflows.trial_processes import (
+    BEST,
+    OUTCOME,
+    STARTS,
+    ReportFile,
+    TrialRunner,
+    run_best,
+)
+
+RECIPE = Recipe.parse({"base": "x", "name": "x", "data": {"train": "rows.jsonl"}})
+KILL = "os.kill(os.getpid(), 9)"
+END = f"open('{OUTCOME}', 'w').write('{{}}')"
+WAIT = "sys.stdin.read(); open('stopped', 'w')"
+
+
+class Scripted(TrialRunner):
+    """Processes that do one thing after each start."""
+
+    def __init__(self, work: Path, *starts: str) -> None:
+        work.mkdir(parents=True)
+        self.starts, self.work = starts, work
+
+    def command(self, process: Sequence[str], recipe: Recipe, errors: Path) -> list[str]:
+        assert list(process[-2:]) == [str(self.work.parent), BEST] and recipe == RECIPE
+        lines = [
+            "import os, sys",
+            f"os.chdir({str(self.work)!r})",
+            "open('starts', 'a').write('.')",
+        ]
+        lines += [f"starts = {self.starts!r}", "exec(starts[os.path.getsize('starts') - 1])"]
+        return [sys.executable, "-c", "\n".join(lines)]
+
+    @property
+    def started(self) -> int:
+        return (self.work / "starts").stat().st_size
+
+
+class Heard(Reporter):
+    """Everything that was reported."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def note(self, text: str) -> None:
+        self.calls.append(text)
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        self.calls.append([tuple(each) for each in defaults])
+
+    def metrics(self, line: Any, steps: int) -> None:
+        self.calls.append((line, steps))
+
+
+def test_a_process_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    runner, heard = Scripted(tmp_path / BEST, KILL, KILL, END), Heard()
+    run_best(tmp_path, RECIPE, runner, heard)
+    assert runner.started == 3
+    text = "best ended by signal 9 (Killed), and goes on after its last checkpoint"
+    assert heard.calls == [text] * 2
+    run_best(tmp_path, RECIPE, runner, heard)  # what has an outcome is not done again
+    assert runner.started == 3
+
+
+def test_one_that_is_killed_each_time_is_given_up(tmp_path: Path) -> None:
+    runner = Scripted(tmp_path / BEST, *[KILL] * (STARTS + 1))
+    with pytest.raises(LuthierError, match="best ended without an outcome: by signal 9"):
+        run_best(tmp_path, RECIPE, runner, Reporter())
+    assert runner.started == STARTS
+
+
+def test_one_that_fails_is_not_started_again_and_says_why(tmp_path: Path) -> None:
+    runner = Scripted(tmp_path / BEST, "sys.exit('no such thing')", END)
+    with pytest.raises(LuthierError, match="best ended without an outcome: no such thing"):
+        run_best(tmp_path, RECIPE, runner, Reporter())
+    assert runner.started == 1
+
+
+def test_a_stop_ends_the_process_and_waits_for_it(tmp_path: Path) -> None:
+    runner = Scripted(tmp_path / BEST, WAIT)
+
+    def stop() -> None:
+        while not (tmp_path / BEST / "starts").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="the same command with --resume goes on"):
+        run_best(tmp_path, RECIPE, runner, Reporter())
+    thread.join()
+    assert (tmp_path / BEST / "stopped").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_process_reports_is_heard(tmp_path: Path) -> None:
+    reports = [
+        ["note", ["begun"]],
+        ["settings", [[["training.epochs", 3, "few rows"]]]],
+        ["metrics", [{"step": 1, "loss": 0.5}, 8]],
+    ]
+    lines = "".join(json.dumps(each) + "\n" for each in reports)
+    half = len(lines) - 20  # a line is handed on when it is whole
+    script = (
+        f"import time; file = open('reports.jsonl', 'a'); text = {lines!r}; "
+        f"file.write(text[:{half}]); file.flush(); time.sleep(1); file.write(text[{half}:]); "
+        f"file.close(); {END}"
+    )
+    heard = Heard()
+    run_best(tmp_path, RECIPE, Scripted(tmp_path / BEST, script), heard)
+    chosen = [("training.epochs", 3, "few rows")]
+    assert heard.calls == ["begun", chosen, ({"step": 1, "loss": 0.5}, 8)]
+
+
+def test_reports_are_written_without_single_rows(tmp_path: Path) -> None:
+    file = ReportFile(tmp_path / "reports.jsonl")
+    file.stage("Training")
+    file.note("a note")
+    file.settings([("training.epochs", 3, "few rows")])
+    file.progress(1, 2, "rows")
+    file.metrics({"step": 1, "rows": {"accuracy": "…"}}, 8)
+    file.checkpoint()
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert lines == [
+        ["stage", ["Training"]],
+        ["note", ["a note"]],
+        ["settings", [[["training.epochs", 3, "few rows"]]]],
+        ["progress", [1, 2, "rows"]],
+        ["metrics", [{"step": 1}, 8]],
+        ["checkpoint", []],
+    ]
