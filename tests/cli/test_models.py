@@ -237,7 +237,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
         (("--quantization", "q8_0"), "types of weights are chosen for GGUF files"),
         (("--format", "gguf", "--quantization", "q3"), "no type 'q3' of weights; take f32, f16"),
         (("--format", "onnx", "--adapter"), "ONNX files hold whole networks"),
-        (("--format", "onnx"), "is no classifier"),
+        (("--format", "onnx"), "gives no classes, tags, ratings, rewards or embeddings"),
     ):
         assert words in Answer("models", "export", MODEL, str(tmp_path / "no"), *more).refused()
     assert not (tmp_path / "no").exists()

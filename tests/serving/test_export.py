@@ -26,8 +26,9 @@ from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
-from luthier.serving.export import ONNX_FILE, export, export_gguf, export_onnx
+from luthier.serving.export import export, export_gguf
 from luthier.serving.generation import Generator
+from luthier.serving.onnx_export import ONNX_FILE, export_onnx
 from luthier.serving.prediction import Predictor
 from luthier.store.models import (
     StoredModel,
@@ -409,10 +410,10 @@ def test_onnx_is_for_classifiers_whose_scores_come_out(
     tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.serving.export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
+        patch.setattr("luthier.serving.onnx_export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
         with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
             export_onnx(find("tiny-llama:whole"), tmp_path / "none")
-    with pytest.raises(RecipeError, match="is no classifier"):
+    with pytest.raises(RecipeError, match="gives no classes, tags, ratings"):
         export_onnx(find("tiny-llama:whole"), tmp_path / "none")
     base = str(family_folder("bert"))
     label_texts(tmp_path, base, "beside", adaptation={"method": "prefix", "virtual_tokens": 2})
@@ -424,7 +425,7 @@ def test_onnx_is_for_classifiers_whose_scores_come_out(
         export_onnx(named("unpadded"), tmp_path / "none")
     label_texts(tmp_path, base, "wrong")
     stored = named("wrong")
-    monkeypatch.setattr("luthier.serving.export._compare", lambda *given: float("nan"))
+    monkeypatch.setattr("luthier.serving.onnx_export._largest_error", lambda *given: float("nan"))
     with pytest.raises(RecipeError, match="answers otherwise"):
         export_onnx(stored, tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -360,11 +360,13 @@ def load(
     device: torch.device,
     head: Head | None = None,
     learns: bool = True,
+    on_merged: Callable[[StoredModel], None] = lambda model: None,
 ) -> nn.Module:
     """The network of ``model`` with all adapters of its lineage merged in.
 
     ``head`` is what it is loaded for: its own task when not given. One that does not learn may have
-    modules of ours.
+    modules of ours. ``on_merged`` hears of each model of the lineage, the base first, once it is in the
+    network.
 
     Raises:
         CorruptFile: where a file is not the one that the record names.
@@ -374,10 +376,12 @@ def load(
     check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
-        return load_model(model.folder, dtype, device, head, learns)
-    network = load(model.parent, dtype, device, head, learns)
-    attach_adapter(network, model)
-    adaptation_of(model).merge(network)
+        network = load_model(model.folder, dtype, device, head, learns)
+    else:
+        network = load(model.parent, dtype, device, head, learns, on_merged)
+        attach_adapter(network, model)
+        adaptation_of(model).merge(network)
+    on_merged(model)
     return network
 
 

@@ -68,6 +68,7 @@ _SAME = {
     "PauseJob": "StopModelCustomizationJob",
     "ListJobs": "ListModelCustomizationJobs",
     "GetModel": "GetCustomModel",
+    "CreateExport": "CreateModelCopyJob",
     "ListModels": "ListCustomModels",
     "Predict": "InvokeModel",
     "SampleImages": "InvokeModel",

@@ -185,6 +185,40 @@ def upgrade() -> None:
     op.create_index("ix_jobs_account", "jobs", ["account"])
     op.create_index("ix_jobs_state", "jobs", ["state"])
     op.create_table(
+        "model_exports",
+        sa.Column("seq", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("model", sa.String(), nullable=False),
+        sa.Column("model_name", sa.String(), nullable=False),
+        sa.Column("stored_id", sa.String(), nullable=False),
+        sa.Column("format", sa.String(), nullable=False),
+        sa.Column("merged", sa.Boolean(), nullable=True),
+        sa.Column("quantization", sa.String(), nullable=True),
+        sa.Column("output", sa.String(), nullable=False),
+        sa.Column("written", Plain, nullable=False),
+        sa.Column("state", sa.String(), nullable=False),
+        sa.Column("failure", QuotingText(), nullable=True),
+        sa.Column("progress", Plain, nullable=True),
+        sa.Column("result", Plain, nullable=True),
+        sa.Column("created", Moment(), nullable=False),
+        sa.Column("started", Moment(), nullable=True),
+        sa.Column("ended", Moment(), nullable=True),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("since", Moment(), nullable=False),
+        sa.Column("memory", sa.BigInteger(), nullable=False),
+        sa.Column("cores", sa.Integer(), nullable=False),
+        sa.Column("crashes", sa.Integer(), nullable=False),
+        sa.Column("worker", Plain, nullable=True),
+        sa.Column("account", sa.String(), nullable=False),
+        sa.Column("turn", sa.Integer(), nullable=False),
+        sa.Column("lease", sa.String(), nullable=True),
+        sa.Column("lease_ends", Moment(), nullable=True),
+        sa.PrimaryKeyConstraint("seq"),
+        sa.UniqueConstraint("id"),
+    )
+    op.create_index("ix_model_exports_account", "model_exports", ["account"])
+    op.create_index("ix_model_exports_state", "model_exports", ["state"])
+    op.create_table(
         "model_imports",
         sa.Column("id", sa.String(), nullable=False),
         sa.Column("seq", sa.Integer(), nullable=False),
@@ -434,6 +468,7 @@ def upgrade() -> None:
         sa.Column("uploads_in_progress", sa.Integer(), nullable=True),
         sa.Column("imported_models", sa.Integer(), nullable=True),
         sa.Column("imports_in_flight", sa.Integer(), nullable=True),
+        sa.Column("exports_in_flight", sa.Integer(), nullable=True),
         sa.Column("batches_in_flight", sa.Integer(), nullable=True),
         sa.Column("evaluations_in_flight", sa.Integer(), nullable=True),
         sa.Column("provisioned_throughputs", sa.Integer(), nullable=True),
