@@ -252,7 +252,7 @@ def export_gguf(
         need_disk(target, size, f"writing {stored.id}")
         file, adapter = f"{_file_name(stored)}-{kind.upper()}.gguf", None
     else:
-        lora, parent = _gguf_lora(stored)
+        lora, parent = plain_lora(stored, "llama.cpp")
         file = f"{_file_name(parent)}-{kind.upper()}.gguf"
         adapter = f"{_file_name(stored)}-F32-LoRA.gguf"
     parity = None
@@ -294,8 +294,8 @@ def export_gguf(
         )
 
 
-def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
-    """The adaptation of an adapter that llama.cpp puts on its base, and the base.
+def plain_lora(stored: StoredModel, software: str) -> tuple[LoRA, StoredModel]:
+    """The adaptation of an adapter that ``software`` puts on its base, and the base.
 
     Raises:
         RecipeError: for whatever is no plain LoRA on a base model.
@@ -310,7 +310,7 @@ def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
-            "llama.cpp puts adapters of plain LoRA alone on a network; export it merged"
+            f"{software} puts adapters of plain LoRA alone on a network; export it merged"
         )
     return lora, stored.parent
 

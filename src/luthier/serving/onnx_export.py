@@ -73,6 +73,8 @@ TEXTS = (
     " ".join(f"fox {number}" for number in range(LONG_TEXT // 2)),
 )
 """Fixed texts of 1 to :data:`LONG_TEXT` words, that no model was trained on."""
+SENTENCE, MEDIA = "sentence_embedding", "media_embedding"
+"""Outputs of encoders; ``embedding`` is a node of the graph of some."""
 _CPU = torch.device("cpu")
 
 
@@ -145,6 +147,8 @@ class OnnxAnswer:
     """In words, for ``onnx.json``."""
     details: dict[str, Any] = field(default_factory=dict)
     """Further members of ``onnx.json``."""
+    unit: float | None = None
+    """What differences are measured by; the largest number of all answers where not given."""
 
 
 def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) -> OnnxAnswer:
@@ -152,16 +156,17 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
     if objective.task == "embedding":
         details: dict[str, Any] = {"normalized": True}
         if network.layout.reads_media:
-            return OnnxAnswer("embedding", ("batch", "hidden"), "the embedding of a row", details)
+            return OnnxAnswer(MEDIA, ("batch", "hidden"), "the embedding of a row", details)
         pooling = getattr(objective, "pooling", "auto")
         if pooling == "auto":
             pooling = "mean" if network.both_ways else "last"
         threshold = getattr(objective, "threshold", None)
         details |= {"pooling": pooling, "similarity_threshold": threshold}
         meaning = f"the {pooling} of the states of a text's tokens, brought to length 1"
-        return OnnxAnswer("embedding", ("batch", "hidden"), meaning, details)
+        return OnnxAnswer(SENTENCE, ("batch", "hidden"), meaning, details)
     if isinstance(objective, Regression):
-        return OnnxAnswer("rating", ("batch",), "the rating, in the scale of the training data")
+        meaning = "the rating, in the scale of the training data"
+        return OnnxAnswer("rating", ("batch",), meaning, unit=objective.scale)
     if isinstance(objective, RewardModel):
         return OnnxAnswer("reward", ("batch",), "how much an answer is liked, larger is better")
     classes: dict[str, Any] = {"labels": [*labels]}
@@ -180,9 +185,10 @@ def _answer_of(objective: Objective, network: Network, labels: Sequence[str]) ->
 
 def _graph_of(answer: OnnxAnswer, objective: Objective, model: Any, names: Sequence[str]) -> _Graph:
     """The network from its inputs to the ``answer``."""
-    if answer.name == "embedding":
-        pooling = answer.details.get("pooling")
-        return _TextEmbedding(model, names, pooling) if pooling else _MediaEmbedding(model, names)
+    if answer.name == SENTENCE:
+        return _TextEmbedding(model, names, answer.details["pooling"])
+    if answer.name == MEDIA:
+        return _MediaEmbedding(model, names)
     if isinstance(objective, Regression):
         return _Number(model, names, objective.scale or 1.0, objective.center or 0.0)
     if isinstance(objective, RewardModel):
@@ -199,7 +205,7 @@ def export_onnx(
     ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
     ``[batch, tokens]``, of any number of rows and tokens, and gives, in float32: ``logits`` of a
     classifier ``[batch, classes]`` or a tagger ``[batch, tokens, tags]``, ``rating`` or ``reward``
-    ``[batch]``, or ``embedding`` ``[batch, hidden]``.
+    ``[batch]``, or ``sentence_embedding`` (``media_embedding``) ``[batch, hidden]``.
 
     Raises:
         RecipeError: for a model that gives none of these, that cannot be traced, or that answers
@@ -227,7 +233,9 @@ def export_onnx(
             f"{stored.id} reads images and texts, each by an encoder of its own, and an ONNX file is "
             "written of networks that have one"
         )
-    if chat.media is None and getattr(network.model.config, "pad_token_id", None) is None:
+    pads = getattr(network.model.config, "pad_token_id", None) is not None
+    if chat.media is None and objective.task == "sequence_classification" and not pads:
+        # transformers finds the last token of each row by it.
         raise RecipeError(
             f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
         )
@@ -243,11 +251,12 @@ def export_onnx(
         on_progress("trace", 0, 1)
         _trace(graph, inputs, answer, fresh / ONNX_FILE, stored.id)
         on_progress("trace", 1, 1)
-        error = _largest_error(graph, chat, rows, fresh / ONNX_FILE, on_progress)
+        error = _largest_error(graph, answer, chat, rows, fresh / ONNX_FILE, on_progress)
         if not error <= ONNX_ERROR:
             raise RecipeError(
-                f"ONNX Runtime answers otherwise: {answer.name} differs by up to {error:.2g} of the "
-                f"largest number, where {ONNX_ERROR:g} is allowed"
+                f"ONNX Runtime answers otherwise: {answer.name} differs by up to {error:.2g} of "
+                f"{'the spread of ratings' if answer.unit else 'the largest number'}, where "
+                f"{ONNX_ERROR:g} is allowed"
             )
         model.config.save_pretrained(fresh)
         save_format(chat, fresh)
@@ -258,6 +267,7 @@ def export_onnx(
             "output": {"name": answer.name, "axes": [*answer.axes], "meaning": answer.meaning},
             "max_tokens": None if chat.media else room_of(stored),
             "template": None if chat.media else chat.template,
+            "pad_token_id": None if chat.media else filling_id(model),
             **answer.details,
         }
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -286,7 +296,8 @@ def _read_texts(
     network: Network, objective: Objective, chat: ChatFormat, stored: StoredModel
 ) -> list[_Row]:
     """What luthier answers to :data:`TEXTS`, on the layout that it serves with."""
-    predictor, room = Predictor(network, objective, chat, room_of(stored)), room_of(stored)
+    room = room_of(stored)
+    predictor = Predictor(network, objective, chat, room)
     examples: list[Example] = []
     for number, text in enumerate(TEXTS):
         try:
@@ -294,6 +305,11 @@ def _read_texts(
         except RowRefused:  # a tokenizer may have no token for a script
             continue
         examples.append(objective.truncate(example, room) if len(example) > room else example)
+    if not examples:
+        raise RecipeError(
+            f"{stored.id} reads none of the texts that it would be compared on: its tokenizer has no "
+            "tokens for them"
+        )
 
     def read(batch: TreeBatch) -> Iterator[FloatArray]:
         if objective.task == "token_classification":
@@ -360,9 +376,14 @@ def _trace(
 
 
 def _largest_error(
-    graph: _Graph, chat: ChatFormat, rows: Sequence[_Row], file: Path, on_progress: OnProgress
+    graph: _Graph,
+    answer: OnnxAnswer,
+    chat: ChatFormat,
+    rows: Sequence[_Row],
+    file: Path,
+    on_progress: OnProgress,
 ) -> float:
-    """Largest difference of a number between luthier and ONNX Runtime, beside the largest number.
+    """Largest difference of a number between luthier and ONNX Runtime, in the unit of the answer.
 
     Texts are read each alone, two at once and all at once, so at several sizes of both axes; images
     one and three at once, beside what the network of transformers gives.
@@ -390,7 +411,7 @@ def _largest_error(
         on_progress("compare", number, len(batches))
         if worst != worst:
             return worst
-    return worst / largest
+    return worst / (answer.unit or largest)
 
 
 def _padded(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
@@ -406,8 +427,7 @@ def _padded(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
 _TEXT_LINES = """\
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 tokenizer.no_truncation()
-pad = json.loads((folder / "config.json").read_text())["pad_token_id"]
-tokenizer.enable_padding(pad_id=pad)
+tokenizer.enable_padding(pad_id=config["pad_token_id"])
 read = tokenizer.encode_batch({texts})
 inputs = {{
     "input_ids": numpy.array([each.ids for each in read]),
@@ -415,7 +435,7 @@ inputs = {{
 }}
 """
 _ANSWER_LINES = {
-    "embedding": "print((answer @ answer.T).round(3))  # cosines of the texts",
+    SENTENCE: "print((answer @ answer.T).round(3))  # cosines of the texts",
     "rating": "print(answer)",
     "reward": "print(answer)",
     "logits": """\

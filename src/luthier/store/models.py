@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.encryption.memory import remove
 from luthier.errors import CorruptFile, LuthierError, RecipeError, UnknownModel
 from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
@@ -112,11 +113,18 @@ def gguf_folder(digest: str, kind: str) -> Path:
     return luthier_home() / "cache" / "gguf" / f"{digest}-{kind}"
 
 
+def peft_folder(digest: str) -> Path:
+    """Where an adapter is kept for software that reads PEFT's format, by the model's content."""
+    return luthier_home() / "cache" / "peft" / digest
+
+
 def remove_derived(model: StoredModel) -> None:
     """Delete what was made from the weights of ``model`` beside its own folder."""
-    pattern = gguf_folder(content_hash(model), "*")
+    digest = content_hash(model)
+    pattern = gguf_folder(digest, "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
+    remove(peft_folder(digest))
 
 
 def short_name(base: str) -> str:
