@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,6 +258,36 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert (empty / "adapter_config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
     assert [path.name for path in full.iterdir()] == ["mine"]
+
+
+def test_progress_is_what_is_on_the_disk_of_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that has its size before its content only what was written counts."""
+    from luthier.serving import export as module
+
+    honest, seen, told = module.save_network, threading.Event(), list[tuple[str, int, int]]()
+
+    def slow(*given: Any) -> None:
+        with (given[2] / "sparse").open("wb") as file:
+            file.truncate(1 << 40)
+        assert seen.wait(60)
+        honest(*given)
+
+    def on_progress(phase: Any, done: int, total: int) -> None:
+        told.append((phase, done, total))
+        if len([each for each in told if each[0] == "write"]) > 1:
+            seen.set()
+
+    monkeypatch.setattr(module, "save_network", slow)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.01)
+    export(find("tiny-llama:stacked"), tmp_path / "out", True, on_progress)
+    assert [each for each in told if each[0] == "merge"] == [("merge", n, 3) for n in range(4)]
+    written = [(done, total) for phase, done, total in told if phase == "write"]
+    (total,) = {total for _, total in written}
+    weights = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert total == sum(weight.nbytes for weight in weights)
+    assert written[1][0] < total // 100 and written[-1] == (total, total)
 
 
 def test_a_link_stays_one_and_a_mounted_disk_is_named_before_anything_is_written(

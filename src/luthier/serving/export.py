@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,14 @@ from luthier.adaptations.qlora import QLoRA
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
-from luthier.files import folder_size, hashes_of, need_disk, new_folder, write_bytes
+from luthier.files import (
+    folder_size,
+    hashes_of,
+    names_below,
+    need_disk,
+    new_folder,
+    write_bytes,
+)
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
 from luthier.models.gguf import (
     GeneralMetadata,
@@ -133,7 +141,7 @@ def _report_written(folder: Path, total: int, on_progress: OnProgress) -> Iterat
     def look() -> None:
         while not ended.wait(PROGRESS_SECONDS):
             with suppress(FileNotFoundError):  # a temporary file got its name meanwhile
-                on_progress("write", min(folder_size(folder), total - 1), total)
+                on_progress("write", min(_written_size(folder), total - 1), total)
 
     on_progress("write", 0, total)
     thread = threading.Thread(target=look, name="export progress", daemon=True)
@@ -144,6 +152,12 @@ def _report_written(folder: Path, total: int, on_progress: OnProgress) -> Iterat
         ended.set()
         thread.join()
     on_progress("write", total, total)
+
+
+def _written_size(folder: Path) -> int:
+    """Bytes below ``folder`` on the disk: safetensors gives a file its size before its content."""
+    found = (os.stat(f"{folder}/{name}") for name in names_below(folder))
+    return sum(min(each.st_size, 512 * each.st_blocks) for each in found)
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"

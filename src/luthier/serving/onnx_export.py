@@ -426,7 +426,7 @@ def _padded(rows: Sequence[_Row], fill: int) -> dict[str, Tensor]:
 
 _TEXT_LINES = """\
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-tokenizer.no_truncation()
+tokenizer.enable_truncation(config["max_tokens"])
 tokenizer.enable_padding(pad_id=config["pad_token_id"])
 read = tokenizer.encode_batch({texts})
 inputs = {{
@@ -469,7 +469,7 @@ def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatForma
     code = [
         "import json", "from pathlib import Path", "", "import numpy", "import onnxruntime",
         "from tokenizers import Tokenizer", "",
-        "folder = Path(__file__).parent if '__file__' in globals() else Path()",
+        "folder = Path()  # this one",
         f'config = json.loads((folder / "{ONNX_CONFIG}").read_text())', f"texts = {texts}",
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',

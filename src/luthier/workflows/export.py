@@ -133,7 +133,7 @@ def memory_needed(stored: StoredModel, format: Format, merged: bool | None) -> i
     count = sum(weight.numel() for weight in sketch.parameters())
     size = choose_machine().dtype.itemsize
     if format == "gguf":
-        each = 12 if merged is False else size + 8
+        each = 16 if merged is False else size + 8
     elif format == "onnx":
         each = 20
     else:
