@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) ->
         "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
     }  # fmt: skip
     assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
-    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED)
+    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED, 280)
     assert made.ask("GET", "/api/v1/jobs/job")[1]["state"] == "Completed"
     yield made
     made.end()
