@@ -52,6 +52,8 @@ class AccountQuotas(StrictModel):
     """Those of its custom models that came from outside."""
     imports_in_flight: int = Field(default=20, ge=0)
     """Models that are being taken from outside for an account: each occupies a machine for a while."""
+    exports_in_flight: int = Field(default=20, ge=0)
+    """Exports of models of an account that have not ended: each occupies a machine for a while."""
     batches_in_flight: int = Field(default=1_000, ge=0)
     """Batches of an account that have not ended; their answers wait in the database until then."""
     evaluations_in_flight: int = Field(default=1_000, ge=0)

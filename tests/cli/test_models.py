@@ -223,10 +223,13 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ("--format", "gguf", "--quantization", "q8_0")
-    text = Answer("models", "export", MODEL, str(tmp_path / "out"), *given).good().out
+    answer = Answer("models", "export", MODEL, str(tmp_path / "out"), *given).good()
+    text = answer.out
+    installed = find_spec("xllamacpp") is not None
+    for part in ("merge 1 of 1", "write (MB) 1 of 1", *(["compare 18 of 18"] if installed else [])):
+        assert f"  {part}\n" in answer.err
     file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
     assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text
-    installed = find_spec("xllamacpp") is not None
     assert ("the likeliest token is the same at" in text) == installed
     monkeypatch.setattr("luthier.serving.export.llama_cpp_library", lambda: None)
     text = Answer("models", "export", MODEL, str(tmp_path / "two"), *given).good().out
@@ -237,7 +240,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
         (("--quantization", "q8_0"), "types of weights are chosen for GGUF files"),
         (("--format", "gguf", "--quantization", "q3"), "no type 'q3' of weights; take f32, f16"),
         (("--format", "onnx", "--adapter"), "ONNX files hold whole networks"),
-        (("--format", "onnx"), "is no classifier"),
+        (("--format", "onnx"), "gives no classes, tags, ratings, rewards or embeddings"),
     ):
         assert words in Answer("models", "export", MODEL, str(tmp_path / "no"), *more).refused()
     assert not (tmp_path / "no").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,6 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 
 from luthier.cli.models import remove_model
-from luthier.data.media import Media
-from luthier.data.processors import read_processor
-from luthier.data.shapes import BareImage, RawText
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError, RecipeError, RunConflict
 from luthier.files import hashes_of
@@ -26,15 +24,12 @@ from luthier.models.heads import prompt_ids
 from luthier.models.prefix import prefix_tokens
 from luthier.models.sampling import Sampling
 from luthier.recipe import Recipe
-from luthier.serving.export import ONNX_FILE, export, export_gguf, export_onnx
+from luthier.serving.export import export, export_gguf
 from luthier.serving.generation import Generator
-from luthier.serving.prediction import Predictor
 from luthier.store.models import (
-    StoredModel,
     added_tokens,
     chat_format,
     content_hash,
-    custom_models,
     find,
     load,
 )
@@ -265,6 +260,36 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in full.iterdir()] == ["mine"]
 
 
+def test_progress_is_what_is_on_the_disk_of_each_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file that has its size before its content only what was written counts."""
+    from luthier.serving import export as module
+
+    honest, seen, told = module.save_network, threading.Event(), list[tuple[str, int, int]]()
+
+    def slow(*given: Any) -> None:
+        with (given[2] / "sparse").open("wb") as file:
+            file.truncate(1 << 40)
+        assert seen.wait(60)
+        honest(*given)
+
+    def on_progress(phase: Any, done: int, total: int) -> None:
+        told.append((phase, done, total))
+        if len([each for each in told if each[0] == "write"]) > 1:
+            seen.set()
+
+    monkeypatch.setattr(module, "save_network", slow)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.01)
+    export(find("tiny-llama:stacked"), tmp_path / "out", True, on_progress)
+    assert [each for each in told if each[0] == "merge"] == [("merge", n, 3) for n in range(4)]
+    written = [(done, total) for phase, done, total in told if phase == "write"]
+    (total,) = {total for _, total in written}
+    weights = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert total == sum(weight.nbytes for weight in weights)
+    assert written[1][0] < total // 100 and written[-1] == (total, total)
+
+
 def test_a_link_stays_one_and_a_mounted_disk_is_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,101 +358,6 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError):
         export(find("tiny-llama:adapter"), tmp_path / "out", merged=True)
     assert list(tmp_path.iterdir()) == [tmp_path / "luthier-home"] or not list(tmp_path.iterdir())
-
-
-def label_texts(folder: Path, base: str, name: str, **fields: Any) -> None:
-    data = folder / f"{name}.jsonl"
-    rows = [{"text": f"{word} {n}", "label": word} for n in range(4) for word in ("fox", "dog")]
-    data.write_text("\n".join(map(json.dumps, rows)))
-    tune(base, name, str(data), **fields)
-
-
-def named(name: str) -> StoredModel:
-    return next(find(each.id) for each in custom_models() if each.id.endswith(f":{name}"))
-
-
-def tune(base: str, name: str, data: str, **fields: Any) -> None:
-    training = {"max_steps": 3, "learning_rate": 0.02, "precision": "float32", "threads": 1}
-    given = {"base": base, "name": name, "data": {"train": data, "validation_share": 0}}
-    train(Recipe.parse({**given, "training": training, **fields}))
-
-
-def test_onnx_gives_the_scores_of_a_classifier_of_texts(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    label_texts(tmp_path, str(family_folder("bert")), "texts")
-    stored = named("texts")
-    record = export_onnx(stored, tmp_path / "onnx")
-    assert record.score_error is not None and record.score_error < 1e-4 < (record.tolerance or 0)
-    assert record.name == "onnx" and record.files == hashes_of(tmp_path / "onnx")
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
-    texts = ["fox 9", "a dog and a fox and a dog", "dog"]
-    read = [chat_format(stored).encode_input(RawText("f", 1, text), 0).ids_T for text in texts]
-    answers = Predictor.open(stored).answers([RawText("f", 1, text) for text in texts])
-    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / ONNX_FILE))
-    labels = json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]
-    for text, ids_T, answer in zip(texts, read, answers, strict=True):
-        given = {"input_ids": ids_T[None], "attention_mask": np.ones_like(ids_T)[None]}
-        ((logits,),) = session.run(None, given)
-        scores = np.exp(logits - logits.max())
-        by_name = {labels[str(n)]: p for n, p in enumerate(scores / scores.sum())}
-        assert by_name == pytest.approx(answer["scores"], abs=1e-4), text
-    assert tokenizer.vocab_size == chat_format(stored).tokenizer.vocab_size
-
-
-def test_onnx_gives_the_scores_of_a_classifier_of_images(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
-    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)
-    tune("small-cnn", "images", str(tmp_path / "images.npz"))
-    stored = find("small-cnn:images")
-    export_onnx(stored, tmp_path / "onnx")
-    processor = read_processor(tmp_path / "onnx")
-    rows = [BareImage("f", n, Media("image", f"i{n}", array=each)) for n, each in enumerate(images)]
-    assert processor is not None
-    pixels = np.stack([processor.array(row.media) for row in rows])
-    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / ONNX_FILE))
-    (logits,) = session.run(None, {"pixel_values": pixels})
-    answers = [each["scores"] for each in Predictor.open(stored).answers(rows)]
-    scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    assert scores.tolist() == [pytest.approx([*each.values()], abs=1e-4) for each in answers]
-
-
-def test_onnx_takes_the_place_of_no_files(tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("kept")
-    for target in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(RunConflict, match="exists already"):
-            export_onnx(find("tiny-llama:whole"), target)
-    assert (tmp_path / "mine").read_text() == "kept"
-
-
-def test_onnx_is_for_classifiers_whose_scores_come_out(
-    tmp_path: Path, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("luthier.serving.export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
-        with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
-            export_onnx(find("tiny-llama:whole"), tmp_path / "none")
-    with pytest.raises(RecipeError, match="is no classifier"):
-        export_onnx(find("tiny-llama:whole"), tmp_path / "none")
-    base = str(family_folder("bert"))
-    label_texts(tmp_path, base, "beside", adaptation={"method": "prefix", "virtual_tokens": 2})
-    stored = named("beside")
-    with pytest.raises(RecipeError, match="prefix, which cannot be merged"):
-        export_onnx(stored, tmp_path / "none")
-    label_texts(tmp_path, str(family_folder("llama")), "unpadded")
-    with pytest.raises(RecipeError, match="no padding token"):
-        export_onnx(named("unpadded"), tmp_path / "none")
-    label_texts(tmp_path, base, "wrong")
-    stored = named("wrong")
-    monkeypatch.setattr("luthier.serving.export._compare", lambda *given: float("nan"))
-    with pytest.raises(RecipeError, match="answers otherwise"):
-        export_onnx(stored, tmp_path / "none")
-    assert not (tmp_path / "none").exists()
 
 
 def test_gguf_gives_a_file_that_llama_cpp_answers_from(tmp_path: Path) -> None:

@@ -51,19 +51,23 @@ def test_a_database_of_a_newer_version_is_left_alone() -> None:
         upgrade(database)
 
 
-def test_a_database_from_before_shared_stores_had_ids_is_brought_up_to_date() -> None:
+FIRST = (
+    "DROP TABLE model_exports",
+    "ALTER TABLE quotas DROP COLUMN exports_in_flight",
+    "UPDATE alembic_version SET version_num = '0001'",
+)
+"""Back to the first databases, but for the table ``shared_store``: for a while it came with them."""
+
+
+@pytest.mark.parametrize("further", [(), ("DROP TABLE shared_store",)])
+def test_a_first_database_is_brought_up_to_date(further: tuple[str, ...]) -> None:
     database = Database()
     upgrade(database)
     with database.write() as session:
-        session.connection().exec_driver_sql("DROP TABLE shared_store")
-        session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+        for change in (*FIRST, *further):
+            session.connection().exec_driver_sql(change)
     upgrade(database)
-    assert "shared_store" in database.tables()
-    # For a while the table came with the first revision.
-    with database.write() as session:
-        session.connection().exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
-    upgrade(database)
-    assert "shared_store" in database.tables()
+    assert {"shared_store", "model_exports"} <= {*database.tables()}
 
 
 @pytest.mark.parametrize(

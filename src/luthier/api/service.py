@@ -62,6 +62,7 @@ from luthier.store.accounts import quotas_of
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.exports import ModelExport
 from luthier.store.jobs import Job
 from luthier.store.locations import Locations
 from luthier.store.models import StoredModel
@@ -330,9 +331,12 @@ class Service:
 
     def _gauges(self) -> Mapping[str, Mapping[str, float]]:
         with self.database.read() as session:
-            counted = session.execute(select(Job.state, func.count()).group_by(Job.state)).all()
+            counted = {
+                name: session.execute(select(kind.state, func.count()).group_by(kind.state)).all()
+                for name, kind in (("jobs", Job), ("exports", ModelExport))
+            }
         return {
-            "jobs": {state: float(count) for state, count in counted},
+            **{name: {s: float(count) for s, count in each} for name, each in counted.items()},
             "connections": {"open": float(len(self.connections))},
             "refused_unread": {
                 str(status): float(count) for status, count in self.connections.refusals.items()

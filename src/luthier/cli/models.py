@@ -22,10 +22,12 @@ from luthier.cli.options import Json
 from luthier.errors import CorruptFile, RecipeError
 
 if TYPE_CHECKING:
+    from luthier.engine.metrics import Reporter
     from luthier.models.manifest import ExportRecord
-    from luthier.sdk.export import Export
+    from luthier.serving.export import OnProgress, Phase
     from luthier.store.models import StoredModel
     from luthier.workflows.capabilities import Capabilities
+    from luthier.workflows.export import Export
 
 models_app = CommandGroup("Base models and custom models.")
 
@@ -362,11 +364,20 @@ def export_model(
     json_: Json = False,
 ) -> None:
     """Write a model for other software, and try it there where that is installed."""
+    from luthier.cli.progress import LiveReporter
     from luthier.files import read_json
     from luthier.models.nets import NETS
     from luthier.sdk.export import export
 
-    written = export(model, folder, format=format_, merged=merged, quantization=quantization)
+    with LiveReporter() as reporter:
+        written = export(
+            model,
+            folder,
+            format=format_,
+            merged=merged,
+            quantization=quantization,
+            on_progress=export_progress(reporter),
+        )
     if json_:
         print_json(written.plain())
         return
@@ -397,6 +408,19 @@ def export_model(
             f"Its network, {written.network}, is one of luthier's: transformers loads it after "
             "`luthier.models.nets.register()`."
         )
+
+
+def export_progress(reporter: Reporter) -> OnProgress:
+    """What shows the parts of an export, those of bytes in megabytes."""
+
+    def show(phase: Phase, done: int, total: int) -> None:
+        if phase == "write":
+            whole = max(1, round(total / 1e6))
+            reporter.progress(done * whole // total, whole, "write (MB)")
+        else:
+            reporter.progress(done, total, phase)
+
+    return show
 
 
 def _print_record(written: Export, record: ExportRecord) -> None:

@@ -23,8 +23,8 @@ Quotas = Annotated[
 
 
 def worker(
-    kind: Annotated[str, typer.Option(help="Of the work: training or import.")],
-    row_id: Annotated[str, typer.Option("--id", help="Of the job, or of the model.")],
+    kind: Annotated[str, typer.Option(help="Of the work: training, import or export.")],
+    row_id: Annotated[str, typer.Option("--id", help="Of the job, the model or the export.")],
     lease: Annotated[str, typer.Option(help="Token by which the worker holds it.")],
     memory: Annotated[
         int | None, typer.Option(help="Bytes that all workers may take together.")

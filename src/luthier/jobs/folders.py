@@ -24,9 +24,9 @@ from luthier.encryption.files import place_of, seal_line
 from luthier.encryption.memory import remove, working
 from luthier.engine.runs import GRIDS, SAMPLES
 from luthier.files import disk_errors, lock, luthier_home, sweep
+from luthier.store import exports, imports
 from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
-from luthier.store.imports import files_name
 from luthier.store.jobs import COMPLETED, Job, run_name
 from luthier.store.model_folders import custom_folder
 from luthier.store.queue import log_file
@@ -118,7 +118,7 @@ class ImportFolders(JobFolders):
     """The places of one import: lock and log, and the model that comes of it."""
 
     def __init__(self, model_id: str) -> None:
-        super().__init__(files_name(model_id))
+        super().__init__(imports.files_name(model_id))
         # No tenant's names ever meet in the store.
         name = f"model-{model_id}"
         self.model = custom_folder(IMPORTED, name)
@@ -139,6 +139,14 @@ class ImportFolders(JobFolders):
             remove_model(self.stored_id)
             self.drop_here()
         self.drop_working_files()
+
+
+class ExportFolders(JobFolders):
+    """The places of one export: lock and log, and the folder that is written before it is uploaded."""
+
+    def __init__(self, export_id: str) -> None:
+        super().__init__(exports.files_name(export_id))
+        self.target = self.data / "export"
 
 
 class SealedLog(logging.Handler):

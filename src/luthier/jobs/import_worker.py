@@ -49,7 +49,6 @@ from luthier.files import (
 )
 from luthier.jobs.folders import ImportFolders
 from luthier.jobs.processes import LOST
-from luthier.jobs.runners import free
 from luthier.jobs.worker import Heartbeat, Worker
 from luthier.models.manifest import Manifest, created_now
 from luthier.models.outside import MODEL_INDEX, ImportedFiles, choose, is_weights
@@ -250,11 +249,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             raise _changed_refusal(
                 "*.safetensors", "The files were smaller when they were looked at first."
             )
-        with self.database.write() as session:
-            left = free(session, self.capacity, but=self.row_id)
-            queue.hold(session, ModelImport, self.row_id, self.lease).memory = size
-        if not (left.idle or size <= left.memory):
-            raise Interrupted(f"{size >> 20:,} MiB are not free; the model waits for them")
+        self.reserve_memory(size)
         _wait_for_memory(size)
 
     def _manifest(

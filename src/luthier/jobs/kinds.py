@@ -18,10 +18,11 @@ from sqlalchemy import select
 from luthier.errors import LuthierError
 from luthier.files import luthier_home
 from luthier.jobs.admission import memory_of
-from luthier.jobs.folders import ImportFolders, JobFolders, tidy
-from luthier.store import imports
+from luthier.jobs.folders import ExportFolders, ImportFolders, JobFolders, tidy
+from luthier.store import exports, imports
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import Database
+from luthier.store.exports import ModelExport
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import ENDED, QUEUED, Job
 from luthier.store.queue import QueuedWork
@@ -113,6 +114,24 @@ def _prepare_imports(database: Database) -> None:
             folders.log.unlink(missing_ok=True)
 
 
+def _prepare_exports(database: Database) -> None:
+    """Remove what processes left that died as their exports ended."""
+    prefix = exports.files_name("")
+    for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
+        export_id = lock.stem.removeprefix(prefix)
+        folders = ExportFolders(export_id)
+        with folders.hold() as free:
+            if not free:
+                continue
+            with database.read() as session:
+                going_on = select(ModelExport.seq).where(
+                    ModelExport.id == export_id, ModelExport.state.not_in(ENDED)
+                )
+                if session.scalar(going_on) is None:
+                    folders.drop_working_files()
+                    folders.log.unlink(missing_ok=True)
+
+
 IMPORT = WorkKind(
     "import",
     ModelImport,
@@ -120,6 +139,14 @@ IMPORT = WorkKind(
     ImportFolders,
     _prepare_imports,
     at_once=1,  # each may need much of the machine's memory
+)
+EXPORT = WorkKind(
+    "export",
+    ModelExport,
+    "luthier.jobs.export_worker:ExportWorker",
+    ExportFolders,
+    _prepare_exports,
+    at_once=1,  # as an import
 )
 TRAINING = WorkKind(
     "training",
@@ -130,5 +157,5 @@ TRAINING = WorkKind(
     elsewhere=True,
     shared=True,
 )
-WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, TRAINING)}
-"""By name, in the order in which a scheduler looks at them: imports are few, and short."""
+WORK_KINDS: Mapping[str, WorkKind] = {kind.name: kind for kind in (IMPORT, EXPORT, TRAINING)}
+"""By name, in the order in which a scheduler looks at them: imports and exports are few, and short."""

@@ -23,6 +23,7 @@ from luthier.jobs.traces import models_in
 from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
+from luthier.store.exports import ModelExport
 from luthier.store.imports import ModelImport
 from luthier.store.jobs import ENDED, Job, job_of_run, run_name
 from luthier.store.model_folders import journals_folder
@@ -266,10 +267,14 @@ class LocalCopies:
         return dropped
 
     def _needed(self) -> set[str]:
-        """Ids of models that are in memory or that unfinished jobs name, with those below them."""
+        """Ids of models in memory and of those that unfinished jobs and exports name, with those
+        below them."""
         with self.database.read() as session:
             recipes = [*session.scalars(select(Job.recipe).where(Job.state.not_in(ENDED)))]
-        named = {*self._in_memory(), *(name for recipe in recipes for name in models_in(recipe))}
+            exported = select(ModelExport.stored_id).where(ModelExport.state.not_in(ENDED))
+            read = [*session.scalars(exported)]
+        of_jobs = (name for recipe in recipes for name in models_in(recipe))
+        named = {*self._in_memory(), *read, *of_jobs}
         # By the records that are here: nothing is fetched for it, and one that is damaged stays.
         return _with_those_below(named, custom_models())
 

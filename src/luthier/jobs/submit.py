@@ -1,5 +1,5 @@
-"""From what a face was asked to work in the queue, a job or an import: names, quota, recipe, one
-transaction.
+"""From what a face was asked to work in the queue, a job, an import or an export: names, quota, recipe,
+one transaction.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from luthier.errors import NameInUse, RecipeError
 from luthier.limits import AccountQuotas
 from luthier.models.kinds import sole_objective
 from luthier.objectives.capabilities import other_models
-from luthier.store import imports, storage
+from luthier.store import exports, imports, storage
 from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
 from luthier.store.database import count_rows, lock_by_name, new_id, now
+from luthier.store.exports import ModelExport
 from luthier.store.foundation import AnyModel, FoundationModel, kind_of, writes
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
 from luthier.store.queue import next_turn
@@ -216,6 +217,36 @@ def submit_import(
     session.flush()
     imports.create_import(session, model, source)
     return model
+
+
+def submit_export(
+    session: Session,
+    model: CustomModel,
+    arn: str,
+    output: str,
+    format: str,
+    merged: bool | None = None,
+    quantization: str | None = None,
+    limits: AccountQuotas | None = None,
+) -> ModelExport:
+    """Have ``model``, whose ARN is ``arn``, written for other software, in the caller's transaction.
+
+    Its files go below the address ``output``; the rest is as of ``luthier.workflows.export``.
+
+    Raises:
+        QuotaExceeded: where its account has too many exports that have not ended.
+        RecipeError: for a model that is not ``Active``, and for settings that go with no model.
+    """
+    from luthier.workflows.export import check_settings
+
+    check_settings(format, merged, quantization)
+    _stored_id(model)
+    lock_by_name(session, f"submit {model.account}")
+    storage.check_count(
+        exports.in_flight(session, model.account), limits or AccountQuotas(), "exports_in_flight",
+        "exports that have not ended", "Wait for some of them, or stop them.",
+    )  # fmt: skip
+    return exports.create_export(session, model, arn, output, format, merged, quantization)
 
 
 def recipe_of(submission: Submission, job_id: str) -> Recipe:

@@ -31,6 +31,7 @@ from luthier.files import waits_for_disk
 from luthier.jobs.admission import Capacity
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.processes import LOST, NO_DISK, this_process
+from luthier.jobs.runners import free
 from luthier.limits import AccountQuotas
 from luthier.store import queue
 from luthier.store.arns import Arns
@@ -215,6 +216,18 @@ class Worker(ABC, Generic[Work, Places]):
             action()
 
         self.write(act)
+
+    def reserve_memory(self, size: int) -> None:
+        """Let the work count ``size`` bytes among all work of this machine.
+
+        Raises:
+            Interrupted: where others have them: the work is started again when it fits.
+        """
+        with self.database.write() as session:
+            left = free(session, self.capacity, but=self.row_id)
+            queue.hold(session, self.table, self.row_id, self.lease).memory = size
+        if not (left.idle or size <= left.memory):
+            raise Interrupted(f"{size >> 20:,} MiB are not free; the work waits for them")
 
     def retry(self, action: Callable[[], Done]) -> Done:
         """``action``, tried again where it failed for a reason that may pass."""

@@ -3,62 +3,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING
 
-from luthier.errors import LuthierError, RecipeError, data_errors
+from luthier.errors import data_errors
 from luthier.sdk.model import stored_model
+from luthier.workflows.export import Export, Format, change_record, export_model
 
 if TYPE_CHECKING:
-    from luthier.models.manifest import ExportRecord, Manifest
     from luthier.sdk.model import Model
     from luthier.serving.backend_speed import BackendSpeeds
+    from luthier.serving.export import OnProgress
     from luthier.store.models import StoredModel
     from luthier.workflows.quantize import QuantizationReport
-
-Format = Literal["safetensors", "onnx", "gguf"]
-"""``safetensors`` for transformers, PEFT and diffusers, ``onnx`` for ONNX Runtime, ``gguf`` for
-llama.cpp and Ollama."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """A folder that was written for other software, and how it was checked."""
-
-    model: str
-    folder: Path
-    format: Format
-    files: list[str]
-    """Their names, sorted."""
-    network: str
-    """Its type, as transformers calls it."""
-    of_diffusers: bool = False
-    """Whether diffusers loads it, and not transformers."""
-    record: ExportRecord | None = None
-    """Of a GGUF or ONNX file: its hashes, and how near the answers from it are."""
-    is_recorded: bool = False
-    """Whether the record of the model and its certificate say so from now on: not of models that
-    luthier did not make, nor of signed ones, whose signature would no longer hold."""
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        from luthier.models.nets import NETS
-
-        found: dict[str, Any] = {
-            "id": self.model, "folder": str(self.folder), "format": self.format,
-            "network": self.network, "files": self.files,
-        }  # fmt: skip
-        if self.format == "safetensors":
-            found["own_network"] = self.network in NETS and not self.of_diffusers
-        if self.record is not None and self.format == "onnx":
-            found["difference"] = self.record.score_error
-        if self.record is not None and self.format == "gguf":
-            parity = self.record.tokens
-            found["parity"] = None if parity is None else parity.model_dump()
-        return found
 
 
 def export(
@@ -68,6 +26,7 @@ def export(
     format: Format = "safetensors",
     merged: bool | None = None,
     quantization: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Export:
     """Write a model to a new folder, for other software.
 
@@ -80,70 +39,15 @@ def export(
             written alone as safetensors and folded in for the other formats.
         quantization: type of the weights of a GGUF file: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m or
             q4_0; f16 when not given.
+        on_progress: hears the part of the work (``merge``, ``trace``, ``write``, ``compare``), how much
+            of it is done and how much there is; of ``write`` in bytes, and from another thread.
 
     Raises:
         RecipeError: for a model that the other software cannot run, or that answers otherwise there.
         RunConflict: where something is in the folder.
     """
-    from luthier.models.load import read_config
-    from luthier.models.pipelines import is_pipeline
-    from luthier.serving.export import export as export_safetensors
-    from luthier.serving.export import export_gguf, export_onnx
-    from luthier.store.models import check_active, objective_of
-
-    if format not in get_args(Format):
-        raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
-    if quantization is not None and format != "gguf":
-        raise RecipeError(
-            f"types of weights are chosen for GGUF files; leave them out for {format}"
-        )
-    stored, target = check_active(stored_model(model)), Path(folder).expanduser()
-    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
-    record = None
-    if format == "onnx":
-        if merged is False:
-            raise RecipeError("ONNX files hold whole networks; export the adapter merged")
-        record = export_onnx(stored, target)
-    elif format == "gguf":
-        record = export_gguf(stored, target, merged is not False, quantization)
-    else:
-        export_safetensors(stored, target, bool(merged))
-    is_recorded = record is not None and _record(stored, lambda each: each.with_export(record))
-    files = sorted(path.name for path in target.iterdir())
-    pipeline = is_pipeline(stored.network_folder)
-    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded)
-
-
-def _record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
-    """Change the record of the model that was measured, and its certificate; whether it was.
-
-    What was exported or measured stands, also where the record cannot be written.
-    """
-    from luthier.models.manifest import SIGNATURE
-    from luthier.store.models import is_recorded, update_record
-    from luthier.workflows.certificate.certificate import certify
-
-    if not is_recorded(stored):
-        return False
-    is_changed = False
-
-    def change_same(manifest: Manifest) -> Manifest:
-        # Meanwhile it may have been signed, or another model made under its name.
-        nonlocal is_changed
-        signed = (stored.folder / SIGNATURE).exists()
-        is_changed = manifest.files == stored.manifest.files and not signed
-        return change(manifest) if is_changed else manifest
-
-    try:
-        update_record(stored, change_same)
-        if is_changed:
-            certify(stored.id)
-    except (LuthierError, OSError) as error:
-        logging.getLogger(__name__).warning(
-            "the record of %s does not say it: %s", stored.id, error
-        )
-        return False
-    return is_changed
+    target = Path(folder).expanduser()
+    return export_model(stored_model(model), target, format, merged, quantization, on_progress)
 
 
 @data_errors("nothing was quantized")
@@ -175,7 +79,7 @@ def quantize(
     stored = stored_model(model)
     found = measure_quantization(stored, load_rows(data, columns), to, note)
     measured = found.records(hashes_of_data(data))
-    _record(stored, lambda manifest: manifest.with_quantized(measured))
+    change_record(stored, lambda manifest: manifest.with_quantized(measured))
     return found
 
 

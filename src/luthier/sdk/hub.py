@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from luthier.encryption.memory import scratch_folder
 from luthier.errors import RecipeError, UploadError
 from luthier.files import read_json, write_json
-from luthier.sdk.export import Export, Format, export
+from luthier.sdk.export import export
 from luthier.sdk.model import stored_model
+from luthier.workflows.export import Export, Format
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from luthier import __version__
 from luthier.adaptations import Adaptation
 from luthier.adaptations.lora import LoRA
 from luthier.adaptations.qlora import QLoRA
-from luthier.data.chat import ChatFormat
 from luthier.encryption.files import copy_plain, open_folder
 from luthier.engine import machine as machines
 from luthier.errors import RecipeError, RunConflict
-from luthier.files import hashes_of, need_disk, new_folder, write_bytes
+from luthier.files import (
+    folder_size,
+    hashes_of,
+    names_below,
+    need_disk,
+    new_folder,
+    write_bytes,
+)
 from luthier.models.backends import LLAMA_CPP, llama_cpp_library
 from luthier.models.gguf import (
     GeneralMetadata,
@@ -34,7 +40,6 @@ from luthier.models.gguf import (
 )
 from luthier.models.load import read_config
 from luthier.models.manifest import OWN_FILES, ExportRecord, created_now
-from luthier.models.modalities import media_inputs
 from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.serving.gguf_parity import compare_gguf, largest_divergence
@@ -53,8 +58,22 @@ from luthier.store.models import (
     objective_of,
 )
 
+Phase = Literal["merge", "trace", "write", "compare"]
+"""A part of an export. An export has those that it needs, in this order."""
+OnProgress = Callable[[Phase, int, int], None]
+"""Hears how much of a part is done, and how much there is: bytes of ``write``, networks of the lineage
+of ``merge``, prompts or batches of ``compare``."""
+PROGRESS_SECONDS = 0.5
+"""Between two looks at how much is written."""
 
-def export(stored: StoredModel, target: Path, merged: bool) -> Path:
+
+def ignore_progress(phase: Phase, done: int, total: int) -> None:
+    """For callers that show no progress."""
+
+
+def export(
+    stored: StoredModel, target: Path, merged: bool, on_progress: OnProgress = ignore_progress
+) -> Path:
     """Write ``stored`` to the new folder ``target`` and return it.
 
     With ``merged``, or for a model that is no adapter, this is a Hugging Face directory whose
@@ -72,15 +91,18 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
             f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
             "on another; use --merged"
         )
-    target = _new_target(target)
-    with _new_folder(target, stored) as fresh:
+    target = new_target(target)
+    with new_export_folder(target, stored) as fresh:
         if stored.parent is None:
-            _copy(stored.folder, fresh)
+            with _report_written(fresh, folder_size(stored.folder), on_progress):
+                _copy(stored.folder, fresh)
         elif merged:
             check_mergeable(stored, "--merged writes nothing else")
             machine = machines.choose_machine()
-            model = load(stored, machine.dtype, machine.device)
-            save_network(model, chat_format(stored), fresh)
+            model = load_merged(stored, machine.dtype, machine.device, on_progress)
+            size = sum(weight.nbytes for weight in model.parameters())
+            with _report_written(fresh, size, on_progress):
+                save_network(model, chat_format(stored), fresh)
         elif is_pipeline(stored.network_folder):
             _write_diffusers_lora(stored, fresh)
         else:
@@ -88,6 +110,54 @@ def export(stored: StoredModel, target: Path, merged: bool) -> Path:
                 copy_plain(stored.folder / name, fresh / name)
             save_format(chat_format(stored), fresh)
     return target
+
+
+def load_merged(
+    stored: StoredModel, dtype: torch.dtype, device: torch.device, on_progress: OnProgress
+) -> torch.nn.Module:
+    """The network of ``stored`` with all adapters of its lineage merged in, as ``merge`` goes on."""
+    lineage = [stored]
+    while lineage[-1].parent is not None:
+        lineage.append(lineage[-1].parent)
+    done, total = 0, len(lineage)
+
+    def count(merged: StoredModel) -> None:
+        nonlocal done
+        done += 1
+        on_progress("merge", done, total)
+
+    on_progress("merge", 0, total)
+    return load(stored, dtype, device, on_merged=count)
+
+
+@contextmanager
+def _report_written(folder: Path, total: int, on_progress: OnProgress) -> Iterator[None]:
+    """Tell now and then how many bytes of about ``total`` lie in ``folder``.
+
+    The files are written by libraries that say nothing meanwhile, so a thread looks at the folder.
+    """
+    total, ended = max(1, total), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            with suppress(FileNotFoundError):  # a temporary file got its name meanwhile
+                on_progress("write", min(_written_size(folder), total - 1), total)
+
+    on_progress("write", 0, total)
+    thread = threading.Thread(target=look, name="export progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    on_progress("write", total, total)
+
+
+def _written_size(folder: Path) -> int:
+    """Bytes below ``folder`` on the disk: safetensors gives a file its size before its content."""
+    found = (os.stat(f"{folder}/{name}") for name in names_below(folder))
+    return sum(min(each.st_size, 512 * each.st_blocks) for each in found)
 
 
 DIFFUSERS_LORA = "pytorch_lora_weights.safetensors"
@@ -121,7 +191,7 @@ def _lora_of(stored: StoredModel) -> Adaptation:
     return adaptation.lora if isinstance(adaptation, QLoRA) else adaptation
 
 
-def _new_target(target: Path) -> Path:
+def new_target(target: Path) -> Path:
     """Where to write, which takes the place of nothing but an empty folder.
 
     A link stays one, and the folder is made where it leads.
@@ -139,7 +209,7 @@ def _new_target(target: Path) -> Path:
 
 
 @contextmanager
-def _new_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
+def new_export_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
     """As :func:`luthier.files.new_folder`, for files of ``stored`` as they are in its record.
 
     Raises:
@@ -160,7 +230,11 @@ def _new_folder(target: Path, stored: StoredModel) -> Iterator[Path]:
 
 
 def export_gguf(
-    stored: StoredModel, target: Path, merged: bool = True, quantization: str | None = None
+    stored: StoredModel,
+    target: Path,
+    merged: bool = True,
+    quantization: str | None = None,
+    on_progress: OnProgress = ignore_progress,
 ) -> ExportRecord:
     """Write a model to the new folder ``target`` for llama.cpp, with a Modelfile for Ollama beside it.
 
@@ -174,7 +248,7 @@ def export_gguf(
         RecipeError: for a model that llama.cpp cannot run, or that answers otherwise there.
         RunConflict: where something is at ``target``.
     """
-    target = _new_target(target)
+    target = new_target(target)
     if not merged and quantization is not None:
         raise RecipeError(
             "an adapter is written in float32: give a type of weights to its base, or export it merged"
@@ -187,29 +261,37 @@ def export_gguf(
     if merged:
         check_mergeable(stored, "a GGUF file holds nothing else")
         machine = machines.choose_machine()
-        network: Any = load(stored, machine.dtype, torch.device("cpu"))
-        need_disk(target, file_size(network, kind), f"writing {stored.id}")
+        network: Any = load_merged(stored, machine.dtype, torch.device("cpu"), on_progress)
+        size = file_size(network, kind)
+        need_disk(target, size, f"writing {stored.id}")
         file, adapter = f"{_file_name(stored)}-{kind.upper()}.gguf", None
     else:
-        lora, parent = _gguf_lora(stored)
+        lora, parent = plain_lora(stored, "llama.cpp")
         file = f"{_file_name(parent)}-{kind.upper()}.gguf"
         adapter = f"{_file_name(stored)}-F32-LoRA.gguf"
     parity = None
-    with _new_folder(target, stored) as fresh:
+
+    def on_compared(done: int, total: int) -> None:
+        on_progress("compare", done, total)
+
+    with new_export_folder(target, stored) as fresh:
         if adapter is None:
-            write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
+            with _report_written(fresh, size, on_progress):
+                write_gguf(network, chat, fresh / file, kind, _general_metadata(stored))
             if llama_cpp_library() is not None:
-                parity = compare_gguf(fresh / file, network.float(), chat, kind)
+                parity = compare_gguf(fresh / file, network.float(), chat, kind, None, on_compared)
         else:
             tensors = read_adapter(stored.folder)
             write_lora(tensors, lora.scale, config, fresh / adapter, _general_metadata(stored))
             if llama_cpp_library() is not None:
                 base, cpu = fresh / "base.gguf", torch.device("cpu")
                 whole = load(parent, torch.float32, cpu)
-                need_disk(target, file_size(whole, "f32"), f"trying {stored.id} on its base")
-                write_gguf(whole, chat, base, "f32")
-                network = load(stored, torch.float32, cpu)
-                parity = compare_gguf(base, network, chat, "f32", fresh / adapter)
+                size = file_size(whole, "f32")
+                need_disk(target, size, f"trying {stored.id} on its base")
+                with _report_written(fresh, size, on_progress):
+                    write_gguf(whole, chat, base, "f32")
+                network = load_merged(stored, torch.float32, cpu, on_progress)
+                parity = compare_gguf(base, network, chat, "f32", fresh / adapter, on_compared)
                 base.unlink()
         write_bytes(fresh / MODELFILE, modelfile(chat, file, adapter).encode())
         weights = kind if merged else "f32"
@@ -226,8 +308,8 @@ def export_gguf(
         )
 
 
-def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
-    """The adaptation of an adapter that llama.cpp puts on its base, and the base.
+def plain_lora(stored: StoredModel, software: str) -> tuple[LoRA, StoredModel]:
+    """The adaptation of an adapter that ``software`` puts on its base, and the base.
 
     Raises:
         RecipeError: for whatever is no plain LoRA on a base model.
@@ -242,7 +324,7 @@ def _gguf_lora(stored: StoredModel) -> tuple[LoRA, StoredModel]:
     if not isinstance(lora, LoRA) or lora.dora:
         raise RecipeError(
             f"{stored.id} was tuned with {'dora' if isinstance(lora, LoRA) else lora.method}, and "
-            "llama.cpp puts adapters of plain LoRA alone on a network; export it merged"
+            f"{software} puts adapters of plain LoRA alone on a network; export it merged"
         )
     return lora, stored.parent
 
@@ -262,127 +344,6 @@ def _general_metadata(stored: StoredModel) -> GeneralMetadata:
         licence=licences[0] if licences else None,
         sha256=content_hash(stored),
     )
-
-
-ONNX_FILE = "model.onnx"
-ONNX_ERROR = 1e-3
-"""Largest difference of a score, beside the largest score, from what PyTorch gives."""
-
-
-@torch.no_grad()
-def export_onnx(stored: StoredModel, target: Path) -> ExportRecord:
-    """Write a classifier to the new folder ``target`` for ONNX Runtime; what it is and how near.
-
-    ``model.onnx`` takes ``pixel_values`` ``[batch, C, H, W]``, or ``input_ids`` and ``attention_mask``
-    ``[batch, tokens]``, and gives ``logits`` ``[batch, classes]``, in float32. Beside it lie the
-    configuration, with the names of the classes, and the tokenizer or how images are read. Before
-    the folder is there, ONNX Runtime has answered rows of other sizes than those it was traced with,
-    and its answers were compared with PyTorch's.
-
-    Raises:
-        RecipeError: for a model that is no classifier, that cannot be traced, or that answers otherwise
-            in ONNX Runtime; or where the packages are not installed.
-        RunConflict: where something is at ``target``.
-    """
-    target = _new_target(target)
-    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
-        if find_spec(package) is None:
-            raise RecipeError(
-                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
-            )
-    if objective_of(stored).task != "sequence_classification":
-        raise RecipeError(f"{stored.id} is no classifier; only classifiers are written for ONNX")
-    check_mergeable(stored, "an ONNX file holds nothing else")
-    model: Any = load(stored, torch.float32, torch.device("cpu"))
-    model.eval()
-    chat = chat_format(stored)
-    if chat.media is None and model.config.pad_token_id is None:
-        raise RecipeError(
-            f"{stored.id} has no padding token, so it cannot read texts of several lengths at once"
-        )
-    traced, other = (_onnx_inputs(model, chat, rows) for rows in (2, 3))
-    with _new_folder(target, stored) as fresh:
-        _trace(model, traced, fresh / ONNX_FILE, stored.id)
-        error = _compare(model, other, fresh / ONNX_FILE)
-        if not error <= ONNX_ERROR:
-            raise RecipeError(f"ONNX Runtime answers otherwise: scores differ by up to {error:.2g}")
-        model.config.save_pretrained(fresh)
-        save_format(chat, fresh)
-        return ExportRecord(
-            format="onnx",
-            created=created_now(),
-            luthier=__version__,
-            files=hashes_of(fresh),
-            compared_in=f"ONNX Runtime {version('onnxruntime')}",
-            tolerance=ONNX_ERROR,
-            score_error=error,
-        )
-
-
-def _onnx_inputs(model: Any, chat: ChatFormat, rows: int) -> dict[str, Tensor]:
-    """Random images, or random tokens of two lengths, ``rows`` of them."""
-    generator = torch.Generator().manual_seed(rows)
-    if chat.media is not None:
-        return media_inputs(model, torch.randn(rows, *chat.media.shape, generator=generator))
-    tokens = 8 * rows
-    ids_RT = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=generator)
-    mask_RT = torch.ones_like(ids_RT)
-    ids_RT[0, 5:], mask_RT[0, 5:] = model.config.pad_token_id, 0
-    return {"input_ids": ids_RT, "attention_mask": mask_RT}
-
-
-class _Logits(torch.nn.Module):
-    """A network that takes tensors by their place and gives one."""
-
-    def __init__(self, model: Any, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Scores ``[R, C]``."""
-        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits
-
-
-def _trace(model: Any, inputs: dict[str, Tensor], file: Path, name: str) -> None:
-    import logging
-    import warnings
-
-    axes = {0: "batch", 1: "tokens"} if "input_ids" in inputs else {0: "batch"}
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    try:
-        quiet.setLevel(logging.ERROR)  # it names each operator of torchvision, which is not here
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                _Logits(model, [*inputs]).eval(),
-                tuple(inputs.values()),
-                str(file),
-                input_names=[*inputs],
-                output_names=["logits"],
-                dynamic_shapes=(tuple(axes for _ in inputs),),
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0]
-        raise RecipeError(f"{name} cannot be traced for ONNX: {reason}") from error
-    finally:
-        quiet.setLevel(level)
-
-
-def _compare(model: Any, inputs: dict[str, Tensor], file: Path) -> float:
-    """Largest difference of a score between PyTorch and ONNX Runtime, beside the largest score."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    (scores,) = session.run(None, {name: each.numpy() for name, each in inputs.items()})
-    wanted = model(**inputs).logits
-    difference = (torch.from_numpy(scores) - wanted).abs().max()
-    return float(difference / wanted.abs().max().clamp_min(1e-6))
 
 
 def _copy(source: Path, target: Path) -> None:

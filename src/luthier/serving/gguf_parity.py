@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,31 +154,38 @@ def compare_gguf(
     chat: ChatFormat,
     quantization: Quantization,
     adapter: Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GgufParity:
     """Whether llama.cpp answers from ``file`` as ``network`` does, a model of transformers in float32.
 
     Prompts are the same texts and the same tokens in both; behind each, llama.cpp writes greedily, and
     in each place the probabilities are compared that both give the next token. What the type of the
     weights loses is told, and is no fault. So the network is then rounded as the file is, and what
-    is left between the two has to be small: it stays rounded.
+    is left between the two has to be small: it stays rounded. ``on_progress`` hears how many readings
+    of prompts are done, of how many: each is written once and read twice.
 
     Raises:
         RecipeError: with the first text or token that differs, or where llama.cpp computes otherwise.
     """
     network.eval()
+    total = 3 * len(REFERENCE_PROMPTS)
+    on_progress(0, total)
     with closing(LlamaCpp(file, adapter)) as opened:
         texts = []
-        for prompt in REFERENCE_PROMPTS:
+        for number, prompt in enumerate(REFERENCE_PROMPTS, 1):
             ids_T = _same_prompt(opened, chat, (Message("user", prompt),))
             room = min(CONTEXT, network.config.max_position_embeddings) - len(ids_T)
             if room > 0:
                 texts.append((ids_T, opened.write(ids_T, min(TOKENS, room))))
+            on_progress(number, total)
     found = _compare(network, chat, texts)
+    on_progress(2 * len(REFERENCE_PROMPTS), total)
     if found.is_empty:
         raise RecipeError("llama.cpp wrote nothing behind any prompt")
     as_it_is = found.parity()
     round_weights(network, quantization)
     rounded = _compare(network, chat, texts).parity()
+    on_progress(total, total)
     limit = largest_divergence(quantization)
     if not rounded.mean_kl <= limit:
         raise RecipeError(

@@ -54,6 +54,7 @@ class Quota(Base):
     uploads_in_progress: Mapped[int | None]
     imported_models: Mapped[int | None]
     imports_in_flight: Mapped[int | None]
+    exports_in_flight: Mapped[int | None]
     batches_in_flight: Mapped[int | None]
     evaluations_in_flight: Mapped[int | None]
     provisioned_throughputs: Mapped[int | None]

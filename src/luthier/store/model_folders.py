@@ -51,3 +51,8 @@ def short_name(base: str) -> str:
     """Name of a base model inside ids: ``org/Name-1B`` and ``/some/where/Name-1B`` are ``name-1b``."""
     last = Path(base).name if "/" in base else base
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
+
+
+def peft_folder(digest: str) -> Path:
+    """Where an adapter is kept for software that reads PEFT's format, by the model's content."""
+    return luthier_home() / "cache" / "peft" / digest

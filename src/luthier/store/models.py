@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.encryption.memory import remove
 from luthier.errors import (
     CorruptFile,
     LuthierError,
@@ -37,6 +38,7 @@ from luthier.store.model_folders import (
     folder_of,
     gguf_folder,
     is_base_here,
+    peft_folder,
     short_name,
 )
 from luthier.store.shared_models import fetch_model, note_use, refresh_model
@@ -92,9 +94,11 @@ def described_base(entry: CatalogEntry) -> StoredModel:
 
 def remove_derived(model: StoredModel) -> None:
     """Delete what was made from the weights of ``model`` beside its own folder."""
-    pattern = gguf_folder(content_hash(model), "*")
+    digest = content_hash(model)
+    pattern = gguf_folder(digest, "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
+    remove(peft_folder(digest))
 
 
 def find(
@@ -339,11 +343,13 @@ def load(
     device: torch.device,
     head: Head | None = None,
     learns: bool = True,
+    on_merged: Callable[[StoredModel], None] = lambda model: None,
 ) -> nn.Module:
     """The network of ``model`` with all adapters of its lineage merged in.
 
     ``head`` is what it is loaded for: its own task when not given. One that does not learn may have
-    modules of ours.
+    modules of ours. ``on_merged`` hears of each model of the lineage, the base first, once it is in the
+    network.
 
     Raises:
         CorruptFile: where a file is not the one that the record names.
@@ -353,10 +359,12 @@ def load(
     check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
-        return load_model(model.folder, dtype, device, head, learns)
-    network = load(model.parent, dtype, device, head, learns)
-    attach_adapter(network, model)
-    adaptation_of(model).merge(network)
+        network = load_model(model.folder, dtype, device, head, learns)
+    else:
+        network = load(model.parent, dtype, device, head, learns, on_merged)
+        attach_adapter(network, model)
+        adaptation_of(model).merge(network)
+    on_merged(model)
     return network
 
 

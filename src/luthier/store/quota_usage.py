@@ -8,7 +8,7 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from luthier.files import folder_size
-from luthier.store import imports, jobs, queue
+from luthier.store import exports, imports, jobs, queue
 from luthier.store.accounts import Account
 from luthier.store.batches import Batch
 from luthier.store.custom_models import ACTIVE, CustomModel
@@ -31,6 +31,7 @@ def quota_usage(session: Session, account: str) -> dict[str, int]:
         "custom_models": count_rows(session, CustomModel.account == account),
         "imported_models": imports.count_imported_models(session, account),
         "imports_in_flight": imports.count_imports(session, account),
+        "exports_in_flight": exports.in_flight(session, account),
         "batches_in_flight": queue.in_flight(session, Batch, account),
         "evaluations_in_flight": queue.in_flight(session, EvaluationRun, account),
         "deployments": endpoints.get(DEPLOYMENT, 0),

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import luthier_home, write_bytes
-from luthier.store import shared_models, storage, tags
+from luthier.store import exports, shared_models, storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
@@ -57,8 +57,8 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     ``model`` was read with a lock. Its files are for :func:`remove_files`, after the transaction.
 
     Raises:
-        ModelInUse: where a deployment or provisioned throughput has it, a job starts from it, or it is
-            still being taken from outside.
+        ModelInUse: where a deployment or provisioned throughput has it, a job starts from it, an export
+            reads it, or it is still being taken from outside.
     """
     if model.status == CREATING:
         text = f"The model {model.name} is Creating. Wait until it is Active or Failed."
@@ -73,6 +73,8 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     )
     if session.scalar(started.limit(1)) is not None:
         raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
+    if exports.exports_of(session, arn):
+        raise ModelInUse(f"The model {model.name} is being exported. Stop its exports, or wait.")
     tags.drop(session, arn)
     session.delete(model)
     session.flush()

@@ -20,6 +20,7 @@ from luthier.store import (
     custom_models,
     endpoints,
     evaluations,
+    exports,
     idempotency,
     imports,
     jobs,
@@ -34,8 +35,9 @@ from luthier.store import (
 from luthier.store.database import Base, Database
 
 _MODULES = (
-    accounts, audit, batches, custom_models, endpoints, evaluations, idempotency,
-    imports, jobs, objects, principals, shared_identity, storage, tags, uploaded_files, usage,
+    accounts, audit, batches, custom_models, endpoints, evaluations, exports,
+    idempotency, imports, jobs, objects, principals, shared_identity, storage, tags, uploaded_files,
+    usage,
 )  # fmt: skip
 """Each declares its tables when it is imported."""
 METADATA = Base.metadata

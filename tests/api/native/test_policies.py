@@ -296,3 +296,38 @@ def test_what_is_denied_in_bedrocks_words_is_denied_here(
     assert refused.value.code == "AccessDenied"
     other = {"Effect": "Deny", "Action": "bedrock:CreateGuardrail", "Resource": "*"}
     assert ask(context, caller(EVERYTHING, other), method, path).status == 200
+
+
+def test_exports_are_allowed_on_the_model_and_on_themselves(context: Context, arn: str) -> None:
+    with context.database.write() as session:
+        session.execute(update(CustomModel).values(status=ACTIVE, stored_id="tiny:model"))
+        model = session.query(CustomModel).one().arn(context.arns)
+    context.locations.check_writable = lambda account, uri: None  # type: ignore[method-assign]
+    path, body = "/api/v1/models/model/exports", {"output": "s3://bucket/x"}
+
+    def allow(action: str, resource: str) -> Caller:
+        statement = {"Effect": "Allow", "Action": f"luthier:{action}", "Resource": resource}
+        return caller(statement)
+
+    for who in (
+        allow("CreateExport", model.replace("custom-model", "model-export")),
+        allow("GetModel", model),
+        caller(
+            EVERYTHING, {"Effect": "Deny", "Action": "bedrock:CreateModelCopyJob", "Resource": "*"}
+        ),
+    ):
+        with pytest.raises(Fault) as refused:
+            ask(context, who, "POST", path, body)
+        assert refused.value.code == "AccessDenied"
+    made = json.loads(ask(context, allow("CreateExport", model), "POST", path, body).body)
+    one = f"/api/v1/exports/{made['id']}"
+    own = context.arns.of(ACCOUNT, "model-export", made["id"])
+    with pytest.raises(Fault):
+        ask(context, allow("GetExport", f"{own}x"), "GET", one)
+    assert json.loads(ask(context, allow("GetExport", own), "GET", one).body) == made
+    with pytest.raises(Fault):
+        ask(context, allow("GetExport", own), "POST", f"{one}/stop")
+    stopped = ask(context, allow("StopExport", own), "POST", f"{one}/stop")
+    assert json.loads(stopped.body)["state"] == "Stopped"
+    listed = ask(context, allow("ListExports", "*"), "GET", "/api/v1/exports")
+    assert [each["id"] for each in json.loads(listed.body)["exports"]] == [made["id"]]

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from luthier.api.http.messages import Request, Response
-from luthier.api.native import deletions, inference, jobs, loaded_models, models, reports, usage
+from luthier.api.native import (
+    deletions,
+    exports,
+    inference,
+    jobs,
+    loaded_models,
+    models,
+    reports,
+    usage,
+)
 from luthier.api.native.operations import Context, NativeFace, NativeOperation, View, document
 from luthier.jobs.deletion import Deletions
 from luthier.serving.pool import ModelPool
@@ -38,6 +47,7 @@ def native_face(
         ),
         *jobs.operations(context),
         *models.operations(context),
+        *exports.operations(context),
         *loaded_models.operations(context, pool),
         *inference.operations(context, pool),
         *reports.operations(context),

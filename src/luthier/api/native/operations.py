@@ -69,6 +69,7 @@ _SAME = {
     "ListJobs": "ListModelCustomizationJobs",
     "GetModel": "GetCustomModel",
     "DeleteModel": "DeleteCustomModel",
+    "CreateExport": "CreateModelCopyJob",
     "ListModels": "ListCustomModels",
     "Predict": "InvokeModel",
     "SampleImages": "InvokeModel",

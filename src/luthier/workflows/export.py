@@ -1,0 +1,173 @@
+"""A model written for other software, compared there, and the record of it: for callers of any kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from luthier.errors import LuthierError, RecipeError
+
+if TYPE_CHECKING:
+    from luthier.models.manifest import ExportRecord, Manifest
+    from luthier.serving.export import OnProgress
+    from luthier.store.models import StoredModel
+
+Format = Literal["safetensors", "onnx", "gguf"]
+"""``safetensors`` for transformers, PEFT and diffusers, ``onnx`` for ONNX Runtime, ``gguf`` for
+llama.cpp and Ollama."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that was written for other software, and how it was checked."""
+
+    model: str
+    folder: Path
+    format: Format
+    files: list[str]
+    """Their names, sorted."""
+    network: str
+    """Its type, as transformers calls it."""
+    of_diffusers: bool = False
+    """Whether diffusers loads it, and not transformers."""
+    record: ExportRecord | None = None
+    """Of a GGUF or ONNX file: its hashes, and how near the answers from it are."""
+    is_recorded: bool = False
+    """Whether the record of the model and its certificate say so from now on: not of models that
+    luthier did not make, nor of signed ones, whose signature would no longer hold."""
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        from luthier.models.nets import NETS
+
+        found: dict[str, Any] = {
+            "id": self.model, "folder": str(self.folder), "format": self.format,
+            "network": self.network, "files": self.files,
+        }  # fmt: skip
+        if self.format == "safetensors":
+            found["own_network"] = self.network in NETS and not self.of_diffusers
+        if self.record is not None and self.format == "onnx":
+            found["difference"] = self.record.score_error
+        if self.record is not None and self.format == "gguf":
+            parity = self.record.tokens
+            found["parity"] = None if parity is None else parity.model_dump()
+        return found
+
+
+def check_settings(format: str, merged: bool | None, quantization: str | None) -> None:
+    """Refuse settings that go with no model.
+
+    Raises:
+        RecipeError: naming the setting.
+    """
+    if format not in get_args(Format):
+        raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
+    if quantization is not None and format != "gguf":
+        raise RecipeError(
+            f"types of weights are chosen for GGUF files; leave them out for {format}"
+        )
+    if format == "onnx" and merged is False:
+        raise RecipeError("ONNX files hold whole networks; export the adapter merged")
+
+
+def export_model(
+    stored: StoredModel,
+    target: Path,
+    format: Format,
+    merged: bool | None,
+    quantization: str | None,
+    on_progress: OnProgress | None = None,
+) -> Export:
+    """Write ``stored`` to the new folder ``target``; see :func:`luthier.sdk.export.export`.
+
+    Raises:
+        RecipeError: for a model that the other software cannot run, or that answers otherwise there.
+        RunConflict: where something is in the folder.
+    """
+    from luthier.models.load import read_config
+    from luthier.models.pipelines import is_pipeline
+    from luthier.serving.export import export, export_gguf, ignore_progress
+    from luthier.serving.onnx_export import export_onnx
+    from luthier.store.models import check_active, objective_of
+
+    check_settings(format, merged, quantization)
+    check_active(stored)
+    tell = on_progress or ignore_progress
+    network = read_config(stored.network_folder, objective_of(stored).head()).model_type
+    record = None
+    if format == "onnx":
+        record = export_onnx(stored, target, tell)
+    elif format == "gguf":
+        record = export_gguf(stored, target, merged is not False, quantization, tell)
+    else:
+        export(stored, target, bool(merged), tell)
+    is_recorded = record is not None and change_record(
+        stored, lambda manifest: manifest.with_export(record)
+    )
+    files = sorted(path.name for path in target.iterdir())
+    pipeline = is_pipeline(stored.network_folder)
+    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded)
+
+
+_FIXED_BYTES = 1 << 29
+"""Of a process with torch and transformers."""
+
+
+def memory_needed(stored: StoredModel, format: Format, merged: bool | None) -> int:
+    """Bytes that :func:`export_model` takes at its peak, by the number of weights of the network.
+
+    For each weight: merged, the network and a copy that is written, in the working type; in GGUF the
+    network, the same in float32 to compare with, and the file that llama.cpp has opened; of an adapter
+    alone in GGUF two networks and the file of its base; in ONNX the network in float32, the traced
+    graph with weights of its own, the bytes that are written, and what ONNX Runtime loads.
+    """
+    from luthier.engine.machine import choose_machine
+    from luthier.models.load import read_config, sketch_of
+    from luthier.store.models import objective_of
+
+    head = objective_of(stored).head()
+    sketch = sketch_of(read_config(stored.network_folder, head), head)
+    count = sum(weight.numel() for weight in sketch.parameters())
+    size = choose_machine().dtype.itemsize
+    if format == "gguf":
+        each = 16 if merged is False else size + 8
+    elif format == "onnx":
+        each = 20
+    else:
+        each = 2 * size if merged and stored.parent is not None else 0
+    return _FIXED_BYTES + count * each
+
+
+def change_record(stored: StoredModel, change: Callable[[Manifest], Manifest]) -> bool:
+    """Change the record of the model that was measured, and its certificate; whether it was.
+
+    What was exported or measured stands, also where the record cannot be written.
+    """
+    from luthier.models.manifest import SIGNATURE
+    from luthier.store.models import is_recorded, update_record
+    from luthier.workflows.certificate.certificate import certify
+
+    if not is_recorded(stored):
+        return False
+    is_changed = False
+
+    def change_same(manifest: Manifest) -> Manifest:
+        # Meanwhile it may have been signed, or another model made under its name.
+        nonlocal is_changed
+        signed = (stored.folder / SIGNATURE).exists()
+        is_changed = manifest.files == stored.manifest.files and not signed
+        return change(manifest) if is_changed else manifest
+
+    try:
+        update_record(stored, change_same)
+        if is_changed:
+            certify(stored.id)
+    except (LuthierError, OSError) as error:
+        logging.getLogger(__name__).warning(
+            "the record of %s does not say it: %s", stored.id, error
+        )
+        return False
+    return is_changed

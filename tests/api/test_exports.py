@@ -1,0 +1,127 @@
+"""Exports through ``luthier serve``: files in a bucket, ``kill -9``, other accounts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from luthier_server import BASE, OTHER, Served, home_with_tiny, until
+
+ENDED = ("Completed", "Failed", "Stopped")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Served]:
+    """With the custom model ``mine``, a LoRA adapter, and a bucket."""
+    made = Served(home_with_tiny(tmp_path_factory.mktemp("exports"), tiny_model_folder))
+    made.start()
+    s3 = made.client("s3")
+    s3.create_bucket(Bucket="bucket")
+    lines = [{"prompt": f"number {n}?", "completion": f"it is {n}."} for n in range(8)]
+    body = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    s3.put_object(Bucket="bucket", Key="rows.jsonl", Body=body)
+    asked = {
+        "name": "job", "model_name": "mine", "base": BASE, "training": ["s3://bucket/rows.jsonl"],
+        "settings": {"training": {"max_steps": 2}, "adaptation": {"method": "lora", "rank": 2}},
+    }  # fmt: skip
+    assert made.ask("POST", "/api/v1/jobs", asked)[0] == 201
+    until(lambda: made.ask("GET", "/api/v1/jobs/job")[1]["state"] in ENDED, 280)
+    assert made.ask("GET", "/api/v1/jobs/job")[1]["state"] == "Completed"
+    yield made
+    made.end()
+
+
+def create(server: Served, **fields: Any) -> str:
+    asked = {"output": "s3://bucket/out", **fields}
+    status, body = server.ask("POST", "/api/v1/models/mine/exports", asked)
+    assert status == 201, body
+    return str(body["id"])
+
+
+def ended(server: Served, export: str) -> dict[str, Any]:
+    until(lambda: server.ask("GET", f"/api/v1/exports/{export}")[1]["state"] in ENDED)
+    found: dict[str, Any] = server.ask("GET", f"/api/v1/exports/{export}")[1]
+    return found
+
+
+def keys(server: Served, export: str) -> dict[str, bytes]:
+    """What is in the bucket of an export, by name."""
+    s3, prefix = server.client("s3"), f"out/model-export-{export}/"
+    listed = s3.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])
+    return {
+        each["Key"].removeprefix(prefix): s3.get_object(Bucket="bucket", Key=each["Key"])[
+            "Body"
+        ].read()
+        for each in listed
+    }
+
+
+def worker_of(export: str) -> int | None:
+    for process in psutil.process_iter(["cmdline"]):
+        if export in (process.info["cmdline"] or ()):
+            return int(process.pid)
+    return None
+
+
+def test_a_merged_model_comes_into_the_bucket_and_is_listed(server: Served) -> None:
+    made = create(server, merged=True)
+    done = ended(server, made)
+    assert done["state"] == "Completed", done
+    found = keys(server, made)
+    result = done["result"]
+    assert {each["name"] for each in result["files"]} | {"export.json"} == {*found}
+    assert "model.safetensors" in found
+    for each in result["files"]:
+        assert hashlib.sha256(found[each["name"]]).hexdigest() == each["sha256"]
+    assert result["address"] == f"s3://bucket/out/model-export-{made}"
+    listed = server.ask("GET", "/api/v1/exports?state=Completed&limit=1")[1]
+    assert [each["id"] for each in listed["exports"]] == [made]
+    assert server.ask("POST", f"/api/v1/exports/{made}/stop")[0] == 409
+
+
+def test_another_worker_goes_on_when_one_is_killed(server: Served) -> None:
+    made = create(server)
+    os.kill(int(until(lambda: worker_of(made))), signal.SIGKILL)
+    done = ended(server, made)
+    assert done["state"] == "Completed", done
+    assert {*keys(server, made)} == {each["name"] for each in done["result"]["files"]} | {
+        "export.json"
+    }
+
+
+def test_one_that_is_stopped_leaves_nothing(server: Served) -> None:
+    made = create(server)
+    assert server.ask("POST", f"/api/v1/exports/{made}/stop")[0] == 200
+    assert ended(server, made)["state"] == "Stopped"
+    assert keys(server, made) == {}
+
+
+def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
+    for fields, status, words in (
+        ({"output": "s3://nobodys/x"}, 400, "nobodys"),
+        ({"output": "file:///etc"}, 400, "folders that the server was started with"),
+        ({"format": "pickle"}, 400, "format"),
+        ({"quantization": "q8_0"}, 400, "GGUF"),
+        ({"format": "onnx", "merged": False}, 400, "merged"),
+    ):
+        asked = {"output": "s3://bucket/out", **fields}
+        found, body = server.ask("POST", "/api/v1/models/mine/exports", asked)
+        assert found == status and words in body["error"]["message"], body
+    asked = {"output": "s3://bucket/out"}
+    assert server.ask("POST", "/api/v1/models/none/exports", asked)[0] == 404
+    assert server.ask("POST", "/api/v1/models/mine/exports", asked, OTHER)[0] == 404
+
+
+def test_nobody_sees_the_exports_of_others(server: Served) -> None:
+    made = create(server)
+    assert server.ask("GET", f"/api/v1/exports/{made}", account=OTHER)[0] == 404
+    assert server.ask("POST", f"/api/v1/exports/{made}/stop", account=OTHER)[0] == 404
+    assert server.ask("GET", "/api/v1/exports", account=OTHER)[1] == {"exports": []}
+    ended(server, made)
