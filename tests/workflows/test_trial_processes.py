@@ -21,7 +21,6 @@ from luthier.workflows.trial_processes import (
     BEST,
     OUTCOME,
     STARTS,
-    ReportFile,
     TrialRunner,
     run_best,
 )
@@ -129,22 +128,3 @@ def test_what_a_process_reports_is_heard(tmp_path: Path) -> None:
     run_best(tmp_path, RECIPE, Scripted(tmp_path / BEST, script), heard)
     chosen = [("training.epochs", 3, "few rows")]
     assert heard.calls == ["begun", chosen, ({"step": 1, "loss": 0.5}, 8)]
-
-
-def test_reports_are_written_without_single_rows(tmp_path: Path) -> None:
-    file = ReportFile(tmp_path / "reports.jsonl")
-    file.stage("Training")
-    file.note("a note")
-    file.settings([("training.epochs", 3, "few rows")])
-    file.progress(1, 2, "rows")
-    file.metrics({"step": 1, "rows": {"accuracy": "…"}}, 8)
-    file.checkpoint()
-    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
-    assert lines == [
-        ["stage", ["Training"]],
-        ["note", ["a note"]],
-        ["settings", [[["training.epochs", 3, "few rows"]]]],
-        ["progress", [1, 2, "rows"]],
-        ["metrics", [{"step": 1}, 8]],
-        ["checkpoint", []],
-    ]

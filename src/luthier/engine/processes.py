@@ -8,7 +8,6 @@ repeated here as it grows. What they print all the same is in the log of this pr
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 from luthier.encryption import keys
 from luthier.engine.machine import available_memory
 from luthier.engine.metrics import Reporter
+from luthier.engine.report_file import ReportFile, handing_on
 from luthier.engine.runs import Result
 from luthier.errors import (
     Interrupted,
@@ -50,9 +50,7 @@ ORPHAN_SECONDS = 20.0
 """How long processes wait for those of an agent that was killed: these end within a second or two."""
 ERROR_GRACE_SECONDS = 10
 """How long another process waits for the first one to report an error, before it reports its own."""
-_REQUEST, _EVENTS, _OUTCOME = "request.json", "events.jsonl", "outcome-{}.json"
-_SEEN = "checkpoints-seen"
-"""As many bytes as checkpoints that the reporter has heard of."""
+_REQUEST, _REPORTS, _OUTCOME = "request.json", "reports.jsonl", "outcome-{}.json"
 _LOST = "lost.json"
 """What one process has to say of another that is gone or hangs, until all were started again."""
 _LAST_WORDS = 2_000
@@ -130,7 +128,7 @@ def run_in_processes(
             with (
                 _own_signals(),
                 _quiet_agent(processes),
-                _repeat_events(folder / _EVENTS, reporter),
+                handing_on(folder / _REPORTS, reporter),
             ):
                 elastic_launch(config, sys.executable)("-m", module, path)
         except ChildFailedError as error:
@@ -185,7 +183,7 @@ def work(folder: Path, train: Training = _train) -> None:
     keys.take_over(request["keys"])
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
-    reporter = _EventWriter(folder / _EVENTS) if first else Reporter()
+    reporter = ReportFile(folder / _REPORTS, answered=True) if first else Reporter()
     if first and restart_count():
         reason = "a process ended by surprise; all go on from the last checkpoint"
         if (folder / _LOST).is_file():
@@ -280,81 +278,6 @@ def started_again() -> bool:
     return not launch_id() and restart_count() > 0
 
 
-class _EventWriter(Reporter):
-    """Writes what it hears into a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._seen = path.with_name(_SEEN)
-
-    def _write(self, name: str, *values: Any) -> None:
-        self._file.write(json.dumps([name, *values], default=str) + "\n")
-        self._file.flush()
-
-    def stage(self, text: str) -> None:
-        """As all of these: written to be repeated by whoever started the processes."""
-        self._write("stage", text)
-
-    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """See :meth:`stage`."""
-        self._write("settings", list(defaults))
-
-    def note(self, text: str) -> None:
-        """See :meth:`stage`."""
-        self._write("note", text)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """See :meth:`stage`."""
-        self._write("progress", done, total, what)
-
-    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """See :meth:`stage`."""
-        self._write("metrics", dict(line), steps)
-
-    def checkpoint(self) -> None:
-        """See :meth:`stage`; returns when it was heard, as it may be copied elsewhere meanwhile."""
-        before = _size(self._seen)
-        self._write("checkpoint")
-        while _size(self._seen) == before:
-            time.sleep(0.01)
-
-
-@contextmanager
-def _repeat_events(path: Path, reporter: Reporter) -> Iterator[None]:
-    """Tell ``reporter`` meanwhile what is written to the file at ``path``."""
-    ended = threading.Event()
-    place = 0
-    seen = path.with_name(_SEEN)
-
-    def repeat() -> None:
-        nonlocal place
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            file.seek(place)
-            lines = file.read().split(b"\n")
-        for line in lines[:-1]:  # what follows the last line end is being written
-            place += len(line) + 1
-            name, *values = json.loads(line)
-            getattr(reporter, name)(*values)
-            if name == "checkpoint":
-                with seen.open("ab") as file:
-                    file.write(b".")
-
-    def follow() -> None:
-        while not ended.wait(0.1):
-            repeat()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        repeat()
-
-
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """Give the caller's answers to signals back, which the agent replaces and leaves replaced."""
@@ -413,11 +336,6 @@ def _log_output(folder: Path) -> None:
     for log in sorted(folder.glob(_log_of(folder, "*").name)):
         for line in log.read_bytes()[-_LOGGED:].decode(errors="replace").splitlines():
             _log.info("%s: %s", log.stem, line)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file that may not be there yet."""
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _last_words(folder: Path, rank: int) -> str:

@@ -12,7 +12,6 @@ the process here: it lives as long, ends as it does, and ends it where its own s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -22,9 +21,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from luthier.engine.metrics import Reporter, without_rows
+from luthier.engine.metrics import Reporter
+from luthier.engine.report_file import ReportFile, ReportReader
 from luthier.engine.runs import METRICS
 from luthier.errors import Interrupted, LuthierError, RefusedInput
 from luthier.files import lock, read_json, write_json
@@ -87,7 +87,7 @@ class TrialProcess:
         self._command = runner.command(process, recipe, work / ERRORS)
         self._starts = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._reports: BinaryIO | None = None
+        self.reports = ReportReader(work / REPORTS)
 
     def start(self) -> None:
         """Start it, or start it again."""
@@ -110,9 +110,7 @@ class TrialProcess:
         """Wait for its end, after :meth:`release`."""
         if self._process is not None:
             self._process.wait()
-        if self._reports is not None:
-            self._reports.close()
-        (self.work / REPORTS).unlink(missing_ok=True)
+        self.reports.remove()
 
     def poll(self, reporter: Reporter) -> int | None:
         """Its exit status; ``None`` while it works. ``reporter`` hears of a new start."""
@@ -125,19 +123,6 @@ class TrialProcess:
         self.release()
         self.start()
         return None
-
-    def follow(self, reporter: Reporter) -> None:
-        """Hand on what the process has reported since the last call."""
-        if self._reports is None:
-            self._reports = (self.work / REPORTS).open("rb")
-        begun = self._reports.tell()
-        for line in self._reports:
-            if not line.endswith(b"\n"):  # it is being written
-                self._reports.seek(begun)
-                return
-            begun += len(line)
-            method, arguments = json.loads(line)
-            getattr(reporter, method)(*arguments)
 
     def failure(self, code: int) -> str:
         """Why it ended with ``code`` and without an outcome, in words."""
@@ -209,7 +194,7 @@ def _run(processes: Sequence[TrialProcess], reporter: Reporter) -> list[int]:
         while True:
             codes = [process.poll(reporter) for process in processes]
             if len(processes) == 1:
-                processes[0].follow(reporter)
+                processes[0].reports.hand_on(reporter)
             ended = [code for code in codes if code is not None]
             if len(ended) == len(codes):
                 return ended
@@ -238,41 +223,6 @@ def _folder(folder: Path, trial: optuna.Trial | optuna.trial.FrozenTrial) -> Pat
 
 def _as_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-class ReportFile(Reporter):
-    """Writes what a run reports to a file, for the search that started its process."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def stage(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("stage", text)
-
-    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
-        """See :class:`Reporter`."""
-        self._append("settings", list(defaults))
-
-    def note(self, text: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("note", text)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """See :class:`Reporter`."""
-        self._append("progress", done, total, what)
-
-    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-        """See :class:`Reporter`."""
-        self._append("metrics", without_rows(line), steps)
-
-    def checkpoint(self) -> None:
-        """See :class:`Reporter`."""
-        self._append("checkpoint")
-
-    def _append(self, method: str, *arguments: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([method, arguments], default=str) + "\n")
 
 
 def main(folder: Path, name: str) -> None:

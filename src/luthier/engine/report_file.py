@@ -1,0 +1,134 @@
+"""What a run reports from one process to another, by a file that grows: a call of its reporter a line.
+
+["note", ["the text"]]    ["metrics", [{"step": 1, ...}, 81]]    ["checkpoint", []]
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier.engine.metrics import Reporter, without_rows
+
+LOOK_SECONDS = 0.1
+"""How often the file is looked at."""
+
+
+class ReportFile(Reporter):
+    """Writes what it hears to the end of a file."""
+
+    def __init__(self, path: Path, answered: bool = False) -> None:
+        """``answered``: :meth:`checkpoint` returns when the other process has handed it on, as that may
+        copy the checkpoint elsewhere, see :func:`handing_on`."""
+        self.path, self.answered = path, answered
+
+    def stage(self, text: str) -> None:
+        """See :class:`Reporter`."""
+        self._append("stage", text)
+
+    def settings(self, defaults: Sequence[tuple[str, Any, str]]) -> None:
+        """See :class:`Reporter`."""
+        self._append("settings", list(defaults))
+
+    def note(self, text: str) -> None:
+        """See :class:`Reporter`."""
+        self._append("note", text)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """See :class:`Reporter`."""
+        self._append("progress", done, total, what)
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        """See :class:`Reporter`."""
+        self._append("metrics", without_rows(line), steps)
+
+    def checkpoint(self) -> None:
+        """See :class:`Reporter`."""
+        before = _answers(self.path)
+        self._append("checkpoint")
+        while self.answered and _answers(self.path) == before:
+            time.sleep(LOOK_SECONDS / 10)
+
+    def _append(self, method: str, *arguments: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([method, arguments], default=str) + "\n")
+
+
+class ReportReader:
+    """Hands on what is in the file of a :class:`ReportFile`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._place = path, 0
+
+    def hand_on(self, reporter: Reporter) -> None:
+        """Tell ``reporter`` what was written since the last call; checkpoints are answered."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._place)
+            lines = file.read().split(b"\n")
+        for line in lines[:-1]:  # what follows the last line end is being written
+            self._place += len(line) + 1
+            method, arguments = json.loads(line)
+            try:
+                getattr(reporter, method)(*arguments)
+            finally:
+                if method == "checkpoint":
+                    with _answer_file(self.path).open("ab") as file:
+                        file.write(b".")
+
+    def remove(self) -> None:
+        """Delete the file, and the answers to its checkpoints."""
+        self.path.unlink(missing_ok=True)
+        _answer_file(self.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def handing_on(path: Path, reporter: Reporter) -> Iterator[None]:
+    """Tell ``reporter`` meanwhile what is written to the file at ``path``.
+
+    What ``reporter`` raises is raised at the end of the block. It is told nothing more then, and
+    checkpoints are answered all the same: nobody waits for an answer that never comes.
+    """
+    ended = threading.Event()
+    reader = ReportReader(path)
+    raised: list[BaseException] = []
+
+    def hand_on() -> None:
+        while True:
+            try:
+                reader.hand_on(Reporter() if raised else reporter)
+            except BaseException as error:
+                raised.append(error)
+            else:
+                return
+
+    def follow() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            hand_on()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        hand_on()
+    if raised:
+        raise raised[0]
+
+
+def _answer_file(path: Path) -> Path:
+    """Has as many bytes as checkpoints that were handed on."""
+    return path.with_name(f"{path.name}-answers")
+
+
+def _answers(path: Path) -> int:
+    answers = _answer_file(path)
+    return answers.stat().st_size if answers.is_file() else 0

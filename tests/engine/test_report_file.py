@@ -1,0 +1,102 @@
+"""What a process reports by a file is heard once and in order by another."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.engine.metrics import Reporter
+from luthier.engine.report_file import ReportFile, ReportReader, handing_on
+
+
+class Heard(Reporter):
+    """Keeps what it hears, and breaks where a note says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def note(self, text: str) -> None:
+        self.calls.append(text)
+        if text == "break":
+            raise BrokenPipeError("nobody reads")
+
+    def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+        self.calls.append((line, steps))
+
+    def checkpoint(self) -> None:
+        self.calls.append("checkpoint")
+
+
+def test_each_call_is_a_line_without_single_rows(tmp_path: Path) -> None:
+    file = ReportFile(tmp_path / "reports.jsonl")
+    file.stage("Training")
+    file.note("a note")
+    file.settings([("training.epochs", 3, "few rows")])
+    file.progress(1, 2, "rows")
+    file.metrics({"step": 1, "rows": {"accuracy": "…"}}, 8)
+    file.checkpoint()
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert lines == [
+        ["stage", ["Training"]],
+        ["note", ["a note"]],
+        ["settings", [[["training.epochs", 3, "few rows"]]]],
+        ["progress", [1, 2, "rows"]],
+        ["metrics", [{"step": 1}, 8]],
+        ["checkpoint", []],
+    ]
+
+
+def test_a_line_is_handed_on_once_when_it_is_whole(tmp_path: Path) -> None:
+    path, heard = tmp_path / "reports.jsonl", Heard()
+    reader = ReportReader(path)
+    reader.hand_on(heard)  # it is not there yet
+    file = ReportFile(path)
+    file.note("one")
+    with path.open("a") as unfinished:
+        unfinished.write('["note", ["t')
+    reader.hand_on(heard)
+    reader.hand_on(heard)
+    with path.open("a") as rest:
+        rest.write('wo"]]\n')
+    file.metrics({"loss": 0.5}, 8)
+    reader.hand_on(heard)
+    assert heard.calls == ["one", "two", ({"loss": 0.5}, 8)]
+    reader.remove()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_checkpoint_waits_until_it_was_heard(tmp_path: Path) -> None:
+    path, heard = tmp_path / "reports.jsonl", Heard()
+    with handing_on(path, heard):
+        file = ReportFile(path, answered=True)
+        for number in range(3):
+            file.checkpoint()
+            assert len(heard.calls) == number + 1
+        file.note("the last")
+    assert heard.calls[3:] == ["the last"]
+
+
+def test_a_reporter_that_breaks_holds_no_run_up(tmp_path: Path) -> None:
+    path, heard = tmp_path / "reports.jsonl", Heard()
+
+    def run() -> None:
+        file = ReportFile(path, answered=True)
+        file.note("break")
+        file.checkpoint()
+        file.note("after")
+
+    def follow() -> None:
+        with handing_on(path, heard):
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join(30)
+            assert not thread.is_alive()
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        follow()
+    assert heard.calls == ["break"]
