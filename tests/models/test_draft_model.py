@@ -309,7 +309,8 @@ def test_where_rows_round_otherwise_there_is_no_draft(
     )
     assert not plain.set_speculation(True, draft)
     server = FlatBackend(network(), 1024, exact=True)
-    assert server.rows == server.sizes[0] or not server.set_speculation(True, draft)
+    assert server.sizes in ((64,), (1,))  # no two numbers of rows round alike
+    assert server.set_speculation(True, draft) == (server.rows > 1)
     monkeypatch.setattr(
         FlatBackend, "_probe_logits", lambda self, ids: honest(self, ids) + ids.sum()
     )

@@ -24,7 +24,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import test_pairs as pairs
 from luthier.adaptations import Adaptation, Full, LoRA
 from luthier.engine.checkpoints import Checkpoints
-from luthier.engine.communication import StepExchange, data_parallel, fully_sharded
 from luthier.engine.loop import Loop
 from luthier.engine.memory import trained_numbers
 from luthier.engine.metrics import MetricsFile, Reporter
@@ -33,6 +32,7 @@ from luthier.models.process_group import ProcessGroup
 from luthier.models.sharding import shard_layers
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import SFT
+from luthier.workflows.estimate.communication import StepExchange, data_parallel, fully_sharded
 
 CPU = torch.device("cpu")
 TCP_INFO_BYTES, BYTES_SENT = 256, 200

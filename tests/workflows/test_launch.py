@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.cli.launch import launch
-from luthier.engine.communication import data_parallel
 from luthier.engine.machine import Machine
 from luthier.errors import RecipeError, UnknownModel
 from luthier.recipe import Recipe
+from luthier.workflows.estimate.communication import data_parallel
 from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
 from luthier.workflows.estimate.history import Correction
 from luthier.workflows.launch import (
@@ -48,6 +48,7 @@ FOUND = Estimate(
     disk=PredictionInterval(5e8, 4e8, 1e9), raw_seconds=7000, raw_memory=2e9,
     modelled_memory=2_000_000_000,
     correction=Correction(0, 1.0, 1.0), tried=[(100, 1.0)],
+    exchange=data_parallel(1_000_000),
 )  # fmt: skip
 PROCESSOR = Machine(torch.device("cpu"), torch.float32, 2, "a test")
 CARD = Machine(torch.device("cuda"), torch.bfloat16, 16, "a test")

@@ -24,9 +24,9 @@ def backends(
 ) -> None:
     """Measure which backend writes a model fastest here, and for how many streams."""
     with heavy_imports():
-        from luthier.sdk.export import backend_speeds
+        from luthier.sdk.export import GGUF_TYPES, STREAMS, backend_speeds
 
-    found = backend_speeds(model, streams or (1, 8, 32), to or ("f16", "q8_0"), note=note)
+    found = backend_speeds(model, streams or STREAMS, to or GGUF_TYPES, note=note)
     if json_:
         print_json(found.plain())
         return

@@ -69,7 +69,7 @@ def check_processes(command: str) -> None:
         )
 
 
-def took_part(train: Callable[[], object]) -> bool:
+def train_beside_first(train: Callable[[], object]) -> bool:
     """Whether this is a process that a launcher started beside the first: then it has run ``train``.
 
     The first one speaks for all; of those beside it one does that lost those before it. Where an agent

@@ -29,9 +29,9 @@ from luthier.errors import RecipeError
 from luthier.printable import format_duration
 
 if TYPE_CHECKING:
-    from luthier.engine.communication import Scaling
     from luthier.recipe import Recipe
     from luthier.workflows.estimate.budget import Prices as PriceTable
+    from luthier.workflows.estimate.communication import Scaling
     from luthier.workflows.estimate.estimate import Estimate
 
 
@@ -102,9 +102,8 @@ def estimate(
     until = _seconds(finish_by, within)  # what the trial took is over
     scaling = []
     if processes or bandwidth:
-        from luthier.engine.communication import BANDWIDTHS, PROCESSES, predict_scaling
+        from luthier.workflows.estimate.communication import BANDWIDTHS, PROCESSES, predict_scaling
 
-        assert found.exchange is not None
         counts, speeds = processes or PROCESSES, bandwidth or BANDWIDTHS
         scaling = predict_scaling(found.exchange, found.step_seconds, counts, speeds)
     if json_:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json, took_part
+from luthier.cli.console import heavy_imports, new_console, print_json, train_beside_first
 from luthier.cli.options import (
     Adaptation,
     Json,
@@ -77,7 +77,7 @@ def pretrain(
         from luthier.evaluation.significance import perplexity_of
         from luthier.workflows.pretrain import pretrain as train
 
-    if took_part(lambda: train(recipe, resume, processes=processes)):
+    if train_beside_first(lambda: train(recipe, resume, processes=processes)):
         return
     with LiveReporter() as reporter:
         result = train(recipe, resume, reporter, processes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from luthier.cli.console import heavy_imports, new_console, print_json, took_part
+from luthier.cli.console import heavy_imports, new_console, print_json, train_beside_first
 from luthier.cli.options import (
     Adaptation,
     Base,
@@ -100,7 +100,7 @@ def tune(
         from luthier.store.models import find
         from luthier.workflows.tuning import tune as run
 
-    if took_part(lambda: run(recipe, resume, processes=processes)):
+    if train_beside_first(lambda: run(recipe, resume, processes=processes)):
         return
     with LiveReporter() as reporter:
         result = run(recipe, resume, reporter, processes)

@@ -248,7 +248,8 @@ def take_over(path: str = "") -> None:
     number = os.environ.pop(HANDED, None)
     if not path and number is None:
         return
-    with open(path or int(number or 0), "rb") as file:
+    source = path if path or number is None else int(number)
+    with open(source, "rb") as file:
         record = json.loads(file.read())
     keys = {key_id: base64.b64decode(key) for key_id, key in record["keys"].items()}
     use_keyring(Keyring(record["current"], keys))

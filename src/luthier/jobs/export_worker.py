@@ -4,8 +4,8 @@
     → Completed, in one transaction
 
 It writes into a working folder first, and may be killed anywhere: the next worker begins anew and
-writes the same names. What is written at the address of an export that fails or is stopped is taken
-back; ``export.json`` is there only when all other files are.
+writes the same names. What is written in a bucket of this server by an export that fails or is
+stopped is taken back; elsewhere it stays. ``export.json`` is there only when all other files are.
 """
 
 from __future__ import annotations

@@ -100,9 +100,9 @@ def described_network(folder: Path, memory: bool | None = None) -> DescribedNetw
 
 
 def described_kind(folder: Path, memory: bool | None = None) -> str | None:
-    """The kind of base model that the network in ``folder`` is; ``None`` for one that is none.
+    """The kind of base model that the network in ``folder`` is.
 
-    Such as a classifier of texts, whose classes are another's.
+    ``None`` for one that is none, such as a classifier of texts, whose classes are another's.
 
     Raises:
         UnknownModel, ModelRefused: as :func:`described_network` does.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
     from luthier.workflows.quantize import QuantizationReport
 
+STREAMS, GGUF_TYPES = (1, 8, 32), ("f16", "q8_0")
+"""Answers at once, and weights of llama.cpp, that :func:`backend_speeds` measures."""
+
 
 def export(
     model: str | Model | StoredModel,
@@ -85,8 +88,8 @@ def quantize(
 
 def backend_speeds(
     model: str | Model | StoredModel,
-    streams: Sequence[int] = (1, 8, 32),
-    to: Sequence[str] = ("f16", "q8_0"),
+    streams: Sequence[int] = STREAMS,
+    to: Sequence[str] = GGUF_TYPES,
     *,
     note: Callable[[str], None] = lambda text: None,
 ) -> BackendSpeeds:

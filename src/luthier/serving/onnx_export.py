@@ -442,6 +442,10 @@ _ANSWER_LINES = {
 labels = config["labels"]
 for scores in answer:
     print(labels[scores.argmax()])""",
+    "labels": """\
+for scores in answer:
+    likely = 1 / (1 + numpy.exp(-scores)) > 0.5
+    print([label for label, one in zip(config["labels"], likely) if one])""",
     "tags": """\
 for number, scores in enumerate(answer):
     first = {word: place for place, word in reversed([*enumerate(read[number].word_ids)])}
@@ -453,6 +457,7 @@ for number, scores in enumerate(answer):
 def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatFormat) -> str:
     """What is in the folder, and lines that read with it."""
     tags = objective.task == "token_classification"
+    several = bool(answer.details.get("multi_label"))
     lines = [
         f"# {name}",
         "",
@@ -474,6 +479,6 @@ def _readme(name: str, answer: OnnxAnswer, objective: Objective, chat: ChatForma
         _TEXT_LINES.format(texts=encoded).rstrip(),
         f'session = onnxruntime.InferenceSession(str(folder / "{ONNX_FILE}"))',
         "(answer,) = session.run(None, inputs)",
-        _ANSWER_LINES["tags" if tags else answer.name],
+        _ANSWER_LINES["tags" if tags else "labels" if several else answer.name],
     ]  # fmt: skip
     return "\n".join([*lines, "", "```python", *code, "```"]) + "\n"

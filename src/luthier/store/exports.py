@@ -186,7 +186,7 @@ def in_flight(session: Session, account: str) -> int:
     return count_rows(session, ModelExport.account == account, ModelExport.state.not_in(ENDED))
 
 
-def exports_of(session: Session, arn: str) -> bool:
+def is_exported(session: Session, arn: str) -> bool:
     """Whether an export that has not ended reads the model of this ARN."""
     found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.state.not_in(ENDED))
     return session.scalar(found.limit(1)) is not None

@@ -1,9 +1,10 @@
 """Where models are kept on this machine, and what else is kept of them.
 
-models/base/<id>/              a Hugging Face directory and ``luthier.json``
-models/custom/imported/<name>/ a model from outside
-models/custom/<base>/<name>/   adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
-evaluations/, cache/gguf/      journals of evaluations, and what backends run
+models/base/<id>/               a Hugging Face directory and ``luthier.json``
+models/custom/imported/<name>/  a model from outside
+models/custom/<base>/<name>/    adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
+evaluations/                    journals of evaluations
+cache/gguf/, cache/peft/        what llama.cpp runs, and what vLLM does
 """
 
 from __future__ import annotations

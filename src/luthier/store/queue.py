@@ -125,15 +125,24 @@ class QueuedWork(TakesTurns):
         """Among how many its worker shares the work."""
         return int((self.worker or {}).get("processes", 1))
 
+    @classmethod
+    def needs(cls, memory: int, cores: int, processes: int) -> tuple[int, int]:
+        """Bytes and threads that such work counts for, shared among ``processes``.
+
+        Each of several holds a whole network; they share the threads, and have one each at least.
+        """
+        least = processes if processes > 1 else 0
+        return (memory or cls.unknown_memory) * processes, max(cores, least)
+
     @property
     def needed_memory(self) -> int:
-        """Bytes that it counts for; each of several processes holds a whole network."""
-        return (self.memory or self.unknown_memory) * self.processes
+        """Bytes that it counts for now."""
+        return self.needs(self.memory, self.cores, self.processes)[0]
 
     @property
     def needed_cores(self) -> int:
-        """Threads that it counts for; several processes share them, and have one each at least."""
-        return max(self.cores, self.processes if self.processes > 1 else 0)
+        """Threads that it counts for now."""
+        return self.needs(self.memory, self.cores, self.processes)[1]
 
 
 Row = TypeVar("Row", bound=Leased)
@@ -185,8 +194,7 @@ def claim(
     lock_claims(session)
     processes = worker.get("processes", 1)
     for row in _in_turn(session, kind, per_account, passed_over):
-        need = (row.memory or kind.unknown_memory) * processes
-        cores = max(row.cores, processes if processes > 1 else 0)
+        need, cores = kind.needs(row.memory, row.cores, processes)
         if before is not None and before.since < row.since:
             fits = need <= free_memory - before.memory
         else:

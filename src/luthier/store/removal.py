@@ -73,7 +73,7 @@ def remove(session: Session, model: CustomModel, arn: str) -> None:
     )
     if session.scalar(started.limit(1)) is not None:
         raise ModelInUse(f"A job that has not ended starts from the model {model.name}.")
-    if exports.exports_of(session, arn):
+    if exports.is_exported(session, arn):
         raise ModelInUse(f"The model {model.name} is being exported. Stop its exports, or wait.")
     tags.drop(session, arn)
     session.delete(model)

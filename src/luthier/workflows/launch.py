@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from luthier.data.sources import absolute
-from luthier.engine.communication import BANDWIDTHS
 from luthier.errors import RecipeError
 from luthier.files import folder_size, luthier_home
 from luthier.printable import format_duration, one_line
 from luthier.recipe import Recipe, map_sources, portable, to_toml
+from luthier.workflows.estimate.communication import BANDWIDTHS
 
 if TYPE_CHECKING:
     from luthier.engine.machine import Machine
@@ -172,7 +172,7 @@ def _time_reason(found: Estimate, request: LaunchRequest, on_other: bool) -> str
 
 def _exchange_reason(found: Estimate, processes: int) -> str:
     """What ``processes`` send each other in a step, in words; empty for one."""
-    if processes == 1 or found.exchange is None:
+    if processes == 1:
         return ""
     slow, fast = BANDWIDTHS[:2]
     return (

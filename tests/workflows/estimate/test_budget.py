@@ -20,6 +20,7 @@ from luthier.workflows.estimate.budget import (
     read_prices,
     seconds_until,
 )
+from luthier.workflows.estimate.communication import data_parallel
 from luthier.workflows.estimate.estimate import Estimate, PredictionInterval
 from luthier.workflows.estimate.history import Correction
 
@@ -96,6 +97,7 @@ def estimate(**other: Any) -> Estimate:
         "modelled_memory": 10**9,
         "correction": Correction(),
         "tried": [],
+        "exchange": data_parallel(1000),
     }
     return Estimate(**{**fields, **other})
 

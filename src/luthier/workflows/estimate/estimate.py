@@ -11,11 +11,11 @@ import numpy as np
 
 from luthier.engine import checkpoints
 from luthier.engine.actuals import PARTS, estimates_folder
-from luthier.engine.communication import StepExchange
 from luthier.engine.metrics import Reporter
 from luthier.files import write_json
 from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
+from luthier.workflows.estimate.communication import StepExchange
 from luthier.workflows.estimate.history import Correction, PastRun, correction, past
 from luthier.workflows.estimate.trial import Measurement, measure
 
@@ -150,8 +150,8 @@ class Estimate:
     correction: Correction
     tried: list[tuple[int, float]]
     """Distinct tokens and seconds of each step that was run."""
-    exchange: StepExchange | None = None
-    """What several processes would exchange in a step; older estimates have none."""
+    exchange: StepExchange
+    """What several processes would exchange in a step."""
 
     @property
     def step_seconds(self) -> float:

@@ -20,7 +20,6 @@ import numpy as np
 from luthier.data.loader import RowOrder
 from luthier.data.tree import build_tree, split_to_budget
 from luthier.engine.actuals import Clock, estimates_folder, request_key
-from luthier.engine.communication import StepExchange, data_parallel, fully_sharded
 from luthier.engine.job import TrainingJob, prepare_job, with_base
 from luthier.engine.loop import Loop
 from luthier.engine.machine import (
@@ -42,6 +41,7 @@ from luthier.objectives.capabilities import with_completions
 from luthier.recipe import Recipe
 from luthier.store import models as store
 from luthier.types import Example
+from luthier.workflows.estimate.communication import StepExchange, data_parallel, fully_sharded
 
 LOOKED_AT = 200
 """Steps whose token trees are built to know the whole run; a longer run is sampled evenly."""

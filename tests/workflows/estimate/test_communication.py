@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.engine.communication import (
+from luthier.workflows.estimate.communication import (
     LATENCY,
     StepExchange,
     data_parallel,
