@@ -110,6 +110,10 @@ def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
         ({"format": "pickle"}, 400, "format"),
         ({"quantization": "q8_0"}, 400, "GGUF"),
         ({"format": "onnx", "merged": False}, 400, "merged"),
+        ({"format": "gguf", "quantization": "zzz"}, 400, "there is no type 'zzz'"),
+        ({"format": "gguf", "quantization": ""}, 400, "there is no type"),
+        ({"format": "gguf", "merged": False, "quantization": "q8_0"}, 400, "export it merged"),
+        ({"output": "s3://bucket/" + "k" * 1000}, 400, "too long"),
     ):
         asked = {"output": "s3://bucket/out", **fields}
         found, body = server.ask("POST", "/api/v1/models/mine/exports", asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 
@@ -58,3 +59,22 @@ def test_files_that_are_loaded_again_and_again_leave_nothing(tmp_path: Path) -> 
         load_tensors(tmp_path / "x.safetensors")
     gc.collect()
     assert sys.getallocatedblocks() - before < times * NUMBER // 4
+
+
+def _file(header: dict[str, object], content: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content
+
+
+@pytest.mark.parametrize("limit", [0, tensors.READ_WHOLE], ids=["mapped", "read"])
+def test_types_and_shapes_that_torch_lacks_are_a_damaged_file(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "READ_WHOLE", limit)
+    odd = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}
+    (tmp_path / "x.safetensors").write_bytes(_file({"a": odd}, b"123"))
+    with pytest.raises(CorruptFile, match=r"x\.safetensors cannot be read"):
+        load_tensors(tmp_path / "x.safetensors")
+    small = {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}
+    (tmp_path / "y.safetensors").write_bytes(_file({"a": small}, b"1234"))
+    assert load_tensors(tmp_path / "y.safetensors")["a"].shape == (4,)

@@ -235,8 +235,16 @@ def test_settings_of_a_server_are_by_stored_ids(
     assert resolve_speculation(settings) == {
         str(tiny_model_folder): drafts["other"], drafts["same"]: "off"
     }  # fmt: skip
-    with pytest.raises(UnknownModel):
-        resolve_speculation({drafts["same"]: "nobody"})
+
+
+def test_a_server_starts_without_models_that_their_owners_have_deleted(
+    drafts: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "luthier.serving"):
+        assert resolve_speculation({drafts["same"]: "nobody", "gone": drafts["same"]}) == {}
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith(f"{drafts['same']} is written without nobody: there is no")
+    assert second.startswith(f"gone is written without {drafts['same']}: there is no")
 
 
 def test_a_model_takes_its_draft_s_memory_and_says_which_it_has(

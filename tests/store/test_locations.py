@@ -221,3 +221,16 @@ def test_nothing_is_told_of_files_outside(data: Objects, root: Path, tmp_path: P
         "file:/etc/passwd",
     ):
         assert refusal(locations.check, ONE, uri)
+
+
+def test_an_address_leaves_room_for_the_names_below_it(data: Objects, root: Path) -> None:
+    """A name that has no room there is no reason of a worker's end, and takes nothing back."""
+    locations = Locations(data.database, file_roots=[root])
+    locations.check_writable(ONE, "s3://data/" + "k" * 700)
+    for uri in ("s3://data/" + "k" * 800, "s3://data/" + "ü" * 400):
+        assert "too long" in refusal(locations.check_writable, ONE, uri)
+    assert "only in the folders" in refusal(
+        locations.check_writable, ONE, f"file://{root}/" + "n" * 300
+    )
+    locations.remove(ONE, ["s3://data/" + "k" * 2000, "s3://data/one.csv"])
+    assert "no object" in refusal(locations.check, ONE, "s3://data/one.csv").lower()

@@ -437,3 +437,4 @@ def test_a_folder_of_another_tool_is_what_its_network_is(
     assert stored.manifest.kind is None
     assert store.objective_of(stored).method == method
     assert store.writes(stored) == (method == "causal_lm")
+    assert store.leaves_classes_out(stored) == (family == "resnet")

@@ -224,7 +224,7 @@ def _show_scaling(found: Estimate, scaling: Sequence[Scaling]) -> None:
     out, columns = new_console(highlight=False), ("GB/s", "each sends", "exchange", "step", "rows")
     out.print(
         f"  a step of {found.step_seconds:.3g} s for each process, as on this machine, and its "
-        "exchange:",
+        "exchange; each process has as many rows as one here, so batch_size counts for each:",
         style="dim",
         soft_wrap=True,
     )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import check_output, heavy_imports, print_json, print_text, print_written
+from luthier.cli.console import (
+    check_output,
+    heavy_imports,
+    note,
+    print_json,
+    print_text,
+    print_written,
+)
 from luthier.cli.options import Columns, Json
 from luthier.errors import RecipeError, data_errors
 from luthier.printable import printable_json
@@ -55,7 +62,7 @@ def predict(
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
-    from luthier.store.models import check_active, find
+    from luthier.store.models import check_active, find, leaves_classes_out
 
     if (text is None) == (input_ is None):
         raise RecipeError("give one text, or --input FILE with many")
@@ -79,7 +86,11 @@ def predict(
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
-        predictor = Predictor.open(check_active(find(model, is_able=Predictor.is_able)))
+        stored = check_active(find(model, is_able=Predictor.is_able))
+        predictor = Predictor.open(stored)
+    if leaves_classes_out(stored):
+        note(f"the classes of {model} are left out, as no job of luthier made them: what follows is "
+             "the embedding of each row")  # fmt: skip
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
     started = time.monotonic()

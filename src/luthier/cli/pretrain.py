@@ -29,7 +29,12 @@ def pretrain(
         list[str],
         typer.Argument(help="Files of raw text (.txt, .md, JSONL), or a recipe (.toml)."),
     ],
-    name: Annotated[str | None, typer.Option(help="Id of the new base model.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Id of the new base model; with an adaptation, name of the new custom model."
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="tiny, 3m, 10m, 30m or 135m weights.")] = None,
     from_base: Annotated[
         str | None,

@@ -48,9 +48,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
     with _reading(path):
         # safetensors 0.8 leaks two integers with each tensor of a mapped file, which takes longer, too.
-        whole = is_sealed(path) or path.stat().st_size <= READ_WHOLE
-        found: dict[str, Tensor] = load(read_data(path)) if whole else load_file(path)
-    return found
+        sealed = is_sealed(path)
+        if sealed or path.stat().st_size <= READ_WHOLE:
+            try:
+                return dict(load(read_data(path)))
+            except KeyError:  # a type that it only knows in mapped files, such as F4
+                if sealed:
+                    raise
+        return dict(load_file(path))
 
 
 def tensor_headers(path: Path) -> dict[str, tuple[str, Sequence[int]]]:
@@ -81,5 +86,5 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error

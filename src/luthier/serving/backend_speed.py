@@ -165,6 +165,9 @@ def backend_speeds(
             found = _tokens_per_second([each[-1] for each in backends], count, vocabulary)
             for speed, best in zip(measured, found, strict=True):
                 speed[count] = best
+            pairs = zip(backends, found, strict=True)
+            texts = (f"{name} {weights} {best:.0f}" for (name, weights, _, _), best in pairs)
+            note(f"  {', '.join(texts)} tokens a second")
         for (name, weights, nats, _), speed in zip(backends, measured, strict=True):
             speeds.append(BackendSpeed(name, weights, speed, nats))
     chosen = choose_machine()

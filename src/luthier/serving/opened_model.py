@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from luthier.errors import RecipeError, RefusedInput
+from luthier.errors import RecipeError, RefusedInput, UnknownModel
 from luthier.models.backends import AdapterBackend, Speculates, backend_of, chosen_backend
 from luthier.models.speculation import NGRAM, OFF
 
@@ -154,16 +154,22 @@ def find_draft(target: StoredModel, draft_id: str) -> StoredModel:
 def resolve_speculation(settings: Mapping[str, str]) -> dict[str, str]:
     """``settings`` of models by their stored ids; draft models are looked at, and not loaded.
 
+    A model that is not there is passed over with a warning: whoever owns it may have deleted it, and
+    the server starts all the same.
+
     Raises:
-        UnknownModel, RecipeError: as :func:`find_draft`.
+        RecipeError: as :func:`find_draft`.
     """
     from luthier.store.models import find
 
     found = {}
     for model_id, speculation in settings.items():
-        target = find(model_id)
-        is_draft = speculation not in (NGRAM, OFF)
-        found[target.id] = find_draft(target, speculation).id if is_draft else speculation
+        try:
+            target = find(model_id)
+            is_draft = speculation not in (NGRAM, OFF)
+            found[target.id] = find_draft(target, speculation).id if is_draft else speculation
+        except UnknownModel as error:
+            _log.warning("%s is written without %s: %s", model_id, speculation, error)
     return found
 
 

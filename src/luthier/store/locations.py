@@ -31,6 +31,8 @@ from luthier.store.objects import BUCKET, UPLOADS, ObjectMetadata, ObjectPiece, 
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
+NAMES_BYTES = 255
+"""Of a key, that what is written below an address may take."""
 MOST_ENTRIES = 10_000
 """Files below a folder at most, where all of them are looked at."""
 MOST_MEDIA_FILES = 100_000
@@ -99,11 +101,11 @@ class Locations:
             self._keys(account, _address(uri))
 
     def check_writable(self, account: str, uri: str) -> None:
-        """Refuse an address below which nothing can be written: malformed, outside, no bucket."""
+        """Refuse an address below which nothing can be written: one that leaves no room for names, too."""
         if _is_file(uri):
             self._roots.check_writable(uri)
         else:
-            bucket = _writable(uri).bucket
+            bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
             self._buckets(bucket).check_bucket(account, bucket)
 
     def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
@@ -209,7 +211,10 @@ class Locations:
         """Take back what :meth:`write` wrote there; what lies outside of this service stays."""
         for uri in addresses:
             if not _is_file(uri):
-                address = _address(uri)
+                try:
+                    address = _address(uri)
+                except LocationRefused:
+                    continue  # nothing could be written there
                 self._buckets(address.bucket).remove(account, address.bucket, address.key)
 
     def _buckets(self, bucket: str) -> Buckets:
@@ -501,6 +506,8 @@ class FileRoots:
             raise LocationRefused("A file:// location is a path from the root: file:///folder/file")
         try:
             resolved = (Path(text) / name).resolve()
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                resolved.lstat()
         except (OSError, RuntimeError, ValueError):
             resolved = Path("/")  # a loop, a NUL, a name that is too long: nothing that is inside
         if not any(resolved.is_relative_to(root) for root in self._roots):

@@ -540,6 +540,18 @@ def objective_of(model: StoredModel) -> Objective:
     return _method(OBJECTIVES, fields, model).model_validate(fields)
 
 
+def leaves_classes_out(model: StoredModel) -> bool:
+    """Whether it is another tool's classifier of images or sounds, which gives embeddings here."""
+    from luthier.models.description import described_network
+
+    if model.manifest.kind is not None or model.manifest.objective is not None:
+        return False
+    return (
+        objective_of(model).task == "embedding"
+        and described_network(model.folder).task == "sequence_classification"
+    )
+
+
 def writes(model: StoredModel) -> bool:
     """Whether it answers with text; of a folder of another tool its configuration says it."""
     from luthier.models.description import described_network

@@ -65,10 +65,16 @@ def check_settings(format: str, merged: bool | None, quantization: str | None) -
     """
     if format not in get_args(Format):
         raise RecipeError(f"there is no format {format!r}; take {', '.join(get_args(Format))}")
-    if quantization is not None and format != "gguf":
-        raise RecipeError(
-            f"types of weights are chosen for GGUF files; leave them out for {format}"
-        )
+    if quantization is not None:
+        if format != "gguf":
+            raise RecipeError(
+                f"types of weights are chosen for GGUF files; leave them out for {format}"
+            )
+        from luthier.models.gguf import check_quantization
+
+        check_quantization(quantization)
+        if merged is False:
+            raise RecipeError("an adapter alone has no type of weights; export it merged")
     if format == "onnx" and merged is False:
         raise RecipeError("ONNX files hold whole networks; export the adapter merged")
 
