@@ -101,7 +101,7 @@ class Locations:
             self._keys(account, _address(uri))
 
     def check_writable(self, account: str, uri: str) -> None:
-        """Refuse an address below which nothing can be written: one that leaves no room for names, too."""
+        """Refuse an address below which nothing can be written, or no name has room."""
         if _is_file(uri):
             self._roots.check_writable(uri)
         else:
