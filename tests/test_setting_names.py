@@ -42,6 +42,7 @@ OF_COMMANDS = {
     "workflows/distil/responses.py": "--(resume|name)", "data/forms.py": "--to",
     "workflows/distil/recipe.py": "--(resume|set teacher)",
     # A server is started by a command, and a driver by arguments.
+    "api/service.py": "--(job-processes|runner)", "serving/opened_model.py": "student --from",
     "jobs/ray_runner.py": "--[a-z]",
     "engine/train.py": "trials are compared", "models/catalog.py": "--only-binary",
 }  # fmt: skip

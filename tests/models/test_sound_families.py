@@ -25,7 +25,8 @@ from luthier.models.layouts import read_states
 from luthier.models.load import as_network, load_model, read_config
 from luthier.models.tokenizer import load_chat_format
 from luthier.objectives import Classification
-from luthier.serving.export import export, export_onnx
+from luthier.serving.export import export
+from luthier.serving.onnx_export import export_onnx
 from luthier.store.models import find
 
 CPU = torch.device("cpu")

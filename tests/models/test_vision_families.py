@@ -19,7 +19,8 @@ from luthier.data.processors import read_processor
 from luthier.models.heads import Head, row_scores
 from luthier.models.layouts import read_states
 from luthier.models.load import FrozenBatchNorm2d, as_network, load_model
-from luthier.serving.export import export, export_onnx
+from luthier.serving.export import export
+from luthier.serving.onnx_export import export_onnx
 from luthier.store.models import find
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli.app import app
 from luthier.data.rows import load_rows
-from luthier.errors import DataError, RecipeError
+from luthier.errors import DataError
 
 WORDS = ["fox", "dog", "card", "capital", "France", "Paris", "question", "word", "lazy dog jumps"]
 
@@ -159,7 +159,7 @@ def test_choices_are_for_models_that_write_and_nothing_is_learned_from_them(
     base: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = write(tmp_path / "c.jsonl", made_rows(4))
-    with pytest.raises(RecipeError, match="does not write, so choices have no probability"):
+    with pytest.raises(DataError, match="models of objective contrastive are evaluated on"):
         luthier.evaluate(str(family_folder("bert")), data)
     with pytest.raises(DataError, match="nothing to learn in prompts with choices"):
         luthier.tune(data, base=base, name="m")

@@ -277,7 +277,7 @@ def test_broken_weights_are_an_error_and_not_a_crash(
     shutil.copytree(tiny_model_folder, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ModelRefused, match=r"broken/model\.safetensors.*no whole safetensors file"):
+    with pytest.raises(ModelRefused, match=r"model\.safetensors.*no whole safetensors file"):
         load(find(str(folder)), torch.float32, torch.device("cpu"))
 
 

@@ -22,6 +22,7 @@ from luthier.data.corpus import Survey
 from luthier.engine import model_writer
 from luthier.engine.checkpoints import Checkpoints
 from luthier.engine.metrics import Reporter
+from luthier.engine.train import Trainer
 from luthier.errors import (
     DataError,
     Interrupted,
@@ -373,13 +374,13 @@ def test_the_text_is_not_held_in_memory(
 def test_everything_left_open_is_chosen_with_a_reason(
     fields: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainers: list[engine.Trainer] = []
+    trainers: list[Trainer] = []
 
-    def stop(self: engine.Trainer, resume: bool) -> None:
+    def stop(self: Trainer, *given: Any) -> None:
         trainers.append(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.Trainer, "run", stop)
+    monkeypatch.setattr(Trainer, "run", stop)
     heard = Heard()
     plain = fields(network={"context": 32})
     plain["training"] = {"precision": "float32"}
