@@ -294,12 +294,11 @@ def test_a_server_that_ends_gets_it_back(database: Database, model: CustomModel)
 @pytest.mark.parametrize(
     ("fields", "quotas", "words"),
     [
-        ({"format": "gguf", "quantization": "q3"}, {}, "no type 'q3' of weights"),
         ({"format": "onnx"}, {}, "mine"),
         ({}, {"stored_bytes": 10}, "quota stored_bytes"),
         ({"output": "s3://nobody-has-this/x"}, {}, "There is no bucket nobody-has-this"),
     ],
-    ids=["setting", "model", "quota", "place"],
+    ids=["model", "quota", "place"],
 )
 def test_a_failure_names_its_cause_and_leaves_nothing(
     database: Database,

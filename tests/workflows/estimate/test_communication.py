@@ -16,7 +16,7 @@ from luthier.workflows.estimate.communication import (
 )
 from test_processes import run_group
 
-SCRIPT = Path(__file__).parents[1] / "plugins" / "counted_bytes.py"
+SCRIPT = Path(__file__).parents[2] / "plugins" / "counted_bytes.py"
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
