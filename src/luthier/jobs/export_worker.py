@@ -42,7 +42,7 @@ from luthier.errors import (
 )
 from luthier.files import hashes_of, luthier_home
 from luthier.jobs.folders import ExportFolders
-from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, waits_for_room
+from luthier.jobs.worker import AGAIN, BEAT, RENEWAL, Heartbeat, Worker, waits_for_room
 from luthier.models.manifest import created_now
 from luthier.store import exports, storage
 from luthier.store.accounts import quotas_of
@@ -53,10 +53,6 @@ from luthier.store.locations import Locations
 from luthier.store.models import find
 from luthier.workflows.export import Export, Format, export_model, memory_needed
 
-BEAT = 1.0
-"""Seconds between two looks at the export."""
-AGAIN = 60.0
-"""Seconds after which a worker that did not stop is asked again."""
 INDEX = "export.json"
 """The file that is written last: what was exported, and the hashes of the others."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 
@@ -91,45 +91,47 @@ def _prepare_jobs(database: Database) -> None:
                 found.memory = memory
 
 
+Folders = TypeVar("Folders", ImportFolders, ExportFolders)
+
+
+def _left_behind(
+    files_name: Callable[[str], str], folders_of: Callable[[str], Folders]
+) -> Iterator[tuple[str, Folders]]:
+    """Ids and folders of works that have a lock which no process holds; it is held meanwhile."""
+    prefix = files_name("")
+    for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
+        work_id = lock.stem.removeprefix(prefix)
+        folders = folders_of(work_id)
+        with folders.hold() as free:
+            if free:
+                yield work_id, folders
+
+
 def _prepare_imports(database: Database) -> None:
     """Remove what processes left that died as their imports ended."""
-    prefix = imports.files_name("")
-    for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
-        model_id = lock.stem.removeprefix(prefix)
-        folders = ImportFolders(model_id)
-        with folders.hold() as free:
-            if not free:
+    for model_id, folders in _left_behind(imports.files_name, ImportFolders):
+        with database.read() as session:
+            if imports.is_unfinished(session, model_id):
                 continue
-            with database.read() as session:
-                if imports.is_unfinished(session, model_id):
-                    continue
-                made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
-                has_model = session.scalar(made) is not None
-            try:
-                folders.drop(model=not has_model)
-            except (LuthierError, OSError) as error:
-                _log.warning("what model %s left stays for now: %s", model_id, error)
-                continue
-            # Its process died: the model's failure says more.
-            folders.log.unlink(missing_ok=True)
+            made = select(CustomModel.id).filter_by(id=model_id, status=ACTIVE)
+            has_model = session.scalar(made) is not None
+        try:
+            folders.drop(model=not has_model)
+        except (LuthierError, OSError) as error:
+            _log.warning("what model %s left stays for now: %s", model_id, error)
+            continue
+        # Its process died: the model's failure says more.
+        folders.log.unlink(missing_ok=True)
 
 
 def _prepare_exports(database: Database) -> None:
     """Remove what processes left that died as their exports ended."""
-    prefix = exports.files_name("")
-    for lock in sorted((luthier_home() / "jobs").glob(f"{prefix}*.lock")):
-        export_id = lock.stem.removeprefix(prefix)
-        folders = ExportFolders(export_id)
-        with folders.hold() as free:
-            if not free:
+    for export_id, folders in _left_behind(exports.files_name, ExportFolders):
+        with database.read() as session:
+            if exports.is_unfinished(session, export_id):
                 continue
-            with database.read() as session:
-                going_on = select(ModelExport.seq).where(
-                    ModelExport.id == export_id, ModelExport.state.not_in(ENDED)
-                )
-                if session.scalar(going_on) is None:
-                    folders.drop_working_files()
-                    folders.log.unlink(missing_ok=True)
+        folders.drop_working_files()
+        folders.log.unlink(missing_ok=True)
 
 
 IMPORT = WorkKind(

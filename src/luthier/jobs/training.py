@@ -43,7 +43,15 @@ from luthier.jobs.folders import JobFolders, tidy
 from luthier.jobs.job_reporter import JobReporter, copy_event
 from luthier.jobs.processes import NO_DISK
 from luthier.jobs.shared_runs import SharedRun
-from luthier.jobs.worker import RENEWAL, Heartbeat, Worker, explain_wait, waits_for_room
+from luthier.jobs.worker import (
+    AGAIN,
+    BEAT,
+    RENEWAL,
+    Heartbeat,
+    Worker,
+    explain_wait,
+    waits_for_room,
+)
 from luthier.printable import finite_or_none
 from luthier.recipe import DataSpec, parse
 from luthier.serving.journal import asking_for
@@ -57,10 +65,6 @@ from luthier.store.shared_identity import check_present
 from luthier.store.shared_models import share_model
 from luthier.workflows.pipeline import KINDS
 
-BEAT = 1.0
-"""Seconds between two looks at the job."""
-AGAIN = 60.0
-"""Seconds after which a worker that did not stop is asked again."""
 VALIDATION_TOKENS = 2048
 """Computed at once, where validators are measured one by one."""
 

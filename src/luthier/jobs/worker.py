@@ -43,6 +43,10 @@ Places = TypeVar("Places")
 """What reads and writes data by address."""
 Done = TypeVar("Done")
 
+BEAT = 1.0
+"""Seconds between two looks at work that may be stopped."""
+AGAIN = 60.0
+"""Seconds after which a worker that did not stop is asked again."""
 RENEWAL = 5.0
 """Seconds between two renewals of a lease, where nothing else is to be written."""
 SILENCE = 20.0

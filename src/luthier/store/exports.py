@@ -186,6 +186,14 @@ def in_flight(session: Session, account: str) -> int:
     return count_rows(session, ModelExport.account == account, ModelExport.state.not_in(ENDED))
 
 
+def is_unfinished(session: Session, export_id: str) -> bool:
+    """Whether there is anything to do for an export."""
+    found = select(ModelExport.seq).where(
+        ModelExport.id == export_id, ModelExport.state.not_in(ENDED)
+    )
+    return session.scalar(found) is not None
+
+
 def is_exported(session: Session, arn: str) -> bool:
     """Whether an export that has not ended reads the model of this ARN."""
     found = select(ModelExport.seq).where(ModelExport.model == arn, ModelExport.state.not_in(ENDED))
