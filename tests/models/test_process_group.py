@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import HashStore
 
@@ -90,6 +92,21 @@ def test_silence_alone_is_no_surprising_end(size: int, error: str, words: str) -
     lost = _explain(ProcessGroup(0, size), rendezvous, RuntimeError(error), {})
     assert isinstance(lost, ProcessLost) and lost.ranks == {*range(1, size)}
     assert re.search(words, str(lost))
+
+
+def test_a_process_of_this_machine_that_ended_is_seen_whatever_the_exchange_says() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:  # a zombie, until it is waited for
+        found = psutil.Process(ended.pid)
+        while found.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        members = [{"host": socket.gethostname(), "pid": pid} for pid in (os.getpid(), ended.pid)]
+        rendezvous = Rendezvous(HashStore(), members, 1.0)
+        for _ in range(2):
+            lost = _explain(ProcessGroup(0, 2), rendezvous, RuntimeError("gloo: odd words"), {})
+            assert "process 1 of 2" in str(lost) and "ended by surprise" in str(lost)
+            ended.wait()
+    living = _explain(ProcessGroup(1, 2), rendezvous, RuntimeError("gloo: odd words"), {})
+    assert "no word from process 0 of 2" in str(living)
 
 
 def enter_round(store: HashStore, rank: int, found: dict[int, Any]) -> threading.Thread:

@@ -44,6 +44,8 @@ MAX_RESTARTS = 3
 """Times that all processes are started again after one has ended by surprise."""
 SHUTDOWN_SECONDS = 300
 """Which they have to end their step and write a checkpoint, when they are asked to stop."""
+LAST_WORDS_SECONDS = 2.0
+"""Which a process has after SIGTERM, where it is not training."""
 PROCESS_BYTES = 400 << 20
 """What a process takes before it has read a row or a weight: its libraries."""
 ORPHAN_SECONDS = 20.0
@@ -181,6 +183,7 @@ def work(folder: Path, train: Training = _train) -> None:
     request = read_json(folder / _REQUEST)
     watch_agent(request["agent"])
     keys.take_over(request["keys"])
+    _end_soon_on_sigterm()
     rank = ProcessGroup.of_environment().rank
     first = rank == 0
     reporter = ReportFile(folder / _REPORTS, answered=True) if first else Reporter()
@@ -208,6 +211,21 @@ def work(folder: Path, train: Training = _train) -> None:
         if not _outcomes(folder):  # the others wait for what this process leaves undone
             write_json(folder / _OUTCOME.format(rank), outcome)
             sys.exit(1)
+
+
+def _end_soon_on_sigterm() -> None:
+    """Leave a process that the agent ends time to say which other one it has lost.
+
+    The agent ends all others as soon as it sees one gone, also while they unwind from the exchange
+    that failed. While it trains, a process has an answer of its own to SIGTERM.
+    """
+
+    def end_soon(number: int, frame: Any) -> None:
+        timer = threading.Timer(LAST_WORDS_SECONDS, os._exit, (128 + number,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGTERM, end_soon)
 
 
 def check_room(processes: int) -> None:

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from luthier.errors import (
     DiskFull,
     LuthierError,
@@ -72,6 +74,16 @@ class Rendezvous:
         """The process of that rank, for people."""
         member = self.members[rank]
         return f"process {rank} of {len(self.members)} (pid {member['pid']} on {member['host']})"
+
+    def is_gone(self, rank: int) -> bool:
+        """Whether that process has ended, as far as can be seen from here: on this machine alone."""
+        member = self.members[rank]
+        if member["host"] != socket.gethostname():
+            return False
+        try:
+            return bool(psutil.Process(member["pid"]).status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
 
 
 _rendezvous: Rendezvous | None = None
@@ -421,8 +433,9 @@ def _explain(
             f"its machine does: look there, and end what is left of it. {_GOES_ON}"
         )
         return ProcessLost(text, lost)
-    if len(lost) == 1 and any(words in str(error) for words in _CLOSED):
-        cause = "it was killed, as for want of memory, or its machine is gone"
+    closed = len(lost) == 1 and any(words in str(error) for words in _CLOSED)
+    if closed or all(rendezvous.is_gone(rank) for rank in lost):
+        cause = "killed, as for want of memory, or gone with the machine"
         text = f"{names} ended by surprise: {cause}"
     else:  # one of them may be computing still
         text = f"no word from {names} after an exchange failed: {error}. Look at the output there"
