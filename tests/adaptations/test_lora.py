@@ -193,6 +193,11 @@ def test_peft_loads_what_is_saved(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ENDS)
     assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", "some/base")
+    own = peft.PeftConfig.from_pretrained(str(folder)).to_dict()  # what is left out is its default
+    assert (
+        config.items()
+        <= {k: sorted(v) if isinstance(v, set) else v for k, v in own.items()}.items()
+    )
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
     row = make_rows()[0]
     logits = tree_logits(network, row)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -30,6 +32,24 @@ from luthier.recipe import Recipe
 from luthier.store.models import chat_format, find
 
 # --- what comes out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adaptation", ["lora", "prefix", "prompt", "adapters"])
+def test_an_adapter_of_llama_is_trained_without_transformers_and_peft(
+    recipe: Callable[..., Recipe], luthier_home: Path, adaptation: str
+) -> None:
+    """Importing them takes five seconds, which is as long as some runs."""
+    spec = recipe({"refit": False}, adaptation=adaptation)
+    code = (
+        "import json, sys; from luthier.engine.train import train\n"
+        "from luthier.recipe import Recipe\n"
+        "train(Recipe.parse(json.loads(sys.argv[1])))\n"
+        "print(sorted({'transformers', 'peft', 'accelerate'} & {*sys.modules}))"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps(spec.plain())]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ})
+    assert ended.stdout.splitlines()[-1:] == ["[]"], ended.stdout + ended.stderr
+    assert find(f"{Path(spec.base).name}:x").manifest.parity is not None
 
 
 @pytest.mark.parametrize("adaptation", ["lora", "full", "freeze"])

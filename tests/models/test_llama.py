@@ -24,6 +24,8 @@ from luthier.models.llama import LlamaConfig, LlamaForCausalLM, load_llama, sket
 from luthier.models.load import as_network, load_model
 from luthier.models.save import load_adapter, save_adapter
 from luthier.models.torch_backend import FlatBackend
+from luthier.objectives.logprobs import weighted_nll
+from luthier.types import Example
 
 CPU = torch.device("cpu")
 PROMPT = np.random.default_rng(0).integers(3, 300, CHUNK + 70)
@@ -81,7 +83,7 @@ def test_the_bits_are_those_of_transformers(
     form: str, dtype: torch.dtype, exact: bool, write_llama: Callable[..., Path]
 ) -> None:
     folder = write_llama(**FORMS[form])
-    ours = load_model(folder, dtype, CPU, learns=False)
+    ours = load_model(folder, dtype, CPU, savable=False)
     assert isinstance(ours, LlamaForCausalLM)
     theirs = load_model(folder, dtype, CPU)
     assert not isinstance(theirs, LlamaForCausalLM)
@@ -113,8 +115,8 @@ def test_adapters_find_their_places(
     tmp_path.joinpath("adapter").mkdir()
     save_adapter(tuned, adaptation, {}, tmp_path / "adapter")
     found = []
-    for learns in (True, False):
-        model = load_model(folder, torch.float32, CPU, learns=learns)
+    for savable in (True, False):
+        model = load_model(folder, torch.float32, CPU, savable=savable)
         load_adapter(model, adaptation, tmp_path / "adapter")
         if adaptation.mergeable:
             adaptation.merge(model)
@@ -122,6 +124,42 @@ def test_adapters_find_their_places(
     plain = written(load_model(folder, torch.float32, CPU), torch.float32, exact=False)
     assert torch.equal(*found)
     assert not torch.equal(found[0], plain)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_learned_has_the_bits_of_transformers(
+    method: str, dtype: torch.dtype, write_llama: Callable[..., Path]
+) -> None:
+    folder = write_llama(tie_word_embeddings=True)
+    adaptation = ADAPTATIONS[method].model_validate({"method": method})
+    tokens = np.random.default_rng(1).integers(3, 300, (4, 60))
+    tokens[:, :20] = tokens[0, :20]  # a prefix that the rows share
+    rows = [
+        Example(row, np.where(np.arange(60) < 30, 0, 1).astype(np.float32), place)
+        for place, row in enumerate(tokens)
+    ]
+    gradients = []
+    for savable in (True, False):
+        model = load_model(folder, dtype, CPU, savable=savable)
+        assert isinstance(model, LlamaForCausalLM) is not savable
+        network = as_network(model, CPU, dtype)
+        torch.manual_seed(1)
+        adaptation.attach(model)
+        adaptation.calibrate(network, lambda _: pytest.fail("no gradients are needed"))
+        trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        for weight in trained.values():
+            weight.data += 0.05 * torch.randn_like(weight)
+        model.train()
+        for batch in network.batches(rows, 128):
+            weighted_nll(network, batch).backward()
+        gradients.append({name: each.grad for name, each in trained.items()})
+    theirs, ours = gradients
+    assert theirs.keys() == ours.keys()
+    for name, gradient in theirs.items():
+        assert (
+            gradient is not None and gradient.count_nonzero() and torch.equal(gradient, ours[name])
+        )
 
 
 @pytest.mark.parametrize(
@@ -197,15 +235,15 @@ def test_weights_that_are_missing_or_damaged(write_llama: Callable[..., Path]) -
     save_file({n: w for n, w in whole.items() if n != "model.norm.weight"}, path)
     assert load_llama(config, folder, torch.float32, CPU) is None  # transformers says which
     with pytest.raises(UnknownModel, match=r"missing or of another shape, model\.norm\.weight"):
-        load_model(folder, torch.float32, CPU, learns=False)
+        load_model(folder, torch.float32, CPU, savable=False)
     save_file(
         whole | {"model.norm.weight": torch.full_like(whole["model.norm.weight"], torch.nan)}, path
     )
     with pytest.raises(CorruptFile, match=r"model\.norm\.weight .* not finite"):
-        load_model(folder, torch.float32, CPU, learns=False)
+        load_model(folder, torch.float32, CPU, savable=False)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelRefused, match="no whole safetensors file"):
-        load_model(folder, torch.float32, CPU, learns=False)
+        load_model(folder, torch.float32, CPU, savable=False)
     tied = config.model_copy(update={"tie_word_embeddings": True})
     save_file(whole, path)
     assert load_llama(tied, folder, torch.float32, CPU) is None
@@ -218,7 +256,7 @@ def test_other_files_beside_the_weights_are_not_read(write_llama: Callable[..., 
     for name in ("zz", "adapter_model", "model_old"):
         others = {name: torch.zeros_like(weight) for name, weight in whole.items()}
         save_file(others, folder / f"{name}.safetensors")
-    ours = load_model(folder, torch.float32, CPU, learns=False)
+    ours = load_model(folder, torch.float32, CPU, savable=False)
     assert torch.equal(written(ours, torch.float32, exact=False), expected)
     # In shards: those that the index names. Without one, transformers says what is missing.
     (folder / "model.safetensors").unlink()
@@ -229,7 +267,7 @@ def test_other_files_beside_the_weights_are_not_read(write_llama: Callable[..., 
     places = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     index = {"metadata": {}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    ours = load_model(folder, torch.float32, CPU, learns=False)
+    ours = load_model(folder, torch.float32, CPU, savable=False)
     assert isinstance(ours, LlamaForCausalLM)
     assert torch.equal(written(ours, torch.float32, exact=False), expected)
     (folder / "model.safetensors.index.json").unlink()
@@ -245,7 +283,7 @@ def test_weights_by_other_names_are_loaded_by_transformers(
     expected = written(load_model(folder, torch.float32, CPU), torch.float32, exact=False)
     bare = {name.removeprefix("model."): weight for name, weight in load_file(path).items()}
     save_file(bare, path, metadata={"format": "pt"})
-    loaded = load_model(folder, torch.float32, CPU, learns=False)
+    loaded = load_model(folder, torch.float32, CPU, savable=False)
     assert not isinstance(loaded, LlamaForCausalLM)
     assert torch.equal(written(loaded, torch.float32, exact=False), expected)
 
@@ -255,7 +293,7 @@ def test_a_network_that_answers_no_numbers_is_refused(write_llama: Callable[...,
     path = folder / "model.safetensors"
     huge = {n: w * 1e37 if "proj" in n else w for n, w in load_file(path).items()}
     save_file(huge, path, metadata={"format": "pt"})
-    loaded = load_model(folder, torch.float32, CPU, learns=False)
+    loaded = load_model(folder, torch.float32, CPU, savable=False)
     with pytest.raises(CorruptFile, match="answers with numbers that are not finite"):
         as_network(loaded.eval(), CPU, torch.float32)
 
@@ -272,7 +310,7 @@ def test_threads_import_transformers_one_after_the_other(
         "def run(work):\n"
         "    try: work()\n"
         "    except BaseException as error: failed.append(repr(error))\n"
-        "load = lambda: load_model(folder, torch.float32, torch.device('cpu'), learns=True)\n"
+        "load = lambda: load_model(folder, torch.float32, torch.device('cpu'), savable=True)\n"
         "read = lambda: load_tokenizer(texts)(['a', 'b'])\n"
         "threads = [threading.Thread(target=run, args=[each]) for each in (load, read, read)]\n"
         "[each.start() for each in threads]; [each.join() for each in threads]; print(failed)"

@@ -85,9 +85,7 @@ class LoRA(Adaptation):
         replace_modules(model, names, lambda layer: layer.merge(rounding))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """The configuration PEFT itself writes for this adapter."""
-        from peft import LoraConfig
-
+        """PEFT's configuration of this adapter."""
         from luthier.adaptations.lora_layer import LoRAConv2d, LoRALinear
 
         wrapped = modules_of(model, (LoRALinear, LoRAConv2d))
@@ -95,13 +93,14 @@ class LoRA(Adaptation):
         if any(end.isdigit() for end in ends):  # convolutions in a Sequential are called "0"
             ends = {*wrapped}
         return peft_config(
-            LoraConfig,
+            "LORA",
             model,
             base,
             r=self.rank,
-            # PEFT types this as a whole number, but takes and stores any.
+            # PEFT types this as a whole number, but takes any.
             lora_alpha=int(self.alpha) if self.alpha == math.floor(self.alpha) else self.alpha,
             lora_dropout=self.dropout,
+            bias="none",
             use_rslora=self.rslora,
             use_dora=self.dora,
             fan_in_fan_out=model.config.model_type == "gpt2",  # type: ignore[union-attr]

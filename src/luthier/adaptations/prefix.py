@@ -42,15 +42,13 @@ class Prefix(VirtualTokens):
         fill_from_tokens(network, torch.randint(vocabulary, (self.virtual_tokens,)))
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """The configuration PEFT itself writes for this prefix."""
-        from peft import PrefixTuningConfig
-
+        """PEFT's configuration of this prefix."""
         from luthier.models.prefix import KeyValuePrefix
 
         prefix = next(m for m in model.modules() if isinstance(m, KeyValuePrefix))
         layers, heads, size = prefix.shape
         return peft_config(
-            PrefixTuningConfig,
+            "PREFIX_TUNING",
             model,
             base,
             num_virtual_tokens=self.virtual_tokens,

@@ -59,11 +59,9 @@ class Prompt(VirtualTokens):
         replace_modules(model, names, lambda _: prompt)
 
     def adapter_config(self, model: nn.Module, base: str) -> dict[str, Any]:
-        """The configuration PEFT itself writes for this prompt."""
-        from peft import PromptTuningConfig
-
+        """PEFT's configuration of this prompt."""
         return peft_config(
-            PromptTuningConfig,
+            "PROMPT_TUNING",
             model,
             base,
             num_virtual_tokens=self.virtual_tokens,

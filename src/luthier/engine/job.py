@@ -369,7 +369,8 @@ def resolve_job(
     learned = own if base.manifest.recipe else None
     bound = data.objective.bind_base(base.network_folder, learned)
     data = replace(data, objective=bound)
-    config = read_config(base.network_folder, data.objective.head())
+    stores_network = recipe.adaptation.stores_network
+    config = read_config(base.network_folder, data.objective.head(), savable=stores_network)
     reads = chat.media.shape if chat.media is not None else None
     drawn = sketch_training(config, data.objective, recipe.adaptation, size, reads=reads)
     model, recipe = drawn.model, recipe.model_copy(update={"adaptation": drawn.adaptation})
@@ -500,7 +501,7 @@ def _others(
 def load_frozen(stored: store.StoredModel, machine: Machine, reporter: Reporter) -> Network:
     """A model that helps to train: as it is served, frozen."""
     reporter.stage(f"Loading {stored.id}")
-    model = store.load(stored, machine.dtype, machine.device)
+    model = store.load(stored, machine.dtype, machine.device, savable=False)
     model.requires_grad_(False).eval()
     network = as_network(model, machine.device, machine.dtype)
     network.chat = store.chat_format(stored)

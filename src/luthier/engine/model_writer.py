@@ -32,6 +32,7 @@ from luthier.evaluation.parity import (
     greedy_prompts,
     learned_logps,
     reference_answers,
+    reference_prompts,
     write_greedily,
 )
 from luthier.files import folder_size, hashes_of, new_folder
@@ -61,7 +62,8 @@ from luthier.objectives import OBJECTIVES
 from luthier.store import models as store
 from luthier.types import Example
 
-PARITY_ROWS = 16
+PARITY_ROWS, PARITY_TOKENS = 16, 1024
+"""Rows that are compared; beyond :data:`TOKEN_PARITY_ROWS` only as many as have so few tokens."""
 TOKEN_PARITY_ROWS = 4
 """Of which the next tokens are compared, and behind as many prompts greedy texts."""
 
@@ -189,7 +191,14 @@ class ModelWriter:
 
     def _sample(self) -> list[Example]:
         """The rows that parity is measured on, held-out ones first."""
-        return list(islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS))
+        rows: list[Example] = []
+        tokens = 0
+        for row in islice(chain(self.job.data.validation, self.job.data.train), PARITY_ROWS):
+            tokens += len(row)
+            if len(rows) >= TOKEN_PARITY_ROWS and tokens > PARITY_TOKENS:
+                break
+            rows.append(row)
+        return rows
 
     @property
     def _budget(self) -> int:
@@ -224,10 +233,13 @@ class ModelWriter:
         ]
         if not prompts:
             return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
+        count, stop_ids = len(prompts), self.job.chat.stop_ids
+        references = reference_prompts(self.job.chat, room)
+        prompts += [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in references.values()]
         with _open_backend(network) as backend:
-            greedy = write_greedily(backend, prompts, GREEDY_TOKENS, self.job.chat.stop_ids)
-            reference = reference_answers(backend, self.job.chat, soft, room)
-        return NetworkAnswers(loss, logps, greedy, None, reference or None)
+            written = write_greedily(backend, prompts, GREEDY_TOKENS, stop_ids)
+        reference = reference_answers(references, written.part(slice(count, None)), stop_ids)
+        return NetworkAnswers(loss, logps, written.part(slice(count)), None, reference or None)
 
     def _why_not_greedy(self, network: Network) -> str | None:
         """Why the network writes nothing to compare; ``None`` where it does."""
@@ -244,7 +256,7 @@ class ModelWriter:
         stored = store.StoredModel(manifest.id, folder, manifest, parent)
         head = self.job.data.objective.head()
         device, dtype = self.job.machine.device, self.job.machine.dtype
-        network = as_network(store.load(stored, dtype, device, head), device, dtype)
+        network = as_network(store.load(stored, dtype, device, head, savable=False), device, dtype)
         logps, greedy = self._logps(network), None
         if trained.greedy is not None:
             with _open_backend(network) as backend:
@@ -260,7 +272,9 @@ class ModelWriter:
         )
         network.close()
         if parent and trained.greedy is not None and store.shares_base(stored):
-            below = as_network(store.load(parent, dtype, device, head, learns=False), device, dtype)
+            below = as_network(
+                store.load(parent, dtype, device, head, savable=False), device, dtype
+            )
             network = below.with_adapter(lambda model: store.attach_adapter(model, stored))
             with _open_backend(network) as backend:
                 beside = compare_greedy(trained.greedy, backend)

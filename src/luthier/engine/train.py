@@ -549,7 +549,8 @@ class Trainer:
         # A device may not hold what is to be cut, or was.
         device = torch.device("cpu") if is_sharded or again else machine.device
         head = self.job.data.objective.head()
-        model = store.load(self.job.base, machine.dtype, device, head)
+        savable = self.recipe.adaptation.stores_network
+        model = store.load(self.job.base, machine.dtype, device, head, savable)
         if new_weights(model):
             classes = f" of {len(head.labels)} classes" if len(head.labels) > 1 else ""
             why = f": {self.job.base.id} has none that fits"

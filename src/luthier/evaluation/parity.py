@@ -17,7 +17,7 @@ with torch in the same way: :func:`compare_backends`. All of them add up their p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -181,6 +181,10 @@ class GreedyText:
     logps: list[Tensor]
     """``[T, V]`` of each prompt: what the network gives each next token."""
 
+    def part(self, prompts: slice) -> GreedyText:
+        """That of some of the prompts."""
+        return GreedyText(self.prompts[prompts], self.tokens[prompts], self.logps[prompts])
+
 
 def write_greedily(
     backend: Backend, prompts: Sequence[IntArray], count: int, stop_ids: Collection[int] = ()
@@ -258,33 +262,25 @@ def _follow(
             backend.free(state)
 
 
-def reference_answers(
-    backend: Backend, chat: ChatFormat, soft: Sequence[int], room: int
-) -> list[ReferenceAnswer]:
-    """What a network writes behind :data:`REFERENCE_PROMPTS`, as far as they fit ``room``.
+def reference_prompts(chat: ChatFormat, room: int) -> dict[str, IntArray]:
+    """:data:`REFERENCE_PROMPTS` as tokens, as far as they fit ``room``."""
+    encoded = {text: chat.encode_prompt([Message("user", text)]) for text in REFERENCE_PROMPTS}
+    return {text: ids_T for text, ids_T in encoded.items() if 0 < len(ids_T) <= room}
 
-    ``soft`` stands before each prompt: the tokens of a soft prompt.
-    """
-    turns = [[Message("user", text)] for text in REFERENCE_PROMPTS]
-    known = {
-        text: ids_T.tolist()
-        for text, ids_T in zip(REFERENCE_PROMPTS, map(chat.encode_prompt, turns), strict=True)
-        if 0 < len(ids_T) <= room
-    }
-    if not known:
-        return []
-    prompts = [np.array([*soft, *ids], dtype=np.int64) for ids in known.values()]
-    written = write_greedily(backend, prompts, GREEDY_TOKENS, chat.stop_ids)
+
+def reference_answers(
+    prompts: Mapping[str, IntArray], written: GreedyText, stop_ids: Collection[int]
+) -> list[ReferenceAnswer]:
+    """What was ``written`` behind the ``prompts`` of :func:`reference_prompts`, as a record has it."""
     answers = []
-    for (text, prompt_ids), ids, logp_TV in zip(
-        known.items(), written.tokens, written.logps, strict=True
+    for (text, prompt_T), ids, logp_TV in zip(
+        prompts.items(), written.tokens, written.logps, strict=True
     ):
-        stops = ids[-1] in chat.stop_ids
+        stops = ids[-1] in stop_ids
         ids = ids[:-1] if stops else ids
         logps = [round(float(logp_TV[at, token]), 5) for at, token in enumerate(ids)]
-        answers.append(
-            ReferenceAnswer(prompt=text, prompt_ids=prompt_ids, ids=ids, logps=logps, stops=stops)
-        )
+        own = {"prompt": text, "prompt_ids": prompt_T.tolist(), "ids": ids}
+        answers.append(ReferenceAnswer(**own, logps=logps, stops=stops))
     return answers
 
 

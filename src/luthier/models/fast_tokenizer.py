@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from luthier.data.chat_template import render_template
-from luthier.files import read_json
+from luthier.files import read_json, write_bytes
 from luthier.models.description import import_transformers
 
 if TYPE_CHECKING:
@@ -238,11 +238,18 @@ class FastTokenizer:
         names = self.special_tokens_map | names
         return render_template(template, turns, tools, add_generation_prompt, names)
 
-    def save_pretrained(self, folder: str | Path) -> Any:
-        """Write it as transformers does."""
-        own = self.transformers_tokenizer
-        own.chat_template = self.chat_template
-        return own.save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write its files, with the chat template in one of its own, as transformers has it."""
+        config = json.loads(self._files["tokenizer_config.json"])
+        config.pop("chat_template", None)
+        template = self.chat_template
+        files = {
+            "tokenizer.json": self._files["tokenizer.json"],
+            "tokenizer_config.json": f"{json.dumps(config, indent=2)}\n".encode(),
+            **({} if template is None else {"chat_template.jinja": template.encode()}),
+        }
+        for name, content in files.items():
+            write_bytes(Path(folder) / name, content)
 
 
 def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str) -> bool:

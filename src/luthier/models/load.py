@@ -38,7 +38,7 @@ from luthier.models.layouts import (
     read_states,
     reads_tree,
 )
-from luthier.models.llama import load_llama
+from luthier.models.llama import load_llama, sketch_llama
 from luthier.models.llama_config import LlamaConfig
 from luthier.models.modalities import input_shape, media_config, media_inputs, text_config
 from luthier.models.network import Network, TreeBatch
@@ -61,9 +61,14 @@ def configuration(folder: Path, fields: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
 
-def read_config(folder: Path, head: Head) -> Any:
-    """transformers' configuration of the network in ``folder``, set up for ``head``."""
-    return for_head(configuration(folder, check_folder(folder)), head)
+def read_config(folder: Path, head: Head, savable: bool = True) -> Any:
+    """transformers' configuration of the network in ``folder``, set up for ``head``.
+
+    That of a network of ours where there is one, and where the network need not be ``savable``.
+    """
+    fields = check_folder(folder)
+    own = LlamaConfig.of(fields) if head == CAUSAL_LM and not savable else None
+    return own or for_head(configuration(folder, fields), head)
 
 
 def catalogue_config(entry: CatalogEntry, head: Head) -> Any:
@@ -103,20 +108,23 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def sketch(folder: Path, head: Head) -> nn.Module:
     """The network without its numbers, for counting and for early refusals."""
-    return sketch_of(read_config(folder, head), head)
+    return sketch_of(read_config(folder, head, savable=False), head)
 
 
 def sketch_of(config: Any, head: Head) -> nn.Module:
-    """The same from a configuration of transformers."""
+    """The same from a configuration that :func:`read_config` gave."""
     with refuse_configuration(UnknownModel, DOES_NOT_RUN.format(config.model_type)):
         return draw(config, head)
 
 
 def draw(config: Any, head: Head) -> nn.Module:
     """The network of ``config`` on no device; errors are those of its family."""
-    kind = auto_class(config, head.task)
-    with torch.device("meta"):
-        model: nn.Module = kind.from_config(config, trust_remote_code=False)
+    if isinstance(config, LlamaConfig):
+        model: nn.Module = sketch_llama(config)
+    else:
+        kind = auto_class(config, head.task)
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=False)
     mark(model, head.task)
     return model
 
@@ -126,16 +134,17 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     head: Head = CAUSAL_LM,
-    learns: bool = True,
+    savable: bool = True,
 ) -> nn.Module:
     """A network with the head asked for and plain attention, as transformers serves it.
 
     A head that the folder does not hold, or for other classes, is drawn anew; any other weight that is
-    missing is an error. One that does not learn may be of ours (:mod:`luthier.models.llama`).
+    missing is an error. One that need not be ``savable``, as a folder of transformers, may be of ours
+    (:mod:`luthier.models.llama`): importing transformers' takes two seconds.
     """
     from safetensors import SafetensorError
 
-    if not learns and head == CAUSAL_LM:
+    if not savable and head == CAUSAL_LM:
         own = _load_without_transformers(folder, dtype, device)
         if own is not None:
             return own

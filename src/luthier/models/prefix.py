@@ -8,15 +8,20 @@ it as a filled cache, as PEFT hands it over. In both, the first token has the po
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
+from luthier.models.attention import AttentionPlan, plan_attention
 from luthier.models.heads import decoder_of
-from luthier.models.layouts import reads_tree
+from luthier.models.layouts import Flat, reads_tree
 from luthier.models.modalities import head_size, key_heads
+from luthier.types import Example
 
 if TYPE_CHECKING:
     from luthier.models.network import Network
@@ -121,17 +126,32 @@ def prefix_cache(model: nn.Module, rows: int) -> Any:
 @torch.no_grad()
 def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
     """Set the prefix to the keys and values that the tokens ``ids_P`` have in the network."""
-    from transformers import DynamicCache
+    assert isinstance(network.layout, Flat)  # others are refused a prefix
+    model, length = network.model.eval(), len(ids_P)
+    row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
+    batch = network.batch(build_tree([row], share=False))
+    plan = plan_attention(batch.tree, network.device, network.dtype)  # without a prefix before it
+    recording = _Recording(plan, {})
+    network.layout.run_with(model.base_model, replace(batch, plan=plan), recording)
+    for prefix in _prefixes(model):
+        pairs = zip(prefix.keys_and_values(), recording.layers[prefix.layer], strict=True)
+        for part_HPD, computed_HND in pairs:
+            part_HPD.copy_(computed_HND[:, :length])
 
-    model = network.model.eval()
-    cache = DynamicCache()
-    flat = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        model.base_model(input_ids=ids_P[None].to(network.device), past_key_values=cache)
-    finally:
-        model.set_attn_implementation(flat)
-    layers: list[Any] = cache.layers
-    for prefix, kept in zip(_prefixes(model), layers, strict=True):
-        for part, given in zip(prefix.keys_and_values(), (kept.keys, kept.values), strict=True):
-            part.copy_(given[0])
+
+@dataclass(frozen=True)
+class _Recording:
+    """An attention that writes down the keys and values of each layer, ``[Hk, N, D]``."""
+
+    plan: AttentionPlan
+    layers: dict[int, tuple[Tensor, Tensor]]
+
+    @property
+    def longest(self) -> int:
+        return self.plan.longest
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        self.layers[int(module.layer_idx)] = key[0], value[0]
+        return self.plan.attend(module, query, key, value, scale)

@@ -342,14 +342,14 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     head: Head | None = None,
-    learns: bool = True,
+    savable: bool = True,
     on_merged: Callable[[StoredModel], None] = lambda model: None,
 ) -> nn.Module:
     """The network of ``model`` with all adapters of its lineage merged in.
 
-    ``head`` is what it is loaded for: its own task when not given. One that does not learn may have
-    modules of ours. ``on_merged`` hears of each model of the lineage, the base first, once it is in the
-    network.
+    ``head`` is what it is loaded for: its own task when not given. One that need not be ``savable``,
+    as a folder of transformers, may have modules of ours. ``on_merged`` hears of each model of the
+    lineage, the base first, once it is in the network.
 
     Raises:
         CorruptFile: where a file is not the one that the record names.
@@ -359,9 +359,9 @@ def load(
     check_whole(model)
     head = head or objective_of(model).head()
     if model.parent is None:
-        network = load_model(model.folder, dtype, device, head, learns)
+        network = load_model(model.folder, dtype, device, head, savable)
     else:
-        network = load(model.parent, dtype, device, head, learns, on_merged)
+        network = load(model.parent, dtype, device, head, savable, on_merged)
         attach_adapter(network, model)
         adaptation_of(model).merge(network)
     on_merged(model)
