@@ -117,7 +117,7 @@ def read_metrics(count: int, folder: Path, base: str) -> Spent:
 
 
 def database_of(count: int, folder: Path) -> Any:
-    """A database with so many jobs of a tenth as many accounts, of which one in ten waits."""
+    """A database with so many jobs of a tenth as many accounts; the last hundred wait."""
     from sqlalchemy import insert
 
     from luthier.store.database import Database, new_id, now
@@ -136,7 +136,7 @@ def database_of(count: int, folder: Path) -> Any:
             {
                 **fields, "id": new_id(), "account": f"{number % max(1, count // 10):012d}",
                 "name": f"job-{number}", "model_name": f"model-{number}",
-                "state": QUEUED if number % 10 == 0 else COMPLETED,
+                "state": QUEUED if number >= count - 100 else COMPLETED,
             }
             for number in range(start, min(count, start + 1000))
         ]  # fmt: skip
@@ -188,9 +188,9 @@ BY_ORDER: dict[str, tuple[Stage, str]] = {
 }
 BY_JOBS: dict[str, tuple[Stage, str]] = {
     "a page of an account's jobs": (list_page, "page"),
-    "claim the next job": (claim_job, "claim"),
+    "claim the next of 100 jobs that wait": (claim_job, "claim"),
 }
-SAME = {"rows of a step", "a page of an account's jobs", "claim the next job"}
+SAME = {"rows of a step", "a page of an account's jobs", "claim the next of 100 jobs that wait"}
 """What is to cost the same however much there is."""
 
 
