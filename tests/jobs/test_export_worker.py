@@ -186,8 +186,11 @@ def test_an_estimate_of_the_end_comes_with_the_second_share() -> None:
     assert progress.current() is None
     progress.update("write", 0, 10)
     assert "estimated_finish" not in (progress.current() or {})
+    time.sleep(1)
     progress.update("write", 5, 10)
     assert "estimated_finish" in (progress.current() or {})
+    time.sleep(1.1)  # it takes longer than that: no end in the past is named
+    assert "estimated_finish" not in (progress.current() or {})
 
 
 class Killed(BaseException):

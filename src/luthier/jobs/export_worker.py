@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -65,6 +65,7 @@ class ProgressEstimate:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._progress: ExportProgress | None = None
+        self._finish: datetime | None = None
         self._began = 0.0
 
     def update(self, phase: str, done: int, total: int) -> None:
@@ -72,16 +73,17 @@ class ProgressEstimate:
         with self._lock:
             if self._progress is None or self._progress["phase"] != phase:
                 self._began = time.monotonic()
-            progress = ExportProgress(phase=phase, done=done, total=total)
+            self._progress, self._finish = ExportProgress(phase=phase, done=done, total=total), None
             if 0 < done < total:
                 left = (time.monotonic() - self._began) / done * (total - done)
-                progress["estimated_finish"] = (now() + timedelta(seconds=left)).isoformat()
-            self._progress = progress
+                self._finish = now() + timedelta(seconds=left)
 
     def current(self) -> ExportProgress | None:
-        """The newest; ``None`` before there was any."""
+        """The newest; ``None`` before there was any. What takes longer than estimated has no end."""
         with self._lock:
-            return self._progress
+            if self._finish is None or self._progress is None or self._finish < now():
+                return self._progress
+            return {**self._progress, "estimated_finish": self._finish.isoformat()}
 
 
 class ExportWorker(Worker[ModelExport, Locations]):
@@ -248,7 +250,7 @@ class ExportWorker(Worker[ModelExport, Locations]):
         text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
         for name, shown in (
             (row.stored_id, row.model_name), (str(self.folders.target), row.output),
-            (f"{luthier_home()}/", ""), ("--merged", "merged"),
+            (f"{luthier_home()}/", ""),
         ):  # fmt: skip
             text = text.replace(name, shown)
         return text

@@ -89,7 +89,7 @@ def export(
     if stored.parent is not None and stored.parent.parent is not None and not merged:
         raise RecipeError(
             f"{stored.id} is an adapter on the adapter {stored.parent.id}, and PEFT does not put one "
-            "on another; use --merged"
+            "on another; export it merged"
         )
     target = new_target(target)
     with new_export_folder(target, stored) as fresh:
@@ -97,7 +97,7 @@ def export(
             with _report_written(fresh, folder_size(stored.folder), on_progress):
                 _copy(stored.folder, fresh)
         elif merged:
-            check_mergeable(stored, "--merged writes nothing else")
+            check_mergeable(stored, "a merged export writes nothing else")
             machine = machines.choose_machine()
             model = load_merged(stored, machine.dtype, machine.device, on_progress)
             size = sum(weight.nbytes for weight in model.parameters())
@@ -119,6 +119,8 @@ def load_merged(
     lineage = [stored]
     while lineage[-1].parent is not None:
         lineage.append(lineage[-1].parent)
+    if len(lineage) == 1:  # a base: there is nothing to merge
+        return load(stored, dtype, device)
     done, total = 0, len(lineage)
 
     def count(merged: StoredModel) -> None:
@@ -172,7 +174,7 @@ def _write_diffusers_lora(stored: StoredModel, folder: Path) -> None:
     """
     lora = _lora_of(stored)
     if not isinstance(lora, LoRA):
-        whole = "export the whole pipeline with --merged"
+        whole = "export the whole pipeline, merged"
         raise RecipeError(
             f"{lora.method} is no adapter that diffusers has; "
             f"{whole if lora.mergeable else 'it cannot be merged either, so tune with lora'}"
