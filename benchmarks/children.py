@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,20 +33,24 @@ class Outcome:
 
     report: dict[str, Any]
     peak_bytes: int
+    seconds: float
+    """From its start to its end, imports included."""
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> Outcome:
     """Run ``command``, whose last line of output is a JSON object; peak memory is the kernel's."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        began = time.perf_counter()
         child = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
         _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - began
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         lines = [line for line in out.read().splitlines() if line.startswith("{")]
         if child.returncode or not lines:
             sys.exit(f"{' '.join(command)} failed:\n{err.read()[-3000:]}")
-    return Outcome(json.loads(lines[-1]), usage.ru_maxrss * 1024)
+    return Outcome(json.loads(lines[-1]), usage.ru_maxrss * 1024, seconds)
 
 
 def tune(
