@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from luthier.errors import Diverged
 from luthier.models.layers import layer_positions
@@ -60,13 +62,12 @@ class MasterAdamW:
         shares |= {
             n: shares[n] * (training.head_rate_multiplier or 1.0) for n in heads if n in shares
         }
-        self._adamw = torch.optim.AdamW(
-            _groups(self.masters, shares, training.weight_decay),
-            lr=training.learning_rate or 0.0,
-            betas=(training.beta1, training.beta2),
-            eps=training.epsilon,
-            fused=True,
-        )
+        self._groups = _groups(self.masters, shares, training.weight_decay)
+        self._beta1, self._beta2 = training.beta1, training.beta2
+        self._epsilon = training.epsilon
+        self._state: dict[str, dict[str, Tensor]] = {}
+        """Of each weight that has had a gradient: ``step``, ``exp_avg`` and ``exp_avg_sq``, as PyTorch
+        has them."""
         self._max_norm = training.max_gradient_norm
 
     def collect(self) -> None:
@@ -100,8 +101,6 @@ class MasterAdamW:
 
     def step(self, learning_rate: float) -> float:
         """Clip, move the masters, copy them to the network; returns the gradient norm."""
-        for name, master in self.masters.items():
-            master.grad = self._sums.get(name)
         norm = self._norm()
         if not torch.isfinite(norm):
             raise Diverged(
@@ -109,16 +108,50 @@ class MasterAdamW:
                 "extreme content; the last checkpoint is from before this step."
             )
         if self._max_norm and norm > self._max_norm:
+            for name, gradient in self._sums.items():
+                self.masters[name].grad = gradient
             nn.utils.clip_grads_with_norm_(
                 self.masters.values(), self._max_norm, norm, foreach=True
             )
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate * group["share"]
-        self._adamw.step()
-        self._adamw.zero_grad(set_to_none=True)
+            for name in self._sums:
+                self.masters[name].grad = None
+        for group in self._groups:
+            self._move(group, learning_rate * group.share)
         self._sums.clear()
         self.publish()
         return float(norm)
+
+    def _move(self, group: _Group, rate: float) -> None:
+        """Move the masters of ``group`` that have a gradient.
+
+        By PyTorch's function and not its class, whose making imports the compiler in half a second.
+        """
+        names = [name for name in group.names if name in self._sums]
+        for name in names:
+            if name not in self._state:
+                master = self.masters[name]
+                self._state[name] = {
+                    "step": torch.zeros((), device=master.device),
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
+        states = [self._state[name] for name in names]
+        adamw(
+            [self.masters[name] for name in names],
+            [self._sums[name] for name in names],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            lr=rate,
+            beta1=self._beta1,
+            beta2=self._beta2,
+            eps=self._epsilon,
+            weight_decay=group.weight_decay,
+        )
 
     def _norm(self) -> Tensor:
         """Of all gradients together."""
@@ -140,7 +173,7 @@ class MasterAdamW:
         parts = [
             (f"{key}.{name}", value, self.weights[name])
             for name, master in self.masters.items()
-            for key, value in {"master": master, **self._adamw.state[master]}.items()
+            for key, value in {"master": master, **self._state.get(name, {})}.items()
         ]
         return gather_to_first(parts)
 
@@ -149,7 +182,7 @@ class MasterAdamW:
         for name, master in self.masters.items():
             weight = self.weights[name]
             master.copy_(shard_like(tensors[f"master.{name}"], weight))
-            state = self._adamw.state[master]
+            state = self._state.setdefault(name, {})
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -158,6 +191,8 @@ class MasterAdamW:
                     # convolutions (channels last) is not the order of a file.
                     part = shard_like(tensors[f"{key}.{name}"], weight)
                     state[key] = torch.empty_like(master).copy_(part)
+            if not state:
+                del self._state[name]
         self.publish()
 
     def publish(self) -> None:
@@ -187,16 +222,26 @@ def rate_shares(names: Iterable[str], layers: Sequence[str], decay: float) -> di
     return {name: decay ** (top - at) for name, at in layer_positions(names, layers).items()}
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Weights that learn in the same way."""
+
+    names: list[str]
+    share: float
+    """Factor of the rate."""
+    weight_decay: float
+
+
 def _groups(
     masters: Mapping[str, Tensor], shares: Mapping[str, float], weight_decay: float
-) -> list[dict[str, Any]]:
+) -> list[_Group]:
     """Masters by whether they decay and by their share of the rate."""
-    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    groups: dict[tuple[bool, float], list[str]] = {}
     for name, master in masters.items():
-        groups.setdefault((master.dim() < 2, shares[name]), []).append(master)
+        groups.setdefault((master.dim() < 2, shares[name]), []).append(name)
     return [
-        {"params": params, "share": share, "weight_decay": 0.0 if vector else weight_decay}
-        for (vector, share), params in sorted(groups.items(), key=lambda item: item[0])
+        _Group(names, share, 0.0 if vector else weight_decay)
+        for (vector, share), names in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
