@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from luthier.errors import (
     DiskFull,
     LuthierError,
@@ -77,6 +75,8 @@ class Rendezvous:
 
     def is_gone(self, rank: int) -> bool:
         """Whether that process has ended, as far as can be seen from here: on this machine alone."""
+        import psutil
+
         member = self.members[rank]
         if member["host"] != socket.gethostname():
             return False
