@@ -227,7 +227,7 @@ class GenerateTask(InferenceTask):
         return answer
 
 
-_TASKS: Mapping[str, type[InferenceTask]] = {
+TASKS: Mapping[str, type[InferenceTask]] = {
     task.kind: task for task in (PredictTask, EmbedTask, GenerateTask)
 }
 
@@ -235,7 +235,7 @@ _TASKS: Mapping[str, type[InferenceTask]] = {
 def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
     """The task of which :meth:`InferenceTask.plain` made plain values, which may have been JSON."""
     fields = dict(plain)
-    task = _TASKS[fields.pop("kind")]
+    task = TASKS[fields.pop("kind")]
     if sampling := fields.get("sampling"):
         bias = {int(token): value for token, value in sampling["logit_bias"].items()}
         stop = tuple(sampling["stop"])
