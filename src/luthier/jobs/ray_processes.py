@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from luthier.files import luthier_home
 from luthier.jobs.processes import NODE_LOST
 from luthier.jobs.ray_runner import RayNode, RayRunner, driver_environment
 from luthier.workflows.child_processes import ProcessRunner, Resources
@@ -29,6 +30,7 @@ class RayProcessRunner(ProcessRunner):
         self._cluster = RayRunner(address, gpus)
         self.nodes: list[RayNode] = self._cluster.check_cluster()
         self.environment = driver_environment()
+        luthier_home().mkdir(parents=True, exist_ok=True)  # where its workers run
 
     def room(self, memory: int, cores: int) -> int:
         """How many processes of so many bytes and cores the cluster takes when nothing else runs."""

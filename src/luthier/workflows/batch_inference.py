@@ -160,28 +160,20 @@ def answer_file(
             raise RunConflict(
                 f"another command is writing {output}: wait for its end, or name another output"
             )
-        models = task.needed_models()
         try:
+            models = task.needed_models()
             shards = [*_shards(task, models, folder)]
+            _remove_others(folder, shards)
+            resumed = sum(shard.rows for shard in shards if shard.is_done)
+            count = 0
+            if not all(shard.is_done for shard in shards):
+                count = _answer_shards(task, models, shards, processes, runner, reporter)
+            _check_problems(shards, output)
+            counts = _write_output(task, shards, output)
         except LuthierError:
-            if not any(folder.glob(f"*{_ANSWERS}")):  # of an earlier command, to be gone on with
+            if not any(folder.glob(f"*{_ANSWERS}")):  # else they are for the next call
                 shutil.rmtree(folder)
             raise
-        _remove_others(folder, shards)
-        resumed = sum(shard.rows for shard in shards if shard.is_done)
-        left = [shard for shard in shards if not shard.is_done]
-        count = 0
-        if left:
-            count = _answer_shards(task, models, shards, processes, runner, reporter)
-        problems = _problems_of(shards)
-        if problems:
-            done = sum(shard.rows for shard in shards if shard.answers.exists())
-            kept = (
-                f"{output} is not written; the answers to {done:,} rows are kept, and the "
-                "same command goes on when these are mended"
-            )
-            raise DataError(problems, kept, len(problems) >= MOST_PROBLEMS)
-        counts = _write_output(task, shards, output)
         shutil.rmtree(folder)
     rows = sum(shard.rows for shard in shards)
     return FileAnswers(rows, resumed, count, time.monotonic() - started, counts)
@@ -335,13 +327,19 @@ def _folders_of(model: StoredModel) -> list[Path]:
     return [model.folder, *(_folders_of(model.parent) if model.parent else [])]
 
 
-def _problems_of(shards: Sequence[Shard]) -> list[Problem]:
-    """What the processes say of rows that cannot be answered, the first of them."""
+def _check_problems(shards: Sequence[Shard], output: Path) -> None:
+    """Refuse rows that cannot be answered, the first of them."""
     found = list[Problem]()
     for shard in shards:
         if shard.problems.exists() and len(found) < MOST_PROBLEMS:
             found += [Problem(**each) for each in read_json(shard.problems)]
-    return found
+    if found:
+        answered = sum(shard.rows for shard in shards if shard.answers.exists())
+        kept = (
+            f"{output} is not written; the answers to {answered:,} rows are kept, and the same command "
+            "goes on when these are mended"
+        )
+        raise DataError(found, kept, capped=len(found) >= MOST_PROBLEMS)
 
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:
