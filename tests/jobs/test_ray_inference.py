@@ -144,15 +144,13 @@ class TestOnCluster:
             "--output", str(spread), "--max-tokens", "48", "--temperature", "0.7",
             "--ray-address", cluster.address, "--json",
         ]  # fmt: skip
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command) as process:
             when(lambda: answered(spread) >= 2)
             workers = [each for n in (1, 2) if (each := process_of(spread, n))]
             process.kill()
-            assert "rows/s" in process.communicate()[1]
         _, alive = psutil.wait_procs(workers, 60)
         assert not alive  # what they were answering is answered anew
-        before = {path: path.stat().st_mtime_ns for path in shards_folder(spread).glob("*.answers")}
-        assert len(before) < SHARDS and not spread.exists()
+        assert answered(spread) < SHARDS and not spread.exists()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         report = json.loads(done.stdout)
         assert report["resumed_rows"] >= 2 * REPLY_ROWS and report["rows"] == SHARDS * REPLY_ROWS
