@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from upper_task import KILL, LOG, SHARD_ROWS, WAIT, run
+from PIL import Image
+from upper_task import KILL, LOG, SHARD_ROWS, WAIT, UpperTask, run
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RunConflict
 from luthier.files import lock
-from luthier.workflows.batch_inference import shards_folder
+from luthier.workflows.batch_inference import _shards, shards_folder
 
 ROWS = 30
 
@@ -140,7 +142,7 @@ def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_pa
     assert answered(source) == Counter(range(1, ROWS + 1))
 
 
-def test_other_settings_answer_all_anew(source: Path, tmp_path: Path) -> None:
+def test_other_settings_answer_all_anew_and_lose_nothing(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_30="?")
     for mark in ("", " "):
@@ -148,8 +150,28 @@ def test_other_settings_answer_all_anew(source: Path, tmp_path: Path) -> None:
             run(source, output, 1, mark)
     assert answered(source)[1] == 2
     write(source)
-    run(source, output, 1, " ")
-    assert output.read_text() == expected(source, " ")
+    assert run(source, output, 1).resumed_rows == ROWS // SHARD_ROWS * SHARD_ROWS
+    assert output.read_text() == expected(source)
+
+
+def test_another_image_or_series_is_another_row(tmp_path: Path) -> None:
+    photo, series = tmp_path / "photos" / "a.png", tmp_path / "series.csv"
+    photo.parent.mkdir()
+
+    def names() -> list[list[str]]:
+        tasks = [UpperTask(model="none", source=str(each)) for each in (photo.parent, series)]
+        return [[shard.name for shard in _shards(task, [], tmp_path)] for task in tasks]
+
+    found = []
+    for value in (1, 2):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(photo)
+        os.utime(photo, (value, value))
+        series.write_text("timestamp,value\n" + "".join(f"{n},{value}\n" for n in range(60)))
+        found.append(names())
+        assert names() == found[-1]
+    (photos, windows), (other_photos, other_windows) = found
+    assert photos and windows
+    assert not {*photos} & {*other_photos} and not {*windows} & {*other_windows}
 
 
 def test_rows_that_cannot_be_read_are_refused_before_any_is_answered(

@@ -42,6 +42,7 @@ from luthier.errors import (
     LuthierError,
     Problem,
     RefusedInput,
+    RowRefused,
     RunConflict,
     data_errors,
 )
@@ -163,7 +164,7 @@ def answer_file(
         try:
             models = task.needed_models()
             shards = [*_shards(task, models, folder)]
-            _remove_others(folder, shards)
+            _clear(folder)
             resumed = sum(shard.rows for shard in shards if shard.is_done)
             count = 0
             if not all(shard.is_done for shard in shards):
@@ -208,30 +209,30 @@ def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow
 
 
 def _digest(task: InferenceTask, rows: Sequence[InputRow]) -> str:
-    """SHA-256 of what rows say; of images and sounds in files the size and the time of change count."""
+    """SHA-256 of what rows say, and of which version the files of their images and sounds are."""
     digest = hashlib.sha256()
     for row, record in zip(rows, task.records(rows), strict=True):
-        digest.update(json.dumps([record, _stamp(row.content)], default=str).encode() + b"\n")
+        media = row.content.media if isinstance(row.content, MediaRow) else None
+        said = json.dumps([record, _version(media) if media else None], default=str)
+        digest.update(said.encode() + b"\n")
     return digest.hexdigest()
 
 
-def _stamp(content: object) -> list[int] | None:
-    media: Media | None = content.media if isinstance(content, MediaRow) else None
-    if media is None or media.path is None or not os.path.exists(media.path):
-        return None
-    status = os.stat(media.path)
-    return [status.st_size, status.st_mtime_ns]
+def _version(media: Media) -> object:
+    try:
+        return media.version() or media.digest()
+    except RowRefused:
+        return None  # who answers the row says why it cannot be read
 
 
-def _remove_others(folder: Path, shards: Sequence[Shard]) -> None:
-    """Remove what is no answer to one of ``shards``."""
+def _clear(folder: Path) -> None:
+    """Remove what an earlier command left, but for answers: their settings may be asked for again."""
     sweep(folder)
-    keep = {_LOCK, *(shard.answers.name for shard in shards)}
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name not in keep:
-            path.unlink(missing_ok=True)
+        elif path.name.endswith(_PROBLEMS):
+            path.unlink()
 
 
 def _answer_shards(
@@ -268,14 +269,20 @@ def _answer_shards(
         workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
     progress = _Progress(shards, workers, reporter)
     again = "stopped; the same command goes on with the rows that are not answered"
-    codes = run_processes(workers, reporter, again, progress.is_done)
-    if not progress.is_done():
-        failed = [(worker, code) for worker, code in zip(workers, codes, strict=True) if code]
-        why = "; ".join(f"{worker.work.name}: {worker.reason(code)}" for worker, code in failed[:1])
+    codes = run_processes(workers, reporter, again, progress.ends)
+    progress.look()
+    failed = [
+        f"{worker.work.name}: {worker.reason(code)}"
+        for worker, code in zip(workers, codes, strict=True)
+        if code
+    ]
+    if not progress.is_done:
         raise LuthierError(
-            f"{progress.missing:,} of {progress.total:,} rows are not answered ({why}). The same "
-            "command goes on with them"
+            f"{progress.missing:,} of {progress.total:,} rows are not answered "
+            f"({failed[0] if failed else 'their processes ended'}). The same command goes on with them"
         )
+    for why in failed:
+        reporter.note(f"others answered its rows when it ended; {why}")
     return processes
 
 
@@ -288,20 +295,26 @@ class _Progress:
         self._folder, self._workers, self._reporter = shards[0].folder, workers, reporter
         self._left, self._refused, self._next = list(shards), 0, 0.0
         self.total = sum(shard.rows for shard in shards)
-        self._look()
+        self.look()
 
     @property
     def missing(self) -> int:
         """Rows that are not answered."""
         return sum(shard.rows for shard in self._left)
 
+    @property
     def is_done(self) -> bool:
         """Whether all shards are answered, or so many cannot be that no more are looked for."""
-        if time.monotonic() >= self._next:
-            self._look()
         return not self._left or self._refused >= MOST_PROBLEMS
 
-    def _look(self) -> None:
+    def ends(self) -> bool:
+        """The same, after a look where it is time for one."""
+        if time.monotonic() >= self._next:
+            self.look()
+        return self.is_done
+
+    def look(self) -> None:
+        """See which shards are answered by now."""
         self._next = time.monotonic() + LOOK_SECONDS
         names = set(os.listdir(self._folder))  # one call, where a stat of each is many
         refused = [shard for shard in self._left if shard.problems.name in names]
