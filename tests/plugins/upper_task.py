@@ -1,7 +1,7 @@
 """Batch inference without a model: an answer is the text in capitals, and a log says who gave it.
 
-``python -m upper_task FOLDER NAME`` is a process of a batch, and ``python -m upper_task run SOURCE OUTPUT
-PROCESSES`` the command.
+``python -m upper_task FOLDER NAME`` is a process of a batch, and the command is
+``python -m upper_task run SOURCE OUTPUT PROCESSES``.
 """
 
 from __future__ import annotations
