@@ -2,11 +2,12 @@
 
 Whoever has something done for a client sets :func:`cancelled_by`; whatever takes long and can be ended
 (a model that writes, a process) says so with :func:`cancellable`. Where nobody listens, as in training,
-nothing happens.
+nothing happens. A process whose starter is gone ends by itself (:func:`on_stdin_end`).
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,3 +90,17 @@ def cancellable(work: Work) -> Work:
     if (register := _register.get()) is not None:
         register(work)
     return work
+
+
+def on_stdin_end(end: Callable[[], object]) -> None:
+    """Have ``end`` called, by a thread, when standard input ends: whoever holds its other end is gone.
+
+    No signal tells a process that its starter was killed; of a pipe the kernel closes the other end.
+    """
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        end()
+
+    threading.Thread(target=wait, name="starter", daemon=True).start()

@@ -194,6 +194,17 @@ def test_what_is_done_soon_is_not_counted(clock: Clock, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == ("  predict 100 of 400, 90 s left\n  predict 400 of 400\n")
 
 
+def test_the_speed_leaves_out_what_was_done_before(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.show_progress(0, "predict", rate="rows/s") as done:
+        done(100, 400)
+        clock.now += 30
+        done(250, 400)
+    lines = "  predict 100 of 400\n  predict 250 of 400, 30 s left: 5.0 rows/s\n"
+    assert capsys.readouterr().err == lines
+
+
 def test_a_table_is_not_wrapped_in_a_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

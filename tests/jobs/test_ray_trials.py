@@ -95,7 +95,7 @@ def test_a_trial_reserves_its_threads_and_memory_and_names_what_it_reads(
     runner: RayTrialRunner, recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     mine = recipe("x", threads=3)
-    command = runner.command(["python", "x"], mine, tmp_path / "errors.txt")
+    command = runner.command(["python", "x"], runner.resources(mine), tmp_path / "errors.txt")
     options = command[: command.index("--")]
     assert options[options.index("--cores") + 1] == "3.0"
     assert int(options[options.index("--memory") + 1]) == 8_000

@@ -66,8 +66,15 @@ def test_a_cluster_that_is_not_there_is_refused_with_what_to_do(database: Any) -
 
 
 def test_a_worker_ends_with_its_standard_input() -> None:
-    code = "import time; from luthier.cli import worker; worker._end_with_stdin(); time.sleep(60)"
-    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    # Its database does not answer.
+    code = (
+        "import sys, time; from luthier.jobs import processes; "
+        "processes.inherited_database = lambda: time.sleep(60); "
+        "from luthier.cli.app import main; main()"
+    )
+    options = ("--kind", "training", "--id", "x", "--lease", "x", "--until-stdin-closes")
+    command = [sys.executable, "-c", code, "worker", *options]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
     with pytest.raises(subprocess.TimeoutExpired):
         worker.wait(1)
     assert worker.stdin is not None

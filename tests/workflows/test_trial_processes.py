@@ -17,10 +17,10 @@ import pytest
 from luthier.engine.metrics import Reporter
 from luthier.errors import Interrupted, LuthierError
 from luthier.recipe import Recipe
+from luthier.workflows.child_processes import STARTS, Resources
 from luthier.workflows.trial_processes import (
     BEST,
     OUTCOME,
-    STARTS,
     TrialRunner,
     run_best,
 )
@@ -38,8 +38,12 @@ class Scripted(TrialRunner):
         work.mkdir(parents=True)
         self.starts, self.work = starts, work
 
-    def command(self, process: Sequence[str], recipe: Recipe, errors: Path) -> list[str]:
-        assert list(process[-2:]) == [str(self.work.parent), BEST] and recipe == RECIPE
+    def resources(self, recipe: Recipe) -> Resources:
+        assert recipe == RECIPE
+        return Resources(7)
+
+    def command(self, process: Sequence[str], resources: Resources, errors: Path) -> list[str]:
+        assert list(process[-2:]) == [str(self.work.parent), BEST] and resources.cores == 7
         lines = [
             "import os, sys",
             f"os.chdir({str(self.work)!r})",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, note, print_json, print_text
-from luthier.cli.options import Columns, Json
+from luthier.cli.options import Columns, InferenceProcesses, Json, RayAddress, RayGpus
 from luthier.errors import data_errors
 
 
@@ -30,9 +31,13 @@ def embed(
         ),
     ],
     columns: Columns = None,
+    processes: InferenceProcesses = None,
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
     """Write the embedding of each row of a file, or of each image or sound of a folder."""
+    from luthier.cli.batch_inference import Batch
     from luthier.data.rows import load_inputs
     from luthier.data.writers import check_target
     from luthier.recipe import parse_columns
@@ -44,39 +49,46 @@ def embed(
         random_weights_note,
     )
     from luthier.store.models import check_active, find, objective_of
+    from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
-    embedding_format(output)
+    form = embedding_format(output)
+    batch = Batch.of_options(data, output, processes, ray_address, ray_gpus)
     check_output(output)
     with data_errors("nothing was embedded"):
         check_target(output, [], [data], replace=True)
-        rows = load_inputs(data, parse_columns(columns), EMBEDDING)
+        rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
         stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
         check_embeds(stored, objective_of(stored))
         if text := random_weights_note(stored):
             note(text)
-        with embedding_writer(output, rows) as write:
-            with heavy_imports():
-                from luthier.cli.progress import show_progress
-                from luthier.serving.prediction import Predictor
+    if batch is not None:
+        own = parse_columns(columns)
+        task = EmbedTask(model=stored.id, source=data, columns=own, form=form)
+        found, report = batch.answer(task)
+        dimension = found.counts[NUMBERS] // found.rows
+        _print_result(stored.id, found.rows, dimension, report, json_)
+        return
+    with data_errors("nothing was embedded"), embedding_writer(output, rows) as write:
+        with heavy_imports():
+            from luthier.cli.progress import show_progress
+            from luthier.serving.prediction import Predictor
 
-                predictor = Predictor.open(stored)
-            started = time.monotonic()
-            with show_progress(len(rows), "embed") as done:
-                row_NH = predictor.embed_rows([row for _, row in rows], done)
-            seconds = time.monotonic() - started
-            write(row_NH)
+            predictor = Predictor.open(stored)
+        started = time.monotonic()
+        with show_progress(len(rows), "embed") as done:
+            row_NH = predictor.embed_rows([row for _, row in rows], done)
+        seconds = time.monotonic() - started
+        write(row_NH)
     count, dimension = row_NH.shape
-    if json_:
-        print_json(
-            {
-                "model": stored.id,
-                "rows": count,
-                "dimension": dimension,
-                "seconds": seconds,
-                "output": str(output),
-            }
-        )
+    report = {"model": stored.id, "rows": count, "seconds": seconds, "output": str(output)}
+    _print_result(stored.id, count, dimension, report, json_)
+
+
+def _print_result(
+    model: str, rows: int, dimension: int, report: Mapping[str, Any], as_json: bool
+) -> None:
+    if as_json:
+        print_json({**report, "dimension": dimension})
     else:
-        print_text(
-            f"{count:,} embeddings of {dimension:,} numbers by {stored.id} written to {output}"
-        )
+        text = f"{rows:,} embeddings of {dimension:,} numbers by {model} written to"
+        print_text(f"{text} {report['output']}")

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,24 +19,23 @@ from luthier.cli.console import (
     stream_reasoning,
     stream_text,
 )
-from luthier.cli.options import Json, Speculation
-from luthier.errors import DataError, Problem, RecipeError, data_errors
+from luthier.cli.options import InferenceProcesses, Json, RayAddress, RayGpus, Speculation
+from luthier.errors import DataError, Problem, RecipeError
 from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.models.sampling import Sampling
     from luthier.models.speculation import Speculation as SpeculationCounts
-    from luthier.serving.generation import GeneratedReply, Generator, Prompt
+    from luthier.serving.generation import Generator, Prompt
     from luthier.types import Message
+    from luthier.workflows.inference_tasks import InputRow
 
 Model = Annotated[str, typer.Argument(help="Model id, local directory or hub id.")]
 ReplyTokens = Annotated[
     int | None,
     typer.Option(help="Tokens of a reply at most; 256, or half of a smaller context.", min=1),
 ]
-REASONING = "reasoning"
-"""Key of what a model thought before its completion, in what is printed and written."""
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 
 
@@ -66,13 +65,24 @@ def generate(
         Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
     ] = None,
     speculation: Speculation = "ngram",
+    processes: InferenceProcesses = None,
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
+    from luthier.cli.batch_inference import Batch
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
-    from luthier.types import Message
+    from luthier.workflows.inference_tasks import (
+        REASONING,
+        GenerateTask,
+        conversation,
+        read_prompts,
+        reasoning_of,
+        reply_lines,
+    )
 
     if (prompt is None) == (input_ is None):
         raise RecipeError("give one prompt, or --input FILE with many")
@@ -90,8 +100,25 @@ def generate(
         grammar=None if grammar is None else read_text(grammar),
     )
     check_output(output)
-    rows = _read_prompts(input_) if input_ else []
-    prompts = [prompt for prompt, _ in rows]
+    batch = Batch.of_options(input_, output, processes, ray_address, ray_gpus)
+    if batch is not None:
+        stored = check_active(find(model, is_able=Generator.is_able))
+        Generator.check(stored)
+        task = GenerateTask(
+            model=stored.id, source=str(input_), sampling=sampling, speculation=speculation
+        )
+        found, report = batch.answer(task)
+        if json_:
+            print_json({**report, **found.counts})
+        else:
+            print_written(found.rows, "replies", batch.output)
+        return
+    rows: list[InputRow] = []
+    if input_ is not None:
+        problems: list[Problem] = []
+        rows = [*read_prompts(input_, problems)]
+        if problems:
+            raise DataError(problems, GenerateTask.outcome)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -100,27 +127,23 @@ def generate(
     if input_ is None:
         if json_:
             (answer,) = generator.answers([prompt or ""], sampling)
-            completion = {"completion": answer.text, **_reasoning_of(answer)}
+            completion = {"completion": answer.text, **reasoning_of(answer)}
             guesses = _draft_report(generator)
             print_json({"model": model, "prompt": prompt, **completion, **guesses})
             return
         _write_reply(generator, prompt or "", sampling)
         return
     started = time.monotonic()
-    with show_progress(len(prompts), "generate") as done:
-        questions = [p if isinstance(p, str) else [Message(**turn) for turn in p] for p in prompts]
-        answers = generator.answers(questions, sampling, done=done)
-    lines = [
-        {"prompt": prompt, "completion": answer.text, **beside, **_reasoning_of(answer)}
-        for (prompt, beside), answer in zip(rows, answers, strict=True)
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with show_progress(len(rows), "generate") as done:
+        prompts = [conversation(row.content) for row in rows]
+        answers = generator.answers(prompts, sampling, done=done)
+    text = reply_lines(rows, answers)
     if output is not None:
         write_bytes(output, text.encode())
     elif not json_:
         sys.stdout.write(printable_json(text))
     if json_:
-        report: dict[str, Any] = {"rows": len(answers), "seconds": time.monotonic() - started}
+        report = {"rows": len(answers), "seconds": time.monotonic() - started}
         report |= _draft_report(generator)
         if output:
             report["output"] = str(output)
@@ -135,22 +158,13 @@ def generate(
     _print_draft(generator, generator.speculation)
 
 
-def _reasoning_of(answer: GeneratedReply) -> dict[str, str]:
-    """The reasoning under its key, where there is some."""
-    return {REASONING: answer.reasoning} if answer.reasoning else {}
-
-
 def _draft_report(generator: Generator) -> dict[str, Any]:
     """How well a draft model guessed all that was written, where there is one."""
     if generator.draft_model is None:
         return {}
-    found = generator.speculation
-    return {
-        "draft_model": generator.draft_model,
-        "draft_proposed": found.draft_proposed,
-        "draft_accepted": found.draft_accepted,
-        "draft_skipped": found.draft_skipped,
-    }
+    from luthier.workflows.inference_tasks import draft_counts
+
+    return {"draft_model": generator.draft_model, **draft_counts(generator.speculation)}
 
 
 def _print_draft(generator: Generator, found: SpeculationCounts) -> None:
@@ -206,60 +220,6 @@ def _read_schema(path: Path) -> Any:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is no JSON: {error}") from error
-
-
-@data_errors("nothing was answered")
-def _read_prompts(source: Path) -> list[tuple[Any, dict[str, Any]]]:
-    """Prompts of a JSONL file, texts under ``prompt`` or lists of messages, and their other fields.
-
-    A reply that a row has already is its ``expected`` one.
-    """
-    from luthier.data.read import read_records
-
-    problems: list[Problem] = []
-    prompts: list[tuple[Any, dict[str, Any]]] = []
-    for line, record in read_records(source, problems):
-        prompt, messages = record.pop("prompt", None), record.get("messages")
-        reply = record.pop("completion", None)
-        if isinstance(prompt, str) and prompt.strip():
-            pass
-        elif _are_turns(messages):
-            del record["messages"]
-            while messages[-1]["role"] == "assistant":
-                reply, messages = messages[-1]["content"], messages[:-1]
-            prompt = [{k: turn[k] for k in ("role", "content")} for turn in messages]
-        else:
-            problems.append(
-                Problem(
-                    str(source),
-                    line,
-                    "prompt.missing",
-                    "the row has neither a text under `prompt` nor a list of `messages`.",
-                    'Write {"prompt": "…"} on each line.',
-                )
-            )
-            continue
-        prompts.append((prompt, record if reply is None else {"expected": reply, **record}))
-    if not prompts and not problems:
-        rule, message, fix = "file.empty", "the file has no rows.", "Give at least one prompt."
-        problems.append(Problem(str(source), 0, rule, message, fix))
-    if problems:
-        raise DataError(problems)
-    return prompts
-
-
-def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
-    """Whether these are turns, one of them at least not the assistant's."""
-    return (
-        isinstance(messages, list)
-        and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in messages
-        )
-        and any(turn["role"] != "assistant" for turn in messages)
-    )
 
 
 def chat(

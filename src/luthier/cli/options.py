@@ -79,6 +79,23 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was inte
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
 ]
+InferenceProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes that share the rows of a file, each with the model; the same command goes on "
+        "where it was cut short. On a cluster one for each node if not given.",
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Head of a Ray cluster that runs the processes; this machine has to be a node of it.",
+    ),
+]
+RayGpus = Annotated[float, typer.Option(help="GPUs that each process reserves on a node.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]

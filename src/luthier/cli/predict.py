@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,13 +20,14 @@ from luthier.cli.console import (
     print_text,
     print_written,
 )
-from luthier.cli.options import Columns, Json
+from luthier.cli.options import Columns, InferenceProcesses, Json, RayAddress, RayGpus
 from luthier.errors import RecipeError, data_errors
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
     from luthier.data.parsing import Record
-    from luthier.serving.prediction import Predictor
+    from luthier.objectives import Objective
+    from luthier.store.models import StoredModel
     from luthier.types import Row
 
 SHOWN = 5
@@ -54,15 +56,20 @@ def predict(
         int | None,
         typer.Option(min=1, help="Likeliest classes to show; 5 in a terminal, all in files."),
     ] = None,
+    processes: InferenceProcesses = None,
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = 0.0,
     json_: Json = False,
 ) -> None:
     """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
+    from luthier.cli.batch_inference import Batch
     from luthier.data.rows import PREDICTED, input_row, load_inputs
     from luthier.data.writers import json_records
     from luthier.files import write_bytes
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
-    from luthier.store.models import check_active, find, leaves_classes_out
+    from luthier.store.models import check_active, find
+    from luthier.workflows.inference_tasks import PredictTask, anomaly_counts, prediction_lines
 
     if (text is None) == (input_ is None):
         raise RecipeError("give one text, or --input FILE with many")
@@ -75,6 +82,19 @@ def predict(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
     check_output(output)
+    batch = Batch.of_options(input_, output, processes, ray_address, ray_gpus)
+    if batch is not None:
+        stored = check_active(find(model, is_able=Predictor.is_able))
+        objective = Predictor.check(stored)
+        _note_left_out_classes(stored)
+        own = parse_columns(columns)
+        task = PredictTask(model=stored.id, source=str(input_), columns=own, top=top)
+        found, report = batch.answer(task)
+        if json_:
+            print_json(report)
+        else:
+            _print_written(found.rows, found.counts, batch.output, _threshold(objective))
+        return
     rows: list[tuple[Record, Row]]
     if input_ is None:
         rows = [({}, input_row(text or "", "the command line"))]
@@ -88,37 +108,46 @@ def predict(
 
         stored = check_active(find(model, is_able=Predictor.is_able))
         predictor = Predictor.open(stored)
-    if leaves_classes_out(stored):
-        note(f"the classes of {model} are left out, as no job of luthier made them: what follows is "
-             "the embedding of each row")  # fmt: skip
+    _note_left_out_classes(stored)
     if top is None and not json_ and output is None and (text or sys.stdout.isatty()):
         top = SHOWN
+    threshold = _threshold(predictor.objective)
     started = time.monotonic()
     with show_progress(len(rows), "predict") as done, data_errors("nothing was predicted"):
         answers = predictor.answers([row for _, row in rows], done, top)
-    lines = "".join(
-        json.dumps({**record, PREDICTED: answer}, ensure_ascii=False) + "\n"
-        for record, answer in zip(records, answers, strict=True)
-    )
+    lines = prediction_lines(records, answers)
     if output is not None:
         write_bytes(output, lines.encode())
     if json_:
         seconds = time.monotonic() - started
-        report: dict[str, Any] = {"model": model, "rows": len(rows), "seconds": seconds}
+        report = {"model": model, "rows": len(rows), "seconds": seconds}
         print_json(report | ({"output": str(output)} if output else {"answers": answers}))
     elif text is not None:
-        print_text(_render(text, answers[0], _threshold(predictor)), end="")
+        print_text(_render(text, answers[0], threshold), end="")
     elif output is None:
         sys.stdout.write(printable_json(lines))
     else:
-        print_written(len(rows), "rows", output)
-        verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
-        if verdicts:
-            text = f"{verdicts.count(True):,} of them are anomalous"
-            text += f" (a score above {_threshold(predictor):.3f})"
-            if short := verdicts.count(None):
-                text += f"; {short:,} have too few values before them to be judged"
-            print_text(text)
+        _print_written(len(rows), anomaly_counts(answers), output, threshold)
+
+
+def _note_left_out_classes(stored: StoredModel) -> None:
+    from luthier.store.models import leaves_classes_out
+
+    if leaves_classes_out(stored):
+        note(f"the classes of {stored.id} are left out, as no job of luthier made them: what follows "
+             "is the embedding of each row")  # fmt: skip
+
+
+def _print_written(
+    rows: int, counts: Mapping[str, int], output: Path, threshold: float | None
+) -> None:
+    """Say where the rows are, and how many are anomalous where the model says that."""
+    print_written(rows, "rows", output)
+    if counts["verdicts"]:
+        text = f"{counts['anomalous']:,} of them are anomalous (a score above {threshold:.3f})"
+        if short := counts["not_judged"]:
+            text += f"; {short:,} have too few values before them to be judged"
+        print_text(text)
 
 
 def _holds_rows(text: str) -> bool:
@@ -132,11 +161,10 @@ def _holds_rows(text: str) -> bool:
         return False
 
 
-def _threshold(predictor: Predictor) -> float | None:
+def _threshold(objective: Objective) -> float | None:
     """The score above which the model's answers say yes."""
     from luthier.objectives.capabilities import SupportsThreshold
 
-    objective = predictor.objective
     return objective.threshold if isinstance(objective, SupportsThreshold) else None
 
 

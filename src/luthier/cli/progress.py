@@ -197,21 +197,36 @@ class LiveReporter(Reporter):
 
 
 @contextmanager
-def show_progress(total: int, text: str) -> Iterator[Callable[..., None]]:
+def show_progress(total: int, text: str, rate: str = "") -> Iterator[Callable[..., None]]:
     """Progress of ``total`` things; yields a function that takes how many are done.
 
-    Where their number shows itself on the way only, the function takes it beside.
+    Where their number shows itself on the way only, the function takes it beside. With ``rate``, such
+    as ``rows/s``, the speed is shown; what the first call says was done before.
     """
+    began: list[tuple[float, int]] = []
+
+    def speed(done: int) -> str:
+        if not rate:
+            return ""
+        if not began:
+            began.append((time.monotonic(), done))
+        start, before = began[0]
+        seconds = time.monotonic() - start
+        return f"{(done - before) / seconds:,.1f} {rate}" if done > before else ""
+
     if not can_draw():
-        lines = ProgressLines(text, first=SECONDS_TO_SECOND_LINE)
+        lines = ProgressLines(text, first=0.0 if rate else SECONDS_TO_SECOND_LINE)
 
         def print_line(done: int, of: int = total) -> None:
-            lines.update(done, of)
+            lines.update(done, of, speed(done))
 
         yield print_line
         return
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
-    with Progress(console=new_console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=total or None)
-        yield lambda done, of=total: progress.update(task, completed=done, total=of)
+    columns = [*Progress.get_default_columns(), TextColumn("{task.fields[speed]}")]
+    with Progress(*columns, console=new_console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=total or None, speed="")
+        yield lambda done, of=total: progress.update(
+            task, completed=done, total=of, speed=speed(done)
+        )

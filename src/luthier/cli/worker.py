@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +44,10 @@ def worker(
     """Do one piece of the work that a server has queued."""
     _prepare_process()
     if until_stdin_closes:
-        threading.Thread(target=_end_with_stdin, name="starter", daemon=True).start()
+        from luthier.cancellation import on_stdin_end
+        from luthier.jobs.processes import LOST
+
+        on_stdin_end(lambda: os._exit(LOST))  # where the process stands
     from luthier.jobs.kinds import WORK_KINDS
 
     configure_logging(WORK_KINDS[kind].folders(row_id))
@@ -77,15 +79,6 @@ def _prepare_process() -> None:
     os.nice(5)
     keys.take_over()
     memory.hold_temporary_files()
-
-
-def _end_with_stdin() -> None:
-    """Wait for the end of standard input, and end the process where it stands."""
-    from luthier.jobs.processes import LOST
-
-    while os.read(0, 1024):
-        pass
-    os._exit(LOST)
 
 
 def configure_logging(folders: JobFolders) -> None:

@@ -682,7 +682,12 @@ def load_prompts(source: Source, columns: Columns | None = None) -> list[Row]:
     of ``messages``, is no part of what is asked: it becomes ``expected``, unless the row has that key
     itself. In a plain-text file each line that is not blank is a prompt.
     """
-    return [row for _, row in _load_lines(source, PromptChecker, columns, "prompt", PromptOnly)]
+    problems: list[Problem] = []
+    found = _stream_lines(source, problems, PromptChecker, columns, "prompt", PromptOnly)
+    rows = [row for _, row in found]
+    if problems:
+        raise DataError(problems)
+    return rows
 
 
 def load_inputs(
@@ -697,22 +702,36 @@ def load_inputs(
     Raises:
         DataError: with every problem if there is any.
     """
-    checker = partial(InputChecker, reserved=reserved)
-    return _load_lines(source, checker, columns, "text", RawText)
+    problems: list[Problem] = []
+    found = [*stream_inputs(source, problems, columns, reserved)]
+    if problems:
+        raise DataError(problems)
+    return found
 
 
-def _load_lines(
+def stream_inputs(
     source: Source,
+    problems: list[Problem],
+    columns: Columns | None = None,
+    reserved: str | None = None,
+) -> Iterator[tuple[Record, Row]]:
+    """The same one after the other, never all in memory; what is wrong is appended to ``problems``."""
+    checker = partial(InputChecker, reserved=reserved)
+    return _stream_lines(source, problems, checker, columns, "text", RawText)
+
+
+def _stream_lines(
+    source: Source,
+    problems: list[Problem],
     make_checker: Callable[[str, list[Problem], Columns | None], Checker],
     columns: Columns | None,
     key: str,
     shape: Callable[[str, int, str], Row],
-) -> list[tuple[Record, Row]]:
+) -> Iterator[tuple[Record, Row]]:
     """Records and their rows; of plain text each line is one, with its text under ``key``."""
-    problems: list[Problem] = []
     files = files_of(source)
     checker = make_checker(str(files[0]), problems, columns)
-    found: list[tuple[Record, Row]] = []
+    any_row = False
     for path in files:
         checker.begin(str(path))
         container = find_container(path, problems)
@@ -720,14 +739,13 @@ def _load_lines(
             continue
         for line, record in read_records(path, problems, container=container):
             if container.kind == "text":
-                lines = enumerate(str(record["text"]).split("\n"), 1)
-                pairs = [(n, each.strip()) for n, each in lines if each.strip()]
-                found += [({key: each}, shape(str(path), n, each)) for n, each in pairs]
+                for number, each in enumerate(str(record["text"]).split("\n"), 1):
+                    if text := each.strip():
+                        any_row = True
+                        yield {key: text}, shape(str(path), number, text)
             elif row := checker.row(line, record):
-                found.append((record, row))
-    if not found and not problems:
+                any_row = True
+                yield record, row
+    if not any_row and not problems:
         fix = f"Write one {key} on each line."
         problems.append(Problem(str(source), 0, "file.empty", f"The file holds no {key}s.", fix))
-    if problems:
-        raise DataError(problems)
-    return found

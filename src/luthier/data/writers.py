@@ -70,7 +70,7 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
         if kind == "parquet":
             yield stack.enter_context(_parquet(file, names))
             return
-        packed = stack.enter_context(_pack(file, target))
+        packed = stack.enter_context(pack(file, target))
         text = io.TextIOWrapper(packed, encoding="utf-8", newline="", write_through=False)
         if kind in ("jsonl", "text"):
             yield _Lines(text) if kind == "jsonl" else _Text(text)
@@ -85,7 +85,8 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
 
 
 @contextmanager
-def _pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
+def pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
+    """What is written to ``file`` packed, where the ending of ``target`` says so."""
     ending = target.name.lower()
     if ending.endswith(".gz"):
         # Without name and time: the same rows are the same bytes.
@@ -107,7 +108,7 @@ class _Lines:
         self.text = text
 
     def write(self, record: Record) -> None:
-        self.text.write(_to_json(record) + "\n")
+        self.text.write(to_json(record) + "\n")
 
 
 class _Array:
@@ -117,7 +118,7 @@ class _Array:
         self.text, self.before = text, "[\n"
 
     def write(self, record: Record) -> None:
-        self.text.write(self.before + _to_json(record))
+        self.text.write(self.before + to_json(record))
         self.before = ",\n"
 
     def close(self) -> None:
@@ -149,7 +150,8 @@ def json_records(rows: Sequence[tuple[Record, Row]], finite: bool = True) -> lis
     return found
 
 
-def _to_json(record: Record) -> str:
+def to_json(record: Record) -> str:
+    """``record`` as one line; :class:`RowRefused` where JSON has no place for a value of it."""
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError):

@@ -6,8 +6,8 @@ It holds the lease until the worker is there, and gives the work back where no n
 dies Ray ends the actor, and the worker with it; when the actor or its node dies, it ends in turn, which
 the scheduler sees as that of any worker.
 
-Without a lease it stands for a process of a search (:mod:`luthier.jobs.ray_trials`): it waits until a
-node has room, and ends its worker where its own standard input closes.
+Without a lease it stands for a process of a command (:mod:`luthier.jobs.ray_processes`): it waits until
+a node has room, and ends its worker where its own standard input closes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from luthier.cancellation import on_stdin_end
 from luthier.errors import LeaseLost
 from luthier.files import luthier_home
 from luthier.jobs.kinds import WORK_KINDS
@@ -143,10 +143,8 @@ class Driver:
     def _on_signal(self, number: int, frame: Any) -> None:
         self.asked_to_end = True
 
-    def end_with_stdin(self) -> None:
-        """Wait for the end of standard input, and have the worker end."""
-        while os.read(0, 1024):
-            pass
+    def end(self) -> None:
+        """Have the worker end: nobody waits for it."""
         self.asked_to_end = True
         if self.actor is None:
             os._exit(0)  # nothing runs yet, and a head that is gone is waited for
@@ -267,7 +265,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.lease is None:
         driver = Driver(options, Starter())
-        threading.Thread(target=driver.end_with_stdin, name="starter", daemon=True).start()
+        on_stdin_end(driver.end)
         return driver.run()
     holder = LeaseHolder(inherited_database(), options.kind, options.id, options.lease)
     return Driver(options, holder).run()

@@ -30,6 +30,7 @@ from luthier.jobs.kinds import WorkKind
 from luthier.jobs.runners import FreeCapacity, Runner, claimed_rows
 from luthier.store.database import Database
 from luthier.store.queue import QueuedWork
+from luthier.workflows.child_processes import Resources
 
 CONNECT_SECONDS = 5.0
 """Until a head that does not answer is taken for unreachable; Ray itself tries for 40."""
@@ -96,7 +97,7 @@ class RayRunner(Runner):
         """
         if keyring() is not None:
             raise RefusedInput(
-                "an encrypted store needs --runner local, and a search no --ray-address: its keys do "
+                "an encrypted store needs --runner local, and a command no --ray-address: its keys do "
                 "not leave this machine"
             )
         try:
@@ -113,7 +114,7 @@ class RayRunner(Runner):
 
     def _probe(self) -> None:
         """Connect a driver as workers will have one, in a process of its own."""
-        command = [*driver(self.address), "--probe"]
+        command = [*_driver(self.address), "--probe"]
         try:
             tried = subprocess.run(
                 command, capture_output=True, timeout=PROBE_SECONDS, env=driver_environment()
@@ -218,22 +219,32 @@ class RayRunner(Runner):
 
     def command(self, worker: Sequence[str], kind: WorkKind, row: QueuedWork) -> list[str]:
         """See :class:`luthier.jobs.runners.Runner`."""
-        largest = max((node.memory for node in self._nodes), default=row.needed_memory)
-        most = max((node.cores for node in self._nodes), default=float(row.cores))
+        resources = Resources(max(row.cores, 1), row.needed_memory)
+        work = ("--kind", kind.name, "--id", row.id, "--lease", str(row.lease))
+        return self.driver([*worker, "--until-stdin-closes"], resources, self._nodes, *work)
+
+    def driver(
+        self,
+        worker: Sequence[str],
+        resources: Resources,
+        nodes: Sequence[RayNode],
+        *options: str,
+    ) -> list[str]:
+        """The command of a driver whose actor runs ``worker``; what fits none of ``nodes`` asks for all
+        that the largest has.
+        """
+        memory = min([resources.memory, max((n.memory for n in nodes), default=resources.memory)])
+        cores = min([resources.cores, max((n.cores for n in nodes), default=resources.cores)])
         return [
-            *driver(self.address),
-            *("--cores", str(min(float(max(row.cores, 1)), most))),
-            *("--memory", str(min(row.needed_memory, largest))),
-            *("--gpus", str(self.gpus)),
-            *("--kind", kind.name, "--id", row.id, "--lease", str(row.lease)),
+            *_driver(self.address),
+            *("--cores", str(float(cores)), "--memory", str(memory), "--gpus", str(self.gpus)),
+            *options,
             "--",
             *worker,
-            "--until-stdin-closes",
         ]
 
 
-def driver(address: str) -> list[str]:
-    """The command of a driver of the cluster at ``address``; its options follow."""
+def _driver(address: str) -> list[str]:
     return [sys.executable, "-m", "luthier.jobs.ray_driver", "--address", address]
 
 

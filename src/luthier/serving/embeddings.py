@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from luthier.data.containers import JSON_LINES, unpacked_name
 from luthier.data.parsing import Record
 from luthier.data.shapes import CaptionedImage, TextPair
-from luthier.data.writers import arrow_columns, json_records, writer_of
+from luthier.data.writers import arrow_columns, json_records, pack, to_json
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file
 from luthier.types import Row
@@ -85,7 +85,7 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
         DataError: naming every row that has two sides, or a field that cannot be written.
     """
     form = embedding_format(target)
-    _check_sides(rows)
+    check_sides([row for _, row in rows])
     if form == "npy":
         with new_file(target) as file:
             yield lambda row_NH: np.save(file, row_NH, allow_pickle=False)
@@ -95,16 +95,25 @@ def embedding_writer(target: Path, rows: Sequence[tuple[Record, Row]]) -> Iterat
         with _parquet(target, records, rows) as write:
             yield write
         return
-    with writer_of(form, target, []) as writer:
+    with new_file(target) as file, pack(file, target) as packed:
 
         def write_lines(row_NH: NDArray[np.float32]) -> None:
             for record, (_, row), row_H in zip(records, rows, row_NH, strict=True):
-                try:
-                    writer.write({**record, EMBEDDING: row_H.tolist()})
-                except RowRefused as bad:  # the model gave NaN
-                    raise DataError([bad.at(row.file, row.line)]) from bad
+                packed.write(embedding_line(record, row, row_H).encode())
 
         yield write_lines
+
+
+def embedding_line(record: Record, row: Row, row_H: NDArray[np.float32]) -> str:
+    """The line of JSON Lines of ``record`` with its embedding beside.
+
+    Raises:
+        DataError: naming ``row``, where the model gave NaN.
+    """
+    try:
+        return to_json({**record, EMBEDDING: row_H.tolist()}) + "\n"
+    except RowRefused as bad:
+        raise DataError([bad.at(row.file, row.line)]) from bad
 
 
 @contextmanager
@@ -134,13 +143,13 @@ def _parquet(
         yield write
 
 
-def _check_sides(rows: Sequence[tuple[Record, Row]]) -> None:
+def check_sides(rows: Sequence[Row]) -> None:
     """Refuse rows of two sides, which have an embedding each."""
     message = "The row has two sides to embed, and one embedding is written for each row."
     fix = "Set one aside, as with `--map other=` (empty), or write each into a row of its own."
     problems = [
         Problem(row.file, row.line, "row.ambiguous", message, fix)
-        for _, row in rows
+        for row in rows
         if isinstance(row, TextPair | CaptionedImage)
     ]
     if problems:

@@ -98,6 +98,17 @@ class Generator:
         return objective.task == "causal_lm"
 
     @staticmethod
+    def check(stored: StoredModel) -> None:
+        """Refuse a model that writes no text, before it is loaded; :class:`RecipeError`."""
+        from luthier.store.models import objective_of
+
+        if not Generator.is_able(objective_of(stored)):
+            raise RecipeError(
+                f"{stored.id} does not write text: it was trained for "
+                f"{objective_of(stored).method}. Use luthier predict."
+            )
+
+    @staticmethod
     def open(stored: StoredModel, speculation: str = NGRAM) -> Generator:
         """Load ``stored`` on the best device of this machine.
 
@@ -107,13 +118,9 @@ class Generator:
             UnknownModel, RecipeError: for a model that writes no text, or cannot be found; the same of
                 a draft model.
         """
-        from luthier.store.models import chat_format, objective_of
+        from luthier.store.models import chat_format
 
-        if not Generator.is_able(objective_of(stored)):
-            raise RecipeError(
-                f"{stored.id} does not write text: it was trained for "
-                f"{objective_of(stored).method}. Use luthier predict."
-            )
+        Generator.check(stored)
         with ExitStack() as opening:
             opened = open_model(stored)
             opening.callback(opened.close)

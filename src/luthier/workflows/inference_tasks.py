@@ -1,0 +1,344 @@
+"""What is asked of each row of a file: labels and the like, an embedding, or a reply.
+
+A task reads its source one row after the other, and answers rows a shard at a time. A shard is answered
+to the same bits wherever that is, so that the shards of a file make what one process writes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+
+from luthier.data.parsing import Record
+from luthier.data.read import read_records
+from luthier.data.rows import PREDICTED, stream_inputs
+from luthier.data.writers import json_records
+from luthier.errors import DataError, Problem, RecipeError
+from luthier.models.sampling import Sampling
+from luthier.models.speculation import NGRAM, OFF
+from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
+from luthier.serving.prediction import BLOCK_ROWS
+from luthier.types import Message, Row
+
+if TYPE_CHECKING:
+    from luthier.models.speculation import Speculation
+    from luthier.serving.generation import GeneratedReply, Prompt
+    from luthier.serving.prediction import Predictor
+    from luthier.store.models import StoredModel
+
+REASONING = "reasoning"
+"""Key of what a model thought before its completion, in what is printed and written."""
+NUMBERS = "numbers"
+"""The count of those of all embeddings."""
+REPLY_ROWS = 64
+"""Prompts of a shard: as many as two batches, which a model of some size has to do for minutes."""
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """A row of a source, and what is read of it."""
+
+    file: str
+    line: int
+    record: Record
+    """The fields that are written beside the answer."""
+    content: Any
+    """A row as the model reads it, or the prompt."""
+
+
+@dataclass(frozen=True)
+class ShardAnswer:
+    """What is written for the rows of a shard."""
+
+    data: bytes
+    counts: dict[str, int] = field(default_factory=dict)
+    """What is worth a count of how they went, by a name."""
+
+
+Answer = Callable[[Sequence[InputRow]], ShardAnswer]
+"""The answers to the rows of a shard; :class:`DataError` names every row that cannot be answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceTask(ABC):
+    """A model, a source of rows, and what is asked of each."""
+
+    kind: ClassVar[str]
+    outcome: ClassVar[str]
+    """What is said of data that is refused."""
+    shard_rows: ClassVar[int]
+    answer_key: ClassVar[str]
+    """The field of the answer, which no row may have."""
+
+    model: str
+    source: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """It as plain values, of which :func:`parse_task` makes it again."""
+        return {"kind": self.kind, **asdict(self)}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an answer beside the weights of the model and the row, as plain values."""
+        return {key: value for key, value in self.plain().items() if key not in ("model", "source")}
+
+    def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
+        """The rows of the source in order, never all in memory; what is wrong goes to ``problems``."""
+        for record, row in stream_inputs(self.source, problems, self.columns, self.answer_key):
+            yield InputRow(row.file, row.line, record, row)
+
+    def records(self, rows: Sequence[InputRow]) -> list[Record]:
+        """What is written of ``rows`` beside the answers.
+
+        Raises:
+            DataError: naming every row that cannot be written, or not be asked this.
+        """
+        return json_records([(row.record, row.content) for row in rows])
+
+    def needed_models(self) -> list[StoredModel]:
+        """The models whose files have to be there."""
+        from luthier.store.models import find
+
+        return [find(self.model)]
+
+    @abstractmethod
+    def open(self) -> Answer:
+        """Load the model, once for all shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictTask(InferenceTask):
+    """A label, rating, tags, text or embedding beside each row, as ``luthier predict`` writes them."""
+
+    kind: ClassVar[str] = "predict"
+    outcome: ClassVar[str] = "nothing was predicted"
+    shard_rows: ClassVar[int] = BLOCK_ROWS
+    answer_key: ClassVar[str] = PREDICTED
+
+    top: int | None = None
+
+    def open(self) -> Answer:
+        """See :class:`InferenceTask`."""
+        predictor = _open_predictor(self.model)
+
+        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+            answers = predictor.answers([row.content for row in rows], top=self.top)
+            lines = prediction_lines(self.records(rows), answers)
+            return ShardAnswer(lines.encode(), anomaly_counts(answers))
+
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedTask(InferenceTask):
+    """The embedding of each row, as ``luthier embed`` writes them to JSON Lines or NumPy's form."""
+
+    kind: ClassVar[str] = "embed"
+    outcome: ClassVar[str] = "nothing was embedded"
+    shard_rows: ClassVar[int] = BLOCK_ROWS
+    answer_key: ClassVar[str] = EMBEDDING
+
+    form: EmbeddingFormat
+    """``jsonl``, with the fields of the rows, or ``npy``, little-endian float32 numbers alone."""
+
+    def __post_init__(self) -> None:
+        """Refuse Parquet, whose columns have types that only all rows together tell."""
+        if self.form == "parquet":
+            raise RecipeError(
+                "several processes write embeddings as .jsonl or .npy: a Parquet file takes its types "
+                "from all rows, so one process writes it"
+            )
+
+    def records(self, rows: Sequence[InputRow]) -> list[Record]:
+        """See :class:`InferenceTask`."""
+        check_sides([row.content for row in rows])
+        return super().records(rows) if self.form == "jsonl" else [row.record for row in rows]
+
+    def open(self) -> Answer:
+        """See :class:`InferenceTask`."""
+        predictor = _open_predictor(self.model)
+
+        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+            contents: list[Row] = [row.content for row in rows]
+            row_NH = predictor.embed_rows(contents)
+            counts = {NUMBERS: row_NH.size}
+            if self.form == "npy":
+                return ShardAnswer(row_NH.astype("<f4").tobytes(), counts)
+            found = zip(self.records(rows), contents, row_NH, strict=True)
+            return ShardAnswer("".join(embedding_line(*each) for each in found).encode(), counts)
+
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateTask(InferenceTask):
+    """A reply to each prompt, as ``luthier generate`` writes them."""
+
+    kind: ClassVar[str] = "generate"
+    outcome: ClassVar[str] = "nothing was answered"
+    shard_rows: ClassVar[int] = REPLY_ROWS
+    answer_key: ClassVar[str] = "completion"
+
+    sampling: Sampling
+    speculation: str = NGRAM
+
+    def rows(self, problems: list[Problem]) -> Iterator[InputRow]:
+        """See :class:`InferenceTask`."""
+        return read_prompts(Path(self.source), problems)
+
+    def records(self, rows: Sequence[InputRow]) -> list[Record]:
+        """See :class:`InferenceTask`; the prompt is one of the fields."""
+        return [{"prompt": row.content, **row.record} for row in rows]
+
+    def needed_models(self) -> list[StoredModel]:
+        """See :class:`InferenceTask`; a draft model is one of them."""
+        from luthier.store.models import find
+
+        drafts = [] if self.speculation in (NGRAM, OFF) else [find(self.speculation)]
+        return super().needed_models() + drafts
+
+    def open(self) -> Answer:
+        """See :class:`InferenceTask`."""
+        from luthier.serving.generation import Generator
+        from luthier.store.models import check_active, find
+
+        stored = check_active(find(self.model, is_able=Generator.is_able))
+        generator = Generator.open(stored, self.speculation)
+
+        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+            prompts = [conversation(row.content) for row in rows]
+            problems = list[Problem]()
+            for row, prompt in zip(rows, prompts, strict=True):
+                if refusal := generator.refusal(prompt, self.sampling):
+                    message = f"{refusal[:1].upper()}{refusal[1:]}"
+                    fix = "Shorten it, or ask for fewer tokens of a reply."
+                    problems.append(Problem(row.file, row.line, "row.too_long", message, fix))
+            if problems:
+                raise DataError(problems)
+            before = generator.speculation
+            answers = generator.answers(prompts, self.sampling)
+            counts = draft_counts(generator.speculation - before) if generator.draft_model else {}
+            return ShardAnswer(reply_lines(rows, answers).encode(), counts)
+
+        return answer
+
+
+TASKS: Mapping[str, type[InferenceTask]] = {
+    task.kind: task for task in (PredictTask, EmbedTask, GenerateTask)
+}
+
+
+def parse_task(plain: Mapping[str, Any]) -> InferenceTask:
+    """The task of which :meth:`InferenceTask.plain` made plain values, which may have been JSON."""
+    fields = dict(plain)
+    task = TASKS[fields.pop("kind")]
+    if sampling := fields.get("sampling"):
+        bias = {int(token): value for token, value in sampling["logit_bias"].items()}
+        stop = tuple(sampling["stop"])
+        fields["sampling"] = Sampling(**{**sampling, "stop": stop, "logit_bias": bias})
+    return task(**fields)
+
+
+def prediction_lines(records: Sequence[Record], answers: Sequence[dict[str, Any]]) -> str:
+    """JSON Lines of rows with what was predicted of each."""
+    pairs = zip(records, answers, strict=True)
+    lines = ({**record, PREDICTED: answer} for record, answer in pairs)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many rows were judged, how many of them are anomalous, and how many could not be judged."""
+    verdicts = [answer["anomalous"] for answer in answers if "anomalous" in answer]
+    return {
+        "verdicts": len(verdicts),
+        "anomalous": verdicts.count(True),
+        "not_judged": verdicts.count(None),
+    }
+
+
+def reply_lines(rows: Sequence[InputRow], answers: Sequence[GeneratedReply]) -> str:
+    """JSON Lines of prompts with the reply to each, and what the model thought before."""
+    lines = (
+        {"prompt": row.content, "completion": answer.text, **row.record, **reasoning_of(answer)}
+        for row, answer in zip(rows, answers, strict=True)
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def reasoning_of(answer: GeneratedReply) -> dict[str, str]:
+    """The reasoning under its key, where there is some."""
+    return {REASONING: answer.reasoning} if answer.reasoning else {}
+
+
+def draft_counts(found: Speculation) -> dict[str, int]:
+    """How well a draft model guessed."""
+    return {
+        "draft_proposed": found.draft_proposed,
+        "draft_accepted": found.draft_accepted,
+        "draft_skipped": found.draft_skipped,
+    }
+
+
+def conversation(prompt: str | Sequence[Mapping[str, Any]]) -> Prompt:
+    """A prompt of :func:`read_prompts` as a model reads it."""
+    return prompt if isinstance(prompt, str) else [Message(**turn) for turn in prompt]
+
+
+def read_prompts(source: Path, problems: list[Problem]) -> Iterator[InputRow]:
+    """Prompts of a JSONL file, texts under ``prompt`` or lists of messages, and their other fields.
+
+    A reply that a row has already is its ``expected`` one. What is wrong goes to ``problems``.
+    """
+    any_row = False
+    for line, record in read_records(source, problems):
+        any_row = True
+        prompt, messages = record.pop("prompt", None), record.get("messages")
+        reply = record.pop("completion", None)
+        if isinstance(prompt, str) and prompt.strip():
+            pass
+        elif _are_turns(messages):
+            del record["messages"]
+            while messages[-1]["role"] == "assistant":
+                reply, messages = messages[-1]["content"], messages[:-1]
+            prompt = [{k: turn[k] for k in ("role", "content")} for turn in messages]
+        else:
+            problems.append(
+                Problem(
+                    str(source),
+                    line,
+                    "prompt.missing",
+                    "the row has neither a text under `prompt` nor a list of `messages`.",
+                    'Write {"prompt": "…"} on each line.',
+                )
+            )
+            continue
+        beside = record if reply is None else {"expected": reply, **record}
+        yield InputRow(str(source), line, beside, prompt)
+    if not any_row and not problems:
+        rule, message, fix = "file.empty", "the file has no rows.", "Give at least one prompt."
+        problems.append(Problem(str(source), 0, rule, message, fix))
+
+
+def _are_turns(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether these are turns, one of them at least not the assistant's."""
+    return (
+        isinstance(messages, list)
+        and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in messages
+        )
+        and any(turn["role"] != "assistant" for turn in messages)
+    )
+
+
+def _open_predictor(model: str) -> Predictor:
+    from luthier.serving.prediction import Predictor
+    from luthier.store.models import check_active, find
+
+    return Predictor.open(check_active(find(model, is_able=Predictor.is_able)))

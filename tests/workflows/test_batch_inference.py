@@ -1,0 +1,218 @@
+"""Rows shared among processes: their order, what is answered once, and going on after kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from upper_task import KILL, LOG, SHARD_ROWS, WAIT, UpperTask, run
+
+from luthier.engine.metrics import Reporter
+from luthier.errors import DataError, LuthierError, RunConflict
+from luthier.files import lock
+from luthier.workflows.batch_inference import _shards, shards_folder
+
+ROWS = 30
+
+
+@pytest.fixture(autouse=True)
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes find the modules of the tests."""
+    folder = Path(__file__).parent.parent / "plugins"
+    monkeypatch.setenv("PYTHONPATH", f"{folder}:{os.environ.get('PYTHONPATH', '')}")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    write(path)
+    return path
+
+
+def write(path: Path, **texts: str) -> None:
+    """Rows of which some, by ``row_7``, have another text."""
+    rows = [{"text": texts.get(f"row_{n}", f"text {n}"), "id": n} for n in range(1, ROWS + 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def expected(source: Path, mark: str = "") -> str:
+    rows = map(json.loads, source.read_text().splitlines())
+    return "".join(json.dumps({**row, "upper": row["text"].upper()}) + mark + "\n" for row in rows)
+
+
+def answered(source: Path) -> Counter[int]:
+    """How often each row was answered."""
+    lines = (source.parent / LOG).read_text().splitlines()
+    return Counter(int(line.split()[0]) for line in lines)
+
+
+def when(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class Heard(Reporter):
+    """Notes, and rows that were answered at each look."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rows: list[tuple[int, int]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        self.rows.append((done, total))
+
+
+def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_path: Path) -> None:
+    output, heard = tmp_path / "out.jsonl", Heard()
+    found = run(source, output, 3, reporter=heard)
+    assert output.read_text() == expected(source)
+    assert answered(source) == Counter(range(1, ROWS + 1))
+    assert (found.rows, found.resumed_rows, found.processes) == (ROWS, 0, 3)
+    assert found.counts == {"n": ROWS}
+    assert heard.rows[0] == (0, ROWS) and heard.rows[-1] == (ROWS, ROWS)
+    assert not shards_folder(output).exists()
+
+
+def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path) -> None:
+    output, heard = tmp_path / "out.jsonl", Heard()
+    (tmp_path / KILL).touch()
+    run(source, output, 2, reporter=heard)
+    assert output.read_text() == expected(source)
+    assert answered(source) == Counter(range(1, ROWS + 1))
+    [note] = heard.notes
+    assert "ended by signal 9 (Killed), and goes on with the rows that are not answered" in note
+
+
+def test_a_killed_command_goes_on_and_answers_nothing_twice(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    (tmp_path / WAIT).touch()
+    command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "2"]
+    with subprocess.Popen(command) as process:
+        when(lambda: len([*shards_folder(output).glob("*.answers")]) == 3)
+        process.kill()
+    assert not output.exists()
+    (tmp_path / WAIT).unlink()
+    found = run(source, output, 1)
+    assert found.resumed_rows >= 3 * SHARD_ROWS
+    assert output.read_text() == expected(source)
+    once = answered(source)
+    assert all(once[line] == 1 for line in range(1, 3 * SHARD_ROWS + 1))
+
+
+def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    (tmp_path / WAIT).touch()
+    command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        when(lambda: len([*shards_folder(output).glob("*.answers")]) == 3)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate()
+    assert "stopped; the same command goes on with the rows that are not answered" in errors
+    (tmp_path / WAIT).unlink()
+    assert run(source, output, 1).resumed_rows == 3 * SHARD_ROWS
+
+
+def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    write(source, row_7="?", row_8="?")
+    kept = r"are kept, and the same command goes on when these are mended"
+    with pytest.raises(DataError, match=kept) as refused:
+        run(source, output, 1)
+    assert [problem.line for problem in refused.value.problems] == [7, 8]
+    assert "Ask something." in str(refused.value) and not output.exists()
+    write(source)
+    assert run(source, output, 1).resumed_rows == ROWS - SHARD_ROWS
+    assert output.read_text() == expected(source)
+    assert answered(source) == Counter(range(1, ROWS + 1))
+
+
+def test_other_settings_answer_all_anew_and_lose_nothing(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    write(source, row_30="?")
+    for mark in ("", " "):
+        with pytest.raises(DataError):
+            run(source, output, 1, mark)
+    assert answered(source)[1] == 2
+    write(source)
+    assert run(source, output, 1).resumed_rows == ROWS // SHARD_ROWS * SHARD_ROWS
+    assert output.read_text() == expected(source)
+
+
+def test_another_image_or_series_is_another_row(tmp_path: Path) -> None:
+    photo, series = tmp_path / "photos" / "a.png", tmp_path / "series.csv"
+    photo.parent.mkdir()
+
+    def names() -> list[list[str]]:
+        tasks = [UpperTask(model="none", source=str(each)) for each in (photo.parent, series)]
+        return [[shard.name for shard in _shards(task, [], tmp_path)] for task in tasks]
+
+    found = []
+    for value in (1, 2):
+        Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(photo)
+        os.utime(photo, (value, value))
+        series.write_text("timestamp,value\n" + "".join(f"{n},{value}\n" for n in range(60)))
+        found.append(names())
+        assert names() == found[-1]
+    (photos, windows), (other_photos, other_windows) = found
+    assert photos and windows
+    assert not {*photos} & {*other_photos} and not {*windows} & {*other_windows}
+
+
+def test_rows_that_cannot_be_read_are_refused_before_any_is_answered(
+    source: Path, tmp_path: Path
+) -> None:
+    source.write_text(source.read_text() + '{"id": 31}\n{"text": "x", "upper": 1}\n')
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(DataError, match="nothing was answered") as refused:
+        run(source, output, 1)
+    assert [problem.line for problem in refused.value.problems] == [31, 32]
+    assert not shards_folder(output).exists() and not (tmp_path / LOG).exists()
+
+
+def test_a_process_that_fails_says_why_and_what_goes_on(source: Path, tmp_path: Path) -> None:
+    write(source, row_9="!")
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(
+        LuthierError, match=r"22 of 30 rows are not answered \(process-1: there is no network\)"
+    ):
+        run(source, output, 1)
+    assert sum(1 for _ in shards_folder(output).glob("*.answers")) == 2
+
+
+def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    (tmp_path / WAIT).touch()
+    command = [sys.executable, "-m", "upper_task", "run", str(source), str(output), "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        when(lambda: len([*shards_folder(output).glob("*.answers")]) == 3)
+        # The process that waits has read so small a file; the one after it finds the change.
+        write(source, row_20="another text")
+        (tmp_path / KILL).touch()
+        (tmp_path / WAIT).unlink()
+        _, errors = process.communicate()
+    assert f"{source} changed while its rows were answered" in errors
+    assert not output.exists()
+
+
+def test_two_commands_do_not_write_one_output(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    folder = shards_folder(output)
+    folder.mkdir()
+    with lock(folder / ".lock"), pytest.raises(RunConflict, match="name another output"):
+        run(source, output, 1)
