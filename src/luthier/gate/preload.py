@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import import_module
 
 import luthier.gate.checks  # noqa: F401 - all that measures
-from luthier.gate.checks.language import load_identifier
+from luthier.gate.language_identification import load_identifier
 
 MODULES = ("transformers.tokenization_utils_tokenizers", "phonenumbers", "stdnum.iban")
 """Heavy modules that checks or tokenizers import when they are first used."""

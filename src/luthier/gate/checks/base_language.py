@@ -24,7 +24,8 @@ import regex
 from luthier.data.chat import ChatFormat, token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
-from luthier.gate.checks.language import CHARACTERS, detect_language
+from luthier.gate.checks.language import CHARACTERS
+from luthier.gate.language_identification import detect_languages
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective
@@ -137,8 +138,8 @@ def find_unknown_language(
         return None
     by_language: dict[str, Spelling] = {}
     counts: Counter[str] = Counter()
-    for text, each in counted:
-        code = detect_language(text)
+    codes = detect_languages([text for text, _ in counted])
+    for code, (_, each) in zip(codes, counted, strict=True):
         counts[code] += bool(code)
         by_language[code] = by_language.get(code, Spelling(0, 0, 0, 0, 0)) + each
     for code, count in counts.most_common():
@@ -245,7 +246,7 @@ def language_name(code: str) -> str:
 
 def main_language(rows: Iterable[Row]) -> str:
     """ISO 639 code of the language that most of the texts of ``rows`` are in; empty where none is."""
-    codes = [code for text in samples(rows) if (code := detect_language(text))]
+    codes = [code for code in detect_languages(list(samples(rows))) if code]
     code, count = Counter(codes).most_common(1)[0] if codes else ("", 0)
     return code if 2 * count > len(codes) else ""
 
