@@ -486,11 +486,18 @@ def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
 
     With an ``adaptation``, which is still to be trained, less what that takes, too.
     """
-    from luthier.models.description import check_folder
+    from luthier.models.description import check_folder, read_model_fields
     from luthier.models.modalities import context_length
+    from luthier.models.outside import CONFIG
 
-    more = adaptation.added_tokens if adaptation is not None else 0
-    return context_length(check_folder(model.network_folder)) - added_tokens(model) - more
+    base, more = model, adaptation.added_tokens if adaptation is not None else 0
+    while base.parent is not None:
+        base = base.parent
+    # What was stored was a network then; to draw one takes seconds for families other than Llama's.
+    stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
+    is_stored = stored is not None and path.is_file() and _stored_hash(path) == stored
+    fields = (read_model_fields if is_stored else check_folder)(base.folder)
+    return context_length(fields) - added_tokens(model) - more
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
