@@ -113,25 +113,8 @@ class FastTokenizer:
     @staticmethod
     def open(folder: Path) -> FastTokenizer | None:
         """The tokenizer in ``folder``; ``None`` where it is not certain to be transformers' own."""
-        kind = ""
-        if (folder / "config.json").is_file():
-            kind = str(read_json(folder / "config.json").get("model_type"))
-        others = [name for name in _OTHER_FILES if (folder / name).exists()]
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-            return None
-        try:
-            config = json.loads(files["tokenizer_config.json"])
-            contents = json.loads(files["tokenizer.json"])
-            if kind == "bert" and others == ["special_tokens_map.json"]:
-                named = json.loads((folder / "special_tokens_map.json").read_bytes())
-                others = [] if named.items() <= config.items() else others  # it says nothing new
-            is_known = (
-                _is_bert(config, contents) if kind == "bert" else _is_plain(config, contents, kind)
-            )
-            return FastTokenizer(files) if is_known and not others else None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None  # transformers says what is wrong
+        files = known_files(folder)
+        return FastTokenizer(files) if files else None
 
     @cached_property
     def transformers_tokenizer(self) -> Any:
@@ -260,6 +243,28 @@ class FastTokenizer:
         own = self.transformers_tokenizer
         own.chat_template = self.chat_template
         return own.save_pretrained(folder)
+
+
+def known_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in ``folder``; none where transformers may make another of them."""
+    kind = ""
+    if (folder / "config.json").is_file():
+        kind = str(read_json(folder / "config.json").get("model_type"))
+    others = [name for name in _OTHER_FILES if (folder / name).exists()]
+    files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+        return {}
+    try:
+        config = json.loads(files["tokenizer_config.json"])
+        contents = json.loads(files["tokenizer.json"])
+        if kind == "bert" and others == ["special_tokens_map.json"]:
+            named = json.loads((folder / "special_tokens_map.json").read_bytes())
+            others = [] if named.items() <= config.items() else others  # it says nothing new
+        is_bert = kind == "bert"
+        is_known = _is_bert(config, contents) if is_bert else _is_plain(config, contents, kind)
+        return files if is_known and not others else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}  # transformers says what is wrong
 
 
 def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str) -> bool:
