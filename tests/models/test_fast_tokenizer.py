@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.models import nets
 from luthier.models.fast_tokenizer import FastTokenizer
 from luthier.models.tokenizer import load_chat_format, load_tokenizer
 from luthier.types import Message
@@ -173,6 +174,22 @@ def test_families_for_which_transformers_takes_another_class(
     assert FastTokenizer.open(path) is not None
     (path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert FastTokenizer.open(path) is None
+
+
+@pytest.mark.parametrize("kind", ["elmo", "fasttext", "palm", "transfo_xl"])
+def test_families_of_ours_are_those_of_transformers(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    nets.register(kind)
+    path = change(folder, tmp_path / "kind", "tokenizer_config.json")
+    (path / "config.json").write_text(json.dumps({"model_type": kind}))
+    both = FastTokenizer.open(path), AutoTokenizer.from_pretrained(path)
+    assert type(both[1]).__name__ == "TokenizersBackend"
+    for text in TEXTS:
+        test_tokens_are_those_of_transformers(both, text, True)
+    test_what_a_tokenizer_knows_of_itself(both)
 
 
 def test_a_template_with_lines_of_windows(folder: Path, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 _CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 """Classes that take ``tokenizer.json`` as it is; others of transformers build it anew."""
-_KINDS = frozenset({"", "llama", "gpt2"})
-"""Families of networks of which that is certain: for some, transformers takes another class anyway."""
+_KINDS = frozenset({"", "llama", "gpt2", "elmo", "fasttext", "palm", "transfo_xl"})
+"""Families of networks of which that is certain: for some, transformers takes another class anyway.
+The last four are ours, and it knows none for them."""
 _BERT = frozenset({"BertTokenizer", "BertTokenizerFast"})
 """Classes that build it anew of the vocabulary and a few fields of ``tokenizer_config.json``."""
 _SPECIAL = (
