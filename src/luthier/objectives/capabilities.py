@@ -365,7 +365,7 @@ class SupportsReconstruction(Protocol):
 
 def longest_completion(objective: Objective) -> int:
     """Tokens that the network may write to a row in a step of ``objective``."""
-    # Every row asks, and a comparison with a protocol takes 20 microseconds: one for each class will do.
+    # Every row asks, and to compare with a protocol takes 20 microseconds: once for a class will do.
     kind = type(objective)
     if kind not in _HAS_ROLLOUTS:
         _HAS_ROLLOUTS[kind] = isinstance(objective, SupportsRollouts)
