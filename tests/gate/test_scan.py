@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from concurrent.futures import Future
 from pathlib import Path
 from shutil import make_archive
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from PIL import Image
 
 import luthier
+from luthier.data.shapes import RawText
 from luthier.gate import scan
-from luthier.gate.check import CheckContext
+from luthier.gate.check import CheckContext, RowBatch
 from luthier.gate.checks import CHECKS, checks_for
 from luthier.gate.checks.duplicates import Duplicates
+from luthier.gate.checks.lengths import Lengths
 from luthier.gate.inspect import InspectionRequest, inspect
 from luthier.models.tokenizer import load_chat_format
 
@@ -52,6 +55,36 @@ def test_the_report_does_not_depend_on_processes(
         rule["rule"] for rule in alone["rules"]
     }
     assert told(inspect(request, processes=2)) == alone
+
+
+def test_this_process_measures_while_others_do_and_batches_stay_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submitted: list[Future[list[Any]]] = []
+
+    class Executor:
+        def __init__(self, processes: int, *_: Any) -> None:
+            assert processes == 1  # this one is the second
+
+        def submit(self, measure: Any, batch: RowBatch) -> Future[list[Any]]:
+            submitted.append(Future())
+            return submitted[-1]
+
+        def shutdown(self, cancel_futures: bool) -> None:
+            pass
+
+    monkeypatch.setattr("luthier.gate.scan.ProcessPoolExecutor", Executor)
+    check = Lengths()
+    pool = scan.BatchPool([check], processes=2)
+    parts = [RowBatch("train", "f", [RawText("f", n, text="a b" * n)]) for n in range(1, 6)]
+    for batch in parts[:4]:
+        assert list(pool.measure(batch)) == []  # the first is still being measured
+    assert len(submitted) == scan.AHEAD == 2
+    for future, batch in zip(submitted, parts, strict=False):
+        future.set_result([check.measure(batch)])
+    assert [batch for batch, _ in pool.measure(parts[4])] == parts[:4]
+    submitted[-1].set_result([check.measure(parts[4])])
+    assert [batch for batch, _ in pool.wait()] == parts[4:]
 
 
 def test_small_sources_start_no_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from luthier.data.chat import ChatFormat
+from luthier.models import nets
 from luthier.models.fast_tokenizer import FastTokenizer
 from luthier.models.tokenizer import load_chat_format, load_tokenizer
 from luthier.types import Message
@@ -183,6 +184,22 @@ def test_families_for_which_transformers_takes_another_class(
     assert FastTokenizer.open(path) is None
 
 
+@pytest.mark.parametrize("kind", ["elmo", "fasttext", "palm", "transfo_xl"])
+def test_families_of_ours_are_those_of_transformers(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    nets.register(kind)
+    path = change(folder, tmp_path / "kind", "tokenizer_config.json")
+    (path / "config.json").write_text(json.dumps({"model_type": kind}))
+    both = FastTokenizer.open(path), AutoTokenizer.from_pretrained(path)
+    assert type(both[1]).__name__ == "TokenizersBackend"
+    for text in TEXTS:
+        test_tokens_are_those_of_transformers(both, text, True)
+    test_what_a_tokenizer_knows_of_itself(both)
+
+
 def test_a_template_with_lines_of_windows(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -231,3 +248,127 @@ def test_prompts_are_those_of_transformers(folder: Path, both: Any) -> None:
     ours, theirs = (each.encode_reply(turns) for each in (fast, own))
     assert ours.ids_T.tolist() == theirs.ids_T.tolist()
     assert ours.learned_T.tolist() == theirs.learned_T.tolist()
+
+
+WORD_PIECES = (
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "##s", "how", "are", "you", "?",
+    ",", ".", "fine", "東", "京", "naive", "naïve", "a", "zero", "##width", "width", "user", "no",
+    "<", ">", "|", "x", "##x", "two", "spaces", "and", "tab", "[", "]", "mask", "##é", "caf", "e",
+)  # fmt: skip
+BERT = {
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]",
+    "mask_token": "[MASK]", "tokenizer_class": "BertTokenizer", "model_max_length": 512,
+}  # fmt: skip
+BERT_TEXTS = (
+    *TEXTS,
+    "Hello[MASK] [CLS] how [SEP]? [mask] [PAD][UNK]",
+    "Café CAFÉ cafe\u0301, NAÏVE",
+    "x" * 100 + " " + "x" * 101,
+    "control\u0007 and \ufffd and \u00a0blank\u2003",
+    "hellos, 東京hello",
+)
+
+
+def write_bert(folder: Path, **fields: Any) -> Path:
+    """A tokenizer of BERT as older versions wrote it, with padding and cutting of its own."""
+    from transformers import BertTokenizer
+
+    config = {name: value for name, value in (BERT | fields).items() if value is not ...}
+    switches = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    made = BertTokenizer(
+        {token: number for number, token in enumerate(WORD_PIECES)},
+        **{name: config[name] for name in switches if isinstance(config.get(name), bool)},
+    ).backend_tokenizer
+    made.enable_truncation(8)
+    made.enable_padding(length=8, pad_token="[PAD]")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(made.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"do_lower_case": False, "tokenizer_class": "BertTokenizerFast"},
+        {"strip_accents": False, "do_basic_tokenize": True, "never_split": None},
+        {"strip_accents": True, "do_lower_case": False, "tokenize_chinese_chars": False},
+    ],
+)
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_bert_is_that_of_transformers(
+    fields: dict[str, Any], saved_again: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, BertTokenizer
+
+    folder = write_bert(tmp_path / "bert", **fields)
+    names = {name: BERT[name] for name in ("unk_token", "cls_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    (folder / "vocab.txt").write_text("\n".join(WORD_PIECES))
+    own = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(own, BertTokenizer)
+    if saved_again:
+        folder = tmp_path / "again"
+        own.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    fast = FastTokenizer.open(folder)
+    assert fast is not None
+    both = (fast, own)
+    for text in BERT_TEXTS:
+        for special in (True, False):
+            test_tokens_are_those_of_transformers(both, text, special)
+    test_words_and_padding_are_those_of_transformers(both)
+    test_what_a_tokenizer_knows_of_itself(both)
+    test_a_copy_is_written_as_transformers_writes_it(both, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tokenizer_class": "DistilBertTokenizer"},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"mask_token": ...},
+        {"bos_token": "[CLS]"},
+        {"pad_token": "[NO TOKEN]"},
+        {"cls_token": "[SEP]"},
+        {"unk_token": {"content": "[UNK]"}},
+        {"do_lower_case": "no"},
+        {"clean_up_tokenization_spaces": True},
+        {"additional_special_tokens": ["hello"]},
+        {"added_tokens_decoder": {"5": {"content": "hello"}}},
+    ],
+)
+def test_bert_of_other_fields_is_read_by_transformers(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    assert FastTokenizer.open(write_bert(tmp_path / "bert", **fields)) is None
+
+
+def test_bert_of_other_files_is_read_by_transformers(tmp_path: Path) -> None:
+    folder = write_bert(tmp_path / "bert")
+    assert FastTokenizer.open(folder) is not None
+    contents = json.loads((folder / "tokenizer.json").read_text())
+    for name, change_ in (
+        ("normalizer", {"lowercase": False}),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("decoder", {"cleanup": False}),
+        ("post_processor", {"single": []}),
+        ("model", {"max_input_chars_per_word": 200}),
+        ("model", {"type": "WordLevel"}),
+    ):
+        other = contents | {name: contents[name] | change_}
+        (folder / "tokenizer.json").write_text(json.dumps(other))
+        assert FastTokenizer.open(folder) is None, name
+    added = contents["added_tokens"]
+    for tokens in (added[1:], [*added, added[0] | {"id": 5, "content": "hello"}]):
+        (folder / "tokenizer.json").write_text(json.dumps(contents | {"added_tokens": tokens}))
+        assert FastTokenizer.open(folder) is None
+    (folder / "tokenizer.json").write_text(json.dumps(contents))
+    for name, content in (("special_tokens_map", {"unk_token": "hello"}), ("added_tokens", {})):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        assert FastTokenizer.open(folder) is None, name
+        (folder / f"{name}.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "roberta"}))
+    assert FastTokenizer.open(folder) is None

@@ -438,3 +438,28 @@ def test_a_folder_of_another_tool_is_what_its_network_is(
     assert store.objective_of(stored).method == method
     assert store.writes(stored) == (method == "causal_lm")
     assert store.leaves_classes_out(stored) == (family == "resnet")
+
+
+def test_the_room_of_a_stored_model_is_read_and_its_network_not_drawn(
+    family_folder: Callable[[str], Path], luthier_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = base_folder("read")
+    shutil.copytree(family_folder("bert"), folder)
+    record = {"id": "read", "kind": "encoder", "files": hashes_of(folder)}
+    write_json(folder / MANIFEST, record)
+    room = store.room_of(find("read"))
+    assert room == check_folder(folder)["max_position_embeddings"]
+
+    def refuse(folder: Path) -> dict[str, Any]:
+        raise AssertionError("it was drawn")
+
+    monkeypatch.setattr("luthier.models.description.check_folder", refuse)
+    assert store.room_of(find("read")) == room
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text + " ")
+    with pytest.raises(AssertionError, match="drawn"):  # it is not what was stored
+        store.room_of(find("read"))
+    (folder / "config.json").write_text(text)
+    write_json(folder / MANIFEST, record | {"files": {}})
+    with pytest.raises(AssertionError, match="drawn"):
+        store.room_of(find("read"))

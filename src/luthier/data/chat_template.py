@@ -176,4 +176,8 @@ def _compile(template: str) -> Any:
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return environment.from_string(template)
+    compiled = environment.from_string(template)
+    compiled.globals = dict(
+        compiled.globals
+    )  # each rendering copies them, and a chain of maps slowly
+    return compiled

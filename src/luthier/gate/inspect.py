@@ -24,7 +24,14 @@ from luthier.gate.checks.base_language import UNSPACED, language_name, main_lang
 from luthier.gate.policy import load_policy
 from luthier.gate.report import Report
 from luthier.gate.rules import Finding, Place
-from luthier.gate.scan import NO_TEXT, ScanProgress, inspect_rows, inspect_sources, is_large
+from luthier.gate.scan import (
+    NO_TEXT,
+    ScanProgress,
+    inspect_rows,
+    inspect_sources,
+    is_large,
+    start_measuring,
+)
 from luthier.models.catalog import CATALOG, WORD_READER, bases_for
 from luthier.models.kinds import sole_objective
 from luthier.objectives import OBJECTIVES, Objective
@@ -219,13 +226,17 @@ def load_context(
 def load_format(model: StoredModel, apart: bool = False) -> tuple[ChatFormat, int]:
     """How ``model`` reads rows, and the tokens that a row may have.
 
-    With ``apart`` a process of its own loads it: the libraries that do take 300 MB, which would stay as
-    long as this process, and a loaded tokenizer needs a sixth of that.
+    With ``apart`` other processes will measure rows, and start meanwhile; where the libraries that load
+    the tokenizer take 300 MB, which would stay as long as this process, a process of its own does it: a
+    loaded tokenizer needs a sixth of that.
 
     Raises:
         UnknownModel, RecipeError: for a model that cannot be used.
     """
-    if not apart:
+    light = not apart or store.reads_without_transformers(model)
+    if apart and light:
+        start_measuring()
+    if light:
         return store.chat_format(model), store.room_of(model)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         packed = pool.submit(_pickle_format, model).result()

@@ -7,14 +7,19 @@ pages of libraries and of the language model are in memory once.
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import suppress
 from importlib import import_module
 
-import luthier.gate.checks  # noqa: F401 - all that measures
-from luthier.gate.checks.language import load_identifier
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # each process has a core; read by numpy's import
 
-MODULES = ("transformers.tokenization_utils_tokenizers", "phonenumbers", "stdnum.iban")
-"""Heavy modules that checks or tokenizers import when they are first used."""
+import luthier.gate.checks  # noqa: F401 - all that measures
+from luthier.gate.language_identification import load_identifier
+
+MODULES = ("phonenumbers", "stdnum.iban")
+"""Heavy modules that checks import when they are first used."""
 
 for _name in MODULES:
     with suppress(ImportError):

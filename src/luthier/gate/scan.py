@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ CHARACTERS = 1 << 20
 """Characters of a batch, about: long rows come in smaller batches."""
 LARGE, LARGE_MEDIA = 8_000_000, 200_000_000
 """Bytes of sources, and of those that hold nothing but images or sounds, beyond which other processes
-pay for their start of some seconds: 14 MB of images are looked at in two."""
+pay for their start of one to two seconds: 14 MB of images are looked at in two."""
 MEDIA_ROWS = 32
 """Images or sounds of a batch at most: to decode them takes the time."""
 KEY = 16
@@ -271,18 +272,21 @@ def batches(split: Split, rows: Iterable[Row]) -> Iterator[RowBatch]:
         yield RowBatch(split, held[0].file, held)
 
 
-AHEAD = 3
-"""Batches that wait for each process: enough that none is idle while rows are read."""
+AHEAD = 2
+"""Batches that each other process has: one that it measures and one that waits, so that it is not idle
+while this process measures or reads."""
+WAITING = 16
+"""Batches for each process that may be measured before one that came earlier is."""
 
 MeasuredBatch = tuple[RowBatch, list[Any]]
 """A batch, and what each check measured of it."""
 
 
 class BatchPool:
-    """Hands batches to the checks; with one process, at once."""
+    """Hands batches to the checks: of several processes this is one, and measures from the start."""
 
     def __init__(self, checks: Sequence[Check], processes: int = 1) -> None:
-        self.checks, self.processes = checks, processes
+        self.checks, self.others = checks, processes - 1
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: deque[tuple[RowBatch, Future[list[Any]]]] = deque()
 
@@ -294,15 +298,18 @@ class BatchPool:
 
     def measure(self, batch: RowBatch) -> Iterator[MeasuredBatch]:
         """Take a batch on; those that are measured by now, in the order they came."""
-        if self.processes == 1:
-            yield batch, [check.measure(batch) for check in self.checks]
-            return
-        if self._pool is None:
+        if self.others and self._pool is None:
             checks = pickle.dumps(self.checks)  # They have begun by now.
-            self._pool = ProcessPoolExecutor(self.processes, _context(), _set_checks, (checks,))
-        self._waiting.append((batch, self._pool.submit(_measure, batch)))
+            self._pool = ProcessPoolExecutor(self.others, _context(), _set_checks, (checks,))
+        measuring = sum(not future.done() for _, future in self._waiting)
+        if self._pool is not None and measuring < AHEAD * self.others:
+            future = self._pool.submit(_measure, batch)
+        else:
+            future = Future()
+            future.set_result([check.measure(batch) for check in self.checks])
+        self._waiting.append((batch, future))
         while self._waiting:
-            crowded = len(self._waiting) > AHEAD * self.processes
+            crowded = len(self._waiting) > WAITING * (self.others + 1)
             if not (crowded or self._waiting[0][1].done()):
                 return
             yield self._next()
@@ -317,13 +324,26 @@ class BatchPool:
         return batch, future.result()
 
 
+def start_measuring() -> None:
+    """Have the process that others are forked from import what they need, before they are needed."""
+    if _context().get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+
+
+TOKENIZERS = "transformers.tokenization_utils_tokenizers"
+"""Where transformers' own are, a heavy module that other processes need where this one does."""
+
+
 def _context() -> BaseContext:
     """Not forked from this process, as the tokenizer may hold threads; where there is none that only
     imports, each starts anew."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["luthier.gate.preload"])
+    tokenizers = [name for name in (TOKENIZERS,) if name in sys.modules]
+    context.set_forkserver_preload([*tokenizers, "luthier.gate.preload"])
     return context
 
 

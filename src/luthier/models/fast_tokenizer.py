@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 """Classes that take ``tokenizer.json`` as it is; others of transformers build it anew."""
-_KINDS = frozenset({"", "llama", "gpt2"})
-"""Families of networks of which that is certain: for some, transformers takes another class anyway."""
+_KINDS = frozenset({"", "llama", "gpt2", "elmo", "fasttext", "palm", "transfo_xl"})
+"""Families of networks of which that is certain: for some, transformers takes another class anyway.
+The last four are ours, and it knows none for them."""
+_BERT = frozenset({"BertTokenizer", "BertTokenizerFast"})
+"""Classes that build it anew of the vocabulary and a few fields of ``tokenizer_config.json``."""
 _SPECIAL = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
@@ -35,6 +38,14 @@ _READ = frozenset(
      "tokenizer_class")
 )  # fmt: skip
 """Fields of ``tokenizer_config.json`` that are followed here; transformers reads one with others."""
+_READ_OF_BERT = frozenset(
+    (*_SPECIAL, "added_tokens_decoder", "backend", "clean_up_tokenization_spaces",
+     "do_basic_tokenize", "do_lower_case", "is_local", "local_files_only", "max_length",
+     "model_input_names", "model_max_length", "name_or_path", "never_split", "pad_to_multiple_of",
+     "pad_token_type_id", "padding_side", "stride", "strip_accents", "tokenize_chinese_chars",
+     "tokenizer_class", "truncation_side", "truncation_strategy")
+)  # fmt: skip
+"""The same of BERT's; those of padding and cutting are followed by transformers' own, which does it."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
 """Files of older versions that would have to be read, too."""
@@ -88,6 +99,8 @@ class FastTokenizer:
         config = json.loads(files["tokenizer_config.json"])
         self.backend_tokenizer: Tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         self.backend_tokenizer.encode_special_tokens = False
+        self.backend_tokenizer.no_truncation()  # as transformers where neither is asked for
+        self.backend_tokenizer.no_padding()
         template = files.get("chat_template.jinja")
         # Lines end as in files that are opened as text.
         text = None if template is None else "\n".join(re.split("\r\n?", template.decode()))
@@ -101,20 +114,8 @@ class FastTokenizer:
     @staticmethod
     def open(folder: Path) -> FastTokenizer | None:
         """The tokenizer in ``folder``; ``None`` where it is not certain to be transformers' own."""
-        kind = ""
-        if (folder / "config.json").is_file():
-            kind = str(read_json(folder / "config.json").get("model_type"))
-        if kind not in _KINDS or any((folder / name).exists() for name in _OTHER_FILES):
-            return None
-        files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
-        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-            return None
-        try:
-            config = json.loads(files["tokenizer_config.json"])
-            contents = json.loads(files["tokenizer.json"])
-            return FastTokenizer(files) if _is_plain(config, contents, kind) else None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None  # transformers says what is wrong
+        files = known_files(folder)
+        return FastTokenizer(files) if files else None
 
     @cached_property
     def transformers_tokenizer(self) -> Any:
@@ -252,13 +253,37 @@ class FastTokenizer:
             write_bytes(Path(folder) / name, content)
 
 
+def known_files(folder: Path) -> dict[str, bytes]:
+    """The files of the tokenizer in ``folder``; none where transformers may make another of them."""
+    kind = ""
+    if (folder / "config.json").is_file():
+        kind = str(read_json(folder / "config.json").get("model_type"))
+    others = [name for name in _OTHER_FILES if (folder / name).exists()]
+    files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+    if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+        return {}
+    try:
+        config = json.loads(files["tokenizer_config.json"])
+        contents = json.loads(files["tokenizer.json"])
+        if kind == "bert" and others == ["special_tokens_map.json"]:
+            named = json.loads((folder / "special_tokens_map.json").read_bytes())
+            others = [] if named.items() <= config.items() else others  # it says nothing new
+        is_bert = kind == "bert"
+        is_known = _is_bert(config, contents) if is_bert else _is_plain(config, contents, kind)
+        return files if is_known and not others else {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}  # transformers says what is wrong
+
+
 def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str) -> bool:
     """Whether transformers takes ``tokenizer.json`` as it is, and adds nothing to it.
 
     ``contents`` are its fields, ``config`` those of ``tokenizer_config.json``, ``kind`` is the
     ``model_type`` of the network.
     """
-    if config.get("tokenizer_class") not in _CLASSES or not config.keys() <= _READ:
+    if kind not in _KINDS or config.get("tokenizer_class") not in _CLASSES:
+        return False
+    if not config.keys() <= _READ:
         return False
     if contents.get("truncation") or contents.get("padding") or not contents.get("post_processor"):
         return False
@@ -271,16 +296,73 @@ def _is_plain(config: Mapping[str, Any], contents: Mapping[str, Any], kind: str)
         return False
     if not isinstance(config.get("extra_special_tokens") or [], list):
         return False
+    if not _are_added(config, contents):
+        return False
+    special = {
+        each["content"]
+        for each in contents["added_tokens"]
+        if each["special"] and not each["normalized"]
+    }
+    named = {config[name] for name in _SPECIAL if config.get(name) is not None}
+    return named | {*(config.get("extra_special_tokens") or ())} <= special
+
+
+def _is_bert(config: Mapping[str, Any], contents: Mapping[str, Any]) -> bool:
+    """Whether ``tokenizer.json`` is what transformers makes of its vocabulary for a ``BertTokenizer``.
+
+    It makes all but the vocabulary anew; padding and cutting are left out where nobody asks for them.
+    """
+    if config.get("tokenizer_class") not in _BERT or not config.keys() <= _READ_OF_BERT:
+        return False
+    if config.get("clean_up_tokenization_spaces"):
+        return False
+    named = {name: config[name] for name in _SPECIAL if config.get(name) is not None}
+    vocabulary = contents["model"]["vocab"]
+    switches = [config.get(name, True) for name in ("do_lower_case", "tokenize_chinese_chars")]
+    strips = config.get("strip_accents")
+    if named.keys() != {*_SPECIAL[2:]} or not {*map(type, (*switches, strips or False))} <= {bool}:
+        return False
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    first, last = named["cls_token"], named["sep_token"]
+    opens, closes = ({"SpecialToken": {"id": token, "type_id": 0}} for token in (first, last))
+    single = [opens, {"Sequence": {"id": "A", "type_id": 0}}, closes]
+    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": last, "type_id": 1}}]
+    made = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": vocabulary[token], "content": token, **flags, "special": True}
+            for token in sorted({*named.values()}, key=vocabulary.__getitem__)
+        ],
+        "normalizer": {
+            "type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": switches[1],
+            "strip_accents": strips, "lowercase": switches[0],
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": single, "pair": single + second,
+            "special_tokens": {
+                token: {"id": token, "ids": [vocabulary[token]], "tokens": [token]}
+                for token in (first, last)
+            },
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece", "unk_token": named["unk_token"],
+            "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+            "vocab": vocabulary,
+        },
+    }  # fmt: skip
+    left_out = {"truncation", "padding"}
+    there = {name: value for name, value in contents.items() if name not in left_out}
+    return there == made and _are_added(config, contents)
+
+
+def _are_added(config: Mapping[str, Any], contents: Mapping[str, Any]) -> bool:
+    """Whether the tokens that ``config`` adds are there already, and the same."""
     added = {
         str(each["id"]): {k: v for k, v in each.items() if k != "id"}
         for each in contents["added_tokens"]
     }
-    if any(
-        added.get(index) != token for index, token in config.get("added_tokens_decoder", {}).items()
-    ):
-        return False
-    special = {
-        each["content"] for each in added.values() if each["special"] and not each["normalized"]
-    }
-    named = {config[name] for name in _SPECIAL if config.get(name) is not None}
-    return named | {*(config.get("extra_special_tokens") or ())} <= special
+    return all(
+        added.get(index) == token for index, token in config.get("added_tokens_decoder", {}).items()
+    )

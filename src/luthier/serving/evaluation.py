@@ -46,7 +46,7 @@ from luthier.evaluation.significance import (
     Statistic,
     perplexity_of,
 )
-from luthier.gate.checks.language import detect_language
+from luthier.gate.language_identification import detect_languages
 from luthier.objectives.base import cut_end
 from luthier.serving.journal import Journal, journal_verdicts, key_of
 from luthier.types import Example, Row
@@ -170,9 +170,8 @@ def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
             [sum(len(each) for each in row.inputs()) or len(row.plain_text()) for row in rows]
         )
     elif by == "language":
-        return [
-            detect_language(" ".join(row.inputs()) or row.plain_text()) or "unknown" for row in rows
-        ]
+        texts = [" ".join(row.inputs()) or row.plain_text() for row in rows]
+        return [code or "unknown" for code in detect_languages(texts)]
     else:
         columns = {file: _column(Path(file), by) for file in dict.fromkeys(r.file for r in rows)}
         keys = [columns[row.file].get(row.line, "") for row in rows]

@@ -486,11 +486,34 @@ def room_of(model: StoredModel, adaptation: Adaptation | None = None) -> int:
 
     With an ``adaptation``, which is still to be trained, less what that takes, too.
     """
-    from luthier.models.description import check_folder
+    from luthier.models.description import check_folder, read_model_fields
     from luthier.models.modalities import context_length
 
     more = adaptation.added_tokens if adaptation is not None else 0
-    return context_length(check_folder(model.network_folder)) - added_tokens(model) - more
+    # What was stored was a network then; to draw one takes seconds for families other than Llama's.
+    fields = (read_model_fields if _has_stored_config(model) else check_folder)(
+        model.network_folder
+    )
+    return context_length(fields) - added_tokens(model) - more
+
+
+def reads_without_transformers(model: StoredModel) -> bool:
+    """Whether :func:`chat_format` and :func:`room_of` import no heavy library for ``model``."""
+    from luthier.models.fast_tokenizer import known_files
+    from luthier.models.pipelines import tokenizer_folder
+
+    return _has_stored_config(model) and bool(known_files(tokenizer_folder(model.folder)))
+
+
+def _has_stored_config(model: StoredModel) -> bool:
+    """Whether the configuration of its network is the one that was stored."""
+    from luthier.models.outside import CONFIG
+
+    base = model
+    while base.parent is not None:
+        base = base.parent
+    stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
+    return stored is not None and path.is_file() and _stored_hash(path) == stored
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:

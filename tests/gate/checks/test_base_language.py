@@ -22,6 +22,7 @@ from luthier.gate.checks.base_language import (
     spelling,
 )
 from luthier.gate.inspect import inspect_job
+from luthier.gate.language_identification import load_identifier
 from luthier.gate.report import Report, warnings
 from luthier.gate.scan import inspect_rows
 from luthier.objectives import OBJECTIVES
@@ -212,6 +213,14 @@ def test_a_job_says_what_was_measured(english_base: ChatFormat) -> None:
 
 def test_names_of_languages() -> None:
     assert [language_name(code) for code in ("vi", "zh", "dz")] == ["Vietnamese", "Chinese", "dz"]
+
+
+def test_names_of_languages_are_those_that_transformers_has() -> None:
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES
+
+    codes = set(load_identifier().single.nb_classes)
+    known = {code: name.title() for code, name in LANGUAGES.items() if code in codes}
+    assert {code: language_name(code) for code in codes if language_name(code) != code} == known
 
 
 ENGLISH_SETS = ["banking77", "gsm8k", "medquad", "ncbi_disease", "sms_spam", "wnut17"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.data.shapes import PromptCompletion, RawText
-from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled, detect_language
+from luthier.gate.checks.language import ALL_UNTIL, Language, _is_sampled
 from luthier.gate.report import Report
 from luthier.gate.scan import inspect_rows
 from luthier.types import Row
@@ -19,14 +19,6 @@ def texts(text: str, count: int, first: int = 1) -> list[Row]:
 
 def gate(*rows: Row, **splits: list[Row]) -> Report:
     return inspect_rows({"train": list(rows), **splits}, [Language()])
-
-
-def test_languages_are_told() -> None:
-    assert [detect_language(text.format(1)) for text in (EN, VI, FR)] == ["en", "vi", "fr"]
-    assert (
-        detect_language("OK, yes") == ""
-        and detect_language("1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16.") == ""
-    )
 
 
 def test_strays() -> None:

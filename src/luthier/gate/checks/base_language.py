@@ -24,7 +24,8 @@ import regex
 from luthier.data.chat import ChatFormat, token_spans
 from luthier.errors import DataError
 from luthier.gate.check import BatchLines, Check, CheckContext, Places, RowBatch
-from luthier.gate.checks.language import CHARACTERS, detect_language
+from luthier.gate.checks.language import CHARACTERS
+from luthier.gate.language_identification import detect_languages
 from luthier.gate.rules import Finding, Findings, Place, Rule
 from luthier.models.catalog import WORD_READER, bases_for
 from luthier.objectives import Objective
@@ -64,6 +65,28 @@ SAMPLES = 256
 LEAST_SAMPLES = 5
 SAMPLE_CHARACTERS = 120
 """Shorter texts are joined, as the language of a few words is not certain."""
+NAMES = {
+    "af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "as": "Assamese", "az": "Azerbaijani",
+    "ba": "Bashkir", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali", "br": "Breton",
+    "bs": "Bosnian", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish",
+    "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian",
+    "eu": "Basque", "fa": "Persian", "fi": "Finnish", "fo": "Faroese", "fr": "French",
+    "gl": "Galician", "gu": "Gujarati", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi",
+    "hr": "Croatian", "ht": "Haitian Creole", "hu": "Hungarian", "hy": "Armenian",
+    "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese", "ka": "Georgian",
+    "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "la": "Latin",
+    "lb": "Luxembourgish", "ln": "Lingala", "lo": "Lao", "lt": "Lithuanian", "lv": "Latvian",
+    "mg": "Malagasy", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi",
+    "ms": "Malay", "mt": "Maltese", "my": "Myanmar", "ne": "Nepali", "nl": "Dutch",
+    "nn": "Nynorsk", "no": "Norwegian", "oc": "Occitan", "pa": "Punjabi", "pl": "Polish",
+    "ps": "Pashto", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sa": "Sanskrit",
+    "si": "Sinhala", "sk": "Slovak", "sl": "Slovenian", "sn": "Shona", "so": "Somali",
+    "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil",
+    "te": "Telugu", "tg": "Tajik", "th": "Thai", "tk": "Turkmen", "tl": "Tagalog",
+    "tr": "Turkish", "tt": "Tatar", "uk": "Ukrainian", "ur": "Urdu", "uz": "Uzbek",
+    "vi": "Vietnamese", "yo": "Yoruba", "yue": "Cantonese", "zh": "Chinese",
+}  # fmt: skip
+"""English names of languages by ISO 639 code. Rare ones that py3langid tells go by their code."""
 _WORD = regex.compile(r"(?<![\p{L}\p{M}\p{N}])[\p{L}\p{M}]+(?![\p{L}\p{M}\p{N}])")
 
 
@@ -137,8 +160,8 @@ def find_unknown_language(
         return None
     by_language: dict[str, Spelling] = {}
     counts: Counter[str] = Counter()
-    for text, each in counted:
-        code = detect_language(text)
+    codes = detect_languages([text for text, _ in counted])
+    for code, (_, each) in zip(codes, counted, strict=True):
         counts[code] += bool(code)
         by_language[code] = by_language.get(code, Spelling(0, 0, 0, 0, 0)) + each
     for code, count in counts.most_common():
@@ -238,14 +261,12 @@ class BaseLanguage(Check):
 
 def language_name(code: str) -> str:
     """The English name of a language; its code where it has none here."""
-    from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-    return str(LANGUAGES[code]).title() if code in LANGUAGES else code
+    return NAMES.get(code, code)
 
 
 def main_language(rows: Iterable[Row]) -> str:
     """ISO 639 code of the language that most of the texts of ``rows`` are in; empty where none is."""
-    codes = [code for text in samples(rows) if (code := detect_language(text))]
+    codes = [code for code in detect_languages(list(samples(rows))) if code]
     code, count = Counter(codes).most_common(1)[0] if codes else ("", 0)
     return code if 2 * count > len(codes) else ""
 

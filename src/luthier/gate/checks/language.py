@@ -1,10 +1,9 @@
 """The languages of the rows, of what is given and of what is learned, told by py3langid.
 
-py3langid (Barbaresi; after Lui and Baldwin 2012, langid.py) is naive Bayes on byte n-grams: offline,
-the same answer each time. Its probability is trusted from 0.9; what it is less sure of counts as
-unknown. A row is told by the first 240 characters of its input and of its answer. All of the first
-10,000 lines of a file are told, and of those after them fewer and fewer, so that it never takes most of
-the time; the summary says how many.
+Its probability is trusted from 0.9; what it is less sure of counts as unknown. A row is told by the
+first 240 characters of its input and of its answer. All of the first 10,000 lines of a file are told,
+and of those after them fewer and fewer, so that it never takes most of the time; the summary says how
+many.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
 from luthier.gate.check import BatchLines, Check, Places, RowBatch
+from luthier.gate.language_identification import detect_languages
 from luthier.gate.rules import Finding, Findings, Rule
 from luthier.types import IntArray, Row
 
@@ -52,13 +51,7 @@ SPLITS = Rule(
     "Draw both from the same rows.",
     whole=True,
 )
-CERTAIN = 0.9
-"""Probability from which a language counts."""
-NO_LANGUAGE = "zxx"
-"""What py3langid says of keys, code and numbers."""
 CHARACTERS = 240
-LEAST_CHARACTERS = 40
-"""Shorter texts are not told: names and single words are of every language."""
 ALL_UNTIL = 10_000
 RARE = 0.02
 """Share up to which a language is there by mistake, not by intent."""
@@ -94,13 +87,16 @@ class Language(Check):
 
     def measure(self, batch: RowBatch) -> BatchLanguages:
         """Tell the languages of a sample of the batch."""
-        rows, codes = [], []
+        rows: list[int] = []
+        texts: list[str] = []
         for index, row in enumerate(batch.rows):
             given, learned = _texts(row)
             if _is_sampled(row, given or learned):
                 rows.append(index)
-                codes.append((detect_language(given), detect_language(learned)))
-        return BatchLanguages(np.asarray(rows, np.int64), tuple(codes))
+                texts += [given, learned]
+        codes = detect_languages(texts)
+        pairs = tuple(zip(codes[::2], codes[1::2], strict=True))
+        return BatchLanguages(np.asarray(rows, np.int64), pairs)
 
     def take(self, where: BatchLines, measured: BatchLanguages, findings: Findings) -> None:
         """Keep the codes of the sample."""
@@ -215,19 +211,3 @@ def _is_sampled(row: Row, text: str) -> bool:
         return True
     drawn = zlib.crc32(f"{row.line}\0{text}".encode("utf-8", "surrogatepass"))
     return drawn / 2**32 < ALL_UNTIL / row.line
-
-
-def detect_language(text: str) -> str:
-    """ISO 639 code of a text, empty where it is too short or not certain."""
-    if len(text) < LEAST_CHARACTERS:
-        return ""
-    code, probability = load_identifier().classify(text)
-    return str(code) if probability >= CERTAIN and code != NO_LANGUAGE else ""
-
-
-@lru_cache(maxsize=1)
-def load_identifier() -> Any:
-    """The model of py3langid, 70 MB, loaded once."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
