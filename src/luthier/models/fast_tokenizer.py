@@ -242,10 +242,15 @@ class FastTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write its files, with the chat template in one of its own, as transformers has it."""
         config = json.loads(self._files["tokenizer_config.json"])
+        if config["tokenizer_class"] not in _CLASSES:  # transformers writes more fields than it read
+            own = self.transformers_tokenizer
+            own.chat_template = self.chat_template
+            own.save_pretrained(folder)
+            return
         config.pop("chat_template", None)
         template = self.chat_template
         files = {
-            "tokenizer.json": self._files["tokenizer.json"],
+            "tokenizer.json": self.backend_tokenizer.to_str(pretty=True).encode(),
             "tokenizer_config.json": f"{json.dumps(config, indent=2)}\n".encode(),
             **({} if template is None else {"chat_template.jinja": template.encode()}),
         }
