@@ -242,7 +242,7 @@ class FastTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write its files, with the chat template in one of its own, as transformers has it."""
         config = json.loads(self._files["tokenizer_config.json"])
-        if config["tokenizer_class"] not in _CLASSES:  # transformers writes more fields than it read
+        if config["tokenizer_class"] not in _CLASSES:  # transformers writes further fields
             own = self.transformers_tokenizer
             own.chat_template = self.chat_template
             own.save_pretrained(folder)
