@@ -226,7 +226,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     answer = Answer("models", "export", MODEL, str(tmp_path / "out"), *given).good()
     text = answer.out
     installed = find_spec("xllamacpp") is not None
-    for part in ("merge 1 of 1", "write (MB) 1 of 1", *(["compare 18 of 18"] if installed else [])):
+    for part in ("write (MB) 1 of 1", *(["compare 18 of 18"] if installed else [])):
         assert f"  {part}\n" in answer.err
     file = next((tmp_path / "out").glob("*-Q8_0.gguf"))
     assert file.name in text and f"-f {tmp_path / 'out' / 'Modelfile'}" in text

@@ -143,29 +143,33 @@ def run_processes(
     Raises:
         Interrupted: with the text ``interrupted`` on Ctrl-C or SIGTERM, after all have ended.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    # An exception in the middle of a start would leave a process that nobody waits for.
+    asked = False
+
+    def ask(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+
+    before: dict[signal.Signals, Any] = {}
     try:
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, _as_interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, ask)
         for process in processes:
             process.start()
         while True:
+            if asked:
+                raise Interrupted(interrupted)
             codes = [process.poll(reporter) for process in processes]
             if len(processes) == 1:
                 processes[0].reports.hand_on(reporter)
             if is_done() or None not in codes:
                 return codes
             time.sleep(LOOK)
-    except KeyboardInterrupt:
-        raise Interrupted(interrupted) from None
     finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for process in processes:
             process.release()
         for process in processes:
             process.wait()
-
-
-def _as_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
