@@ -177,12 +177,12 @@ def main() -> None:
     with sample_rows(64) as few, sample_rows(10_000) as many:
         generate = ("generate", BASE, "Hello", "--max-tokens", "1")
         floors: dict[str, tuple[Callable[[], tuple[Side, Side]], float]] = {
-            "LoRA step, short rows": (lambda: training_step(24, 20, 512), 3.0),
-            "LoRA step, 300 tokens shared": (lambda: training_step(300, 20, 2048), 10.0),
-            "8 rollouts": (lambda: rollouts(8), 2.0),
-            "generate, first token": (lambda: command(*generate), 0.35),
-            "tune, one step": (lambda: command("tune", str(few), "--name", "x", *ONE_STEP), 0.1),
-            "inspect, 10,000 rows": (lambda: command("inspect", str(many)), 0.1),
+            "LoRA step, short rows": (lambda: training_step(24, 20, 512), 2.5),
+            "LoRA step, 300 tokens shared": (lambda: training_step(300, 20, 2048), 9.8),
+            "8 rollouts": (lambda: rollouts(8), 1.9),
+            "generate, first token": (lambda: command(*generate), 0.4),
+            "tune, one step": (lambda: command("tune", str(few), "--name", "x", *ONE_STEP), 0.065),
+            "inspect, 10,000 rows": (lambda: command("inspect", str(many)), 0.27),
         }
         lines, lost = [], []
         for name, (make, floor) in floors.items():
