@@ -43,14 +43,15 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> RayInferenceRunner:
         (1, None, (2, 2)),  # one for each node
         (1, 3, (3, 2)),
         (3_000, 3, (3, 2)),
-        (5_000, 2, (2, 1)),  # for which only one node has memory: the other waits
-        (1, 40, (40, 1)),
+        (5_000, 2, (1, 4)),  # for which only one node has memory
+        (90_000, None, (1, 4)),  # more than any node has: it is tried on the largest
+        (1, 40, (6, 1)),
     ],
 )
 def test_processes_have_the_cores_that_the_nodes_have_for_them(
     runner: RayInferenceRunner, memory: int, processes: int | None, shares: tuple[int, int]
 ) -> None:
-    assert runner.shares(processes, memory) == shares
+    assert runner.plan_processes(processes, memory, 100) == shares
 
 
 def test_a_process_reserves_what_it_takes_and_names_what_it_reads(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from PIL import Image
 from upper_task import KILL, LOG, SHARD_ROWS, WAIT, UpperTask, run
 
 from luthier.engine.metrics import Reporter
-from luthier.errors import DataError, LuthierError, RunConflict
+from luthier.errors import DataError, LuthierError, RecipeError, RunConflict
 from luthier.files import lock
-from luthier.workflows.batch_inference import _shards, shards_folder
+from luthier.models.sampling import Sampling
+from luthier.workflows.batch_inference import InferenceRunner, _shards, shards_folder
+from luthier.workflows.inference_tasks import GenerateTask, InputRow
 
 ROWS = 30
 
@@ -131,7 +134,7 @@ def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> N
 def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_7="?", row_8="?")
-    kept = r"are kept, and the same command goes on when these are mended"
+    kept = r"are kept. Mend these in their lines, and the same command goes on"
     with pytest.raises(DataError, match=kept) as refused:
         run(source, output, 1)
     assert [problem.line for problem in refused.value.problems] == [7, 8]
@@ -216,3 +219,42 @@ def test_two_commands_do_not_write_one_output(source: Path, tmp_path: Path) -> N
     folder.mkdir()
     with lock(folder / ".lock"), pytest.raises(RunConflict, match="name another output"):
         run(source, output, 1)
+
+
+def test_files_of_somebody_else_stay(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    kept = shards_folder(output) / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(RecipeError, match=r"\.out\.jsonl\.shards holds files of something else"):
+        run(source, output, 2)
+    assert kept.read_text() == "mine" and not output.exists()
+    with pytest.raises(RecipeError, match="is no plain file"):
+        run(source, Path("/dev/null"), 2)
+    with pytest.raises(RecipeError, match=r"there is no place for .*File name too long"):
+        run(source, tmp_path / f"{'x' * 250}.jsonl", 2)
+
+
+def test_an_output_within_the_folder_that_is_read_is_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "rows.jsonl")
+    run(folder, folder / "out.jsonl", 2)
+    assert (folder / "out.jsonl").read_text() == expected(folder / "rows.jsonl")
+
+
+def test_processes_are_as_many_as_memory_and_shards_have_room_for() -> None:
+    runner = InferenceRunner()
+    with pytest.raises(RecipeError, match="this machine has room for 1 to 0: each takes"):
+        runner.plan_processes(1, 1 << 50, 10)
+    processes, threads = runner.plan_processes(2, 1, 1)
+    assert (processes, threads) == (1, len(os.sched_getaffinity(0)))
+
+
+def test_fields_beside_prompts_are_made_json_before_anything_is_written() -> None:
+    task = GenerateTask(model="x", source="rows.parquet", sampling=Sampling())
+    rows = [InputRow("rows.parquet", 1, {"when": date(2026, 11, 26)}, "Hi")]
+    assert task.records(rows) == [{"prompt": "Hi", "when": "2026-11-26"}]
+    bad = [InputRow("rows.parquet", 2, {"x": float("nan")}, "Hi")]
+    with pytest.raises(DataError, match=r"rows\.parquet:2"):
+        task.records(bad)

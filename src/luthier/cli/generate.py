@@ -20,11 +20,12 @@ from luthier.cli.console import (
     stream_text,
 )
 from luthier.cli.options import InferenceProcesses, Json, RayAddress, RayGpus, Speculation
-from luthier.errors import DataError, Problem, RecipeError
+from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.files import read_text, write_bytes
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
+    from luthier.data.parsing import Record
     from luthier.models.sampling import Sampling
     from luthier.models.speculation import Speculation as SpeculationCounts
     from luthier.serving.generation import Generator, Prompt
@@ -109,16 +110,23 @@ def generate(
         )
         found, report = batch.answer(task)
         if json_:
-            print_json({**report, **found.counts})
+            draft = {"draft_model": speculation, **found.counts} if found.counts else {}
+            print_json({**report, **draft})
         else:
             print_written(found.rows, "replies", batch.output)
         return
     rows: list[InputRow] = []
+    records: list[Record] = []
     if input_ is not None:
         problems: list[Problem] = []
         rows = [*read_prompts(input_, problems)]
         if problems:
             raise DataError(problems, GenerateTask.outcome)
+        task = GenerateTask(
+            model=model, source=str(input_), sampling=sampling, speculation=speculation
+        )
+        with data_errors(GenerateTask.outcome):  # before anything is written
+            records = task.records(rows)
     with heavy_imports():
         from luthier.cli.progress import show_progress
 
@@ -137,7 +145,7 @@ def generate(
     with show_progress(len(rows), "generate") as done:
         prompts = [conversation(row.content) for row in rows]
         answers = generator.answers(prompts, sampling, done=done)
-    text = reply_lines(rows, answers)
+    text = reply_lines(records, answers)
     if output is not None:
         write_bytes(output, text.encode())
     elif not json_:

@@ -19,7 +19,6 @@ from luthier.data.sources import Source, files_of
 from luthier.data.tables import JSON_COLUMNS, NUMBER, NUMBER_COLUMNS, OPTIONAL_COLUMNS
 from luthier.errors import DataError, Problem, RecipeError, RowRefused
 from luthier.files import new_file
-from luthier.types import Row
 
 _BATCH_ROWS = 1000
 
@@ -125,7 +124,21 @@ class _Array:
         self.text.write("[]\n" if self.before == "[\n" else "\n]\n")
 
 
-def json_records(rows: Sequence[tuple[Record, Row]], finite: bool = True) -> list[Record]:
+class HasPlace(Protocol):
+    """What stands in a line of a file."""
+
+    @property
+    def file(self) -> str:
+        """The path."""
+        ...
+
+    @property
+    def line(self) -> int:
+        """Its number, from 1."""
+        ...
+
+
+def json_records(rows: Sequence[tuple[Record, HasPlace]], finite: bool = True) -> list[Record]:
     """The records with dates and the like, which a table may hold, as text.
 
     Raises:

@@ -132,7 +132,7 @@ def run_in_processes(
                 _quiet_agent(processes),
                 handing_on(folder / _REPORTS, reporter),
             ):
-                elastic_launch(config, sys.executable)("-m", module, path)
+                elastic_launch(config, sys.executable)("-P", "-m", module, path)
         except ChildFailedError as error:
             if _outcomes(folder):
                 raise _error_of(read_json(_outcomes(folder)[0])) from error
@@ -228,17 +228,18 @@ def _end_soon_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, end_soon)
 
 
-def check_room(processes: int) -> None:
-    """Refuse more processes than have room in this machine's memory, which would take it down.
+def check_room(processes: int, each: int = PROCESS_BYTES) -> None:
+    """Refuse more processes of ``each`` bytes than have room in this machine's memory, which would take
+    it down.
 
     Raises:
         RecipeError: with how many have, also for fewer than 1.
     """
-    room = available_memory() // PROCESS_BYTES
+    room = available_memory() // each
     if not 1 <= processes <= room:
         raise RecipeError(
             f"{processes} processes were asked for, and this machine has room for 1 to {room}: each "
-            f"takes {PROCESS_BYTES / 1e9:.1f} GB before it has read anything. Take one for each "
+            f"takes {each / 1e9:.1f} GB before it has read anything. Take one for each "
             "GPU, or for each socket"
         )
 

@@ -9,10 +9,11 @@ from luthier.workflows.batch_inference import InferenceRunner
 class RayInferenceRunner(RayProcessRunner, InferenceRunner):
     """Runs the processes of a batch on the cluster at an address."""
 
-    def shares(self, processes: int | None, memory: int) -> tuple[int, int]:
+    def plan_processes(self, processes: int | None, memory: int, shards: int) -> tuple[int, int]:
         """One process for each node where their number is not given; each has the same cores.
 
-        More than the cluster has room for wait, and find the rows answered when there is some.
+        There are no more than the cluster has room for at once, and one at least.
         """
-        processes = processes or len(self.nodes)
+        memory = min([memory, max((node.memory for node in self.nodes), default=memory)])
+        processes = min(processes or len(self.nodes), shards, max(1, self.room(memory, 1)))
         return processes, self.cores_of_each(processes, memory)

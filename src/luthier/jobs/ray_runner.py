@@ -30,7 +30,7 @@ from luthier.jobs.kinds import WorkKind
 from luthier.jobs.runners import FreeCapacity, Runner, claimed_rows
 from luthier.store.database import Database
 from luthier.store.queue import QueuedWork
-from luthier.workflows.child_processes import Resources
+from luthier.workflows.child_processes import SAFE_PATH, Resources
 
 CONNECT_SECONDS = 5.0
 """Until a head that does not answer is taken for unreachable; Ray itself tries for 40."""
@@ -245,7 +245,7 @@ class RayRunner(Runner):
 
 
 def _driver(address: str) -> list[str]:
-    return [sys.executable, "-m", "luthier.jobs.ray_driver", "--address", address]
+    return [sys.executable, *SAFE_PATH, "-m", "luthier.jobs.ray_driver", "--address", address]
 
 
 def driver_environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ it as a filled cache, as PEFT hands it over. In both, the first token has the po
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from luthier.data.tree import build_tree
 from luthier.errors import RecipeError
-from luthier.models.attention import AttentionPlan, plan_attention
+from luthier.models.attention import Attends
 from luthier.models.heads import decoder_of
 from luthier.models.layouts import Flat, reads_tree
 from luthier.models.modalities import head_size, key_heads
@@ -129,10 +129,9 @@ def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
     assert isinstance(network.layout, Flat)  # others are refused a prefix
     model, length = network.model.eval(), len(ids_P)
     row = Example(ids_P.cpu().numpy(), np.zeros(length, np.float32), 0)
-    batch = network.batch(build_tree([row], share=False))
-    plan = plan_attention(batch.tree, network.device, network.dtype)  # without a prefix before it
-    recording = _Recording(plan, {})
-    network.layout.run_with(model.base_model, replace(batch, plan=plan), recording)
+    batch = network.batch(build_tree([row], share=False), prefix=False)
+    recording = _Recording(batch.plan, {})
+    network.layout.run_with(model.base_model, batch, recording)
     for prefix in _prefixes(model):
         pairs = zip(prefix.keys_and_values(), recording.layers[prefix.layer], strict=True)
         for part_HPD, computed_HND in pairs:
@@ -143,7 +142,7 @@ def fill_from_tokens(network: Network, ids_P: Tensor) -> None:
 class _Recording:
     """An attention that writes down the keys and values of each layer, ``[Hk, N, D]``."""
 
-    plan: AttentionPlan
+    plan: Attends
     layers: dict[int, tuple[Tensor, Tensor]]
 
     @property

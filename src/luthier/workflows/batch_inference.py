@@ -6,9 +6,10 @@ The rows are read one after the other and never all held, by this process to che
 the others to answer its shards. A process takes the next shard that nobody holds or has answered
 (``flock``, so that what a killed one held is free again), and writes its answers whole or not at all,
 into a folder beside the output. A shard is named by the hash of what decides its answers: the rows, the
-settings and the files of the model. So the same command goes on where it was cut short, and answers
-anew only what is another row, setting or model by then. The output is put together from the shards in
-the order of the rows, to the bytes of any other number of processes.
+settings and the files of the model. So the same command goes on where it was cut short. Of a row that
+was edited its shard is answered anew; of one that was put in or taken out, all behind it, too. The
+output is put together from the shards in the order of the rows, to the bytes of any other number of
+processes on machines of one kind: processors and graphics cards round in different ways.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from luthier.errors import (
     DataError,
     LuthierError,
     Problem,
+    RecipeError,
     RefusedInput,
     RowRefused,
     RunConflict,
@@ -48,7 +50,13 @@ from luthier.errors import (
 )
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
 from luthier.store.models import StoredModel, content_hash
-from luthier.workflows.child_processes import ChildProcess, ProcessRunner, Resources, run_processes
+from luthier.workflows.child_processes import (
+    SAFE_PATH,
+    ChildProcess,
+    ProcessRunner,
+    Resources,
+    run_processes,
+)
 from luthier.workflows.inference_tasks import (
     NUMBERS,
     Answer,
@@ -60,8 +68,8 @@ from luthier.workflows.inference_tasks import (
 
 LOOK_SECONDS = 1.0
 """Between two looks at which shards are answered."""
-SHARDS = ".shards"
-"""What the name of the folder beside the output ends with."""
+SHARDS = ".{}.shards"
+"""Name of the folder beside the output; a folder that is read as data passes over hidden names."""
 _REQUEST, _LOCK, _WORKER = "request.json", ".lock", "process-{}"
 _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
 
@@ -69,16 +77,17 @@ _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
 class InferenceRunner(ProcessRunner):
     """Where the processes of a batch run: on this machine, as its children."""
 
-    def shares(self, processes: int | None, memory: int) -> tuple[int, int]:
+    def plan_processes(self, processes: int | None, memory: int, shards: int) -> tuple[int, int]:
         """How many processes there are, ``processes`` where it is given, and the threads of each.
 
-        ``memory`` is what one takes, in bytes.
+        ``memory`` is what one takes, in bytes. There are no more than ``shards``.
 
         Raises:
             RecipeError: for more than this machine's memory has room for.
         """
         processes = processes or 1
-        check_room(processes)
+        check_room(processes, max(memory, PROCESS_BYTES))
+        processes = min(processes, shards)
         return processes, max(1, len(os.sched_getaffinity(0)) // processes)
 
 
@@ -129,7 +138,29 @@ class Shard:
 
 def shards_folder(output: Path) -> Path:
     """Where the answers to the shards of ``output`` lie until it is whole."""
-    return output.with_name(f"{output.name}{SHARDS}")
+    return output.with_name(SHARDS.format(output.name))
+
+
+def _make_folder(output: Path) -> Path:
+    """The folder of the shards of ``output``, made or left by an earlier command.
+
+    Raises:
+        RecipeError: where the output is no plain file, or the folder is somebody else's.
+    """
+    folder = shards_folder(output)
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise RecipeError(f"{output} is no plain file: name one for the answers")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
+    except OSError as error:
+        raise RecipeError(f"there is no place for {folder}: {error.strerror}") from error
+    if foreign:
+        raise RecipeError(
+            f"{folder} holds files of something else, and would be removed: move it, or name another "
+            "output"
+        )
+    return folder
 
 
 def answer_file(
@@ -154,8 +185,7 @@ def answer_file(
     runner, reporter = runner or InferenceRunner(), reporter or Reporter()
     started = time.monotonic()
     output = output.absolute()
-    folder = shards_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _make_folder(output)
     with lock(folder / _LOCK) as free:
         if not free:
             raise RunConflict(
@@ -246,8 +276,8 @@ def _answer_shards(
     """Have the shards answered; the number of processes."""
     folder = shards[0].folder
     memory = sum(map(_memory_of, models))
-    processes, threads = runner.shares(processes, memory)
-    processes = min(processes, sum(not shard.is_done for shard in shards))
+    left = sum(not shard.is_done for shard in shards)
+    processes, threads = runner.plan_processes(processes, memory, left)
     write_json(
         folder / _REQUEST,
         {
@@ -264,7 +294,8 @@ def _answer_shards(
     workers = []
     for number in range(processes):
         name = _WORKER.format(number + 1)
-        process = [sys.executable, "-m", "luthier.workflows.batch_inference", str(folder), name]
+        module = "luthier.workflows.batch_inference"
+        process = [sys.executable, *SAFE_PATH, "-m", module, str(folder), name]
         goes_on = "goes on with the rows that are not answered"
         workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
     progress = _Progress(shards, workers, reporter)
@@ -349,8 +380,8 @@ def _check_problems(shards: Sequence[Shard], output: Path) -> None:
     if found:
         answered = sum(shard.rows for shard in shards if shard.answers.exists())
         kept = (
-            f"{output} is not written; the answers to {answered:,} rows are kept, and the same command "
-            "goes on when these are mended"
+            f"{output} is not written; the answers to {answered:,} rows are kept. Mend these in their "
+            "lines, and the same command goes on"
         )
         raise DataError(found, kept, capped=len(found) >= MOST_PROBLEMS)
 
@@ -400,18 +431,18 @@ def main(folder: Path, name: str) -> None:
     while left := [shard for shard in shards if not shard.is_done]:
         # Another process holds what is left; should it end, its shard is to be had.
         if any(_is_free(shard) for shard in left):
-            _answer_free(task, shards, answer)
+            _answer_free(task, shards[: shards.index(left[-1]) + 1], answer)
         else:
             time.sleep(LOOK_SECONDS)
 
 
 def _is_free(shard: Shard) -> bool:
     with lock(shard.lock) as free:
-        return free
+        return free and not shard.is_done
 
 
 def _answer_free(task: InferenceTask, shards: Sequence[Shard], answer: Answer) -> None:
-    """Answer what is left, in one pass through the source, but for what other processes hold."""
+    """Answer what is left of the first shards of the source, but for what other processes hold."""
     problems = list[Problem]()
     cut = _cut(task, problems)
     for shard in shards:

@@ -24,6 +24,9 @@ from luthier.printable import format_exit
 
 STARTS = 3
 """How often one process is started that is killed each time."""
+SAFE_PATH = ("-P",)
+"""Option of Python: else ``-m`` imports what lies in the folder of the command, such as a ``torch.py``
+beside downloaded data."""
 LOOK = 0.2
 """Seconds between two looks at the processes."""
 ERRORS, REPORTS = "errors.txt", "reports.jsonl"
@@ -91,6 +94,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
+                stdout=errors,
                 stderr=errors,
                 env=self.runner.environment,
                 start_new_session=True,  # Ctrl-C goes to the command, which lets them finish their step
@@ -98,7 +102,7 @@ class ChildProcess:
 
     def forgive(self) -> None:
         """Count its new starts from here on: the work got on since the last one."""
-        self._starts = 1
+        self._starts = min(self._starts, 1)
 
     def release(self) -> None:
         """Let go of the process, which ends where it has not."""

@@ -1,7 +1,8 @@
 """What is asked of each row of a file: labels and the like, an embedding, or a reply.
 
 A task reads its source one row after the other, and answers rows a shard at a time. A shard is answered
-to the same bits wherever that is, so that the shards of a file make what one process writes of it.
+to the same bits by any process on machines of one kind, so that the shards of a file make what one
+process writes of it.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ class GenerateTask(InferenceTask):
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
         """See :class:`InferenceTask`; the prompt is one of the fields."""
-        return [{"prompt": row.content, **row.record} for row in rows]
+        beside = json_records([(row.record, row) for row in rows])
+        return [{"prompt": row.content, **record} for row, record in zip(rows, beside, strict=True)]
 
     def needed_models(self) -> list[StoredModel]:
         """See :class:`InferenceTask`; a draft model is one of them."""
@@ -222,7 +224,7 @@ class GenerateTask(InferenceTask):
             before = generator.speculation
             answers = generator.answers(prompts, self.sampling)
             counts = draft_counts(generator.speculation - before) if generator.draft_model else {}
-            return ShardAnswer(reply_lines(rows, answers).encode(), counts)
+            return ShardAnswer(reply_lines(self.records(rows), answers).encode(), counts)
 
         return answer
 
@@ -260,11 +262,11 @@ def anomaly_counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def reply_lines(rows: Sequence[InputRow], answers: Sequence[GeneratedReply]) -> str:
+def reply_lines(records: Sequence[Record], answers: Sequence[GeneratedReply]) -> str:
     """JSON Lines of prompts with the reply to each, and what the model thought before."""
     lines = (
-        {"prompt": row.content, "completion": answer.text, **row.record, **reasoning_of(answer)}
-        for row, answer in zip(rows, answers, strict=True)
+        {"prompt": record["prompt"], "completion": answer.text, **record, **reasoning_of(answer)}
+        for record, answer in zip(records, answers, strict=True)
     )
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

@@ -25,6 +25,7 @@ from luthier.files import lock, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.workflows.child_processes import (
     REPORTS,
+    SAFE_PATH,
     ChildProcess,
     ProcessRunner,
     Resources,
@@ -65,7 +66,8 @@ def _process(
     runner: TrialRunner, folder: Path, name: str, work: Path, recipe: Recipe
 ) -> ChildProcess:
     """A process for the trial number ``name`` of the study in ``folder``, or the best; in ``work``."""
-    process = [sys.executable, "-m", "luthier.workflows.trial_processes", str(folder), name]
+    module = "luthier.workflows.trial_processes"
+    process = [sys.executable, *SAFE_PATH, "-m", module, str(folder), name]
     goes_on = "goes on after its last checkpoint"
     return ChildProcess(runner, process, runner.resources(recipe), work, goes_on)
 
