@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchInference:
     """Processes that are to answer the rows of a file."""
 
     output: Path
@@ -30,7 +30,7 @@ class Batch:
         processes: int | None,
         ray_address: str | None,
         ray_gpus: float,
-    ) -> Batch | None:
+    ) -> BatchInference | None:
         """What was asked for; ``None`` where the command itself is to answer.
 
         Raises:
@@ -47,7 +47,7 @@ class Batch:
                 "--processes and --ray-address share the rows of a file, and write one: give --input "
                 "and --output"
             )
-        return Batch(output, processes, ray_address, ray_gpus)
+        return BatchInference(output, processes, ray_address, ray_gpus)
 
     def answer(self, task: InferenceTask) -> tuple[FileAnswers, dict[str, Any]]:
         """Have the rows of ``task`` answered, and show how that goes; what came of it, also as JSON."""

@@ -37,7 +37,7 @@ def embed(
     json_: Json = False,
 ) -> None:
     """Write the embedding of each row of a file, or of each image or sound of a folder."""
-    from luthier.cli.batch_inference import Batch
+    from luthier.cli.batch_inference import BatchInference
     from luthier.data.rows import load_inputs
     from luthier.data.writers import check_target
     from luthier.recipe import parse_columns
@@ -52,7 +52,7 @@ def embed(
     from luthier.workflows.inference_tasks import NUMBERS, EmbedTask
 
     form = embedding_format(output)
-    batch = Batch.of_options(data, output, processes, ray_address, ray_gpus)
+    batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)
     check_output(output)
     with data_errors("nothing was embedded"):
         check_target(output, [], [data], replace=True)

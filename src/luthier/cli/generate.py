@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,7 +73,7 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
-    from luthier.cli.batch_inference import Batch
+    from luthier.cli.batch_inference import BatchInference
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -80,7 +81,6 @@ def generate(
         REASONING,
         GenerateTask,
         conversation,
-        read_prompts,
         reasoning_of,
         reply_lines,
     )
@@ -101,14 +101,12 @@ def generate(
         grammar=None if grammar is None else read_text(grammar),
     )
     check_output(output)
-    batch = Batch.of_options(input_, output, processes, ray_address, ray_gpus)
+    task = GenerateTask(model=model, source=str(input_), sampling=sampling, speculation=speculation)
+    batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Generator.is_able))
         Generator.check(stored)
-        task = GenerateTask(
-            model=stored.id, source=str(input_), sampling=sampling, speculation=speculation
-        )
-        found, report = batch.answer(task)
+        found, report = batch.answer(replace(task, model=stored.id))
         if json_:
             draft = {"draft_model": speculation, **found.counts} if found.counts else {}
             print_json({**report, **draft})
@@ -119,12 +117,9 @@ def generate(
     records: list[Record] = []
     if input_ is not None:
         problems: list[Problem] = []
-        rows = [*read_prompts(input_, problems)]
+        rows = [*task.rows(problems)]
         if problems:
             raise DataError(problems, GenerateTask.outcome)
-        task = GenerateTask(
-            model=model, source=str(input_), sampling=sampling, speculation=speculation
-        )
         with data_errors(GenerateTask.outcome):  # before anything is written
             records = task.records(rows)
     with heavy_imports():

@@ -62,7 +62,7 @@ def predict(
     json_: Json = False,
 ) -> None:
     """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
-    from luthier.cli.batch_inference import Batch
+    from luthier.cli.batch_inference import BatchInference
     from luthier.data.rows import PREDICTED, input_row, load_inputs
     from luthier.data.writers import json_records
     from luthier.files import write_bytes
@@ -82,7 +82,7 @@ def predict(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
     check_output(output)
-    batch = Batch.of_options(input_, output, processes, ray_address, ray_gpus)
+    batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Predictor.is_able))
         objective = Predictor.check(stored)

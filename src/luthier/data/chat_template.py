@@ -177,7 +177,6 @@ def _compile(template: str) -> Any:
         "namespace": _Namespace,
     }
     compiled = environment.from_string(template)
-    compiled.globals = dict(
-        compiled.globals
-    )  # each rendering copies them, and a chain of maps slowly
+    # Each rendering copies them, and a chain of maps slowly.
+    compiled.globals = dict(compiled.globals)
     return compiled

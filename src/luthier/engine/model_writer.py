@@ -227,15 +227,14 @@ class ModelWriter:
         # Beside the texts a soft prompt and a prefix stand in the context.
         room = network.context - network.tokens_before - GREEDY_TOKENS
         soft = list(prompt_ids(network.model))
-        prompts = [
-            np.array([*soft, *ids_T], dtype=np.int64)
-            for ids_T in greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
-        ]
-        if not prompts:
+        own = greedy_prompts(self._few_rows(), TOKEN_PARITY_ROWS, room)
+        if not own:
             return NetworkAnswers(loss, logps, None, "no row has a prompt that fits the context")
-        count, stop_ids = len(prompts), self.job.chat.stop_ids
+        count, stop_ids = len(own), self.job.chat.stop_ids
         references = reference_prompts(self.job.chat, room)
-        prompts += [np.array([*soft, *ids_T], dtype=np.int64) for ids_T in references.values()]
+        prompts = [
+            np.array([*soft, *ids_T], dtype=np.int64) for ids_T in (*own, *references.values())
+        ]
         with _open_backend(network) as backend:
             written = write_greedily(backend, prompts, GREEDY_TOKENS, stop_ids)
         reference = reference_answers(references, written.part(slice(count, None)), stop_ids)

@@ -182,7 +182,7 @@ class MasterAdamW:
         for name, master in self.masters.items():
             weight = self.weights[name]
             master.copy_(shard_like(tensors[f"master.{name}"], weight))
-            state = self._state.setdefault(name, {})
+            state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -191,8 +191,8 @@ class MasterAdamW:
                     # convolutions (channels last) is not the order of a file.
                     part = shard_like(tensors[f"{key}.{name}"], weight)
                     state[key] = torch.empty_like(master).copy_(part)
-            if not state:
-                del self._state[name]
+            if state:
+                self._state[name] = state
         self.publish()
 
     def publish(self) -> None:

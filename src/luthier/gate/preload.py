@@ -11,9 +11,8 @@ import os
 from contextlib import suppress
 from importlib import import_module
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # each process has a core; read by numpy's import
+# Each process has a core. Read by numpy's import.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import luthier.gate.checks  # noqa: F401 - all that measures
 from luthier.gate.language_identification import load_identifier

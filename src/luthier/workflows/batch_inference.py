@@ -20,20 +20,17 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
 
 import luthier
 from luthier.cancellation import on_stdin_end
 from luthier.data.media import Media
 from luthier.data.shapes import MediaRow
-from luthier.data.writers import pack
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import PROCESS_BYTES, check_room
 from luthier.errors import (
@@ -60,7 +57,6 @@ from luthier.workflows.child_processes import (
 from luthier.workflows.inference_tasks import (
     NUMBERS,
     Answer,
-    EmbedTask,
     InferenceTask,
     InputRow,
     parse_task,
@@ -388,29 +384,20 @@ def _check_problems(shards: Sequence[Shard], output: Path) -> None:
 
 def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) -> dict[str, int]:
     """Put the answers together; what was counted."""
-    totals = dict[str, int]()
-    with new_file(output) as file, _packed(task, file, output) as target:
+    totals = Counter[str]()
+    with ExitStack() as stack:
+        file, target = stack.enter_context(new_file(output)), None
         for shard in shards:
             with shard.answers.open("rb") as answers:
                 counts = json.loads(answers.readline())
-                if not totals and isinstance(task, EmbedTask) and task.form == "npy":
-                    shape = (sum(each.rows for each in shards), counts[NUMBERS] // shard.rows)
-                    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(target, header)
-                for key, value in counts.items():
-                    totals[key] = totals.get(key, 0) + value
+                if target is None:
+                    rows = sum(each.rows for each in shards)
+                    width = counts.get(NUMBERS, 0) // shard.rows
+                    opening = task.open_output(file, output, rows, width)
+                    target = stack.enter_context(opening)
+                totals.update(counts)
                 shutil.copyfileobj(answers, target, 1 << 20)
-    return totals
-
-
-@contextmanager
-def _packed(task: InferenceTask, file: BinaryIO, output: Path) -> Iterator[BinaryIO]:
-    """Embeddings are packed by the ending of their file; other commands write plain lines."""
-    if isinstance(task, EmbedTask) and task.form == "jsonl":
-        with pack(file, output) as packed:
-            yield packed
-    else:
-        yield file
+    return dict(totals)
 
 
 def main(folder: Path, name: str) -> None:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeGuard
+
+import numpy as np
 
 from luthier.data.parsing import Record
 from luthier.data.read import read_records
 from luthier.data.rows import PREDICTED, stream_inputs
-from luthier.data.writers import json_records
+from luthier.data.writers import json_records, pack
 from luthier.errors import DataError, Problem, RecipeError
 from luthier.models.sampling import Sampling
 from luthier.models.speculation import NGRAM, OFF
@@ -110,6 +113,16 @@ class InferenceTask(ABC):
     def open(self) -> Answer:
         """Load the model, once for all shards."""
 
+    @contextmanager
+    def open_output(
+        self, file: BinaryIO, output: Path, rows: int, width: int
+    ) -> Iterator[BinaryIO]:
+        """Where the answers to all ``rows`` go, one shard behind the other: plain lines, into ``file``.
+
+        ``output`` is its name, ``width`` the numbers of a row where the task counts :data:`NUMBERS`.
+        """
+        yield file
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictTask(InferenceTask):
@@ -153,6 +166,19 @@ class EmbedTask(InferenceTask):
                 "several processes write embeddings as .jsonl or .npy: a Parquet file takes its types "
                 "from all rows, so one process writes it"
             )
+
+    @contextmanager
+    def open_output(
+        self, file: BinaryIO, output: Path, rows: int, width: int
+    ) -> Iterator[BinaryIO]:
+        """See :class:`InferenceTask`: lines are packed by the ending, numbers have NumPy's header."""
+        if self.form == "jsonl":
+            with pack(file, output) as packed:
+                yield packed
+        else:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield file
 
     def records(self, rows: Sequence[InputRow]) -> list[Record]:
         """See :class:`InferenceTask`."""
