@@ -118,7 +118,7 @@ def test_a_job_goes_on_on_another_machine_to_the_same_bits(
     old = move("first")
     open_shared_keys(master)
     assert [*old.glob(f"runs/*/job-{broken}/checkpoints/*")]
-    LocalCopies(queue.database, Objects(queue.database), 10**12).look()
+    LocalCopies(queue.database, Objects(queue.database), 10**12).tidy()
     assert not [*old.glob(f"runs/*/job-{broken}")] and not (old / "jobs" / broken).exists()
     assert [*old.glob(f"runs/*/{whole.result['stored_id'].partition(':')[2]}/metrics.jsonl")]
 
@@ -184,7 +184,7 @@ def test_a_model_deleted_on_one_machine_goes_from_the_others(queue: Any, move: M
     home, forgotten = move("first"), list[str]()
     assert find(stored_id).folder.is_relative_to(home)
     copies = LocalCopies(queue.database, Objects(queue.database), 10**12, forget=forgotten.append)
-    copies.look()
+    copies.tidy()
     assert forgotten == [stored_id] and custom_models() == []
     assert not [*home.glob("runs/*/job-*")]
 
@@ -201,7 +201,7 @@ def test_models_and_objects_from_before_go_into_the_shared_store(
     job = queue.ended(queue.submit("one"))
     monkeypatch.setenv(shared.ENVIRONMENT, address)
     objects = Objects(queue.database)
-    LocalCopies(queue.database, objects, 10**12).look()
+    LocalCopies(queue.database, objects, 10**12).tidy()
     objects.sweep(older_than=0)
     move("second")
     assert find(job.result["stored_id"]).manifest.files
@@ -378,14 +378,14 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
     shutil.rmtree(tmp_path / "shared")
     copies = LocalCopies(database, Objects(database), 0)
     with pytest.raises(SharedStoreAway):  # it is not mounted
-        copies.look()
+        copies.tidy()
     assert marked() == {below, child, gone} == {each.id for each in custom_models()}
     (tmp_path / "shared").mkdir()
     with pytest.raises((SharedStoreAway, RefusedInput)):  # by number or id it is another one
-        copies.look()
+        copies.tidy()
     assert marked() == {below, child, gone} == {each.id for each in custom_models()}
     (tmp_path / "shared" / IDENTITY).write_bytes(token)
-    copies.look()
+    copies.tidy()
     assert {each.id for each in custom_models()} == {below, child} == marked()
     assert (luthier_home() / "runs/tiny/child").is_dir()
     folders = shared_folders()
@@ -404,7 +404,7 @@ def test_a_store_of_another_database_changes_no_copies(database: Any, move: Move
     shared_models.adopt_copy(gone)
     store.put(IDENTITY, b"another")
     with pytest.raises(RefusedInput, match="belongs to another database"):
-        LocalCopies(database, Objects(database), 0).look()
+        LocalCopies(database, Objects(database), 0).tidy()
     assert marked() == {gone} == {each.id for each in custom_models()}
 
 
@@ -421,7 +421,7 @@ def test_a_model_that_another_machine_made_anew_replaces_what_a_killed_worker_le
     def forget(stored_id: str) -> None:
         there.append(custom_folder("tiny", "one").is_dir())
 
-    LocalCopies(database, Objects(database), 10**12, forget=forget).look()
+    LocalCopies(database, Objects(database), 10**12, forget=forget).tidy()
     assert there == [True]  # forgotten, and then dropped
     assert (find(stored_id).folder / "weights").read_text() == "of the second"
 
@@ -513,7 +513,7 @@ def test_an_object_deleted_on_one_machine_goes_from_the_others(
     Objects(database).delete(ACCOUNT, "bucket", ["gone"])
     move("first")
     copies = LocalCopies(database, objects, 10**12)
-    copies.look()
+    copies.tidy()
     assert objects.files.path(ACCOUNT, gone).exists()  # it may be of a request that is not done
     assert objects.drop_deleted_copies(older_than=-60) == 1
     assert not objects.files.path(ACCOUNT, gone).exists()

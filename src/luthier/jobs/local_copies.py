@@ -104,7 +104,7 @@ class LocalCopies:
         self._thread = threading.Thread(target=self._loop, name="local copies", daemon=True)
 
     def start(self) -> None:
-        """Look now, and from time to time, in a thread."""
+        """Tidy now, and from time to time, in a thread."""
         if self._shared is not None:
             self._thread.start()
 
@@ -117,14 +117,14 @@ class LocalCopies:
     def _loop(self) -> None:
         while not self._ending.is_set():
             try:
-                self.look()
+                self.tidy()
             except Exception:
                 # The shared store or the database is away; nothing but room depends on it.
                 _log.exception("copies of the shared store could not be tidied")
             self._ending.wait(SECONDS)
 
-    def look(self) -> None:
-        """One look: models deleted elsewhere, models made before, jobs gone on elsewhere, room.
+    def tidy(self) -> None:
+        """Tidy once: models deleted elsewhere, models made before, jobs gone on elsewhere, room.
 
         Raises:
             RefusedInput: where the shared store is not the one of the database.

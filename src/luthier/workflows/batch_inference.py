@@ -297,7 +297,7 @@ def _answer_shards(
     progress = _Progress(shards, workers, reporter)
     again = "stopped; the same command goes on with the rows that are not answered"
     codes = run_processes(workers, reporter, again, progress.ends)
-    progress.look()
+    progress.update()
     failed = [
         f"{worker.work.name}: {worker.reason(code)}"
         for worker, code in zip(workers, codes, strict=True)
@@ -314,7 +314,7 @@ def _answer_shards(
 
 
 class _Progress:
-    """Looks at which shards are answered, and tells a reporter."""
+    """Sees which shards are answered, and tells a reporter."""
 
     def __init__(
         self, shards: Sequence[Shard], workers: Sequence[ChildProcess], reporter: Reporter
@@ -322,7 +322,7 @@ class _Progress:
         self._folder, self._workers, self._reporter = shards[0].folder, workers, reporter
         self._left, self._refused, self._next = list(shards), 0, 0.0
         self.total = sum(shard.rows for shard in shards)
-        self.look()
+        self.update()
 
     @property
     def missing(self) -> int:
@@ -337,10 +337,10 @@ class _Progress:
     def ends(self) -> bool:
         """The same, after a look where it is time for one."""
         if time.monotonic() >= self._next:
-            self.look()
+            self.update()
         return self.is_done
 
-    def look(self) -> None:
+    def update(self) -> None:
         """See which shards are answered by now."""
         self._next = time.monotonic() + LOOK_SECONDS
         names = set(os.listdir(self._folder))  # one call, where a stat of each is many
@@ -352,7 +352,7 @@ class _Progress:
         ]
         if len(left) < len(self._left):
             for worker in self._workers:
-                worker.forgive()
+                worker.reset_starts()
         self._left, self._refused = left, self._refused + len(refused)
         self._reporter.progress(self.total - self.missing, self.total, "answer")
 

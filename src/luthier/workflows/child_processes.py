@@ -100,7 +100,7 @@ class ChildProcess:
                 start_new_session=True,  # Ctrl-C goes to the command, which lets them finish their step
             )
 
-    def forgive(self) -> None:
+    def reset_starts(self) -> None:
         """Count its new starts from here on: the work got on since the last one."""
         self._starts = min(self._starts, 1)
 
