@@ -22,11 +22,20 @@ from luthier.store.models import StoredModel
 from luthier.workflows import batch_inference
 from luthier.workflows.batch_inference import FileAnswers, InferenceRunner
 from luthier.workflows.child_processes import Resources
-from luthier.workflows.inference_tasks import TASKS, Answer, InferenceTask, InputRow, ShardAnswer
+from luthier.workflows.inference_tasks import (
+    TASKS,
+    Answer,
+    InferenceTask,
+    InputRow,
+    OnDone,
+    ShardAnswer,
+)
 
 SHARD_ROWS = 4
 LOG, KILL, WAIT = "answered.log", "kill", "wait"
 """Files beside the source: rows that were answered; what kills the next process; and lets all wait."""
+STOP, STOPPED = "stop", "stopped"
+"""What stops the next process before it answers anything, and the id of that process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +54,21 @@ class UpperTask(InferenceTask):
 
     def open(self) -> Answer:
         folder = Path(self.source).parent
+        try:
+            (folder / STOP).rename(folder / STOPPED)  # one process alone can
+        except FileNotFoundError:
+            pass
+        else:
+            (folder / STOPPED).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
 
-        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+        def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             texts = [row.record["text"] for row in rows]
             if "!" in texts:
                 raise LuthierError("there is no network")
             while (folder / WAIT).exists() and rows[0].line > SHARD_ROWS * 3:
                 time.sleep(0.02)
+                done(1)
             if (folder / KILL).exists():
                 (folder / KILL).unlink()
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from upper_task import KILL, LOG, SHARD_ROWS, WAIT, UpperTask, run
+from upper_task import KILL, LOG, SHARD_ROWS, STOP, STOPPED, WAIT, UpperTask, run
 
 from luthier.engine.metrics import Reporter
 from luthier.errors import DataError, LuthierError, RecipeError, RunConflict
 from luthier.files import lock
 from luthier.models.sampling import Sampling
+from luthier.workflows import batch_inference
 from luthier.workflows.batch_inference import InferenceRunner, _shards, shards_folder
 from luthier.workflows.inference_tasks import GenerateTask, InputRow
 
@@ -92,6 +96,49 @@ def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_pat
     assert not shards_folder(output).exists()
 
 
+def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_inference, "LOOK_SECONDS", 0.1)
+    output, heard = tmp_path / "out.jsonl", Heard()
+    (tmp_path / WAIT).touch()
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(run, source, output, 1, reporter=heard)
+        try:
+            when(lambda: (3 * SHARD_ROWS + 1, ROWS) in heard.rows)
+        finally:
+            (tmp_path / WAIT).unlink()
+        found.result()
+    assert output.read_text() == expected(source)
+
+
+def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: Path) -> None:
+    write(source, row_7="?")
+    heard = Heard()
+    with pytest.raises(DataError):
+        run(source, tmp_path / "out.jsonl", 1, reporter=heard)
+    assert heard.rows[-1] == (ROWS - SHARD_ROWS, ROWS)
+
+
+def test_more_processes_than_parts_are_left_out_with_a_note(source: Path, tmp_path: Path) -> None:
+    source.write_text('{"text": "one"}\n')
+    heard = Heard()
+    assert run(source, tmp_path / "out.jsonl", 3, reporter=heard).processes == 1
+    assert heard.notes[0].startswith("1 of 3 processes are started: each answers 4 rows at a time")
+
+
+def test_a_process_that_was_stopped_does_not_hold_up_the_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_inference, "END_SECONDS", 0.5)
+    (tmp_path / STOP).touch()
+    run(source, tmp_path / "out.jsonl", 2)
+    assert (tmp_path / "out.jsonl").read_text() == expected(source)
+    stopped = int((tmp_path / STOPPED).read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped, 0)
+
+
 def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path) -> None:
     output, heard = tmp_path / "out.jsonl", Heard()
     (tmp_path / KILL).touch()
@@ -99,7 +146,7 @@ def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path
     assert output.read_text() == expected(source)
     assert answered(source) == Counter(range(1, ROWS + 1))
     [note] = heard.notes
-    assert "ended by signal 9 (Killed), and goes on with the rows that are not answered" in note
+    assert re.search(r"process-\d \(pid \d+\) ended by signal 9 \(Killed\), and goes on", note)
 
 
 def test_a_killed_command_goes_on_and_answers_nothing_twice(source: Path, tmp_path: Path) -> None:
@@ -126,7 +173,7 @@ def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> N
         when(lambda: len([*shards_folder(output).glob("*.answers")]) == 3)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate()
-    assert "stopped; the same command goes on with the rows that are not answered" in errors
+    assert "stopped with 12 of 30 rows answered and stored; the same command goes on" in errors
     (tmp_path / WAIT).unlink()
     assert run(source, output, 1).resumed_rows == 3 * SHARD_ROWS
 
@@ -163,7 +210,7 @@ def test_another_image_or_series_is_another_row(tmp_path: Path) -> None:
 
     def names() -> list[list[str]]:
         tasks = [UpperTask(model="none", source=str(each)) for each in (photo.parent, series)]
-        return [[shard.name for shard in _shards(task, [], tmp_path)] for task in tasks]
+        return [[shard.name for shard in _shards(task, [], tmp_path, Reporter())] for task in tasks]
 
     found = []
     for value in (1, 2):
@@ -192,7 +239,7 @@ def test_a_process_that_fails_says_why_and_what_goes_on(source: Path, tmp_path: 
     write(source, row_9="!")
     output = tmp_path / "out.jsonl"
     with pytest.raises(
-        LuthierError, match=r"22 of 30 rows are not answered \(process-1: there is no network\)"
+        LuthierError, match=r"22 of 30 rows are not answered: process-1: there is no network\. Once"
     ):
         run(source, output, 1)
     assert sum(1 for _ in shards_folder(output).glob("*.answers")) == 2
@@ -226,13 +273,75 @@ def test_files_of_somebody_else_stay(source: Path, tmp_path: Path) -> None:
     kept = shards_folder(output) / "notes.txt"
     kept.parent.mkdir()
     kept.write_text("mine")
-    with pytest.raises(RecipeError, match=r"\.out\.jsonl\.shards holds files of something else"):
+    with pytest.raises(RecipeError, match=r"\.out\.jsonl\.shards .* holds files of something else"):
         run(source, output, 2)
     assert kept.read_text() == "mine" and not output.exists()
     with pytest.raises(RecipeError, match="is no plain file"):
         run(source, Path("/dev/null"), 2)
-    with pytest.raises(RecipeError, match=r"there is no place for .*File name too long"):
+    with pytest.raises(RecipeError, match=r"cannot be written: .*File name too long"):
         run(source, tmp_path / f"{'x' * 250}.jsonl", 2)
+
+
+def test_a_folder_that_others_can_write_to_is_not_trusted(source: Path, tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "out.jsonl", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shards_folder(output).symlink_to(elsewhere)
+    with pytest.raises(RecipeError, match="is a link"):
+        run(source, output, 1)
+    shards_folder(output).unlink()
+    shards_folder(output).mkdir()
+    shards_folder(output).chmod(0o777)
+    with pytest.raises(RecipeError, match="others may write to it"):
+        run(source, output, 1)
+    if os.geteuid() == 0:
+        shards_folder(output).chmod(0o700)
+        os.chown(shards_folder(output), 65534, 65534)
+        with pytest.raises(RecipeError, match="others may write to it"):
+            run(source, output, 1)
+    assert not output.exists() and not any(elsewhere.iterdir())
+
+
+def test_answers_that_were_damaged_are_answered_anew(source: Path, tmp_path: Path) -> None:
+    output, heard = tmp_path / "out.jsonl", Heard()
+    write(source, row_30="?")
+    with pytest.raises(DataError):
+        run(source, output, 1)
+    first, second, *_ = sorted(shards_folder(output).glob("*.answers"))
+    os.truncate(first, first.stat().st_size - 5)
+    second.write_bytes(b"")
+    write(source)
+    run(source, output, 1, reporter=heard)
+    assert output.read_text() == expected(source)
+    assert [note.split()[0] for note in heard.notes[:2]] == [first.name, second.name]
+    assert "is damaged: its 4 rows are answered anew" in heard.notes[0]
+
+
+def test_what_each_process_reads_elsewhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="/dev/stdin is another file in each process"):
+        run(Path("/dev/stdin"), tmp_path / "out.jsonl", 1)
+
+
+def test_long_rows_make_small_shards(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = UpperTask(model="none", source=str(source))
+    for characters, rows in ((14, 2), (1, 1)):  # one row is never too much
+        monkeypatch.setattr(batch_inference, "SHARD_BYTES", characters)
+        shards = [*_shards(task, [], tmp_path, Reporter())]
+        assert [shard.rows for shard in shards] == [rows] * (ROWS // rows)
+
+
+def test_lines_are_packed_by_the_ending_of_the_output(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl.gz"
+    run(source, output, 2)
+    assert gzip.decompress(output.read_bytes()).decode() == expected(source)
+
+
+def test_folders_that_were_made_for_nothing_go(source: Path, tmp_path: Path) -> None:
+    source.write_text('{"id": 31}\n')
+    with pytest.raises(DataError):
+        run(source, tmp_path / "new" / "deep" / "out.jsonl", 1)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_output_within_the_folder_that_is_read_is_no_data(tmp_path: Path) -> None:

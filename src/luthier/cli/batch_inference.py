@@ -72,8 +72,6 @@ class BatchInference:
                     show(done, total)
 
             answers = answer_file(task, self.output, self.processes, runner, Shown())
-        if answers.resumed_rows:
-            note(f"{answers.resumed_rows:,} of the rows were answered by an earlier command")
         report = asdict(answers)
         del report["counts"]
         return answers, {"model": task.model, **report, "output": str(self.output)}

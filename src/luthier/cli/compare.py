@@ -83,7 +83,7 @@ def compare(
     from luthier.recipe import parse_columns
     from luthier.sdk.evaluation import compare as run
 
-    check_output(html)
+    check_output(html, data)
     graders = parse_grader_options(grader, set_ or ()) if grader else None
     with show_progress(0, "compare") as done:
         found = run(

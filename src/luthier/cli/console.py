@@ -244,15 +244,21 @@ def write_page(target: Path, page: str) -> None:
     note(f"page: {target}")
 
 
-def check_output(target: Path | None) -> None:
-    """Refuse a file that cannot be written before the work is done; what a killed command left goes."""
+def check_output(target: Path | None, *sources: str | Path) -> None:
+    """Refuse a file that cannot be written before the work is done; what a killed command left goes.
+
+    ``sources`` are what the command reads.
+    """
     if target is None:
         return
-    if target.is_dir():
-        raise RecipeError(f"{target} is a folder; name a file")
+    from luthier.data.writers import check_target
+
+    check_target(target, [], sources, replace=True)
     parent = nearest_existing(target.absolute().parent)
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")
     if not os.access(target if target.exists() else parent, os.W_OK):
-        raise RecipeError(f"{target} cannot be written: you have no right to")
+        read_only = os.statvfs(parent).f_flag & os.ST_RDONLY
+        why = "its disk takes no writes (it is read-only)" if read_only else "you have no right to"
+        raise RecipeError(f"{target} cannot be written: {why}")
     sweep_file(target)

@@ -39,7 +39,6 @@ def embed(
     """Write the embedding of each row of a file, or of each image or sound of a folder."""
     from luthier.cli.batch_inference import BatchInference
     from luthier.data.rows import load_inputs
-    from luthier.data.writers import check_target
     from luthier.recipe import parse_columns
     from luthier.serving.embeddings import (
         EMBEDDING,
@@ -53,9 +52,8 @@ def embed(
 
     form = embedding_format(output)
     batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)
-    check_output(output)
+    check_output(output, data)
     with data_errors("nothing was embedded"):
-        check_target(output, [], [data], replace=True)
         rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
         stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
         check_embeds(stored, objective_of(stored))

@@ -80,8 +80,8 @@ def evaluate(
     from luthier.serving.evaluation import long_rows_summary
 
     graders = parse_grader_options(grader or ["exact"], set_ or ())
-    check_output(output)
-    check_output(html)
+    check_output(output, data)
+    check_output(html, data)
     with show_progress(0, "evaluate") as done:
         found = run(
             model,

@@ -117,7 +117,7 @@ def canaries(
     from luthier.recipe import parse_columns
     from luthier.sdk.data import plant_canaries
 
-    check_output(output)
+    check_output(output, data)
     planted = plant_canaries(
         data, output, repeats=repeats or (0, 5, 20), count=count, seed=seed,
         columns=parse_columns(columns),

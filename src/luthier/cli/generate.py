@@ -22,7 +22,7 @@ from luthier.cli.console import (
 )
 from luthier.cli.options import InferenceProcesses, Json, RayAddress, RayGpus, Speculation
 from luthier.errors import DataError, Problem, RecipeError, data_errors
-from luthier.files import read_text, write_bytes
+from luthier.files import read_text
 from luthier.printable import printable_json
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming, or a file of prompts."""
     from luthier.cli.batch_inference import BatchInference
+    from luthier.data.writers import write_packed
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -100,7 +101,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),
     )
-    check_output(output)
+    check_output(output, *([] if input_ is None else [input_]))
     task = GenerateTask(model=model, source=str(input_), sampling=sampling, speculation=speculation)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
@@ -142,7 +143,7 @@ def generate(
         answers = generator.answers(prompts, sampling, done=done)
     text = reply_lines(records, answers)
     if output is not None:
-        write_bytes(output, text.encode())
+        write_packed(output, text.encode())
     elif not json_:
         sys.stdout.write(printable_json(text))
     if json_:

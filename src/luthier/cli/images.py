@@ -140,7 +140,7 @@ def reconstruct(
 
     if output.suffix.lower() != ".png":
         raise RecipeError(f"images are written as PNG: name {output.with_suffix('.png')}")
-    check_output(output)
+    check_output(output, input_)
     with data_errors("nothing was read"):
         if is_media(input_) and Path(input_).is_file():
             rows = [input_row(input_, "the command line")]

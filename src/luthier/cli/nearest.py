@@ -59,8 +59,8 @@ def nearest(
 
     if not query.strip():
         raise RecipeError("the query is empty")
-    check_output(output)
-    check_output(index)
+    check_output(output, data)
+    check_output(index, data)
     with data_errors("nothing was looked up"):
         records = load_inputs(data, parse_columns(columns))
     rows = [row for _, row in records]

@@ -64,8 +64,7 @@ def predict(
     """Label, rate, tag, embed or transcribe one row, or a file of rows, which keep all their fields."""
     from luthier.cli.batch_inference import BatchInference
     from luthier.data.rows import PREDICTED, input_row, load_inputs
-    from luthier.data.writers import json_records
-    from luthier.files import write_bytes
+    from luthier.data.writers import json_records, write_packed
     from luthier.recipe import parse_columns
     from luthier.serving.prediction import Predictor
     from luthier.store.models import check_active, find
@@ -81,7 +80,7 @@ def predict(
         raise RecipeError(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
-    check_output(output)
+    check_output(output, *([] if input_ is None else [input_]))
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Predictor.is_able))
@@ -117,7 +116,7 @@ def predict(
         answers = predictor.answers([row for _, row in rows], done, top)
     lines = prediction_lines(records, answers)
     if output is not None:
-        write_bytes(output, lines.encode())
+        write_packed(output, lines.encode())
     if json_:
         seconds = time.monotonic() - started
         report = {"model": model, "rows": len(rows), "seconds": seconds}

@@ -83,6 +83,12 @@ def writer_of(kind: str, target: Path, names: Sequence[str]) -> Iterator[Writer]
         text.detach()
 
 
+def write_packed(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all, packed where its ending says so."""
+    with new_file(target) as file, pack(file, target) as packed:
+        packed.write(data)
+
+
 @contextmanager
 def pack(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
     """What is written to ``file`` packed, where the ending of ``target`` says so."""

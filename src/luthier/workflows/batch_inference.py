@@ -18,14 +18,15 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import luthier
 from luthier.cancellation import on_stdin_end
@@ -33,10 +34,13 @@ from luthier.data.media import Media
 from luthier.data.shapes import MediaRow
 from luthier.engine.metrics import Reporter
 from luthier.engine.processes import PROCESS_BYTES, check_room
+from luthier.engine.report_file import ReportFile
 from luthier.errors import (
     MOST_PROBLEMS,
     BoundedProblems,
     DataError,
+    DiskFull,
+    Interrupted,
     LuthierError,
     Problem,
     RecipeError,
@@ -48,6 +52,7 @@ from luthier.errors import (
 from luthier.files import folder_size, lock, new_file, read_json, sweep, write_bytes, write_json
 from luthier.store.models import StoredModel, content_hash
 from luthier.workflows.child_processes import (
+    REPORTS,
     SAFE_PATH,
     ChildProcess,
     ProcessRunner,
@@ -59,6 +64,7 @@ from luthier.workflows.inference_tasks import (
     Answer,
     InferenceTask,
     InputRow,
+    ShardAnswer,
     parse_task,
 )
 
@@ -68,6 +74,14 @@ SHARDS = ".{}.shards"
 """Name of the folder beside the output; a folder that is read as data passes over hidden names."""
 _REQUEST, _LOCK, _WORKER = "request.json", ".lock", "process-{}"
 _ANSWERS, _PROBLEMS = ".answers", ".problems.json"
+_NO_PLACE = ("/dev/", "/proc/")
+"""Where names of files mean other ones in another process."""
+SHARD_BYTES = 64 << 20
+"""Characters of the texts of a shard of several rows: a process holds one shard."""
+END_SECONDS = 15.0
+"""In which a process ends that nobody needs any more; it has nothing to store."""
+CHECK_SECONDS = 10.0
+"""Between two notes of how many rows are checked."""
 
 
 class InferenceRunner(ProcessRunner):
@@ -113,7 +127,7 @@ class Shard:
 
     @property
     def answers(self) -> Path:
-        """A line of JSON with counts, then what is written for the rows."""
+        """A line of JSON with counts and a hash, then what is written for the rows."""
         return self.folder / f"{self.name}{_ANSWERS}"
 
     @property
@@ -131,6 +145,27 @@ class Shard:
         """Whether it needs no more work of this command."""
         return self.answers.exists() or self.problems.exists()
 
+    def store(self, answered: ShardAnswer) -> None:
+        """Write its answers."""
+        own = {"counts": answered.counts, "sha256": hashlib.sha256(answered.data).hexdigest()}
+        write_bytes(self.answers, json.dumps(own).encode() + b"\n" + answered.data)
+
+    @contextmanager
+    def open_answers(self) -> Iterator[tuple[dict[str, int], BinaryIO]]:
+        """What was counted, and a file of which what is written for the rows is still to be read."""
+        with self.answers.open("rb") as file:
+            yield json.loads(file.readline())["counts"], file
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its answers are those that were stored."""
+        try:
+            with self.answers.open("rb") as file:
+                sha256 = json.loads(file.readline())["sha256"]
+                return bool(hashlib.file_digest(file, "sha256").hexdigest() == sha256)
+        except (ValueError, KeyError, TypeError):
+            return False
+
 
 def shards_folder(output: Path) -> Path:
     """Where the answers to the shards of ``output`` lie until it is whole."""
@@ -140,6 +175,8 @@ def shards_folder(output: Path) -> Path:
 def _make_folder(output: Path) -> Path:
     """The folder of the shards of ``output``, made or left by an earlier command.
 
+    What lies in it becomes the output, so nobody else may write into it.
+
     Raises:
         RecipeError: where the output is no plain file, or the folder is somebody else's.
     """
@@ -147,14 +184,23 @@ def _make_folder(output: Path) -> Path:
     if os.path.exists(output) and not os.path.isfile(output):
         raise RecipeError(f"{output} is no plain file: name one for the answers")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        foreign = not (folder / _LOCK).exists() and any(folder.iterdir())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        foreign = (
+            not stat.S_ISDIR(status.st_mode)  # a link to one
+            or status.st_uid != os.geteuid()
+            or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+            or (not (folder / _LOCK).exists() and any(folder.iterdir()))
+        )
     except OSError as error:
-        raise RecipeError(f"there is no place for {folder}: {error.strerror}") from error
+        raise RecipeError(
+            f"{output} cannot be written: its folder takes no new ones ({error.strerror})"
+        ) from error
     if foreign:
         raise RecipeError(
-            f"{folder} holds files of something else, and would be removed: move it, or name another "
-            "output"
+            f"{folder} is a link, holds files of something else, or others may write to it: move it "
+            "away, or name another output"
         )
     return folder
 
@@ -180,7 +226,12 @@ def answer_file(
     """
     runner, reporter = runner or InferenceRunner(), reporter or Reporter()
     started = time.monotonic()
+    if task.source.startswith(_NO_PLACE):
+        raise RecipeError(
+            f"{task.source} is another file in each process: name the file itself, or write one of it"
+        )
     output = output.absolute()
+    made = [parent for parent in output.parents if not parent.exists()]
     folder = _make_folder(output)
     with lock(folder / _LOCK) as free:
         if not free:
@@ -189,33 +240,51 @@ def answer_file(
             )
         try:
             models = task.needed_models()
-            shards = [*_shards(task, models, folder)]
-            _clear(folder)
+            shards = [*_shards(task, models, folder, reporter)]
+            _clear(folder, shards, reporter)
             resumed = sum(shard.rows for shard in shards if shard.is_done)
+            rows = sum(shard.rows for shard in shards)
+            if resumed:
+                reporter.note(f"{resumed:,} of {rows:,} rows were answered by an earlier command")
             count = 0
             if not all(shard.is_done for shard in shards):
                 count = _answer_shards(task, models, shards, processes, runner, reporter)
             _check_problems(shards, output)
-            counts = _write_output(task, shards, output)
+            try:
+                counts = _write_output(task, shards, output)
+            except DiskFull as error:
+                raise DiskFull(
+                    f"{error}. All rows are answered: make room for the output beside {folder}, and "
+                    "the same command writes it"
+                ) from error
         except LuthierError:
             if not any(folder.glob(f"*{_ANSWERS}")):  # else they are for the next call
                 shutil.rmtree(folder)
+                for parent in made:
+                    with suppress(OSError):  # somebody else has put something into it
+                        parent.rmdir()
             raise
         shutil.rmtree(folder)
-    rows = sum(shard.rows for shard in shards)
     return FileAnswers(rows, resumed, count, time.monotonic() - started, counts)
 
 
-def _shards(task: InferenceTask, models: Sequence[StoredModel], folder: Path) -> Iterator[Shard]:
-    """The shards of ``task``, all rows of which are checked.
+def _shards(
+    task: InferenceTask, models: Sequence[StoredModel], folder: Path, reporter: Reporter
+) -> Iterator[Shard]:
+    """The shards of ``task``, all rows of which are checked, as ``reporter`` hears.
 
     Raises:
         DataError: naming every row that cannot be read or asked this.
     """
     decides = [luthier.__version__, task.settings(), [content_hash(model) for model in models]]
     problems = BoundedProblems()
+    checked, next_note = 0, time.monotonic() + CHECK_SECONDS
     with data_errors(task.outcome):
         for number, rows in enumerate(_cut(task, problems)):
+            checked += len(rows)
+            if time.monotonic() >= next_note:
+                next_note = time.monotonic() + CHECK_SECONDS
+                reporter.note(f"{checked:,} rows are checked")
             try:
                 digest = _digest(task, rows)
             except DataError as error:
@@ -228,10 +297,25 @@ def _shards(task: InferenceTask, models: Sequence[StoredModel], folder: Path) ->
 
 
 def _cut(task: InferenceTask, problems: list[Problem]) -> Iterator[list[InputRow]]:
-    """The rows of ``task`` in shards."""
-    rows = iter(task.rows(problems))
-    while shard := [*islice(rows, task.shard_rows)]:
+    """The rows of ``task`` in shards: of as many rows as it wants, or fewer that are long."""
+    shard, size = list[InputRow](), 0
+    for row in task.rows(problems):
+        long = _characters([row.record, row.content])
+        if shard and (len(shard) == task.shard_rows or size + long > SHARD_BYTES):
+            yield shard
+            shard, size = [], 0
+        shard.append(row)
+        size += long
+    if shard:
         yield shard
+
+
+def _characters(value: object) -> int:
+    """Those of all texts in plain values."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_characters, parts))
 
 
 def _digest(task: InferenceTask, rows: Sequence[InputRow]) -> str:
@@ -251,9 +335,18 @@ def _version(media: Media) -> object:
         return None  # who answers the row says why it cannot be read
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier command left, but for answers: their settings may be asked for again."""
+def _clear(folder: Path, shards: Sequence[Shard], reporter: Reporter) -> None:
+    """Remove what an earlier command left, but for answers: their settings may be asked for again.
+
+    Answers to ``shards`` that are no longer what was written go, too.
+    """
     sweep(folder)
+    for shard in shards:
+        if shard.answers.exists() and not shard.is_whole:
+            reporter.note(
+                f"{shard.answers.name} is damaged: its {shard.rows:,} rows are answered anew"
+            )
+            shard.answers.unlink()
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -273,7 +366,12 @@ def _answer_shards(
     folder = shards[0].folder
     memory = sum(map(_memory_of, models))
     left = sum(not shard.is_done for shard in shards)
-    processes, threads = runner.plan_processes(processes, memory, left)
+    asked, (processes, threads) = processes, runner.plan_processes(processes, memory, left)
+    if asked and asked > processes:
+        reporter.note(
+            f"{processes} of {asked} processes are started: each answers {task.shard_rows:,} rows at a "
+            "time, and there is no more for others"
+        )
     write_json(
         folder / _REQUEST,
         {
@@ -295,8 +393,14 @@ def _answer_shards(
         goes_on = "goes on with the rows that are not answered"
         workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
     progress = _Progress(shards, workers, reporter)
-    again = "stopped; the same command goes on with the rows that are not answered"
-    codes = run_processes(workers, reporter, again, progress.ends)
+    try:
+        codes = run_processes(workers, reporter, "", progress.ends, END_SECONDS)
+    except Interrupted:
+        progress.update()
+        raise Interrupted(
+            f"stopped with {progress.answered:,} of {progress.total:,} rows answered and stored; the "
+            "same command goes on with the others"
+        ) from None
     progress.update()
     failed = [
         f"{worker.work.name}: {worker.reason(code)}"
@@ -305,8 +409,9 @@ def _answer_shards(
     ]
     if not progress.is_done:
         raise LuthierError(
-            f"{progress.missing:,} of {progress.total:,} rows are not answered "
-            f"({failed[0] if failed else 'their processes ended'}). The same command goes on with them"
+            f"{progress.total - progress.answered:,} of {progress.total:,} rows are not answered: "
+            f"{failed[0] if failed else 'their processes ended'}. Once that is mended, the same "
+            "command goes on with them"
         )
     for why in failed:
         reporter.note(f"others answered its rows when it ended; {why}")
@@ -314,25 +419,37 @@ def _answer_shards(
 
 
 class _Progress:
-    """Sees which shards are answered, and tells a reporter."""
+    """Sees which shards are answered, hears how far others are, and tells a reporter."""
 
     def __init__(
         self, shards: Sequence[Shard], workers: Sequence[ChildProcess], reporter: Reporter
     ) -> None:
         self._folder, self._workers, self._reporter = shards[0].folder, workers, reporter
-        self._left, self._refused, self._next = list(shards), 0, 0.0
+        self._left, self._refused, self._next = list(shards), list[Shard](), 0.0
+        self._begun: dict[str, int] = {}
+        """Rows that are answered of shards that are not, by what was heard last."""
         self.total = sum(shard.rows for shard in shards)
         self.update()
 
     @property
-    def missing(self) -> int:
-        """Rows that are not answered."""
-        return sum(shard.rows for shard in self._left)
+    def answered(self) -> int:
+        """Rows of the shards that are answered."""
+        return self.total - sum(shard.rows for shard in (*self._left, *self._refused))
 
     @property
     def is_done(self) -> bool:
         """Whether all shards are answered, or so many cannot be that no more are looked for."""
-        return not self._left or self._refused >= MOST_PROBLEMS
+        return not self._left or len(self._refused) >= MOST_PROBLEMS
+
+    @property
+    def _listener(self) -> Reporter:
+        begun = self._begun
+
+        class Listener(Reporter):
+            def progress(self, done: int, total: int, what: str) -> None:
+                begun[what] = done
+
+        return Listener()
 
     def ends(self) -> bool:
         """The same, after a look where it is time for one."""
@@ -353,8 +470,11 @@ class _Progress:
         if len(left) < len(self._left):
             for worker in self._workers:
                 worker.reset_starts()
-        self._left, self._refused = left, self._refused + len(refused)
-        self._reporter.progress(self.total - self.missing, self.total, "answer")
+        self._left, self._refused = left, self._refused + refused
+        for worker in self._workers:
+            worker.reports.hand_on(self._listener)
+        begun = sum(self._begun.get(shard.name, 0) for shard in left)
+        self._reporter.progress(self.answered + begun, self.total, "answer")
 
 
 def _memory_of(model: StoredModel) -> int:
@@ -388,8 +508,7 @@ def _write_output(task: InferenceTask, shards: Sequence[Shard], output: Path) ->
     with ExitStack() as stack:
         file, target = stack.enter_context(new_file(output)), None
         for shard in shards:
-            with shard.answers.open("rb") as answers:
-                counts = json.loads(answers.readline())
+            with shard.open_answers() as (counts, answers):
                 if target is None:
                     rows = sum(each.rows for each in shards)
                     width = counts.get(NUMBERS, 0) // shard.rows
@@ -414,11 +533,11 @@ def main(folder: Path, name: str) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
     task = parse_task(request["task"])
     shards = [Shard(folder, *each) for each in request["shards"]]
-    answer = task.open()
+    answer, reporter = task.open(), ReportFile(folder / name / REPORTS)
     while left := [shard for shard in shards if not shard.is_done]:
         # Another process holds what is left; should it end, its shard is to be had.
         if any(_is_free(shard) for shard in left):
-            _answer_free(task, shards[: shards.index(left[-1]) + 1], answer)
+            _answer_free(task, shards[: shards.index(left[-1]) + 1], answer, reporter)
         else:
             time.sleep(LOOK_SECONDS)
 
@@ -428,7 +547,9 @@ def _is_free(shard: Shard) -> bool:
         return free and not shard.is_done
 
 
-def _answer_free(task: InferenceTask, shards: Sequence[Shard], answer: Answer) -> None:
+def _answer_free(
+    task: InferenceTask, shards: Sequence[Shard], answer: Answer, reporter: Reporter
+) -> None:
     """Answer what is left of the first shards of the source, but for what other processes hold."""
     problems = list[Problem]()
     cut = _cut(task, problems)
@@ -445,18 +566,26 @@ def _answer_free(task: InferenceTask, shards: Sequence[Shard], answer: Answer) -
                         f"{task.source} changed while its rows were answered: leave it as it is, and "
                         "run the same command again"
                     )
-                _answer(shard, rows, answer)
+                _answer(shard, rows, answer, reporter)
             shard.lock.unlink()
 
 
-def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer) -> None:
-    """Write the answers to the rows of a shard, or why there are none."""
+def _answer(shard: Shard, rows: Sequence[InputRow], answer: Answer, reporter: Reporter) -> None:
+    """Write the answers to the rows of a shard, or why there are none; ``reporter`` hears how far."""
+    next_report = time.monotonic() + LOOK_SECONDS
+
+    def report(done: int) -> None:
+        nonlocal next_report
+        if time.monotonic() >= next_report:
+            next_report = time.monotonic() + LOOK_SECONDS
+            reporter.progress(done, shard.rows, shard.name)
+
     try:
-        answered = answer(rows)
+        answered = answer(rows, report)
     except DataError as error:
         write_json(shard.problems, [asdict(problem) for problem in error.problems])
         return
-    write_bytes(shard.answers, json.dumps(answered.counts).encode() + b"\n" + answered.data)
+    shard.store(answered)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,14 @@ class ChildProcess:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
-    def wait(self) -> None:
-        """Wait for its end, after :meth:`release`."""
+    def wait(self, deadline: float) -> None:
+        """Wait for its end, after :meth:`release`; kill it where ``time.monotonic`` is ``deadline``."""
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._process.kill()  # also one that is stopped
+                self._process.wait()
         self.reports.remove()
 
     def poll(self, reporter: Reporter) -> int | None:
@@ -122,7 +126,8 @@ class ChildProcess:
         if code is None or self._starts == STARTS or not self.runner.was_killed(code):
             return code
         how = format_exit(code) if code < 0 else "as its node or its actor did"
-        reporter.note(f"{self.work.name} ended {how}, and {self._goes_on}")
+        here = f" (pid {self._process.pid})" if self.runner.name is None else ""
+        reporter.note(f"{self.work.name}{here} ended {how}, and {self._goes_on}")
         self.release()
         self.start()
         return None
@@ -138,11 +143,12 @@ def run_processes(
     reporter: Reporter,
     interrupted: str,
     is_done: Callable[[], bool] = lambda: False,
+    ends_within: float = 600.0,
 ) -> list[int | None]:
-    """Run processes to their ends; their exit statuses. What a single one reports is handed on.
+    """Run processes to their ends; their exit statuses.
 
     ``is_done`` is asked at each look, and ends those that are left where it says so; ``None`` is
-    their status.
+    their status. They have ``ends_within`` seconds to end, and are killed then.
 
     Raises:
         Interrupted: with the text ``interrupted`` on Ctrl-C or SIGTERM, after all have ended.
@@ -165,8 +171,6 @@ def run_processes(
             if asked:
                 raise Interrupted(interrupted)
             codes = [process.poll(reporter) for process in processes]
-            if len(processes) == 1:
-                processes[0].reports.hand_on(reporter)
             if is_done() or None not in codes:
                 return codes
             time.sleep(LOOK)
@@ -175,5 +179,6 @@ def run_processes(
             signal.signal(number, handler)
         for process in processes:
             process.release()
+        deadline = time.monotonic() + ends_within
         for process in processes:
-            process.wait()
+            process.wait(deadline)

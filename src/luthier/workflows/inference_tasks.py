@@ -63,7 +63,9 @@ class ShardAnswer:
     """What is worth a count of how they went, by a name."""
 
 
-Answer = Callable[[Sequence[InputRow]], ShardAnswer]
+OnDone = Callable[[int], None]
+"""Hears how many rows are answered."""
+Answer = Callable[[Sequence[InputRow], OnDone], ShardAnswer]
 """The answers to the rows of a shard; :class:`DataError` names every row that cannot be answered."""
 
 
@@ -117,11 +119,13 @@ class InferenceTask(ABC):
     def open_output(
         self, file: BinaryIO, output: Path, rows: int, width: int
     ) -> Iterator[BinaryIO]:
-        """Where the answers to all ``rows`` go, one shard behind the other: plain lines, into ``file``.
+        """Where the answers to all ``rows`` go, one shard behind the other: lines.
 
-        ``output`` is its name, ``width`` the numbers of a row where the task counts :data:`NUMBERS`.
+        They are packed where the ending says so. ``file`` is that of the output by the name
+        ``output``, ``width`` the numbers of a row where the task counts :data:`NUMBERS`.
         """
-        yield file
+        with pack(file, output) as packed:
+            yield packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +143,8 @@ class PredictTask(InferenceTask):
         """See :class:`InferenceTask`."""
         predictor = _open_predictor(self.model)
 
-        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
-            answers = predictor.answers([row.content for row in rows], top=self.top)
+        def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
+            answers = predictor.answers([row.content for row in rows], done, self.top)
             lines = prediction_lines(self.records(rows), answers)
             return ShardAnswer(lines.encode(), anomaly_counts(answers))
 
@@ -163,17 +167,17 @@ class EmbedTask(InferenceTask):
         """Refuse Parquet, whose columns have types that only all rows together tell."""
         if self.form == "parquet":
             raise RecipeError(
-                "several processes write embeddings as .jsonl or .npy: a Parquet file takes its types "
-                "from all rows, so one process writes it"
+                "shared out among processes, embeddings are written as .jsonl or .npy: a Parquet file "
+                "takes its types from all rows. Name such a file, or let the command itself write it"
             )
 
     @contextmanager
     def open_output(
         self, file: BinaryIO, output: Path, rows: int, width: int
     ) -> Iterator[BinaryIO]:
-        """See :class:`InferenceTask`: lines are packed by the ending, numbers have NumPy's header."""
+        """See :class:`InferenceTask`; numbers have NumPy's header."""
         if self.form == "jsonl":
-            with pack(file, output) as packed:
+            with super().open_output(file, output, rows, width) as packed:
                 yield packed
         else:
             header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
@@ -189,9 +193,9 @@ class EmbedTask(InferenceTask):
         """See :class:`InferenceTask`."""
         predictor = _open_predictor(self.model)
 
-        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+        def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             contents: list[Row] = [row.content for row in rows]
-            row_NH = predictor.embed_rows(contents)
+            row_NH = predictor.embed_rows(contents, done)
             counts = {NUMBERS: row_NH.size}
             if self.form == "npy":
                 return ShardAnswer(row_NH.astype("<f4").tobytes(), counts)
@@ -237,7 +241,7 @@ class GenerateTask(InferenceTask):
         stored = check_active(find(self.model, is_able=Generator.is_able))
         generator = Generator.open(stored, self.speculation)
 
-        def answer(rows: Sequence[InputRow]) -> ShardAnswer:
+        def answer(rows: Sequence[InputRow], done: OnDone) -> ShardAnswer:
             prompts = [conversation(row.content) for row in rows]
             problems = list[Problem]()
             for row, prompt in zip(rows, prompts, strict=True):
@@ -248,7 +252,7 @@ class GenerateTask(InferenceTask):
             if problems:
                 raise DataError(problems)
             before = generator.speculation
-            answers = generator.answers(prompts, self.sampling)
+            answers = generator.answers(prompts, self.sampling, done=done)
             counts = draft_counts(generator.speculation - before) if generator.draft_model else {}
             return ShardAnswer(reply_lines(self.records(rows), answers).encode(), counts)
 

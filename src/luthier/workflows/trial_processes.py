@@ -127,7 +127,13 @@ def run_best(folder: Path, recipe: Recipe, runner: TrialRunner, reporter: Report
 def _run(processes: Sequence[ChildProcess], reporter: Reporter) -> list[int]:
     """Run processes to their ends; their exit statuses."""
     again = "stopped; the same command with --resume goes on with the trials that were running"
-    return [code or 0 for code in run_processes(processes, reporter, again)]
+
+    def hand_on() -> bool:
+        if len(processes) == 1:
+            processes[0].reports.hand_on(reporter)
+        return False
+
+    return [code or 0 for code in run_processes(processes, reporter, again, hand_on)]
 
 
 def _failure(process: ChildProcess, code: int) -> LuthierError:
