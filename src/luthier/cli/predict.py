@@ -35,7 +35,7 @@ SHOWN = 5
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="Custom model that gives labels.")],
+    model: Annotated[str, typer.Argument(help="Model that gives labels, ratings, tags, embeddings or text of sounds and images.")],
     text: Annotated[
         str | None,
         typer.Argument(help="What to read: a text, or the path of an image or a sound."),
