@@ -35,7 +35,12 @@ SHOWN = 5
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="Model that gives labels, ratings, tags, embeddings or text of sounds and images.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model that gives labels, ratings, tags, embeddings or text of sounds and images."
+        ),
+    ],
     text: Annotated[
         str | None,
         typer.Argument(help="What to read: a text, or the path of an image or a sound."),
