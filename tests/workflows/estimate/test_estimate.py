@@ -16,6 +16,7 @@ from luthier.cli import estimate as estimate_command
 from luthier.cli.app import app
 from luthier.engine.actuals import ACTUAL, PARTS, estimates_folder
 from luthier.engine.checkpoints import Checkpoints
+from luthier.engine.metrics import Reporter
 from luthier.engine.train import train
 from luthier.errors import DataError
 from luthier.files import read_json
@@ -174,6 +175,20 @@ def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
 def test_fewer_rows_than_a_batch_are_estimated_too(recipe: Callable[..., Recipe]) -> None:
     found = estimate(recipe(count=3, batch_size=8, epochs=3))
     assert found.steps == 3 and found.rows == 3 and len(found.tried) == 2
+
+
+def test_what_is_tried_is_not_shown_as_steps_of_the_run(recipe: Callable[..., Recipe]) -> None:
+    shown: list[tuple[str, int, int]] = []
+
+    class Shown(Reporter):
+        def metrics(self, line: Mapping[str, Any], steps: int) -> None:
+            raise AssertionError(line)
+
+        def progress(self, done: int, total: int, what: str) -> None:
+            shown.append((what, done, total))
+
+    estimate(recipe(), Shown())
+    assert ("steps tried", 20, 20) in shown
 
 
 def test_only_batches_that_a_run_comes_to_are_tried(recipe: Callable[..., Recipe]) -> None:

@@ -271,6 +271,7 @@ def _try(trainer: Trainer, network: Network, loop: Loop, count: int) -> TrialRun
         passes = round(sum(step.micro_batches for step in steps) / len(steps))
         exchange = fully_sharded(network.model, job.machine.dtype.itemsize, passes)
     loop.evaluate()
+    loop.reporter = Reporter()  # its lines and their time left are those of the whole run
     tries = _tries(loop, count, trainer.reporter)
     before = loop.clock.parts["validation"]
     loop.evaluate()
