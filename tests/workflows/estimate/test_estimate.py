@@ -182,7 +182,7 @@ def test_what_is_tried_is_not_shown_as_steps_of_the_run(recipe: Callable[..., Re
 
     class Shown(Reporter):
         def metrics(self, line: Mapping[str, Any], steps: int) -> None:
-            raise AssertionError(line)
+            assert line["event"] != "step"
 
         def progress(self, done: int, total: int, what: str) -> None:
             shown.append((what, done, total))
