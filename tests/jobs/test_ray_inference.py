@@ -20,9 +20,10 @@ from luthier.errors import LuthierError
 from luthier.jobs.ray_inference import RayInferenceRunner
 from luthier.jobs.ray_runner import RayNode, RayRunner
 from luthier.models.sampling import Sampling
+from luthier.serving.prediction import BLOCK_PROMPTS
 from luthier.workflows.batch_inference import answer_file, shards_folder
 from luthier.workflows.child_processes import Resources
-from luthier.workflows.inference_tasks import REPLY_ROWS, GenerateTask
+from luthier.workflows.inference_tasks import GenerateTask
 
 SHARDS = 12
 
@@ -68,7 +69,7 @@ def test_a_process_reserves_what_it_takes_and_names_what_it_reads(
 
 @pytest.fixture
 def task(tmp_path: Path, tiny_model_folder: Path) -> GenerateTask:
-    prompts = ({"prompt": f"say fox {n}", "id": n} for n in range(SHARDS * REPLY_ROWS))
+    prompts = ({"prompt": f"say fox {n}", "id": n} for n in range(SHARDS * BLOCK_PROMPTS))
     source = tmp_path / "prompts.jsonl"
     source.write_text("".join(json.dumps(each) + "\n" for each in prompts))
     sampling = Sampling(max_tokens=48, temperature=0.7)
@@ -130,7 +131,7 @@ class TestOnCluster:
         found = answer_file(task, spread, runner=runner, reporter=reporter)
         killer.join()
         assert spread.read_bytes() == alone.read_bytes()
-        assert (found.rows, found.processes) == (SHARDS * REPLY_ROWS, 2)
+        assert (found.rows, found.processes) == (SHARDS * BLOCK_PROMPTS, 2)
         notes = "\n".join(reporter.notes)
         assert "process-1 ended by signal 9 (Killed), and goes on with the rows" in notes
         assert "process-2 ended as its node or its actor did" in notes
@@ -154,7 +155,9 @@ class TestOnCluster:
         assert answered(spread) < SHARDS and not spread.exists()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         report = json.loads(done.stdout)
-        assert report["resumed_rows"] >= 2 * REPLY_ROWS and report["rows"] == SHARDS * REPLY_ROWS
+        assert (
+            report["resumed_rows"] >= 2 * BLOCK_PROMPTS and report["rows"] == SHARDS * BLOCK_PROMPTS
+        )
         answer_file(task, alone, 1)
         assert spread.read_bytes() == alone.read_bytes()
         cluster.wait_for_idle(2)

@@ -26,6 +26,7 @@ from luthier.models.torch_backend import AdaptedBackend, FlatBackend
 from luthier.serving.constraints import Constraints
 from luthier.serving.inference import Chat
 from luthier.serving.opened_model import OpenedModel, open_model
+from luthier.serving.prediction import BLOCK_PROMPTS
 from luthier.serving.text import AnswerDelta, AnswerText
 from luthier.types import Message
 
@@ -156,7 +157,9 @@ class Generator:
     ) -> list[GeneratedReply]:
         """As :meth:`replies`, with the reasoning of each, and how it ended."""
         encoded = [self._encode(prompt, sampling, index) for index, prompt in enumerate(prompts)]
-        order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+        order = sorted(
+            range(len(encoded)), key=lambda index: (index // BLOCK_PROMPTS, -len(encoded[index]))
+        )
         answers: dict[int, GeneratedReply] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

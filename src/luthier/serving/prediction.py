@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from luthier.store.models import StoredModel
 
 
+BLOCK_PROMPTS = 64
+"""Prompts of a file that are answered together, in batches by their length: two batches."""
 BLOCK_ROWS = 1024
 """Rows that are read together. The rows of a micro-batch move each other's last bits (4 % of answers in
 bfloat16), so that a file which is read in parts of so many has the same answers. What comes of a

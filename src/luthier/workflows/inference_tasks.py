@@ -25,7 +25,7 @@ from luthier.errors import DataError, Problem, RecipeError
 from luthier.models.sampling import Sampling
 from luthier.models.speculation import NGRAM, OFF
 from luthier.serving.embeddings import EMBEDDING, EmbeddingFormat, check_sides, embedding_line
-from luthier.serving.prediction import BLOCK_ROWS
+from luthier.serving.prediction import BLOCK_PROMPTS, BLOCK_ROWS
 from luthier.types import Message, Row
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ REASONING = "reasoning"
 """Key of what a model thought before its completion, in what is printed and written."""
 NUMBERS = "numbers"
 """The count of those of all embeddings."""
-REPLY_ROWS = 64
-"""Prompts of a shard: as many as two batches, which a model of some size has to do for minutes."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,7 @@ class GenerateTask(InferenceTask):
 
     kind: ClassVar[str] = "generate"
     outcome: ClassVar[str] = "nothing was answered"
-    shard_rows: ClassVar[int] = REPLY_ROWS
+    shard_rows: ClassVar[int] = BLOCK_PROMPTS
     answer_key: ClassVar[str] = "completion"
 
     sampling: Sampling
