@@ -159,15 +159,15 @@ def test_the_token_budget_grows_when_micro_batches_would_repeat_a_long_prefix() 
     ends = np.arange(16)[:, None] + 1000
     rows = [np.concatenate([np.arange(400), np.repeat(end, 40)]) for end in ends]
     batch = [Example(ids, np.zeros(len(ids), np.float32), i) for i, ids in enumerate(rows)]
-    # one tree has 400 + 16 x 40 = 1,040 nodes; at 512 the prefix would be computed eight times
+    # one tree has 400 + 16 x 40 = 1,040 nodes; at 1,024 the prefix would be computed twice
     assert token_budget(estimate, [batch], 440, 1 << 30)[0] == 2048
     assert token_budget(estimate, [batch], 440, 2 * (1000 + 1024 * 10))[0] == 1024
 
 
 def test_the_token_budget_fits_the_memory_and_the_longest_row() -> None:
     estimate = MemoryEstimate(fixed=1000, per_token=10)
-    assert token_budget(estimate, [], 100, 1 << 30)[0] == 512
-    assert token_budget(estimate, [], 600, 1 << 30)[0] == 600
+    assert token_budget(estimate, [], 100, 1 << 30)[0] == 1024
+    assert token_budget(estimate, [], 1200, 1 << 30)[0] == 1200
     assert token_budget(estimate, [], 100, 2 * (1000 + 300 * 10))[0] == 300
     assert (
         token_budget(estimate, [], 100, 0)[0] == 100

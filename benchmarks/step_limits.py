@@ -1,0 +1,171 @@
+"""How near training steps come to what the processor's matrix products allow.
+
+    python benchmarks/step_limits.py DATA [--case sft] [--steps 4]
+
+Of a step of each method: seconds, the multiplications and additions of all its matrix products as torch
+runs them (sampling, references and teachers included), the time these would take at the best rate
+measured here for products of the layers' own shapes, and the share of that limit that is reached. Peers
+multiply as much or more, so a ratio to one of them that would need more than 100 % cannot be had on
+this machine. SmolLM2-135M in its native precision, settings as in the benchmark against each peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dpo_vs_trl
+import gkd_vs_trl
+import grpo_vs_trl
+import sft_vs_trl
+from children import table
+from cpt_vs_hf import matmul_rate
+
+BASE = "smollm2-135m-instruct"
+LORA: dict[str, Any] = {"method": "lora", "rank": 16}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("sib200_en/train.jsonl", {
+        "objective": {"method": "sft"},
+        "adaptation": LORA, "training": {"batch_size": 16},
+    }),
+    "dpo": ("pandalm_pref/train.jsonl", {
+        "objective": {"method": "dpo"}, "adaptation": LORA, "training": {"batch_size": 8},
+    }),
+    "grpo": ("gsm8k/train.jsonl", {
+        "objective": {
+            "method": "grpo", "num_generations": 8, "max_completion_tokens": 64, "force": True,
+            "grader": {"method": "similarity"},
+        },
+        "adaptation": LORA, "training": {"batch_size": 1},
+    }),
+    "logit_distillation": ("dolly_hhrlhf/train.jsonl", {
+        "objective": {"method": "logit_distillation", "teacher": BASE},
+        "adaptation": LORA, "training": {"batch_size": 16},
+    }),
+    "causal_lm": ("wiki_en/train.jsonl", {
+        "objective": {"method": "causal_lm"}, "adaptation": {"method": "full"},
+        "training": {"batch_size": 4, "micro_batch_tokens": 2048},
+    }),
+}  # fmt: skip
+
+
+ROWS: dict[str, Callable[[Path, Path, int], None]] = {
+    "sft": lambda source, target, count: sft_vs_trl.write_rows(source, target, "short", count),
+    "dpo": dpo_vs_trl.write_rows,
+    "grpo": grpo_vs_trl.write_rows,
+    "logit_distillation": gkd_vs_trl.write_rows,
+}
+"""How the benchmarks against peers make their rows."""
+
+
+def count_products(act: Any) -> float:
+    """Multiplications and additions of the matrix products that ``act`` ends in."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        total = 0.0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = function._schema.name.partition("::")[2].rstrip("_")
+            if name in ("mm", "bmm"):
+                self.total += 2.0 * args[0].numel() * args[1].shape[-1]
+            elif name in ("addmm", "baddbmm"):
+                self.total += 2.0 * args[1].numel() * args[2].shape[-1]
+            elif name == "_linear_pointwise":
+                self.total += 2.0 * args[0].numel() * args[1].shape[0]
+            return function(*args, **(kwargs or {}))
+
+    with Count() as counted:
+        act()
+    return counted.total
+
+
+def measure(case: str, data: Path, steps: int) -> dict[str, float]:
+    """Seconds of a step, the median but for the first, and the products of one more."""
+    import torch
+
+    from luthier.engine import loop as loops
+    from luthier.engine.train import train
+    from luthier.recipe import Recipe
+    from luthier.store.models import find
+
+    source, fields = CASES[case]
+    rows, count = data / source, fields["training"]["batch_size"] * (steps + 2)
+    if case in ROWS:
+        rows = Path(os.environ["LUTHIER_HOME"]) / "rows.jsonl"
+        ROWS[case](data / source, rows, count)
+    base = BASE
+    if case == "logit_distillation":  # the student of the benchmark against TRL
+        base = str(Path(os.environ["LUTHIER_HOME"]) / "student")
+        gkd_vs_trl.cut_student(str(find(BASE, print).folder), Path(base))
+    plain = {"base": base, "name": "limits", "data": {"train": str(rows)}, **fields}
+    plain["training"] |= {"max_steps": steps + 2, "refit": False}
+    plain["data"] |= {"validation_share": 0}
+    seconds: list[float] = []
+    own = loops.Loop._step
+
+    def step(self: Any) -> None:
+        if len(seconds) <= steps:
+            began = time.perf_counter()
+            own(self)
+            seconds.append(time.perf_counter() - began)
+            return
+        flops = count_products(lambda: own(self))
+        shapes = [(576, 576), (576, 1536), (1536, 576)]
+        report = {
+            "seconds": statistics.median(seconds[1:]), "flops": flops,
+            "rate": matmul_rate(shapes, 2048), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        print(json.dumps(report), flush=True)
+        os._exit(0)  # what is stored is not what is measured
+
+    loops.Loop._step = step  # type: ignore[method-assign]
+    train(Recipe.parse(plain))
+    raise SystemExit("the training ended before its steps were measured")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        measure(options.case[0], options.data, options.steps)
+    import subprocess
+
+    lines = []
+    for case in options.case or CASES:
+        with tempfile.TemporaryDirectory() as home:
+            from luthier.store.models import find
+
+            (Path(home) / "models").mkdir()
+            (Path(home) / "models" / "base").symlink_to(find(BASE, print).folder.parent)
+            command = [sys.executable, __file__, str(options.data), "--alone", "--case", case]
+            command += ["--steps", str(options.steps)]
+            environment = {**os.environ, "LUTHIER_HOME": home}
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        limit = found["flops"] / found["rate"]
+        lines.append([
+            case, f"{found['seconds']:.2f}", f"{found['flops'] / 1e9:,.0f}",
+            f"{found['rate'] / 1e9:.0f}", f"{limit:.2f}", f"{limit / found['seconds']:.0%}",
+        ])  # fmt: skip
+        print(*lines[-1], file=sys.stderr, flush=True)
+    heads = ["method", "step, s", "GFLOP in products", "GFLOP/s at best", "limit, s", "reached"]
+    print(table(heads, lines))
+
+
+if __name__ == "__main__":
+    main()
