@@ -31,7 +31,7 @@ MOST_REFIT_ROWS = 600
 SMALLEST_BUDGET = 512
 """Distinct tokens that reach full matmul speed on the machines measured."""
 USUAL_BUDGET = 1024
-"""Distinct tokens beside which the small operations of a pass, as many in any pass, take little time."""
+"""Distinct tokens beside which the small operations of a pass, the same in each, take little time."""
 
 
 @dataclass(frozen=True)
