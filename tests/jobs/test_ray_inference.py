@@ -88,10 +88,10 @@ class Notes(Reporter):
 
 def process_of(output: Path, number: int) -> psutil.Process | None:
     """The process on a node that answers rows."""
-    own = [str(shards_folder(output)), f"process-{number}"]
+    own = ["luthier.workflows.batch_inference", str(shards_folder(output)), f"process-{number}"]
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if line[1:3] == ["-m", "luthier.workflows.batch_inference"] and line[3:] == own:
+        if "--" not in line and line[-3:] == own:  # and not the command that stands for it here
             return process
     return None
 

@@ -135,8 +135,8 @@ def process_of(number: int | str, home: Path) -> psutil.Process | None:
     own = f"{home}/searches"
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
-        if line[1:3] == ["-m", "luthier.workflows.trial_processes"]:
-            folder, name = line[3:]
+        if "--" not in line and line[-4:-2] == ["-m", "luthier.workflows.trial_processes"]:
+            folder, name = line[-2:]
             if folder.startswith(own) and name == str(number):
                 return process
     return None
