@@ -20,13 +20,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dpo_vs_trl
 import gkd_vs_trl
 import grpo_vs_trl
 import sft_vs_trl
-from children import table
+from children import run, table
 from cpt_vs_hf import matmul_rate
 
 BASE = "smollm2-135m-instruct"
@@ -90,10 +90,8 @@ def count_products(act: Any) -> float:
     return counted.total
 
 
-def measure(case: str, data: Path, steps: int) -> dict[str, float]:
-    """Seconds of a step, the median but for the first, and the products of one more."""
-    import torch
-
+def measure(case: str, data: Path, steps: int) -> NoReturn:
+    """Print seconds of a step, the median but for the first, and the products of one more; then end."""
     from luthier.engine import loop as loops
     from luthier.engine.train import train
     from luthier.recipe import Recipe
@@ -124,7 +122,7 @@ def measure(case: str, data: Path, steps: int) -> dict[str, float]:
         shapes = [(576, 576), (576, 1536), (1536, 576)]
         report = {
             "seconds": statistics.median(seconds[1:]), "flops": flops,
-            "rate": matmul_rate(shapes, 2048), "threads": torch.get_num_threads(),
+            "rate": matmul_rate(shapes, 2048),
         }  # fmt: skip
         print(json.dumps(report), flush=True)
         os._exit(0)  # what is stored is not what is measured
@@ -143,20 +141,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.alone:
         measure(options.case[0], options.data, options.steps)
-    import subprocess
+    from luthier.store.models import find
 
     lines = []
     for case in options.case or CASES:
         with tempfile.TemporaryDirectory() as home:
-            from luthier.store.models import find
-
             (Path(home) / "models").mkdir()
             (Path(home) / "models" / "base").symlink_to(find(BASE, print).folder.parent)
-            command = [sys.executable, __file__, str(options.data), "--alone", "--case", case]
-            command += ["--steps", str(options.steps)]
-            environment = {**os.environ, "LUTHIER_HOME": home}
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+            alone = [str(options.data), "--alone", "--case", case, "--steps", str(options.steps)]
+            found = run([sys.executable, __file__, *alone], {"LUTHIER_HOME": home}).report
         limit = found["flops"] / found["rate"]
         lines.append([
             case, f"{found['seconds']:.2f}", f"{found['flops'] / 1e9:,.0f}",

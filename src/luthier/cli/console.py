@@ -244,16 +244,16 @@ def write_page(target: Path, page: str) -> None:
     note(f"page: {target}")
 
 
-def check_output(target: Path | None, *sources: str | Path) -> None:
+def check_output(target: Path | None, *sources: str | Path | None) -> None:
     """Refuse a file that cannot be written before the work is done; what a killed command left goes.
 
-    ``sources`` are what the command reads.
+    ``sources`` are what the command reads, where it reads files.
     """
     if target is None:
         return
     from luthier.data.writers import check_target
 
-    check_target(target, [], sources, replace=True)
+    check_target(target, [], [each for each in sources if each is not None], replace=True)
     parent = nearest_existing(target.absolute().parent)
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")

@@ -101,7 +101,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),
     )
-    check_output(output, *([] if input_ is None else [input_]))
+    check_output(output, input_)
     task = GenerateTask(model=model, source=str(input_), sampling=sampling, speculation=speculation)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:

@@ -85,7 +85,7 @@ def predict(
         raise RecipeError(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
-    check_output(output, *([] if input_ is None else [input_]))
+    check_output(output, input_)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Predictor.is_able))

@@ -394,12 +394,12 @@ def _answer_shards(
         workers.append(ChildProcess(runner, process, resources, folder / name, goes_on))
     progress = _Progress(shards, workers, reporter)
     try:
-        codes = run_processes(workers, reporter, "", progress.ends, END_SECONDS)
+        codes = run_processes(workers, reporter, progress.ends, END_SECONDS)
     except Interrupted:
         progress.update()
         raise Interrupted(
-            f"stopped with {progress.answered:,} of {progress.total:,} rows answered and stored; the "
-            "same command goes on with the others"
+            f"stopped with {progress.answered_rows:,} of {progress.total:,} rows answered and stored; "
+            "the same command goes on with the others"
         ) from None
     progress.update()
     failed = [
@@ -409,7 +409,7 @@ def _answer_shards(
     ]
     if not progress.is_done:
         raise LuthierError(
-            f"{progress.total - progress.answered:,} of {progress.total:,} rows are not answered: "
+            f"{progress.total - progress.answered_rows:,} of {progress.total:,} rows are not answered: "
             f"{failed[0] if failed else 'their processes ended'}. Once that is mended, the same "
             "command goes on with them"
         )
@@ -418,7 +418,7 @@ def _answer_shards(
     return processes
 
 
-class _Progress:
+class _Progress(Reporter):
     """Sees which shards are answered, hears how far others are, and tells a reporter."""
 
     def __init__(
@@ -432,7 +432,7 @@ class _Progress:
         self.update()
 
     @property
-    def answered(self) -> int:
+    def answered_rows(self) -> int:
         """Rows of the shards that are answered."""
         return self.total - sum(shard.rows for shard in (*self._left, *self._refused))
 
@@ -441,15 +441,9 @@ class _Progress:
         """Whether all shards are answered, or so many cannot be that no more are looked for."""
         return not self._left or len(self._refused) >= MOST_PROBLEMS
 
-    @property
-    def _listener(self) -> Reporter:
-        begun = self._begun
-
-        class Listener(Reporter):
-            def progress(self, done: int, total: int, what: str) -> None:
-                begun[what] = done
-
-        return Listener()
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Hear from a process how far the shard named ``what`` is."""
+        self._begun[what] = done
 
     def ends(self) -> bool:
         """The same, after a look where it is time for one."""
@@ -472,9 +466,9 @@ class _Progress:
                 worker.reset_starts()
         self._left, self._refused = left, self._refused + refused
         for worker in self._workers:
-            worker.reports.hand_on(self._listener)
+            worker.reports.hand_on(self)
         begun = sum(self._begun.get(shard.name, 0) for shard in left)
-        self._reporter.progress(self.answered + begun, self.total, "answer")
+        self._reporter.progress(self.answered_rows + begun, self.total, "answer")
 
 
 def _memory_of(model: StoredModel) -> int:

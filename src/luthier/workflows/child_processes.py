@@ -141,7 +141,6 @@ class ChildProcess:
 def run_processes(
     processes: Sequence[ChildProcess],
     reporter: Reporter,
-    interrupted: str,
     is_done: Callable[[], bool] = lambda: False,
     ends_within: float = 600.0,
 ) -> list[int | None]:
@@ -151,7 +150,7 @@ def run_processes(
     their status. They have ``ends_within`` seconds to end, and are killed then.
 
     Raises:
-        Interrupted: with the text ``interrupted`` on Ctrl-C or SIGTERM, after all have ended.
+        Interrupted: on Ctrl-C or SIGTERM, after all have ended; the caller says what goes on.
     """
     # An exception in the middle of a start would leave a process that nobody waits for.
     asked = False
@@ -169,7 +168,7 @@ def run_processes(
             process.start()
         while True:
             if asked:
-                raise Interrupted(interrupted)
+                raise Interrupted("stopped")
             codes = [process.poll(reporter) for process in processes]
             if is_done() or None not in codes:
                 return codes

@@ -20,7 +20,7 @@ from luthier.cancellation import on_stdin_end
 from luthier.engine.metrics import Reporter
 from luthier.engine.report_file import ReportFile
 from luthier.engine.runs import METRICS
-from luthier.errors import LuthierError, RefusedInput
+from luthier.errors import Interrupted, LuthierError, RefusedInput
 from luthier.files import lock, read_json, write_json
 from luthier.recipe import Recipe
 from luthier.workflows.child_processes import (
@@ -126,14 +126,17 @@ def run_best(folder: Path, recipe: Recipe, runner: TrialRunner, reporter: Report
 
 def _run(processes: Sequence[ChildProcess], reporter: Reporter) -> list[int]:
     """Run processes to their ends; their exit statuses."""
-    again = "stopped; the same command with --resume goes on with the trials that were running"
 
     def hand_on() -> bool:
         if len(processes) == 1:
             processes[0].reports.hand_on(reporter)
         return False
 
-    return [code or 0 for code in run_processes(processes, reporter, again, hand_on)]
+    try:
+        return [code or 0 for code in run_processes(processes, reporter, hand_on)]
+    except Interrupted:
+        again = "stopped; the same command with --resume goes on with the trials that were running"
+        raise Interrupted(again) from None
 
 
 def _failure(process: ChildProcess, code: int) -> LuthierError:
