@@ -5,9 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import secrets
 import shutil
+import socket
+import subprocess
 import sys
+import time
 import tomllib
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +24,10 @@ from typing import Any
 import pytest
 import torch
 
+import luthier
+from luthier.encryption import keys
+from luthier.encryption.files import is_sealed
+from luthier.encryption.memory import memory
 from luthier.engine.train import train
 from luthier.errors import CorruptFile, LuthierError
 from luthier.files import read_json, write_json
@@ -25,7 +36,7 @@ from luthier.recipe import Recipe
 from luthier.serving import vllm_lora
 from luthier.serving.vllm_lora import adapter_folder
 from luthier.store.model_folders import base_folder, peft_folder
-from luthier.store.models import content_hash, find, remove_derived
+from luthier.store.models import find
 
 ADAPTATIONS: dict[str, Any] = {
     "lora": {"method": "lora", "rank": 4, "alpha": 9.5},
@@ -34,25 +45,37 @@ ADAPTATIONS: dict[str, Any] = {
     "prefix": {"method": "prefix", "virtual_tokens": 2},
     "whole": "full",
     "stacked": {"method": "lora", "rank": 2},
+    "elsewhere": {"method": "lora", "rank": 2},
+    "wide": {"method": "lora", "rank": 16},
 }
+BASES = {"stacked": "tiny:lora", "elsewhere": "other"}
+"""Of those that are not on ``tiny``."""
+VLLM = os.environ.get("LUTHIER_TEST_VLLM")
+"""A Python that has vLLM and this version of luthier."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, tiny_llama: Callable[..., Any]
+) -> Path:
     """The models of a store: of each adaptation one."""
     home = tmp_path_factory.mktemp("trained") / "home"
     rows = home.parent / "rows.jsonl"
     rows.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LUTHIER_HOME", str(home))
-        shutil.copytree(tiny_model_folder, base_folder("tiny"))
-        manifest = {"id": "tiny", "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
-        write_json(base_folder("tiny") / MANIFEST, manifest)
+        for seed, base in enumerate(("tiny", "other")):
+            # vLLM's kernels know no heads smaller than 32.
+            network = tiny_llama(seed=seed, head_dim=64, eos_token_id=tokenizer.eos_token_id)
+            network.save_pretrained(base_folder(base))
+            tokenizer.save_pretrained(base_folder(base))
+            manifest = {"id": base, "kind": "causal_lm", "created": "2026-01-01T00:00:00+00:00"}
+            write_json(base_folder(base) / MANIFEST, manifest)
         for name, adaptation in ADAPTATIONS.items():
+            training = {"max_steps": 2, "precision": "float32", "threads": 1, "learning_rate": 0.1}
             fields = {
-                "base": "tiny:lora" if name == "stacked" else "tiny", "name": name,
-                "data": {"train": str(rows), "validation_share": 0}, "adaptation": adaptation,
-                "training": {"max_steps": 2, "precision": "float32", "threads": 1},
+                "base": BASES.get(name, "tiny"), "name": name, "adaptation": adaptation,
+                "data": {"train": str(rows), "validation_share": 0}, "training": training,
             }  # fmt: skip
             train(Recipe.parse(fields))
     return home
@@ -80,29 +103,55 @@ def test_the_adapter_is_what_was_stored_and_peft_reads_it(store: str, name: str)
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
-def test_it_is_written_once_and_anew_where_it_was_changed(
-    store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: list[Path] = []
-    module = import_module("luthier.serving.export")
-    honest = module.export
-
-    def export(stored: Any, target: Path, merged: bool) -> Path:
-        written.append(target)
-        return Path(honest(stored, target, merged))
-
-    monkeypatch.setattr(module, "export", export)
+def test_a_server_writes_it_once_and_keeps_it(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapter_folder(store, "tiny:lora")
-    assert adapter_folder(store, "tiny:lora") == folder and len(written) == 1
-    (folder / "adapter_model.safetensors").write_bytes(b"something else")
-    assert adapter_folder(store, "tiny:lora") == folder and len(written) == 2
-    (folder / "adapter_config.json").unlink()
-    adapter_folder(store, "tiny:lora")
-    assert len(written) == 3
-    stored = find("tiny:lora")
-    assert folder == peft_folder(content_hash(stored))
-    remove_derived(stored)
-    assert not folder.exists()
+    monkeypatch.setattr("luthier.serving.export.export", None)
+    assert adapter_folder(store, "tiny:lora") == folder
+    shutil.rmtree(find("tiny:lora").folder)
+    assert folder.is_dir(), "vLLM, which has it, may read it once more"
+
+
+def test_that_of_an_encrypted_store_is_in_memory(
+    store: str, tiny_llama: Callable[..., Any], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    keys.open_store_keys(secrets.token_bytes(32))
+    try:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"prompt": "say fox", "completion": "FOX"}\n' * 4)
+        fields = {
+            "base": "tiny", "name": "secret", "data": {"train": str(rows), "validation_share": 0},
+            "adaptation": {"method": "lora", "rank": 2},
+            "training": {"max_steps": 1, "precision": "float32", "threads": 1},
+        }  # fmt: skip
+        train(Recipe.parse(fields))
+        assert is_sealed(find("tiny:secret").folder / "adapter_model.safetensors")
+        folder = adapter_folder(store, "tiny:secret")
+        assert folder.is_relative_to(memory())
+        PeftModel.from_pretrained(tiny_llama(head_dim=64), folder)
+    finally:
+        shutil.rmtree(memory())
+        keys.use_keyring(None)
+
+
+def test_what_it_writes_is_gone_with_the_process(store: str, luthier_home: Path) -> None:
+    writes = (
+        f"from luthier.serving.vllm_lora import *\nprint(adapter_folder({store!r}, 'tiny:lora'))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", f"{writes}import os; os.kill(os.getpid(), 9)"],
+        stdout=subprocess.PIPE, text=True, check=False, bufsize=0,
+    )  # fmt: skip
+    left = [*(luthier_home / "cache" / "peft").iterdir()]
+    assert killed.returncode == -9 and len(left) == 1
+    # Two that run do not touch the other's.
+    mine = adapter_folder(store, "tiny:lora")
+    assert not left[0].exists()
+    ended = subprocess.run(
+        [sys.executable, "-c", writes], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert not Path(ended.stdout.strip()).exists() and mine.is_dir()
 
 
 def test_a_model_that_was_damaged_is_not_handed_on(store: str) -> None:
@@ -110,7 +159,7 @@ def test_a_model_that_was_damaged_is_not_handed_on(store: str) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CorruptFile):
         adapter_folder(store, "tiny:lora")
-    assert not list(peft_folder("x").parent.glob("[!.]*"))
+    assert not list(peft_folder("x").parent.glob("*/[!.]*"))
 
 
 @pytest.mark.parametrize(
@@ -187,19 +236,104 @@ def resolver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_vllm_gets_a_request_for_what_there_is_and_a_reason_for_the_rest(
-    resolver: Any, store: str, caplog: pytest.LogCaptureFixture
+    resolver: Any, store: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asyncio.run(resolver.resolve_lora(store, "tiny:lora"))
     assert asked.lora_name == "tiny:lora" and 0 < asked.lora_int_id < 2**31
     assert json.loads((Path(asked.lora_path) / "adapter_config.json").read_text())["r"] == 4
     other = asyncio.run(resolver.resolve_lora(store, "tiny:rslora"))
     assert other.lora_int_id != asked.lora_int_id
-    with caplog.at_level(logging.WARNING, logger=vllm_lora.__name__):
+    # What logs elsewhere is not in the log of vLLM's server, whose root logger hears errors alone.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="vllm"):
         for name in ("tiny:dora", "tiny:none"):
             assert asyncio.run(resolver.resolve_lora(store, name)) is None
         assert asyncio.run(resolver.resolve_lora("someone/else", "tiny:lora")) is None
         # Other resolvers may know it: there is nothing to tell.
         assert asyncio.run(resolver.resolve_lora(store, "meta/some-adapter")) is None
+        monkeypatch.setitem(sys.modules, "luthier.serving.export", None)
+        assert asyncio.run(resolver.resolve_lora(store, "tiny:lora")) is None
     reasons = [record.getMessage() for record in caplog.records]
-    assert len(reasons) == 3
+    assert len(reasons) == 4
     assert "dora" in reasons[0] and "tiny:none" in reasons[1] and "other weights" in reasons[2]
+    assert "luthier.serving.export" in reasons[3], "a package is missing beside vLLM"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VLLM is None, reason="LUTHIER_TEST_VLLM names no Python with vLLM and luthier")
+def test_a_server_answers_with_each_adapter_and_refuses_the_rest(
+    store: str, tmp_path: Path, luthier_home: Path, in_float32: None
+) -> None:
+    prompts = ["say fox", "What is the capital of France?", "yes or no"]
+    expected = {
+        name: luthier.load(name).generate(prompts, max_tokens=12)
+        for name in ("tiny", "tiny:lora", "tiny:rslora")
+    }
+    assert len({*map(tuple, expected.values())}) == 3
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "vllm.log"
+    programs = Path(str(VLLM)).parent
+    command = [
+        str(programs / "vllm"), "serve", store, "--served-model-name", "tiny", "--port", str(port),
+        "--host", "127.0.0.1", "--enable-lora", "--max-lora-rank", "8", "--dtype", "float32",
+        "--enforce-eager",
+    ]  # fmt: skip
+    environment = os.environ | {
+        "VLLM_PLUGINS": "luthier", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+
+    def ask(path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/{path}",
+            json.dumps({**body, "temperature": 0, "max_tokens": 12}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)["choices"][0]
+
+    def said(model: str) -> list[str]:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return [
+            ask("chat/completions", model=model, messages=messages)["message"]["content"]
+            for messages in turns
+        ]
+
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as server,
+    ):
+        try:
+            while "startup complete" not in log.read_text():
+                assert server.poll() is None, log.read_text()[-3000:]
+                time.sleep(1)
+            for model, answers in expected.items():
+                assert said(model) == answers, model
+            turn = "<|im_start|>user\nsay fox<|im_end|>\n<|im_start|>assistant\n"
+            raw = ask("completions", model="tiny:lora", prompt=turn)
+            assert raw["text"] == expected["tiny:lora"][0]
+            for model, code, reason in (
+                ("tiny:dora", 404, "tuned with dora"),
+                ("tiny:prefix", 404, "tuned with prefix"),
+                ("tiny:whole", 404, "is no adapter but a whole network"),
+                ("tiny:stacked", 404, "is an adapter on the adapter"),
+                ("tiny:none", 404, "no custom model 'tiny:none'"),
+                ("other:elsewhere", 404, "was tuned on other"),
+                ("tiny:wide", 400, "LoRA rank 16 is greater than max_lora_rank 8"),
+                (str(find("tiny:lora").folder), 404, ""),
+                ("nobody", 404, ""),
+            ):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    said(model)
+                refused.value.close()
+                assert refused.value.code == code and reason in log.read_text(), model
+            # vLLM has place for one of the two, and reads the files of the other anew.
+            shutil.rmtree(luthier_home / "models" / "custom")
+            for model in ("tiny:lora", "tiny:rslora", "tiny:lora", "tiny"):
+                assert said(model) == expected[model], model
+        finally:
+            server.terminate()
+    assert not [*peft_folder("x").parent.iterdir()]

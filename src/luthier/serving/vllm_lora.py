@@ -4,23 +4,27 @@ vLLM finds :func:`register_resolver` by the entry point ``luthier`` of ``vllm.ge
 request for a model that vLLM does not have comes here, with its id; what is an adapter of plain LoRA on
 the base that vLLM serves is written once, in PEFT's format, and vLLM puts it beside its base.
 
-    cache/peft/<hash of the model>/   as ``luthier models export ID FOLDER`` writes it
+    cache/peft/.tmp-vllm~<random>/    of one server, gone when it ends
+        <hash of the model>/          as ``luthier models export ID FOLDER`` writes it
 
-The folder lies in memory where the store is encrypted.
+It lies in memory where the store is encrypted. vLLM keeps few adapters (``--max-cpu-loras``) and reads
+the files of others anew when they are asked for: where these are gone its engine ends, and the server.
+So they stay as long as it runs, whatever becomes of the model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import re
-import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.encryption.memory import working
-from luthier.errors import CorruptFile, LuthierError, RecipeError
-from luthier.files import lock, sha256_of, verify
+from luthier.errors import LuthierError, RecipeError
+from luthier.files import lock, new_folder, sha256_of
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -30,7 +34,8 @@ RESOLVER = "luthier"
 _ID = re.compile(r"[\w.-]+:[\w.-]+", re.ASCII)
 """Ids of custom models. What else a request names, such as a path, is never looked up."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vllm.luthier")
+"""Below vLLM's own, which has a handler: its server drops warnings of all others."""
 
 
 def adapter_folder(base_model_name: str, lora_name: str) -> Path:
@@ -44,7 +49,6 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
         UnknownModel: where there is none of this id.
         CorruptFile: where its files are not those that were stored.
     """
-    from luthier.models.save import ADAPTER
     from luthier.serving.export import export, plain_lora
     from luthier.store.model_folders import peft_folder
     from luthier.store.models import check_active, check_writes, content_hash, find
@@ -55,15 +59,24 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
     check_writes(stored, "and vLLM answers with text")
     _, base = plain_lora(stored, "vLLM")
     _check_base(stored, base, base_model_name)
-    folder = working(peft_folder(content_hash(stored)))
-    hashes = {name: stored.manifest.files[name] for name in ("adapter_config.json", ADAPTER)}
+    kept = working(peft_folder(content_hash(stored)))
+    folder = _own_folder(kept.parent) / kept.name
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
-        try:
-            verify(folder, hashes)
-        except (CorruptFile, OSError):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
             export(stored, folder, merged=False)
-            verify(folder, hashes)
+    return folder
+
+
+@lru_cache
+def _own_folder(parent: Path) -> Path:
+    """A folder in ``parent`` of this process alone, gone when it ends.
+
+    What killed processes left goes before.
+    """
+    held = new_folder(parent / "vllm", private=True)
+    folder = held.__enter__()
+    # After an error it is removed; else it would become `vllm`.
+    atexit.register(held.__exit__, SystemExit, SystemExit(), None)
     return folder
 
 
@@ -106,7 +119,8 @@ def register_resolver() -> None:
             try:
                 # It may fetch and write files: answers go on meanwhile.
                 folder = await asyncio.to_thread(adapter_folder, base_model_name, lora_name)
-            except (LuthierError, OSError) as error:
+            # Beside vLLM not all that luthier requires need be installed.
+            except (LuthierError, OSError, ImportError) as error:
                 _log.warning("%s is not loaded as a LoRA adapter: %s", lora_name, error)
                 return None
             return LoRARequest(
