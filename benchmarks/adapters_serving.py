@@ -24,6 +24,7 @@ import torch
 
 from children import table
 from luthier.encryption.tensors import save_tensors
+from luthier.engine.machine import release_workers
 from luthier.engine.train import train
 from luthier.files import hashes_of, luthier_home
 from luthier.models.manifest import MANIFEST, Manifest
@@ -66,6 +67,7 @@ def make_adapters(folder: Path, count: int, rank: int) -> list[str]:
         (copy / MANIFEST).unlink()
         Manifest.model_validate(record).write(copy)
         ids.append(model_id)
+    release_workers()  # of the thread that trained: else the decoder's would sleep between products
     return ids
 
 

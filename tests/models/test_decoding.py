@@ -19,6 +19,7 @@ from luthier.models.decoding import (
     TokenSampler,
     choose_tokens,
     draw,
+    likeliest_tokens,
     sample,
 )
 from luthier.models.heads import Head, decoder_of, decoder_start
@@ -37,6 +38,17 @@ MIDDLE = np.concatenate([LONG[:11], np.array([5, 4])])
 PROMPTS = (SHORT, LONG, MIDDLE, np.array([33], dtype=np.int64))
 
 Opened = Callable[..., Network]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_is_the_first_of_equal_ones(dtype: torch.dtype) -> None:
+    """As of torch, one row after the other: in 16 bits the highest logit often stands twice."""
+    logits_RV = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    logits_RV[3, 7], logits_RV[4] = torch.nan, -torch.inf
+    logits_RV = logits_RV.to(dtype)
+    assert sum((row == row.max()).sum() > 1 for row in logits_RV) > 10
+    assert likeliest_tokens(logits_RV) == [int(row.argmax()) for row in logits_RV]
+    assert likeliest_tokens(logits_RV)[3] == 7
 
 
 @pytest.fixture

@@ -204,19 +204,73 @@ def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:
         assert equal(many[-1], together[2])
 
 
+@pytest.mark.parametrize("kind", [LoRA(rank=8), LoRA(rank=8, alpha=7.0), Adapters()], ids=str)
+def test_prompts_of_several_adapters_are_read_together(
+    kind: Any, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside those of the base, and in parts, with the bits of each alone; not with a prefix."""
+    network = as_network(tiny_llama(hidden_size=256).bfloat16().eval(), CPU, torch.bfloat16)
+    base = FlatBackend(network, 512, exact=True)
+    kinds = [kind, kind, Prefix(virtual_tokens=5), Prompt(virtual_tokens=3), kind]
+    adapted = [
+        base.with_adapter(network.with_adapter(drawn(each, s)), 512) for s, each in enumerate(kinds)
+    ]
+    bank = next(iter(base._shared._banks.values()))
+    if not (base.divisible and bank.bits.reads):
+        pytest.skip("this processor gives rows of chunks other bits, so prompts are read alone")
+    passes: list[int] = []
+    run = base._run
+
+    def counting(model: Any, ids_N: torch.Tensor, *further: Any) -> torch.Tensor:
+        passes.append(len(ids_N))
+        return run(model, ids_N, *further)
+
+    monkeypatch.setattr(base, "_run", counting)
+    backends: list[Backend] = [adapted[0], base, adapted[1], adapted[4], adapted[0]]
+    prompts = [np.arange(5, 5 + size) % 250 + 3 for size in (31, 7, 40, 90, 17)]
+    alone = [write([b], [p], 0)[0][0] for b, p in zip(backends, prompts, strict=True)]
+    passes.clear()
+
+    def read(backends: list[Backend], prompts: list[Any]) -> list[torch.Tensor]:
+        states = [b.open(p) for b, p in zip(backends, prompts, strict=True)]
+        found: dict[int, torch.Tensor] = {}
+        while len(found) < len(states):
+            left = [at for at in range(len(states)) if at not in found]
+            for at, row in zip(left, base.prefill([states[at] for at in left]), strict=True):
+                if row is not None:
+                    found[at] = row
+        for state in states:
+            base.free(state)
+        return [found[at] for at in range(len(states))]
+
+    assert equal(read(backends, prompts), alone)
+    assert passes == [208]
+    assert not torch.equal(alone[0], alone[4])
+    # The longest goes on in the next pass, beside others than before.
+    long = np.arange(300) % 250 + 3
+    assert equal(read([base, adapted[1], *backends], [long, long, *prompts])[2:], alone)
+    # What stands before a prompt is of the network that reads it.
+    passes.clear()
+    soft = np.concatenate([prompt_ids(adapted[3].network.model), prompts[0]])
+    read([adapted[0], adapted[2], adapted[3]], [prompts[0], prompts[0], soft])
+    assert len(passes) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        # Adapter and how many places, for each product; no adapter where it is that of several.
-        ([0] * 8, [(0, 8)]),
-        ([0, 1, 2, 3], [(None, 4)]),
-        ([2, 0, 2, 1], [(None, 8)]),
-        ([0] * 61 + [1, 2, 3], [(0, 61), (None, 4)]),
-        ([0] * 30 + [1], [(None, 60)]),
+        # Adapters and how many places, for each product.
+        ([0] * 8, [(range(1), 8)]),
+        ([0, 1, 2, 3], [(range(4), 4)]),
+        ([2, 0, 2, 1], [(range(3), 6)]),
+        ([0] * 61 + [1, 2, 3], [(range(1), 61), (range(1, 4), 3)]),
+        ([0] * 30 + [1], [(range(2), 60)]),
+        ([1] * 30 + [3] * 20, [(range(1, 4), 90)]),
+        ([1] * 90 + [3] * 20, [(range(1, 2), 90), (range(3, 4), 20)]),
     ],
 )
 def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
-    rows: list[int], expected: list[tuple[int | None, int]], tiny_llama: Callable[..., Any],
+    rows: list[int], expected: list[tuple[range, int]], tiny_llama: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(row_adapters, "_mixes", lambda *given: True)
@@ -228,15 +282,13 @@ def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
         shared.enter(adapter)
     shared.model_of([adapters[index] for index in rows])
     parts = shared.step.parts
-    assert [(part.slot, part.row_PM.numel()) for part in parts] == expected
+    assert [(part.slots, len(part.rows)) for part in parts] == expected
     assert [part.in_order for part in parts] == [len({*rows}) == 1] * len(parts)
     computed = {}
     for part, places in zip(parts, shared.step.places, strict=True):
-        per = part.row_PM.shape[1]
-        assert part.row_PM.flatten()[[*places.values()]].tolist() == [*places]
-        computed |= {
-            row: place // per if part.slot is None else part.slot for row, place in places.items()
-        }
+        per = len(part.rows) // len(part.slots)
+        assert part.rows[[*places.values()]].tolist() == [*places]
+        computed |= {row: part.slots[place // per] for row, place in places.items()}
     assert computed == dict(enumerate(rows))
 
 

@@ -250,8 +250,8 @@ def test_chunks_that_give_other_bits_are_read_alone(
     made = network(family_folder("llama"))
     honest = FlatBackend._run_chunks
 
-    def by_rows(self: Any, prompts: Any, adapter: Any) -> Any:
-        hidden, chunks = honest(self, prompts, adapter)
+    def by_rows(self: Any, prompts: Any) -> Any:
+        hidden, chunks = honest(self, prompts)
         return hidden + 1e-3 * len(hidden), chunks
 
     monkeypatch.setattr(FlatBackend, "_run_chunks", by_rows)

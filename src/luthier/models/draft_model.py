@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from luthier.models.backends import FEWEST_SHARED, common_length
+from luthier.models.decoding import likeliest_tokens
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK
 from luthier.models.speculation import LONGEST_DRAFT, DraftLength
@@ -209,5 +210,5 @@ class DraftModel:
         for first in range(0, len(rows), self.backend.rows):
             part = slice(first, first + self.backend.rows)
             logits_RV = torch.stack(self.backend.step_rows(rows[part], known[part]))
-            best += logits_RV[:, : self._vocabulary].argmax(-1).tolist()
+            best += likeliest_tokens(logits_RV[:, : self._vocabulary])
         return best

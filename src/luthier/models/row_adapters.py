@@ -2,11 +2,12 @@
 
 The product with a frozen weight is computed once for all rows. What an adapter adds to its rows comes
 from weights of its own, which lie stacked with those of other adapters of the same shapes: one batched
-product serves them all. Only steps mix: a prompt is read alone, through a network that holds the
-adapter's layers and shares all others with the base.
+product serves them all. The rows are the next tokens of sequences, or the tokens of prompts.
 
 A row's bits do not depend on its neighbours: products are taken together, rows of one adapter read its
 weights once, and updates are added inside the frozen product, only where that was seen to change none.
+Else a prompt is read alone, through a network that holds the adapter's layers and shares all others
+with the base, as are those that begin with a soft prompt or a prefix.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 COUNTS = (2, 3, 7, 16, 33, 64)
 """Numbers of rows, each with an adapter of its own, that are tried in one product."""
+CHUNKS = range(2 * CHUNK_STEP, CHUNK, 2 * CHUNK_STEP)
+"""Numbers of rows that a chunk of prompts may have, but for the largest."""
 ALONE = 64
 """Rows of one adapter in each product, filled up, where those of several cannot run as one."""
 MOSTLY = 4
@@ -159,14 +162,19 @@ class RowBits:
     """Whether rows of several run in one product."""
     joins: bool
     """Whether several rows of one do, as one matrix."""
+    reads: bool
+    """Whether tokens of prompts are such rows, as many as a chunk has: beside those of other adapters
+    and of the base, and however a prompt is divided."""
     divides: bool
-    """Whether a prompt has the same bits however it is divided."""
+    """Whether a prompt that is read alone has the same bits however it is divided."""
 
     @staticmethod
     def of(adapter: Adapter) -> RowBits:
         """Try it."""
         mixes = _mixes(adapter)
-        return RowBits(mixes, mixes and _joins(adapter), _divides(adapter))
+        joins = mixes and _joins(adapter)
+        reads = joins and not (adapter.before or adapter.soft) and _reads(adapter)
+        return RowBits(mixes, joins, reads, reads or _divides(adapter))
 
 
 class AdapterBank:
@@ -232,24 +240,25 @@ class _Part:
     """Rows of a step that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
 
     bank: AdapterBank
-    row_PM: Tensor
-    """The step's row at each place; any where there is none."""
-    slot: int | None
-    """The adapter that all ``P`` are of; without one, the first ``P`` of the bank."""
+    rows: Tensor
+    """The step's row at each of the ``P * M`` places; any where there is none."""
+    count: int
+    """``P``."""
+    slots: range
+    """The adapters: one for each of ``P``, or one that all are of."""
     in_order: bool = False
     """Whether all rows of the step, in their order, are those of one matrix."""
 
     def update(self, place: Place, x_RI: Tensor) -> Tensor:
         """What the adapters add at ``place``, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
-        count, first = len(self.row_PM), self.slot or 0
         weights = [
-            stack[:count]
-            if self.slot is None
-            else stack[first : first + 1].expand(count, *stack.shape[1:])
+            stack[self.slots.start : self.slots.stop].expand(self.count, *stack.shape[1:])
             for stack in self.bank.stacks[place]
         ]
         # Rows that fill a step up stand behind the others, and may have any update.
-        x_PMI = x_RI[None] if self.in_order else x_RI[self.row_PM]
+        if not self.in_order:
+            x_RI = x_RI.index_select(0, self.rows)
+        x_PMI = x_RI.view(self.count, -1, x_RI.shape[-1])
         return self.bank.computes[place](x_PMI, *weights).flatten(0, 1)
 
 
@@ -279,13 +288,14 @@ class _Step:
         if sum(len(self.places[index]) for index in present) < self.rows:
             # Rows without an adapter here get the zeros behind all others.
             made.append(made[0].new_zeros(1, made[0].shape[-1]))
-        return (made[0] if len(made) == 1 else torch.cat(made))[self._places_R[present]]
+        whole = made[0] if len(made) == 1 else torch.cat(made)
+        return whole.index_select(0, self._places_R[present])
 
     def _places_of(self, present: tuple[int, ...], rows: int) -> Tensor:
         first, found = 0, dict[int, int]()
         for index in present:
             found |= {row: first + place for row, place in self.places[index].items()}
-            first += self.parts[index].row_PM.numel()
+            first += len(self.parts[index].rows)
         nowhere = first if len(found) < self.rows else 0
         return torch.tensor([found.get(row, nowhere) for row in range(rows)])
 
@@ -375,11 +385,17 @@ class SharedBase:
             self.step = _Step()  # the last one may have had rows of it
 
     def divides(self, adapter: Adapter) -> bool:
-        """Whether its layers give a token of a prompt the same bits whatever is read at once."""
+        """Whether its layers give a token of a prompt the same bits whatever else of it is read."""
         return not adapter.layers or self._banks[adapter.shapes].bits.divides
 
+    def reads(self, adapter: Adapter) -> bool:
+        """Whether tokens of its prompts are rows like those of steps (:meth:`model_of`)."""
+        if adapter.layers:
+            return self._banks[adapter.shapes].bits.reads
+        return adapter.model is self.network.model and not (adapter.before or adapter.soft)
+
     def model_of(self, adapters: Sequence[Adapter]) -> Any:
-        """The network that runs a step of rows with these adapters."""
+        """The network that runs rows with these adapters."""
         rows: dict[Hashable, dict[Adapter, list[int]]] = {}
         for row, adapter in enumerate(adapters):
             if adapter.layers:
@@ -408,36 +424,45 @@ class SharedBase:
             row_P = [-1] * len(bank.adapters)
             for adapter, own in left.items():
                 row_P[adapter.slot] = own.pop()
-            self._append(bank, [[row] for row in row_P], None)
+            self._append(bank, [[row] for row in row_P], 0, len(row_P))
             left = {adapter: own for adapter, own in left.items() if own}
         for adapter, own in left.items():
             self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slot)
 
     def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
-        """One product of the whole stack for adapters of few rows, one more for each other adapter."""
-        places = len(bank.adapters)
+        """One product of a part of the stack for adapters of few rows, one more for each other one."""
+
+        def slots_of(most: int) -> range:
+            """From the first to the last adapter of so many rows at most."""
+            slots = [adapter.slot for adapter, own in rows.items() if len(own) <= most]
+            return range(min(slots), max(slots) + 1) if slots else range(0)
 
         def cost(most: int) -> float:
             apart = sum(len(own) > most for own in rows.values())
-            together = PART + places * (1 + most * ROW) if apart < len(rows) else 0.0
+            together = PART + len(slots_of(most)) * (1 + most * ROW) if apart < len(rows) else 0.0
             return apart * (PART + 1) + together
 
         most = min({0, *map(len, rows.values())}, key=cost)
-        row_PM = [[-1] * most for _ in range(places)]
+        slots = slots_of(most)
+        row_PM = [[-1] * most for _ in slots]
         for adapter, own in rows.items():
             if len(own) > most:
                 self._append(bank, [own], adapter.slot)
             else:
-                row_PM[adapter.slot] = own + own[:1] * (most - len(own))
-        if any(len(own) <= most for own in rows.values()):
-            self._append(bank, row_PM, None)
+                row_PM[adapter.slot - slots.start] = own + own[:1] * (most - len(own))
+        if row_PM:
+            self._append(bank, row_PM, slots.start, len(slots))
 
-    def _append(self, bank: AdapterBank, row_PM: list[list[int]], slot: int | None) -> None:
+    def _append(
+        self, bank: AdapterBank, row_PM: list[list[int]], slot: int, slots: int = 1
+    ) -> None:
+        """Rows of ``slots`` adapters from ``slot`` on, or all of the one there."""
         rows = [row for part in row_PM for row in part]
         self.step.places.append({row: place for place, row in enumerate(rows) if row >= 0})
-        index_PM = torch.tensor(row_PM).clamp(min=0).to(self.network.device)
-        in_order = bank.bits.joins and slot is not None and rows == [*range(self.step.rows)]
-        self.step.parts.append(_Part(bank, index_PM, slot, in_order))
+        index = torch.tensor(rows).clamp(min=0).to(self.network.device)
+        in_order = bank.bits.joins and slots == 1 and rows == [*range(self.step.rows)]
+        count = len(row_PM)
+        self.step.parts.append(_Part(bank, index, count, range(slot, slot + slots), in_order))
 
 
 def _random_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
@@ -503,20 +528,42 @@ def _mixes(adapter: Adapter) -> bool:
 
 
 @torch.no_grad()
+def _reads(adapter: Adapter) -> bool:
+    """Whether a row has the same bits in chunks of any size, beside rows of others, as in a step."""
+    for update, x_P1I, stacks in _random_updates(adapter):
+        one = [stack[:1] for stack in stacks]
+        expected_MO = update.compute(x_P1I[:, 0][None], *one)[0]
+        x_MI = x_P1I[:, 0].repeat(CHUNK // len(x_P1I), 1)
+        for size in CHUNKS:
+            for others in (1, 7):
+                beside = [stack[:others] for stack in stacks]
+                y_MO = update.compute(x_MI[:size].expand(others, size, -1), *beside)[0]
+                if not torch.equal(y_MO, expected_MO.repeat(CHUNK // len(x_P1I), 1)[:size]):
+                    return False
+    return all(
+        _adds_inside(layer.base_layer, (*CHUNKS, CHUNK)) for layer in _unlike_layers(adapter)
+    )
+
+
+@torch.no_grad()
 def _divides(adapter: Adapter) -> bool:
     """Whether a row that a layer of ``adapter`` reads has the same bits in chunks of other sizes."""
+    for layer in _unlike_layers(adapter):
+        x_1NI = _random_rows(layer.base_layer, CHUNK)[None]
+        whole_1NO = layer(x_1NI)
+        if not all(torch.equal(layer(x_1NI[:, :size]), whole_1NO[:, :size]) for size in CHUNKS):
+            return False
+    return True
+
+
+def _unlike_layers(adapter: Adapter) -> Iterator[RowLayer]:
+    """One of each kind of layer of ``adapter``, with its own shapes."""
     seen: set[Hashable] = set()
     for layer in adapter.layers.values():
         updates = [(each.kind, len(each.weights[0])) for each in layer.row_updates()]
-        if (key := (layer.base_layer.weight.shape, *updates)) in seen:
-            continue
-        seen.add(key)
-        x_1NI = _random_rows(layer.base_layer, CHUNK)[None]
-        whole_1NO = layer(x_1NI)
-        sizes = range(2 * CHUNK_STEP, CHUNK, 2 * CHUNK_STEP)
-        if not all(torch.equal(layer(x_1NI[:, :size]), whole_1NO[:, :size]) for size in sizes):
-            return False
-    return True
+        if (key := (layer.base_layer.weight.shape, *updates)) not in seen:
+            seen.add(key)
+            yield layer
 
 
 def _random_rows(layer: Any, count: int) -> Tensor:

@@ -203,10 +203,11 @@ class FlatBackend:
         """Whether a prompt has the same bits wherever its chunks begin, whatever is read beside it."""
         if exact:
             self.sizes = self._exact_sizes()
-            with first_layer_alone(network.model):
-                self.divisible = len(self.sizes) > 1 and self._probe_chunks()
         self.rows, self._exact = self.sizes[-1], exact
         self._shared = SharedBase(network, self.sizes)
+        if exact:
+            with first_layer_alone(network.model):
+                self.divisible = len(self.sizes) > 1 and self._probe_chunks()
 
     def set_speculation(
         self, looks_up: bool, draft: DraftModel | None = None, adapter: Adapter | None = None
@@ -292,18 +293,25 @@ class FlatBackend:
         rows = 0
         for state in states:
             size = Chunk.of(state.span, 0, state.unread, state.adapter.before).size
-            alone = part and state.adapter is not part[0].adapter
-            if part and (alone or rows + size > CHUNK or not self._divides(state.adapter)):
+            if part and not (rows + size <= CHUNK and self._read_together(state, part[0])):
                 logits += self._prefill(part)
                 part, rows = [], 0
             part.append(state)
             rows += size
         return logits + self._prefill(part)
 
+    def _read_together(self, one: Any, other: Any) -> bool:
+        """Whether two prompts have the same bits beside each other."""
+        if one.adapter is not other.adapter:
+            both = self._shared.reads(one.adapter) and self._shared.reads(other.adapter)
+            return self.divisible and both
+        return self._divides(one.adapter)
+
     def _prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        hidden_NH, chunks = self._run_chunks(
-            [(state.span, state.ids_T[state.read :]) for state in states], states[0].adapter
-        )
+        with self._lock:  # adapters that another thread takes in change the network of all rows
+            hidden_NH, chunks = self._run_chunks(
+                [(state.span, state.ids_T[state.read :], state.adapter) for state in states]
+            )
         for state, chunk in zip(states, chunks, strict=True):
             state.read += chunk.count
             state.span.length = chunk.end
@@ -318,22 +326,27 @@ class FlatBackend:
         return [None if state.unread else next(logits) for state in states]
 
     def _run_chunks(
-        self, prompts: Sequence[tuple[Span, IntArray]], adapter: Adapter
+        self, prompts: Sequence[tuple[Span, IntArray, Adapter]]
     ) -> tuple[Tensor, list[Chunk]]:
         """States ``[N, H]`` of the next chunk of what each prompt still has."""
         chunks: list[Chunk] = []
-        for span, ids_T in prompts:
+        for span, ids_T, adapter in prompts:
             first = chunks[-1].first + chunks[-1].size if chunks else 0
             chunks.append(Chunk.of(span, first, len(ids_T), adapter.before))
         size = -(-(chunks[-1].first + chunks[-1].size) // (2 * CHUNK_STEP)) * 2 * CHUNK_STEP
         ids_N, position_N = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        for chunk, (_, ids_T) in zip(chunks, prompts, strict=True):
+        for chunk, (_, ids_T, _) in zip(chunks, prompts, strict=True):
             ids_N[chunk.first : chunk.first + chunk.count] = ids_T[: chunk.count]
             place = slice(chunk.first, chunk.first + chunk.size)
             position_N[place] = self._first + chunk.start + np.arange(chunk.size)
         attention = ChunkAttention(chunks, self.network.device)
         ids, positions = torch.from_numpy(ids_N), torch.from_numpy(position_N)
-        return self._run(adapter.model, ids, positions, attention), chunks
+        model = prompts[0][2].model
+        if self._shared.reads(prompts[0][2]):
+            rows = zip(chunks, prompts, strict=True)
+            adapters = [each for chunk, (*_, each) in rows for _ in range(chunk.size)]
+            model = self._shared.model_of(adapters)
+        return self._run(model, ids, positions, attention), chunks
 
     def _logits_of(self, hidden_RH: Sequence[Tensor]) -> Tensor:
         """Logits of a few states, with the bits that each has alone."""
@@ -619,7 +632,7 @@ class FlatBackend:
         size = int(self.network.model.config.vocab_size)
         ids = np.random.default_rng(1).integers(0, size, CHUNK)
         long = Bank(2 * CHUNK).add()
-        self._run_chunks([(long, ids[:CHUNK_STEP])], self._base)  # makes its layers
+        self._run_chunks([(long, ids[:CHUNK_STEP], self._base)])  # makes its layers
         generator = torch.Generator(self.network.device).manual_seed(0)
         for pair in long.bank.layers.values():
             for part in pair:
@@ -630,10 +643,10 @@ class FlatBackend:
             for count in parts:
                 other = Bank(CHUNK).add()
                 long.length = CHUNK + at
-                prompts = [(long, ids[at : at + count])]
+                prompts = [(long, ids[at : at + count], self._base)]
                 if beside:
-                    prompts.insert(0, (other, ids[:beside]))
-                hidden_NH, chunks = self._run_chunks(prompts, self._base)
+                    prompts.insert(0, (other, ids[:beside], self._base))
+                hidden_NH, chunks = self._run_chunks(prompts)
                 found.append(hidden_NH[chunks[-1].first :][:count])
                 at += count
             return torch.cat(found)

@@ -25,7 +25,7 @@ from luthier.data.reasoning import reasoning_after
 from luthier.errors import LuthierError, RecipeError
 from luthier.limits import ModelLimits
 from luthier.models.backends import ReusesKeyValues, Speculates, reply_room
-from luthier.models.decoding import TokenSampler, seed_of
+from luthier.models.decoding import TokenSampler, likeliest_tokens, seed_of
 from luthier.models.kv_cache import CHUNK
 from luthier.models.speculation import Speculation
 from luthier.serving.inference import (
@@ -690,7 +690,7 @@ class Decoder:
         for answer in writing:
             rows.setdefault(answer.job.client, []).append(len(answer.job.ids_T) + answer.count)
         logits_RV = self._backend.step([a.state for a in writing], [a.last for a in writing])
-        best = logits_RV.argmax(-1).tolist()
+        best = likeliest_tokens(logits_RV)
         for answer, logits_V, token in zip(writing, logits_RV, best, strict=True):
             self._advance(answer, logits_V, token)
         for client, seconds in self._costs.split(rows, time.perf_counter() - began).items():
