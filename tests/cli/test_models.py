@@ -19,7 +19,8 @@ from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
 from luthier.serving.journal import evaluation_journal
-from luthier.store.models import find
+from luthier.store.model_folders import gguf_folder
+from luthier.store.models import content_hash, find
 
 
 def test_list_names_bases_and_custom_models(
@@ -255,6 +256,8 @@ def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
         journal.append("asked", Reply("blue", "stop"))
         raise KeyboardInterrupt
     assert files_in(own_home / "evaluations")
+    for model in (find("tiny-llama:child"), find(MODEL)):  # an adapter, and a whole network
+        write_json(gguf_folder(content_hash(model), "f32") / "parity.json", {})
     assert "tiny-llama:child was made from" in Answer("models", "remove", MODEL).refused()
     assert Answer("models", "remove", "tiny-llama:child").good().out == "tiny-llama:child is gone\n"
     assert Answer("models", "remove", MODEL, "--json").good().json() == {

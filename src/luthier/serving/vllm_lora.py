@@ -59,8 +59,7 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
     check_writes(stored, "and vLLM answers with text")
     _, base = plain_lora(stored, "vLLM")
     _check_base(stored, base, base_model_name)
-    kept = working(peft_folder(content_hash(stored)))
-    folder = _own_folder(kept.parent) / kept.name
+    folder = _own_folder(working(peft_folder())) / content_hash(stored)
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
         if not folder.exists():
             export(stored, folder, merged=False)

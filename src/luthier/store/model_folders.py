@@ -4,7 +4,8 @@ models/base/<id>/               a Hugging Face directory and ``luthier.json``
 models/custom/imported/<name>/  a model from outside
 models/custom/<base>/<name>/    adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
 evaluations/                    journals of evaluations
-cache/gguf/, cache/peft/        what llama.cpp runs, and what vLLM does
+cache/gguf/                     what llama.cpp runs
+cache/peft/                     what vLLM's servers read, as long as they run
 """
 
 from __future__ import annotations
@@ -54,6 +55,6 @@ def short_name(base: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-._") or "model"
 
 
-def peft_folder(digest: str) -> Path:
-    """Where an adapter is kept for software that reads PEFT's format, by the model's content."""
-    return luthier_home() / "cache" / "peft" / digest
+def peft_folder() -> Path:
+    """Where adapters are written for other servers, in PEFT's format."""
+    return luthier_home() / "cache" / "peft"

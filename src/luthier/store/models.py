@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.encryption.memory import remove
 from luthier.errors import (
     CorruptFile,
     LuthierError,
@@ -38,7 +37,6 @@ from luthier.store.model_folders import (
     folder_of,
     gguf_folder,
     is_base_here,
-    peft_folder,
     short_name,
 )
 from luthier.store.shared_models import fetch_model, note_use, refresh_model
@@ -94,11 +92,13 @@ def described_base(entry: CatalogEntry) -> StoredModel:
 
 def remove_derived(model: StoredModel) -> None:
     """Delete what was made from the weights of ``model`` beside its own folder."""
-    digest = content_hash(model)
-    pattern = gguf_folder(digest, "*")
+    if model.parent is None and model.manifest.saved == "adapter":  # as lists have it
+        if any(isinstance(each, str) for each in ancestors(model)):
+            return  # what it stands on is gone, and with it the name of what was made of both
+        model = find(model.id)
+    pattern = gguf_folder(content_hash(model), "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
-    remove(peft_folder(digest))
 
 
 def find(
