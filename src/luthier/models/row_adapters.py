@@ -198,9 +198,9 @@ class AdapterBank:
         adapter.slot = len(self.adapters)
         self.adapters.append(adapter)
         if adapter.slot == self._capacity:
-            # By half, so that adapters that come one after the other are not copied each time.
-            grown = self._capacity + max(1, self._capacity // 2)
-            self._resize(max(adapter.slot + 1, min(grown, self.loaded)), adapter)
+            # Twice, so that adapters that come one after the other are not copied each time.
+            grown = min(2 * self._capacity, self.loaded)
+            self._resize(max(adapter.slot + 1, grown), adapter)
         for place, update in adapter.updates():
             for stack, weight in zip(self.stacks[place], update.weights, strict=True):
                 stack[adapter.slot].copy_(weight)
