@@ -4,8 +4,8 @@
 
 A layer of SmolLM2-135M with LoRA on all linear layers, forward and backward, in the processor's type:
 ``rows`` of ``own`` tokens behind ``shared`` ones, as one micro-batch of the token tree. Milliseconds
-are the median of a part, times the 30 layers. *Plain* are the frozen products of the linear layers, which
-no arrangement of the rest can save; the next line has what LoRA adds to them.
+are the median of a part, times the 30 layers. *Plain* are the frozen products of the linear layers,
+which no arrangement of the rest can save; the next line has what LoRA adds to them.
 """
 
 from __future__ import annotations
