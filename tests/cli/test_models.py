@@ -20,7 +20,7 @@ from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
 from luthier.serving.journal import evaluation_journal
 from luthier.store.model_folders import gguf_folder
-from luthier.store.models import content_hash, find
+from luthier.store.models import find
 
 
 def test_list_names_bases_and_custom_models(
@@ -256,14 +256,15 @@ def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
         journal.append("asked", Reply("blue", "stop"))
         raise KeyboardInterrupt
     assert files_in(own_home / "evaluations")
-    for model in (find("tiny-llama:child"), find(MODEL)):  # an adapter, and a whole network
-        write_json(gguf_folder(content_hash(model), "f32") / "parity.json", {})
+    other = gguf_folder("tiny-llama:child-2", "0" * 64, "f32")
+    for made in (other, gguf_folder("tiny-llama:child", "1" * 64, "f32")):
+        write_json(made / "parity.json", {})
     assert "tiny-llama:child was made from" in Answer("models", "remove", MODEL).refused()
     assert Answer("models", "remove", "tiny-llama:child").good().out == "tiny-llama:child is gone\n"
     assert Answer("models", "remove", MODEL, "--json").good().json() == {
         "id": MODEL, "removed": True
     }  # fmt: skip
-    assert files_in(own_home) == []
+    assert files_in(own_home) == [str((other / "parity.json").relative_to(own_home))]
     assert "is no model that was made here" in Answer("models", "remove", MODEL).refused()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,9 @@ def test_shapes_are_tried_once_though_their_adapters_go(
     shared = row_adapters.SharedBase(network, (4, 8))
 
     def come_and_go(rank: int) -> None:
-        shared.remove(shared.add(network.with_adapter(drawn(LoRA(rank=rank), 0))))
+        adapter = shared.adapter_of(network.with_adapter(drawn(LoRA(rank=rank), 0)))
+        shared.add(adapter)
+        shared.remove(adapter)
         assert not shared._banks
 
     for rank in (2, 2, 4, 2, 4):
@@ -204,56 +207,146 @@ def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:
         assert equal(many[-1], together[2])
 
 
-@pytest.mark.parametrize("kind", [LoRA(rank=8), LoRA(rank=8, alpha=7.0), Adapters()], ids=str)
-def test_prompts_of_several_adapters_are_read_together(
-    kind: Any, tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def read_together(backends: list[Backend], prompts: list[Any]) -> list[torch.Tensor]:
+    """The logits behind each prompt by the backend beside it, all read together."""
+    states = [backend.open(prompt) for backend, prompt in zip(backends, prompts, strict=True)]
+    found: dict[int, torch.Tensor] = {}
+    while len(found) < len(states):
+        left = [at for at in range(len(states)) if at not in found]
+        for at, row in zip(left, backends[0].prefill([states[at] for at in left]), strict=True):
+            if row is not None:
+                found[at] = row.clone()
+    for state in states:
+        backends[0].free(state)
+    return [found[at] for at in range(len(states))]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [[LoRA(rank=8)] * 2, [LoRA(rank=8, alpha=7.0), LoRA(rank=4, dora=True)], [Adapters()] * 2],
+    ids=["lora", "two shapes", "adapters"],
+)
+def test_prompts_of_several_adapters_have_the_bits_of_each_alone(
+    kinds: list[Any], tiny_llama: Callable[..., Any]
 ) -> None:
-    """Beside those of the base, and in parts, with the bits of each alone; not with a prefix."""
+    """Beside those of the base, and in parts beside others than before."""
     network = as_network(tiny_llama(hidden_size=256).bfloat16().eval(), CPU, torch.bfloat16)
     base = FlatBackend(network, 512, exact=True)
-    kinds = [kind, kind, Prefix(virtual_tokens=5), Prompt(virtual_tokens=3), kind]
-    adapted = [
+    one, other = (
         base.with_adapter(network.with_adapter(drawn(each, s)), 512) for s, each in enumerate(kinds)
+    )
+    backends: list[Backend] = [one, base, other, one, other, one, base]
+    sizes = (31, 7, 40, 300, 90, 17, 290)
+    prompts = [np.arange(5, 5 + size) % 250 + 3 for size in sizes]
+    alone = [
+        read_together([each], [prompt])[0] for each, prompt in zip(backends, prompts, strict=True)
     ]
-    bank = next(iter(base._shared._banks.values()))
-    if not (base.divisible and bank.bits.reads):
-        pytest.skip("this processor gives rows of chunks other bits, so prompts are read alone")
+    assert equal(read_together(backends, prompts), alone)
+    assert equal(read_together(backends[::-1], prompts[::-1]), alone[::-1])
+    assert not torch.equal(*(read_together([each], prompts[:1])[0] for each in (one, other)))
+
+
+def test_prompts_of_several_adapters_are_read_in_one_pass(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it changes no bits; never with what stands before a prompt in its own network alone."""
+    for name in ("_mixes", "_joins", "_mixes_prompts"):
+        monkeypatch.setattr(row_adapters, name, lambda *given: True)
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512)
+    kinds = [LoRA(rank=4), LoRA(rank=4), Prefix(virtual_tokens=5), Prompt(virtual_tokens=3)]
+    one, other, prefix, prompt = (
+        base.with_adapter(network.with_adapter(drawn(each, s)), 512) for s, each in enumerate(kinds)
+    )
     passes: list[int] = []
     run = base._run
 
-    def counting(model: Any, ids_N: torch.Tensor, *further: Any) -> torch.Tensor:
+    def counted(model: Any, ids_N: torch.Tensor, *further: Any) -> torch.Tensor:
         passes.append(len(ids_N))
         return run(model, ids_N, *further)
 
-    monkeypatch.setattr(base, "_run", counting)
-    backends: list[Backend] = [adapted[0], base, adapted[1], adapted[4], adapted[0]]
+    monkeypatch.setattr(base, "_run", counted)
     prompts = [np.arange(5, 5 + size) % 250 + 3 for size in (31, 7, 40, 90, 17)]
-    alone = [write([b], [p], 0)[0][0] for b, p in zip(backends, prompts, strict=True)]
-    passes.clear()
-
-    def read(backends: list[Backend], prompts: list[Any]) -> list[torch.Tensor]:
-        states = [b.open(p) for b, p in zip(backends, prompts, strict=True)]
-        found: dict[int, torch.Tensor] = {}
-        while len(found) < len(states):
-            left = [at for at in range(len(states)) if at not in found]
-            for at, row in zip(left, base.prefill([states[at] for at in left]), strict=True):
-                if row is not None:
-                    found[at] = row
-        for state in states:
-            base.free(state)
-        return [found[at] for at in range(len(states))]
-
-    assert equal(read(backends, prompts), alone)
+    found = read_together([one, base, other, other, one], prompts)
     assert passes == [208]
-    assert not torch.equal(alone[0], alone[4])
-    # The longest goes on in the next pass, beside others than before.
-    long = np.arange(300) % 250 + 3
-    assert equal(read([base, adapted[1], *backends], [long, long, *prompts])[2:], alone)
-    # What stands before a prompt is of the network that reads it.
+    for backend, row, ids in zip([one, base, other, other, one], found, prompts, strict=True):
+        assert torch.allclose(read_together([backend], [ids])[0], row, atol=1e-4)
     passes.clear()
-    soft = np.concatenate([prompt_ids(adapted[3].network.model), prompts[0]])
-    read([adapted[0], adapted[2], adapted[3]], [prompts[0], prompts[0], soft])
+    soft = np.concatenate([prompt_ids(prompt.network.model), prompts[0]])
+    read_together([one, prefix, prompt], [prompts[0], prompts[0], soft])
     assert len(passes) == 3
+    monkeypatch.setattr(row_adapters, "_mixes_prompts", lambda *given: False)
+    apart = FlatBackend(network, 512)
+    backends = [
+        apart.with_adapter(network.with_adapter(drawn(LoRA(rank=2), s)), 512) for s in range(2)
+    ]
+    monkeypatch.setattr(apart, "_run", counted)
+    passes.clear()
+    read_together([*backends], prompts[:2])
+    assert len(passes) == 2
+
+
+def test_an_adapter_is_taken_in_between_two_passes(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, which tries meanwhile how its rows may be computed."""
+    for name in ("_mixes", "_joins", "_mixes_prompts"):
+        monkeypatch.setattr(row_adapters, name, lambda *given: True)
+    network = base_network(family_folder("llama"))
+    base = FlatBackend(network, 512)
+    adapter = base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), 0)), 512)
+    later = network.with_adapter(drawn(LoRA(rank=2), 1))
+    expected = read_together([adapter], PROMPTS[1:2])[0]
+    tried, added, run = threading.Event(), threading.Event(), base._run
+    monkeypatch.setattr(row_adapters, "_divides", lambda *given: tried.set() or True)
+    monkeypatch.setattr(row_adapters, "_mixes_prompts", lambda *given: False)
+
+    def take_in() -> None:
+        base.with_adapter(later, 512)
+        added.set()
+
+    thread = threading.Thread(target=take_in)
+
+    def meanwhile(*given: Any) -> torch.Tensor:
+        thread.start()
+        assert tried.wait(60)
+        assert not added.wait(0.2)
+        return run(*given)
+
+    monkeypatch.setattr(base, "_run", meanwhile)
+    assert torch.equal(read_together([adapter], PROMPTS[1:2])[0], expected)
+    thread.join(60)
+    assert added.is_set()
+
+
+def test_an_adapter_that_comes_and_goes_beside_others_copies_nothing(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = base_network(family_folder("llama"))
+    shared = row_adapters.SharedBase(network, (4, 8))
+    adapters = [shared.adapter_of(network.with_adapter(drawn(LoRA(rank=2), s))) for s in range(9)]
+    resized: list[int] = []
+    resize = row_adapters.AdapterBank._resize
+
+    def counted(bank: Any, capacity: int, like: Any) -> None:
+        resized.append(capacity)
+        resize(bank, capacity, like)
+
+    monkeypatch.setattr(row_adapters.AdapterBank, "_resize", counted)
+    for adapter in adapters:
+        shared.add(adapter)
+    for busy in range(1, 9):
+        shared.enter(adapters[busy - 1])
+        shared.enter(adapters[8])
+        shared.leave(adapters[8])
+        resized.clear()
+        for _ in range(3):
+            shared.enter(adapters[8])
+            shared.leave(adapters[8])
+        assert not resized, busy
+    for adapter in adapters[:8]:
+        shared.leave(adapter)
+    assert resized[-1] == 0
 
 
 @pytest.mark.parametrize(
@@ -277,17 +370,19 @@ def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
     monkeypatch.setattr(row_adapters, "_joins", lambda *given: True)
     network = as_network(tiny_llama().eval(), CPU, torch.float32)
     shared = row_adapters.SharedBase(network, (4, 8))
-    adapters = [shared.add(network.with_adapter(drawn(LoRA(rank=4), s))) for s in range(4)]
+    adapters = [shared.adapter_of(network.with_adapter(drawn(LoRA(rank=4), s))) for s in range(4)]
+    for adapter in adapters:
+        shared.add(adapter)
     for adapter in adapters[: 2 if rows[-1] == 1 and len(rows) > 8 else 4]:
         shared.enter(adapter)
     shared.model_of([adapters[index] for index in rows])
-    parts = shared.step.parts
-    assert [(part.slots, len(part.rows)) for part in parts] == expected
+    parts = shared.running.parts
+    assert [(part.slots, len(part.row_Q)) for part in parts] == expected
     assert [part.in_order for part in parts] == [len({*rows}) == 1] * len(parts)
     computed = {}
-    for part, places in zip(parts, shared.step.places, strict=True):
-        per = len(part.rows) // len(part.slots)
-        assert part.rows[[*places.values()]].tolist() == [*places]
+    for part, places in zip(parts, shared.running.places, strict=True):
+        per = len(part.row_Q) // len(part.slots)
+        assert part.row_Q[[*places.values()]].tolist() == [*places]
         computed |= {row: part.slots[place // per] for row, place in places.items()}
     assert computed == dict(enumerate(rows))
 

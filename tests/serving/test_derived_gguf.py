@@ -81,7 +81,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
 ) -> None:
     stored = find(str(tiny_model_folder))
     Generator.open(stored)
-    folder = gguf_folder(content_hash(stored), "f32")
+    folder = gguf_folder(stored.id, content_hash(stored), "f32")
     assert folder.is_relative_to(luthier_home())
     record = read_json(folder / "parity.json")
     assert record["parity"]["agreement"] > 0.98 and record["parity"]["mean_kl"] < 1e-4
@@ -120,7 +120,7 @@ def test_a_file_that_answers_otherwise_is_not_used(
     assert [each.message for each in caplog.records if "answers otherwise" in each.message] == [
         caplog.records[0].message
     ]
-    folder = gguf_folder(content_hash(stored), "f32")
+    folder = gguf_folder(stored.id, content_hash(stored), "f32")
     assert not (folder / "model.gguf").exists()
     monkeypatch.setattr(derived_gguf, "_derive", lambda *given: pytest.fail("written again"))
     assert isinstance(Generator.open(stored).backend, FlatBackend)

@@ -16,6 +16,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,9 +35,11 @@ from luthier.files import read_json, write_json
 from luthier.models.manifest import MANIFEST
 from luthier.recipe import Recipe
 from luthier.serving import vllm_lora
+from luthier.serving.export import export
 from luthier.serving.vllm_lora import adapter_folder
-from luthier.store.model_folders import base_folder, peft_folder
+from luthier.store.model_folders import base_folder, custom_folder, peft_folder
 from luthier.store.models import find
+from luthier.store.removal import remove_files
 
 ADAPTATIONS: dict[str, Any] = {
     "lora": {"method": "lora", "rank": 4, "alpha": 9.5},
@@ -104,10 +107,22 @@ def test_the_adapter_is_what_was_stored_and_peft_reads_it(store: str, name: str)
 
 
 def test_a_server_writes_it_once_and_keeps_it(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = adapter_folder(store, "tiny:lora")
-    monkeypatch.setattr("luthier.serving.export.export", None)
-    assert adapter_folder(store, "tiny:lora") == folder
-    shutil.rmtree(find("tiny:lora").folder)
+    """Though it asks for it several times at once."""
+    written: list[Path] = []
+
+    def slow(stored: Any, folder: Path, **further: Any) -> Any:
+        written.append(folder)
+        time.sleep(0.05)
+        return export(stored, folder, **further)
+
+    monkeypatch.setattr("luthier.serving.export.export", slow)
+    vllm_lora._own_folder.cache_clear()  # as at the start of a server
+    with ThreadPoolExecutor(4) as threads:
+        folders = {*threads.map(lambda _: adapter_folder(store, "tiny:rslora"), range(4))}
+    (folder,) = folders
+    assert written == [folder]
+    remove_files("tiny:rslora")
+    assert not custom_folder("tiny", "rslora").exists()
     assert folder.is_dir(), "vLLM, which has it, may read it once more"
 
 
@@ -143,7 +158,7 @@ def test_what_it_writes_is_gone_with_the_process(store: str, luthier_home: Path)
         [sys.executable, "-c", f"{writes}import os; os.kill(os.getpid(), 9)"],
         stdout=subprocess.PIPE, text=True, check=False, bufsize=0,
     )  # fmt: skip
-    left = [*(luthier_home / "cache" / "peft").iterdir()]
+    left = [each for each in peft_folder().iterdir() if each.is_dir()]
     assert killed.returncode == -9 and len(left) == 1
     # Two that run do not touch the other's.
     mine = adapter_folder(store, "tiny:lora")
@@ -336,4 +351,4 @@ def test_a_server_answers_with_each_adapter_and_refuses_the_rest(
                 assert said(model) == expected[model], model
         finally:
             server.terminate()
-    assert not [*peft_folder().iterdir()]
+    assert not [each for each in peft_folder().iterdir() if each.is_dir()]

@@ -108,7 +108,7 @@ class TokenSampler:
         """
         logits_V = self._adjust(logits_V.float())
         if self.greedy:
-            token = int(logits_V.argmax())
+            (token,) = likeliest_tokens(logits_V[None])
         else:
             token = self._draw(logits_V / self.sampling.temperature)
         if not 0 <= token < len(logits_V):

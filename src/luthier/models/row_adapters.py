@@ -1,8 +1,9 @@
-"""Adapters that share one base network: the rows of a step have one each, and run together.
+"""Adapters that share one base network: the rows of a pass have one each, and run together.
 
 The product with a frozen weight is computed once for all rows. What an adapter adds to its rows comes
 from weights of its own, which lie stacked with those of other adapters of the same shapes: one batched
-product serves them all. The rows are the next tokens of sequences, or the tokens of prompts.
+product serves them all. The rows of a pass are the next tokens of sequences (a step), or tokens of
+prompts.
 
 A row's bits do not depend on its neighbours: products are taken together, rows of one adapter read its
 weights once, and updates are added inside the frozen product, only where that was seen to change none.
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 COUNTS = (2, 3, 7, 16, 33, 64)
 """Numbers of rows, each with an adapter of its own, that are tried in one product."""
-CHUNKS = range(2 * CHUNK_STEP, CHUNK, 2 * CHUNK_STEP)
-"""Numbers of rows that a chunk of prompts may have, but for the largest."""
+PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
+"""Numbers of rows that a pass may have that reads prompts."""
 ALONE = 64
 """Rows of one adapter in each product, filled up, where those of several cannot run as one."""
 MOSTLY = 4
@@ -83,7 +84,7 @@ class RowLayer(Protocol):
     base_layer: Any
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]``, as the network that reads prompts does."""
+        """Map ``[..., in]`` to ``[..., out]``, as the adapter's own network does."""
 
     def row_updates(self) -> Sequence[RowUpdate]:
         """What is added to a row, in this order; at most one update reads the output, the last."""
@@ -99,10 +100,10 @@ class Adapter:
 
     network: Network
     model: Any
-    """The base with the adapter's layers in their places, which reads prompts. It lives as long as
-    sequences do; the network may be closed before."""
+    """The base with the adapter's layers in their places, for prompts that are read alone. It lives as
+    long as sequences do; the network may be closed before."""
     layers: dict[str, RowLayer]
-    """Those that rows meet in steps, by their places; none of a soft prompt or a prefix."""
+    """Those that rows of a pass meet, by their places; none of a soft prompt or a prefix."""
     before: int = 0
     """Keys and values of a prefix."""
     soft: int = 0
@@ -115,6 +116,13 @@ class Adapter:
     """What else guesses for them."""
     slot: int = -1
     """Its place in a bank, while it has sequences."""
+    bits: RowBits | None = None
+    """How its rows may be computed; ``None`` without layers."""
+
+    @property
+    def slots(self) -> range:
+        """Its place as a part of the stack."""
+        return range(self.slot, self.slot + 1)
 
     @staticmethod
     def base(network: Network) -> Adapter:
@@ -162,19 +170,18 @@ class RowBits:
     """Whether rows of several run in one product."""
     joins: bool
     """Whether several rows of one do, as one matrix."""
-    reads: bool
-    """Whether tokens of prompts are such rows, as many as a chunk has: beside those of other adapters
-    and of the base, and however a prompt is divided."""
+    mixes_prompts: bool
+    """Whether tokens of prompts may be such rows, as many as a pass has that reads them."""
     divides: bool
-    """Whether a prompt that is read alone has the same bits however it is divided."""
+    """Whether a prompt has the same bits however it is divided, in the network that reads it."""
 
     @staticmethod
-    def of(adapter: Adapter) -> RowBits:
-        """Try it."""
+    def of(adapter: Adapter, sizes: Sequence[int]) -> RowBits:
+        """Try it; steps are of ``sizes`` rows. Nothing is changed, so any thread may."""
         mixes = _mixes(adapter)
         joins = mixes and _joins(adapter)
-        reads = joins and not (adapter.before or adapter.soft) and _reads(adapter)
-        return RowBits(mixes, joins, reads, reads or _divides(adapter))
+        prompts = joins and _mixes_prompts(adapter, sizes)
+        return RowBits(mixes, joins, prompts, prompts or _divides(adapter))
 
 
 class AdapterBank:
@@ -214,7 +221,8 @@ class AdapterBank:
                     stack[adapter.slot].copy_(stack[last.slot])
             self.adapters[adapter.slot], last.slot = last, adapter.slot
         adapter.slot = -1
-        if 2 * len(self.adapters) <= self._capacity:
+        # Not at half already: one that comes and goes beside the others would copy them each time.
+        if 2 * len(self.adapters) < self._capacity:
             self._resize(len(self.adapters), adapter)
 
     def unload(self, adapter: Adapter) -> None:
@@ -237,17 +245,17 @@ class AdapterBank:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a step that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
+    """Rows of a pass that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
 
     bank: AdapterBank
-    rows: Tensor
-    """The step's row at each of the ``P * M`` places; any where there is none."""
+    row_Q: Tensor
+    """The row of the pass at each of the ``Q = P * M`` places; any where there is none."""
     count: int
     """``P``."""
     slots: range
     """The adapters: one for each of ``P``, or one that all are of."""
     in_order: bool = False
-    """Whether all rows of the step, in their order, are those of one matrix."""
+    """Whether all rows of the pass, in their order, are those of one matrix."""
 
     def update(self, place: Place, x_RI: Tensor) -> Tensor:
         """What the adapters add at ``place``, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
@@ -255,20 +263,20 @@ class _Part:
             stack[self.slots.start : self.slots.stop].expand(self.count, *stack.shape[1:])
             for stack in self.bank.stacks[place]
         ]
-        # Rows that fill a step up stand behind the others, and may have any update.
+        # Rows that fill a pass up stand behind the others, and may have any update.
         if not self.in_order:
-            x_RI = x_RI.index_select(0, self.rows)
+            x_RI = x_RI.index_select(0, self.row_Q)
         x_PMI = x_RI.view(self.count, -1, x_RI.shape[-1])
         return self.bank.computes[place](x_PMI, *weights).flatten(0, 1)
 
 
 @dataclass(eq=False)
-class _Step:
-    """The step that is running: what the layers of the mixed network have to know of it."""
+class _Pass:
+    """The pass that is running: what the layers of the mixed network have to know of it."""
 
     parts: list[_Part] = field(default_factory=list)
     places: list[dict[int, int]] = field(default_factory=list)
-    """For each part, where it has the rows of the step."""
+    """For each part, where it has the rows of the pass."""
     rows: int = 0
     """How many there are, without those that fill it up."""
     _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -295,7 +303,7 @@ class _Step:
         first, found = 0, dict[int, int]()
         for index in present:
             found |= {row: first + place for row, place in self.places[index].items()}
-            first += len(self.parts[index].rows)
+            first += len(self.parts[index].row_Q)
         nowhere = first if len(found) < self.rows else 0
         return torch.tensor([found.get(row, nowhere) for row in range(rows)])
 
@@ -310,15 +318,15 @@ class StackedLayer(LayerWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
-        step = self._shared.step
-        update_RO = step.update((self._name, False), x[0])
+        running = self._shared.running
+        update_RO = running.update((self._name, False), x[0])
         if update_RO is None:
             y: Tensor = self.base_layer(x)
         elif self._adds_inside:
             y = linear_plus(self.base_layer, x[0], update_RO)[None]
         else:
             y = self.base_layer(x) + update_RO
-        update_RO = step.update((self._name, True), y[0])
+        update_RO = running.update((self._name, True), y[0])
         return y if update_RO is None else y + update_RO
 
 
@@ -328,36 +336,46 @@ class SharedBase:
     def __init__(self, network: Network, sizes: Sequence[int]) -> None:
         """Steps are of ``sizes`` rows."""
         self.network, self.sizes = network, sizes
-        self.step = _Step()
+        self.running = _Pass()
         self.mixed: Any = None
         """The base with a layer for rows of several adapters wherever one of them has its own."""
         self._banks: dict[Hashable, AdapterBank] = {}
         self._bits: dict[Hashable, RowBits] = {}
         """Of shapes that came last."""
 
-    def add(self, network: Network) -> Adapter:
-        """Take in what makes ``network`` another one than the base.
+    def adapter_of(self, network: Network) -> Adapter:
+        """What makes ``network`` another one than the base, and how its rows may be computed.
+
+        Nothing is changed: to try it takes longer than to load an adapter, and others are answered
+        meanwhile.
 
         Raises:
             RecipeError: where it does not stand on this base.
         """
         adapter = Adapter.of(network, self.network)
         if adapter.layers:
-            if self.mixed is None:
-                self.mixed = share_layers(self.network.model)
-            for name in adapter.layers:
-                if not isinstance(self.mixed.get_submodule(name), StackedLayer):
-                    stacked = partial(StackedLayer, name=name, shared=self)
-                    replace_modules(self.mixed, [name], stacked)
-            if adapter.shapes not in self._banks:
-                # To try it takes longer than to load an adapter.
-                bits = self._bits.pop(adapter.shapes, None) or RowBits.of(adapter)
-                self._bits[adapter.shapes] = bits
-                if len(self._bits) > SHAPES:
-                    del self._bits[next(iter(self._bits))]
-                self._banks[adapter.shapes] = AdapterBank(adapter, bits)
-            self._banks[adapter.shapes].loaded += 1
+            bank = self._banks.get(adapter.shapes)
+            known = self._bits.get(adapter.shapes) if bank is None else bank.bits
+            adapter.bits = known or RowBits.of(adapter, self.sizes)
         return adapter
+
+    def add(self, adapter: Adapter) -> None:
+        """Take in an adapter."""
+        if adapter.bits is None:
+            return
+        if self.mixed is None:
+            self.mixed = share_layers(self.network.model)
+        for name in adapter.layers:
+            if not isinstance(self.mixed.get_submodule(name), StackedLayer):
+                stacked = partial(StackedLayer, name=name, shared=self)
+                replace_modules(self.mixed, [name], stacked)
+        if adapter.shapes not in self._banks:
+            self._bits.pop(adapter.shapes, None)
+            self._bits[adapter.shapes] = adapter.bits
+            if len(self._bits) > SHAPES:
+                del self._bits[next(iter(self._bits))]
+            self._banks[adapter.shapes] = AdapterBank(adapter, adapter.bits)
+        self._banks[adapter.shapes].loaded += 1
 
     def remove(self, adapter: Adapter) -> None:
         """Let go of what was taken in, as soon as its last sequence has ended."""
@@ -382,17 +400,15 @@ class SharedBase:
         bank = self._banks[adapter.shapes]
         if not (bank.loaded or bank.adapters):
             del self._banks[adapter.shapes]
-            self.step = _Step()  # the last one may have had rows of it
+            self.running = _Pass()  # the last one may have had rows of it
 
-    def divides(self, adapter: Adapter) -> bool:
-        """Whether its layers give a token of a prompt the same bits whatever else of it is read."""
-        return not adapter.layers or self._banks[adapter.shapes].bits.divides
-
-    def reads(self, adapter: Adapter) -> bool:
-        """Whether tokens of its prompts are rows like those of steps (:meth:`model_of`)."""
-        if adapter.layers:
-            return self._banks[adapter.shapes].bits.reads
-        return adapter.model is self.network.model and not (adapter.before or adapter.soft)
+    def mixes_prompts(self, adapter: Adapter) -> bool:
+        """Whether tokens of its prompts may be rows beside those of others (:meth:`model_of`)."""
+        if adapter.before or adapter.soft:
+            return False  # of these the adapter's own network knows alone
+        if adapter.bits is None:
+            return adapter.model is self.network.model
+        return adapter.bits.mixes_prompts
 
     def model_of(self, adapters: Sequence[Adapter]) -> Any:
         """The network that runs rows with these adapters."""
@@ -402,7 +418,7 @@ class SharedBase:
                 rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
         if not rows:
             return self.network.model
-        self.step = _Step(rows=len(adapters))
+        self.running = _Pass(rows=len(adapters))
         for shapes, own in rows.items():
             self._divide(self._banks[shapes], own)
         return self.mixed
@@ -417,17 +433,18 @@ class SharedBase:
             for adapter, own in left.items():
                 for first in range(0, len(own), ALONE):
                     some = own[first : first + ALONE]
-                    self._append(bank, [some + some[:1] * (ALONE - len(some))], adapter.slot)
+                    row_1M = [some + some[:1] * (ALONE - len(some))]
+                    self._append(bank, row_1M, adapter.slots)
             return
         # A row of each, as long as most of the stack is used; what is left adapter by adapter.
         while len(left) > 1 and MOSTLY * len(left) >= len(bank.adapters):
             row_P = [-1] * len(bank.adapters)
             for adapter, own in left.items():
                 row_P[adapter.slot] = own.pop()
-            self._append(bank, [[row] for row in row_P], 0, len(row_P))
+            self._append(bank, [[row] for row in row_P], range(len(row_P)))
             left = {adapter: own for adapter, own in left.items() if own}
         for adapter, own in left.items():
-            self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slot)
+            self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slots)
 
     def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """One product of a part of the stack for adapters of few rows, one more for each other one."""
@@ -447,22 +464,19 @@ class SharedBase:
         row_PM = [[-1] * most for _ in slots]
         for adapter, own in rows.items():
             if len(own) > most:
-                self._append(bank, [own], adapter.slot)
+                self._append(bank, [own], adapter.slots)
             else:
                 row_PM[adapter.slot - slots.start] = own + own[:1] * (most - len(own))
         if row_PM:
-            self._append(bank, row_PM, slots.start, len(slots))
+            self._append(bank, row_PM, slots)
 
-    def _append(
-        self, bank: AdapterBank, row_PM: list[list[int]], slot: int, slots: int = 1
-    ) -> None:
-        """Rows of ``slots`` adapters from ``slot`` on, or all of the one there."""
+    def _append(self, bank: AdapterBank, row_PM: list[list[int]], slots: range) -> None:
+        """Rows of the adapters in ``slots``, one after the other, or all of the one there."""
         rows = [row for part in row_PM for row in part]
-        self.step.places.append({row: place for place, row in enumerate(rows) if row >= 0})
-        index = torch.tensor(rows).clamp(min=0).to(self.network.device)
-        in_order = bank.bits.joins and slots == 1 and rows == [*range(self.step.rows)]
-        count = len(row_PM)
-        self.step.parts.append(_Part(bank, index, count, range(slot, slot + slots), in_order))
+        self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
+        row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
+        in_order = bank.bits.joins and len(slots) == 1 and rows == [*range(self.running.rows)]
+        self.running.parts.append(_Part(bank, row_Q, len(row_PM), slots, in_order))
 
 
 def _random_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
@@ -528,20 +542,28 @@ def _mixes(adapter: Adapter) -> bool:
 
 
 @torch.no_grad()
-def _reads(adapter: Adapter) -> bool:
-    """Whether a row has the same bits in chunks of any size, beside rows of others, as in a step."""
+def _mixes_prompts(adapter: Adapter, sizes: Sequence[int]) -> bool:
+    """Whether a row has the bits of a step of ``sizes`` rows in any pass that reads prompts.
+
+    A prompt has a multiple of ``CHUNK_STEP`` rows there, and its adapter as many, or as many as another
+    one beside it.
+    """
     for update, x_P1I, stacks in _random_updates(adapter):
         one = [stack[:1] for stack in stacks]
         expected_MO = update.compute(x_P1I[:, 0][None], *one)[0]
-        x_MI = x_P1I[:, 0].repeat(CHUNK // len(x_P1I), 1)
-        for size in CHUNKS:
+        times = CHUNK // len(x_P1I)
+        x_MI, expected_MO = x_P1I[:, 0].repeat(times, 1), expected_MO.repeat(times, 1)
+        for size in range(CHUNK_STEP, CHUNK + 1, CHUNK_STEP):
             for others in (1, 7):
                 beside = [stack[:others] for stack in stacks]
-                y_MO = update.compute(x_MI[:size].expand(others, size, -1), *beside)[0]
-                if not torch.equal(y_MO, expected_MO.repeat(CHUNK // len(x_P1I), 1)[:size]):
+                y_MO = update.compute(x_MI[:size].repeat(others, 1, 1), *beside)[0]
+                if not torch.equal(y_MO, expected_MO[:size]):
                     return False
+    # A layer that does not add inside its product gives the base's bits, which are tried for all.
     return all(
-        _adds_inside(layer.base_layer, (*CHUNKS, CHUNK)) for layer in _unlike_layers(adapter)
+        _adds_inside(layer.base_layer, PREFILL_ROWS)
+        for layer in _unlike_layers(adapter)
+        if _adds_inside(layer.base_layer, sizes)
     )
 
 
@@ -551,7 +573,7 @@ def _divides(adapter: Adapter) -> bool:
     for layer in _unlike_layers(adapter):
         x_1NI = _random_rows(layer.base_layer, CHUNK)[None]
         whole_1NO = layer(x_1NI)
-        if not all(torch.equal(layer(x_1NI[:, :size]), whole_1NO[:, :size]) for size in CHUNKS):
+        if not all(torch.equal(layer(x_1NI[:, :n]), whole_1NO[:, :n]) for n in PREFILL_ROWS):
             return False
     return True
 

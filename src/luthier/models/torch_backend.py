@@ -228,8 +228,9 @@ class FlatBackend:
 
     def add_adapter(self, network: Network) -> Adapter:
         """Take in what makes ``network`` another one than the base."""
+        adapter = self._shared.adapter_of(network)
         with self._lock:
-            adapter = self._shared.add(network)
+            self._shared.add(adapter)
         adapter.looks_up, adapter.draft = self._base.looks_up, self._base.draft
         return adapter
 
@@ -270,7 +271,7 @@ class FlatBackend:
 
     def _divides(self, adapter: Adapter) -> bool:
         """Whether a prompt that ``adapter`` reads has the same bits however it is divided."""
-        return self.divisible and self._shared.divides(adapter)
+        return self.divisible and (adapter.bits is None or adapter.bits.divides)
 
     def key_values(self, state: Any, start: int, end: int) -> KeyValues:
         """A copy of those of a prompt that was read, from the token ``start`` on."""
@@ -287,28 +288,31 @@ class FlatBackend:
 
     @torch.no_grad()
     def prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        """Read the next chunk of each prompt, as many as have ``CHUNK`` tokens at once."""
+        """Read the next chunk of each prompt; neighbours of ``CHUNK`` tokens together at once."""
         logits: list[Tensor | None] = []
         part: list[Any] = []
         rows = 0
         for state in states:
             size = Chunk.of(state.span, 0, state.unread, state.adapter.before).size
-            if part and not (rows + size <= CHUNK and self._read_together(state, part[0])):
+            if part and not (rows + size <= CHUNK and self._may_share_pass(state, part[0])):
                 logits += self._prefill(part)
                 part, rows = [], 0
             part.append(state)
             rows += size
         return logits + self._prefill(part)
 
-    def _read_together(self, one: Any, other: Any) -> bool:
-        """Whether two prompts have the same bits beside each other."""
-        if one.adapter is not other.adapter:
-            both = self._shared.reads(one.adapter) and self._shared.reads(other.adapter)
-            return self.divisible and both
-        return self._divides(one.adapter)
+    def _may_share_pass(self, one: Any, other: Any) -> bool:
+        """Whether two prompts have the same bits beside each other as alone."""
+        if one.adapter is other.adapter:
+            return self._divides(one.adapter)
+        return self.divisible and all(
+            self._shared.mixes_prompts(each.adapter) for each in (one, other)
+        )
 
     def _prefill(self, states: Sequence[Any]) -> list[Tensor | None]:
-        with self._lock:  # adapters that another thread takes in change the network of all rows
+        # Another thread that takes in an adapter changes the network of all rows. What runs, and the
+        # adapters' places in their stacks, stay as they are until the pass has ended.
+        with self._lock:
             hidden_NH, chunks = self._run_chunks(
                 [(state.span, state.ids_T[state.read :], state.adapter) for state in states]
             )
@@ -342,7 +346,7 @@ class FlatBackend:
         attention = ChunkAttention(chunks, self.network.device)
         ids, positions = torch.from_numpy(ids_N), torch.from_numpy(position_N)
         model = prompts[0][2].model
-        if self._shared.reads(prompts[0][2]):
+        if self._shared.mixes_prompts(prompts[0][2]):
             rows = zip(chunks, prompts, strict=True)
             adapters = [each for chunk, (*_, each) in rows for _ in range(chunk.size)]
             model = self._shared.model_of(adapters)
@@ -541,7 +545,7 @@ class FlatBackend:
     def _run(self, model: Any, ids_N: Tensor, position_N: Tensor, attention: Any) -> Tensor:
         device = self.network.device
         ids_N, position_N = ids_N.to(device), position_N.clamp(max=self._last).to(device)
-        # The networks of adapters, which only read prompts, may have other parts.
+        # An adapter's own network may have other parts.
         if self._llama and (model is self.network.model or model is self._shared.mixed):
             return self._llama(model.base_model, ids_N, position_N, attention)
         output = model.base_model(

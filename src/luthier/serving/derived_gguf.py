@@ -83,7 +83,7 @@ def gguf_of(stored: StoredModel, kind: Quantization, open_file: OpenFile) -> Pat
     check_mergeable(stored, "a GGUF file holds nothing else")
     if keyring() is not None or any(is_sealed(path) for path in _weights(stored)):
         raise RecipeError("its weights are encrypted, and a GGUF file lies on the disk as it is")
-    folder = gguf_folder(content_hash(stored), kind)
+    folder = gguf_folder(stored.id, content_hash(stored), kind)
     with lock(folder.parent / f".{folder.name}.lock", wait=True):
         record = _read(folder)
         if record is None:

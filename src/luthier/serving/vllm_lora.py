@@ -18,6 +18,7 @@ import asyncio
 import atexit
 import logging
 import re
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ RESOLVER = "luthier"
 _ID = re.compile(r"[\w.-]+:[\w.-]+", re.ASCII)
 """Ids of custom models. What else a request names, such as a path, is never looked up."""
 
+_writing = threading.Lock()
 _log = logging.getLogger("vllm.luthier")
 """Below vLLM's own, which has a handler: its server drops warnings of all others."""
 
@@ -59,8 +61,8 @@ def adapter_folder(base_model_name: str, lora_name: str) -> Path:
     check_writes(stored, "and vLLM answers with text")
     _, base = plain_lora(stored, "vLLM")
     _check_base(stored, base, base_model_name)
-    folder = _own_folder(working(peft_folder())) / content_hash(stored)
-    with lock(folder.parent / f".{folder.name}.lock", wait=True):
+    with _writing:  # vLLM asks for several at once, each in a thread
+        folder = _own_folder(working(peft_folder())) / content_hash(stored)
         if not folder.exists():
             export(stored, folder, merged=False)
     return folder
@@ -72,8 +74,10 @@ def _own_folder(parent: Path) -> Path:
 
     What killed processes left goes before.
     """
-    held = new_folder(parent / "vllm", private=True)
-    folder = held.__enter__()
+    parent.mkdir(parents=True, exist_ok=True)
+    with lock(parent / ".vllm.lock", wait=True):  # else another server may take it for left behind
+        held = new_folder(parent / "vllm", private=True)
+        folder = held.__enter__()
     # After an error it is removed; else it would become `vllm`.
     atexit.register(held.__exit__, SystemExit, SystemExit(), None)
     return folder

@@ -44,9 +44,13 @@ def journals_folder(model_id: str) -> Path:
     return luthier_home() / "evaluations" / short_name(base) / name
 
 
-def gguf_folder(digest: str, kind: str) -> Path:
-    """Where the GGUF file that a backend runs is kept: by the model's content and weights' type."""
-    return luthier_home() / "cache" / "gguf" / f"{digest}-{kind}"
+def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
+    """Where the GGUF file that a backend runs is kept: by the model's content and weights' type.
+
+    The id stands before them, so that what was made of a removed model is found without its parents.
+    """
+    name = re.sub(r"[^\w.-]", "~", model_id)[-100:]
+    return luthier_home() / "cache" / "gguf" / f"{name}~{digest}~{kind}"
 
 
 def short_name(base: str) -> str:

@@ -92,11 +92,7 @@ def described_base(entry: CatalogEntry) -> StoredModel:
 
 def remove_derived(model: StoredModel) -> None:
     """Delete what was made from the weights of ``model`` beside its own folder."""
-    if model.parent is None and model.manifest.saved == "adapter":  # as lists have it
-        if any(isinstance(each, str) for each in ancestors(model)):
-            return  # what it stands on is gone, and with it the name of what was made of both
-        model = find(model.id)
-    pattern = gguf_folder(content_hash(model), "*")
+    pattern = gguf_folder(model.id, "*", "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -460,7 +456,7 @@ def content_hash(model: StoredModel) -> str:
 def ancestors(model: StoredModel) -> list[StoredModel | str]:
     """What ``model`` was made from, the nearest first; the id alone of one that is not here.
 
-    Nothing is fetched.
+    Base models of the catalogue are not fetched.
     """
     found: list[StoredModel | str] = []
     while parent := model.manifest.parent:

@@ -446,7 +446,7 @@ class _Progress(Reporter):
         self._begun[what] = done
 
     def ends(self) -> bool:
-        """The same, after a look where it is time for one."""
+        """Whether no more is to be done (:attr:`is_done`), after a look where it is time for one."""
         if time.monotonic() >= self._next:
             self.update()
         return self.is_done
