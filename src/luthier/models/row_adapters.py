@@ -25,7 +25,7 @@ from luthier.errors import RecipeError
 from luthier.models.heads import prompt_ids
 from luthier.models.kv_cache import CHUNK, CHUNK_STEP
 from luthier.models.layers import replace_modules, share_layers
-from luthier.models.packing import linear_plus
+from luthier.models.packing import linear_plus, packed_weight
 from luthier.models.prefix import prefix_tokens
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ class StackedLayer(LayerWrapper):
     def __init__(self, base_layer: nn.Module, name: str, shared: SharedBase) -> None:
         super().__init__(base_layer)
         self._name, self._shared = name, shared
-        self._adds_inside = _adds_inside(base_layer, shared.sizes)
+        self._adds_inside = shared.adds_inside(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
@@ -342,6 +342,7 @@ class SharedBase:
         self._banks: dict[Hashable, AdapterBank] = {}
         self._bits: dict[Hashable, RowBits] = {}
         """Of shapes that came last."""
+        self._adds_inside: dict[Hashable, bool] = {}
 
     def adapter_of(self, network: Network) -> Adapter:
         """What makes ``network`` another one than the base, and how its rows may be computed.
@@ -358,6 +359,14 @@ class SharedBase:
             known = self._bits.get(adapter.shapes) if bank is None else bank.bits
             adapter.bits = known or RowBits.of(adapter, self.sizes)
         return adapter
+
+    def adds_inside(self, layer: nn.Module) -> bool:
+        """Whether an update may be added inside its product; tried once for layers of its shape."""
+        packed = packed_weight(layer) is not None
+        key = type(layer), layer.weight.shape, layer.bias is None, packed
+        if key not in self._adds_inside:
+            self._adds_inside[key] = _adds_inside(layer, self.sizes)
+        return self._adds_inside[key]
 
     def add(self, adapter: Adapter) -> None:
         """Take in an adapter."""
