@@ -300,6 +300,24 @@ def test_what_was_guessed_right_takes_no_step_and_changes_nothing(
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), at
 
 
+def test_what_a_sequence_left_is_never_read(family_folder: Callable[[str], Path]) -> None:
+    """Nor where it was no number: another sequence grows into its place, and 0 times that is none."""
+    backend = FlatBackend(network(family_folder("llama")), 512, exact=True)
+    expected = written(backend, PROMPTS[:1], 100)
+    others = [begin(backend, np.arange(100) % 90 + 3)[0] for _ in range(4)]
+    (bank,) = {state.span.bank for state in others}
+    spoilt = others[-1]
+    for pair in bank.layers.values():
+        for part in pair:
+            part[spoilt.span.slot] = torch.nan
+    slot = spoilt.span.slot
+    backend.free(spoilt)
+    assert next(iter(bank.layers.values()))[0][slot].isnan().all(), "the place is there still"
+    assert written(backend, PROMPTS[:1], 100) == expected
+    for state in others[:-1]:
+        backend.free(state)
+
+
 def test_forks_of_one_prompt_go_their_own_ways(family_folder: Callable[[str], Path]) -> None:
     backend = FlatBackend(network(family_folder("llama")), 1024, exact=True)
     state = backend.open(PROMPTS[2])

@@ -499,6 +499,36 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
     assert answer(opened, asked("Hi")).tokens == 24
 
 
+def test_a_prompt_that_cannot_be_begun_fails_alone(
+    opened: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of an adapter which is gone by then: others go on."""
+    other = opened.submit(asked("Hi", max_tokens=200, logit_bias={1: -100.0}))
+    next(other)
+    begin = opened._backend.open
+
+    def fail(*arguments: Any) -> Any:
+        monkeypatch.setattr(opened._backend, "open", begin)
+        raise KeyError("a secret of ours")
+
+    monkeypatch.setattr(opened._backend, "open", fail)
+    with pytest.raises(InferenceFailed, match=r"The model failed: KeyError\.$"):
+        answer(opened, asked("Hi"))
+    assert other.whole()[0].tokens == 200
+    assert settled(opened)
+
+
+def test_no_numbers_are_no_answer(opened: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At temperature 0, too."""
+    step = opened._backend.step
+    monkeypatch.setattr(
+        opened._backend, "step", lambda *given: torch.full_like(step(*given), torch.nan)
+    )
+    with pytest.raises(InferenceFailed, match="gave no probabilities") as failed:
+        answer(opened, asked("Hi", max_tokens=8, temperature=0))
+    assert failed.value.code == "ModelError"
+
+
 def test_a_closed_decoder_says_so(tiny_model_folder: Path, in_float32: None) -> None:
     made = Decoder.open(find(str(tiny_model_folder)), CacheBudget(MEMORY))
     stream = made.submit(asked("Hi", max_tokens=900, logit_bias={1: -100.0}))

@@ -17,6 +17,7 @@ from luthier.errors import DiskFull, RecipeError
 from luthier.files import luthier_home, read_json
 from luthier.models.backends import BACKENDS
 from luthier.models.decoding import sample
+from luthier.models.manifest import Manifest
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import FlatBackend
 from luthier.recipe import Recipe
@@ -26,7 +27,7 @@ from luthier.serving.generation import Generator
 from luthier.serving.memory import CacheBudget
 from luthier.serving.pool import ModelPool
 from luthier.store.model_folders import gguf_folder
-from luthier.store.models import content_hash, find, remove_derived
+from luthier.store.models import StoredModel, content_hash, find, remove_derived
 
 try:
     BACKENDS["llama.cpp"].check()
@@ -106,6 +107,22 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
     assert len(count) == 2 and len([*folder.parent.glob("[!.]*")]) == 2
     remove_derived(stored)
     assert not [*folder.parent.glob("[!.]*")]
+
+
+def test_names_of_files_are_short_and_of_one_model() -> None:
+    """Of folders with long names in any alphabet, too; a removed base takes no adapter's."""
+    digest = "0123456789abcdef" * 4
+    long = "/data/模型" + "模型" * 90
+    ids = ["foo", "foo:a", "foo:a.b", "foo-2:a", long, long + "a", "/other" + long[5:]]
+    folders = [gguf_folder(each, digest, "q8_0") for each in ids]
+    assert len({*folders}) == len(ids)
+    assert max(len(f".{each.name}.lock".encode()) for each in folders) < 255
+    for folder in folders:
+        folder.mkdir(parents=True)
+    remove_derived(StoredModel("foo", luthier_home(), Manifest(id="foo")))
+    assert [each for each in folders if not each.exists()] == folders[:1]
+    remove_derived(StoredModel("foo:a", luthier_home(), Manifest(id="foo:a", saved="adapter")))
+    assert [each for each in folders if not each.exists()] == folders[:2]
 
 
 def test_a_file_that_answers_otherwise_is_not_used(

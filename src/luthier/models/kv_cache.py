@@ -126,6 +126,8 @@ class Bank:
         for layer, parts in other.bank.layers.items():
             for mine, theirs in zip(self.of(layer, *parts), parts, strict=True):
                 mine[span.slot, :, :size] = theirs[other.slot, :, :size]
+                # What was there before may be no number, and is multiplied by 0 where it is masked.
+                mine[span.slot, :, size:] = 0
         return span
 
     def remove(self, span: Span) -> None:

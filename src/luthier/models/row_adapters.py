@@ -32,14 +32,16 @@ if TYPE_CHECKING:
     from luthier.models.draft_model import DraftModel
     from luthier.models.network import Network
 
-COUNTS = (2, 3, 7, 16, 33, 64)
-"""Numbers of rows, each with an adapter of its own, that are tried in one product."""
 PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
 """Numbers of rows that a pass may have that reads prompts."""
+ROW_STEP = 8
+"""Rows of each adapter in a product are filled up to a multiple of this: others, 1 before all, are
+summed in other orders."""
+BESIDE = (1, 2, 7)
+"""Numbers of adapters that are tried in one product, and for few rows :data:`MANY`."""
+MANY = 33
 ALONE = 64
-"""Rows of one adapter in each product, filled up, where those of several cannot run as one."""
-MOSTLY = 4
-"""A product of a whole stack is taken where at least one in so many of its adapters has a row."""
+"""Rows of one adapter in each product, filled up, where other numbers have other bits."""
 SHAPES = 16
 """Of adapters, of which is known how their rows may be computed."""
 PART, ROW = 12.0, 0.06
@@ -166,10 +168,8 @@ class Adapter:
 class RowBits:
     """What changes no row's bits, for adapters of the same shapes; tried with numbers at random."""
 
-    mixes: bool
-    """Whether rows of several run in one product."""
     joins: bool
-    """Whether several rows of one do, as one matrix."""
+    """Whether rows of one run as one matrix, and the matrices of several in one product."""
     mixes_prompts: bool
     """Whether tokens of prompts may be such rows, as many as a pass has that reads them."""
     divides: bool
@@ -178,10 +178,9 @@ class RowBits:
     @staticmethod
     def of(adapter: Adapter, sizes: Sequence[int]) -> RowBits:
         """Try it; steps are of ``sizes`` rows. Nothing is changed, so any thread may."""
-        mixes = _mixes(adapter)
-        joins = mixes and _joins(adapter)
-        prompts = joins and _mixes_prompts(adapter, sizes)
-        return RowBits(mixes, joins, prompts, prompts or _divides(adapter))
+        joins = _joins(adapter)
+        prompts = joins and _adds_to_prompts(adapter, sizes)
+        return RowBits(joins, prompts, prompts or _divides(adapter))
 
 
 class AdapterBank:
@@ -362,11 +361,10 @@ class SharedBase:
 
     def adds_inside(self, layer: nn.Module) -> bool:
         """Whether an update may be added inside its product; tried once for layers of its shape."""
-        packed = packed_weight(layer) is not None
-        key = type(layer), layer.weight.shape, layer.bias is None, packed
-        if key not in self._adds_inside:
-            self._adds_inside[key] = _adds_inside(layer, self.sizes)
-        return self._adds_inside[key]
+        kind = _kind_of(layer)
+        if kind not in self._adds_inside:
+            self._adds_inside[kind] = _adds_inside(layer, self.sizes)
+        return self._adds_inside[kind]
 
     def add(self, adapter: Adapter) -> None:
         """Take in an adapter."""
@@ -437,23 +435,9 @@ class SharedBase:
         if bank.bits.joins:
             self._divide_joined(bank, rows)
             return
-        left = {adapter: [*own] for adapter, own in rows.items()}
-        if not bank.bits.mixes:
-            for adapter, own in left.items():
-                for first in range(0, len(own), ALONE):
-                    some = own[first : first + ALONE]
-                    row_1M = [some + some[:1] * (ALONE - len(some))]
-                    self._append(bank, row_1M, adapter.slots)
-            return
-        # A row of each, as long as most of the stack is used; what is left adapter by adapter.
-        while len(left) > 1 and MOSTLY * len(left) >= len(bank.adapters):
-            row_P = [-1] * len(bank.adapters)
-            for adapter, own in left.items():
-                row_P[adapter.slot] = own.pop()
-            self._append(bank, [[row] for row in row_P], range(len(row_P)))
-            left = {adapter: own for adapter, own in left.items() if own}
-        for adapter, own in left.items():
-            self._append(bank, [[row] for row in own + own[:1] * (len(own) == 1)], adapter.slots)
+        for adapter, own in rows.items():
+            for first in range(0, len(own), ALONE):
+                self._append(bank, [_filled(own[first : first + ALONE], ALONE)], adapter.slots)
 
     def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """One product of a part of the stack for adapters of few rows, one more for each other one."""
@@ -465,17 +449,18 @@ class SharedBase:
 
         def cost(most: int) -> float:
             apart = sum(len(own) > most for own in rows.values())
-            together = PART + len(slots_of(most)) * (1 + most * ROW) if apart < len(rows) else 0.0
+            each = 1 + _filled_up(most) * ROW
+            together = PART + len(slots_of(most)) * each if apart < len(rows) else 0.0
             return apart * (PART + 1) + together
 
         most = min({0, *map(len, rows.values())}, key=cost)
-        slots = slots_of(most)
-        row_PM = [[-1] * most for _ in slots]
+        slots, count = slots_of(most), _filled_up(most)
+        row_PM = [[-1] * count for _ in slots]
         for adapter, own in rows.items():
             if len(own) > most:
-                self._append(bank, [own], adapter.slots)
+                self._append(bank, [_filled(own, _filled_up(len(own)))], adapter.slots)
             else:
-                row_PM[adapter.slot - slots.start] = own + own[:1] * (most - len(own))
+                row_PM[adapter.slot - slots.start] = _filled(own, count)
         if row_PM:
             self._append(bank, row_PM, slots)
 
@@ -484,12 +469,32 @@ class SharedBase:
         rows = [row for part in row_PM for row in part]
         self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
-        in_order = bank.bits.joins and len(slots) == 1 and rows == [*range(self.running.rows)]
+        count = self.running.rows  # filled up by the step itself, then, from ``ROW_STEP`` on
+        in_order = bank.bits.joins and len(slots) == 1 and rows[:count] == [*range(count)]
+        in_order = in_order and len(row_PM) == 1 and count >= ROW_STEP
         self.running.parts.append(_Part(bank, row_Q, len(row_PM), slots, in_order))
 
 
-def _random_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
-    """Each kind of update of ``adapter``, with rows ``[P, 1, I]`` and weights for it at random."""
+def _kind_of(layer: Any) -> Hashable:
+    """What decides by which kernels a frozen layer is computed."""
+    return type(layer), layer.weight.shape, layer.bias is None, packed_weight(layer) is not None
+
+
+def _filled_up(count: int) -> int:
+    return -(-count // ROW_STEP) * ROW_STEP
+
+
+def _filled(rows: list[int], count: int) -> list[int]:
+    """At least ``count`` rows; those that fill up are the first one again."""
+    return rows + rows[:1] * (count - len(rows))
+
+
+def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[Tensor]]]:
+    """Each kind of update of ``adapter``, with rows ``[M, I]`` and stacks of weights to try it with.
+
+    Their sums cancel: of three parts the first is large and the second its opposite, so that another
+    order of summing shows. Rounded to 16 bits it hardly ever does with ordinary numbers.
+    """
     generator = torch.Generator().manual_seed(0)
     seen: set[Hashable] = set()
 
@@ -502,9 +507,29 @@ def _random_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[
             continue
         seen.add(key)
         frozen: Tensor = adapter.layers[name].base_layer.weight
-        x_P1I = random_like(frozen, COUNTS[-1], 1, len(update.weights[0]))
-        stacks = [random_like(weight, COUNTS[-1], *weight.shape) for weight in update.weights]
-        yield update, x_P1I, stacks
+        large = 2.0**20 if torch.finfo(frozen.dtype).max > 2.0**40 else 2.0**6
+        x_MI = random_like(frozen, CHUNK, len(update.weights[0]))
+        first, second = _parts(x_MI.shape[1])
+        x_MI[:, first] *= large
+        x_MI[:, second] = -x_MI[:, first]
+        stacks = [random_like(weight, MANY, *weight.shape) for weight in update.weights]
+        for number, stack in enumerate(stacks):
+            if stack.dim() < 3:
+                continue
+            # Equal columns give the next product equal numbers, which its rows bring to nothing.
+            column, equal = _parts(stack.shape[2])
+            stack[:, :, equal] = stack[:, :, column]
+            first, second = _parts(stack.shape[1])
+            if number:
+                stack[:, first] *= large
+            stack[:, second] = -stack[:, first] if number else stack[:, first]
+        yield update, x_MI, stacks
+
+
+def _parts(size: int) -> tuple[slice, slice]:
+    """The first and the second third of ``size`` places."""
+    third = size // 3
+    return slice(0, third), slice(third, 2 * third)
 
 
 @torch.no_grad()
@@ -513,62 +538,23 @@ def _joins(adapter: Adapter) -> bool:
 
     Beside those of other adapters in one product, too.
     """
-    for update, x_P1I, stacks in _random_updates(adapter):
-        one = [stack[:1] for stack in stacks]
-        alone = [stack.expand(len(x_P1I), *stack.shape[1:]) for stack in one]
-        expected_MO = update.compute(x_P1I, *alone)[:, 0]
-        x_MI = x_P1I[:, 0]
-        for count in (1, *COUNTS):
-            if not torch.equal(update.compute(x_MI[None, :count], *one)[0], expected_MO[:count]):
-                return False
-            for others in (2, 7):
-                beside = [stack[:others] for stack in stacks]
-                x_PMI = x_MI[:count].expand(others, count, -1)
-                if not torch.equal(update.compute(x_PMI, *beside)[0], expected_MO[:count]):
+    for update, x_MI, stacks in _trial_updates(adapter):
+        expected_MO = update.compute(x_MI[None], *(stack[:1] for stack in stacks))[0]
+        for count in range(ROW_STEP, CHUNK + 1, ROW_STEP):
+            for others in BESIDE if count > 2 * ROW_STEP else (*BESIDE, MANY):
+                x_PMI = x_MI[:count].repeat(others, 1, 1)
+                y_PMO = update.compute(x_PMI, *(stack[:others] for stack in stacks))
+                if not torch.equal(y_PMO[0], expected_MO[:count]):
                     return False
     return True
 
 
 @torch.no_grad()
-def _mixes(adapter: Adapter) -> bool:
-    """Whether a row has the same bits whatever number of adapters is beside it in one product.
+def _adds_to_prompts(adapter: Adapter, sizes: Sequence[int]) -> bool:
+    """Whether an update can be added to rows of prompts where it can to those of steps.
 
-    And beside the same one again. One row alone is another kind of product, and is never taken.
+    A layer that does not add it inside its product gives the base's bits, which are tried for all.
     """
-    for update, x_P1I, stacks in _random_updates(adapter):
-        expected = update.compute(x_P1I, *stacks)
-        for count in COUNTS:
-            beside = update.compute(x_P1I[:count], *(stack[:count] for stack in stacks))
-            again = update.compute(
-                x_P1I[:1].repeat(count, 1, 1),
-                *(stack[:1].expand(count, *stack.shape[1:]) for stack in stacks),
-            )
-            if not torch.equal(beside, expected[:count]):
-                return False
-            if not torch.equal(again, expected[:1].expand_as(again)):
-                return False
-    return True
-
-
-@torch.no_grad()
-def _mixes_prompts(adapter: Adapter, sizes: Sequence[int]) -> bool:
-    """Whether a row has the bits of a step of ``sizes`` rows in any pass that reads prompts.
-
-    A prompt has a multiple of ``CHUNK_STEP`` rows there, and its adapter as many, or as many as another
-    one beside it.
-    """
-    for update, x_P1I, stacks in _random_updates(adapter):
-        one = [stack[:1] for stack in stacks]
-        expected_MO = update.compute(x_P1I[:, 0][None], *one)[0]
-        times = CHUNK // len(x_P1I)
-        x_MI, expected_MO = x_P1I[:, 0].repeat(times, 1), expected_MO.repeat(times, 1)
-        for size in range(CHUNK_STEP, CHUNK + 1, CHUNK_STEP):
-            for others in (1, 7):
-                beside = [stack[:others] for stack in stacks]
-                y_MO = update.compute(x_MI[:size].repeat(others, 1, 1), *beside)[0]
-                if not torch.equal(y_MO, expected_MO[:size]):
-                    return False
-    # A layer that does not add inside its product gives the base's bits, which are tried for all.
     return all(
         _adds_inside(layer.base_layer, PREFILL_ROWS)
         for layer in _unlike_layers(adapter)
@@ -592,7 +578,7 @@ def _unlike_layers(adapter: Adapter) -> Iterator[RowLayer]:
     seen: set[Hashable] = set()
     for layer in adapter.layers.values():
         updates = [(each.kind, len(each.weights[0])) for each in layer.row_updates()]
-        if (key := (layer.base_layer.weight.shape, *updates)) not in seen:
+        if (key := (_kind_of(layer.base_layer), *updates)) not in seen:
             seen.add(key)
             yield layer
 

@@ -147,7 +147,7 @@ class RunningAnswer:
     def advance(self, logits_V: Tensor, best: int | None) -> None:
         """The next token, from its logits; ``best`` is their highest, where that is known."""
         sampler, matcher = self._sampler, self._matcher
-        if best is not None and sampler.plain and sampler.greedy:
+        if best is not None and best < len(logits_V) and sampler.plain and sampler.greedy:
             self.last = best
         else:
             self.last = sampler.choose(logits_V)
@@ -613,13 +613,27 @@ class Decoder:
         jobs: list[RunningRequest] = []
         rows = 0
         for job in able:
-            if job.state is None:
-                self._open(job)
+            if job.state is None and not self._opens(job):
+                continue
             rows += min(job.state.unread, CHUNK)
             if jobs and rows > CHUNK:
                 break
             jobs.append(job)
         return jobs
+
+    def _opens(self, job: RunningRequest) -> bool:
+        """Begin with its prompt; whether that went well. What fails is told to its client alone."""
+        if job.cancelled:  # meanwhile: its adapter may be gone
+            return False
+        try:
+            self._open(job)
+        except Exception as error:
+            _log.exception("a prompt cannot be begun")
+            failure = f"The model failed: {type(error).__name__}."
+            job.events.put(InferenceFailed("ModelError", failure))
+            job.cancelled = True
+            return False
+        return True
 
     def _open(self, job: RunningRequest) -> None:
         """Begin with its prompt, behind what is known of it."""

@@ -1,6 +1,7 @@
 """The GGUF file of a stored model, for backends that run files.
 
-    cache/gguf/<hash of the model>-<type>/   model.gguf, and parity.json: how it answers beside torch
+    cache/gguf/<id>~<hash of the model>~<type>/
+        model.gguf, and parity.json: how it answers beside torch
 
 It is written once, from the network with all adapters merged, and under the hash of all that decides
 what the model answers, so that another model never finds it. Before anybody gets it, it is asked beside

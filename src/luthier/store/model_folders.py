@@ -10,6 +10,7 @@ cache/peft/                     what vLLM's servers read, as long as they run
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def gguf_folder(model_id: str, digest: str, kind: str) -> Path:
 
     The id stands before them, so that what was made of a removed model is found without its parents.
     """
-    name = re.sub(r"[^\w.-]", "~", model_id)[-100:]
+    name = re.sub(r"[^\w.-]", "~", model_id, flags=re.ASCII)
+    if len(name) > 100:  # a long path
+        name = f"{name[-80:]}~{hashlib.sha256(model_id.encode()).hexdigest()[:16]}"
     return luthier_home() / "cache" / "gguf" / f"{name}~{digest}~{kind}"
 
 

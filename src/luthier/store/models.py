@@ -92,7 +92,7 @@ def described_base(entry: CatalogEntry) -> StoredModel:
 
 def remove_derived(model: StoredModel) -> None:
     """Delete what was made from the weights of ``model`` beside its own folder."""
-    pattern = gguf_folder(model.id, "*", "*")
+    pattern = gguf_folder(model.id, "[0-9a-f]" * 64, "*")
     for folder in pattern.parent.glob(pattern.name):
         shutil.rmtree(folder, ignore_errors=True)
 
