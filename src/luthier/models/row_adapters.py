@@ -34,9 +34,11 @@ if TYPE_CHECKING:
 
 PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
 """Numbers of rows that a pass may have that reads prompts."""
-ROW_STEP = 8
+ROW_STEP = 4
 """Rows of each adapter in a product are filled up to a multiple of this: others, 1 before all, are
 summed in other orders."""
+JOINED = (*range(ROW_STEP, 64, ROW_STEP), *range(64, CHUNK + 1, CHUNK_STEP))
+"""Numbers of rows that are tried as one matrix; prompts have multiples of ``CHUNK_STEP``."""
 BESIDE = (1, 2, 7)
 """Numbers of adapters that are tried in one product, and for few rows :data:`MANY`."""
 MANY = 33
@@ -540,7 +542,7 @@ def _joins(adapter: Adapter) -> bool:
     """
     for update, x_MI, stacks in _trial_updates(adapter):
         expected_MO = update.compute(x_MI[None], *(stack[:1] for stack in stacks))[0]
-        for count in range(ROW_STEP, CHUNK + 1, ROW_STEP):
+        for count in JOINED:
             for others in BESIDE if count > 2 * ROW_STEP else (*BESIDE, MANY):
                 x_PMI = x_MI[:count].repeat(others, 1, 1)
                 y_PMO = update.compute(x_PMI, *(stack[:others] for stack in stacks))
