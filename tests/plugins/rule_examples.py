@@ -388,7 +388,7 @@ EXAMPLES: list[tuple[str, list[object], int, str, str]] = [
         [{"txet": "a", "label": "b"}],
         1,
         'the keys are "txet", "label"',
-        'If "txet" is meant, say `data.columns.text=txet`.',
+        'If "txet" is meant, rename it to "text", or say `data.columns.text=txet` where all rows have',
     ),
     (
         "row.ambiguous",

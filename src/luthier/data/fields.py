@@ -90,7 +90,10 @@ def rename_fix(holder: Record, wanted: tuple[str, ...]) -> str:
 
 def column_fix(ours: str, theirs: str) -> str:
     """What to say where the column ``theirs`` is meant."""
-    return f"If {quote(theirs)} is meant, say `data.columns.{ours}={theirs}`."
+    return (
+        f'If {quote(theirs)} is meant, rename it to "{ours}", or say `data.columns.{ours}={theirs}` '
+        "where all rows have it."
+    )
 
 
 def join_parts(value: object) -> object:

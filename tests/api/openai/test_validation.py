@@ -37,6 +37,7 @@ class Sample(Body):
     either: str | list[Part] = ""
     choice: Literal["none", "auto"] | Part = "none"
     pet: Annotated[Cat | Dog, Field(discriminator="type")] | None = None
+    epochs: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
 
 
 TEXT = {"text": "x"}
@@ -127,6 +128,12 @@ TEXT = {"text": "x"}
             "choice",
             "invalid_value",
             "'x'. Supported values are: 'none' or 'auto'.",
+        ),
+        (
+            {"epochs": "many"},
+            "epochs",
+            "invalid_value",
+            "'many'. Supported values are: 'auto' or an integer.",
         ),
         (
             {"pet": {"type": "cow"}},

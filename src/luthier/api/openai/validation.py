@@ -36,9 +36,12 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
     literal = next((each for each in errors if each["type"] == "literal_error"), None)
     if kind == "union_tag_invalid" or (literal is not None and isinstance(given, str)):
         known = context["expected_tags"] if literal is None else literal["ctx"]["expected"]
+        # A word stands in the place of a number ("auto"); who sends one does not mean an object.
+        types = dict.fromkeys(map(_describe_type, errors))
+        further = "".join(f" or {each}" for each in types if each in ("an integer", "a number"))
         return (
             f"Invalid value for {member}: {_quote(context.get('tag', given))}. Supported values are: "
-            f"{known}.",
+            f"{known}{further}.",
             "invalid_value",
         )
     if kind == "literal_error" or expected_type(error):
