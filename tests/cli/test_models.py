@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +16,13 @@ from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
 from luthier.chat_models.base import Reply
+from luthier.cli.service import open_database
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
 from luthier.models.manifest import MANIFEST
 from luthier.serving.journal import evaluation_journal
+from luthier.store.custom_models import CustomModel
+from luthier.store.database import now
 from luthier.store.model_folders import gguf_folder
 from luthier.store.models import find
 
@@ -266,6 +270,33 @@ def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
     }  # fmt: skip
     assert files_in(own_home) == [str((other / "parity.json").relative_to(own_home))]
     assert "is no model that was made here" in Answer("models", "remove", MODEL).refused()
+
+
+def test_a_model_of_the_service_is_removed_there(own_home: Path) -> None:
+    names = {"name": "support", "foundation": "luthier.tiny-llama", "root": "luthier.tiny-llama"}
+    row = CustomModel(
+        id="abcdefghijkl", account="000000000000", base_model="", stored_id=MODEL, status="Active",
+        created=now(), **names,
+    )  # fmt: skip
+    with open_database(None) as database, database.write() as session:
+        session.add(row)
+    refused = Answer("models", "remove", MODEL).refused()
+    assert f"{MODEL} belongs to account 000000000000 of the service. Delete it there" in refused
+    with open_database(None) as database, database.write() as session:
+        session.delete(session.get_one(CustomModel, 1))
+    Answer("models", "remove", MODEL).good()
+
+
+def test_models_are_removed_where_the_service_is_not_installed(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = find_spec
+    monkeypatch.setattr(
+        "luthier.cli.models.find_spec", lambda name: None if name == "sqlalchemy" else specs(name)
+    )
+    for name in ("removal", "database"):
+        monkeypatch.setitem(sys.modules, f"luthier.store.{name}", None)
+    assert Answer("models", "remove", MODEL).good().out == f"{MODEL} is gone\n"
 
 
 @pytest.mark.parametrize(

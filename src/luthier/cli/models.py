@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -453,6 +454,27 @@ def _print_gguf(written: Export, quantization: str | None) -> None:
     print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
 
 
+def _check_no_account(model: str) -> None:
+    """Refuse a model of the service, which would go on naming it.
+
+    Where its database is not in the store the server alone knows it.
+    """
+    from luthier.cli.service import open_database
+    from luthier.files import luthier_home
+    from luthier.store.database import DATABASE_FILE
+    from luthier.store.removal import account_of
+
+    if not (luthier_home() / DATABASE_FILE).is_file():
+        return
+    with open_database(None) as database:
+        account = account_of(database, model)
+    if account is not None:
+        raise RecipeError(
+            f"{model} belongs to account {account} of the service. Delete it there, by Bedrock's "
+            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too."
+        )
+
+
 @models_app.command("remove")
 def remove_model(model: str, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
@@ -467,8 +489,8 @@ def remove_model(model: str, json_: Json = False) -> None:
         remove_derived,
         suggest_models,
     )
-    from luthier.store.removal import remove_unneeded
 
+    has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
     base, colon, name = model.partition(":")
     made_here = not colon and model not in CATALOG
     run = BaseRun(base) if made_here else Run(base, name)
@@ -491,6 +513,8 @@ def remove_model(model: str, json_: Json = False) -> None:
     children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
+    if has_service:
+        _check_no_account(model)
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
     parents = [m.manifest.parent for m in stored if colon]
     with run.lock():
@@ -498,8 +522,11 @@ def remove_model(model: str, json_: Json = False) -> None:
             remove_derived(each)
         for folder in (*folders, journals_folder(model)):
             shutil.rmtree(folder, ignore_errors=True)
-    for parent in parents:
-        remove_unneeded(parent)
+    if has_service:
+        from luthier.store.removal import remove_unneeded
+
+        for parent in parents:
+            remove_unneeded(parent)
     if json_:
         print_json({"id": model, "removed": True})
     else:

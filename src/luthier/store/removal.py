@@ -112,21 +112,22 @@ def finish_deletions(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
     for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
         stored_id = f"{path.parent.parent.name}:{path.parent.name}"
-        if _has_record(database, stored_id):
+        if account_of(database, stored_id) is not None:
             path.unlink(missing_ok=True)
         else:
             remove_files(stored_id)
     for stored_id in shared_models.marked_removals():
-        if _has_record(database, stored_id):
+        if account_of(database, stored_id) is not None:
             shared_models.unmark_removal(stored_id)
         else:
             remove_files(stored_id)
 
 
-def _has_record(database: Database, stored_id: str) -> bool:
+def account_of(database: Database, stored_id: str) -> str | None:
+    """The account that a stored model belongs to; ``None`` for one of the command line."""
     with database.read() as session:
-        known = select(CustomModel.seq).where(CustomModel.stored_id == stored_id).limit(1)
-        return session.scalar(known) is not None
+        owner = select(CustomModel.account).where(CustomModel.stored_id == stored_id).limit(1)
+        return session.scalar(owner)
 
 
 def remove_files(stored_id: str | None) -> None:
