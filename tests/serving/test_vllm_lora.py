@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import urllib.error
@@ -127,10 +128,13 @@ def test_a_server_writes_it_once_and_keeps_it(store: str, monkeypatch: pytest.Mo
 
 
 def test_that_of_an_encrypted_store_is_in_memory(
-    store: str, tiny_llama: Callable[..., Any], tmp_path: Path
+    store: str, tiny_llama: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft import PeftModel
 
+    # To train on an encrypted store moves temporary files into memory for the rest of the process.
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", tempfile.gettempdir())
     keys.open_store_keys(secrets.token_bytes(32))
     try:
         rows = tmp_path / "rows.jsonl"
