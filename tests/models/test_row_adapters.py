@@ -246,14 +246,19 @@ def test_prompts_of_several_adapters_have_the_bits_of_each_alone(
     assert not torch.equal(*(read_together([each], prompts[:1])[0] for each in (one, other)))
 
 
-def test_prompts_of_several_adapters_are_read_in_one_pass(
-    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it changes no bits; never with what stands before a prompt in its own network alone."""
+@pytest.fixture
+def mixing(family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> FlatBackend:
+    """A backend whose trials say that rows of all adapters run together."""
     for name in ("_joins", "_adds_to_prompts"):
         monkeypatch.setattr(row_adapters, name, lambda *given: True)
-    network = base_network(family_folder("llama"))
-    base = FlatBackend(network, 512)
+    return FlatBackend(base_network(family_folder("llama")), 512)
+
+
+def test_prompts_of_several_adapters_are_read_in_one_pass(
+    mixing: FlatBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it changes no bits; never with what stands before a prompt in its own network alone."""
+    base, network = mixing, mixing.network
     kinds = [LoRA(rank=4), LoRA(rank=4), Prefix(virtual_tokens=5), Prompt(virtual_tokens=3)]
     one, other, prefix, prompt = (
         base.with_adapter(network.with_adapter(drawn(each, s)), 512) for s, each in enumerate(kinds)
@@ -287,13 +292,10 @@ def test_prompts_of_several_adapters_are_read_in_one_pass(
 
 
 def test_an_adapter_is_taken_in_between_two_passes(
-    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    mixing: FlatBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another thread, which tries meanwhile how its rows may be computed."""
-    for name in ("_joins", "_adds_to_prompts"):
-        monkeypatch.setattr(row_adapters, name, lambda *given: True)
-    network = base_network(family_folder("llama"))
-    base = FlatBackend(network, 512)
+    base, network = mixing, mixing.network
     adapter = base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), 0)), 512)
     later = network.with_adapter(drawn(LoRA(rank=2), 1))
     expected = read_together([adapter], PROMPTS[1:2])[0]

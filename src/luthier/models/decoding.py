@@ -198,14 +198,14 @@ def choose_tokens(samplers: Sequence[TokenSampler], logits_RV: Tensor) -> list[i
     if not first.plain or (first.narrows and not first.greedy):
         return [own.choose(row_V) for own, row_V in zip(samplers, logits_RV, strict=True)]
     if first.greedy:
-        return _checked(likeliest_tokens(logits_RV), logits_RV)
+        return _check_tokens(likeliest_tokens(logits_RV), logits_RV)
     probability_RV = torch.softmax(logits_RV.float() / first.sampling.temperature, -1)
     uniforms = [own.uniform() for own in samplers]
     uniform_R = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)
-    return _checked(draw(probability_RV, uniform_R).tolist(), logits_RV)
+    return _check_tokens(draw(probability_RV, uniform_R).tolist(), logits_RV)
 
 
-def _checked(tokens: list[int], logits_RV: Tensor) -> list[int]:
+def _check_tokens(tokens: list[int], logits_RV: Tensor) -> list[int]:
     if max(tokens) >= logits_RV.shape[-1]:
         raise RecipeError("The model gave no probabilities.")
     return tokens

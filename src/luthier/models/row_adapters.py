@@ -178,10 +178,10 @@ class RowBits:
     """Whether a prompt has the same bits however it is divided, in the network that reads it."""
 
     @staticmethod
-    def of(adapter: Adapter, sizes: Sequence[int]) -> RowBits:
-        """Try it; steps are of ``sizes`` rows. Nothing is changed, so any thread may."""
+    def of(adapter: Adapter, adds_inside: Callable[[Any], bool]) -> RowBits:
+        """Try it; ``adds_inside`` says of which layers it is known for the rows of steps."""
         joins = _joins(adapter)
-        prompts = joins and _adds_to_prompts(adapter, sizes)
+        prompts = joins and _adds_to_prompts(adapter, adds_inside)
         return RowBits(joins, prompts, prompts or _divides(adapter))
 
 
@@ -348,7 +348,7 @@ class SharedBase:
     def adapter_of(self, network: Network) -> Adapter:
         """What makes ``network`` another one than the base, and how its rows may be computed.
 
-        Nothing is changed: to try it takes longer than to load an adapter, and others are answered
+        It is not taken in yet: to try it takes longer than to load an adapter, and others are answered
         meanwhile.
 
         Raises:
@@ -358,7 +358,7 @@ class SharedBase:
         if adapter.layers:
             bank = self._banks.get(adapter.shapes)
             known = self._bits.get(adapter.shapes) if bank is None else bank.bits
-            adapter.bits = known or RowBits.of(adapter, self.sizes)
+            adapter.bits = known or RowBits.of(adapter, self.adds_inside)
         return adapter
 
     def adds_inside(self, layer: nn.Module) -> bool:
@@ -439,7 +439,7 @@ class SharedBase:
             return
         for adapter, own in rows.items():
             for first in range(0, len(own), ALONE):
-                self._append(bank, [_filled(own[first : first + ALONE], ALONE)], adapter.slots)
+                self._append(bank, [_fill(own[first : first + ALONE], ALONE)], adapter.slots)
 
     def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
         """One product of a part of the stack for adapters of few rows, one more for each other one."""
@@ -451,18 +451,18 @@ class SharedBase:
 
         def cost(most: int) -> float:
             apart = sum(len(own) > most for own in rows.values())
-            each = 1 + _filled_up(most) * ROW
+            each = 1 + _round_up(most) * ROW
             together = PART + len(slots_of(most)) * each if apart < len(rows) else 0.0
             return apart * (PART + 1) + together
 
         most = min({0, *map(len, rows.values())}, key=cost)
-        slots, count = slots_of(most), _filled_up(most)
+        slots, count = slots_of(most), _round_up(most)
         row_PM = [[-1] * count for _ in slots]
         for adapter, own in rows.items():
             if len(own) > most:
-                self._append(bank, [_filled(own, _filled_up(len(own)))], adapter.slots)
+                self._append(bank, [_fill(own, _round_up(len(own)))], adapter.slots)
             else:
-                row_PM[adapter.slot - slots.start] = _filled(own, count)
+                row_PM[adapter.slot - slots.start] = _fill(own, count)
         if row_PM:
             self._append(bank, row_PM, slots)
 
@@ -472,8 +472,8 @@ class SharedBase:
         self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
         count = self.running.rows  # filled up by the step itself, then, from ``ROW_STEP`` on
-        in_order = bank.bits.joins and len(slots) == 1 and rows[:count] == [*range(count)]
-        in_order = in_order and len(row_PM) == 1 and count >= ROW_STEP
+        whole = bank.bits.joins and len(row_PM) == len(slots) == 1 and count >= ROW_STEP
+        in_order = whole and rows[:count] == [*range(count)]
         self.running.parts.append(_Part(bank, row_Q, len(row_PM), slots, in_order))
 
 
@@ -482,11 +482,11 @@ def _kind_of(layer: Any) -> Hashable:
     return type(layer), layer.weight.shape, layer.bias is None, packed_weight(layer) is not None
 
 
-def _filled_up(count: int) -> int:
+def _round_up(count: int) -> int:
     return -(-count // ROW_STEP) * ROW_STEP
 
 
-def _filled(rows: list[int], count: int) -> list[int]:
+def _fill(rows: list[int], count: int) -> list[int]:
     """At least ``count`` rows; those that fill up are the first one again."""
     return rows + rows[:1] * (count - len(rows))
 
@@ -511,7 +511,7 @@ def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[T
         frozen: Tensor = adapter.layers[name].base_layer.weight
         large = 2.0**20 if torch.finfo(frozen.dtype).max > 2.0**40 else 2.0**6
         x_MI = random_like(frozen, CHUNK, len(update.weights[0]))
-        first, second = _parts(x_MI.shape[1])
+        first, second = _thirds(x_MI.shape[1])
         x_MI[:, first] *= large
         x_MI[:, second] = -x_MI[:, first]
         stacks = [random_like(weight, MANY, *weight.shape) for weight in update.weights]
@@ -519,16 +519,16 @@ def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[T
             if stack.dim() < 3:
                 continue
             # Equal columns give the next product equal numbers, which its rows bring to nothing.
-            column, equal = _parts(stack.shape[2])
+            column, equal = _thirds(stack.shape[2])
             stack[:, :, equal] = stack[:, :, column]
-            first, second = _parts(stack.shape[1])
+            first, second = _thirds(stack.shape[1])
             if number:
                 stack[:, first] *= large
             stack[:, second] = -stack[:, first] if number else stack[:, first]
         yield update, x_MI, stacks
 
 
-def _parts(size: int) -> tuple[slice, slice]:
+def _thirds(size: int) -> tuple[slice, slice]:
     """The first and the second third of ``size`` places."""
     third = size // 3
     return slice(0, third), slice(third, 2 * third)
@@ -552,7 +552,7 @@ def _joins(adapter: Adapter) -> bool:
 
 
 @torch.no_grad()
-def _adds_to_prompts(adapter: Adapter, sizes: Sequence[int]) -> bool:
+def _adds_to_prompts(adapter: Adapter, adds_inside: Callable[[Any], bool]) -> bool:
     """Whether an update can be added to rows of prompts where it can to those of steps.
 
     A layer that does not add it inside its product gives the base's bits, which are tried for all.
@@ -560,7 +560,7 @@ def _adds_to_prompts(adapter: Adapter, sizes: Sequence[int]) -> bool:
     return all(
         _adds_inside(layer.base_layer, PREFILL_ROWS)
         for layer in _unlike_layers(adapter)
-        if _adds_inside(layer.base_layer, sizes)
+        if adds_inside(layer.base_layer)
     )
 
 

@@ -613,7 +613,7 @@ class Decoder:
         jobs: list[RunningRequest] = []
         rows = 0
         for job in able:
-            if job.state is None and not self._opens(job):
+            if job.state is None and not self._try_open(job):
                 continue
             rows += min(job.state.unread, CHUNK)
             if jobs and rows > CHUNK:
@@ -621,7 +621,7 @@ class Decoder:
             jobs.append(job)
         return jobs
 
-    def _opens(self, job: RunningRequest) -> bool:
+    def _try_open(self, job: RunningRequest) -> bool:
         """Begin with its prompt; whether that went well. What fails is told to its client alone."""
         if job.cancelled:  # meanwhile: its adapter may be gone
             return False
