@@ -1,4 +1,4 @@
-"""``luthier admin``: accounts, users, keys, IAM roles, quotas and backups of a service.
+"""``luthier admin``: accounts, users, keys, IAM roles, models, quotas and backups of a service.
 
 Each change and its entry in the audit log are one transaction.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,13 +19,21 @@ import typer
 from luthier.cli.console import CommandGroup, note, print_json, print_rows, print_text
 from luthier.cli.deletion import data_app
 from luthier.cli.options import Json
-from luthier.cli.service import FIRST, ServiceDatabase, open_database, operator, print_records
+from luthier.cli.registration import service_models_app
+from luthier.cli.service import (
+    FIRST,
+    Account,
+    OnlyAccount,
+    ServiceDatabase,
+    audited_write,
+    open_database,
+    print_outcome,
+    print_records,
+)
 from luthier.errors import CorruptFile, RefusedInput
-from luthier.printable import one_line, printable
+from luthier.printable import printable
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
-
     from luthier.store import backup as backups
     from luthier.store import principals
 
@@ -39,7 +47,9 @@ IAM_ROLE = ("account", "name", "arn", "trust", "policies", "max_session_seconds"
 BUILT_IN = "built-in default"
 """Where a limit comes from that the account has no quota of its own for."""
 
-admin_app = CommandGroup("Accounts, users, keys, IAM roles, quotas and backups.", extra="server")
+admin_app = CommandGroup(
+    "Accounts, users, keys, IAM roles, models, quotas and backups.", extra="server"
+)
 accounts_app = CommandGroup("Accounts (tenants) and their quotas.", extra="server")
 users_app = CommandGroup("Users and what they may do.", extra="server")
 keys_app = CommandGroup("Access keys and API keys.", extra="server")
@@ -47,12 +57,11 @@ iam_roles_app = CommandGroup("IAM roles that users may assume (STS AssumeRole)."
 encryption_app = CommandGroup("The key of an encrypted store.")
 for name, part in (
     ("accounts", accounts_app), ("users", users_app), ("keys", keys_app),
-    ("iam-roles", iam_roles_app), ("encryption", encryption_app), ("data", data_app),
+    ("iam-roles", iam_roles_app), ("models", service_models_app), ("encryption", encryption_app),
+    ("data", data_app),
 ):  # fmt: skip
     admin_app.add_typer(part, name=name)
 
-Account = Annotated[str, typer.Option(help="Twelve digits.")]
-OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
 Role = Annotated[
     str | None, typer.Option(help="admin, developer, auditor or invoke-only; see admin roles.")
 ]
@@ -67,26 +76,6 @@ Trust = typer.Option("--trust", help="File with the trust policy: who may assume
 MaxSession = Annotated[
     int | None, typer.Option(help="Seconds of its longest session: 3600 (the default) to 43200.")
 ]
-
-
-@contextmanager
-def audited_write(
-    url: str | None, action: str, account: str, name: str, details: Record | None = None
-) -> Iterator[Session]:
-    """A transaction that changes something and says so in the audit log.
-
-    ``details`` may be filled within the block; no secret belongs there.
-    """
-    from luthier.store.audit import Event, append
-
-    with open_database(url) as database, database.write() as session:
-        yield session
-        resource = f"{account}/{name}".strip("/")
-        event = Event(
-            f"luthier:admin.{action}", resource, user=operator(), account=account,
-            address="local", details=details or {},
-        )  # fmt: skip
-        append(session, event)
 
 
 def audit_details(**values: Any) -> Record:
@@ -137,18 +126,6 @@ def print_principals(name: str, columns: Sequence[str], found: list[Record], as_
     if not as_json:
         found = [{**record, "policies": len(record["policies"])} for record in found]
     print_records(name, columns, found, as_json)
-
-
-def print_outcome(as_json: bool, **values: Any) -> None:
-    """Print what came of a change: names and values, or an object."""
-    if as_json:
-        print_json(values)
-        return
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}={each}" for key, each in value.items())
-        if value not in (None, "", [], (), False):
-            print_text(f"{name:<18} {one_line(str(value))}")
 
 
 @admin_app.command("roles")

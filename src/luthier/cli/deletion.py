@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.console import CommandGroup, print_json, print_rows, print_text
 from luthier.cli.options import Json
-from luthier.cli.service import FIRST, ServiceDatabase, open_database, operator
+from luthier.cli.service import FIRST, Region, ServiceDatabase, open_database, operator
 from luthier.errors import RefusedInput
 from luthier.printable import one_line
 
@@ -23,7 +23,6 @@ Addresses = Annotated[
     typer.Argument(help="s3://bucket/key, s3://bucket/folder/, file:///path, or a file's id."),
 ]
 OfJob = Annotated[str | None, typer.Option("--job", help="The data that this job read, too.")]
-Region = Annotated[str, typer.Option(help="Region that ARNs name, as the server was given it.")]
 External = Annotated[
     bool, typer.Option("--external-s3", help="s3:// means another endpoint than this server.")
 ]

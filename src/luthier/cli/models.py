@@ -471,7 +471,8 @@ def _check_no_account(model: str) -> None:
     if account is not None:
         raise RecipeError(
             f"{model} belongs to account {account} of the service. Delete it there, by Bedrock's "
-            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too."
+            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too; `luthier admin "
+            f"models unregister {model}` first takes one from it that was registered."
         )
 
 
@@ -513,11 +514,11 @@ def remove_model(model: str, json_: Json = False) -> None:
     children = [m.id for m in custom_models() if model in (m.manifest.parent, made_here and m.root)]
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
-    if has_service:
-        _check_no_account(model)
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
     parents = [m.manifest.parent for m in stored if colon]
     with run.lock():
+        if has_service:
+            _check_no_account(model)
         for each in stored:
             remove_derived(each)
         for folder in (*folders, journals_folder(model)):

@@ -165,6 +165,7 @@ def serve(
         from luthier.models.backends import chosen_backend
         from luthier.serving.memory import bound_kernels
         from luthier.serving.prompts import tokenize_in_own_thread
+        from luthier.store.removal import count_without_account
 
         bound_kernels()
         tokenize_in_own_thread()
@@ -210,7 +211,13 @@ def serve(
 
         def ready(addresses: list[str]) -> None:
             service.start(work=not no_workers)
-            _print_addresses(addresses, region, service.issued, backend.id)
+            _print_addresses(
+                addresses,
+                region,
+                service.issued,
+                backend.id,
+                count_without_account(service.database),
+            )
 
         try:
             server.run(service.application, ports, service.connections, ready)
@@ -264,12 +271,19 @@ def parse_graders(assignments: Sequence[str], check: bool = False) -> dict[str, 
 
 
 def _print_addresses(
-    addresses: list[str], region: str, issued: IssuedKeys | None, backend: str
+    addresses: list[str], region: str, issued: IssuedKeys | None, backend: str, unregistered: int
 ) -> None:
-    """Where it listens, what answers where that is not torch, and the first keys, told once."""
+    """Where it listens, what answers where that is not torch, how models of the command line come in,
+    and the first keys, told once."""
     out = new_console(highlight=False, soft_wrap=True)
     by = "" if backend == "torch" else f", answers written by {backend}"
     out.print(f"[bold green]luthier serves[/bold green] {' and '.join(addresses)}{by}")
+    if unregistered:
+        what, verb = ("1 model", "is") if unregistered == 1 else (f"{unregistered:,} models", "are")
+        out.print(
+            f"{what} of the command line {verb} in no account; to serve one: "
+            "luthier admin models register ID"
+        )
     if issued is None:
         return
     out.print("The first start made a root user. Its keys are shown now and never again:\n")

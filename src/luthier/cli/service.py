@@ -1,4 +1,4 @@
-"""What commands about a service share: its database, who calls, and options."""
+"""What commands about a service share: its database, changes that are audited, who calls, options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import print_json, print_rows
+from luthier.cli.console import print_json, print_rows, print_text
+from luthier.printable import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sqlalchemy.orm import Session
 
     from luthier.store.database import Database
 
@@ -27,6 +30,9 @@ ServiceDatabase = Annotated[
         help="The service's database; LUTHIER_DATABASE, or the one in LUTHIER_HOME, if not given.",
     ),
 ]
+Account = Annotated[str, typer.Option(help="Twelve digits.")]
+OnlyAccount = Annotated[str | None, typer.Option("--account", help="Only of this account.")]
+Region = Annotated[str, typer.Option(help="Region that ARNs name, as the server was given it.")]
 FIRST = "000000000000"
 """The account that the first start of a service makes."""
 
@@ -61,3 +67,35 @@ def print_records(
         print_json({name: records})
     else:
         print_rows(columns, records)
+
+
+@contextmanager
+def audited_write(
+    url: str | None, action: str, account: str, name: str, details: dict[str, Any] | None = None
+) -> Iterator[Session]:
+    """A transaction that changes something and says so in the audit log.
+
+    ``details`` may be filled within the block; no secret belongs there.
+    """
+    from luthier.store.audit import Event, append
+
+    with open_database(url) as database, database.write() as session:
+        yield session
+        resource = f"{account}/{name}".strip("/")
+        event = Event(
+            f"luthier:admin.{action}", resource, user=operator(), account=account,
+            address="local", details=details or {},
+        )  # fmt: skip
+        append(session, event)
+
+
+def print_outcome(as_json: bool, **values: Any) -> None:
+    """Print what came of a change: names and values, or an object."""
+    if as_json:
+        print_json(values)
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}={each}" for key, each in value.items())
+        if value not in (None, "", [], (), False):
+            print_text(f"{name:<18} {one_line(str(value))}")

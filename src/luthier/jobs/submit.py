@@ -1,10 +1,11 @@
 """From what a face was asked to work in the queue, a job, an import or an export: names, quota, recipe,
-one transaction.
+one transaction. A model of the command line becomes one of an account without any work.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from luthier.errors import NameInUse, RecipeError
+from luthier.errors import NameInUse, RecipeError, WrongState
+from luthier.files import folder_size
 from luthier.limits import AccountQuotas
 from luthier.models.kinds import sole_objective
 from luthier.objectives.capabilities import other_models
@@ -22,8 +24,15 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
 from luthier.store.database import count_rows, lock_by_name, new_id, now
 from luthier.store.exports import ModelExport
-from luthier.store.foundation import AnyModel, FoundationModel, kind_of, writes
+from luthier.store.foundation import (
+    AnyModel,
+    FoundationModel,
+    foundation_model,
+    kind_of,
+    writes,
+)
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
+from luthier.store.models import StoredModel, check_active, is_recorded
 from luthier.store.queue import next_turn
 
 if TYPE_CHECKING:
@@ -55,6 +64,8 @@ CLIENT_GRADERS = (
 """Graders that clients of the service may write themselves: they score texts alone, in the sandbox
 where they hold code. Others ask any model with the server's keys, or read files. Models that judge are
 named through a face, which finds them for the account; whoever runs the server can register others."""
+MODEL_NAME = re.compile(r"(?:[0-9a-zA-Z][_-]?){1,63}")
+"""What Bedrock's clients may call a custom model."""
 MOST_CORES = 16
 """Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
 
@@ -216,6 +227,64 @@ def submit_import(
     session.add(model)
     session.flush()
     imports.create_import(session, model, source)
+    return model
+
+
+def register_model(
+    session: Session,
+    account: str,
+    name: str,
+    stored: StoredModel,
+    arns: Arns,
+    limits: AccountQuotas | None = None,
+) -> CustomModel:
+    """Give a model that the command line made to ``account``, in the caller's transaction.
+
+    Nothing is copied: it is ``Active`` at once, and its files go when the account deletes it.
+
+    Raises:
+        NameInUse: where the account has a model of that name.
+        QuotaExceeded: where it has all the models that it may have, or no room for this one.
+        WrongState: where the model belongs to an account already.
+        RecipeError: for a name that the faces do not take, a base model, and a model that is withheld.
+    """
+    limits = limits or AccountQuotas()
+    if not MODEL_NAME.fullmatch(name):
+        raise RecipeError(
+            f"a model of the service cannot be called {name!r}: write letters and digits, at most 63, "
+            "with single hyphens or underscores between them"
+        )
+    if ":" not in stored.id or not is_recorded(stored):
+        raise RecipeError(
+            f"{stored.id} is a base model, which belongs to no account: those of the catalogue and of "
+            "`luthier pretrain` are there for all"
+        )
+    check_active(stored)
+    # Two accounts at once, too.
+    lock_by_name(session, f"register {stored.id}")
+    lock_by_name(session, f"submit {account}")
+    owner = session.scalar(select(CustomModel.account).filter_by(stored_id=stored.id))
+    if owner is not None:
+        raise WrongState(f"{stored.id} belongs to account {owner}")
+    _check_free(session, CustomModel, account, name)
+    _check_model_quota(session, account, limits)
+    model_id, base = new_id(), foundation_model(stored.root)
+    model = CustomModel(
+        id=model_id,
+        account=account,
+        name=name,
+        foundation=IMPORTED,
+        root=base.id if base else f"luthier.{IMPORTED}-{model_id}",
+        base_model=arns.foundation_model(base.id) if base else "",
+        stored_id=stored.id,
+        stored_bytes=folder_size(stored.folder),
+        status=ACTIVE,
+        details={"kind": stored.kind, "request": {}},
+        created=now(),
+    )
+    session.add(model)
+    _flush(session, "model")
+    storage.charge(session, account, limits, stored_bytes=model.stored_bytes or 0)
     return model
 
 

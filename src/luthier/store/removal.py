@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile, WrongState
 from luthier.files import luthier_home, write_bytes
+from luthier.models.manifest import MANIFEST
 from luthier.store import exports, shared_models, storage, tags
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CREATING, CustomModel
@@ -128,6 +129,17 @@ def account_of(database: Database, stored_id: str) -> str | None:
     with database.read() as session:
         owner = select(CustomModel.account).where(CustomModel.stored_id == stored_id).limit(1)
         return session.scalar(owner)
+
+
+def count_without_account(database: Database) -> int:
+    """How many custom models of this store belong to no account: those of the command line."""
+    here = {
+        f"{path.parent.parent.name}:{path.parent.name}"
+        for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}")
+        if not path.parent.name.startswith(".")
+    }
+    with database.read() as session:
+        return len(here.difference(session.scalars(select(CustomModel.stored_id))))
 
 
 def remove_files(stored_id: str | None) -> None:

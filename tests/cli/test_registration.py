@@ -1,0 +1,114 @@
+"""``luthier admin models``: models of the command line that an account is given, and asks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import boto3
+import openai
+import pytest
+from command_line import MODEL, Answer
+from served import served
+
+from luthier.api.service import Service
+from luthier.api.settings import Settings
+from luthier.cli.service import FIRST, open_database
+from luthier.store.custom_models import CustomModel
+from luthier.store.removal import count_without_account
+from luthier.store.storage import stored_by
+
+OTHER = "111111111111"
+
+
+def admin(*arguments: str) -> Any:
+    return Answer("admin", *arguments, "--json").good().json()
+
+
+def refused(*arguments: str) -> str:
+    return Answer("admin", *arguments).refused()
+
+
+def test_clients_ask_a_model_of_the_command_line(own_home: Path) -> None:
+    service = Service(Settings())
+    service.start(work=False)
+    try:
+        with served(service.application) as url:
+            assert service.issued is not None
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key=service.issued.api_key)
+
+            def ask() -> str | None:
+                return client.chat.completions.create(
+                    model="colours", temperature=0, max_tokens=8,
+                    messages=[{"role": "user", "content": "colour of coal?"}],
+                ).choices[0].message.content  # fmt: skip
+
+            with pytest.raises(openai.NotFoundError):
+                ask()
+            assert count_without_account(service.database) == 1
+            made = admin("models", "register", MODEL)
+            assert (made["account"], made["name"], made["model"]) == (FIRST, "colours", MODEL)
+            assert count_without_account(service.database) == 0
+            assert ask() == "black"
+            bedrock = boto3.client(
+                "bedrock", endpoint_url=url, region_name="us-east-1",
+                aws_access_key_id=service.issued.access_key,
+                aws_secret_access_key=service.issued.secret,
+            )  # fmt: skip
+            shown = bedrock.get_custom_model(modelIdentifier="colours")
+            assert (shown["modelArn"], shown["modelStatus"]) == (made["arn"], "Active")
+            assert "belongs to account 000000000000" in Answer("models", "remove", MODEL).refused()
+            (listed,) = admin("models", "list")["models"]
+            size = sum(
+                f.stat().st_size for f in (own_home / "models/custom").rglob("*") if f.is_file()
+            )
+            assert (listed["model"], listed["bytes"]) == (MODEL, size)
+            # What its account deletes is gone, and no longer counts.
+            bedrock.delete_custom_model(modelIdentifier="colours")
+            assert not (own_home / "models/custom/tiny-llama/colours").exists()
+            with service.database.read() as session:
+                assert stored_by(session, FIRST)["stored_bytes"] == 0
+    finally:
+        service.close()
+    assert "luthier:admin.models.register" in Answer("audit", "list", "--json").good().out
+
+
+def test_it_comes_back_to_the_command_line(own_home: Path) -> None:
+    admin("accounts", "create", OTHER)
+    admin("models", "register", MODEL, "--account", OTHER, "--name", "support")
+    assert admin("models", "list", "--account", FIRST)["models"] == []
+    assert admin("models", "unregister", MODEL)["account"] == OTHER
+    assert admin("models", "list")["models"] == []
+    with open_database(None) as database, database.read() as session:
+        assert stored_by(session, OTHER)["stored_bytes"] == 0
+    assert "belongs to no account" in refused("models", "unregister", MODEL)
+    admin("models", "register", MODEL, "--account", OTHER)
+    with open_database(None) as database, database.write() as session:
+        session.query(CustomModel).update({CustomModel.job_id: "abcdefghijkl"})
+    assert "was made by the service" in refused("models", "unregister", MODEL)
+
+
+def test_what_cannot_be_registered(own_home: Path) -> None:
+    register = ("models", "register")
+    assert "there is no account 000000000000" in refused(*register, MODEL)
+    for account in (FIRST, OTHER):
+        admin("accounts", "create", account)
+    assert "is no custom model, whose ids have a colon" in refused(*register, "fasttext")
+    assert "there is no custom model 'tiny-llama:other'" in refused(*register, "tiny-llama:other")
+    assert "cannot be called 'a.b'" in refused(*register, MODEL, "--name", "a.b")
+    admin("accounts", "quota", FIRST, "--stored-bytes", "1000")
+    assert "quota stored_bytes" in refused(*register, MODEL)
+    admin("accounts", "quota", FIRST, "--reset")
+    assert admin("models", "list")["models"] == []
+    admin(*register, MODEL)
+    assert "belongs to account 000000000000" in refused(*register, MODEL, "--account", OTHER)
+    twin = own_home / "models/custom/tiny-llama/twin"
+    shutil.copytree(own_home / "models/custom/tiny-llama/colours", twin)
+    record = json.loads((twin / "luthier.json").read_text())
+    (twin / "luthier.json").write_text(json.dumps(record | {"id": "tiny-llama:twin"}))
+    assert "name is currently in use" in refused(*register, "tiny-llama:twin", "--name", "colours")
+    withheld = record | {"id": "tiny-llama:twin", "withheld": "it forgot"}
+    (twin / "luthier.json").write_text(json.dumps(withheld))
+    assert "is withheld: it forgot" in refused(*register, "tiny-llama:twin")
