@@ -98,7 +98,7 @@ def test_what_cannot_be_registered(own_home: Path) -> None:
     assert "is no custom model, whose ids have a colon" in refused(*register, "fasttext")
     assert "there is no custom model 'tiny-llama:other'" in refused(*register, "tiny-llama:other")
     assert "cannot be called 'a.b'" in refused(*register, MODEL, "--name", "a.b")
-    admin("accounts", "quota", FIRST, "--stored-bytes", "1000")
+    admin("accounts", "quota", FIRST, "stored_bytes=1000")
     assert "quota stored_bytes" in refused(*register, MODEL)
     admin("accounts", "quota", FIRST, "--reset")
     assert admin("models", "list")["models"] == []
