@@ -267,10 +267,6 @@ def test_onnx_is_for_models_that_read_and_whose_answers_come_out(
     family_folder: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("luthier.serving.onnx_export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
-        with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
-            export_onnx(find(str(tiny_model_folder)), tmp_path / "none")
     with pytest.raises(RecipeError, match="gives no classes, tags, ratings"):
         export_onnx(find(str(tiny_model_folder)), tmp_path / "none")
     base = str(family_folder("bert"))
@@ -283,6 +279,10 @@ def test_onnx_is_for_models_that_read_and_whose_answers_come_out(
         export_onnx(named("unpadded"), tmp_path / "none")
     label_texts(tmp_path, base, "wrong")
     stored = named("wrong")
+    with monkeypatch.context() as patch:
+        patch.setattr("luthier.serving.onnx_export.find_spec", {"onnx": 1, "onnxscript": 1}.get)
+        with pytest.raises(RecipeError, match=r"onnxruntime: pip install 'luthier\[onnx\]'"):
+            export_onnx(stored, tmp_path / "none")
     monkeypatch.setattr("luthier.serving.onnx_export._largest_error", lambda *given: float("nan"))
     with pytest.raises(RecipeError, match="answers otherwise"):
         export_onnx(stored, tmp_path / "none")

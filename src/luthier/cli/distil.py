@@ -10,8 +10,11 @@ import typer
 from luthier.cli.console import heavy_imports, new_console, print_json
 from luthier.cli.options import (
     Adaptation,
+    BatchSize,
     Columns,
+    Epochs,
     Json,
+    LearningRate,
     Name,
     Resume,
     Validation,
@@ -45,6 +48,9 @@ def distil(
     columns: Columns = None,
     name: Name = None,
     adaptation: Adaptation = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any field: KEY=VALUE, e.g. teacher.concurrency=8."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,8 +153,12 @@ def _custom_record(model: StoredModel) -> dict[str, Any]:
 
 
 @models_app.command("show")
-def show_model(model: str, json_: Json = False) -> None:
-    """Show what a model is, where its files are, and that they are intact."""
+def show_model(
+    model: str,
+    full: Annotated[bool, typer.Option("--full", help="All that its record says.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show what a model is, where its files are, and whether they are intact."""
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
     from luthier.store.models import described_base, find
@@ -173,8 +178,76 @@ def show_model(model: str, json_: Json = False) -> None:
     }
     if json_:
         print_json(details)
-    else:
+    elif full:
         print_text("\n".join(_lines(details, "")))
+    else:
+        print_text(stored.id)
+        for name, text in _summary(stored, details["files"]):
+            print_text(f"  {name:<13} {text}")
+        print_text(f"all that its record says: luthier models show {stored.id} --full")
+
+
+def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """What people ask about a model first, by name."""
+    record, plain = model.manifest, _custom_record(model) if ":" in model.id else {}
+    if above := lineage(model)[1:]:
+        yield "made from", ", from ".join(above)
+    elif record.source:
+        yield "source", record.source
+    if record.created:
+        yield "created", record.created[:16].replace("T", " ") + " UTC"
+    made_by = plain.get("adaptation")
+    fields = (record.recipe or {}).get("adaptation") or {}
+    if made_by and made_by == fields.get("method"):
+        settings = ", ".join(
+            f"{name} {_text(value)}"
+            for name, value in fields.items()
+            if name != "method" and value and not isinstance(value, dict | list)
+        )
+        yield (
+            "learned",
+            f"{plain['objective']} by {made_by}" + (f" ({settings})" if settings else ""),
+        )
+    elif made_by:
+        yield "made as", made_by
+    if (data := record.data) is not None:
+        read = ", ".join(Path(path).name for path in data.sha256)
+        yield "rows", f"{data.rows:,} and {data.validation_rows:,} held out, of {read}"
+    if found := (record.data_report or {}).get("rules"):
+        kinds = [
+            f"{each['rule']} ({each['count']:,})" for each in found if each["severity"] != "note"
+        ]
+        if kinds:
+            yield "data warnings", ", ".join(kinds)
+    if (result := record.metrics) and "steps" in result:
+        yield (
+            "run",
+            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:,.0f} s",
+        )
+    if record.verdict:
+        yield "result", record.verdict
+    if record.limits_text:
+        yield "limits", record.limits_text
+    if (parity := record.parity) is not None:
+        yield "read back", f"loss {parity.reloaded:.4f}, as trained {parity.trained:.4f}"
+    if record.parameters:
+        yield "parameters", f"{record.parameters:,}"
+    if record.context:
+        yield "context", f"{record.context:,} tokens"
+    if record.licence:
+        yield "licence", record.licence
+    for export in record.exports or ():
+        yield "exported", f"{export.name} on {export.created[:10]}"
+    for weights in record.quantized or ():
+        yield f"as {weights.quantization}", weights.describe()
+    if not model.folder.is_dir():
+        yield "files", "not here: luthier models pull fetches them, tune does so by itself"
+        return
+    damaged = [name for name, each in files.items() if each["intact"] is False]
+    size = sum(each["bytes"] for each in files.values()) / 1e6
+    state = f"DAMAGED or missing: {', '.join(damaged)}" if damaged else "intact"
+    yield "files", f"{len(files)}, {size:,.1f} MB, {state}"
+    yield "folder", str(model.folder)
 
 
 def lineage(model: StoredModel) -> list[str]:
@@ -435,11 +508,18 @@ def _print_record(written: Export, record: ExportRecord) -> None:
             "Not compared with llama.cpp, which is not installed: pip install 'luthier[llama-cpp]'"
         )
     else:
-        print_text(f"Compared: {record.describe()}")
+        print_text(f"Compared: {record.describe(_token_text(written.model))}")
     if not written.is_recorded:
         print_text(
             "The record of the model does not say so: it is signed, or not one of this store."
         )
+
+
+def _token_text(model: str) -> Callable[[int], str]:
+    """The text of a token of ``model``, which is on this machine."""
+    from luthier.store.models import chat_format, find
+
+    return lambda token: chat_format(find(model)).decode([token])
 
 
 def _print_gguf(written: Export, quantization: str | None) -> None:

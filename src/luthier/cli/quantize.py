@@ -69,6 +69,10 @@ def show(found: QuantizationReport) -> None:
         table.add_row(each.quantization, *cells(each, apart, found.gain_with(each)))
     print_table(table)
     print_text("* may be chance")
+    if tuned:
+        print_text(f"tuning gained: over {found.base} with weights of the same type")
     if found.whole.tokens_per_second is None:
         print_text("Speed was not measured: pip install 'luthier[llama-cpp]'")
     print_text(found.verdict())
+    for remark in found.remarks:
+        print_text(remark)

@@ -226,18 +226,19 @@ class ExportRecord(Record):
         parts = (self.format, self.quantization, "adapter" if self.is_adapter else None)
         return " ".join(part for part in parts if part)
 
-    def describe(self) -> str:
-        """How near it is, in words."""
+    def describe(self, text_of: Callable[[int], str] | None = None) -> str:
+        """The verdict, then how near it is, in words; ``text_of`` is as in :class:`TokenDifference`."""
         if self.tokens is not None:
             return (
-                f"in {self.compared_in} {self.tokens.describe()}; with the same weights they are "
-                f"{self.tokens.rounded_kl:.2g} nats away, where {self.tolerance:g} are allowed"
-                f"{self.tokens.difference_text()}"
+                f"{self.compared_in} computes from the file what the model does with rounded weights "
+                f"({self.tokens.rounded_kl:.2g} nats a token apart, {self.tolerance:g} are allowed). "
+                f"Beside the model as it is, {self.tokens.describe()}"
+                f"{self.tokens.difference_text(text_of)}"
             )
         if self.score_error is not None:
             return (
-                f"in {self.compared_in} scores differ by up to {self.score_error:.1g} of the largest, "
-                f"where {self.tolerance:g} is allowed"
+                f"{self.compared_in} gives the model's scores from the file: they differ by up to "
+                f"{self.score_error:.1g} of the largest, where {self.tolerance:g} is allowed"
             )
         return "not compared, as its software was not installed"
 

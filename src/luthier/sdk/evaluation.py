@@ -84,6 +84,7 @@ def evaluate(
         open_graders,
         perplexity,
         preference_scores,
+        row_remarks,
         slice_keys,
     )
     from luthier.serving.journal import evaluation_journal
@@ -138,7 +139,7 @@ def evaluate(
     found = replace(
         found,
         seconds=time.monotonic() - started,
-        remarks=[*_row_remarks(stored, data, found.rows), *found.remarks],
+        remarks=[*row_remarks(stored, data, found.rows), *found.remarks],
     )
     if slices:
         if of_shape(RawText, found.rows):  # which is packed: no score belongs to one text
@@ -155,32 +156,6 @@ def evaluate(
     if attach:
         _attach([stored], "evaluation", [data], found, note)
     return found
-
-
-def _row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
-    """Why scores of these rows say less than their errors do."""
-    from luthier.files import sha256_of
-    from luthier.gate.row_keys import repeated_rows
-
-    remarks = []
-    if stored.manifest.data is not None and Path(data).is_file():
-        named = (stored.manifest.recipe or {}).get("data", {})
-        held_out = set[str]()
-        # Of pre-training there may be several.
-        for each in (named.get("validation"), named.get("test")):
-            held_out.update([each] if isinstance(each, str) else each or ())
-        files = stored.manifest.data.sha256.items()
-        if sha256_of(Path(data)) in {digest for path, digest in files if path not in held_out}:
-            remarks.append(
-                f"{stored.id} was trained on these rows, so the scores say what it remembers, and "
-                "nothing of rows that it has not seen"
-            )
-    if repeats := repeated_rows(rows):
-        remarks.append(
-            f"{len(repeats):,} of {len(rows):,} rows repeat others word for word and say nothing "
-            f"new: the intervals are those of {len(rows):,} different rows, and too narrow for these"
-        )
-    return remarks
 
 
 def _attach(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,13 @@ def quantize(
         ``verdict()`` in words. The record of the model says it, too, as of :func:`export`.
     """
     from luthier.data.rows import load_rows
+    from luthier.serving.evaluation import row_remarks
     from luthier.store.reports import hashes_of_data
     from luthier.workflows.quantize import measure_quantization
 
-    stored = stored_model(model)
-    found = measure_quantization(stored, load_rows(data, columns), to, note)
+    stored, rows = stored_model(model), load_rows(data, columns)
+    found = measure_quantization(stored, rows, to, note)
+    found = replace(found, remarks=row_remarks(stored, data, rows))
     measured = found.records(hashes_of_data(data))
     change_record(stored, lambda manifest: manifest.with_quantized(measured))
     return found

@@ -154,6 +154,32 @@ def long_rows_summary(found: Evaluation) -> str:
     return f"{cut} of {len(found.rows)} rows were cut to the context" if cut else ""
 
 
+def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> list[str]:
+    """Why scores of these rows say less than their errors do."""
+    from luthier.files import sha256_of
+    from luthier.gate.row_keys import repeated_rows
+
+    remarks = []
+    if stored.manifest.data is not None and Path(data).is_file():
+        named = (stored.manifest.recipe or {}).get("data", {})
+        held_out = set[str]()
+        # Of pre-training there may be several.
+        for each in (named.get("validation"), named.get("test")):
+            held_out.update([each] if isinstance(each, str) else each or ())
+        files = stored.manifest.data.sha256.items()
+        if sha256_of(Path(data)) in {digest for path, digest in files if path not in held_out}:
+            remarks.append(
+                f"{stored.id} was trained on these rows, so what is measured is what it "
+                "remembers, and nothing of rows that it has not seen"
+            )
+    if repeats := repeated_rows(rows):
+        remarks.append(
+            f"{len(repeats):,} of {len(rows):,} rows repeat others word for word and say nothing "
+            f"new: the intervals are those of {len(rows):,} different rows, and too narrow for these"
+        )
+    return remarks
+
+
 def slice_keys(rows: Sequence[Row], by: str) -> list[str]:
     """What each row counts as ``by`` its label, length, language, or a column of its file.
 

@@ -213,11 +213,6 @@ def export_onnx(
         RunConflict: where something is at ``target``.
     """
     target = new_target(target)
-    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
-        if find_spec(package) is None:
-            raise RecipeError(
-                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
-            )
     objective = objective_of(stored)
     if objective.task not in ("sequence_classification", "token_classification", "embedding"):
         raise RecipeError(
@@ -226,6 +221,11 @@ def export_onnx(
             "llama.cpp with format gguf"
         )
     check_mergeable(stored, "an ONNX file holds nothing else")
+    for package in ("onnx", "onnxscript", "onnxruntime"):  # before what takes long
+        if find_spec(package) is None:
+            raise RecipeError(
+                f"writing for ONNX needs the package {package}: pip install 'luthier[onnx]'"
+            )
     chat = chat_format(stored)
     network = as_network(load_merged(stored, torch.float32, _CPU, on_progress), _CPU, torch.float32)
     if is_dual_encoder(network.model.config):

@@ -88,6 +88,8 @@ class QuantizationReport:
     whole: QuantizedScores
     """Unquantized; its size and speed are those of f16, which loses nothing."""
     types: list[QuantizedScores]
+    remarks: Sequence[str] = ()
+    """Why the losses say less than their errors do."""
 
     @property
     def loss(self) -> RowScores:
@@ -213,7 +215,7 @@ class QuantizationReport:
         return {
             "model": self.model, "rows": len(self.loss), "loss": self.loss.value,
             "interval": list(self.loss.interval), "base": base, "whole": scores(self.whole),
-            "types": types, "verdict": self.verdict(),
+            "types": types, "verdict": self.verdict(), "remarks": list(self.remarks),
         }  # fmt: skip
 
 
