@@ -14,7 +14,7 @@ from torch import nn
 
 from luthier.data.chat import ChatFormat
 from luthier.data.shapes import RawText
-from luthier.engine.perplexity import bits_per_character, find_unfamiliar_text
+from luthier.engine.perplexity import UNFAMILIAR, bits_per_character, find_unfamiliar_text
 from luthier.gate.checks.base_language import ENGLISH
 from luthier.models.load import as_network
 from luthier.models.network import Network
@@ -80,6 +80,12 @@ def test_only_text_that_costs_far_more_than_english_is_named(
     # A few words tell nothing, and an encoder does not go on with a text.
     assert find_unfamiliar_text(reader, chat, encoded(chat, UPWARD[:40])) is None
     assert find_unfamiliar_text(reader, chat, []) is None
+    # English in a style of its own is what is to be learned.
+    style = "arrr matey the treasure is buried beneath the old lighthouse and nobody shall find it "
+    texts = [style * 2] * 5
+    costs = bits_per_character(reader, chat, texts, 100)
+    assert costs > UNFAMILIAR * bits_per_character(reader, chat, [ENGLISH], 100)
+    assert find_unfamiliar_text(reader, chat, encoded(chat, *texts)) is None
     # Blanks and numbers are no language.
     blank, numbers = " " * 600 + "x", "48,210.5;77;-3.25;" * 20
     for text in (blank, numbers):

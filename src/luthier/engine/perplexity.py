@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from luthier.data.shapes import RawText
 from luthier.gate.checks.base_language import ENGLISH
+from luthier.gate.language_identification import detect_languages
 from luthier.objectives.causal_lm import CausalLM
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def find_unfamiliar_text(
         bits_per_character(network, chat, each, longest) for each in (texts, [ENGLISH])
     )
     if rows < UNFAMILIAR * max(english, LEAST):
+        return None
+    # English of a style of its own is what tuning teaches: no other base is the answer.
+    if detect_languages([" ".join(texts)]) == ["en"]:
         return None
     return (
         f"before training, the base model needs {rows:.1f} bits for a character of the rows and "
