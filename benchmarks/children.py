@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ def trl_python() -> str:
         subprocess.run([*pip, *TRL], check=True)
         (folder / ".installed").touch()
     return str(python)
+
+
+def sum_operations(act: Callable[[], Any], cost: Callable[[Any, Any], float]) -> float:
+    """The ``cost`` of each operation of torch that ``act`` ends in, by its overload and arguments."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sum(TorchDispatchMode):
+        total = 0.0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.total += cost(function, args)
+            return function(*args, **(kwargs or {}))
+
+    with Sum() as summed:
+        act()
+    return summed.total
 
 
 def steady_rate(seconds: list[float], each: int) -> float:

@@ -15,31 +15,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
-from children import table
+from children import sum_operations, table
 
 PROMPT_TOKENS, STEPS = 70, 8
 """Steps that each side takes at its turn; the first two bring the weights into its order."""
-
-
-def operations(act: Callable[[], Any]) -> int:
-    """Operations of torch that ``act`` ends in, without those that only look at a tensor otherwise."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.count += not function.is_view
-            return function(*args, **(kwargs or {}))
-
-    with Count() as counted:
-        act()
-    return counted.count
 
 
 def measure(backend: Any, rows: int, rounds: int) -> list[str]:
@@ -74,7 +55,10 @@ def measure(backend: Any, rows: int, rounds: int) -> list[str]:
                 if number % STEPS > 1:
                     seconds[side].append(time.perf_counter() - began)
             if turn == rounds - 1:
-                calls[side] = operations(lambda side=side: step(side, 0))  # type: ignore[misc]
+                calls[side] = int(
+                    # Not those that only look at a tensor otherwise.
+                    sum_operations(partial(step, side, 0), lambda function, _: not function.is_view)
+                )
         if not torch.equal(last["modules"], last["llama"]):
             sys.exit(f"the logits of {rows} rows differ")
     backend._llama = llama

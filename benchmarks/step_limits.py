@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import dpo_vs_trl
 import gkd_vs_trl
 import grpo_vs_trl
+import preferences_vs_trl
 import sft_vs_trl
-from children import run, table
+from children import run, sum_operations, table
 from cpt_vs_hf import matmul_rate
 
 BASE = "smollm2-135m-instruct"
@@ -59,35 +59,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 ROWS: dict[str, Callable[[Path, Path, int], None]] = {
     "sft": lambda source, target, count: sft_vs_trl.write_rows(source, target, "short", count),
-    "dpo": dpo_vs_trl.write_rows,
+    "dpo": preferences_vs_trl.write_rows,
     "grpo": grpo_vs_trl.write_rows,
     "logit_distillation": gkd_vs_trl.write_rows,
 }
 """How the benchmarks against peers make their rows."""
 
 
-def count_products(act: Any) -> float:
-    """Multiplications and additions of the matrix products that ``act`` ends in."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        total = 0.0
-
-        def __torch_dispatch__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            name = function._schema.name.partition("::")[2].rstrip("_")
-            if name in ("mm", "bmm"):
-                self.total += 2.0 * args[0].numel() * args[1].shape[-1]
-            elif name in ("addmm", "baddbmm"):
-                self.total += 2.0 * args[1].numel() * args[2].shape[-1]
-            elif name == "_linear_pointwise":
-                self.total += 2.0 * args[0].numel() * args[1].shape[0]
-            return function(*args, **(kwargs or {}))
-
-    with Count() as counted:
-        act()
-    return counted.total
+def product_flops(function: Any, args: Any) -> float:
+    """Multiplications and additions of an operation, where it is a matrix product."""
+    name = function._schema.name.partition("::")[2].rstrip("_")
+    if name in ("mm", "bmm"):
+        return 2.0 * args[0].numel() * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return 2.0 * args[1].numel() * args[2].shape[-1]
+    return 2.0 * args[0].numel() * args[1].shape[0] if name == "_linear_pointwise" else 0.0
 
 
 def measure(case: str, data: Path, steps: int) -> NoReturn:
@@ -118,7 +104,7 @@ def measure(case: str, data: Path, steps: int) -> NoReturn:
             own(self)
             seconds.append(time.perf_counter() - began)
             return
-        flops = count_products(lambda: own(self))
+        flops = sum_operations(lambda: own(self), product_flops)
         shapes = [(576, 576), (576, 1536), (1536, 576)]
         report = {
             "seconds": statistics.median(seconds[1:]), "flops": flops,

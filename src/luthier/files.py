@@ -247,42 +247,56 @@ def new_folder(path: Path, private: bool = False, replace: bool = True) -> Itera
     another). What is ``private`` only its owner may read, whatever the umask;
     who else may read the rest follows from the umask.
     """
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_unlocked(path)
-        temporary = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
-        temporary.mkdir(0o700 if private else 0o777)
+    with disk_errors(path.parent), temporary_folder(path, private) as temporary:
         mode = temporary.stat().st_mode & 0o666
-        locked = [_lock_folder(temporary)]
+        yield temporary
+        for entry in sorted(temporary.rglob("*")):
+            if entry.is_file():
+                os.chmod(entry, mode)  # some libraries write files that only the owner may read
+                _sync_file(entry)
+            elif private:
+                entry.chmod(0o700)
+        _sync_folder(temporary)
+        if replace and path.exists():
+            _replace_folder(path, temporary)
+        else:
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
+    """A folder beside ``path``, of this process alone and gone after the block.
+
+    What killed processes left there goes before. ``private`` is as in :func:`new_folder`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_unlocked(path)
+    folder = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
+    folder.mkdir(0o700 if private else 0o777)
+    handle = _lock_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _replace_folder(path: Path, fresh: Path) -> None:
+    """Put ``fresh`` in the place of the folder ``path``, which stays where that fails."""
+    doomed = Path(tempfile.mkdtemp(prefix=fresh.name, dir=path.parent))
+    handle = _lock_folder(doomed)
+    try:
+        os.replace(path, doomed / _REPLACED)
         try:
-            yield temporary
-            for entry in sorted(temporary.rglob("*")):
-                if entry.is_file():
-                    os.chmod(entry, mode)  # some libraries write files that only the owner may read
-                    _sync_file(entry)
-                elif private:
-                    entry.chmod(0o700)
-            _sync_folder(temporary)
-            if replace and path.exists():
-                doomed = Path(tempfile.mkdtemp(prefix=temporary.name, dir=path.parent))
-                locked.append(_lock_folder(doomed))
-                os.replace(path, doomed / _REPLACED)
-                try:
-                    os.replace(temporary, path)
-                except BaseException:
-                    os.replace(doomed / _REPLACED, path)
-                    doomed.rmdir()
-                    raise
-                shutil.rmtree(doomed, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
-            _sync_folder(path.parent)
+            os.replace(fresh, path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            os.replace(doomed / _REPLACED, path)
+            doomed.rmdir()
             raise
-        finally:
-            for handle in locked:
-                os.close(handle)
+        shutil.rmtree(doomed, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _lock_folder(folder: Path) -> int:

@@ -19,13 +19,14 @@ import atexit
 import logging
 import re
 import threading
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.encryption.memory import working
 from luthier.errors import LuthierError, RecipeError
-from luthier.files import lock, new_folder, sha256_of
+from luthier.files import lock, sha256_of, temporary_folder
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -76,11 +77,9 @@ def _own_folder(parent: Path) -> Path:
     """
     parent.mkdir(parents=True, exist_ok=True)
     with lock(parent / ".vllm.lock", wait=True):  # else another server may take it for left behind
-        held = new_folder(parent / "vllm", private=True)
-        folder = held.__enter__()
-    # After an error it is removed; else it would become `vllm`.
-    atexit.register(held.__exit__, SystemExit, SystemExit(), None)
-    return folder
+        until_exit = ExitStack()
+        atexit.register(until_exit.close)
+        return until_exit.enter_context(temporary_folder(parent / "vllm", private=True))
 
 
 def _check_base(stored: StoredModel, base: StoredModel, base_model_name: str) -> None:

@@ -1,14 +1,16 @@
-"""luthier's dpo against TRL 1.16's DPOTrainer on the same pandalm_pref pairs, in turns.
+"""luthier's dpo or reward_model against TRL 1.16's DPOTrainer or RewardTrainer on the same pairs.
 
-    python benchmarks/dpo_vs_trl.py PANDALM_PREF/train.jsonl [--steps 12] [--pairs 2] [--against NAME]
+    python benchmarks/preferences_vs_trl.py PANDALM_PREF/train.jsonl [--objective dpo]
+        [--steps 12] [--pairs 2] [--against NAME]
 
-SmolLM2-135M, LoRA r16 on all linear layers, batch 8, the rows in one order, drawn once (the file has
-the answers to one prompt behind each other), the model's chat template, the same rate and cosine
-schedule, no validation, each row once, so that the reference is computed in the step by both. TRL runs
-in its own environment, with its defaults and with the best settings we found for it (weights loaded in
-bfloat16, two pairs at a time, accumulated). Rows are pairs; rows/s leave the first step out; memory is
-the largest resident size of the whole process, imports included. Losses are means over the last third
-of the steps, beside that of luthier in float32; all losses of each run go to standard error.
+SmolLM2-135M, LoRA r16 on all linear layers, batch 8, the rows in one order, drawn once (pandalm_pref
+has the answers to one prompt behind each other), the model's chat template, the same rate and cosine
+schedule, no validation, each row once, so that the reference of DPO is computed in the step by both.
+The two sides take turns. TRL runs in its own environment, with its defaults and with the best settings
+we found for it (weights loaded in bfloat16, two pairs at a time, accumulated). Rows are pairs; rows/s
+leave the first step out; memory is the largest resident size of the whole process, imports included.
+Losses are means over the last third of the steps, beside that of luthier in float32; all losses of each
+run go to standard error.
 """
 
 from __future__ import annotations
@@ -46,9 +48,11 @@ def write_rows(source: Path, target: Path, count: int) -> None:
     target.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def luthier(rows: Path, steps: int, precision: str = "auto") -> tuple[Outcome, Curve]:
+def luthier(
+    objective: str, rows: Path, steps: int, precision: str = "auto"
+) -> tuple[Outcome, Curve]:
     flags = {
-        "objective": "dpo",
+        "objective": objective,
         "adaptation": "lora",
         "batch-size": str(BATCH),
         "learning-rate": str(RATE),
@@ -62,19 +66,26 @@ def tail(losses: list[float]) -> float:
 
 
 def compare(
-    source: Path, steps: int, pairs: int, model: str, settings: list[str]
+    objective: str, source: Path, steps: int, pairs: int, model: str, settings: list[str]
 ) -> list[list[str]]:
     """One line of the table for each pair of runs."""
     out = []
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(source, rows, BATCH * steps)
-        exact = tail(luthier(rows, steps, "float32")[1]["losses"])
-        side = [trl_python(), "benchmarks/dpo_side.py", model, str(rows), str(steps)]
+        exact = tail(luthier(objective, rows, steps, "float32")[1]["losses"])
+        side = [
+            trl_python(),
+            "benchmarks/preferences_side.py",
+            objective,
+            model,
+            str(rows),
+            str(steps),
+        ]
         for setting in settings:
             for pair in range(pairs):
                 peer = run([*side, setting, str(RATE)])
-                ours, curve = luthier(rows, steps)
+                ours, curve = luthier(objective, rows, steps)
                 report = {
                     "against": setting,
                     "pair": pair,
@@ -104,6 +115,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--objective", choices=("dpo", "reward_model"), default="dpo")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--against", choices=SETTINGS, help="only this TRL setting")
@@ -114,7 +126,8 @@ def main() -> None:
     header = ["TRL setting", "rows/s", "TRL", "ratio", "GB", "TRL", "ratio"]
     header += ["loss, last third", "TRL", "in float32"]
     settings = [options.against] if options.against else list(SETTINGS)
-    print(table(header, compare(options.data, options.steps, options.pairs, model, settings)))
+    given = (options.objective, options.data, options.steps, options.pairs, model, settings)
+    print(table(header, compare(*given)))
 
 
 if __name__ == "__main__":
