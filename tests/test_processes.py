@@ -132,6 +132,7 @@ HOW: tuple[dict[str, Any], ...] = (
 """Every adaptation, with the settings that make it another one."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_have_the_curve_of_one_for_every_adaptation(
     family_folder: Callable[[str], Path], tmp_path: Path, size: int
@@ -151,6 +152,7 @@ def test_processes_have_the_curve_of_one_for_every_adaptation(
         assert len({*trained}) == len(trained) == 3, name
 
 
+@pytest.mark.slow
 def test_a_process_without_a_row_has_the_spectral_norms_of_the_others(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ SHARDABLE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "names"),
     [

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,16 @@ KINDS = {"evaluate": check_graders, "distil": DistilRecipe.parse}
 """What ``--set`` gives fields of, by command; a recipe elsewhere."""
 
 
+@cache
+def command_tree() -> Any:
+    """Made once: it takes a fifth of a second."""
+    return typer.main.get_command(app)
+
+
 def check(command: str) -> None:
     """Follow a command down the tree of commands; each option must be there and take its value."""
     words = shlex.split(command)[1:]
-    node: Any = typer.main.get_command(app)
+    node: Any = command_tree()
     while words and hasattr(node, "commands"):
         if words[0].startswith("-"):
             break

@@ -93,6 +93,7 @@ def job(name: str, **changes: str) -> list[str]:
     return ["bedrock", "create-model-customization-job", *given]
 
 
+@pytest.mark.slow
 def test_objects_go_in_and_come_out(cli: Cli) -> None:
     big = os.urandom(9 * 2**20)  # more than the CLI sends in one part
     cli.folder.joinpath("big.bin").write_bytes(big)

@@ -86,6 +86,7 @@ def test_a_merged_model_comes_into_the_bucket_and_is_listed(server: Served) -> N
     assert server.ask("POST", f"/api/v1/exports/{made}/stop")[0] == 409
 
 
+@pytest.mark.slow
 def test_another_worker_goes_on_when_one_is_killed(server: Served) -> None:
     made = create(server)
     os.kill(int(until(lambda: worker_of(made))), signal.SIGKILL)
@@ -123,6 +124,7 @@ def test_what_cannot_be_is_refused_before_it_waits(server: Served) -> None:
     assert server.ask("POST", "/api/v1/models/mine/exports", asked, OTHER)[0] == 404
 
 
+@pytest.mark.slow
 def test_nobody_sees_the_exports_of_others(server: Served) -> None:
     made = create(server)
     assert server.ask("GET", f"/api/v1/exports/{made}", account=OTHER)[0] == 404

@@ -118,6 +118,7 @@ def test_a_read_only_disk_is_told(server: Served, disk: Disk) -> None:
         raise AssertionError(answer)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_eval_waits_for_room_and_grades_no_row_twice(
     server: Served, disk: Disk
 ) -> None:

@@ -198,6 +198,7 @@ def pixels_of(text: str) -> np.ndarray[Any, Any]:
 # Reading -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_classifier_answers_as_the_sdk_does(server: Server, tmp_path: Path) -> None:
     paths = [tmp_path / f"{n}.png" for n in range(10)]
     for path, image in zip(paths, server.images, strict=False):

@@ -56,6 +56,7 @@ def test_a_server_shares_its_jobs_among_processes(tmp_path: Path, tiny_model_fol
     server.end()
 
 
+@pytest.mark.slow
 def test_processes_of_jobs_are_refused_with_ray_by_the_name_of_the_variable(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "luthier", "serve", "--port", "0", "--job-processes", "2"]
     done = subprocess.run(

@@ -169,6 +169,7 @@ def test_the_openai_face(running: Running, case: tuple[str, str, Any]) -> None:
     running.survives(*case)
 
 
+@pytest.mark.slow
 @many
 @given(case=broken(RUNTIME))
 def test_the_runtime_of_bedrock(running: Running, case: tuple[str, str, Any]) -> None:

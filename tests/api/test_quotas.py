@@ -131,6 +131,7 @@ def test_object_storage_refuses_in_the_words_of_ceph(server: Server) -> None:
     assert not [path for path in objects.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_openai_refuses_files_once_and_no_client_tries_again(server: Server) -> None:
     def create(size: int) -> Any:
         file = ("rows.jsonl", b"x" * size)
@@ -222,6 +223,7 @@ def test_bedrock_refuses_jobs_and_imports_for_which_there_is_no_room(server: Ser
     assert create(**job)["jobArn"]
 
 
+@pytest.mark.slow
 def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
     server.aws("s3").put_object(Bucket="rows", Key="a", Body=b"12345")
     printed = server.luthier("accounts", "quota", ACCOUNT, "buckets=7", "stored_bytes=30_000_000")
@@ -239,6 +241,7 @@ def test_quotas_are_shown_beside_what_there_is(server: Server) -> None:
     assert set(found) == {*AccountQuotas.model_fields, "requests_per_second"}
 
 
+@pytest.mark.slow
 def test_usage_is_written_down_by_day_and_model(server: Server) -> None:
     body = b"x" * 1000
     server.aws("s3").put_object(Bucket="rows", Key="a", Body=body)

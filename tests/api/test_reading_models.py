@@ -91,6 +91,7 @@ def request_of(service: Service, url: str, texts: list[str]) -> urllib.request.R
     return urllib.request.Request(f"{url}/api/v1/models/tickets/predictions", body, headers)
 
 
+@pytest.mark.slow
 def test_clients_are_answered_together_as_each_alone(service: Service, url: str) -> None:
     def predict(text: str) -> Any:
         with urllib.request.urlopen(request_of(service, url, [text]), timeout=60) as answer:

@@ -134,6 +134,7 @@ def test_a_recipe_goes_in_whole_and_bad_ones_are_refused(server: Served, rows: s
         assert 400 <= status < 410 and word in body["error"]["message"], body
 
 
+@pytest.mark.slow
 def test_a_report_and_an_estimate_are_made_beside_the_server(server: Served, rows: str) -> None:
     status, body = server.ask("POST", "/api/v1/inspections", {"training": rows, "base": "tiny"})
     assert status == 200, body
@@ -162,6 +163,7 @@ def test_another_account_sees_nothing_of_it(server: Served, job: dict[str, Any])
     assert server.ask("GET", "/api/v1/jobs/first", account=OTHER)[0] == 404
 
 
+@pytest.mark.slow
 def test_data_are_deleted_with_what_learned_from_them(server: Served, job: dict[str, Any]) -> None:
     s3, path = server.client("s3"), "/api/v1/data/deletions"
     lines = [{"prompt": f"is it {n}?", "completion": f"yes, {n}."} for n in range(8)]

@@ -530,6 +530,7 @@ def works(sts: Any) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_sessions_end_with_what_they_stand_on(tmp_path: Path, tiny_model_folder: Path) -> None:
     """Another process disables and removes; the server has noticed a second later."""
     server = Served(home(tmp_path / "service", tiny_model_folder))
@@ -623,6 +624,7 @@ def server_environment() -> dict[str, str]:
 # --- what is written down of it, and the AWS CLI
 
 
+@pytest.mark.slow
 def test_the_audit_log_names_sessions(server: Served) -> None:
     client(server, "sts", keys_of(ADMIN)).get_session_token()
     keys = keys_of(assumed(server, "all")["Credentials"])

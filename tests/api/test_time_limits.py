@@ -105,6 +105,7 @@ def read(begin: Callable[[], Any], kind: type[Exception], words: str) -> None:
     assert len(pieces) > 3
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_ends_with_an_error(
     server: Served, client: Callable[[], openai.OpenAI]
 ) -> None:
@@ -137,6 +138,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(
         assert short.usage.completion_tokens == 3
 
 
+@pytest.mark.slow
 def test_before_its_first_token_a_stream_that_takes_too_long_has_a_status(
     server: Served, client: Callable[[], openai.OpenAI]
 ) -> None:

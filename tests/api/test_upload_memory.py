@@ -35,6 +35,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     shutil.rmtree(memory.memory())
 
 
+@pytest.mark.slow
 def test_a_large_file_costs_a_few_pieces(server: Served, tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     block = b"\n".join(secrets.token_hex(500).encode() for _ in range(1000))

@@ -45,6 +45,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str], te
     assert answer.out == ""
 
 
+@pytest.mark.slow
 def test_streams_are_apart_in_a_process_of_its_own(home: Path, tmp_path: Path) -> None:
     """Errors: the object on standard output, the message for people on standard error."""
     process = start(home, "generate", "none", "hi", "--json")

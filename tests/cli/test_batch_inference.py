@@ -63,6 +63,7 @@ def test_predict(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
     assert line.keys() == {"id", "text", "predicted"} and len(line["predicted"]["scores"]) == 2
 
 
+@pytest.mark.slow
 def test_predict_names_columns_and_images_as_alone(
     tune: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_predict_names_columns_and_images_as_alone(
     same(tmp_path, "mapped.jsonl", "predict", model_id, *mapped)
 
 
+@pytest.mark.slow
 def test_embed(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
     model_id = tune("contrastive", rows)
     for name in ("a.jsonl", "a.jsonl.gz", "a.npy"):
@@ -90,6 +92,7 @@ def test_embed(tune: Callable[..., str], rows: Path, tmp_path: Path) -> None:
     assert "as .jsonl or .npy" in refused
 
 
+@pytest.mark.slow
 def test_generate(home: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": f"colour of {word}?", "id": word} for word in WORDS * 7]
     prompts.append({"messages": [{"role": "user", "content": "sky?"}], "completion": "blue"})

@@ -39,6 +39,7 @@ def tuned(base: Path, source: object, *more: object) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_tune_takes_folders_patterns_and_tables(tiny_model_folder: Path, folder: Path) -> None:
     several = tuned(tiny_model_folder, folder)
     assert several["model_id"] == "tiny-llama:rows-1"

@@ -32,6 +32,7 @@ def test_generate_answers_one_prompt(home: Path) -> None:
     assert cut.out != "blue\n" and "cut off: --max-tokens allows more" in cut.err
 
 
+@pytest.mark.slow
 def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path: Path) -> None:
     ask = ["generate", MODEL, "colour of sky?"]
     grammar, schema = tmp_path / "list.lark", tmp_path / "schema.json"
@@ -55,6 +56,7 @@ def test_generate_keeps_replies_to_what_they_have_to_match(home: Path, tmp_path:
     assert "is not text in UTF-8" in Answer(*ask, "--grammar", str(grammar)).refused()
 
 
+@pytest.mark.slow
 def test_a_draft_model_changes_no_text_and_says_how_well_it_guessed(
     home: Path, in_float32: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +184,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
         assert text in answer.refused()
 
 
+@pytest.mark.slow
 def test_draws_repeat_with_their_seed(home: Path, tiny_model_folder: Path) -> None:
     def draw(seed: int) -> str:
         options = ["--temperature", "1.5", "--seed", str(seed), "--max-tokens", "20"]
@@ -202,6 +205,7 @@ def test_chat_goes_on_and_starts_anew(home: Path) -> None:
     assert "blue" not in again.out
 
 
+@pytest.mark.slow
 def test_chat_in_a_process_of_its_own_ends_with_its_input(home: Path) -> None:
     process = start(home, "chat", MODEL, stdin=subprocess.PIPE)
     out, err = process.communicate("colour of grass?\n", timeout=120)
@@ -216,6 +220,7 @@ def thinker(thinking_folder: Callable[[str], Path]) -> str:
     return str(thinking_folder("is opened"))
 
 
+@pytest.mark.slow
 def test_reasoning_is_no_part_of_what_is_printed_or_graded(thinker: str, tmp_path: Path) -> None:
     answer = Answer("generate", thinker, "sky?", "--max-tokens", "120").good()
     assert (answer.out, answer.err) == ("blue\n", THOUGHT + "\n\n")
@@ -255,6 +260,7 @@ def test_chat_shows_reasoning_apart_and_dims_it(
     assert capsys.readouterr().err == "hm"
 
 
+@pytest.mark.slow
 def test_evaluate_grades_and_writes_every_answer(home: Path, data: Path, tmp_path: Path) -> None:
     held = jsonl(
         tmp_path / "held.jsonl",

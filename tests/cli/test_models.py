@@ -205,6 +205,7 @@ def test_export_merged_gives_the_same_tokens_in_transformers(home: Path, tmp_pat
         assert tokenizer.decode(ids, skip_special_tokens=True) == served["completion"]
 
 
+@pytest.mark.slow
 def test_export_of_an_adapter_loads_with_peft(
     own_home: Path, data: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +268,7 @@ def test_export_as_gguf_says_how_llama_cpp_answers(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_remove_takes_the_model_and_its_run(own_home: Path, data: Path) -> None:
     child = ["tune", str(data), "--base", MODEL, "--name", "child", "--epochs", "1", "--json"]
     Answer(*child).good()

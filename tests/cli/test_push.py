@@ -50,6 +50,7 @@ def uploaded(hub: HubUploads) -> dict[str, bytes]:
     return {name.removeprefix(f"{REPOSITORY}/"): data for name, data in hub.files.items()}
 
 
+@pytest.mark.slow
 def test_the_command_uploads_a_model_as_it_is_exported_with_its_card(
     hub: HubUploads, home: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_private_repository_does_not_become_public(hub: HubUploads) -> None:
     assert hub.private == {REPOSITORY: True} and not hub.files and not hub.objects
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("online")
 def test_an_adapter_names_its_base_and_no_folder_of_this_machine(
     hub: HubUploads, own_home: Path, data: Path, tiny_model_folder: Path

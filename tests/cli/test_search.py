@@ -173,6 +173,7 @@ def test_no_trials_are_no_search(rows: Path) -> None:
     assert CliRunner().invoke(app, ["search", str(rows), "--trials", "0"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_range_test_suggests_a_rate(
     rows: Path, tiny_model_folder: Path, luthier_home: Path
 ) -> None:

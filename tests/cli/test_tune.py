@@ -82,6 +82,7 @@ def test_tune_without_json_tells_choices_and_next_steps(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_the_picture_that_is_named_is_there(tiny_model_folder: Path, tmp_path: Path) -> None:
     rows = [{"text": f"my {word} {n}", "label": word} for n in range(12) for word in ("fox", "dog")]
     data = jsonl(tmp_path / "labels.jsonl", *rows)
@@ -254,6 +255,7 @@ def test_control_c_in_training_ends_with_130(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_bad_data_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "rows.jsonl", *ROWS, "{", *ROWS, "[]")
     program = (

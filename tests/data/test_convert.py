@@ -121,6 +121,7 @@ said = st.text(
 ).filter(lambda text: bool(text.strip()) and "\0" not in text)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, database=None)
 @given(st.lists(st.tuples(said, said), min_size=1, max_size=4), st.sampled_from(FORMATS))
 @example([("a\rb", "\u2028c")], "csv")

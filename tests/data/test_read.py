@@ -95,6 +95,7 @@ def test_escaped_pair_and_escaped_backslash_are_no_lone_surrogate(folder: Path) 
     assert problems == []
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(
     st.lists(

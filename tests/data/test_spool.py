@@ -86,6 +86,7 @@ def test_processors_and_arrays_that_rows_share_stay_one_object() -> None:
     assert all(each is not None and each.processor is processor for each in inputs)
 
 
+@pytest.mark.slow
 def test_rows_on_disk_take_no_memory() -> None:
     def rows() -> Any:
         return (RawText("rows.jsonl", line, f"{line} " * 250) for line in range(20_000))

@@ -50,6 +50,7 @@ def test_too_little_disk_is_refused(
     refused(recipe(), DoesNotFit, "this run needs 2[0-9] MB on the disk", luthier_home)
 
 
+@pytest.mark.slow
 def test_full_tuning_needs_more_disk_than_lora(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +132,7 @@ def small_context(folder: Path, target: Path, context: int) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_long_rows_are_refused_dropped_or_cut_and_counted(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, tmp_path: Path, luthier_home: Path
 ) -> None:

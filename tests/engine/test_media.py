@@ -163,6 +163,7 @@ def test_pictures_are_predicted_by_path_and_evaluated(in_store: Path, pictures: 
     assert found.scores["accuracy"] == pytest.approx(np.mean(right))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(
     forker: Forker, tuned: tuple[Path, dict[str, Any]], pictures: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -371,6 +372,7 @@ def test_mixed_images_train_a_classifier_and_no_other(pictures: Path, base: Path
         luthier.tune(pictures / "learn", name="no", objective="contrastive", **fields)
 
 
+@pytest.mark.slow
 def test_images_of_the_next_step_are_read_while_one_computes_and_change_no_bit(
     pictures: Path, base: Path, luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +481,7 @@ def test_what_waits_to_be_read_is_not_read_when_it_is_no_longer_wanted(
     assert len(read) <= 8 < len(rows)
 
 
+@pytest.mark.slow
 def test_a_run_on_two_views_that_was_killed_goes_on_to_the_same_bits(
     forker: Forker, pictures: Path, base: Path, tmp_path: Path
 ) -> None:

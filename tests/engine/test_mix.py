@@ -150,6 +150,7 @@ def test_augmentation_is_refused_where_words_are_learned(
         )
 
 
+@pytest.mark.slow
 def test_replay_keeps_what_was_learned_before(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:

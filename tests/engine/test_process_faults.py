@@ -87,6 +87,7 @@ def test_each_process_can_be_killed_and_no_bit_is_lost(
     assert sum("goes on from its last checkpoint" in note for note in faults.notes) == len(ranks)
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_again_take_no_earlier_run_for_their_own(
     luthier_home: Path, recipe: Recipes
 ) -> None:
@@ -194,6 +195,7 @@ def check_resumed(settings: dict[str, Any], recipe: Recipes, folder: Path) -> No
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_first_process_ends_all_and_the_run_can_be_resumed(
     disk: Disk, recipe: Recipes, tiny_model_folder: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_the_result_is_that_of_one_process(luthier_home: Path, recipe: Recipes) 
     assert any("2 processes share" in note for note in lines.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_result_is_that_of_one_process_where_the_layers_are_shared(
     luthier_home: Path, recipe: Recipes, method: str
@@ -140,6 +141,7 @@ def test_a_run_in_shards_survives_a_kill_and_goes_on_in_another_number_of_them(
         assert theirs["loss"] == pytest.approx(mine["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_with_fewer_rows_than_processes_says_so(luthier_home: Path, recipe: Recipes) -> None:
     lines = Lines()
     settings = {"batch_size": 1, "max_steps": 1, "refit": False}
@@ -232,6 +234,7 @@ def test_an_error_that_one_process_has_alone_ends_them_all_by_its_name(
     assert [path.name for path in tmp_path.glob("outcome*")] == ["outcome-1.json"]
 
 
+@pytest.mark.slow
 def test_processes_whose_agent_is_killed_end_with_it(
     luthier_home: Path, rows: Path, tiny_model_folder: Path
 ) -> None:

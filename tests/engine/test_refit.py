@@ -92,6 +92,7 @@ def test_the_stored_weights_are_those_of_a_run_on_all_rows(recipe: Callable[...,
     assert "second" not in measured.verdict.text
 
 
+@pytest.mark.slow
 def test_the_record_names_no_row_as_held_out_that_was_learned_from(
     recipe: Callable[..., Recipe],
 ) -> None:
@@ -185,6 +186,7 @@ class BreakingReporter(Reporter):
             raise Broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [STEPS - 1, STEPS + 1, 2 * STEPS - 1])
 def test_a_run_that_is_broken_in_either_training_goes_on_to_the_same_bits(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, luthier_home: Path, step: int

@@ -36,6 +36,7 @@ from killed_runs import (
 )
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself_whatever_the_checkpoints(
     forker: Forker,
     command: Callable[..., list[str]],
@@ -51,6 +52,7 @@ def test_a_run_repeats_itself_whatever_the_checkpoints(
     assert outcome(plain.home).weights != unbroken["lora"].weights
 
 
+@pytest.mark.slow
 def test_the_module_killed_and_resumed(
     real: Callable[..., subprocess.Popen[str]], unbroken: dict[str, Outcome], tmp_path: Path
 ) -> None:
@@ -100,6 +102,7 @@ def test_killed_from_outside(
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["lora", "full"])
 def test_killed_again_and_again(
     forker: Forker,
@@ -135,6 +138,7 @@ def wait_for_cut(home: Path, lines: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_the_best_weights_and_the_patience_survive_a_kill(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -206,6 +210,7 @@ def test_stopped_by_the_user(
     same(outcome(tmp_path), unbroken["lora"])
 
 
+@pytest.mark.slow
 def test_a_run_without_a_name_is_found_again(
     forker: Forker,
     command: Callable[..., list[str]],
@@ -289,6 +294,7 @@ def test_resume_of_nothing_starts(
     same(outcome(tmp_path), unbroken["lora"])
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_work_on_one_run(
     forker: Forker, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ from luthier.store.models import chat_format, find
 # --- what comes out -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["lora", "prefix", "prompt", "adapters"])
 def test_an_adapter_of_llama_is_trained_without_transformers_and_peft(
     recipe: Callable[..., Recipe], luthier_home: Path, adaptation: str
@@ -89,6 +90,7 @@ def test_a_run_learns_and_stores_what_it_learned(
     assert result.seconds > 0
 
 
+@pytest.mark.slow
 def test_the_objective_follows_from_the_rows(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS * 100))
@@ -275,6 +277,7 @@ def test_cli_toml_recipe_and_sdk_give_the_same_weights(
         luthier.tune(recipe(), name="x")
 
 
+@pytest.mark.slow
 def test_the_seed_matters(recipe: Callable[..., Recipe]) -> None:
     weights = {
         manifest_of(train.train(recipe({"seed": seed}, name=f"s{seed}{again}")))[
@@ -289,6 +292,7 @@ def test_the_seed_matters(recipe: Callable[..., Recipe]) -> None:
 # --- custom models as the base of the next ------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_custom_models_are_tuned_further_and_know_where_they_come_from(
     recipe: Callable[..., Recipe], tiny_model_folder: Path, rows: Path
 ) -> None:

@@ -182,6 +182,7 @@ def taught(queue: Any, store: Store) -> CustomModel:
     return model
 
 
+@pytest.mark.slow
 @sqlite
 def test_models_that_learned_from_the_data_are_told_kept_or_deleted(
     queue: Any, store: Store, luthier_home: Path
@@ -260,6 +261,7 @@ def test_what_another_account_has_stays(queue: Any, store: Store) -> None:
         store.deletions.certificate(OTHER, "x")
 
 
+@pytest.mark.slow
 @sqlite
 def test_a_folder_a_job_and_addresses_elsewhere(queue: Any, store: Store) -> None:
     for key in ("set/a.jsonl", "set/b.jsonl", "set", "setting.jsonl"):

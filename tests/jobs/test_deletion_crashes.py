@@ -105,6 +105,7 @@ def test_files_of_a_deletion_that_died_before_their_rows_stay(
     assert delete(objects)["verified"] and files(objects, ACCOUNT) == []
 
 
+@pytest.mark.slow
 def test_a_service_finishes_it_and_sweeps_again_later(
     luthier_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

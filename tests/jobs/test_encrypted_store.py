@@ -79,6 +79,7 @@ def test_a_killed_job_goes_on_to_the_same_bits_also_when_the_memory_was_lost(
     assert holding(luthier_home) == [] and holding(memory.memory()) == []
 
 
+@pytest.mark.slow
 def test_texts_that_a_run_samples_are_encrypted_and_go_with_its_end(
     encrypted: None, queue: Any, luthier_home: Path
 ) -> None:

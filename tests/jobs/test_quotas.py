@@ -38,6 +38,7 @@ def quota(database: Database, **values: int) -> None:
         set_quota(session, ACCOUNT, **values)
 
 
+@pytest.mark.slow
 def test_a_job_without_room_for_its_model_or_its_outputs_leaves_nothing(
     queue: Any, luthier_home: Path
 ) -> None:

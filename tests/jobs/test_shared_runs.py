@@ -83,6 +83,7 @@ def stop_with_worker(queue: Any, scheduler: Any, job_id: str) -> None:
         child.wait(30)
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_on_another_machine_to_the_same_bits(
     master: bytes | None, queue: Any, move: Move, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_who_lost_the_lease_changes_nothing_that_another_goes_on_from(
     assert (JobFolders("x").data / "rows").read_text() == "first"
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_the_shared_store_is_away(
     database: Any, move: Move, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_model_deleted_on_one_machine_goes_from_the_others(queue: Any, move: M
     assert not [*home.glob("runs/*/job-*")]
 
 
+@pytest.mark.slow
 def test_models_and_objects_from_before_go_into_the_shared_store(
     queue: Any, move: Move, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +274,7 @@ def test_the_shared_objects_that_no_row_names_are_swept(database: Any, move: Mov
     assert read(objects, "key") == b"some bytes" and len([*store.list("objects")]) == 1
 
 
+@pytest.mark.slow
 def test_copies_beyond_the_limit_are_dropped_the_least_recently_used_first(
     queue: Any, move: Move
 ) -> None:
@@ -307,6 +311,7 @@ def test_files_elsewhere_are_not_shared(tmp_path: Path, move: Move, database: An
     assert store is not None and not [*store.list("objects")]
 
 
+@pytest.mark.slow
 def test_a_job_waits_for_a_shared_store_that_is_away(
     queue: Any, move: Move, tmp_path: Path
 ) -> None:

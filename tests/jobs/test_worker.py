@@ -177,6 +177,7 @@ def check_events_once(queue: Any, job_id: str, steps: int) -> None:
     assert trained == list(range(1, steps + 1))
 
 
+@pytest.mark.slow
 @sqlite
 def test_workers_that_are_killed_again_and_again_make_the_same_model(
     queue: Any, luthier_home: Path
@@ -199,6 +200,7 @@ def test_workers_that_are_killed_again_and_again_make_the_same_model(
     check_events_once(queue, broken, 40)
 
 
+@pytest.mark.slow
 @sqlite
 def test_a_worker_goes_on_while_the_server_is_gone(queue: Any) -> None:
     job_id = queue.submit(steps=60)
@@ -262,6 +264,7 @@ def test_each_type_of_customization(queue: Any, command: str) -> None:
     assert recipe["objective"]["method"] == wanted[command]
 
 
+@pytest.mark.slow
 @sqlite
 def test_a_model_made_here_teaches_and_is_tuned_further(queue: Any, luthier_home: Path) -> None:
     queue.scheduler()
@@ -334,6 +337,7 @@ def of_type(queue: Any, command: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @sqlite
 def test_a_base_that_is_gone_fails_the_job_and_names_nobody_else(
     queue: Any, luthier_home: Path

@@ -35,6 +35,7 @@ Folders.fetch, Folders.write = flaky(Folders.fetch), flaky(Folders.write)
 """
 
 
+@pytest.mark.slow
 @sqlite
 def test_a_bucket_that_fails_now_and_then_costs_no_job(queue: Any) -> None:
     output = queue.folder / "out"
@@ -60,6 +61,7 @@ MetricsFile.append = full
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_takes_no_more_under_a_run_costs_no_job(
     queue: Any, tmp_path: Path, monkeypatch: Any, number: int

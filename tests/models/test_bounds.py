@@ -57,6 +57,7 @@ bytearray(300 << 20)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_in_the_block_alone() -> None:
     """In a process of its own: what this one has been given and does not use would be enough."""
     done = subprocess.run(

@@ -329,6 +329,7 @@ def old_bert(folder: Path, family_folder: Callable[[str], Path]) -> torch.nn.Mod
     return model
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
     tmp_path: Path, luthier_home: Path, family_folder: Callable[[str], Path]
 ) -> None:
@@ -355,6 +356,7 @@ def test_a_model_of_the_hub_is_fetched_from_a_mirror_without_its_code(
         torch.testing.assert_close(network.eval()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_refused_at_once(luthier_home: Path) -> None:
     """A listener whose queue is full: its connections are neither accepted nor refused."""
     with socket.socket() as silent, ExitStack() as waiting:

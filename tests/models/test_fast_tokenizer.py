@@ -210,6 +210,7 @@ def test_a_template_with_lines_of_windows(folder: Path, tmp_path: Path) -> None:
     assert fast.chat_template == AutoTokenizer.from_pretrained(path).chat_template
 
 
+@pytest.mark.slow
 def test_tokenizers_of_other_classes_are_those_of_transformers(
     family_folder: Callable[[str], Path],
 ) -> None:

@@ -298,6 +298,7 @@ def test_a_network_that_answers_no_numbers_is_refused(write_llama: Callable[...,
         as_network(loaded.eval(), CPU, torch.float32)
 
 
+@pytest.mark.slow
 def test_threads_import_transformers_one_after_the_other(
     write_llama: Callable[..., Path], tiny_model_folder: Path
 ) -> None:
@@ -319,6 +320,7 @@ def test_threads_import_transformers_one_after_the_other(
     assert ended.stdout.strip() == "[]", ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_networks_are_imported_before_any_is_drawn() -> None:
     """What they import is not to count as the memory of the one that is drawn."""
     code = (
@@ -351,6 +353,7 @@ def test_a_configuration_of_more_than_is_stored_is_refused(
     assert next(sketch_llama(LlamaConfig.of(fields)).parameters()).device.type == "meta"  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_generating_imports_no_transformers(
     is_adapter: bool, tiny_model_folder: Path, luthier_home: Path, tmp_path: Path

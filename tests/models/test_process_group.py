@@ -49,6 +49,7 @@ def reports_of(fault: str, size: int, folder: Path, seconds: int) -> list[Any]:
     return [json.loads((folder / str(rank)).read_text()) for rank in range(size - 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "size", "seconds", "kind", "words"),
     [
@@ -72,6 +73,7 @@ def test_all_others_name_the_process_that_fails(
         assert ranks == ([last] if kind == "ProcessLost" else [])
 
 
+@pytest.mark.slow
 def test_a_refusal_before_they_meet_is_the_same_error_in_all(tmp_path: Path) -> None:
     for name, said, *_ in reports_of("early refusal", 3, tmp_path, 100):
         assert (name, said) == ("DiskFull", "process 2: the disk of /scratch is full")

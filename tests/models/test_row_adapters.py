@@ -187,6 +187,7 @@ def test_shapes_are_tried_once_though_their_adapters_go(
     assert len(tried) == 4 and len(shared._bits) == 2
 
 
+@pytest.mark.slow
 def test_in_bfloat16_too(tiny_llama: Callable[..., Any]) -> None:
     network = as_network(tiny_llama(hidden_size=256).bfloat16().eval(), CPU, torch.bfloat16)
     base = FlatBackend(network, 512, exact=True)
@@ -459,6 +460,7 @@ def tensor_bytes(*owners: Any) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[4]], ids=lambda kind: kind.method)
 def test_an_adapter_takes_twice_its_file_at_most_however_many_write(
     kind: Any, family_folder: Callable[[str], Path], tmp_path: Path

@@ -159,6 +159,7 @@ def test_memory_is_counted_for_sounds_as_long_as_they_are_read(
     assert long > 3.5 * short  # attention grows faster than the sound
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx_gives_the_same_scores_of_a_sound(

@@ -91,6 +91,7 @@ def test_a_prefix_and_a_soft_prompt_stand_before(
     assert found == [row.ids_T.tolist() for (row,) in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_have_the_same_bits_whatever_runs_beside(
     dtype: torch.dtype, tiny_llama: Callable[..., Any]

@@ -150,6 +150,7 @@ def test_statistics_of_batch_norms_stay_and_their_gains_learn(
     assert torch.allclose(alone, together[:1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize(
     "family",

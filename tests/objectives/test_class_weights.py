@@ -188,6 +188,7 @@ def test_other_labels_and_several_labels_are_refused(family_folder: FamilyFolder
             )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 def test_a_rare_class_is_found_with_it_and_not_without(
     tmp_path: Path, family_folder: FamilyFolder

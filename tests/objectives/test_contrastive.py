@@ -339,6 +339,7 @@ def test_the_threshold_is_what_few_other_pairs_are_above(
     assert objective.with_threshold(network, views, 16) is objective
 
 
+@pytest.mark.slow
 def test_two_texts_are_said_to_be_similar_or_not(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:

@@ -90,6 +90,7 @@ def test_turning_finds_the_way_back() -> None:
     torch.testing.assert_close(turn(points @ rotation, points), points, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_narrow_student_has_its_teachers_cosines(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

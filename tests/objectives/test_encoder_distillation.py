@@ -133,6 +133,7 @@ def tuned(base: Path | str, name: str, rows: list[Row], tmp_path: Path, **object
     )
 
 
+@pytest.mark.slow
 def test_a_narrow_student_learns_from_bare_texts_what_its_teacher_knows(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

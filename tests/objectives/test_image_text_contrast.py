@@ -142,6 +142,7 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_texts_find_images_and_images_find_texts(

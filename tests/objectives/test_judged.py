@@ -98,6 +98,7 @@ def test_grpo_learns_from_an_endpoint(tuned: Any, endpoint: Any, key: str) -> No
     assert '"key_env": "OPENAI_API_KEY"' in kept and key not in kept
 
 
+@pytest.mark.slow
 def test_ppo_learns_from_a_model_of_this_machine(
     tuned: Any, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

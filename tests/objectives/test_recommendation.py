@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import luthier
 from luthier.data.rows import load_rows
@@ -55,6 +56,7 @@ def test_people_who_come_to_one_item_are_not_kept_on_one_side(tmp_path: Path) ->
     assert len({*group_related([TextPair("f", 1, *each) for each in both]).tolist()}) == 5
 
 
+@pytest.mark.slow
 def test_the_next_item_is_found_in_the_catalogue_and_held_against_simple_rivals(
     family_folder: Callable[[str], Path], tmp_path: Path, luthier_home: Path
 ) -> None:

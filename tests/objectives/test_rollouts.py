@@ -124,6 +124,7 @@ def prompts(objective: Reinforcement, network: Network, count: int = 4) -> list[
     return [objective.encode(row, n, network.chat) for n, row in enumerate(rows)]
 
 
+@pytest.mark.slow
 def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: Path) -> None:
     notes = Notes()
     result = train(
@@ -160,6 +161,7 @@ def test_a_reward_rises(tiny_model_folder: Path, rows_file: Path, luthier_home: 
     assert table.exit_code == 0 and "16-20" in table.stdout
 
 
+@pytest.mark.slow
 def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str], Path]) -> None:
     """By rewards, and by a judge that is a model of this machine."""
     network = network_of(thinking_folder("is opened"))
@@ -178,6 +180,7 @@ def test_what_is_graded_is_said_and_not_thought(thinking_folder: Callable[[str],
     assert write_replies(network, sampling, 2, [[Message("user", "sky?")]]) == ["blue"]
 
 
+@pytest.mark.slow
 def test_ppo_learns_and_leaves_its_value_head_behind(
     family_folder: Callable[[str], Path], rows_file: Path
 ) -> None:
@@ -216,6 +219,7 @@ def test_samples_change_with_the_weights_and_only_with_them(tiny_model_folder: P
     assert sum(one != other for one, other in zip(before, after, strict=True)) >= 6
 
 
+@pytest.mark.slow
 def test_training_draws_anew_and_measuring_does_not(tiny_model_folder: Path) -> None:
     network, objective = network_of(tiny_model_folder), GRPO(grader=Share())
     examples = prompts(objective, network)
@@ -308,6 +312,7 @@ def test_a_plateau_is_told_and_a_rise_is_not() -> None:
     assert "95% of the groups" in advice(course(rising, equal=0.95))
 
 
+@pytest.mark.slow
 def test_a_note_about_a_plateau_comes_once(
     tiny_model_folder: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

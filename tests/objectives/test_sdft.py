@@ -142,6 +142,7 @@ def test_both_must_have_room(chat: ChatFormat, tiny_llama: Callable[..., Any]) -
     assert len(answer_of(batches[0].tree.examples[0])) == 3
 
 
+@pytest.mark.slow
 def test_a_run_comes_nearer_to_what_it_says_with_the_answer(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -204,6 +204,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
+@pytest.mark.slow
 def test_from_two_files_to_a_model_that_answers(
     files: tuple[Path, Path], family_folder: Callable[[str], Path]
 ) -> None:

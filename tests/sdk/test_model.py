@@ -30,6 +30,7 @@ def test_conversations_are_lists_of_messages(tiny_model_folder: Path) -> None:
             model.generate(wrong, **sampling)
 
 
+@pytest.mark.slow
 def test_replies_have_their_reasoning_apart(thinking_folder: Callable[[str], Path]) -> None:
     model = luthier.load(str(thinking_folder("asks itself")))
     sampling: dict[str, Any] = {"max_tokens": 120}

@@ -28,6 +28,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_estimate_is_kept_for_the_run(data: Path, tiny_model_folder: Path) -> None:
     found = luthier.estimate(data, base=str(tiny_model_folder), training__epochs=2)
     assert found.epochs == 2 and found.rows == 81  # a tenth is held out

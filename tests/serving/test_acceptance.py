@@ -140,6 +140,7 @@ def test_what_is_wrong_with_a_part_of_a_pipeline_is_named(
         accept_network(folder, "imported:x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "trocr"])
 def test_a_network_for_images_and_texts_needs_its_tokenizer(
     family: str, family_folder: Callable[[str], Path], tokenizer: Any, tmp_path: Path

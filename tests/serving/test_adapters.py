@@ -118,6 +118,7 @@ def test_adapters_answer_together_as_each_does_alone(pool: ModelPool, base: str)
     assert pool._entries[NAMES[-1]].model._thread not in threads
 
 
+@pytest.mark.slow
 def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
     sizes = ModelPool(1 << 30, cache=1 << 28)
     for name in NAMES[:2]:
@@ -140,6 +141,7 @@ def test_a_pinned_adapter_keeps_its_base_and_counts_it_once(base: str) -> None:
     pool.close()
 
 
+@pytest.mark.slow
 def test_no_garbage_is_collected_while_an_adapter_is_loaded(
     pool: ModelPool, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_no_garbage_is_collected_while_an_adapter_is_loaded(
     assert network() is None and not gc.get_freeze_count()
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_text_through_all_faces(pool: ModelPool) -> None:
     for name in NAMES:
         generator = Generator.open(find(name))
@@ -195,6 +198,7 @@ def test_only_its_own_part_counts_for_an_adapter(pool: ModelPool, base: str) -> 
     assert whole < pool.weight_bytes() <= whole + 2 * 2 * size
 
 
+@pytest.mark.slow
 def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
     text_of(pool, NAMES[0])
     text_of(pool, NAMES[1])
@@ -212,6 +216,7 @@ def test_idle_adapters_go_before_their_base(pool: ModelPool, base: str) -> None:
     assert pool.loaded_ids() == [NAMES[-1]]
 
 
+@pytest.mark.slow
 def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, base: str) -> None:
     alone = text_of(pool, NAMES[1], max_tokens=60)
     streams = {name: pool.submit(name, asked(max_tokens=60)) for name in (*NAMES[:2], base)}
@@ -227,6 +232,7 @@ def test_a_deleted_adapter_ends_its_answers_and_others_go_on(pool: ModelPool, ba
     assert text_of(pool, NAMES[1], max_tokens=60) == alone
 
 
+@pytest.mark.slow
 def test_adapters_are_loaded_and_dropped_while_others_stream(pool: ModelPool) -> None:
     alone = text_of(pool, NAMES[0], max_tokens=300)
     stream = pool.submit(NAMES[0], asked(max_tokens=300))
@@ -293,6 +299,7 @@ def test_the_bare_base_has_no_layer_of_an_adapter(pool: ModelPool, base: str) ->
     assert not any("lora" in name for name, _ in network.named_parameters())
 
 
+@pytest.mark.slow
 def test_many_who_ask_for_an_adapter_at_once_use_its_base_once(pool: ModelPool, base: str) -> None:
     """Whoever comes second does not hold the base for ever: it can be let go of afterwards."""
     text_of(pool, base)

@@ -120,6 +120,7 @@ def test_what_is_asked_at_once_is_read_at_once_and_answered_as_alone(
     assert passes.waiting == 0 and pool.memory.reserved_bytes == 0
 
 
+@pytest.mark.slow
 def test_many_rows_hold_up_no_single_one(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = name_of("classes")
     passes = Passes(pool, model, monkeypatch)
@@ -165,6 +166,7 @@ def test_a_row_that_cannot_be_read_fails_alone(
     assert passes.waiting == 0 and pool.memory.reserved_bytes == 0
 
 
+@pytest.mark.slow
 def test_rows_of_who_hung_up_fall_away(pool: ModelPool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = name_of("classes")
     passes = Passes(pool, model, monkeypatch)
@@ -229,6 +231,7 @@ def test_passes_take_their_memory_of_the_budget_for_sequences(
     pool.memory.total = total
 
 
+@pytest.mark.slow
 def test_who_waits_with_others_pays_for_its_own_rows(
     pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

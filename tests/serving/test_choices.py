@@ -61,6 +61,7 @@ def base(family_folder: Callable[[str], Path]) -> str:
     return str(family_folder("llama"))
 
 
+@pytest.mark.slow
 def test_likelihoods_and_picks_are_those_of_one_forward_for_each_choice(
     base: str, tmp_path: Path
 ) -> None:

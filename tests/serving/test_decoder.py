@@ -103,6 +103,7 @@ def test_streamed_pieces_are_the_whole_text(opened: Decoder) -> None:
         assert all(pieces)
 
 
+@pytest.mark.slow
 def test_64_clients_get_what_each_gets_alone(opened: Decoder) -> None:
     requests = [
         asked(QUESTIONS[i % 5] + str(i), temperature=(i % 3) / 2, seed=i, max_tokens=5 + i)
@@ -209,6 +210,7 @@ def test_stop_sequences_over_borders_of_tokens(opened: Decoder) -> None:
     assert settled(opened)
 
 
+@pytest.mark.slow
 def test_more_answers_than_step_together_take_turns(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +403,7 @@ def test_log_probabilities_have_a_limit(opened: Decoder, monkeypatch: pytest.Mon
     assert refused.value.parameter == "top_logprobs"
 
 
+@pytest.mark.slow
 def test_who_does_not_read_is_written_no_more_until_it_does(
     opened: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

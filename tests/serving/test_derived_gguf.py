@@ -167,6 +167,7 @@ def test_networks_that_llama_cpp_has_not_are_run_by_torch(
     assert "palm is run by torch, not by llama.cpp: " in caplog.records[0].message
 
 
+@pytest.mark.slow
 def test_adapters_are_in_the_file_or_are_run_by_torch(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_what_was_chosen_wins_after_training(objective: str, base: str, tmp_path
     assert {"reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_ratings_choose_dpo_and_thumbs_choose_kto(base: str, tmp_path: Path) -> None:
     rated = [
         {
@@ -131,6 +132,7 @@ def test_the_answers_of_an_evaluation_are_written(base: str, tmp_path: Path) -> 
     assert lines[0]["chosen"]["tokens"] > 1 and lines[0]["chosen"]["logp"] < 0
 
 
+@pytest.mark.slow
 def test_pairs_that_do_not_fit_are_named(base: str, tmp_path: Path) -> None:
     rows = [*PAIRS[:2], {"prompt": "yes", "chosen": "no", "rejected": "many " * 1200}]
     data = write(tmp_path / "long.jsonl", rows)
@@ -342,6 +344,7 @@ def local_judge(tiny_model_folder: Path, tmp_path: Path, luthier_home: Path) -> 
     return made
 
 
+@pytest.mark.slow
 def test_a_model_of_this_machine_judges(judged: Any, local_judge: Callable[[], str]) -> None:
     model = local_judge()
     options = {"model": model, "rubric": "x", "use_expected": "false", "sampling.max_tokens": 12}

@@ -171,6 +171,7 @@ def test_what_a_prompt_says_is_made(
         served.sample(ImageRequest(label="zebra"), 0, Work(), lambda count: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 def test_an_adapter_on_a_pipeline_makes_in_diffusers_what_it_makes_here(
     images: Path, family_folder: Callable[[str], Path], luthier_home: Path, tmp_path: Path

@@ -72,6 +72,7 @@ class Session:
         return answer, read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "method", "output", "key"),
     [
@@ -139,6 +140,7 @@ def readme_code(folder: Path) -> str:
     return (folder / README).read_text().split("```python\n")[1].split("```")[0]
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_it_stands(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
     stored = tuned(tmp_path, str(family_folder("bert")), "contrastive")
     export_onnx(stored, tmp_path / "onnx")
@@ -151,6 +153,7 @@ def test_the_readme_runs_as_it_stands(family_folder: Callable[[str], Path], tmp_
     assert f"{one @ other:.3f}".rstrip("0") in done.stdout
 
 
+@pytest.mark.slow
 def test_embeddings_of_images_are_those_of_luthier(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images)
@@ -167,6 +170,7 @@ def test_embeddings_of_images_are_those_of_luthier(tmp_path: Path) -> None:
     assert found == pytest.approx(np.array(wanted), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_graph_that_answers_otherwise_is_refused(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +240,7 @@ def test_onnx_gives_the_scores_of_a_classifier_of_texts(
     assert tokenizer.vocab_size == chat_format(stored).tokenizer.vocab_size
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_scores_of_a_classifier_of_images(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 9, 7, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=images, labels=np.arange(8) % 2)

@@ -247,6 +247,7 @@ def test_a_server_starts_without_models_that_their_owners_have_deleted(
     assert second.startswith(f"gone is written without {drafts['same']}: there is no")
 
 
+@pytest.mark.slow
 def test_a_model_takes_its_draft_s_memory_and_says_which_it_has(
     tiny_model_folder: Path, drafts: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,6 +277,7 @@ def test_a_model_takes_its_draft_s_memory_and_says_which_it_has(
         small.load(target)
 
 
+@pytest.mark.slow
 def test_the_draft_of_a_base_guesses_for_the_adapters_on_it(
     tmp_path: Path, tiny_model_folder: Path, drafts: dict[str, str]
 ) -> None:

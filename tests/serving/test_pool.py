@@ -79,6 +79,7 @@ def test_two_models_are_never_loaded_side_by_side(
     assert most == 1
 
 
+@pytest.mark.slow
 def test_the_longest_unused_goes(pool: ModelPool, folders: list[str]) -> None:
     for folder in (folders[0], folders[1], folders[0], folders[2]):
         pool.submit(folder, REQUEST).whole()
@@ -117,6 +118,7 @@ def test_a_model_that_is_loaded_ahead_answers_without_loading(
     pool.unload(folders[0])  # it is not there, which is no error
 
 
+@pytest.mark.slow
 def test_models_that_were_unloaded_and_answer_still_count(
     pool: ModelPool, folders: list[str]
 ) -> None:
@@ -142,6 +144,7 @@ def decoder_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "luthier-decoder"]
 
 
+@pytest.mark.slow
 def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
     pool: ModelPool, folders: list[str]
 ) -> None:
@@ -159,6 +162,7 @@ def test_a_model_that_nobody_asked_takes_no_place_of_one_in_use_or_asked_lately(
     busy.close()
 
 
+@pytest.mark.slow
 def test_a_pinned_model_makes_room_for_nobody(folders: list[str]) -> None:
     size = int(2.5 * sum(path.stat().st_size for path in Path(folders[0]).glob("*.safetensors")))
     limits = ModelLimits(account_share=1)
@@ -245,6 +249,7 @@ def test_what_does_not_fit_into_the_memory_that_is_free_now_is_refused_before_it
     busy.close()
 
 
+@pytest.mark.slow
 def test_idle_models_go_where_memory_is_short_now(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +261,7 @@ def test_idle_models_go_where_memory_is_short_now(
     assert pool.loaded_ids() == [folders[1]]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_fetched_or_closed_holds_no_other_back(
     pool: ModelPool, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +502,7 @@ def test_models_share_the_memory_for_sequences(pool: ModelPool, folders: list[st
     assert first.whole()[0].tokens == 300
 
 
+@pytest.mark.slow
 def test_a_model_that_is_deleted_is_let_go_of(pool: ModelPool, folders: list[str]) -> None:
     stream = pool.submit(folders[0], REQUEST)
     entry = pool._entries[folders[0]]

@@ -65,6 +65,7 @@ def command(*arguments: object, code: int = 0) -> Any:
     return json.loads(result.stdout) if "--json" in arguments else result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_what_stands_before_a_text_takes_room_in_the_context(
     adaptation: str, tuned: Callable[..., tuple[str, Path]]
@@ -109,6 +110,7 @@ def test_a_classifier_learns_and_answers(
         assert answer["label"] == max(answer["scores"], key=answer["scores"].__getitem__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [
@@ -184,6 +186,7 @@ def test_words_get_tags(
     assert [len(line["predicted"]["tags"]) for line in texts] == [4, 2]
 
 
+@pytest.mark.slow
 def test_rows_keep_all_they_have_and_get_the_answer_beside_it(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
@@ -275,6 +278,7 @@ def test_rows_of_another_kind_are_not_evaluated(
         assert {problem.rule for problem in problems} == {"row.objective"}
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_told_by_slices_and_as_a_page(
     tuned: Callable[..., tuple[str, Path]], tmp_path: Path
 ) -> None:
@@ -379,6 +383,7 @@ def test_a_classifier_goes_on_from_a_custom_model(
     assert "label" in luthier.load(result.model_id).predict(["the fox is here"])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_classifier_goes_on_to_other_classes_with_a_new_head(
     adaptation: str, tuned: Callable[..., tuple[str, Path]], tmp_path: Path

@@ -218,6 +218,7 @@ class TestNothingTakesAllThereIs:
     def _little(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sandboxed_text, "SECONDS", 2)
 
+    @pytest.mark.slow
     def test_loops_are_ended(self, hostile: Callable[..., SandboxedFormat]) -> None:
         nested = "{% for a in range(99999) %}" * 4 + "{% set x = a %}" + "{% endfor %}" * 4
         chat = hostile("{% if messages[0].content == 'now' %}" + nested + "{% endif %}fine")

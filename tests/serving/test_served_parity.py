@@ -121,6 +121,7 @@ def test_models_without_a_record_of_it_are_not_judged(
     assert check_served(pool, find(str(tiny_model_folder))) is None
 
 
+@pytest.mark.slow
 def test_a_model_is_checked_before_its_deployment_is_active(pool: ModelPool) -> None:
     stored = find("tiny-llama:one")
     own = reference("one")

@@ -154,6 +154,7 @@ def test_that_of_an_encrypted_store_is_in_memory(
         keys.use_keyring(None)
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_gone_with_the_process(store: str, luthier_home: Path) -> None:
     writes = (
         f"from luthier.serving.vllm_lora import *\nprint(adapter_folder({store!r}, 'tiny:lora'))\n"

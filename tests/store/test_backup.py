@@ -199,6 +199,7 @@ def test_the_key_is_left_out_unless_asked_for(
     restored.close()
 
 
+@pytest.mark.slow
 def test_a_backup_while_others_write(database: Database, store: Path, tmp_path: Path) -> None:
     done = threading.Event()
 
@@ -586,6 +587,7 @@ with snapshot(database, Path(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["writers", "snapshot"])
 def test_a_backup_that_is_killed_blocks_nobody(
     database_url: str, luthier_home: Path, tmp_path: Path, stage: str

@@ -92,6 +92,7 @@ objects.put("000000000001", "data", "k", done, ObjectMetadata())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "left"), [("before", b"old"), ("after", b"new")])
 def test_a_kill_around_the_commit(data: Objects, moment: str, left: bytes) -> None:
     put(data, "k", b"old")

@@ -41,6 +41,7 @@ def asked(*arguments: object) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_is_asked_in_four_ways(tmp_path: Path, tiny_model_folder: Path) -> None:
     rows = [{"prompt": f"say {a} {b}", "completion": b} for a in WORDS for b in WORDS if a != b]
     data = write(tmp_path / "rows.jsonl", rows)

@@ -85,6 +85,7 @@ class Heard(Reporter):
         self.rows.append((done, total))
 
 
+@pytest.mark.slow
 def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_path: Path) -> None:
     output, heard = tmp_path / "out.jsonl", Heard()
     found = run(source, output, 3, reporter=heard)
@@ -96,6 +97,7 @@ def test_rows_are_answered_once_and_written_in_their_order(source: Path, tmp_pat
     assert not shards_folder(output).exists()
 
 
+@pytest.mark.slow
 def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_progress_counts_the_rows_of_a_shard_that_is_not_answered(
     assert output.read_text() == expected(source)
 
 
+@pytest.mark.slow
 def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: Path) -> None:
     write(source, row_7="?")
     heard = Heard()
@@ -120,6 +123,7 @@ def test_rows_that_are_refused_do_not_count_as_answered(source: Path, tmp_path: 
     assert heard.rows[-1] == (ROWS - SHARD_ROWS, ROWS)
 
 
+@pytest.mark.slow
 def test_more_processes_than_parts_are_left_out_with_a_note(source: Path, tmp_path: Path) -> None:
     source.write_text('{"text": "one"}\n')
     heard = Heard()
@@ -127,6 +131,7 @@ def test_more_processes_than_parts_are_left_out_with_a_note(source: Path, tmp_pa
     assert heard.notes[0].startswith("1 of 3 processes are started: each answers 4 rows at a time")
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_does_not_hold_up_the_end(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +144,7 @@ def test_a_process_that_was_stopped_does_not_hold_up_the_end(
         os.kill(stopped, 0)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_with_what_it_held(source: Path, tmp_path: Path) -> None:
     output, heard = tmp_path / "out.jsonl", Heard()
     (tmp_path / KILL).touch()
@@ -165,6 +171,7 @@ def test_a_killed_command_goes_on_and_answers_nothing_twice(source: Path, tmp_pa
     assert all(once[line] == 1 for line in range(1, 3 * SHARD_ROWS + 1))
 
 
+@pytest.mark.slow
 def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()
@@ -178,6 +185,7 @@ def test_a_stopped_command_ends_its_processes(source: Path, tmp_path: Path) -> N
     assert run(source, output, 1).resumed_rows == 3 * SHARD_ROWS
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_7="?", row_8="?")
@@ -192,6 +200,7 @@ def test_a_row_that_cannot_be_answered_costs_only_its_shard(source: Path, tmp_pa
     assert answered(source) == Counter(range(1, ROWS + 1))
 
 
+@pytest.mark.slow
 def test_other_settings_answer_all_anew_and_lose_nothing(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     write(source, row_30="?")
@@ -245,6 +254,7 @@ def test_a_process_that_fails_says_why_and_what_goes_on(source: Path, tmp_path: 
     assert sum(1 for _ in shards_folder(output).glob("*.answers")) == 2
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_meanwhile_is_refused(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     (tmp_path / WAIT).touch()
@@ -301,6 +311,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(source: Path, tmp_path
     assert not output.exists() and not any(elsewhere.iterdir())
 
 
+@pytest.mark.slow
 def test_answers_that_were_damaged_are_answered_anew(source: Path, tmp_path: Path) -> None:
     output, heard = tmp_path / "out.jsonl", Heard()
     write(source, row_30="?")
@@ -331,6 +342,7 @@ def test_long_rows_make_small_shards(
         assert [shard.rows for shard in shards] == [rows] * (ROWS // rows)
 
 
+@pytest.mark.slow
 def test_lines_are_packed_by_the_ending_of_the_output(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl.gz"
     run(source, output, 2)
@@ -344,6 +356,7 @@ def test_folders_that_were_made_for_nothing_go(source: Path, tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_output_within_the_folder_that_is_read_is_no_data(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -56,6 +56,7 @@ def test_each_verdict_is_what_the_refusals_themselves_say(
         assert (verdict.memory > 0) == verdict.fits == (not reason)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_catalogue_is_judged_before_it_is_fetched(
     monkeypatch: pytest.MonkeyPatch, luthier_home: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_model_that_nobody_knows_is_refused() -> None:
         capabilities("no-such-model")
 
 
+@pytest.mark.slow
 def test_each_way_to_fit_that_is_named_fits() -> None:
     objective = default_objective(OBJECTIVES["sft"])
     config = catalogue_config(CATALOG["smollm2-135m-instruct"], CAUSAL_LM)

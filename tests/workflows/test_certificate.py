@@ -230,6 +230,7 @@ def test_a_report_that_was_broken_is_said_before_anything_is_measured(home: Path
     luthier.evaluate(ID, home / "test.jsonl", max_tokens=4, attach=True)
 
 
+@pytest.mark.slow
 def test_scores_of_rows_that_were_learned_or_repeat_are_remarked(home: Path) -> None:
     learned = luthier.evaluate(ID, home / "rows.jsonl", max_tokens=2)
     assert "was trained on these rows" in learned.remarks[0]
@@ -321,6 +322,7 @@ def test_commands(home: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_exports_stand_in_the_record_and_the_certificate(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float32: None
 ) -> None:
@@ -484,6 +486,7 @@ def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
     return private, public
 
 
+@pytest.mark.slow
 def test_a_signature_holds_until_a_file_changes(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing", reason="model-signing is not installed")
     private, public = key_pair(tmp_path, "ours")

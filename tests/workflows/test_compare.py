@@ -195,6 +195,7 @@ def test_rows_that_were_trained_on_are_remarked_or_refused() -> None:
         check_leakage(labels, [LabelledText("s", 1, text="a fox", label="y")])
 
 
+@pytest.mark.slow
 def test_a_model_that_writes_beside_prompts_and_documents(
     tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +245,7 @@ def test_a_model_that_writes_beside_prompts_and_documents(
     assert "do not fit into its context" in " ".join(long.remarks)
 
 
+@pytest.mark.slow
 def test_a_classifier_beside_baselines_by_the_command_line(
     family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -327,6 +329,7 @@ def test_no_text_is_embedded_twice() -> None:
     assert len(once([])) == 0
 
 
+@pytest.mark.slow
 def test_a_tagger_beside_the_linear_probe_of_each_word(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +374,7 @@ def test_what_is_measured_otherwise_is_no_comparison() -> None:
         _check_measures({"a": "recall_at_1", "b": "accuracy"})
 
 
+@pytest.mark.slow
 def test_a_judge_is_not_asked_for_each_answer_of_a_search(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_drift_is_the_divergence_over_the_whole_vocabulary(base: str, tmp_path: 
     assert low < found.drift.kl.value < high
 
 
+@pytest.mark.slow
 def test_a_ruined_model_loses_a_probe_that_the_base_knew(base: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{word}. the", "choices": ["fox", "Paris"], "answer": 0} for word in WORDS]
     data = [{"text": f"{row['prompt']} fox"} for row in rows] * 4

@@ -461,6 +461,7 @@ def test_a_name_that_is_no_text_is_refused(recipe: Callable[..., Recipe]) -> Non
         recipe_text(broken, "x", {})
 
 
+@pytest.mark.slow
 def test_the_command_estimates_and_writes_the_file(
     recipe: Callable[..., Recipe], tmp_path: Path, in_float32: None
 ) -> None:

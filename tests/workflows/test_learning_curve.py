@@ -48,6 +48,7 @@ def test_a_law_without_noise_is_found_again() -> None:
     assert extrapolate(points_of([0.2] * 7))[1].value == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_in_nineteen_of_twenty() -> None:
     draw = np.random.default_rng(1)
     truth, held, many = law(1) - law(2), 0, 100

@@ -81,6 +81,7 @@ def test_each_stage_starts_from_the_one_it_names_and_is_done_once(
     assert more.steps == 2
 
 
+@pytest.mark.slow
 def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folder: Path) -> None:
     stages = (
         stage("large", "pairs")
@@ -104,6 +105,7 @@ def test_a_teacher_its_student_and_what_it_learns(folder: Path, tiny_model_folde
     assert again.steps == 0
 
 
+@pytest.mark.slow
 def test_a_stage_made_from_a_model_that_is_gone_is_named(
     folder: Path, tiny_model_folder: Path
 ) -> None:

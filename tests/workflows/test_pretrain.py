@@ -152,6 +152,7 @@ def test_a_base_model_comes_out_that_everything_else_takes(
     assert not any((luthier_home / "pretraining").glob("mine"))
 
 
+@pytest.mark.slow
 def test_a_base_is_gone_on_from_with_its_tokenizer(
     fields: Callable[..., dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_base_is_gone_on_from_with_its_tokenizer(
     assert luthier.load("gone-on").generate(["The fox sees"], max_tokens=8)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_it_has_the_bits_of_tuning_on_the_same_text(
     fields: Callable[..., dict[str, Any]], text: Path, adaptation: str
@@ -199,6 +201,7 @@ def test_it_has_the_bits_of_tuning_on_the_same_text(
     assert weights_of(result.model_id) == weights_of(tuned.model_id)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_base_is_a_custom_model(
     fields: Callable[..., dict[str, Any]], luthier_home: Path
 ) -> None:
@@ -229,6 +232,7 @@ def train_losses(result: Any) -> list[float]:
     return [line["loss"] for line in map(json.loads, text.splitlines())]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_curve_of_one_and_go_on_where_they_were_stopped(
     fields: Callable[..., dict[str, Any]],
 ) -> None:
@@ -286,6 +290,7 @@ def test_the_other_families_train_too(family: str, fields: Callable[..., dict[st
     assert result.validation_loss < math.log(512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["build", "_encode", "step"])
 def test_what_was_cut_short_ends_at_the_same_bits(
     stage: str,
@@ -338,6 +343,7 @@ pretrain.pretrain(PretrainRecipe.parse(fields), resume=where != "tokens")
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_at_the_same_bits(fields: Callable[..., dict[str, Any]]) -> None:
     """kill -9 in the middle of the token file, again before the model is stored, then to the end."""
     made(fields(name="whole"))
@@ -451,6 +457,7 @@ def test_a_configuration_with_too_small_a_vocabulary_is_refused(
     assert find("mine").manifest.plain()["recipe"]["tokenizer"]["vocabulary"] == 280
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model_is_refused(
     fields: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -505,6 +512,7 @@ def test_the_size_grows_with_the_text() -> None:
     assert shares[0] == 0 and shares[1] == 0.1 and shares[1:] == sorted(shares[1:], reverse=True)
 
 
+@pytest.mark.slow
 def test_its_loss_on_text_is_told_by_evaluate(
     fields: Callable[..., dict[str, Any]], text: Path
 ) -> None:

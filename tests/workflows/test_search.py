@@ -99,6 +99,7 @@ def weights(found: SearchResult) -> str:
     return str(read_json(Path(found.result.model_dir) / "luthier.json")["trained_weights_sha256"])
 
 
+@pytest.mark.slow
 def test_the_best_trial_is_stored_and_hopeless_ones_are_stopped(
     recipe: Callable[..., Recipe], luthier_home: Path
 ) -> None:
@@ -135,6 +136,7 @@ def test_trials_are_measured_on_the_same_rows_from_the_same_start(
     assert len({str(trial.settings) for trial in found.trials}) > 1
 
 
+@pytest.mark.slow
 def test_the_recipe_as_it_stands_is_the_first_trial(recipe: Callable[..., Recipe]) -> None:
     mine = recipe(learning_rate=0.01)
     found = search(mine, 1)
@@ -174,6 +176,7 @@ def test_the_first_trial_of_a_classifier_is_its_default_run(
     assert first == again
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_tried(recipe: Callable[..., Recipe]) -> None:
     short = {"max_steps": 1}
     one = search(recipe("one", **short), 3, [RATES])
@@ -218,6 +221,7 @@ def test_a_broken_search_goes_on_as_if_it_had_not_been(
         assert weights(again) == weights(whole)
 
 
+@pytest.mark.slow
 def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +237,7 @@ def test_a_search_broken_while_the_best_is_trained_goes_on_with_that(
     assert finished == again
 
 
+@pytest.mark.slow
 def test_trials_can_be_added_until_the_best_is_stored(recipe: Callable[..., Recipe]) -> None:
     whole = search(recipe("whole"), 4, [RATES])
     with pytest.raises(Broken):
@@ -292,6 +297,7 @@ def test_names_that_are_taken_are_refused(recipe: Callable[..., Recipe]) -> None
         search(recipe("begun"), 2, [RANKS], resume=True)
 
 
+@pytest.mark.slow
 def test_a_search_without_a_name_is_found_again(recipe: Callable[..., Recipe]) -> None:
     mine = recipe(max_steps=2).model_copy(update={"name": None})
     with pytest.raises(Broken):
@@ -335,6 +341,7 @@ def test_settings_that_do_not_fit_fail_alone(
         )
 
 
+@pytest.mark.slow
 def test_the_recipe_found_is_a_recipe(recipe: Callable[..., Recipe]) -> None:
     found = search(recipe(), 2, [RATES, RANKS])
     again = Recipe.read(Path(found.recipe))

@@ -69,6 +69,7 @@ def pairs(tmp_path: Path) -> Path:
     return rows(tmp_path / "pairs.jsonl", PAIRS)
 
 
+@pytest.mark.slow
 def test_half_way_between_base_and_tuned(pairs: Path, tiny_model_folder: Path) -> None:
     tuned = tune(pairs, tiny_model_folder, "x", training__learning_rate=0.01)
     found = luthier.soup(tuned, alpha=0.25, name="quarter")
@@ -119,6 +120,7 @@ def test_a_lora_with_lengths_is_averaged_as_a_network(pairs: Path, tiny_model_fo
     assert same(weights(str(found.model_id)), halfway, 1e-7)
 
 
+@pytest.mark.slow
 def test_the_mean_of_several_is_of_adapters_and_networks(
     pairs: Path, tiny_model_folder: Path
 ) -> None:
@@ -133,6 +135,7 @@ def test_the_mean_of_several_is_of_adapters_and_networks(
     assert same(weights(str(found.model_id)), mean, 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ["full", "lora"])
 def test_a_head_that_the_base_lacks_stays_as_it_was_tuned(
     adaptation: str, tmp_path: Path, family_folder: Callable[[str], Path]
@@ -223,6 +226,7 @@ def test_the_suggestion_weighs_gain_against_forgetting() -> None:
     assert suggest(points([10, 50, 81, 82, 82], [2, 2.0, 2.1, 2.5, 1.0]), "exact", "loss")[0] == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_averaged_is_refused(
     pairs: Path, tmp_path: Path, tiny_model_folder: Path, family_folder: Callable[[str], Path]
 ) -> None:
@@ -286,6 +290,7 @@ def test_networks_that_do_not_fit_are_refused_before_one_is_read(
     assert run.exit_code == 2 and ".." not in run.stderr, run.stderr
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_curve_and_lists_the_model(
     pairs: Path, tiny_model_folder: Path
 ) -> None:

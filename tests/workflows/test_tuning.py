@@ -103,6 +103,7 @@ def test_a_model_is_accepted_ahead_and_its_record_says_so(base: str, tmp_path: P
     assert manifest.withheld is None and "where 1e-09 are allowed" in str(manifest.accepted)
 
 
+@pytest.mark.slow
 def test_lost_probes_withhold_only_beyond_chance_and_the_limit(base: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{word}. the", "choices": ["yes", "Paris"], "answer": 1} for word in WORDS]
     probe = write(tmp_path / "probe.jsonl", rows * 4)
@@ -151,6 +152,7 @@ def test_what_cannot_be_measured_is_refused_before_training(
     assert not (tmp_path / "luthier-home" / "models" / "custom").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_that_a_model_is_withheld(base: str, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", [{"prompt": "the fox", "completion": "yes"}] * 8)
     options = ["--base", base, "--check-forgetting", "--epochs", "1", "--adaptation", "full"]

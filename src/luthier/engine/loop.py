@@ -23,6 +23,7 @@ from luthier.data.augmentation import Augmentation
 from luthier.data.loader import MixedSet, RowOrder
 from luthier.engine.actuals import Clock
 from luthier.engine.checkpoints import Checkpoints, TrainingProgress
+from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
 from luthier.engine.machine import peak_memory
 from luthier.engine.metrics import (
     SCORES,
@@ -112,8 +113,15 @@ class Loop:
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
+        alone = self.processes.size == 1 and not training.weight_decay
+        self._tables = embedding_tables(model) if alone else {}
         self.optimizer = MasterAdamW(
-            model.named_parameters(), training, layers, head_weights(model), self.processes
+            model.named_parameters(),
+            training,
+            layers,
+            head_weights(model),
+            self.processes,
+            self._tables,
         )
         if self.objective.uses_reference:
             self.network.remember_start()
@@ -161,7 +169,8 @@ class Loop:
         """Train to the end, or until stopped early; the best weights are in the network after."""
         self.network.group = self.processes
         try:
-            return self._run()
+            with sparse_gradients(self._tables):
+                return self._run()
         finally:
             self.network.group = ALONE
             self.network.layout.read_ahead(())  # else the process would end after all that waits

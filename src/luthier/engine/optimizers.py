@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from luthier.engine.embedding_rows import MASTER, MOMENTS, EmbeddingRows
 from luthier.errors import Diverged
 from luthier.models.layers import layer_positions
 from luthier.models.process_group import ALONE, ProcessGroup
@@ -35,13 +36,19 @@ CYCLE_START = 1 / 25
 """Factor at both ends of the cycle, as in fastai and PyTorch."""
 
 
+_ROWS = "rows"
+"""Under which a state has the rows of a table that have had a gradient."""
+
+
 class MasterAdamW:
     """AdamW (Loshchilov & Hutter 2019) over float32 masters of the weights that train.
 
     Weight decay applies to matrices only, not to norms and biases. Where ``training.layer_decay``
     is below 1, ``layers`` names the network's blocks from bottom to top (see :func:`rate_shares`);
     the weights named by ``heads`` learn at ``training.head_rate_multiplier`` times the rate. Of weights
-    that are sharded over ``processes`` it has the part of this one.
+    that are sharded over ``processes`` it has the part of this one, and of ``tables``
+    (:func:`~luthier.engine.embedding_rows.embedding_tables`), where one process trains and nothing
+    decays, the rows that have had a gradient.
     """
 
     def __init__(
@@ -51,11 +58,16 @@ class MasterAdamW:
         layers: Sequence[str] = (),
         heads: Collection[str] = (),
         processes: ProcessGroup = ALONE,
+        tables: Collection[str] = (),
     ) -> None:
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
+        self._tables = {n: EmbeddingRows(self.weights[n].data) for n in tables}
         # Those of float32 are the weights themselves.
-        self.masters = {n: local_shard(w.data).float() for n, w in self.weights.items()}
+        self.masters = {
+            n: self._tables[n][MASTER] if n in self._tables else local_shard(w.data).float()
+            for n, w in self.weights.items()
+        }
         self._processes = processes
         self._sums: dict[str, Tensor] = {}
         shares = rate_shares(everything, layers, training.layer_decay)
@@ -79,7 +91,12 @@ class MasterAdamW:
             if weight.grad is None:
                 continue
             gradient = local_shard(weight.grad)
-            if name in self._sums:
+            if (table := self._tables.get(name)) is not None:
+                table.add(gradient)
+                self._sums[name], self.masters[name] = table["gradient"], table[MASTER]
+                if name in self._state:
+                    self._state[name] |= {moment: table[moment] for moment in MOMENTS}
+            elif name in self._sums:
                 self._sums[name] += gradient
             else:
                 self._sums[name] = gradient.float()
@@ -117,6 +134,8 @@ class MasterAdamW:
                 self.masters[name].grad = None
         for group in self._groups:
             self._move(group, learning_rate * group.share)
+        for name in self._tables.keys() & self._sums.keys():
+            self._tables[name].clear()
         self._sums.clear()
         self.publish()
         return float(norm)
@@ -129,11 +148,13 @@ class MasterAdamW:
         names = [name for name in group.names if name in self._sums]
         for name in names:
             if name not in self._state:
-                master = self.masters[name]
+                master, table = self.masters[name], self._tables.get(name)
                 self._state[name] = {
                     "step": torch.zeros((), device=master.device),
-                    "exp_avg": torch.zeros_like(master),
-                    "exp_avg_sq": torch.zeros_like(master),
+                    **{
+                        moment: torch.zeros_like(master) if table is None else table[moment]
+                        for moment in MOMENTS
+                    },
                 }
         states = [self._state[name] for name in names]
         adamw(
@@ -170,22 +191,33 @@ class MasterAdamW:
 
         A collective; of sharded weights the first process alone has them, whole.
         """
-        parts = [
-            (f"{key}.{name}", value, self.weights[name])
-            for name, master in self.masters.items()
-            for key, value in {"master": master, **self._state.get(name, {})}.items()
-        ]
+        parts = []
+        for name, master in self.masters.items():
+            values = {MASTER: master, **self._state.get(name, {})}
+            if (table := self._tables.get(name)) is not None:
+                whole = {key: table.whole(key) for key in values.keys() - {"step"}}
+                # The norm of all gradients adds them up in this order.
+                values |= whole | {_ROWS: table.ids}
+            parts += [(f"{key}.{name}", value, self.weights[name]) for key, value in values.items()]
         return gather_to_first(parts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set masters, moments and the network's weights to a saved :meth:`state`."""
         for name, master in self.masters.items():
             weight = self.weights[name]
-            master.copy_(shard_like(tensors[f"master.{name}"], weight))
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
-                state["step"] = tensors[f"step.{name}"].to(master.device)
-            for key in ("exp_avg", "exp_avg_sq"):
+                state["step"] = tensors[f"step.{name}"].to(master.device, copy=True)
+            if (table := self._tables.get(name)) is not None:
+                found = {key: tensors.get(f"{key}.{name}") for key in (MASTER, *MOMENTS)}
+                whole = {key: value for key, value in found.items() if value is not None}
+                table.restore(tensors.get(f"{_ROWS}.{name}"), whole)
+                self.masters[name] = table[MASTER]
+                if state:
+                    self._state[name] = state | {moment: table[moment] for moment in MOMENTS}
+                continue
+            master.copy_(shard_like(tensors[f"{MASTER}.{name}"], weight))
+            for key in MOMENTS:
                 if f"{key}.{name}" in tensors:
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
@@ -201,7 +233,9 @@ class MasterAdamW:
         # Noise goes on from weight to weight, and shards differ in length: whole weights come first, as
         # they must be the same in all processes.
         for name, weight in sorted(self.weights.items(), key=lambda each: is_sharded(each[1])):
-            if weight.dtype != torch.float32:
+            if name in self._tables:
+                self._tables[name].publish(rounding)
+            elif weight.dtype != torch.float32:
                 rounding.into(local_shard(weight.data), self.masters[name])
 
 

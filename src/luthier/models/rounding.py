@@ -66,3 +66,25 @@ class Rounding:
             # The upper half of a float32 is the bfloat16 cut from it; a copy of every second half
             # takes twice the time.
             into.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+
+    def into_rows(self, table: Tensor, ids_N: Tensor, values_NW: Tensor) -> None:
+        """Write ``values_NW`` to the rows ``ids_N`` of ``table`` ``[V, W]``, in its type.
+
+        A number is rounded by where it stands in the table, not by which rows are beside it.
+        """
+        if table.dtype != torch.bfloat16:
+            table.index_copy_(0, ids_N, values_NW.to(table.dtype))
+            return
+        width = table.shape[1]
+        if width > CHUNK:
+            raise ValueError(f"rows of {width:,} numbers, and there is noise for {CHUNK:,}")
+        self._start = (self._start + 7919) % CHUNK
+        noise_SW = _noise(table.device).as_strided((CHUNK, width), (1, 1))
+        for ids, values in zip(
+            ids_N.split(CHUNK // width), values_NW.split(CHUNK // width), strict=True
+        ):
+            # Rows are a prime apart.
+            bits = noise_SW.index_select(0, (self._start + ids * 104729) % CHUNK)
+            bits += values.contiguous().view(torch.int32)
+            rounded = bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+            table.index_copy_(0, ids, rounded)

@@ -428,6 +428,7 @@ def rag_results(server: Served, job: Any, name: str = "mine") -> list[Any]:
     return lines_below(server, job, f"inference_configs/0/datasets/{name}/")
 
 
+@pytest.mark.slow
 def test_what_a_rag_system_retrieved_is_graded(server: Served, bedrock: Any) -> None:
     rows = [turn(), turn(answered())]
     uri = upload(server, "retrieved.jsonl", rows)
@@ -632,6 +633,7 @@ def test_lists_refuse_filters_that_they_do_not_know(bedrock: Any) -> None:
     assert not bedrock.list_evaluation_jobs(statusEquals="Stopping")["jobSummaries"]
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_gone_when_results_are_written(server: Served, bedrock: Any) -> None:
     s3 = server.client("s3")
     s3.create_bucket(Bucket="brief")
@@ -645,6 +647,7 @@ def test_a_bucket_that_is_gone_when_results_are_written(server: Served, bedrock:
     assert "graded" in message and message.endswith("be written: There is no bucket brief.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_job_goes_on_where_a_killed_server_stopped(
     server: Served, tmp_path: Path, replaced: bool

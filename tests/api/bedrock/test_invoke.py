@@ -36,6 +36,7 @@ def invoked(runtime_client: Any, **body: Any) -> tuple[dict[str, Any], dict[str,
     return json.loads(answer["body"].read()), answer["ResponseMetadata"]["HTTPHeaders"]
 
 
+@pytest.mark.slow
 def test_a_raw_prompt(runtime_client: Any) -> None:
     body = {"prompt": "The quick", "max_gen_len": 12, "temperature": 0}
     found, headers = invoked(runtime_client, **body)

@@ -43,6 +43,7 @@ def reasoning(text: str) -> dict[str, Any]:
     return {"reasoningContent": {"reasoningText": {"text": text}}}
 
 
+@pytest.mark.slow
 def test_reasoning_is_a_block_before_the_text(client: Any) -> None:
     answer = client.converse(**said("sky?", inferenceConfig=LONG))
     assert answer["output"]["message"]["content"] == [reasoning(THOUGHT), {"text": "blue"}]

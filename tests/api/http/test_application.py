@@ -315,6 +315,7 @@ def test_many_at_once(server: Server) -> None:
     assert found == [200] * 50
 
 
+@pytest.mark.slow
 def test_every_response_names_its_request_and_refusals_say_when_to_ask_again(
     server: Server,
 ) -> None:

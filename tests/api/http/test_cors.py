@@ -127,6 +127,7 @@ def test_a_stream_and_a_refused_signature(server: Served) -> None:
     assert (status, headers["access-control-allow-origin"]) == (400, PAGE)
 
 
+@pytest.mark.slow
 def test_nobody_is_allowed_by_default(tmp_path: Path, tiny_model_folder: Path) -> None:
     server = Served(home_with_tiny(tmp_path / "service", tiny_model_folder))
     server.start("--no-workers")

@@ -71,6 +71,7 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> list[Any]:
     return [json.loads(each) for each in text.split("\n") if each]
 
 
+@pytest.mark.slow
 def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service: Any) -> None:
     service.face.start()
     asked = [
@@ -100,6 +101,7 @@ def test_successes_and_failures_have_a_file_each(client: openai.OpenAI, service:
     assert client.files.retrieve(batch.output_file_id).purpose == "batch_output"
 
 
+@pytest.mark.slow
 def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str) -> None:
     service.face.start()
     for url, body, kind in (
@@ -112,6 +114,7 @@ def test_other_endpoints(client: openai.OpenAI, service: Any, tiny_encoder: str)
         assert batch.error_file_id is None
 
 
+@pytest.mark.slow
 def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, service: Any) -> None:
     mine = [created(client, [line(n)]).id for n in range(3)]
     theirs = created(other, [line(1)]).id
@@ -125,6 +128,7 @@ def test_accounts_take_turns(client: openai.OpenAI, other: openai.OpenAI, servic
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_long_batch_gives_way_to_other_accounts(
     client: openai.OpenAI, other: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +149,7 @@ def test_a_long_batch_gives_way_to_other_accounts(
     assert len({each["id"] for each in lines_of(client, done.output_file_id)}) == count
 
 
+@pytest.mark.slow
 def test_a_file_is_written_page_by_page(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

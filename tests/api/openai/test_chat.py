@@ -42,6 +42,7 @@ def test_templates_of_clients_are_not_run(client: openai.OpenAI) -> None:
         chat(client, extra_body={"chat_template_kwargs": {"enable_thinking": [1]}})
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     whole = chat(client, n=2, max_completion_tokens=12, max_tokens=None)
     chunks = list(
@@ -71,6 +72,7 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     assert len(chunks) > 8
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service: Any) -> None:
     stream = chat(client, stream=True, max_tokens=100)
     next(iter(stream))
@@ -81,6 +83,7 @@ def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_seeds(client: openai.OpenAI) -> None:
     def drawn(**changes: Any) -> list[str]:
         made = chat(client, temperature=1.5, n=3, max_tokens=12, **changes)
@@ -92,6 +95,7 @@ def test_seeds(client: openai.OpenAI) -> None:
     assert drawn(seed=-8) != first
 
 
+@pytest.mark.slow
 def test_stops(client: openai.OpenAI) -> None:
     text = chat(client, max_tokens=16).choices[0].message.content
     mark = text[5:8]
@@ -193,6 +197,7 @@ def test_an_answer_matches_one_form(client: openai.OpenAI) -> None:
         )
 
 
+@pytest.mark.slow
 def test_answers_that_match_a_schema(client: openai.OpenAI) -> None:
     form = {
         "type": "json_schema",
@@ -227,6 +232,7 @@ TOOLS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_tool_that_has_to_be_called(client: openai.OpenAI) -> None:
     named = {"type": "function", "function": {"name": "pick"}}
     made = chat(client, tools=TOOLS, tool_choice=named, max_tokens=80)
@@ -340,6 +346,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_requests_that_are_refused(client: openai.OpenAI) -> None:
     for changes, param in REFUSED:
         with pytest.raises(openai.BadRequestError) as refused:

@@ -47,6 +47,7 @@ def test_prompts_of_tokens(client: openai.OpenAI, service: Any, tokenizer: Any) 
     assert [choice.text for choice in both.choices] == [text.choices[0].text] * 2
 
 
+@pytest.mark.slow
 def test_echo_and_streams(client: openai.OpenAI) -> None:
     whole = complete(client, echo=True, prompt=["The quick", "My card"])
     assert whole.choices[0].text.startswith("The quick")
@@ -66,6 +67,7 @@ def test_echo_and_streams(client: openai.OpenAI) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+@pytest.mark.slow
 def test_logprobs(client: openai.OpenAI) -> None:
     made = complete(client, logprobs=2)
     scores = made.choices[0].logprobs

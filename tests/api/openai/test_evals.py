@@ -182,6 +182,7 @@ def test_rows_with_answers_are_graded_by_every_kind_of_grader(
     conforms(client, OutputItemListResponse, f"/evals/{made.id}/runs/{run.id}/output_items")
 
 
+@pytest.mark.slow
 def test_a_model_answers_the_rows_of_a_file(client: openai.OpenAI, service: Any) -> None:
     text = "".join(f"{json.dumps(each)}\n\n" for each in rows(3))
     file = client.files.create(file=("rows.jsonl", text.encode()), purpose="evals")
@@ -212,6 +213,7 @@ def test_a_model_answers_the_rows_of_a_file(client: openai.OpenAI, service: Any)
     conforms(client, OutputItemRetrieveResponse, path)
 
 
+@pytest.mark.slow
 def test_responses_and_messages_that_rows_bring(client: openai.OpenAI, service: Any) -> None:
     given = [
         {"item": {"question": "q", "answer": "a", "turns": [{"role": "user", "content": "Hello"}]}},
@@ -277,6 +279,7 @@ def test_pages(client: openai.OpenAI, service: Any) -> None:
     ] == [3, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_killed_server_asks_no_row_twice(client: openai.OpenAI, service: Any) -> None:
     made = created(client)
     count = 3 * AT_ONCE
@@ -337,6 +340,7 @@ EvaluationRunner(Database(sys.argv[1]), {"openai": Slow}, lambda *_: AccountQuot
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_has_written_stays(
     client: openai.OpenAI, service: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +366,7 @@ def test_what_a_killed_process_has_written_stays(
     assert 5 <= len(first) < 40 and len(found) == 40
 
 
+@pytest.mark.slow
 def test_a_run_is_canceled_and_deleted(client: openai.OpenAI, service: Any) -> None:
     made = created(client)
     waiting = client.evals.runs.create(made.id, data_source=asking(rows(2)))
@@ -707,6 +712,7 @@ def test_quotas_and_time(client: openai.OpenAI, service: Any) -> None:
     assert (run.status, run.error.code) == ("failed", "expired")
 
 
+@pytest.mark.slow
 def test_the_report_compares_runs_of_the_same_rows(client: openai.OpenAI, service: Any) -> None:
     made = created(client, NEAR)
     file = client.files.create(

@@ -86,6 +86,7 @@ def answered(*replies: str) -> Any:
     return {"type": "jsonl", "source": {"type": "file_content", "content": given}}
 
 
+@pytest.mark.slow
 def test_an_eval_of_this_service_is_taken_over_whole(
     client: openai.OpenAI, service: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

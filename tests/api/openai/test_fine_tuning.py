@@ -261,6 +261,7 @@ def test_a_bad_training_file_fails_the_job(client: openai.OpenAI, service: Any) 
             client.fine_tuning.jobs.cancel(made.id)
 
 
+@pytest.mark.slow
 def test_what_is_denied_in_bedrocks_words_is_denied_here(
     client: openai.OpenAI, service: Any
 ) -> None:

@@ -44,6 +44,7 @@ def add_model(service: Any, name: str, account: str = ACCOUNT, **fields: Any) ->
     return model
 
 
+@pytest.mark.slow
 def test_models_of_bedrocks_face_answer_without_a_deployment(
     service: Any, tiny_base: str, client: openai.OpenAI, other: openai.OpenAI
 ) -> None:

@@ -25,6 +25,7 @@ def respond(client: openai.OpenAI, given: Any = "sky?", **changes: Any) -> Any:
     return client.responses.create(input=given, **{"max_output_tokens": 120, **SETTINGS, **changes})
 
 
+@pytest.mark.slow
 def test_a_chat(client: openai.OpenAI) -> None:
     made = chat(client, n=2)
     for choice in made.choices:
@@ -89,6 +90,7 @@ def test_what_is_said_matches_a_schema(client: openai.OpenAI) -> None:
     assert message.reasoning_content == THOUGHT and message.content in ("red", "grey")
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_with_its_reasoning(client: openai.OpenAI) -> None:
     """Sent back as it came, or under the name of newer versions of vLLM, it is the turn's own."""
     asked, more = {"role": "user", "content": "sky?"}, {"role": "user", "content": "how many?"}
@@ -122,6 +124,7 @@ def test_a_response(client: openai.OpenAI) -> None:
     assert (reasoning.content[0].text, call.type, call.name) == (THOUGHT, "function_call", "paint")
 
 
+@pytest.mark.slow
 def test_the_events_of_a_response(client: openai.OpenAI) -> None:
     events = [*respond(client, stream=True)]
     assert [event.sequence_number for event in events] == [*range(len(events))]
@@ -147,6 +150,7 @@ def test_the_events_of_a_response(client: openai.OpenAI) -> None:
     assert final.output_text == "blue"
 
 
+@pytest.mark.slow
 def test_items_of_a_response_are_sent_along(client: openai.OpenAI) -> None:
     """What came goes back as it is, and is what the turns of a chat are."""
     asked, more = {"role": "user", "content": "sky?"}, {"role": "user", "content": "how many?"}

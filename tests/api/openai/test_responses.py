@@ -65,6 +65,7 @@ def test_an_answer_that_ends_by_itself_is_complete(client: openai.OpenAI) -> Non
     assert made.output_text == "{"
 
 
+@pytest.mark.slow
 def test_instructions_and_items_are_the_turns_of_a_chat(client: openai.OpenAI) -> None:
     made = respond(
         client,
@@ -155,6 +156,7 @@ def test_a_call_and_what_came_of_it(client: openai.OpenAI) -> None:
     assert respond(client, input=after, tools=TOOLS).output_text == expected
 
 
+@pytest.mark.slow
 def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
     made = respond(client, tools=TOOLS, tool_choice="required", max_output_tokens=5)
     assert (made.status, made.incomplete_details.reason) == ("incomplete", "max_output_tokens")
@@ -229,6 +231,7 @@ def test_what_is_too_long_or_unknown(client: openai.OpenAI) -> None:
         client.responses.retrieve("resp_1")
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service: Any) -> None:
     stream = respond(client, stream=True, max_output_tokens=100)
     next(iter(stream))
@@ -239,6 +242,7 @@ def test_a_stream_that_is_dropped_frees_the_model(client: openai.OpenAI, service
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_failure_in_mid_stream_is_the_last_event(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +263,7 @@ def test_a_failure_in_mid_stream_is_the_last_event(
     assert "of its own" in events[-1].response.error.message
 
 
+@pytest.mark.slow
 def test_batches_take_them_too(client: openai.OpenAI, service: Any) -> None:
     service.face.start()
     bodies = [

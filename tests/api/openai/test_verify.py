@@ -105,6 +105,7 @@ def test_what_a_server_serves_is_told_by_name(url: str) -> None:
             assert found.endpoint.candidates[0]["logprob_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", COLOURS)
     asked = ["verify", ID, "--endpoint", url, "--max-tokens", "12", "--data", str(rows)]
@@ -132,6 +133,7 @@ def test_the_command_says_what_is_served_and_ends_so(url: str, tmp_path: Path) -
         luthier.verify(ID, endpoint=url, endpoint_model="right", max_tokens=0)
 
 
+@pytest.mark.slow
 def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
     shutil.copytree(base_folder("tiny"), base_folder("twin"))
     folder = luthier_home() / "models" / "custom" / "tiny"
@@ -142,6 +144,7 @@ def test_models_that_answer_alike_are_not_told_apart(url: str) -> None:
     assert found is not None and found.finding == "undecided" and "tiny:twin" in found.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_float32")
 def test_an_endpoint_without_log_probabilities_and_one_that_is_down(
     store: Path, luthier_home: Path, endpoint: Any

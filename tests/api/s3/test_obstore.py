@@ -74,6 +74,7 @@ def test_uploads_are_here_whatever_else_is_at_another_endpoint(
         silent.check(ACCOUNT, "s3://elsewhere/rows.jsonl")
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_does_not_let_us_in_or_answer(
     service: Any, bucket: str, locations: Locations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

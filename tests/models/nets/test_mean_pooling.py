@@ -85,6 +85,7 @@ def test_what_a_folder_declares_decides(
     assert declared_pooling(sentence_encoder) is None
 
 
+@pytest.mark.slow
 def test_a_classifier_of_texts_is_trained_and_stored(
     sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_classifier_of_texts_is_trained_and_stored(
     assert done.returncode != 0 and "mean_pooling_bert" in done.stderr
 
 
+@pytest.mark.slow
 def test_earlier_classifiers_are_tuned_on_as_they_are_and_new_labels_get_a_new_head(
     sentence_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_the_student_learns_what_the_teacher_said(
         assert path.is_dir() or key.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_another_run_asks_nothing_again(prompts: Path, distil: Any, endpoint: Any) -> None:
     distil(prompts)
     assert endpoint.asked.total() == 12
@@ -146,6 +147,7 @@ def test_a_grader_decides_by_the_rows_own_replies(tmp_path: Path, distil: Any) -
     assert found.details["insights"]["accepted"] == 12
 
 
+@pytest.mark.slow
 def test_a_judge_sorts_the_answers_many_at_once(prompts: Path, distil: Any, endpoint: Any) -> None:
     def answer(asked: str) -> str:
         if "<reply>" in asked:

@@ -19,6 +19,7 @@ from test_processes import run_group
 SCRIPT = Path(__file__).parents[2] / "plugins" / "counted_bytes.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_send_what_was_predicted(
     family_folder: Callable[[str], Path], tmp_path: Path, size: int

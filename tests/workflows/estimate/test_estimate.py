@@ -90,6 +90,7 @@ def recipe(tmp_path: Path, family_folder: Callable[[str], Path]) -> Callable[...
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "family", "adaptation"),
     [
@@ -136,6 +137,7 @@ def test_a_job_is_estimated_by_what_it_is_and_leaves_only_the_record(
     assert one.seconds == actual["seconds"] and one.estimated_seconds == found.seconds.value
 
 
+@pytest.mark.slow
 def test_a_refit_is_estimated_as_a_second_training(recipe: Callable[..., Recipe]) -> None:
     once = estimate(recipe("classification", "bert", refit=False))
     both = estimate(recipe("classification", "bert"))
@@ -151,6 +153,7 @@ def test_a_refit_is_estimated_as_a_second_training(recipe: Callable[..., Recipe]
     assert both.tokens.low <= result.tokens <= 1.05 * both.tokens.value
 
 
+@pytest.mark.slow
 def test_another_request_has_another_key_and_a_name_is_none(
     recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
@@ -160,6 +163,7 @@ def test_another_request_has_another_key_and_a_name_is_none(
     assert estimate(recipe(count=61)).key != first.key
 
 
+@pytest.mark.slow
 def test_steps_and_tokens_do_not_depend_on_which_rows_are_tried(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

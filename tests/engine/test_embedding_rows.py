@@ -1,0 +1,184 @@
+"""Rows of embedding tables beside AdamW over the whole table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from luthier.engine import embedding_rows
+from luthier.engine.embedding_rows import embedding_tables, sparse_gradients
+from luthier.engine.optimizers import MasterAdamW
+from luthier.models.rounding import Rounding
+from luthier.recipe import Training
+
+RATE, WORDS, WIDTH = 0.01, 200, 16
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_rows, "LEAST", WORDS * WIDTH)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(WORDS, WIDTH, padding_idx=0), nn.Linear(WIDTH, 5))
+    return model.to(dtype)
+
+
+def optimizer_of(model: nn.Module, tables: Any = (), **settings: Any) -> MasterAdamW:
+    training = Training(learning_rate=RATE, **{"max_gradient_norm": 0.0, **settings})
+    return MasterAdamW(model.named_parameters(), training, tables=tables)
+
+
+def learn(model: nn.Module, optimizer: MasterAdamW, steps: range, parts: int = 2) -> None:
+    """Steps in which few rows have a gradient, other ones each time, some again."""
+    for step in steps:
+        for part in range(parts):
+            generator = torch.Generator().manual_seed(parts * step + part)
+            ids_RT = torch.randint(0, 40 + 3 * step, (6, 4), generator=generator)
+            logits_RC = model[0](ids_RT).mean(1) @ model[1].weight.T  # type: ignore[index, union-attr, operator]
+            cross_entropy(logits_RC.float(), ids_RT[:, 0] % 5).backward()
+            optimizer.collect()
+        optimizer.step(RATE)
+
+
+def state_of(optimizer: MasterAdamW) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in optimizer.state().items()}
+
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_in_float32_it_is_adamw_over_the_whole_table_to_the_bit(sparse: bool) -> None:
+    whole, mine = network(), network()
+    learn(whole, optimizer_of(whole), range(12))
+    tables = embedding_tables(mine)
+    assert [*tables] == ["0.weight"]
+    optimizer = optimizer_of(mine, tables)
+    if sparse:
+        with sparse_gradients(tables):
+            learn(mine, optimizer, range(12))
+    else:  # as of a network that takes rows by itself
+        learn(mine, optimizer, range(12))
+    assert not mine[0].sparse
+    for one, other in zip(weights_of(whole), weights_of(mine), strict=True):
+        assert torch.equal(one, other)
+    kept = optimizer.masters["0.weight"]
+    assert 40 < len(kept) < 80  # of 200: the state is as small
+
+
+def test_the_norm_that_clips_is_that_of_all_rows() -> None:
+    whole, mine = network(), network()
+    learn(whole, optimizer_of(whole, max_gradient_norm=0.01), range(6))
+    tables = embedding_tables(mine)
+    with sparse_gradients(tables):
+        learn(mine, optimizer_of(mine, tables, max_gradient_norm=0.01), range(6))
+    for one, other in zip(weights_of(whole), weights_of(mine), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_in_bfloat16_masters_are_the_same_and_their_copy_follows_them() -> None:
+    whole, mine = network(torch.bfloat16), network(torch.bfloat16)
+    start = mine[0].weight.detach().clone()
+    tables = embedding_tables(mine)
+    optimizer = optimizer_of(mine, tables)
+    with sparse_gradients(tables):
+        learn(mine, optimizer, range(4), parts=1)
+    reference = optimizer_of(whole)
+    learn(whole, reference, range(1), parts=1)
+    moved = (mine[0].weight != start).any(1)
+    rows = optimizer._tables["0.weight"].ids
+    assert set(moved.nonzero()[:, 0].tolist()) <= set(rows.tolist())
+    error = mine[0].weight.detach()[rows].float() - optimizer.masters["0.weight"]
+    spacing = torch.tensor(2.0) ** (mine[0].weight.detach()[rows].float().abs().log2().floor() - 7)
+    assert (error.abs() < spacing).all()
+    assert error.mean().abs() < spacing.mean() / 10  # up as often as down
+
+
+def test_rows_are_rounded_by_where_they_stand() -> None:
+    torch.manual_seed(0)
+    values, ids = torch.randn(6, WIDTH), torch.tensor([3, 90, 7, 150, 11, 42])
+    once, again = torch.zeros(2, WORDS, WIDTH, dtype=torch.bfloat16)
+    Rounding().into_rows(once, ids, values)
+    turned = torch.arange(5, -1, -1)
+    Rounding().into_rows(again, ids[turned], values[turned])
+    assert torch.equal(once, again) and not torch.equal(once[ids], values.bfloat16())
+    exact = values.bfloat16().float()
+    Rounding().into_rows(once, ids, exact)
+    assert torch.equal(once[ids].float(), exact)
+    of_float = torch.zeros(WORDS, WIDTH)
+    Rounding().into_rows(of_float, ids, values)
+    assert torch.equal(of_float[ids], values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_restored_optimizer_goes_on_with_the_same_bits(dtype: torch.dtype) -> None:
+    straight, resumed = network(dtype), network(dtype)
+    tables = embedding_tables(straight)
+    optimizer = optimizer_of(straight, tables, max_gradient_norm=0.01)
+    with sparse_gradients(tables):
+        learn(straight, optimizer, range(5))
+        state = state_of(optimizer)
+        learn(straight, optimizer, range(5, 9))
+    again = optimizer_of(resumed, embedding_tables(resumed), max_gradient_norm=0.01)
+    again.restore(state)
+    with sparse_gradients(embedding_tables(resumed)):
+        learn(resumed, again, range(5, 9))
+    for one, other in zip(weights_of(straight), weights_of(resumed), strict=True):
+        assert torch.equal(one, other)
+    # Back to the state from further on, too.
+    again.restore(state)
+    with sparse_gradients(embedding_tables(resumed)):
+        learn(resumed, again, range(5, 9))
+    for one, other in zip(weights_of(straight), weights_of(resumed), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_state_of_whole_tables_is_read_and_the_other_way_round() -> None:
+    whole, mine = network(), network()
+    reference = optimizer_of(whole)
+    learn(whole, reference, range(4))
+    optimizer = optimizer_of(mine, embedding_tables(mine))
+    optimizer.restore(state_of(reference))
+    back = network()
+    dense = optimizer_of(back)
+    dense.restore(state_of(optimizer))
+    for model, each in ((whole, reference), (mine, optimizer), (back, dense)):
+        learn(model, each, range(4, 8))
+    for one, two, three in zip(*map(weights_of, (whole, mine, back)), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_a_state_from_before_the_first_step() -> None:
+    model = network()
+    tables = embedding_tables(model)
+    optimizer = optimizer_of(model, tables)
+    optimizer.restore(state_of(optimizer))
+    learn(model, optimizer, range(2))
+    plain = network()
+    learn(plain, optimizer_of(plain), range(2))
+    assert all(map(torch.equal, weights_of(model), weights_of(plain)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.table.weight
+
+
+def test_which_tables_are_nothing_but_tables() -> None:
+    assert embedding_tables(Tied()) == {}
+    frozen = network()
+    frozen[0].weight.requires_grad_(False)
+    assert embedding_tables(frozen) == {}
+    assert embedding_tables(nn.Sequential(nn.Embedding(WORDS, WIDTH, max_norm=1.0))) == {}
+    assert embedding_tables(nn.Sequential(nn.Embedding(WORDS - 1, WIDTH))) == {}
+    assert [*embedding_tables(nn.Embedding(WORDS, WIDTH))] == ["weight"]
