@@ -198,11 +198,13 @@ def test_chat_goes_on_and_starts_anew(home: Path) -> None:
     text = "colour of sky?\n\ncolour of coal?\nand of grass?\n\ncolour of coal?\n"
     answer = Answer("chat", MODEL, text=text).good()
     turns = [part.strip() for part in answer.out.split("you > ")]
-    assert turns[0] == f"{MODEL} is ready. An empty line starts anew, Ctrl-D ends."
+    assert turns[0] == f"{MODEL} is ready. An empty line starts anew, /exit or Ctrl-D ends."
     assert turns[1:4] == ["blue", "", "black"]
     assert turns[5:] == ["", "black", ""]
     again = Answer("chat", MODEL, "--max-tokens", "1", text="colour of sky?\n").good()
     assert "blue" not in again.out
+    ended = Answer("chat", MODEL, text="/exit\ncolour of sky?\n").good()
+    assert "blue" not in ended.out
 
 
 @pytest.mark.slow

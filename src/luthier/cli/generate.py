@@ -232,7 +232,7 @@ def chat(
     temperature: Temperature = 0.0,
     speculation: Speculation = "ngram",
 ) -> None:
-    """Talk to a model. An empty line starts anew, Ctrl-D ends."""
+    """Talk to a model. An empty line starts anew, /exit or Ctrl-D ends."""
     from luthier.models.sampling import Sampling
     from luthier.serving.generation import Generator
     from luthier.store.models import check_active, find
@@ -243,13 +243,15 @@ def chat(
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"
-    print_text(f"{model} is ready. An empty line starts anew, Ctrl-D ends.")
+    print_text(f"{model} is ready. An empty line starts anew, /exit or Ctrl-D ends.")
     history: list[Message] = []
     while True:
         try:
             text = input("\nyou > ")
         except EOFError:
             sys.stdout.write("\n")
+            return
+        if text.strip() in ("/exit", "/quit", "/bye"):  # as chats of other software end
             return
         if not text.strip():
             history = []

@@ -9,6 +9,7 @@ leaves it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -27,19 +28,19 @@ def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
 
     An output head that is the same weight gives every row a gradient, so such tables are left out.
     """
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for weight in module.parameters(recurse=False):
-            holders[id(weight)] = holders.get(id(weight), 0) + 1
-    return {
-        f"{name}.weight".lstrip("."): module
-        for name, module in model.named_modules()
-        if type(module) is nn.Embedding
-        and module.weight.requires_grad
-        and module.weight.numel() >= LEAST
-        and module.max_norm is None
-        and holders[id(module.weight)] == 1
-    }
+    holders = Counter(
+        id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
+    )
+    found = {}
+    for name, module in model.named_modules():
+        # Not one that computes its weight from others.
+        if type(module) is not nn.Embedding or "weight" not in module._parameters:
+            continue
+        weight = module.weight
+        whole = not weight.requires_grad or weight.numel() < LEAST or module.max_norm is not None
+        if not whole and holders[id(weight)] == 1:
+            found[f"{name}.weight".removeprefix(".")] = module
+    return found
 
 
 @contextmanager
