@@ -126,8 +126,8 @@ def main() -> None:
     header = ["TRL setting", "rows/s", "TRL", "ratio", "GB", "TRL", "ratio"]
     header += ["loss, last third", "TRL", "in float32"]
     settings = [options.against] if options.against else list(SETTINGS)
-    given = (options.objective, options.data, options.steps, options.pairs, model, settings)
-    print(table(header, compare(*given)))
+    lines = compare(options.objective, options.data, options.steps, options.pairs, model, settings)
+    print(table(header, lines))
 
 
 if __name__ == "__main__":

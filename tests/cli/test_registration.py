@@ -15,8 +15,7 @@ from served import served
 
 from luthier.api.service import Service
 from luthier.api.settings import Settings
-from luthier.cli.service import FIRST, open_database
-from luthier.store.custom_models import CustomModel
+from luthier.cli.service import FIRST
 from luthier.store.removal import count_without_account
 from luthier.store.storage import stored_by
 
@@ -31,7 +30,9 @@ def refused(*arguments: str) -> str:
     return Answer("admin", *arguments).refused()
 
 
-def test_clients_ask_a_model_of_the_command_line(own_home: Path) -> None:
+def test_clients_ask_a_model_of_the_command_line(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = Service(Settings())
     service.start(work=False)
     try:
@@ -60,6 +61,9 @@ def test_clients_ask_a_model_of_the_command_line(own_home: Path) -> None:
             shown = bedrock.get_custom_model(modelIdentifier="colours")
             assert (shown["modelArn"], shown["modelStatus"]) == (made["arn"], "Active")
             assert "belongs to account 000000000000" in Answer("models", "remove", MODEL).refused()
+            monkeypatch.setenv("LUTHIER_DATABASE", f"sqlite:///{own_home / 'luthier.db'}")
+            assert "belongs to account 000000000000" in Answer("models", "remove", MODEL).refused()
+            monkeypatch.delenv("LUTHIER_DATABASE")
             (listed,) = admin("models", "list")["models"]
             size = sum(
                 f.stat().st_size for f in (own_home / "models/custom").rglob("*") if f.is_file()
@@ -75,22 +79,7 @@ def test_clients_ask_a_model_of_the_command_line(own_home: Path) -> None:
     assert "luthier:admin.models.register" in Answer("audit", "list", "--json").good().out
 
 
-def test_it_comes_back_to_the_command_line(own_home: Path) -> None:
-    admin("accounts", "create", OTHER)
-    admin("models", "register", MODEL, "--account", OTHER, "--name", "support")
-    assert admin("models", "list", "--account", FIRST)["models"] == []
-    assert admin("models", "unregister", MODEL)["account"] == OTHER
-    assert admin("models", "list")["models"] == []
-    with open_database(None) as database, database.read() as session:
-        assert stored_by(session, OTHER)["stored_bytes"] == 0
-    assert "belongs to no account" in refused("models", "unregister", MODEL)
-    admin("models", "register", MODEL, "--account", OTHER)
-    with open_database(None) as database, database.write() as session:
-        session.query(CustomModel).update({CustomModel.job_id: "abcdefghijkl"})
-    assert "was made by the service" in refused("models", "unregister", MODEL)
-
-
-def test_what_cannot_be_registered(own_home: Path) -> None:
+def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register = ("models", "register")
     assert "there is no account 000000000000" in refused(*register, MODEL)
     for account in (FIRST, OTHER):
@@ -112,3 +101,12 @@ def test_what_cannot_be_registered(own_home: Path) -> None:
     withheld = record | {"id": "tiny-llama:twin", "withheld": "it forgot"}
     (twin / "luthier.json").write_text(json.dumps(withheld))
     assert "is withheld: it forgot" in refused(*register, "tiny-llama:twin")
+    (twin / "luthier.json").write_text(json.dumps(record | {"id": "tiny-llama:twin"}))
+    (twin / ".removed").touch()
+    assert "was deleted, and only models" in refused(*register, "tiny-llama:twin")
+    (twin / ".removed").unlink()
+    admin("accounts", "quota", OTHER, "imported_models=0")
+    assert "quota imported_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
+    monkeypatch.setenv("LUTHIER_SHARED_STORE", f"file://{own_home / 'shared-store'}")
+    assert "Bring it in as a model from outside" in refused(*register, "tiny-llama:twin")
+    assert not (own_home / "runs/tiny-llama/twin").exists()

@@ -15,10 +15,13 @@ import pytest
 from sqlalchemy import select
 
 from luthier.encryption import keys, memory
+from luthier.engine.train import train
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import verify
 from luthier.jobs import deletion
 from luthier.jobs.deletion import REMOVED, DeletionRequest, Deletions
+from luthier.jobs.submit import register_model
+from luthier.recipe import Recipe
 from luthier.store import audit
 from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
@@ -26,7 +29,7 @@ from luthier.store.database import Database, now
 from luthier.store.endpoints import DEPLOYMENT, READY, Endpoint
 from luthier.store.jobs import Job, JobEvent, stop
 from luthier.store.listing import page
-from luthier.store.models import find
+from luthier.store.models import custom_models, find
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.uploaded_files import UploadedFiles
@@ -362,3 +365,42 @@ def test_many_things_take_many_entries(
     certificate = store.delete("s3://data/many/")
     verified(store, certificate)
     assert len(certificate["removed"]) == 7 and len(certificate["audit"]) == 3
+
+
+@sqlite
+def test_models_of_the_command_line_that_learned_from_the_data_go_too(
+    queue: Any, luthier_home: Path, tmp_path: Path
+) -> None:
+    store = Store(queue.database)
+    store.put(body())
+    rows = tmp_path / "same.jsonl"
+    rows.write_bytes(body())
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(body("another", 6))
+
+    def tuned(name: str, data: Path, base: str = "tiny") -> str:
+        fields = {"base": base, "name": name, "data": {"train": str(data), "validation_share": 0}}
+        training = {"max_steps": 1, "batch_size": 2, "precision": "float32", "threads": 1}
+        return train(Recipe.parse({**fields, "training": training})).model_id
+
+    learned = tuned("learned", rows)
+    child, apart = tuned("child", other, learned), tuned("apart", other)
+    with queue.database.write() as session:
+        made = [
+            register_model(session, ACCOUNT, name, find(stored_id), Arns())
+            for name, stored_id in (("one", learned), ("two", child), ("three", apart))
+        ]
+        ids = [(each.foundation, each.root, each.base_model) for each in made]
+        parent = made[0].arn(Arns())
+    # As of jobs: what they stand on is named where the account has it.
+    base = "arn:aws:bedrock:us-east-1::foundation-model/luthier.tiny"
+    assert ids == [("luthier.tiny", "luthier.tiny", each) for each in (base, parent, base)]
+    with pytest.raises(WrongState, match="one, two"):
+        store.delete()
+    certificate = store.delete(models="delete")
+    assert certificate["verified"]
+    assert {each.name for each in store.rows(CustomModel)} == {"three"}
+    assert {each.id for each in custom_models()} == {apart}
+    removed = [each["name"] for each in certificate["removed"]]
+    assert sum(name.endswith("adapter_model.safetensors") for name in removed) == 2
+    assert set(store.forgotten) == {learned, child}

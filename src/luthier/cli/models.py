@@ -245,7 +245,10 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
         return
     damaged = [name for name, each in files.items() if each["intact"] is False]
     size = sum(each["bytes"] for each in files.values()) / 1e6
-    state = f"DAMAGED or missing: {', '.join(damaged)}" if damaged else "intact"
+    known = any(each["intact"] for each in files.values())
+    state = "intact" if known else "of which no hashes are recorded"
+    if damaged:
+        state = f"DAMAGED or missing: {', '.join(damaged)}"
     yield "files", f"{len(files)}, {size:,.1f} MB, {state}"
     yield "folder", str(model.folder)
 
@@ -537,22 +540,24 @@ def _print_gguf(written: Export, quantization: str | None) -> None:
 def _check_no_account(model: str) -> None:
     """Refuse a model of the service, which would go on naming it.
 
-    Where its database is not in the store the server alone knows it.
+    The database is that of LUTHIER_DATABASE, or the one in the store.
     """
+    import os
+
     from luthier.cli.service import open_database
     from luthier.files import luthier_home
     from luthier.store.database import DATABASE_FILE
-    from luthier.store.removal import account_of
+    from luthier.store.removal import owner_of
 
-    if not (luthier_home() / DATABASE_FILE).is_file():
+    url = os.environ.get("LUTHIER_DATABASE") or None
+    if url is None and not (luthier_home() / DATABASE_FILE).is_file():
         return
-    with open_database(None) as database:
-        account = account_of(database, model)
+    with open_database(url) as database:
+        account = owner_of(database, model)
     if account is not None:
         raise RecipeError(
             f"{model} belongs to account {account} of the service. Delete it there, by Bedrock's "
-            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too; `luthier admin "
-            f"models unregister {model}` first takes one from it that was registered."
+            "DeleteCustomModel or OpenAI's models.delete, so that its record goes, too."
         )
 
 

@@ -23,8 +23,6 @@ from luthier.errors import RecipeError
 
 service_models_app = CommandGroup("Custom models of all accounts.", extra="server")
 
-Model = Annotated[str, typer.Argument(help="Id of a custom model, as models list shows it.")]
-
 
 @service_models_app.command("list")
 def list_service_models(
@@ -55,8 +53,8 @@ def list_service_models(
 
 
 @service_models_app.command("register")
-def register_model(
-    model: Model,
+def register(
+    model: Annotated[str, typer.Argument(help="Id of a custom model, as models list shows it.")],
     name: Annotated[
         str | None, typer.Option(help="What the account calls it; the end of its id if not given.")
     ] = None,
@@ -70,12 +68,12 @@ def register_model(
     Nothing is copied. The model is the account's from then on: its files go when its clients delete it.
     """
     from luthier.engine.runs import Run
-    from luthier.jobs.submit import register_model as register
+    from luthier.jobs.submit import register_model
     from luthier.limits import AccountQuotas
     from luthier.store.accounts import account_of, quotas_of
     from luthier.store.arns import Arns
     from luthier.store.models import find
-    from luthier.store.shared_models import put_model
+    from luthier.store.shared import shared_store
 
     base, colon, end = model.partition(":")
     if not colon:
@@ -83,50 +81,26 @@ def register_model(
             f"{model} is no custom model, whose ids have a colon: `luthier models list` shows them. "
             "Base models belong to no account: they are there for all"
         )
+    if shared_store() is not None:
+        raise RecipeError(
+            "servers share a store here, in which models of several command lines could have one id. "
+            f"Bring it in as a model from outside: `luthier models export {model} FOLDER`, then "
+            "CreateCustomModel"
+        )
     name, arns = name or end, Arns(region)
     stored, run = find(model, note), Run(base, end)
     # Nobody removes it meanwhile.
-    with run.lock():
-        put_model(stored.id, stored.folder)
-        with audited_write(database, "models.register", account, name, {"model": model}) as session:
+    with (
+        run.lock(),
+        audited_write(database, "models.register", account, name, {"model": model}) as session,
+    ):
+        try:
             account_of(session, account)
             quotas = quotas_of(session, account, AccountQuotas())
-            made = register(session, account, name, stored, arns, quotas)
+            made = register_model(session, account, name, stored, arns, quotas)
             arn = made.arn(arns)
-        run.drop_if_empty()
+        finally:
+            run.drop_if_empty()
     print_outcome(json_, account=account, name=name, model=model, arn=arn)
     if not json_:
         note(f"  OpenAI's clients ask {name}; Bedrock's deploy the ARN first")
-
-
-@service_models_app.command("unregister")
-def unregister_model(
-    model: Model,
-    region: Region = "us-east-1",
-    database: ServiceDatabase = None,
-    json_: Json = False,
-) -> None:
-    """Take a model that was registered from its account: the command line has it again.
-
-    A server that has it in memory answers with it until it lets go of it.
-    """
-    from sqlalchemy import select
-
-    from luthier.store.arns import Arns
-    from luthier.store.custom_models import IMPORTED, CustomModel
-    from luthier.store.removal import account_of, remove
-
-    with open_database(database) as service:
-        account = account_of(service, model) or ""
-    with audited_write(database, "models.unregister", account, model) as session:
-        query = select(CustomModel).filter_by(stored_id=model, account=account)
-        row = session.scalar(query.with_for_update())
-        if row is None:
-            raise RecipeError(f"{model} belongs to no account")
-        if row.job_id is not None or model.startswith(f"{IMPORTED}:"):
-            raise RecipeError(
-                f"{model} was made by the service, for account {row.account}: delete it there"
-            )
-        name = row.name
-        remove(session, row, row.arn(Arns(region)))
-    print_outcome(json_, action="unregister", account=account, name=name, model=model)

@@ -16,31 +16,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from luthier.models.rounding import Rounding
+from luthier.models.rounding import CHUNK, Rounding
 
-LEAST = 1 << 20
-"""Numbers of a table from which its rows are kept apart; a smaller one takes no time as a whole."""
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MIN_NUMBERS = 1 << 20
+"""Of a table whose rows are kept apart; a smaller one takes no time as a whole."""
+MASTER, GRADIENT, MOMENTS = "master", "gradient", ("exp_avg", "exp_avg_sq")
 
 
 def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:
-    """Large tables that train and are nothing but tables, by the name of their weight.
+    """Large tables that train and that one module has, by the name of their weight.
 
-    An output head that is the same weight gives every row a gradient, so such tables are left out.
+    An output head that is the same weight gives every row a gradient, and two embeddings of one table
+    would have to agree about the form of theirs: such tables are left out.
     """
     holders = Counter(
         id(weight) for module in model.modules() for weight in module.parameters(recurse=False)
     )
-    found = {}
-    for name, module in model.named_modules():
+
+    def is_apart(table: nn.Embedding) -> bool:
+        weight = table.weight
+        return (
+            weight.requires_grad
+            and weight.numel() >= MIN_NUMBERS
+            and weight.shape[1] <= CHUNK  # for which there is noise to round by
+            and holders[id(weight)] == 1
+            # What these do takes dense gradients.
+            and table.max_norm is None
+            and not table.scale_grad_by_freq
+        )
+
+    return {
+        f"{name}.weight".removeprefix("."): module
+        for name, module in model.named_modules()
         # Not one that computes its weight from others.
-        if type(module) is not nn.Embedding or "weight" not in module._parameters:
-            continue
-        weight = module.weight
-        whole = not weight.requires_grad or weight.numel() < LEAST or module.max_norm is not None
-        if not whole and holders[id(weight)] == 1:
-            found[f"{name}.weight".removeprefix(".")] = module
-    return found
+        if type(module) is nn.Embedding and "weight" in module._parameters and is_apart(module)
+    }
 
 
 @contextmanager
@@ -62,19 +72,22 @@ class EmbeddingRows:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
         self._place_V = torch.full((len(weight),), -1, device=weight.device)
-        self._ids = torch.empty(0, dtype=torch.int64, device=weight.device)
-        empty = torch.empty(0, weight.shape[1], device=weight.device)
-        self._room = dict.fromkeys((MASTER, "gradient", *MOMENTS), empty)
+        self._ids_V = torch.empty(len(weight), dtype=torch.int64, device=weight.device)
+        # On a CPU the system gives memory to what is written: to the rows that are there.
+        self._buffers = {
+            name: torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+            for name in (MASTER, GRADIENT, *MOMENTS)
+        }
         self._count = 0
 
     @property
     def ids(self) -> Tensor:
         """Which rows of the table, in the order in which they came."""
-        return self._ids[: self._count]
+        return self._ids_V[: self._count]
 
     def __getitem__(self, name: str) -> Tensor:
         """Their part ``[N, W]`` of ``master``, ``gradient``, ``exp_avg`` or ``exp_avg_sq``."""
-        return self._room[name][: self._count]
+        return self._buffers[name][: self._count]
 
     def add(self, gradient: Tensor) -> None:
         """Add to the sum of gradients; ``gradient`` is one of the whole table, sparse or not."""
@@ -87,58 +100,47 @@ class EmbeddingRows:
             rows_GW = gradient[ids_G].float()
         self._append(ids_G[self._place_V[ids_G] < 0])
         # Each row is there once, so nothing depends on an order.
-        self["gradient"][self._place_V[ids_G]] += rows_GW
+        self[GRADIENT][self._place_V[ids_G]] += rows_GW
 
     def clear(self) -> None:
         """Begin a new sum."""
-        self["gradient"].zero_()
+        self[GRADIENT].zero_()
 
     def publish(self, rounding: Rounding) -> None:
         """Copy the masters to the table."""
         rounding.into_rows(self._weight, self.ids, self[MASTER])
 
-    def whole(self, name: str) -> Tensor:
-        """``master`` or a moment of the whole table, as without this class."""
-        weight = self._weight
-        table = weight.float() if name == MASTER else torch.zeros_like(weight, dtype=torch.float32)
-        return table.index_copy(0, self.ids, self[name])
-
-    def restore(self, ids: Tensor | None, tables: Mapping[str, Tensor]) -> None:
-        """Set the rows to what :meth:`whole` gave by name, and ``ids``; ``None`` finds them.
-
-        To find them the table has to be as it was before the first step.
-        """
-        tables = {name: each.to(self._weight.device) for name, each in tables.items()}
-        if ids is None:  # of a checkpoint of an earlier version
-            moved_V = (tables[MASTER] != self._weight.float()).any(1)
-            for name in tables.keys() - {MASTER}:
-                moved_V |= tables[name].any(1)
-            ids = moved_V.nonzero()[:, 0]
-        self._weight.copy_(tables[MASTER])  # exact in all other rows
+    def restore(self, ids: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Set ``ids``, and of masters and moments the ``rows`` ``[N, W]`` that are given."""
         self._place_V.fill_(-1)
         self._count = 0
         self._append(ids.to(self._weight.device))
-        for name, each in tables.items():
-            self[name].copy_(each[self.ids])
+        for name, each in rows.items():
+            self[name].copy_(each)
+
+    def restore_whole(self, tables: Mapping[str, Tensor]) -> None:
+        """The same from masters and moments of the whole table; it is as before the first step."""
+        moved_V = (tables[MASTER].to(self._weight.device) != self._weight.float()).any(1)
+        for name in tables.keys() - {MASTER}:
+            moved_V |= tables[name].to(self._weight.device).any(1)
+        ids = moved_V.nonzero()[:, 0]
+        self.restore(ids, {name: each[ids.to(each.device)] for name, each in tables.items()})
 
     def _append(self, ids_N: Tensor) -> None:
         """Take rows that were not there."""
-        start, end = self._count, self._count + len(ids_N)
-        if end > len(self._ids):
-            # By a quarter more each time, so that all the copying is a few times the size in the end.
-            room = min(len(self._weight), max(end, len(self._ids) * 5 // 4, 1024))
-            self._ids = _grown(self._ids, start, room)
-            self._room = {name: _grown(each, start, room) for name, each in self._room.items()}
-        self._count = end
-        self._ids[start:end] = ids_N
-        self._place_V[ids_N] = torch.arange(start, end, device=ids_N.device)
+        start, self._count = self._count, self._count + len(ids_N)
+        self._ids_V[start : self._count] = ids_N
+        self._place_V[ids_N] = torch.arange(start, self._count, device=ids_N.device)
         self[MASTER][start:] = self._weight[ids_N].float()
-        for name in ("gradient", *MOMENTS):
+        for name in (GRADIENT, *MOMENTS):
             self[name][start:] = 0
 
 
-def _grown(rows: Tensor, count: int, room: int) -> Tensor:
-    """The first ``count`` of ``rows`` in a tensor for ``room``."""
-    grown = rows.new_empty(room, *rows.shape[1:])
-    grown[:count] = rows[:count]
-    return grown
+def whole_tables(ids: Tensor, rows: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """Masters and moments of the table ``weight``, which is as before the first step, from its rows."""
+    return {
+        name: (
+            weight.float() if name == MASTER else torch.zeros_like(weight, dtype=torch.float32)
+        ).index_copy(0, ids.to(weight.device), each.to(weight.device))
+        for name, each in rows.items()
+    }

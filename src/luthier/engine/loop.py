@@ -113,8 +113,8 @@ class Loop:
         )
         model = self.network.model
         layers = layer_names(model) if training.layer_decay < 1 else []
-        alone = self.processes.size == 1 and not training.weight_decay
-        self._tables = embedding_tables(model) if alone else {}
+        whole = self.processes.size > 1 or self.network.is_sharded or training.weight_decay
+        self._tables = {} if whole else embedding_tables(model)
         self.optimizer = MasterAdamW(
             model.named_parameters(),
             training,

@@ -18,12 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from luthier.engine.embedding_rows import MASTER, MOMENTS, EmbeddingRows
+from luthier.engine.embedding_rows import (
+    GRADIENT,
+    MASTER,
+    MOMENTS,
+    EmbeddingRows,
+    whole_tables,
+)
 from luthier.errors import Diverged
 from luthier.models.layers import layer_positions
 from luthier.models.process_group import ALONE, ProcessGroup
 from luthier.models.rounding import Rounding
-from luthier.models.sharding import gather_to_first, is_sharded, local_shard, shard_like
+from luthier.models.sharding import (
+    full_tensor,
+    gather_to_first,
+    is_sharded,
+    local_shard,
+    shard_like,
+)
 
 if TYPE_CHECKING:
     from luthier.recipe import Training
@@ -60,6 +72,8 @@ class MasterAdamW:
         processes: ProcessGroup = ALONE,
         tables: Collection[str] = (),
     ) -> None:
+        if tables and (training.weight_decay or processes.size > 1):
+            raise ValueError("rows of tables are for one process, and weights that do not decay")
         everything = dict(named)
         self.weights = {n: weight for n, weight in everything.items() if weight.requires_grad}
         self._tables = {n: EmbeddingRows(self.weights[n].data) for n in tables}
@@ -93,7 +107,7 @@ class MasterAdamW:
             gradient = local_shard(weight.grad)
             if (table := self._tables.get(name)) is not None:
                 table.add(gradient)
-                self._sums[name], self.masters[name] = table["gradient"], table[MASTER]
+                self._sums[name], self.masters[name] = table[GRADIENT], table[MASTER]
                 if name in self._state:
                     self._state[name] |= {moment: table[moment] for moment in MOMENTS}
             elif name in self._sums:
@@ -195,34 +209,41 @@ class MasterAdamW:
         for name, master in self.masters.items():
             values = {MASTER: master, **self._state.get(name, {})}
             if (table := self._tables.get(name)) is not None:
-                whole = {key: table.whole(key) for key in values.keys() - {"step"}}
                 # The norm of all gradients adds them up in this order.
-                values |= whole | {_ROWS: table.ids}
+                values |= {_ROWS: table.ids}
             parts += [(f"{key}.{name}", value, self.weights[name]) for key, value in values.items()]
         return gather_to_first(parts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set masters, moments and the network's weights to a saved :meth:`state`."""
+        """Set masters, moments and the network's weights to a saved :meth:`state`.
+
+        The network is as before the first step, as no checkpoint has the rows of a table that did not
+        move. With other processes than at its time a table may be kept whole now, or by its rows.
+        """
         for name, master in self.masters.items():
             weight = self.weights[name]
+            keys = [key for key in (MASTER, *MOMENTS) if f"{key}.{name}" in tensors]
+            found = {key: tensors[f"{key}.{name}"] for key in keys}
+            ids = tensors.get(f"{_ROWS}.{name}")
             state: dict[str, Tensor] = {}
             if f"step.{name}" in tensors:
                 state["step"] = tensors[f"step.{name}"].to(master.device, copy=True)
             if (table := self._tables.get(name)) is not None:
-                found = {key: tensors.get(f"{key}.{name}") for key in (MASTER, *MOMENTS)}
-                whole = {key: value for key, value in found.items() if value is not None}
-                table.restore(tensors.get(f"{_ROWS}.{name}"), whole)
+                if ids is None:
+                    table.restore_whole(found)
+                else:
+                    table.restore(ids, found)
                 self.masters[name] = table[MASTER]
-                if state:
-                    self._state[name] = state | {moment: table[moment] for moment in MOMENTS}
-                continue
-            master.copy_(shard_like(tensors[f"{MASTER}.{name}"], weight))
-            for key in MOMENTS:
-                if f"{key}.{name}" in tensors:
+                state |= {moment: table[moment] for moment in MOMENTS if state}
+            else:
+                if ids is not None:
+                    whole = full_tensor(local_shard(weight.data), weight)
+                    found = whole_tables(ids, found, whole)
+                master.copy_(shard_like(found.pop(MASTER), weight))
+                for key, value in found.items():
                     # The fused step reads all three in the order they lie in memory, which for
                     # convolutions (channels last) is not the order of a file.
-                    part = shard_like(tensors[f"{key}.{name}"], weight)
-                    state[key] = torch.empty_like(master).copy_(part)
+                    state[key] = torch.empty_like(master).copy_(shard_like(value, weight))
             if state:
                 self._state[name] = state
         self.publish()

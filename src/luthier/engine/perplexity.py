@@ -1,4 +1,4 @@
-"""Whether a base model that writes knows the kind of text that the rows are of.
+"""Whether a base model that writes knows the language that the rows are in.
 
 Some rows are read before anything is trained, beside plain English: their bits a character compare
 whatever the tokenizer (Mielke et al. 2019, "What Kind of Language Is Hard to Language-Model?",
@@ -39,8 +39,8 @@ def find_unfamiliar_text(
 ) -> str | None:
     """What to say where the texts of ``examples`` cost the network far more than English does.
 
-    ``None`` where they do not, where they are too few, and for networks that do not go on with a text,
-    such as encoders.
+    ``None`` where they do not, are English themselves, or are too few, and for networks that do not go
+    on with a text, such as encoders.
     """
     if network.both_ways or chat.start_id is not None or not examples:
         return None

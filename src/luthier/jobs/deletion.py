@@ -254,10 +254,12 @@ class Deletions:
                 if found is not None:
                     removal.remove(session, found, found.arn(self.arns))
                     mark(found.stored_id)
-        for job in reversed((*traces.jobs, *traces.further)):
-            if job.result is not None:
-                removal.remove_files(job.result["stored_id"])
-                self.forget_model(job.result["stored_id"])
+        # Of a job whose model has no row any more, too.
+        made = [job.result["stored_id"] for job in (*traces.jobs, *traces.further) if job.result]
+        for stored_id in dict.fromkeys([*(m.stored_id for m in traces.models), *reversed(made)]):
+            if stored_id is not None:
+                removal.remove_files(stored_id)
+                self.forget_model(stored_id)
 
     def _delete_texts(self, jobs: Sequence[Job]) -> None:
         """Replace what was said of the jobs in passing: messages and errors quote rows."""
@@ -319,8 +321,10 @@ def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
     for job in jobs:
         for path in files_of(job):
             yield _file("job", path)
-        if deletion.models == "delete" and job.result is not None:
-            for name in model_files(job.result["stored_id"]):
+    if deletion.models == "delete":
+        made = [job.result["stored_id"] for job in jobs if job.result]
+        for stored_id in dict.fromkeys([*made, *(model.stored_id for model in traces.models)]):
+            for name in model_files(stored_id) if stored_id else ():
                 yield _file("model", luthier_home() / name)
     runs = {run_name(job.id) for job in jobs}
     for path, size, digest in lines_of_runs(deletion.account, runs):

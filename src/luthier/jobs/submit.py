@@ -21,7 +21,15 @@ from luthier.models.kinds import sole_objective
 from luthier.objectives.capabilities import other_models
 from luthier.store import exports, imports, storage
 from luthier.store.arns import Arns
-from luthier.store.custom_models import ACTIVE, CREATING, IMPORTED, RESERVED, CustomModel
+from luthier.store.custom_models import (
+    ACTIVE,
+    CREATING,
+    IMPORTED,
+    LONGEST_NAME,
+    NAME,
+    RESERVED,
+    CustomModel,
+)
 from luthier.store.database import count_rows, lock_by_name, new_id, now
 from luthier.store.exports import ModelExport
 from luthier.store.foundation import (
@@ -34,6 +42,7 @@ from luthier.store.foundation import (
 from luthier.store.jobs import GOING_ON, QUEUED, Job, in_flight, record, run_name
 from luthier.store.models import StoredModel, check_active, is_recorded
 from luthier.store.queue import next_turn
+from luthier.store.removal import is_removed
 
 if TYPE_CHECKING:
     from luthier.recipe import Recipe
@@ -64,8 +73,6 @@ CLIENT_GRADERS = (
 """Graders that clients of the service may write themselves: they score texts alone, in the sandbox
 where they hold code. Others ask any model with the server's keys, or read files. Models that judge are
 named through a face, which finds them for the account; whoever runs the server can register others."""
-MODEL_NAME = re.compile(r"(?:[0-9a-zA-Z][_-]?){1,63}")
-"""What Bedrock's clients may call a custom model."""
 MOST_CORES = 16
 """Threads of one job where nothing is said; more hardly help networks of the sizes tuned here."""
 
@@ -245,14 +252,14 @@ def register_model(
     Raises:
         NameInUse: where the account has a model of that name.
         QuotaExceeded: where it has all the models that it may have, or no room for this one.
-        WrongState: where the model belongs to an account already.
+        WrongState: where the model belongs to an account already, or was deleted by one.
         RecipeError: for a name that the faces do not take, a base model, and a model that is withheld.
     """
     limits = limits or AccountQuotas()
-    if not MODEL_NAME.fullmatch(name):
+    if len(name) > LONGEST_NAME or not re.fullmatch(NAME, name):
         raise RecipeError(
-            f"a model of the service cannot be called {name!r}: write letters and digits, at most 63, "
-            "with single hyphens or underscores between them"
+            f"a model of the service cannot be called {name!r}: give another --name, of letters and "
+            f"digits with single hyphens or underscores between them, {LONGEST_NAME} characters at most"
         )
     if ":" not in stored.id or not is_recorded(stored):
         raise RecipeError(
@@ -260,6 +267,8 @@ def register_model(
             "`luthier pretrain` are there for all"
         )
     check_active(stored)
+    if is_removed(stored.id):
+        raise WrongState(f"{stored.id} was deleted, and only models that were made from it need it")
     # Two accounts at once, too.
     lock_by_name(session, f"register {stored.id}")
     lock_by_name(session, f"submit {account}")
@@ -268,24 +277,36 @@ def register_model(
         raise WrongState(f"{stored.id} belongs to account {owner}")
     _check_free(session, CustomModel, account, name)
     _check_model_quota(session, account, limits)
-    model_id, base = new_id(), foundation_model(stored.root)
+    model_id, base = new_id(), _base_of(session, account, stored)
+    if base is None:
+        storage.check_count(
+            imports.count_imported_models(session, account), limits, "imported_models",
+            "models from outside", "Delete some of them.",
+        )  # fmt: skip
     model = CustomModel(
         id=model_id,
         account=account,
         name=name,
-        foundation=IMPORTED,
-        root=base.id if base else f"luthier.{IMPORTED}-{model_id}",
-        base_model=arns.foundation_model(base.id) if base else "",
+        foundation=base.bottom if base else IMPORTED,
+        root=base.root if base else f"luthier.{IMPORTED}-{model_id}",
+        base_model=base.arn(arns) if base else "",
         stored_id=stored.id,
         stored_bytes=folder_size(stored.folder),
         status=ACTIVE,
-        details={"kind": stored.kind, "request": {}},
+        details={"kind": stored.kind},
         created=now(),
     )
     session.add(model)
     _flush(session, "model")
     storage.charge(session, account, limits, stored_bytes=model.stored_bytes or 0)
     return model
+
+
+def _base_of(session: Session, account: str, stored: StoredModel) -> AnyModel | None:
+    """What ``stored`` was made from, where ``account`` has that; else the foundation model below it."""
+    of_account = select(CustomModel).filter_by(account=account, stored_id=stored.manifest.parent)
+    parent = session.scalar(of_account) if stored.manifest.parent else None
+    return parent or foundation_model(stored.root)
 
 
 def submit_export(

@@ -2,13 +2,14 @@
 
 A data set is named by addresses, as jobs name it. Found are, of one account: the objects there, objects
 with the same bytes elsewhere (copies, parts of uploads), every job that read an address, the files of
-these jobs, and the models that learned from them, also through another model as base or teacher.
+these jobs, and the models that learned from them, also through another model as base or teacher; models
+of the command line, by the hashes that their records have of their data.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from luthier.errors import RefusedInput, UnknownModel
 from luthier.files import TEMPORARY, luthier_home
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.outputs import OF_ROWS, artifact
-from luthier.store.custom_models import RESERVED, CustomModel
+from luthier.models.manifest import MANIFEST, Manifest
+from luthier.store.custom_models import IMPORTED, RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
 from luthier.store.jobs import get as get_job
+from luthier.store.model_folders import folder_of
 from luthier.store.objects import (
     BUCKET,
     UPLOADS,
@@ -104,7 +107,8 @@ def find_traces(
         for job in everything
         if any(_meet(source, each) for source in sources_of(job) for each in wanted)
     ]
-    further = _further(jobs, everything)
+    digests = {piece.sha256 for one in chosen.values() for piece in one.pieces if piece.size}
+    further, registered = _further(jobs, everything, _registered(session, account), digests)
     for each in (*jobs, *further):
         for one in _outputs(session, each, external):
             chosen.setdefault(one.address, one)
@@ -113,7 +117,7 @@ def find_traces(
         tuple(chosen.values()),
         tuple(jobs),
         tuple(further),
-        _models(session, [*jobs, *further]),
+        (*registered, *_models(session, [*jobs, *further])),
         tuple(dict.fromkeys(each for each in locations if not _is_here(each, external))),
     )
 
@@ -215,18 +219,50 @@ def _meet(one: str, other: str) -> bool:
     )
 
 
-def _further(jobs: Sequence[Job], everything: Sequence[Job]) -> list[Job]:
-    """Jobs that learned from a model of ``jobs``, or of one of them."""
+def _registered(session: Session, account: str) -> list[tuple[CustomModel, Manifest]]:
+    """The models of an account that the command line made, with their records."""
+    query = select(CustomModel).where(
+        CustomModel.account == account,
+        CustomModel.job_id.is_(None),
+        CustomModel.stored_id.is_not(None),
+        CustomModel.stored_id.not_like(f"{IMPORTED}:%"),
+    )
+    found = []
+    for model in session.scalars(query.order_by(CustomModel.seq)):
+        folder = folder_of(model.stored_id)
+        if folder is not None and (folder / MANIFEST).is_file():
+            found.append((model, Manifest.read(folder)))
+    return found
+
+
+def _further(
+    jobs: Sequence[Job],
+    everything: Sequence[Job],
+    registered: Sequence[tuple[CustomModel, Manifest]],
+    digests: Set[str],
+) -> tuple[list[Job], list[CustomModel]]:
+    """Jobs that learned from a model of ``jobs``, or of one of them; and those of ``registered`` that
+    did, or that learned from files with these ``digests``."""
     known = {job.id for job in jobs}
     stored = {job.result["stored_id"] for job in jobs if job.result}
-    found: list[Job] = []
-    # In the order they were made: none learns from a later one.
-    for job in everything:
-        if job.id not in known and stored & set(models_in(job.recipe)):
-            known.add(job.id)
-            found.append(job)
-            stored |= {job.result["stored_id"]} if job.result else set()
-    return found
+    further: list[Job] = []
+    models: list[CustomModel] = []
+    size = -1
+    while size != len(further) + len(models):
+        size = len(further) + len(models)
+        for model, manifest in registered:
+            used = {manifest.parent, *models_in(manifest.recipe), *(manifest.others or {}).values()}
+            hashes = manifest.data.sha256.values() if manifest.data else ()
+            if model not in models and (stored & used or not digests.isdisjoint(hashes)):
+                models.append(model)
+                stored.add(str(model.stored_id))
+        # In the order they were made: none learns from a later one.
+        for job in everything:
+            if job.id not in known and stored & set(models_in(job.recipe)):
+                known.add(job.id)
+                further.append(job)
+                stored |= {job.result["stored_id"]} if job.result else set()
+    return further, models
 
 
 def models_in(value: Any) -> Iterator[str]:

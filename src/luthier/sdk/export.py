@@ -82,8 +82,10 @@ def quantize(
     from luthier.workflows.quantize import measure_quantization
 
     stored, rows = stored_model(model), load_rows(data, columns)
-    found = measure_quantization(stored, rows, to, note)
-    found = replace(found, remarks=row_remarks(stored, data, rows))
+    remarks = row_remarks(stored, data, rows)
+    for remark in remarks:  # before what takes minutes
+        note(remark)
+    found = replace(measure_quantization(stored, rows, to, note), remarks=remarks)
     measured = found.records(hashes_of_data(data))
     change_record(stored, lambda manifest: manifest.with_quantized(measured))
     return found

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.encryption.memory import working
 from luthier.errors import LuthierError, RecipeError
-from luthier.files import lock, sha256_of, temporary_folder
+from luthier.files import disk_errors, lock, sha256_of, temporary_folder
 
 if TYPE_CHECKING:
     from luthier.store.models import StoredModel
@@ -75,8 +75,8 @@ def _own_folder(parent: Path) -> Path:
 
     What killed processes left goes before.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    with lock(parent / ".vllm.lock", wait=True):  # else another server may take it for left behind
+    # Else another server may take it for left behind.
+    with disk_errors(parent), lock(parent / ".vllm.lock", wait=True):
         until_exit = ExitStack()
         atexit.register(until_exit.close)
         return until_exit.enter_context(temporary_folder(parent / "vllm", private=True))

@@ -18,6 +18,10 @@ IMPORTED = "imported"
 """In the ARN of a model from outside, in the place of its foundation model."""
 
 
+NAME, LONGEST_NAME = r"([0-9a-zA-Z][_-]?){1,63}", 63
+"""What a custom model may be called, and in how many characters: the rule of Bedrock."""
+
+
 class CustomModel(Base):
     """One custom model. Once deleted, or its job failed or stopped, it has no row: the name is free."""
 

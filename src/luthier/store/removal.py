@@ -23,7 +23,7 @@ from luthier.store.custom_models import CREATING, CustomModel
 from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
-from luthier.store.jobs import ENDED, Job, job_of_run
+from luthier.store.jobs import ENDED, Job, job_of_run, run_name
 from luthier.store.model_folders import folder_of, journals_folder
 from luthier.store.models import custom_models, lock_record, remove_derived
 from luthier.store.queue import log_file
@@ -113,22 +113,28 @@ def finish_deletions(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
     for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
         stored_id = f"{path.parent.parent.name}:{path.parent.name}"
-        if account_of(database, stored_id) is not None:
+        if owner_of(database, stored_id) is not None:
             path.unlink(missing_ok=True)
         else:
             remove_files(stored_id)
     for stored_id in shared_models.marked_removals():
-        if account_of(database, stored_id) is not None:
+        if owner_of(database, stored_id) is not None:
             shared_models.unmark_removal(stored_id)
         else:
             remove_files(stored_id)
 
 
-def account_of(database: Database, stored_id: str) -> str | None:
+def owner_of(database: Database, stored_id: str) -> str | None:
     """The account that a stored model belongs to; ``None`` for one of the command line."""
     with database.read() as session:
         owner = select(CustomModel.account).where(CustomModel.stored_id == stored_id).limit(1)
         return session.scalar(owner)
+
+
+def is_removed(stored_id: str) -> bool:
+    """Whether a custom model was deleted, and its files stay only for others that stand on them."""
+    folder = folder_of(stored_id)
+    return folder is not None and (folder / _REMOVED).exists()
 
 
 def count_without_account(database: Database) -> int:
@@ -136,10 +142,12 @@ def count_without_account(database: Database) -> int:
     here = {
         f"{path.parent.parent.name}:{path.parent.name}"
         for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}")
-        if not path.parent.name.startswith(".")
+        # A job's stands here a moment before its account has it.
+        if not path.parent.name.startswith((".", run_name("")))
     }
     with database.read() as session:
-        return len(here.difference(session.scalars(select(CustomModel.stored_id))))
+        own = here.difference(session.scalars(select(CustomModel.stored_id)))
+    return sum(not is_removed(stored_id) for stored_id in own)
 
 
 def remove_files(stored_id: str | None) -> None:
@@ -155,7 +163,8 @@ def remove_files(stored_id: str | None) -> None:
     if found is None:
         return
     base, name = found.folder.parent.name, found.folder.name
-    for folder in (luthier_home() / "runs" / base / name, journals_folder(found.id)):
+    working = [luthier_home() / kind / base / name for kind in ("runs", "distillations")]
+    for folder in (*working, journals_folder(found.id)):
         shutil.rmtree(folder, ignore_errors=True)
     log_file(job_of_run(name)).unlink(missing_ok=True)
     if any(each.manifest.parent == found.id for each in stored.values()):

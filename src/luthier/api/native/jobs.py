@@ -16,6 +16,7 @@ from luthier.graders import parse_graders
 from luthier.jobs.submit import Submission, check_client_grader, submit
 from luthier.setting_names import with_setting_names
 from luthier.store import jobs as queue
+from luthier.store.custom_models import LONGEST_NAME, NAME
 from luthier.store.jobs import ENDED, Job
 
 _NAME = r"[a-zA-Z0-9](-*[a-zA-Z0-9+\-.])*"
@@ -33,7 +34,7 @@ class NewJob(Input):
 
     name: str = Field(min_length=1, max_length=63, pattern=f"^{_NAME}$")
     """Of the job; no other of the account has it, ended or not."""
-    model_name: str = Field(min_length=1, max_length=63, pattern=r"^([0-9a-zA-Z][_-]?){1,63}$")
+    model_name: str = Field(min_length=1, max_length=LONGEST_NAME, pattern=f"^{NAME}$")
     """Of the custom model."""
     base: str = Field(min_length=1, max_length=2048)
     """A foundation model's id or alias, or a custom model's name or ARN."""
