@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -272,9 +271,7 @@ def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_unlocked(path)
-    folder = path.parent / f"{TEMPORARY}{path.name}~{secrets.token_hex(8)}"
-    folder.mkdir(0o700 if private else 0o777)
-    handle = _lock_folder(folder)
+    folder, handle = _make_locked(path, 0o700 if private else 0o777)
     try:
         yield folder
     finally:
@@ -284,8 +281,7 @@ def temporary_folder(path: Path, private: bool = False) -> Iterator[Path]:
 
 def _replace_folder(path: Path, fresh: Path) -> None:
     """Put ``fresh`` in the place of the folder ``path``, which stays where that fails."""
-    doomed = Path(tempfile.mkdtemp(prefix=fresh.name, dir=path.parent))
-    handle = _lock_folder(doomed)
+    doomed, handle = _make_locked(path, 0o700)
     try:
         os.replace(path, doomed / _REPLACED)
         try:
@@ -297,6 +293,18 @@ def _replace_folder(path: Path, fresh: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def _make_locked(path: Path, mode: int) -> tuple[Path, int]:
+    """A new folder beside ``path`` for what becomes of it, and the handle that marks it as in use.
+
+    It gets the name by which others sweep it once it is marked.
+    """
+    token = secrets.token_hex(8)
+    folder = path.parent / f"{TEMPORARY}~{token}"
+    folder.mkdir(mode)
+    handle = _lock_folder(folder)
+    return folder.rename(path.parent / f"{TEMPORARY}{path.name}~{token}"), handle
 
 
 def _lock_folder(folder: Path) -> int:

@@ -51,7 +51,9 @@ def test_accounts_and_quotas(database: Database) -> None:
     admin("accounts", "remove", OTHER)
     assert admin("accounts", "list")["accounts"] == []
     error = admin("accounts", "disable", OTHER, code=2)["error"]
-    assert error["message"] == f"there is no account {OTHER}"
+    assert error["message"].startswith(
+        f"there is no account {OTHER}: `luthier admin accounts list`"
+    )
 
 
 def test_users_and_policies(database: Database, ann: str, tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def test_clients_ask_a_model_of_the_command_line(
             assert service.issued is not None
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=service.issued.api_key)
 
-            def ask() -> str | None:
+            def ask(name: str = "colours") -> str | None:
                 return client.chat.completions.create(
-                    model="colours", temperature=0, max_tokens=8,
+                    model=name, temperature=0, max_tokens=8,
                     messages=[{"role": "user", "content": "colour of coal?"}],
                 ).choices[0].message.content  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_clients_ask_a_model_of_the_command_line(
             made = admin("models", "register", MODEL)
             assert (made["account"], made["name"], made["model"]) == (FIRST, "colours", MODEL)
             assert count_without_account(service.database) == 0
-            assert ask() == "black"
+            assert ask() == "black" == ask(MODEL)  # by its id on the command line, too
             bedrock = boto3.client(
                 "bedrock", endpoint_url=url, region_name="us-east-1",
                 aws_access_key_id=service.issued.access_key,
@@ -97,7 +97,8 @@ def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPat
     shutil.copytree(own_home / "models/custom/tiny-llama/colours", twin)
     record = json.loads((twin / "luthier.json").read_text())
     (twin / "luthier.json").write_text(json.dumps(record | {"id": "tiny-llama:twin"}))
-    assert "name is currently in use" in refused(*register, "tiny-llama:twin", "--name", "colours")
+    assert "has a model colours" in refused(*register, "tiny-llama:twin", "--name", "colours")
+    assert "fasttext is a base model" in refused(*register, "tiny-llama:twin", "--name", "fasttext")
     withheld = record | {"id": "tiny-llama:twin", "withheld": "it forgot"}
     (twin / "luthier.json").write_text(json.dumps(withheld))
     assert "is withheld: it forgot" in refused(*register, "tiny-llama:twin")
@@ -109,4 +110,8 @@ def test_what_cannot_be_registered(own_home: Path, monkeypatch: pytest.MonkeyPat
     assert "quota imported_models" in refused(*register, "tiny-llama:twin", "--account", OTHER)
     monkeypatch.setenv("LUTHIER_SHARED_STORE", f"file://{own_home / 'shared-store'}")
     assert "Bring it in as a model from outside" in refused(*register, "tiny-llama:twin")
+    monkeypatch.delenv("LUTHIER_SHARED_STORE")
+    (twin / "tokenizer.json").write_text("{}")
+    damaged = Answer("admin", *register, "tiny-llama:twin").refused(1)
+    assert "tokenizer.json is not what was stored" in damaged
     assert not (own_home / "runs/tiny-llama/twin").exists()

@@ -33,6 +33,7 @@ from luthier.store.models import custom_models, find
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import ObjectMetadata, Objects
 from luthier.store.uploaded_files import UploadedFiles
+from luthier.workflows.soup import make_soup
 
 ACCOUNT, OTHER = "000000000000", "111111111111"
 CANARY = "zanzibar-canary-7731"
@@ -367,6 +368,13 @@ def test_many_things_take_many_entries(
     assert len(certificate["removed"]) == 7 and len(certificate["audit"]) == 3
 
 
+def tuned(name: str, data: Path, base: str = "tiny") -> str:
+    """Id of a model of the command line."""
+    fields = {"base": base, "name": name, "data": {"train": str(data), "validation_share": 0}}
+    training = {"max_steps": 1, "batch_size": 2, "precision": "float32", "threads": 1}
+    return train(Recipe.parse({**fields, "training": training})).model_id
+
+
 @sqlite
 def test_models_of_the_command_line_that_learned_from_the_data_go_too(
     queue: Any, luthier_home: Path, tmp_path: Path
@@ -377,11 +385,6 @@ def test_models_of_the_command_line_that_learned_from_the_data_go_too(
     rows.write_bytes(body())
     other = tmp_path / "other.jsonl"
     other.write_bytes(body("another", 6))
-
-    def tuned(name: str, data: Path, base: str = "tiny") -> str:
-        fields = {"base": base, "name": name, "data": {"train": str(data), "validation_share": 0}}
-        training = {"max_steps": 1, "batch_size": 2, "precision": "float32", "threads": 1}
-        return train(Recipe.parse({**fields, "training": training})).model_id
 
     learned = tuned("learned", rows)
     child, apart = tuned("child", other, learned), tuned("apart", other)
@@ -404,3 +407,36 @@ def test_models_of_the_command_line_that_learned_from_the_data_go_too(
     removed = [each["name"] for each in certificate["removed"]]
     assert sum(name.endswith("adapter_model.safetensors") for name in removed) == 2
     assert set(store.forgotten) == {learned, child}
+
+
+@sqlite
+def test_what_stands_between_two_models_and_belongs_to_nobody(
+    queue: Any, luthier_home: Path, tmp_path: Path
+) -> None:
+    store = Store(queue.database)
+    store.put(body())
+    rows, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
+    rows.write_bytes(body())
+    other.write_bytes(body("another", 6))
+    learned = tuned("learned", rows)
+    between = tuned("between", other, learned)
+    child = tuned("child", other, between)
+    mean = make_soup([learned, tuned("beside", other)], name="mean").model_id
+    with queue.database.write() as session:
+        for name, stored_id in (("one", learned), ("two", child), ("three", mean)):
+            register_model(session, ACCOUNT, name, find(stored_id), Arns())
+    with pytest.raises(WrongState, match="one, two, three"):
+        store.delete()
+    # Nothing goes where weights that learned from the data would stay.
+    with pytest.raises(WrongState, match="tiny:between stands on a model that is to go"):
+        store.delete(models="delete")
+    assert store.keys() == ["rows.jsonl"] and len(store.rows(CustomModel)) == 3
+    certificate = store.delete(models="keep")
+    assert certificate["verified"] and certificate["models_kept"] == ["one", "two", "three"]
+    assert not (luthier_home / "runs/tiny/learned").exists()
+    assert holding(luthier_home) == set()
+    # A record that cannot be read stops what nobody can vouch for, and says which it is.
+    store.put(body(), "again.jsonl")
+    (find(learned).folder / "luthier.json").write_text("{")
+    with pytest.raises(WrongState, match="the record of the model one cannot be read"):
+        store.delete("s3://data/again.jsonl")

@@ -30,8 +30,10 @@ Row = TypeVar("Row", Job, CustomModel, Endpoint)
 Ts = TypeVarTuple("Ts")
 Name = InstrumentedAttribute[Any]
 """A column with names or ids that are unique in an account."""
-_MODEL_NAMES: Sequence[Name] = (CustomModel.id, CustomModel.openai_id, CustomModel.name)
-"""A model may be called as another one's id: ids come first."""
+_MODEL_NAMES: Sequence[Name] = (
+    CustomModel.id, CustomModel.openai_id, CustomModel.stored_id, CustomModel.name
+)  # fmt: skip
+"""A model may be called as another one's id: ids come first, its one on the command line, too."""
 
 
 def job_arn(arns: Arns, job: Job) -> str:

@@ -580,6 +580,8 @@ def remove_model(model: str, json_: Json = False) -> None:
     base, colon, name = model.partition(":")
     made_here = not colon and model not in CATALOG
     run = BaseRun(base) if made_here else Run(base, name)
+    if colon and name:
+        model = run.model_id  # as it was stored, however the base was written
     beside = [] if made_here else [luthier_home() / "distillations" / short_name(base) / name]
     # An empty name, or `..`, would take the models beside it, too.
     folders = (run.model_folder, run.folder, *beside)

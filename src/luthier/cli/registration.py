@@ -72,7 +72,7 @@ def register(
     from luthier.limits import AccountQuotas
     from luthier.store.accounts import account_of, quotas_of
     from luthier.store.arns import Arns
-    from luthier.store.models import find
+    from luthier.store.models import check_whole, find
     from luthier.store.shared import shared_store
 
     base, colon, end = model.partition(":")
@@ -88,19 +88,26 @@ def register(
             "CreateCustomModel"
         )
     name, arns = name or end, Arns(region)
-    stored, run = find(model, note), Run(base, end)
-    # Nobody removes it meanwhile.
-    with (
-        run.lock(),
-        audited_write(database, "models.register", account, name, {"model": model}) as session,
-    ):
+    check_whole(find(model, note))
+    run = Run(base, end)
+    had_run = run.folder.exists()
+    with run.lock():  # nobody removes it meanwhile
         try:
-            account_of(session, account)
-            quotas = quotas_of(session, account, AccountQuotas())
-            made = register_model(session, account, name, stored, arns, quotas)
-            arn = made.arn(arns)
+            stored = find(model)
+            with audited_write(
+                database, "models.register", account, name, {"model": model}
+            ) as session:
+                account_of(session, account)
+                quotas = quotas_of(session, account, AccountQuotas())
+                made = register_model(session, account, name, stored, arns, quotas)
+                arn = made.arn(arns)
         finally:
-            run.drop_if_empty()
+            if not had_run:
+                run.drop_if_empty()
     print_outcome(json_, account=account, name=name, model=model, arn=arn)
     if not json_:
-        note(f"  OpenAI's clients ask {name}; Bedrock's deploy the ARN first")
+        if stored.kind == "causal_lm":
+            note(f"  OpenAI's clients ask {name}; Bedrock's deploy the ARN first")
+        else:
+            note(f"  clients ask /api/v1/models/{name}/predictions, or for its embeddings")
+        note("  it is the account's now: its files go when a client deletes it")

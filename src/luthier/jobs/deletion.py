@@ -20,7 +20,7 @@ from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.traces import Traces, files_of, find_traces, model_files
+from luthier.jobs.traces import Traces, files_of, find_traces, model_files, working_folders
 from luthier.serving.journal import forget, lines_of_runs
 from luthier.store import removal
 from luthier.store.arns import Arns, object_arn
@@ -28,6 +28,7 @@ from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
 from luthier.store.jobs import Job, JobEvent, run_name
+from luthier.store.models import custom_models
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
 from luthier.store.shared import shared_folders
@@ -139,6 +140,9 @@ class Deletions:
             self._delete_models(traces)
         for job in jobs:
             _delete_files(job)
+        for model in traces.registered:
+            for folder in working_folders(str(model.stored_id)):
+                memory.remove(folder)
         forget(deletion.account, {run_name(job.id) for job in jobs})
         self._delete_texts(jobs)
         self._delete_objects(traces, deletion.account)
@@ -199,7 +203,7 @@ class Deletions:
     def _check(
         self, traces: Traces, items: Sequence[DeletionItem], deletion: DeletionRequest
     ) -> None:
-        if not (items or traces.jobs or traces.objects):
+        if not (items or traces.jobs or traces.objects or traces.models):
             raise RefusedInput(f"there is nothing of {', '.join(traces.addresses)} here")
         reading = [job for job in traces.open_jobs if job in _affected_jobs(traces, deletion)]
         if reading:
@@ -211,6 +215,21 @@ class Deletions:
                 f"models learned from these data: {names}. Nothing was deleted; say whether they are "
                 "to be kept or deleted, too"
             )
+        if deletion.models == "delete":
+            made = {
+                job.result["stored_id"] for job in (*traces.jobs, *traces.further) if job.result
+            }
+            going = made | {model.stored_id for model in traces.models}
+            others = [
+                each.id
+                for each in custom_models()
+                if each.manifest.parent in going and each.id not in going
+            ]
+            if others := [each for each in others if not removal.is_removed(each)]:
+                raise WrongState(
+                    f"{', '.join(others)} stands on a model that is to go, and belongs to others. "
+                    "Nothing was deleted: have it removed first, or keep the models"
+                )
 
     def _record(
         self,
@@ -324,8 +343,13 @@ def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
     if deletion.models == "delete":
         made = [job.result["stored_id"] for job in jobs if job.result]
         for stored_id in dict.fromkeys([*made, *(model.stored_id for model in traces.models)]):
-            for name in model_files(stored_id) if stored_id else ():
-                yield _file("model", luthier_home() / name)
+            paths = [
+                luthier_home() / name for name in (model_files(stored_id) if stored_id else ())
+            ]
+            yield from (_file("model", path) for path in paths if path.is_file())
+    for model in traces.registered:
+        for folder in working_folders(str(model.stored_id)):
+            yield from (_file("job", path) for path in sorted(folder.rglob("*")) if path.is_file())
     runs = {run_name(job.id) for job in jobs}
     for path, size, digest in lines_of_runs(deletion.account, runs):
         yield DeletionItem("answers", path.relative_to(luthier_home()).as_posix(), size, digest)

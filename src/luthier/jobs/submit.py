@@ -18,6 +18,7 @@ from luthier.errors import NameInUse, RecipeError, WrongState
 from luthier.files import folder_size
 from luthier.limits import AccountQuotas
 from luthier.models.kinds import sole_objective
+from luthier.models.manifest import MANIFEST
 from luthier.objectives.capabilities import other_models
 from luthier.store import exports, imports, storage
 from luthier.store.arns import Arns
@@ -250,12 +251,18 @@ def register_model(
     Nothing is copied: it is ``Active`` at once, and its files go when the account deletes it.
 
     Raises:
-        NameInUse: where the account has a model of that name.
         QuotaExceeded: where it has all the models that it may have, or no room for this one.
         WrongState: where the model belongs to an account already, or was deleted by one.
-        RecipeError: for a name that the faces do not take, a base model, and a model that is withheld.
+        RecipeError: for a name that the faces do not take or that another model has, a base model, and
+            a model that is withheld.
     """
     limits = limits or AccountQuotas()
+    # Two accounts at once, too.
+    lock_by_name(session, f"register {stored.id}")
+    lock_by_name(session, f"submit {account}")
+    if foundation_model(name) is not None:
+        text = f"{name} is a base model, which would answer in its place: give another --name"
+        raise RecipeError(text)
     if len(name) > LONGEST_NAME or not re.fullmatch(NAME, name):
         raise RecipeError(
             f"a model of the service cannot be called {name!r}: give another --name, of letters and "
@@ -267,15 +274,19 @@ def register_model(
             "`luthier pretrain` are there for all"
         )
     check_active(stored)
-    if is_removed(stored.id):
+    if is_removed(stored.id) or not (stored.folder / MANIFEST).is_file():
         raise WrongState(f"{stored.id} was deleted, and only models that were made from it need it")
-    # Two accounts at once, too.
-    lock_by_name(session, f"register {stored.id}")
-    lock_by_name(session, f"submit {account}")
-    owner = session.scalar(select(CustomModel.account).filter_by(stored_id=stored.id))
-    if owner is not None:
-        raise WrongState(f"{stored.id} belongs to account {owner}")
-    _check_free(session, CustomModel, account, name)
+    registered = session.scalar(select(CustomModel).filter_by(stored_id=stored.id))
+    if registered is not None:
+        raise WrongState(
+            f"{stored.id} is registered already: it belongs to account {registered.account}, as "
+            f"{registered.name}"
+        )
+    try:
+        _check_free(session, CustomModel, account, name)
+    except NameInUse as error:
+        text = f"account {account} has a model {name}: give this one another --name"
+        raise RecipeError(text) from error
     _check_model_quota(session, account, limits)
     model_id, base = new_id(), _base_of(session, account, stored)
     if base is None:

@@ -17,15 +17,15 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from luthier.errors import RefusedInput, UnknownModel
+from luthier.errors import RefusedInput, UnknownModel, WrongState
 from luthier.files import TEMPORARY, luthier_home
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.outputs import OF_ROWS, artifact
-from luthier.models.manifest import MANIFEST, Manifest
 from luthier.store.custom_models import IMPORTED, RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
 from luthier.store.jobs import get as get_job
-from luthier.store.model_folders import folder_of
+from luthier.store.model_folders import short_name
+from luthier.store.models import custom_models, pretrained_models
 from luthier.store.objects import (
     BUCKET,
     UPLOADS,
@@ -60,7 +60,9 @@ class Traces:
     further: tuple[Job, ...]
     """Those that had a base or a teacher which learned from the data."""
     models: tuple[CustomModel, ...]
-    """Those that learned from the data; what stands on another one comes first."""
+    """Those that learned from the data; of jobs, what stands on another one comes first."""
+    registered: tuple[CustomModel, ...]
+    """Those of them that the command line made."""
     outside: tuple[str, ...]
     """Addresses that are not kept here: files of the machine, other S3 endpoints."""
 
@@ -107,8 +109,10 @@ def find_traces(
         for job in everything
         if any(_meet(source, each) for source in sources_of(job) for each in wanted)
     ]
-    digests = {piece.sha256 for one in chosen.values() for piece in one.pieces if piece.size}
-    further, registered = _further(jobs, everything, _registered(session, account), digests)
+    # As records of models have them: hashes, and paths of this machine.
+    data = {piece.sha256 for one in chosen.values() for piece in one.pieces if piece.size}
+    data |= {each.removeprefix("file://") for each in wanted if each.startswith("file://")}
+    further, registered = _further(jobs, everything, _registered(session, account), data)
     for each in (*jobs, *further):
         for one in _outputs(session, each, external):
             chosen.setdefault(one.address, one)
@@ -118,6 +122,7 @@ def find_traces(
         tuple(jobs),
         tuple(further),
         (*registered, *_models(session, [*jobs, *further])),
+        tuple(registered),
         tuple(dict.fromkeys(each for each in locations if not _is_here(each, external))),
     )
 
@@ -136,6 +141,12 @@ def files_of(job: Job) -> Iterator[Path]:
     left = folders.parent.glob(f"{TEMPORARY}{job.id}~*")
     for folder in (folders.data, *folders.below("runs"), *folders.below("distillations"), *left):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def working_folders(stored_id: str) -> list[Path]:
+    """Where the command line keeps what it trains a model from: rows, samples, a teacher's answers."""
+    base, _, name = stored_id.partition(":")
+    return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
 
 
 def model_files(stored_id: str) -> dict[str, str]:
@@ -219,56 +230,59 @@ def _meet(one: str, other: str) -> bool:
     )
 
 
-def _registered(session: Session, account: str) -> list[tuple[CustomModel, Manifest]]:
-    """The models of an account that the command line made, with their records."""
+def _registered(session: Session, account: str) -> dict[str, CustomModel]:
+    """The models of an account that the command line made, by their ids in the store."""
     query = select(CustomModel).where(
         CustomModel.account == account,
         CustomModel.job_id.is_(None),
         CustomModel.stored_id.is_not(None),
         CustomModel.stored_id.not_like(f"{IMPORTED}:%"),
     )
-    found = []
-    for model in session.scalars(query.order_by(CustomModel.seq)):
-        folder = folder_of(model.stored_id)
-        if folder is not None and (folder / MANIFEST).is_file():
-            found.append((model, Manifest.read(folder)))
-    return found
+    return {str(each.stored_id): each for each in session.scalars(query.order_by(CustomModel.seq))}
 
 
 def _further(
     jobs: Sequence[Job],
     everything: Sequence[Job],
-    registered: Sequence[tuple[CustomModel, Manifest]],
-    digests: Set[str],
+    registered: Mapping[str, CustomModel],
+    data: Set[str],
 ) -> tuple[list[Job], list[CustomModel]]:
     """Jobs that learned from a model of ``jobs``, or of one of them; and those of ``registered`` that
-    did, or that learned from files with these ``digests``."""
+    did, or that learned from ``data``: hashes and paths of files, as records of models have them.
+
+    Raises:
+        WrongState: where the record of a registered model cannot be read, so that nobody knows.
+    """
     known = {job.id for job in jobs}
     stored = {job.result["stored_id"] for job in jobs if job.result}
     further: list[Job] = []
-    models: list[CustomModel] = []
+    # Models that no account has may stand between two that one has.
+    records = [*custom_models(), *pretrained_models()] if registered else []
+    for each in records:
+        if each.damaged and each.id in registered:
+            raise WrongState(
+                f"the record of the model {registered[each.id].name} cannot be read, so nobody knows "
+                f"whether it learned from these data: {each.damaged}. Restore it, or delete the model"
+            )
+    named = {each.id: set(models_in(each.manifest.plain())) for each in records}
     size = -1
-    while size != len(further) + len(models):
-        size = len(further) + len(models)
-        for model, manifest in registered:
-            used = {manifest.parent, *models_in(manifest.recipe), *(manifest.others or {}).values()}
-            hashes = manifest.data.sha256.values() if manifest.data else ()
-            if model not in models and (stored & used or not digests.isdisjoint(hashes)):
-                models.append(model)
-                stored.add(str(model.stored_id))
+    while size != len(stored) + len(further):
+        size = len(stored) + len(further)
+        stored |= {each for each, texts in named.items() if texts & stored or texts & data}
         # In the order they were made: none learns from a later one.
         for job in everything:
             if job.id not in known and stored & set(models_in(job.recipe)):
                 known.add(job.id)
                 further.append(job)
                 stored |= {job.result["stored_id"]} if job.result else set()
-    return further, models
+    return further, [model for stored_id, model in registered.items() if stored_id in stored]
 
 
 def models_in(value: Any) -> Iterator[str]:
-    """Every text of a recipe that may be the id of a model: base, teacher, judge, reward, ..."""
+    """Every text of a recipe or record that may be the id of a model: base, teacher, reward, ..."""
     if isinstance(value, Mapping):
-        for each in value.values():
+        for key, each in value.items():
+            yield str(key)  # what a soup is made of
             yield from models_in(each)
     elif isinstance(value, list | tuple):
         for each in value:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
-from luthier.files import waits_for_disk
+from luthier.files import luthier_home, waits_for_disk
 from luthier.limits import MIB, ModelLimits
 from luthier.models.speculation import NGRAM, OFF, Speculation
 from luthier.serving.batcher import Work
@@ -576,7 +576,7 @@ class ModelPool:
                 gc.collect()
                 gc.freeze()
         except LuthierError as error:
-            entry.error = InferenceFailed("ModelError", f"The model cannot be loaded: {error}")
+            entry.error = _failure(error)
         except Exception as error:
             # What has no room now may have some later.
             short = isinstance(error, MemoryError) or waits_for_disk(error)
@@ -603,9 +603,7 @@ class ModelPool:
                     try:
                         entry.reader = SerialModel.of(entry.model, self._scheduler)
                     except LuthierError as error:
-                        raise InferenceFailed(
-                            "ModelError", f"The model cannot be loaded: {error}"
-                        ) from error
+                        raise _failure(error) from error
         reader: SerialModel = entry.reader
         return reader
 
@@ -649,6 +647,12 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _failure(error: LuthierError) -> InferenceFailed:
+    """Why a model cannot be loaded, without the places of this machine."""
+    reason = str(error).replace(f"{luthier_home()}/", "")
+    return InferenceFailed("ModelError", f"The model cannot be loaded: {reason}")
 
 
 def _writer(entry: _Entry) -> Decoder:
@@ -704,6 +708,6 @@ def _weights(stored: StoredModel, shares_base: bool) -> int:
         try:
             numbers += sum(math.prod(shape) for _, shape in tensor_headers(path).values())
         except LuthierError as error:
-            raise InferenceFailed("ModelError", f"The model cannot be loaded: {error}") from error
+            raise _failure(error) from error
     times = _STACKED if shares_base else _LOADED_TWICE
     return int(times * choose_machine().dtype.itemsize * numbers)

@@ -136,7 +136,10 @@ def account_of(session: Session, account: str) -> Account:
     """The account; raises :class:`RefusedInput` where there is none."""
     found = session.get(Account, account)
     if found is None:
-        raise RefusedInput(f"there is no account {account}")
+        raise RefusedInput(
+            f"there is no account {account}: `luthier admin accounts list` shows those there are, and "
+            "the first start of `luthier serve` makes 000000000000"
+        )
     return found
 
 
