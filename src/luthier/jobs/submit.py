@@ -261,11 +261,13 @@ def register_model(
     lock_by_name(session, f"register {stored.id}")
     lock_by_name(session, f"submit {account}")
     if foundation_model(name) is not None:
-        text = f"{name} is a base model, which would answer in its place: give another --name"
+        text = (
+            f"{name} is a base model, which would answer in its place: give this one another name"
+        )
         raise RecipeError(text)
     if len(name) > LONGEST_NAME or not re.fullmatch(NAME, name):
         raise RecipeError(
-            f"a model of the service cannot be called {name!r}: give another --name, of letters and "
+            f"a model of the service cannot be called {name!r}: give it another name, of letters and "
             f"digits with single hyphens or underscores between them, {LONGEST_NAME} characters at most"
         )
     if ":" not in stored.id or not is_recorded(stored):
@@ -285,7 +287,7 @@ def register_model(
     try:
         _check_free(session, CustomModel, account, name)
     except NameInUse as error:
-        text = f"account {account} has a model {name}: give this one another --name"
+        text = f"account {account} has a model {name}: give this one another name"
         raise RecipeError(text) from error
     _check_model_quota(session, account, limits)
     model_id, base = new_id(), _base_of(session, account, stored)
