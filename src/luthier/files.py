@@ -96,6 +96,11 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
             )
 
 
+def without_home(text: str) -> str:
+    """``text`` for clients: paths of this store begin inside of it."""
+    return text.replace(f"{luthier_home()}/", "")
+
+
 def folder_size(folder: Path, ending: str = "") -> int:
     """Bytes of the files below ``folder`` whose names end so; 0 where there is none."""
     # Not by glob, which remembers each of a million paths.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -542,8 +543,6 @@ def _check_no_account(model: str) -> None:
 
     The database is that of LUTHIER_DATABASE, or the one in the store.
     """
-    import os
-
     from luthier.cli.service import open_database
     from luthier.files import luthier_home
     from luthier.store.database import DATABASE_FILE
@@ -565,10 +564,9 @@ def _check_no_account(model: str) -> None:
 def remove_model(model: str, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
     from luthier.engine.runs import BaseRun, Run
-    from luthier.files import luthier_home
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
-    from luthier.store.model_folders import base_folder, journals_folder, short_name
+    from luthier.store.model_folders import base_folder, journals_folder, working_folders
     from luthier.store.models import (
         custom_models,
         pretrained_models,
@@ -582,9 +580,8 @@ def remove_model(model: str, json_: Json = False) -> None:
     run = BaseRun(base) if made_here else Run(base, name)
     if colon and name:
         model = run.model_id  # as it was stored, however the base was written
-    beside = [] if made_here else [luthier_home() / "distillations" / short_name(base) / name]
     # An empty name, or `..`, would take the models beside it, too.
-    folders = (run.model_folder, run.folder, *beside)
+    folders = (run.model_folder, *([run.folder] if made_here else working_folders(model)))
     known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
     if not known:
         refusal = f"{model!r} is no model that was made here, and no run."

@@ -88,12 +88,11 @@ def register(
             "CreateCustomModel"
         )
     name, arns = name or end, Arns(region)
-    check_whole(find(model, note))
-    run = Run(base, end)
+    stored, run = find(model, note), Run(base, end)
     had_run = run.folder.exists()
     with run.lock():  # nobody removes it meanwhile
         try:
-            stored = find(model)
+            check_whole(stored)
             with audited_write(
                 database, "models.register", account, name, {"model": model}
             ) as session:

@@ -107,14 +107,20 @@ class MasterAdamW:
             gradient = local_shard(weight.grad)
             if (table := self._tables.get(name)) is not None:
                 table.add(gradient)
-                self._sums[name], self.masters[name] = table[GRADIENT], table[MASTER]
-                if name in self._state:
-                    self._state[name] |= {moment: table[moment] for moment in MOMENTS}
+                self._sums[name] = table[GRADIENT]
+                self._state.setdefault(name, {"step": torch.zeros((), device=gradient.device)})
+                self._take_rows(name, table)
             elif name in self._sums:
                 self._sums[name] += gradient
             else:
                 self._sums[name] = gradient.float()
             weight.grad = None
+
+    def _take_rows(self, name: str, table: EmbeddingRows) -> None:
+        """Masters and moments of a table are those of the rows that it has now."""
+        self.masters[name] = table[MASTER]
+        if name in self._state:
+            self._state[name] |= {moment: table[moment] for moment in MOMENTS}
 
     def add_up(self) -> None:
         """Add the sums of all processes; weights that had no gradient in any of them stay without.
@@ -162,13 +168,10 @@ class MasterAdamW:
         names = [name for name in group.names if name in self._sums]
         for name in names:
             if name not in self._state:
-                master, table = self.masters[name], self._tables.get(name)
+                master = self.masters[name]
                 self._state[name] = {
                     "step": torch.zeros((), device=master.device),
-                    **{
-                        moment: torch.zeros_like(master) if table is None else table[moment]
-                        for moment in MOMENTS
-                    },
+                    **{moment: torch.zeros_like(master) for moment in MOMENTS},
                 }
         states = [self._state[name] for name in names]
         adamw(
@@ -233,8 +236,6 @@ class MasterAdamW:
                     table.restore_whole(found)
                 else:
                     table.restore(ids, found)
-                self.masters[name] = table[MASTER]
-                state |= {moment: table[moment] for moment in MOMENTS if state}
             else:
                 if ids is not None:
                     whole = full_tensor(local_shard(weight.data), weight)
@@ -246,6 +247,8 @@ class MasterAdamW:
                     state[key] = torch.empty_like(master).copy_(shard_like(value, weight))
             if state:
                 self._state[name] = state
+            if table is not None:
+                self._take_rows(name, table)
         self.publish()
 
     def publish(self) -> None:

@@ -20,7 +20,7 @@ from luthier.encryption import memory
 from luthier.errors import LuthierError, RefusedInput, WrongState
 from luthier.files import luthier_home, sha256_of
 from luthier.jobs.folders import JobFolders
-from luthier.jobs.traces import Traces, files_of, find_traces, model_files, working_folders
+from luthier.jobs.traces import Traces, files_of, find_traces, model_files
 from luthier.serving.journal import forget, lines_of_runs
 from luthier.store import removal
 from luthier.store.arns import Arns, object_arn
@@ -28,6 +28,7 @@ from luthier.store.audit import AuditEntry, Event, append
 from luthier.store.database import Database
 from luthier.store.ids import SMALL, random_id
 from luthier.store.jobs import Job, JobEvent, run_name
+from luthier.store.model_folders import working_folders
 from luthier.store.models import custom_models
 from luthier.store.multipart import MultipartUploads
 from luthier.store.objects import UPLOADS, Objects
@@ -216,16 +217,15 @@ class Deletions:
                 "to be kept or deleted, too"
             )
         if deletion.models == "delete":
-            made = {
-                job.result["stored_id"] for job in (*traces.jobs, *traces.further) if job.result
-            }
-            going = made | {model.stored_id for model in traces.models}
+            going = traces.stored_ids
             others = [
                 each.id
                 for each in custom_models()
-                if each.manifest.parent in going and each.id not in going
+                if each.manifest.parent in going
+                and each.id not in going
+                and not removal.is_removed(each.id)
             ]
-            if others := [each for each in others if not removal.is_removed(each)]:
+            if others:
                 raise WrongState(
                     f"{', '.join(others)} stands on a model that is to go, and belongs to others. "
                     "Nothing was deleted: have it removed first, or keep the models"
@@ -273,12 +273,9 @@ class Deletions:
                 if found is not None:
                     removal.remove(session, found, found.arn(self.arns))
                     mark(found.stored_id)
-        # Of a job whose model has no row any more, too.
-        made = [job.result["stored_id"] for job in (*traces.jobs, *traces.further) if job.result]
-        for stored_id in dict.fromkeys([*(m.stored_id for m in traces.models), *reversed(made)]):
-            if stored_id is not None:
-                removal.remove_files(stored_id)
-                self.forget_model(stored_id)
+        for stored_id in traces.stored_ids:
+            removal.remove_files(stored_id)
+            self.forget_model(stored_id)
 
     def _delete_texts(self, jobs: Sequence[Job]) -> None:
         """Replace what was said of the jobs in passing: messages and errors quote rows."""
@@ -340,13 +337,9 @@ def _items(traces: Traces, deletion: DeletionRequest) -> Iterator[DeletionItem]:
     for job in jobs:
         for path in files_of(job):
             yield _file("job", path)
-    if deletion.models == "delete":
-        made = [job.result["stored_id"] for job in jobs if job.result]
-        for stored_id in dict.fromkeys([*made, *(model.stored_id for model in traces.models)]):
-            paths = [
-                luthier_home() / name for name in (model_files(stored_id) if stored_id else ())
-            ]
-            yield from (_file("model", path) for path in paths if path.is_file())
+    for stored_id in traces.stored_ids if deletion.models == "delete" else ():
+        paths = [luthier_home() / name for name in model_files(stored_id)]
+        yield from (_file("model", path) for path in paths if path.is_file())
     for model in traces.registered:
         for folder in working_folders(str(model.stored_id)):
             yield from (_file("job", path) for path in sorted(folder.rglob("*")) if path.is_file())

@@ -42,10 +42,10 @@ from luthier.files import (
     TEMPORARY,
     folder_size,
     hashes_of,
-    luthier_home,
     need_disk,
     new_folder,
     sweep,
+    without_home,
 )
 from luthier.jobs.folders import ImportFolders
 from luthier.jobs.processes import LOST
@@ -292,7 +292,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
         text = re.sub(rf"{temporary}\w*", source.rstrip("/"), text)
         if self.plain is not None:
             text = text.replace(str(self.plain), source.rstrip("/"))
-        return text.replace(f"{luthier_home()}/", "")
+        return without_home(text)
 
     def _end(self, change: Callable[[Session], None]) -> None:
         """The last transaction."""

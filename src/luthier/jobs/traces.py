@@ -24,7 +24,6 @@ from luthier.jobs.outputs import OF_ROWS, artifact
 from luthier.store.custom_models import IMPORTED, RESERVED, CustomModel
 from luthier.store.jobs import ENDED, Job
 from luthier.store.jobs import get as get_job
-from luthier.store.model_folders import short_name
 from luthier.store.models import custom_models, pretrained_models
 from luthier.store.objects import (
     BUCKET,
@@ -65,6 +64,14 @@ class Traces:
     """Those of them that the command line made."""
     outside: tuple[str, ...]
     """Addresses that are not kept here: files of the machine, other S3 endpoints."""
+
+    @property
+    def stored_ids(self) -> list[str]:
+        """Ids in the store of what learned from the data, also of jobs whose model has no row any more;
+        what stands on another one comes first."""
+        made = [job.result["stored_id"] for job in (*self.jobs, *self.further) if job.result]
+        rows = [model.stored_id for model in self.models if model.stored_id]
+        return [*dict.fromkeys([*rows, *reversed(made)])]
 
     @property
     def open_jobs(self) -> list[Job]:
@@ -112,7 +119,7 @@ def find_traces(
     # As records of models have them: hashes, and paths of this machine.
     data = {piece.sha256 for one in chosen.values() for piece in one.pieces if piece.size}
     data |= {each.removeprefix("file://") for each in wanted if each.startswith("file://")}
-    further, registered = _further(jobs, everything, _registered(session, account), data)
+    further, registered = _further(jobs, everything, _registered_models(session, account), data)
     for each in (*jobs, *further):
         for one in _outputs(session, each, external):
             chosen.setdefault(one.address, one)
@@ -141,12 +148,6 @@ def files_of(job: Job) -> Iterator[Path]:
     left = folders.parent.glob(f"{TEMPORARY}{job.id}~*")
     for folder in (folders.data, *folders.below("runs"), *folders.below("distillations"), *left):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def working_folders(stored_id: str) -> list[Path]:
-    """Where the command line keeps what it trains a model from: rows, samples, a teacher's answers."""
-    base, _, name = stored_id.partition(":")
-    return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
 
 
 def model_files(stored_id: str) -> dict[str, str]:
@@ -230,7 +231,7 @@ def _meet(one: str, other: str) -> bool:
     )
 
 
-def _registered(session: Session, account: str) -> dict[str, CustomModel]:
+def _registered_models(session: Session, account: str) -> dict[str, CustomModel]:
     """The models of an account that the command line made, by their ids in the store."""
     query = select(CustomModel).where(
         CustomModel.account == account,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.cancellation import cancellable
 from luthier.engine.machine import available_memory, release_workers
 from luthier.errors import LuthierError, QuotaExceeded, UnknownModel, WrongState
-from luthier.files import luthier_home, waits_for_disk
+from luthier.files import waits_for_disk, without_home
 from luthier.limits import MIB, ModelLimits
 from luthier.models.speculation import NGRAM, OFF, Speculation
 from luthier.serving.batcher import Work
@@ -651,8 +651,7 @@ def _collector_paused() -> Iterator[None]:
 
 def _failure(error: LuthierError) -> InferenceFailed:
     """Why a model cannot be loaded, without the places of this machine."""
-    reason = str(error).replace(f"{luthier_home()}/", "")
-    return InferenceFailed("ModelError", f"The model cannot be loaded: {reason}")
+    return InferenceFailed("ModelError", f"The model cannot be loaded: {without_home(str(error))}")
 
 
 def _writer(entry: _Entry) -> Decoder:

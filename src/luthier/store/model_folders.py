@@ -39,6 +39,12 @@ def folder_of(stored_id: str | None) -> Path | None:
     return custom_folder(base, name) if name else None
 
 
+def working_folders(model_id: str) -> list[Path]:
+    """What a custom model was trained in: its run, and a teacher's answers where there are any."""
+    base, _, name = model_id.partition(":")
+    return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
+
+
 def journals_folder(model_id: str) -> Path:
     """Where the journals of evaluations of a model are kept until these have ended."""
     base, _, name = model_id.partition(":")

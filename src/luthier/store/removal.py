@@ -24,7 +24,7 @@ from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
 from luthier.store.jobs import ENDED, Job, job_of_run, run_name
-from luthier.store.model_folders import folder_of, journals_folder
+from luthier.store.model_folders import folder_of, journals_folder, working_folders
 from luthier.store.models import custom_models, lock_record, remove_derived
 from luthier.store.queue import log_file
 
@@ -162,11 +162,9 @@ def remove_files(stored_id: str | None) -> None:
     found = stored.get(str(stored_id))
     if found is None:
         return
-    base, name = found.folder.parent.name, found.folder.name
-    working = [luthier_home() / kind / base / name for kind in ("runs", "distillations")]
-    for folder in (*working, journals_folder(found.id)):
+    for folder in (*working_folders(found.id), journals_folder(found.id)):
         shutil.rmtree(folder, ignore_errors=True)
-    log_file(job_of_run(name)).unlink(missing_ok=True)
+    log_file(job_of_run(found.folder.name)).unlink(missing_ok=True)
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return
