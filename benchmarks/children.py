@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,32 @@ def sum_operations(act: Callable[[], Any], cost: Callable[[Any, Any], float]) ->
     with Sum() as summed:
         act()
     return summed.total
+
+
+def print_pair(ours: Outcome, curve: Curve, peer: Outcome, **about: Any) -> None:
+    """All that was measured of a pair of runs, on standard error; ``about`` says which."""
+    sides = {
+        "luthier": {**curve, "peak_bytes": ours.peak_bytes},
+        "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
+    }
+    print(json.dumps({**about, **sides}), file=sys.stderr)
+
+
+def rate_cells(curve: Curve, peer: Outcome, each: int) -> list[str]:
+    """Steady rates of both sides, of ``each`` in a step, and their ratio."""
+    ours, theirs = steady_rate(curve["seconds"], each), steady_rate(peer.report["seconds"], each)
+    return [f"{ours:.2f}", f"{theirs:.2f}", f"**{ours / theirs:.1f}x**"]
+
+
+def memory_cells(ours: Outcome, peer: Outcome) -> list[str]:
+    """Peaks of both sides in GB, and their ratio."""
+    one, other = ours.peak_bytes, peer.peak_bytes
+    return [f"{one / 1e9:.2f}", f"{other / 1e9:.2f}", f"1/{other / one:.1f}"]
+
+
+def tail(losses: list[float]) -> float:
+    """Mean of the last third."""
+    return statistics.fmean(losses[-max(1, len(losses) // 3) :])
 
 
 def steady_rate(seconds: list[float], each: int) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 
 import torch
 from datasets import Dataset
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from peer import SETTINGS, Clock
+from peer import train
 
 
 def main() -> None:
@@ -25,33 +24,27 @@ def main() -> None:
     frozen = torch.bfloat16 if case == "lora" else torch.float32
     with open(rows, encoding="utf-8") as file:
         data = Dataset.from_list([json.loads(line) for line in file])
-    with tempfile.TemporaryDirectory() as scratch:
-        config = GKDConfig(
-            output_dir=scratch,
-            max_steps=int(steps),
-            learning_rate=float(rate),
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=4,
-            max_length=1024,
-            lmbda=0.0,
-            beta=0.0,
-            temperature=1.0,
-            gradient_checkpointing=False,
-            seed=0,
-            **SETTINGS,
-        )
-        clock = Clock()
-        trainer = GKDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(student, dtype=frozen),
-            teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16),
-            args=config,
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(student),
-            peft_config=lora if case == "lora" else None,
-            callbacks=[clock],
-        )
-        trainer.train()
-    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_length": 1024,
+        "lmbda": 0.0,
+        "beta": 0.0,
+        "temperature": 1.0,
+        "gradient_checkpointing": False,
+    }
+    train(
+        GKDTrainer,
+        GKDConfig,
+        steps,
+        rate,
+        settings,
+        model=AutoModelForCausalLM.from_pretrained(student, dtype=frozen),
+        teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16),
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(student),
+        peft_config=lora if case == "lora" else None,
+    )
 
 
 main()

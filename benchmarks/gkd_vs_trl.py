@@ -21,8 +21,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
-from sft_vs_trl import tail
+from children import (
+    Curve,
+    Outcome,
+    memory_cells,
+    print_pair,
+    rate_cells,
+    run,
+    table,
+    tail,
+    trl_python,
+    tune,
+)
 
 BATCH = 16
 RATES = {"lora": 5e-4, "full": 1e-4}
@@ -96,23 +106,12 @@ def compare(case: str, rows: Path, student: Path, teacher: str, steps: int) -> l
     peer = run([*side, case, str(RATES[case])])
     ours, curve = luthier(case, rows, student, teacher, steps)
     exact = tail(luthier(case, rows, student, teacher, steps, "float32")[1]["losses"])
-    theirs_rate = steady_rate(peer.report["seconds"], BATCH)
-    ours_rate = steady_rate(curve["seconds"], BATCH)
     loss, other = tail(curve["losses"]), tail(peer.report["losses"])
-    record = {
-        "case": case,
-        "luthier": {**curve, "peak_bytes": ours.peak_bytes},
-        "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
-    }
-    print(json.dumps(record), file=sys.stderr)
+    print_pair(ours, curve, peer, case=case)
     return [
         case,
-        f"{ours_rate:.2f}",
-        f"{theirs_rate:.2f}",
-        f"**{ours_rate / theirs_rate:.1f}x**",
-        f"{ours.peak_bytes / 1e9:.2f}",
-        f"{peer.peak_bytes / 1e9:.2f}",
-        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+        *rate_cells(curve, peer, BATCH),
+        *memory_cells(ours, peer),
         f"{loss:.3f} ({loss / exact - 1:+.1%})",
         f"{other:.3f} ({other / exact - 1:+.1%})",
         f"{exact:.3f}",

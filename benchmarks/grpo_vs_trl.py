@@ -15,11 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
+from children import (
+    Curve,
+    Outcome,
+    memory_cells,
+    print_pair,
+    rate_cells,
+    run,
+    table,
+    trl_python,
+    tune,
+)
 
 GENERATIONS, TOKENS, RATE = 8, 64, 1e-5
 SETTINGS = ("defaults", "best")
@@ -65,24 +74,12 @@ def main() -> None:
                 side = ["benchmarks/trl_grpo_side.py", model, *given, str(TOKENS), setting]
                 peer = run([trl_python(), *side, str(RATE)])
                 ours, curve = luthier(rows, options.prompts, options.steps)
-                report = {
-                    "against": setting,
-                    "pair": pair,
-                    "luthier": {**curve, "peak_bytes": ours.peak_bytes},
-                    "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
-                }
-                print(json.dumps(report), file=sys.stderr)
-                rate = steady_rate(curve["seconds"], each)
-                other = steady_rate(peer.report["seconds"], each)
+                print_pair(ours, curve, peer, against=setting, pair=pair)
                 out.append(
                     [
                         setting,
-                        f"{rate:.2f}",
-                        f"{other:.2f}",
-                        f"**{rate / other:.1f}x**",
-                        f"{ours.peak_bytes / 1e9:.2f}",
-                        f"{peer.peak_bytes / 1e9:.2f}",
-                        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+                        *rate_cells(curve, peer, each),
+                        *memory_cells(ours, peer),
                         f"{statistics.fmean(curve['tokens']):.0f}",
                         f"{statistics.fmean(peer.report['tokens']):.0f}",
                     ]

@@ -1,7 +1,9 @@
-"""What all peers' sides share: the settings of transformers' Trainer, step times and losses."""
+"""What all peers' sides share: the settings of transformers' Trainer, a training, times and losses."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from typing import Any
 
@@ -34,3 +36,21 @@ class Clock(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
+
+
+def train(
+    trainer_of: Any, config_of: Any, steps: str, rate: str, settings: dict[str, Any], **given: Any
+) -> None:
+    """Train as published by ``settings`` beside ours, and print seconds and losses of the steps."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = config_of(
+            output_dir=scratch,
+            max_steps=int(steps),
+            learning_rate=float(rate),
+            seed=0,
+            **SETTINGS,
+            **settings,
+        )
+        clock = Clock()
+        trainer_of(args=config, callbacks=[clock], **given).train()
+    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))

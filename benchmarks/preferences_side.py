@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 
 import torch
 from datasets import Dataset
@@ -20,7 +19,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from peer import SETTINGS, Clock
+from peer import train
 
 
 def main() -> None:
@@ -41,28 +40,17 @@ def main() -> None:
     with open(rows, encoding="utf-8") as file:
         data = Dataset.from_list([json.loads(line) for line in file])
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    with tempfile.TemporaryDirectory() as scratch:
-        config = config_of(
-            output_dir=scratch,
-            max_steps=int(steps),
-            learning_rate=float(rate),
-            max_length=None,
-            seed=0,
-            **own,
-            **SETTINGS,
-            **(batches if best else {"per_device_train_batch_size": 8}),
-        )
-        clock = Clock()
-        trainer = trainer_of(
-            model=model,
-            args=config,
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=lora,
-            callbacks=[clock],
-        )
-        trainer.train()
-    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+    train(
+        trainer_of,
+        config_of,
+        steps,
+        rate,
+        {"max_length": None, **own, **(batches if best else {"per_device_train_batch_size": 8})},
+        model=model,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
 
 
 main()

@@ -18,12 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
+from children import (
+    Curve,
+    Outcome,
+    memory_cells,
+    print_pair,
+    rate_cells,
+    run,
+    table,
+    tail,
+    trl_python,
+    tune,
+)
 
 BATCH, RATE = 8, 1e-4
 SETTINGS = ("defaults", "best")
@@ -61,10 +71,6 @@ def luthier(
     return tune(rows, flags, settings)
 
 
-def tail(losses: list[float]) -> float:
-    return statistics.fmean(losses[-max(1, len(losses) // 3) :])
-
-
 def compare(
     objective: str, source: Path, steps: int, pairs: int, model: str, settings: list[str]
 ) -> list[list[str]]:
@@ -86,24 +92,12 @@ def compare(
             for pair in range(pairs):
                 peer = run([*side, setting, str(RATE)])
                 ours, curve = luthier(objective, rows, steps)
-                report = {
-                    "against": setting,
-                    "pair": pair,
-                    "luthier": {**curve, "peak_bytes": ours.peak_bytes},
-                    "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
-                }
-                print(json.dumps(report), file=sys.stderr)
-                theirs_rate = steady_rate(peer.report["seconds"], BATCH)
-                ours_rate = steady_rate(curve["seconds"], BATCH)
+                print_pair(ours, curve, peer, against=setting, pair=pair)
                 out.append(
                     [
                         setting,
-                        f"{ours_rate:.2f}",
-                        f"{theirs_rate:.2f}",
-                        f"**{ours_rate / theirs_rate:.1f}x**",
-                        f"{ours.peak_bytes / 1e9:.2f}",
-                        f"{peer.peak_bytes / 1e9:.2f}",
-                        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+                        *rate_cells(curve, peer, BATCH),
+                        *memory_cells(ours, peer),
                         f"{tail(curve['losses']):.4f}",
                         f"{tail(peer.report['losses']):.4f}",
                         f"{exact:.4f}",

@@ -17,12 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-from children import Curve, Outcome, run, steady_rate, table, trl_python, tune
+from children import (
+    Curve,
+    Outcome,
+    memory_cells,
+    print_pair,
+    rate_cells,
+    run,
+    table,
+    tail,
+    trl_python,
+    tune,
+)
 
 BATCH = 16
 CASES = {
@@ -61,10 +70,6 @@ def luthier(
     return tune(rows, flags, settings)
 
 
-def tail(losses: list[float]) -> float:
-    return statistics.fmean(losses[-max(1, len(losses) // 3) :])
-
-
 def compare(
     case: str, source: Path, steps: int, pairs: int, model: str, against: str | None, task: str
 ) -> list[list[str]]:
@@ -88,33 +93,16 @@ def compare(
                     ]
                 )
                 ours, curve = luthier(rows, adaptation, rate, steps)
-                theirs_rate = steady_rate(peer.report["seconds"], BATCH)
-                ours_rate = steady_rate(curve["seconds"], BATCH)
                 loss, other = tail(curve["losses"]), tail(peer.report["losses"])
-                print(
-                    json.dumps(
-                        {
-                            "case": case,
-                            "against": setting,
-                            "pair": pair,
-                            "luthier": {**curve, "peak_bytes": ours.peak_bytes},
-                            "trl": {**peer.report, "peak_bytes": peer.peak_bytes},
-                        }
-                    ),
-                    file=sys.stderr,
-                )
+                print_pair(ours, curve, peer, case=case, against=setting, pair=pair)
                 out.append(
                     [
                         case,
                         setting,
-                        f"{ours_rate:.2f}",
-                        f"{theirs_rate:.2f}",
-                        f"**{ours_rate / theirs_rate:.1f}x**",
+                        *rate_cells(curve, peer, BATCH),
                         f"{ours.seconds:.0f} / {peer.seconds:.0f}",
                         f"**{peer.seconds / ours.seconds:.1f}x**",
-                        f"{ours.peak_bytes / 1e9:.2f}",
-                        f"{peer.peak_bytes / 1e9:.2f}",
-                        f"1/{peer.peak_bytes / ours.peak_bytes:.1f}",
+                        *memory_cells(ours, peer),
                         f"{loss:.3f} ({loss / exact - 1:+.1%})",
                         f"{other:.3f} ({other / exact - 1:+.1%})",
                         f"{exact:.3f}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 
 import torch
 from datasets import Dataset
@@ -16,7 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peer import SETTINGS, Clock
+from peer import train
 
 
 def main() -> None:
@@ -30,27 +29,17 @@ def main() -> None:
     with open(rows, encoding="utf-8") as file:
         data = Dataset.from_list([json.loads(line) for line in file])
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    with tempfile.TemporaryDirectory() as scratch:
-        config = SFTConfig(
-            output_dir=scratch,
-            max_steps=int(steps),
-            learning_rate=float(rate),
-            max_length=None,
-            seed=0,
-            **SETTINGS,
-            **(batches if best else {"per_device_train_batch_size": 16}),
-        )
-        clock = Clock()
-        trainer = SFTTrainer(
-            model=model,
-            args=config,
-            train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(folder),
-            peft_config=lora if adapt == "lora" else None,
-            callbacks=[clock],
-        )
-        trainer.train()
-    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses}))
+    train(
+        SFTTrainer,
+        SFTConfig,
+        steps,
+        rate,
+        {"max_length": None, **(batches if best else {"per_device_train_batch_size": 16})},
+        model=model,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=lora if adapt == "lora" else None,
+    )
 
 
 main()
