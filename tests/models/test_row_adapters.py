@@ -378,7 +378,7 @@ def test_rows_of_an_adapter_are_one_matrix_where_that_costs_least(
         shared.add(adapter)
     for adapter in adapters[: 2 if rows[-1] == 1 and len(rows) > 8 else 4]:
         shared.enter(adapter)
-    shared.model_of([adapters[index] for index in rows])
+    shared.model_of([adapters[index] for index in rows], len(rows))
     parts = shared.running.parts
     assert [(part.slots, len(part.row_Q)) for part in parts] == expected
     assert [part.in_order for part in parts] == [len({*rows}) == 1 and len(rows) >= 4] * len(parts)

@@ -244,6 +244,10 @@ class AdapterBank:
         self._capacity = capacity
 
 
+Update = Callable[[Tensor], Tensor]
+"""What is added at a place, ``[R, O]``, to what the layer there gives for the rows ``[R, I]``."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """Rows of a pass that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
@@ -258,54 +262,75 @@ class _Part:
     in_order: bool = False
     """Whether all rows of the pass, in their order, are those of one matrix."""
 
-    def update(self, place: Place, x_RI: Tensor) -> Tensor:
-        """What the adapters add at ``place``, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
+    def update_at(self, place: Place) -> Update:
+        """What the adapters add there, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
+        compute = self.bank.computes[place]
         weights = [
             stack[self.slots.start : self.slots.stop].expand(self.count, *stack.shape[1:])
             for stack in self.bank.stacks[place]
         ]
-        # Rows that fill a pass up stand behind the others, and may have any update.
-        if not self.in_order:
-            x_RI = x_RI.index_select(0, self.row_Q)
-        x_PMI = x_RI.view(self.count, -1, x_RI.shape[-1])
-        return self.bank.computes[place](x_PMI, *weights).flatten(0, 1)
+        if self.in_order:
+            return lambda x_RI: compute(x_RI[None], *weights)[0]
+
+        def update(x_RI: Tensor) -> Tensor:
+            x_PMI = x_RI.index_select(0, self.row_Q).view(self.count, -1, x_RI.shape[-1])
+            return compute(x_PMI, *weights).flatten(0, 1)
+
+        return update
 
 
 @dataclass(eq=False)
 class _Pass:
-    """The pass that is running: what the layers of the mixed network have to know of it."""
+    """The pass that is running: what the layers of the mixed network have to know of it.
 
+    The next one has the same rows, most often; what is looked up at a layer is looked up once for both.
+    """
+
+    adapters: tuple[Adapter, ...] = ()
+    """Of the rows, without those that fill the pass up but where all are of one adapter."""
     parts: list[_Part] = field(default_factory=list)
     places: list[dict[int, int]] = field(default_factory=list)
     """For each part, where it has the rows of the pass."""
-    rows: int = 0
-    """How many there are, without those that fill it up."""
+    _updates: dict[Place, Update | None] = field(default_factory=dict)
     _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def update(self, place: Place, x_RI: Tensor) -> Tensor | None:
         """What is added at ``place``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
+        if place not in self._updates:
+            self._updates[place] = self._update_at(place, x_RI)
+        update = self._updates[place]
+        return None if update is None else update(x_RI)
+
+    def _update_at(self, place: Place, x_RI: Tensor) -> Update | None:
         present = tuple(
             index for index, part in enumerate(self.parts) if place in part.bank.computes
         )
         if not present:
             return None
-        made = [self.parts[index].update(place, x_RI) for index in present]
+        updates = [self.parts[index].update_at(place) for index in present]
         if self.parts[present[0]].in_order:
-            return made[0]
+            return updates[0]
         if present not in self._places_R:
             self._places_R[present] = self._places_of(present, len(x_RI)).to(x_RI.device)
-        if sum(len(self.places[index]) for index in present) < self.rows:
-            # Rows without an adapter here get the zeros behind all others.
-            made.append(made[0].new_zeros(1, made[0].shape[-1]))
-        whole = made[0] if len(made) == 1 else torch.cat(made)
-        return whole.index_select(0, self._places_R[present])
+        place_R = self._places_R[present]
+        others = sum(len(self.places[index]) for index in present) < len(self.adapters)
+
+        def update(x_RI: Tensor) -> Tensor:
+            made = [each(x_RI) for each in updates]
+            if others:  # rows without an adapter here get the zeros behind all others
+                made.append(made[0].new_zeros(1, made[0].shape[-1]))
+            whole = made[0] if len(made) == 1 else torch.cat(made)
+            return whole.index_select(0, place_R)
+
+        return update
 
     def _places_of(self, present: tuple[int, ...], rows: int) -> Tensor:
         first, found = 0, dict[int, int]()
         for index in present:
             found |= {row: first + place for row, place in self.places[index].items()}
             first += len(self.parts[index].row_Q)
-        nowhere = first if len(found) < self.rows else 0
+        # Rows that fill a pass up stand behind the others, and may have any update.
+        nowhere = first if len(found) < len(self.adapters) else 0
         return torch.tensor([found.get(row, nowhere) for row in range(rows)])
 
 
@@ -314,20 +339,20 @@ class StackedLayer(LayerWrapper):
 
     def __init__(self, base_layer: nn.Module, name: str, shared: SharedBase) -> None:
         super().__init__(base_layer)
-        self._name, self._shared = name, shared
-        self._adds_inside = shared.adds_inside(base_layer)
+        self._reads, self._gives = (name, False), (name, True)
+        self._shared, self._adds_inside = shared, shared.adds_inside(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[1, R, in]`` to ``[1, R, out]``."""
         running = self._shared.running
-        update_RO = running.update((self._name, False), x[0])
+        update_RO = running.update(self._reads, x[0])
         if update_RO is None:
             y: Tensor = self.base_layer(x)
         elif self._adds_inside:
             y = linear_plus(self.base_layer, x[0], update_RO)[None]
         else:
             y = self.base_layer(x) + update_RO
-        update_RO = running.update((self._name, True), y[0])
+        update_RO = running.update(self._gives, y[0])
         return y if update_RO is None else y + update_RO
 
 
@@ -396,6 +421,7 @@ class SharedBase:
         """So many sequences of it begin."""
         if adapter.layers and not adapter.sequences:
             self._banks[adapter.shapes].add(adapter)
+            self.running = _Pass()
         adapter.sequences += sequences
 
     def leave(self, adapter: Adapter) -> None:
@@ -406,10 +432,10 @@ class SharedBase:
             self._drop_unused(adapter)
 
     def _drop_unused(self, adapter: Adapter) -> None:
+        self.running = _Pass()  # the last one may have had rows of it, or of adapters that moved
         bank = self._banks[adapter.shapes]
         if not (bank.loaded or bank.adapters):
             del self._banks[adapter.shapes]
-            self.running = _Pass()  # the last one may have had rows of it
 
     def mixes_prompts(self, adapter: Adapter) -> bool:
         """Whether tokens of its prompts may be rows beside those of others (:meth:`model_of`)."""
@@ -419,17 +445,21 @@ class SharedBase:
             return adapter.model is self.network.model
         return adapter.bits.mixes_prompts
 
-    def model_of(self, adapters: Sequence[Adapter]) -> Any:
-        """The network that runs rows with these adapters."""
+    def model_of(self, adapters: Sequence[Adapter], size: int) -> Any:
+        """The network that runs ``size`` rows, of which the first have these adapters."""
+        if len({*adapters}) == 1:
+            adapters = [adapters[0]] * size
+        if not any(adapter.layers for adapter in adapters):
+            return self.network.model
+        if self.running.adapters == (own := tuple(adapters)):
+            return self.mixed
         rows: dict[Hashable, dict[Adapter, list[int]]] = {}
         for row, adapter in enumerate(adapters):
             if adapter.layers:
                 rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
-        if not rows:
-            return self.network.model
-        self.running = _Pass(rows=len(adapters))
-        for shapes, own in rows.items():
-            self._divide(self._banks[shapes], own)
+        self.running = _Pass(own)
+        for shapes, part in rows.items():
+            self._divide(self._banks[shapes], part)
         return self.mixed
 
     def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
@@ -471,9 +501,8 @@ class SharedBase:
         rows = [row for part in row_PM for row in part]
         self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
-        count = self.running.rows  # filled up by the step itself, then, from ``ROW_STEP`` on
-        whole = bank.bits.joins and len(row_PM) == len(slots) == 1 and count >= ROW_STEP
-        in_order = whole and rows[:count] == [*range(count)]
+        whole = bank.bits.joins and len(row_PM) == 1
+        in_order = whole and rows == [*range(len(self.running.adapters))]
         self.running.parts.append(_Part(bank, row_Q, len(row_PM), slots, in_order))
 
 

@@ -349,7 +349,7 @@ class FlatBackend:
         if self._shared.mixes_prompts(prompts[0][2]):
             rows = zip(chunks, prompts, strict=True)
             adapters = [each for chunk, (*_, each) in rows for _ in range(chunk.size)]
-            model = self._shared.model_of(adapters)
+            model = self._shared.model_of(adapters, size)
         return self._run(model, ids, positions, attention), chunks
 
     def _logits_of(self, hidden_RH: Sequence[Tensor]) -> Tensor:
@@ -507,10 +507,11 @@ class FlatBackend:
         """
         adapters = adapters or [self._base] * len(rows)
         order = step_order(rows)
-        fill = [0] * (self._size_for(len(rows)) - len(rows))
+        size = self._size_for(len(rows))
+        fill = [0] * (size - len(rows))
         positions = [self._first + rows[i][0].length + rows[i][1] for i in order]
         hidden_NH = self._run(
-            self._shared.model_of([adapters[i] for i in order]),
+            self._shared.model_of([adapters[i] for i in order], size),
             torch.tensor([*(tokens[i] for i in order), *fill]),
             torch.tensor([*positions, *fill]),
             StepAttention([rows[i] for i in order], self.network.device, self.network.dtype),

@@ -510,7 +510,9 @@ def test_a_slow_line_keeps_the_batch_and_holds_no_other_back(
         if body["messages"][0]["content"] == "My card 0":
             # For longer than the lease, and, on a busy machine, until the other lines are done.
             began = time.monotonic()
-            while (passed := time.monotonic() - began) < 1.8 or (completed() < AT_ONCE and passed < 30):
+            while (passed := time.monotonic() - began) < 1.8 or (
+                completed() < AT_ONCE and passed < 30
+            ):
                 if other.run_once():
                     seen.append("taken away")
                 time.sleep(0.05)
