@@ -205,6 +205,27 @@ def test_adapters_are_guessed_by_the_draft_of_their_base_or_by_their_own(
     assert alphas[1] > 0.9 > alphas[0], alphas
 
 
+def test_an_adapter_that_is_closed_while_its_sequences_step(network: Made) -> None:
+    """They go on as they would have, without its draft model, and so do those of the base."""
+
+    def write(closes: bool) -> Texts:
+        made = network()
+        base = FlatBackend(made, 1024, exact=True)
+        adapted = base.with_adapter(made.with_adapter(drawn(LoRA(rank=4), 1)), 512)
+        texts = Texts(base)
+        adapted.set_speculation(True, draft_of(network()))  # type: ignore[attr-defined]
+        for name, backend in enumerate([base, adapted]):
+            texts.add(name, PROMPTS[name], backend=backend)
+        texts.step(9)
+        if closes:
+            adapted.close()
+        texts.step(9)
+        texts.end()
+        return texts
+
+    equal(write(closes=True), write(closes=False))
+
+
 @pytest.mark.parametrize("vocabulary", [300, 352])
 def test_a_vocabulary_that_is_filled_up_otherwise(
     vocabulary: int, network: Made, guesses: Callable[[int], None]

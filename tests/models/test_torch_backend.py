@@ -397,6 +397,17 @@ def test_rooms_and_what_they_take(family_folder: Callable[[str], Path]) -> None:
     assert real <= backend.bytes_of(1)
 
 
+def test_one_that_comes_and_goes_beside_another_copies_nothing() -> None:
+    bank = Bank(STEP)
+    key = torch.zeros(1, 2, 1, 4)
+    bank.add()
+    bank.remove(bank.add())
+    kept, _ = bank.of(0, key, key)
+    for _ in range(3):
+        bank.remove(bank.add())
+        assert bank.layers[0][0] is kept
+
+
 def test_a_bank_gives_memory_back() -> None:
     bank = Bank(STEP)
     spans = [bank.add() for _ in range(9)]

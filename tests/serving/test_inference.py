@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -37,6 +38,14 @@ def test_what_is_to_be_done_at_the_end_may_fail_and_says_so() -> None:
     stream.at_end(lambda: done.__delitem__(0))
     with pytest.raises(IndexError):
         stream.close()
+
+
+def test_the_work_ends_before_its_model_is_given_back_and_its_tokens_are_counted() -> None:
+    stream, done = Stream(SimpleQueue(), prompt_tokens=3, n=1), list[str]()
+    for act in ("cancel", "release", "count"):
+        stream.at_end(partial(done.append, act))
+    stream.close()
+    assert done == ["cancel", "release", "count"]
 
 
 def test_whole_answers_of_a_stream_that_was_closed_before() -> None:

@@ -140,6 +140,19 @@ def test_models_that_were_unloaded_and_answer_still_count(
     assert pool.weight_bytes() == 0
 
 
+def test_what_was_unloaded_and_answers_still_ends_with_the_pool(
+    pool: ModelPool, folders: list[str]
+) -> None:
+    before = len(decoder_threads())
+    request = GenerationRequest("x", max_tokens=900, logit_bias={1: -100.0})
+    stream = pool.submit(folders[0], request)
+    pool.unload(folders[0])
+    assert len(decoder_threads()) == before + 1
+    pool.close()
+    assert len(decoder_threads()) == before
+    stream.close()
+
+
 def decoder_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "luthier-decoder"]
 

@@ -138,7 +138,8 @@ class Bank:
                 for part in parts:
                     part[span.slot] = part[last.slot]
             self.spans[span.slot], last.slot = last, span.slot
-        if 2 * len(self.spans) <= self.capacity:
+        # Not at half already: one that comes and goes beside the others would copy them each time.
+        if not self.spans or 2 * len(self.spans) < self.capacity:
             self._resize(len(self.spans))
 
     def of(self, layer: int, key: Tensor, value: Tensor) -> Pair:

@@ -219,7 +219,8 @@ class FlatBackend:
             self._exact = self._exact_sizes() == self.sizes
             if not self._exact:
                 draft = None
-        adapter.looks_up, adapter.draft = looks_up, draft if self.rows > 1 else None
+        with self._lock:  # no step asks the draft that was there before any more
+            adapter.looks_up, adapter.draft = looks_up, draft if self.rows > 1 else None
         return adapter.draft is not None
 
     def with_adapter(self, network: Network, context: int) -> Backend:
@@ -733,6 +734,8 @@ class AdaptedBackend:
     def close(self) -> None:
         """Let go of the adapter, and of all keys and values where nobody else asks the base."""
         if self._draft is not None:
+            # Sequences that have not ended go on without it.
+            self._base.set_speculation(self._adapter.looks_up, None, self._adapter)
             self._draft.close()
         if self._alone:
             self._base.close()

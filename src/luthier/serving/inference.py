@@ -346,7 +346,7 @@ class Stream:
         self._left = 0
         while True:
             try:
-                act = self._at_end.pop()
+                act = self._at_end.pop(0)  # the work ends before the model is given back
             except IndexError:  # who reads it may have come to its end at the same time
                 break
             act()

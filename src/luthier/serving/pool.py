@@ -73,8 +73,6 @@ class _Entry:
     error: Exception | None = None
     uses: int = 0
     """Requests that it answers, and adapters on it."""
-    gone: bool = False
-    """Whether it is let go of once nothing is asked of it."""
     loaded: datetime | None = None
     last_used: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -153,7 +151,7 @@ class ModelPool:
         # type of new tensors: a second one beside it would lack weights, or have others.
         self._loading = threading.Lock()
         # Networks that run while the interpreter ends would take it down.
-        self._finally = weakref.finalize(self, _close_all, self._entries)
+        self._finally = weakref.finalize(self, _close_all, self._entries, self._leaving)
 
     def submit(self, model_id: str, request: GenerationRequest) -> Stream:
         """Begin to answer ``request`` with a model that writes.
@@ -386,7 +384,6 @@ class ModelPool:
         for entry in gone:
             del self._entries[entry.id]
             entry.uses += 1
-            entry.gone = True
         self._leaving += gone
         return gone
 
@@ -398,7 +395,7 @@ class ModelPool:
 
     def close(self) -> None:
         """End all work and let go of everything."""
-        _close_all(self._entries)
+        _close_all(self._entries, self._leaving)
 
     def loaded_ids(self) -> list[str]:
         """Ids of the models in memory, the longest unused first."""
@@ -611,13 +608,15 @@ class ModelPool:
         with self._lock:
             entry.uses -= 1
             entry.last_used = datetime.now(UTC)
-            last = entry.gone and not entry.uses
+            # Else it was closed with the pool.
+            last = not entry.uses and entry in self._leaving
         if last:
             try:
                 self._close(entry)
             finally:
                 with self._lock:
-                    self._leaving = [each for each in self._leaving if each is not entry]
+                    if entry in self._leaving:
+                        self._leaving.remove(entry)
 
     def _close(self, entry: _Entry) -> None:
         """End the work of what has no place any more, and its use of a base."""
@@ -629,9 +628,9 @@ class ModelPool:
             gc.unfreeze()  # else cycles of the network would stay for ever
 
 
-def _close_all(entries: OrderedDict[str, _Entry]) -> None:
-    while entries:
-        _, entry = entries.popitem()
+def _close_all(entries: OrderedDict[str, _Entry], leaving: list[_Entry]) -> None:
+    while entries or leaving:
+        entry = leaving.pop() if leaving else entries.popitem()[1]
         entry.close()
     gc.unfreeze()
 
