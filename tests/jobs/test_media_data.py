@@ -149,21 +149,13 @@ def test_rows_that_name_images_beside_them_and_by_address(bucket: Bucket) -> Non
     assert labels(_fresh(bucket).fetch("s3://data/set/table.csv", "native")) == [("cat", 10)]
 
 
-def test_a_prefix_of_tables_is_listed_once_for_all_of_them(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_below_a_prefix_are_called_by_their_own_addresses(bucket: Bucket) -> None:
     for number, (name, value) in enumerate(EXPECTED):
         bucket.put(f"set/{number}/a.png", png(value))
         bucket.rows(f"set/{number}/rows.jsonl", {"image": "a.png", "label": name})
-    lists, honest = list[str](), Locations.addresses
-
-    def addresses(self: Locations, account: str, uri: str) -> list[str]:
-        lists.append(uri)
-        return honest(self, account, uri)
-
-    monkeypatch.setattr(Locations, "addresses", addresses)
-    assert labels(bucket.fetch("s3://data/set/")) == EXPECTED
-    assert lists == ["s3://data/set/"]
+    data = bucket.fetch("s3://data/set/")
+    assert labels(data) == EXPECTED
+    assert [*data.addresses.values()] == [f"s3://data/set/{n}/rows.jsonl" for n in range(3)]
 
 
 def test_bedrock_s_form_of_images_with_captions(bucket: Bucket) -> None:

@@ -30,7 +30,7 @@ from luthier.store.arns import Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import now
 from luthier.store.jobs import Job, JobEvent
-from luthier.store.model_folders import custom_folder
+from luthier.store.model_folders import custom_folder, gguf_folder
 from luthier.store.models import custom_models, find
 from luthier.store.object_files import ObjectFiles
 from luthier.store.objects import ObjectMetadata, Objects
@@ -380,6 +380,14 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
     for stored_id in (below, child, gone):
         shared_models.put_model(stored_id, custom_folder(*stored_id.split(":")))
     (luthier_home() / "runs/tiny/child").mkdir(parents=True)
+    side = [
+        luthier_home() / "runs/tiny/gone",
+        luthier_home() / "distillations/tiny/gone",
+        luthier_home() / "evaluations/tiny/gone",
+        gguf_folder(gone, "0" * 64, "f16"),
+    ]
+    for each in side:
+        each.mkdir(parents=True)
     shutil.rmtree(tmp_path / "shared")
     copies = LocalCopies(database, Objects(database), 0)
     with pytest.raises(SharedStoreAway):  # it is not mounted
@@ -393,6 +401,7 @@ def test_what_a_store_that_was_emptied_lacks_is_put_there_again(
     copies.tidy()
     assert {each.id for each in custom_models()} == {below, child} == marked()
     assert (luthier_home() / "runs/tiny/child").is_dir()
+    assert not any(each.exists() for each in side)
     folders = shared_folders()
     assert folders is not None
     assert folders.names("models") == {"models/tiny/below", "models/tiny/child"}

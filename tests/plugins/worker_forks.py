@@ -31,7 +31,7 @@ class Folders:
     def __init__(self, stored: Any) -> None:
         self.stored = stored
 
-    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
+    def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
         import shutil
 
         if uri.startswith("s3://"):
@@ -44,7 +44,7 @@ class Folders:
         if not files or not all(path.is_file() for path in files):
             raise RefusedInput(f"there is nothing at {uri}")
         folder.mkdir(parents=True, exist_ok=True)
-        return [Path(shutil.copy(path, folder)) for path in files]
+        return [(path.as_uri(), Path(shutil.copy(path, folder))) for path in files]
 
     def write(self, account: str, uri: str, name: str, content: bytes) -> str:
         from luthier.files import write_bytes

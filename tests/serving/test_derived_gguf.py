@@ -17,7 +17,6 @@ from luthier.errors import DiskFull, RecipeError
 from luthier.files import luthier_home, read_json
 from luthier.models.backends import BACKENDS
 from luthier.models.decoding import sample
-from luthier.models.manifest import Manifest
 from luthier.models.sampling import Sampling
 from luthier.models.torch_backend import FlatBackend
 from luthier.recipe import Recipe
@@ -26,8 +25,8 @@ from luthier.serving.decoder import Decoder
 from luthier.serving.generation import Generator
 from luthier.serving.memory import CacheBudget
 from luthier.serving.pool import ModelPool
-from luthier.store.model_folders import gguf_folder
-from luthier.store.models import StoredModel, content_hash, find, remove_derived
+from luthier.store.model_folders import gguf_folder, remove_side_files
+from luthier.store.models import content_hash, find
 
 try:
     BACKENDS["llama.cpp"].check()
@@ -105,7 +104,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
     monkeypatch.setenv("LUTHIER_GGUF_TYPE", "q8_0")
     Generator.open(stored)
     assert len(count) == 2 and len([*folder.parent.glob("[!.]*")]) == 2
-    remove_derived(stored)
+    remove_side_files(stored.id)
     assert not [*folder.parent.glob("[!.]*")]
 
 
@@ -119,9 +118,9 @@ def test_names_of_files_are_short_and_of_one_model() -> None:
     assert max(len(f".{each.name}.lock".encode()) for each in folders) < 255
     for folder in folders:
         folder.mkdir(parents=True)
-    remove_derived(StoredModel("foo", luthier_home(), Manifest(id="foo")))
+    remove_side_files("foo")
     assert [each for each in folders if not each.exists()] == folders[:1]
-    remove_derived(StoredModel("foo:a", luthier_home(), Manifest(id="foo:a", saved="adapter")))
+    remove_side_files("foo:a")
     assert [each for each in folders if not each.exists()] == folders[:2]
 
 

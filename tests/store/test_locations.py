@@ -39,12 +39,14 @@ def test_an_object_and_all_rows_below_a_prefix(data: Objects, tmp_path: Path) ->
     locations = Locations(data.database)
     for uri in ("s3://data/one.csv", "s3://data/train/", "s3://data/"):
         locations.check(ONE, uri)
-    (path,) = locations.fetch(ONE, "s3://data/one.csv", tmp_path / "x")
+    ((uri, path),) = locations.fetch(ONE, "s3://data/one.csv", tmp_path / "x")
+    assert uri == "s3://data/one.csv"
     assert path == tmp_path / "x" / "one.csv" and path.read_bytes() == b"one.csv"
-    paths = locations.fetch(ONE, "s3://data/train/", tmp_path / "y")
-    assert [path.read_text() for path in paths] == [
-        "train/a.jsonl", "train/b.jsonl", "train/sub/a.jsonl",
-    ]  # fmt: skip
+    fetched = locations.fetch(ONE, "s3://data/train/", tmp_path / "y")
+    paths = [path for _, path in fetched]
+    assert [(uri, path.read_text()) for uri, path in fetched] == [
+        (f"s3://data/{key}", key) for key in ("train/a.jsonl", "train/b.jsonl", "train/sub/a.jsonl")
+    ]
     assert len(set(paths)) == 3 and all(path.parent == tmp_path / "y" for path in paths)
 
 
@@ -52,16 +54,16 @@ def test_keys_that_end_alike_never_share_a_copy(data: Objects, tmp_path: Path) -
     keys = ["x/a/3-c.jsonl", "x/b/c.jsonl", "x/d/c.jsonl"]  # the third copy would be 3-c.jsonl
     for key in keys:
         put(data, key, key.encode())
-    paths = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
-    assert [path.read_text() for path in paths] == keys
+    copies = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
+    assert [path.read_text() for _, path in copies] == keys
 
 
 def test_keys_are_no_paths(data: Objects, tmp_path: Path) -> None:
     for key in ("x/../../escape.jsonl", "x/..", "x/.jsonl", "x/a b?.jsonl"):
         put(data, key, key.encode())
-    paths = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
-    assert all(path.parent == tmp_path / "in" for path in paths) and len(paths) == 3
-    (path,) = Locations(data.database).fetch(ONE, "s3://data/x/..", tmp_path / "dots")
+    copies = Locations(data.database).fetch(ONE, "s3://data/x/", tmp_path / "in")
+    assert all(path.parent == tmp_path / "in" for _, path in copies) and len(copies) == 3
+    ((_, path),) = Locations(data.database).fetch(ONE, "s3://data/x/..", tmp_path / "dots")
     assert path.parent == tmp_path / "dots" and path.is_file()
 
 
@@ -151,7 +153,7 @@ def test_what_is_written(data: Objects, tmp_path: Path) -> None:
             locations.write(ONE, uri, "m/metrics.csv", b"step\n") == "s3://data/out/m/metrics.csv"
         )
     assert locations.write(ONE, "s3://data", "big", source) == "s3://data/big"
-    (path,) = locations.fetch(ONE, "s3://data/big", tmp_path / "back")
+    ((_, path),) = locations.fetch(ONE, "s3://data/big", tmp_path / "back")
     assert path.read_bytes() == source.read_bytes()
     assert "no bucket" in refusal(locations.write, TWO, "s3://data/out", "x", b"")
     assert data.head(ONE, "data", "out/m/metrics.csv").size == 5
@@ -183,10 +185,11 @@ def test_files_inside_a_root(data: Objects, root: Path, tmp_path: Path) -> None:
     locations = Locations(data.database, file_roots=[root])
     for uri in (f"file://{root}/sub/../a%20ü.jsonl", (root / "a ü.jsonl").as_uri()):
         locations.check(ONE, uri)
-        (path,) = locations.fetch(ONE, uri, tmp_path / str(len(uri)))
-        assert path.read_text() == "a"
+        ((address, path),) = locations.fetch(ONE, uri, tmp_path / str(len(uri)))
+        assert address == uri and path.read_text() == "a"
     both = locations.fetch(ONE, f"file://{root}/", tmp_path / "both")
-    assert [path.read_text() for path in both] == ["a", "b"]
+    assert [path.read_text() for _, path in both] == ["a", "b"]
+    assert both[0][0] == (root / "a ü.jsonl").as_uri()
     locations.check_writable(ONE, f"file://{root}/out/deep")
     locations.write(ONE, f"file://{root}/out/deep", "x/y", b"z")
     assert (root / "out" / "deep" / "x" / "y").read_bytes() == b"z"

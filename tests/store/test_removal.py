@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_files_of_a_parent_go_with_the_last_model_that_stands_on_them(last: str)
     assert left() == ({"parent", "child"} if last == "child" else {"parent", "child", "grandchild"})
     remove_files(second)
     assert left() == set()
+
+
+def test_what_was_trained_here_goes_though_the_model_is_on_another_machine() -> None:
+    model_id = stored("elsewhere", "tiny")
+    shutil.rmtree(custom_folder("tiny", "elsewhere"))
+    assert run("elsewhere").is_dir()
+    remove_files(model_id)
+    assert not run("elsewhere").exists()
 
 
 def test_a_parent_that_nobody_removed_stays() -> None:

@@ -26,6 +26,7 @@ from luthier.cli.service import (
     OnlyAccount,
     ServiceDatabase,
     audited_write,
+    has_database,
     open_database,
     print_outcome,
     print_records,
@@ -167,7 +168,7 @@ def back_up(
             "up the database by pg_dump, and the shared store by its own means, such as a bucket's "
             "versions"
         )
-    if database is None and not (luthier_home() / DATABASE_FILE).is_file():
+    if not has_database(database):
         raise RefusedInput(
             f"there is no {DATABASE_FILE} in {luthier_home()}; give the database of the service by "
             "--database"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from luthier.cli.console import (
     print_text,
 )
 from luthier.cli.options import Json
+from luthier.cli.service import ServiceDatabase, has_database, open_database
 from luthier.errors import CorruptFile, RecipeError
 
 if TYPE_CHECKING:
@@ -538,21 +538,14 @@ def _print_gguf(written: Export, quantization: str | None) -> None:
     print_text(f"Ollama takes it: ollama create NAME -f {written.folder / 'Modelfile'}")
 
 
-def _check_no_account(model: str) -> None:
-    """Refuse a model of the service, which would go on naming it.
-
-    The database is that of LUTHIER_DATABASE, or the one in the store.
-    """
-    from luthier.cli.service import open_database
-    from luthier.files import luthier_home
-    from luthier.store.database import DATABASE_FILE
+def _check_no_account(model: str, database: str | None) -> None:
+    """Refuse a model of the service, which would go on naming it."""
     from luthier.store.removal import owner_of
 
-    url = os.environ.get("LUTHIER_DATABASE") or None
-    if url is None and not (luthier_home() / DATABASE_FILE).is_file():
+    if not has_database(database):
         return
-    with open_database(url) as database:
-        account = owner_of(database, model)
+    with open_database(database) as service:
+        account = owner_of(service, model)
     if account is not None:
         raise RecipeError(
             f"{model} belongs to account {account} of the service. Delete it there, by Bedrock's "
@@ -561,27 +554,27 @@ def _check_no_account(model: str) -> None:
 
 
 @models_app.command("remove")
-def remove_model(model: str, json_: Json = False) -> None:
+def remove_model(model: str, database: ServiceDatabase = None, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
     from luthier.engine.runs import BaseRun, Run
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
-    from luthier.store.model_folders import base_folder, journals_folder, working_folders
-    from luthier.store.models import (
-        custom_models,
-        pretrained_models,
-        remove_derived,
-        suggest_models,
+    from luthier.store.model_folders import (
+        base_folder,
+        remove_side_files,
+        split_id,
+        working_folders,
     )
+    from luthier.store.models import custom_models, pretrained_models, suggest_models
 
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
-    base, colon, name = model.partition(":")
-    made_here = not colon and model not in CATALOG
+    base, name = split_id(model)
+    made_here = ":" not in model and model not in CATALOG
     run = BaseRun(base) if made_here else Run(base, name)
-    if colon and name:
+    if name:
         model = run.model_id  # as it was stored, however the base was written
     # An empty name, or `..`, would take the models beside it, too.
-    folders = (run.model_folder, *([run.folder] if made_here else working_folders(model)))
+    folders = [run.model_folder, *working_folders(model)]
     known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
     if not known:
         refusal = f"{model!r} is no model that was made here, and no run."
@@ -599,14 +592,12 @@ def remove_model(model: str, json_: Json = False) -> None:
     if children:
         raise RecipeError(f"{', '.join(children)} was made from {model}; remove it first")
     stored = [m for m in (*custom_models(), *pretrained_models()) if m.id == model]
-    parents = [m.manifest.parent for m in stored if colon]
+    parents = [m.manifest.parent for m in stored if name]
     with run.lock():
         if has_service:
-            _check_no_account(model)
-        for each in stored:
-            remove_derived(each)
-        for folder in (*folders, journals_folder(model)):
-            shutil.rmtree(folder, ignore_errors=True)
+            _check_no_account(model, database)
+        remove_side_files(model)
+        shutil.rmtree(run.model_folder, ignore_errors=True)
     if has_service:
         from luthier.store.removal import remove_unneeded
 

@@ -72,11 +72,12 @@ def register(
     from luthier.limits import AccountQuotas
     from luthier.store.accounts import account_of, quotas_of
     from luthier.store.arns import Arns
+    from luthier.store.model_folders import split_id
     from luthier.store.models import check_whole, find
     from luthier.store.shared import shared_store
 
-    base, colon, end = model.partition(":")
-    if not colon:
+    base, end = split_id(model)
+    if not end:
         raise RecipeError(
             f"{model} is no custom model, whose ids have a colon: `luthier models list` shows them. "
             "Base models belong to no account: they are there for all"

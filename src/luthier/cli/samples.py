@@ -47,13 +47,13 @@ def samples(
     from luthier.engine.metrics import MetricsFile
     from luthier.engine.runs import METRICS, SAMPLES
     from luthier.files import luthier_home
+    from luthier.store.model_folders import id_of, split_id, working_folders
 
-    base, colon, name = run.partition(":")
-    folder = luthier_home() / "runs" / base / name if colon and name else Path(run)
+    folder = working_folders(run)[0] if split_id(run)[1] else Path(run)
     if not folder.is_dir():
         from luthier.store.models import suggest_models
 
-        runs = [f"{each.parent.name}:{each.name}" for each in luthier_home().glob("runs/*/*/")]
+        runs = [id_of(each) for each in luthier_home().glob("runs/*/*/")]
         raise RecipeError(
             f"there is no run {run!r}. {suggest_models(run, sorted(runs))} "
             "The folder of a run works too."

@@ -51,6 +51,14 @@ def open_database(url: str | None) -> Iterator[Database]:
         database.close()
 
 
+def has_database(url: str | None) -> bool:
+    """Whether a database is named, or one is in the store already."""
+    from luthier.files import luthier_home
+    from luthier.store.database import DATABASE_FILE
+
+    return url is not None or (luthier_home() / DATABASE_FILE).is_file()
+
+
 def operator() -> str:
     """Who runs the command, as the audit log names them."""
     try:

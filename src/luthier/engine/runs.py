@@ -24,7 +24,6 @@ from luthier.files import (
     copy_lines,
     disk_errors,
     lock,
-    luthier_home,
     names_below,
     read_json,
     sweep,
@@ -34,7 +33,7 @@ from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted_items
-from luthier.store.model_folders import base_folder, custom_folder, short_name
+from luthier.store.model_folders import base_folder, custom_folder, short_name, working_folders
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
 _LAUNCH = "launch.json"
@@ -99,9 +98,9 @@ class Run:
 
     def __init__(self, base: str, name: str, rehearsal: Path | None = None) -> None:
         self.base, self.name = base, name
-        self.folder = rehearsal or luthier_home() / "runs" / short_name(base) / name
-        self.model_folder = rehearsal / "model" if rehearsal else custom_folder(base, name)
         self.model_id = f"{short_name(base)}:{name}"
+        self.folder = rehearsal or working_folders(self.model_id)[0]
+        self.model_folder = rehearsal / "model" if rehearsal else custom_folder(base, name)
 
     def begin(self, request: Mapping[str, Any], resume: bool, launch: str = "") -> Result | None:
         """Claim the name for ``request``; the result, where the run is already done.
@@ -211,7 +210,7 @@ class BaseRun(Run):
 
     def __init__(self, name: str) -> None:
         self.base, self.name, self.model_id = name, name, name
-        self.folder = luthier_home() / "pretraining" / name
+        (self.folder,) = working_folders(name)
         self.model_folder = base_folder(name)
 
 

@@ -6,7 +6,6 @@ import posixpath
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -36,11 +35,9 @@ _SOURCES = "sources.json"
 class JobLocations(Protocol):
     """Reads and writes what addresses name, with the rights of an account."""
 
-    def fetch(self, account: str, uri: str, folder: Path, /) -> list[Path]:
-        """Local copies, made in ``folder``, of what ``uri`` names; of images or sounds a folder."""
-
-    def addresses(self, account: str, uri: str, /) -> list[str]:
-        """The address of each copy that is made of what ``uri`` names."""
+    def fetch(self, account: str, uri: str, folder: Path, /) -> list[tuple[str, Path]]:
+        """Addresses and local copies, made in ``folder``, of what ``uri`` names; of images or sounds
+        one folder."""
 
     def write(self, account: str, uri: str, name: str, content: bytes, /) -> str:
         """Put ``content`` at ``name`` below ``uri``; the address of what was written."""
@@ -148,13 +145,10 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
     addresses: dict[str, str] = {}
     incoming = folder / "incoming"
 
-    @cache
-    def objects_below(prefix: str) -> list[str]:
-        return locations.addresses(job.account, prefix)
-
     def take(uri: str, part: str, count: int) -> list[str]:
         names = []
-        for number, path in enumerate(locations.fetch(job.account, uri, incoming), 1):
+        fetched = locations.fetch(job.account, uri, incoming)
+        for number, (address, path) in enumerate(fetched, 1):
             # Names are ours: a folder of data passes over files with some names.
             name = f"{part}/{count:02d}/{number:05d}"
             if not path.is_dir():
@@ -162,12 +156,10 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
                 name += f"/rows{_ending(path)}" if media else _ending(path)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
-            whole, prefix = (folder / name).is_dir(), uri.endswith("/")
-            addresses[name] = f"{uri}{path.name}" if prefix and not whole else uri
-            if media and not whole:
-                table = objects_below(uri)[number - 1] if prefix else uri
+            addresses[name] = address
+            if media and not (folder / name).is_dir():
                 columns = job.recipe["data"].get("columns", {})
-                fetch_references(locations, job.account, folder / name, table, columns)
+                fetch_references(locations, job.account, folder / name, address, columns)
             names.append(name)
         shutil.rmtree(incoming, ignore_errors=True)
         return names
@@ -233,7 +225,7 @@ def fetch_references(
         if place is None or (table.parent / place[1]).exists():
             continue  # the row says so itself
         try:
-            (copy,) = locations.fetch(account, place[0], incoming)
+            ((_, copy),) = locations.fetch(account, place[0], incoming)
             if copy.stat().st_size > MOST_MEDIA_BYTES:
                 raise LocationRefused(f"{place[0]} has more than {MOST_MEDIA_BYTES:,} bytes.")
             target = table.parent / place[1]

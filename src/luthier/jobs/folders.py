@@ -28,7 +28,7 @@ from luthier.store import exports, imports
 from luthier.store.custom_models import IMPORTED
 from luthier.store.database import Database
 from luthier.store.jobs import COMPLETED, Job, run_name
-from luthier.store.model_folders import custom_folder
+from luthier.store.model_folders import custom_folder, id_of
 from luthier.store.queue import log_file
 from luthier.store.shared import shared_folders
 from luthier.store.shared_models import remove_model, remove_models_of_run
@@ -45,10 +45,11 @@ class JobFolders:
         self.parent = luthier_home() / "jobs"
         self.data = self.parent / job_id
         self.log = log_file(job_id)
+        self.lock_file = self.parent / f"{job_id}.lock"
 
     def hold(self) -> AbstractContextManager[bool]:
         """Hold the only hand on the files of the job; yields whether nobody else does."""
-        return lock(self.parent / f"{self.job_id}.lock")
+        return lock(self.lock_file)
 
     def drop_working_files(self) -> None:
         """Free the disk of what the finished job no longer needs; its run and its model stay."""
@@ -58,7 +59,7 @@ class JobFolders:
         remove(self.data)
         self.shared_mark.unlink(missing_ok=True)
         # Nobody waits for the files of a job that has ended.
-        (self.parent / f"{self.job_id}.lock").unlink(missing_ok=True)
+        self.lock_file.unlink(missing_ok=True)
         for folder in self.below("distillations"):
             remove(folder)
         for folder in self.below("runs"):
@@ -119,10 +120,8 @@ class ImportFolders(JobFolders):
 
     def __init__(self, model_id: str) -> None:
         super().__init__(imports.files_name(model_id))
-        # No tenant's names ever meet in the store.
-        name = f"model-{model_id}"
-        self.model = custom_folder(IMPORTED, name)
-        self.stored_id = f"{IMPORTED}:{name}"
+        self.model = custom_folder(IMPORTED, imports.stored_name(model_id))
+        self.stored_id = id_of(self.model)
 
     def drop_here(self) -> None:
         """Remove what this machine has of the model; whoever calls holds the lock."""

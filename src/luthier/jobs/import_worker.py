@@ -63,7 +63,6 @@ from luthier.serving.acceptance import (
 from luthier.serving.sandboxed_process import WorkInterrupted
 from luthier.store import imports, queue, storage
 from luthier.store.accounts import quotas_of
-from luthier.store.custom_models import IMPORTED
 from luthier.store.foundation import foundation_model
 from luthier.store.imports import ModelImport
 from luthier.store.locations import Locations
@@ -188,7 +187,7 @@ class ImportWorker(Worker[ModelImport, Locations]):
             assert base is not None
             changes |= {"root": base.id, "base_model": self.arns.foundation_model(base.id)}
         else:
-            changes["root"] = f"luthier.{IMPORTED}-{self.row_id}"
+            changes["root"] = imports.root_name(self.row_id)
         return changes, {"kind": accepted.manifest.kind}
 
     def _entries(self, found: ModelImport) -> list[tuple[str, int]]:

@@ -7,7 +7,6 @@ anybody, so that a server that never looks loses room and nothing else.
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -24,12 +23,12 @@ from luthier.models.manifest import MANIFEST
 from luthier.store.custom_models import CustomModel
 from luthier.store.database import Database
 from luthier.store.exports import ModelExport
-from luthier.store.imports import ModelImport
-from luthier.store.jobs import ENDED, Job, job_of_run, run_name
-from luthier.store.model_folders import journals_folder
+from luthier.store.imports import ModelImport, stored_name
+from luthier.store.jobs import ENDED, Job, run_name
+from luthier.store.model_folders import split_id
 from luthier.store.models import StoredModel, custom_models
 from luthier.store.objects import Objects
-from luthier.store.queue import log_file
+from luthier.store.removal import remove_side_files_and_log
 from luthier.store.shared import SharedFolders, shared_folders
 from luthier.store.shared_identity import check_identity
 from luthier.store.shared_models import (
@@ -152,9 +151,7 @@ class LocalCopies:
         for name, blobs in found.items():
             if name.rpartition("/")[2] not in rows.unfinished:
                 dropped += self._shared.drop_unnamed(name, blobs, name in with_rows)
-        sweep_children(
-            lambda child: child in rows.stored or child.partition(":")[2] in rows.unfinished
-        )
+        sweep_children(lambda child: child in rows.stored or split_id(child)[1] in rows.unfinished)
         return dropped
 
     def _rows(self) -> ModelRows:
@@ -162,7 +159,7 @@ class LocalCopies:
             stored = {each for each in session.scalars(select(CustomModel.stored_id)) if each}
             jobs = {*session.scalars(select(Job.id).where(Job.state.not_in(ENDED)))}
             imported = {*session.scalars(select(ModelImport.id))}
-        names = {*jobs, *map(run_name, jobs), *(f"model-{each}" for each in imported)}
+        names = {*jobs, *map(run_name, jobs), *map(stored_name, imported)}
         return ModelRows(frozenset(stored), frozenset(names))
 
     def _put_or_drop_unmarked(self, shared: SharedFolders) -> None:
@@ -212,7 +209,7 @@ class LocalCopies:
         unmarked = {each.id for each in local} - {*marked}
         needed = _with_those_below(rows.stored | unmarked, local)
         for stored_id in missing:
-            if stored_id in needed or stored_id.partition(":")[2] in rows.unfinished:
+            if stored_id in needed or split_id(stored_id)[1] in rows.unfinished:
                 _log.error(
                     "the shared store does not have %s, though it was not deleted", stored_id
                 )
@@ -220,10 +217,7 @@ class LocalCopies:
                 continue
             self._forget(stored_id)
             drop_copy(stored_id)
-            base, _, name = stored_id.partition(":")
-            shutil.rmtree(luthier_home() / "runs" / base / name, ignore_errors=True)
-            shutil.rmtree(journals_folder(stored_id), ignore_errors=True)
-            log_file(job_of_run(name)).unlink(missing_ok=True)
+            remove_side_files_and_log(stored_id)
             _log.info("%s was deleted on another machine", stored_id)
 
     def _drop_ended(self) -> None:
@@ -241,7 +235,7 @@ class LocalCopies:
             with folders.hold() as free:
                 if free:
                     folders.drop_local()
-                    (folders.parent / f"{job_id}.lock").unlink(missing_ok=True)
+                    folders.lock_file.unlink(missing_ok=True)
 
     def trim(self) -> int:
         """Drop the least recently used copies beyond the limit; how many bytes."""

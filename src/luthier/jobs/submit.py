@@ -301,7 +301,7 @@ def register_model(
         account=account,
         name=name,
         foundation=base.bottom if base else IMPORTED,
-        root=base.root if base else f"luthier.{IMPORTED}-{model_id}",
+        root=base.root if base else imports.root_name(model_id),
         base_model=base.arn(arns) if base else "",
         stored_id=stored.id,
         stored_bytes=folder_size(stored.folder),

@@ -142,7 +142,7 @@ def sources_of(job: Job) -> list[str]:
 def files_of(job: Job) -> Iterator[Path]:
     """The files that are left of a job, its model's not among them."""
     folders = JobFolders(job.id)
-    for path in (folders.log, folders.parent / f"{job.id}.lock"):
+    for path in (folders.log, folders.lock_file):
         if path.exists():
             yield path
     left = folders.parent.glob(f"{TEMPORARY}{job.id}~*")

@@ -44,7 +44,7 @@ from luthier.models.pipelines import is_pipeline
 from luthier.models.save import ADAPTER, read_adapter, save_format, save_network
 from luthier.serving.gguf_parity import compare_gguf, largest_divergence
 from luthier.serving.ollama import MODELFILE, modelfile
-from luthier.store.model_folders import short_name
+from luthier.store.model_folders import short_name, split_id
 from luthier.store.models import (
     StoredModel,
     adaptation_of,
@@ -333,7 +333,7 @@ def plain_lora(stored: StoredModel, software: str) -> tuple[LoRA, StoredModel]:
 
 def _file_name(stored: StoredModel) -> str:
     """The id of a model as a part of the name of a file."""
-    base, _, name = stored.id.partition(":")
+    base, name = split_id(stored.id)
     return "-".join(part for part in (short_name(base), name) if part)
 
 

@@ -50,6 +50,7 @@ from luthier.models.manifest import MANIFEST as MODEL
 from luthier.models.manifest import Manifest
 from luthier.store.custom_models import ACTIVE, CustomModel
 from luthier.store.database import DATABASE_FILE, Database, now
+from luthier.store.model_folders import split_id
 from luthier.store.object_files import SEALED, ObjectFiles
 from luthier.store.objects import Bucket, ObjectPiece, StoredObject, Upload
 from luthier.store.sealing import KEY_FILE
@@ -383,12 +384,12 @@ def _damaged_models(
 
 def _place_of(stored_id: str) -> PurePosixPath | None:
     """Folder in a backup of a model that is kept nowhere but in the store."""
-    base, colon, name = stored_id.partition(":")
+    base, name = split_id(stored_id)
     if not base or "/" in stored_id or stored_id in CATALOG:
         # A local directory, or one that is fetched where it is needed.
         return None
     models = PurePosixPath(FILES) / "models"
-    return models / "custom" / base / name if colon else models / "base" / base
+    return models / "custom" / base / name if name else models / "base" / base
 
 
 def _sealed_sha256(path: Path, ring: Keyring) -> str | None:

@@ -60,6 +60,16 @@ def files_name(model_id: str) -> str:
     return f"import-{model_id}"
 
 
+def stored_name(model_id: str) -> str:
+    """Name in the store of a model from outside: no tenant's names ever meet there."""
+    return f"model-{model_id}"
+
+
+def root_name(model_id: str) -> str:
+    """What stands for the foundation model of a model from outside that has none here."""
+    return f"luthier.{IMPORTED}-{model_id}"
+
+
 def create_import(session: Session, model: CustomModel, source: str) -> ModelImport:
     """Have ``model``, which is ``Creating``, copied from ``source``."""
     made = ModelImport(

@@ -108,8 +108,9 @@ class Locations:
             bucket = _writable(f"{uri.rstrip('/')}/{'n' * NAMES_BYTES}").bucket
             self._buckets(bucket).check_bucket(account, bucket)
 
-    def fetch(self, account: str, uri: str, folder: Path) -> list[Path]:
-        """Copies in ``folder`` of what an address names, in the order of the keys.
+    def fetch(self, account: str, uri: str, folder: Path) -> list[tuple[str, Path]]:
+        """What an address names, copied into ``folder``: the address of each object or file and its
+        copy, in the order of the keys.
 
         A key or path that ends with ``/`` means all ``.jsonl`` below it; a key below which there are
         only images or sounds means them, in one folder with those that lie below it. Bytes of the
@@ -119,29 +120,22 @@ class Locations:
             LocationRefused: where there is nothing (any more).
             CorruptFile: for bytes that are no longer what was stored.
         """
-        fetched: list[Path] = []
+        fetched: list[tuple[str, Path]] = []
         if _is_file(uri):
             for path in self._roots.files_at(uri, ROWS):
                 target = _free(folder, path.name, len(fetched))
                 self._roots.copy(path, uri, target)
-                fetched.append(target)
+                fetched.append((path.as_uri() if uri.endswith("/") else uri, target))
             return fetched
         address = _address(uri)
         keys = self._keys(account, address)
         if address.folder and is_media(keys[0]):
-            return [self._fetch_tree(account, address, keys, folder)]
+            return [(uri, self._fetch_tree(account, address, keys, folder))]
         for key in keys:
             target = _free(folder, local_name(key), len(fetched))
             self._buckets(address.bucket).fetch(account, address.bucket, key, target)
-            fetched.append(target)
+            fetched.append((f"s3://{address.bucket}/{key}", target))
         return fetched
-
-    def addresses(self, account: str, uri: str) -> list[str]:
-        """Addresses of the objects or files that :meth:`fetch` copies, in the same order."""
-        if _is_file(uri):
-            return [path.as_uri() for path in self._roots.files_at(uri, ROWS)]
-        address = _address(uri)
-        return [f"s3://{address.bucket}/{key}" for key in self._keys(account, address)]
 
     def _fetch_tree(self, account: str, address: _Address, keys: list[str], folder: Path) -> Path:
         """A folder of the objects below an address, in folders as their keys have them."""

@@ -1,8 +1,10 @@
-"""Where models are kept on this machine, and what else is kept of them.
+"""Ids of models, where these are kept on this machine, and what else is kept of them.
 
 models/base/<id>/               a Hugging Face directory and ``luthier.json``
 models/custom/imported/<name>/  a model from outside
 models/custom/<base>/<name>/    adapter or weights, tokenizer, recipe, metrics, ``luthier.json``
+runs/<base>/<name>/             what a custom model was trained in; pretraining/<id>/ of a base model
+distillations/<base>/<name>/    a teacher's answers
 evaluations/                    journals of evaluations
 cache/gguf/                     what llama.cpp runs
 cache/peft/                     what vLLM's servers read, as long as they run
@@ -12,10 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from pathlib import Path
 
 from luthier.files import luthier_home
 from luthier.models.manifest import MANIFEST
+
+
+def split_id(model_id: str) -> tuple[str, str]:
+    """Base and name of a custom model by its id; of a base model the id, and no name."""
+    base, _, name = model_id.partition(":")
+    return base, name
+
+
+def id_of(folder: Path) -> str:
+    """Id of the custom model that ``folder``, ``<base>/<name>`` of any place, is of."""
+    return f"{folder.parent.name}:{folder.name}"
 
 
 def base_folder(model_id: str) -> Path:
@@ -35,20 +49,36 @@ def custom_folder(base: str, name: str) -> Path:
 
 def folder_of(stored_id: str | None) -> Path | None:
     """Where the custom model of this id is kept; ``None`` for what is no such id."""
-    base, _, name = (stored_id or "").partition(":")
+    base, name = split_id(stored_id or "")
     return custom_folder(base, name) if name else None
 
 
+def custom_folders(file: str) -> list[Path]:
+    """Folders of the custom models here that have ``file``, those that are being written included."""
+    return [path.parent for path in (luthier_home() / "models" / "custom").glob(f"*/*/{file}")]
+
+
 def working_folders(model_id: str) -> list[Path]:
-    """What a custom model was trained in: its run, and a teacher's answers where there are any."""
-    base, _, name = model_id.partition(":")
+    """What a model was trained in: its run first, and a teacher's answers where there may be any."""
+    base, name = split_id(model_id)
+    if not name:
+        return [luthier_home() / "pretraining" / base]
     return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
 
 
 def journals_folder(model_id: str) -> Path:
     """Where the journals of evaluations of a model are kept until these have ended."""
-    base, _, name = model_id.partition(":")
+    base, name = split_id(model_id)
     return luthier_home() / "evaluations" / short_name(base) / name
+
+
+def remove_side_files(model_id: str) -> None:
+    """Delete what this machine keeps of a model outside its own folder: its run, a teacher's answers,
+    journals of evaluations, and the GGUF files that were made of its weights."""
+    derived = gguf_folder(model_id, "[0-9a-f]" * 64, "*")
+    found = [*working_folders(model_id), journals_folder(model_id)]
+    for folder in (*found, *derived.parent.glob(derived.name)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def gguf_folder(model_id: str, digest: str, kind: str) -> Path:

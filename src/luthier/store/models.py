@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -34,10 +33,12 @@ from luthier.plugins import Component, PluginTable
 from luthier.store.model_folders import (
     base_folder,
     custom_folder,
+    custom_folders,
     folder_of,
-    gguf_folder,
+    id_of,
     is_base_here,
     short_name,
+    split_id,
 )
 from luthier.store.shared_models import fetch_model, note_use, refresh_model
 
@@ -90,13 +91,6 @@ def described_base(entry: CatalogEntry) -> StoredModel:
     return StoredModel(entry.id, base_folder(entry.id), entry.manifest())
 
 
-def remove_derived(model: StoredModel) -> None:
-    """Delete what was made from the weights of ``model`` beside its own folder."""
-    pattern = gguf_folder(model.id, "[0-9a-f]" * 64, "*")
-    for folder in pattern.parent.glob(pattern.name):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def find(
     model_id: str,
     say: Callable[[str], None] = lambda text: None,
@@ -108,9 +102,8 @@ def find(
     directory, hub id. Where there is none, those that may be meant are named: of these only what
     ``is_able`` says can be used, by what they are made for.
     """
-    base, colon, name = model_id.partition(":")
-    if colon and not Path(model_id).exists():
-        return _find_custom(model_id, base, name, is_able)
+    if ":" in model_id and not Path(model_id).exists():
+        return _find_custom(model_id, is_able)
     if model_id in CATALOG:
         folder = base_folder(model_id)
         if not is_base_here(model_id):
@@ -236,8 +229,8 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
 
 def pretrained_models() -> list[StoredModel]:
     """Base models that were made in this store, oldest first; see :func:`custom_models`."""
-    found = _manifests("base/*")
-    return [model for model in found if model.id not in CATALOG]
+    found = (path.parent for path in base_folder("*").parent.glob(f"*/{MANIFEST}"))
+    return _read_models({each.name: each for each in found if each.name not in CATALOG})
 
 
 def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
@@ -260,22 +253,20 @@ def custom_models() -> list[StoredModel]:
 
     One whose record cannot be read has the reason in ``damaged``, and an empty record.
     """
-    return _manifests("custom/*/*")
+    return _read_models({id_of(each): each for each in custom_folders(MANIFEST)})
 
 
-def _manifests(pattern: str) -> list[StoredModel]:
+def _read_models(folders: Mapping[str, Path]) -> list[StoredModel]:
+    """Those that are whole, of folders by their ids."""
     found = []
-    for path in (luthier_home() / "models").glob(f"{pattern}/{MANIFEST}"):
-        if path.parent.name.startswith("."):
+    for model_id, folder in folders.items():
+        if folder.name.startswith("."):
             continue
-        base, name = path.parent.parent.name, path.parent.name
-        model_id = f"{base}:{name}" if pattern.startswith("custom") else name
         try:
-            manifest = _read_record(path.parent, model_id)
-            found.append(StoredModel(model_id, path.parent, manifest))
+            found.append(StoredModel(model_id, folder, _read_record(folder, model_id)))
         except CorruptFile as error:
             empty = Manifest(id=model_id)
-            found.append(StoredModel(model_id, path.parent, empty, damaged=str(error)))
+            found.append(StoredModel(model_id, folder, empty, damaged=str(error)))
     return sorted(found, key=lambda model: (model.manifest.created, model.id))
 
 
@@ -625,9 +616,8 @@ def text_format(chat: ChatFormat) -> TextFormat:
     return TextFormat(template=chat.template, stop_ids=chat.stop_ids, start_id=chat.start_id)
 
 
-def _find_custom(
-    model_id: str, base: str, name: str, is_able: Callable[[Objective], bool] | None = None
-) -> StoredModel:
+def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = None) -> StoredModel:
+    base, name = split_id(model_id)
     folder = custom_folder(base, name)
     known = re.fullmatch(r"[\w.-]+", name) is not None
     if known and not (folder / MANIFEST).is_file():

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import CorruptFile, WrongState
-from luthier.files import luthier_home, write_bytes
+from luthier.files import write_bytes
 from luthier.models.manifest import MANIFEST
 from luthier.store import exports, shared_models, storage, tags
 from luthier.store.arns import Arns
@@ -24,8 +24,14 @@ from luthier.store.database import Database
 from luthier.store.endpoints import DEPLOYMENT, kind_that_uses
 from luthier.store.imports import files_name
 from luthier.store.jobs import ENDED, Job, job_of_run, run_name
-from luthier.store.model_folders import folder_of, journals_folder, working_folders
-from luthier.store.models import custom_models, lock_record, remove_derived
+from luthier.store.model_folders import (
+    custom_folders,
+    folder_of,
+    id_of,
+    remove_side_files,
+    split_id,
+)
+from luthier.store.models import custom_models, lock_record
 from luthier.store.queue import log_file
 
 _REMOVED = ".removed"
@@ -111,10 +117,10 @@ def mark_for_removal() -> Iterator[Callable[[str | None], None]]:
 
 def finish_deletions(database: Database) -> None:
     """Remove the files of models whose deletion a crash cut short; where it never began, they stay."""
-    for path in (luthier_home() / "models" / "custom").glob(f"*/*/{_REMOVED}"):
-        stored_id = f"{path.parent.parent.name}:{path.parent.name}"
+    for folder in custom_folders(_REMOVED):
+        stored_id = id_of(folder)
         if owner_of(database, stored_id) is not None:
-            path.unlink(missing_ok=True)
+            (folder / _REMOVED).unlink(missing_ok=True)
         else:
             remove_files(stored_id)
     for stored_id in shared_models.marked_removals():
@@ -140,10 +146,10 @@ def is_removed(stored_id: str) -> bool:
 def count_without_account(database: Database) -> int:
     """How many custom models of this store belong to no account: those of the command line."""
     here = {
-        f"{path.parent.parent.name}:{path.parent.name}"
-        for path in (luthier_home() / "models" / "custom").glob(f"*/*/{MANIFEST}")
+        id_of(folder)
+        for folder in custom_folders(MANIFEST)
         # A job's stands here a moment before its account has it.
-        if not path.parent.name.startswith((".", run_name("")))
+        if not folder.name.startswith((".", run_name("")))
     }
     with database.read() as session:
         own = here.difference(session.scalars(select(CustomModel.stored_id)))
@@ -156,24 +162,29 @@ def remove_files(stored_id: str | None) -> None:
     Where another model stands on them the model's own stay, marked, and go with the last one that does.
     They go from the shared store first: other machines drop their copies of what is not there.
     """
-    if stored_id is not None:
-        shared_models.remove_model(stored_id)
+    if stored_id is None or folder_of(stored_id) is None:
+        return
+    shared_models.remove_model(stored_id)
+    remove_side_files_and_log(stored_id)
     stored = {each.id: each for each in custom_models()}
-    found = stored.get(str(stored_id))
+    found = stored.get(stored_id)
     if found is None:
         return
-    for folder in (*working_folders(found.id), journals_folder(found.id)):
-        shutil.rmtree(folder, ignore_errors=True)
-    log_file(job_of_run(found.folder.name)).unlink(missing_ok=True)
     if any(each.manifest.parent == found.id for each in stored.values()):
         write_bytes(found.folder / _REMOVED, b"")
         return
-    remove_derived(found)
     # Who changes its record would else write it once more.
     with suppress(CorruptFile), lock_record(found):
         shutil.rmtree(found.folder, ignore_errors=True)
     shutil.rmtree(found.folder, ignore_errors=True)  # without a record, too
     remove_unneeded(found.manifest.parent)
+
+
+def remove_side_files_and_log(stored_id: str) -> None:
+    """Delete what this machine keeps of a custom model outside its own folder, whether that is here or
+    not."""
+    remove_side_files(stored_id)
+    log_file(job_of_run(split_id(stored_id)[1])).unlink(missing_ok=True)
 
 
 def remove_unneeded(stored_id: str | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from luthier.errors import CorruptFile, SharedStoreAway
 from luthier.files import TEMPORARY, lock, luthier_home, names_below, need_disk, new_folder
 from luthier.models.manifest import MANIFEST, Manifest
-from luthier.store.model_folders import custom_folder
+from luthier.store.model_folders import custom_folder, id_of, split_id
 from luthier.store.shared import (
     LEFTOVER,
     Fence,
@@ -31,19 +31,17 @@ MODELS, CHILDREN, REMOVED = "models", "children", "removed"
 
 def shared_name(stored_id: str) -> str:
     """Name of the folder of a custom model (``base:name``) in the shared store."""
-    base, _, name = stored_id.partition(":")
+    base, name = split_id(stored_id)
     return f"{MODELS}/{base}/{name}"
 
 
 def stored_id_of(name: str) -> str:
     """The opposite."""
-    _, base, own = name.split("/")
-    return f"{base}:{own}"
+    return id_of(Path(name))
 
 
 def _mark_of(stored_id: str) -> Path:
-    base, _, name = stored_id.partition(":")
-    return luthier_home() / "shared" / MODELS / base / name
+    return luthier_home() / "shared" / shared_name(stored_id)
 
 
 def share_model(
@@ -125,9 +123,9 @@ def adopt_copy(stored_id: str) -> None:
 def copies() -> Iterator[tuple[str, Path, float]]:
     """Ids, folders and times of last use of the models here that are in the shared store."""
     for mark in (luthier_home() / "shared" / MODELS).glob("*/*"):
-        base, name = mark.parent.name, mark.name
+        folder = custom_folder(mark.parent.name, mark.name)
         with suppress(FileNotFoundError):  # dropped meanwhile
-            yield f"{base}:{name}", custom_folder(base, name), mark.stat().st_mtime
+            yield id_of(mark), folder, mark.stat().st_mtime
 
 
 def unmark_copy(stored_id: str) -> None:
@@ -140,8 +138,7 @@ def drop_copy(stored_id: str, used: float | None = None) -> bool:
 
     It stays where its last use is another one than ``used``, if that is given.
     """
-    base, _, name = stored_id.partition(":")
-    folder = custom_folder(base, name)
+    folder = custom_folder(*split_id(stored_id))
     if not folder.parent.is_dir():
         unmark_copy(stored_id)
         return True

@@ -225,11 +225,11 @@ def _stage(spec: PipelineSpec, each: StageSpec, before: list[Stage]) -> Stage:
 def _root(start: str, before: list[Stage]) -> str:
     """What the ids of all models begin with that go back to the same base model as ``start``."""
     from luthier.models.catalog import CATALOG
-    from luthier.store.model_folders import short_name
+    from luthier.store.model_folders import short_name, split_id
     from luthier.store.models import find
 
     if start in {stage.model_id for stage in before}:
-        return start.partition(":")[0]
+        return split_id(start)[0]
     return start if start in CATALOG else short_name(find(start).root)
 
 
@@ -338,8 +338,7 @@ def _roots(stage: Stage, stages: tuple[Stage, ...]) -> Iterator[str]:
 
 def _manifest(model_id: str) -> Manifest | None:
     """The record of a model; ``None`` where there is none, given also where its parent is gone."""
-    from luthier.store.model_folders import base_folder, custom_folder
+    from luthier.store.model_folders import base_folder, folder_of
 
-    base, _, name = model_id.partition(":")
-    folder = custom_folder(base, name) if name else base_folder(base)
+    folder = folder_of(model_id) or base_folder(model_id)
     return Manifest.read(folder) if (folder / MANIFEST).is_file() else None

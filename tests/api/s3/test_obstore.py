@@ -44,7 +44,9 @@ def test_data_at_another_endpoint(
         client.put_object(Bucket=bucket, Key=key, Body=body)
     locations.check(ACCOUNT, f"s3://{bucket}/t/")
     locations.check_writable(ACCOUNT, f"s3://{bucket}/out")
-    paths = locations.fetch(ACCOUNT, f"s3://{bucket}/t/", tmp_path)
+    found = dict(locations.fetch(ACCOUNT, f"s3://{bucket}/t/", tmp_path))
+    paths = [*found.values()]
+    assert [*found] == [f"s3://{bucket}/t/a.jsonl", f"s3://{bucket}/t/b.jsonl"]
     assert [path.name for path in paths] == ["a.jsonl", "b.jsonl"]
     assert paths[0].read_bytes() == large
     written = locations.write(ACCOUNT, f"s3://{bucket}/out/", "m/large", paths[0])
@@ -115,7 +117,7 @@ def test_images_below_a_prefix(
     # The folder is made anew where an object joined them.
     put("photos/dog/2.png")
     assert len(load_rows(f"s3://{bucket}/photos")) == 4
-    (tree,) = locations.fetch(ACCOUNT, f"s3://{bucket}/photos/", tmp_path)
+    ((_, tree),) = locations.fetch(ACCOUNT, f"s3://{bucket}/photos/", tmp_path)
     assert sorted(path.name for path in tree.rglob("*.png")) == ["1.png", "1.png", "2.png", "2.png"]
     # A table beside them names some of them.
     put("photos/table.csv", b"image,label\ncat/2.png,tom\n")

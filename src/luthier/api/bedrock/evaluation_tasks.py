@@ -330,9 +330,8 @@ class JobTask(EvaluationTask):
         found = []
         for place, data in enumerate(self.sets):
             (folder / str(place)).mkdir()
-            found.append(
-                self.parts.locations.fetch(self.run.account, data.uri, folder / str(place))
-            )
+            copies = self.parts.locations.fetch(self.run.account, data.uri, folder / str(place))
+            found.append([path for _, path in copies])
         return found
 
     def _lines(self) -> Iterator[tuple[int, int, str, bytes]]:

@@ -184,10 +184,12 @@ class _Reports:
         locations = self.context.locations
         locations.check(request.account, address)
         files = locations.fetch(request.account, address, folder)
-        if media and len(files) == 1 and files[0].is_file():
-            (table,) = locations.addresses(request.account, address)
-            fetch_references(locations, request.account, files[0], table)
-        return files[0] if len(files) == 1 else folder
+        if len(files) > 1:
+            return folder
+        ((table, file),) = files
+        if media and file.is_file():
+            fetch_references(locations, request.account, file, table)
+        return file
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
