@@ -106,6 +106,7 @@ def test_the_file_is_written_once_and_again_where_it_is_damaged(
     assert len(count) == 2 and len([*folder.parent.glob("[!.]*")]) == 2
     remove_side_files(stored.id)
     assert not [*folder.parent.glob("[!.]*")]
+    assert (stored.folder / "config.json").is_file()  # a directory of the user's own
 
 
 def test_names_of_files_are_short_and_of_one_model() -> None:

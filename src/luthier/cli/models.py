@@ -570,13 +570,14 @@ def remove_model(model: str, database: ServiceDatabase = None, json_: Json = Fal
     has_service = find_spec("sqlalchemy") is not None  # of the extra `server`
     base, name = split_id(model)
     made_here = ":" not in model and model not in CATALOG
-    run = BaseRun(base) if made_here else Run(base, name)
-    if name:
+    # An empty name, `..` or a path would take what is beside the models, too.
+    known = (made_here or name) and NAME_PATTERN.fullmatch(name or base)
+    run = (BaseRun(base) if made_here else Run(base, name)) if known else None
+    if run is not None:
         model = run.model_id  # as it was stored, however the base was written
-    # An empty name, or `..`, would take the models beside it, too.
-    folders = [run.model_folder, *working_folders(model)]
-    known = NAME_PATTERN.fullmatch(run.name) and any(folder.exists() for folder in folders)
-    if not known:
+    if run is None or not any(
+        each.exists() for each in (run.model_folder, *working_folders(model))
+    ):
         refusal = f"{model!r} is no model that was made here, and no run."
         if model in CATALOG:
             folder = base_folder(model)

@@ -59,10 +59,13 @@ def custom_folders(file: str) -> list[Path]:
 
 
 def working_folders(model_id: str) -> list[Path]:
-    """What a model was trained in: its run first, and a teacher's answers where there may be any."""
+    """What a model was trained in: its run first, and a teacher's answers where there may be any.
+
+    Of a model from elsewhere, whose id is a path or a hub's, there is nothing.
+    """
     base, name = split_id(model_id)
     if not name:
-        return [luthier_home() / "pretraining" / base]
+        return [] if "/" in base else [luthier_home() / "pretraining" / base]
     return [luthier_home() / kind / short_name(base) / name for kind in ("runs", "distillations")]
 
 
