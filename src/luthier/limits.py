@@ -90,8 +90,8 @@ class ModelLimits(StrictModel):
     """Log probabilities that the answers to one request may have in all, a few hundred bytes each; a
     request that may need more is answered 400."""
     inputs: int = Field(default=64, ge=1)
-    """Texts, images or sounds that one request has read, and images that it has made; of more it is
-    answered 400."""
+    """Texts, images or sounds of one request for predictions, and images that it has made; of more it
+    is answered 400. Embeddings: 2,048 texts, as at OpenAI."""
     image_pixels: int = Field(default=16_000_000, ge=1)
     """Of an image of a request; a larger one is answered 400 before it is decoded."""
     sound_samples: int = Field(default=8_000_000, ge=1)

@@ -657,7 +657,8 @@ def _writer(entry: _Entry) -> Decoder:
     from luthier.serving.decoder import Decoder
 
     if not isinstance(entry.model, Decoder):
-        raise InferenceRefused(f"This model {entry.model.purpose} and writes no text.", "model")
+        text = f"This model {entry.model.purpose} and writes no text.{entry.model.asked_by}"
+        raise InferenceRefused(text, "model")
     return entry.model
 
 

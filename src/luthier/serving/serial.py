@@ -158,6 +158,15 @@ class SerialModel:
         return " and ".join(does)
 
     @property
+    def asked_by(self) -> str:
+        """How clients have it read something, as a sentence; empty where they cannot."""
+        if self._predictor is None:
+            return ""
+        if self._predictor.objective.task == "embedding":
+            return " Ask it for embeddings."
+        return " Ask it by POST /api/v1/models/NAME/predictions."
+
+    @property
     def makes_images(self) -> bool:
         """Whether it makes new images."""
         return isinstance(self._generator and self._generator.objective, SupportsSampling)
@@ -175,7 +184,8 @@ class SerialModel:
         """
         predictor = self._reader()
         if predictor.objective.task != "embedding":
-            raise InferenceRefused("This model gives labels and no embeddings.", "model")
+            text = f"This model gives labels and no embeddings.{self.asked_by}"
+            raise InferenceRefused(text, "model")
         limit, vocabulary = self._text_limit(), int(self._network.model.config.vocab_size)
         examples: list[Example] = []
         for each in given:

@@ -283,7 +283,13 @@ def test_what_has_no_effect_is_shown_and_said(
 ) -> None:
     config: Any = copy.deepcopy(REINFORCEMENT["customizationConfig"])
     config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "high"
-    arn = submit("job-1", **{**REINFORCEMENT, "customizationConfig": config})
+    members: Any = {
+        **REINFORCEMENT,
+        "customizationConfig": config,
+        "customModelKmsKeyId": "12345678-1234-1234-1234-123456789012",
+        "vpcConfig": {"subnetIds": ["subnet-1"], "securityGroupIds": ["sg-1"]},
+    }
+    arn = submit("job-1", **members)
     assert bedrock.get_model_customization_job(jobIdentifier=arn)["customizationConfig"] == config
     submit("job-2", **REINFORCEMENT)
     record = {}
@@ -293,8 +299,11 @@ def test_what_has_no_effect_is_shown_and_said(
             events = queue.events(session, job, kinds=("warning",), limit=9)
             record[name] = [event.message for event in events]
     assert record["job-2"] == []
-    (said,) = record["job-1"]
-    assert "reasoningEffort is high and has no effect" in said
+    said = sorted(record["job-1"])
+    assert [text.partition(" ")[0] for text in said] == [
+        "customModelKmsKeyId", "reasoningEffort", "vpcConfig",
+    ]  # fmt: skip
+    assert all("has no effect" in text for text in said)
     config["rftConfig"]["hyperParameters"]["reasoningEffort"] = "highest"
     members = job_members("job-3", **{**REINFORCEMENT, "customizationConfig": config})
     code, _ = refused(bedrock.create_model_customization_job, **members)

@@ -369,6 +369,43 @@ def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
         assert refused.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(("member", "value", "code"), [
+    ("temprature", 0, "unknown_parameter"),
+    ("guided_choice", ["yes"], "unknown_parameter"),
+    ("functions", [{"name": "f"}], "unsupported_parameter"),
+    ("function_call", {"name": "f"}, "unsupported_parameter"),
+    ("modalities", ["audio", "text"], "unsupported_parameter"),
+    ("web_search_options", {}, "unsupported_parameter"),
+])  # fmt: skip
+def test_members_that_would_be_lost_are_refused(
+    client: openai.OpenAI, member: str, value: Any, code: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"Unknown parameter| here") as refused:
+        chat(client, extra_body={member: value})
+    assert (refused.value.param, refused.value.code) == (member, code)
+
+
+def test_members_that_change_nothing_here_are_taken(client: openai.OpenAI) -> None:
+    plain = chat(client).choices[0].message.content
+    extra: dict[str, Any] = {
+        "user": "u", "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
+        "parallel_tool_calls": True, "modalities": ["text"], "audio": None,
+        "prediction": {"type": "content", "content": "x"}, "prompt_cache_key": "k",
+    }  # fmt: skip
+    assert chat(client, **extra).choices[0].message.content == plain
+    # Of vLLM: among one token nothing is left to draw.
+    drawn = chat(client, temperature=2, extra_body={"top_k": 1, "min_p": 0.1})
+    assert drawn.choices[0].message.content == plain
+    assert chat(client, extra_body={"top_k": -1}).choices[0].message.content == plain
+    again = chat(client, extra_body={"repetition_penalty": 0.1}).choices[0].message.content
+    assert again != plain
+
+
+def test_a_checkpoint_is_no_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="the model that it made is asked"):
+        chat(client, model="ft:tiny:org-1:a:b:ckpt-step-24")
+
+
 @pytest.mark.parametrize("model", ["gpt-4o", "ft:tiny:org-1:a:b", "arn:aws:bedrock:a", "../tiny"])
 def test_an_unknown_model(client: openai.OpenAI, model: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
@@ -379,4 +416,4 @@ def test_an_unknown_model(client: openai.OpenAI, model: str) -> None:
 def test_models_that_only_read(client: openai.OpenAI, tiny_encoder: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, model=tiny_encoder)
-    assert refused.value.param == "model"
+    assert refused.value.param == "model" and "Ask it for embeddings" in refused.value.message

@@ -378,6 +378,10 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
         "method.supervised.hyperparameters.learning_rate_multiplier",
     ),
     ({"method": method("dpo", beta=-1)}, "method.dpo.hyperparameters.beta"),
+    ({"hyperparameters": {"epochs": 3}}, "hyperparameters.epochs"),
+    ({"method": method("dpo", betta=1)}, "method.dpo.hyperparameters.betta"),
+    ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+    ({"extra_body": {"validation": "file-x"}}, "validation"),
     ({"method": {"type": "reinforcement"}}, "method.reinforcement.grader"),
     ({"method": method("reinforcement")}, "method.reinforcement.grader"),
     (

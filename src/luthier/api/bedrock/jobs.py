@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -135,8 +135,19 @@ def _submission(request: ControlRequest) -> Submission:
         grader=grader,
         output=request["outputDataConfig"]["s3Uri"],
         request=request.members_sent(_SHOWN),
-        without_effect=hyperparameters.without_effect(typed),
+        without_effect=[*hyperparameters.without_effect(typed), *_without_effect(request)],
     )
+
+
+def _without_effect(request: ControlRequest) -> Iterator[str]:
+    """What AWS does with a job and a server of one's own does not, for the events of the job."""
+    if "customModelKmsKeyId" in request.members:
+        yield (
+            "customModelKmsKeyId is shown again and has no effect: there is no KMS here. Models are "
+            "encrypted where the server was started with --encryption-key."
+        )
+    if "vpcConfig" in request.members:
+        yield "vpcConfig is shown again and has no effect: jobs run in the network of the worker."
 
 
 def _config(kind: str, given: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -160,6 +160,18 @@ class ResponseFormat(Body):
 
 class ChatRequest(SamplingFields):
     """The body of a chat completion."""
+
+    without_effect = SamplingFields.without_effect | {
+        "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+        "reasoning_effort", "safety_identifier", "service_tier", "store", "verbosity",
+    }  # fmt: skip
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "functions": "Functions are given as 'tools' here",
+        "function_call": "A function is chosen by 'tool_choice' here, and given as one of the 'tools'",
+        "modalities": "Models here answer by text",
+        "audio": "Models here answer by text",
+        "web_search_options": "Models here search nothing: give what they are to know as messages",
+    }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=TURNS)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None

@@ -10,16 +10,17 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller
 from luthier.api.openai.generation import GenerationResource, refusals, split_inputs
-from luthier.api.openai.protocol import Body, invalid
+from luthier.api.openai.protocol import RequestBody, invalid
 from luthier.serving.inference import MOST_TOKENS
 from luthier.types import FloatArray
 
 MOST_INPUTS = 2048
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     """The body."""
 
+    without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
     input: str | list[int] | list[str] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None

@@ -6,11 +6,11 @@ import csv
 import io
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby, islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from sqlalchemy import select
@@ -21,8 +21,9 @@ from luthier.api.http.routing import Operation
 from luthier.api.openai.generation import Inference
 from luthier.api.openai.graders import grader_fields
 from luthier.api.openai.protocol import (
-    Body,
+    CHECKPOINT,
     Metadata,
+    RequestBody,
     absent,
     body,
     invalid,
@@ -67,7 +68,7 @@ _AT_ONCE = 1000
 """Events that are read at once."""
 
 
-class Hyperparameters(Body):
+class Hyperparameters(RequestBody):
     """Those that every method has."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=MOST_EPOCHS)] = "auto"
@@ -98,26 +99,26 @@ class ReinforcementHyperparameters(Hyperparameters):
     """Shown again, without effect: no model here reasons by levels."""
 
 
-class Supervised(Body):
+class Supervised(RequestBody):
     """Answers that are to be learned."""
 
     hyperparameters: Hyperparameters = Hyperparameters()
 
 
-class Dpo(Body):
+class Dpo(RequestBody):
     """Answers that are preferred to others."""
 
     hyperparameters: DpoHyperparameters = DpoHyperparameters()
 
 
-class ReinforcementMethod(Body):
+class ReinforcementMethod(RequestBody):
     """Answers of the model's own, with rewards."""
 
     grader: dict[str, Any]
     hyperparameters: ReinforcementHyperparameters = ReinforcementHyperparameters()
 
 
-class Method(Body):
+class Method(RequestBody):
     """What is learned from the rows."""
 
     type: Literal["supervised", "dpo", "reinforcement"]
@@ -126,8 +127,13 @@ class Method(Body):
     reinforcement: ReinforcementMethod | None = None
 
 
-class CreateJob(Body):
+class CreateJob(RequestBody):
     """The body of a new job."""
+
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "integrations": "Jobs here report to nobody else: losses are in the job's events, checkpoints "
+        "and result file"
+    }
 
     model: Annotated[str, Field(min_length=1)]
     training_file: Annotated[str, Field(min_length=1)]
@@ -390,7 +396,7 @@ def checkpoints(job: Job, metrics: Iterable[JobEvent], model: str) -> Iterator[d
             "id": f"ftckpt-{job.id}-{end}",
             "object": "fine_tuning.job.checkpoint",
             "created_at": seconds(events[0].at if events else job.modified),
-            "fine_tuned_model_checkpoint": model if end == total else f"{model}:ckpt-step-{end}",
+            "fine_tuned_model_checkpoint": model if end == total else f"{model}{CHECKPOINT}{end}",
             "fine_tuning_job_id": job.name,
             "step_number": end,
             "metrics": {"step": end, **_losses(values)},

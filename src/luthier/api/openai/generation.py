@@ -19,6 +19,7 @@ from luthier.api.openai.models import Catalogue
 from luthier.api.openai.protocol import (
     Access,
     Body,
+    RequestBody,
     body,
     error_of,
     invalid,
@@ -29,6 +30,8 @@ from luthier.api.structured_outputs import StructuredOutputs
 from luthier.errors import UnknownModel
 from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
+    MOST_PENALTY,
+    MOST_TOKENS,
     GenerationRequest,
     InferenceFailed,
     InferenceRefused,
@@ -70,9 +73,10 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class SamplingFields(Body):
-    """Members that chat and text completions share."""
+class SamplingFields(RequestBody):
+    """Members that chat and text completions share, OpenAI's and some of vLLM's."""
 
+    without_effect = frozenset({"user"})
     model: Annotated[str, Field(min_length=1)]
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, float] | None = None
@@ -84,6 +88,10 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    """Of vLLM, as the three that follow; 0 and -1 take all tokens."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=MOST_PENALTY)] | None = None
     structured_outputs: StructuredOutputs | None = None
 
     @property
@@ -115,6 +123,9 @@ class SamplingFields(Body):
             "presence_penalty": self.presence_penalty,
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
             "n": self.n,
             # Any whole number is a seed; the engine's have 63 bits.
             "seed": None if self.seed is None else self.seed % 2**63,

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from luthier.api.http.messages import Caller, Response
 from luthier.api.openai.generation import GenerationResource, refusals
-from luthier.api.openai.protocol import Body, invalid
+from luthier.api.openai.protocol import RequestBody, invalid
 from luthier.serving.inference import ImageRequest, InferenceRefused
 
 MOST_IMAGES = 10
@@ -19,9 +19,10 @@ _MEMBERS = {"label": "prompt", "count": "n"}
 """What clients call the parts of a request."""
 
 
-class ImageGenerationRequest(Body):
+class ImageGenerationRequest(RequestBody):
     """The body."""
 
+    without_effect = frozenset({"moderation", "output_compression", "partial_images", "user"})
     model: Annotated[str, Field(min_length=1)]
     prompt: Annotated[str, Field(max_length=32_000)]
     """Name of a class that the model knows; empty for each in turn, or where it knows none."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from luthier.api.http.messages import (
     Caller,
@@ -109,9 +109,15 @@ def absent(kind: str, identifier: str, parameter: str) -> Fault:
     return Fault("ResourceNotFound", f"No such {kind}: {identifier}", parameter=parameter)
 
 
+CHECKPOINT = ":ckpt-step-"
+"""Behind the id of a job's model, and before a step at which it was measured."""
+
+
 def model_not_found(model: str) -> Fault:
     """No model answers to this name: 404."""
     text = f"The model `{model}` does not exist or you do not have access to it."
+    if CHECKPOINT in model:
+        text += " Checkpoints are where a job was measured: the model that it made is asked."
     return Fault("ResourceNotFound", text, parameter="model", reason="model_not_found")
 
 
@@ -119,6 +125,28 @@ class Body(CheckedBody):
     """A JSON body. Types are as sent, nothing is guessed; members we do not know are passed over."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class RequestBody(Body):
+    """A body of which unknown members are refused, as OpenAI does: a misspelt one would change nothing,
+    and nobody would see it."""
+
+    model_config = ConfigDict(extra="forbid")
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """OpenAI's members that are taken, and change nothing here."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """Those that would change what comes back; why they are refused, unless they ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unused(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, text in cls.unsupported.items():
+            if name in given and given[name] not in (None, False, [], ["text"]):
+                raise invalid(f"{text}.", name, "unsupported_parameter")
+        unused = cls.without_effect.union(cls.unsupported)
+        return {name: value for name, value in given.items() if name not in unused}
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)

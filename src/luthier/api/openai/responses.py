@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ from luthier.api.openai.generation import (
     check_only_form,
     refusals,
 )
-from luthier.api.openai.protocol import Body, Metadata, error_of, invalid, missing
+from luthier.api.openai.protocol import Body, Metadata, RequestBody, error_of, invalid, missing
 from luthier.api.structured_outputs import StructuredOutputs
 from luthier.models.sampling import Constraint
 from luthier.serving.inference import (
@@ -54,12 +54,6 @@ from luthier.types import Message, Tool, ToolCall
 
 LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "text")
-_ELSEWHERE = {
-    "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
-    "conversation": "Conversations are not kept here: send the earlier items in 'input'",
-    "prompt": "Prompts are not kept here: send the text in 'instructions' and 'input'",
-    "background": "Responses are written while you wait: use /v1/batches for work in the background",
-}
 JsonObject = dict[str, Any]
 
 
@@ -108,8 +102,22 @@ class TextOptions(Body):
     format: OutputFormat | None = None
 
 
-class ResponseRequest(Body):
+class ResponseRequest(RequestBody):
     """The body of a response."""
+
+    without_effect = frozenset(
+        {
+            "context_management", "max_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+            "reasoning", "safety_identifier", "service_tier", "store", "stream_options",
+        }
+    )  # fmt: skip
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "previous_response_id": "Responses are not kept here: send the earlier items in 'input'",
+        "conversation": "Conversations are not kept here: send the earlier items in 'input'",
+        "prompt": "Prompts are not kept here: send the text in 'instructions' and 'input'",
+        "background": "Responses are written while you wait: use /v1/batches for work in the "
+        "background",
+    }
 
     model: Annotated[str, Field(min_length=1)]
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=TURNS)]
@@ -128,10 +136,6 @@ class ResponseRequest(Body):
     stream: bool | None = None
     truncation: Literal["disabled"] | None = None
     user: str | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    prompt: Any = None
-    background: bool | None = None
 
     @property
     def wants_logprobs(self) -> bool:
@@ -140,9 +144,6 @@ class ResponseRequest(Body):
 
     def check(self) -> None:
         """Refuse what means nothing here, and what does not belong together."""
-        for name, text in _ELSEWHERE.items():
-            if getattr(self, name):
-                raise invalid(f"{text}.", name, "unsupported_parameter")
         for index, tool in enumerate(self.tools or ()):
             if tool.type != "function":
                 where = f"tools[{index}].type"

@@ -30,6 +30,8 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
         return f"Missing required parameter: '{where}'.", "missing_required_parameter"
+    if kind == "extra_forbidden":
+        return f"Unknown parameter: {member}.", "unknown_parameter"
     if kind == "union_tag_not_found":
         tag = context["discriminator"].strip("'")
         return f"Missing required parameter: '{where}.{tag}'.", "missing_required_parameter"
@@ -54,7 +56,7 @@ def describe_error(errors: Sequence[Mapping[str, Any]], where: str) -> tuple[str
         )
     if kind in _BOUNDS:
         words, bound, sign, code = _BOUNDS[kind]
-        name = "integer" if isinstance(given, int) else "decimal"
+        name = "integer" if type(given) is type(context[bound]) is int else "decimal"
         return (
             f"Invalid {member}: {name} {words} value. Expected a value {sign} "
             f"{plain_number(context[bound])}, but got {_quote(given)} instead.",
