@@ -30,6 +30,7 @@ from luthier.recipe import Recipe
 from luthier.serving.decoder import Decoder
 from luthier.serving.inference import Chat, GenerationRequest
 from luthier.serving.memory import CacheBudget
+from luthier.store.foundation import foundation_model, foundation_models
 from luthier.store.models import find, objective_of
 from luthier.types import Message
 from luthier.workflows.capabilities import capabilities
@@ -146,6 +147,8 @@ def test_what_is_installed_is_listed_and_checked_as_the_rest() -> None:
     assert GRADERS["brief"].model_validate({"words": 3})
     assert OBJECTIVES.package_of("focal") == "luthier-sample 0.3"
     assert OBJECTIVES.package_of("sft") is None
+    offered = foundation_model("luthier.sample-tiny")
+    assert offered is not None and offered.name == "sample-tiny" and offered in foundation_models()
 
 
 @pytest.mark.usefixtures("installed")

@@ -20,6 +20,8 @@ from PIL import Image
 from luthier.data.rows import load_rows
 from luthier.data.shapes import CaptionedImage, LabelledImage
 from luthier.errors import DataError, LocationRefused
+from luthier.gate.report import list_places
+from luthier.gate.rules import Place
 from luthier.jobs.data import JobData, _check_lines, fetch_data
 from luthier.jobs.folders import JobFolders
 from luthier.jobs.submit import Submission, recipe_of
@@ -155,6 +157,11 @@ def test_tables_below_a_prefix_are_called_by_their_own_addresses(bucket: Bucket)
         bucket.rows(f"set/{number}/rows.jsonl", {"image": "a.png", "label": name})
     data = bucket.fetch("s3://data/set/")
     assert labels(data) == EXPECTED
+    places = [Place(str(data.folder / name), 7) for name in data.addresses]
+    assert data.show_addresses(list_places([*places, places[0]], 9)) == (
+        "s3://data/set/0/rows.jsonl:7, s3://data/set/1/rows.jsonl:7, s3://data/set/2/rows.jsonl:7, "
+        "s3://data/set/0/rows.jsonl:7"
+    )
     assert [*data.addresses.values()] == [f"s3://data/set/{n}/rows.jsonl" for n in range(3)]
 
 

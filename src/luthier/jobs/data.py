@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class JobData:
         for name, address in self.addresses.items():
             # A folder's is a prefix, behind which its files stand.
             text = text.replace(str(self.folder / name), address.rstrip("/"))
+            own = re.escape(Path(name).name)
+            text = re.sub(rf"\b{own}(?=:\d)", address.replace("\\", r"\\"), text)
         for part in ("train", "held"):
             text = text.replace(f"{self.folder / part}", f"the {part} data")
         for home in (working(luthier_home()), luthier_home()):
@@ -149,11 +152,13 @@ def _fetch(job: Job, folder: Path, locations: JobLocations, media: bool) -> None
         names = []
         fetched = locations.fetch(job.account, uri, incoming)
         for number, (address, path) in enumerate(fetched, 1):
-            # Names are ours: a folder of data passes over files with some names.
-            name = f"{part}/{count:02d}/{number:05d}"
+            # Names are ours: a folder of data passes over files with some names. Findings name files
+            # without their folders, so none is called as another (``show_addresses``).
+            name = f"{part}/{count:02d}/{part[0]}{count:02d}-{number:05d}"
             if not path.is_dir():
                 # What rows name lies beside them: files of several folders do not mix.
-                name += f"/rows{_ending(path)}" if media else _ending(path)
+                ending = _ending(path)
+                name += f"/{Path(name).name}{ending}" if media else ending
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, folder / name)
             addresses[name] = address

