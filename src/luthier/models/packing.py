@@ -189,7 +189,7 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
-    """What :func:`packed` made for ``layer``; ``None`` outside of it."""
+    """What :func:`packed_linears` made for ``layer``; ``None`` outside of it."""
     found: PackedWeight | None = layer.__dict__.get(_NAME)
     return found
 

@@ -20,7 +20,7 @@ from luthier.store.storage import Storage
 FRESH_SECONDS = 1.0
 """How long another process may go on with what was changed here; this one notices at once."""
 _OWN = (
-    "accounts", "quotas", "users", "access_keys", "api_keys", "audit_log", "storage", "usage",
+    "accounts", "quotas", "access_keys", "api_keys", "audit_log", "storage", "usage",
 )  # fmt: skip
 """Tables that say who an account is or what it did, and not what it owns."""
 
@@ -211,7 +211,7 @@ def _count_owned(session: Session, account: str) -> list[tuple[str, int]]:
     tables.reflect(session.connection())
     counted = []
     for table in tables.sorted_tables:
-        if "account" in table.c and (table.name not in _OWN or table.name == "users"):
+        if "account" in table.c and table.name not in _OWN:
             query = select(func.count()).select_from(table).where(table.c.account == account)
             number = session.scalar(query) or 0
             counted.append((table.name, number))
