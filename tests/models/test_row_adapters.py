@@ -109,7 +109,7 @@ def test_each_row_has_the_bits_that_it_has_alone(
     # ... each answers as its own weights say, and lets go of its place.
     first = [own[0] for own, prompt in zip(together, prompts, strict=True) if prompt is PROMPTS[0]]
     assert all(not torch.equal(first[0], other) for other in first[1:2])
-    assert all(not bank.adapters for bank in base._shared._banks.values())
+    assert all(not stack.adapters for stack in base._shared._stacks.values())
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.method)
@@ -151,7 +151,7 @@ def test_where_products_of_several_give_other_bits_each_adapter_runs_apart(
     backends = [
         base.with_adapter(network.with_adapter(drawn(LoRA(rank=4), s)), 512) for s in (1, 2)
     ]
-    assert all(not bank.bits.joins for bank in base._shared._banks.values())
+    assert all(not stack.bits.joins for stack in base._shared._stacks.values())
     assert [each.reusable(300) for each in backends] == [256, 256]  # type: ignore[attr-defined]
     rows: list[Backend] = [base, *backends, backends[0]]
     together = write(rows, PROMPTS[:4], 4)
@@ -169,7 +169,7 @@ def test_shapes_are_tried_once_though_their_adapters_go(
         return True
 
     monkeypatch.setattr(row_adapters, "_joins", trial)
-    monkeypatch.setattr(row_adapters, "SHAPES", 2)
+    monkeypatch.setattr(row_adapters, "KNOWN_SHAPES", 2)
     network = base_network(family_folder("llama"))
     shared = row_adapters.SharedBase(network, (4, 8))
 
@@ -177,7 +177,7 @@ def test_shapes_are_tried_once_though_their_adapters_go(
         adapter = shared.adapter_of(network.with_adapter(drawn(LoRA(rank=rank), 0)))
         shared.add(adapter)
         shared.remove(adapter)
-        assert not shared._banks
+        assert not shared._stacks
 
     for rank in (2, 2, 4, 2, 4):
         come_and_go(rank)
@@ -329,13 +329,13 @@ def test_an_adapter_that_comes_and_goes_beside_others_copies_nothing(
     shared = row_adapters.SharedBase(network, (4, 8))
     adapters = [shared.adapter_of(network.with_adapter(drawn(LoRA(rank=2), s))) for s in range(9)]
     resized: list[int] = []
-    resize = row_adapters.AdapterBank._resize
+    resize = row_adapters.AdapterStack._resize
 
-    def counted(bank: Any, capacity: int, like: Any) -> None:
+    def counted(stack: Any, capacity: int, like: Any) -> None:
         resized.append(capacity)
-        resize(bank, capacity, like)
+        resize(stack, capacity, like)
 
-    monkeypatch.setattr(row_adapters.AdapterBank, "_resize", counted)
+    monkeypatch.setattr(row_adapters.AdapterStack, "_resize", counted)
     for adapter in adapters:
         shared.add(adapter)
     for busy in range(1, 9):
@@ -442,18 +442,18 @@ def test_adapters_come_and_go_while_others_are_written(
         found.append(logits.clone())
         last = int(logits.argmax())
     assert equal(found, alone[1:])
-    (bank,) = base._shared._banks.values()
-    assert len(bank.adapters) == len(others) + 1
+    (stack,) = base._shared._stacks.values()
+    assert len(stack.adapters) == len(others) + 1
 
 
 def tensor_bytes(*owners: Any) -> dict[int, int]:
-    """Bytes of the memory that tensors of networks and banks have, by its address."""
+    """Bytes of the memory that tensors of networks and stacks have, by its address."""
     found: dict[int, int] = {}
     for owner in owners:
         if isinstance(owner, torch.nn.Module):
             tensors = [*owner.parameters(), *owner.buffers()]
         else:
-            tensors = [stack for stacks in owner.stacks.values() for stack in stacks]
+            tensors = [each for weights in owner.weights.values() for each in weights]
         for tensor in tensors:
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
@@ -479,8 +479,8 @@ def test_an_adapter_takes_twice_its_file_at_most_however_many_write(
 
     def excess(loaded: list[Any]) -> int:
         """Bytes beyond twice the files of the adapters that are in memory."""
-        banks = [*base._shared._banks.values()]
-        found = tensor_bytes(*(each.network.model for each in loaded), *banks)
+        all_stacks = [*base._shared._stacks.values()]
+        found = tensor_bytes(*(each.network.model for each in loaded), *all_stacks)
         return sum(found[each] for each in found.keys() - frozen.keys()) - 2 * size * len(loaded)
 
     states: list[Any] = []

@@ -37,16 +37,16 @@ PREFILL_ROWS = range(2 * CHUNK_STEP, CHUNK + 1, 2 * CHUNK_STEP)
 ROW_STEP = 4
 """Rows of each adapter in a product are filled up to a multiple of this: others, 1 before all, are
 summed in other orders."""
-JOINED = (*range(ROW_STEP, 64, ROW_STEP), *range(64, CHUNK + 1, CHUNK_STEP))
+TRIED_ROWS = (*range(ROW_STEP, 64, ROW_STEP), *range(64, CHUNK + 1, CHUNK_STEP))
 """Numbers of rows that are tried as one matrix; prompts have multiples of ``CHUNK_STEP``."""
-BESIDE = (1, 2, 7)
-"""Numbers of adapters that are tried in one product, and for few rows :data:`MANY`."""
-MANY = 33
-ALONE = 64
+TRIED_ADAPTERS = (1, 2, 7)
+"""Numbers of adapters that are tried in one product, and for few rows :data:`MANY_ADAPTERS`."""
+MANY_ADAPTERS = 33
+UNJOINED_ROWS = 64
 """Rows of one adapter in each product, filled up, where other numbers have other bits."""
-SHAPES = 16
+KNOWN_SHAPES = 16
 """Of adapters, of which is known how their rows may be computed."""
-PART, ROW = 12.0, 0.06
+PRODUCT_COST, ROW_COST = 12.0, 0.06
 """What another product costs, and another row in one, where reading an adapter's weights costs 1."""
 
 
@@ -94,8 +94,8 @@ class RowLayer(Protocol):
         """What is added to a row, in this order; at most one update reads the output, the last."""
 
 
-Place = tuple[str, bool]
-"""A layer by its name in the network, and whether the update there reads its output."""
+Site = tuple[str, bool]
+"""Where updates are added: a layer by its name in the network, and whether what it gives is read."""
 
 
 @dataclass(eq=False)
@@ -107,7 +107,7 @@ class Adapter:
     """The base with the adapter's layers in their places, for prompts that are read alone. It lives as
     long as sequences do; the network may be closed before."""
     layers: dict[str, RowLayer]
-    """Those that rows of a pass meet, by their places; none of a soft prompt or a prefix."""
+    """Those that rows of a pass meet, by their sites; none of a soft prompt or a prefix."""
     before: int = 0
     """Keys and values of a prefix."""
     soft: int = 0
@@ -119,7 +119,7 @@ class Adapter:
     draft: DraftModel | None = None
     """What else guesses for them."""
     slot: int = -1
-    """Its place in a bank, while it has sequences."""
+    """Its place in a stack, while it has sequences."""
     bits: RowBits | None = None
     """How its rows may be computed; ``None`` without layers."""
 
@@ -151,8 +151,8 @@ class Adapter:
         own.layers = layers
         return own
 
-    def updates(self) -> Iterator[tuple[Place, RowUpdate]]:
-        """What it adds to its rows, by the places."""
+    def updates(self) -> Iterator[tuple[Site, RowUpdate]]:
+        """What it adds to its rows, by the sites."""
         for name, layer in self.layers.items():
             for update in layer.row_updates():
                 yield (name, update.reads_output), update
@@ -161,8 +161,8 @@ class Adapter:
     def shapes(self) -> Hashable:
         """What adapters that are stacked have in common."""
         return tuple(
-            (place, update.kind, tuple(weight.shape for weight in update.weights))
-            for place, update in self.updates()
+            (site, update.kind, tuple(weight.shape for weight in update.weights))
+            for site, update in self.updates()
         )
 
 
@@ -185,7 +185,7 @@ class RowBits:
         return RowBits(joins, prompts, prompts or _divides(adapter))
 
 
-class AdapterBank:
+class AdapterStack:
     """Adapters of the same shapes that have sequences: their weights, stacked layer by layer.
 
     A stack has never more places than there are such adapters in memory, with sequences or without: on
@@ -196,8 +196,8 @@ class AdapterBank:
         self.adapters: list[Adapter] = []
         self.loaded = 0
         """Adapters of these shapes that are in memory, with sequences or without."""
-        self.stacks: dict[Place, tuple[Tensor, ...]] = {}
-        self.computes = {place: update.compute for place, update in like.updates()}
+        self.weights: dict[Site, tuple[Tensor, ...]] = {}
+        self.computes = {site: update.compute for site, update in like.updates()}
         self.bits = bits
         self._capacity = 0
 
@@ -209,17 +209,17 @@ class AdapterBank:
             # Twice, so that adapters that come one after the other are not copied each time.
             grown = min(2 * self._capacity, self.loaded)
             self._resize(max(adapter.slot + 1, grown), adapter)
-        for place, update in adapter.updates():
-            for stack, weight in zip(self.stacks[place], update.weights, strict=True):
-                stack[adapter.slot].copy_(weight)
+        for site, update in adapter.updates():
+            for mine, weight in zip(self.weights[site], update.weights, strict=True):
+                mine[adapter.slot].copy_(weight)
 
     def remove(self, adapter: Adapter) -> None:
         """Let go of its weights: the last adapter's come to their place."""
         last = self.adapters.pop()
         if last is not adapter:
-            for stacks in self.stacks.values():
-                for stack in stacks:
-                    stack[adapter.slot].copy_(stack[last.slot])
+            for weights in self.weights.values():
+                for weight in weights:
+                    weight[adapter.slot].copy_(weight[last.slot])
             self.adapters[adapter.slot], last.slot = last, adapter.slot
         adapter.slot = -1
         # Not at half already: one that comes and goes beside the others would copy them each time.
@@ -235,24 +235,24 @@ class AdapterBank:
 
     def _resize(self, capacity: int, like: Adapter) -> None:
         kept = min(self._capacity, capacity)
-        for place, update in like.updates():
-            old = self.stacks.pop(place, ())
+        for site, update in like.updates():
+            old = self.weights.pop(site, ())
             new = tuple(weight.new_empty(capacity, *weight.shape) for weight in update.weights)
             for mine, theirs in zip(new, old, strict=False):
                 mine[:kept] = theirs[:kept]
-            self.stacks[place] = new
+            self.weights[site] = new
         self._capacity = capacity
 
 
 Update = Callable[[Tensor], Tensor]
-"""What is added at a place, ``[R, O]``, to what the layer there gives for the rows ``[R, I]``."""
+"""What is added at a site, ``[R, O]``, to what the layer there gives for the rows ``[R, I]``."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a pass that have adapters of one bank: ``M`` for each of ``P`` weights of a stack."""
+    """Rows of a pass that have adapters of one stack: ``M`` for each of ``P`` weights of a stack."""
 
-    bank: AdapterBank
+    stack: AdapterStack
     row_Q: Tensor
     """The row of the pass at each of the ``Q = P * M`` places; any where there is none."""
     count: int
@@ -262,12 +262,12 @@ class _Part:
     in_order: bool = False
     """Whether all rows of the pass, in their order, are those of one matrix."""
 
-    def update_at(self, place: Place) -> Update:
+    def update_at(self, site: Site) -> Update:
         """What the adapters add there, ``[P * M, O]``; ``[R, O]`` where all are ``in_order``."""
-        compute = self.bank.computes[place]
+        compute = self.stack.computes[site]
         weights = [
-            stack[self.slots.start : self.slots.stop].expand(self.count, *stack.shape[1:])
-            for stack in self.bank.stacks[place]
+            weight[self.slots.start : self.slots.stop].expand(self.count, *weight.shape[1:])
+            for weight in self.stack.weights[site]
         ]
         if self.in_order:
             return lambda x_RI: compute(x_RI[None], *weights)[0]
@@ -291,23 +291,23 @@ class _Pass:
     parts: list[_Part] = field(default_factory=list)
     places: list[dict[int, int]] = field(default_factory=list)
     """For each part, where it has the rows of the pass."""
-    _updates: dict[Place, Update | None] = field(default_factory=dict)
+    _updates: dict[Site, Update | None] = field(default_factory=dict)
     _places_R: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def update(self, place: Place, x_RI: Tensor) -> Tensor | None:
-        """What is added at ``place``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
-        if place not in self._updates:
-            self._updates[place] = self._update_at(place, x_RI)
-        update = self._updates[place]
+    def update(self, site: Site, x_RI: Tensor) -> Tensor | None:
+        """What is added at ``site``, ``[R, O]``, to what the layer gives for or as ``x_RI``."""
+        if site not in self._updates:
+            self._updates[site] = self._update_at(site, x_RI)
+        update = self._updates[site]
         return None if update is None else update(x_RI)
 
-    def _update_at(self, place: Place, x_RI: Tensor) -> Update | None:
+    def _update_at(self, site: Site, x_RI: Tensor) -> Update | None:
         present = tuple(
-            index for index, part in enumerate(self.parts) if place in part.bank.computes
+            index for index, part in enumerate(self.parts) if site in part.stack.computes
         )
         if not present:
             return None
-        updates = [self.parts[index].update_at(place) for index in present]
+        updates = [self.parts[index].update_at(site) for index in present]
         if self.parts[present[0]].in_order:
             return updates[0]
         if present not in self._places_R:
@@ -365,7 +365,7 @@ class SharedBase:
         self.running = _Pass()
         self.mixed: Any = None
         """The base with a layer for rows of several adapters wherever one of them has its own."""
-        self._banks: dict[Hashable, AdapterBank] = {}
+        self._stacks: dict[Hashable, AdapterStack] = {}
         self._bits: dict[Hashable, RowBits] = {}
         """Of shapes that came last."""
         self._adds_inside: dict[Hashable, bool] = {}
@@ -381,8 +381,8 @@ class SharedBase:
         """
         adapter = Adapter.of(network, self.network)
         if adapter.layers:
-            bank = self._banks.get(adapter.shapes)
-            known = self._bits.get(adapter.shapes) if bank is None else bank.bits
+            stack = self._stacks.get(adapter.shapes)
+            known = self._bits.get(adapter.shapes) if stack is None else stack.bits
             adapter.bits = known or RowBits.of(adapter, self.adds_inside)
         return adapter
 
@@ -403,24 +403,24 @@ class SharedBase:
             if not isinstance(self.mixed.get_submodule(name), StackedLayer):
                 stacked = partial(StackedLayer, name=name, shared=self)
                 replace_modules(self.mixed, [name], stacked)
-        if adapter.shapes not in self._banks:
+        if adapter.shapes not in self._stacks:
             self._bits.pop(adapter.shapes, None)
             self._bits[adapter.shapes] = adapter.bits
-            if len(self._bits) > SHAPES:
+            if len(self._bits) > KNOWN_SHAPES:
                 del self._bits[next(iter(self._bits))]
-            self._banks[adapter.shapes] = AdapterBank(adapter, adapter.bits)
-        self._banks[adapter.shapes].loaded += 1
+            self._stacks[adapter.shapes] = AdapterStack(adapter, adapter.bits)
+        self._stacks[adapter.shapes].loaded += 1
 
     def remove(self, adapter: Adapter) -> None:
         """Let go of what was taken in, as soon as its last sequence has ended."""
-        if adapter.layers and adapter.shapes in self._banks:  # else the base was closed before
-            self._banks[adapter.shapes].unload(adapter)
+        if adapter.layers and adapter.shapes in self._stacks:  # else the base was closed before
+            self._stacks[adapter.shapes].unload(adapter)
             self._drop_unused(adapter)
 
     def enter(self, adapter: Adapter, sequences: int = 1) -> None:
         """So many sequences of it begin."""
         if adapter.layers and not adapter.sequences:
-            self._banks[adapter.shapes].add(adapter)
+            self._stacks[adapter.shapes].add(adapter)
             self.running = _Pass()
         adapter.sequences += sequences
 
@@ -428,14 +428,14 @@ class SharedBase:
         """One of them ended."""
         adapter.sequences -= 1
         if adapter.layers and not adapter.sequences:
-            self._banks[adapter.shapes].remove(adapter)
+            self._stacks[adapter.shapes].remove(adapter)
             self._drop_unused(adapter)
 
     def _drop_unused(self, adapter: Adapter) -> None:
         self.running = _Pass()  # the last one may have had rows of it, or of adapters that moved
-        bank = self._banks[adapter.shapes]
-        if not (bank.loaded or bank.adapters):
-            del self._banks[adapter.shapes]
+        stack = self._stacks[adapter.shapes]
+        if not (stack.loaded or stack.adapters):
+            del self._stacks[adapter.shapes]
 
     def mixes_prompts(self, adapter: Adapter) -> bool:
         """Whether tokens of its prompts may be rows beside those of others (:meth:`model_of`)."""
@@ -459,19 +459,21 @@ class SharedBase:
                 rows.setdefault(adapter.shapes, {}).setdefault(adapter, []).append(row)
         self.running = _Pass(own)
         for shapes, part in rows.items():
-            self._divide(self._banks[shapes], part)
+            self._divide(self._stacks[shapes], part)
         return self.mixed
 
-    def _divide(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
-        """The parts that rows of the adapters of one bank are computed in."""
-        if bank.bits.joins:
-            self._divide_joined(bank, rows)
+    def _divide(self, stack: AdapterStack, rows: dict[Adapter, list[int]]) -> None:
+        """The parts that rows of the adapters of one stack are computed in."""
+        if stack.bits.joins:
+            self._divide_joined(stack, rows)
             return
         for adapter, own in rows.items():
-            for first in range(0, len(own), ALONE):
-                self._append(bank, [_fill(own[first : first + ALONE], ALONE)], adapter.slots)
+            for first in range(0, len(own), UNJOINED_ROWS):
+                self._append(
+                    stack, [_fill(own[first : first + UNJOINED_ROWS], UNJOINED_ROWS)], adapter.slots
+                )
 
-    def _divide_joined(self, bank: AdapterBank, rows: dict[Adapter, list[int]]) -> None:
+    def _divide_joined(self, stack: AdapterStack, rows: dict[Adapter, list[int]]) -> None:
         """One product of a part of the stack for adapters of few rows, one more for each other one."""
 
         def slots_of(most: int) -> range:
@@ -481,29 +483,29 @@ class SharedBase:
 
         def cost(most: int) -> float:
             apart = sum(len(own) > most for own in rows.values())
-            each = 1 + _round_up(most) * ROW
-            together = PART + len(slots_of(most)) * each if apart < len(rows) else 0.0
-            return apart * (PART + 1) + together
+            each = 1 + _round_up(most) * ROW_COST
+            together = PRODUCT_COST + len(slots_of(most)) * each if apart < len(rows) else 0.0
+            return apart * (PRODUCT_COST + 1) + together
 
         most = min({0, *map(len, rows.values())}, key=cost)
         slots, count = slots_of(most), _round_up(most)
         row_PM = [[-1] * count for _ in slots]
         for adapter, own in rows.items():
             if len(own) > most:
-                self._append(bank, [_fill(own, _round_up(len(own)))], adapter.slots)
+                self._append(stack, [_fill(own, _round_up(len(own)))], adapter.slots)
             else:
                 row_PM[adapter.slot - slots.start] = _fill(own, count)
         if row_PM:
-            self._append(bank, row_PM, slots)
+            self._append(stack, row_PM, slots)
 
-    def _append(self, bank: AdapterBank, row_PM: list[list[int]], slots: range) -> None:
+    def _append(self, stack: AdapterStack, row_PM: list[list[int]], slots: range) -> None:
         """Rows of the adapters in ``slots``, one after the other, or all of the one there."""
         rows = [row for part in row_PM for row in part]
         self.running.places.append({row: place for place, row in enumerate(rows) if row >= 0})
         row_Q = torch.tensor(rows).clamp(min=0).to(self.network.device)
-        whole = bank.bits.joins and len(row_PM) == 1
+        whole = stack.bits.joins and len(row_PM) == 1
         in_order = whole and rows == [*range(len(self.running.adapters))]
-        self.running.parts.append(_Part(bank, row_Q, len(row_PM), slots, in_order))
+        self.running.parts.append(_Part(stack, row_Q, len(row_PM), slots, in_order))
 
 
 def _kind_of(layer: Any) -> Hashable:
@@ -543,7 +545,7 @@ def _trial_updates(adapter: Adapter) -> Iterator[tuple[RowUpdate, Tensor, list[T
         first, second = _thirds(x_MI.shape[1])
         x_MI[:, first] *= large
         x_MI[:, second] = -x_MI[:, first]
-        stacks = [random_like(weight, MANY, *weight.shape) for weight in update.weights]
+        stacks = [random_like(weight, MANY_ADAPTERS, *weight.shape) for weight in update.weights]
         for number, stack in enumerate(stacks):
             if stack.dim() < 3:
                 continue
@@ -571,8 +573,10 @@ def _joins(adapter: Adapter) -> bool:
     """
     for update, x_MI, stacks in _trial_updates(adapter):
         expected_MO = update.compute(x_MI[None], *(stack[:1] for stack in stacks))[0]
-        for count in JOINED:
-            for others in BESIDE if count > 2 * ROW_STEP else (*BESIDE, MANY):
+        for count in TRIED_ROWS:
+            for others in (
+                TRIED_ADAPTERS if count > 2 * ROW_STEP else (*TRIED_ADAPTERS, MANY_ADAPTERS)
+            ):
                 x_PMI = x_MI[:count].repeat(others, 1, 1)
                 y_PMO = update.compute(x_PMI, *(stack[:others] for stack in stacks))
                 if not torch.equal(y_PMO[0], expected_MO[:count]):
