@@ -330,7 +330,7 @@ def test_adapters_that_are_gone_leave_nothing_with_their_base(pool: ModelPool, b
         while any(each() is not None for each in layers) and time.monotonic() < until:
             gc.collect()  # its last sequence is freed behind the last piece
         assert not [each for each in layers if each() is not None], name
-    assert not shared._banks
+    assert not shared._stacks
 
 
 def test_a_prompt_that_is_read_as_its_adapter_goes_is_not_remembered(
@@ -399,4 +399,4 @@ def test_an_adapter_that_fails_half_loaded_leaves_nothing_with_its_base(
     monkeypatch.setattr("luthier.serving.sandboxed_text.serving_format", fail)
     with pytest.raises(InferenceFailed, match="cannot be loaded"):
         pool.submit(NAMES[0], asked())
-    assert not pool._entries[base].model._backend._shared._banks
+    assert not pool._entries[base].model._backend._shared._stacks
