@@ -144,7 +144,7 @@ def _without_effect(request: ControlRequest) -> Iterator[str]:
     if "customModelKmsKeyId" in request.members:
         yield (
             "customModelKmsKeyId is shown again and has no effect: there is no KMS here. Models are "
-            "encrypted where the server was started with --encryption-key."
+            "encrypted where the server was given a key of its own for that."
         )
     if "vpcConfig" in request.members:
         yield "vpcConfig is shown again and has no effect: jobs run in the network of the worker."
