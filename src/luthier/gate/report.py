@@ -240,6 +240,7 @@ def has_content(summary: Any) -> bool:
 
 _DROPPED = (
     "label.contradiction",
+    "label.several",
     "preference.contradiction",
     "target.says_nothing",
     "target.equals_input",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
@@ -39,6 +41,15 @@ UNEVEN = Rule(
     "them count more with `objective.class_weights=balanced` (of `objective.method=classification`).",
     whole=True,
 )
+SEVERAL = Rule(
+    "label.several",
+    "warning",
+    "A row has several labels, or none, and nearly all others have one.",
+    "For these few rows the whole model is made to give any number of labels to a row, also none.",
+    "Write one label in each row; where several are meant, say `objective.multi_label=true`.",
+)
+FEW_SEVERAL = 0.1
+"""Share of the rows up to which several labels may be a mistake."""
 FEWEST = 8
 """Rows of a class: the fewest with which Tunstall et al. (SetFit, arXiv:2209.11055) report figures."""
 FREQUENT = 5
@@ -48,33 +59,53 @@ MOST_COMPARED = 1000
 SHOWN = 200
 """Labels of the summary, the most frequent first."""
 
-_Counts = dict[str, tuple[int, int]]
-"""Of each label, its rows and the line of the first."""
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels of a batch."""
+
+    counts: Mapping[str, tuple[int, int]]
+    """Of each label, its rows and the index of the first."""
+    rows: int
+    """Rows that have labels or tags."""
+    tagged: bool
+    """Whether these are tags."""
+    arrays: int
+    """Rows whose labels are an array."""
+    several: Mapping[int, int]
+    """Labels of the rows that do not have one, by their index."""
 
 
 class Balance(Check):
     """Labels of texts, and names of what words are tagged as."""
 
     name: ClassVar[str] = "balance"
-    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN)
+    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN, SEVERAL)
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
         """Where an objective is fitted to the rows, that says what it cannot learn."""
-        return cls(fitted=known.chat is not None)
+        chosen = getattr(known.objective, "multi_label", None)
+        return cls(fitted=known.chat is not None, by_rows=chosen is None)
 
-    def __init__(self, fitted: bool = False) -> None:
+    def __init__(self, fitted: bool = False, by_rows: bool = True) -> None:
         self.fitted = fitted
         """Whether labels that cannot be learned at all are found by fitting the objective."""
+        self.by_rows = by_rows
+        """Whether the rows decide that a row may have several labels."""
         self.counts: dict[str, Counter[str]] = {}
         """Rows of each label, by split."""
         self._places: dict[tuple[str, str], Place] = {}
         self._rows: Counter[str] = Counter()
-        self._tagged = self._several = False
+        self._tagged = False
+        self._several: dict[str, tuple[array[int], array[int]]] = {}
+        """By split, numbers and labels of the rows that do not have one label."""
+        self._arrays: Counter[str] = Counter()
+        """Rows whose labels are an array, by split."""
 
-    def measure(self, batch: RowBatch) -> tuple[_Counts, int, bool, bool]:
-        """Labels of the batch, rows that have any, and whether they are tags or several a row."""
-        counts: _Counts = {}
+    def measure(self, batch: RowBatch) -> _Labels:
+        """Labels of the batch, rows that have any, and those whose labels are not one."""
+        counts: dict[str, tuple[int, int]] = {}
         labelled = 0
         for index, row in enumerate(batch.rows):
             names = set(labels_of(row))
@@ -83,21 +114,24 @@ class Balance(Check):
                 count, first = counts.get(name, (0, index))
                 counts[name] = (count + 1, first)
         tagged = any(isinstance(row, TaggedWords) for row in batch.rows)
-        several = any(
-            isinstance(row, Labelled) and not isinstance(row.label, str) for row in batch.rows
-        )
-        return counts, labelled, tagged, several
+        arrays = {
+            index: len(row.label)
+            for index, row in enumerate(batch.rows)
+            if isinstance(row, Labelled) and not isinstance(row.label, str)
+        }
+        several = {index: count for index, count in arrays.items() if count != 1}
+        return _Labels(counts, labelled, tagged, len(arrays), several)
 
-    def take(
-        self, where: BatchLines, measured: tuple[_Counts, int, bool, bool], findings: Findings
-    ) -> None:
+    def take(self, where: BatchLines, measured: _Labels, findings: Findings) -> None:
         """Add up, and remember where each label comes first."""
-        counts, labelled, tagged, several = measured
-        self._rows[where.split] += labelled
-        self._tagged |= tagged
-        self._several |= several
+        self._rows[where.split] += measured.rows
+        self._tagged |= measured.tagged
+        self._arrays[where.split] += measured.arrays
+        numbers, labels = self._several.setdefault(where.split, (array("q"), array("q")))
+        numbers.extend(where.first + index for index in measured.several)
+        labels.extend(measured.several.values())
         total = self.counts.setdefault(where.split, Counter())
-        for name, (count, first) in counts.items():
+        for name, (count, first) in measured.counts.items():
             total[name] += count
             self._places.setdefault((where.split, name), where.place(first))
 
@@ -108,6 +142,7 @@ class Balance(Check):
         train = self.counts.get("train", Counter())
         if self._rows["train"]:
             self._judge(train, findings)
+            self._find_several(places, findings)
         self._spelling(findings)
         for split, counts in self.counts.items():
             for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
@@ -117,7 +152,7 @@ class Balance(Check):
                 findings.add(Finding(UNSEEN, self._places[split, name], message))
 
     def _judge(self, train: Counter[str], findings: Findings) -> None:
-        if len(train) == 1 and not (self._tagged or self._several or self.fitted):
+        if len(train) == 1 and not (self._tagged or self._takes_several or self.fitted):
             name = next(iter(train))
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
@@ -145,6 +180,26 @@ class Balance(Check):
             place = Place(self._places["train", often].file, 0)
             findings.add(Finding(UNEVEN, place, message))
 
+    @property
+    def _takes_several(self) -> bool:
+        """Whether the training rows say that a row may have several labels, as objectives judge it."""
+        rows = self._rows["train"]
+        return bool(self._several.get("train", ((),))[0]) or (0 < rows == self._arrays["train"])
+
+    def _find_several(self, places: Places, findings: Findings) -> None:
+        """Rows of several labels among such of one."""
+        rows = self._rows["train"]
+        numbers, labels = self._several["train"]
+        if not self.by_rows or self._arrays["train"] > FEW_SEVERAL * rows:
+            return
+        for number, count in zip(numbers, labels, strict=True):
+            has = f"{count} labels" if count else "no label"
+            message = (
+                f"the row has {has}, and {rows - len(numbers):,} of the {rows:,} rows have one: this "
+                "makes a model of several labels per row."
+            )
+            findings.add(Finding(SEVERAL, places.place(number), message))
+
     def _spelling(self, findings: Findings) -> None:
         """Names that are one to people."""
         first: dict[str, tuple[str, Place]] = {}
@@ -166,7 +221,13 @@ class Balance(Check):
         chosen = [name for name, _ in names.most_common(SHOWN)]
         return {
             "labels": len(names),
-            "kind": "tags" if self._tagged else "labels",
+            "kind": (
+                "tags"
+                if self._tagged
+                else "several labels per row"
+                if self._takes_several
+                else "labels"
+            ),
             "rows": dict(self._rows),
             "splits": {
                 split: {"counts": {name: counts[name] for name in chosen if name in counts}}
