@@ -166,6 +166,21 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
     assert "stands in ⟦ ⟧" in shown(force_terminal=True)
 
 
+def test_rows_of_several_files_are_shown_with_their_file(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    heads = []
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.jsonl", {"prompt": "q", "completion": name})
+        report = luthier.inspect(tmp_path, base=str(tiny_model_folder))
+        out = Console(file=StringIO(), width=100, highlight=False)
+        print_report(report, out)
+        heads.append([each for each in ("line 1", "a.jsonl:1", "b.jsonl:1")
+                      if f"train, {each}" in out.file.getvalue()])  # type: ignore[attr-defined]  # fmt: skip
+        assert ("<span>a.jsonl:1</span>" in report.html()) == (name == "b")
+    assert heads == [["line 1"], ["a.jsonl:1", "b.jsonl:1"]]
+
+
 def test_an_image_is_given_and_its_label_learned(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:

@@ -22,6 +22,7 @@ from luthier.gate.report import (
     next_steps,
     severities,
     short_place,
+    shown_place,
     token_runs,
     verdict_line,
     worst_rows,
@@ -62,7 +63,7 @@ def page(report: Report) -> str:
         facts=_facts(report),
         rules=[_rule(report, rule) for rule in found.rules()],
         severities=[(name, count[name]) for name in reversed(SEVERITIES) if count[name]],
-        seen=[(split, [_row(row) for row in each["shown"]])
+        seen=[(split, [_row(row, shown_place(report, split, row)) for row in each["shown"]])
               for split, each in tokens.items() if each["shown"]],
         open_rows=OPEN,
         lengths=list(_lengths(report)),
@@ -133,11 +134,11 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
     }
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A row as the model reads it."""
     source = row["source"]
     return {
-        "line": row["line"],
+        "place": place,
         "tokens": len(row["tokens"]) + len(source),
         "source": token_runs(source, [False] * len(source)),
         "runs": token_runs(row["tokens"], row["learned"]),

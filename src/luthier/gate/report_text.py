@@ -24,6 +24,7 @@ from luthier.gate.report import (
     list_places,
     next_steps,
     short_place,
+    shown_place,
     token_runs,
     verdict_line,
 )
@@ -231,7 +232,9 @@ def _samples(report: Report, console: Console, rows: int) -> None:
     _heading(f"What the model sees; what it learns to write {marked}", console)
     for split, shown in splits.items():
         for row in shown:
-            console.print(Line(f"{split}, line {row['line']}", align="left", style="dim"))
+            console.print(
+                Line(f"{split}, {shown_place(report, split, row)}", align="left", style="dim")
+            )
             console.print(_row(row, coloured))
             if row["taught"]:
                 console.print(Text(f"learns: {printable(row['taught'])}", "bold green"))

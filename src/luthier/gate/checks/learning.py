@@ -61,6 +61,7 @@ LONGEST = 10
 class ShownRow:
     """A row as the model sees it, for people."""
 
+    file: str
     line: int
     pieces: tuple[str, ...]
     """Its tokens as text, personal data and secrets masked."""
@@ -255,6 +256,7 @@ class Learning(SpotCheck):
         whole = first.target is None or len(first.target) == len(first) > 1
         taught = objective.describe(example)
         return ShownRow(
+            row.file,
             row.line,
             mask_pieces(self.chat.pieces(first.ids_T.tolist()), private),
             tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
@@ -320,6 +322,7 @@ class Learning(SpotCheck):
                     ],
                     "shown": [
                         {
+                            "file": row.file,
                             "line": row.line,
                             "source": list(row.source),
                             "tokens": list(row.pieces),
