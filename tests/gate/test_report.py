@@ -303,7 +303,7 @@ def test_every_fix_is_of_a_rule_there_is_and_makes_a_plan() -> None:
     assert not [rule for rule in FIXES if rule not in rules and not rule.startswith(kinds)]
     assert {rule for rule in rules if rule.startswith(kinds)} - {"privacy.unchecked"} <= set(FIXES)
     for name, value in set(FIXES.values()):
-        key = name[2:]
+        key = name[2:].replace("-", "_")
         given: Any = [value] if key in ("drop", "redact") else value or True
         CleaningPlan.of({key: given, "base": "any"})
 

@@ -381,10 +381,11 @@ def _inner_rows_fix(record: Record) -> str:
 def _letter_case_fix(record: Record) -> str:
     """How to call keys that are ours but for capitals and white space; empty where that is no shape."""
     own = {key.strip().lower(): key for key in record}
-    if len(own) < len(record) or not any(k.matches(own) for k in SHAPES.values()):
+    kinds = [kind for kind in SHAPES.values() if kind.matches({**own})]
+    if len(own) < len(record) or not kinds:
         return ""
-    names = {ours: own[ours] for kind in SHAPES.values() if kind.matches(own)
-             for ours in sorted(kind.source_keys() & own.keys()) if own[ours] != ours}  # fmt: skip
+    keys = frozenset[str]().union(*(kind.source_keys() for kind in kinds))
+    names = {ours: key for ours, key in own.items() if ours in keys and ours != key}
     steps = " and ".join(f'{quote(theirs)} to "{ours}"' for ours, theirs in names.items())
     return f"Rename {steps}. Or say {_mapping(names)}."
 

@@ -270,6 +270,7 @@ FIXES: Mapping[str, tuple[str, str]] = {
     "duplicate.exact": ("--dedupe", "exact"),
     "duplicate.near": ("--dedupe", "near"),
     "label.imbalance": ("--balance", "down"),
+    "label.spelling": ("--merge-labels", ""),
 }
 """Option and value by rule. ``--balance`` is never proposed, as it costs good rows."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
@@ -29,7 +31,8 @@ SPELLING = Rule(
     "warning",
     "Names of labels differ in letter case, white space or punctuation only.",
     "They are learned as two classes with the same meaning.",
-    "Write the label in one way.",
+    "Write the label in one way, or let `luthier clean SOURCE TARGET --merge-labels` write each in its "
+    "most frequent one.",
     whole=True,
 )
 UNEVEN = Rule(
@@ -157,8 +160,9 @@ class Balance(Check):
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
+        usual = spellings(train)  # `label.spelling` speaks of the others
         for name, count in sorted(train.items()):
-            if count < FEWEST:
+            if count < FEWEST and name not in usual:
                 message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."
                 fix = (
@@ -201,15 +205,16 @@ class Balance(Check):
             findings.add(Finding(SEVERAL, places.place(number), message))
 
     def _spelling(self, findings: Findings) -> None:
-        """Names that are one to people."""
-        first: dict[str, tuple[str, Place]] = {}
+        """Names that are one to people: each is compared with the most frequent of them."""
+        first: dict[str, Place] = {}
         for (_, name), place in self._places.items():
-            other, where = first.setdefault(normalize(name.replace("_", " ")), (name, place))
-            if other != name:
-                message = (
-                    f"the label {quote(name)} differs from {quote(other)} in its spelling only."
-                )
-                findings.add(Finding(SPELLING, place, message, others=(where,)))
+            first.setdefault(name, place)
+        usual = spellings(sum(self.counts.values(), Counter()))
+        for name in (name for name in first if name in usual):
+            message = (
+                f"the label {quote(name)} differs from {quote(usual[name])} in its spelling only."
+            )
+            findings.add(Finding(SPELLING, first[name], message, others=(first[usual[name]],)))
 
     def summary(self) -> Mapping[str, Any]:
         """Rows of each label in each split, labelled rows, and how many labels there are."""
@@ -234,6 +239,25 @@ class Balance(Check):
                 for split, counts in self.counts.items()
             },
         }
+
+
+SpellingKey = tuple[str, ...]
+_SIGN = re.compile(r"(?<!\w)-(?=\d)|#")
+"""Punctuation that makes another label: -1 is not 1, and C# is not C."""
+
+
+@lru_cache(4096)
+def spelling_key(name: str) -> SpellingKey:
+    """What names have in common that differ in letter case, white space or punctuation only."""
+    return (normalize(name.replace("_", " ")), *_SIGN.findall(name))
+
+
+def spellings(counts: Counter[str]) -> dict[str, str]:
+    """For each name that has a more frequent spelling, that one; of equals the first."""
+    usual: dict[SpellingKey, str] = {}
+    for name, _ in counts.most_common():
+        usual.setdefault(spelling_key(name), name)
+    return {name: chosen for name in counts if (chosen := usual[spelling_key(name)]) != name}
 
 
 def labels_of(row: Row) -> Iterable[str]:
