@@ -181,6 +181,24 @@ def test_rows_of_several_files_are_shown_with_their_file(
     assert heads == [["line 1"], ["a.jsonl:1", "b.jsonl:1"]]
 
 
+@pytest.mark.parametrize("last", ["a", ["a"], ["a", "b"], []])
+def test_a_model_of_several_labels_per_row_is_said(
+    tmp_path: Path, family_folder: Callable[[str], Path], last: str | list[str]
+) -> None:
+    rows = [{"text": f"the dog {n}", "label": "ab"[n % 2]} for n in range(9)]
+    source = written(tmp_path / "a.jsonl", *rows, {"text": "the fox", "label": last})
+    report = luthier.inspect(source, base=str(family_folder("bert")))
+    out = Console(file=StringIO(), width=200, highlight=False)
+    print_report(report, out)
+    several = last in (["a", "b"], [])
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert ("classification, several labels per row, on " in text) == several
+    assert ("several labels per row, for " in report.html()) == several
+    assert [str(each.place) for each in report.findings.examples.get("label.several", ())] == (
+        [f"{source}:10"] if several else []
+    )
+
+
 def test_an_image_is_given_and_its_label_learned(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:

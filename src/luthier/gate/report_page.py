@@ -86,7 +86,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
         yield f"{split} rows", f"{rows:,}", report.forms.get(split, "")
     summary = report.summaries.get("learning", {})
     if objective := summary.get("objective"):
-        yield "objective", str(objective), f"for {report.base}"
+        several = "several labels per row, " if summary["several_labels"] else ""
+        yield "objective", str(objective), f"{several}for {report.base}"
     splits = learning_splits(report)
     if tokens := sum(each["tokens"] for each in splits.values()):
         shares = dict.fromkeys(learned_share(each) for each in splits.values())
