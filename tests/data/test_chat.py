@@ -337,6 +337,16 @@ def test_the_text_of_each_token(family: str, family_folder: Callable[[str], Any]
     )
 
 
+def test_a_character_of_several_tokens_is_whole(new_tokenizer: Callable[..., Any]) -> None:
+    chat = ChatFormat.of(new_tokenizer(), "plain")
+    ids = chat.tokenizer("Thổ 日本 😀\ufffd dog")["input_ids"]
+    pieces = chat.pieces(ids)
+    assert len(pieces) == len(ids) > len("".join(pieces))
+    assert "".join(pieces).startswith("Thổ 日本 😀")
+    cut = chat.pieces(chat.tokenizer("ổ")["input_ids"][:1])
+    assert cut == ["\ufffd"]  # the rest is not there
+
+
 def test_a_byte_level_vocabulary_may_hold_a_token_like_a_word_piece(
     new_tokenizer: Callable[..., Any],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tracemalloc
@@ -220,7 +221,6 @@ def test_empty_file(folder: Path, name: str, data: bytes, said: str) -> None:
         (b'{"a":1}\n\0', "binary data"),
         (b"\xfd7zXZ\x00abc", "xz"),
         (b"PK\x03\x04abc", "zip archive"),
-        ('{"a":1}'.encode("utf-16"), "UTF-16"),
         (b'{"a":1}' + bytes(range(1, 8)), "binary data"),
     ],
 )
@@ -231,6 +231,16 @@ def test_binary_file(folder: Path, name: str, data: bytes, said: str) -> None:
     problem = only(problems, folder / name, 0, "file.binary")
     assert said in problem.message
     assert ".jsonl" in problem.fix and ".txt" in problem.fix
+
+
+@pytest.mark.parametrize("start", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE])
+def test_utf_16_names_the_command_that_converts_it(folder: Path, start: bytes) -> None:
+    order = "le" if start == codecs.BOM_UTF16_LE else "be"
+    records, problems = read_bytes(folder, start + "a,b".encode(f"utf-16-{order}"), "b.csv")
+    assert records == []
+    problem = only(problems, folder / "b.csv", 0, "file.binary")
+    assert "UTF-16 text" in problem.message
+    assert "iconv -f UTF-16 -t UTF-8 " in problem.fix
 
 
 def test_nul_after_the_head_is_found_where_it_stands(folder: Path) -> None:

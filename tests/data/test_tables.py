@@ -187,7 +187,9 @@ def test_a_header_that_is_missing_is_said(tmp_path: Path) -> None:
         load_rows(path)
     assert caught.value.problems[0].rule == "row.unknown_shape"
     assert '"How are you?", "Fine"' in caught.value.problems[0].message
-    assert "`data.columns.prompt=COLUMN`" in caught.value.problems[0].fix
+    fix = caught.value.problems[0].fix
+    assert fix.startswith("The file seems to have no header line: put one")
+    assert "`prompt,completion`" in fix
 
 
 # --- Parquet --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from luthier.data.rows import load_rows
 from luthier.errors import DataError, LuthierError, RecipeError
 from luthier.gate.clean import CleaningSummary, changes_path, clean, summary_path
 from luthier.gate.clean_plan import CleaningPlan
+from luthier.gate.report import cleaning_command
 from luthier.gate.selection import Selector
 from real_data import FOLDER, needs_data
 
@@ -177,6 +178,38 @@ def test_a_repair_may_make_rows_equal_and_one_of_them_goes(tmp_path: Path) -> No
     done = cleaned(written(tmp_path / "a.jsonl", *rows), target, normalize=True, dedupe="exact")
     assert read(target) == rows[:1]
     assert (done.dropped, done.changed) == ({"duplicate.exact": 1}, {})
+
+
+def test_spellings_of_a_label_become_the_most_frequent_one(tmp_path: Path) -> None:
+    labels = ["refund", "refund", "Refund", " refund ", "-1", "1", "C", "C#", ["top_up", "Top up"]]
+    rows = [{"id": n, "text": f"t {n}", "label": x, "b": "Refund"} for n, x in enumerate(labels)]
+    rows += [
+        {"id": 20, "text": "t 2", "label": "refund"},
+        {"id": 21, "text": "t", "label": "top_up"},
+    ]
+    source, target = written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl"
+    before = luthier.inspect(source, base=None)
+    assert before.findings.counts["label.spelling"] == 3
+    assert "label.contradiction" not in before.findings.counts  # as rows 3 and 10 say the same
+    assert "a-clean.jsonl --merge-labels" in cleaning_command(before)
+    done = cleaned(source, target, merge_labels=True)
+    now = ["refund"] * 4 + ["-1", "1", "C", "C#", ["top_up"]]
+    assert read(target) == [
+        {**row, "label": label} for row, label in zip(rows, [*now, "refund", "top_up"], strict=True)
+    ]
+    assert done.edits["merge_labels"] == {
+        '"Refund" to "refund"': 1, '" refund " to "refund"': 1, '"Top up" to "top_up"': 1,
+    }  # fmt: skip
+    assert [(each["line"], each["detail"]) for each in log_of(target)] == [
+        (3, '"Refund" to "refund"'), (4, '" refund " to "refund"'), (9, '"Top up" to "top_up"'),
+    ]  # fmt: skip
+    assert "label.spelling" not in luthier.inspect(target, base=None).findings.counts
+
+
+def test_names_of_tags_are_merged_too(tmp_path: Path) -> None:
+    rows = [{"tokens": ["a", "b"], "tags": ["O", f"B-{name}"]} for name in ("Loc", "loc", "loc")]
+    cleaned(written(tmp_path / "a.jsonl", *rows), tmp_path / "b.jsonl", merge_labels=True)
+    assert {row["tags"][1] for row in read(tmp_path / "b.jsonl")} == {"B-loc"}
 
 
 def test_nothing_private_is_in_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

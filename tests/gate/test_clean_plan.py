@@ -55,6 +55,7 @@ def test_every_edit_is_a_field_of_the_plan() -> None:
     assert set(EDITS) <= set(CleaningPlan.model_fields)
     every = {
         "normalize": True,
+        "merge_labels": True,
         "redact": ["all"],
         "split_long": True,
         "truncate": "end",

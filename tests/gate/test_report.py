@@ -166,6 +166,39 @@ def test_learned_text_stands_in_brackets_where_there_are_no_colours(
     assert "stands in ⟦ ⟧" in shown(force_terminal=True)
 
 
+def test_rows_of_several_files_are_shown_with_their_file(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    heads = []
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.jsonl", {"prompt": "q", "completion": name})
+        report = luthier.inspect(tmp_path, base=str(tiny_model_folder))
+        out = Console(file=StringIO(), width=100, highlight=False)
+        print_report(report, out)
+        heads.append([each for each in ("line 1", "a.jsonl:1", "b.jsonl:1")
+                      if f"train, {each}" in out.file.getvalue()])  # type: ignore[attr-defined]  # fmt: skip
+        assert ("<span>a.jsonl:1</span>" in report.html()) == (name == "b")
+    assert heads == [["line 1"], ["a.jsonl:1", "b.jsonl:1"]]
+
+
+@pytest.mark.parametrize("last", ["a", ["a"], ["a", "b"], []])
+def test_a_model_of_several_labels_per_row_is_said(
+    tmp_path: Path, family_folder: Callable[[str], Path], last: str | list[str]
+) -> None:
+    rows = [{"text": f"the dog {n}", "label": "ab"[n % 2]} for n in range(9)]
+    source = written(tmp_path / "a.jsonl", *rows, {"text": "the fox", "label": last})
+    report = luthier.inspect(source, base=str(family_folder("bert")))
+    out = Console(file=StringIO(), width=200, highlight=False)
+    print_report(report, out)
+    several = last in (["a", "b"], [])
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert ("classification, several labels per row, on " in text) == several
+    assert ("several labels per row, for " in report.html()) == several
+    assert [str(each.place) for each in report.findings.examples.get("label.several", ())] == (
+        [f"{source}:10"] if several else []
+    )
+
+
 def test_an_image_is_given_and_its_label_learned(
     tmp_path: Path, family_folder: Callable[[str], Path]
 ) -> None:
@@ -288,7 +321,7 @@ def test_every_fix_is_of_a_rule_there_is_and_makes_a_plan() -> None:
     assert not [rule for rule in FIXES if rule not in rules and not rule.startswith(kinds)]
     assert {rule for rule in rules if rule.startswith(kinds)} - {"privacy.unchecked"} <= set(FIXES)
     for name, value in set(FIXES.values()):
-        key = name[2:]
+        key = name[2:].replace("-", "_")
         given: Any = [value] if key in ("drop", "redact") else value or True
         CleaningPlan.of({key: given, "base": "any"})
 

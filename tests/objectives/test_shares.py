@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +89,27 @@ def test_a_new_classifier_starts_with_the_shares_of_the_classes_where_its_head_h
     if family in ("llama", "gpt2"):  # transformers' head of decoders has no bias
         wanted_C = torch.tensor([0.5, 0.5])
     torch.testing.assert_close(scores_C.sigmoid() if multi else scores_C.softmax(-1), wanted_C)
+
+
+@pytest.mark.parametrize(
+    ("labels", "several"),
+    [
+        (("a", "b"), False),
+        (("a", "b", ("a",)), False),  # one label, in an array
+        (("a", "b", ("a", "b")), True),
+        (("a", "b", ()), True),
+        ((("a",), ("b",)), True),
+    ],
+)
+def test_rows_say_whether_they_have_several_labels(
+    labels: tuple[Any, ...], several: bool, family_folder: Callable[[str], Path]
+) -> None:
+    chat, rows = load_chat_format(family_folder("bert")), [one_label(label) for label in labels]
+    objective = Classification().fit(rows, chat)
+    assert objective.multi_label is several
+    assert [np.size(objective.encode(row, 0, chat).target) for row in rows] == [
+        2 if several else 1
+    ] * len(rows)
 
 
 def test_shares_of_the_labelled_rows_are_those_of_semi_supervised_learning(

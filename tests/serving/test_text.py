@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningMarks
 from luthier.serving.inference import Score
-from luthier.serving.text import BROKEN, AnswerText, Detokenizer, StopFinder
+from luthier.serving.text import AnswerText, Detokenizer, StopFinder
 
 
 @settings(deadline=None, max_examples=60)

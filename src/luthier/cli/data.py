@@ -169,6 +169,12 @@ def clean(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Remove hidden characters; CRLF to LF; NFC.")
     ] = False,
+    merge_labels: Annotated[
+        bool,
+        typer.Option(
+            "--merge-labels", help="Write labels that differ in case or blanks in one way."
+        ),
+    ] = False,
     redact: Annotated[
         list[str] | None,
         typer.Option(help="Pseudonyms for email, phone, card ..., or all; may be repeated."),
@@ -223,7 +229,8 @@ def clean(
     from luthier.sdk.data import clean as run
 
     fixes = {
-        "normalize": normalize or None, "redact": redact, "redact_key_env": redact_key_env,
+        "normalize": normalize or None, "merge_labels": merge_labels or None, "redact": redact,
+        "redact_key_env": redact_key_env,
         "split_long": split_long or None, "truncate": truncate, "drop": drop, "dedupe": dedupe,
         "balance": int(balance) if balance and balance.isdecimal() else balance, "seed": seed,
         "base": base, "objective": objective,

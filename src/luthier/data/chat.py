@@ -65,6 +65,8 @@ TemplateSettings = Annotated[
     Field(max_length=16),
 ]
 """``chat_template_kwargs`` of recipes and requests."""
+BROKEN, MOST_SHARING = "\ufffd", 8
+"""What decoding gives for a part of a character, and tokens in which whole ones are looked for."""
 ONE_T, NO_TARGET = np.ones(1, np.float32), np.zeros(0)
 """What all rows of one token share: of a million, an array for each would take 230 MB."""
 ONE_T.flags.writeable = NO_TARGET.flags.writeable = False
@@ -519,7 +521,10 @@ class ChatFormat:
         return split_reply(reasoning_after(self, prompt_T), self.decode(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token, for showing them one after the other."""
+        """The text of each token, for showing them one after the other.
+
+        A character that several tokens share stands whole at the first of them; the others are empty.
+        """
         media = self.media is not None and len(ids) == 1 and ids[0] >= self.tokenizer.vocab_size
         if self.media is not None and (media or not self.has_tokenizer):
             return [f"<{self.media.kind}>"] * len(ids)  # its id is that of its content
@@ -530,7 +535,16 @@ class ChatFormat:
             # Word pieces carry no spaces: a piece that continues a word is marked instead.
             return [name[2:] if name.startswith("##") else f" {name}" for name in names]
         with panics_refused():
-            return [str(self.tokenizer.decode([int(i)])) for i in ids]
+            texts = [str(self.tokenizer.decode([int(i)])) for i in ids]
+            for start, text in enumerate(texts):
+                if BROKEN not in text:
+                    continue
+                for stop in range(start + 2, min(start + MOST_SHARING, len(ids)) + 1):
+                    whole = str(self.tokenizer.decode([int(i) for i in ids[start:stop]]))
+                    if BROKEN not in whole:
+                        texts[start:stop] = [whole, *[""] * (stop - start - 1)]
+                        break
+        return texts
 
     @cached_property
     def longest_token(self) -> int:

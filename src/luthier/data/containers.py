@@ -146,6 +146,8 @@ def refuse_binary(data: bytes) -> None:
         return
     message = f"The file is not UTF-8 text; it looks like {kind or 'binary data'}."
     fix = f"Unpack or convert it, then name the result. {_SUPPORTED}."
+    if kind == "UTF-16 text":
+        fix = "Save the file as UTF-8, or run: iconv -f UTF-16 -t UTF-8 OLD > NEW."
     raise Unreadable("file.binary", message, fix)
 
 

@@ -13,12 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from luthier.data.fields import RENAMES, FieldChecker, column_fix, list_keys, read_words, rename_fix
-from luthier.data.forms import Form, extra_keys, forms_of
+from luthier.data.forms import KEYS, Form, extra_keys, forms_of
 from luthier.data.media import PLURAL, Media, media_kind
 from luthier.data.parsing import Record, quote
 from luthier.data.read import find_container, read_records, source_size
 from luthier.data.shapes import (
     BARE_MEDIA,
+    LONGEST_CLASS,
     SHAPES,
     BareImage,
     CaptionedImage,
@@ -52,8 +53,18 @@ _ALL_SHAPES = ", ".join(
 )
 _BESIDE_TEXT = ("label", "rating", "tags")
 """What makes another shape of a text: misspelt, it would be left out without a word."""
-_LABEL_NAMES = ("label", "labels", "class", "category", "species", "target", "tag", "y")
-"""What people call the column with the class of an image or a sound."""
+_LABEL_NAMES = (
+    "label", "labels", "class", "category", "species", "target", "tag", "y",
+    "intent", "sentiment", "topic",
+)  # fmt: skip
+"""What people call the column with the class of a text, an image or a sound."""
+_TEXT_NAMES = (
+    "text", "message", "sentence", "review", "content", "body", "utterance", "query", "comment",
+    "tweet", "document",
+)  # fmt: skip
+"""What people call the column with a text that has a class."""
+_NAME_WORDS = 4
+"""Words that the name of a column has at most; what has more is a text."""
 _ASKED = (PromptCompletion, PromptOnly, Conversation)
 _VALUES_TELL = frozenset(("label", "thumb", "rating", "score"))
 """Keys whose values tell whether an answer was judged."""
@@ -304,14 +315,17 @@ class Checker(FieldChecker):
         """Report keys that make no shape, with what to rename."""
         has = f"it has the keys {list_keys(record)}" if record else "it has no keys"
         message = f"The row is of no known shape: {has}."
-        if fix := _media_columns_fix(record):
+        renamed = rename_fix(record, ("messages",)) or rename_fix(record, ("prompt", "completion"))
+        if fix := (
+            _media_columns_fix(record)
+            or _header_fix(record)
+            or _inner_rows_fix(record)
+            or _letter_case_fix(record)
+            or (not renamed and _text_columns_fix(record))
+        ):
             self.report("row.unknown_shape", message, fix)
             return
-        renamed = (
-            rename_fix(record, ("messages",))
-            or rename_fix(record, ("prompt", "completion"))
-            or rename_fix(record, ("text",))
-        )
+        renamed = renamed or rename_fix(record, ("text",))
         fix = (
             "say which column is what: `data.columns.text=COLUMN` and `data.columns.label=COLUMN` to "
             "classify, `data.columns.prompt=COLUMN` and `data.columns.completion=COLUMN` to write."
@@ -334,6 +348,68 @@ def _media_columns_fix(record: Record) -> str:
     return (
         f"{quote(place)} holds paths of {PLURAL[kind]}: say `data.columns.{kind}={place}`{beside}."
     )
+
+
+def _header_fix(record: Record) -> str:
+    """What to say where the names of the columns are a row of data themselves; else empty."""
+    if any(name.strip().lower() in KEYS for name in record) or not any(
+        len(name.split()) > _NAME_WORDS or name.endswith(("?", "!")) or record[name] == name
+        for name in record
+    ):
+        return ""
+    return (
+        "The file seems to have no header line: put one with the names of the columns first, such as "
+        "`text,label` or `prompt,completion`."
+    )
+
+
+def _inner_rows_fix(record: Record) -> str:
+    """Where the rows lie, if that is an array under a key; else empty."""
+    for key, value in record.items():
+        row = value[0] if isinstance(value, list) and value else None
+        if isinstance(row, dict) and (
+            forms_of(row) or any(k.matches(row) for k in SHAPES.values())
+        ):
+            place = f".{key}" if key.isidentifier() else f".[{quote(key)}]"
+            return (
+                f"The rows lie inside {quote(key)}: write that array alone, as by "
+                f"`jq -c '{place}[]' OLD > NEW.jsonl`."
+            )
+    return ""
+
+
+def _letter_case_fix(record: Record) -> str:
+    """How to call keys that are ours but for capitals and white space; empty where that is no shape."""
+    own = {key.strip().lower(): key for key in record}
+    kinds = [kind for kind in SHAPES.values() if kind.matches({**own})]
+    if len(own) < len(record) or not kinds:
+        return ""
+    keys = frozenset[str]().union(*(kind.source_keys() for kind in kinds))
+    names = {ours: key for ours, key in own.items() if ours in keys and ours != key}
+    steps = " and ".join(f'{quote(theirs)} to "{ours}"' for ours, theirs in names.items())
+    return f"Rename {steps}. Or say {_mapping(names)}."
+
+
+def _text_columns_fix(record: Record) -> str:
+    """Which columns are likely a text and its class, by their names and what they hold; else empty."""
+    texts = {key: value for key, value in record.items() if isinstance(value, str)}
+    short = [key for key, value in texts.items() if 0 < len(value) <= LONGEST_CLASS]
+    labels = [key for key in short if key.strip().lower() in _LABEL_NAMES]
+    if not labels and len(texts) == 2:
+        labels = [key for key in short if len(texts[key].split()) == 1]
+    others = [key for key in texts if key not in labels]
+    text = [key for key in others if key.strip().lower() in _TEXT_NAMES] or [
+        key for key in others if len(texts[key].split()) >= _NAME_WORDS
+    ]
+    if len(labels) != 1 or len(text) != 1:
+        return ""
+    mapping = _mapping({"text": text[0], "label": labels[0]})
+    return f"If {quote(text[0])} is a text and {quote(labels[0])} its class, say {mapping}."
+
+
+def _mapping(names: Columns) -> str:
+    """The settings that call the columns so."""
+    return " ".join(f"`data.columns.{ours}={theirs}`" for ours, theirs in names.items())
 
 
 class PromptChecker(Checker):

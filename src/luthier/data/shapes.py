@@ -261,6 +261,11 @@ class Labelled(Shape):
         """Its labels, also where it is the only one."""
         return (self.label,) if isinstance(self.label, str) else self.label
 
+    @property
+    def has_one_label(self) -> bool:
+        """Whether that is one, alone or in an array; not none, and not several."""
+        return isinstance(self.label, str) or len(self.label) == 1
+
     def targets(self) -> tuple[str, ...]:
         """Its labels, sorted."""
         return tuple(sorted(self.labels))

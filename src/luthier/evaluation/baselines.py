@@ -298,7 +298,7 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
     """Names and ways to answer ``held``, the quickest first."""
     rows, learned = (*train, *held), len(train)
     if labelled := of_shape(Labelled, rows):
-        single = all(isinstance(row.label, str) for row in labelled)
+        single = all(row.has_one_label for row in labelled)
         methods = _label_methods if single else _label_set_methods
         yield from methods(labelled[:learned], labelled[learned:])
     elif rated := of_shape(RatedText, rows):
@@ -310,7 +310,7 @@ def _methods(train: Sequence[Row], held: Sequence[Row]) -> Iterator[_Method]:
 
 
 def _label_methods(train: Sequence[Labelled], held: Sequence[Labelled]) -> Iterator[_Method]:
-    labels = [str(row.label) for row in train]
+    labels = [row.labels[0] for row in train]
     names = sorted(set(labels))
     frequent = Counter(labels).most_common(1)[0][0]
     yield _Method(

@@ -72,11 +72,9 @@ def single_labels(
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """The label of each row, and the answer to it; empty where one of them has none, or several."""
     pairs = [
-        (row.label, answer)
+        (row.labels[0], answer)
         for row, answer in zip(rows, answers, strict=True)
-        if isinstance(row, Labelled)
-        and isinstance(row.label, str)
-        and isinstance(answer.get("label"), str)
+        if isinstance(row, Labelled) and row.has_one_label and isinstance(answer.get("label"), str)
     ]
     return pairs if len(pairs) == len(rows) else []
 

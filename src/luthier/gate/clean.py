@@ -24,7 +24,7 @@ from luthier.data.convert import format_of
 from luthier.data.forms import TARGETS, Form, extra_keys
 from luthier.data.parsing import Record
 from luthier.data.rows import Checker, Columns, RowReader
-from luthier.data.shapes import TaggedWords
+from luthier.data.shapes import Labelled, TaggedWords
 from luthier.data.sources import Source
 from luthier.data.writers import ColumnNames, Writer, check_columns, check_target, writer_of
 from luthier.errors import (
@@ -38,6 +38,7 @@ from luthier.errors import (
 from luthier.files import new_file, write_json
 from luthier.gate.check import CheckContext, Split
 from luthier.gate.checks import all_rules
+from luthier.gate.checks.balance import labels_of, spellings
 from luthier.gate.clean_plan import CleaningPlan, pseudonym_key
 from luthier.gate.edits import Edit, EditContext, RowDraft, edits_for
 from luthier.gate.selection import Selection, Selector
@@ -122,7 +123,10 @@ def clean(
     beside = changes_path(target), summary_path(target)
     check_target(target, beside, [source, *held.values()], overwrite or dry_run)
     key = pseudonym_key(plan)
-    context = EditContext(plan, _load_context(plan, on_stage), key)
+    labels: Mapping[str, str] = {}
+    if plan.merge_labels:
+        labels = spellings(Counter(n for row in RowReader(source, columns) for n in labels_of(row)))
+    context = EditContext(plan, _load_context(plan, on_stage), key, labels)
     work = _Cleaning(source, columns, context, on_progress)
     summary = CleaningSummary(str(source), str(target), str(changes_path(target)), dry_run=dry_run)
     selection = Selection(())
@@ -421,6 +425,8 @@ def _replace_texts(draft: RowDraft, row: Row, given: Record) -> Record:
         else map_texts(value, lambda text: changed.get(text, text))
         for key, value in given.items()
     }
+    if isinstance(draft.row, Labelled) and isinstance(row, Labelled):
+        made |= draft.row.label_record() if draft.row.label != row.label else {}
     if isinstance(draft.row, TaggedWords):
         made["tokens"] = list(draft.row.tokens)
         if "tags" in made:

@@ -36,6 +36,9 @@ class CleaningPlan(StrictModel):
     normalize: bool = False
     """Remove control characters, byte order marks and what else nobody sees, write CRLF as LF, and
     put letters into their usual form (NFC)."""
+    merge_labels: bool = False
+    """Write labels that differ in letter case, white space or punctuation only as the most frequent of
+    them."""
     redact: tuple[str, ...] = ()
     """Replace personal data and secrets of these kinds by pseudonyms; `all` for all kinds."""
     redact_key_env: str | None = None
@@ -79,8 +82,8 @@ class CleaningPlan(StrictModel):
     def _check(self) -> Self:
         if not (self.edits or self.dropped_rules or self.refused_rules or self.balance):
             raise ValueError(
-                "nothing is asked for; choose from --normalize, --redact, --split-long, --truncate, "
-                "--drop, --dedupe and --balance"
+                "nothing is asked for; choose from --normalize, --merge-labels, --redact, "
+                "--split-long, --truncate, --drop, --dedupe and --balance"
             )
         for kind in self.redact:
             if kind not in (*KINDS, "all"):
@@ -106,7 +109,8 @@ class CleaningPlan(StrictModel):
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the edits that are asked for."""
-        asked = {"normalize": self.normalize, "redact": self.redact, "split_long": self.split_long,
+        asked = {"normalize": self.normalize, "merge_labels": self.merge_labels,
+                 "redact": self.redact, "split_long": self.split_long,
                  "truncate": self.truncate}  # fmt: skip
         return tuple(name for name, wanted in asked.items() if wanted)
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from luthier.data.chat import ChatFormat, token_spans
-from luthier.data.parsing import Record
-from luthier.data.shapes import JudgedAnswers, RawText, TaggedWords
+from luthier.data.parsing import Record, quote
+from luthier.data.shapes import JudgedAnswers, Labelled, RawText, TaggedWords
 from luthier.errors import RecipeError, RowRefused
 from luthier.gate.check import CheckContext, RowBatch
+from luthier.gate.checks.balance import labels_of
 from luthier.gate.checks.encoding import remove_hidden
 from luthier.gate.checks.learning import Learning
 from luthier.gate.pii import KINDS, Finder, PiiKind, PiiSpan, replace_items
@@ -47,6 +48,8 @@ class EditContext:
     """The model that rows are to fit, where there is one."""
     key: bytes | None = field(default=None, repr=False)
     """Key of pseudonyms."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """For each label that is written in another way more often, that one."""
 
 
 class Edit(ABC):
@@ -128,6 +131,39 @@ def _strip_text(text: str, done: Counter[str]) -> str:
         return text
     done += found
     return mended
+
+
+class MergeLabels(Edit):
+    """Writes labels, and names of tags, as the most frequent of their spellings; mends
+    ``label.spelling``."""
+
+    name: ClassVar[str] = "merge_labels"
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        super().__init__()
+        self.labels = labels
+
+    @classmethod
+    def of(cls, context: EditContext) -> Self:
+        """As all labels of the source say."""
+        return cls(context.labels)
+
+    def apply(self, draft: RowDraft) -> tuple[list[RowDraft], str]:
+        """Rename the labels of the row; an array names each once."""
+        row, renamed = draft.row, [*dict.fromkeys(each for each in labels_of(draft.row)
+                                                  if each in self.labels)]  # fmt: skip
+        if not renamed:
+            return [draft], ""
+        words = [f"{quote(name)} to {quote(self.labels[name])}" for name in renamed]
+        self.counts.update(words)
+        if isinstance(row, TaggedWords):
+            tags = [tag[:2] + self.labels.get(tag[2:], tag[2:]) for tag in row.tags or ()]
+            row = replace(row, tags=tuple(tags))
+        elif isinstance(row, Labelled):
+            names = dict.fromkeys(self.labels.get(name, name) for name in row.labels)
+            label = next(iter(names)) if isinstance(row.label, str) else tuple(names)
+            row = replace(row, label=label)  # type: ignore[call-arg]
+        return [RowDraft(row, draft.further)], ", ".join(words)
 
 
 _LETTERS = 10
@@ -461,7 +497,7 @@ def _ends(text: str, chat: ChatFormat) -> list[int]:
     return ends
 
 
-_KINDS: tuple[type[Edit], ...] = (Strip, Redact, SplitLong, Truncate)
+_KINDS: tuple[type[Edit], ...] = (Strip, MergeLabels, Redact, SplitLong, Truncate)
 EDITS: Mapping[str, type[Edit]] = {kind.name: kind for kind in _KINDS}
 """By name. Hidden characters go first, as they may stand inside an address or a number."""
 

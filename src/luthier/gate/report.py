@@ -139,6 +139,12 @@ class TokenRun:
     """Tokens that stand here in the row and are not shown."""
 
 
+def shown_place(report: Report, split: Split, row: Mapping[str, Any]) -> str:
+    """Where a row that is shown stands: its line, with its file where the split has several."""
+    place = Place(row["file"], row["line"])
+    return short_place(place) if len(report.files[split]) > 1 else f"line {row['line']}"
+
+
 def token_runs(tokens: Sequence[str], learned: Sequence[bool]) -> list[TokenRun]:
     """The tokens of a row in as few pieces as they have colours, with the middle of long ones cut."""
     head, tail = (len(tokens), len(tokens)) if len(tokens) <= TOKENS else (120, len(tokens) - 240)
@@ -240,6 +246,7 @@ def has_content(summary: Any) -> bool:
 
 _DROPPED = (
     "label.contradiction",
+    "label.several",
     "preference.contradiction",
     "target.says_nothing",
     "target.equals_input",
@@ -263,6 +270,7 @@ FIXES: Mapping[str, tuple[str, str]] = {
     "duplicate.exact": ("--dedupe", "exact"),
     "duplicate.near": ("--dedupe", "near"),
     "label.imbalance": ("--balance", "down"),
+    "label.spelling": ("--merge-labels", ""),
 }
 """Option and value by rule. ``--balance`` is never proposed, as it costs good rows."""
 

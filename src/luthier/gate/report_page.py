@@ -22,6 +22,7 @@ from luthier.gate.report import (
     next_steps,
     severities,
     short_place,
+    shown_place,
     token_runs,
     verdict_line,
     worst_rows,
@@ -62,7 +63,7 @@ def page(report: Report) -> str:
         facts=_facts(report),
         rules=[_rule(report, rule) for rule in found.rules()],
         severities=[(name, count[name]) for name in reversed(SEVERITIES) if count[name]],
-        seen=[(split, [_row(row) for row in each["shown"]])
+        seen=[(split, [_row(row, shown_place(report, split, row)) for row in each["shown"]])
               for split, each in tokens.items() if each["shown"]],
         open_rows=OPEN,
         lengths=list(_lengths(report)),
@@ -85,7 +86,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str, str]]:
         yield f"{split} rows", f"{rows:,}", report.forms.get(split, "")
     summary = report.summaries.get("learning", {})
     if objective := summary.get("objective"):
-        yield "objective", str(objective), f"for {report.base}"
+        several = "several labels per row, " if summary["several_labels"] else ""
+        yield "objective", str(objective), f"{several}for {report.base}"
     splits = learning_splits(report)
     if tokens := sum(each["tokens"] for each in splits.values()):
         shares = dict.fromkeys(learned_share(each) for each in splits.values())
@@ -133,11 +135,11 @@ def _rule(report: Report, rule: Rule) -> dict[str, Any]:
     }
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A row as the model reads it."""
     source = row["source"]
     return {
-        "line": row["line"],
+        "place": place,
         "tokens": len(row["tokens"]) + len(source),
         "source": token_runs(source, [False] * len(source)),
         "runs": token_runs(row["tokens"], row["learned"]),

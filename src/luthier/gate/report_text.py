@@ -24,6 +24,7 @@ from luthier.gate.report import (
     list_places,
     next_steps,
     short_place,
+    shown_place,
     token_runs,
     verdict_line,
 )
@@ -93,7 +94,10 @@ def _head(report: Report, console: Console) -> None:
         what.append(printable(", ".join(names[:3]) + (" …" if len(names) > 3 else "")), "dim")
         facts.add_row(split, f"{report.rows.get(split, 0):,} rows", what)
     if objective := report.summaries.get("learning", {}).get("objective"):
-        facts.add_row("learns", "", f"{objective} on {report.base}")
+        several = (
+            ", several labels per row," if report.summaries["learning"]["several_labels"] else ""
+        )
+        facts.add_row("learns", "", f"{objective}{several} on {report.base}")
     console.print(facts)
     for why in dict.fromkeys(report.left_out.values()):
         names = [name for name, reason in report.left_out.items() if reason == why]
@@ -228,7 +232,9 @@ def _samples(report: Report, console: Console, rows: int) -> None:
     _heading(f"What the model sees; what it learns to write {marked}", console)
     for split, shown in splits.items():
         for row in shown:
-            console.print(Line(f"{split}, line {row['line']}", align="left", style="dim"))
+            console.print(
+                Line(f"{split}, {shown_place(report, split, row)}", align="left", style="dim")
+            )
             console.print(_row(row, coloured))
             if row["taught"]:
                 console.print(Text(f"learns: {printable(row['taught'])}", "bold green"))

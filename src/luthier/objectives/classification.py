@@ -159,8 +159,7 @@ class Classification(Objective):
 
     def fit(self, rows: Sequence[Row], chat: ChatFormat) -> Self:
         """Count the classes, and see whether rows have several."""
-        several = any(isinstance(row.label, tuple) for row in rows if isinstance(row, Labelled))
-        multi = several if self.multi_label is None else self.multi_label
+        multi = learns_several(rows) if self.multi_label is None else self.multi_label
         seen = Counter(n for row in rows if isinstance(row, Labelled) for n in row.labels)
         found = self.labels or tuple(sorted(seen))
         if len(found) < (1 if multi else 2):
@@ -203,10 +202,11 @@ class Classification(Objective):
         example = chat.encode_input(row, index)
         if not isinstance(row, Labelled):
             return example
-        if isinstance(row.label, tuple) and not self.multi_label:
+        if not row.has_one_label and not self.multi_label:
+            count = "no label" if not row.labels else f"{len(row.labels)} labels"
             raise RowRefused(
                 "label.mixed",
-                "the row has an array of labels, and the objective takes one label a row.",
+                f"the row has {count}, and the objective takes one label a row.",
                 "Write one label, or use `objective.multi_label=true`.",
             )
         target = self._target(row.labels)
@@ -331,6 +331,17 @@ class Classification(Objective):
         if self.multi_label:
             return {"label": [name for name, p in scores.items() if p > 0.5], "scores": scores}
         return {"label": max(scores, key=scores.__getitem__), "scores": scores}
+
+
+def learns_several(rows: Sequence[Row]) -> bool:
+    """Whether rows say that a row may have several labels: one does not have one, or all are arrays.
+
+    An array of one label among single ones is a way to write it, no other task.
+    """
+    labelled = [row for row in rows if isinstance(row, Labelled)]
+    return not all(row.has_one_label for row in labelled) or not any(
+        isinstance(row.label, str) for row in labelled
+    )
 
 
 @cache

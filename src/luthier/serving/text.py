@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from luthier.data.chat import BROKEN
 from luthier.data.reasoning import ReasoningFormat, ReasoningSplitter, overlap
 from luthier.serving.inference import Score
-
-BROKEN = "\ufffd"
 
 
 class Detokenizer:

@@ -57,3 +57,11 @@ def test_of_raw_text_the_characters_count_and_of_labels_the_rows_of_each() -> No
     (message,) = messages([half])
     assert message.startswith("the text has 50,000 characters in all; from 100,000 on")
     assert messages([LabelledText("f", 1, text="a", label="b")] * 2) == []
+
+
+def test_texts_of_several_files_are_said_of_their_folder() -> None:
+    texts = [RawText(f"d/{name}.txt", 1, "x" * 30) for name in ("a", "b/c")]
+    report = inspect_rows({"train": texts}, [Amount()])
+    (found,) = report.findings.examples["rows.few"]
+    assert str(found.place) == "d"
+    assert found.message.startswith("the texts of 2 files have 60 characters in all; ")

@@ -81,6 +81,28 @@ def test_one_class_that_drowns_the_others_is_a_note() -> None:
     assert report.findings.exit_code == 0
 
 
+def test_few_rows_of_several_labels_among_such_of_one_are_named() -> None:
+    report = inspect_rows({"train": rows(*"ab" * 20, ("a", "b"), ("a",), ())}, [Balance()])
+    assert messages(report)["label.several"] == [
+        f"train:{line}: the row has {has}, and 41 of the 43 rows have one: "
+        "this makes a model of several labels per row."
+        for line, has in ((41, "2 labels"), (43, "no label"))
+    ]
+    assert report.summaries["balance"]["kind"] == "several labels per row"
+    assert report.findings.exit_code == 1
+
+
+def test_several_labels_that_are_meant_are_no_finding() -> None:
+    several = rows(*"ab" * 10, ("a", "b"))
+    meant = inspect_rows({"train": several}, [Balance(by_rows=False)])
+    often = inspect_rows({"train": rows(*"ab" * 10, *[("a", "b")] * 3)}, [Balance()])
+    arrays = inspect_rows({"train": rows(*[("a",), ("b",)] * 10, ("a", "b"))}, [Balance()])
+    one = inspect_rows({"train": rows(*"ab" * 10, ("a",))}, [Balance()])
+    assert not any(each.findings.counts for each in (meant, often, arrays, one))
+    kinds = [each.summaries["balance"]["kind"] for each in (often, arrays, one)]
+    assert kinds == ["several labels per row", "several labels per row", "labels"]
+
+
 def test_several_labels_tags_and_rows_without_any() -> None:
     report = inspect_rows({"train": rows(*[("a", "b"), ("a",), ()] * 8)}, [Balance()])
     assert not report.findings.counts

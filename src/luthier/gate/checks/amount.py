@@ -5,6 +5,7 @@ Of labels and tags the rows of each class count (``balance``), of raw text the c
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import ClassVar, Self
 
@@ -40,7 +41,7 @@ class Amount(Check):
         self._rows: Counter[str] = Counter()
         """Training rows of each shape."""
         self._characters = 0
-        self._file = ""
+        self._files: dict[str, None] = {}
 
     def measure(self, batch: RowBatch) -> tuple[Counter[str], int]:
         """Rows by shape, and characters of raw text."""
@@ -54,16 +55,18 @@ class Amount(Check):
         if where.split == "train":
             self._rows += measured[0]
             self._characters += measured[1]
-            self._file = self._file or where.file
+            self._files[where.file] = None
 
     def finish(self, places: Places, findings: Findings) -> None:
         """Say what is little."""
         if len(self._rows) != 1 or (self.fitted and self._rows.total() == 1):
             return
-        (shape, count), place = next(iter(self._rows.items())), Place(self._file, 0)
+        (shape, count), one = next(iter(self._rows.items())), len(self._files) == 1
+        place = Place(next(iter(self._files)) if one else os.path.commonpath(self._files), 0)
         enough = SHAPES[shape].enough
         if shape == "text" and self._characters < ENOUGH_CHARACTERS:
-            message = f"the text has {self._characters:,} characters in all; "
+            what = "the text has" if one else f"the texts of {len(self._files):,} files have"
+            message = f"{what} {self._characters:,} characters in all; "
             message += f"from {ENOUGH_CHARACTERS:,} on it teaches more than a few phrases."
             findings.add(Finding(FEW, place, message, "Add text."))
         elif count < enough:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from luthier.data.parsing import quote
@@ -27,7 +31,8 @@ SPELLING = Rule(
     "warning",
     "Names of labels differ in letter case, white space or punctuation only.",
     "They are learned as two classes with the same meaning.",
-    "Write the label in one way.",
+    "Write the label in one way, or let `luthier clean SOURCE TARGET --merge-labels` write each in its "
+    "most frequent one.",
     whole=True,
 )
 UNEVEN = Rule(
@@ -39,6 +44,15 @@ UNEVEN = Rule(
     "them count more with `objective.class_weights=balanced` (of `objective.method=classification`).",
     whole=True,
 )
+SEVERAL = Rule(
+    "label.several",
+    "warning",
+    "A row has several labels, or none, and nearly all others have one.",
+    "For these few rows the whole model is made to give any number of labels to a row, also none.",
+    "Write one label in each row; where several are meant, say `objective.multi_label=true`.",
+)
+FEW_SEVERAL = 0.1
+"""Share of the rows up to which several labels may be a mistake."""
 FEWEST = 8
 """Rows of a class: the fewest with which Tunstall et al. (SetFit, arXiv:2209.11055) report figures."""
 FREQUENT = 5
@@ -48,33 +62,53 @@ MOST_COMPARED = 1000
 SHOWN = 200
 """Labels of the summary, the most frequent first."""
 
-_Counts = dict[str, tuple[int, int]]
-"""Of each label, its rows and the line of the first."""
+
+@dataclass(frozen=True)
+class _Labels:
+    """Labels of a batch."""
+
+    counts: Mapping[str, tuple[int, int]]
+    """Of each label, its rows and the index of the first."""
+    rows: int
+    """Rows that have labels or tags."""
+    tagged: bool
+    """Whether these are tags."""
+    arrays: int
+    """Rows whose labels are an array."""
+    several: Mapping[int, int]
+    """Labels of the rows that do not have one, by their index."""
 
 
 class Balance(Check):
     """Labels of texts, and names of what words are tagged as."""
 
     name: ClassVar[str] = "balance"
-    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN)
+    rules: ClassVar[tuple[Rule, ...]] = (ONE_CLASS, UNSEEN, SMALL, SPELLING, UNEVEN, SEVERAL)
 
     @classmethod
     def of(cls, known: CheckContext) -> Self:
         """Where an objective is fitted to the rows, that says what it cannot learn."""
-        return cls(fitted=known.chat is not None)
+        chosen = getattr(known.objective, "multi_label", None)
+        return cls(fitted=known.chat is not None, by_rows=chosen is None)
 
-    def __init__(self, fitted: bool = False) -> None:
+    def __init__(self, fitted: bool = False, by_rows: bool = True) -> None:
         self.fitted = fitted
         """Whether labels that cannot be learned at all are found by fitting the objective."""
+        self.by_rows = by_rows
+        """Whether the rows decide that a row may have several labels."""
         self.counts: dict[str, Counter[str]] = {}
         """Rows of each label, by split."""
         self._places: dict[tuple[str, str], Place] = {}
         self._rows: Counter[str] = Counter()
-        self._tagged = self._several = False
+        self._tagged = False
+        self._several: dict[str, tuple[array[int], array[int]]] = {}
+        """By split, numbers and labels of the rows that do not have one label."""
+        self._arrays: Counter[str] = Counter()
+        """Rows whose labels are an array, by split."""
 
-    def measure(self, batch: RowBatch) -> tuple[_Counts, int, bool, bool]:
-        """Labels of the batch, rows that have any, and whether they are tags or several a row."""
-        counts: _Counts = {}
+    def measure(self, batch: RowBatch) -> _Labels:
+        """Labels of the batch, rows that have any, and those whose labels are not one."""
+        counts: dict[str, tuple[int, int]] = {}
         labelled = 0
         for index, row in enumerate(batch.rows):
             names = set(labels_of(row))
@@ -83,21 +117,24 @@ class Balance(Check):
                 count, first = counts.get(name, (0, index))
                 counts[name] = (count + 1, first)
         tagged = any(isinstance(row, TaggedWords) for row in batch.rows)
-        several = any(
-            isinstance(row, Labelled) and not isinstance(row.label, str) for row in batch.rows
-        )
-        return counts, labelled, tagged, several
+        arrays = {
+            index: len(row.label)
+            for index, row in enumerate(batch.rows)
+            if isinstance(row, Labelled) and not isinstance(row.label, str)
+        }
+        several = {index: count for index, count in arrays.items() if count != 1}
+        return _Labels(counts, labelled, tagged, len(arrays), several)
 
-    def take(
-        self, where: BatchLines, measured: tuple[_Counts, int, bool, bool], findings: Findings
-    ) -> None:
+    def take(self, where: BatchLines, measured: _Labels, findings: Findings) -> None:
         """Add up, and remember where each label comes first."""
-        counts, labelled, tagged, several = measured
-        self._rows[where.split] += labelled
-        self._tagged |= tagged
-        self._several |= several
+        self._rows[where.split] += measured.rows
+        self._tagged |= measured.tagged
+        self._arrays[where.split] += measured.arrays
+        numbers, labels = self._several.setdefault(where.split, (array("q"), array("q")))
+        numbers.extend(where.first + index for index in measured.several)
+        labels.extend(measured.several.values())
         total = self.counts.setdefault(where.split, Counter())
-        for name, (count, first) in counts.items():
+        for name, (count, first) in measured.counts.items():
             total[name] += count
             self._places.setdefault((where.split, name), where.place(first))
 
@@ -108,6 +145,7 @@ class Balance(Check):
         train = self.counts.get("train", Counter())
         if self._rows["train"]:
             self._judge(train, findings)
+            self._find_several(places, findings)
         self._spelling(findings)
         for split, counts in self.counts.items():
             for name in sorted(counts.keys() - train.keys()) if train and not self.fitted else ():
@@ -117,13 +155,14 @@ class Balance(Check):
                 findings.add(Finding(UNSEEN, self._places[split, name], message))
 
     def _judge(self, train: Counter[str], findings: Findings) -> None:
-        if len(train) == 1 and not (self._tagged or self._several or self.fitted):
+        if len(train) == 1 and not (self._tagged or self._takes_several or self.fitted):
             name = next(iter(train))
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
+        usual = spellings(train)  # `label.spelling` speaks of the others
         for name, count in sorted(train.items()):
-            if count < FEWEST:
+            if count < FEWEST and name not in usual:
                 message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."
                 fix = (
@@ -145,16 +184,37 @@ class Balance(Check):
             place = Place(self._places["train", often].file, 0)
             findings.add(Finding(UNEVEN, place, message))
 
+    @property
+    def _takes_several(self) -> bool:
+        """Whether the training rows say that a row may have several labels, as objectives judge it."""
+        rows = self._rows["train"]
+        return bool(self._several.get("train", ((),))[0]) or (0 < rows == self._arrays["train"])
+
+    def _find_several(self, places: Places, findings: Findings) -> None:
+        """Rows of several labels among such of one."""
+        rows = self._rows["train"]
+        numbers, labels = self._several["train"]
+        if not self.by_rows or self._arrays["train"] > FEW_SEVERAL * rows:
+            return
+        for number, count in zip(numbers, labels, strict=True):
+            has = f"{count} labels" if count else "no label"
+            message = (
+                f"the row has {has}, and {rows - len(numbers):,} of the {rows:,} rows have one: this "
+                "makes a model of several labels per row."
+            )
+            findings.add(Finding(SEVERAL, places.place(number), message))
+
     def _spelling(self, findings: Findings) -> None:
-        """Names that are one to people."""
-        first: dict[str, tuple[str, Place]] = {}
+        """Names that are one to people: each is compared with the most frequent of them."""
+        first: dict[str, Place] = {}
         for (_, name), place in self._places.items():
-            other, where = first.setdefault(normalize(name.replace("_", " ")), (name, place))
-            if other != name:
-                message = (
-                    f"the label {quote(name)} differs from {quote(other)} in its spelling only."
-                )
-                findings.add(Finding(SPELLING, place, message, others=(where,)))
+            first.setdefault(name, place)
+        usual = spellings(sum(self.counts.values(), Counter()))
+        for name in (name for name in first if name in usual):
+            message = (
+                f"the label {quote(name)} differs from {quote(usual[name])} in its spelling only."
+            )
+            findings.add(Finding(SPELLING, first[name], message, others=(first[usual[name]],)))
 
     def summary(self) -> Mapping[str, Any]:
         """Rows of each label in each split, labelled rows, and how many labels there are."""
@@ -166,13 +226,38 @@ class Balance(Check):
         chosen = [name for name, _ in names.most_common(SHOWN)]
         return {
             "labels": len(names),
-            "kind": "tags" if self._tagged else "labels",
+            "kind": (
+                "tags"
+                if self._tagged
+                else "several labels per row"
+                if self._takes_several
+                else "labels"
+            ),
             "rows": dict(self._rows),
             "splits": {
                 split: {"counts": {name: counts[name] for name in chosen if name in counts}}
                 for split, counts in self.counts.items()
             },
         }
+
+
+SpellingKey = tuple[str, ...]
+_SIGN = re.compile(r"(?<!\w)-(?=\d)|#")
+"""Punctuation that makes another label: -1 is not 1, and C# is not C."""
+
+
+@lru_cache(4096)
+def spelling_key(name: str) -> SpellingKey:
+    """What names have in common that differ in letter case, white space or punctuation only."""
+    return (normalize(name.replace("_", " ")), *_SIGN.findall(name))
+
+
+def spellings(counts: Counter[str]) -> dict[str, str]:
+    """For each name that has a more frequent spelling, that one; of equals the first."""
+    usual: dict[SpellingKey, str] = {}
+    for name, _ in counts.most_common():
+        usual.setdefault(spelling_key(name), name)
+    return {name: chosen for name in counts if (chosen := usual[spelling_key(name)]) != name}
 
 
 def labels_of(row: Row) -> Iterable[str]:

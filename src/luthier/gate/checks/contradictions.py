@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.data.shapes import JudgedAnswers, MediaRow
+from luthier.data.shapes import JudgedAnswers, Labelled, MediaRow
 from luthier.gate.check import BatchLines, Check, Places, RowBatch, group_finding
+from luthier.gate.checks.balance import spelling_key
 from luthier.gate.columns import MEMORY_LIMIT, ColumnStore, partition
 from luthier.gate.near_duplicates import normalize, rows_by_value
 from luthier.gate.row_keys import hash_texts, key_column
@@ -109,6 +110,8 @@ def _parts(row: Row) -> tuple[int, int, int]:
             return 1, hash_texts("ranking", *asks, "\0", *sorted(answers)), hash_texts(*answers)
         return 0, hash_texts("judged", *asks, "\0", *answers), hash_texts(*row.judgement())
     says = row.targets()
+    if isinstance(row, Labelled):  # of names that are one to people, `label.spelling` speaks
+        says = tuple(sorted("\0".join(spelling_key(name)) for name in row.labels))
     if row.annotated:
         return 0, hash_texts("named", *asks), hash_texts(*says)
     if not says or isinstance(row, MediaRow):  # of one caption there are many images

@@ -61,6 +61,7 @@ LONGEST = 10
 class ShownRow:
     """A row as the model sees it, for people."""
 
+    file: str
     line: int
     pieces: tuple[str, ...]
     """Its tokens as text, personal data and secrets masked."""
@@ -255,6 +256,7 @@ class Learning(SpotCheck):
         whole = first.target is None or len(first.target) == len(first) > 1
         taught = objective.describe(example)
         return ShownRow(
+            row.file,
             row.line,
             mask_pieces(self.chat.pieces(first.ids_T.tolist()), private),
             tuple(bool(weight) and whole for weight in first.weight_T.tolist()),
@@ -306,6 +308,7 @@ class Learning(SpotCheck):
         """
         return {
             "objective": self.objective.method if self.objective else None,
+            "several_labels": self.fitting.several_labels,
             "context": self.context,
             "sampled": self.sampled,
             "splits": {
@@ -319,6 +322,7 @@ class Learning(SpotCheck):
                     ],
                     "shown": [
                         {
+                            "file": row.file,
                             "line": row.line,
                             "source": list(row.source),
                             "tokens": list(row.pieces),
@@ -363,8 +367,15 @@ def _kinds(row: Row) -> Iterable[RowKind]:
         case TaggedWords():
             return {("tag", tag) for tag in row.tags or ()}
         case Labelled():
-            several = "label" if isinstance(row.label, str) else "labels"
-            return [(several, name) for name in dict.fromkeys(row.labels)]
+            # Whether rows have several labels is decided by all three.
+            kind = (
+                "label"
+                if isinstance(row.label, str)
+                else "array"
+                if row.has_one_label
+                else "labels"
+            )
+            return [(kind, name) for name in dict.fromkeys(row.labels or ("",))]
         case RatedText():
             return [("rating", repr(row.rating))]
         case ThumbedReply():
@@ -385,6 +396,8 @@ class ObjectiveFit:
     def __init__(self) -> None:
         self._kept: dict[str, dict[RowKind, tuple[Place, Witness]]] = {}
         self._lines: Counter[str] = Counter()
+        self.several_labels = False
+        """Whether the objective, fitted to the training rows, gives several labels to a row."""
 
     def take(self, where: BatchLines, found: Mapping[RowKind, Witness]) -> None:
         """Those of one batch."""
@@ -421,6 +434,7 @@ class ObjectiveFit:
             if objective.mixed_shapes:  # it needs a second file, which only a job names
                 return []
             raise
+        self.several_labels = bool(getattr(fitted, "multi_label", False))
         return [
             (found, count)
             for split, kept in self._kept.items()
