@@ -31,6 +31,7 @@ from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 from luthier.store.model_folders import (
+    JOB,
     base_folder,
     custom_folder,
     custom_folders,
@@ -220,6 +221,10 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
+    if ":" not in asked:  # the name alone was given
+        names = [split_id(each)[1] for each in known]
+        alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
+        close = [*(known[names.index(name)] for name in alike), *close]
     near = list(dict.fromkeys([*holding, *close]))[:NEAREST]
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     if len(known) <= FEW:
@@ -624,9 +629,10 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
         known = fetch_model(f"{short_name(base)}:{name}", folder)
     if not known:
         others = _ids_of_able(is_able, custom_only=True)
-        raise UnknownModel(
-            f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
-        )
+        message = f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
+        if any(split_id(other)[1].startswith(JOB) for other in others):
+            message += f" `luthier models list` shows what the service calls those named {JOB}…."
+        raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
     note_use(manifest.id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None

@@ -122,7 +122,8 @@ class Balance(Check):
             place = Place(self._places["train", name].file, 0)
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
-        for name, count in sorted(train.items()):
+        by_place = sorted(train.items(), key=lambda each: self._places["train", each[0]].number)
+        for name, count in by_place:
             if count < FEWEST:
                 message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."
