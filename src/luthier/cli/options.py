@@ -95,10 +95,10 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Head of a Ray cluster that runs the processes; this machine has to be a node of it.",
+        help="Head of a Ray cluster that does the work; this machine has to be a node of it.",
     ),
 ]
-RayGpus = Annotated[float, typer.Option(help="GPUs that each process reserves on a node.")]
+RayGpus = Annotated[float, typer.Option(help="GPUs that each process or trial reserves on a node.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]

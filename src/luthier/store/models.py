@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,16 @@ from luthier.errors import (
     SharedStoreAway,
     UnknownModel,
 )
-from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
+from luthier.files import (
+    cached_sha256_of,
+    file_version,
+    hashes_of,
+    lock,
+    luthier_home,
+    need_disk,
+    new_folder,
+    sha256_of,
+)
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.kinds import base_kind, kind_of_network
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
@@ -249,7 +257,7 @@ def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
             if folder.name.startswith(".") or folder.name in CATALOG:
                 continue
             with suppress(FileNotFoundError, NotADirectoryError):
-                found.append((folder.name, *_version(os.stat(f"{folder.path}/{MANIFEST}"))))
+                found.append((folder.name, *file_version(os.stat(f"{folder.path}/{MANIFEST}"))))
     return tuple(sorted(found))
 
 
@@ -369,7 +377,7 @@ def check_whole(model: StoredModel) -> None:
     Raises:
         CorruptFile: with the file.
     """
-    for path, is_there in changed_files(model, _stored_hash):
+    for path, is_there in changed_files(model, cached_sha256_of):
         if path.suffix in _PICTURES:  # they decide nothing
             continue
         if not is_there:
@@ -389,21 +397,6 @@ def changed_files(
 
 
 _RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
-
-
-def _stored_hash(path: Path) -> str:
-    return _hash_of_version(path, _version(path.stat()))
-
-
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was changed."""
-    # Whoever changes a file can set its time of modification back; not that of its change.
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-@lru_cache(maxsize=1024)
-def _hash_of_version(path: Path, version: tuple[int, ...]) -> str:
-    return sha256_of(path)
 
 
 def attach_adapter(network: nn.Module, model: StoredModel) -> None:
@@ -505,7 +498,7 @@ def _has_stored_config(model: StoredModel) -> bool:
     while base.parent is not None:
         base = base.parent
     stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
-    return stored is not None and path.is_file() and _stored_hash(path) == stored
+    return stored is not None and path.is_file() and cached_sha256_of(path) == stored
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
