@@ -71,6 +71,11 @@ def make_files(folder: Path) -> None:
     write(
         folder / "texts.jsonl", ({"text": row["text"]} for row in sample("routes-train.jsonl", 200))
     )
+    words, tags = ["Families", "with", "cancer"], ["O", "O", "B-Disease"]
+    write(
+        folder / "diseases.jsonl",
+        ({"tokens": [str(n), *words], "tags": ["O", *tags]} for n in range(40)),
+    )
     asked = {"question": "Is the sky blue?", "choices": ["no", "yes"], "answer": 1}
     write(folder / "choices.jsonl", ({**asked, "task": task} for task in "aabb"))
     chats = sample("train.jsonl", 80)

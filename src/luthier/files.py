@@ -20,6 +20,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -59,6 +60,22 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_version(status: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was changed."""
+    # Whoever changes a file can set its time of modification back; not that of its change.
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def cached_sha256_of(path: Path) -> str:
+    """As :func:`sha256_of` of a file, computed once for each of its versions by this process."""
+    return _sha256_of_version(path, file_version(path.stat()))
+
+
+@lru_cache(maxsize=1024)
+def _sha256_of_version(path: Path, version: tuple[int, ...]) -> str:
+    return sha256_of(path)
 
 
 def hashes_of(folder: Path, skip: tuple[str, ...] = ()) -> dict[str, str]:

@@ -289,7 +289,8 @@ class Example:
     partner: Example | None = None
     """The next text of the row, where a row is several: what was rejected, beside what was chosen."""
     given: Row | None = None
-    """The row itself, where its texts are needed in training: to grade what the network answers."""
+    """The row itself, where its texts are needed beside its tokens: to grade what the network answers,
+    or to say where in them something was found."""
     group: int | None = None
     """Rows with the same number are computed in one micro-batch, as their loss needs all of them."""
     desirable: bool | None = None

@@ -36,6 +36,7 @@ def test_no_command_shows_the_commands(command: list[str]) -> None:
         (["tune", "x.jsonl", "--epochs", "many"], "--epochs"),
         (["tume", "x.jsonl"], "tume"),
         (["models", "delete", "x"], "delete"),
+        (["models", "compare", "x", "y"], "Did you mean `luthier compare`?"),
         (["generate"], "model"),
     ],
 )

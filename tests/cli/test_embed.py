@@ -202,7 +202,11 @@ def test_embeddings_of_random_weights_are_remarked(
     ):
         assert "small-cnn has random weights" in Answer(*command).good().err
     model_id = tuned(photos, "small_cnn")
-    answer = Answer("embed", model_id, str(photos), "--output", str(target)).good()
+    assert (
+        "--overwrite replaces it"
+        in Answer("embed", model_id, str(photos), "--output", str(target)).refused()
+    )
+    answer = Answer("embed", model_id, str(photos), "--output", str(target), "--overwrite").good()
     assert "random" not in answer.err
 
 

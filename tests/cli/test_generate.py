@@ -101,7 +101,9 @@ def test_generate_answers_a_file_in_order(home: Path, tmp_path: Path) -> None:
     assert [json.loads(line) for line in printed.splitlines()] == expected
     report = Answer(*command, "--json").good().json()
     assert report["completions"] == [row["completion"] for row in expected]
-    report = Answer(*command, "--output", str(target), "--json").good().json()
+    assert "--overwrite replaces it" in Answer(*command, "--output", str(target)).refused()
+    again = ("--output", str(target), "--overwrite", "--json")
+    report = Answer(*command, *again).good().json()
     assert (report["rows"], report["output"]) == (5, str(target))
 
 
@@ -203,6 +205,8 @@ def test_chat_goes_on_and_starts_anew(home: Path) -> None:
     assert turns[5:] == ["", "black", ""]
     again = Answer("chat", MODEL, "--max-tokens", "1", text="colour of sky?\n").good()
     assert "blue" not in again.out
+    unknown = Answer("chat", MODEL, text="/help\ncolour of sky?\n").good().out
+    assert "/help is no command. An empty line starts anew" in unknown and "blue" in unknown
     ended = Answer("chat", MODEL, text="/exit\ncolour of sky?\n").good()
     assert "blue" not in ended.out
 

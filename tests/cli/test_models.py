@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from command_line import MODEL, Answer, memorise
 from stored_files import files_in
 
 from luthier.chat_models.base import Reply
+from luthier.cli.models import print_readers
 from luthier.cli.service import open_database
 from luthier.files import read_json, sha256_of, write_json
 from luthier.models.catalog import CATALOG, PackageSource
@@ -25,6 +27,7 @@ from luthier.store.custom_models import CustomModel
 from luthier.store.database import now
 from luthier.store.model_folders import gguf_folder
 from luthier.store.models import find
+from luthier.workflows.export import Export
 
 
 def test_list_names_bases_and_custom_models(
@@ -54,6 +57,27 @@ def test_a_model_that_is_withheld_is_listed_so(own_home: Path) -> None:
     text = Answer("models", "list").good().out
     (line,) = [line for line in text.splitlines() if line.startswith(MODEL)]
     assert line.rstrip().endswith("withheld")
+
+
+def test_list_makes_no_database_and_stands_one_that_cannot_be_read(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_DATABASE", f"sqlite:///{own_home / 'absent.db'}")
+    assert "service" not in Answer("models", "list", "--json").good().json()["custom"][0]
+    assert not (own_home / "absent.db").exists()
+    monkeypatch.delenv("LUTHIER_DATABASE")
+    (own_home / "luthier.db").write_text("no database" * 100)
+    listed = Answer("models", "list").good()
+    assert MODEL in listed.out and "its database cannot be read" in listed.err
+
+
+def test_an_unknown_id_beside_jobs_points_to_their_names(own_home: Path) -> None:
+    folder = own_home / "models" / "custom" / "tiny-llama"
+    shutil.copytree(folder / "colours", folder / "job-1")
+    record = read_json(folder / "job-1" / MANIFEST)
+    write_json(folder / "job-1" / MANIFEST, record | {"id": "tiny-llama:job-1"})
+    message = Answer("generate", "tiny-llama:support", "hello").refused()
+    assert "shows what the service calls those named job-" in message
 
 
 def test_list_of_an_empty_store_says_what_to_do() -> None:
@@ -239,6 +263,23 @@ def test_export_of_a_base(tiny_model_folder: Path, tmp_path: Path) -> None:
         "there is no model" in Answer("models", "export", "none", str(tmp_path / "other")).refused()
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_export_of_a_network_of_ours_says_what_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Answer("models", "export", "small-cnn", str(tmp_path / "out")).good().out
+    assert "`luthier.models.nets.register()`" in text
+    assert text.endswith("luthier models export small-cnn FOLDER --format onnx\n")
+    adapter = Export("a:b", tmp_path, "safetensors", ["adapter_config.json"], "small_cnn")
+    write_json(tmp_path / "adapter_config.json", {})
+    for suits, last in (
+        (False, "nothing but luthier reads this adapter."),
+        (True, "--format onnx"),
+    ):
+        capsys.readouterr()
+        print_readers(replace(adapter, suits_onnx=suits))
+        assert capsys.readouterr().out.endswith(f"{last}\n")
 
 
 def test_export_as_gguf_says_how_llama_cpp_answers(

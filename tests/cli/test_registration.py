@@ -69,6 +69,9 @@ def test_clients_ask_a_model_of_the_command_line(
                 f.stat().st_size for f in (own_home / "models/custom").rglob("*") if f.is_file()
             )
             assert (listed["model"], listed["bytes"]) == (MODEL, size)
+            (listed,) = Answer("models", "list", "--json").good().json()["custom"]
+            assert listed["service"] == {"account": FIRST, "name": "colours"}
+            assert "colours of account 000000000000" in Answer("models", "list").good().out
             # What its account deletes is gone, and no longer counts.
             bedrock.delete_custom_model(modelIdentifier="colours")
             assert not (own_home / "models/custom/tiny-llama/colours").exists()

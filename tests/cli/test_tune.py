@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from stored_files import files_in
 
 from luthier.cli.tune import print_comparison, print_result
-from luthier.engine.runs import Result
+from luthier.engine.runs import Result, Run
 from luthier.evaluation.baselines import Baseline, Comparison
 from luthier.files import read_json, sha256_of
 from luthier.models.manifest import MANIFEST
@@ -253,6 +253,28 @@ def test_control_c_in_training_ends_with_130(
     assert "stopped after step" in err
     assert "--resume goes on" in err
     assert "Traceback" not in err
+
+
+def test_an_interrupted_run_is_listed_and_shown(
+    data: Path, tiny_model_folder: Path, luthier_home: Path
+) -> None:
+    run = Run(str(tiny_model_folder), "x")
+    run.begin({}, resume=False)
+    Run("tiny-llama", "job-1").begin({}, resume=False)  # the service goes on with it by itself
+    with run.lock():
+        assert (
+            "a process is working on its run now"
+            in Answer("models", "show", run.model_id).refused()
+        )
+        assert Answer("models", "list", "--json").good().json()["unfinished"] == []
+    refusal = Answer("models", "show", run.model_id).refused()
+    assert "was interrupted" in refusal and "by --resume" in refusal
+    (listed,) = Answer("models", "list", "--json").good().json()["unfinished"]
+    assert listed["id"] == run.model_id
+    assert run.model_id in Answer("models", "list").good().out
+    Answer("models", "remove", run.model_id).good()
+    assert run.model_id not in Answer("models", "list").good().out
+    assert "there is no custom model" in Answer("models", "show", run.model_id).refused()
 
 
 @pytest.mark.slow

@@ -175,8 +175,18 @@ def test_words_get_tags(
     output = tmp_path / "out.jsonl"
     command("predict", model_id, "--input", data, "--output", output)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines == [{**row, "predicted": {"tags": row["tags"]}} for row in TAGGED]
-    assert "fox[B-thing] is[I-thing]" in command("predict", model_id, "the fox is here")
+    for row, line in zip(TAGGED, lines, strict=True):
+        named = {"label": "thing", "text": f"{row['tokens'][1]} is", "start": 1, "end": 3}
+        assert line == {**row, "predicted": {"tags": row["tags"], "entities": [named]}}
+    spaced = (
+        "  the fox  is here"  # of a text the offsets are its own, whatever stands between words
+    )
+    printed = command("predict", model_id, spaced)
+    assert printed.splitlines()[-1] == 'thing: "fox  is" (characters 6 to 13)'
+    (answer,) = command("predict", model_id, spaced, "--json")["answers"]
+    assert answer == luthier.load(model_id).predict(spaced) and len(answer["tags"]) == 4
+    (named,) = answer["entities"]
+    assert named == {"label": "thing", "text": "fox  is", "start": 6, "end": 13}
     plain = tmp_path / "texts.txt"
     plain.write_text("the fox is here\n\nthe dog\n")
     texts = [

@@ -366,6 +366,7 @@ def test_only_models_that_can_do_it_are_suggested(luthier_home: Path) -> None:
         (f"{BASE}/mine", f"{BASE}:mine"),
         (f"{BASE}:mime", f"{BASE}:mine"),
         ("mine", f"{BASE}:mine"),
+        ("nine", f"{BASE}:mine"),
         ("e5", "multilingual-e5-small"),
         ("zzz", ""),
     ],

@@ -175,7 +175,7 @@ def test_an_object_that_is_replaced_while_it_is_copied(
     data.copy(ONE, ("data", "k"), ("data", "l"), lambda found: ObjectMetadata())
     assert read(data, "l") == b"newer"
     late.append(b"newest")
-    (path,) = Locations(data.database).fetch(ONE, "s3://data/k", tmp_path)
+    ((_, path),) = Locations(data.database).fetch(ONE, "s3://data/k", tmp_path)
     assert path.read_bytes() == b"newest" and len(files(data)) == 2
 
 

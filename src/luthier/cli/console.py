@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperGroup
 
 from luthier.errors import DataError, LuthierError, ProcessLost, RecipeError, RefusedInput
 from luthier.files import nearest_existing, sweep_file, write_bytes
@@ -34,12 +35,22 @@ UNBROKEN = 10_000
 """Columns of what is no terminal."""
 
 
+class _Group(TyperGroup):
+    """Commands of which a name that stands elsewhere is not just unknown."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, everywhere = args[0], ctx.find_root().command
+        if self.get_command(ctx, name) is None and everywhere.get_command(ctx, name) is not None:
+            ctx.fail(f"No such command {name!r}. Did you mean `luthier {name}`?")
+        return super().resolve_command(ctx, args)
+
+
 class CommandGroup(typer.Typer):
     """Commands whose errors are a message, or with ``--json`` an object, and an exit code."""
 
     def __init__(self, help: str, extra: str = "", **settings: Any) -> None:
         """``extra`` is the extra of the package that has the libraries these commands need."""
-        super().__init__(help=help, no_args_is_help=True, **settings)
+        super().__init__(help=help, no_args_is_help=True, cls=_Group, **settings)
         self.extra = extra
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
@@ -244,16 +255,17 @@ def write_page(target: Path, page: str) -> None:
     note(f"page: {target}")
 
 
-def check_output(target: Path | None, *sources: str | Path | None) -> None:
+def check_output(target: Path | None, *sources: str | Path | None, overwrite: bool = True) -> None:
     """Refuse a file that cannot be written before the work is done; what a killed command left goes.
 
-    ``sources`` are what the command reads, where it reads files.
+    ``sources`` are what the command reads, where it reads files. Without ``overwrite`` a file that is
+    there is refused, too.
     """
     if target is None:
         return
     from luthier.data.writers import check_target
 
-    check_target(target, [], [each for each in sources if each is not None], replace=True)
+    check_target(target, [], [each for each in sources if each is not None], overwrite)
     parent = nearest_existing(target.absolute().parent)
     if not parent.is_dir():
         raise RecipeError(f"{target} cannot be written: {parent} is not a folder")

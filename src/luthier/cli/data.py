@@ -18,7 +18,7 @@ from luthier.cli.console import (
     print_json,
     print_text,
 )
-from luthier.cli.options import Columns, Json, Objective
+from luthier.cli.options import Columns, Json, Objective, Overwrite
 from luthier.errors import RecipeError
 from luthier.printable import one_line
 
@@ -218,9 +218,7 @@ def clean(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files where there are some.")
-    ] = False,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Apply chosen fixes and write a new data set, with a log of what became of each row."""
@@ -292,9 +290,7 @@ def convert(
     drop_extra_keys: Annotated[
         bool, typer.Option("--drop-extra-keys", help="Leave out keys that are no part of the form.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the file where there is one.")
-    ] = False,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Write rows in another form or container; what it cannot say is refused, never dropped."""

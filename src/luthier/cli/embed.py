@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.console import check_output, heavy_imports, note, print_json, print_text
-from luthier.cli.options import Columns, InferenceProcesses, Json, RayAddress, RayGpus
+from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
 from luthier.errors import data_errors
 
 
@@ -31,6 +31,7 @@ def embed(
         ),
     ],
     columns: Columns = None,
+    overwrite: Overwrite = False,
     processes: InferenceProcesses = None,
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = 0.0,
@@ -52,7 +53,7 @@ def embed(
 
     form = embedding_format(output)
     batch = BatchInference.of_options(data, output, processes, ray_address, ray_gpus)
-    check_output(output, data)
+    check_output(output, data, overwrite=overwrite)
     with data_errors("nothing was embedded"):
         rows = [] if batch is not None else load_inputs(data, parse_columns(columns), EMBEDDING)
         stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))

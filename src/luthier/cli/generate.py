@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -20,7 +21,14 @@ from luthier.cli.console import (
     stream_reasoning,
     stream_text,
 )
-from luthier.cli.options import InferenceProcesses, Json, RayAddress, RayGpus, Speculation
+from luthier.cli.options import (
+    InferenceProcesses,
+    Json,
+    Overwrite,
+    RayAddress,
+    RayGpus,
+    Speculation,
+)
 from luthier.errors import DataError, Problem, RecipeError, data_errors
 from luthier.files import read_text
 from luthier.printable import printable_json
@@ -67,6 +75,7 @@ def generate(
         Path | None, typer.Option(help="File of a grammar in Lark that each reply matches.")
     ] = None,
     speculation: Speculation = "ngram",
+    overwrite: Overwrite = False,
     processes: InferenceProcesses = None,
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = 0.0,
@@ -101,7 +110,7 @@ def generate(
         regex=regex,
         grammar=None if grammar is None else read_text(grammar),
     )
-    check_output(output, input_)
+    check_output(output, input_, overwrite=overwrite)
     task = GenerateTask(model=model, source=str(input_), sampling=sampling, speculation=speculation)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
@@ -226,6 +235,9 @@ def _read_schema(path: Path) -> Any:
         raise RecipeError(f"{path} is no JSON: {error}") from error
 
 
+CHAT_COMMANDS = "An empty line starts anew, /exit or Ctrl-D ends."
+
+
 def chat(
     model: Model,
     max_tokens: ReplyTokens = None,
@@ -243,7 +255,7 @@ def chat(
         stored = check_active(find(model, is_able=Generator.is_able))
         generator = Generator.open(stored, speculation)
     several = generator.chat.template == "chat"
-    print_text(f"{model} is ready. An empty line starts anew, /exit or Ctrl-D ends.")
+    print_text(f"{model} is ready. {CHAT_COMMANDS}")
     history: list[Message] = []
     while True:
         try:
@@ -253,6 +265,9 @@ def chat(
             return
         if text.strip() in ("/exit", "/quit", "/bye"):  # as chats of other software end
             return
+        if re.fullmatch(r"/[\w?]*", text.strip()):
+            print_text(f"{text.strip()} is no command. {CHAT_COMMANDS}")
+            continue
         if not text.strip():
             history = []
             continue

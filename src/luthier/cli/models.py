@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +21,8 @@ from luthier.cli.console import (
     print_text,
 )
 from luthier.cli.options import Json
-from luthier.cli.service import ServiceDatabase, has_database, open_database
-from luthier.errors import CorruptFile, RecipeError
+from luthier.cli.service import ServiceDatabase, has_database, open_database, service_names
+from luthier.errors import CorruptFile, RecipeError, UnknownModel
 
 if TYPE_CHECKING:
     from luthier.engine.metrics import Reporter
@@ -36,10 +36,10 @@ models_app = CommandGroup("Base models and custom models.")
 
 
 @models_app.command("list")
-def list_models(json_: Json = False) -> None:
-    """List base models and custom models."""
-    from luthier.cli.tune import validation_result
+def list_models(database: ServiceDatabase = None, json_: Json = False) -> None:
+    """List base models and custom models, and runs that were interrupted."""
     from luthier.data.media import PLURAL
+    from luthier.engine.runs import unfinished_runs
     from luthier.models.catalog import CATALOG
     from luthier.store.model_folders import is_base_here
     from luthier.store.models import custom_models, pretrained_models
@@ -59,9 +59,17 @@ def list_models(json_: Json = False) -> None:
         }
         for entry in CATALOG.values()
     ] + [_base_record(model) for model in pretrained_models()]
-    custom = [_custom_record(model) for model in custom_models()]
+    names = service_names(database)
+    custom = [
+        _custom_record(model) | ({"service": names[model.id]} if model.id in names else {})
+        for model in custom_models()
+    ]
+    unfinished = [
+        {"id": run.model_id, "begun": run.begun().isoformat(timespec="seconds")}
+        for run in unfinished_runs()
+    ]
     if json_:
-        print_json({"base": bases, "custom": custom})
+        print_json({"base": bases, "custom": custom, "unfinished": unfinished})
         return
     table = new_table("base model", "parameters", "context", "reads", "licence", "here")
     table.columns[0].no_wrap = True
@@ -82,10 +90,27 @@ def list_models(json_: Json = False) -> None:
     print_table(table)
     if not all(base["here"] for base in bases):
         out.print("\nluthier models pull ID fetches one; tune does so by itself.")
-    if not custom:
+    if custom:
+        out.print()
+        _print_custom(custom)
+    else:
         out.print("\nNo custom models yet: luthier tune DATA makes one.")
-        return
-    table = new_table("custom model", "learned", "weights", "validation", "created")
+    if unfinished:
+        table = new_table("interrupted run", "begun")
+        for each in unfinished:
+            table.add_row(each["id"], each["begun"][:16].replace("T", " "))
+        out.print()
+        print_table(table)
+        out.print("\nThe command that began one goes on with it by --resume.")
+
+
+def _print_custom(custom: Sequence[dict[str, Any]]) -> None:
+    """The table of custom models, with what the service calls them where it has some."""
+    from luthier.cli.tune import validation_result
+
+    served = any("service" in model for model in custom)
+    columns = ("custom model", "learned", "weights", "validation", "created")
+    table = new_table(*columns, *(["in the service"] if served else []))
     table.columns[0].no_wrap = True
     for model in custom:
         if "damaged" in model:
@@ -96,8 +121,10 @@ def list_models(json_: Json = False) -> None:
         created = model["created"][:16].replace("T", " ")
         if model.get("withheld"):
             created += ", [red]withheld[/red]"
-        table.add_row(model["id"], *names, measured, created)
-    out.print()
+        name = (
+            "{name} of account {account}".format_map(model["service"]) if "service" in model else ""
+        )
+        table.add_row(model["id"], *names, measured, created, *([name] if served else []))
     print_table(table)
 
 
@@ -166,7 +193,11 @@ def show_model(
 
     entry = CATALOG.get(model)
     if entry is None or is_base_here(model):
-        stored = find(model)
+        try:
+            stored = find(model)
+        except UnknownModel:
+            _check_run_ended(model)
+            raise
     else:
         stored = described_base(entry)
     details = {
@@ -186,6 +217,26 @@ def show_model(
         for name, text in _summary(stored, details["files"]):
             print_text(f"  {name:<13} {text}")
         print_text(f"all that its record says: luthier models show {stored.id} --full")
+
+
+def _check_run_ended(model: str) -> None:
+    """Refuse the id of a model whose run began, and has not made it yet."""
+    from luthier.engine.runs import run_of
+    from luthier.recipe import NAME_PATTERN
+    from luthier.store.model_folders import split_id
+
+    base, name = split_id(model)
+    if not NAME_PATTERN.fullmatch(name or base):
+        return
+    run = run_of(model)
+    if run.is_worked_on():
+        raise UnknownModel(f"there is no model {model} yet: a process is working on its run now")
+    if run.is_unfinished():
+        raise UnknownModel(
+            f"there is no model {model} yet: its run of {run.begun():%Y-%m-%d %H:%M} UTC was "
+            "interrupted. The command that began it goes on with it by --resume; `luthier models "
+            f"remove {model}` drops it"
+        )
 
 
 def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -230,7 +281,8 @@ def _summary(model: StoredModel, files: dict[str, dict[str, Any]]) -> Iterator[t
     if record.limits_text:
         yield "limits", record.limits_text
     if (parity := record.parity) is not None:
-        yield "read back", f"loss {parity.reloaded:.4f}, as trained {parity.trained:.4f}"
+        rows = f"{parity.rows:,} of its rows, held-out ones first"
+        yield "read back", f"loss {parity.reloaded:.4f}, as trained {parity.trained:.4f}, on {rows}"
     if record.parameters:
         yield "parameters", f"{record.parameters:,}"
     if record.context:
@@ -443,8 +495,6 @@ def export_model(
 ) -> None:
     """Write a model for other software, and try it there where that is installed."""
     from luthier.cli.progress import LiveReporter
-    from luthier.files import read_json
-    from luthier.models.nets import NETS
     from luthier.sdk.export import export
 
     with LiveReporter() as reporter:
@@ -464,28 +514,37 @@ def export_model(
         _print_record(written, written.record)
     if written.format == "gguf":
         _print_gguf(written, quantization)
-    elif written.format == "onnx":
-        return
-    elif written.of_diffusers:
-        whole = (folder / "model_index.json").is_file()
+    elif written.format == "safetensors":
+        print_readers(written)
+
+
+def print_readers(written: Export) -> None:
+    """What reads safetensors that transformers and PEFT alone do not, and what to write instead."""
+    from luthier.files import read_json
+
+    if written.of_diffusers:
+        whole = "model_index.json" in written.files
         call = "StableDiffusionPipeline.from_pretrained" if whole else "pipe.load_lora_weights"
-        print_text(f"diffusers loads it: {call}({str(folder)!r})")
-    elif "adapter_config.json" in written.files and "luthier" in read_json(
-        folder / "adapter_config.json"
-    ):
-        print_text("PEFT has no adapter of this kind, so other software does not read it.")
-    elif written.network not in NETS:
+        print_text(f"diffusers loads it: {call}({str(written.folder)!r})")
         return
-    elif "adapter_config.json" in written.files:
+    is_adapter, own = "adapter_config.json" in written.files, written.own_network
+    if is_adapter and "luthier" in read_json(written.folder / "adapter_config.json"):
+        print_text("PEFT has no adapter of this kind: nothing but luthier reads it.")
+    elif is_adapter and own:
+        print_text(f"PEFT does not know its network, {written.network}, which is one of luthier's:")
+        print_text("nothing but luthier reads this adapter.")
+    elif own:
         print_text(
-            f"PEFT does not find its network, {written.network}, from the base: export it with "
-            "--merged."
+            f"Its network, {written.network}, is one of luthier's: transformers loads it where"
         )
+        print_text("luthier is installed, after `luthier.models.nets.register()`.")
     else:
-        print_text(
-            f"Its network, {written.network}, is one of luthier's: transformers loads it after "
-            "`luthier.models.nets.register()`."
-        )
+        return
+    command = f"luthier models export {written.model} FOLDER"
+    if written.suits_onnx:
+        print_text(f"For ONNX Runtime, without luthier: {command} --format onnx")
+    elif is_adapter and not own:
+        print_text(f"For transformers, where it can be folded into its base: {command} --merged")
 
 
 def export_progress(reporter: Reporter) -> OnProgress:
@@ -556,7 +615,7 @@ def _check_no_account(model: str, database: str | None) -> None:
 @models_app.command("remove")
 def remove_model(model: str, database: ServiceDatabase = None, json_: Json = False) -> None:
     """Delete a custom model, or a base model made here, and its run."""
-    from luthier.engine.runs import BaseRun, Run
+    from luthier.engine.runs import run_of
     from luthier.models.catalog import CATALOG
     from luthier.recipe import NAME_PATTERN
     from luthier.store.model_folders import (
@@ -572,7 +631,7 @@ def remove_model(model: str, database: ServiceDatabase = None, json_: Json = Fal
     made_here = ":" not in model and model not in CATALOG
     # An empty name, `..` or a path would take what is beside the models, too.
     known = (made_here or name) and NAME_PATTERN.fullmatch(name or base)
-    run = (BaseRun(base) if made_here else Run(base, name)) if known else None
+    run = run_of(model) if known else None
     if run is not None:
         model = run.model_id  # as it was stored, however the base was written
     if run is None or not any(

@@ -70,7 +70,7 @@ def nearest(
         from luthier.serving.nearest import find_nearest
         from luthier.serving.prediction import Predictor
 
-        stored = check_active(find(model, is_able=Predictor.is_able))
+        stored = check_active(find(model, is_able=lambda made: made.task == "embedding"))
         predictor = Predictor.open(stored)
     if text := random_weights_note(stored):
         note(text)

@@ -75,6 +75,9 @@ Documents = Annotated[
     typer.Option(help="Texts that answers should be true to; again for more."),
 ]
 Html = Annotated[Path | None, typer.Option(help="Write it as one HTML page.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is written where it is there already.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what was interrupted.")]
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes of this machine that share the rows of each step.")
@@ -92,10 +95,10 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="Head of a Ray cluster that runs the processes; this machine has to be a node of it.",
+        help="Head of a Ray cluster that does the work; this machine has to be a node of it.",
     ),
 ]
-RayGpus = Annotated[float, typer.Option(help="GPUs that each process reserves on a node.")]
+RayGpus = Annotated[float, typer.Option(help="GPUs that each process or trial reserves on a node.")]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table (TOML); prices.toml of LUTHIER_HOME if not given.")
 ]

@@ -20,7 +20,7 @@ from luthier.cli.console import (
     print_text,
     print_written,
 )
-from luthier.cli.options import Columns, InferenceProcesses, Json, RayAddress, RayGpus
+from luthier.cli.options import Columns, InferenceProcesses, Json, Overwrite, RayAddress, RayGpus
 from luthier.errors import RecipeError, data_errors
 from luthier.printable import printable_json
 
@@ -61,6 +61,7 @@ def predict(
         int | None,
         typer.Option(min=1, help="Likeliest classes to show; 5 in a terminal, all in files."),
     ] = None,
+    overwrite: Overwrite = False,
     processes: InferenceProcesses = None,
     ray_address: RayAddress = None,
     ray_gpus: RayGpus = 0.0,
@@ -85,7 +86,7 @@ def predict(
         raise RecipeError(
             f"{text} is a file or folder of rows: give it as --input {shlex.quote(text)}"
         )
-    check_output(output, input_)
+    check_output(output, input_, overwrite=overwrite)
     batch = BatchInference.of_options(input_, output, processes, ray_address, ray_gpus)
     if batch is not None:
         stored = check_active(find(model, is_able=Predictor.is_able))
@@ -127,7 +128,7 @@ def predict(
         report = {"model": model, "rows": len(rows), "seconds": seconds}
         print_json(report | ({"output": str(output)} if output else {"answers": answers}))
     elif text is not None:
-        print_text(_render(text, answers[0], threshold), end="")
+        print_text(_render(answers[0], threshold), end="")
     elif output is None:
         sys.stdout.write(printable_json(lines))
     else:
@@ -172,11 +173,15 @@ def _threshold(objective: Objective) -> float | None:
     return objective.threshold if isinstance(objective, SupportsThreshold) else None
 
 
-def _render(text: str, answer: dict[str, Any], threshold: float | None) -> str:
-    """One answer for a person: the likeliest labels, the rating, or tagged words."""
+def _render(answer: dict[str, Any], threshold: float | None) -> str:
+    """One answer for a person: the likeliest labels, the rating, or entities and where they stand."""
     if "tags" in answer:
-        words = zip(text.split(), answer["tags"], strict=True)
-        return " ".join(w if tag == "O" else f"{w}[{tag}]" for w, tag in words) + "\n"
+        found = [
+            f"{e['label']}: {json.dumps(e['text'], ensure_ascii=False)} "
+            f"(characters {e['start']} to {e['end']})\n"
+            for e in answer["entities"]
+        ]
+        return "".join(found) or "(no entities)\n"
     if "text" in answer:
         return f"{answer['text'] or '(nothing was read)'}\n"
     if "embedding" in answer:

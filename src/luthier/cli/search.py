@@ -25,6 +25,8 @@ from luthier.cli.options import (
     LongRows,
     Mix,
     Objective,
+    RayAddress,
+    RayGpus,
     Resume,
     Settings,
     Validation,
@@ -65,14 +67,8 @@ def search(
             "it has room for, at most five.",
         ),
     ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Head of a Ray cluster that runs the trials; this machine has to be a node of it.",
-        ),
-    ] = None,
-    ray_gpus: Annotated[float, typer.Option(help="GPUs that each trial reserves on a node.")] = 0.0,
+    ray_address: RayAddress = None,
+    ray_gpus: RayGpus = 0.0,
     resume: Resume = False,
     range_test: Annotated[
         bool, typer.Option("--range-test", help="Only try 100 growing rates in one short run.")

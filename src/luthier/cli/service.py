@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from luthier.cli.console import print_json, print_rows, print_text
+from luthier.cli.console import note, print_json, print_rows, print_text
+from luthier.errors import LuthierError
 from luthier.printable import one_line
 
 if TYPE_CHECKING:
@@ -57,6 +59,40 @@ def has_database(url: str | None) -> bool:
     from luthier.store.database import DATABASE_FILE
 
     return url is not None or (luthier_home() / DATABASE_FILE).is_file()
+
+
+def service_names(url: str | None) -> dict[str, dict[str, str]]:
+    """``account`` and ``name`` of each model of the service, by its id in the store.
+
+    Nothing is made or upgraded: where no database is there that this version reads, there are none.
+    """
+    if find_spec("sqlalchemy") is None or not has_database(url):  # of the extra `server`
+        return {}
+    from sqlalchemy import select
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from luthier.store.custom_models import RESERVED, CustomModel
+    from luthier.store.database import Database, is_database_here
+
+    columns = (CustomModel.stored_id, CustomModel.account, CustomModel.name)
+    query = select(*columns).where(
+        CustomModel.status != RESERVED, CustomModel.stored_id.is_not(None)
+    )
+    try:
+        if not is_database_here(url):
+            return {}
+        database = Database(url)
+        try:
+            with database.read() as session:
+                rows = session.execute(query).all()
+        finally:
+            database.close()
+    except (LuthierError, SQLAlchemyError, OSError) as error:
+        note(
+            f"what the service calls its models is not known, as its database cannot be read: {error}"
+        )
+        return {}
+    return {str(id_): {"account": account, "name": name} for id_, account, name in rows}
 
 
 def operator() -> str:

@@ -24,9 +24,17 @@ from luthier.data.sources import choose_data_files, files_of, source_refusal
 from luthier.errors import DataError
 from luthier.files import luthier_home, new_file, new_folder
 
+BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
+"""Names of buckets."""
 _PIECE = 1 << 23
 LONGEST_NAME = 255
 """Bytes of a name in a file system."""
+
+
+def split_address(address: str) -> tuple[str, str] | None:
+    """Bucket and key of ``s3://bucket/key``, the key empty where none is named; else ``None``."""
+    found = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", address, re.DOTALL)
+    return (found[1], found[2] or "") if found else None
 
 
 def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = None) -> list[Path]:
@@ -46,12 +54,13 @@ def fetch(address: str, on_progress: Callable[[str, int, int], None] | None = No
     except ImportError:
         missing = needs("obstore", "s3", "Reading s3://")
         raise DataError([missing.at(address, 0)]) from None
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+    parts = split_address(address)
+    if parts is None:
         message = "An S3 address names a bucket and a key."
         raise source_refusal(
             address, "file.remote", message, "Write s3://bucket/folder/rows.jsonl."
         )
+    bucket, key = parts
     try:
         store = S3Store(bucket, **connection_settings())
         objects = _list_objects(obstore, store, key, address)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from luthier.files import (
     copy_lines,
     disk_errors,
     lock,
+    luthier_home,
     names_below,
     read_json,
     sweep,
@@ -33,10 +35,17 @@ from luthier.models.manifest import MANIFEST
 from luthier.printable import list_some
 from luthier.recipe import NAME_PATTERN
 from luthier.setting_names import dotted_items
-from luthier.store.model_folders import base_folder, custom_folder, short_name, working_folders
+from luthier.store.model_folders import (
+    JOB,
+    base_folder,
+    custom_folder,
+    short_name,
+    split_id,
+    working_folders,
+)
 
 _REQUEST, _RESULT, METRICS = "request.json", "result.json", "metrics.jsonl"
-_LAUNCH = "launch.json"
+_LOCK, _LAUNCH = ".lock", "launch.json"
 """Which launch of several processes works on the run, where one does that has an id."""
 SAMPLES = "samples.jsonl"
 """Texts that the network wrote in training, with what they were worth."""
@@ -123,6 +132,22 @@ class Run:
     def has_ended(self) -> bool:
         """Whether it has a result, and its model is there."""
         return (self.model_folder / MANIFEST).is_file() and (self.folder / _RESULT).is_file()
+
+    def is_unfinished(self) -> bool:
+        """Whether it began and has not ended, whether a process works on it or not."""
+        return (self.folder / _REQUEST).is_file() and not self.has_ended()
+
+    def is_worked_on(self) -> bool:
+        """Whether a process works on it now."""
+        try:
+            with lock(self.folder / _LOCK, create=False) as free:
+                return not free
+        except FileNotFoundError:
+            return False
+
+    def begun(self) -> datetime:
+        """When it began, UTC; of one that is unfinished."""
+        return datetime.fromtimestamp((self.folder / _REQUEST).stat().st_mtime, UTC)
 
     def check_free(self) -> None:
         """Raise :class:`RunConflict` where a model or a run has the name already."""
@@ -214,6 +239,32 @@ class BaseRun(Run):
         self.model_folder = base_folder(name)
 
 
+def run_of(model_id: str) -> Run:
+    """The run that makes the model of this id, whether there is one or not."""
+    base, name = split_id(model_id)
+    return Run(base, name) if name else BaseRun(base)
+
+
+def unfinished_runs() -> list[Run]:
+    """Runs that were interrupted and that ``--resume`` goes on with, the oldest first.
+
+    Left out are those that a process works on, and those of jobs, which the service itself resumes.
+    """
+    home = luthier_home()
+    tunings = (path.parent for path in (home / "runs").glob(f"*/*/{_REQUEST}"))
+    pretrainings = (path.parent for path in (home / "pretraining").glob(f"*/{_REQUEST}"))
+    runs = [
+        *(Run(folder.parent.name, folder.name) for folder in tunings),
+        *(BaseRun(folder.name) for folder in pretrainings),
+    ]
+    found = [
+        run
+        for run in runs
+        if not run.name.startswith(JOB) and run.is_unfinished() and not run.is_worked_on()
+    ]
+    return sorted(found, key=Run.begun)
+
+
 def automatic_name(
     base: str, data: Source, resume: bool, parent: Path | None = None, launch: str = ""
 ) -> str:
@@ -258,7 +309,7 @@ def lock_folder(folder: Path, what: str, wait_seconds: float = 0.0) -> Iterator[
     """
     deadline = time.monotonic() + wait_seconds
     while True:
-        with lock(folder / ".lock") as free:
+        with lock(folder / _LOCK) as free:
             if free:
                 yield
                 return

@@ -11,16 +11,15 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from luthier.encryption.memory import working
 from luthier.engine.runs import ACTIVATIONS, PRECOMPUTED, Run
 from luthier.files import (
     TEMPORARY,
+    cached_sha256_of,
     luthier_home,
     names_below,
     need_disk,
-    sha256_of,
     write_bytes,
 )
 from luthier.jobs.folders import JobFolders
@@ -36,7 +35,6 @@ class SharedRun:
     def __init__(self, folders: JobFolders, fence: Fence) -> None:
         self._folders, self._fence = folders, fence
         self._shared: SharedFolders | None = shared_folders()
-        self._hashes: dict[tuple[Any, ...], str] = {}
 
     def share(self) -> None:
         """Put what there is now; nothing without a shared store, or once the model is made.
@@ -52,7 +50,10 @@ class SharedRun:
             return
         files = {name: luthier_home() / name for name in self._names()}
         record = self._shared.upload(
-            self._folders.shared_run, files, self._hash, roots=[str(root) for root in _roots()]
+            self._folders.shared_run,
+            files,
+            cached_sha256_of,
+            roots=[str(root) for root in _roots()],
         )
         self._shared.commit(self._folders.shared_run, record, self._fence)
         self._note(record)
@@ -120,15 +121,6 @@ class SharedRun:
                     part.startswith(TEMPORARY) for part in parts
                 ):
                     yield f"{folder.relative_to(home).as_posix()}/{name}"
-
-    def _hash(self, path: Path) -> str:
-        """SHA-256 of a large file, computed once for each of its versions."""
-        found = path.stat()
-        version = (path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if version not in self._hashes:
-            self._hashes = {key: value for key, value in self._hashes.items() if key[0].exists()}
-            self._hashes[version] = sha256_of(path)
-        return self._hashes[version]
 
 
 def _digest(record: FolderRecord) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from luthier.data.s3 import split_address
 from luthier.errors import RefusedInput, UnknownModel, WrongState
 from luthier.files import TEMPORARY, luthier_home
 from luthier.jobs.folders import JobFolders
@@ -26,7 +27,6 @@ from luthier.store.jobs import ENDED, Job
 from luthier.store.jobs import get as get_job
 from luthier.store.models import custom_models, pretrained_models
 from luthier.store.objects import (
-    BUCKET,
     UPLOADS,
     Bucket,
     ObjectPiece,
@@ -166,7 +166,8 @@ def model_files(stored_id: str) -> dict[str, str]:
 def _address(text: str) -> str:
     if re.fullmatch(r"file-[A-Za-z0-9]+", text):
         return f"s3://{UPLOADS}/{text}"
-    if re.fullmatch(rf"s3://{BUCKET}/.+", text, re.DOTALL) or text.startswith("file:///"):
+    parts = split_address(text)
+    if (parts and parts[1]) or text.startswith("file:///"):
         return text
     raise RefusedInput(
         f"{text!r} names no data: write s3://bucket/key, s3://bucket/folder/, file:///path, or the id "
@@ -174,18 +175,14 @@ def _address(text: str) -> str:
     )
 
 
-def _split(address: str) -> tuple[str, str]:
-    bucket, _, key = address.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
 def _is_here(address: str, external: bool) -> bool:
-    return address.startswith("s3://") and (not external or _split(address)[0] == UPLOADS)
+    parts = split_address(address)
+    return parts is not None and (not external or parts[0] == UPLOADS)
 
 
 def _objects_at(session: Session, account: str, address: str) -> list[FoundObject]:
     """The objects that an address names; of one that ends with ``/``, all below it."""
-    bucket, key = _split(address)
+    bucket, key = split_address(address) or ("", "")
     mine = Bucket.account == account, Bucket.name == bucket
     at = StoredObject.key.startswith(key, autoescape=True)
     query = select(StoredObject).join(Bucket, Bucket.seq == StoredObject.bucket_seq).where(*mine)

@@ -6,6 +6,7 @@ its other pieces carry no loss. Left out: a conditional random field over the ta
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pydantic import model_validator
 
 from luthier.data.shapes import TaggedWords
 from luthier.errors import RowRefused
-from luthier.evaluation.labels import tag_scores
+from luthier.evaluation.labels import entities, tag_scores
 from luthier.models.heads import Head, Task
 from luthier.objectives.base import Objective, TrainingDefaults, take_tokens
 from luthier.objectives.shares import check_shares, shares_of, softmax_bias
@@ -72,14 +73,14 @@ class TokenClassification(Objective):
         return self.model_copy(update={"labels": found, "shares": shares})
 
     def encode(self, row: Row, index: int, chat: ChatFormat) -> Example:
-        """The words as one text; weight 1 on the first piece of each word.
+        """The words as one text; weight 1 on the first piece of each word. Words of a text are what
+        stands between its spaces.
 
         A word of characters that the tokenizer drops (a lone variation selector, say) is an unknown
         token: without it, every tag behind would shift.
         """
-        tagged = row if isinstance(row, TaggedWords) else None
-        words = list(tagged.tokens if tagged else row.plain_text().split())
-        tags = tagged.tags if tagged else None
+        words = [word for word, _, _ in _words(row)]
+        tags = row.tags if isinstance(row, TaggedWords) else None
         encoded = _encode_words(words, chat.tokenizer)
         read = set(encoded.word_ids())
         if chat.tokenizer.unk_token and not read.issuperset(range(len(words))):
@@ -101,7 +102,9 @@ class TokenClassification(Objective):
                 f"the tokenizer makes nothing of token {missing[0] + 1}, {words[missing[0]]!r}.",
                 "Remove the token and its tag.",
             )
-        return Example(ids_T, first_T.astype(np.float32), index, target=target_T)
+        # To say where entities are, the words are needed.
+        given = row if tags is None else None
+        return Example(ids_T, first_T.astype(np.float32), index, target=target_T, given=given)
 
     def _index(self, tag: str) -> int:
         if tag not in (self.labels or ()):
@@ -140,9 +143,17 @@ class TokenClassification(Objective):
         return " ".join((self.labels or ())[int(index)] for index in target_T[target_T >= 0])
 
     def predict(self, network: Network, batch: TreeBatch) -> list[dict[str, Any]]:
-        """For each row in the order of the tree: the tags of its words."""
+        """For each row in the order of the tree: the tags of its words, and the entities in them.
+
+        An entity has its ``label``, its ``text``, and where it starts and ends, the end excluded: in
+        characters of a text, or by the places of words that were given as a list.
+        """
         best_K = self._scores(network, batch).argmax(-1)
-        return [{"tags": tags} for tags in self._tags(best_K, batch)]
+        answers: list[dict[str, Any]] = [{"tags": tags} for tags in self._tags(best_K, batch)]
+        for answer, example in zip(answers, batch.tree.examples, strict=True):
+            if example.given is not None:
+                answer["entities"] = _entities(example.given, answer["tags"])
+        return answers
 
     def _tags(self, index_K: Tensor, batch: TreeBatch) -> list[list[str]]:
         """Tags of the words of each row, from their places among the labels."""
@@ -155,6 +166,27 @@ class TokenClassification(Objective):
 
         nodes = torch.from_numpy(batch.tree.node_M[_first_pieces(batch)])
         return network.token_scores(batch, nodes.to(network.device)).float()
+
+
+def _words(row: Row) -> list[tuple[str, int, int]]:
+    """Words of a row, each with its start and end: characters of a text, or places among the words."""
+    if isinstance(row, TaggedWords):
+        return [(word, place, place + 1) for place, word in enumerate(row.tokens)]
+    return [(found[0], *found.span()) for found in re.finditer(r"\S+", row.plain_text())]
+
+
+def _entities(row: Row, tags: Sequence[str]) -> list[dict[str, Any]]:
+    """The entities that ``tags`` find in the words of ``row``, in their order."""
+    words = _words(row)
+    answers = []
+    for label, first, last in sorted(entities(tags), key=lambda entity: entity[1]):
+        start, end = words[first][1], words[last][2]
+        if isinstance(row, TaggedWords):
+            text = " ".join(row.tokens[start:end])
+        else:
+            text = row.plain_text()[start:end]
+        answers.append({"label": label, "text": text, "start": start, "end": end})
+    return answers
 
 
 def _encode_words(words: list[str], tokenizer: Any) -> Any:

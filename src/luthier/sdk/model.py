@@ -190,6 +190,9 @@ class Model:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """For one text, or each of several: ``label`` and ``scores``, ``rating``, or ``tags``.
 
+        Beside ``tags`` are ``entities``, each with ``label``, ``text``, ``start`` and ``end``, which is
+        excluded: in characters of a text, or of a list of words by their places.
+
         To a model that reads images or sounds a text is the path of one. One that reads the text of
         images gives ``text`` and ``probability``.
 

@@ -196,6 +196,22 @@ def _graph_of(answer: OnnxAnswer, objective: Objective, model: Any, names: Seque
     return _Logits(model, names)
 
 
+_TASKS = ("sequence_classification", "token_classification", "embedding")
+_UNTRACED = ("elmo", "xlnet")
+"""Networks that PyTorch cannot trace."""
+
+
+def suits_onnx(stored: StoredModel, network: str) -> bool:
+    """Whether :func:`export_onnx` writes a model of this type of network, as far as is known before."""
+    if objective_of(stored).task not in _TASKS or network in _UNTRACED:
+        return False
+    try:
+        check_mergeable(stored, "an ONNX file holds nothing else")
+    except RecipeError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def export_onnx(
     stored: StoredModel, target: Path, on_progress: OnProgress = ignore_progress
@@ -214,7 +230,7 @@ def export_onnx(
     """
     target = new_target(target)
     objective = objective_of(stored)
-    if objective.task not in ("sequence_classification", "token_classification", "embedding"):
+    if objective.task not in _TASKS:
         raise RecipeError(
             f"{stored.id} gives no classes, tags, ratings, rewards or embeddings, and ONNX files are "
             f"written of models that do (it is for {objective.task}); models that write text go to "

@@ -415,11 +415,12 @@ class ModelPool:
                     last_used=entry.last_used,
                     requests=max(0, entry.uses - adapters[entry.id]),
                     pinned=entry.id in self._pins,
-                    speculation=_speculation(entry),
-                    draft_model=_draft_model(entry),
+                    speculation=decoder.speculation if decoder else None,
+                    draft_model=decoder.draft_model if decoder else None,
                 )
                 for entry in self._entries.values()
                 if entry.loaded is not None
+                for decoder in (_decoder(entry),)
             ]
 
     def weight_bytes(self) -> int:
@@ -653,25 +654,19 @@ def _failure(error: LuthierError) -> InferenceFailed:
     return InferenceFailed("ModelError", f"The model cannot be loaded: {without_home(str(error))}")
 
 
-def _writer(entry: _Entry) -> Decoder:
+def _decoder(entry: _Entry) -> Decoder | None:
+    """What writes with a model in memory; ``None`` of one that only reads."""
     from luthier.serving.decoder import Decoder
 
-    if not isinstance(entry.model, Decoder):
+    return entry.model if isinstance(entry.model, Decoder) else None
+
+
+def _writer(entry: _Entry) -> Decoder:
+    decoder = _decoder(entry)
+    if decoder is None:
         text = f"This model {entry.model.purpose} and writes no text.{entry.model.asked_by}"
         raise InferenceRefused(text, "model")
-    return entry.model
-
-
-def _speculation(entry: _Entry) -> Speculation | None:
-    from luthier.serving.decoder import Decoder
-
-    return entry.model.speculation if isinstance(entry.model, Decoder) else None
-
-
-def _draft_model(entry: _Entry) -> str | None:
-    from luthier.serving.decoder import Decoder
-
-    return entry.model.draft_model if isinstance(entry.model, Decoder) else None
+    return decoder
 
 
 def _serial(entry: _Entry) -> SerialModel:

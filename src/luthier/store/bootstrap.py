@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from luthier.errors import RefusedInput
 from luthier.store.accounts import Account, create_account, version
 from luthier.store.audit import Event, append
-from luthier.store.database import Database
+from luthier.store.database import Database, lock_by_name
 from luthier.store.principals import (
     BOOTSTRAP,
     SHORTEST_MAXIMUM,
@@ -41,8 +41,6 @@ from luthier.store.sealing import Sealing
 
 ENVIRONMENT = "LUTHIER_BOOTSTRAP"
 ROOT = "root"
-_LOCK = 7015122
-"""Number of PostgreSQL's lock."""
 _MEMBERS = (
     "account", "user", "access_key_id", "secret_access_key", "api_key", "policies", "role"
 )  # fmt: skip
@@ -79,9 +77,7 @@ def prepare(database: Database, sealing: Sealing, account: str) -> IssuedKeys | 
     """
     named = os.environ.get(ENVIRONMENT)
     with database.write() as session:
-        if not database.is_sqlite:
-            # Servers that start together do this one after the other.
-            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        lock_by_name(session, "bootstrap")  # servers that start together do this in turn
         if named:
             before = version(session)
             file = read(Path(named))

@@ -124,6 +124,13 @@ def default_url() -> str:
     return f"sqlite:///{luthier_home() / DATABASE_FILE}"
 
 
+def is_database_here(url: str | None) -> bool:
+    """Whether :class:`Database` finds the database of ``url``, and would not make it: SQLite's file is
+    there. Of a server it is not asked."""
+    parsed = make_url(url or default_url())
+    return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").is_file()
+
+
 class Database:
     """One database, its connections and its transactions. Safe to share between threads."""
 

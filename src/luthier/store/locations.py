@@ -20,14 +20,14 @@ from urllib.parse import unquote
 
 from luthier.data.media import MOST_MEDIA_BYTES
 from luthier.data.media_files import is_hidden, is_media
-from luthier.data.s3 import connection_settings, is_file_name, local_name
+from luthier.data.s3 import connection_settings, is_file_name, local_name, split_address
 from luthier.errors import CorruptFile, DownloadError, LocationRefused, ObjectRefused, QuotaExceeded
 from luthier.files import nearest_existing, new_file
 from luthier.limits import AccountQuotas
 from luthier.store.database import Database
 from luthier.store.listing import page
 from luthier.store.object_files import READ_SIZE, ObjectFiles
-from luthier.store.objects import BUCKET, UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
+from luthier.store.objects import UPLOADS, ObjectMetadata, ObjectPiece, Objects, check_key
 
 ROWS = ".jsonl"
 """Ending of the files that are meant by an address which ends with ``/``."""
@@ -340,17 +340,17 @@ class _Address:
 
 
 def _address(uri: str) -> _Address:
-    found = re.fullmatch(rf"s3://({BUCKET})(?:/(.*))?", uri, re.DOTALL)
-    if found is None:
+    parts = split_address(uri)
+    if parts is None:
         text = "A location is s3://bucket/key, or file:///path where the server allows files."
         raise LocationRefused(text)
-    key = found[2] or ""
+    bucket, key = parts
     try:
         if key:
             check_key(key)
     except ObjectRefused as refused:
         raise LocationRefused(refused.message) from None
-    return _Address(found[1], key, uri.endswith("/"))
+    return _Address(bucket, key, uri.endswith("/"))
 
 
 def _writable(uri: str) -> _Address:

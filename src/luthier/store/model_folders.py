@@ -20,6 +20,9 @@ from pathlib import Path
 from luthier.files import luthier_home
 from luthier.models.manifest import MANIFEST
 
+JOB = "job-"
+"""What the name of a model begins with that a job of the service made; the rest is the job's id."""
+
 
 def split_id(model_id: str) -> tuple[str, str]:
     """Base and name of a custom model by its id; of a base model the id, and no name."""

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,16 @@ from luthier.errors import (
     SharedStoreAway,
     UnknownModel,
 )
-from luthier.files import hashes_of, lock, luthier_home, need_disk, new_folder, sha256_of
+from luthier.files import (
+    cached_sha256_of,
+    file_version,
+    hashes_of,
+    lock,
+    luthier_home,
+    need_disk,
+    new_folder,
+    sha256_of,
+)
 from luthier.models.catalog import CATALOG, CatalogEntry, download_from_hub, pull
 from luthier.models.kinds import base_kind, kind_of_network
 from luthier.models.manifest import MANIFEST, Manifest, TextFormat, created_now
@@ -31,6 +39,7 @@ from luthier.models.outside import check_lone_weights
 from luthier.models.pipelines import is_pipeline
 from luthier.plugins import Component, PluginTable
 from luthier.store.model_folders import (
+    JOB,
     base_folder,
     custom_folder,
     custom_folders,
@@ -220,6 +229,10 @@ def suggest_models(model_id: str, known: Sequence[str]) -> str:
     asked = model_id.lower().replace("/", ":")
     holding = [each for each in known if len(asked) > 1 and asked in each.lower()]
     close = difflib.get_close_matches(asked, known, NEAREST, cutoff=0.5)
+    if ":" not in asked:  # the name alone was given
+        names = [split_id(each)[1] for each in known]
+        alike = difflib.get_close_matches(asked, filter(None, names), NEAREST, cutoff=0.7)
+        close = [*(known[names.index(name)] for name in alike), *close]
     near = list(dict.fromkeys([*holding, *close]))[:NEAREST]
     meant = f"Did you mean {' or '.join(near)}? " if near else ""
     if len(known) <= FEW:
@@ -244,7 +257,7 @@ def pretrained_versions() -> tuple[tuple[str | int, ...], ...]:
             if folder.name.startswith(".") or folder.name in CATALOG:
                 continue
             with suppress(FileNotFoundError, NotADirectoryError):
-                found.append((folder.name, *_version(os.stat(f"{folder.path}/{MANIFEST}"))))
+                found.append((folder.name, *file_version(os.stat(f"{folder.path}/{MANIFEST}"))))
     return tuple(sorted(found))
 
 
@@ -364,7 +377,7 @@ def check_whole(model: StoredModel) -> None:
     Raises:
         CorruptFile: with the file.
     """
-    for path, is_there in changed_files(model, _stored_hash):
+    for path, is_there in changed_files(model, cached_sha256_of):
         if path.suffix in _PICTURES:  # they decide nothing
             continue
         if not is_there:
@@ -384,21 +397,6 @@ def changed_files(
 
 
 _RESTORE = "restore it from a backup, or remove the model and make or fetch it again"
-
-
-def _stored_hash(path: Path) -> str:
-    return _hash_of_version(path, _version(path.stat()))
-
-
-def _version(status: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was changed."""
-    # Whoever changes a file can set its time of modification back; not that of its change.
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-@lru_cache(maxsize=1024)
-def _hash_of_version(path: Path, version: tuple[int, ...]) -> str:
-    return sha256_of(path)
 
 
 def attach_adapter(network: nn.Module, model: StoredModel) -> None:
@@ -500,7 +498,7 @@ def _has_stored_config(model: StoredModel) -> bool:
     while base.parent is not None:
         base = base.parent
     stored, path = base.manifest.files.get(CONFIG), base.folder / CONFIG
-    return stored is not None and path.is_file() and _stored_hash(path) == stored
+    return stored is not None and path.is_file() and cached_sha256_of(path) == stored
 
 
 def tokenizer_origin(model: StoredModel) -> dict[str, Any]:
@@ -624,9 +622,10 @@ def _find_custom(model_id: str, is_able: Callable[[Objective], bool] | None = No
         known = fetch_model(f"{short_name(base)}:{name}", folder)
     if not known:
         others = _ids_of_able(is_able, custom_only=True)
-        raise UnknownModel(
-            f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
-        )
+        message = f"there is no custom model {model_id!r}. {suggest_models(model_id, others)}"
+        if any(split_id(other)[1].startswith(JOB) for other in others):
+            message += f" `luthier models list` shows what the service calls those named {JOB}…."
+        raise UnknownModel(message)
     manifest = _read_record(folder, model_id)
     note_use(manifest.id)
     parent = find(str(manifest.parent)) if manifest.saved == "adapter" else None

@@ -20,6 +20,7 @@ from sqlalchemy import BigInteger, ForeignKey, Index, Text, UniqueConstraint, de
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from luthier.data.s3 import BUCKET
 from luthier.errors import CorruptFile, ObjectRefused
 from luthier.limits import AccountQuotas
 from luthier.store import storage
@@ -224,7 +225,6 @@ def remove_upload(session: Session, upload: Upload) -> FreedStorage:
 
 RESERVED = frozenset({"api", "console", "healthz", "metrics", "openai", "readyz"})
 """Names that are paths of the other faces on the same port."""
-BUCKET = r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 Row = TypeVar("Row")
 _FOUND_AGAIN = 5
 """Times that an object is looked up again because it was replaced before its file was opened."""

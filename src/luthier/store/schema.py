@@ -32,7 +32,7 @@ from luthier.store import (
     uploaded_files,
     usage,
 )
-from luthier.store.database import Base, Database
+from luthier.store.database import Base, Database, lock_by_name
 
 _MODULES = (
     accounts, audit, batches, custom_models, endpoints, evaluations, exports,
@@ -53,8 +53,7 @@ def upgrade(database: Database) -> None:
     config = _config()
     with database.write() as session:
         connection = session.connection()
-        if not database.is_sqlite:
-            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7015121)")
+        lock_by_name(session, "schema")
         found = MigrationContext.configure(connection).get_current_revision()
         script = ScriptDirectory.from_config(config)
         if found is not None and found not in {each.revision for each in script.walk_revisions()}:

@@ -21,7 +21,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -34,7 +33,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from luthier.data.s3 import connection_settings
+from luthier.data.s3 import connection_settings, split_address
 from luthier.errors import CorruptFile, LuthierError, RefusedInput, SharedStoreAway
 from luthier.files import TEMPORARY, names_below, new_file, sha256_of, write_bytes
 
@@ -119,8 +118,9 @@ def shared_store() -> SharedStore | None:
 
 @lru_cache(maxsize=4)
 def _open(address: str, endpoint: str, region: str) -> SharedStore:
-    if found := re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", address):
-        return BucketStore(found[1], (found[2] or "").strip("/"))
+    if parts := split_address(address):
+        bucket, prefix = parts
+        return BucketStore(bucket, prefix.strip("/"))
     path = address.removeprefix("file://")
     if "://" in path or not path.startswith("/"):
         raise RefusedInput(

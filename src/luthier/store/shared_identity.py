@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from itertools import islice
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from luthier.errors import RefusedInput, SharedStoreAway
 from luthier.store.custom_models import CustomModel
-from luthier.store.database import Base, Database
+from luthier.store.database import Base, Database, lock_by_name
 from luthier.store.ids import random_id
 from luthier.store.jobs import Job
 from luthier.store.shared import BLOBS, IDENTITY, OBJECTS, RECORDS, SharedStore, read_shared
 
 _LOOKED_UP = 500
 """Files of a store without an id that are looked up at once."""
-_LOCK = 7015123
-"""Number of PostgreSQL's lock."""
 
 
 class SharedStoreIdentity(Base):
@@ -41,9 +39,7 @@ def agree_identity(database: Database, store: SharedStore) -> None:
     if known == (None, None):
         _refuse_unclaimed(database, store)
     with database.write() as session:
-        if not database.is_sqlite:
-            # Servers that start together do this one after the other.
-            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        lock_by_name(session, "shared store")  # servers that start together do this in turn
         token, shared = _identities(session, store)
         if token is None and shared is None:
             token = shared = random_id(32)

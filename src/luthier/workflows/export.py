@@ -38,17 +38,24 @@ class Export:
     is_recorded: bool = False
     """Whether the record of the model and its certificate say so from now on: not of models that
     luthier did not make, nor of signed ones, whose signature would no longer hold."""
+    suits_onnx: bool = False
+    """Whether format ``onnx`` goes with it, too."""
+
+    @property
+    def own_network(self) -> bool:
+        """Whether its network is one of luthier's own, which transformers does not have."""
+        from luthier.models.nets import NETS
+
+        return self.network in NETS and not self.of_diffusers
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        from luthier.models.nets import NETS
-
         found: dict[str, Any] = {
             "id": self.model, "folder": str(self.folder), "format": self.format,
             "network": self.network, "files": self.files,
         }  # fmt: skip
         if self.format == "safetensors":
-            found["own_network"] = self.network in NETS and not self.of_diffusers
+            found["own_network"] = self.own_network
         if self.record is not None and self.format == "onnx":
             found["difference"] = self.record.score_error
         if self.record is not None and self.format == "gguf":
@@ -96,7 +103,7 @@ def export_model(
     from luthier.models.load import read_config
     from luthier.models.pipelines import is_pipeline
     from luthier.serving.export import export, export_gguf, ignore_progress
-    from luthier.serving.onnx_export import export_onnx
+    from luthier.serving.onnx_export import export_onnx, suits_onnx
     from luthier.store.models import check_active, objective_of
 
     check_settings(format, merged, quantization)
@@ -115,7 +122,8 @@ def export_model(
     )
     files = sorted(path.name for path in target.iterdir())
     pipeline = is_pipeline(stored.network_folder)
-    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded)
+    suits = suits_onnx(stored, network)
+    return Export(stored.id, target, format, files, network, pipeline, record, is_recorded, suits)
 
 
 _FIXED_BYTES = 1 << 29

@@ -48,12 +48,12 @@ def test_a_rare_label_may_be_a_misspelt_one() -> None:
     names = ["refund"] * 10 + ["login 1"] * 10 + ["refudn", "login 2"]
     report = inspect_rows({"train": rows(*names)}, [Balance()])
     assert messages(report)["label.few_rows"] == [
-        'train:22: "login 2" has 1 row; 7 more would make 8.',
         'train:21: "refudn" has 1 row; 7 more would make 8. '
         'It may be a misspelling of "refund" (10 rows).',
+        'train:22: "login 2" has 1 row; 7 more would make 8.',
     ]
     fixes = [each.fix for each in report.findings.examples["label.few_rows"]]
-    assert fixes[1].startswith('If "refund" is meant, write it so; if not: Add 7 rows')
+    assert fixes[0].startswith('If "refund" is meant, write it so; if not: Add 7 rows')
 
 
 def test_one_class_unseen_labels_and_spelling() -> None:

@@ -161,7 +161,8 @@ class Balance(Check):
             findings.add(Finding(ONE_CLASS, place, f"every row has the label {quote(name)}."))
             return
         usual = spellings(train)  # `label.spelling` speaks of the others
-        for name, count in sorted(train.items()):
+        by_place = sorted(train.items(), key=lambda each: self._places["train", each[0]].number)
+        for name, count in by_place:
             if count < FEWEST and name not in usual:
                 message = f"{quote(name)} has {_count_rows(count)}; "
                 message += f"{FEWEST - count} more would make {FEWEST}."

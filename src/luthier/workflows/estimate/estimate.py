@@ -12,6 +12,7 @@ import numpy as np
 from luthier.engine import checkpoints
 from luthier.engine.actuals import PARTS, estimates_folder
 from luthier.engine.metrics import Reporter
+from luthier.errors import data_errors
 from luthier.files import write_json
 from luthier.models.manifest import created_now
 from luthier.recipe import Recipe
@@ -171,6 +172,7 @@ class Estimate:
         return value * (self.seconds.value / self.raw_seconds)
 
 
+@data_errors("nothing was estimated")
 def estimate(recipe: Recipe, reporter: Reporter | None = None) -> Estimate:
     """Try the job of ``recipe`` and say what all of it will take.
 
