@@ -97,7 +97,7 @@ def prepare(
     the rows that would be held out to measure on are learned from, those for a test still are not.
     ``on_row`` is given how many rows of how many the gate has looked at.
     """
-    checker = _checker(objective)
+    checker = checker_for(objective)
     reader = RowReader(
         spec.train,
         spec.columns,
@@ -235,7 +235,7 @@ def check_sources(spec: DataSpec, objective: Objective | None) -> None:
     Raises:
         DataError: with every problem of the source.
     """
-    checker = _checker(objective)
+    checker = checker_for(objective)
     for source in (spec.train, spec.validation, *(each.train for each in spec.mix)):
         if not source:
             continue
@@ -404,6 +404,6 @@ def _check_augmentation(augmentation: Augmentation, objective: Objective, chat: 
         )
 
 
-def _checker(objective: Objective | None) -> type[Checker]:
+def checker_for(objective: Objective | None) -> type[Checker]:
     """What reads rows: those that the network answers itself are read for what they ask."""
     return PromptChecker if objective and "prompt_only" in objective.shapes else Checker

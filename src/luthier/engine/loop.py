@@ -211,6 +211,8 @@ class Loop:
                 # The first process, whose clock decides, cannot put shards together alone.
                 if self.processes.first(due) if self.network.is_sharded else due:
                     self.checkpoint()
+        if self.progress.step < self.until:
+            self.reporter.note(self._why_it_stopped())
         self._use_best()
         return self.progress
 
@@ -449,6 +451,20 @@ class Loop:
         enough = len(self.validation) >= ROWS_FOR_PERFECT and measure in SCORES
         enough = enough and not self.augmentation
         return self.progress.worse >= patience or (perfect and enough)
+
+    def _why_it_stopped(self) -> str:
+        """What people are to know of a run that ended before its last step."""
+        patience, best = self.training.patience, self.progress.best_step or 0
+        what = "measurement was" if patience == 1 else f"{patience} measurements were"
+        why = "no better than before training"
+        if self.progress.worse < patience:
+            why = "all right, so there is nothing to gain"
+        elif best:
+            why = f"no better than that of step {best + self.steps_before}"
+        return (
+            f"stopped early, after step {self._run_step} of {self.steps_before + self.until}: the last "
+            f"{what} {why}. `training.patience=0` trains to the end"
+        )
 
     def _use_best(self) -> None:
         if self.best and self.progress.best_step != self.progress.step:

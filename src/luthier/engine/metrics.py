@@ -26,6 +26,8 @@ SHARES = SCORES.keys() - {"cosine", "absolute_error"}
 """Those that are shares of what is right or wrong, and read best as percent."""
 DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Metrics of which less is better that people read beside the loss, and what they are called."""
+FEW_ROWS = 30
+"""Held-out rows, of which each is noted, below which what is measured of them is rough."""
 HOLLOW = 0.95
 """Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
@@ -66,6 +68,8 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     kept: a few hundred rows measure to a point or two, and the end of the schedule, where the rate is
     low, gives more than that. Nothing is kept that is not better than the weights before training. Of
     losses, and of scores where the best one is 0 or 1, the lowest loss decides, if it is not hollow.
+    Of the losses of few rows the last one is taken that chance may have put above the lowest, that
+    before training among them: a few rows are no ground to undo what the training rows taught.
     """
 
     def order(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -77,6 +81,10 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
         if measure == "loss" and is_hollow(line, lines[0]):
             continue
         best = min(best, line, key=order)
+        if measure == "loss":
+            if line is best or _may_be_alike(best, line):
+                chosen = line
+            continue
         is_share = measure in SCORES and 0 < best[measure] < 1
         error = best.get(f"{measure}_error", 0.0) if is_share else 0.0
         alike = error > 0 and cost_of(line, measure) <= cost_of(best, measure) + error
@@ -85,18 +93,28 @@ def best_measurement(lines: Sequence[Mapping[str, Any]], measure: str) -> Mappin
     return chosen
 
 
+def _may_be_alike(best: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether of two losses of the same few rows the second is no higher than by chance."""
+    few = 1 < _rows_noted(line, "loss") < FEW_ROWS
+    return few and bool(line["loss"] <= best["loss"] + chance_between(best, line, "loss"))
+
+
+def _rows_noted(line: Mapping[str, Any], measure: str) -> int:
+    return len(line.get("rows", {}).get(measure, {}).get("parts", ()))
+
+
 def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> float:
     """How far two measurements may be apart by chance; 0 for means over many tokens.
 
     Where single rows are noted, by those that differ.
     """
-    noted = [
-        RowScores.read(rows[measure])
-        for line in (one, other)
-        if measure in (rows := line.get("rows", {}))
-    ]
-    if len(noted) == 2:
-        return CHANCE * noted[0].difference_error(noted[1])
+    count = _rows_noted(one, measure)
+    if count and count == _rows_noted(other, measure):
+        first, second = (RowScores.read(line["rows"][measure]) for line in (one, other))
+        chance = CHANCE * first.difference_error(second)
+        if measure == "loss" and 1 < count < FEW_ROWS:
+            chance *= math.sqrt(count / (count - 1))  # of few rows the spread is seen too small
+        return chance
     error = f"{measure}_error"
     return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))
 

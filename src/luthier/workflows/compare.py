@@ -41,8 +41,7 @@ from luthier.evaluation.significance import (
 )
 from luthier.files import folder_size
 from luthier.gate.checks.leakage import TOO_MANY
-from luthier.gate.near_duplicates import normalize
-from luthier.gate.row_keys import question_of, repeated_rows
+from luthier.gate.row_keys import match_questions, repeated_rows
 from luthier.graders import Exact
 from luthier.graders.base import Answer, Embedder
 from luthier.graders.ruler import judge_pairs
@@ -457,8 +456,7 @@ def check_leakage(rows: Sequence[Row], train: Sequence[Row]) -> list[str]:
     Raises:
         DataError: with each of them, where they are a tenth.
     """
-    known = {normalize(question_of(row)) for row in train} - {""}
-    leaked = [row for row in rows if normalize(question_of(row)) in known]
+    leaked = [rows[number] for number in match_questions(rows, train)]
     if leaked and len(leaked) >= TOO_MANY * len(rows):
         fix = "Compare on rows that are not among the training rows; `luthier split` keeps some apart."
         message = "the row asks what a training row asks, so what is measured on it is memory."
