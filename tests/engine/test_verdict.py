@@ -361,7 +361,10 @@ def test_a_loss_that_rose_by_chance_on_few_rows_does_not_undo_the_run() -> None:
     found = judge_run(lines, "loss", Training(), 36, rows=4)
     assert (found.kept_step, found.unchanged) == (36, False)
     assert found.text.startswith("not told from before training by so few held-out rows: ")
-    assert "(the 0.6900 of step 0 may be chance, and of losses of few rows that are alike" in found.text
+    assert (
+        "(the 0.6900 of step 0 may be chance, and of losses of few rows that are alike"
+        in found.text
+    )
     assert found.advice == "Give more rows to measure on: `data.validation=FILE`"
 
 
