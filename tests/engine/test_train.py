@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
         words,
     )
     # Nothing is gained by going on, and rows that no run learns from are said before the name.
-    with pytest.raises(RunConflict, match="would end so again: ") as taken:
+    with pytest.raises(RunConflict, match="going on would end as it did: ") as taken:
         train.train(asked)
     assert words.rstrip(".") in str(taken.value) and "--resume" not in str(taken.value)
     with pytest.raises(DataError, match="objective dpo learns from"):

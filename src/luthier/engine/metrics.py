@@ -28,6 +28,11 @@ DISTANCES: Mapping[str, str] = {"frechet_distance": "Fréchet distance"}
 """Metrics of which less is better that people read beside the loss, and what they are called."""
 FEW_ROWS = 30
 """Held-out rows, of which each is noted, below which what is measured of them is rough."""
+STUDENT_T = (
+    12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
+    2.13, 2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05,
+)  # fmt: skip
+"""Standard errors within which 95 % of the means of 2, 3, … rows lie (Student 1908)."""
 HOLLOW = 0.95
 """Share of the loss of a model that tells no row from another, above which a loss says nothing."""
 _REWARDS: Mapping[str, str] = {
@@ -113,7 +118,8 @@ def chance_between(one: Mapping[str, Any], other: Mapping[str, Any], measure: st
         first, second = (RowScores.read(line["rows"][measure]) for line in (one, other))
         chance = CHANCE * first.difference_error(second)
         if measure == "loss" and 1 < count < FEW_ROWS:
-            chance *= math.sqrt(count / (count - 1))  # of few rows the spread is seen too small
+            # Of few rows the spread itself is known badly, and seen too small.
+            chance *= STUDENT_T[count - 2] / CHANCE * math.sqrt(count / (count - 1))
         return chance
     error = f"{measure}_error"
     return CHANCE * math.hypot(*(line.get(error, 0.0) for line in (one, other)))

@@ -136,7 +136,8 @@ class Run:
             why = ""
             if not stored and (self.folder / _FAILURE).is_file():
                 reason = read_json(self.folder / _FAILURE).rstrip(".")
-                advice, why = "Choose", f", which would end so again: {reason}"
+                run, advice = "a run", "Choose"
+                why = f", and going on would end as it did: {reason}"
             raise RunConflict(
                 f"there is {run} {self.model_id} already{why}. {advice} another --name, or remove it "
                 f"with `luthier models remove {self.model_id}`"

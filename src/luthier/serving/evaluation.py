@@ -170,11 +170,11 @@ def row_remarks(stored: StoredModel, data: str | Path, rows: Sequence[Row]) -> l
         )
     elif seen := _rows_learned(stored, learned, rows):
         number, place = next(iter(seen.items()))
-        first = f"{rows[number].file}:{rows[number].line} what {place} asks"
+        example = f"{rows[number].file}:{rows[number].line}, which asks what {place} asks"
         remarks.append(
-            f"{len(seen):,} of {len(rows):,} rows ask what rows of the training ask, {first}"
-            f"{' and so on' if len(seen) > 1 else ''}: on them is measured what {stored.id} "
-            "remembers. Evaluate it on rows that it has not seen; `luthier split` keeps some apart"
+            f"{len(seen):,} of {len(rows):,} rows ask what training rows ask (such as {example}), so "
+            f"what is measured on them is what {stored.id} remembers. Evaluate it on rows that it has "
+            "not seen; `luthier split` keeps some apart"
         )
     if repeats := repeated_rows(rows):
         remarks.append(
